@@ -1,0 +1,262 @@
+//! The BigChat client: its three routes, typed after the contract.
+
+use reqwest::{Method, StatusCode};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use thiserror::Error;
+use url::Url;
+
+use crate::clock::BigChatClock;
+use crate::http::{Answer, Exchange, Http, NoAnswer};
+use crate::time::{Millis, Timestamp};
+
+/// BigChat, as far as it is asked anything.
+#[derive(Debug)]
+pub struct BigChat {
+    http: Http,
+    clock: BigChatClock,
+}
+
+/// One page of `/events`.
+#[derive(Debug)]
+pub struct Page {
+    /// The body, as it came: what is kept.
+    pub body: String,
+    /// The query of the next page, if there is one. Only the query of `nextPageUrl` is of use: its scheme, host and
+    /// path are what a proxy made of them, or name another host altogether.
+    pub next: Option<String>,
+    /// How many events there are on it.
+    pub events: usize,
+}
+
+/// What `/conversations/{id}` tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Details {
+    /// When the conversation started; `None` if its START is not among the events.
+    pub started_at: Option<Timestamp>,
+    /// Who has it: at BigChat the first advisor for ever, at a usual vendor the one of now.
+    pub advisor: i64,
+}
+
+/// What `/advisors/{id}` tells.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Advisor {
+    /// Not unique.
+    pub name: String,
+    /// The identity; made from another name.
+    pub email_address: String,
+}
+
+/// Why BigChat did not tell.
+#[derive(Debug, Error)]
+pub enum BigChatError {
+    /// 404: it does not know that conversation or advisor, perhaps no longer.
+    #[error("BigChat knows nothing of it: {0}")]
+    NotFound(Exchange),
+    /// It asks to be left alone until then.
+    #[error("BigChat asks to be left alone until {until}")]
+    Throttled {
+        /// Until when.
+        until: Millis,
+    },
+    /// 401 or 403.
+    #[error("BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url: {0}")]
+    Denied(Exchange),
+    /// Any other 4xx: it does not accept the question.
+    #[error("BigChat does not accept the question: {0}")]
+    Refused(Exchange),
+    /// Any other answer that is not the one expected, or none.
+    #[error("BigChat gave no usable answer: {0}")]
+    Unavailable(Exchange),
+}
+
+impl BigChatError {
+    /// What it means, without what was asked and answered.
+    pub fn headline(&self) -> &'static str {
+        match self {
+            Self::NotFound(_) => "BigChat knows nothing of it",
+            Self::Throttled { .. } => "BigChat asks to be left alone",
+            Self::Denied(_) => {
+                "BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url"
+            }
+            Self::Refused(_) => "BigChat does not accept the question",
+            Self::Unavailable(_) => "BigChat gave no usable answer",
+        }
+    }
+
+    /// What was asked and answered.
+    pub fn exchange(&self) -> Exchange {
+        match self {
+            Self::NotFound(exchange)
+            | Self::Denied(exchange)
+            | Self::Refused(exchange)
+            | Self::Unavailable(exchange) => exchange.clone(),
+            Self::Throttled { .. } => Exchange {
+                request: String::new(),
+                response: self.to_string(),
+            },
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, BigChatError>;
+
+impl BigChat {
+    /// BigChat behind `http`.
+    pub fn new(http: Http) -> Self {
+        Self {
+            http,
+            clock: BigChatClock::default(),
+        }
+    }
+
+    /// Base URL and throttle.
+    pub fn http(&self) -> &Http {
+        &self.http
+    }
+
+    /// BigChat's clock.
+    pub fn clock(&self) -> &BigChatClock {
+        &self.clock
+    }
+
+    /// One page of what happened; `query` comes from [`window_query`] or from the page before.
+    pub async fn events(&self, query: &str) -> Result<Page> {
+        #[derive(Deserialize)]
+        struct Wire<'a> {
+            #[serde(borrow, rename = "nextPageUrl", default)]
+            next: Option<&'a RawValue>,
+            #[serde(borrow)]
+            events: Vec<&'a RawValue>,
+        }
+        self.get(self.http.url(&["events"], Some(query)), |answer| {
+            // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
+            let body = String::from_utf8(answer.body)
+                .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+            let wire: Wire<'_> = serde_json::from_str(&body).ok()?;
+            let next = wire
+                .next
+                .and_then(|next| serde_json::from_str::<String>(next.get()).ok());
+            let (next, events) = (next.as_deref().and_then(next_query), wire.events.len());
+            Some(Page { body, next, events })
+        })
+        .await
+    }
+
+    /// The details of a conversation.
+    pub async fn conversation(&self, id: i64) -> Result<Details> {
+        #[derive(Deserialize)]
+        struct Wire {
+            events: Vec<WireEvent>,
+            advisor_id: i64,
+        }
+        #[derive(Deserialize)]
+        struct WireEvent {
+            event_name: String,
+            event_at: i64,
+        }
+        self.get(
+            self.http.url(&["conversations", &id.to_string()], None),
+            |answer| {
+                let wire: Wire = serde_json::from_slice(&answer.body).ok()?;
+                let start = wire.events.iter().find(|event| event.event_name == "START");
+                let started_at = start.and_then(|event| Timestamp::from_unix(event.event_at));
+                Some(Details {
+                    started_at,
+                    advisor: wire.advisor_id,
+                })
+            },
+        )
+        .await
+    }
+
+    /// The name and address of an advisor.
+    pub async fn advisor(&self, id: i64) -> Result<Advisor> {
+        self.get(
+            self.http.url(&["advisors", &id.to_string()], None),
+            |answer| serde_json::from_slice(&answer.body).ok(),
+        )
+        .await
+    }
+
+    async fn get<T>(&self, url: Url, read: impl FnOnce(Answer) -> Option<T>) -> Result<T> {
+        let answer = self.http.send(Method::GET, url.clone(), None::<&()>).await;
+        self.clock
+            .observe(answer.as_ref().ok().and_then(|answer| answer.date));
+        let exchange = Exchange::new(&Method::GET, &url, None::<&()>, answer.as_ref());
+        match answer {
+            Err(NoAnswer::Throttled(until)) => Err(BigChatError::Throttled { until }),
+            Err(_) => Err(BigChatError::Unavailable(exchange)),
+            Ok(answer) => match (answer.status, answer.retry_at) {
+                (_, Some(until)) => Err(BigChatError::Throttled { until }),
+                (StatusCode::OK, _) => read(answer).ok_or(BigChatError::Unavailable(exchange)),
+                (StatusCode::NOT_FOUND, _) => Err(BigChatError::NotFound(exchange)),
+                (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
+                    Err(BigChatError::Denied(exchange))
+                }
+                (
+                    StatusCode::REQUEST_TIMEOUT
+                    | StatusCode::TOO_EARLY
+                    | StatusCode::TOO_MANY_REQUESTS,
+                    _,
+                ) => Err(BigChatError::Unavailable(exchange)),
+                (status, _) if status.is_client_error() => Err(BigChatError::Refused(exchange)),
+                _ => Err(BigChatError::Unavailable(exchange)),
+            },
+        }
+    }
+}
+
+/// The query for the first page of what happened from `start` to `end`: whole seconds in UTC, with `Z`.
+pub fn window_query(start: Timestamp, end: Timestamp) -> String {
+    url::form_urlencoded::Serializer::new(String::new())
+        .append_pair("start_at", &start.to_string())
+        .append_pair("end_at", &end.to_string())
+        .finish()
+}
+
+/// The events of a page that was kept, each as it came.
+pub fn page_events(body: &str) -> Vec<&str> {
+    #[derive(Deserialize)]
+    struct Wire<'a> {
+        #[serde(borrow)]
+        events: Vec<&'a RawValue>,
+    }
+    serde_json::from_str::<Wire<'_>>(body).map_or_else(
+        |_| Vec::new(),
+        |wire| wire.events.iter().map(|raw| raw.get()).collect(),
+    )
+}
+
+/// The query of a `nextPageUrl`, which may be absolute or relative.
+fn next_query(next: &str) -> Option<String> {
+    let (_, query) = next.split_once('?')?;
+    let query = query.split('#').next().unwrap_or_default();
+    (!query.is_empty()).then(|| query.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_query_of_the_next_page_is_taken() {
+        assert_eq!(
+            next_query("http://evil.example/steal?page=1&a=b#x"),
+            Some("page=1&a=b".into())
+        );
+        assert_eq!(next_query("/events?page=1"), Some("page=1".into()));
+        assert_eq!(next_query("?page=1"), Some("page=1".into()));
+        assert_eq!(next_query("http://evil.example/steal"), None);
+        assert_eq!(next_query(""), None);
+    }
+
+    #[test]
+    fn windows_are_asked_for_in_utc_with_z() {
+        let query = window_query(Timestamp::clamped(0), Timestamp::clamped(60));
+        assert_eq!(
+            query,
+            "start_at=1970-01-01T00%3A00%3A00Z&end_at=1970-01-01T00%3A01%3A00Z"
+        );
+    }
+}

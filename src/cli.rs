@@ -1,0 +1,254 @@
+//! The command line: what can be asked of the program, and what it answers with.
+
+use std::path::Path;
+
+use clap::error::{ContextKind, ContextValue};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::journal::{FailedEvent, JournalError, OpenError, Selection, Store};
+use crate::settings::Settings;
+use crate::time::Millis;
+
+/// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
+///
+/// Without a command it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from
+/// files, never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, and
+/// BIGCHAT_SYNC_OUR_API_TOKEN or BIGCHAT_SYNC_OUR_API_TOKEN_FILE.
+#[derive(Debug, Parser)]
+#[command(version, about, long_about, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to do it.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Poll and deliver until stopped (the default).
+    Run,
+    /// Poll once, deliver what is due, and exit; for cron.
+    Once,
+    /// List, show, retry or discard the events that failed; works while the daemon runs.
+    #[command(subcommand)]
+    Failed(FailedCommand),
+}
+
+/// What can be done about failed events.
+#[derive(Debug, Subcommand)]
+pub enum FailedCommand {
+    /// List them, the oldest first.
+    List {
+        /// How many at the most.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+    /// Show one whole: what BigChat told, what was asked and answered.
+    Show {
+        /// Its id, as listed.
+        id: i64,
+    },
+    /// Have them tried again: as safe as the first try.
+    Retry(Which),
+    /// Give them up: they are never tried again.
+    Discard(Which),
+}
+
+/// Which failed events.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Which {
+    /// Those of these ids.
+    ids: Vec<i64>,
+    /// All of them.
+    #[arg(long)]
+    all: bool,
+}
+
+impl From<Which> for Selection {
+    fn from(which: Which) -> Self {
+        if which.all {
+            Self::All
+        } else {
+            Self::Ids(which.ids)
+        }
+    }
+}
+
+impl Cli {
+    /// Reads the command line and the environment; exits with code 2 and what is wrong, and where it was set, if
+    /// something is.
+    pub fn read() -> Self {
+        Self::try_parse().unwrap_or_else(|mut error| {
+            if let Some(variable) = set_by_environment(&error) {
+                error.insert(
+                    ContextKind::Suggested,
+                    ContextValue::StyledStrs(vec![
+                        format!("it was set by the environment variable {variable}").into(),
+                    ]),
+                );
+            }
+            error.exit()
+        })
+    }
+}
+
+/// The environment variable that a bad value comes from, if it comes from one.
+fn set_by_environment(error: &clap::Error) -> Option<String> {
+    let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
+        error.get(ContextKind::InvalidArg),
+        error.get(ContextKind::InvalidValue),
+    ) else {
+        return None;
+    };
+    let flag = argument.trim_start_matches("--").split([' ', '=']).next()?;
+    let command = Cli::command();
+    let argument = command
+        .get_arguments()
+        .find(|argument| argument.get_long() == Some(flag))?;
+    let variable = argument.get_env()?.to_str()?;
+    let on_the_line = std::env::args()
+        .any(|given| given.trim_start_matches("--").split('=').next() == Some(flag));
+    (!on_the_line && std::env::var(variable).is_ok_and(|set| set == *value))
+        .then(|| variable.to_owned())
+}
+
+/// Does something about failed events. Returns what to print.
+///
+/// # Errors
+///
+/// When the database cannot be opened or refuses.
+pub fn failed(db: &Path, command: FailedCommand) -> Result<String, FailedError> {
+    let mut store = Store::open_beside(db)?;
+    Ok(match command {
+        FailedCommand::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
+        FailedCommand::Show { id } => show(
+            &store
+                .failed_event(id)?
+                .ok_or(FailedError::NoSuchEvent(id))?,
+        ),
+        FailedCommand::Retry(which) => {
+            let which = which.into();
+            let count = store.retry_failed(&which, Millis::now())?;
+            left_alone(&which, count)?;
+            format!(
+                "{count} to be tried again: by the daemon within a second, or when it next runs\n"
+            )
+        }
+        FailedCommand::Discard(which) => {
+            let which = which.into();
+            let count = store.discard_failed(&which, Millis::now())?;
+            left_alone(&which, count)?;
+            format!("{count} discarded\n")
+        }
+    })
+}
+
+/// Why a command about failed events came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum FailedError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// There is none of that id.
+    #[error("there is no failed event {0}; `bigchat-sync failed list` lists them")]
+    NoSuchEvent(i64),
+    /// Some of those named are not failed, or could not be understood and so cannot be retried.
+    #[error(
+        "done for {done} of {asked}: the others are not failed events, or are events that could not be understood, which can only be discarded"
+    )]
+    Partly {
+        /// How many it was done for.
+        done: usize,
+        /// How many were named.
+        asked: usize,
+    },
+}
+
+fn left_alone(which: &Selection, done: usize) -> Result<(), FailedError> {
+    match which {
+        Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
+            done,
+            asked: ids.len(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn list(events: &[FailedEvent], count: u64) -> String {
+    if events.is_empty() {
+        return "no event has failed\n".to_owned();
+    }
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header([
+        "id",
+        "conversation",
+        "event",
+        "at",
+        "failed at",
+        "tries",
+        "reason",
+    ]);
+    for event in events {
+        let conversation = event
+            .conversation
+            .map_or_else(|| "-".to_owned(), |id| id.to_string());
+        table.add_row([
+            event.id.to_string(),
+            conversation,
+            event.name.clone(),
+            event.at.to_string(),
+            event.failed_at.to_string(),
+            event.tries.to_string(),
+            printable(&event.reason),
+        ]);
+    }
+    let shown = if (events.len() as u64) < count {
+        format!(", {} shown", events.len())
+    } else {
+        String::new()
+    };
+    format!(
+        "{}\n\n{count} failed{shown}. `bigchat-sync failed show ID` tells all about one; `failed retry` and `failed discard` decide.\n",
+        table.trim_fmt()
+    )
+}
+
+fn show(event: &FailedEvent) -> String {
+    let unknown = || "-".to_owned();
+    let lines = [
+        ("event", event.id.to_string()),
+        ("kind", event.name.clone()),
+        (
+            "conversation",
+            event.conversation.map_or_else(unknown, |id| id.to_string()),
+        ),
+        ("chat", event.chat.clone().unwrap_or_else(unknown)),
+        ("happened at", event.at.to_string()),
+        ("failed at", event.failed_at.to_string()),
+        ("tries", event.tries.to_string()),
+        ("reason", event.reason.clone()),
+        ("data", event.data.clone().unwrap_or_else(unknown)),
+        ("request", event.request.clone().unwrap_or_else(unknown)),
+        ("response", event.response.clone().unwrap_or_else(unknown)),
+    ];
+    lines
+        .iter()
+        .map(|(name, value)| format!("{name:<13}{}\n", printable(value)))
+        .collect()
+}
+
+/// What strangers wrote, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}

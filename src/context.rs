@@ -1,0 +1,246 @@
+//! What polling and delivery share: both APIs, the journal, and what is known as of now.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::bigchat::{BigChat, BigChatError};
+use crate::conversation::Failure;
+use crate::journal::{Journal, JournalError, Session, Throttles};
+use crate::our_api::{OurApi, OurApiError, Trouble};
+use crate::retry::{Allowance, Breaker};
+use crate::settings::Settings;
+use crate::time::{Millis, Timestamp};
+
+/// Shared by the poller, delivery and the handlers.
+#[derive(Debug)]
+pub struct Context {
+    /// The settings.
+    pub settings: Settings,
+    /// The source of events.
+    pub bigchat: BigChat,
+    /// Where they go.
+    pub our_api: OurApi,
+    /// Where both are kept.
+    pub journal: Journal,
+    /// This session of the daemon.
+    pub session: Session,
+    /// Told when there is something new to deliver.
+    pub work: Notify,
+    /// Cancelled when the daemon is to stop: no further request is begun.
+    pub stopping: CancellationToken,
+    /// Held while an agent is looked for and created, so that two conversations do not both create it.
+    pub creating_agent: tokio::sync::Mutex<()>,
+    bigchat_health: Mutex<Breaker>,
+    /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
+    agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
+    look_up_through: AtomicI64,
+    losses: AtomicI64,
+    confirmed_at: AtomicI64,
+}
+
+/// Why a conversation's delivery stopped before its end. Data rather than an error: it is settled like a success.
+#[derive(Debug)]
+pub enum Setback {
+    /// OurAPI did not do as asked.
+    OurApi {
+        /// What became of the request.
+        error: OurApiError,
+        /// Whether the event itself may have been carried out.
+        in_doubt: bool,
+    },
+    /// BigChat did not tell what is needed.
+    BigChat(BigChatError),
+    /// The database refuses.
+    Journal(JournalError),
+    /// OurAPI has lost something, which is built again before this is tried again.
+    Rebuilding(String),
+}
+
+impl From<JournalError> for Setback {
+    fn from(error: JournalError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+impl From<OurApiError> for Setback {
+    /// For requests that change nothing.
+    fn from(error: OurApiError) -> Self {
+        Self::OurApi {
+            error,
+            in_doubt: false,
+        }
+    }
+}
+
+impl Setback {
+    /// For requests that may have changed something.
+    pub fn of_write(error: OurApiError) -> Self {
+        Self::OurApi {
+            in_doubt: error.trouble.in_doubt(),
+            error,
+        }
+    }
+
+    /// Whether OurAPI refuses it for good.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::OurApi { error, .. } if error.trouble == Trouble::Refused)
+    }
+
+    /// Whether the event may have been carried out all the same.
+    pub fn in_doubt(&self) -> bool {
+        matches!(self, Self::OurApi { in_doubt: true, .. })
+    }
+
+    /// What is kept of it with the event.
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::OurApi { error, .. } => Failure {
+                reason: error.trouble.to_string(),
+                request: error.exchange.request.clone(),
+                response: error.exchange.response.clone(),
+            },
+            Self::BigChat(error) => {
+                let exchange = error.exchange();
+                Failure {
+                    reason: error.headline().to_owned(),
+                    request: exchange.request,
+                    response: exchange.response,
+                }
+            }
+            Self::Journal(error) => Failure {
+                reason: error.to_string(),
+                ..Failure::default()
+            },
+            Self::Rebuilding(reason) => Failure {
+                reason: reason.clone(),
+                ..Failure::default()
+            },
+        }
+    }
+}
+
+impl Context {
+    /// Puts together what is shared.
+    pub fn new(
+        settings: Settings,
+        bigchat: BigChat,
+        our_api: OurApi,
+        journal: Journal,
+        session: Session,
+        stopping: CancellationToken,
+    ) -> Self {
+        bigchat.http().throttle(session.throttles.bigchat);
+        our_api.http().throttle(session.throttles.our_api);
+        Self {
+            settings,
+            bigchat,
+            our_api,
+            journal,
+            session,
+            work: Notify::new(),
+            stopping,
+            creating_agent: tokio::sync::Mutex::new(()),
+            bigchat_health: Mutex::new(Breaker::default()),
+            agents: Mutex::new(HashMap::new()),
+            look_up_through: AtomicI64::new(session.last_event),
+            losses: AtomicI64::new(session.losses),
+            confirmed_at: AtomicI64::new(0),
+        }
+    }
+
+    /// Whether an event may have been delivered by another copy of the database: it waited when the daemon started,
+    /// or came from a window that began before.
+    pub fn may_be_there(&self, event: i64) -> bool {
+        event <= self.look_up_through.load(Ordering::Relaxed)
+    }
+
+    /// The latest event of which [`Self::may_be_there`] is true.
+    pub fn look_up_through(&self) -> i64 {
+        self.look_up_through.load(Ordering::Relaxed)
+    }
+
+    /// Events up to this one come from windows that began before the daemon did.
+    pub fn raise_look_up_through(&self, event: i64) {
+        self.look_up_through.fetch_max(event, Ordering::Relaxed);
+    }
+
+    /// How many losses of OurAPI there have been.
+    pub fn losses(&self) -> i64 {
+        self.losses.load(Ordering::Relaxed)
+    }
+
+    /// OurAPI has lost something: nothing that is known of it is relied on before it is looked for.
+    pub async fn our_api_lost_data(&self) -> Result<(), JournalError> {
+        let losses = self.journal.with(|store| store.our_api_lost_data()).await?;
+        self.losses.fetch_max(losses, Ordering::Relaxed);
+        self.known_agents().clear();
+        Ok(())
+    }
+
+    /// The agents of advisors, as far as they were needed so far.
+    pub fn known_agents(&self) -> MutexGuard<'_, HashMap<(i64, i64), Option<Uuid>>> {
+        self.agents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until when the APIs asked to be left alone.
+    pub fn throttles(&self) -> Throttles {
+        Throttles {
+            bigchat: self.bigchat.http().asked_until(),
+            our_api: self.our_api.http().asked_until(),
+        }
+    }
+
+    /// Until when BigChat is known not to have restarted, by its own clock.
+    pub fn confirmed_at(&self) -> Timestamp {
+        Timestamp::clamped(self.confirmed_at.load(Ordering::Relaxed))
+    }
+
+    /// BigChat has not restarted until then.
+    pub fn confirm(&self, at: Timestamp) {
+        self.confirmed_at.fetch_max(at.unix(), Ordering::Relaxed);
+    }
+
+    /// Notes whether BigChat answered; logs when it goes down and when it is back.
+    pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
+        let mut health = self
+            .bigchat_health
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match answer {
+            Ok(_) | Err(BigChatError::NotFound(_)) => {
+                let since = health.since();
+                if health.succeeded() {
+                    tracing::info!(%since, "BigChat is back");
+                }
+            }
+            Err(BigChatError::Throttled { .. }) => {}
+            Err(error) => {
+                if health.failed(Millis::now(), &self.settings.retry(), rand::random()) {
+                    tracing::error!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
+                }
+            }
+        }
+    }
+
+    /// Whether BigChat may be asked about a conversation or an advisor.
+    pub fn may_ask_bigchat(&self) -> bool {
+        let health = self
+            .bigchat_health
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        !matches!(health.allowance(Millis::now()), Allowance::NotBefore(_))
+    }
+
+    /// Whether BigChat counts as down.
+    pub fn bigchat_is_down(&self) -> bool {
+        self.bigchat_health
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_down()
+    }
+}

@@ -1,0 +1,118 @@
+//! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::bigchat::BigChat;
+use crate::context::Context;
+use crate::delivery::{self, Until};
+use crate::http::Http;
+use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::our_api::OurApi;
+use crate::poller::Poller;
+use crate::settings::{Settings, Tokens};
+use crate::time::Millis;
+
+/// How long a poll under way may take once the daemon is to stop: what it asked for is told only once.
+const LAST_POLL: Duration = Duration::from_secs(8);
+
+/// Why the daemon did not start, or did not stop well.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The HTTP client cannot be made.
+    #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
+    Client(#[from] reqwest::Error),
+    /// The operating system gives no thread.
+    #[error("no thread can be started: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The daemon was stopped while the disk refused what BigChat had told.
+    #[error(
+        "stopped while the database could not be written: {0} events that BigChat told are lost"
+    )]
+    Unkept(usize),
+}
+
+/// Polls and delivers until `stopping` is cancelled; then lets what is in flight end, for at most 8 s.
+pub async fn run(
+    settings: Settings,
+    tokens: Tokens,
+    stopping: CancellationToken,
+) -> Result<(), DaemonError> {
+    let context = start(settings, tokens, stopping).await?;
+    let poller = tokio::spawn(Poller::new(Arc::clone(&context)).run());
+    let polling = async {
+        context.stopping.cancelled().await;
+        // What does not end by then was not answered.
+        let ended = timeout(LAST_POLL, poller).await;
+        ended.ok().and_then(Result::ok).unwrap_or_default()
+    };
+    let (unkept, ()) = tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
+    stopped(unkept)
+}
+
+/// Polls once, as far as now, and delivers what is due.
+pub async fn once(
+    settings: Settings,
+    tokens: Tokens,
+    stopping: CancellationToken,
+) -> Result<(), DaemonError> {
+    let context = start(settings, tokens, stopping).await?;
+    let unkept = Poller::new(Arc::clone(&context)).catch_up().await;
+    delivery::run(Arc::clone(&context), Until::Done).await;
+    stopped(unkept)
+}
+
+async fn start(
+    settings: Settings,
+    tokens: Tokens,
+    stopping: CancellationToken,
+) -> Result<Arc<Context>, DaemonError> {
+    let db = settings.db();
+    let path = db.clone();
+    let store = tokio::task::spawn_blocking(move || Store::open(&path))
+        .await
+        .map_err(std::io::Error::other)??;
+    let journal = Journal::start(store)?;
+    let session = journal
+        .with(|store| store.start_session(Millis::now()))
+        .await?;
+    tracing::info!(
+        db = %db.display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,
+        session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
+    );
+    if session.interrupted > 0 {
+        tracing::warn!(
+            conversations = session.interrupted,
+            "the last session ended in the middle of them: what may have been delivered is looked up"
+        );
+    }
+    let timeout = settings.request_timeout;
+    let bigchat = BigChat::new(Http::new(
+        settings.bigchat_url.clone(),
+        tokens.bigchat,
+        timeout,
+    )?);
+    let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
+    let our_api = OurApi::new(our_api, settings.our_api_concurrency);
+    Ok(Arc::new(Context::new(
+        settings, bigchat, our_api, journal, session, stopping,
+    )))
+}
+
+fn stopped(unkept: usize) -> Result<(), DaemonError> {
+    if unkept > 0 {
+        return Err(DaemonError::Unkept(unkept));
+    }
+    tracing::info!("stopped; nothing is forgotten");
+    Ok(())
+}

@@ -1,0 +1,507 @@
+//! Delivery: takes what is due from the journal, hands it to the handlers, and settles what came of it.
+//!
+//! A conversation is one piece of work at a time, so that its events keep their order; several conversations are in
+//! work side by side, up to the setting. A claim is kept before anything is sent, and a settlement goes into the
+//! same transaction as the next claims: under load one commit serves many conversations, and none waits for it.
+//! While OurAPI is down, one probe at a time takes the place of every event's own retry.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::context::{Context, Setback};
+use crate::conversation::{Attempts, Outcome, Settlement, Waiting, Work};
+use crate::handlers::{self, Handled};
+use crate::journal::{JournalError, Throttles};
+use crate::our_api::Trouble;
+use crate::retry::{Allowance, Breaker};
+use crate::time::Millis;
+
+/// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
+/// a crash leaves little to be looked up.
+const AHEAD: usize = 32;
+
+/// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a database that refuses is left alone.
+const STORAGE_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long chats that could not be checked after a loss are left alone.
+const SWEEP_PAUSE: Duration = Duration::from_secs(10);
+
+/// How long requests in flight may take once the daemon is to stop.
+const DRAIN: Duration = Duration::from_secs(8);
+
+/// Until when to deliver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Until the daemon is to stop.
+    Stopped,
+    /// Until nothing is due any more, or nothing can be delivered now.
+    Done,
+}
+
+/// Delivers until then.
+pub async fn run(context: Arc<Context>, until: Until) {
+    Delivery::new(context).run(until).await;
+}
+
+struct Delivery {
+    context: Arc<Context>,
+    breaker: Breaker,
+    ready: VecDeque<Work>,
+    in_work: JoinSet<Handled>,
+    settlements: Vec<Settlement>,
+    successes: Successes,
+    sweep_at: Millis,
+    storage_refuses: bool,
+    last_look: Millis,
+    throttles: Throttles,
+}
+
+/// The writes that have succeeded, as far as an event needs to know whether another conversation's has since.
+#[derive(Debug, Clone, Copy)]
+struct Successes {
+    count: i64,
+    last: Option<(i64, i64)>,
+    last_of_another: Option<i64>,
+}
+
+impl Successes {
+    fn note(&mut self, conversation: i64, writes: u32) {
+        if writes == 0 {
+            return;
+        }
+        self.count += i64::from(writes);
+        if let Some((other, count)) = self.last
+            && other != conversation
+        {
+            self.last_of_another = Some(count);
+        }
+        self.last = Some((conversation, self.count));
+    }
+
+    /// Whether a write of another conversation has succeeded since there had been `count` of them.
+    fn another_since(&self, conversation: i64, count: i64) -> bool {
+        let latest = match self.last {
+            Some((other, count)) if other != conversation => Some(count),
+            _ => self.last_of_another,
+        };
+        latest.is_some_and(|latest| latest > count)
+    }
+}
+
+impl Delivery {
+    fn new(context: Arc<Context>) -> Self {
+        let successes = Successes {
+            count: context.session.successes,
+            last: None,
+            last_of_another: None,
+        };
+        let throttles = context.throttles();
+        Self {
+            context,
+            breaker: Breaker::default(),
+            ready: VecDeque::new(),
+            in_work: JoinSet::new(),
+            settlements: Vec::new(),
+            successes,
+            sweep_at: Millis::default(),
+            storage_refuses: false,
+            last_look: Millis::now(),
+            throttles,
+        }
+    }
+
+    async fn run(mut self, until: Until) {
+        while !self.context.stopping.is_cancelled() {
+            let now = Millis::now();
+            let allowance = self.allowance(now);
+            self.begin(allowance);
+            let wait = match self.settle_and_claim(allowance, now).await {
+                Next::Begin => continue,
+                Next::Wait(wait) => wait,
+                Next::Nothing(wait) if until == Until::Done && self.in_work.is_empty() => {
+                    tracing::debug!(?wait, "nothing more is due");
+                    break;
+                }
+                Next::Nothing(wait) => wait,
+            };
+            let context = Arc::clone(&self.context);
+            tokio::select! {
+                Some(handled) = self.in_work.join_next() => self.finished(handled),
+                () = context.work.notified() => {}
+                () = sleep(wait) => {}
+                () = context.stopping.cancelled() => {}
+            }
+            while let Some(handled) = self.in_work.try_join_next() {
+                self.finished(handled);
+            }
+        }
+        self.drain().await;
+    }
+
+    fn allowance(&self, now: Millis) -> Allowance {
+        match self.context.our_api.http().throttled_until(now) {
+            Some(until) => Allowance::NotBefore(until),
+            None => self.breaker.allowance(now),
+        }
+    }
+
+    fn at_once(&self, allowance: Allowance) -> usize {
+        match allowance {
+            Allowance::Full => usize::from(self.context.settings.our_api_concurrency),
+            Allowance::Probe => 1,
+            Allowance::NotBefore(_) => 0,
+        }
+    }
+
+    fn begin(&mut self, allowance: Allowance) {
+        while self.in_work.len() < self.at_once(allowance)
+            && let Some(work) = self.ready.pop_front()
+        {
+            let context = Arc::clone(&self.context);
+            self.in_work
+                .spawn(async move { handlers::handle(&context, work).await });
+        }
+    }
+
+    async fn settle_and_claim(&mut self, allowance: Allowance, now: Millis) -> Next {
+        match self.try_settle_and_claim(allowance, now).await {
+            Ok(next) => {
+                if std::mem::take(&mut self.storage_refuses) {
+                    tracing::info!("the journal can be written again");
+                }
+                next
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.storage_refuses, true) {
+                    tracing::error!(%error, "the journal cannot be written: delivery pauses until it can");
+                }
+                Next::Wait(STORAGE_PAUSE)
+            }
+        }
+    }
+
+    async fn try_settle_and_claim(
+        &mut self,
+        allowance: Allowance,
+        now: Millis,
+    ) -> Result<Next, JournalError> {
+        self.keep_up(allowance, now).await?;
+        let wanted = match allowance {
+            Allowance::Full => self.at_once(allowance) + AHEAD,
+            Allowance::Probe | Allowance::NotBefore(_) => {
+                self.at_once(allowance).saturating_sub(self.in_work.len())
+            }
+        };
+        // Many at a time, or along with settlements: a commit is dear.
+        let room = wanted.saturating_sub(self.ready.len());
+        let room = if room * 2 > wanted || !self.settlements.is_empty() {
+            room
+        } else {
+            0
+        };
+        if room == 0 && self.settlements.is_empty() {
+            return Ok(match allowance {
+                Allowance::NotBefore(then) => Next::Nothing(then.since(now).min(LOOK)),
+                Allowance::Full | Allowance::Probe => Next::Wait(LOOK),
+            });
+        }
+        let settlements = Arc::new(std::mem::take(&mut self.settlements));
+        let (to_settle, successes, sweep) = (
+            Arc::clone(&settlements),
+            self.successes.count,
+            now >= self.sweep_at,
+        );
+        let claimed = self
+            .context
+            .journal
+            .with(move |store| store.settle_and_claim(&to_settle, successes, room, sweep, now))
+            .await;
+        match claimed {
+            Ok(claimed) => {
+                let more = !claimed.work.is_empty();
+                self.ready.extend(claimed.work);
+                Ok(if more && self.in_work.len() < self.at_once(allowance) {
+                    Next::Begin
+                } else if self.ready.is_empty() {
+                    Next::Nothing(
+                        claimed
+                            .next_due
+                            .map_or(LOOK, |due| due.since(now).min(LOOK)),
+                    )
+                } else {
+                    Next::Wait(LOOK)
+                })
+            }
+            Err(error) => {
+                // What was done is not forgotten: it is settled when the journal can be written again.
+                self.settlements = Arc::unwrap_or_clone(settlements);
+                Err(error)
+            }
+        }
+    }
+
+    /// What has to be kept besides: claims that are not begun now go back, and throttles outlast a restart.
+    async fn keep_up(&mut self, allowance: Allowance, now: Millis) -> Result<(), JournalError> {
+        if allowance != Allowance::Full && !self.ready.is_empty() {
+            let ids: Vec<i64> = self.ready.iter().map(|work| work.conversation.id).collect();
+            self.context
+                .journal
+                .with(move |store| store.release(&ids))
+                .await?;
+            self.ready.clear();
+        }
+        let throttles = self.context.throttles();
+        if throttles != self.throttles {
+            self.context
+                .journal
+                .with(move |store| store.note_throttles(throttles))
+                .await?;
+            self.throttles = throttles;
+        }
+        if now < self.last_look {
+            tracing::warn!("this machine's clock was set back: what waits is tried now");
+            self.context
+                .journal
+                .with(move |store| store.clock_set_back(now))
+                .await?;
+        }
+        self.last_look = now;
+        Ok(())
+    }
+
+    fn finished(&mut self, handled: Result<Handled, tokio::task::JoinError>) {
+        match handled {
+            Ok(handled) => self.settle(handled),
+            // Its claim stays: at the next start its outcome is unknown, as after a crash.
+            Err(error) => {
+                tracing::error!(%error, "a handler has panicked; its conversation waits for the next start")
+            }
+        }
+    }
+
+    fn settle(&mut self, handled: Handled) {
+        let now = Millis::now();
+        let Handled {
+            conversation,
+            done,
+            setback,
+            writes,
+        } = handled;
+        self.successes.note(conversation.id, writes);
+        self.note_health(
+            &done,
+            setback.as_ref().map(|(_, setback)| setback),
+            writes,
+            now,
+        );
+        let mut outcomes = Vec::with_capacity(done.len() + 1);
+        for (event, result) in done {
+            outcomes.push((event.id, match result {
+                Ok(()) => Outcome::Delivered,
+                Err(refusal) => {
+                    let failure = refusal.failure();
+                    tracing::warn!(
+                        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
+                        reason = %failure.reason, request = %failure.request, response = %failure.response,
+                        "failed for good; decide with `bigchat-sync failed`"
+                    );
+                    let attempts = Attempts { tries: event.attempts.tries + 1, ..event.attempts };
+                    Outcome::Failed { attempts, failure }
+                }
+            }));
+        }
+        match setback {
+            None => {}
+            Some((_, Setback::Journal(error))) => {
+                // Nothing of it is the event's own; its delivery is simply tried again.
+                tracing::error!(%error, conversation = conversation.bigchat_id, "delivery was cut short by the journal");
+                self.storage_refuses = true;
+            }
+            Some((None, setback)) => {
+                tracing::warn!(
+                    conversation = conversation.bigchat_id, reason = %setback.failure().reason,
+                    "its chat could not be checked; it is checked again"
+                );
+                self.sweep_at = now.plus(SWEEP_PAUSE);
+            }
+            Some((Some(event), setback)) => {
+                outcomes.push((
+                    event.id,
+                    self.verdict(
+                        conversation.id,
+                        conversation.bigchat_id,
+                        &event,
+                        &setback,
+                        now,
+                    ),
+                ));
+            }
+        }
+        self.settlements.push(Settlement {
+            conversation,
+            outcomes,
+        });
+    }
+
+    /// What a failed attempt means for its event: it waits, or has spent its attempts while others got through.
+    fn verdict(
+        &self,
+        conversation: i64,
+        bigchat_id: i64,
+        event: &Waiting,
+        setback: &Setback,
+        now: Millis,
+    ) -> Outcome {
+        let before = event.attempts;
+        let others_got_through = before
+            .successes
+            .is_some_and(|count| self.successes.another_since(conversation, count));
+        let counts = others_got_through
+            && match setback {
+                Setback::OurApi { error, .. } => !matches!(
+                    error.trouble,
+                    Trouble::Throttled { .. } | Trouble::Denied | Trouble::NotOurApi
+                ),
+                Setback::BigChat(_) => !self.context.bigchat_is_down(),
+                Setback::Journal(_) | Setback::Rebuilding(_) => false,
+            };
+        let attempts = Attempts {
+            tries: before.tries.saturating_add(1),
+            counted: before.counted + u32::from(counts),
+            successes: Some(self.successes.count),
+            in_doubt: before.in_doubt || setback.in_doubt(),
+        };
+        let policy = self.context.settings.retry();
+        let failure = setback.failure();
+        let failed = attempts.counted >= policy.max_attempts;
+        let wait = policy.backoff(attempts.tries, rand::random());
+        tracing::warn!(
+            conversation = bigchat_id, event = event.id, kind = %event.what.kind(), tries = attempts.tries,
+            reason = %failure.reason, request = %failure.request, response = %failure.response,
+            "{}", if failed { "failed again while others got through; decide with `bigchat-sync failed`" } else { "not delivered yet; it is tried again" }
+        );
+        if failed {
+            Outcome::Failed { attempts, failure }
+        } else {
+            let throttled = self.context.our_api.http().throttled_until(now);
+            Outcome::Waiting {
+                attempts,
+                next_at: now.plus(wait).max(throttled.unwrap_or_default()),
+                failure,
+            }
+        }
+    }
+
+    fn note_health(
+        &mut self,
+        done: &[(Waiting, Result<(), Setback>)],
+        setback: Option<&Setback>,
+        writes: u32,
+        now: Millis,
+    ) {
+        let answered = writes > 0 || done.iter().any(|(_, result)| result.is_err());
+        let (well, ill) = match setback {
+            Some(Setback::OurApi { error, .. }) if error.trouble.may_be_outage() => {
+                (false, Some(error))
+            }
+            Some(Setback::OurApi { error, .. }) => {
+                (!matches!(error.trouble, Trouble::Throttled { .. }), None)
+            }
+            Some(Setback::Rebuilding(_)) => (true, None),
+            Some(Setback::BigChat(_) | Setback::Journal(_)) | None => (false, None),
+        };
+        let since = self.breaker.since();
+        if (answered || well) && self.breaker.succeeded() {
+            tracing::info!(%since, "OurAPI is back");
+        }
+        if let Some(error) = ill
+            && self
+                .breaker
+                .failed(now, &self.context.settings.retry(), rand::random())
+        {
+            tracing::error!(reason = %error.trouble, response = %error.exchange.response, url = %self.context.our_api.http().base(),
+                "OurAPI is down; everything waits, and one request at a time tells when it is back");
+        }
+    }
+
+    /// Lets what is in work end within a bound, and keeps what came of it. What does not end stays claimed: its
+    /// outcome is unknown, and is looked up at the next start.
+    async fn drain(&mut self) {
+        let deadline = Instant::now() + DRAIN;
+        while !self.in_work.is_empty() {
+            match timeout_at(deadline, self.in_work.join_next()).await {
+                Ok(Some(handled)) => self.finished(handled),
+                Ok(None) => break,
+                Err(_) => {
+                    tracing::warn!(
+                        conversations = self.in_work.len(),
+                        "not answered in time: looked up at the next start"
+                    );
+                    self.in_work.abort_all();
+                    break;
+                }
+            }
+        }
+        let settlements = std::mem::take(&mut self.settlements);
+        let unbegun: Vec<i64> = self
+            .ready
+            .drain(..)
+            .map(|work| work.conversation.id)
+            .collect();
+        let successes = self.successes.count;
+        let throttles = self.context.throttles();
+        let kept = self.context.journal.with(move |store| {
+            store.note_throttles(throttles)?;
+            store.release(&unbegun)?;
+            store.settle_and_claim(&settlements, successes, 0, false, Millis::now())
+        });
+        if let Err(error) = timeout_at(deadline + STORAGE_PAUSE, kept)
+            .await
+            .unwrap_or(Err(JournalError::Closed))
+        {
+            tracing::error!(%error, "what was delivered last could not be kept: it is looked up at the next start");
+        }
+    }
+}
+
+/// What to do after settling and claiming.
+enum Next {
+    /// There is work to begin.
+    Begin,
+    /// Wait for what is in work, or for as long.
+    Wait(Duration),
+    /// Nothing is due, or nothing may be asked, for as long.
+    Nothing(Duration),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_counts_once_another_conversation_got_through() {
+        let mut successes = Successes {
+            count: 5,
+            last: None,
+            last_of_another: None,
+        };
+        assert!(!successes.another_since(1, 5));
+        successes.note(1, 2);
+        assert!(!successes.another_since(1, 5), "its own do not count");
+        assert!(successes.another_since(2, 5));
+        successes.note(2, 1);
+        assert!(successes.another_since(1, 5));
+        assert!(!successes.another_since(1, 8));
+        assert!(successes.another_since(2, 5), "that of 1 before");
+        assert!(!successes.another_since(2, 7));
+        successes.note(3, 0);
+        assert_eq!(successes.count, 8);
+    }
+}

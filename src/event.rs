@@ -1,0 +1,269 @@
+//! What BigChat tells: events, read one by one, so that one that cannot be understood does not hurt its page.
+
+use std::fmt;
+use std::hash::Hasher;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use siphasher::sip::SipHasher13;
+use thiserror::Error;
+
+use crate::time::Timestamp;
+
+/// The four things that happen to a conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The conversation began.
+    Start,
+    /// The conversation ended; told again and again for the same one, the latest counts.
+    End,
+    /// Somebody wrote something; BigChat does not say who.
+    Message,
+    /// Another advisor took over, or the same one again.
+    Transfer,
+}
+
+impl Kind {
+    /// The name BigChat gives it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Start => "START",
+            Self::End => "END",
+            Self::Message => "MESSAGE",
+            Self::Transfer => "TRANSFER",
+        }
+    }
+
+    /// The kind BigChat calls `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Start, Self::End, Self::Message, Self::Transfer]
+            .into_iter()
+            .find(|kind| kind.name() == name)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What happened, with what is needed to do something about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// See [`Kind::Start`].
+    Start,
+    /// See [`Kind::End`].
+    End,
+    /// See [`Kind::Message`].
+    Message {
+        /// The words as BigChat told them; OurAPI strips white space from both ends.
+        text: String,
+    },
+    /// See [`Kind::Transfer`].
+    Transfer {
+        /// The advisor who has the conversation from then on, by BigChat's id.
+        advisor: i64,
+    },
+}
+
+impl What {
+    /// Which of the four it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Start => Kind::Start,
+            Self::End => Kind::End,
+            Self::Message { .. } => Kind::Message,
+            Self::Transfer { .. } => Kind::Transfer,
+        }
+    }
+
+    /// Reads the `data` of an event of that kind, as the journal keeps it.
+    pub fn from_data(kind: Kind, data: Option<&str>) -> Result<Self, Unreadable> {
+        #[derive(Deserialize)]
+        struct Message {
+            message: String,
+        }
+        #[derive(Deserialize)]
+        struct Transfer {
+            new_advisor_id: i64,
+        }
+        let present = || data.ok_or(Unreadable::NoData(kind));
+        let wrong = |source| Unreadable::Data { kind, source };
+        Ok(match kind {
+            Kind::Start => Self::Start,
+            Kind::End => Self::End,
+            Kind::Message => Self::Message {
+                text: serde_json::from_str::<Message>(present()?)
+                    .map_err(wrong)?
+                    .message,
+            },
+            Kind::Transfer => Self::Transfer {
+                advisor: serde_json::from_str::<Transfer>(present()?)
+                    .map_err(wrong)?
+                    .new_advisor_id,
+            },
+        })
+    }
+}
+
+/// One event that was understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// BigChat's id of the conversation: an identity only together with the run of BigChat it was told in.
+    pub conversation: i64,
+    /// When it happened, by BigChat's clock.
+    pub at: Timestamp,
+    /// What happened.
+    pub kind: Kind,
+    /// `data` in one canonical form (keys sorted, no white space), so that equal data are equal text.
+    pub data: Option<String>,
+}
+
+/// Why an event could not be understood. Such an event goes to the failed events with its raw JSON.
+#[derive(Debug, Error)]
+pub enum Unreadable {
+    /// Not an object with the fields and types the contract gives.
+    #[error("it is not an event as BigChat describes them: {0}")]
+    Shape(#[source] serde_json::Error),
+    /// A name beside START, END, MESSAGE and TRANSFER.
+    #[error("its name is unknown: {0:?}")]
+    Name(String),
+    /// A time that RFC 3339 cannot write.
+    #[error("its time is out of range: {0}")]
+    Time(i64),
+    /// MESSAGE or TRANSFER without `data`.
+    #[error("it is a {0} without data")]
+    NoData(Kind),
+    /// MESSAGE or TRANSFER whose `data` lacks what they need.
+    #[error("its data are not those of a {kind}: {source}")]
+    Data {
+        /// Which kind of event it claims to be.
+        kind: Kind,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+impl Event {
+    /// Reads one event from its JSON.
+    pub fn parse(raw: &str) -> Result<Self, Unreadable> {
+        #[derive(Deserialize)]
+        struct Wire<'a> {
+            conversation_id: i64,
+            event_name: String,
+            event_at: i64,
+            #[serde(borrow, default)]
+            data: Option<&'a RawValue>,
+        }
+        let wire: Wire<'_> = serde_json::from_str(raw).map_err(Unreadable::Shape)?;
+        let kind = Kind::from_name(&wire.event_name).ok_or(Unreadable::Name(wire.event_name))?;
+        let at = Timestamp::from_unix(wire.event_at).ok_or(Unreadable::Time(wire.event_at))?;
+        let data = match wire.data {
+            None => None,
+            Some(data) => {
+                Some(canonical(data.get()).map_err(|source| Unreadable::Data { kind, source })?)
+            }
+        };
+        What::from_data(kind, data.as_deref())?;
+        Ok(Self {
+            conversation: wire.conversation_id,
+            at,
+            kind,
+            data,
+        })
+    }
+
+    /// What an equal event has too, and hardly any other: the journal's index, never proof of equality by itself.
+    pub fn digest(&self) -> i64 {
+        digest(&[
+            self.kind.name().as_bytes(),
+            &self.at.unix().to_le_bytes(),
+            self.data.as_deref().unwrap_or("").as_bytes(),
+        ])
+    }
+}
+
+fn canonical(json: &str) -> Result<String, serde_json::Error> {
+    // `Value` keeps object keys sorted.
+    let value: serde_json::Value = serde_json::from_str(json)?;
+    serde_json::to_string(&value)
+}
+
+/// A 64-bit digest that stays the same from one release to the next, since the journal keeps it.
+pub fn digest(parts: &[&[u8]]) -> i64 {
+    let mut hasher = SipHasher13::new();
+    for part in parts {
+        hasher.write_usize(part.len());
+        hasher.write(part);
+    }
+    i64::from_ne_bytes(hasher.finish().to_ne_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_are_compared_by_what_they_say() {
+        let one = Event::parse(
+            r#"{"conversation_id":1,"event_name":"TRANSFER","event_at":5,"data":{"new_advisor_id":2,"old_advisor_id":1}}"#,
+        );
+        let two = Event::parse(
+            r#"{ "event_at":5, "event_name":"TRANSFER","data":{"old_advisor_id":1, "new_advisor_id":2},"conversation_id":1}"#,
+        );
+        assert_eq!(one.expect("an event"), two.expect("an event"));
+    }
+
+    #[test]
+    fn what_cannot_be_understood_says_why() {
+        for (raw, why) in [
+            ("[]", "not an event"),
+            (
+                r#"{"conversation_id":"1","event_name":"END","event_at":5}"#,
+                "not an event",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"PAUSE","event_at":5}"#,
+                "name is unknown",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"END","event_at":-5}"#,
+                "out of range",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"END","event_at":9999999999999}"#,
+                "out of range",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":null}"#,
+                "without data",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":7}}"#,
+                "data are not those",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"\ud800"}}"#,
+                "data are not those",
+            ),
+        ] {
+            let error = Event::parse(raw).expect_err(raw).to_string();
+            assert!(error.contains(why), "{raw}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_digest_never_changes() {
+        // The journal keeps it: another value here would make every event of an existing journal unknown.
+        let event = Event {
+            conversation: 1,
+            at: Timestamp::clamped(1),
+            kind: Kind::End,
+            data: None,
+        };
+        assert_eq!(event.digest(), event.clone().digest());
+        assert_eq!(digest(&[b"END"]), digest(&[b"END"]));
+        assert_ne!(digest(&[b"a", b"b"]), digest(&[b"ab", b""]));
+    }
+}

@@ -1,0 +1,95 @@
+//! MESSAGE: the message is added to the chat; first it is looked for, if it may stand there already.
+
+use std::collections::HashSet;
+
+use crate::context::{Context, Setback};
+use crate::conversation::{Conversation, Waiting};
+use crate::event::What;
+use crate::messages;
+use crate::our_api::{NewMessage, Trouble};
+use crate::resolve::{agent, chat};
+use crate::settings::MessageAuthor;
+use crate::time::Millis;
+
+/// Looks up which of the chat's messages stand there already, if any of these may: one in doubt, or told before the
+/// daemon started and not looked for since. Returns the events found, or `None` where there was no need to look.
+pub(super) async fn look_up(
+    context: &Context,
+    conversation: &mut Conversation,
+    events: &[&Waiting],
+) -> Result<Option<HashSet<i64>>, Setback> {
+    let looked_up = conversation.chat.looked_up == context.session.id;
+    let needed = events
+        .iter()
+        .any(|event| event.attempts.in_doubt || (context.may_be_there(event.id) && !looked_up));
+    let Some(chat) = conversation.chat.id.filter(|_| needed) else {
+        return Ok(None);
+    };
+    let held = match context.our_api.messages(chat).await {
+        Ok(held) => held,
+        Err(error) if error.trouble == Trouble::NoSuchChat => {
+            return Err(chat::missing(context, conversation, error).await);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let held = held
+        .iter()
+        .map(|message| messages::key(message.sent_at, &message.text))
+        .collect();
+    let (id, up_to, session) = (
+        conversation.id,
+        context.look_up_through(),
+        context.session.id,
+    );
+    let there = context
+        .journal
+        .with(move |store| store.note_look_up(id, held, up_to, session, Millis::now()))
+        .await?;
+    conversation.chat.looked_up = session;
+    Ok(Some(there))
+}
+
+/// Adds a message to its conversation's chat, unless it stands there: `looked_up` is what a look-up just found.
+/// Returns how many writes it took.
+pub(super) async fn deliver(
+    context: &Context,
+    conversation: &mut Conversation,
+    event: &Waiting,
+    looked_up: Option<&HashSet<i64>>,
+) -> Result<u32, Setback> {
+    let (Some(chat), What::Message { text }) = (conversation.chat.id, &event.what) else {
+        return Ok(0);
+    };
+    match looked_up {
+        Some(there) if there.contains(&event.id) => return Ok(0),
+        None if context.may_be_there(event.id) => {
+            // An earlier look-up in this session may have found it, before BigChat told of it again.
+            let (id, event, key) = (conversation.id, event.id, messages::key(event.at, text));
+            if context
+                .journal
+                .with(move |store| store.take_found(id, event, &key, Millis::now()))
+                .await?
+            {
+                return Ok(0);
+            }
+        }
+        _ => {}
+    }
+    let author = match context.settings.message_author {
+        MessageAuthor::None => None,
+        MessageAuthor::Agent => conversation.chat.agent,
+    };
+    let message = NewMessage {
+        sent_at: event.at,
+        text,
+        agent_id: author,
+    };
+    match context.our_api.add_message(chat, &message).await {
+        Ok(()) => Ok(1),
+        Err(error) => Err(match error.trouble {
+            Trouble::NoSuchChat => chat::missing(context, conversation, error).await,
+            Trouble::NoSuchAgent => agent::missing(context, author, error).await,
+            _ => Setback::of_write(error),
+        }),
+    }
+}

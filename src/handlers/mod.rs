@@ -1,0 +1,230 @@
+//! The handlers, one for each kind of event, and the order in which a conversation's events go to them.
+//!
+//! A handler may run again at any time: it brings OurAPI to what the event says, and finds most of it there. What
+//! events say of the chat itself is put together and sent as one change; messages follow in order of arrival.
+
+mod end;
+mod message;
+mod start;
+mod transfer;
+
+use crate::context::{Context, Setback};
+use crate::conversation::{Conversation, Waiting, Work};
+use crate::event::What;
+use crate::resolve::chat;
+use crate::time::Timestamp;
+
+/// What came of a piece of work.
+#[derive(Debug)]
+pub struct Handled {
+    /// The conversation as it is now.
+    pub conversation: Conversation,
+    /// The events that were delivered, or refused for good. The others were not tried.
+    pub done: Vec<(Waiting, Result<(), Setback>)>,
+    /// What stopped the work before its end, and at which event; no event: at the chat itself.
+    pub setback: Option<(Option<Waiting>, Setback)>,
+    /// How many writes OurAPI carried out.
+    pub writes: u32,
+}
+
+/// Delivers the events of a conversation, until it is done, fails, or the daemon is to stop.
+pub async fn handle(context: &Context, work: Work) -> Handled {
+    let Work {
+        conversation,
+        events,
+    } = work;
+    let mut handled = Handled {
+        conversation,
+        done: Vec::new(),
+        setback: None,
+        writes: 0,
+    };
+    if let Err(setback) = handled.run(context, &events).await {
+        handled.setback = Some(setback);
+    }
+    handled
+}
+
+type Stopped = (Option<Waiting>, Setback);
+
+impl Handled {
+    async fn run(&mut self, context: &Context, events: &[Waiting]) -> Result<(), Stopped> {
+        let earliest = events.iter().map(|event| event.at).min();
+        let (messages, changes): (Vec<&Waiting>, Vec<&Waiting>) = events
+            .iter()
+            .partition(|event| matches!(event.what, What::Message { .. }));
+        if self.conversation.chat.id.is_some() && self.conversation.chat.seen < context.losses() {
+            let losses = context.losses();
+            chat::verify(context, &mut self.conversation)
+                .await
+                .map_err(|setback| (events.first().cloned(), setback))?;
+            match self.change_chat(context, &[], earliest).await {
+                Err(setback) if !setback.is_refusal() => {
+                    return Err((events.first().cloned(), setback));
+                }
+                _ => self.conversation.chat.seen = losses,
+            }
+        }
+        self.all_changes(context, &changes, earliest).await?;
+        self.all_messages(context, &messages, earliest).await
+    }
+
+    /// All changes at once; one by one if one of them has failed before, so that it is known which it is.
+    async fn all_changes(
+        &mut self,
+        context: &Context,
+        changes: &[&Waiting],
+        earliest: Option<Timestamp>,
+    ) -> Result<(), Stopped> {
+        let together = changes.len() > 1 && changes.iter().all(|event| event.attempts.tries == 0);
+        if together {
+            match self.change_chat(context, changes, earliest).await {
+                Ok(()) => return Ok(()),
+                Err(setback) if setback.is_refusal() => {}
+                Err(setback) => {
+                    return Err((changes.first().map(|event| (*event).clone()), setback));
+                }
+            }
+        }
+        for event in changes {
+            if context.stopping.is_cancelled() {
+                return Ok(());
+            }
+            match self.change_chat(context, &[event], earliest).await {
+                Ok(()) => {}
+                Err(setback) if setback.is_refusal() => {
+                    self.done.push(((*event).clone(), Err(setback)))
+                }
+                Err(setback) => return Err((Some((*event).clone()), setback)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn change_chat(
+        &mut self,
+        context: &Context,
+        changes: &[&Waiting],
+        earliest: Option<Timestamp>,
+    ) -> Result<(), Setback> {
+        let mut next = self.conversation.clone();
+        for event in changes {
+            match &event.what {
+                What::Start => start::apply(&mut next, event),
+                What::End => end::apply(&mut next, event),
+                What::Transfer { advisor } => transfer::apply(&mut next, event, *advisor),
+                What::Message { .. } => {}
+            }
+        }
+        let chat_before = next.chat.id;
+        match chat::reconcile(context, &mut next, earliest).await {
+            Ok(writes) => {
+                self.writes += writes;
+                self.conversation = next;
+                for event in changes {
+                    self.delivered(event);
+                }
+                Ok(())
+            }
+            Err(setback) => {
+                // What was learnt of the chat and of BigChat stays; what the events say is said again next time.
+                next.said = self.conversation.said;
+                next.chat.unsure |= setback.in_doubt();
+                if chat_before.is_some() && next.chat.id.is_none() {
+                    tracing::info!(conversation = next.bigchat_id, "its chat is built again");
+                }
+                self.conversation = next;
+                Err(setback)
+            }
+        }
+    }
+
+    async fn all_messages(
+        &mut self,
+        context: &Context,
+        messages: &[&Waiting],
+        earliest: Option<Timestamp>,
+    ) -> Result<(), Stopped> {
+        let Some(first) = messages.first() else {
+            return Ok(());
+        };
+        if self.conversation.chat.id.is_none() {
+            match self.change_chat(context, &[], earliest).await {
+                Ok(()) => {}
+                // Without a chat it is each message's own matter.
+                Err(setback) if setback.is_refusal() => {
+                    self.done.push(((*first).clone(), Err(setback)));
+                    return Ok(());
+                }
+                Err(setback) => return Err((Some((*first).clone()), setback)),
+            }
+        }
+        // Before any is sent: what is sent from here on must not be taken for what stood there.
+        let looked_up = message::look_up(context, &mut self.conversation, messages)
+            .await
+            .map_err(|setback| (Some((*first).clone()), setback))?;
+        for event in messages {
+            if context.stopping.is_cancelled() {
+                return Ok(());
+            }
+            match message::deliver(context, &mut self.conversation, event, looked_up.as_ref()).await
+            {
+                Ok(writes) => {
+                    self.writes += writes;
+                    self.delivered(event);
+                }
+                Err(setback) if setback.is_refusal() => {
+                    self.done.push(((*event).clone(), Err(setback)))
+                }
+                Err(setback) => {
+                    let mut event = (*event).clone();
+                    // Looked up, it is in doubt only if it was sent since.
+                    event.attempts.in_doubt &= looked_up.is_none();
+                    return Err((Some(event), setback));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn delivered(&mut self, event: &Waiting) {
+        tracing::info!(
+            conversation = self.conversation.bigchat_id,
+            event = event.id,
+            kind = %event.what.kind(),
+            at = %event.at,
+            chat = self.conversation.chat.id.map(tracing::field::display),
+            "delivered"
+        );
+        self.done.push((event.clone(), Ok(())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::conversation::{Attempts, Chat, Conversation, DetailsState, Said, Waiting};
+    use crate::event::What;
+    use crate::time::Timestamp;
+
+    pub(super) fn conversation() -> Conversation {
+        Conversation {
+            id: 1,
+            epoch: 1,
+            bigchat_id: 1,
+            started_at: None,
+            first_advisor: None,
+            details: DetailsState::Unread,
+            said: Said::default(),
+            chat: Chat::default(),
+        }
+    }
+
+    pub(super) fn waiting(id: i64, at: i64, what: What) -> Waiting {
+        Waiting {
+            id,
+            at: Timestamp::clamped(at),
+            what,
+            attempts: Attempts::default(),
+        }
+    }
+}

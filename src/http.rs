@@ -1,0 +1,334 @@
+//! What both API clients share: one request, one answer, within a time and a size, and nothing done behind the
+//! caller's back.
+//!
+//! No redirects, no retries, no proxies, no decompression: the daemon's promises rest on knowing of each request
+//! whether it was sent. No request and no token ever goes to another host than the configured one.
+
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use reqwest::{Client, Method, StatusCode, header, redirect};
+use secrecy::{ExposeSecret, SecretString};
+use thiserror::Error;
+use url::Url;
+
+use crate::retry::RETRY_AFTER_MAX;
+use crate::time::{Millis, Timestamp};
+
+/// Larger answers are not read to their end. A page of 100,000 events fits in.
+const MAX_BODY: usize = 32 << 20;
+
+/// How much of a request or an answer goes into records and logs.
+const MAX_RECORD: usize = 2_000;
+
+/// Both servers close connections that were idle for 5 s; one that is older breaks in mid-request.
+const POOL_IDLE: Duration = Duration::from_secs(4);
+
+/// One API at one base URL.
+#[derive(Debug)]
+pub struct Http {
+    client: Client,
+    base: Url,
+    token: Option<SecretString>,
+    throttled_until: AtomicI64,
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// The server's clock, by the `date` header.
+    pub date: Option<Timestamp>,
+    /// Until when `Retry-After` asks to wait.
+    pub retry_at: Option<Millis>,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Error)]
+pub enum NoAnswer {
+    /// The request never left this machine: there was no connection. Nothing was carried out.
+    #[error("no connection: {0}")]
+    NotSent(String),
+    /// Sent, perhaps carried out; the answer was lost, late, cut off or too large.
+    #[error("no whole answer: {0}")]
+    Lost(String),
+    /// Not sent, since the API has asked to be left alone until then.
+    #[error("the API asked to be left alone until {0}")]
+    Throttled(Millis),
+}
+
+impl Http {
+    /// A client for the API at `base`, each request of which takes at most `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// When the machine's certificates cannot be read.
+    pub fn new(
+        base: Url,
+        token: Option<SecretString>,
+        timeout: Duration,
+    ) -> Result<Self, reqwest::Error> {
+        let client = Client::builder()
+            .user_agent(concat!("bigchat-sync/", env!("CARGO_PKG_VERSION")))
+            .timeout(timeout)
+            .connect_timeout(timeout)
+            .pool_idle_timeout(POOL_IDLE)
+            .redirect(redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .no_proxy()
+            .tcp_nodelay(true)
+            .build()?;
+        Ok(Self {
+            client,
+            base,
+            token,
+            throttled_until: AtomicI64::new(0),
+        })
+    }
+
+    /// The configured base URL.
+    pub fn base(&self) -> &Url {
+        &self.base
+    }
+
+    /// Until when the API is left alone, if it asked for that.
+    pub fn throttled_until(&self, now: Millis) -> Option<Millis> {
+        let until = Millis(self.throttled_until.load(Ordering::Relaxed));
+        // Further ahead than ever asked for, it is this machine's clock that was set back.
+        (now < until && until <= now.plus(RETRY_AFTER_MAX)).then_some(until)
+    }
+
+    /// Until when the API asked to be left alone, whether that is over or not.
+    pub fn asked_until(&self) -> Millis {
+        Millis(self.throttled_until.load(Ordering::Relaxed))
+    }
+
+    /// Leaves the API alone until then.
+    pub fn throttle(&self, until: Millis) {
+        self.throttled_until.fetch_max(until.0, Ordering::Relaxed);
+    }
+
+    /// The URL of `path` (segments, to be encoded) below the base URL, with `query` (encoded already).
+    pub fn url(&self, path: &[&str], query: Option<&str>) -> Url {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(path);
+        }
+        url.set_query(query);
+        url
+    }
+
+    /// Sends one request, with `body` as JSON, and reads the answer.
+    pub async fn send(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<&impl serde::Serialize>,
+    ) -> Result<Answer, NoAnswer> {
+        let now = Millis::now();
+        if let Some(until) = self.throttled_until(now) {
+            return Err(NoAnswer::Throttled(until));
+        }
+        let mut request = self.client.request(method, url);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token.expose_secret());
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let mut response = request.send().await.map_err(no_answer)?;
+        let status = response.status();
+        let header = |name| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+        };
+        let date = header(header::DATE).and_then(Timestamp::parse_http_date);
+        let asks_to_wait = matches!(
+            status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+        );
+        let retry_at = header(header::RETRY_AFTER)
+            .filter(|_| asks_to_wait)
+            .and_then(|value| retry_after(value, date))
+            .map(|wait| now.plus(wait));
+        let mut bytes = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(lost)? {
+            if bytes.len() + chunk.len() > MAX_BODY {
+                return Err(NoAnswer::Lost(format!(
+                    "the answer is larger than {} MiB",
+                    MAX_BODY >> 20
+                )));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        if let Some(until) = retry_at {
+            self.throttle(until);
+        }
+        Ok(Answer {
+            status,
+            date,
+            retry_at,
+            body: bytes,
+        })
+    }
+}
+
+fn no_answer(error: reqwest::Error) -> NoAnswer {
+    if error.is_connect() || error.is_builder() {
+        NoAnswer::NotSent(causes(error))
+    } else {
+        lost(error)
+    }
+}
+
+fn lost(error: reqwest::Error) -> NoAnswer {
+    if error.is_timeout() {
+        NoAnswer::Lost("it took too long".into())
+    } else {
+        NoAnswer::Lost(causes(error))
+    }
+}
+
+/// The error and what caused it, without the URL: a query may hold an e-mail address.
+fn causes(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// How long `Retry-After` asks to wait: seconds, or an HTTP date by the server's own clock. Nonsense asks for
+/// nothing, and nobody waits for longer than an hour.
+fn retry_after(value: &str, date: Option<Timestamp>) -> Option<Duration> {
+    let value = value.trim();
+    let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
+        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
+    } else {
+        let until = Timestamp::parse_http_date(value)?;
+        let now = date.unwrap_or_else(Timestamp::of_this_machine);
+        Duration::from_secs(u64::try_from(until.unix() - now.unix()).unwrap_or(0))
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
+}
+
+/// A request and what came of it, as kept with a failed event. Bounded; never holds a token.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exchange {
+    /// Method, path, query and body.
+    pub request: String,
+    /// Status and body, or why there is no answer.
+    pub response: String,
+}
+
+impl Exchange {
+    /// The record of a request that got this answer, or none.
+    pub fn new(
+        method: &Method,
+        url: &Url,
+        body: Option<&impl serde::Serialize>,
+        response: Result<&Answer, &NoAnswer>,
+    ) -> Self {
+        let path = &url[url::Position::BeforePath..];
+        let body = body
+            .and_then(|body| serde_json::to_string(body).ok())
+            .unwrap_or_default();
+        let response = match response {
+            Ok(answer) => format!(
+                "{} {}",
+                answer.status.as_u16(),
+                String::from_utf8_lossy(head(&answer.body))
+            ),
+            Err(error) => error.to_string(),
+        };
+        Self {
+            request: shortened(&format!("{method} {path} {body}")),
+            response: shortened(&response),
+        }
+    }
+}
+
+impl fmt::Display for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} -> {}", self.request, self.response)
+    }
+}
+
+fn head(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(MAX_RECORD)]
+}
+
+/// `text`, without its end where it is long.
+pub fn shortened(text: &str) -> String {
+    let text = text.trim();
+    match text.char_indices().nth(MAX_RECORD) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_kept_within_an_hour_and_nonsense_is_no_request() {
+        let date = Timestamp::parse_http_date("Sun, 22 Nov 2026 22:00:00 GMT");
+        let wait = |value| retry_after(value, date).map(|wait| wait.as_secs());
+        assert_eq!(wait("7"), Some(7));
+        assert_eq!(wait("Sun, 22 Nov 2026 22:00:30 GMT"), Some(30));
+        assert_eq!(wait("Sun, 22 Nov 2026 21:00:00 GMT"), Some(0));
+        assert_eq!(wait("99999999999999999999999999"), Some(3600));
+        assert_eq!(wait("soon"), None);
+        assert_eq!(wait("-1"), None);
+        assert_eq!(wait(""), None);
+    }
+
+    #[test]
+    fn paths_are_encoded_and_stay_below_the_base() {
+        let http = |base: &str| {
+            Http::new(
+                Url::parse(base).expect("a URL"),
+                None,
+                Duration::from_secs(1),
+            )
+            .expect("a client")
+        };
+        assert_eq!(
+            http("http://h:1").url(&["chats"], None).as_str(),
+            "http://h:1/chats"
+        );
+        assert_eq!(
+            http("http://h/api/")
+                .url(&["chats", "a/../b?"], Some("x=1"))
+                .as_str(),
+            "http://h/api/chats/a%2F..%2Fb%3F?x=1"
+        );
+    }
+
+    #[test]
+    fn a_clock_set_back_does_not_prolong_a_throttle() {
+        let http = Http::new(
+            Url::parse("http://h").expect("a URL"),
+            None,
+            Duration::from_secs(1),
+        )
+        .expect("a client");
+        http.throttle(Millis(10_000_000));
+        assert_eq!(
+            http.throttled_until(Millis(9_000_000)),
+            Some(Millis(10_000_000))
+        );
+        assert_eq!(http.throttled_until(Millis(10_000_000)), None);
+        assert_eq!(http.throttled_until(Millis(1_000_000)), None);
+    }
+}

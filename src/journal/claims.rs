@@ -1,0 +1,597 @@
+//! What delivery takes on and what became of it.
+//!
+//! A claim is made before anything is sent and ends with its settlement, in one transaction with what was learnt.
+//! Whatever is claimed when the daemon starts was in work when it died: its outcome is unknown.
+
+use std::collections::HashSet;
+
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
+
+use super::knowledge::uuid;
+use super::pages::{wake, written};
+use super::{JournalError, Result, Store};
+use crate::conversation::{
+    Attempts, Chat, Conversation, DetailsState, Failure, Outcome, Said, Settlement, Transfer,
+    Waiting, Work,
+};
+use crate::event::{Kind, What};
+use crate::messages::{self, MessageKey, Standing};
+use crate::time::{Millis, Timestamp};
+
+/// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps
+/// others waiting.
+const EVENTS_A_CLAIM: u32 = 200;
+
+/// What delivery starts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Session {
+    /// Its number.
+    pub id: i64,
+    /// The latest event there was: those up to it may have been delivered by another copy of the database.
+    pub last_event: i64,
+    /// How many writes have succeeded ever.
+    pub successes: i64,
+    /// How many losses of OurAPI there have been.
+    pub losses: i64,
+    /// How many conversations were in work when the daemon died.
+    pub interrupted: usize,
+    /// Until when the APIs asked to be left alone.
+    pub throttles: Throttles,
+}
+
+/// Until when the APIs asked to be left alone, by this machine's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Throttles {
+    /// BigChat.
+    pub bigchat: Millis,
+    /// OurAPI.
+    pub our_api: Millis,
+}
+
+/// What was claimed.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The conversations, with their waiting events.
+    pub work: Vec<Work>,
+    /// When something is due next, beside those.
+    pub next_due: Option<Millis>,
+}
+
+impl Store {
+    /// Starts a session of delivery: what was claimed has an unknown outcome from now on.
+    pub fn start_session(&mut self, now: Millis) -> Result<Session> {
+        let transaction = self.connection.transaction()?;
+        let claimed: Vec<i64> = {
+            let mut statement = transaction
+                .prepare_cached("SELECT id FROM conversations WHERE claimed_through IS NOT NULL")?;
+            let ids = statement.query_map([], |row| row.get(0))?;
+            ids.collect::<rusqlite::Result<_>>()?
+        };
+        for conversation in &claimed {
+            transaction.execute(
+                "INSERT INTO attempts (event, in_doubt)
+                 SELECT e.id, 1 FROM events e JOIN conversations c ON c.id = e.conversation
+                 WHERE c.id = ?1 AND e.state = 'waiting' AND e.id <= c.claimed_through
+                 ON CONFLICT (event) DO UPDATE SET in_doubt = 1",
+                [conversation],
+            )?;
+            transaction.execute(
+                "UPDATE conversations SET claimed_through = NULL, chat_unsure = 1 WHERE id = ?1",
+                [conversation],
+            )?;
+            reschedule(&transaction, *conversation)?;
+        }
+        // OurAPI may have been mended since.
+        transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
+        let session = transaction.query_row(
+            "UPDATE delivery SET session = session + 1
+             RETURNING session, successes, losses, bigchat_throttled, our_api_throttled,
+                (SELECT coalesce(max(id), 0) FROM events)",
+            [],
+            |row| {
+                Ok(Session {
+                    id: row.get(0)?,
+                    successes: row.get(1)?,
+                    losses: row.get(2)?,
+                    throttles: Throttles {
+                        bigchat: Millis(row.get(3)?),
+                        our_api: Millis(row.get(4)?),
+                    },
+                    last_event: row.get(5)?,
+                    interrupted: claimed.len(),
+                })
+            },
+        )?;
+        // A clock that was wrong must not make anything wait for ever.
+        transaction.execute(
+            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?1",
+            [now.0],
+        )?;
+        transaction.commit()?;
+        Ok(session)
+    }
+
+    /// Settles what was done and claims at most `at_most` conversations that are due, those that have been due for
+    /// longest first; after them, if `sweep`, chats not seen since OurAPI last lost something. All in one transaction, so that
+    /// under load a commit serves many conversations.
+    pub fn settle_and_claim(
+        &mut self,
+        settlements: &[Settlement],
+        successes: i64,
+        at_most: usize,
+        sweep: bool,
+        now: Millis,
+    ) -> Result<Claimed> {
+        let transaction = self.connection.transaction()?;
+        for settlement in settlements {
+            settle(&transaction, settlement, now)?;
+        }
+        if !settlements.is_empty() {
+            transaction
+                .prepare_cached("UPDATE delivery SET successes = ?1")?
+                .execute([successes])?;
+        }
+        let mut work = Vec::new();
+        if at_most > 0 {
+            let mut ids = due(&transaction, at_most, now)?;
+            let room = at_most - ids.len();
+            if sweep && room > 0 {
+                ids.extend(unseen(&transaction, room)?);
+            }
+            for id in ids {
+                work.push(claim(&transaction, id)?);
+            }
+        }
+        let next_due = next_due(&transaction)?;
+        if !settlements.is_empty() || !work.is_empty() {
+            transaction.commit()?;
+        }
+        Ok(Claimed { work, next_due })
+    }
+
+    /// Gives back what was claimed and not begun.
+    pub fn release(&mut self, conversations: &[i64]) -> Result<()> {
+        let transaction = self.connection.transaction()?;
+        for id in conversations {
+            transaction
+                .prepare_cached("UPDATE conversations SET claimed_through = NULL WHERE id = ?1")?
+                .execute([id])?;
+            reschedule(&transaction, *id)?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Makes everything due now that would be due later: this machine's clock was set back.
+    pub fn clock_set_back(&mut self, now: Millis) -> Result<()> {
+        self.connection.execute(
+            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?1",
+            [now.0],
+        )?;
+        Ok(())
+    }
+
+    /// How many events wait.
+    pub fn waiting(&mut self) -> Result<u64> {
+        let count: i64 = self
+            .connection
+            .prepare_cached(
+                "SELECT count(*) FROM events WHERE state = 'waiting' AND conversation IS NOT NULL",
+            )?
+            .query_row([], |row| row.get(0))?;
+        Ok(u64::try_from(count).unwrap_or_default())
+    }
+
+    /// Keeps until when the APIs asked to be left alone.
+    pub fn note_throttles(&mut self, throttles: Throttles) -> Result<()> {
+        self.connection.execute(
+            "UPDATE delivery SET bigchat_throttled = ?1, our_api_throttled = ?2
+             WHERE bigchat_throttled <> ?1 OR our_api_throttled <> ?2",
+            [throttles.bigchat.0, throttles.our_api.0],
+        )?;
+        Ok(())
+    }
+
+    /// The earliest time any event of a conversation tells.
+    pub fn earliest(&mut self, conversation: i64) -> Result<Option<Timestamp>> {
+        let earliest: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT min(event_at) FROM events WHERE conversation = ?1")?
+            .query_row([conversation], |row| row.get(0))?;
+        Ok(earliest.map(Timestamp::clamped))
+    }
+
+    /// Whether another conversation of that id was told of in an earlier run of BigChat.
+    pub fn id_was_used(&mut self, conversation: &Conversation) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM conversations c WHERE c.bigchat_id = ?1 AND c.epoch < ?2
+                    AND (c.external_id IS NOT NULL OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = c.id)))",
+            )?
+            .query_row([conversation.bigchat_id, conversation.epoch], |row| row.get(0))?)
+    }
+
+    /// Keeps the external id and start time a chat is about to be created with, where they could not be worked out
+    /// again: whether the chat is ours could not be told if the answer were lost.
+    pub fn note_creation(
+        &mut self,
+        conversation: i64,
+        external_id: &str,
+        started_at: Timestamp,
+    ) -> Result<()> {
+        self.connection.execute(
+            "UPDATE conversations SET external_id = ?2, chat_started_at = ?3 WHERE id = ?1",
+            params![conversation, external_id, started_at.unix()],
+        )?;
+        Ok(())
+    }
+
+    /// The messages of a conversation's chat are to be delivered again, since OurAPI has lost it. `in_doubt`: there is
+    /// another chat in its place, which may hold some of them.
+    pub fn deliver_again(&mut self, conversation: i64, in_doubt: bool) -> Result<()> {
+        let transaction = self.connection.transaction()?;
+        if in_doubt {
+            transaction.execute(
+                "INSERT INTO attempts (event, in_doubt)
+                 SELECT id, 1 FROM events WHERE conversation = ?1 AND name = 'MESSAGE' AND state IN ('delivered', 'waiting')
+                 ON CONFLICT (event) DO UPDATE SET in_doubt = 1",
+                [conversation],
+            )?;
+        }
+        transaction.execute(
+            "UPDATE events SET state = 'waiting', settled_at = NULL
+             WHERE conversation = ?1 AND name = 'MESSAGE' AND state = 'delivered'",
+            [conversation],
+        )?;
+        transaction.execute("DELETE FROM found WHERE conversation = ?1", [conversation])?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Compares the messages OurAPI holds for a conversation with those the journal has. Those that wait, may stand
+    /// there (in doubt, or not after `up_to`) and do are delivered; which these are is returned. What OurAPI holds
+    /// beyond is remembered for what BigChat may tell again.
+    pub fn note_look_up(
+        &mut self,
+        conversation: i64,
+        held: Vec<MessageKey>,
+        up_to: i64,
+        session: i64,
+        now: Millis,
+    ) -> Result<HashSet<i64>> {
+        let transaction = self.connection.transaction()?;
+        let journal = messages_of(&transaction, conversation, up_to)?;
+        let result = messages::look_up(held, &journal);
+        for id in &result.there {
+            deliver(&transaction, *id, now)?;
+        }
+        for id in &result.missing {
+            transaction
+                .prepare_cached("UPDATE attempts SET in_doubt = 0 WHERE event = ?1")?
+                .execute([id])?;
+        }
+        transaction
+            .prepare_cached("DELETE FROM found WHERE conversation = ?1")?
+            .execute([conversation])?;
+        for ((sent_at, text), count) in &result.beyond {
+            transaction
+                .prepare_cached("INSERT INTO found (conversation, sent_at, text, count) VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![conversation, sent_at.unix(), text, count])?;
+        }
+        transaction
+            .prepare_cached("UPDATE conversations SET looked_up = ?2 WHERE id = ?1")?
+            .execute([conversation, session])?;
+        transaction.commit()?;
+        Ok(result.there.into_iter().collect())
+    }
+
+    /// Whether OurAPI was found to hold such a message that no event accounted for; from now on this one does.
+    pub fn take_found(
+        &mut self,
+        conversation: i64,
+        event: i64,
+        key: &MessageKey,
+        now: Millis,
+    ) -> Result<bool> {
+        let transaction = self.connection.transaction()?;
+        let left: Option<i64> = transaction
+            .prepare_cached(
+                "SELECT count FROM found WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
+            )?
+            .query_row(params![conversation, key.0.unix(), key.1], |row| row.get(0))
+            .optional()?;
+        let Some(left) = left else { return Ok(false) };
+        let statement = if left > 1 {
+            "UPDATE found SET count = count - 1 WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3"
+        } else {
+            "DELETE FROM found WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3"
+        };
+        transaction.prepare_cached(statement)?.execute(params![
+            conversation,
+            key.0.unix(),
+            key.1
+        ])?;
+        deliver(&transaction, event, now)?;
+        transaction.commit()?;
+        Ok(true)
+    }
+}
+
+fn due(connection: &Connection, at_most: usize, now: Millis) -> Result<Vec<i64>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM conversations WHERE due_at <= ?1 ORDER BY due_at, id LIMIT ?2",
+    )?;
+    let ids = statement.query_map(params![now.0, limit(at_most)], |row| row.get(0))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+fn unseen(connection: &Connection, at_most: usize) -> Result<Vec<i64>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM conversations
+         WHERE chat_id IS NOT NULL AND chat_seen < (SELECT losses FROM delivery)
+            AND due_at IS NULL AND claimed_through IS NULL
+         LIMIT ?1",
+    )?;
+    let ids = statement.query_map([limit(at_most)], |row| row.get(0))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+fn next_due(connection: &Connection) -> Result<Option<Millis>> {
+    let due: Option<i64> = connection
+        .prepare_cached("SELECT min(due_at) FROM conversations WHERE due_at IS NOT NULL")?
+        .query_row([], |row| row.get(0))?;
+    Ok(due.map(Millis))
+}
+
+fn limit(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
+    let conversation = transaction
+        .prepare_cached(
+            "SELECT id, epoch, bigchat_id, started_at, first_advisor, details, ended_at, transfer_at, transfer_event,
+                transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_unsure,
+                chat_seen, looked_up
+             FROM conversations WHERE id = ?1",
+        )?
+        .query_row([id], |row| Ok(read_conversation(row)))??;
+    let mut statement = transaction.prepare_cached(
+        "SELECT e.id, e.name, e.event_at, e.data, a.tries, a.counted, a.successes, a.in_doubt
+         FROM events e LEFT JOIN attempts a ON a.event = e.id
+         WHERE e.conversation = ?1 AND e.state = 'waiting' ORDER BY e.id LIMIT ?2",
+    )?;
+    let events = statement.query_map(params![id, EVENTS_A_CLAIM], |row| Ok(read_waiting(row)))?;
+    let events: Vec<Waiting> = events.map(|event| event?).collect::<Result<_>>()?;
+    let through = events.last().map_or(0, |event| event.id);
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET due_at = NULL, claimed_through = ?2 WHERE id = ?1",
+        )?
+        .execute([id, through])?;
+    Ok(Work {
+        conversation,
+        events,
+    })
+}
+
+fn read_conversation(row: &Row<'_>) -> Result<Conversation> {
+    let time = |column: &str| -> Result<Option<Timestamp>> {
+        Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::clamped))
+    };
+    let id = |column: &str| {
+        row.get::<_, Option<String>>(column)?
+            .map(|id| uuid(&id))
+            .transpose()
+    };
+    let transfer = match (
+        time("transfer_at")?,
+        row.get("transfer_event")?,
+        row.get("transfer_advisor")?,
+    ) {
+        (Some(at), Some(event), Some(advisor)) => Some(Transfer { at, event, advisor }),
+        _ => None,
+    };
+    let details: String = row.get("details")?;
+    Ok(Conversation {
+        id: row.get("id")?,
+        epoch: row.get("epoch")?,
+        bigchat_id: row.get("bigchat_id")?,
+        started_at: time("started_at")?,
+        first_advisor: row.get("first_advisor")?,
+        details: match details.as_str() {
+            "unread" => DetailsState::Unread,
+            "read" => DetailsState::Read,
+            _ => DetailsState::Gone,
+        },
+        said: Said {
+            ended_at: time("ended_at")?,
+            transfer,
+        },
+        chat: Chat {
+            external_id: row.get("external_id")?,
+            id: id("chat_id")?,
+            started_at: time("chat_started_at")?,
+            ended_at: time("chat_ended_at")?,
+            agent: id("chat_agent")?,
+            unsure: row.get("chat_unsure")?,
+            seen: row.get("chat_seen")?,
+            looked_up: row.get("looked_up")?,
+        },
+    })
+}
+
+fn read_waiting(row: &Row<'_>) -> Result<Waiting> {
+    let (name, data): (String, Option<String>) = (row.get(1)?, row.get(3)?);
+    let kind = written(Kind::from_name(&name), &name)?;
+    let what = What::from_data(kind, data.as_deref())
+        .map_err(|error| JournalError::Corrupt(error.to_string()))?;
+    Ok(Waiting {
+        id: row.get(0)?,
+        at: Timestamp::clamped(row.get(2)?),
+        what,
+        attempts: Attempts {
+            tries: row.get::<_, Option<u32>>(4)?.unwrap_or(0),
+            counted: row.get::<_, Option<u32>>(5)?.unwrap_or(0),
+            successes: row.get(6)?,
+            in_doubt: row.get::<_, Option<bool>>(7)?.unwrap_or(false),
+        },
+    })
+}
+
+fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -> Result<()> {
+    let Conversation {
+        id,
+        started_at,
+        first_advisor,
+        details,
+        said,
+        chat,
+        ..
+    } = &settlement.conversation;
+    transaction
+        .prepare_cached(
+            // Its START may have arrived meanwhile.
+            "UPDATE conversations SET
+                started_at = coalesce(started_at, :started_at), first_advisor = :first_advisor, details = :details,
+                ended_at = :ended_at, transfer_at = :transfer_at, transfer_event = :transfer_event,
+                transfer_advisor = :transfer_advisor, external_id = :external_id, chat_id = :chat_id,
+                chat_started_at = :chat_started_at, chat_ended_at = :chat_ended_at, chat_agent = :chat_agent,
+                chat_unsure = :chat_unsure, chat_seen = :chat_seen, looked_up = :looked_up, claimed_through = NULL
+             WHERE id = :id",
+        )?
+        .execute(named_params! {
+            ":id": id,
+            ":started_at": started_at.map(Timestamp::unix),
+            ":first_advisor": first_advisor,
+            ":details": match details {
+                DetailsState::Unread => "unread",
+                DetailsState::Read => "read",
+                DetailsState::Gone => "gone",
+            },
+            ":ended_at": said.ended_at.map(Timestamp::unix),
+            ":transfer_at": said.transfer.map(|transfer| transfer.at.unix()),
+            ":transfer_event": said.transfer.map(|transfer| transfer.event),
+            ":transfer_advisor": said.transfer.map(|transfer| transfer.advisor),
+            ":external_id": chat.external_id,
+            ":chat_id": chat.id.map(|id| id.to_string()),
+            ":chat_started_at": chat.started_at.map(Timestamp::unix),
+            ":chat_ended_at": chat.ended_at.map(Timestamp::unix),
+            ":chat_agent": chat.agent.map(|id| id.to_string()),
+            ":chat_unsure": chat.unsure,
+            ":chat_seen": chat.seen,
+            ":looked_up": chat.looked_up,
+        })?;
+    for (event, outcome) in &settlement.outcomes {
+        match outcome {
+            Outcome::Delivered => deliver(transaction, *event, now)?,
+            Outcome::Waiting {
+                attempts,
+                next_at,
+                failure,
+            } => {
+                note_attempt(transaction, *event, attempts, Some(*next_at), failure, now)?;
+            }
+            Outcome::Failed { attempts, failure } => {
+                transaction
+                    .prepare_cached(
+                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1",
+                    )?
+                    .execute([*event, now.0])?;
+                note_attempt(transaction, *event, attempts, None, failure, now)?;
+            }
+        }
+    }
+    reschedule(transaction, *id)
+}
+
+fn deliver(transaction: &Transaction<'_>, event: i64, now: Millis) -> Result<()> {
+    transaction
+        .prepare_cached("UPDATE events SET state = 'delivered', settled_at = ?2 WHERE id = ?1 AND state = 'waiting'")?
+        .execute([event, now.0])?;
+    Ok(())
+}
+
+fn note_attempt(
+    transaction: &Transaction<'_>,
+    event: i64,
+    attempts: &Attempts,
+    next_at: Option<Millis>,
+    failure: &Failure,
+    now: Millis,
+) -> Result<()> {
+    transaction
+        .prepare_cached(
+            "INSERT OR REPLACE INTO attempts (event, tries, counted, tried_at, next_at, successes, in_doubt, reason, request, response)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+        )?
+        .execute(params![
+            event,
+            attempts.tries,
+            attempts.counted,
+            now.0,
+            next_at.map(|next| next.0),
+            attempts.successes,
+            attempts.in_doubt,
+            failure.reason,
+            failure.request,
+            failure.response,
+        ])?;
+    Ok(())
+}
+
+/// Makes a conversation due when its first waiting event is: at the time of its next attempt, else since it was kept.
+pub(super) fn reschedule(transaction: &Transaction<'_>, conversation: i64) -> Result<()> {
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET due_at = (
+                SELECT coalesce(a.next_at, e.kept_at) FROM events e LEFT JOIN attempts a ON a.event = e.id
+                WHERE e.conversation = ?1 AND e.state = 'waiting' ORDER BY e.id LIMIT 1)
+             WHERE id = ?1 AND claimed_through IS NULL",
+        )?
+        .execute([conversation])?;
+    Ok(())
+}
+
+/// The messages of a conversation that are delivered or wait, in order of arrival.
+fn messages_of(
+    connection: &Connection,
+    conversation: i64,
+    up_to: i64,
+) -> Result<Vec<(i64, MessageKey, Standing)>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT e.id, e.event_at, e.data, e.state = 'delivered', coalesce(a.in_doubt, 0)
+         FROM events e LEFT JOIN attempts a ON a.event = e.id
+         WHERE e.conversation = ?1 AND e.name = 'MESSAGE' AND e.state IN ('delivered', 'waiting') ORDER BY e.id",
+    )?;
+    let mut rows = statement.query([conversation])?;
+    let mut messages = Vec::new();
+    while let Some(row) = rows.next()? {
+        let id: i64 = row.get(0)?;
+        let data: Option<String> = row.get(2)?;
+        let What::Message { text } = What::from_data(Kind::Message, data.as_deref())
+            .map_err(|error| JournalError::Corrupt(error.to_string()))?
+        else {
+            continue;
+        };
+        let standing = match (row.get(3)?, row.get(4)?) {
+            (true, _) => Standing::Delivered,
+            (false, true) => Standing::MayBeThere,
+            (false, false) if id <= up_to => Standing::MayBeThere,
+            (false, false) => Standing::New,
+        };
+        messages.push((
+            id,
+            messages::key(Timestamp::clamped(row.get(1)?), &text),
+            standing,
+        ));
+    }
+    Ok(messages)
+}
+
+/// Makes a conversation due now, as after a decision about one of its events.
+pub(super) fn due_now(transaction: &Transaction<'_>, conversation: i64, now: Millis) -> Result<()> {
+    wake(transaction, conversation, now)?;
+    reschedule(transaction, conversation)
+}

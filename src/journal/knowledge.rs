@@ -1,0 +1,207 @@
+//! What is known of either side beside the events: BigChat's runs, its advisors, and the agents they are.
+
+use rusqlite::{Connection, OptionalExtension, params};
+use uuid::Uuid;
+
+use super::pages::written;
+use super::{Result, Store};
+use crate::time::Timestamp;
+
+/// A conversation by whose start time one run of BigChat is told from the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marker {
+    /// BigChat's id of it.
+    pub bigchat_id: i64,
+    /// When it started.
+    pub started_at: Timestamp,
+}
+
+/// What is known of an advisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KnownAdvisor {
+    /// Name and e-mail address.
+    Person {
+        /// Not unique.
+        name: String,
+        /// The identity.
+        email: String,
+    },
+    /// BigChat no longer knows it.
+    Gone,
+}
+
+/// What is known of an e-mail address at OurAPI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KnownAgent {
+    /// The agent of that address.
+    Agent(Uuid),
+    /// OurAPI refuses it for good.
+    Refused,
+}
+
+pub(super) fn current_epoch(connection: &Connection) -> Result<i64> {
+    Ok(connection
+        .prepare_cached("SELECT max(id) FROM epochs")?
+        .query_row([], |row| row.get(0))?)
+}
+
+impl Store {
+    /// The present run of BigChat.
+    pub fn epoch(&mut self) -> Result<i64> {
+        current_epoch(&self.connection)
+    }
+
+    /// The conversations of the present run with the lowest ids whose start time is known: after a restart these ids
+    /// are given out first.
+    pub fn markers(&mut self, at_most: u32) -> Result<Vec<Marker>> {
+        let epoch = self.epoch()?;
+        let mut statement = self.connection.prepare_cached(
+            "SELECT bigchat_id, started_at FROM conversations
+             WHERE epoch = ?1 AND started_at IS NOT NULL ORDER BY bigchat_id LIMIT ?2",
+        )?;
+        let markers = statement.query_map(params![epoch, at_most], |row| {
+            Ok(Marker {
+                bigchat_id: row.get(0)?,
+                started_at: Timestamp::clamped(row.get(1)?),
+            })
+        })?;
+        Ok(markers.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// When a conversation of the present run started, if that is known.
+    pub fn start_of(&mut self, bigchat_id: i64) -> Result<Option<Timestamp>> {
+        let epoch = self.epoch()?;
+        let started_at: Option<Option<i64>> = self
+            .connection
+            .prepare_cached(
+                "SELECT started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
+            )?
+            .query_row([epoch, bigchat_id], |row| row.get(0))
+            .optional()?;
+        Ok(started_at.flatten().map(Timestamp::clamped))
+    }
+
+    /// Notes when a conversation of the present run started, and who had it first.
+    pub fn note_details(
+        &mut self,
+        bigchat_id: i64,
+        started_at: Timestamp,
+        advisor: i64,
+    ) -> Result<()> {
+        let epoch = self.epoch()?;
+        self.connection
+            .prepare_cached(
+                "INSERT INTO conversations (epoch, bigchat_id, started_at, first_advisor, details) VALUES (?1, ?2, ?3, ?4, 'read')
+                 ON CONFLICT (epoch, bigchat_id) DO UPDATE SET
+                    started_at = coalesce(started_at, excluded.started_at),
+                    first_advisor = iif(details = 'unread', excluded.first_advisor, first_advisor),
+                    details = 'read'",
+            )?
+            .execute(params![epoch, bigchat_id, started_at.unix(), advisor])?;
+        Ok(())
+    }
+
+    /// BigChat has restarted, at `began_at` or before: from then on ids mean new conversations and new advisors.
+    /// Returns the new run.
+    pub fn begin_epoch(&mut self, began_at: Timestamp) -> Result<i64> {
+        let epoch = self.epoch()? + 1;
+        self.connection.execute(
+            "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
+            [epoch, began_at.unix()],
+        )?;
+        Ok(epoch)
+    }
+
+    /// An advisor, if anything is known of it.
+    pub fn advisor(&mut self, epoch: i64, bigchat_id: i64) -> Result<Option<KnownAdvisor>> {
+        let row: Option<(Option<String>, Option<String>)> = self
+            .connection
+            .prepare_cached(
+                "SELECT name, email FROM advisors WHERE epoch = ?1 AND bigchat_id = ?2",
+            )?
+            .query_row([epoch, bigchat_id], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()?;
+        Ok(row.map(|row| match row {
+            (Some(name), Some(email)) => KnownAdvisor::Person { name, email },
+            _ => KnownAdvisor::Gone,
+        }))
+    }
+
+    /// Notes what an advisor is.
+    pub fn note_advisor(
+        &mut self,
+        epoch: i64,
+        bigchat_id: i64,
+        advisor: &KnownAdvisor,
+    ) -> Result<()> {
+        let (name, email) = match advisor {
+            KnownAdvisor::Person { name, email } => (Some(name), Some(email)),
+            KnownAdvisor::Gone => (None, None),
+        };
+        self.connection
+            .prepare_cached("INSERT OR REPLACE INTO advisors (epoch, bigchat_id, name, email) VALUES (?1, ?2, ?3, ?4)")?
+            .execute(params![epoch, bigchat_id, name, email])?;
+        Ok(())
+    }
+
+    /// What is known of the agent of an e-mail address.
+    pub fn agent(&mut self, email: &str) -> Result<Option<KnownAgent>> {
+        let row: Option<Option<String>> = self
+            .connection
+            .prepare_cached("SELECT agent_id FROM agents WHERE email = ?1")?
+            .query_row([email], |row| row.get(0))
+            .optional()?;
+        row.map(|id| {
+            id.map_or(Ok(KnownAgent::Refused), |id| {
+                Ok(KnownAgent::Agent(uuid(&id)?))
+            })
+        })
+        .transpose()
+    }
+
+    /// Notes which agent an e-mail address is.
+    pub fn note_agent(&mut self, email: &str, agent: KnownAgent) -> Result<()> {
+        let id = match agent {
+            KnownAgent::Agent(id) => Some(id.to_string()),
+            KnownAgent::Refused => None,
+        };
+        self.connection
+            .prepare_cached("INSERT OR REPLACE INTO agents (email, agent_id) VALUES (?1, ?2)")?
+            .execute(params![email, id])?;
+        Ok(())
+    }
+
+    /// The e-mail address of an agent, if it is one of ours.
+    pub fn email_of(&mut self, agent: Uuid) -> Result<Option<String>> {
+        Ok(self
+            .connection
+            .prepare_cached("SELECT email FROM agents WHERE agent_id = ?1")?
+            .query_row([agent.to_string()], |row| row.get(0))
+            .optional()?)
+    }
+
+    /// OurAPI has lost something: every agent and every chat is to be looked for again before it is relied on.
+    /// Returns how many losses there have been.
+    pub fn our_api_lost_data(&mut self) -> Result<i64> {
+        let transaction = self.connection.transaction()?;
+        transaction.execute("DELETE FROM agents", [])?;
+        let losses = transaction.query_row(
+            "UPDATE delivery SET losses = losses + 1 RETURNING losses",
+            [],
+            |row| row.get(0),
+        )?;
+        transaction.commit()?;
+        Ok(losses)
+    }
+
+    /// Forgets which agent an e-mail address is.
+    pub fn forget_agent(&mut self, email: &str) -> Result<()> {
+        self.connection
+            .execute("DELETE FROM agents WHERE email = ?1", [email])?;
+        Ok(())
+    }
+}
+
+pub(super) fn uuid(text: &str) -> Result<Uuid> {
+    written(Uuid::parse_str(text).ok(), text)
+}

@@ -1,0 +1,129 @@
+//! The journal: every event in SQLite before anything is done with it, what became of it, and what is known of
+//! either side.
+//!
+//! All SQL is here, as operations with names on [`Store`]. One thread of its own works on the database, so that no
+//! async thread ever waits for a disk; [`Journal::with`] hands it one operation at a time. Each operation is one
+//! transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
+//! delivery or polling; it keeps what those decided.
+
+mod claims;
+mod failed;
+mod knowledge;
+mod pages;
+mod schema;
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use rusqlite::Connection;
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+pub use claims::{Claimed, Session, Throttles};
+pub use failed::{FailedEvent, Selection};
+pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
+pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
+pub use schema::OpenError;
+
+/// Why an operation did not happen.
+#[derive(Debug, Error)]
+pub enum JournalError {
+    /// SQLite or the disk refuses. Nothing was changed; it may work later.
+    #[error("the database refuses: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// A row that this program never writes: somebody edited the database.
+    #[error("the database holds what cannot be: {0}")]
+    Corrupt(String),
+    /// The journal's thread has ended.
+    #[error("the journal is closed")]
+    Closed,
+}
+
+/// What an operation returns.
+pub type Result<T> = std::result::Result<T, JournalError>;
+
+type Operation = Box<dyn FnOnce(&mut Store) + Send>;
+
+/// The journal, to be shared by all that use it. Dropping it waits for the operation under way.
+#[derive(Debug)]
+pub struct Journal {
+    operations: Option<mpsc::Sender<Operation>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The database, as seen from the journal's thread.
+#[derive(Debug)]
+pub struct Store {
+    connection: Connection,
+    _lock: Option<schema::InstanceLock>,
+}
+
+impl Store {
+    /// Opens the database for the daemon: made or upgraded where needed, and kept from other daemons.
+    pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
+        let lock = schema::InstanceLock::take(path)?;
+        Ok(Self {
+            connection: schema::open(path, true)?,
+            _lock: Some(lock),
+        })
+    }
+
+    /// Opens the database for a command beside the daemon.
+    pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
+        Ok(Self {
+            connection: schema::open(path, false)?,
+            _lock: None,
+        })
+    }
+}
+
+impl Journal {
+    /// Starts the journal's thread over a database.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system gives no thread.
+    pub fn start(mut store: Store) -> std::io::Result<Self> {
+        let (operations, queue) = mpsc::channel::<Operation>();
+        let thread = std::thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || {
+                for operation in queue {
+                    operation(&mut store);
+                }
+            })?;
+        Ok(Self {
+            operations: Some(operations),
+            thread: Some(thread),
+        })
+    }
+
+    /// Does one operation, and waits for it.
+    pub async fn with<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut Store) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let operation: Operation = Box::new(move |store| {
+            // Whoever asked may have gone; what was done is done.
+            drop(reply.send(operation(store)));
+        });
+        self.operations
+            .as_ref()
+            .and_then(|operations| operations.send(operation).ok())
+            .ok_or(JournalError::Closed)?;
+        answer.await.map_err(|_| JournalError::Closed)?
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.operations = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the journal's thread has panicked");
+        }
+    }
+}

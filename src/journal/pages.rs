@@ -1,0 +1,395 @@
+//! What the poller keeps: the cursor, the pages of the poll under way, and the events on them.
+
+use std::time::Duration;
+
+use rusqlite::{OptionalExtension, Transaction, named_params, params};
+
+use super::{JournalError, Result, Store};
+use crate::bigchat::page_events;
+use crate::dedupe::{Key, Tally};
+use crate::event::{Event, Kind, digest};
+use crate::time::{Millis, Timestamp};
+
+/// How far BigChat was read, and the poll under way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Up to which BigChat was read, by its clock; `None` before the first poll.
+    pub cursor: Option<Timestamp>,
+    /// The window of the poll under way, and the query of its next page; no query: its last page is kept.
+    pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
+}
+
+/// A page as it came, to be kept before anything is done with it.
+#[derive(Debug, Clone)]
+pub struct PageToKeep {
+    /// What it was asked for with.
+    pub query: String,
+    /// The page it is, asked for again.
+    pub again_of: Option<i64>,
+    /// BigChat's clock when it came.
+    pub served_at: Timestamp,
+    /// The window of its poll.
+    pub window: (Timestamp, Timestamp),
+    /// The body.
+    pub body: String,
+    /// How many events are on it.
+    pub events: usize,
+    /// How its poll goes on.
+    pub progress: Progress,
+}
+
+/// How a poll goes on after a page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// With the page of that query.
+    Next(String),
+    /// Not: this was the last one, and BigChat is read up to then.
+    Complete(Timestamp),
+    /// As it would have without this page, which was asked for again.
+    Unchanged,
+}
+
+/// A page that was kept.
+#[derive(Debug, Clone)]
+pub struct KeptPage {
+    /// Its id, in order of arrival.
+    pub id: i64,
+    /// What it was asked for with.
+    pub query: String,
+    /// The page it is, asked for again.
+    pub again_of: Option<i64>,
+    /// BigChat's clock when it came.
+    pub served_at: Timestamp,
+    /// When its window starts.
+    pub window_start: Timestamp,
+    /// The body.
+    pub body: String,
+    /// Whether its events were admitted.
+    pub admitted: bool,
+}
+
+impl KeptPage {
+    /// Those of its events that can be understood.
+    pub fn events(&self) -> Vec<Event> {
+        page_events(&self.body)
+            .into_iter()
+            .filter_map(|raw| Event::parse(raw).ok())
+            .collect()
+    }
+}
+
+/// What became of the events of a page.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Admitted {
+    /// How many were new.
+    pub new: usize,
+    /// How many of these could not be understood.
+    pub unreadable: usize,
+    /// The latest event there is now.
+    pub last_event: i64,
+}
+
+impl Store {
+    /// How far BigChat was read.
+    pub fn source(&mut self) -> Result<Source> {
+        let row = self.connection.query_row(
+            "SELECT cursor, window_start, window_end, next_query FROM source",
+            [],
+            |row| {
+                Ok((
+                    row.get::<_, Option<i64>>(0)?,
+                    row.get::<_, Option<i64>>(1)?,
+                    row.get::<_, Option<i64>>(2)?,
+                    row.get(3)?,
+                ))
+            },
+        )?;
+        let (cursor, start, end, next) = row;
+        let window = start
+            .zip(end)
+            .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
+        Ok(Source {
+            cursor: cursor.map(Timestamp::clamped),
+            poll: window.map(|window| (window, next)),
+        })
+    }
+
+    /// Moves the cursor where it is wrong: before the first poll, or ahead of BigChat's clock. Any poll under way
+    /// starts anew.
+    pub fn set_cursor(&mut self, cursor: Timestamp) -> Result<()> {
+        self.connection.execute(
+            "UPDATE source SET cursor = ?1, window_start = NULL, window_end = NULL, next_query = NULL",
+            [cursor.unix()],
+        )?;
+        Ok(())
+    }
+
+    /// The pages of the poll under way, in order of arrival.
+    pub fn kept_pages(&mut self) -> Result<Vec<KeptPage>> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT id, query, again_of, served_at, window_start, body, admitted FROM pages ORDER BY id",
+        )?;
+        let pages = statement.query_map([], |row| {
+            Ok(KeptPage {
+                id: row.get(0)?,
+                query: row.get(1)?,
+                again_of: row.get(2)?,
+                served_at: Timestamp::clamped(row.get(3)?),
+                window_start: Timestamp::clamped(row.get(4)?),
+                body: row.get(5)?,
+                admitted: row.get(6)?,
+            })
+        })?;
+        Ok(pages.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Keeps a page and how its poll goes on, durably and together. Returns its id.
+    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<i64> {
+        let transaction = self.connection.transaction()?;
+        transaction.prepare_cached(
+            "INSERT INTO pages (query, again_of, served_at, window_start, body) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?
+        .execute(params![page.query, page.again_of, page.served_at.unix(), page.window.0.unix(), page.body])?;
+        let id = transaction.last_insert_rowid();
+        let (next, cursor) = match &page.progress {
+            Progress::Next(query) => (Some(query), None),
+            Progress::Complete(cursor) => (None, Some(cursor.unix())),
+            Progress::Unchanged => {
+                transaction.commit()?;
+                return Ok(id);
+            }
+        };
+        transaction.execute(
+            "UPDATE source SET window_start = :start, window_end = :end, next_query = :next, cursor = coalesce(:cursor, cursor)",
+            named_params! {
+                ":start": page.window.0.unix(), ":end": page.window.1.unix(), ":next": next, ":cursor": cursor,
+            },
+        )?;
+        transaction.commit()?;
+        Ok(id)
+    }
+
+    /// How many events of that key the journal holds, told in the present run of BigChat.
+    pub fn count_known(&mut self, event: &Event) -> Result<u32> {
+        let epoch = super::knowledge::current_epoch(&self.connection)?;
+        let conversation: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT id FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2")?
+            .query_row([epoch, event.conversation], |row| row.get(0))
+            .optional()?;
+        conversation.map_or(Ok(0), |conversation| {
+            count_equal(&self.connection, conversation, event)
+        })
+    }
+
+    /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
+    /// as the journal does not hold as many as `tally` says were told. From then on they are due.
+    pub fn admit(&mut self, page: &KeptPage, tally: &Tally, now: Millis) -> Result<Admitted> {
+        let transaction = self.connection.transaction()?;
+        let epoch: i64 = transaction
+            .prepare_cached("SELECT max(id) FROM epochs WHERE began_at <= ?1 OR id = 1")?
+            .query_row([page.served_at.unix()], |row| row.get(0))?;
+        let mut admitted = Admitted::default();
+        for raw in page_events(&page.body) {
+            match Event::parse(raw) {
+                Ok(event) => {
+                    let conversation = conversation(&transaction, epoch, &event)?;
+                    let told = tally.told(&Key::from(&event)).max(1);
+                    if count_equal(&transaction, conversation, &event)? < told {
+                        insert(&transaction, conversation, &event, now)?;
+                        wake(&transaction, conversation, now)?;
+                        admitted.new += 1;
+                    }
+                }
+                Err(reason) => {
+                    if insert_unreadable(&transaction, raw, &reason.to_string(), now)? {
+                        admitted.new += 1;
+                        admitted.unreadable += 1;
+                    }
+                }
+            }
+        }
+        transaction
+            .prepare_cached("UPDATE pages SET admitted = 1 WHERE id = ?1")?
+            .execute([page.id])?;
+        admitted.last_event = last_event(&transaction)?;
+        transaction.commit()?;
+        Ok(admitted)
+    }
+
+    /// The latest event there is.
+    pub fn last_event(&mut self) -> Result<i64> {
+        last_event(&self.connection)
+    }
+
+    /// Ends the poll under way: its pages have done their service. `cursor`: where BigChat was read up to, if the
+    /// last page has not said so.
+    pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
+        let transaction = self.connection.transaction()?;
+        transaction.execute("UPDATE pages SET again_of = NULL", [])?;
+        transaction.execute("DELETE FROM pages", [])?;
+        transaction.execute(
+            "UPDATE source SET cursor = coalesce(?1, cursor), poll = poll + 1, window_start = NULL, window_end = NULL, next_query = NULL",
+            [cursor.map(Timestamp::unix)],
+        )?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Lets go of the admitted pages of a poll that goes on for long; the last one stays, since pages shift by
+    /// neighbours.
+    pub fn forget_admitted_pages(&mut self) -> Result<()> {
+        self.connection
+            .execute("UPDATE pages SET again_of = NULL WHERE admitted", [])?;
+        self.connection.execute(
+            "DELETE FROM pages WHERE admitted AND id < (SELECT max(id) FROM pages)",
+            [],
+        )?;
+        Ok(())
+    }
+
+    /// Drops delivered and discarded events that were settled `retention` ago, unless the next window could bring
+    /// them again; some at a time, so that nobody waits. Returns how many.
+    pub fn prune(
+        &mut self,
+        retention: Duration,
+        overlap: Duration,
+        now: Millis,
+        at_most: u32,
+    ) -> Result<usize> {
+        let Some(cursor) = self.source()?.cursor else {
+            return Ok(0);
+        };
+        let settled_before = now
+            .0
+            .saturating_sub(i64::try_from(retention.as_millis()).unwrap_or(i64::MAX));
+        Ok(self.connection.execute(
+            "DELETE FROM events WHERE id IN (
+                SELECT id FROM events
+                WHERE state IN ('delivered', 'discarded') AND settled_at < ?1 AND event_at < ?2
+                ORDER BY settled_at LIMIT ?3)",
+            params![
+                settled_before,
+                cursor.minus(overlap).minus(PRUNING_MARGIN).unix(),
+                at_most
+            ],
+        )?)
+    }
+}
+
+/// What a window may bring again reaches back a little further than the window: its start is a matter of whole
+/// seconds, and a MESSAGE can be dated before its START.
+const PRUNING_MARGIN: Duration = Duration::from_secs(60);
+
+fn last_event(connection: &rusqlite::Connection) -> Result<i64> {
+    Ok(
+        connection.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| {
+            row.get(0)
+        })?,
+    )
+}
+
+/// The conversation an event belongs to, made known if it is not; its START gives it its start time.
+fn conversation(transaction: &Transaction<'_>, epoch: i64, event: &Event) -> Result<i64> {
+    let started_at = (event.kind == Kind::Start).then_some(event.at.unix());
+    let known: Option<(i64, Option<i64>)> = transaction
+        .prepare_cached(
+            "SELECT id, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
+        )?
+        .query_row([epoch, event.conversation], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
+        .optional()?;
+    match known {
+        None => {
+            transaction
+                .prepare_cached(
+                    "INSERT INTO conversations (epoch, bigchat_id, started_at) VALUES (?1, ?2, ?3)",
+                )?
+                .execute(params![epoch, event.conversation, started_at])?;
+            Ok(transaction.last_insert_rowid())
+        }
+        Some((id, None)) if started_at.is_some() => {
+            transaction
+                .prepare_cached("UPDATE conversations SET started_at = ?2 WHERE id = ?1")?
+                .execute(params![id, started_at])?;
+            Ok(id)
+        }
+        Some((id, _)) => Ok(id),
+    }
+}
+
+fn count_equal(connection: &rusqlite::Connection, conversation: i64, event: &Event) -> Result<u32> {
+    Ok(connection
+        .prepare_cached(
+            "SELECT count(*) FROM events
+             WHERE conversation = ?1 AND digest = ?2 AND name = ?3 AND event_at = ?4 AND data IS ?5",
+        )?
+        .query_row(params![conversation, event.digest(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
+}
+
+fn insert(
+    transaction: &Transaction<'_>,
+    conversation: i64,
+    event: &Event,
+    now: Millis,
+) -> Result<()> {
+    transaction
+        .prepare_cached(
+            "INSERT INTO events (conversation, name, event_at, data, digest, state, kept_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, 'waiting', ?6)",
+        )?
+        .execute(params![
+            conversation,
+            event.kind.name(),
+            event.at.unix(),
+            event.data,
+            event.digest(),
+            now.0
+        ])?;
+    Ok(())
+}
+
+fn insert_unreadable(
+    transaction: &Transaction<'_>,
+    raw: &str,
+    reason: &str,
+    now: Millis,
+) -> Result<bool> {
+    let digest = digest(&[raw.as_bytes()]);
+    let known: bool = transaction
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM events WHERE conversation IS NULL AND digest = ?1 AND data = ?2)")?
+        .query_row(params![digest, raw], |row| row.get(0))?;
+    if known {
+        return Ok(false);
+    }
+    transaction
+        .prepare_cached(
+            "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
+             VALUES ('UNREADABLE', 0, ?1, ?2, 'failed', ?3, ?3)",
+        )?
+        .execute(params![raw, digest, now.0])?;
+    transaction
+        .prepare_cached("INSERT INTO attempts (event, reason) VALUES (?1, ?2)")?
+        .execute(params![transaction.last_insert_rowid(), reason])?;
+    Ok(true)
+}
+
+/// Makes a conversation due, unless it is in work (whoever works on it looks again) or waits for its next attempt.
+pub(super) fn wake(
+    connection: &rusqlite::Connection,
+    conversation: i64,
+    now: Millis,
+) -> Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE conversations SET due_at = ?2 WHERE id = ?1 AND due_at IS NULL AND claimed_through IS NULL",
+        )?
+        .execute([conversation, now.0])?;
+    Ok(())
+}
+
+/// A column that must hold what this program wrote there.
+pub(super) fn written<T>(value: Option<T>, what: &str) -> Result<T> {
+    value.ok_or_else(|| JournalError::Corrupt(what.to_owned()))
+}

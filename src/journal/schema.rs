@@ -1,0 +1,250 @@
+//! Opening the database: one process at a time, the schema brought up to date, and nothing touched that is not ours.
+
+use std::fs::{File, TryLockError};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::Connection;
+use thiserror::Error;
+
+/// Marks a database as ours (`PRAGMA application_id`): "BCSY".
+const APPLICATION_ID: i32 = 0x4243_5359;
+
+/// Each brings the schema from one version (`PRAGMA user_version`) to the next.
+const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
+
+/// How long a statement waits for another process (a command, a backup) to be done.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a database was not opened. Except for a failing disk, nothing in it was changed.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// Another daemon works on it.
+    #[error("another bigchat-sync works on {0}; stop it first, or set another database with --db")]
+    InUse(PathBuf),
+    /// Some other program's database, or no database at all.
+    #[error("{0} is not a bigchat-sync database, and is left as it is; set another one with --db")]
+    Foreign(PathBuf),
+    /// Written by a later version of this program.
+    #[error(
+        "{path} was written by a newer bigchat-sync (schema {found}, this one knows {known}), and is left as it is; run the newer one"
+    )]
+    Newer {
+        /// The database.
+        path: PathBuf,
+        /// Its schema's version.
+        found: i64,
+        /// The latest version this program knows.
+        known: usize,
+    },
+    /// There is none, for a command that does not make one.
+    #[error("there is no database {0}; name the daemon's with --db")]
+    Missing(PathBuf),
+    /// The file system refuses.
+    #[error("{path} cannot be opened: {source}")]
+    Io {
+        /// The file in question.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// SQLite refuses.
+    #[error("{path} cannot be opened: {source}")]
+    Sqlite {
+        /// The database.
+        path: PathBuf,
+        /// Why.
+        source: rusqlite::Error,
+    },
+}
+
+/// Holds off other daemons for as long as it lives. The operating system lets go of it when the process ends,
+/// however it ends.
+#[derive(Debug)]
+pub(super) struct InstanceLock {
+    _file: File,
+}
+
+impl InstanceLock {
+    pub(super) fn take(db: &Path) -> Result<Self, OpenError> {
+        let mut name = db.as_os_str().to_owned();
+        name.push(".lock");
+        let path = PathBuf::from(name);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
+        let file = file.map_err(|source| OpenError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(OpenError::InUse(db.to_owned())),
+            Err(TryLockError::Error(source)) => Err(OpenError::Io { path, source }),
+        }
+    }
+}
+
+/// Opens the database at `path`; creates and upgrades it if `create`.
+pub(super) fn open(path: &Path, create: bool) -> Result<Connection, OpenError> {
+    let ours = inspect(path)?;
+    if !ours && !create {
+        return Err(OpenError::Missing(path.to_owned()));
+    }
+    let mut connection = connect(path).map_err(|source| sqlite(path, source))?;
+    let found = version(&connection).map_err(|source| sqlite(path, source))?;
+    match usize::try_from(found) {
+        Ok(found) if found <= MIGRATIONS.len() => {
+            upgrade(&mut connection, found).map_err(|source| sqlite(path, source))?;
+            Ok(connection)
+        }
+        _ => Err(OpenError::Newer {
+            path: path.to_owned(),
+            found,
+            known: MIGRATIONS.len(),
+        }),
+    }
+}
+
+fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
+    OpenError::Sqlite {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Whether there is a database of ours. Reads the file's header and nothing else: SQLite itself would already
+/// change a foreign one by opening it (write-ahead log, recovery).
+fn inspect(path: &Path) -> Result<bool, OpenError> {
+    const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+    let io = |source| OpenError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut header = Vec::new();
+    match File::open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(source) => return Err(io(source)),
+        Ok(file) => file.take(100).read_to_end(&mut header).map_err(io)?,
+    };
+    if header.is_empty() {
+        return Ok(false);
+    }
+    // Offsets by SQLite's file format: user version at 60, application id at 68, both big-endian.
+    let field = |offset: usize| {
+        header
+            .get(offset..offset + 4)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(i32::from_be_bytes)
+    };
+    if !header.starts_with(MAGIC) || field(68) != Some(APPLICATION_ID) {
+        return Err(OpenError::Foreign(path.to_owned()));
+    }
+    let found = i64::from(field(60).unwrap_or_default());
+    match usize::try_from(found) {
+        Ok(version) if version <= MIGRATIONS.len() => Ok(true),
+        _ => Err(OpenError::Newer {
+            path: path.to_owned(),
+            found,
+            known: MIGRATIONS.len(),
+        }),
+    }
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    // Before the journal mode, so that no file exists that does not say whose it is.
+    if version(&connection)? == 0 {
+        connection.pragma_update(None, "application_id", APPLICATION_ID)?;
+    }
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    Ok(connection)
+}
+
+fn version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(from) {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(migration)?;
+        transaction.pragma_update(
+            None,
+            "user_version",
+            i64::try_from(index + 1).unwrap_or(i64::MAX),
+        )?;
+        transaction.commit()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_or_newer_file_is_refused_and_left_as_it_is() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        let other = Connection::open(&path).expect("a database");
+        other
+            .execute_batch("CREATE TABLE theirs (a)")
+            .expect("a table");
+        drop(other);
+        let refused_untouched = |expected: fn(&OpenError) -> bool| {
+            let before = std::fs::read(&path).expect("the file");
+            let error = open(&path, true).expect_err("it is not ours");
+            assert!(expected(&error), "{error}");
+            assert_eq!(std::fs::read(&path).expect("the file"), before);
+            assert_eq!(
+                std::fs::read_dir(directory.path())
+                    .expect("the directory")
+                    .count(),
+                1
+            );
+        };
+        refused_untouched(|error| matches!(error, OpenError::Foreign(_)));
+        std::fs::write(&path, "Dear diary").expect("a file");
+        refused_untouched(|error| matches!(error, OpenError::Foreign(_)));
+
+        std::fs::remove_file(&path).expect("the file");
+        let newer = open(&path, true).expect("a new database");
+        newer
+            .pragma_update(None, "user_version", 99)
+            .expect("a later version");
+        newer
+            .pragma_update(None, "journal_mode", "DELETE")
+            .expect("one file only");
+        drop(newer);
+        refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
+    }
+
+    #[test]
+    fn one_daemon_at_a_time() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        let first = InstanceLock::take(&path).expect("the lock");
+        assert!(matches!(
+            InstanceLock::take(&path),
+            Err(OpenError::InUse(_))
+        ));
+        drop(first);
+        assert!(InstanceLock::take(&path).is_ok());
+    }
+
+    #[test]
+    fn a_command_makes_no_database() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        assert!(matches!(open(&path, false), Err(OpenError::Missing(_))));
+        assert!(!path.exists());
+    }
+}

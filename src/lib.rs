@@ -1,0 +1,27 @@
+//! bigchat-sync keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
+//!
+//! Data goes one way: [`poller`] → [`journal`] → [`delivery`] → [`handlers`] → [`our_api`]. The poller keeps what
+//! BigChat tells, durably, before anything is done with it; delivery takes from the journal what is due and settles
+//! what came of it. Either goes on when the other cannot. Decisions are pure and stand by themselves: [`window`],
+//! [`dedupe`], [`messages`], [`conversation`], [`retry`].
+
+pub mod bigchat;
+pub mod cli;
+pub mod clock;
+pub mod context;
+pub mod conversation;
+pub mod daemon;
+pub mod dedupe;
+pub mod delivery;
+pub mod event;
+pub mod handlers;
+pub mod http;
+pub mod journal;
+pub mod messages;
+pub mod our_api;
+pub mod poller;
+pub mod resolve;
+pub mod retry;
+pub mod settings;
+pub mod time;
+pub mod window;

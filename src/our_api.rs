@@ -1,0 +1,458 @@
+//! The OurAPI client, typed after the contract: each answer becomes what the caller can do about it.
+
+use reqwest::{Method, StatusCode};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
+use thiserror::Error;
+use tokio::sync::Semaphore;
+use url::Url;
+use uuid::Uuid;
+
+use crate::http::{Exchange, Http, NoAnswer};
+use crate::time::{Millis, Timestamp};
+
+/// OurAPI, with a bound on the requests in flight that holds for whoever asks.
+#[derive(Debug)]
+pub struct OurApi {
+    http: Http,
+    in_flight: Semaphore,
+}
+
+/// A chat as OurAPI holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Chat {
+    /// OurAPI's id of it.
+    pub chat_id: Uuid,
+    /// The conversation it is.
+    pub external_id: String,
+    /// Who has it.
+    pub agent_id: Option<Uuid>,
+    /// When it started.
+    #[serde(deserialize_with = "time")]
+    pub started_at: Timestamp,
+    /// When it ended, as far as is known.
+    #[serde(default, deserialize_with = "optional_time")]
+    pub ended_at: Option<Timestamp>,
+}
+
+/// An agent as OurAPI holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Agent {
+    /// OurAPI's id of it.
+    pub agent_id: Uuid,
+    /// Unique.
+    pub name: String,
+    /// Unique, and the identity.
+    pub email: String,
+}
+
+/// A message as OurAPI holds it: its text stripped of white space at both ends.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Message {
+    /// The words.
+    pub text: String,
+    /// When they were sent.
+    #[serde(deserialize_with = "time")]
+    pub sent_at: Timestamp,
+}
+
+/// A chat to be created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NewChat<'a> {
+    /// Unique; cannot be changed afterwards.
+    pub external_id: &'a str,
+    /// When it started.
+    pub started_at: Timestamp,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// Who has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Uuid>,
+}
+
+/// What is to change of a chat: only what is named here is named to OurAPI, since what is named is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ChatChange {
+    /// The start time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// The end time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// The agent; `Some(None)` clears it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Option<Uuid>>,
+}
+
+impl ChatChange {
+    /// Whether there is nothing to change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A message to be added to a chat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NewMessage<'a> {
+    /// When it was sent.
+    pub sent_at: Timestamp,
+    /// The words.
+    pub text: &'a str,
+    /// Whom it is from, where that is to be said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Uuid>,
+}
+
+/// What became of a request that did not succeed, as what the caller can do about it.
+#[derive(Debug, Clone, Error)]
+#[error("{trouble}: {exchange}")]
+pub struct OurApiError {
+    /// What the caller can do.
+    pub trouble: Trouble,
+    /// What was asked and answered.
+    pub exchange: Exchange,
+}
+
+/// See [`OurApiError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Trouble {
+    /// Never sent, or turned away unread: try again later.
+    #[error("OurAPI cannot be reached or turns requests away")]
+    NotCarriedOut,
+    /// It may have been carried out or not: look, then try again.
+    #[error(
+        "OurAPI gave no usable answer, so that it is unknown whether the request was carried out"
+    )]
+    Unknown,
+    /// Try again then, and ask nothing before.
+    #[error("OurAPI asks to be left alone until {until}")]
+    Throttled {
+        /// Until when.
+        until: Millis,
+        /// Whether it may have been carried out (503 does not say; 429 does).
+        in_doubt: bool,
+    },
+    /// 401 or 403: nothing will succeed until somebody mends it.
+    #[error("OurAPI refuses us; check BIGCHAT_SYNC_OUR_API_TOKEN and --our-api-url")]
+    Denied,
+    /// 404 to a request that names nothing that could be missing: this is not OurAPI.
+    #[error("this does not seem to be OurAPI; check --our-api-url")]
+    NotOurApi,
+    /// 404 on a chat by its id: it may be gone, which only its list can tell.
+    #[error("OurAPI does not know the chat")]
+    NoSuchChat,
+    /// 400 `That agent does not exist.`: it may be gone, which only its list can tell.
+    #[error("OurAPI does not know the agent")]
+    NoSuchAgent,
+    /// 404 or 409 on a creation: there is one like it already (if this is OurAPI at all).
+    #[error("OurAPI has one like it already")]
+    Conflict,
+    /// 500 on the creation of an agent: there is one of that name or address already, unless it is an outage.
+    #[error("OurAPI has an agent of that name or address already, or fails")]
+    ConflictOrOutage,
+    /// It will never accept this: no use in trying again.
+    #[error("OurAPI refuses it for good")]
+    Refused,
+}
+
+impl Trouble {
+    /// Whether the request may have been carried out.
+    pub fn in_doubt(self) -> bool {
+        matches!(
+            self,
+            Self::Unknown | Self::ConflictOrOutage | Self::Throttled { in_doubt: true, .. }
+        )
+    }
+
+    /// Whether it may mean that OurAPI is down as a whole.
+    pub fn may_be_outage(self) -> bool {
+        matches!(
+            self,
+            Self::NotCarriedOut
+                | Self::Unknown
+                | Self::Denied
+                | Self::NotOurApi
+                | Self::ConflictOrOutage
+        )
+    }
+}
+
+/// What a status means depends on what was asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Route {
+    List,
+    CreateChat,
+    CreateAgent,
+    InChat,
+}
+
+type Result<T> = std::result::Result<T, OurApiError>;
+
+impl OurApi {
+    /// OurAPI behind `http`, with at most `in_flight` requests at once.
+    pub fn new(http: Http, in_flight: u16) -> Self {
+        Self {
+            http,
+            in_flight: Semaphore::new(usize::from(in_flight)),
+        }
+    }
+
+    /// Base URL and throttle.
+    pub fn http(&self) -> &Http {
+        &self.http
+    }
+
+    /// The chats of that external id: one at the most.
+    pub async fn chats(&self, external_id: &str) -> Result<Vec<Chat>> {
+        let chats: Vec<Chat> = self.list("chats", "external_id", external_id).await?;
+        // Another OurAPI may find parts of it too, or not know the filter.
+        Ok(chats
+            .into_iter()
+            .filter(|chat| chat.external_id == external_id)
+            .collect())
+    }
+
+    /// The agents of that e-mail address.
+    pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
+        let agents: Vec<Agent> = self.list("agents", "email", email).await?;
+        Ok(agents
+            .into_iter()
+            .filter(|agent| agent.email == email)
+            .collect())
+    }
+
+    /// The agents of that name.
+    pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
+        let agents: Vec<Agent> = self.list("agents", "name", name).await?;
+        Ok(agents
+            .into_iter()
+            .filter(|agent| agent.name == name)
+            .collect())
+    }
+
+    /// Creates a chat; [`Trouble::Conflict`] if its external id is taken.
+    pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
+        self.send(
+            Method::POST,
+            self.http.url(&["chats"], None),
+            Some(chat),
+            Route::CreateChat,
+            json,
+        )
+        .await
+    }
+
+    /// Creates an agent; [`Trouble::ConflictOrOutage`] if its name or address is taken.
+    pub async fn create_agent(&self, name: &str, email: &str) -> Result<Agent> {
+        #[derive(Serialize)]
+        struct NewAgent<'a> {
+            name: &'a str,
+            email: &'a str,
+        }
+        let agent = NewAgent { name, email };
+        self.send(
+            Method::POST,
+            self.http.url(&["agents"], None),
+            Some(&agent),
+            Route::CreateAgent,
+            json,
+        )
+        .await
+    }
+
+    /// Changes a chat.
+    pub async fn change_chat(&self, chat: Uuid, change: &ChatChange) -> Result<()> {
+        let url = self.http.url(&["chats", &chat.to_string()], None);
+        self.send(
+            Method::PATCH,
+            url,
+            Some(change),
+            Route::InChat,
+            |_| Some(()),
+        )
+        .await
+    }
+
+    /// Adds a message to a chat. The answer does not carry its id.
+    pub async fn add_message(&self, chat: Uuid, message: &NewMessage<'_>) -> Result<()> {
+        let url = self
+            .http
+            .url(&["chats", &chat.to_string(), "messages"], None);
+        let is_json = |body: &[u8]| {
+            body.is_empty()
+                .then_some(())
+                .or_else(|| json::<serde::de::IgnoredAny>(body).map(drop))
+        };
+        self.send(Method::POST, url, Some(message), Route::InChat, is_json)
+            .await
+    }
+
+    /// The messages of a chat.
+    pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {
+        let url = self
+            .http
+            .url(&["chats", &chat.to_string(), "messages"], None);
+        self.send(Method::GET, url, None::<&()>, Route::InChat, json)
+            .await
+    }
+
+    async fn list<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        filter: &str,
+        value: &str,
+    ) -> Result<Vec<T>> {
+        // An empty filter is no filter: it would list everything. Nothing has an empty name.
+        if value.is_empty() {
+            return Ok(Vec::new());
+        }
+        let query = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair(filter, value)
+            .finish();
+        self.send(
+            Method::GET,
+            self.http.url(&[what], Some(&query)),
+            None::<&()>,
+            Route::List,
+            json,
+        )
+        .await
+    }
+
+    async fn send<T>(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<&impl Serialize>,
+        route: Route,
+        read: impl FnOnce(&[u8]) -> Option<T>,
+    ) -> Result<T> {
+        let answer = {
+            let _permit = self.in_flight.acquire().await;
+            self.http.send(method.clone(), url.clone(), body).await
+        };
+        let trouble = match &answer {
+            Err(NoAnswer::Throttled(until)) => Trouble::Throttled {
+                until: *until,
+                in_doubt: false,
+            },
+            Err(NoAnswer::NotSent(_)) => Trouble::NotCarriedOut,
+            Err(NoAnswer::Lost(_)) => Trouble::Unknown,
+            Ok(answer) => match (trouble(answer.status, &answer.body, route), answer.retry_at) {
+                (_, Some(until)) => Trouble::Throttled {
+                    until,
+                    in_doubt: answer.status.is_server_error(),
+                },
+                (Some(trouble), None) => trouble,
+                (None, None) => match read(&answer.body) {
+                    Some(value) => return Ok(value),
+                    None => Trouble::Unknown,
+                },
+            },
+        };
+        let exchange = Exchange::new(&method, &url, body, answer.as_ref());
+        Err(OurApiError { trouble, exchange })
+    }
+}
+
+/// What a status means on a route; `None`: success.
+fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
+    Some(match status.as_u16() {
+        200..=299 => return None,
+        401 | 403 => Trouble::Denied,
+        429 => Trouble::NotCarriedOut,
+        404 if route == Route::InChat => Trouble::NoSuchChat,
+        404 if route == Route::List => Trouble::NotOurApi,
+        404 | 409 if route != Route::InChat && route != Route::List => Trouble::Conflict,
+        400 if body
+            .windows(NO_SUCH_AGENT.len())
+            .any(|part| part == NO_SUCH_AGENT) =>
+        {
+            Trouble::NoSuchAgent
+        }
+        500 if route == Route::CreateAgent => Trouble::ConflictOrOutage,
+        300..=399 | 408 | 425 | 500..=599 => Trouble::Unknown,
+        400..=499 => Trouble::Refused,
+        _ => Trouble::Unknown,
+    })
+}
+
+const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
+    serde_json::from_slice(body).ok()
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time"))
+}
+
+fn optional_time<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<Timestamp>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time")))
+        .transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_means_what_the_contract_says() {
+        use Route::{CreateAgent, CreateChat, InChat, List};
+        for (status, body, route, expected) in [
+            (201, "{}", CreateChat, None),
+            (204, "", InChat, None),
+            (404, "", CreateChat, Some(Trouble::Conflict)),
+            (409, "", CreateAgent, Some(Trouble::Conflict)),
+            (409, "", InChat, Some(Trouble::Refused)),
+            (404, "", InChat, Some(Trouble::NoSuchChat)),
+            (404, "", List, Some(Trouble::NotOurApi)),
+            (
+                400,
+                r#"{"detail":"That agent does not exist."}"#,
+                InChat,
+                Some(Trouble::NoSuchAgent),
+            ),
+            (400, "", CreateChat, Some(Trouble::Refused)),
+            (422, "", InChat, Some(Trouble::Refused)),
+            (500, "", CreateAgent, Some(Trouble::ConflictOrOutage)),
+            (500, "", CreateChat, Some(Trouble::Unknown)),
+            (503, "", CreateAgent, Some(Trouble::Unknown)),
+            (302, "", List, Some(Trouble::Unknown)),
+            (408, "", InChat, Some(Trouble::Unknown)),
+            (401, "", List, Some(Trouble::Denied)),
+            (403, "", InChat, Some(Trouble::Denied)),
+            (429, "", InChat, Some(Trouble::NotCarriedOut)),
+        ] {
+            let status = StatusCode::from_u16(status).expect("a status");
+            assert_eq!(
+                trouble(status, body.as_bytes(), route),
+                expected,
+                "{status} {body}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_change_names_only_what_changes() {
+        let json = |change: &ChatChange| serde_json::to_string(change).expect("JSON");
+        assert_eq!(json(&ChatChange::default()), "{}");
+        assert_eq!(
+            json(&ChatChange {
+                agent_id: Some(None),
+                ..Default::default()
+            }),
+            r#"{"agent_id":null}"#
+        );
+        let ended = ChatChange {
+            ended_at: Some(Timestamp::clamped(0)),
+            ..Default::default()
+        };
+        assert_eq!(json(&ended), r#"{"ended_at":"1970-01-01T00:00:00Z"}"#);
+    }
+}

@@ -1,0 +1,334 @@
+//! Which chat a conversation is: known, found by external id, or created; and brought to what it should be.
+
+use uuid::Uuid;
+
+use crate::context::{Context, Setback};
+use crate::conversation::{Chat, Conversation, DetailsState, Wanted};
+use crate::our_api::{self, NewChat, OurApiError, Trouble};
+use crate::resolve::{agent, details};
+use crate::time::Timestamp;
+
+/// Brings the chat of a conversation to what its events say: creates it where there is none, changes what differs,
+/// asks for nothing where nothing does. `earliest` is the earliest time the events in hand tell. Returns how many
+/// writes that took.
+pub async fn reconcile(
+    context: &Context,
+    conversation: &mut Conversation,
+    earliest: Option<Timestamp>,
+) -> Result<u32, Setback> {
+    if conversation.chat.id.is_none() && needs_details(conversation) {
+        details::read(context, conversation).await?;
+    }
+    let wanted = wanted(context, conversation, earliest).await?;
+    match conversation.chat.id {
+        Some(_) => change(context, conversation, &wanted).await,
+        None => create(context, conversation, &wanted).await,
+    }
+}
+
+/// The details tell when a conversation started and who had it first; once its events tell both they are not needed.
+fn needs_details(conversation: &Conversation) -> bool {
+    let told = conversation.started_at.is_some() && conversation.said.transfer.is_some();
+    conversation.details == DetailsState::Unread && !told
+}
+
+async fn wanted(
+    context: &Context,
+    conversation: &Conversation,
+    earliest: Option<Timestamp>,
+) -> Result<Wanted, Setback> {
+    let started_at = match (conversation.started_at, conversation.chat.started_at) {
+        (Some(started_at), _) => started_at,
+        // Nobody knows better than its events.
+        (None, Some(before)) => earliest.map_or(before, |earliest| before.min(earliest)),
+        (None, None) => {
+            let id = conversation.id;
+            let known = context
+                .journal
+                .with(move |store| store.earliest(id))
+                .await?;
+            known
+                .into_iter()
+                .chain(earliest)
+                .min()
+                .unwrap_or_else(Timestamp::of_this_machine)
+        }
+    };
+    let advisor = conversation.said.advisor().or(conversation.first_advisor);
+    let agent = match advisor {
+        Some(advisor) => agent::resolve(context, conversation.epoch, advisor).await?,
+        None => None,
+    };
+    Ok(Wanted {
+        started_at,
+        ended_at: conversation.said.ended_at,
+        agent,
+    })
+}
+
+async fn change(
+    context: &Context,
+    conversation: &mut Conversation,
+    wanted: &Wanted,
+) -> Result<u32, Setback> {
+    let change = conversation.chat.change_to(wanted);
+    let Some(chat) = conversation.chat.id.filter(|_| !change.is_empty()) else {
+        return Ok(0);
+    };
+    match context.our_api.change_chat(chat, &change).await {
+        Ok(()) => {
+            conversation.chat.is_now(wanted);
+            Ok(1)
+        }
+        Err(error) => match error.trouble {
+            Trouble::NoSuchChat => Err(missing(context, conversation, error).await),
+            Trouble::NoSuchAgent => Err(agent::missing(context, wanted.agent, error).await),
+            _ => Err(Setback::of_write(error)),
+        },
+    }
+}
+
+async fn create(
+    context: &Context,
+    conversation: &mut Conversation,
+    wanted: &Wanted,
+) -> Result<u32, Setback> {
+    let mut external_id = choose_external_id(context, conversation, wanted.started_at).await?;
+    if conversation.chat.unsure
+        && let Some(found) = find(context, &external_id).await?
+        && is_ours(conversation, wanted, &found)
+    {
+        adopt(conversation, external_id, found);
+        return change(context, conversation, wanted).await;
+    }
+    loop {
+        let new = NewChat {
+            external_id: &external_id,
+            started_at: wanted.started_at,
+            ended_at: wanted.ended_at,
+            agent_id: wanted.agent,
+        };
+        let error = match context.our_api.create_chat(&new).await {
+            Ok(created) => {
+                adopt(conversation, external_id, created);
+                conversation.chat.is_now(wanted);
+                // Nothing is in it that could be doubled.
+                conversation.chat.looked_up = context.session.id;
+                conversation.chat.seen = context.losses();
+                return Ok(1);
+            }
+            Err(error) => error,
+        };
+        match error.trouble {
+            Trouble::Conflict => {}
+            Trouble::NoSuchAgent => return Err(agent::missing(context, wanted.agent, error).await),
+            _ => return Err(Setback::of_write(error)),
+        }
+        match find(context, &external_id).await? {
+            // Taken, and not there: what answers is not OurAPI, or not all of it.
+            None => {
+                return Err(Setback::OurApi {
+                    error: OurApiError {
+                        trouble: Trouble::NotOurApi,
+                        ..error
+                    },
+                    in_doubt: false,
+                });
+            }
+            Some(found) if is_ours(conversation, wanted, &found) => {
+                adopt(conversation, external_id, found);
+                return change(context, conversation, wanted).await;
+            }
+            Some(found) => {
+                let longer = with_start(context, conversation, wanted.started_at);
+                if longer == external_id {
+                    return Err(Setback::OurApi {
+                        error: OurApiError {
+                            trouble: Trouble::Refused,
+                            ..error
+                        },
+                        in_doubt: false,
+                    });
+                }
+                tracing::warn!(
+                    conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
+                    "OurAPI has another conversation of that id: this one's chat gets its start time added"
+                );
+                keep_choice(context, conversation, &longer, wanted.started_at).await?;
+                external_id = longer;
+            }
+        }
+    }
+}
+
+/// The id of the conversation, after the prefix; with its start time where the id was used before. Kept before it
+/// is used, where it could not be worked out again.
+async fn choose_external_id(
+    context: &Context,
+    conversation: &mut Conversation,
+    started_at: Timestamp,
+) -> Result<String, Setback> {
+    if let Some(chosen) = &conversation.chat.external_id {
+        return Ok(chosen.clone());
+    }
+    let asked = conversation.clone();
+    let used = conversation.epoch > 1
+        && context
+            .journal
+            .with(move |store| store.id_was_used(&asked))
+            .await?;
+    if used {
+        let chosen = with_start(context, conversation, started_at);
+        keep_choice(context, conversation, &chosen, started_at).await?;
+        return Ok(chosen);
+    }
+    let chosen = plain(context, conversation);
+    if conversation.started_at.is_none() {
+        keep_choice(context, conversation, &chosen, started_at).await?;
+    }
+    Ok(chosen)
+}
+
+fn plain(context: &Context, conversation: &Conversation) -> String {
+    format!(
+        "{}{}",
+        context.settings.external_id_prefix, conversation.bigchat_id
+    )
+}
+
+fn with_start(context: &Context, conversation: &Conversation, started_at: Timestamp) -> String {
+    format!("{}@{started_at}", plain(context, conversation))
+}
+
+async fn keep_choice(
+    context: &Context,
+    conversation: &mut Conversation,
+    external_id: &str,
+    started_at: Timestamp,
+) -> Result<(), Setback> {
+    let (id, kept) = (conversation.id, external_id.to_owned());
+    context
+        .journal
+        .with(move |store| store.note_creation(id, &kept, started_at))
+        .await?;
+    conversation.chat.external_id = Some(external_id.to_owned());
+    conversation.chat.started_at = Some(started_at);
+    Ok(())
+}
+
+/// (id, start time) is the identity; the start time may be the one it was created with before a better one was known.
+fn is_ours(conversation: &Conversation, wanted: &Wanted, found: &our_api::Chat) -> bool {
+    found.started_at == wanted.started_at || conversation.chat.started_at == Some(found.started_at)
+}
+
+fn adopt(conversation: &mut Conversation, external_id: String, found: our_api::Chat) {
+    let kept = &conversation.chat;
+    conversation.chat = Chat {
+        external_id: Some(external_id),
+        id: Some(found.chat_id),
+        started_at: Some(found.started_at),
+        ended_at: found.ended_at,
+        agent: found.agent_id,
+        unsure: false,
+        seen: kept.seen,
+        looked_up: 0,
+    };
+    // An END that another copy of the database had delivered counts as well.
+    conversation.said.ended_at = conversation.said.ended_at.max(found.ended_at);
+}
+
+async fn find(context: &Context, external_id: &str) -> Result<Option<our_api::Chat>, Setback> {
+    Ok(context.our_api.chats(external_id).await?.into_iter().next())
+}
+
+/// Since OurAPI has lost something: looks whether the chat is still there, and as it should be.
+pub async fn verify(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
+    let (Some(id), Some(external_id)) =
+        (conversation.chat.id, conversation.chat.external_id.clone())
+    else {
+        return Ok(());
+    };
+    match find(context, &external_id).await? {
+        Some(found) if found.chat_id == id => {
+            let looked_up = conversation.chat.looked_up;
+            adopt(conversation, external_id, found);
+            conversation.chat.looked_up = looked_up;
+        }
+        found => replace(context, conversation, found).await?,
+    }
+    Ok(())
+}
+
+/// OurAPI says that a chat is not there. Believed only when the list of its chats, asked for it, answers without it.
+pub async fn missing(
+    context: &Context,
+    conversation: &mut Conversation,
+    error: OurApiError,
+) -> Setback {
+    let external_id = conversation.chat.external_id.clone().unwrap_or_default();
+    match find(context, &external_id).await {
+        Ok(Some(found)) if Some(found.chat_id) == conversation.chat.id => {
+            // It is there all the same.
+            Setback::OurApi {
+                error: OurApiError {
+                    trouble: Trouble::Unknown,
+                    ..error
+                },
+                in_doubt: true,
+            }
+        }
+        Ok(found) => match lost(context, conversation, found).await {
+            Ok(()) => Setback::Rebuilding("OurAPI has lost the chat".into()),
+            Err(setback) => setback,
+        },
+        Err(setback) => setback,
+    }
+}
+
+async fn lost(
+    context: &Context,
+    conversation: &mut Conversation,
+    found: Option<our_api::Chat>,
+) -> Result<(), Setback> {
+    tracing::error!(
+        conversation = conversation.bigchat_id,
+        chat = conversation.chat.id.map(tracing::field::display::<Uuid>),
+        rebuild = context.settings.rebuild,
+        "OurAPI has lost a chat"
+    );
+    if context.settings.rebuild {
+        context.our_api_lost_data().await?;
+    } else {
+        // The agents may be gone with it; whether they are costs one request each.
+        context.known_agents().clear();
+    }
+    replace(context, conversation, found).await
+}
+
+/// The chat that was known is not there; `found` is what stands in its place.
+async fn replace(
+    context: &Context,
+    conversation: &mut Conversation,
+    found: Option<our_api::Chat>,
+) -> Result<(), Setback> {
+    if context.settings.rebuild {
+        let (id, in_doubt) = (conversation.id, found.is_some());
+        context
+            .journal
+            .with(move |store| store.deliver_again(id, in_doubt))
+            .await?;
+    }
+    let external_id = conversation.chat.external_id.take();
+    match (found, external_id) {
+        (Some(found), Some(external_id)) => adopt(conversation, external_id, found),
+        (_, external_id) => {
+            let started_at = conversation.chat.started_at;
+            conversation.chat = Chat {
+                external_id,
+                started_at,
+                ..Chat::default()
+            };
+        }
+    }
+    Ok(())
+}

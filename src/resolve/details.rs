@@ -1,0 +1,113 @@
+//! What BigChat knows of a conversation or an advisor, checked before it is used: an answer of a BigChat that has
+//! restarted since is about somebody else.
+
+use crate::bigchat::BigChatError;
+use crate::context::{Context, Setback};
+use crate::conversation::{Conversation, DetailsState};
+use crate::http::Exchange;
+use crate::journal::KnownAdvisor;
+use crate::resolve::restart::{self, Seen};
+
+/// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
+/// knows nothing any more is left with what its events say.
+pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
+    if !is_present(context, conversation.epoch).await? {
+        conversation.details = DetailsState::Gone;
+        return Ok(());
+    }
+    match ask(
+        context,
+        context.bigchat.conversation(conversation.bigchat_id),
+    )
+    .await
+    {
+        Err(BigChatError::NotFound(_)) => {
+            tracing::warn!(
+                conversation = conversation.bigchat_id,
+                "BigChat knows nothing of the conversation any more"
+            );
+            conversation.details = DetailsState::Gone;
+        }
+        Err(error) => return Err(Setback::BigChat(error)),
+        Ok(details) => {
+            let ours = match (conversation.started_at, details.started_at) {
+                (Some(known), Some(told)) if known == told => true,
+                (Some(_), Some(told)) => {
+                    restart::begin(context, told).await?;
+                    false
+                }
+                // A run that began later cannot have a conversation that started before this one was confirmed.
+                (None, Some(told)) if told < context.confirmed_at() => true,
+                _ => is_same_run(context).await?,
+            };
+            if ours {
+                conversation.started_at = conversation.started_at.or(details.started_at);
+                conversation.first_advisor = Some(details.advisor);
+                conversation.details = DetailsState::Read;
+            } else {
+                conversation.details = DetailsState::Gone;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What an advisor of a run of BigChat is; asked for once.
+pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvisor, Setback> {
+    if let Some(known) = context
+        .journal
+        .with(move |store| store.advisor(epoch, id))
+        .await?
+    {
+        return Ok(known);
+    }
+    let known = if !is_present(context, epoch).await? {
+        KnownAdvisor::Gone
+    } else {
+        match ask(context, context.bigchat.advisor(id)).await {
+            Ok(advisor) if is_same_run(context).await? => KnownAdvisor::Person {
+                name: advisor.name.trim().to_owned(),
+                email: advisor.email_address.trim().to_owned(),
+            },
+            Ok(_) | Err(BigChatError::NotFound(_)) => KnownAdvisor::Gone,
+            Err(error) => return Err(Setback::BigChat(error)),
+        }
+    };
+    if known == KnownAdvisor::Gone {
+        tracing::warn!(
+            advisor = id,
+            "BigChat knows nothing of the advisor any more: chats stay without an agent"
+        );
+    }
+    let noted = known.clone();
+    context
+        .journal
+        .with(move |store| store.note_advisor(epoch, id, &noted))
+        .await?;
+    Ok(known)
+}
+
+async fn is_present(context: &Context, epoch: i64) -> Result<bool, Setback> {
+    Ok(context.journal.with(|store| store.epoch()).await? == epoch)
+}
+
+async fn is_same_run(context: &Context) -> Result<bool, Setback> {
+    // What tells nothing is no reason to distrust the answer: there was no restart a moment ago.
+    Ok(restart::look(context).await? != Seen::Restarted)
+}
+
+async fn ask<T>(
+    context: &Context,
+    question: impl Future<Output = Result<T, BigChatError>>,
+) -> Result<T, BigChatError> {
+    if !context.may_ask_bigchat() {
+        let response = "not asked: BigChat is down, and is asked again by and by".to_owned();
+        return Err(BigChatError::Unavailable(Exchange {
+            request: String::new(),
+            response,
+        }));
+    }
+    let answer = question.await;
+    context.bigchat_answered(&answer);
+    answer
+}

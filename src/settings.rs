@@ -1,0 +1,297 @@
+//! The settings: each a flag and an environment variable named after it, checked at start.
+//!
+//! Secrets are the exception: bearer tokens come from the environment or from a file, never from a flag, which any
+//! other user of the machine could read in the list of processes.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use secrecy::SecretString;
+use thiserror::Error;
+use url::Url;
+
+use crate::retry::Policy;
+use crate::time::Timestamp;
+
+/// Everything that can be set.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Settings (each also as an environment variable)")]
+pub struct Settings {
+    /// Where BigChat is.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_BIGCHAT_URL", value_name = "URL", default_value = "http://127.0.0.1:8267", value_parser = base_url)]
+    pub bigchat_url: Url,
+
+    /// Where OurAPI is.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_URL", value_name = "URL", default_value = "http://127.0.0.1:8266", value_parser = base_url)]
+    pub our_api_url: Url,
+
+    /// The database, created where there is none [default: bigchat-sync.db in $STATE_DIRECTORY, else in the working directory].
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_DB", value_name = "FILE")]
+    pub db: Option<PathBuf>,
+
+    /// How often BigChat is asked what happened.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_INTERVAL", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    pub poll_interval: Duration,
+
+    /// How far each poll reaches back before the last one, for what turned up late.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub poll_overlap: Duration,
+
+    /// How much time one poll covers at the most; after a downtime, polls follow one another without waiting.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", default_value = "1h", value_parser = whole_second)]
+    pub max_window: Duration,
+
+    /// From when on events are asked for, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", value_parser = timestamp)]
+    pub since: Option<Timestamp>,
+
+    /// How many requests OurAPI gets at once. More than 1 corrupts an OurAPI that keeps one database per thread.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub our_api_concurrency: u16,
+
+    /// What external ids begin with, where several BigChats write to one OurAPI; must not change afterwards.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_EXTERNAL_ID_PREFIX", value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = prefix)]
+    pub external_id_prefix: String,
+
+    /// How long one request may take.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_REQUEST_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    pub request_timeout: Duration,
+
+    /// The longest wait after an event's first failure; doubled with each further one.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", default_value = "1s", value_parser = positive)]
+    pub retry_initial: Duration,
+
+    /// The longest wait after any failure.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_MAX", value_name = "TIME", default_value = "5m", value_parser = positive)]
+    pub retry_max: Duration,
+
+    /// How often an event may fail while others get through, before it goes to the failed events.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_ATTEMPTS", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_attempts: u32,
+
+    /// How long delivered events are kept. Waiting and failed ones are never dropped.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", default_value = "30d", value_parser = humantime::parse_duration)]
+    pub retention: Duration,
+
+    /// Whom OurAPI is told a message is from: nobody (BigChat does not say), or always the chat's agent.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
+    pub message_author: MessageAuthor,
+
+    /// Whether what OurAPI has lost is built again whole, from the journal; else only what new events need.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub rebuild: bool,
+
+    /// How the log is written [default: text on a terminal, else json]. Its level is set by RUST_LOG.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_FORMAT", value_enum)]
+    pub log_format: Option<LogFormat>,
+}
+
+/// `--message-author`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MessageAuthor {
+    /// Messages carry no agent.
+    None,
+    /// Messages carry the agent the chat has when they are sent.
+    Agent,
+}
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Settings {
+    /// Where the database is.
+    pub fn db(&self) -> PathBuf {
+        const NAME: &str = "bigchat-sync.db";
+        match (&self.db, std::env::var_os("STATE_DIRECTORY")) {
+            (Some(db), _) => db.clone(),
+            (None, Some(directory)) => PathBuf::from(directory).join(NAME),
+            (None, None) => PathBuf::from(NAME),
+        }
+    }
+
+    /// How the log is written.
+    pub fn log_format(&self) -> LogFormat {
+        match self.log_format {
+            Some(format) => format,
+            None if std::io::stderr().is_terminal() => LogFormat::Text,
+            None => LogFormat::Json,
+        }
+    }
+
+    /// When events are tried again.
+    pub fn retry(&self) -> Policy {
+        Policy {
+            initial: self.retry_initial,
+            max: self.retry_max,
+            max_attempts: self.max_attempts,
+        }
+    }
+}
+
+/// The bearer tokens, one for each API, where the environment gives them.
+#[derive(Debug, Clone, Default)]
+pub struct Tokens {
+    /// `BIGCHAT_SYNC_BIGCHAT_TOKEN` or what `BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE` holds.
+    pub bigchat: Option<SecretString>,
+    /// `BIGCHAT_SYNC_OUR_API_TOKEN` or what `BIGCHAT_SYNC_OUR_API_TOKEN_FILE` holds.
+    pub our_api: Option<SecretString>,
+}
+
+/// A token that cannot be had, or could not be sent.
+#[derive(Debug, Error)]
+pub enum TokenError {
+    /// Both places are set, and only one can be meant.
+    #[error("{0} and {0}_FILE are both set: unset one of them")]
+    Both(String),
+    /// The file cannot be read.
+    #[error("{variable}_FILE names {path}, which cannot be read: {source}")]
+    File {
+        /// The variable without `_FILE`.
+        variable: String,
+        /// What it names.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Empty, or with characters that no header can carry.
+    #[error(
+        "the token that {0} or {0}_FILE gives is empty or has characters that a token cannot have"
+    )]
+    Unusable(String),
+}
+
+impl Tokens {
+    /// Reads the tokens, `variable` being the environment.
+    pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
+        let token = |name: &str| {
+            let name = format!("BIGCHAT_SYNC_{name}_TOKEN");
+            let text = match (variable(&name), variable(&format!("{name}_FILE"))) {
+                (None, None) => return Ok(None),
+                (Some(_), Some(_)) => return Err(TokenError::Both(name)),
+                (Some(token), None) => token.to_string_lossy().into_owned(),
+                (None, Some(path)) => {
+                    std::fs::read_to_string(&path).map_err(|source| TokenError::File {
+                        variable: name.clone(),
+                        path: path.into(),
+                        source,
+                    })?
+                }
+            };
+            let token = text.trim();
+            if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err(TokenError::Unusable(name));
+            }
+            Ok(Some(SecretString::from(token)))
+        };
+        Ok(Self {
+            bigchat: token("BIGCHAT")?,
+            our_api: token("OUR_API")?,
+        })
+    }
+}
+
+fn base_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text)
+        .map_err(|error| format!("{error}; it should look like http://127.0.0.1:8266"))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+        return Err("it should begin with http:// or https:// and name a host".into());
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("credentials do not belong in a URL: see --help on tokens".into());
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err("it should end with a host or a path, without ? or #".into());
+    }
+    Ok(url)
+}
+
+fn positive(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text).map_err(|error| error.to_string())? {
+        duration if duration < Duration::from_millis(1) => {
+            Err("it must be longer than nothing".into())
+        }
+        duration => Ok(duration),
+    }
+}
+
+fn whole_second(text: &str) -> Result<Duration, String> {
+    match positive(text)? {
+        duration if duration < Duration::from_secs(1) => Err("it must be at least 1s".into()),
+        duration => Ok(duration),
+    }
+}
+
+fn timestamp(text: &str) -> Result<Timestamp, String> {
+    let time = chrono::DateTime::parse_from_rfc3339(text)
+        .map_err(|error| format!("{error}; it should look like 2026-11-22T22:00:00Z"))?;
+    Timestamp::from_unix(time.timestamp()).ok_or_else(|| "it must lie between 1970 and 9999".into())
+}
+
+fn prefix(text: &str) -> Result<String, String> {
+    if text.chars().any(|c| c.is_whitespace() || c.is_control()) || text.len() > 100 {
+        return Err("it must have at most 100 characters and no white space".into());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use secrecy::ExposeSecret;
+
+    use super::*;
+
+    #[test]
+    fn urls_that_would_not_work_are_refused_with_the_reason() {
+        for bad in [
+            "127.0.0.1:8266",
+            "ftp://host",
+            "http://user:secret@host",
+            "http://host/?a=b",
+            "",
+        ] {
+            assert!(base_url(bad).is_err(), "{bad}");
+        }
+        assert!(base_url("https://host/api/v1/").is_ok());
+    }
+
+    #[test]
+    fn a_token_comes_from_one_place_and_never_shows() {
+        let set = |pairs: &'static [(&str, &str)]| {
+            Tokens::read(|name| {
+                pairs
+                    .iter()
+                    .find(|(key, _)| *key == name)
+                    .map(|(_, value)| value.into())
+            })
+        };
+        let tokens = set(&[("BIGCHAT_SYNC_OUR_API_TOKEN", " s3cret\n")]).expect("a token");
+        assert_eq!(
+            tokens.our_api.as_ref().map(ExposeSecret::expose_secret),
+            Some("s3cret")
+        );
+        assert!(tokens.bigchat.is_none());
+        assert!(!format!("{tokens:?}").contains("s3cret"));
+        let both = set(&[
+            ("BIGCHAT_SYNC_BIGCHAT_TOKEN", "a"),
+            ("BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE", "b"),
+        ]);
+        assert!(matches!(both, Err(TokenError::Both(_))));
+        assert!(matches!(
+            set(&[("BIGCHAT_SYNC_BIGCHAT_TOKEN", "")]),
+            Err(TokenError::Unusable(_))
+        ));
+        assert!(matches!(
+            set(&[("BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE", "/does/not/exist")]),
+            Err(TokenError::File { .. })
+        ));
+    }
+}

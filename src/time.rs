@@ -1,0 +1,146 @@
+//! Points in time, as the two APIs and the journal speak of them.
+//!
+//! BigChat tells times as whole Unix seconds ([`Timestamp`]); OurAPI takes RFC 3339 and drops any offset, so only
+//! UTC with `Z` is ever sent. This machine's own clock ([`Millis`]) serves for retry schedules alone: nothing that
+//! is written to OurAPI depends on it.
+
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use chrono::{DateTime, NaiveDateTime, SecondsFormat, Utc};
+
+/// A point in time in whole Unix seconds, between the years 1970 and 9999 (what RFC 3339 can write).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    /// 9999-12-31T23:59:59Z, the last second RFC 3339 can write.
+    const MAX: i64 = 253_402_300_799;
+
+    /// The time `seconds` after 1970-01-01T00:00:00Z; `None` outside the years 1970 to 9999.
+    pub fn from_unix(seconds: i64) -> Option<Self> {
+        (0..=Self::MAX).contains(&seconds).then_some(Self(seconds))
+    }
+
+    /// The nearest representable time to `seconds`.
+    pub fn clamped(seconds: i64) -> Self {
+        Self(seconds.clamp(0, Self::MAX))
+    }
+
+    /// Seconds since 1970-01-01T00:00:00Z.
+    pub fn unix(self) -> i64 {
+        self.0
+    }
+
+    /// This machine's clock, for want of BigChat's.
+    pub fn of_this_machine() -> Self {
+        Self::clamped(Millis::now().0 / 1000)
+    }
+
+    /// `self` and `duration` later, in whole seconds.
+    pub fn plus(self, duration: Duration) -> Self {
+        Self::clamped(self.0.saturating_add(whole_seconds(duration)))
+    }
+
+    /// `self` less `duration`, in whole seconds.
+    pub fn minus(self, duration: Duration) -> Self {
+        Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
+    }
+
+    /// Reads what OurAPI answers: RFC 3339, or the same without a zone, which it means as UTC.
+    pub fn parse(text: &str) -> Option<Self> {
+        let seconds = match DateTime::parse_from_rfc3339(text) {
+            Ok(time) => time.timestamp(),
+            Err(_) => text.parse::<NaiveDateTime>().ok()?.and_utc().timestamp(),
+        };
+        Self::from_unix(seconds)
+    }
+
+    /// Reads an HTTP date (`date`, `retry-after`).
+    pub fn parse_http_date(text: &str) -> Option<Self> {
+        let time = httpdate::parse_http_date(text).ok()?;
+        let seconds = time.duration_since(UNIX_EPOCH).ok()?.as_secs();
+        Self::from_unix(i64::try_from(seconds).ok()?)
+    }
+}
+
+fn whole_seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// RFC 3339 in UTC with `Z`, the one form both APIs read rightly (a `+00:00` gets 422 from BigChat, and OurAPI
+/// drops offsets).
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = DateTime::<Utc>::from_timestamp(self.0, 0).unwrap_or_default();
+        f.write_str(&time.to_rfc3339_opts(SecondsFormat::Secs, true))
+    }
+}
+
+impl serde::Serialize for Timestamp {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A reading of this machine's clock, in milliseconds since 1970. It may be wrong and it may step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Millis(pub i64);
+
+impl Millis {
+    /// This machine's clock, now.
+    pub fn now() -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+    }
+
+    /// `self` and `duration` later.
+    pub fn plus(self, duration: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)),
+        )
+    }
+
+    /// How long it is from `earlier` to `self`; nothing if that lies ahead.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+}
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Timestamp::clamped(self.0 / 1000).fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_api_answers_times_without_a_zone_and_means_utc() {
+        let expected = Timestamp::from_unix(1_763_849_007);
+        assert_eq!(Timestamp::parse("2025-11-22T22:03:27"), expected);
+        assert_eq!(Timestamp::parse("2025-11-22T22:03:27Z"), expected);
+        assert_eq!(Timestamp::parse("2025-11-22T22:03:27.000"), expected);
+        assert_eq!(Timestamp::parse("2025-11-23T00:03:27+02:00"), expected);
+        assert_eq!(Timestamp::parse("yesterday"), None);
+    }
+
+    #[test]
+    fn times_are_written_in_utc_with_z() {
+        assert_eq!(
+            Timestamp::clamped(1_763_849_007).to_string(),
+            "2025-11-22T22:03:27Z"
+        );
+        assert_eq!(Timestamp::from_unix(-1), None);
+        assert_eq!(Timestamp::from_unix(i64::MAX), None);
+        assert_eq!(
+            Timestamp::clamped(i64::MAX).to_string(),
+            "9999-12-31T23:59:59Z"
+        );
+    }
+}
