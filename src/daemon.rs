@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::BigChat;
@@ -49,15 +49,19 @@ pub async fn run(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
-    let poller = tokio::spawn(Poller::new(Arc::clone(&context)).run());
+    let mut poller = Poller::new(Arc::clone(&context));
     let polling = async {
-        context.stopping.cancelled().await;
-        // What does not end by then was not answered.
-        let ended = timeout(LAST_POLL, poller).await;
-        ended.ok().and_then(Result::ok).unwrap_or_default()
+        let last_poll = async {
+            context.stopping.cancelled().await;
+            sleep(LAST_POLL).await;
+        };
+        tokio::select! {
+            () = poller.run() => {}
+            () = last_poll => tracing::warn!("BigChat did not answer the last poll in time"),
+        }
     };
-    let (unkept, ()) = tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
-    stopped(unkept)
+    tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
+    stopped(poller.unkept())
 }
 
 /// Polls once, as far as now, and delivers what is due.
@@ -67,9 +71,10 @@ pub async fn once(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
-    let unkept = Poller::new(Arc::clone(&context)).catch_up().await;
+    let mut poller = Poller::new(Arc::clone(&context));
+    poller.catch_up().await;
     delivery::run(Arc::clone(&context), Until::Done).await;
-    stopped(unkept)
+    stopped(poller.unkept())
 }
 
 async fn start(

@@ -1,7 +1,7 @@
 //! What both API clients share: one request, one answer, within a time and a size, and nothing done behind the
 //! caller's back.
 //!
-//! No redirects, no retries, no proxies, no decompression: the daemon's promises rest on knowing of each request
+//! No redirects, no proxies, no decompression, and no retries but of a GET whose connection broke: the daemon's promises rest on knowing of each request
 //! whether it was sent. No request and no token ever goes to another host than the configured one.
 
 use std::fmt;
@@ -133,14 +133,23 @@ impl Http {
         if let Some(until) = self.throttled_until(now) {
             return Err(NoAnswer::Throttled(until));
         }
-        let mut request = self.client.request(method, url);
+        let mut request = self.client.request(method.clone(), url);
         if let Some(token) = &self.token {
             request = request.bearer_auth(token.expose_secret());
         }
         if let Some(body) = body {
             request = request.json(body);
         }
-        let mut response = request.send().await.map_err(no_answer)?;
+        let again = request.try_clone().filter(|_| method == Method::GET);
+        let mut response = match (request.send().await, again) {
+            // After a 500 both servers close the connection without saying so, and a pooled one breaks. To ask again
+            // is safe for what changes nothing; for all else the outcome is unknown, and is the caller's to look up.
+            (Err(error), Some(again)) if !error.is_timeout() && !error.is_connect() => {
+                again.send().await
+            }
+            (sent, _) => sent,
+        }
+        .map_err(no_answer)?;
         let status = response.status();
         let header = |name| {
             response

@@ -23,5 +23,6 @@ pub mod poller;
 pub mod resolve;
 pub mod retry;
 pub mod settings;
+pub mod sim;
 pub mod time;
 pub mod window;

@@ -83,8 +83,13 @@ impl Poller {
         }
     }
 
-    /// Polls at every tick until the daemon is to stop. Returns how many events were told and could not be kept.
-    pub async fn run(mut self) -> usize {
+    /// How many events were told and could not be kept so far.
+    pub fn unkept(&self) -> usize {
+        self.unkept.as_ref().map_or(0, |page| page.events)
+    }
+
+    /// Polls at every tick until the daemon is to stop.
+    pub async fn run(&mut self) {
         let interval = self.context.settings.poll_interval;
         let mut tick = Instant::now();
         loop {
@@ -101,17 +106,15 @@ impl Poller {
             tick = (tick + wait).max(Instant::now());
             let stopping = self.context.stopping.clone();
             tokio::select! {
-                () = stopping.cancelled() => return self.unkept.map_or(0, |page| page.events),
+                () = stopping.cancelled() => return,
                 () = sleep_until(tick) => {}
             }
         }
     }
 
-    /// Polls until BigChat is read up to now, or cannot be read. Returns how many events were told and could not be
-    /// kept.
-    pub async fn catch_up(mut self) -> usize {
+    /// Polls until BigChat is read up to now, or cannot be read.
+    pub async fn catch_up(&mut self) {
         while self.poll().await == Polled::More && !self.context.stopping.is_cancelled() {}
-        self.unkept.map_or(0, |page| page.events)
     }
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.

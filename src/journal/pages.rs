@@ -188,7 +188,7 @@ impl Store {
         let transaction = self.connection.transaction()?;
         let epoch: i64 = transaction
             .prepare_cached("SELECT max(id) FROM epochs WHERE began_at <= ?1 OR id = 1")?
-            .query_row([page.served_at.unix()], |row| row.get(0))?;
+            .query_row([page.served_at.plus(DATE_LAG).unix()], |row| row.get(0))?;
         let mut admitted = Admitted::default();
         for raw in page_events(&page.body) {
             match Event::parse(raw) {
@@ -276,6 +276,10 @@ impl Store {
         )?)
     }
 }
+
+/// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
+/// seem to have been served before.
+const DATE_LAG: Duration = Duration::from_secs(2);
 
 /// What a window may bring again reaches back a little further than the window: its start is a matter of whole
 /// seconds, and a MESSAGE can be dated before its START.

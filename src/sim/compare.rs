@@ -1,0 +1,520 @@
+//! What OurAPI should hold after what BigChat told, and how it differs from what OurAPI does hold.
+//!
+//! Worked out from the description of the result alone, without any of the daemon's code. Where BigChat restarted and no
+//! longer knows what only it could tell, more than one result is right; [`Report::fallbacks`] counts where that was made
+//! use of. Scripted pages of [`Mode::Once`](super::bigchat::Mode::Once) that imitate a shifting log are beyond it: there
+//! every equal MESSAGE of one poll is taken for a message of its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+};
+
+use chrono::{DateTime, Datelike, NaiveDateTime};
+use comfy_table::{Cell, Table, presets};
+use uuid::Uuid;
+
+use super::{
+    bigchat::{Advisor, Told},
+    our_api::{Agent, Chat, Held, Message},
+};
+
+/// The settings that bear on the result, and what there was before.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// Stands before each `external_id`.
+    pub prefix: String,
+    /// Messages may carry an agent.
+    pub credited: bool,
+    /// What OurAPI held before the daemon wrote to it.
+    pub before: Held,
+}
+
+/// What should be there.
+#[derive(Clone, Debug, Default)]
+pub struct Expected {
+    /// By run and conversation.
+    pub chats: Vec<ExpectedChat>,
+    /// The names that each advisor's e-mail address goes with.
+    pub names: BTreeMap<String, BTreeSet<String>>,
+}
+
+/// A chat that should be there. Of several values the first is the usual one.
+#[derive(Clone, Debug)]
+pub struct ExpectedChat {
+    /// What it may be called.
+    pub external_ids: Vec<String>,
+    /// When it may have started.
+    pub started_at: Vec<NaiveDateTime>,
+    /// The e-mail address of the agent that it may have.
+    pub agents: Vec<Option<String>>,
+    /// When it ended.
+    pub ended_at: Option<NaiveDateTime>,
+    /// The messages, and how often each.
+    pub messages: BTreeMap<(NaiveDateTime, String), usize>,
+}
+
+/// How one chat came out.
+#[derive(Clone, Debug, Default)]
+pub struct Line {
+    /// The chat's `external_id`.
+    pub chat: String,
+    /// Messages that should be there.
+    pub expected: usize,
+    /// Messages that are.
+    pub held: usize,
+    /// Messages that are not there, one entry for each.
+    pub missing: Vec<(NaiveDateTime, String)>,
+    /// Messages that should not be there, doubled ones among them.
+    pub extra: Vec<(NaiveDateTime, String)>,
+    /// What else is wrong, in words.
+    pub differences: Vec<String>,
+    /// Something other than the usual was accepted.
+    pub fallback: bool,
+}
+
+impl Line {
+    fn is_clean(&self) -> bool {
+        self.missing.is_empty() && self.extra.is_empty() && self.differences.is_empty()
+    }
+}
+
+/// How everything came out. Its `Display` is a table, differences first.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// A line per chat, expected or held.
+    pub lines: Vec<Line>,
+    /// What is wrong with the agents, in words.
+    pub agents: Vec<String>,
+}
+
+impl Report {
+    /// Whether OurAPI holds exactly what it should.
+    pub fn is_clean(&self) -> bool {
+        self.agents.is_empty() && self.lines.iter().all(Line::is_clean)
+    }
+
+    /// Chats compared.
+    pub fn chats(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Messages that should be there.
+    pub fn expected(&self) -> usize {
+        self.lines.iter().map(|line| line.expected).sum()
+    }
+
+    /// Messages that are there.
+    pub fn held(&self) -> usize {
+        self.lines.iter().map(|line| line.held).sum()
+    }
+
+    /// Messages lost.
+    pub fn missing(&self) -> usize {
+        self.lines.iter().map(|line| line.missing.len()).sum()
+    }
+
+    /// Messages doubled or made up.
+    pub fn extra(&self) -> usize {
+        self.lines.iter().map(|line| line.extra.len()).sum()
+    }
+
+    /// Chats of which something other than the usual was accepted.
+    pub fn fallbacks(&self) -> usize {
+        self.lines.iter().filter(|line| line.fallback).count()
+    }
+}
+
+/// The time as OurAPI keeps it; `None` for what no calendar there has.
+fn time(at: i64) -> Option<NaiveDateTime> {
+    let time = DateTime::from_timestamp(at, 0)?.naive_utc();
+    (1..=9999).contains(&time.year()).then_some(time)
+}
+
+/// The text as OurAPI stores it, if it does.
+fn storable(text: &str) -> Option<String> {
+    let text = text.trim();
+    (text.chars().count() >= 2).then(|| text.to_owned())
+}
+
+/// The e-mail address of an advisor of whom OurAPI can make an agent.
+fn address(advisor: &Advisor) -> Option<String> {
+    storable(&advisor.name).and(storable(&advisor.email_address))
+}
+
+/// Whether an event says all that its kind is to say; others are nobody's chat.
+fn understood(told: &Told) -> bool {
+    let complete = match told.name.as_str() {
+        "MESSAGE" => told.data["message"].is_string(),
+        "TRANSFER" => told.data["new_advisor_id"].is_i64(),
+        _ => true,
+    };
+    complete && time(told.event_at).is_some()
+}
+
+/// What OurAPI should hold after what was told. What was lost on the way is left out.
+pub fn expected(told: &[Told], rules: &Rules) -> Expected {
+    let mut conversations = BTreeMap::<(u32, i64), Vec<&Told>>::new();
+    let mut all = Expected::default();
+    for told in told.iter().filter(|told| !told.lost && understood(told)) {
+        conversations
+            .entry((told.run, told.conversation_id))
+            .or_default()
+            .push(told);
+        for advisor in [&told.first_advisor, &told.advisor].into_iter().flatten() {
+            if let Some(address) = address(advisor) {
+                all.names
+                    .entry(address)
+                    .or_default()
+                    .insert(advisor.name.trim().to_owned());
+            }
+        }
+    }
+    let mut used: HashMap<String, Option<NaiveDateTime>> = rules
+        .before
+        .chats
+        .iter()
+        .map(|chat| (chat.external_id.clone(), Some(chat.started_at)))
+        .collect();
+    for ((_, id), events) in &conversations {
+        let chat = expected_chat(format!("{}{id}", rules.prefix), events, &used);
+        // Whatever its start, it is another conversation to those of later runs.
+        used.insert(format!("{}{id}", rules.prefix), None);
+        all.chats.push(chat);
+    }
+    all
+}
+
+fn expected_chat(
+    plain: String,
+    events: &[&Told],
+    used: &HashMap<String, Option<NaiveDateTime>>,
+) -> ExpectedChat {
+    let last_at = |name: &str| {
+        events
+            .iter()
+            .filter(|told| told.name == name)
+            .max_by_key(|told| told.event_at)
+    };
+    let over = events.iter().any(|told| told.over);
+    let known_start = events
+        .iter()
+        .find(|told| told.name == "START")
+        .map(|told| told.event_at);
+    let mut started_at: Vec<_> = known_start
+        .or(events.first().map(|told| told.started_at))
+        .into_iter()
+        .collect();
+    // The start may be unknown when the chat is created, by whichever event came first; and it may remain so.
+    let mut created_at = started_at.clone();
+    if over {
+        created_at.extend(events.iter().map(|told| told.event_at));
+        if known_start.is_none() {
+            started_at.extend(events.iter().map(|told| told.event_at).min());
+        }
+    }
+    let started_at: Vec<_> = started_at.into_iter().filter_map(time).collect();
+    let stands_for_another = match used.get(&plain) {
+        None => false,
+        Some(None) => true,
+        Some(Some(start)) => !started_at.contains(start),
+    };
+    let external_ids = if stands_for_another {
+        let with_start = |at| format!("{plain}@{}Z", at_seconds(at));
+        created_at
+            .into_iter()
+            .filter_map(time)
+            .map(with_start)
+            .collect()
+    } else {
+        vec![plain]
+    };
+    let advisor = match last_at("TRANSFER") {
+        Some(transfer) => transfer.advisor.as_ref(),
+        None => events.first().and_then(|told| told.first_advisor.as_ref()),
+    };
+    let mut agents = vec![advisor.and_then(|advisor| address(advisor))];
+    if over {
+        agents.push(None);
+    }
+    // The same message in several polls is one; as often as in the poll that had it most often.
+    let mut by_poll = BTreeMap::<(i64, &str), BTreeMap<u64, usize>>::new();
+    for told in events.iter().filter(|told| told.name == "MESSAGE") {
+        let text = told.data["message"].as_str().unwrap_or_default();
+        *by_poll
+            .entry((told.event_at, text))
+            .or_default()
+            .entry(told.poll)
+            .or_default() += 1;
+    }
+    let mut messages = BTreeMap::new();
+    for ((at, text), polls) in by_poll {
+        if let Some(message) = time(at).zip(storable(text)) {
+            *messages.entry(message).or_default() += polls.into_values().max().unwrap_or(0);
+        }
+    }
+    let ended_at = last_at("END").and_then(|told| time(told.event_at));
+    ExpectedChat {
+        external_ids,
+        started_at,
+        agents,
+        ended_at,
+        messages,
+    }
+}
+
+fn at_seconds(time: NaiveDateTime) -> impl fmt::Display {
+    time.format("%Y-%m-%dT%H:%M:%S")
+}
+
+/// Compares what should be there with what is.
+pub fn compare(expected: &Expected, held: &Held, rules: &Rules) -> Report {
+    let agents: HashMap<Uuid, &Agent> = held
+        .agents
+        .iter()
+        .map(|agent| (agent.agent_id, agent))
+        .collect();
+    let mut by_external_id = HashMap::<&str, Vec<&Chat>>::new();
+    for chat in &held.chats {
+        by_external_id
+            .entry(&chat.external_id)
+            .or_default()
+            .push(chat);
+    }
+    let mut report = Report {
+        lines: Vec::new(),
+        agents: doubtful_agents(expected, held, rules),
+    };
+    let mut matched = BTreeSet::new();
+    // A name that only may be one chat's is often another's own.
+    let is_held = |id: &&String| by_external_id.contains_key(id.as_str());
+    let own = expected
+        .chats
+        .iter()
+        .filter_map(|wanted| wanted.external_ids.first());
+    let mut claimed: BTreeSet<&String> = own.filter(is_held).collect();
+    for wanted in &expected.chats {
+        let own = wanted.external_ids.first().filter(is_held);
+        let id = own.or_else(|| {
+            wanted
+                .external_ids
+                .iter()
+                .find(|id| is_held(id) && claimed.insert(id))
+        });
+        let chats = id
+            .and_then(|id| by_external_id.get(id.as_str()))
+            .map_or(&[][..], Vec::as_slice);
+        matched.extend(chats.iter().map(|chat| chat.chat_id));
+        report.lines.push(line(wanted, chats, &agents, held, rules));
+    }
+    let before: BTreeSet<Uuid> = rules.before.chats.iter().map(|chat| chat.chat_id).collect();
+    for chat in held
+        .chats
+        .iter()
+        .filter(|chat| !matched.contains(&chat.chat_id) && !before.contains(&chat.chat_id))
+    {
+        let held = held.messages.get(&chat.chat_id).map_or(0, Vec::len);
+        let differences = vec!["not expected".to_owned()];
+        report.lines.push(Line {
+            chat: chat.external_id.clone(),
+            held,
+            differences,
+            ..Line::default()
+        });
+    }
+    report
+}
+
+fn line(
+    wanted: &ExpectedChat,
+    chats: &[&Chat],
+    agents: &HashMap<Uuid, &Agent>,
+    held: &Held,
+    rules: &Rules,
+) -> Line {
+    let name = chats
+        .first()
+        .map(|chat| &chat.external_id)
+        .or(wanted.external_ids.first());
+    let mut line = Line {
+        chat: name.cloned().unwrap_or_default(),
+        ..Line::default()
+    };
+    match chats {
+        [] => line.differences.push("no such chat".to_owned()),
+        [_] => {}
+        more => line.differences.push(format!("{} chats", more.len())),
+    }
+    if let Some(chat) = chats.first() {
+        let agent = chat.agent_id.map(|id| {
+            agents.get(&id).map_or_else(
+                || format!("unknown agent {id}"),
+                |agent| agent.email.clone(),
+            )
+        });
+        let mut check = |what: &str, is: &str, at: Option<usize>, should: &str| match at {
+            None => line.differences.push(format!("{what} {is}, not {should}")),
+            Some(at) => line.fallback |= at > 0,
+        };
+        let show = |time: Option<&NaiveDateTime>| {
+            time.map_or_else(
+                || "none".to_owned(),
+                |time| format!("{}", time.format("%F %T%.f")),
+            )
+        };
+        let start = wanted
+            .started_at
+            .iter()
+            .position(|start| *start == chat.started_at);
+        check(
+            "started",
+            &show(Some(&chat.started_at)),
+            start,
+            &show(wanted.started_at.first()),
+        );
+        let end = (wanted.ended_at == chat.ended_at).then_some(0);
+        check(
+            "ended",
+            &show(chat.ended_at.as_ref()),
+            end,
+            &show(wanted.ended_at.as_ref()),
+        );
+        let should = wanted.agents.first().cloned().flatten();
+        let nobody = || "nobody".to_owned();
+        let who = wanted.agents.iter().position(|wanted| *wanted == agent);
+        check(
+            "agent",
+            &agent.unwrap_or_else(nobody),
+            who,
+            &should.unwrap_or_else(nobody),
+        );
+        line.fallback |= wanted.external_ids.first() != Some(&chat.external_id);
+    }
+    let mut left = wanted.messages.clone();
+    line.expected = left.values().sum();
+    for Message {
+        sent_at,
+        text,
+        agent_id,
+        ..
+    } in chats
+        .iter()
+        .flat_map(|chat| held.messages.get(&chat.chat_id))
+        .flatten()
+    {
+        line.held += 1;
+        if agent_id.is_some() && !rules.credited {
+            line.differences.push(format!("message credited: {text:?}"));
+        }
+        let message = (*sent_at, text.clone());
+        match left.get_mut(&message) {
+            Some(count) if *count > 0 => *count -= 1,
+            _ => line.extra.push(message),
+        }
+    }
+    line.missing = left
+        .into_iter()
+        .flat_map(|(message, count)| std::iter::repeat_n(message, count))
+        .collect();
+    line
+}
+
+/// Agents that are there twice, under a wrong name, or out of nowhere.
+fn doubtful_agents(expected: &Expected, held: &Held, rules: &Rules) -> Vec<String> {
+    let mut doubtful = Vec::new();
+    let before: BTreeSet<Uuid> = rules
+        .before
+        .agents
+        .iter()
+        .map(|agent| agent.agent_id)
+        .collect();
+    let mut seen = BTreeSet::new();
+    for agent in &held.agents {
+        let email = agent.email.trim();
+        if !seen.insert(email) {
+            doubtful.push(format!("{email} is there twice"));
+        }
+        if before.contains(&agent.agent_id) {
+            continue;
+        }
+        let Some(names) = expected.names.get(email) else {
+            doubtful.push(format!("{email} was nobody's advisor"));
+            continue;
+        };
+        let taken = |name: &str| {
+            held.agents
+                .iter()
+                .any(|other| other.agent_id != agent.agent_id && other.name == name)
+        };
+        let fits = |name: &String| {
+            agent.name == *name || (agent.name == format!("{name} ({email})") && taken(name))
+        };
+        if !names.iter().any(fits) {
+            doubtful.push(format!("{email} is called {:?}, not {names:?}", agent.name));
+        }
+    }
+    doubtful
+}
+
+/// More than fit on a screen help nobody.
+const ROWS: usize = 40;
+/// What is wrong with one chat is usually one thing.
+const SHOWN: usize = 3;
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        table.set_header([
+            "chat",
+            "expected",
+            "held",
+            "missing",
+            "extra",
+            "differences",
+        ]);
+        let (clean, wrong): (Vec<&Line>, Vec<&Line>) =
+            self.lines.iter().partition(|line| line.is_clean());
+        for line in wrong.iter().chain(&clean).take(ROWS) {
+            let of = |word: &'static str| {
+                move |(at, text): &(NaiveDateTime, String)| {
+                    format!("{word} {} {text:?}", at.format("%T"))
+                }
+            };
+            let words = line
+                .differences
+                .iter()
+                .cloned()
+                .chain(line.missing.iter().map(of("missing")))
+                .chain(line.extra.iter().map(of("extra")));
+            let counts = [
+                line.expected,
+                line.held,
+                line.missing.len(),
+                line.extra.len(),
+            ];
+            let mut row = vec![Cell::new(&line.chat)];
+            row.extend(counts.map(Cell::new));
+            row.push(Cell::new(words.take(SHOWN).collect::<Vec<_>>().join("\n")));
+            table.add_row(row);
+        }
+        writeln!(f, "{table}")?;
+        if self.lines.len() > ROWS {
+            writeln!(f, "… and {} more", self.lines.len() - ROWS)?;
+        }
+        self.agents
+            .iter()
+            .try_for_each(|agent| writeln!(f, "agent {agent}"))?;
+        write!(
+            f,
+            "{} chats, {} with differences; {} messages expected, {} held, {} missing, {} extra; {} agents with differences",
+            self.chats(),
+            wrong.len(),
+            self.expected(),
+            self.held(),
+            self.missing(),
+            self.extra(),
+            self.agents.len()
+        )
+    }
+}

@@ -1,0 +1,159 @@
+//! One harness for all: a daemon that is run and stopped as a signal would stop it, over a database of its own, and
+//! conditions that are waited for instead of time.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bigchat_sync::cli::Cli;
+use bigchat_sync::daemon::{self, DaemonError};
+use bigchat_sync::journal::{FailedEvent, Store};
+use bigchat_sync::settings::{Settings, Tokens};
+use clap::Parser;
+use rusqlite::types::FromSql;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take before the test fails. Long, since the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds.
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Two URLs, a database, and the settings to run a daemon with.
+pub(crate) struct Bench {
+    directory: TempDir,
+    flags: Vec<String>,
+}
+
+impl Bench {
+    /// A fresh database, quick polls and retries.
+    pub(crate) fn new(bigchat_url: &str, our_api_url: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut bench = Self {
+            directory,
+            flags: Vec::new(),
+        };
+        let db = bench.db().display().to_string();
+        for (flag, value) in [
+            ("--bigchat-url", bigchat_url),
+            ("--our-api-url", our_api_url),
+            ("--db", &db),
+            ("--poll-interval", "50ms"),
+            ("--retry-initial", "20ms"),
+            ("--retry-max", "200ms"),
+        ] {
+            bench = bench.set(flag, value);
+        }
+        bench
+    }
+
+    /// Sets one more flag, or sets it otherwise.
+    pub(crate) fn set(mut self, flag: &str, value: &str) -> Self {
+        self.flags
+            .retain(|set| !set.starts_with(&format!("{flag}=")));
+        self.flags.push(format!("{flag}={value}"));
+        self
+    }
+
+    /// Where the database is.
+    pub(crate) fn db(&self) -> PathBuf {
+        self.directory.path().join("journal.db")
+    }
+
+    /// Where files may be put beside it.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The settings.
+    pub(crate) fn settings(&self) -> Settings {
+        let flags = std::iter::once("bigchat-sync").chain(self.flags.iter().map(String::as_str));
+        Cli::try_parse_from(flags).expect("good flags").settings
+    }
+
+    /// Starts a daemon.
+    pub(crate) fn start(&self) -> Daemon {
+        self.start_with(Tokens::default())
+    }
+
+    /// Starts a daemon with bearer tokens.
+    pub(crate) fn start_with(&self, tokens: Tokens) -> Daemon {
+        let stopping = CancellationToken::new();
+        let task = tokio::spawn(daemon::run(self.settings(), tokens, stopping.clone()));
+        Daemon { stopping, task }
+    }
+
+    /// Polls once, delivers what is due, and ends.
+    pub(crate) async fn once(&self) {
+        let once = daemon::once(self.settings(), Tokens::default(), CancellationToken::new());
+        once.await.expect("it ends well");
+    }
+
+    /// One value from the database, by SQL.
+    pub(crate) fn value<T: FromSql>(&self, sql: &str) -> T {
+        let connection = rusqlite::Connection::open(self.db()).expect("a database");
+        connection.busy_timeout(PATIENCE).expect("a busy timeout");
+        connection.query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    /// How many events are in a state: waiting, delivered, failed or discarded.
+    pub(crate) fn events(&self, state: &str) -> i64 {
+        self.value(&format!(
+            "SELECT count(*) FROM events WHERE state = '{state}'"
+        ))
+    }
+
+    /// Waits until so many events are in a state.
+    pub(crate) async fn until_events(&self, state: &str, count: i64) {
+        until(&format!("{count} events {state}"), async || {
+            self.db().exists() && self.tables_exist() && self.events(state) == count
+        })
+        .await;
+    }
+
+    fn tables_exist(&self) -> bool {
+        self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'delivery'") == 1
+    }
+
+    /// The failed events.
+    pub(crate) fn failed(&self) -> Vec<FailedEvent> {
+        let mut store = Store::open_beside(&self.db()).expect("a database");
+        store.failed(1000).expect("the failed events")
+    }
+}
+
+/// A running daemon.
+pub(crate) struct Daemon {
+    stopping: CancellationToken,
+    task: JoinHandle<Result<(), DaemonError>>,
+}
+
+impl Daemon {
+    /// Stops it as a signal would, and expects it to end well.
+    pub(crate) async fn stop(self) {
+        self.outcome().await.expect("it stops well");
+    }
+
+    /// Stops it as a signal would, and tells how it ended.
+    pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
+        self.stopping.cancel();
+        self.task.await.expect("no panic")
+    }
+
+    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.
+    pub(crate) async fn crash(self, bench: &Bench) {
+        self.task.abort();
+        self.task.await.expect_err("it was running");
+        until("the database is free", async || {
+            Store::open(&bench.db()).is_ok()
+        })
+        .await;
+    }
+}

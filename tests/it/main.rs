@@ -1,0 +1,4 @@
+//! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
+
+mod daemon;
+mod harness;
