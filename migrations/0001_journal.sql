@@ -23,8 +23,8 @@ CREATE TABLE epochs (
 ) STRICT;
 INSERT INTO epochs (id, began_at) VALUES (1, 0);
 
--- The pages of the poll under way, as they came. Their events are admitted once it is known which run told them;
--- the pages stay until their poll is complete, since an equal message on a later page is told apart by them.
+-- The pages of the poll under way, as they came. Their events are admitted once it is known which run told them; the
+-- pages stay until all of them are, since an equal message on a later page is told apart by the earlier one.
 CREATE TABLE pages (
     id           INTEGER PRIMARY KEY,
     query        TEXT NOT NULL,

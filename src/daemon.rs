@@ -88,8 +88,9 @@ async fn start(
         .await
         .map_err(std::io::Error::other)??;
     let journal = Journal::start(store)?;
+    let pause = settings.retry_initial;
     let session = journal
-        .with(|store| store.start_session(Millis::now()))
+        .with(move |store| store.start_session(pause, Millis::now()))
         .await?;
     tracing::info!(
         db = %db.display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,

@@ -122,24 +122,27 @@ impl Tally {
                 }
             }
             Again::Shifted => {
-                // What the later pages told was counted on top of the earlier page as it was; it belongs on top of
-                // the page as it is now. Never fewer than were seen at any one time.
-                let later: HashSet<usize> = about.iter().map(|unclear| unclear.later).collect();
+                // What the next page told was counted on top of this one as it was; it belongs on top of this one
+                // as it is now. Never fewer than were seen at any one time. A page further on is out of reach of a
+                // shift that left part of this one in place: what came there is another.
+                let next = Some(number + 1)
+                    .filter(|next| about.iter().any(|unclear| unclear.later == *next));
                 let keys: HashSet<Key> = counts.keys().chain(before.keys()).copied().collect();
                 for key in keys {
                     let was = before.get(&key).copied().unwrap_or(0);
                     let is = counts.get(&key).copied().unwrap_or(0);
                     let told = &mut self.told.entry(key).or_default().count;
-                    if key.kind != Kind::Message {
-                        *told = (*told).max(is);
-                        continue;
-                    }
-                    let moved: u32 = later
-                        .iter()
-                        .filter_map(|page| self.pages[*page].get(&key))
-                        .sum();
-                    let without_moved = told.saturating_sub(moved);
-                    *told = (told.saturating_sub(was) + is).max(without_moved);
+                    let moved = next
+                        .and_then(|next| self.pages[next].get(&key))
+                        .copied()
+                        .unwrap_or(0);
+                    *told = match key.kind {
+                        Kind::Message if moved > 0 => {
+                            (told.saturating_sub(was) + is).max(told.saturating_sub(moved))
+                        }
+                        Kind::Message => *told + is.saturating_sub(was),
+                        _ => (*told).max(is),
+                    };
                 }
             }
         }
@@ -184,7 +187,7 @@ mod tests {
 
     use super::*;
 
-    /// Upper-case letters are ENDs, digits STARTs, others MESSAGEs.
+    /// Capitals are ENDs, digits STARTs, all else MESSAGEs.
     fn keys(page: &str) -> Vec<Key> {
         page.chars()
             .map(|c| {

@@ -381,7 +381,11 @@ impl Delivery {
         let policy = self.context.settings.retry();
         let failure = setback.failure();
         let failed = attempts.counted >= policy.max_attempts;
-        let wait = policy.backoff(attempts.tries, rand::random());
+        let mut wait = policy.backoff(attempts.tries, rand::random());
+        if setback.in_doubt() {
+            // It may still be on its way: it is not looked for before it can have arrived.
+            wait = wait.max(policy.initial / 2);
+        }
         tracing::warn!(
             conversation = bigchat_id, event = event.id, kind = %event.what.kind(), tries = attempts.tries,
             reason = %failure.reason, request = %failure.request, response = %failure.response,

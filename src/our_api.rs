@@ -269,7 +269,7 @@ impl OurApi {
             url,
             Some(change),
             Route::InChat,
-            |_| Some(()),
+            nothing_else,
         )
         .await
     }
@@ -279,13 +279,14 @@ impl OurApi {
         let url = self
             .http
             .url(&["chats", &chat.to_string(), "messages"], None);
-        let is_json = |body: &[u8]| {
-            body.is_empty()
-                .then_some(())
-                .or_else(|| json::<serde::de::IgnoredAny>(body).map(drop))
-        };
-        self.send(Method::POST, url, Some(message), Route::InChat, is_json)
-            .await
+        self.send(
+            Method::POST,
+            url,
+            Some(message),
+            Route::InChat,
+            nothing_else,
+        )
+        .await
     }
 
     /// The messages of a chat.
@@ -382,6 +383,11 @@ const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     serde_json::from_slice(body).ok()
+}
+
+/// No body, or any JSON: a page of HTML is not OurAPI's, whatever its status.
+fn nothing_else(body: &[u8]) -> Option<()> {
+    (body.is_empty() || json::<serde::de::IgnoredAny>(body).is_some()).then_some(())
 }
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {

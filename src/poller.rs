@@ -5,18 +5,18 @@
 //! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
 //! poller knows nothing of OurAPI.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::{Instant, sleep_until};
 
-use crate::bigchat::{BigChatError, window_query};
+use crate::bigchat::{BigChatError, Page, window_query};
 use crate::context::Context;
 use crate::dedupe::{Key, Tally};
 use crate::event::{Event, Kind};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, Source};
+use crate::journal::{JournalError, KeptPage, PageToKeep, Progress};
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -27,7 +27,10 @@ const MAX_PAGES: usize = 200;
 /// How much one poll reads before what it brought is delivered, in bytes: so much is held in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How often the same further page may fail before its window is read again from the beginning.
+/// How often a further page is asked for at once if it cannot be had.
+const PAGE_TRIES: u32 = 3;
+
+/// In how many polls the same further page may fail before its window is read again from the beginning.
 const PAGE_FAILURES: u32 = 3;
 
 /// How far back the first poll ever reaches, if no `--since` says otherwise.
@@ -151,38 +154,38 @@ impl Poller {
             tracing::warn!(%now, "BigChat does not tell its time: this machine's clock is taken for it");
             now
         });
-        let started_at = *self.started_at.get_or_insert(now);
-        let (window, catching_up) = self.window(now).await?;
-        let mut pages = Pages::load(&self.context).await?;
-        let read = self.read(&mut pages, window).await;
+        self.started_at.get_or_insert(now);
+        // What an earlier poll kept and could not admit: the daemon was stopped, or the journal refused.
+        let mut left = Pages::load(&self.context).await?;
+        if !left.kept.is_empty() {
+            self.clear_up(&mut left).await?;
+            self.admit(left).await?;
+        }
+        let (window, next) = self.window(now).await?;
+        let mut pages = Pages::default();
+        let read = self.read(&mut pages, window, next).await;
         if self.context.stopping.is_cancelled() {
             // What was kept is admitted at the next start.
             return Ok(Polled::Incomplete);
         }
-        let admitted = self.admit(&mut pages, started_at).await?;
-        let ended = read?;
-        let polled = match ended {
-            Ended::Stuck => Polled::Incomplete,
-            Ended::Complete if catching_up => Polled::More,
-            Ended::Complete => Polled::UpToDate,
-            Ended::Budget if admitted > 0 => {
+        let new = self.admit(pages).await?;
+        let (polled, cursor) = match read? {
+            Ended::Complete if window.catching_up => (Polled::More, None),
+            Ended::Complete => (Polled::UpToDate, None),
+            Ended::Stuck => (Polled::Incomplete, None),
+            Ended::Budget if new > 0 => {
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
-                self.context
-                    .journal
-                    .with(|store| store.forget_admitted_pages())
-                    .await?;
                 return Ok(Polled::Incomplete);
             }
             Ended::Budget => {
                 tracing::warn!(
                     "a poll went on and on and brought nothing new; it counts as complete"
                 );
-                Polled::UpToDate
+                (Polled::UpToDate, Some(window.end))
             }
         };
-        let cursor = (ended == Ended::Budget).then_some(window.1);
         self.context
             .journal
             .with(move |store| store.end_poll(cursor))
@@ -190,110 +193,83 @@ impl Poller {
         Ok(polled)
     }
 
-    /// The window of the poll under way, or the next one.
-    async fn window(
-        &mut self,
-        now: Timestamp,
-    ) -> Result<((Timestamp, Timestamp), bool), PollError> {
+    /// The window of the poll under way and its next page; else the next window.
+    async fn window(&mut self, now: Timestamp) -> Result<(Window, String), PollError> {
         let settings = &self.context.settings;
         let source = self.context.journal.with(|store| store.source()).await?;
-        if let Source {
-            poll: Some((window, _)),
-            ..
-        } = source
-        {
-            return Ok((window, window.1 < now));
+        if let Some(((start, end), Some(next))) = source.poll {
+            return Ok((
+                Window {
+                    start,
+                    end,
+                    catching_up: end < now,
+                },
+                next,
+            ));
         }
         let cursor = match source.cursor {
-            Some(cursor) if cursor <= now => cursor,
-            cursor => {
-                let first = settings
-                    .since
-                    .filter(|_| cursor.is_none())
-                    .unwrap_or(now.minus(FIRST_WINDOW));
-                let cursor = if cursor.is_none() {
-                    first.min(now)
-                } else {
-                    now
-                };
-                self.context
-                    .journal
-                    .with(move |store| store.set_cursor(cursor))
-                    .await?;
-                cursor
-            }
+            Some(cursor) => cursor.min(now),
+            None => settings.since.unwrap_or(now.minus(FIRST_WINDOW)).min(now),
         };
+        if source.cursor != Some(cursor) || source.poll.is_some() {
+            self.context
+                .journal
+                .with(move |store| store.set_cursor(cursor))
+                .await?;
+        }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
-        Ok(((window.start, window.end), window.catching_up))
+        Ok((window, window_query(window.start, window.end)))
     }
 
     /// Asks for the pages of the window, one after the other, each kept before the next.
     async fn read(
         &mut self,
         pages: &mut Pages,
-        window: (Timestamp, Timestamp),
+        window: Window,
+        first: String,
     ) -> Result<Ended, PollError> {
-        let source = self.context.journal.with(|store| store.source()).await?;
-        let mut next = match source.poll {
-            Some((_, next)) => next,
-            None => Some(window_query(window.0, window.1)),
-        };
+        let mut next = Some(first);
         let mut bytes = 0;
         for _ in 0..MAX_PAGES {
-            self.clear_up(pages, window).await?;
             if bytes > MAX_BYTES || self.context.stopping.is_cancelled() {
                 break;
             }
             let Some(query) = next else {
                 return Ok(Ended::Complete);
             };
-            let answer = self.context.bigchat.events(&query).await;
-            self.context.bigchat_answered(&answer);
-            let page = match answer {
+            let page = match self.ask(&query, !pages.kept.is_empty()).await {
                 Ok(page) => page,
-                Err(error) if pages.kept.is_empty() => return Err(error.into()),
-                Err(error) => {
-                    self.page_failures += 1;
-                    let gone =
-                        matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_));
-                    if !gone && self.page_failures < PAGE_FAILURES {
-                        return Err(error.into());
-                    }
-                    tracing::warn!(%error, "the next page cannot be had: the window is read again from its beginning");
-                    self.page_failures = 0;
-                    return Ok(Ended::Stuck);
-                }
+                Err(error) => return self.page_failed(error, &query),
             };
             self.page_failures = 0;
             bytes += page.body.len();
-            let served_at = self.context.bigchat.clock().now().unwrap_or(window.1);
+            let served_at = self.context.bigchat.clock().now().unwrap_or(window.end);
             let asked_before =
                 |next: &str| next == query || pages.kept.iter().any(|page| page.query == next);
-            let progress = match page.next {
-                Some(next) if asked_before(&next) => {
+            next = page.next.filter(|next| {
+                let circle = asked_before(next);
+                if circle {
                     tracing::warn!(%next, "BigChat's pages go in a circle; the poll is complete");
-                    Progress::Complete(window.1.min(served_at))
                 }
-                Some(next) => Progress::Next(next),
-                None => Progress::Complete(window.1.min(served_at)),
-            };
-            next = match &progress {
-                Progress::Next(query) => Some(query.clone()),
-                Progress::Complete(_) | Progress::Unchanged => None,
+                !circle
+            });
+            let progress = match &next {
+                Some(next) => Progress::Next(next.clone()),
+                None => Progress::Complete(window.end.min(served_at)),
             };
             let kept = PageToKeep {
                 query,
                 again_of: None,
                 served_at,
-                window,
+                window: (window.start, window.end),
                 body: page.body,
                 events: page.events,
                 progress,
             };
             let kept = self.keep_page(kept).await?;
             pages.add(&self.context, kept).await?;
+            self.clear_up(pages).await?;
         }
-        self.clear_up(pages, window).await?;
         Ok(if next.is_none() {
             Ended::Complete
         } else {
@@ -301,26 +277,60 @@ impl Poller {
         })
     }
 
+    /// Asks for a page. What fails for a moment is asked for again at once if the pages before it are fresh: later
+    /// they may have shifted beyond recognition.
+    async fn ask(&self, query: &str, at_once: bool) -> Result<Page, BigChatError> {
+        let mut tries = if at_once { PAGE_TRIES } else { 1 };
+        loop {
+            let answer = self.context.bigchat.events(query).await;
+            self.context.bigchat_answered(&answer);
+            tries -= 1;
+            match answer {
+                Err(BigChatError::Unavailable(_))
+                    if tries > 0 && !self.context.stopping.is_cancelled() => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
+    fn page_failed(&mut self, error: BigChatError, query: &str) -> Result<Ended, PollError> {
+        let further = !query.starts_with("start_at=") || query.contains("page");
+        let gone = matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_));
+        self.page_failures += 1;
+        if further && (gone || self.page_failures >= PAGE_FAILURES) {
+            tracing::warn!(%error, "the next page cannot be had: the window is read again from its beginning");
+            self.page_failures = 0;
+            return Ok(Ended::Stuck);
+        }
+        Err(error.into())
+    }
+
     /// Where an equal message on two pages may be one or two: asks for the earlier page again.
-    async fn clear_up(
-        &mut self,
-        pages: &mut Pages,
-        window: (Timestamp, Timestamp),
-    ) -> Result<(), PollError> {
+    async fn clear_up(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         while let Some(number) = pages.tally.unclear() {
-            let Some((id, query)) = pages.first_told.get(number).cloned() else {
+            let Some(earlier) = pages
+                .first_told
+                .get(number)
+                .and_then(|index| pages.kept.get(*index))
+            else {
                 return Ok(());
             };
+            let (id, query, window_start) =
+                (earlier.id, earlier.query.clone(), earlier.window_start);
             tracing::debug!(%query, "an equal message came on a later page; the earlier one is asked for again");
-            let answer = self.context.bigchat.events(&query).await;
-            self.context.bigchat_answered(&answer);
-            let page = answer?;
-            let served_at = self.context.bigchat.clock().now().unwrap_or(window.1);
+            let page = self.ask(&query, true).await?;
+            let served_at = self
+                .context
+                .bigchat
+                .clock()
+                .now()
+                .unwrap_or(earlier.served_at);
             let kept = PageToKeep {
                 query,
                 again_of: Some(id),
                 served_at,
-                window,
+                window: (window_start, window_start),
                 body: page.body,
                 events: page.events,
                 progress: Progress::Unchanged,
@@ -369,25 +379,21 @@ impl Poller {
         Ok(Some(id))
     }
 
-    /// Admits the events of the pages that were kept, now that it is known which run of BigChat told them. Returns
-    /// how many were new.
-    async fn admit(
-        &mut self,
-        pages: &mut Pages,
-        started_at: Timestamp,
-    ) -> Result<usize, PollError> {
-        self.look_for_restart(pages).await?;
-        let (unclear, tally) = (
-            pages.tally.unclear().is_some(),
-            Arc::new(std::mem::take(&mut pages.tally)),
-        );
+    /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
+    /// Returns how many were new. Where it is unclear how many there are, the pages stay kept until it is known.
+    async fn admit(&mut self, pages: Pages) -> Result<usize, PollError> {
+        self.look_for_restart(&pages).await?;
+        let Pages { kept, tally, .. } = pages;
+        if tally.unclear().is_some() {
+            return Ok(0);
+        }
+        let tally = Arc::new(tally);
         let mut new = 0;
-        for page in pages.kept.drain(..).filter(|page| !page.admitted) {
-            if unclear {
-                // It stays kept, and is admitted once the earlier page has been asked for.
-                break;
-            }
-            let (tally, before_start) = (Arc::clone(&tally), page.window_start < started_at);
+        for page in kept.into_iter().filter(|page| !page.admitted) {
+            let tally = Arc::clone(&tally);
+            let before_start = self
+                .started_at
+                .is_none_or(|started_at| page.window_start < started_at);
             let (admitted, query) = self
                 .context
                 .journal
@@ -408,6 +414,10 @@ impl Poller {
             }
             new += admitted.new;
         }
+        self.context
+            .journal
+            .with(|store| store.forget_pages())
+            .await?;
         Ok(new)
     }
 
@@ -476,8 +486,8 @@ enum Ended {
 struct Pages {
     kept: Vec<KeptPage>,
     tally: Tally,
-    /// Id and query of the pages, by their number in the tally; those asked for again are not among them.
-    first_told: Vec<(i64, String)>,
+    /// Where in `kept` the pages stand, by their number in the tally; those asked for again are not among them.
+    first_told: Vec<usize>,
 }
 
 impl Pages {
@@ -492,20 +502,18 @@ impl Pages {
     async fn add(&mut self, context: &Context, page: KeptPage) -> Result<(), JournalError> {
         let events = page.events();
         let keys: Vec<Key> = events.iter().map(Key::from).collect();
-        match page
-            .again_of
-            .and_then(|id| self.first_told.iter().position(|(told, _)| *told == id))
-        {
+        let again = page.again_of.and_then(|id| {
+            self.first_told
+                .iter()
+                .position(|told| self.kept[*told].id == id)
+        });
+        match again {
             Some(number) => self.tally.again(number, &keys),
             None => {
                 let known = self.known(context, &events).await?;
-                self.tally.page(&keys, |key| {
-                    known
-                        .iter()
-                        .find(|(known, _)| known == key)
-                        .map_or(0, |(_, count)| *count)
-                });
-                self.first_told.push((page.id, page.query.clone()));
+                self.tally
+                    .page(&keys, |key| known.get(key).copied().unwrap_or(0));
+                self.first_told.push(self.kept.len());
             }
         }
         self.kept.push(page);
@@ -517,25 +525,21 @@ impl Pages {
         &self,
         context: &Context,
         events: &[Event],
-    ) -> Result<Vec<(Key, u32)>, JournalError> {
-        let told_before: HashSet<Key> = events
-            .iter()
-            .map(Key::from)
-            .filter(|key| key.kind == Kind::Message && self.tally.told(key) > 0)
-            .collect();
-        let mut known = Vec::new();
-        for event in events
-            .iter()
-            .filter(|event| told_before.contains(&Key::from(*event)))
-        {
-            let (key, event) = (Key::from(event), event.clone());
-            known.push((
-                key,
-                context
-                    .journal
-                    .with(move |store| store.count_known(&event))
-                    .await?,
-            ));
+    ) -> Result<HashMap<Key, u32>, JournalError> {
+        let mut known = HashMap::new();
+        for event in events {
+            let key = Key::from(event);
+            if event.kind == Kind::Message && self.tally.told(&key) > 0 && !known.contains_key(&key)
+            {
+                let event = event.clone();
+                known.insert(
+                    key,
+                    context
+                        .journal
+                        .with(move |store| store.count_known(&event))
+                        .await?,
+                );
+            }
         }
         Ok(known)
     }

@@ -4,6 +4,7 @@
 //! Whatever is claimed when the daemon starts was in work when it died: its outcome is unknown.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
 
@@ -21,6 +22,9 @@ use crate::time::{Millis, Timestamp};
 /// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps
 /// others waiting.
 const EVENTS_A_CLAIM: u32 = 200;
+
+/// Nothing is ever made to wait for longer: neither a back-off nor a `Retry-After`.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What delivery starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,8 +62,9 @@ pub struct Claimed {
 }
 
 impl Store {
-    /// Starts a session of delivery: what was claimed has an unknown outcome from now on.
-    pub fn start_session(&mut self, now: Millis) -> Result<Session> {
+    /// Starts a session of delivery: what was claimed has an unknown outcome from now on. It is left alone for
+    /// `pause`: what was on its way to OurAPI must have arrived before it is looked for.
+    pub fn start_session(&mut self, pause: Duration, now: Millis) -> Result<Session> {
         let transaction = self.connection.transaction()?;
         let claimed: Vec<i64> = {
             let mut statement = transaction
@@ -76,10 +81,11 @@ impl Store {
                 [conversation],
             )?;
             transaction.execute(
-                "UPDATE conversations SET claimed_through = NULL, chat_unsure = 1 WHERE id = ?1",
-                [conversation],
+                "UPDATE conversations SET claimed_through = NULL, chat_unsure = 1,
+                    due_at = iif(EXISTS (SELECT 1 FROM events WHERE conversation = ?1 AND state = 'waiting'), ?2, NULL)
+                 WHERE id = ?1",
+                [*conversation, now.plus(pause).0],
             )?;
-            reschedule(&transaction, *conversation)?;
         }
         // OurAPI may have been mended since.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
@@ -104,8 +110,8 @@ impl Store {
         )?;
         // A clock that was wrong must not make anything wait for ever.
         transaction.execute(
-            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?1",
-            [now.0],
+            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?2",
+            [now.0, now.plus(LONGEST_WAIT).0],
         )?;
         transaction.commit()?;
         Ok(session)

@@ -195,7 +195,9 @@ impl Store {
                 Ok(event) => {
                     let conversation = conversation(&transaction, epoch, &event)?;
                     let told = tally.told(&Key::from(&event)).max(1);
-                    if count_equal(&transaction, conversation, &event)? < told {
+                    if count_equal(&transaction, conversation, &event)? < told
+                        || was_overtaken(&transaction, conversation, &event)?
+                    {
                         insert(&transaction, conversation, &event, now)?;
                         wake(&transaction, conversation, now)?;
                         admitted.new += 1;
@@ -222,12 +224,11 @@ impl Store {
         last_event(&self.connection)
     }
 
-    /// Ends the poll under way: its pages have done their service. `cursor`: where BigChat was read up to, if the
+    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the
     /// last page has not said so.
     pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
         let transaction = self.connection.transaction()?;
-        transaction.execute("UPDATE pages SET again_of = NULL", [])?;
-        transaction.execute("DELETE FROM pages", [])?;
+        forget_pages(&transaction)?;
         transaction.execute(
             "UPDATE source SET cursor = coalesce(?1, cursor), poll = poll + 1, window_start = NULL, window_end = NULL, next_query = NULL",
             [cursor.map(Timestamp::unix)],
@@ -236,15 +237,11 @@ impl Store {
         Ok(())
     }
 
-    /// Lets go of the admitted pages of a poll that goes on for long; the last one stays, since pages shift by
-    /// neighbours.
-    pub fn forget_admitted_pages(&mut self) -> Result<()> {
-        self.connection
-            .execute("UPDATE pages SET again_of = NULL WHERE admitted", [])?;
-        self.connection.execute(
-            "DELETE FROM pages WHERE admitted AND id < (SELECT max(id) FROM pages)",
-            [],
-        )?;
+    /// Lets go of the pages that were kept: all of their events are admitted.
+    pub fn forget_pages(&mut self) -> Result<()> {
+        let transaction = self.connection.transaction()?;
+        forget_pages(&transaction)?;
+        transaction.commit()?;
         Ok(())
     }
 
@@ -284,6 +281,13 @@ const DATE_LAG: Duration = Duration::from_secs(2);
 /// What a window may bring again reaches back a little further than the window: its start is a matter of whole
 /// seconds, and a MESSAGE can be dated before its START.
 const PRUNING_MARGIN: Duration = Duration::from_secs(60);
+
+fn forget_pages(connection: &rusqlite::Connection) -> Result<()> {
+    // A page refers to the one it is again, so all go at once.
+    connection.execute("DELETE FROM pages WHERE again_of IS NOT NULL", [])?;
+    connection.execute("DELETE FROM pages", [])?;
+    Ok(())
+}
 
 fn last_event(connection: &rusqlite::Connection) -> Result<i64> {
     Ok(
@@ -330,6 +334,26 @@ fn count_equal(connection: &rusqlite::Connection, conversation: i64, event: &Eve
              WHERE conversation = ?1 AND digest = ?2 AND name = ?3 AND event_at = ?4 AND data IS ?5",
         )?
         .query_row(params![conversation, event.digest(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
+}
+
+/// Whether a TRANSFER, told again, was followed by another one of the same second: then the order of telling counts,
+/// and this is the later one.
+fn was_overtaken(
+    connection: &rusqlite::Connection,
+    conversation: i64,
+    event: &Event,
+) -> Result<bool> {
+    if event.kind != Kind::Transfer {
+        return Ok(false);
+    }
+    let last: Option<Option<String>> = connection
+        .prepare_cached(
+            "SELECT data FROM events WHERE conversation = ?1 AND name = 'TRANSFER' AND event_at = ?2
+             ORDER BY id DESC LIMIT 1",
+        )?
+        .query_row([conversation, event.at.unix()], |row| row.get(0))
+        .optional()?;
+    Ok(last.is_some_and(|last| last != event.data))
 }
 
 fn insert(

@@ -1,12 +1,17 @@
-//! The whole daemon against the simulated services, with restarts in between.
+//! The whole daemon against the simulated services, with restarts and crashes in between.
 
-use bigchat_sync::sim::{self, Sim, bigchat};
+use std::time::Duration;
+
+use bigchat_sync::sim::bigchat::{Log, Mode, Options};
+use bigchat_sync::sim::our_api;
+use bigchat_sync::sim::{self, Sim};
 
 use crate::harness::{Bench, until};
 
-async fn sim(options: bigchat::Options) -> (Sim, Bench) {
+pub(crate) async fn sim(bigchat: Options, our_api: our_api::Options) -> (Sim, Bench) {
     let options = sim::Options {
-        bigchat: options,
+        bigchat,
+        our_api,
         ..sim::Options::default()
     };
     let sim = Sim::start(options).await.expect("the services");
@@ -14,33 +19,61 @@ async fn sim(options: bigchat::Options) -> (Sim, Bench) {
     (sim, bench)
 }
 
-/// Waits until what BigChat told stands in OurAPI.
-async fn agrees(sim: &Sim) {
+/// Waits until what BigChat told stands in OurAPI, and nothing else.
+pub(crate) async fn agrees(sim: &Sim, bench: &Bench) {
     let mut report = String::new();
-    until("no difference", async || {
-        let compared = sim.compare();
-        report = compared.to_string();
-        compared.is_clean() && compared.chats() > 0
+    let agreed = tokio::time::timeout(
+        Duration::from_secs(20),
+        until("no difference", async || {
+            let compared = sim.compare();
+            report = compared.to_string();
+            compared.is_clean() && compared.chats() > 0
+        }),
+    );
+    if agreed.await.is_err() {
+        panic!("{report}\nfailed: {:#?}", bench.failed());
+    }
+}
+
+/// Waits until BigChat has told so many more events than now.
+pub(crate) async fn more_told(sim: &Sim, more: usize) {
+    let told = sim.bigchat.told().len();
+    until("more events", async || {
+        sim.bigchat.told().len() >= told + more
     })
     .await;
 }
 
+fn log(seed: u64) -> Options {
+    Options {
+        seed,
+        mode: Mode::Log(Log {
+            events_per_second: 60.0,
+            page_size: 7,
+            ..Log::default()
+        }),
+        ..Options::default()
+    }
+}
+
 #[tokio::test]
 async fn what_happened_stands_in_our_api_across_restarts() {
-    let (sim, bench) = sim(bigchat::Options {
-        seed: 7,
-        ..bigchat::Options::default()
-    })
+    let (sim, bench) = sim(
+        Options {
+            seed: 7,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
     .await;
     for _ in 0..5 {
-        let told = sim.bigchat.told().len();
         let daemon = bench.start();
-        until("more events", async || sim.bigchat.told().len() > told + 40).await;
+        more_told(&sim, 40).await;
         daemon.stop().await;
     }
     sim.bigchat.set_quiet(true);
     let daemon = bench.start();
-    agrees(&sim).await;
+    agrees(&sim, &bench).await;
     daemon.stop().await;
     assert_eq!(
         sim.our_api.traffic.max_in_flight(),
@@ -48,4 +81,97 @@ async fn what_happened_stands_in_our_api_across_restarts() {
         "one request at a time"
     );
     assert_eq!(sim.compare().fallbacks(), 0);
+}
+
+#[tokio::test]
+async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
+    let (sim, bench) = sim(log(3), our_api::Options::default()).await;
+    for _ in 0..4 {
+        let daemon = bench.start();
+        more_told(&sim, 60).await;
+        daemon.stop().await;
+    }
+    sim.bigchat.set_quiet(true);
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn several_at_once_where_our_api_takes_them() {
+    let (sim, bench) = sim(log(4), our_api::Options::good()).await;
+    let bench = bench.set("--our-api-concurrency", "8");
+    let daemon = bench.start();
+    more_told(&sim, 200).await;
+    sim.bigchat.set_quiet(true);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert!(
+        sim.our_api.traffic.max_in_flight() <= 8,
+        "never more than the setting"
+    );
+}
+
+#[tokio::test]
+async fn a_backfill_reads_the_past_in_windows() {
+    let mut options = log(5);
+    let Mode::Log(log) = &mut options.mode else {
+        return;
+    };
+    log.events_per_second = 0.5;
+    log.history = Duration::from_secs(600);
+    let (sim, bench) = sim(options, our_api::Options::default()).await;
+    let since = sim.bigchat.clock.now() - Duration::from_secs(700);
+    let bench = bench
+        .set("--since", &since.to_rfc3339())
+        .set("--max-window", "60s");
+    bench.once().await;
+    sim.bigchat.set_quiet(true);
+    assert!(sim.bigchat.told().len() > 100);
+    until("no difference", async || {
+        // What happened in the second the window ended in is told by the next.
+        bench.once().await;
+        sim.compare().is_clean()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn crashes_at_any_moment_lose_and_double_nothing() {
+    let (sim, bench) = sim(log(6), our_api::Options::default()).await;
+    for crash in 0..12 {
+        let daemon = bench.start();
+        more_told(&sim, 10 + crash).await;
+        daemon.crash(&bench).await;
+    }
+    sim.bigchat.set_quiet(true);
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn steady_state_costs_one_request_per_event() {
+    let (sim, bench) = sim(
+        Options {
+            seed: 9,
+            awkward: false,
+            active: 10,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
+    .await;
+    let daemon = bench.start();
+    more_told(&sim, 300).await;
+    sim.bigchat.set_quiet(true);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    let (requests, events) = (sim.our_api.traffic.total(), bench.events("delivered"));
+    // Each of the ten agents costs one request to look it up and one to create it.
+    let agents = 20;
+    assert!(
+        requests <= u64::try_from(events).expect("few") + agents + 10,
+        "{requests} requests for {events} events"
+    );
 }

@@ -1,0 +1,184 @@
+//! What either side does to us: BigChat restarts and gives its ids to others, OurAPI loses its data, goes away, and
+//! comes back.
+
+use std::time::Duration;
+
+use bigchat_sync::sim::bigchat::Options;
+use bigchat_sync::sim::faults::{Fault, RetryAfter, When};
+use bigchat_sync::sim::our_api;
+use serde_json::json;
+
+use crate::daemon::{agrees, more_told, sim};
+use crate::harness::until;
+
+fn quiet() -> Options {
+    Options {
+        quiet: true,
+        ..Options::default()
+    }
+}
+
+#[tokio::test]
+async fn a_restart_of_bigchat_mixes_nothing() {
+    let (sim, bench) = sim(
+        Options {
+            seed: 11,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
+    .await;
+    let daemon = bench.start();
+    for _ in 0..3 {
+        more_told(&sim, 40).await;
+        sim.bigchat.restart_at_next_poll();
+        let run = sim.bigchat.run();
+        until("a restart", async || sim.bigchat.run() > run).await;
+    }
+    more_told(&sim, 40).await;
+    sim.bigchat.set_quiet(true);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert_eq!(bench.value::<i64>("SELECT max(id) FROM epochs"), 4);
+}
+
+#[tokio::test]
+async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
+    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
+    let now = sim.bigchat.clock.now().timestamp();
+    sim.bigchat
+        .push(1, "MESSAGE", now, json!({"message": "of before"}));
+    bench.once().await;
+    sim.bigchat.restart();
+    let now = sim.bigchat.clock.now().timestamp();
+    sim.bigchat
+        .push(1, "MESSAGE", now, json!({"message": "of after"}));
+    bench.once().await;
+    let report = sim.compare();
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(report.fallbacks(), 0);
+    assert_eq!(sim.our_api.chats().len(), 2);
+}
+
+#[tokio::test]
+async fn what_our_api_loses_is_built_again() {
+    let (sim, bench) = sim(
+        Options {
+            seed: 13,
+            active: 8,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
+    .await;
+    let daemon = bench.start();
+    more_told(&sim, 80).await;
+    sim.our_api.wipe();
+    more_told(&sim, 40).await;
+    sim.our_api.wipe_agents();
+    more_told(&sim, 40).await;
+    let latest = sim
+        .our_api
+        .chats()
+        .last()
+        .map(|chat| chat.external_id.clone());
+    sim.our_api.forget_chat(&latest.expect("a chat"));
+    more_told(&sim, 80).await;
+    sim.bigchat.set_quiet(true);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_answers_404_to_everything_is_no_loss() {
+    let (sim, bench) = sim(
+        Options {
+            seed: 14,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
+    .await;
+    let daemon = bench.start();
+    more_told(&sim, 40).await;
+    sim.our_api.faults.outage(Some(Fault::Status(404)));
+    more_told(&sim, 40).await;
+    sim.our_api.faults.outage(None);
+    sim.bigchat.set_quiet(true);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert_eq!(bench.value::<i64>("SELECT losses FROM delivery"), 0);
+}
+
+#[tokio::test]
+async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
+    for (fault, what) in [
+        (Fault::Drop, "connections dropped"),
+        (Fault::Status(500), "500"),
+        (Fault::Status(401), "401"),
+        (Fault::Status(503), "503"),
+        (Fault::Html, "HTML"),
+    ] {
+        let (sim, bench) = sim(
+            Options {
+                seed: 15,
+                awkward: false,
+                ..Options::default()
+            },
+            our_api::Options::default(),
+        )
+        .await;
+        let bench = bench.set("--max-attempts", "1").set("--retry-max", "40ms");
+        let daemon = bench.start();
+        more_told(&sim, 30).await;
+        sim.our_api.faults.outage(Some(fault));
+        let before = sim.our_api.traffic.total();
+        until("probes", async || sim.our_api.traffic.total() > before + 20).await;
+        more_told(&sim, 30).await;
+        sim.our_api.faults.outage(None);
+        sim.bigchat.set_quiet(true);
+        agrees(&sim, &bench).await;
+        daemon.stop().await;
+        assert_eq!(bench.events("failed"), 0, "{what}");
+        assert_eq!(sim.our_api.traffic.max_in_flight(), 1, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn faults_of_all_kinds_lose_and_double_nothing() {
+    let (sim, bench) = sim(
+        Options {
+            seed: 16,
+            ..Options::default()
+        },
+        our_api::Options::default(),
+    )
+    .await;
+    let bench = bench.set("--request-timeout", "300ms");
+    for when in [When::Before, When::After] {
+        sim.our_api.faults.rate(0.02, when, Fault::Drop);
+        sim.our_api.faults.rate(0.02, when, Fault::Status(500));
+        sim.our_api.faults.rate(0.02, when, Fault::CutOff);
+        sim.our_api.faults.rate(0.02, when, Fault::Html);
+        sim.our_api
+            .faults
+            .rate(0.003, when, Fault::Hang(Duration::from_millis(600)));
+    }
+    sim.our_api.faults.rate(
+        0.01,
+        When::Before,
+        Fault::RetryLater(429, RetryAfter::Seconds(0)),
+    );
+    sim.bigchat
+        .faults
+        .rate(0.05, When::Before, Fault::Status(500));
+    sim.bigchat.faults.rate(0.05, When::Before, Fault::Drop);
+    let daemon = bench.start();
+    more_told(&sim, 400).await;
+    sim.bigchat.set_quiet(true);
+    sim.our_api.faults.clear();
+    sim.bigchat.faults.clear();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert!(sim.our_api.faults.injected() > 20);
+}
