@@ -31,7 +31,8 @@ pub(crate) async fn agrees(sim: &Sim, bench: &Bench) {
         }),
     );
     if agreed.await.is_err() {
-        panic!("{report}\nfailed: {:#?}", bench.failed());
+        let twice: String = bench.value("SELECT coalesce(group_concat(r, char(10)), '') FROM (SELECT (id||' c'||conversation||' '||event_at||' '||data||' '||state||' '||kept_at) r FROM events e WHERE name='MESSAGE' AND EXISTS (SELECT 1 FROM events f WHERE f.conversation=e.conversation AND f.digest=e.digest AND f.id<>e.id))");
+        panic!("{report}\nTWICE\n{twice}\nfailed: {:#?}", bench.failed());
     }
 }
 
