@@ -55,7 +55,7 @@ CREATE TABLE conversations (
     chat_agent       TEXT,
     chat_unsure      INTEGER NOT NULL DEFAULT 0 CHECK (chat_unsure IN (0, 1)), -- a change's outcome is unknown
     chat_seen        INTEGER NOT NULL DEFAULT 0, -- how many losses of OurAPI there had been when it was last seen there
-    looked_up        INTEGER NOT NULL DEFAULT 0, -- the session of the daemon in which its messages were last looked up
+    looked_up        INTEGER NOT NULL DEFAULT 0, -- the session in which its messages were last looked up; -1: found, not created
     -- when there is something to do, and who does it
     due_at           INTEGER,                   -- NULL: nothing waits, or it is claimed
     claimed_through  INTEGER,                   -- the last event of the claim; NULL: it is not claimed
@@ -65,10 +65,10 @@ CREATE TABLE conversations (
 CREATE INDEX conversations_due ON conversations (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX conversations_claimed ON conversations (id) WHERE claimed_through IS NOT NULL;
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
-CREATE INDEX conversations_by_chat_seen ON conversations (chat_seen) WHERE chat_id IS NOT NULL;
+CREATE INDEX conversations_by_chat_seen ON conversations (chat_seen) WHERE external_id IS NOT NULL;
 
 CREATE TABLE events (
-    id           INTEGER PRIMARY KEY,           -- in order of arrival
+    id           INTEGER PRIMARY KEY AUTOINCREMENT, -- in order of arrival, never given twice
     conversation INTEGER REFERENCES conversations (id), -- NULL: it could not be understood
     name         TEXT NOT NULL CHECK (name IN ('START', 'END', 'MESSAGE', 'TRANSFER', 'UNREADABLE')),
     event_at     INTEGER NOT NULL,

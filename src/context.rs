@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -38,7 +38,7 @@ pub struct Context {
     bigchat_health: Mutex<Breaker>,
     /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
     agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
-    look_up_through: AtomicI64,
+    look_up_through: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
 }
@@ -147,7 +147,7 @@ impl Context {
             creating_agent: tokio::sync::Mutex::new(()),
             bigchat_health: Mutex::new(Breaker::default()),
             agents: Mutex::new(HashMap::new()),
-            look_up_through: AtomicI64::new(session.last_event),
+            look_up_through: Arc::new(AtomicI64::new(session.last_event)),
             losses: AtomicI64::new(session.losses),
             confirmed_at: AtomicI64::new(0),
         }
@@ -164,9 +164,9 @@ impl Context {
         self.look_up_through.load(Ordering::Relaxed)
     }
 
-    /// Events up to this one come from windows that began before the daemon did.
-    pub fn raise_look_up_through(&self, event: i64) {
-        self.look_up_through.fetch_max(event, Ordering::Relaxed);
+    /// Where that stands, to be raised with the events of windows that began before the daemon did.
+    pub fn look_up_mark(&self) -> Arc<AtomicI64> {
+        Arc::clone(&self.look_up_through)
     }
 
     /// How many losses of OurAPI there have been.

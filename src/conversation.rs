@@ -77,7 +77,7 @@ pub struct Chat {
     pub unsure: bool,
     /// How many losses of OurAPI there had been when the chat was last seen there.
     pub seen: i64,
-    /// The session of the daemon in which the chat's messages were last looked up.
+    /// The session of the daemon in which the chat's messages were last looked up, or [`Chat::FOUND`].
     pub looked_up: i64,
 }
 
@@ -126,6 +126,9 @@ impl Said {
 }
 
 impl Chat {
+    /// In [`Chat::looked_up`]: the chat was found in OurAPI rather than created, and any message may stand in it.
+    pub const FOUND: i64 = -1;
+
     /// What has to be sent so that the chat is as wanted: only what differs, or all of it where it is not sure what
     /// stands there. An end time that no END told of is never cleared.
     pub fn change_to(&self, wanted: &Wanted) -> ChatChange {

@@ -50,16 +50,7 @@ pub async fn run(
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
     let mut poller = Poller::new(Arc::clone(&context));
-    let polling = async {
-        let last_poll = async {
-            context.stopping.cancelled().await;
-            sleep(LAST_POLL).await;
-        };
-        tokio::select! {
-            () = poller.run() => {}
-            () = last_poll => tracing::warn!("BigChat did not answer the last poll in time"),
-        }
-    };
+    let polling = until_stopped(&context, poller.run());
     tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
     stopped(poller.unkept())
 }
@@ -72,9 +63,21 @@ pub async fn once(
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
     let mut poller = Poller::new(Arc::clone(&context));
-    poller.catch_up().await;
+    until_stopped(&context, poller.catch_up()).await;
     delivery::run(Arc::clone(&context), Until::Done).await;
     stopped(poller.unkept())
+}
+
+/// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long.
+async fn until_stopped(context: &Context, polling: impl Future<Output = ()>) {
+    let last_poll = async {
+        context.stopping.cancelled().await;
+        sleep(LAST_POLL).await;
+    };
+    tokio::select! {
+        () = polling => {}
+        () = last_poll => tracing::warn!("BigChat did not answer the last poll in time"),
+    }
 }
 
 async fn start(

@@ -102,6 +102,11 @@ impl Tally {
         self.unclear.first().map(|unclear| unclear.earlier)
     }
 
+    /// The page cannot be had again: what is unclear by it counts as another.
+    pub fn give_up(&mut self, number: usize) {
+        self.unclear.retain(|unclear| unclear.earlier != number);
+    }
+
     /// Takes in page `number` as it came when it was asked for again.
     pub fn again(&mut self, number: usize, events: &[Key]) {
         let counts = count(events);

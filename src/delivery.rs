@@ -5,13 +5,14 @@
 //! same transaction as the next claims: under load one commit serves many conversations, and none waits for it.
 //! While OurAPI is down, one probe at a time takes the place of every event's own retry.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::bigchat::BigChatError;
 use crate::context::{Context, Setback};
 use crate::conversation::{Attempts, Outcome, Settlement, Waiting, Work};
 use crate::handlers::{self, Handled};
@@ -55,6 +56,10 @@ struct Delivery {
     breaker: Breaker,
     ready: VecDeque<Work>,
     in_work: JoinSet<Handled>,
+    /// Which conversation each task works on.
+    tasks: HashMap<task::Id, i64>,
+    /// Conversations whose handler has panicked.
+    abandoned: Vec<i64>,
     settlements: Vec<Settlement>,
     successes: Successes,
     sweep_at: Millis,
@@ -108,6 +113,8 @@ impl Delivery {
             breaker: Breaker::default(),
             ready: VecDeque::new(),
             in_work: JoinSet::new(),
+            tasks: HashMap::new(),
+            abandoned: Vec::new(),
             settlements: Vec::new(),
             successes,
             sweep_at: Millis::default(),
@@ -133,12 +140,12 @@ impl Delivery {
             };
             let context = Arc::clone(&self.context);
             tokio::select! {
-                Some(handled) = self.in_work.join_next() => self.finished(handled),
+                Some(handled) = self.in_work.join_next_with_id() => self.finished(handled),
                 () = context.work.notified() => {}
                 () = sleep(wait) => {}
                 () = context.stopping.cancelled() => {}
             }
-            while let Some(handled) = self.in_work.try_join_next() {
+            while let Some(handled) = self.in_work.try_join_next_with_id() {
                 self.finished(handled);
             }
         }
@@ -165,8 +172,11 @@ impl Delivery {
             && let Some(work) = self.ready.pop_front()
         {
             let context = Arc::clone(&self.context);
-            self.in_work
+            let conversation = work.conversation.id;
+            let task = self
+                .in_work
                 .spawn(async move { handlers::handle(&context, work).await });
+            self.tasks.insert(task.id(), conversation);
         }
     }
 
@@ -253,9 +263,17 @@ impl Delivery {
             let ids: Vec<i64> = self.ready.iter().map(|work| work.conversation.id).collect();
             self.context
                 .journal
-                .with(move |store| store.release(&ids))
+                .with(move |store| store.release(&ids, now))
                 .await?;
             self.ready.clear();
+        }
+        while let Some(id) = self.abandoned.last().copied() {
+            let pause = self.context.settings.retry_initial;
+            self.context
+                .journal
+                .with(move |store| store.abandon(id, pause, now))
+                .await?;
+            self.abandoned.pop();
         }
         let throttles = self.context.throttles();
         if throttles != self.throttles {
@@ -276,12 +294,15 @@ impl Delivery {
         Ok(())
     }
 
-    fn finished(&mut self, handled: Result<Handled, tokio::task::JoinError>) {
+    fn finished(&mut self, handled: Result<(task::Id, Handled), JoinError>) {
         match handled {
-            Ok(handled) => self.settle(handled),
-            // Its claim stays: at the next start its outcome is unknown, as after a crash.
+            Ok((task, handled)) => {
+                self.tasks.remove(&task);
+                self.settle(handled);
+            }
             Err(error) => {
-                tracing::error!(%error, "a handler has panicked; its conversation waits for the next start")
+                tracing::error!(%error, "a handler has panicked: what it was sending is looked up");
+                self.abandoned.extend(self.tasks.remove(&error.id()));
             }
         }
     }
@@ -319,17 +340,26 @@ impl Delivery {
         }
         match setback {
             None => {}
-            Some((_, Setback::Journal(error))) => {
-                // Nothing of it is the event's own; its delivery is simply tried again.
-                tracing::error!(%error, conversation = conversation.bigchat_id, "delivery was cut short by the journal");
-                self.storage_refuses = true;
-            }
             Some((None, setback)) => {
                 tracing::warn!(
                     conversation = conversation.bigchat_id, reason = %setback.failure().reason,
                     "its chat could not be checked; it is checked again"
                 );
                 self.sweep_at = now.plus(SWEEP_PAUSE);
+            }
+            Some((Some(event), Setback::Journal(error))) => {
+                tracing::error!(%error, conversation = conversation.bigchat_id, "delivery was cut short by the journal");
+                // Nothing of it is the event's own.
+                let failure = Setback::Journal(error).failure();
+                let (attempts, next_at) = (event.attempts, now.plus(STORAGE_PAUSE));
+                outcomes.push((
+                    event.id,
+                    Outcome::Waiting {
+                        attempts,
+                        next_at,
+                        failure,
+                    },
+                ));
             }
             Some((Some(event), setback)) => {
                 outcomes.push((
@@ -365,10 +395,10 @@ impl Delivery {
             .is_some_and(|count| self.successes.another_since(conversation, count));
         let counts = others_got_through
             && match setback {
-                Setback::OurApi { error, .. } => !matches!(
-                    error.trouble,
-                    Trouble::Throttled { .. } | Trouble::Denied | Trouble::NotOurApi
-                ),
+                Setback::OurApi { error, .. } => {
+                    !matches!(error.trouble, Trouble::Throttled { .. })
+                }
+                Setback::BigChat(BigChatError::Throttled { .. }) => false,
                 Setback::BigChat(_) => !self.context.bigchat_is_down(),
                 Setback::Journal(_) | Setback::Rebuilding(_) => false,
             };
@@ -394,10 +424,14 @@ impl Delivery {
         if failed {
             Outcome::Failed { attempts, failure }
         } else {
-            let throttled = self.context.our_api.http().throttled_until(now);
+            let asked_until = match setback {
+                Setback::BigChat(_) => self.context.bigchat.http().throttled_until(now),
+                _ => self.context.our_api.http().throttled_until(now),
+            };
+            let next_at = now.plus(wait).max(asked_until.unwrap_or_default());
             Outcome::Waiting {
                 attempts,
-                next_at: now.plus(wait).max(throttled.unwrap_or_default()),
+                next_at,
                 failure,
             }
         }
@@ -440,7 +474,7 @@ impl Delivery {
     async fn drain(&mut self) {
         let deadline = Instant::now() + DRAIN;
         while !self.in_work.is_empty() {
-            match timeout_at(deadline, self.in_work.join_next()).await {
+            match timeout_at(deadline, self.in_work.join_next_with_id()).await {
                 Ok(Some(handled)) => self.finished(handled),
                 Ok(None) => break,
                 Err(_) => {
@@ -463,7 +497,7 @@ impl Delivery {
         let throttles = self.context.throttles();
         let kept = self.context.journal.with(move |store| {
             store.note_throttles(throttles)?;
-            store.release(&unbegun)?;
+            store.release(&unbegun, Millis::now())?;
             store.settle_and_claim(&settlements, successes, 0, false, Millis::now())
         });
         if let Err(error) = timeout_at(deadline + STORAGE_PAUSE, kept)

@@ -1,6 +1,7 @@
 //! The life of the process: settings, log, the command, a signal, an exit code.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bigchat_sync::cli::{self, Cli, Command};
 use bigchat_sync::daemon;
@@ -8,6 +9,9 @@ use bigchat_sync::settings::{LogFormat, Settings, Tokens};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+
+/// Whatever hangs, the process ends within 10 s of the signal.
+const STOPPED_WITHIN: Duration = Duration::from_millis(9_700);
 
 /// Exit code for a setting that cannot be used.
 const BAD_SETTING: u8 = 2;
@@ -33,6 +37,8 @@ fn main() -> ExitCode {
         Err(error) => return complain(&error, 1),
     };
     let outcome = runtime.block_on(work(command, settings, tokens));
+    // A look-up of a host name may hang for longer than anybody waits.
+    runtime.shutdown_background();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => complain(&error, 1),
@@ -71,6 +77,13 @@ fn stop_on_signals(stopping: &CancellationToken) -> std::io::Result<()> {
             }
             tracing::info!("stopping: what is in flight is finished first");
             stopping.cancel();
+            std::thread::spawn(|| {
+                std::thread::sleep(STOPPED_WITHIN);
+                eprintln!(
+                    "bigchat-sync: not stopped in time, the disk does not answer: what was in flight is looked up at the next start"
+                );
+                std::process::exit(1);
+            });
         }
     });
     Ok(())

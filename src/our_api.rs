@@ -136,7 +136,7 @@ pub enum Trouble {
     /// 401 or 403: nothing will succeed until somebody mends it.
     #[error("OurAPI refuses us; check BIGCHAT_SYNC_OUR_API_TOKEN and --our-api-url")]
     Denied,
-    /// 404 to a request that names nothing that could be missing: this is not OurAPI.
+    /// 404 to a request that names nothing that could be missing, 405, or a page of HTML: this is not OurAPI.
     #[error("this does not seem to be OurAPI; check --our-api-url")]
     NotOurApi,
     /// 404 on a chat by its id: it may be gone, which only its list can tell.
@@ -374,6 +374,8 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
         }
         500 if route == Route::CreateAgent => Trouble::ConflictOrOutage,
         300..=399 | 408 | 425 | 500..=599 => Trouble::Unknown,
+        405 => Trouble::NotOurApi,
+        400..=499 if body.trim_ascii_start().starts_with(b"<") => Trouble::NotOurApi,
         400..=499 => Trouble::Refused,
         _ => Trouble::Unknown,
     })
@@ -426,6 +428,8 @@ mod tests {
             ),
             (400, "", CreateChat, Some(Trouble::Refused)),
             (422, "", InChat, Some(Trouble::Refused)),
+            (413, "<html>", InChat, Some(Trouble::NotOurApi)),
+            (405, "", CreateChat, Some(Trouble::NotOurApi)),
             (500, "", CreateAgent, Some(Trouble::ConflictOrOutage)),
             (500, "", CreateChat, Some(Trouble::Unknown)),
             (503, "", CreateAgent, Some(Trouble::Unknown)),

@@ -7,10 +7,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::bigchat::{BigChatError, Page, window_query};
 use crate::context::Context;
@@ -33,6 +34,9 @@ const PAGE_TRIES: u32 = 3;
 /// In how many polls the same further page may fail before its window is read again from the beginning.
 const PAGE_FAILURES: u32 = 3;
 
+/// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
+const UNANSWERED: u32 = 3;
+
 /// How far back the first poll ever reaches, if no `--since` says otherwise.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
@@ -51,7 +55,12 @@ pub struct Poller {
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
     storage_refuses: bool,
+    /// In how many polls the same further page could not be had.
     page_failures: u32,
+    /// In how many polls it could not be told whether BigChat has restarted.
+    unanswered: u32,
+    /// The window is read again from its beginning, where much is known already.
+    rereading: bool,
 }
 
 /// What a poll came to.
@@ -72,6 +81,10 @@ enum PollError {
     BigChat(#[from] BigChatError),
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(
+        "BigChat does not tell whether it has restarted: what it told stays kept until it does"
+    )]
+    Unanswered,
 }
 
 impl Poller {
@@ -83,6 +96,8 @@ impl Poller {
             started_at: None,
             storage_refuses: false,
             page_failures: 0,
+            unanswered: 0,
+            rereading: false,
         }
     }
 
@@ -115,9 +130,16 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now, or cannot be read.
+    /// Polls until BigChat is read up to now, or cannot be read; what it told is kept.
     pub async fn catch_up(&mut self) {
-        while self.poll().await == Polled::More && !self.context.stopping.is_cancelled() {}
+        while !self.context.stopping.is_cancelled() {
+            match self.poll().await {
+                Polled::More => {}
+                _ if self.unkept() > 0 => sleep(STORAGE_PAUSE).await,
+                Polled::UpToDate | Polled::Incomplete => break,
+            }
+        }
+        self.prune().await;
     }
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
@@ -132,6 +154,10 @@ impl Poller {
             Err(PollError::BigChat(error)) => {
                 // What is asked for is told only once: it may be gone, which is BigChat's loss and not ours.
                 tracing::warn!(%error, "the poll failed; the next one goes on from the same point");
+                Polled::Incomplete
+            }
+            Err(error @ PollError::Unanswered) => {
+                tracing::warn!("{error}");
                 Polled::Incomplete
             }
             Err(PollError::Journal(error)) => {
@@ -168,12 +194,17 @@ impl Poller {
             // What was kept is admitted at the next start.
             return Ok(Polled::Incomplete);
         }
-        let new = self.admit(pages).await?;
+        // A BigChat that tells nothing at all tells nothing of a restart either.
+        let new = if pages.kept.is_empty() && read.is_err() {
+            0
+        } else {
+            self.admit(pages).await?
+        };
         let (polled, cursor) = match read? {
             Ended::Complete if window.catching_up => (Polled::More, None),
             Ended::Complete => (Polled::UpToDate, None),
             Ended::Stuck => (Polled::Incomplete, None),
-            Ended::Budget if new > 0 => {
+            Ended::Budget if new > 0 || self.rereading => {
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
@@ -186,6 +217,7 @@ impl Poller {
                 (Polled::UpToDate, Some(window.end))
             }
         };
+        self.rereading = polled == Polled::Incomplete;
         self.context
             .journal
             .with(move |store| store.end_poll(cursor))
@@ -217,7 +249,11 @@ impl Poller {
                 .with(move |store| store.set_cursor(cursor))
                 .await?;
         }
-        let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
+        // Before the first window there is nothing that could have turned up late.
+        let overlap = source
+            .cursor
+            .map_or(Duration::ZERO, |_| settings.poll_overlap);
+        let window = Window::next(cursor, now, overlap, settings.max_window);
         Ok((window, window_query(window.start, window.end)))
     }
 
@@ -296,7 +332,13 @@ impl Poller {
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
     fn page_failed(&mut self, error: BigChatError, query: &str) -> Result<Ended, PollError> {
         let further = !query.starts_with("start_at=") || query.contains("page");
-        let gone = matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_));
+        let gone = is_gone(&error);
+        if matches!(
+            error,
+            BigChatError::Throttled { .. } | BigChatError::Denied(_)
+        ) {
+            return Err(error.into());
+        }
         self.page_failures += 1;
         if further && (gone || self.page_failures >= PAGE_FAILURES) {
             tracing::warn!(%error, "the next page cannot be had: the window is read again from its beginning");
@@ -319,7 +361,19 @@ impl Poller {
             let (id, query, window_start) =
                 (earlier.id, earlier.query.clone(), earlier.window_start);
             tracing::debug!(%query, "an equal message came on a later page; the earlier one is asked for again");
-            let page = self.ask(&query, true).await?;
+            let page = match self.ask(&query, true).await {
+                Ok(page) => page,
+                Err(error) => {
+                    self.page_failures += 1;
+                    if !is_gone(&error) && self.page_failures < PAGE_FAILURES {
+                        return Err(error.into());
+                    }
+                    tracing::warn!(%error, "an earlier page cannot be had again: equal messages on it and a later one count as two");
+                    self.page_failures = 0;
+                    pages.tally.give_up(number);
+                    continue;
+                }
+            };
             let served_at = self
                 .context
                 .bigchat
@@ -384,7 +438,7 @@ impl Poller {
     async fn admit(&mut self, pages: Pages) -> Result<usize, PollError> {
         self.look_for_restart(&pages).await?;
         let Pages { kept, tally, .. } = pages;
-        if tally.unclear().is_some() {
+        if kept.is_empty() || tally.unclear().is_some() {
             return Ok(0);
         }
         let tally = Arc::new(tally);
@@ -394,14 +448,19 @@ impl Poller {
             let before_start = self
                 .started_at
                 .is_none_or(|started_at| page.window_start < started_at);
+            let look_up_through = before_start.then(|| self.context.look_up_mark());
             let (admitted, query) = self
                 .context
                 .journal
-                .with(move |store| Ok((store.admit(&page, &tally, Millis::now())?, page.query)))
+                .with(move |store| {
+                    let admitted = store.admit(&page, &tally, Millis::now())?;
+                    if let Some(mark) = look_up_through {
+                        // Before anybody can take these events on.
+                        mark.fetch_max(admitted.last_event, Ordering::Relaxed);
+                    }
+                    Ok((admitted, page.query))
+                })
                 .await?;
-            if before_start {
-                self.context.raise_look_up_through(admitted.last_event);
-            }
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,
@@ -421,28 +480,43 @@ impl Poller {
         Ok(new)
     }
 
-    /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too.
+    /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat
+    /// gives no answer to that, its pages stay kept until it does, for a while.
     async fn look_for_restart(&mut self, pages: &Pages) -> Result<(), PollError> {
-        if restart::look(&self.context).await? != Seen::Unclear {
-            return Ok(());
-        }
-        for page in pages.kept.iter().filter(|page| !page.admitted) {
-            for event in page
-                .events()
-                .into_iter()
-                .filter(|event| event.kind == Kind::Start)
-            {
-                let known = self
-                    .context
-                    .journal
-                    .with(move |store| store.start_of(event.conversation))
-                    .await?;
-                if known.is_some_and(|known| known != event.at) {
-                    restart::begin(&self.context, event.at.min(page.served_at)).await?;
-                    return Ok(());
-                }
+        let seen = restart::look(&self.context).await?;
+        let mut starts = Vec::new();
+        if matches!(seen, Seen::Unknown | Seen::Unanswered) {
+            for page in pages.kept.iter().filter(|page| !page.admitted) {
+                let events = page
+                    .events()
+                    .into_iter()
+                    .filter(|event| event.kind == Kind::Start);
+                starts.extend(events.map(|event| (event, page.served_at)));
             }
         }
+        for (event, served_at) in starts {
+            let (epoch, known) = self
+                .context
+                .journal
+                .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
+                .await?;
+            if known.is_some_and(|known| known != event.at) {
+                restart::begin(&self.context, epoch, event.at.min(served_at)).await?;
+                self.unanswered = 0;
+                return Ok(());
+            }
+        }
+        if seen != Seen::Unanswered || pages.kept.is_empty() {
+            self.unanswered = 0;
+            return Ok(());
+        }
+        self.unanswered += 1;
+        if self.unanswered < UNANSWERED {
+            return Err(PollError::Unanswered);
+        }
+        tracing::warn!(
+            "BigChat does not tell whether it has restarted; it is taken to be the same"
+        );
         Ok(())
     }
 
@@ -469,6 +543,11 @@ impl Poller {
             }
         }
     }
+}
+
+/// Whether it is no use in asking for that page again.
+fn is_gone(error: &BigChatError) -> bool {
+    matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -68,6 +68,10 @@ impl Breaker {
     /// An answer, or none, that may mean that the API is down. True if it counts as down from now on and did not
     /// before: one failure may be its event's own fault, so another event is tried at once; two are an outage.
     pub fn failed(&mut self, now: Millis, policy: &Policy, fraction: f64) -> bool {
+        if self.is_down() && now < self.probe_at {
+            // It was on its way before the others failed.
+            return false;
+        }
         if self.failures == 0 {
             self.since = now;
         }

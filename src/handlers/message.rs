@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::context::{Context, Setback};
-use crate::conversation::{Conversation, Waiting};
+use crate::conversation::{Chat, Conversation, Waiting};
 use crate::event::What;
 use crate::messages;
 use crate::our_api::{NewMessage, Trouble};
@@ -19,9 +19,10 @@ pub(super) async fn look_up(
     events: &[&Waiting],
 ) -> Result<Option<HashSet<i64>>, Setback> {
     let looked_up = conversation.chat.looked_up == context.session.id;
-    let needed = events
-        .iter()
-        .any(|event| event.attempts.in_doubt || (context.may_be_there(event.id) && !looked_up));
+    let found = conversation.chat.looked_up == Chat::FOUND;
+    let needed = events.iter().any(|event| {
+        found || event.attempts.in_doubt || (context.may_be_there(event.id) && !looked_up)
+    });
     let Some(chat) = conversation.chat.id.filter(|_| needed) else {
         return Ok(None);
     };
@@ -36,11 +37,12 @@ pub(super) async fn look_up(
         .iter()
         .map(|message| messages::key(message.sent_at, &message.text))
         .collect();
-    let (id, up_to, session) = (
-        conversation.id,
-        context.look_up_through(),
-        context.session.id,
-    );
+    let up_to = if found {
+        i64::MAX
+    } else {
+        context.look_up_through()
+    };
+    let (id, session) = (conversation.id, context.session.id);
     let there = context
         .journal
         .with(move |store| store.note_look_up(id, held, up_to, session, Millis::now()))

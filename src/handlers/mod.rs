@@ -11,7 +11,7 @@ mod transfer;
 use crate::context::{Context, Setback};
 use crate::conversation::{Conversation, Waiting, Work};
 use crate::event::What;
-use crate::resolve::chat;
+use crate::resolve::chat::{self, Agent};
 use crate::time::Timestamp;
 
 /// What came of a piece of work.
@@ -53,20 +53,33 @@ impl Handled {
         let (messages, changes): (Vec<&Waiting>, Vec<&Waiting>) = events
             .iter()
             .partition(|event| matches!(event.what, What::Message { .. }));
-        if self.conversation.chat.id.is_some() && self.conversation.chat.seen < context.losses() {
-            let losses = context.losses();
+        let chat = &self.conversation.chat;
+        if chat.seen < context.losses() && (chat.id.is_some() || events.is_empty()) {
+            let (losses, before) = (context.losses(), chat.id);
             chat::verify(context, &mut self.conversation)
                 .await
                 .map_err(|setback| (events.first().cloned(), setback))?;
-            match self.change_chat(context, &[], earliest).await {
+            match self.change_chat(context, &[], Agent::Anew, earliest).await {
                 Err(setback) if !setback.is_refusal() => {
                     return Err((events.first().cloned(), setback));
                 }
                 _ => self.conversation.chat.seen = losses,
             }
+            if before.is_some() && self.conversation.chat.id != before {
+                // Its history waits again and comes first, in order of arrival.
+                return self.all_changes(context, &changes, earliest).await;
+            }
         }
         self.all_changes(context, &changes, earliest).await?;
-        self.all_messages(context, &messages, earliest).await
+        let chat = self.conversation.chat.id;
+        let sent = self.all_messages(context, &messages, earliest).await;
+        if context.settings.rebuild && chat.is_some() && self.conversation.chat.id != chat {
+            // What was sent to the chat that is gone is gone with it, and waits again.
+            self.done.retain(|(event, result)| {
+                result.is_err() || !matches!(event.what, What::Message { .. })
+            });
+        }
+        sent
     }
 
     /// All changes at once; one by one if one of them has failed before, so that it is known which it is.
@@ -78,7 +91,10 @@ impl Handled {
     ) -> Result<(), Stopped> {
         let together = changes.len() > 1 && changes.iter().all(|event| event.attempts.tries == 0);
         if together {
-            match self.change_chat(context, changes, earliest).await {
+            match self
+                .change_chat(context, changes, Agent::Known, earliest)
+                .await
+            {
                 Ok(()) => return Ok(()),
                 Err(setback) if setback.is_refusal() => {}
                 Err(setback) => {
@@ -90,7 +106,10 @@ impl Handled {
             if context.stopping.is_cancelled() {
                 return Ok(());
             }
-            match self.change_chat(context, &[event], earliest).await {
+            match self
+                .change_chat(context, &[event], Agent::Known, earliest)
+                .await
+            {
                 Ok(()) => {}
                 Err(setback) if setback.is_refusal() => {
                     self.done.push(((*event).clone(), Err(setback)))
@@ -105,6 +124,7 @@ impl Handled {
         &mut self,
         context: &Context,
         changes: &[&Waiting],
+        agent: Agent,
         earliest: Option<Timestamp>,
     ) -> Result<(), Setback> {
         let mut next = self.conversation.clone();
@@ -116,8 +136,7 @@ impl Handled {
                 What::Message { .. } => {}
             }
         }
-        let chat_before = next.chat.id;
-        match chat::reconcile(context, &mut next, earliest).await {
+        match chat::reconcile(context, &mut next, agent, earliest).await {
             Ok(writes) => {
                 self.writes += writes;
                 self.conversation = next;
@@ -129,10 +148,8 @@ impl Handled {
             Err(setback) => {
                 // What was learnt of the chat and of BigChat stays; what the events say is said again next time.
                 next.said = self.conversation.said;
+                next.said.ended_at = next.said.ended_at.max(next.chat.ended_at);
                 next.chat.unsure |= setback.in_doubt();
-                if chat_before.is_some() && next.chat.id.is_none() {
-                    tracing::info!(conversation = next.bigchat_id, "its chat is built again");
-                }
                 self.conversation = next;
                 Err(setback)
             }
@@ -148,8 +165,12 @@ impl Handled {
         let Some(first) = messages.first() else {
             return Ok(());
         };
-        if self.conversation.chat.id.is_none() {
-            match self.change_chat(context, &[], earliest).await {
+        let Conversation {
+            started_at, chat, ..
+        } = &self.conversation;
+        let started_before = started_at.is_none() && chat.started_at > earliest;
+        if chat.id.is_none() || started_before {
+            match self.change_chat(context, &[], Agent::Known, earliest).await {
                 Ok(()) => {}
                 // Without a chat it is each message's own matter.
                 Err(setback) if setback.is_refusal() => {

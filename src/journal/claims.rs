@@ -23,6 +23,9 @@ use crate::time::{Millis, Timestamp};
 /// others waiting.
 const EVENTS_A_CLAIM: u32 = 200;
 
+/// And how many bytes of messages.
+const BYTES_A_CLAIM: usize = 1 << 20;
+
 /// Nothing is ever made to wait for longer: neither a back-off nor a `Retry-After`.
 const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -65,7 +68,7 @@ impl Store {
     /// Starts a session of delivery: what was claimed has an unknown outcome from now on. It is left alone for
     /// `pause`: what was on its way to OurAPI must have arrived before it is looked for.
     pub fn start_session(&mut self, pause: Duration, now: Millis) -> Result<Session> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         let claimed: Vec<i64> = {
             let mut statement = transaction
                 .prepare_cached("SELECT id FROM conversations WHERE claimed_through IS NOT NULL")?;
@@ -73,19 +76,7 @@ impl Store {
             ids.collect::<rusqlite::Result<_>>()?
         };
         for conversation in &claimed {
-            transaction.execute(
-                "INSERT INTO attempts (event, in_doubt)
-                 SELECT e.id, 1 FROM events e JOIN conversations c ON c.id = e.conversation
-                 WHERE c.id = ?1 AND e.state = 'waiting' AND e.id <= c.claimed_through
-                 ON CONFLICT (event) DO UPDATE SET in_doubt = 1",
-                [conversation],
-            )?;
-            transaction.execute(
-                "UPDATE conversations SET claimed_through = NULL, chat_unsure = 1,
-                    due_at = iif(EXISTS (SELECT 1 FROM events WHERE conversation = ?1 AND state = 'waiting'), ?2, NULL)
-                 WHERE id = ?1",
-                [*conversation, now.plus(pause).0],
-            )?;
+            abandon(&transaction, *conversation, pause, now)?;
         }
         // OurAPI may have been mended since.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
@@ -109,10 +100,7 @@ impl Store {
             },
         )?;
         // A clock that was wrong must not make anything wait for ever.
-        transaction.execute(
-            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?2",
-            [now.0, now.plus(LONGEST_WAIT).0],
-        )?;
+        nothing_later_than(&transaction, now.plus(LONGEST_WAIT), now)?;
         transaction.commit()?;
         Ok(session)
     }
@@ -128,7 +116,7 @@ impl Store {
         sweep: bool,
         now: Millis,
     ) -> Result<Claimed> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         for settlement in settlements {
             settle(&transaction, settlement, now)?;
         }
@@ -145,7 +133,17 @@ impl Store {
                 ids.extend(unseen(&transaction, room)?);
             }
             for id in ids {
-                work.push(claim(&transaction, id)?);
+                match claim(&transaction, id) {
+                    Ok(claimed) => work.push(claimed),
+                    Err(JournalError::Corrupt(what)) => {
+                        tracing::error!(conversation = id, %what, "the database holds what cannot be: left alone");
+                        transaction.execute(
+                            "UPDATE conversations SET due_at = NULL WHERE id = ?1",
+                            [id],
+                        )?;
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
         let next_due = next_due(&transaction)?;
@@ -156,13 +154,13 @@ impl Store {
     }
 
     /// Gives back what was claimed and not begun.
-    pub fn release(&mut self, conversations: &[i64]) -> Result<()> {
-        let transaction = self.connection.transaction()?;
+    pub fn release(&mut self, conversations: &[i64], now: Millis) -> Result<()> {
+        let transaction = self.begin()?;
         for id in conversations {
             transaction
                 .prepare_cached("UPDATE conversations SET claimed_through = NULL WHERE id = ?1")?
                 .execute([id])?;
-            reschedule(&transaction, *id)?;
+            reschedule(&transaction, *id, None, now)?;
         }
         transaction.commit()?;
         Ok(())
@@ -170,10 +168,9 @@ impl Store {
 
     /// Makes everything due now that would be due later: this machine's clock was set back.
     pub fn clock_set_back(&mut self, now: Millis) -> Result<()> {
-        self.connection.execute(
-            "UPDATE conversations SET due_at = ?1 WHERE due_at > ?1",
-            [now.0],
-        )?;
+        let transaction = self.begin()?;
+        nothing_later_than(&transaction, now, now)?;
+        transaction.commit()?;
         Ok(())
     }
 
@@ -233,11 +230,12 @@ impl Store {
         Ok(())
     }
 
-    /// The messages of a conversation's chat are to be delivered again, since OurAPI has lost it. `in_doubt`: there is
-    /// another chat in its place, which may hold some of them.
-    pub fn deliver_again(&mut self, conversation: i64, in_doubt: bool) -> Result<()> {
-        let transaction = self.connection.transaction()?;
-        if in_doubt {
+    /// OurAPI has lost the chat of a conversation. If `again`, its messages are to be delivered again; `in_doubt`:
+    /// there is another chat in its place, which may hold some of them.
+    pub fn chat_replaced(&mut self, conversation: i64, again: bool, in_doubt: bool) -> Result<()> {
+        let transaction = self.begin()?;
+        transaction.execute("DELETE FROM found WHERE conversation = ?1", [conversation])?;
+        if again && in_doubt {
             transaction.execute(
                 "INSERT INTO attempts (event, in_doubt)
                  SELECT id, 1 FROM events WHERE conversation = ?1 AND name = 'MESSAGE' AND state IN ('delivered', 'waiting')
@@ -245,12 +243,21 @@ impl Store {
                 [conversation],
             )?;
         }
-        transaction.execute(
-            "UPDATE events SET state = 'waiting', settled_at = NULL
-             WHERE conversation = ?1 AND name = 'MESSAGE' AND state = 'delivered'",
-            [conversation],
-        )?;
-        transaction.execute("DELETE FROM found WHERE conversation = ?1", [conversation])?;
+        if again {
+            transaction.execute(
+                "UPDATE events SET state = 'waiting', settled_at = NULL
+                 WHERE conversation = ?1 AND name = 'MESSAGE' AND state = 'delivered'",
+                [conversation],
+            )?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Whoever worked on a conversation has gone without a word: what it was sending has an unknown outcome.
+    pub fn abandon(&mut self, conversation: i64, pause: Duration, now: Millis) -> Result<()> {
+        let transaction = self.begin()?;
+        abandon(&transaction, conversation, pause, now)?;
         transaction.commit()?;
         Ok(())
     }
@@ -266,7 +273,7 @@ impl Store {
         session: i64,
         now: Millis,
     ) -> Result<HashSet<i64>> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         let journal = messages_of(&transaction, conversation, up_to)?;
         let result = messages::look_up(held, &journal);
         for id in &result.there {
@@ -300,7 +307,7 @@ impl Store {
         key: &MessageKey,
         now: Millis,
     ) -> Result<bool> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         let left: Option<i64> = transaction
             .prepare_cached(
                 "SELECT count FROM found WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
@@ -324,6 +331,28 @@ impl Store {
     }
 }
 
+fn abandon(
+    transaction: &Transaction<'_>,
+    conversation: i64,
+    pause: Duration,
+    now: Millis,
+) -> Result<()> {
+    transaction.execute(
+        "INSERT INTO attempts (event, in_doubt)
+         SELECT e.id, 1 FROM events e JOIN conversations c ON c.id = e.conversation
+         WHERE c.id = ?1 AND e.state = 'waiting' AND e.id <= c.claimed_through
+         ON CONFLICT (event) DO UPDATE SET in_doubt = 1",
+        [conversation],
+    )?;
+    transaction.execute(
+        "UPDATE conversations SET claimed_through = NULL, chat_unsure = 1,
+            due_at = iif(EXISTS (SELECT 1 FROM events WHERE conversation = ?1 AND state = 'waiting'), ?2, NULL)
+         WHERE id = ?1",
+        [conversation, now.plus(pause).0],
+    )?;
+    Ok(())
+}
+
 fn due(connection: &Connection, at_most: usize, now: Millis) -> Result<Vec<i64>> {
     let mut statement = connection.prepare_cached(
         "SELECT id FROM conversations WHERE due_at <= ?1 ORDER BY due_at, id LIMIT ?2",
@@ -335,12 +364,25 @@ fn due(connection: &Connection, at_most: usize, now: Millis) -> Result<Vec<i64>>
 fn unseen(connection: &Connection, at_most: usize) -> Result<Vec<i64>> {
     let mut statement = connection.prepare_cached(
         "SELECT id FROM conversations
-         WHERE chat_id IS NOT NULL AND chat_seen < (SELECT losses FROM delivery)
+         WHERE external_id IS NOT NULL AND chat_seen < (SELECT losses FROM delivery)
             AND due_at IS NULL AND claimed_through IS NULL
          LIMIT ?1",
     )?;
     let ids = statement.query_map([limit(at_most)], |row| row.get(0))?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Makes due `now` what would be due later than `latest`.
+fn nothing_later_than(connection: &Connection, latest: Millis, now: Millis) -> Result<()> {
+    connection.execute(
+        "UPDATE conversations SET due_at = ?2 WHERE due_at > ?1",
+        [latest.0, now.0],
+    )?;
+    connection.execute(
+        "UPDATE attempts SET next_at = ?2 WHERE next_at > ?1",
+        [latest.0, now.0],
+    )?;
+    Ok(())
 }
 
 fn next_due(connection: &Connection) -> Result<Option<Millis>> {
@@ -368,8 +410,17 @@ fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
          FROM events e LEFT JOIN attempts a ON a.event = e.id
          WHERE e.conversation = ?1 AND e.state = 'waiting' ORDER BY e.id LIMIT ?2",
     )?;
-    let events = statement.query_map(params![id, EVENTS_A_CLAIM], |row| Ok(read_waiting(row)))?;
-    let events: Vec<Waiting> = events.map(|event| event?).collect::<Result<_>>()?;
+    let mut rows = statement.query(params![id, EVENTS_A_CLAIM])?;
+    let (mut events, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()?
+        && bytes < BYTES_A_CLAIM
+    {
+        let event = read_waiting(row)?;
+        if let What::Message { text } = &event.what {
+            bytes += text.len();
+        }
+        events.push(event);
+    }
     let through = events.last().map_or(0, |event| event.id);
     transaction
         .prepare_cached(
@@ -458,9 +509,11 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
     } = &settlement.conversation;
     transaction
         .prepare_cached(
-            // Its START may have arrived meanwhile.
+            // Its START may have arrived, or its details been read, meanwhile.
             "UPDATE conversations SET
-                started_at = coalesce(started_at, :started_at), first_advisor = :first_advisor, details = :details,
+                started_at = coalesce(started_at, :started_at),
+                first_advisor = coalesce(:first_advisor, first_advisor),
+                details = iif(:details = 'unread', details, :details),
                 ended_at = :ended_at, transfer_at = :transfer_at, transfer_event = :transfer_event,
                 transfer_advisor = :transfer_advisor, external_id = :external_id, chat_id = :chat_id,
                 chat_started_at = :chat_started_at, chat_ended_at = :chat_ended_at, chat_agent = :chat_agent,
@@ -489,6 +542,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
             ":chat_seen": chat.seen,
             ":looked_up": chat.looked_up,
         })?;
+    let mut not_before = None;
     for (event, outcome) in &settlement.outcomes {
         match outcome {
             Outcome::Delivered => deliver(transaction, *event, now)?,
@@ -498,6 +552,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
                 failure,
             } => {
                 note_attempt(transaction, *event, attempts, Some(*next_at), failure, now)?;
+                not_before = not_before.max(Some(*next_at));
             }
             Outcome::Failed { attempts, failure } => {
                 transaction
@@ -509,7 +564,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
             }
         }
     }
-    reschedule(transaction, *id)
+    reschedule(transaction, *id, not_before, now)
 }
 
 fn deliver(transaction: &Transaction<'_>, event: i64, now: Millis) -> Result<()> {
@@ -547,16 +602,23 @@ fn note_attempt(
     Ok(())
 }
 
-/// Makes a conversation due when its first waiting event is: at the time of its next attempt, else since it was kept.
-pub(super) fn reschedule(transaction: &Transaction<'_>, conversation: i64) -> Result<()> {
+/// Makes a conversation due when its first waiting event is: at the time of its next attempt, else since it was kept;
+/// but not before the next attempt of what has just failed, which need not be the first.
+pub(super) fn reschedule(
+    transaction: &Transaction<'_>,
+    conversation: i64,
+    not_before: Option<Millis>,
+    now: Millis,
+) -> Result<()> {
     transaction
         .prepare_cached(
             "UPDATE conversations SET due_at = (
-                SELECT coalesce(a.next_at, e.kept_at) FROM events e LEFT JOIN attempts a ON a.event = e.id
+                SELECT max(coalesce(a.next_at, min(e.kept_at, ?3)), coalesce(?2, 0))
+                FROM events e LEFT JOIN attempts a ON a.event = e.id
                 WHERE e.conversation = ?1 AND e.state = 'waiting' ORDER BY e.id LIMIT 1)
              WHERE id = ?1 AND claimed_through IS NULL",
         )?
-        .execute([conversation])?;
+        .execute(params![conversation, not_before.map(|at| at.0), now.0])?;
     Ok(())
 }
 
@@ -599,5 +661,5 @@ fn messages_of(
 /// Makes a conversation due now, as after a decision about one of its events.
 pub(super) fn due_now(transaction: &Transaction<'_>, conversation: i64, now: Millis) -> Result<()> {
     wake(transaction, conversation, now)?;
-    reschedule(transaction, conversation)
+    reschedule(transaction, conversation, None, now)
 }

@@ -132,7 +132,7 @@ impl Store {
         which: &Selection,
         decision: impl Fn(&rusqlite::Transaction<'_>, i64, Option<i64>) -> Result<bool>,
     ) -> Result<usize> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         let ids = match which {
             Selection::Ids(ids) => ids.clone(),
             Selection::All => {

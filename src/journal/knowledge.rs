@@ -52,8 +52,8 @@ impl Store {
     }
 
     /// The conversations of the present run with the lowest ids whose start time is known: after a restart these ids
-    /// are given out first.
-    pub fn markers(&mut self, at_most: u32) -> Result<Vec<Marker>> {
+    /// are given out first. Together with that run.
+    pub fn markers(&mut self, at_most: u32) -> Result<(i64, Vec<Marker>)> {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
             "SELECT bigchat_id, started_at FROM conversations
@@ -65,7 +65,7 @@ impl Store {
                 started_at: Timestamp::clamped(row.get(1)?),
             })
         })?;
-        Ok(markers.collect::<rusqlite::Result<_>>()?)
+        Ok((epoch, markers.collect::<rusqlite::Result<_>>()?))
     }
 
     /// When a conversation of the present run started, if that is known.
@@ -81,35 +81,40 @@ impl Store {
         Ok(started_at.flatten().map(Timestamp::clamped))
     }
 
-    /// Notes when a conversation of the present run started, and who had it first.
+    /// Notes when a conversation of a run started, and who had it first.
     pub fn note_details(
         &mut self,
+        epoch: i64,
         bigchat_id: i64,
         started_at: Timestamp,
         advisor: i64,
     ) -> Result<()> {
-        let epoch = self.epoch()?;
-        self.connection
-            .prepare_cached(
-                "INSERT INTO conversations (epoch, bigchat_id, started_at, first_advisor, details) VALUES (?1, ?2, ?3, ?4, 'read')
-                 ON CONFLICT (epoch, bigchat_id) DO UPDATE SET
-                    started_at = coalesce(started_at, excluded.started_at),
-                    first_advisor = iif(details = 'unread', excluded.first_advisor, first_advisor),
-                    details = 'read'",
-            )?
-            .execute(params![epoch, bigchat_id, started_at.unix(), advisor])?;
-        Ok(())
+        note_details(&self.connection, epoch, bigchat_id, started_at, advisor)
     }
 
-    /// BigChat has restarted, at `began_at` or before: from then on ids mean new conversations and new advisors.
-    /// Returns the new run.
-    pub fn begin_epoch(&mut self, began_at: Timestamp) -> Result<i64> {
-        let epoch = self.epoch()? + 1;
-        self.connection.execute(
+    /// BigChat has restarted since run `epoch`, at `began_at` or before: from then on ids mean new conversations and
+    /// new advisors. `first`: when its first conversation started, and who has it. Returns the new run; `None` if
+    /// one was begun already.
+    pub fn begin_epoch(
+        &mut self,
+        epoch: i64,
+        began_at: Timestamp,
+        first: Option<(Timestamp, i64)>,
+    ) -> Result<Option<i64>> {
+        let transaction = self.begin()?;
+        if current_epoch(&transaction)? != epoch {
+            return Ok(None);
+        }
+        let epoch = epoch + 1;
+        transaction.execute(
             "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
             [epoch, began_at.unix()],
         )?;
-        Ok(epoch)
+        if let Some((started_at, advisor)) = first {
+            note_details(&transaction, epoch, 1, started_at, advisor)?;
+        }
+        transaction.commit()?;
+        Ok(Some(epoch))
     }
 
     /// An advisor, if anything is known of it.
@@ -183,7 +188,7 @@ impl Store {
     /// OurAPI has lost something: every agent and every chat is to be looked for again before it is relied on.
     /// Returns how many losses there have been.
     pub fn our_api_lost_data(&mut self) -> Result<i64> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         transaction.execute("DELETE FROM agents", [])?;
         let losses = transaction.query_row(
             "UPDATE delivery SET losses = losses + 1 RETURNING losses",
@@ -200,6 +205,25 @@ impl Store {
             .execute("DELETE FROM agents WHERE email = ?1", [email])?;
         Ok(())
     }
+}
+
+fn note_details(
+    connection: &Connection,
+    epoch: i64,
+    bigchat_id: i64,
+    started_at: Timestamp,
+    advisor: i64,
+) -> Result<()> {
+    connection
+        .prepare_cached(
+            "INSERT INTO conversations (epoch, bigchat_id, started_at, first_advisor, details) VALUES (?1, ?2, ?3, ?4, 'read')
+             ON CONFLICT (epoch, bigchat_id) DO UPDATE SET
+                started_at = coalesce(started_at, excluded.started_at),
+                first_advisor = iif(details = 'unread', excluded.first_advisor, first_advisor),
+                details = 'read'",
+        )?
+        .execute(params![epoch, bigchat_id, started_at.unix(), advisor])?;
+    Ok(())
 }
 
 pub(super) fn uuid(text: &str) -> Result<Uuid> {

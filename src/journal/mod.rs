@@ -69,6 +69,13 @@ impl Store {
         })
     }
 
+    /// Begins a transaction that writes: at once, since one that begins to write later may find that another process
+    /// has written meanwhile, and fail.
+    fn begin(&mut self) -> rusqlite::Result<rusqlite::Transaction<'_>> {
+        self.connection
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
+    }
+
     /// Opens the database for a command beside the daemon.
     pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
         Ok(Self {

@@ -145,7 +145,7 @@ impl Store {
 
     /// Keeps a page and how its poll goes on, durably and together. Returns its id.
     pub fn keep_page(&mut self, page: &PageToKeep) -> Result<i64> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         transaction.prepare_cached(
             "INSERT INTO pages (query, again_of, served_at, window_start, body) VALUES (?1, ?2, ?3, ?4, ?5)",
         )?
@@ -185,7 +185,7 @@ impl Store {
     /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
     /// as the journal does not hold as many as `tally` says were told. From then on they are due.
     pub fn admit(&mut self, page: &KeptPage, tally: &Tally, now: Millis) -> Result<Admitted> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         let epoch: i64 = transaction
             .prepare_cached("SELECT max(id) FROM epochs WHERE began_at <= ?1 OR id = 1")?
             .query_row([page.served_at.plus(DATE_LAG).unix()], |row| row.get(0))?;
@@ -227,7 +227,7 @@ impl Store {
     /// Ends the poll under way. `cursor`: where BigChat was read up to, if the
     /// last page has not said so.
     pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         forget_pages(&transaction)?;
         transaction.execute(
             "UPDATE source SET cursor = coalesce(?1, cursor), poll = poll + 1, window_start = NULL, window_end = NULL, next_query = NULL",
@@ -239,7 +239,7 @@ impl Store {
 
     /// Lets go of the pages that were kept: all of their events are admitted.
     pub fn forget_pages(&mut self) -> Result<()> {
-        let transaction = self.connection.transaction()?;
+        let transaction = self.begin()?;
         forget_pages(&transaction)?;
         transaction.commit()?;
         Ok(())

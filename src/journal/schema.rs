@@ -14,8 +14,9 @@ const APPLICATION_ID: i32 = 0x4243_5359;
 /// Each brings the schema from one version (`PRAGMA user_version`) to the next.
 const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
 
-/// How long a statement waits for another process (a command, a backup) to be done.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
+/// and must be able to stop.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a database was not opened. Except for a failing disk, nothing in it was changed.
 #[derive(Debug, Error)]
@@ -68,6 +69,8 @@ pub(super) struct InstanceLock {
 
 impl InstanceLock {
     pub(super) fn take(db: &Path) -> Result<Self, OpenError> {
+        // By whatever name it goes.
+        let db = &std::fs::canonicalize(db).unwrap_or_else(|_| db.to_owned());
         let mut name = db.as_os_str().to_owned();
         name.push(".lock");
         let path = PathBuf::from(name);

@@ -8,18 +8,28 @@ use crate::our_api::{self, NewChat, OurApiError, Trouble};
 use crate::resolve::{agent, details};
 use crate::time::Timestamp;
 
+/// How a chat's agent is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Agent {
+    /// As it is known: without a TRANSFER, a chat keeps the agent it has.
+    Known,
+    /// From the advisor, since agents may have been lost.
+    Anew,
+}
+
 /// Brings the chat of a conversation to what its events say: creates it where there is none, changes what differs,
 /// asks for nothing where nothing does. `earliest` is the earliest time the events in hand tell. Returns how many
 /// writes that took.
 pub async fn reconcile(
     context: &Context,
     conversation: &mut Conversation,
+    agent: Agent,
     earliest: Option<Timestamp>,
 ) -> Result<u32, Setback> {
     if conversation.chat.id.is_none() && needs_details(conversation) {
         details::read(context, conversation).await?;
     }
-    let wanted = wanted(context, conversation, earliest).await?;
+    let wanted = wanted(context, conversation, agent, earliest).await?;
     match conversation.chat.id {
         Some(_) => change(context, conversation, &wanted).await,
         None => create(context, conversation, &wanted).await,
@@ -35,6 +45,7 @@ fn needs_details(conversation: &Conversation) -> bool {
 async fn wanted(
     context: &Context,
     conversation: &Conversation,
+    agent: Agent,
     earliest: Option<Timestamp>,
 ) -> Result<Wanted, Setback> {
     let started_at = match (conversation.started_at, conversation.chat.started_at) {
@@ -56,6 +67,7 @@ async fn wanted(
     };
     let advisor = conversation.said.advisor().or(conversation.first_advisor);
     let agent = match advisor {
+        _ if agent == Agent::Known && keeps_agent(conversation) => conversation.chat.agent,
         Some(advisor) => agent::resolve(context, conversation.epoch, advisor).await?,
         None => None,
     };
@@ -64,6 +76,12 @@ async fn wanted(
         ended_at: conversation.said.ended_at,
         agent,
     })
+}
+
+/// Details never undo a TRANSFER, be it one that only another copy of the database knows of.
+fn keeps_agent(conversation: &Conversation) -> bool {
+    let Conversation { said, chat, .. } = conversation;
+    said.transfer.is_none() && chat.id.is_some() && chat.agent.is_some()
 }
 
 async fn change(
@@ -98,8 +116,7 @@ async fn create(
         && let Some(found) = find(context, &external_id).await?
         && is_ours(conversation, wanted, &found)
     {
-        adopt(conversation, external_id, found);
-        return change(context, conversation, wanted).await;
+        return change_adopted(context, conversation, external_id, found, wanted).await;
     }
     loop {
         let new = NewChat {
@@ -108,13 +125,14 @@ async fn create(
             ended_at: wanted.ended_at,
             agent_id: wanted.agent,
         };
+        let losses = context.losses();
         let error = match context.our_api.create_chat(&new).await {
             Ok(created) => {
                 adopt(conversation, external_id, created);
                 conversation.chat.is_now(wanted);
                 // Nothing is in it that could be doubled.
                 conversation.chat.looked_up = context.session.id;
-                conversation.chat.seen = context.losses();
+                conversation.chat.seen = losses;
                 return Ok(1);
             }
             Err(error) => error,
@@ -136,8 +154,7 @@ async fn create(
                 });
             }
             Some(found) if is_ours(conversation, wanted, &found) => {
-                adopt(conversation, external_id, found);
-                return change(context, conversation, wanted).await;
+                return change_adopted(context, conversation, external_id, found, wanted).await;
             }
             Some(found) => {
                 let longer = with_start(context, conversation, wanted.started_at);
@@ -159,6 +176,24 @@ async fn create(
             }
         }
     }
+}
+
+/// Takes a chat that stands in OurAPI already for the conversation's own, and changes what its events say otherwise.
+async fn change_adopted(
+    context: &Context,
+    conversation: &mut Conversation,
+    external_id: String,
+    found: our_api::Chat,
+    wanted: &Wanted,
+) -> Result<u32, Setback> {
+    adopt(conversation, external_id, found);
+    let kept = keeps_agent(conversation).then_some(conversation.chat.agent);
+    let wanted = Wanted {
+        ended_at: conversation.said.ended_at,
+        agent: kept.unwrap_or(wanted.agent),
+        ..*wanted
+    };
+    change(context, conversation, &wanted).await
 }
 
 /// The id of the conversation, after the prefix; with its start time where the id was used before. Kept before it
@@ -231,7 +266,7 @@ fn adopt(conversation: &mut Conversation, external_id: String, found: our_api::C
         agent: found.agent_id,
         unsure: false,
         seen: kept.seen,
-        looked_up: 0,
+        looked_up: Chat::FOUND,
     };
     // An END that another copy of the database had delivered counts as well.
     conversation.said.ended_at = conversation.said.ended_at.max(found.ended_at);
@@ -296,7 +331,9 @@ async fn lost(
         rebuild = context.settings.rebuild,
         "OurAPI has lost a chat"
     );
-    if context.settings.rebuild {
+    if context.settings.rebuild && conversation.chat.seen < context.losses() {
+        // Another conversation has noticed it already.
+    } else if context.settings.rebuild {
         context.our_api_lost_data().await?;
     } else {
         // The agents may be gone with it; whether they are costs one request each.
@@ -311,13 +348,11 @@ async fn replace(
     conversation: &mut Conversation,
     found: Option<our_api::Chat>,
 ) -> Result<(), Setback> {
-    if context.settings.rebuild {
-        let (id, in_doubt) = (conversation.id, found.is_some());
-        context
-            .journal
-            .with(move |store| store.deliver_again(id, in_doubt))
-            .await?;
-    }
+    let (id, again, in_doubt) = (conversation.id, context.settings.rebuild, found.is_some());
+    context
+        .journal
+        .with(move |store| store.chat_replaced(id, again, in_doubt))
+        .await?;
     let external_id = conversation.chat.external_id.take();
     match (found, external_id) {
         (Some(found), Some(external_id)) => adopt(conversation, external_id, found),

@@ -33,12 +33,14 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
             let ours = match (conversation.started_at, details.started_at) {
                 (Some(known), Some(told)) if known == told => true,
                 (Some(_), Some(told)) => {
-                    restart::begin(context, told).await?;
+                    restart::begin(context, conversation.epoch, told).await?;
                     false
                 }
                 // A run that began later cannot have a conversation that started before this one was confirmed.
-                (None, Some(told)) if told < context.confirmed_at() => true,
-                _ => is_same_run(context).await?,
+                (None, Some(told)) if told < context.confirmed_at() => {
+                    is_present(context, conversation.epoch).await?
+                }
+                _ => is_same_run(context, conversation.epoch).await?,
             };
             if ours {
                 conversation.started_at = conversation.started_at.or(details.started_at);
@@ -65,7 +67,7 @@ pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvi
         KnownAdvisor::Gone
     } else {
         match ask(context, context.bigchat.advisor(id)).await {
-            Ok(advisor) if is_same_run(context).await? => KnownAdvisor::Person {
+            Ok(advisor) if is_same_run(context, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
@@ -91,9 +93,22 @@ async fn is_present(context: &Context, epoch: i64) -> Result<bool, Setback> {
     Ok(context.journal.with(|store| store.epoch()).await? == epoch)
 }
 
-async fn is_same_run(context: &Context) -> Result<bool, Setback> {
-    // What tells nothing is no reason to distrust the answer: there was no restart a moment ago.
-    Ok(restart::look(context).await? != Seen::Restarted)
+/// Whether what was just told was told by that run of BigChat.
+async fn is_same_run(context: &Context, epoch: i64) -> Result<bool, Setback> {
+    match restart::look(context).await? {
+        Seen::Restarted => Ok(false),
+        Seen::Same | Seen::Unknown => is_present(context, epoch).await,
+        Seen::Unanswered => Err(Setback::BigChat(not_asked(
+            "whether it has restarted is not known",
+        ))),
+    }
+}
+
+fn not_asked(why: &str) -> BigChatError {
+    BigChatError::Unavailable(Exchange {
+        request: String::new(),
+        response: why.to_owned(),
+    })
 }
 
 async fn ask<T>(
@@ -101,11 +116,9 @@ async fn ask<T>(
     question: impl Future<Output = Result<T, BigChatError>>,
 ) -> Result<T, BigChatError> {
     if !context.may_ask_bigchat() {
-        let response = "not asked: BigChat is down, and is asked again by and by".to_owned();
-        return Err(BigChatError::Unavailable(Exchange {
-            request: String::new(),
-            response,
-        }));
+        return Err(not_asked(
+            "not asked: BigChat is down, and is asked again by and by",
+        ));
     }
     let answer = question.await;
     context.bigchat_answered(&answer);

@@ -22,86 +22,84 @@ pub enum Seen {
     Same,
     /// It has restarted; a new run was begun in the journal.
     Restarted,
-    /// Nothing can be told.
-    Unclear,
+    /// Nothing is known by which it could be told.
+    Unknown,
+    /// BigChat gave no answer.
+    Unanswered,
 }
 
 /// Looks whether BigChat has restarted since the present run was last confirmed, and notes it in the journal.
 pub async fn look(context: &Context) -> Result<Seen, JournalError> {
-    let markers = context.journal.with(|store| store.markers(MARKERS)).await?;
+    let (epoch, markers) = context.journal.with(|store| store.markers(MARKERS)).await?;
     if markers.is_empty() {
         // Whatever it says of its first conversation is what the next answers are compared with.
-        if let Some((
-            Details {
-                started_at: Some(started_at),
-                advisor,
-            },
-            asked_at,
-        )) = details(context, 1).await
+        let (answer, asked_at) = details(context, 1).await;
+        if let Ok(Details {
+            started_at: Some(started_at),
+            advisor,
+        }) = answer
         {
             context
                 .journal
-                .with(move |store| store.note_details(1, started_at, advisor))
+                .with(move |store| store.note_details(epoch, 1, started_at, advisor))
                 .await?;
             confirm(context, asked_at);
         }
-        return Ok(Seen::Unclear);
+        return Ok(Seen::Unknown);
     }
+    let mut seen = Seen::Unknown;
     for Marker {
         bigchat_id,
         started_at: known,
     } in markers
     {
-        match details(context, bigchat_id).await {
-            Some((
-                Details {
-                    started_at: Some(started_at),
-                    ..
-                },
-                asked_at,
-            )) if started_at == known => {
+        let (answer, asked_at) = details(context, bigchat_id).await;
+        match answer {
+            Ok(Details {
+                started_at: Some(started_at),
+                ..
+            }) if started_at == known => {
                 confirm(context, asked_at);
                 return Ok(Seen::Same);
             }
-            Some((
-                Details {
-                    started_at: Some(started_at),
-                    ..
-                },
-                _,
-            )) => {
-                begin(context, started_at).await?;
+            Ok(Details {
+                started_at: Some(started_at),
+                ..
+            }) => {
+                begin(context, epoch, started_at).await?;
                 return Ok(Seen::Restarted);
             }
-            _ => {}
+            Ok(_) | Err(BigChatError::NotFound(_)) => {}
+            Err(_) => seen = Seen::Unanswered,
         }
     }
-    Ok(Seen::Unclear)
+    Ok(seen)
 }
 
-/// BigChat has restarted: a conversation is known by now that started at `started_at` in the new run. Begins that
-/// run in the journal, from the start of its first conversation on if that can be had: pages served before were
-/// told by the run before.
-pub async fn begin(context: &Context, started_at: Timestamp) -> Result<(), JournalError> {
-    let first = details(context, 1)
-        .await
-        .and_then(|(details, _)| Some((details.started_at?, details.advisor)));
+/// BigChat has restarted since run `epoch`: a conversation is known by now that started at `started_at` in the new
+/// run. Begins that run in the journal, unless somebody else has, from the start of its first conversation on if
+/// that can be had: pages served before were told by the run before.
+pub async fn begin(
+    context: &Context,
+    epoch: i64,
+    started_at: Timestamp,
+) -> Result<(), JournalError> {
+    let (answer, _) = details(context, 1).await;
+    let first = answer
+        .ok()
+        .and_then(|details| Some((details.started_at?, details.advisor)));
     let confirmed = context.confirmed_at();
     let began_at = match first {
         Some((first, _)) if first >= confirmed => first.min(started_at),
         _ => started_at,
     };
-    let epoch = context
+    let begun = context
         .journal
-        .with(move |store| {
-            let epoch = store.begin_epoch(began_at)?;
-            if let Some((started_at, advisor)) = first {
-                store.note_details(1, started_at, advisor)?;
-            }
-            Ok(epoch)
-        })
+        .with(move |store| store.begin_epoch(epoch, began_at, first))
         .await?;
-    tracing::warn!(epoch, %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+    if let Some(epoch) = begun {
+        tracing::warn!(epoch, %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+    }
     Ok(())
 }
 
@@ -112,19 +110,16 @@ fn confirm(context: &Context, at: Option<Timestamp>) {
 }
 
 /// The details of a conversation, and BigChat's time before it was asked.
-async fn details(context: &Context, id: i64) -> Option<(Details, Option<Timestamp>)> {
-    for _ in 0..TRIES {
-        if context.stopping.is_cancelled() {
-            return None;
-        }
+async fn details(context: &Context, id: i64) -> (Result<Details, BigChatError>, Option<Timestamp>) {
+    let mut tries = TRIES;
+    loop {
         let asked_at = context.bigchat.clock().now();
         let answer = context.bigchat.conversation(id).await;
         context.bigchat_answered(&answer);
+        tries -= 1;
         match answer {
-            Ok(details) => return Some((details, asked_at)),
-            Err(BigChatError::Unavailable(_)) => {}
-            Err(_) => return None,
+            Err(BigChatError::Unavailable(_)) if tries > 0 && !context.stopping.is_cancelled() => {}
+            answer => return (answer, asked_at),
         }
     }
-    None
 }
