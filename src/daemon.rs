@@ -112,6 +112,10 @@ async fn start(
         timeout,
     )?);
     let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
+    if session.interrupted > 0 {
+        // What was on its way may still be carried out, and OurAPI takes one request at a time.
+        our_api.throttle(Millis::now().plus(settings.retry_initial));
+    }
     let our_api = OurApi::new(our_api, settings.our_api_concurrency);
     Ok(Arc::new(Context::new(
         settings, bigchat, our_api, journal, session, stopping,

@@ -152,8 +152,10 @@ impl Poller {
                 polled
             }
             Err(PollError::BigChat(error)) => {
-                // What is asked for is told only once: it may be gone, which is BigChat's loss and not ours.
-                tracing::warn!(%error, "the poll failed; the next one goes on from the same point");
+                // That BigChat is down is said once, when it goes down.
+                if !self.context.bigchat_is_down() {
+                    tracing::warn!(%error, "the poll failed; the next one goes on from the same point");
+                }
                 Polled::Incomplete
             }
             Err(error @ PollError::Unanswered) => {

@@ -71,15 +71,7 @@ impl Handled {
             }
         }
         self.all_changes(context, &changes, earliest).await?;
-        let chat = self.conversation.chat.id;
-        let sent = self.all_messages(context, &messages, earliest).await;
-        if context.settings.rebuild && chat.is_some() && self.conversation.chat.id != chat {
-            // What was sent to the chat that is gone is gone with it, and waits again.
-            self.done.retain(|(event, result)| {
-                result.is_err() || !matches!(event.what, What::Message { .. })
-            });
-        }
-        sent
+        self.all_messages(context, &messages, earliest).await
     }
 
     /// All changes at once; one by one if one of them has failed before, so that it is known which it is.
@@ -180,10 +172,27 @@ impl Handled {
                 Err(setback) => return Err((Some((*first).clone()), setback)),
             }
         }
+        let chat = self.conversation.chat.id;
+        let sent = self.send_messages(context, messages, first).await;
+        if context.settings.rebuild && self.conversation.chat.id != chat {
+            // What was sent to the chat that is gone is gone with it, and waits again.
+            self.done.retain(|(event, result)| {
+                result.is_err() || !matches!(event.what, What::Message { .. })
+            });
+        }
+        sent
+    }
+
+    async fn send_messages(
+        &mut self,
+        context: &Context,
+        messages: &[&Waiting],
+        first: &Waiting,
+    ) -> Result<(), Stopped> {
         // Before any is sent: what is sent from here on must not be taken for what stood there.
         let looked_up = message::look_up(context, &mut self.conversation, messages)
             .await
-            .map_err(|setback| (Some((*first).clone()), setback))?;
+            .map_err(|setback| (Some(first.clone()), setback))?;
         for event in messages {
             if context.stopping.is_cancelled() {
                 return Ok(());

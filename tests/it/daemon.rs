@@ -6,6 +6,8 @@ use bigchat_sync::sim::bigchat::{Log, Mode, Options};
 use bigchat_sync::sim::our_api;
 use bigchat_sync::sim::{self, Sim};
 
+use serde_json::{Value, json};
+
 use crate::harness::{Bench, until};
 
 pub(crate) async fn sim(bigchat: Options, our_api: our_api::Options) -> (Sim, Bench) {
@@ -17,6 +19,33 @@ pub(crate) async fn sim(bigchat: Options, our_api: our_api::Options) -> (Sim, Be
     let sim = Sim::start(options).await.expect("the services");
     let bench = Bench::new(&sim.bigchat_url(), &sim.our_api_url());
     (sim, bench)
+}
+
+/// The services, a BigChat of which everything is scripted, and a database.
+pub(crate) async fn scripted(our_api: our_api::Options) -> (Sim, Bench) {
+    let quiet = Options {
+        quiet: true,
+        ..Options::default()
+    };
+    sim(quiet, our_api).await
+}
+
+/// BigChat's time now, in Unix seconds.
+pub(crate) fn seconds(sim: &Sim) -> i64 {
+    sim.bigchat.clock.now().timestamp()
+}
+
+pub(crate) fn message(conversation: i64, at: i64, text: &str) -> Value {
+    json!({"conversation_id": conversation, "event_name": "MESSAGE", "event_at": at, "data": {"message": text}})
+}
+
+pub(crate) fn end(conversation: i64, at: i64) -> Value {
+    json!({"conversation_id": conversation, "event_name": "END", "event_at": at, "data": null})
+}
+
+pub(crate) fn transfer(conversation: i64, at: i64, to: i64) -> Value {
+    let data = json!({"old_advisor_id": 1, "new_advisor_id": to});
+    json!({"conversation_id": conversation, "event_name": "TRANSFER", "event_at": at, "data": data})
 }
 
 /// Waits until what BigChat told stands in OurAPI, and nothing else.

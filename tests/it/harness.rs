@@ -1,7 +1,8 @@
 //! One harness for all: a daemon that is run and stopped as a signal would stop it, over a database of its own, and
 //! conditions that are waited for instead of time.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::Cli;
@@ -67,15 +68,21 @@ impl Bench {
         self.directory.path().join("journal.db")
     }
 
-    /// Where files may be put beside it.
-    pub(crate) fn directory(&self) -> &Path {
-        self.directory.path()
-    }
-
     /// The settings.
     pub(crate) fn settings(&self) -> Settings {
         let flags = std::iter::once("bigchat-sync").chain(self.flags.iter().map(String::as_str));
         Cli::try_parse_from(flags).expect("good flags").settings
+    }
+
+    /// Starts the daemon as a process of its own.
+    pub(crate) fn spawn(&self) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            .args(&self.flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the daemon's process")
     }
 
     /// Starts a daemon.
@@ -88,6 +95,21 @@ impl Bench {
         let stopping = CancellationToken::new();
         let task = tokio::spawn(daemon::run(self.settings(), tokens, stopping.clone()));
         Daemon { stopping, task }
+    }
+
+    /// Polls once, delivers what is due, and ends, in the background: with what stops it.
+    pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
+        let stopping = CancellationToken::new();
+        let once = daemon::once(self.settings(), Tokens::default(), stopping.clone());
+        (stopping, tokio::spawn(once))
+    }
+
+    /// Up to which BigChat was read, in Unix seconds.
+    pub(crate) fn cursor(&self) -> Option<i64> {
+        if !self.db().exists() || !self.tables_exist() {
+            return None;
+        }
+        self.value("SELECT cursor FROM source")
     }
 
     /// Polls once, delivers what is due, and ends.

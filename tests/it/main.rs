@@ -2,4 +2,8 @@
 
 mod daemon;
 mod harness;
+mod kills;
+mod losses;
+mod poison;
+mod stopping;
 mod upheavals;

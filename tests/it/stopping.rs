@@ -1,0 +1,96 @@
+//! Stopping, whatever hangs: within 10 s, and nothing forgotten.
+
+use std::time::{Duration, Instant};
+
+use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::our_api;
+
+use crate::daemon::{agrees, message, scripted, seconds};
+use crate::harness::until;
+
+const BOUND: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn while_both_apis_hang() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--request-timeout", "60s");
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
+    sim.bigchat.push_page(told, NextPage::None);
+    let daemon = bench.start();
+    until("one of two", async || sim.our_api.message_count() > 0).await;
+    sim.our_api.hang(true);
+    sim.bigchat.faults.hold(true);
+    let stopped = Instant::now();
+    daemon.stop().await;
+    assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+    sim.our_api.hang(false);
+    sim.bigchat.faults.hold(false);
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_another_process_holds_the_database() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    until("the database is held", async || {
+        other.execute_batch("BEGIN IMMEDIATE").is_ok()
+    })
+    .await;
+    sim.bigchat
+        .push_page(vec![message(10, now - 5, "told meanwhile")], NextPage::None);
+    until("it is told", async || !sim.bigchat.told().is_empty()).await;
+    let stopped = Instant::now();
+    let outcome = daemon.outcome().await;
+    assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+    let error = outcome.expect_err("an event was told and could not be kept");
+    assert!(error.to_string().contains("1 events"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_the_database_refuses_is_kept_once_it_can_be() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    until("the database is held", async || {
+        other.execute_batch("BEGIN IMMEDIATE").is_ok()
+    })
+    .await;
+    sim.bigchat
+        .push_page(vec![message(10, now - 5, "told meanwhile")], NextPage::None);
+    until("it is told", async || !sim.bigchat.told().is_empty()).await;
+    let polls = sim.bigchat.traffic.count("GET /events");
+    // Longer than any statement waits.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(
+        sim.bigchat.traffic.count("GET /events"),
+        polls,
+        "nothing is asked for before it is kept"
+    );
+    other.execute_batch("COMMIT").expect("it lets go");
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn once_while_bigchat_hangs() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--request-timeout", "60s");
+    sim.bigchat.faults.hold(true);
+    let (stopping, once) = bench.start_once();
+    until("a request", async || sim.bigchat.traffic.open() > 0).await;
+    let stopped = Instant::now();
+    stopping.cancel();
+    once.await.expect("no panic").expect("it stops well");
+    assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+}
