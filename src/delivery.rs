@@ -398,7 +398,8 @@ impl Delivery {
                 Setback::OurApi { error, .. } => {
                     !matches!(error.trouble, Trouble::Throttled { .. })
                 }
-                Setback::BigChat(BigChatError::Throttled { .. }) => false,
+                // That OurAPI takes others' writes says nothing of BigChat.
+                Setback::BigChat(BigChatError::Throttled { .. } | BigChatError::Denied(_)) => false,
                 Setback::BigChat(_) => !self.context.bigchat_is_down(),
                 Setback::Journal(_) | Setback::Rebuilding(_) => false,
             };
@@ -426,7 +427,8 @@ impl Delivery {
         } else {
             let asked_until = match setback {
                 Setback::BigChat(_) => self.context.bigchat.http().throttled_until(now),
-                _ => self.context.our_api.http().throttled_until(now),
+                // While OurAPI is to be left alone nothing is begun anyhow.
+                _ => None,
             };
             let next_at = now.plus(wait).max(asked_until.unwrap_or_default());
             Outcome::Waiting {

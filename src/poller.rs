@@ -242,20 +242,21 @@ impl Poller {
             ));
         }
         let cursor = match source.cursor {
-            Some(cursor) => cursor.min(now),
-            None => settings.since.unwrap_or(now.minus(FIRST_WINDOW)).min(now),
+            Some(cursor) => cursor,
+            // The first window, too, begins at the cursor less the overlap.
+            None => settings
+                .since
+                .unwrap_or(now.minus(FIRST_WINDOW))
+                .plus(settings.poll_overlap),
         };
+        let cursor = cursor.min(now);
         if source.cursor != Some(cursor) || source.poll.is_some() {
             self.context
                 .journal
                 .with(move |store| store.set_cursor(cursor))
                 .await?;
         }
-        // Before the first window there is nothing that could have turned up late.
-        let overlap = source
-            .cursor
-            .map_or(Duration::ZERO, |_| settings.poll_overlap);
-        let window = Window::next(cursor, now, overlap, settings.max_window);
+        let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
         Ok((window, window_query(window.start, window.end)))
     }
 

@@ -1,18 +1,20 @@
 //! One harness for all: a daemon that is run and stopped as a signal would stop it, over a database of its own, and
 //! conditions that are waited for instead of time.
 
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use bigchat_sync::cli::Cli;
+use bigchat_sync::cli::{self, Cli, Command, FailedError};
 use bigchat_sync::daemon::{self, DaemonError};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
 use clap::Parser;
+use futures_util::future::join_all;
 use rusqlite::types::FromSql;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// How long anything may take before the test fails. Long, since the machine may be busy.
@@ -25,6 +27,11 @@ pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) 
         assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// Runs a test for each case, all of them side by side.
+pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: impl AsyncFn(C)) {
+    join_all(cases.into_iter().map(|case| test(case))).await;
 }
 
 /// Two URLs, a database, and the settings to run a daemon with.
@@ -68,21 +75,22 @@ impl Bench {
         self.directory.path().join("journal.db")
     }
 
+    /// Where the database and all its files are.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// The settings.
     pub(crate) fn settings(&self) -> Settings {
         let flags = std::iter::once("bigchat-sync").chain(self.flags.iter().map(String::as_str));
         Cli::try_parse_from(flags).expect("good flags").settings
     }
 
-    /// Starts the daemon as a process of its own.
-    pub(crate) fn spawn(&self) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
-            .args(&self.flags)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the daemon's process")
+    /// The program as a process of its own, with these settings.
+    pub(crate) fn program(&self, command: &str) -> std::process::Command {
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+        program.arg(command).args(&self.flags).stdin(Stdio::null());
+        program
     }
 
     /// Starts a daemon.
@@ -106,16 +114,16 @@ impl Bench {
 
     /// Up to which BigChat was read, in Unix seconds.
     pub(crate) fn cursor(&self) -> Option<i64> {
-        if !self.db().exists() || !self.tables_exist() {
-            return None;
-        }
-        self.value("SELECT cursor FROM source")
+        self.is_ready()
+            .then(|| self.value("SELECT cursor FROM source"))
+            .flatten()
     }
 
     /// Polls once, delivers what is due, and ends.
     pub(crate) async fn once(&self) {
         let once = daemon::once(self.settings(), Tokens::default(), CancellationToken::new());
-        once.await.expect("it ends well");
+        let ended = timeout(PATIENCE, once).await.expect("it ends");
+        ended.expect("it ends well");
     }
 
     /// One value from the database, by SQL.
@@ -123,6 +131,12 @@ impl Bench {
         let connection = rusqlite::Connection::open(self.db()).expect("a database");
         connection.busy_timeout(PATIENCE).expect("a busy timeout");
         connection.query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    /// Changes the database, by SQL, while no daemon runs.
+    pub(crate) fn execute(&self, sql: &str) {
+        let connection = rusqlite::Connection::open(self.db()).expect("a database");
+        connection.execute_batch(sql).expect(sql);
     }
 
     /// How many events are in a state: waiting, delivered, failed or discarded.
@@ -135,13 +149,24 @@ impl Bench {
     /// Waits until so many events are in a state.
     pub(crate) async fn until_events(&self, state: &str, count: i64) {
         until(&format!("{count} events {state}"), async || {
-            self.db().exists() && self.tables_exist() && self.events(state) == count
+            self.is_ready() && self.events(state) == count
         })
         .await;
     }
 
-    fn tables_exist(&self) -> bool {
-        self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'delivery'") == 1
+    /// Whether the daemon has made the database.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.db().exists()
+            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'delivery'") == 1
+    }
+
+    /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
+    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
+        let line = ["bigchat-sync", "failed"].iter().chain(arguments);
+        match Cli::try_parse_from(line).expect("a good command").command {
+            Some(Command::Failed(command)) => cli::failed(&self.db(), command),
+            other => panic!("not about failed events: {other:?}"),
+        }
     }
 
     /// The failed events.
@@ -166,7 +191,8 @@ impl Daemon {
     /// Stops it as a signal would, and tells how it ended.
     pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
         self.stopping.cancel();
-        self.task.await.expect("no panic")
+        let ended = timeout(PATIENCE, self.task).await.expect("it ends");
+        ended.expect("no panic")
     }
 
     /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.

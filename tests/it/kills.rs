@@ -1,5 +1,6 @@
 //! SIGKILL of the real binary at random moments: nothing of a page that was kept is lost, nothing is doubled.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use bigchat_sync::sim::bigchat::{Log, Mode, Options};
@@ -32,7 +33,12 @@ async fn killed_at_random_moments() {
     let (sim, bench) = sim(options, our_api::Options::default()).await;
     let mut random = StdRng::seed_from_u64(seed);
     for _ in 0..kills {
-        let mut daemon = bench.spawn();
+        let mut daemon = bench
+            .program("run")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a process");
         // From before the first poll to well into the work.
         tokio::time::sleep(Duration::from_millis(random.random_range(20..400))).await;
         daemon.kill().expect("it was running");

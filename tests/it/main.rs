@@ -1,9 +1,13 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
 mod daemon;
+mod failures;
+mod fakes;
+mod handlers;
 mod harness;
 mod kills;
 mod losses;
+mod paging;
 mod poison;
 mod stopping;
 mod upheavals;

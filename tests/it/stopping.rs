@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 
 use crate::daemon::{agrees, message, scripted, seconds};
-use crate::harness::until;
+use crate::harness::{Bench, Daemon, until};
 
 const BOUND: Duration = Duration::from_secs(10);
 
@@ -32,13 +34,20 @@ async fn while_both_apis_hang() {
     daemon.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_another_process_holds_the_database() {
+/// A daemon that BigChat tells of an event while another process holds the database.
+async fn told_while_held() -> (Sim, Bench, Daemon, rusqlite::Connection) {
     let (sim, bench) = scripted(our_api::Options::default()).await;
     let now = seconds(&sim);
     sim.bigchat.open(10, now - 100, 1);
     let daemon = bench.start();
     until("a poll", async || bench.cursor().is_some()).await;
+    let polls = || sim.bigchat.traffic.count("GET /events");
+    let before = polls();
+    let late = Fault::Hang(Duration::from_secs(2));
+    sim.bigchat
+        .faults
+        .script("GET /events", When::Before, late, 1);
+    until("a poll under way", async || polls() > before).await;
     let other = rusqlite::Connection::open(bench.db()).expect("the database");
     until("the database is held", async || {
         other.execute_batch("BEGIN IMMEDIATE").is_ok()
@@ -47,6 +56,12 @@ async fn while_another_process_holds_the_database() {
     sim.bigchat
         .push_page(vec![message(10, now - 5, "told meanwhile")], NextPage::None);
     until("it is told", async || !sim.bigchat.told().is_empty()).await;
+    (sim, bench, daemon, other)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_another_process_holds_the_database() {
+    let (_sim, _bench, daemon, _other) = told_while_held().await;
     let stopped = Instant::now();
     let outcome = daemon.outcome().await;
     assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
@@ -55,28 +70,12 @@ async fn while_another_process_holds_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_the_database_refuses_is_kept_once_it_can_be() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    let daemon = bench.start();
-    until("a poll", async || bench.cursor().is_some()).await;
-    let other = rusqlite::Connection::open(bench.db()).expect("the database");
-    until("the database is held", async || {
-        other.execute_batch("BEGIN IMMEDIATE").is_ok()
-    })
-    .await;
-    sim.bigchat
-        .push_page(vec![message(10, now - 5, "told meanwhile")], NextPage::None);
-    until("it is told", async || !sim.bigchat.told().is_empty()).await;
+async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_for() {
+    let (sim, bench, daemon, other) = told_while_held().await;
     let polls = sim.bigchat.traffic.count("GET /events");
     // Longer than any statement waits.
     tokio::time::sleep(Duration::from_millis(2_500)).await;
-    assert_eq!(
-        sim.bigchat.traffic.count("GET /events"),
-        polls,
-        "nothing is asked for before it is kept"
-    );
+    assert_eq!(sim.bigchat.traffic.count("GET /events"), polls);
     other.execute_batch("COMMIT").expect("it lets go");
     agrees(&sim, &bench).await;
     daemon.stop().await;

@@ -1,0 +1,612 @@
+//! Polling: windows, pages, and whatever else may stand where events should.
+
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+use wiremock::MockServer;
+
+use crate::fakes::{
+    NOW, Page, Scene, dropped, end, message, page, raw, start, status, tampering, time, transfer,
+    unix, window,
+};
+use crate::harness::{Bench, side_by_side, until};
+
+/// The query of the first window there is.
+fn first_window() -> String {
+    window(NOW - 10, NOW)
+}
+
+/// The texts that OurAPI holds, in order of the alphabet.
+fn texts(scene: &Scene) -> Vec<String> {
+    let mut texts = scene.our_api.messages();
+    texts.sort();
+    texts
+}
+
+fn count(bench: &Bench, condition: &str) -> i64 {
+    bench.value(&format!("SELECT count(*) FROM events WHERE {condition}"))
+}
+
+#[tokio::test]
+async fn pages_are_read_one_after_the_other_and_the_next_window_follows() {
+    let scene = Scene::new().await;
+    let next = |n| format!("http://{}/events?page={n}", "bigchat.test");
+    scene.bigchat.tells(page([start(42, 0)], next(2)));
+    scene.bigchat.tells(page([message(42, 1, "one")], next(3)));
+    scene.bigchat.tells([message(42, 2, "two")]);
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [&first_window(), "page=2", "page=3"]
+    );
+    assert_eq!(scene.our_api.messages(), ["one", "two"]);
+    scene.bigchat.clock(NOW + 60);
+    scene.bench.once().await;
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [window(NOW - 5, NOW + 60), window(NOW + 55, NOW + 60)]
+    );
+}
+
+#[tokio::test]
+async fn a_page_that_fails_is_asked_for_again_at_once() {
+    let scene = Scene::new().await;
+    scene
+        .bigchat
+        .tells(page([message(42, 1, "one")], "?page=2"));
+    scene.bigchat.tells([message(42, 2, "two")]);
+    scene.bigchat.upset("GET /events?page=2", status(500));
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [&first_window(), "page=2", "page=2"],
+        "once more at once, while the pages before it are fresh"
+    );
+    assert_eq!(scene.our_api.messages(), ["one", "two"]);
+}
+
+#[tokio::test]
+async fn the_next_poll_goes_on_from_a_page_that_failed_even_after_a_restart() {
+    let scene = Scene::new().await;
+    scene
+        .bigchat
+        .tells(page([message(42, 1, "one")], "?page=2"));
+    scene.bigchat.tells([message(42, 2, "two")]);
+    scene
+        .bigchat
+        .upset("GET /events?page=2", status(500).times(3));
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [&first_window(), "page=2", "page=2", "page=2"]
+    );
+    assert_eq!(scene.our_api.messages(), ["one"]);
+    scene.bench.once().await;
+    scene.bench.once().await;
+    assert_eq!(scene.bigchat.queries(), ["page=2", &window(NOW - 5, NOW)]);
+    assert_eq!(scene.our_api.messages(), ["one", "two"]);
+}
+
+#[tokio::test]
+async fn where_a_page_cannot_be_had_the_window_is_read_again() {
+    // Three times at once, then once in each of two more polls.
+    side_by_side([(404, 1), (422, 1), (500, 5)], async |(answer, times)| {
+        let scene = Scene::new().await;
+        scene
+            .bigchat
+            .tells(page([message(42, 1, "one")], "?page=2"));
+        scene.bigchat.tells([message(42, 2, "two")]);
+        let upset = status(answer).always();
+        scene.bigchat.upset("GET /events?page=2", upset);
+        let daemon = scene.bench.start();
+        scene.bench.until_events("delivered", 2).await;
+        daemon.stop().await;
+        let queries = scene.bigchat.queries();
+        let again = queries.iter().skip(1).find(|query| **query != "page=2");
+        let start_of = |query: &str| query.split('&').next().map(str::to_owned);
+        assert_eq!(
+            again.and_then(|query| start_of(query)),
+            start_of(&first_window()),
+            "{answer}"
+        );
+        let asked = queries.iter().filter(|query| *query == "page=2").count();
+        assert_eq!(asked, times, "{answer}");
+        assert_eq!(scene.our_api.messages(), ["one", "two"], "{answer}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn pages_that_go_in_a_circle_complete_the_poll() {
+    let first = format!("?{}", first_window());
+    for (nexts, asked) in [
+        (vec![&*first], vec![]),
+        (vec!["?page=2", &first], vec!["page=2"]),
+        (vec!["?page=2", "?page=2"], vec!["page=2"]),
+        (
+            vec!["?page=2", "?page=3", "?page=2"],
+            vec!["page=2", "page=3"],
+        ),
+    ] {
+        let scene = Scene::new().await;
+        for (n, next) in (1..).zip(&nexts) {
+            let events = [message(42, n, &format!("text {n}")), end(42, 9)];
+            scene.bigchat.tells(page(events, *next));
+        }
+        scene.bench.once().await;
+        let expected = [&[&first[1..]], &asked[..]].concat();
+        assert_eq!(scene.bigchat.queries(), expected, "{nexts:?}");
+        assert_eq!(scene.our_api.messages().len(), nexts.len(), "{nexts:?}");
+        scene.bench.once().await;
+        assert_eq!(
+            scene.bigchat.queries(),
+            [window(NOW - 5, NOW)],
+            "the cursor moved"
+        );
+    }
+}
+
+#[tokio::test]
+async fn of_the_url_of_the_next_page_only_the_query_counts() {
+    let elsewhere = MockServer::start().await;
+    for next in [
+        format!("{}/steal?page=2", elsewhere.uri()),
+        format!("{}?page=2", elsewhere.uri().replace("http:", "")),
+        "https://bigchat.test:1/events?page=2#end".into(),
+        "/events?page=2".into(),
+        "?page=2".into(),
+        "not a URL at all ?page=2".into(),
+    ] {
+        let scene = Scene::new().await;
+        scene.bigchat.tells(page([message(42, 1, "one")], &*next));
+        scene.bigchat.tells([message(42, 2, "two")]);
+        scene.bench.once().await;
+        assert_eq!(
+            scene.bigchat.queries(),
+            [&first_window(), "page=2"],
+            "{next}"
+        );
+        assert_eq!(scene.our_api.messages(), ["one", "two"], "{next}");
+    }
+    let received = elsewhere.received_requests().await;
+    assert_eq!(received.expect("it records").len(), 0);
+}
+
+#[tokio::test]
+async fn a_next_page_of_a_wrong_kind_is_none() {
+    for next in [
+        json!(null),
+        json!(""),
+        json!("http://bigchat.test/events"),
+        json!("?"),
+        json!(2),
+        json!(true),
+        json!(["?page=2"]),
+        json!({"url": "?page=2"}),
+    ] {
+        let scene = Scene::new().await;
+        scene
+            .bigchat
+            .tells(page([message(42, 1, "one")], next.clone()));
+        scene.bench.once().await;
+        assert_eq!(scene.our_api.messages(), ["one"], "{next}");
+        scene.bench.once().await;
+        let queries = scene.bigchat.queries();
+        assert_eq!(queries, [first_window(), window(NOW - 5, NOW)], "{next}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_understood_is_kept_with_its_reason_and_the_others_go_on() {
+    let at = unix(5);
+    let bad = [
+        (
+            format!(
+                r#"{{ "conversation_id":42, "event_name":"REOPEN","event_at":{at},"data":null}}"#
+            ),
+            "its name is unknown: \"REOPEN\"",
+        ),
+        (
+            format!(r#"{{"conversation_id":"42","event_name":"END","event_at":{at}}}"#),
+            "not an event",
+        ),
+        (
+            r#"{"conversation_id":42,"event_name":"END","event_at":17.5}"#.into(),
+            "not an event",
+        ),
+        (
+            r#"{"conversation_id":42,"event_name":"END","event_at":99999999999999999999}"#.into(),
+            "not an event",
+        ),
+        (
+            r#"{"conversation_id":42,"event_name":"END"}"#.into(),
+            "missing field `event_at`",
+        ),
+        (
+            r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#.into(),
+            "its time is out of range: -1",
+        ),
+        (
+            format!(r#"{{"conversation_id":42,"event_name":"MESSAGE","event_at":{at}}}"#),
+            "it is a MESSAGE without data",
+        ),
+        (
+            format!(
+                r#"{{"conversation_id":42,"event_name":"MESSAGE","event_at":{at},"data":{{"text":"Hi"}}}}"#
+            ),
+            "its data are not those of a MESSAGE",
+        ),
+        (
+            format!(
+                r#"{{"conversation_id":42,"event_name":"TRANSFER","event_at":{at},"data":{{"new_advisor_id":"8"}}}}"#
+            ),
+            "its data are not those of a TRANSFER",
+        ),
+        (r#""END""#.into(), "not an event"),
+        ("null".into(), "not an event"),
+        ("[]".into(), "not an event"),
+    ];
+    let scene = Scene::new().await;
+    let mut events: Vec<&str> = bad.iter().map(|(raw, _)| &**raw).collect();
+    let [first, last] = [message(42, 1, "one"), message(42, 2, "two")].map(|e| e.to_string());
+    events.insert(0, &first);
+    events.push(&last);
+    let body = format!(r#"{{"events":[{}]}}"#, events.join(","));
+    scene.bigchat.tells(raw(&body));
+    scene.bigchat.tells(raw(&body));
+    for why in ["at first", "told again, nothing is new"] {
+        scene.bench.once().await;
+        assert_eq!(scene.our_api.messages(), ["one", "two"], "{why}");
+        let failed = scene.bench.failed();
+        assert_eq!(failed.len(), bad.len(), "{why}");
+        for (failed, (raw, reason)) in failed.iter().zip(&bad) {
+            assert_eq!(failed.name, "UNREADABLE");
+            assert_eq!(failed.data.as_ref(), Some(raw));
+            assert!(failed.reason.contains(reason), "{raw}: {}", failed.reason);
+        }
+    }
+    assert_eq!(
+        scene.bigchat.queries(),
+        [first_window(), window(NOW - 5, NOW)]
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_page_leaves_the_cursor_where_it_is() {
+    let elsewhere = MockServer::start().await;
+    let html = status(200).body("<html>We will be right back</html>");
+    let redirect = status(302).header("location", &format!("{}/events", elsewhere.uri()));
+    side_by_side(
+        [
+            status(500),
+            status(503),
+            status(429),
+            status(404),
+            status(422),
+            status(401),
+            status(204),
+            redirect,
+            html,
+            status(200),
+            status(200).body("[]"),
+            status(200).body(r#"{"events":null,"nextPageUrl":null}"#),
+            status(200).body(r#"{"nextPageUrl":"?page=2"}"#),
+            status(200).body(r#"{"events":[{"conversation_id":42"#),
+        ]
+        .into_iter()
+        .enumerate(),
+        async |(case, upset)| {
+            let scene = Scene::new().await;
+            scene.bench.once().await;
+            scene.bigchat.clock(NOW + 60);
+            scene.bigchat.queries();
+            scene.bigchat.upset("GET /events", upset);
+            scene.bench.once().await;
+            scene.bigchat.tells([message(42, 1, "one")]);
+            scene.bench.once().await;
+            let window = window(NOW - 5, NOW + 60);
+            assert_eq!(scene.bigchat.queries(), [&*window, &window], "case {case}");
+            assert_eq!(scene.our_api.messages(), ["one"], "case {case}");
+            assert_eq!(scene.bench.failed(), [], "case {case}");
+        },
+    )
+    .await;
+    let received = elsewhere.received_requests().await;
+    assert_eq!(received.expect("it records").len(), 0);
+}
+
+/// The answer with another body, made of the old one.
+fn with_body(answer: &[u8], change: impl FnOnce(&str) -> Vec<u8>) -> Vec<u8> {
+    let text = String::from_utf8_lossy(answer);
+    let (head, body) = text.split_once("\r\n\r\n").expect("an answer");
+    let date = head
+        .lines()
+        .find(|line| line.to_ascii_lowercase().starts_with("date:"))
+        .expect("a date");
+    let body = change(body);
+    let length = body.len();
+    let mut answer = format!(
+        "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n{date}\r\n\r\n"
+    )
+    .into_bytes();
+    answer.extend(body);
+    answer
+}
+
+fn padded(body: &str, mebibytes: usize) -> Vec<u8> {
+    let padding = "x".repeat(mebibytes << 20);
+    format!(r#"{{"padding":"{padding}",{}"#, &body[1..]).into_bytes()
+}
+
+type Tamper = fn(Vec<u8>) -> Vec<u8>;
+
+#[tokio::test]
+async fn a_body_that_is_cut_off_or_too_large_is_no_page() {
+    let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
+    let too_large: Tamper = |answer| with_body(&answer, |body| padded(body, 33));
+    let large: Tamper = |answer| with_body(&answer, |body| padded(body, 1));
+    let not_text: Tamper = |answer| {
+        with_body(&answer, |body| {
+            let [before, after] = body.split("one").collect::<Vec<_>>()[..] else {
+                panic!("one: {body}");
+            };
+            [before.as_bytes(), b"one \xff", after.as_bytes()].concat()
+        })
+    };
+    for (case, tamper, text) in [
+        ("cut off", cut_off, None),
+        ("too large", too_large, None),
+        ("large", large, Some("one")),
+        ("not text throughout", not_text, Some("one \u{fffd}")),
+    ] {
+        let scene = Scene::new().await;
+        let mut upset = true;
+        let url = tampering(&scene.bigchat.url(), move |line, answer| {
+            if line.starts_with("GET /events") && std::mem::take(&mut upset) {
+                tamper(answer)
+            } else {
+                answer
+            }
+        })
+        .await;
+        let scene = scene.set("--bigchat-url", &url);
+        scene.bigchat.tells([message(42, 1, "one")]);
+        scene.bench.once().await;
+        assert_eq!(scene.our_api.messages(), Vec::from_iter(text), "{case}");
+        scene.bigchat.tells([message(42, 2, "two")]);
+        scene.bench.once().await;
+        let start = if text.is_some() { NOW - 5 } else { NOW - 10 };
+        assert_eq!(
+            scene.bigchat.queries(),
+            [first_window(), window(start, NOW)],
+            "{case}"
+        );
+        let expected = text.into_iter().chain(["two"]);
+        assert_eq!(scene.our_api.messages(), Vec::from_iter(expected), "{case}");
+    }
+}
+
+fn messages(texts: &str) -> Vec<Value> {
+    let texts = texts.split_whitespace();
+    texts.map(|text| message(42, 5, text)).collect()
+}
+
+#[tokio::test]
+async fn an_equal_message_on_a_later_page_is_told_apart_by_asking_for_the_earlier_one_again() {
+    for (case, again, expected) in [
+        ("it stands still: another", "aa kk", "aa bb kk kk"),
+        ("it shifted: the same", "late aa", "aa bb kk late"),
+        ("told once only: another", "xx yy", "aa bb kk kk xx yy"),
+    ] {
+        for fails in [false, true] {
+            let scene = Scene::new().await;
+            scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
+            scene.bigchat.tells(messages("kk bb"));
+            scene.bigchat.tells(messages(again));
+            let mut asked = vec![first_window(), "page=2".into(), first_window()];
+            if fails {
+                scene.bigchat.upset("GET /events?page=2", status(500));
+                asked.insert(1, "page=2".into());
+            }
+            scene.bench.once().await;
+            assert_eq!(scene.bigchat.queries(), asked, "{case}, {fails}");
+            assert_eq!(texts(&scene).join(" "), expected, "{case}, {fails}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn while_the_earlier_page_cannot_be_had_again_nothing_is_decided() {
+    let scene = Scene::new().await;
+    scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
+    scene.bigchat.tells(messages("kk bb"));
+    for _ in 0..3 {
+        scene.bigchat.tells(raw("<html>"));
+    }
+    scene.bench.once().await;
+    assert_eq!(scene.our_api.messages().len(), 0);
+    assert_eq!(scene.bigchat.queries().len(), 5);
+    scene.bigchat.tells(messages("late aa"));
+    scene.bench.once().await;
+    assert_eq!(scene.bigchat.queries()[0], first_window());
+    assert_eq!(texts(&scene), ["aa", "bb", "kk", "late"]);
+}
+
+#[tokio::test]
+async fn an_earlier_page_that_is_gone_for_good_holds_nothing_up() {
+    let scene = Scene::new().await;
+    scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
+    scene.bigchat.tells(messages("kk bb"));
+    for _ in 0..9 {
+        scene.bigchat.tells(raw("<html>"));
+    }
+    let daemon = scene.bench.start();
+    scene.bench.until_events("delivered", 4).await;
+    daemon.stop().await;
+    assert_eq!(texts(&scene), ["aa", "bb", "kk", "kk"]);
+}
+
+#[tokio::test]
+async fn an_end_or_transfer_repeated_on_the_next_page_is_one_and_needs_no_question() {
+    let scene = Scene::new().await;
+    let repeated = [end(42, 5), transfer(42, 6, 8)];
+    scene.bigchat.tells(page(repeated.clone(), "?page=2"));
+    scene.bigchat.tells(repeated);
+    scene.bench.once().await;
+    assert_eq!(scene.bigchat.queries(), [&first_window(), "page=2"]);
+    assert_eq!(count(&scene.bench, "name = 'END'"), 1);
+    assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 1);
+    assert_eq!(count(&scene.bench, "state = 'delivered'"), 2);
+}
+
+#[tokio::test]
+async fn equal_messages_on_one_page_are_that_many_and_no_more_when_told_again() {
+    let scene = Scene::new().await;
+    for (told, held) in [("kk kk", 2), ("kk", 2), ("kk kk", 2), ("kk kk kk", 3)] {
+        scene.bigchat.tells(messages(told));
+        scene.bench.once().await;
+        assert_eq!(scene.our_api.messages(), vec!["kk"; held], "{told}");
+    }
+}
+
+#[tokio::test]
+async fn the_first_window_is_as_set() {
+    let since = "--since";
+    for (flag, value, start, overlap) in [
+        ("--poll-interval", "1h", NOW - 10, 5),
+        ("--poll-overlap", "0s", NOW - 10, 0),
+        ("--poll-overlap", "61500ms", NOW - 61, 61),
+        (since, "2026-11-22T22:01:00Z", 60, 5),
+        (since, "2026-11-23T00:01:00.9+02:00", 60, 5),
+        (since, "2026-11-23T22:01:00Z", NOW - 5, 5),
+    ] {
+        let scene = Scene::new().await.set(flag, value);
+        scene.bench.once().await;
+        scene.bench.once().await;
+        assert_eq!(
+            scene.bigchat.queries(),
+            [window(start, NOW), window(NOW - overlap, NOW)],
+            "{flag}={value}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_lies_far_back_is_read_in_windows_that_follow_without_waiting() {
+    let scene = Scene::new()
+        .await
+        .set("--since", &time(-7200))
+        .set("--poll-interval", "1h");
+    for n in 0..3 {
+        scene.bigchat.tells([message(42, n, &format!("text {n}"))]);
+    }
+    let daemon = scene.bench.start();
+    scene.bench.until_events("delivered", 3).await;
+    daemon.stop().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [window(-7200, -3595), window(-3600, 5), window(0, NOW)]
+    );
+}
+
+#[tokio::test]
+async fn windows_go_by_the_clock_of_bigchat() {
+    let scene = Scene::new().await;
+    let ahead = SystemTime::now() + Duration::from_secs(3600);
+    scene.bigchat.date(&httpdate::fmt_http_date(ahead));
+    scene.bench.once().await;
+    let ahead = ahead.duration_since(SystemTime::UNIX_EPOCH);
+    let ahead = ahead.expect("after 1970").as_secs().cast_signed() - unix(0);
+    assert_eq!(scene.bigchat.queries(), [window(ahead - 10, ahead)]);
+
+    scene.bigchat.clock(0);
+    scene.bigchat.tells([message(42, 1, "one")]);
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        [window(-5, 0)],
+        "a cursor ahead of its clock goes back to it"
+    );
+    assert_eq!(scene.our_api.messages(), ["one"]);
+}
+
+#[tokio::test]
+async fn where_bigchat_does_not_tell_its_time_this_machine_does() {
+    let scene = Scene::new().await;
+    scene.bigchat.date("soon");
+    let seconds = || {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since.expect("after 1970").as_secs().cast_signed() - unix(0)
+    };
+    let before = seconds();
+    scene.bench.once().await;
+    let asked = scene.bigchat.queries();
+    let mut possible = (before..=seconds()).map(|now| window(now - 10, now));
+    assert!(possible.any(|window| asked == [window]), "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_poll_without_end_pauses_and_goes_on_from_there() {
+    let next = |n: i64| format!("?page={n}");
+    let tells = |scene: &Scene, pages: i64, events: fn(i64) -> Vec<Value>| {
+        for n in 1..pages {
+            scene.bigchat.tells(page(events(n), next(n + 1)));
+        }
+        scene.bigchat.tells(Page::from(events(pages)));
+    };
+    let scene = Scene::new().await;
+    tells(&scene, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+    scene.bench.once().await;
+    assert_eq!(scene.bigchat.queries().len(), 200);
+    assert_eq!(scene.our_api.messages().len(), 200);
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries(),
+        ["page=201", "page=202", "page=203"]
+    );
+    assert_eq!(scene.our_api.messages().len(), 203);
+
+    let scene = Scene::new().await;
+    tells(&scene, 203, |_| vec![]);
+    scene.bench.once().await;
+    scene.bench.once().await;
+    assert_eq!(
+        scene.bigchat.queries()[200],
+        window(NOW - 5, NOW),
+        "where a whole budget brings nothing new, that is all"
+    );
+}
+
+#[tokio::test]
+async fn a_poll_whose_connection_breaks_is_asked_again_at_once() {
+    let scene = Scene::new().await;
+    scene.bigchat.upset("GET /events", dropped());
+    scene.bigchat.tells([message(42, 1, "one")]);
+    scene.bench.once().await;
+    let window = first_window();
+    assert_eq!(scene.bigchat.queries(), [&*window, &window]);
+    assert_eq!(scene.our_api.messages(), ["one"]);
+}
+
+#[tokio::test]
+async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
+    let scene = Scene::new().await;
+    let upset = status(429).header("retry-after", "1");
+    scene.bigchat.upset("GET /events", upset);
+    let daemon = scene.bench.start();
+    scene.bigchat.tells([message(42, 1, "one")]);
+    scene.bench.until_events("delivered", 1).await;
+    until("the next poll", async || {
+        scene.bigchat.count("GET /events") > 2
+    })
+    .await;
+    daemon.stop().await;
+    let asked = scene.bigchat.ever_asked("");
+    let refused = asked
+        .iter()
+        .position(|asked| asked.line.contains("/events"));
+    let refused = refused.expect("a poll");
+    let pause = asked[refused + 1].at.duration_since(asked[refused].at);
+    assert!(pause >= Duration::from_millis(900), "{pause:?}");
+}
