@@ -325,6 +325,19 @@ mod tests {
         assert_eq!(told(&tally, "lakb"), [1, 1, 1, 1]);
     }
 
+    #[test]
+    fn a_page_that_shifted_in_part_gave_to_the_next_one_only() {
+        let mut tally = poll(&["kkk", "abc", "def", "fk"]);
+        tally.again(2, &keys("cde"));
+        tally.again(0, &keys("lkk"));
+        assert_eq!(tally.unclear(), None);
+        assert_eq!(
+            told(&tally, "kf"),
+            [4, 1],
+            "the one that left is among the pages read before"
+        );
+    }
+
     proptest! {
         /// A log in pages, into which late events are put while it is read: everything in it is told exactly as
         /// often as it stands there, except what was put in where it was read already.

@@ -218,6 +218,45 @@ async fn what_was_in_flight_when_the_daemon_died_is_looked_up() {
 }
 
 #[tokio::test]
+async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of() {
+    let [create, change] = ["POST /chats", "PATCH /chats/c1"];
+    let part = line(change, json!({"ended_at": time(9)}));
+    let whole = json!({"agent_id": "a1", "ended_at": time(9), "started_at": time(0)});
+    let whole = line(change, whole);
+    for carried_out in [false, true] {
+        let upset = || {
+            if carried_out {
+                late().carried_out()
+            } else {
+                late()
+            }
+        };
+        let scene = Scene::new().await;
+        scene.our_api.upset(create, upset());
+        let daemon = scene.bench.start();
+        scene.bigchat.tells([start(42, 0)]);
+        until("it is sent", async || scene.our_api.count(create) == 1).await;
+        daemon.crash(&scene.bench).await;
+        scene.our_api.asked();
+        let daemon = scene.bench.start();
+        scene.bench.until_events("delivered", 1).await;
+        let asked = scene.our_api.asked();
+        let created = if carried_out { &[][..] } else { &[create] };
+        assert_eq!(heads(&asked), [&[FIND], created].concat());
+
+        scene.our_api.upset(change, upset());
+        scene.bigchat.tells([end(42, 9)]);
+        until("it is sent", async || scene.our_api.count(change) == 1).await;
+        daemon.crash(&scene.bench).await;
+        let daemon = scene.bench.start();
+        scene.bench.until_events("delivered", 2).await;
+        daemon.stop().await;
+        assert_eq!(scene.our_api.asked(), [&*part, &whole]);
+        assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
+    }
+}
+
+#[tokio::test]
 async fn a_chat_whose_creation_may_have_been_carried_out_is_looked_for_first() {
     let create = "POST /chats";
     side_by_side(
