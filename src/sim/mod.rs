@@ -17,6 +17,7 @@ mod http;
 pub mod our_api;
 #[cfg(test)]
 mod tests;
+mod world;
 
 pub use bigchat::BigChat;
 pub use http::{Clock, Traffic};
