@@ -146,6 +146,11 @@ impl BigChat {
         lock(&self.world).run
     }
 
+    /// The number of the latest poll, as in [`Told::poll`]; of a log, too.
+    pub fn polls(&self) -> u64 {
+        lock(&self.world).poll
+    }
+
     /// The number of the latest request, as in [`Told::request`].
     pub fn requests(&self) -> u64 {
         lock(&self.world).requests
@@ -245,11 +250,15 @@ async fn envelope(
     mut request: Request,
     next: Next,
 ) -> Response {
+    let for_events = request.uri().path() == "/events";
     let number = lock(&world).request();
     request.extensions_mut().insert(RequestNumber(number));
     let mut response = next.run(request).await;
     let mut world = lock(&world);
     world.answered(number, response.extensions().get::<Intact>().is_some());
+    if for_events && response.status().is_server_error() {
+        world.failed();
+    }
     if let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(world.date().into())) {
         response.headers_mut().insert(header::DATE, date);
     }

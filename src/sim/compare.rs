@@ -52,6 +52,8 @@ pub struct ExpectedChat {
     pub ended_at: Option<NaiveDateTime>,
     /// The messages, and how often each.
     pub messages: BTreeMap<(NaiveDateTime, String), usize>,
+    /// How many messages there were besides that OurAPI can never store.
+    pub refused: usize,
 }
 
 /// How one chat came out.
@@ -86,6 +88,8 @@ pub struct Report {
     pub lines: Vec<Line>,
     /// What is wrong with the agents, in words.
     pub agents: Vec<String>,
+    /// Messages that OurAPI can never store, which are not among those expected there.
+    pub refused: usize,
 }
 
 impl Report {
@@ -247,10 +251,12 @@ fn expected_chat(
             .entry(told.poll)
             .or_default() += 1;
     }
-    let mut messages = BTreeMap::new();
+    let (mut messages, mut refused) = (BTreeMap::new(), 0);
     for ((at, text), polls) in by_poll {
-        if let Some(message) = time(at).zip(storable(text)) {
-            *messages.entry(message).or_default() += polls.into_values().max().unwrap_or(0);
+        let count = polls.into_values().max().unwrap_or(0);
+        match time(at).zip(storable(text)) {
+            Some(message) => *messages.entry(message).or_default() += count,
+            None => refused += count,
         }
     }
     let ended_at = last_at("END").and_then(|told| time(told.event_at));
@@ -260,6 +266,7 @@ fn expected_chat(
         agents,
         ended_at,
         messages,
+        refused,
     }
 }
 
@@ -284,6 +291,7 @@ pub fn compare(expected: &Expected, held: &Held, rules: &Rules) -> Report {
     let mut report = Report {
         lines: Vec::new(),
         agents: doubtful_agents(expected, held, rules),
+        refused: expected.chats.iter().map(|chat| chat.refused).sum(),
     };
     let mut matched = BTreeSet::new();
     // A name that only may be one chat's is often another's own.

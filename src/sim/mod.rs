@@ -17,11 +17,13 @@ mod http;
 pub mod our_api;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod world;
 
 pub use bigchat::BigChat;
 pub use http::{Clock, Traffic};
 pub use our_api::OurApi;
+pub use watch::{Answered, Happening, Watch};
 
 /// The settings of both services.
 #[derive(Clone, Debug)]

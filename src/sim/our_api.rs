@@ -29,7 +29,8 @@ use uuid::Uuid;
 
 use super::{
     faults::{Faults, inject},
-    http::{Clock, KEEP_ALIVE, Refused, Server, Traffic, invalid, lock, parse_time, reply},
+    http::{Clock, KEEP_ALIVE, Refused, Server, Traffic, invalid, lock, parse_time, reply, route},
+    watch::{Answered, Happening, Watch},
 };
 
 /// The settings of a simulated OurAPI.
@@ -45,6 +46,8 @@ pub struct Options {
     pub latency: Duration,
     /// After which time it closes an idle connection.
     pub keep_alive: Duration,
+    /// Who is told what it does.
+    pub watch: Watch,
 }
 
 impl Default for Options {
@@ -55,6 +58,7 @@ impl Default for Options {
             conflict_409: false,
             latency: Duration::ZERO,
             keep_alive: KEEP_ALIVE,
+            watch: Watch::default(),
         }
     }
 }
@@ -308,6 +312,20 @@ impl Database {
             .get(&id)
             .ok_or_else(|| Refused::not_found("Chat not found"))?;
         Ok(&mut self.held.chats[*at])
+    }
+
+    /// The `external_id` of the chat that a path names.
+    fn chat_named(&mut self, path: &str) -> Option<String> {
+        let id = path.strip_prefix("/chats/")?.split('/').next()?;
+        let chat = self.chat(Uuid::try_parse(id).ok()?).ok()?;
+        Some(chat.external_id.clone())
+    }
+
+    /// The name of the agent that a body names.
+    fn agent_named(&self, body: &Value) -> Option<String> {
+        let id = Uuid::try_parse(body["agent_id"].as_str()?).ok()?;
+        let agent = self.held.agents.iter().find(|agent| agent.agent_id == id)?;
+        Some(agent.name.clone())
     }
 
     fn agent_exists(&self, id: Option<Uuid>) -> Result<(), Refused> {
@@ -643,12 +661,24 @@ async fn answer(State(service): State<Service>, request: Request) -> Response {
         return Refused::unhandled().into_response();
     };
     let query = parts.uri.query().unwrap_or_default();
+    let path = parts.uri.path();
     let answer = database.answer(
         parts.method.as_str(),
-        parts.uri.path(),
+        path,
         query,
         &body,
         options.conflict_409,
     );
-    answer.into_response()
+    let response = answer.into_response();
+    options.watch.tell(|| {
+        let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+        Happening::Answered(Answered {
+            route: route(&parts.method, path),
+            chat: database.chat_named(path),
+            agent: database.agent_named(&body),
+            body,
+            status: response.status().as_u16(),
+        })
+    });
+    response
 }

@@ -14,7 +14,10 @@ use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::http::{Clock, KEEP_ALIVE};
+use super::{
+    http::{Clock, KEEP_ALIVE},
+    watch::{Happening, Watch},
+};
 
 const FIRST_NAMES: [&str; 14] = [
     "Ann-Marie",
@@ -121,6 +124,8 @@ pub struct Options {
     pub clock_offset: i64,
     /// After which time it closes an idle connection.
     pub keep_alive: Duration,
+    /// Who is told what it does.
+    pub watch: Watch,
 }
 
 impl Default for Options {
@@ -133,6 +138,7 @@ impl Default for Options {
             active: 30,
             clock_offset: 0,
             keep_alive: KEEP_ALIVE,
+            watch: Watch::default(),
         }
     }
 }
@@ -237,7 +243,7 @@ pub(super) struct World {
     /// What is told by requests under way.
     answering: HashMap<u64, Vec<usize>>,
     pub(super) requests: u64,
-    poll: u64,
+    pub(super) poll: u64,
     pushed: Vec<Value>,
     pages: VecDeque<(Vec<Value>, NextPage)>,
     /// The ENDs and TRANSFERs of the page before.
@@ -664,11 +670,22 @@ impl World {
 
     /// A request is over; what it was to tell has been told if the answer goes out.
     pub(super) fn answered(&mut self, number: u64, goes_out: bool) {
-        let told = self.answering.remove(&number).unwrap_or_default();
-        if goes_out {
-            told.into_iter()
-                .for_each(|index| self.arrived[index] = true);
+        let mut told = self.answering.remove(&number).unwrap_or_default();
+        if !goes_out {
+            return;
         }
+        told.retain(|index| !std::mem::replace(&mut self.arrived[*index], true));
+        if !told.is_empty() {
+            self.options.watch.tell(|| {
+                let told = told.iter().map(|index| self.told[*index].clone());
+                Happening::Told(told.collect())
+            });
+        }
+    }
+
+    /// A request for events was answered with an error.
+    pub(super) fn failed(&self) {
+        self.options.watch.tell(|| Happening::Failed);
     }
 
     /// The time that its answers carry.
