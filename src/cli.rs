@@ -1,10 +1,13 @@
 //! The command line: what can be asked of the program, and what it answers with.
 
+use std::ffi::OsString;
 use std::path::Path;
 
-use clap::error::{ContextKind, ContextValue};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::demo;
 use crate::journal::{FailedEvent, JournalError, OpenError, Selection, Store};
 use crate::settings::Settings;
 use crate::time::Millis;
@@ -36,6 +39,12 @@ pub enum Command {
     /// List, show, retry or discard the events that failed; works while the daemon runs.
     #[command(subcommand)]
     Failed(FailedCommand),
+    /// Watch the daemon at work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
+    ///
+    /// Ends by comparing what BigChat told with what OurAPI holds, chat by chat and message by message: exit code 1 on
+    /// any difference. Everything is the demo's own, down to a temporary database: the settings have no say in it, neither
+    /// those of the environment (BIGCHAT_SYNC_...) nor as flags, which are refused.
+    Demo(demo::Args),
 }
 
 /// What can be done about failed events.
@@ -83,7 +92,7 @@ impl Cli {
     /// Reads the command line and the environment; exits with code 2 and what is wrong, and where it was set, if
     /// something is.
     pub fn read() -> Self {
-        Self::try_parse().unwrap_or_else(|mut error| {
+        Self::try_read(std::env::args_os().collect()).unwrap_or_else(|mut error| {
             if let Some(variable) = set_by_environment(&error) {
                 error.insert(
                     ContextKind::Suggested,
@@ -95,6 +104,31 @@ impl Cli {
             error.exit()
         })
     }
+
+    fn try_read(line: Vec<OsString>) -> Result<Self, clap::Error> {
+        let mut command = Self::command();
+        if line.get(1).is_some_and(|command| command == "demo") {
+            // Not even a setting of the environment that cannot be used keeps it from running.
+            command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
+        }
+        let matches = command.try_get_matches_from_mut(line)?;
+        let cli = Self::from_arg_matches(&matches)?;
+        if let (Some(Command::Demo(_)), Some(flag)) = (&cli.command, set_by_flag(&matches)) {
+            let message =
+                format!("the demo has settings of its own: --{flag} would have no effect");
+            return Err(command.error(ErrorKind::ArgumentConflict, message));
+        }
+        Ok(cli)
+    }
+}
+
+/// A setting that is given as a flag, if any is.
+fn set_by_flag(matches: &ArgMatches) -> Option<String> {
+    let settings = Settings::augment_args(clap::Command::new("settings"));
+    let given = settings.get_arguments().find(|argument| {
+        matches.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine)
+    })?;
+    given.get_long().map(str::to_owned)
 }
 
 /// The environment variable that a bad value comes from, if it comes from one.
@@ -247,7 +281,7 @@ fn show(event: &FailedEvent) -> String {
 }
 
 /// What strangers wrote, without what a terminal would obey.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()

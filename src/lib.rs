@@ -4,6 +4,8 @@
 //! BigChat tells, durably, before anything is done with it; delivery takes from the journal what is due and settles
 //! what came of it. Either goes on when the other cannot. Decisions are pure and stand by themselves: [`window`],
 //! [`dedupe`], [`messages`], [`conversation`], [`retry`].
+//!
+//! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
 pub mod bigchat;
 pub mod cli;
@@ -13,6 +15,7 @@ pub mod conversation;
 pub mod daemon;
 pub mod dedupe;
 pub mod delivery;
+pub mod demo;
 pub mod event;
 pub mod handlers;
 pub mod http;

@@ -1,14 +1,17 @@
 //! The life of the process: settings, log, the command, a signal, an exit code.
 
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use bigchat_sync::cli::{self, Cli, Command};
 use bigchat_sync::daemon;
+use bigchat_sync::demo::{self, DemoError, Screen};
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 /// Whatever hangs, the process ends within 10 s of the signal.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_700);
@@ -18,84 +21,120 @@ const BAD_SETTING: u8 = 2;
 
 fn main() -> ExitCode {
     let Cli { command, settings } = Cli::read();
-    if let Some(Command::Failed(command)) = command {
-        return match cli::failed(&settings.db(), command) {
+    match command {
+        Some(Command::Failed(command)) => match cli::failed(&settings.db(), command) {
             Ok(text) => {
                 print!("{text}");
                 ExitCode::SUCCESS
             }
             Err(error) => complain(&error, 1),
-        };
+        },
+        Some(Command::Demo(args)) => {
+            let screen = Screen::detect();
+            // What a warning would say is part of the picture.
+            let level = if screen.is_picture() { "error" } else { "warn" };
+            start_log(LogFormat::Text, level, screen.log());
+            block_on(show(args, settings, screen))
+        }
+        None | Some(Command::Run) => work(settings, daemon::run),
+        Some(Command::Once) => work(settings, daemon::once),
     }
+}
+
+fn work<F>(
+    settings: Settings,
+    job: impl FnOnce(Settings, Tokens, CancellationToken) -> F,
+) -> ExitCode
+where
+    F: Future<Output = Result<(), daemon::DaemonError>>,
+{
     let tokens = match Tokens::read(|name| std::env::var_os(name)) {
         Ok(tokens) => tokens,
         Err(error) => return complain(&error, BAD_SETTING),
     };
-    start_log(settings.log_format());
+    start_log(settings.log_format(), "info", io::stderr);
+    block_on(async {
+        let stopping = CancellationToken::new();
+        let stop = stopping.clone();
+        let first = move || {
+            stop.cancel();
+            std::thread::spawn(end_in_time);
+        };
+        on_signals(first, || std::process::exit(1))?;
+        job(settings, tokens, stopping).await?;
+        Ok::<_, daemon::DaemonError>(ExitCode::SUCCESS)
+    })
+}
+
+fn end_in_time() {
+    std::thread::sleep(STOPPED_WITHIN);
+    eprintln!(
+        "bigchat-sync: not stopped in time, the disk does not answer: what was in flight is looked up at the next start"
+    );
+    std::process::exit(1);
+}
+
+async fn show(args: demo::Args, settings: Settings, screen: Screen) -> Result<ExitCode, DemoError> {
+    let (stopping, at_once) = (CancellationToken::new(), CancellationToken::new());
+    let (first, second) = (stopping.clone(), at_once.clone());
+    on_signals(move || first.cancel(), move || second.cancel())?;
+    tokio::select! {
+        outcome = demo::run(&args, settings, &screen, &stopping) => outcome,
+        () = at_once.cancelled() => Err(DemoError::Interrupted),
+    }
+}
+
+/// Does the work of a command, and complains if it comes to nothing.
+fn block_on<E: std::error::Error>(work: impl Future<Output = Result<ExitCode, E>>) -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return complain(&error, 1),
     };
-    let outcome = runtime.block_on(work(command, settings, tokens));
+    let outcome = runtime.block_on(work);
     // A look-up of a host name may hang for longer than anybody waits.
     runtime.shutdown_background();
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => complain(&error, 1),
-    }
+    outcome.unwrap_or_else(|error| complain(&error, 1))
 }
 
-async fn work(
-    command: Option<Command>,
-    settings: Settings,
-    tokens: Tokens,
-) -> Result<(), daemon::DaemonError> {
-    let stopping = CancellationToken::new();
-    stop_on_signals(&stopping)?;
-    match command {
-        None | Some(Command::Run) => daemon::run(settings, tokens, stopping).await,
-        Some(Command::Once) => daemon::once(settings, tokens, stopping).await,
-        Some(Command::Failed(_)) => Ok(()),
-    }
-}
-
-/// The first SIGTERM or SIGINT stops the daemon in good order; a second one at once, as a crash would.
-fn stop_on_signals(stopping: &CancellationToken) -> std::io::Result<()> {
+/// The first SIGTERM or SIGINT is for stopping in good order, a second one for stopping at once, as a crash would.
+fn on_signals(
+    first: impl FnOnce() + Send + 'static,
+    second: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
     let (mut terminate, mut interrupt) = (
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
     );
-    let stopping = stopping.clone();
     tokio::spawn(async move {
-        for _ in 0..2 {
+        let mut signalled = async || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if stopping.is_cancelled() {
-                std::process::exit(1);
-            }
-            tracing::info!("stopping: what is in flight is finished first");
-            stopping.cancel();
-            std::thread::spawn(|| {
-                std::thread::sleep(STOPPED_WITHIN);
-                eprintln!(
-                    "bigchat-sync: not stopped in time, the disk does not answer: what was in flight is looked up at the next start"
-                );
-                std::process::exit(1);
-            });
-        }
+        };
+        signalled().await;
+        tracing::info!("stopping: what is in flight is finished first");
+        first();
+        signalled().await;
+        second();
     });
     Ok(())
 }
 
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+/// Starts the log, from a level on that RUST_LOG can change.
+fn start_log<W>(format: LogFormat, level: &str, writer: W)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     match format {
-        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Text => log
+            .with_target(false)
+            .with_ansi(io::stderr().is_terminal())
+            .init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! The simulated services are true to what the real ones were seen to do, and can do better, or worse, on request: see
 //! [`bigchat`], [`our_api`] and [`faults`]. The comparison ([`compare`]) works out on its own what should be there and
-//! shares no code with the daemon, so that a mistake is not made twice. Running a daemon against them is left to the tests.
+//! shares no code with the daemon, so that a mistake is not made twice. Running a daemon against them is left to the
+//! tests and to the [`demo`](crate::demo).
 
 use std::{
     io,

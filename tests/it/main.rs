@@ -1,6 +1,7 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
 mod daemon;
+mod demo;
 mod failures;
 mod fakes;
 mod handlers;

@@ -1,0 +1,370 @@
+//! The demo: the real daemon, over HTTP, against both services simulated in this process, to be watched; and at the end
+//! the proof, by a comparison that shares no code with the daemon.
+//!
+//! It needs nothing and leaves nothing: the services listen on free ports, the database is a temporary one, and the
+//! daemon's settings and tokens in the environment have no say. It can also only serve the services, for a daemon in
+//! another terminal.
+
+mod screen;
+mod tally;
+mod verdict;
+
+use std::fs::DirBuilder;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use thiserror::Error;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::CancellationToken;
+use url::Url;
+use uuid::Uuid;
+
+use crate::daemon::{self, DaemonError};
+use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::settings::{Settings, Tokens};
+use crate::sim::bigchat::{self, BigChat, Log, Mode};
+use crate::sim::our_api::{self, OurApi};
+use crate::sim::{Happening, Sim, Watch};
+
+pub use screen::Screen;
+use screen::{FRAME, Show};
+use tally::{Looked, Tally};
+pub use verdict::{Figures, Verdict};
+
+/// How often BigChat is polled: often, since somebody waits for something to happen.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long what was told may take to arrive, once nothing new is told.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// About as long as the real OurAPI takes for a request.
+const LATENCY: Duration = Duration::from_millis(6);
+
+/// Where the real BigChat and the real OurAPI listen, and the daemon looks for them unless told otherwise.
+const PORTS: [u16; 2] = [8267, 8266];
+
+/// Any that are free.
+const FREE_PORTS: [u16; 2] = [0, 0];
+
+/// What can be chosen.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// How long it goes on; what is under way then is waited for.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub duration: Duration,
+
+    /// What the simulated services' random choices come from [default: a random number, which is shown].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+
+    /// How the simulated BigChat tells events.
+    #[arg(long, value_enum, default_value_t = Telling::Once)]
+    pub bigchat: Telling,
+
+    /// Only serve BigChat on port 8267 and OurAPI on port 8266, until stopped, for a daemon in another terminal.
+    #[arg(long, conflicts_with = "duration")]
+    pub serve: bool,
+}
+
+/// `--bigchat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Telling {
+    /// Each event once, made up when asked for, as the real BigChat does.
+    Once,
+    /// From a log that stays, the same events for the same time, as is usual elsewhere.
+    Log,
+}
+
+/// Why there is no verdict.
+#[derive(Debug, Error)]
+pub enum DemoError {
+    /// A port is taken, or may not be used.
+    #[error("the simulated {service} cannot listen on {address}: {source}")]
+    Listen {
+        /// Which service.
+        service: &'static str,
+        /// Where it was to listen.
+        address: SocketAddr,
+        /// Why it cannot.
+        source: io::Error,
+    },
+    /// No temporary directory can be made.
+    #[error("{path} cannot be made: {source}")]
+    Scratch {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The temporary database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The temporary database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The daemon did not start or did not stop well.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// The daemon has stopped by itself, which it never should.
+    #[error("the daemon has stopped by itself")]
+    Stopped,
+    /// The daemon has panicked.
+    #[error("the daemon has panicked: {0}")]
+    Panicked(#[from] JoinError),
+    /// Nothing can be shown, or a service cannot be stopped.
+    #[error("the demo breaks off: {0}")]
+    Io(#[from] io::Error),
+    /// Stopped by a second signal.
+    #[error("stopped at once: nothing was compared")]
+    Interrupted,
+}
+
+/// Runs the demo, or only serves, until it is over or `stopping` is cancelled. `settings` are the daemon's but for where
+/// everything is and how often it polls. 0 if OurAPI holds in the end what BigChat told, else 1. Whoever drops it ends it
+/// at once, and nothing is left then either.
+pub async fn run(
+    args: &Args,
+    settings: Settings,
+    screen: &Screen,
+    stopping: &CancellationToken,
+) -> Result<ExitCode, DemoError> {
+    if args.serve {
+        serve(args, screen, stopping).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let verdict = perform(args, settings, screen, stopping).await?;
+    screen.say(&verdict.to_string())?;
+    Ok(verdict.exit_code())
+}
+
+/// Serves both services where the real ones listen, until stopped.
+async fn serve(
+    args: &Args,
+    screen: &Screen,
+    stopping: &CancellationToken,
+) -> Result<(), DemoError> {
+    let seed = seed(args);
+    let sim = start(args.bigchat, seed, PORTS, Watch::default()).await?;
+    screen.say(&format!(
+        "{}\n\nTo try in another terminal:\n\n    cargo run\n    curl {}/chats\n\nCtrl-C ends it.",
+        services(&sim, args.bigchat, seed),
+        sim.our_api_url()
+    ))?;
+    stopping.cancelled().await;
+    Ok(sim.shutdown().await?)
+}
+
+async fn perform(
+    args: &Args,
+    settings: Settings,
+    screen: &Screen,
+    stopping: &CancellationToken,
+) -> Result<Verdict, DemoError> {
+    let seed = seed(args);
+    let (watcher, happenings) = mpsc::unbounded_channel();
+    let sim = start(args.bigchat, seed, FREE_PORTS, Watch::to(watcher)).await?;
+    let scratch = Scratch::new()?;
+    let db = scratch.0.join("journal.db");
+    // The daemon finds it there, and so does who looks into it beside the daemon.
+    drop(Store::open(&db)?);
+    let journal = Journal::start(Store::open_beside(&db)?)?;
+    let settings = Settings {
+        bigchat_url: Url::parse(&sim.bigchat_url()).map_err(io::Error::other)?,
+        our_api_url: Url::parse(&sim.our_api_url()).map_err(io::Error::other)?,
+        db: Some(db),
+        poll_interval: POLL_INTERVAL,
+        ..settings
+    };
+    let duration = humantime::format_duration(args.duration);
+    screen.say(&format!(
+        "The daemon for {duration} between two simulated services.\n{}",
+        services(&sim, args.bigchat, seed)
+    ))?;
+    let stop = CancellationToken::new();
+    let daemon = daemon::run(settings, Tokens::default(), stop.clone());
+    let stage = Stage {
+        sim,
+        journal,
+        happenings,
+        tally: Tally::default(),
+        show: screen.show(args.duration),
+        daemon: tokio::spawn(daemon),
+        stop,
+        begun: Instant::now(),
+    };
+    stage.perform(args.duration, stopping).await
+}
+
+/// All that is there while the demo runs.
+struct Stage {
+    sim: Sim,
+    journal: Journal,
+    happenings: UnboundedReceiver<(Instant, Happening)>,
+    tally: Tally,
+    show: Show,
+    daemon: JoinHandle<Result<(), DaemonError>>,
+    stop: CancellationToken,
+    begun: Instant,
+}
+
+impl Stage {
+    async fn perform(
+        mut self,
+        duration: Duration,
+        stopping: &CancellationToken,
+    ) -> Result<Verdict, DemoError> {
+        while self.begun.elapsed() < duration && !stopping.is_cancelled() {
+            self.frame().await?;
+        }
+        self.sim.bigchat.set_quiet(true);
+        self.show.finishing();
+        let (quiet_since, polls) = (Instant::now(), self.sim.bigchat.polls());
+        while quiet_since.elapsed() < PATIENCE {
+            let looked = self.frame().await?;
+            // What the poll told that was under way is kept, and waits, once there is another.
+            if self.sim.bigchat.polls() > polls && looked.waiting == 0 {
+                let report = self.sim.compare();
+                if report.is_clean() && looked.failed == report.refused {
+                    break;
+                }
+            }
+        }
+        self.stop.cancel();
+        (&mut self.daemon).await??;
+        self.take_note();
+        let looked = self.look().await?;
+        let figures = Figures {
+            events: self.tally.events(),
+            requests: self.tally.requests(),
+            at_once: looked.at_once,
+            failed: looked.failed,
+            waiting: looked.waiting,
+        };
+        Ok(Verdict::new(self.sim.compare(), figures))
+    }
+
+    /// Lets a moment pass, and shows what happened in it.
+    async fn frame(&mut self) -> Result<Looked, DemoError> {
+        tokio::select! {
+            () = tokio::time::sleep(FRAME) => {}
+            ended = &mut self.daemon => {
+                ended??;
+                return Err(DemoError::Stopped);
+            }
+        }
+        self.take_note();
+        let looked = self.look().await?;
+        self.show
+            .frame(self.begun.elapsed(), &self.tally, &looked)?;
+        Ok(looked)
+    }
+
+    fn take_note(&mut self) {
+        while let Ok((at, happening)) = self.happenings.try_recv() {
+            if let Some(line) = self.tally.note(at, happening) {
+                self.show.tell(line);
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<Looked, DemoError> {
+        let in_journal = |store: &mut Store| Ok([store.waiting()?, store.count_failed()?]);
+        let [waiting, failed] = self.journal.with(in_journal).await?;
+        Ok(Looked {
+            chats: self.sim.our_api.chats().len(),
+            agents: self.sim.our_api.agents().len(),
+            messages: self.sim.our_api.message_count(),
+            at_once: self.sim.our_api.traffic.max_in_flight(),
+            waiting: usize::try_from(waiting).unwrap_or(usize::MAX),
+            failed: usize::try_from(failed).unwrap_or(usize::MAX),
+        })
+    }
+}
+
+/// A directory of our own, removed with all that is in it when this is dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self, DemoError> {
+        let path = std::env::temp_dir().join(format!("bigchat-sync-demo-{}", Uuid::new_v4()));
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(DemoError::Scratch { path, source }),
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "the temporary database stays");
+        }
+    }
+}
+
+fn seed(args: &Args) -> u64 {
+    // Short enough to be typed again.
+    args.seed.unwrap_or_else(|| rand::random::<u16>().into())
+}
+
+async fn start(
+    telling: Telling,
+    seed: u64,
+    ports: [u16; 2],
+    watch: Watch,
+) -> Result<Sim, DemoError> {
+    let mode = match telling {
+        Telling::Once => Mode::Once,
+        // As lively as the other, and with more than a page now and then.
+        Telling::Log => Mode::Log(Log {
+            events_per_second: 6.0,
+            page_size: 25,
+            ..Log::default()
+        }),
+    };
+    let bigchat = bigchat::Options {
+        seed,
+        mode,
+        watch: watch.clone(),
+        ..bigchat::Options::default()
+    };
+    let our_api = our_api::Options {
+        seed,
+        latency: LATENCY,
+        watch,
+        ..our_api::Options::default()
+    };
+    let [bigchat_at, our_api_at] = ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    let failed = |service, address| {
+        move |source| DemoError::Listen {
+            service,
+            address,
+            source,
+        }
+    };
+    let bigchat = BigChat::start(bigchat_at, bigchat).await;
+    let our_api = OurApi::start(our_api_at, our_api).await;
+    Ok(Sim {
+        bigchat: bigchat.map_err(failed("BigChat", bigchat_at))?,
+        our_api: our_api.map_err(failed("OurAPI", our_api_at))?,
+    })
+}
+
+/// What the services are, for people.
+fn services(sim: &Sim, telling: Telling, seed: u64) -> String {
+    let tells = match telling {
+        Telling::Once => "tells each event once",
+        Telling::Log => "tells from a log that stays",
+    };
+    format!(
+        "BigChat at {} {tells} (--seed {seed}).\nOurAPI at {} stands one request at a time.",
+        sim.bigchat_url(),
+        sim.our_api_url()
+    )
+}

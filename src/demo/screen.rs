@@ -1,0 +1,212 @@
+//! Where the demo is seen: a picture that moves on a terminal, a line a second anywhere else.
+//!
+//! On a terminal all else that is written, the log above all, goes above the picture and does not tear it. Elsewhere there
+//! is not one escape code. What is shown is left to [`tally`](super::tally).
+
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::tally::{Line, Looked, ROWS, Tally};
+
+/// How often the picture changes.
+pub(super) const FRAME: Duration = Duration::from_millis(100);
+
+/// How many of the last lines are seen.
+const LINES: usize = 8;
+
+/// A poll's events arrive at once and could not be read so: what there is to say of them is spread over about so many
+/// frames, until the next poll.
+const SPREAD: usize = 8;
+
+/// How often there is a line where there is no picture.
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// Standard output, as what it is.
+#[derive(Debug, Clone)]
+pub struct Screen {
+    picture: Option<MultiProgress>,
+}
+
+impl Screen {
+    /// Finds out whether anybody sees pictures.
+    pub fn detect() -> Self {
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let picture = (io::stdout().is_terminal() && !dumb)
+            .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout()));
+        Self { picture }
+    }
+
+    /// Whether the picture tells the most of what a log would say as a warning.
+    pub fn is_picture(&self) -> bool {
+        self.picture.is_some()
+    }
+
+    /// Standard error for a log that does not tear the picture.
+    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + 'static {
+        let screen = self.clone();
+        move || Log(screen.clone())
+    }
+
+    /// Writes something that stays.
+    pub(super) fn say(&self, text: &str) -> io::Result<()> {
+        self.above(|| writeln!(io::stdout(), "{text}"))
+    }
+
+    fn above<T>(&self, write: impl FnOnce() -> T) -> T {
+        match &self.picture {
+            Some(picture) => picture.suspend(write),
+            None => write(),
+        }
+    }
+
+    /// Begins to show what goes on.
+    pub(super) fn show(&self, duration: Duration) -> Show {
+        match &self.picture {
+            Some(picture) => Show::Picture(Picture::new(picture, duration)),
+            None => Show::Lines {
+                screen: self.clone(),
+                next: LINE_EVERY,
+            },
+        }
+    }
+}
+
+/// One line of the log, on its way.
+#[derive(Debug)]
+pub struct Log(Screen);
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.above(|| io::stderr().write(line))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// The show that is on.
+pub(super) enum Show {
+    Picture(Picture),
+    Lines { screen: Screen, next: Duration },
+}
+
+impl Show {
+    /// Something happened.
+    pub(super) fn tell(&mut self, line: Line) {
+        if let Self::Picture(picture) = self {
+            picture.coming.push_back(line);
+        }
+    }
+
+    /// A moment has passed.
+    pub(super) fn frame(
+        &mut self,
+        elapsed: Duration,
+        tally: &Tally,
+        looked: &Looked,
+    ) -> io::Result<()> {
+        match self {
+            Self::Picture(picture) => picture.draw(elapsed, tally, looked),
+            Self::Lines { screen, next } if elapsed >= *next => {
+                *next = elapsed + LINE_EVERY;
+                screen.say(&format!(
+                    "{:>3} s  {}",
+                    elapsed.as_secs(),
+                    tally.sentence(looked)
+                ))?;
+            }
+            Self::Lines { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Nothing new is told from now on; what was told is waited for.
+    pub(super) fn finishing(&mut self) {
+        if let Self::Picture(picture) = self {
+            picture
+                .time
+                .set_message("waiting for what is still on its way");
+        }
+    }
+}
+
+/// A time bar, counters, and what happened last.
+pub(super) struct Picture {
+    all: Vec<ProgressBar>,
+    duration: Duration,
+    time: ProgressBar,
+    rows: Vec<ProgressBar>,
+    lines: Vec<ProgressBar>,
+    /// What happened and is not shown yet.
+    coming: VecDeque<Line>,
+    shown: VecDeque<Line>,
+}
+
+impl Picture {
+    fn new(bars: &MultiProgress, duration: Duration) -> Self {
+        let mut all = Vec::new();
+        let mut add = |template: &str| {
+            // A template that is wrong shows in any run; the default one does no harm.
+            let style = ProgressStyle::with_template(template)
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("━╸─");
+            let bar = bars.add(ProgressBar::new(millis(duration)).with_style(style));
+            bar.tick();
+            all.push(bar.clone());
+            bar
+        };
+        // A ^C that somebody types pushes the picture up by a line, which then stays: an empty one.
+        add(" ");
+        let time = add("  {wide_bar:.cyan/dim}  {msg}");
+        add(" ");
+        let rows = std::iter::repeat_with(|| add("{prefix:>14.cyan}  {wide_msg}"));
+        let rows = rows.take(ROWS).collect();
+        add(" ");
+        let lines = std::iter::repeat_with(|| add("{prefix:.dim}{wide_msg}"));
+        let lines = lines.take(LINES).collect();
+        Self {
+            all,
+            duration,
+            time,
+            rows,
+            lines,
+            coming: VecDeque::new(),
+            shown: VecDeque::new(),
+        }
+    }
+
+    fn draw(&mut self, elapsed: Duration, tally: &Tally, looked: &Looked) {
+        self.time.set_position(millis(elapsed));
+        if elapsed < self.duration {
+            let elapsed = Duration::from_secs(elapsed.as_secs());
+            let [elapsed, duration] = [elapsed, self.duration].map(humantime::format_duration);
+            self.time.set_message(format!("{elapsed} of {duration}"));
+        }
+        for (bar, (what, how_much)) in self.rows.iter().zip(tally.rows(looked)) {
+            bar.set_prefix(what);
+            bar.set_message(how_much);
+        }
+        let now = self.coming.len().div_ceil(SPREAD);
+        self.shown.extend(self.coming.drain(..now));
+        self.shown.drain(..self.shown.len().saturating_sub(LINES));
+        for (bar, Line { took, who, what }) in self.lines.iter().zip(&self.shown) {
+            let took = took.map(|took| format!("{} ms", took.as_millis()));
+            bar.set_prefix(format!("{:>9}  {who:<17}", took.unwrap_or_default()));
+            bar.set_message(what.clone());
+        }
+    }
+}
+
+impl Drop for Picture {
+    fn drop(&mut self) {
+        self.all.iter().for_each(ProgressBar::finish_and_clear);
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
