@@ -194,11 +194,14 @@ fn expected_chat(
     events: &[&Told],
     used: &HashMap<String, Option<NaiveDateTime>>,
 ) -> ExpectedChat {
+    // The last to arrive of those at the latest time; told again it is the same, and does not arrive again.
     let last_at = |name: &str| {
-        events
-            .iter()
-            .filter(|told| told.name == name)
-            .max_by_key(|told| told.event_at)
+        let of_kind = || events.iter().filter(|told| told.name == name);
+        let latest = of_kind().map(|told| told.event_at).max()?;
+        let tied: Vec<_> = of_kind().filter(|told| told.event_at == latest).collect();
+        let arrives = |at: &usize| tied[..*at].iter().all(|told| told.data != tied[*at].data);
+        let last = (0..tied.len()).rev().find(arrives)?;
+        Some(tied[last])
     };
     let over = events.iter().any(|told| told.over);
     let known_start = events

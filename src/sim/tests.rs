@@ -986,6 +986,7 @@ async fn the_rules_of_what_is_expected() {
         message(42, at, "ok"),
         message(42, at, "k"),
         transfer(at + 5, 3),
+        transfer(at + 5, 2),
         transfer(at + 4, 4),
         plain("END", at + 8),
     ])
@@ -1011,13 +1012,14 @@ async fn the_rules_of_what_is_expected() {
     assert_eq!(
         chats[0].agents,
         [Some(third.email_address.clone()), None],
-        "the later of two at one time; nobody, if there was no time to ask"
+        "the later of two at one time, told again or not; nobody, if there was no time to ask"
     );
     assert_eq!(chats[0].ended_at, Some(time(at + 9)));
     assert_eq!(
         chats[0].messages,
         BTreeMap::from([((time(at), "ok".to_owned()), 3)])
     );
+    assert_eq!(chats[0].refused, 1, "one character is too little");
     assert_eq!(
         chats[1].external_ids,
         [format!(
