@@ -195,9 +195,7 @@ impl Store {
                 Ok(event) => {
                     let conversation = conversation(&transaction, epoch, &event)?;
                     let told = tally.told(&Key::from(&event)).max(1);
-                    if count_equal(&transaction, conversation, &event)? < told
-                        || was_overtaken(&transaction, conversation, &event)?
-                    {
+                    if count_equal(&transaction, conversation, &event)? < told {
                         insert(&transaction, conversation, &event, now)?;
                         wake(&transaction, conversation, now)?;
                         admitted.new += 1;
@@ -334,26 +332,6 @@ fn count_equal(connection: &rusqlite::Connection, conversation: i64, event: &Eve
              WHERE conversation = ?1 AND digest = ?2 AND name = ?3 AND event_at = ?4 AND data IS ?5",
         )?
         .query_row(params![conversation, event.digest(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
-}
-
-/// Whether a TRANSFER, told again, was followed by another one of the same second: then the order of telling counts,
-/// and this is the later one.
-fn was_overtaken(
-    connection: &rusqlite::Connection,
-    conversation: i64,
-    event: &Event,
-) -> Result<bool> {
-    if event.kind != Kind::Transfer {
-        return Ok(false);
-    }
-    let last: Option<Option<String>> = connection
-        .prepare_cached(
-            "SELECT data FROM events WHERE conversation = ?1 AND name = 'TRANSFER' AND event_at = ?2
-             ORDER BY id DESC LIMIT 1",
-        )?
-        .query_row([conversation, event.at.unix()], |row| row.get(0))
-        .optional()?;
-    Ok(last.is_some_and(|last| last != event.data))
 }
 
 fn insert(

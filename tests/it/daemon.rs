@@ -5,7 +5,6 @@ use std::time::Duration;
 use bigchat_sync::sim::bigchat::{Log, Mode, Options};
 use bigchat_sync::sim::our_api;
 use bigchat_sync::sim::{self, Sim};
-
 use serde_json::{Value, json};
 
 use crate::harness::{Bench, until};
@@ -204,4 +203,29 @@ async fn steady_state_costs_one_request_per_event() {
         requests <= u64::try_from(events).expect("few") + agents + 10,
         "{requests} requests for {events} events"
     );
+}
+
+#[tokio::test]
+async fn two_transfers_of_one_second_are_two_however_often_a_log_tells_them() {
+    let quiet = Options {
+        quiet: true,
+        mode: Mode::Log(Log::default()),
+        ..Options::default()
+    };
+    let (sim, bench) = sim(quiet, our_api::Options::default()).await;
+    let at = sim.bigchat.clock.now().timestamp() - 1;
+    sim.bigchat.open(2, at, 1);
+    for to in [2, 3] {
+        let data = json!({ "old_advisor_id": 1, "new_advisor_id": to });
+        sim.bigchat.push(2, "TRANSFER", at, data);
+    }
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    let polls = sim.bigchat.polls();
+    until("the same told again", async || {
+        sim.bigchat.polls() > polls + 5
+    })
+    .await;
+    daemon.stop().await;
+    assert_eq!(bench.value::<i64>("SELECT count(*) FROM events"), 2);
 }
