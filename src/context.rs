@@ -221,7 +221,7 @@ impl Context {
             Err(BigChatError::Throttled { .. }) => {}
             Err(error) => {
                 if health.failed(Millis::now(), &self.settings.retry(), rand::random()) {
-                    tracing::error!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
+                    tracing::warn!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
                 }
             }
         }

@@ -77,12 +77,10 @@ async fn what_our_api_loses_is_built_again() {
     more_told(&sim, 40).await;
     sim.our_api.wipe_agents();
     more_told(&sim, 40).await;
-    let latest = sim
-        .our_api
-        .chats()
-        .last()
-        .map(|chat| chat.external_id.clone());
-    sim.our_api.forget_chat(&latest.expect("a chat"));
+    sim.our_api.forget_chat("1");
+    let now = sim.bigchat.clock.now().timestamp();
+    let touched = json!({"message": "are you there?"});
+    sim.bigchat.push(1, "MESSAGE", now, touched);
     more_told(&sim, 80).await;
     sim.bigchat.set_quiet(true);
     agrees(&sim, &bench).await;
