@@ -1,13 +1,12 @@
 -- The journal: everything BigChat told, what became of it, and what is known of either side.
 --
 -- Times that BigChat tells are whole Unix seconds by its clock. Times of this machine's clock (kept_at, settled_at,
--- due_at, tried_at, next_at, throttled_until) are Unix milliseconds.
+-- due_at, next_at, the throttles) are Unix milliseconds.
 
 -- Reading BigChat: one row.
 CREATE TABLE source (
     id           INTEGER PRIMARY KEY CHECK (id = 1),
     cursor       INTEGER,                       -- up to which BigChat was read
-    poll         INTEGER NOT NULL DEFAULT 1,    -- the poll under way, or the next
     window_start INTEGER,                       -- of the poll under way; NULL: none is
     window_end   INTEGER,
     next_query   TEXT,                          -- its next page; NULL: its last page is kept
@@ -90,7 +89,6 @@ CREATE TABLE attempts (
     event     INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
     tries     INTEGER NOT NULL DEFAULT 0,       -- all failures, for the back-off
     counted   INTEGER NOT NULL DEFAULT 0,       -- those while others got through
-    tried_at  INTEGER,
     next_at   INTEGER,
     successes INTEGER,                          -- how many writes had succeeded at the last failure
     in_doubt  INTEGER NOT NULL DEFAULT 0 CHECK (in_doubt IN (0, 1)), -- it may have been carried out

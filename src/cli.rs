@@ -34,7 +34,7 @@ pub struct Cli {
 pub enum Command {
     /// Poll and deliver until stopped (the default).
     Run,
-    /// Poll once, deliver what is due, and exit; for cron.
+    /// Poll up to now, deliver what is due, and exit; for cron.
     Once,
     /// List, show, retry or discard the events that failed; works while the daemon runs.
     #[command(subcommand)]

@@ -9,9 +9,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::bigchat::{BigChat, BigChatError};
-use crate::conversation::Failure;
 use crate::journal::{Journal, JournalError, Session, Throttles};
-use crate::our_api::{OurApi, OurApiError, Trouble};
+use crate::our_api::OurApi;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
@@ -41,87 +40,6 @@ pub struct Context {
     look_up_through: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
-}
-
-/// Why a conversation's delivery stopped before its end. Data rather than an error: it is settled like a success.
-#[derive(Debug)]
-pub enum Setback {
-    /// OurAPI did not do as asked.
-    OurApi {
-        /// What became of the request.
-        error: OurApiError,
-        /// Whether the event itself may have been carried out.
-        in_doubt: bool,
-    },
-    /// BigChat did not tell what is needed.
-    BigChat(BigChatError),
-    /// The database refuses.
-    Journal(JournalError),
-    /// OurAPI has lost something, which is built again before this is tried again.
-    Rebuilding(String),
-}
-
-impl From<JournalError> for Setback {
-    fn from(error: JournalError) -> Self {
-        Self::Journal(error)
-    }
-}
-
-impl From<OurApiError> for Setback {
-    /// For requests that change nothing.
-    fn from(error: OurApiError) -> Self {
-        Self::OurApi {
-            error,
-            in_doubt: false,
-        }
-    }
-}
-
-impl Setback {
-    /// For requests that may have changed something.
-    pub fn of_write(error: OurApiError) -> Self {
-        Self::OurApi {
-            in_doubt: error.trouble.in_doubt(),
-            error,
-        }
-    }
-
-    /// Whether OurAPI refuses it for good.
-    pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::OurApi { error, .. } if error.trouble == Trouble::Refused)
-    }
-
-    /// Whether the event may have been carried out all the same.
-    pub fn in_doubt(&self) -> bool {
-        matches!(self, Self::OurApi { in_doubt: true, .. })
-    }
-
-    /// What is kept of it with the event.
-    pub fn failure(&self) -> Failure {
-        match self {
-            Self::OurApi { error, .. } => Failure {
-                reason: error.trouble.to_string(),
-                request: error.exchange.request.clone(),
-                response: error.exchange.response.clone(),
-            },
-            Self::BigChat(error) => {
-                let exchange = error.exchange();
-                Failure {
-                    reason: error.headline().to_owned(),
-                    request: exchange.request,
-                    response: exchange.response,
-                }
-            }
-            Self::Journal(error) => Failure {
-                reason: error.to_string(),
-                ..Failure::default()
-            },
-            Self::Rebuilding(reason) => Failure {
-                reason: reason.clone(),
-                ..Failure::default()
-            },
-        }
-    }
 }
 
 impl Context {
@@ -156,7 +74,7 @@ impl Context {
     /// Whether an event may have been delivered by another copy of the database: it waited when the daemon started,
     /// or came from a window that began before.
     pub fn may_be_there(&self, event: i64) -> bool {
-        event <= self.look_up_through.load(Ordering::Relaxed)
+        event <= self.look_up_through()
     }
 
     /// The latest event of which [`Self::may_be_there`] is true.
@@ -207,10 +125,7 @@ impl Context {
 
     /// Notes whether BigChat answered; logs when it goes down and when it is back.
     pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
-        let mut health = self
-            .bigchat_health
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut health = self.health();
         match answer {
             Ok(_) | Err(BigChatError::NotFound(_)) => {
                 let since = health.since();
@@ -229,18 +144,18 @@ impl Context {
 
     /// Whether BigChat may be asked about a conversation or an advisor.
     pub fn may_ask_bigchat(&self) -> bool {
-        let health = self
-            .bigchat_health
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let health = self.health();
         !matches!(health.allowance(Millis::now()), Allowance::NotBefore(_))
+    }
+
+    fn health(&self) -> MutexGuard<'_, Breaker> {
+        self.bigchat_health
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether BigChat counts as down.
     pub fn bigchat_is_down(&self) -> bool {
-        self.bigchat_health
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_down()
+        self.health().is_down()
     }
 }

@@ -32,9 +32,9 @@ pub enum DaemonError {
     /// The HTTP client cannot be made.
     #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
     Client(#[from] reqwest::Error),
-    /// The operating system gives no thread.
-    #[error("no thread can be started: {0}")]
-    Thread(#[from] std::io::Error),
+    /// The operating system refuses something the daemon cannot do without: a thread, a signal handler.
+    #[error("the operating system refuses: {0}")]
+    System(#[from] std::io::Error),
     /// The daemon was stopped while the disk refused what BigChat had told.
     #[error(
         "stopped while the database could not be written: {0} events that BigChat told are lost"
@@ -42,7 +42,8 @@ pub enum DaemonError {
     Unkept(usize),
 }
 
-/// Polls and delivers until `stopping` is cancelled; then lets what is in flight end, for at most 8 s.
+/// Polls and delivers until `stopping` is cancelled; then lets what is in flight end, for at most 8 s, and keeps what
+/// came of it, within 1 s.
 pub async fn run(
     settings: Settings,
     tokens: Tokens,

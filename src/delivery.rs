@@ -13,12 +13,13 @@ use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::bigchat::BigChatError;
-use crate::context::{Context, Setback};
-use crate::conversation::{Attempts, Outcome, Settlement, Waiting, Work};
-use crate::handlers::{self, Handled};
-use crate::journal::{JournalError, Throttles};
+use crate::context::Context;
+use crate::conversation::{Attempts, Conversation, Outcome, Settlement, Waiting, Work};
+use crate::handlers::{self, Handled, Stopped};
+use crate::journal::{JournalError, STORAGE_PAUSE, Throttles};
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
+use crate::setback::Setback;
 use crate::time::Millis;
 
 /// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
@@ -27,9 +28,6 @@ const AHEAD: usize = 32;
 
 /// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// How long a database that refuses is left alone.
-const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long chats that could not be checked after a loss are left alone.
 const SWEEP_PAUSE: Duration = Duration::from_secs(10);
@@ -72,7 +70,9 @@ struct Delivery {
 #[derive(Debug, Clone, Copy)]
 struct Successes {
     count: i64,
+    /// The conversation of the latest, and the count with it.
     last: Option<(i64, i64)>,
+    /// The count with the latest of another conversation than that.
     last_of_another: Option<i64>,
 }
 
@@ -312,42 +312,37 @@ impl Delivery {
         let Handled {
             conversation,
             done,
-            setback,
+            stopped,
             writes,
         } = handled;
         self.successes.note(conversation.id, writes);
         self.note_health(
             &done,
-            setback.as_ref().map(|(_, setback)| setback),
+            stopped.as_ref().map(|stopped| &stopped.why),
             writes,
             now,
         );
         let mut outcomes = Vec::with_capacity(done.len() + 1);
         for (event, result) in done {
-            outcomes.push((event.id, match result {
+            let outcome = match result {
                 Ok(()) => Outcome::Delivered,
-                Err(refusal) => {
-                    let failure = refusal.failure();
-                    tracing::warn!(
-                        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
-                        reason = %failure.reason, request = %failure.request, response = %failure.response,
-                        "failed for good; decide with `bigchat-sync failed`"
-                    );
-                    let attempts = Attempts { tries: event.attempts.tries + 1, ..event.attempts };
-                    Outcome::Failed { attempts, failure }
-                }
-            }));
+                Err(refusal) => refused(&conversation, &event, &refusal),
+            };
+            outcomes.push((event.id, outcome));
         }
-        match setback {
+        match stopped {
             None => {}
-            Some((None, setback)) => {
+            Some(Stopped { at: None, why }) => {
                 tracing::warn!(
-                    conversation = conversation.bigchat_id, reason = %setback.failure().reason,
+                    conversation = conversation.bigchat_id, reason = %why.failure().reason,
                     "its chat could not be checked; it is checked again"
                 );
                 self.sweep_at = now.plus(SWEEP_PAUSE);
             }
-            Some((Some(event), Setback::Journal(error))) => {
+            Some(Stopped {
+                at: Some(event),
+                why: Setback::Journal(error),
+            }) => {
                 tracing::error!(%error, conversation = conversation.bigchat_id, "delivery was cut short by the journal");
                 // Nothing of it is the event's own.
                 let failure = Setback::Journal(error).failure();
@@ -361,17 +356,12 @@ impl Delivery {
                     },
                 ));
             }
-            Some((Some(event), setback)) => {
-                outcomes.push((
-                    event.id,
-                    self.verdict(
-                        conversation.id,
-                        conversation.bigchat_id,
-                        &event,
-                        &setback,
-                        now,
-                    ),
-                ));
+            Some(Stopped {
+                at: Some(event),
+                why,
+            }) => {
+                let verdict = self.verdict(&conversation, &event, &why, now);
+                outcomes.push((event.id, verdict));
             }
         }
         self.settlements.push(Settlement {
@@ -383,8 +373,7 @@ impl Delivery {
     /// What a failed attempt means for its event: it waits, or has spent its attempts while others got through.
     fn verdict(
         &self,
-        conversation: i64,
-        bigchat_id: i64,
+        conversation: &Conversation,
         event: &Waiting,
         setback: &Setback,
         now: Millis,
@@ -392,7 +381,7 @@ impl Delivery {
         let before = event.attempts;
         let others_got_through = before
             .successes
-            .is_some_and(|count| self.successes.another_since(conversation, count));
+            .is_some_and(|count| self.successes.another_since(conversation.id, count));
         let counts = others_got_through
             && match setback {
                 Setback::OurApi { error, .. } => {
@@ -418,7 +407,8 @@ impl Delivery {
             wait = wait.max(policy.initial / 2);
         }
         tracing::warn!(
-            conversation = bigchat_id, event = event.id, kind = %event.what.kind(), tries = attempts.tries,
+            conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
+            chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "{}", if failed { "failed again while others got through; decide with `bigchat-sync failed`" } else { "not delivered yet; it is tried again" }
         );
@@ -509,6 +499,22 @@ impl Delivery {
             tracing::error!(%error, "what was delivered last could not be kept: it is looked up at the next start");
         }
     }
+}
+
+/// OurAPI will never accept the event.
+fn refused(conversation: &Conversation, event: &Waiting, refusal: &Setback) -> Outcome {
+    let failure = refusal.failure();
+    tracing::warn!(
+        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
+        chat = conversation.chat.id.map(tracing::field::display),
+        reason = %failure.reason, request = %failure.request, response = %failure.response,
+        "failed for good; decide with `bigchat-sync failed`"
+    );
+    let attempts = Attempts {
+        tries: event.attempts.tries.saturating_add(1),
+        ..event.attempts
+    };
+    Outcome::Failed { attempts, failure }
 }
 
 /// What to do after settling and claiming.

@@ -277,7 +277,7 @@ fn head(bytes: &[u8]) -> &[u8] {
 }
 
 /// `text`, without its end where it is long.
-pub fn shortened(text: &str) -> String {
+fn shortened(text: &str) -> String {
     let text = text.trim();
     match text.char_indices().nth(MAX_RECORD) {
         Some((end, _)) => format!("{}…", &text[..end]),

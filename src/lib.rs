@@ -25,6 +25,7 @@ pub mod our_api;
 pub mod poller;
 pub mod resolve;
 pub mod retry;
+pub mod setback;
 pub mod settings;
 pub mod sim;
 pub mod time;

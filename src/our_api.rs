@@ -114,6 +114,13 @@ pub struct OurApiError {
     pub exchange: Exchange,
 }
 
+impl OurApiError {
+    /// The same exchange, understood otherwise.
+    pub fn but(self, trouble: Trouble) -> Self {
+        Self { trouble, ..self }
+    }
+}
+
 /// See [`OurApiError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum Trouble {
@@ -178,6 +185,9 @@ impl Trouble {
     }
 }
 
+/// What the answer to a reference to an agent that is not there says.
+const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
+
 /// What a status means depends on what was asked.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Route {
@@ -203,14 +213,13 @@ impl OurApi {
         &self.http
     }
 
-    /// The chats of that external id: one at the most.
-    pub async fn chats(&self, external_id: &str) -> Result<Vec<Chat>> {
+    /// The chat of that external id, if there is one.
+    pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
         let chats: Vec<Chat> = self.list("chats", "external_id", external_id).await?;
         // Another OurAPI may find parts of it too, or not know the filter.
         Ok(chats
             .into_iter()
-            .filter(|chat| chat.external_id == external_id)
-            .collect())
+            .find(|chat| chat.external_id == external_id))
     }
 
     /// The agents of that e-mail address.
@@ -365,7 +374,7 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
         429 => Trouble::NotCarriedOut,
         404 if route == Route::InChat => Trouble::NoSuchChat,
         404 if route == Route::List => Trouble::NotOurApi,
-        404 | 409 if route != Route::InChat && route != Route::List => Trouble::Conflict,
+        404 | 409 if matches!(route, Route::CreateChat | Route::CreateAgent) => Trouble::Conflict,
         400 if body
             .windows(NO_SUCH_AGENT.len())
             .any(|part| part == NO_SUCH_AGENT) =>
@@ -380,8 +389,6 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
         _ => Trouble::Unknown,
     })
 }
-
-const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
     serde_json::from_slice(body).ok()

@@ -17,7 +17,7 @@ use crate::bigchat::{BigChatError, Page, window_query};
 use crate::context::Context;
 use crate::dedupe::{Key, Tally};
 use crate::event::{Event, Kind};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress};
+use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -40,9 +40,6 @@ const UNANSWERED: u32 = 3;
 /// How far back the first poll ever reaches, if no `--since` says otherwise.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
-/// How often a page that the disk refuses is tried again.
-const STORAGE_PAUSE: Duration = Duration::from_secs(1);
-
 /// How many old events are dropped at once, so that nobody waits for it.
 const PRUNED_AT_ONCE: u32 = 500;
 
@@ -51,7 +48,7 @@ const PRUNED_AT_ONCE: u32 = 500;
 pub struct Poller {
     context: Arc<Context>,
     /// A page that came and is not kept yet.
-    unkept: Option<PageToKeep>,
+    unkept: Option<Arc<PageToKeep>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
     storage_refuses: bool,
@@ -65,7 +62,7 @@ pub struct Poller {
 
 /// What a poll came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Polled {
+enum Polled {
     /// BigChat was read up to now.
     UpToDate,
     /// There is more to be read at once.
@@ -143,7 +140,7 @@ impl Poller {
     }
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
-    pub async fn poll(&mut self) -> Polled {
+    async fn poll(&mut self) -> Polled {
         match self.try_poll().await {
             Ok(polled) => {
                 if std::mem::take(&mut self.storage_refuses) {
@@ -278,7 +275,10 @@ impl Poller {
             };
             let page = match self.ask(&query, !pages.kept.is_empty()).await {
                 Ok(page) => page,
-                Err(error) => return self.page_failed(error, &query),
+                Err(error) => {
+                    let first = window_query(window.start, window.end);
+                    return self.page_failed(error, query != first);
+                }
             };
             self.page_failures = 0;
             bytes += page.body.len();
@@ -333,9 +333,7 @@ impl Poller {
     }
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
-    fn page_failed(&mut self, error: BigChatError, query: &str) -> Result<Ended, PollError> {
-        let further = !query.starts_with("start_at=") || query.contains("page");
-        let gone = is_gone(&error);
+    fn page_failed(&mut self, error: BigChatError, further: bool) -> Result<Ended, PollError> {
         if matches!(
             error,
             BigChatError::Throttled { .. } | BigChatError::Denied(_)
@@ -343,7 +341,7 @@ impl Poller {
             return Err(error.into());
         }
         self.page_failures += 1;
-        if further && (gone || self.page_failures >= PAGE_FAILURES) {
+        if further && (is_gone(&error) || self.page_failures >= PAGE_FAILURES) {
             tracing::warn!(%error, "the next page cannot be had: the window is read again from its beginning");
             self.page_failures = 0;
             return Ok(Ended::Stuck);
@@ -399,10 +397,10 @@ impl Poller {
     }
 
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
-        let events = page.events;
-        self.unkept = Some(page.clone());
+        let page = Arc::new(page);
+        self.unkept = Some(Arc::clone(&page));
         let id = self.keep().await?.unwrap_or_default();
-        tracing::debug!(events, query = %page.query, "a page was kept");
+        tracing::debug!(events = page.events, query = %page.query, "a page was kept");
         let PageToKeep {
             query,
             again_of,
@@ -410,7 +408,7 @@ impl Poller {
             window,
             body,
             ..
-        } = page;
+        } = Arc::unwrap_or_clone(page);
         Ok(KeptPage {
             id,
             query,

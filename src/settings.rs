@@ -237,7 +237,7 @@ fn timestamp(text: &str) -> Result<Timestamp, String> {
 }
 
 fn prefix(text: &str) -> Result<String, String> {
-    if text.chars().any(|c| c.is_whitespace() || c.is_control()) || text.len() > 100 {
+    if text.chars().any(|c| c.is_whitespace() || c.is_control()) || text.chars().count() > 100 {
         return Err("it must have at most 100 characters and no white space".into());
     }
     Ok(text.to_owned())

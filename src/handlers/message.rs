@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 
-use crate::context::{Context, Setback};
+use crate::context::Context;
 use crate::conversation::{Chat, Conversation, Waiting};
 use crate::event::What;
 use crate::messages;
 use crate::our_api::{NewMessage, Trouble};
 use crate::resolve::{agent, chat};
+use crate::setback::Setback;
 use crate::settings::MessageAuthor;
 use crate::time::Millis;
 

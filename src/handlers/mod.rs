@@ -8,10 +8,11 @@ mod message;
 mod start;
 mod transfer;
 
-use crate::context::{Context, Setback};
+use crate::context::Context;
 use crate::conversation::{Conversation, Waiting, Work};
 use crate::event::What;
 use crate::resolve::chat::{self, Agent};
+use crate::setback::Setback;
 use crate::time::Timestamp;
 
 /// What came of a piece of work.
@@ -21,8 +22,8 @@ pub struct Handled {
     pub conversation: Conversation,
     /// The events that were delivered, or refused for good. The others were not tried.
     pub done: Vec<(Waiting, Result<(), Setback>)>,
-    /// What stopped the work before its end, and at which event; no event: at the chat itself.
-    pub setback: Option<(Option<Waiting>, Setback)>,
+    /// What stopped the work before its end.
+    pub stopped: Option<Stopped>,
     /// How many writes OurAPI carried out.
     pub writes: u32,
 }
@@ -36,16 +37,32 @@ pub async fn handle(context: &Context, work: Work) -> Handled {
     let mut handled = Handled {
         conversation,
         done: Vec::new(),
-        setback: None,
+        stopped: None,
         writes: 0,
     };
-    if let Err(setback) = handled.run(context, &events).await {
-        handled.setback = Some(setback);
+    if let Err(stopped) = handled.run(context, &events).await {
+        handled.stopped = Some(stopped);
     }
     handled
 }
 
-type Stopped = (Option<Waiting>, Setback);
+/// What stopped a piece of work before its end.
+#[derive(Debug)]
+pub struct Stopped {
+    /// At which event; `None`: at the chat itself.
+    pub at: Option<Waiting>,
+    /// Why.
+    pub why: Setback,
+}
+
+impl Stopped {
+    fn at(event: Option<&Waiting>) -> impl FnOnce(Setback) -> Self {
+        move |why| Self {
+            at: event.cloned(),
+            why,
+        }
+    }
+}
 
 impl Handled {
     async fn run(&mut self, context: &Context, events: &[Waiting]) -> Result<(), Stopped> {
@@ -58,10 +75,10 @@ impl Handled {
             let (losses, before) = (context.losses(), chat.id);
             chat::verify(context, &mut self.conversation)
                 .await
-                .map_err(|setback| (events.first().cloned(), setback))?;
+                .map_err(Stopped::at(events.first()))?;
             match self.change_chat(context, &[], Agent::Anew, earliest).await {
                 Err(setback) if !setback.is_refusal() => {
-                    return Err((events.first().cloned(), setback));
+                    return Err(Stopped::at(events.first())(setback));
                 }
                 _ => self.conversation.chat.seen = losses,
             }
@@ -90,7 +107,7 @@ impl Handled {
                 Ok(()) => return Ok(()),
                 Err(setback) if setback.is_refusal() => {}
                 Err(setback) => {
-                    return Err((changes.first().map(|event| (*event).clone()), setback));
+                    return Err(Stopped::at(changes.first().copied())(setback));
                 }
             }
         }
@@ -106,7 +123,7 @@ impl Handled {
                 Err(setback) if setback.is_refusal() => {
                     self.done.push(((*event).clone(), Err(setback)))
                 }
-                Err(setback) => return Err((Some((*event).clone()), setback)),
+                Err(setback) => return Err(Stopped::at(Some(event))(setback)),
             }
         }
         Ok(())
@@ -164,12 +181,12 @@ impl Handled {
         if chat.id.is_none() || started_before {
             match self.change_chat(context, &[], Agent::Known, earliest).await {
                 Ok(()) => {}
-                // Without a chat it is each message's own matter.
+                // Refused without a chat, the first one fails; the others try for themselves.
                 Err(setback) if setback.is_refusal() => {
                     self.done.push(((*first).clone(), Err(setback)));
                     return Ok(());
                 }
-                Err(setback) => return Err((Some((*first).clone()), setback)),
+                Err(setback) => return Err(Stopped::at(Some(first))(setback)),
             }
         }
         let chat = self.conversation.chat.id;
@@ -192,7 +209,7 @@ impl Handled {
         // Before any is sent: what is sent from here on must not be taken for what stood there.
         let looked_up = message::look_up(context, &mut self.conversation, messages)
             .await
-            .map_err(|setback| (Some(first.clone()), setback))?;
+            .map_err(Stopped::at(Some(first)))?;
         for event in messages {
             if context.stopping.is_cancelled() {
                 return Ok(());
@@ -210,7 +227,7 @@ impl Handled {
                     let mut event = (*event).clone();
                     // Looked up, it is in doubt only if it was sent since.
                     event.attempts.in_doubt &= looked_up.is_none();
-                    return Err((Some(event), setback));
+                    return Err(Stopped::at(Some(&event))(setback));
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! START: the conversation's details, its advisor, the advisor's agent, and the chat with that agent and start time.
+//! START: the conversation gets its start time. The chat, and the agent of whoever has it first by the conversation's
+//! details, follow in [`resolve::chat`](crate::resolve::chat).
 
 use crate::conversation::{Conversation, Waiting};
 

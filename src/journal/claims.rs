@@ -9,8 +9,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
 
 use super::knowledge::uuid;
-use super::pages::{wake, written};
-use super::{JournalError, Result, Store};
+
+use super::{JournalError, Result, Store, written};
 use crate::conversation::{
     Attempts, Chat, Conversation, DetailsState, Failure, Outcome, Said, Settlement, Transfer,
     Waiting, Work,
@@ -26,7 +26,8 @@ const EVENTS_A_CLAIM: u32 = 200;
 /// And how many bytes of messages.
 const BYTES_A_CLAIM: usize = 1 << 20;
 
-/// Nothing is ever made to wait for longer: neither a back-off nor a `Retry-After`.
+/// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
+/// ever.
 const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What delivery starts with.
@@ -99,7 +100,6 @@ impl Store {
                 })
             },
         )?;
-        // A clock that was wrong must not make anything wait for ever.
         nothing_later_than(&transaction, now.plus(LONGEST_WAIT), now)?;
         transaction.commit()?;
         Ok(session)
@@ -551,7 +551,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
                 next_at,
                 failure,
             } => {
-                note_attempt(transaction, *event, attempts, Some(*next_at), failure, now)?;
+                note_attempt(transaction, *event, attempts, Some(*next_at), failure)?;
                 not_before = not_before.max(Some(*next_at));
             }
             Outcome::Failed { attempts, failure } => {
@@ -560,7 +560,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
                         "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1",
                     )?
                     .execute([*event, now.0])?;
-                note_attempt(transaction, *event, attempts, None, failure, now)?;
+                note_attempt(transaction, *event, attempts, None, failure)?;
             }
         }
     }
@@ -580,18 +580,16 @@ fn note_attempt(
     attempts: &Attempts,
     next_at: Option<Millis>,
     failure: &Failure,
-    now: Millis,
 ) -> Result<()> {
     transaction
         .prepare_cached(
-            "INSERT OR REPLACE INTO attempts (event, tries, counted, tried_at, next_at, successes, in_doubt, reason, request, response)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+            "INSERT OR REPLACE INTO attempts (event, tries, counted, next_at, successes, in_doubt, reason, request, response)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?
         .execute(params![
             event,
             attempts.tries,
             attempts.counted,
-            now.0,
             next_at.map(|next| next.0),
             attempts.successes,
             attempts.in_doubt,
@@ -619,6 +617,20 @@ pub(super) fn reschedule(
              WHERE id = ?1 AND claimed_through IS NULL",
         )?
         .execute(params![conversation, not_before.map(|at| at.0), now.0])?;
+    Ok(())
+}
+
+/// Makes a conversation due, unless it is in work (whoever works on it looks again) or waits for its next attempt.
+pub(super) fn wake(
+    connection: &rusqlite::Connection,
+    conversation: i64,
+    now: Millis,
+) -> Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE conversations SET due_at = ?2 WHERE id = ?1 AND due_at IS NULL AND claimed_through IS NULL",
+        )?
+        .execute([conversation, now.0])?;
     Ok(())
 }
 

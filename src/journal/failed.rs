@@ -46,9 +46,8 @@ impl Store {
     /// The failed events, the oldest first: at most `at_most` of them.
     pub fn failed(&mut self, at_most: u32) -> Result<Vec<FailedEvent>> {
         self.failed_where(
-            "e.state = 'failed' AND ?2 = ?2 ORDER BY e.id LIMIT ?1",
-            at_most.into(),
-            0,
+            "e.state = 'failed' ORDER BY e.id LIMIT ?1",
+            [i64::from(at_most)],
         )
     }
 
@@ -65,18 +64,22 @@ impl Store {
     /// A failed event, if there is one of that id.
     pub fn failed_event(&mut self, id: i64) -> Result<Option<FailedEvent>> {
         Ok(self
-            .failed_where("e.state = 'failed' AND e.id = ?2 LIMIT ?1", 1, id)?
+            .failed_where("e.state = 'failed' AND e.id = ?1", [id])?
             .pop())
     }
 
-    fn failed_where(&mut self, condition: &str, limit: i64, id: i64) -> Result<Vec<FailedEvent>> {
+    fn failed_where(
+        &mut self,
+        condition: &str,
+        params: impl rusqlite::Params,
+    ) -> Result<Vec<FailedEvent>> {
         let mut statement = self.connection.prepare_cached(&format!(
             "SELECT e.id, c.bigchat_id, c.chat_id, e.name, e.event_at, e.data, e.settled_at, coalesce(a.tries, 0),
                 coalesce(a.reason, ''), a.request, a.response
              FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
              WHERE {condition}"
         ))?;
-        let events = statement.query_map([limit, id], |row| {
+        let events = statement.query_map(params, |row| {
             Ok(FailedEvent {
                 id: row.get(0)?,
                 conversation: row.get(1)?,

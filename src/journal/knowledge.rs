@@ -3,8 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::pages::written;
-use super::{Result, Store};
+use super::{Result, Store, written};
 use crate::time::Timestamp;
 
 /// A conversation by whose start time one run of BigChat is told from the next.

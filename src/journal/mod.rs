@@ -2,8 +2,8 @@
 //! either side.
 //!
 //! All SQL is here, as operations with names on [`Store`]. One thread of its own works on the database, so that no
-//! async thread ever waits for a disk; [`Journal::with`] hands it one operation at a time. Each operation is one
-//! transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
+//! async thread ever waits for a disk; [`Journal::with`] hands it one operation at a time. Each operation that
+//! writes does so in one transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
 //! delivery or polling; it keeps what those decided.
 
 mod claims;
@@ -15,6 +15,7 @@ mod schema;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rusqlite::Connection;
 use thiserror::Error;
@@ -43,6 +44,9 @@ pub enum JournalError {
 /// What an operation returns.
 pub type Result<T> = std::result::Result<T, JournalError>;
 
+/// How long a database that refuses is left alone.
+pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
+
 type Operation = Box<dyn FnOnce(&mut Store) + Send>;
 
 /// The journal, to be shared by all that use it. Dropping it waits for the operation under way.
@@ -69,19 +73,19 @@ impl Store {
         })
     }
 
-    /// Begins a transaction that writes: at once, since one that begins to write later may find that another process
-    /// has written meanwhile, and fail.
-    fn begin(&mut self) -> rusqlite::Result<rusqlite::Transaction<'_>> {
-        self.connection
-            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
-    }
-
     /// Opens the database for a command beside the daemon.
     pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
         Ok(Self {
             connection: schema::open(path, false)?,
             _lock: None,
         })
+    }
+
+    /// Begins a transaction that writes: at once, since one that begins to write later may find that another process
+    /// has written meanwhile, and fail.
+    fn begin(&mut self) -> rusqlite::Result<rusqlite::Transaction<'_>> {
+        self.connection
+            .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
     }
 }
 
@@ -133,4 +137,9 @@ impl Drop for Journal {
             tracing::error!("the journal's thread has panicked");
         }
     }
+}
+
+/// A column that must hold what this program wrote there.
+fn written<T>(value: Option<T>, what: &str) -> Result<T> {
+    value.ok_or_else(|| JournalError::Corrupt(what.to_owned()))
 }

@@ -4,11 +4,20 @@ use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
-use super::{JournalError, Result, Store};
+use super::claims::wake;
+use super::{Result, Store};
 use crate::bigchat::page_events;
 use crate::dedupe::{Key, Tally};
 use crate::event::{Event, Kind, digest};
 use crate::time::{Millis, Timestamp};
+
+/// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
+/// seem to have been served before.
+const DATE_LAG: Duration = Duration::from_secs(2);
+
+/// What a window may bring again reaches back a little further than the window: its start is a matter of whole
+/// seconds, and a MESSAGE can be dated before its START.
+const PRUNING_MARGIN: Duration = Duration::from_secs(60);
 
 /// How far BigChat was read, and the poll under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -217,18 +226,13 @@ impl Store {
         Ok(admitted)
     }
 
-    /// The latest event there is.
-    pub fn last_event(&mut self) -> Result<i64> {
-        last_event(&self.connection)
-    }
-
     /// Ends the poll under way. `cursor`: where BigChat was read up to, if the
     /// last page has not said so.
     pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
         let transaction = self.begin()?;
         forget_pages(&transaction)?;
         transaction.execute(
-            "UPDATE source SET cursor = coalesce(?1, cursor), poll = poll + 1, window_start = NULL, window_end = NULL, next_query = NULL",
+            "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL",
             [cursor.map(Timestamp::unix)],
         )?;
         transaction.commit()?;
@@ -271,14 +275,6 @@ impl Store {
         )?)
     }
 }
-
-/// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
-/// seem to have been served before.
-const DATE_LAG: Duration = Duration::from_secs(2);
-
-/// What a window may bring again reaches back a little further than the window: its start is a matter of whole
-/// seconds, and a MESSAGE can be dated before its START.
-const PRUNING_MARGIN: Duration = Duration::from_secs(60);
 
 fn forget_pages(connection: &rusqlite::Connection) -> Result<()> {
     // A page refers to the one it is again, so all go at once.
@@ -379,23 +375,4 @@ fn insert_unreadable(
         .prepare_cached("INSERT INTO attempts (event, reason) VALUES (?1, ?2)")?
         .execute(params![transaction.last_insert_rowid(), reason])?;
     Ok(true)
-}
-
-/// Makes a conversation due, unless it is in work (whoever works on it looks again) or waits for its next attempt.
-pub(super) fn wake(
-    connection: &rusqlite::Connection,
-    conversation: i64,
-    now: Millis,
-) -> Result<()> {
-    connection
-        .prepare_cached(
-            "UPDATE conversations SET due_at = ?2 WHERE id = ?1 AND due_at IS NULL AND claimed_through IS NULL",
-        )?
-        .execute([conversation, now.0])?;
-    Ok(())
-}
-
-/// A column that must hold what this program wrote there.
-pub(super) fn written<T>(value: Option<T>, what: &str) -> Result<T> {
-    value.ok_or_else(|| JournalError::Corrupt(what.to_owned()))
 }

@@ -2,10 +2,11 @@
 
 use uuid::Uuid;
 
-use crate::context::{Context, Setback};
+use crate::context::Context;
 use crate::journal::{KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApiError, Trouble};
 use crate::resolve::details;
+use crate::setback::Setback;
 
 /// The agent of an advisor; `None` where BigChat no longer knows the advisor or OurAPI refuses the agent for good.
 pub async fn resolve(context: &Context, epoch: i64, advisor: i64) -> Result<Option<Uuid>, Setback> {
@@ -96,12 +97,9 @@ fn choose(mut agents: Vec<Agent>, name: &str) -> Option<Agent> {
 /// OurAPI says that an agent does not exist. Looks whether that is so, and has it built again.
 pub async fn missing(context: &Context, agent: Option<Uuid>, error: OurApiError) -> Setback {
     match look_for(context, agent).await {
-        Ok(true) => Setback::Rebuilding("OurAPI has lost an agent".into()),
+        Ok(true) => Setback::Rebuilding("OurAPI has lost an agent"),
         // It is there, or was none of ours: nothing to be done but try again.
-        Ok(false) => Setback::OurApi {
-            error,
-            in_doubt: false,
-        },
+        Ok(false) => error.into(),
         Err(setback) => setback,
     }
 }

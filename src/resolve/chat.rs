@@ -2,10 +2,11 @@
 
 use uuid::Uuid;
 
-use crate::context::{Context, Setback};
+use crate::context::Context;
 use crate::conversation::{Chat, Conversation, DetailsState, Wanted};
 use crate::our_api::{self, NewChat, OurApiError, Trouble};
 use crate::resolve::{agent, details};
+use crate::setback::Setback;
 use crate::time::Timestamp;
 
 /// How a chat's agent is found.
@@ -113,7 +114,7 @@ async fn create(
 ) -> Result<u32, Setback> {
     let mut external_id = choose_external_id(context, conversation, wanted.started_at).await?;
     if conversation.chat.unsure
-        && let Some(found) = find(context, &external_id).await?
+        && let Some(found) = context.our_api.chat(&external_id).await?
         && is_ours(conversation, wanted, &found)
     {
         return change_adopted(context, conversation, external_id, found, wanted).await;
@@ -142,16 +143,10 @@ async fn create(
             Trouble::NoSuchAgent => return Err(agent::missing(context, wanted.agent, error).await),
             _ => return Err(Setback::of_write(error)),
         }
-        match find(context, &external_id).await? {
+        match context.our_api.chat(&external_id).await? {
             // Taken, and not there: what answers is not OurAPI, or not all of it.
             None => {
-                return Err(Setback::OurApi {
-                    error: OurApiError {
-                        trouble: Trouble::NotOurApi,
-                        ..error
-                    },
-                    in_doubt: false,
-                });
+                return Err(error.but(Trouble::NotOurApi).into());
             }
             Some(found) if is_ours(conversation, wanted, &found) => {
                 return change_adopted(context, conversation, external_id, found, wanted).await;
@@ -159,13 +154,7 @@ async fn create(
             Some(found) => {
                 let longer = with_start(context, conversation, wanted.started_at);
                 if longer == external_id {
-                    return Err(Setback::OurApi {
-                        error: OurApiError {
-                            trouble: Trouble::Refused,
-                            ..error
-                        },
-                        in_doubt: false,
-                    });
+                    return Err(error.but(Trouble::Refused).into());
                 }
                 tracing::warn!(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
@@ -272,10 +261,6 @@ fn adopt(conversation: &mut Conversation, external_id: String, found: our_api::C
     conversation.said.ended_at = conversation.said.ended_at.max(found.ended_at);
 }
 
-async fn find(context: &Context, external_id: &str) -> Result<Option<our_api::Chat>, Setback> {
-    Ok(context.our_api.chats(external_id).await?.into_iter().next())
-}
-
 /// Since OurAPI has lost something: looks whether the chat is still there, and as it should be.
 pub async fn verify(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
     let (Some(id), Some(external_id)) =
@@ -283,7 +268,7 @@ pub async fn verify(context: &Context, conversation: &mut Conversation) -> Resul
     else {
         return Ok(());
     };
-    match find(context, &external_id).await? {
+    match context.our_api.chat(&external_id).await? {
         Some(found) if found.chat_id == id => {
             let looked_up = conversation.chat.looked_up;
             adopt(conversation, external_id, found);
@@ -301,22 +286,16 @@ pub async fn missing(
     error: OurApiError,
 ) -> Setback {
     let external_id = conversation.chat.external_id.clone().unwrap_or_default();
-    match find(context, &external_id).await {
+    match context.our_api.chat(&external_id).await {
         Ok(Some(found)) if Some(found.chat_id) == conversation.chat.id => {
             // It is there all the same.
-            Setback::OurApi {
-                error: OurApiError {
-                    trouble: Trouble::Unknown,
-                    ..error
-                },
-                in_doubt: true,
-            }
+            Setback::of_write(error.but(Trouble::Unknown))
         }
         Ok(found) => match lost(context, conversation, found).await {
-            Ok(()) => Setback::Rebuilding("OurAPI has lost the chat".into()),
+            Ok(()) => Setback::Rebuilding("OurAPI has lost the chat"),
             Err(setback) => setback,
         },
-        Err(setback) => setback,
+        Err(error) => error.into(),
     }
 }
 
@@ -331,13 +310,13 @@ async fn lost(
         rebuild = context.settings.rebuild,
         "OurAPI has lost a chat"
     );
-    if context.settings.rebuild && conversation.chat.seen < context.losses() {
-        // Another conversation has noticed it already.
-    } else if context.settings.rebuild {
-        context.our_api_lost_data().await?;
-    } else {
+    // Unless another conversation has noticed it already.
+    let news = conversation.chat.seen >= context.losses();
+    if !context.settings.rebuild {
         // The agents may be gone with it; whether they are costs one request each.
         context.known_agents().clear();
+    } else if news {
+        context.our_api_lost_data().await?;
     }
     replace(context, conversation, found).await
 }

@@ -2,11 +2,12 @@
 //! restarted since is about somebody else.
 
 use crate::bigchat::BigChatError;
-use crate::context::{Context, Setback};
+use crate::context::Context;
 use crate::conversation::{Conversation, DetailsState};
 use crate::http::Exchange;
 use crate::journal::KnownAdvisor;
 use crate::resolve::restart::{self, Seen};
+use crate::setback::Setback;
 
 /// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
 /// knows nothing any more is left with what its events say.
@@ -98,13 +99,13 @@ async fn is_same_run(context: &Context, epoch: i64) -> Result<bool, Setback> {
     match restart::look(context).await? {
         Seen::Restarted => Ok(false),
         Seen::Same | Seen::Unknown => is_present(context, epoch).await,
-        Seen::Unanswered => Err(Setback::BigChat(not_asked(
+        Seen::Unanswered => Err(Setback::BigChat(no_answer(
             "whether it has restarted is not known",
         ))),
     }
 }
 
-fn not_asked(why: &str) -> BigChatError {
+fn no_answer(why: &str) -> BigChatError {
     BigChatError::Unavailable(Exchange {
         request: String::new(),
         response: why.to_owned(),
@@ -116,7 +117,7 @@ async fn ask<T>(
     question: impl Future<Output = Result<T, BigChatError>>,
 ) -> Result<T, BigChatError> {
     if !context.may_ask_bigchat() {
-        return Err(not_asked(
+        return Err(no_answer(
             "not asked: BigChat is down, and is asked again by and by",
         ));
     }

@@ -108,18 +108,6 @@ impl BigChat {
         lock(&self.world).set_quiet(quiet);
     }
 
-    /// Makes somebody else of an advisor.
-    pub fn set_advisor(&self, advisor_id: i64, name: &str, email_address: &str) {
-        let advisor = Advisor {
-            advisor_id,
-            name: name.to_owned(),
-            email_address: email_address.to_owned(),
-        };
-        lock(&self.world)
-            .advisors
-            .insert(advisor_id, Arc::new(advisor));
-    }
-
     /// An advisor of the current run.
     pub fn advisor(&self, advisor_id: i64) -> Option<Arc<Advisor>> {
         lock(&self.world).advisors.get(&advisor_id).cloned()
@@ -149,11 +137,6 @@ impl BigChat {
     /// The number of the latest poll, as in [`Told::poll`]; of a log, too.
     pub fn polls(&self) -> u64 {
         lock(&self.world).poll
-    }
-
-    /// The number of the latest request, as in [`Told::request`].
-    pub fn requests(&self) -> u64 {
-        lock(&self.world).requests
     }
 }
 

@@ -59,8 +59,7 @@ pub(crate) async fn agrees(sim: &Sim, bench: &Bench) {
         }),
     );
     if agreed.await.is_err() {
-        let twice: String = bench.value("SELECT coalesce(group_concat(r, char(10)), '') FROM (SELECT (id||' c'||conversation||' '||event_at||' '||data||' '||state||' '||kept_at) r FROM events e WHERE name='MESSAGE' AND EXISTS (SELECT 1 FROM events f WHERE f.conversation=e.conversation AND f.digest=e.digest AND f.id<>e.id))");
-        panic!("{report}\nTWICE\n{twice}\nfailed: {:#?}", bench.failed());
+        panic!("{report}\nfailed: {:#?}", bench.failed());
     }
 }
 
@@ -128,27 +127,33 @@ async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
 
 #[tokio::test]
 async fn several_at_once_where_our_api_takes_them() {
-    let (sim, bench) = sim(log(4), our_api::Options::good()).await;
+    let slow = our_api::Options {
+        latency: Duration::from_millis(20),
+        ..our_api::Options::good()
+    };
+    let (sim, bench) = sim(log(4), slow).await;
     let bench = bench.set("--our-api-concurrency", "8");
     let daemon = bench.start();
     more_told(&sim, 200).await;
     sim.bigchat.set_quiet(true);
     agrees(&sim, &bench).await;
     daemon.stop().await;
-    assert!(
-        sim.our_api.traffic.max_in_flight() <= 8,
-        "never more than the setting"
-    );
+    let at_once = sim.our_api.traffic.max_in_flight();
+    assert!((2..=8).contains(&at_once), "{at_once} at once");
 }
 
 #[tokio::test]
 async fn a_backfill_reads_the_past_in_windows() {
-    let mut options = log(5);
-    let Mode::Log(log) = &mut options.mode else {
-        return;
+    let options = Options {
+        seed: 5,
+        mode: Mode::Log(Log {
+            events_per_second: 0.5,
+            page_size: 7,
+            history: Duration::from_secs(600),
+            ..Log::default()
+        }),
+        ..Options::default()
     };
-    log.events_per_second = 0.5;
-    log.history = Duration::from_secs(600);
     let (sim, bench) = sim(options, our_api::Options::default()).await;
     let since = sim.bigchat.clock.now() - Duration::from_secs(700);
     let bench = bench

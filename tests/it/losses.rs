@@ -43,10 +43,10 @@ async fn chats_without_messages_are_built_again_although_it_fails_at_first() {
     let daemon = bench.start();
     bench.until_events("delivered", 3).await;
     sim.our_api.wipe();
-    // The chat that is touched is created at the first try; then each other one fails once.
+    // The first try to create each of them fails.
     sim.our_api
         .faults
-        .script("POST /agents", When::After, Fault::Status(500), 3);
+        .script("POST /chats", When::Before, Fault::Status(500), 3);
     sim.bigchat
         .push_page(vec![message(11, now - 3, "hello again")], NextPage::None);
     agrees(&sim, &bench).await;
@@ -155,6 +155,7 @@ async fn a_page_of_html_is_no_success_whatever_its_status() {
     sim.our_api.faults.script("*", When::Before, Fault::Html, 2);
     sim.bigchat
         .push_page(vec![end(10, now - 4)], NextPage::None);
+    bench.until_events("delivered", 2).await;
     agrees(&sim, &bench).await;
     daemon.stop().await;
 }

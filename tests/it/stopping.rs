@@ -20,14 +20,15 @@ async fn while_both_apis_hang() {
     sim.bigchat.open(10, now - 100, 1);
     let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
     sim.bigchat.push_page(told, NextPage::None);
+    let hang = Fault::Hang(Duration::from_secs(60));
+    let route = "POST /chats/{id}/messages";
+    sim.our_api.faults.script(route, When::After, hang, 1);
     let daemon = bench.start();
-    until("one of two", async || sim.our_api.message_count() > 0).await;
-    sim.our_api.hang(true);
+    until("one of two", async || sim.our_api.message_count() == 1).await;
     sim.bigchat.faults.hold(true);
     let stopped = Instant::now();
     daemon.stop().await;
     assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
-    sim.our_api.hang(false);
     sim.bigchat.faults.hold(false);
     let daemon = bench.start();
     agrees(&sim, &bench).await;
