@@ -27,6 +27,8 @@ pub struct Page {
     pub next: Option<String>,
     /// How many events there are on it.
     pub events: usize,
+    /// BigChat's clock as it told it.
+    pub date: Option<Timestamp>,
 }
 
 /// What `/conversations/{id}` tells.
@@ -53,6 +55,9 @@ pub enum BigChatError {
     /// 404: it does not know that conversation or advisor, perhaps no longer.
     #[error("BigChat knows nothing of it: {0}")]
     NotFound(Exchange),
+    /// 404 for its events: this is something else.
+    #[error("this does not seem to be BigChat; check --bigchat-url: {0}")]
+    NotBigChat(Exchange),
     /// It asks to be left alone until then.
     #[error("BigChat asks to be left alone until {until}")]
     Throttled {
@@ -75,6 +80,7 @@ impl BigChatError {
     pub fn headline(&self) -> &'static str {
         match self {
             Self::NotFound(_) => "BigChat knows nothing of it",
+            Self::NotBigChat(_) => "this does not seem to be BigChat; check --bigchat-url",
             Self::Throttled { .. } => "BigChat asks to be left alone",
             Self::Denied(_) => {
                 "BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url"
@@ -88,6 +94,7 @@ impl BigChatError {
     pub fn exchange(&self) -> Exchange {
         match self {
             Self::NotFound(exchange)
+            | Self::NotBigChat(exchange)
             | Self::Denied(exchange)
             | Self::Refused(exchange)
             | Self::Unavailable(exchange) => exchange.clone(),
@@ -130,6 +137,7 @@ impl BigChat {
             events: Vec<&'a RawValue>,
         }
         self.get(self.http.url(&["events"], Some(query)), |answer| {
+            let date = answer.date;
             // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
             let body = String::from_utf8(answer.body)
                 .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
@@ -138,7 +146,12 @@ impl BigChat {
                 .next
                 .and_then(|next| serde_json::from_str::<String>(next.get()).ok());
             let (next, events) = (next.as_deref().and_then(next_query), wire.events.len());
-            Some(Page { body, next, events })
+            Some(Page {
+                body,
+                next,
+                events,
+                date,
+            })
         })
         .await
     }

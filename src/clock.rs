@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::time::Timestamp;
 
-/// A date further ahead than this of where the clock should be is believed only when the next one agrees: a single
-/// wrong header must not move the cursor past what was never read.
+/// A date further than this from where the clock should be is believed only when the next one agrees: a single wrong
+/// header must neither move the cursor past what was never read, nor back by years.
 const DOUBTFUL_LEAP: Duration = Duration::from_secs(600);
 
 /// What is known of BigChat's clock.
@@ -50,10 +50,13 @@ impl Readings {
     }
 
     fn observe(&mut self, date: Timestamp, now: Instant) {
-        let leaps = |reading| date > carried_on(reading, now).plus(DOUBTFUL_LEAP);
+        let leaps = |reading| {
+            let expected = carried_on(reading, now);
+            date > expected.plus(DOUBTFUL_LEAP) || date < expected.minus(DOUBTFUL_LEAP)
+        };
         let doubtful = self.believed.is_some_and(leaps) && self.doubted.is_none_or(leaps);
         if doubtful {
-            tracing::warn!(%date, "BigChat's clock leaps ahead; not believed unless it says so again");
+            tracing::warn!(%date, "BigChat's clock leaps; not believed unless it says so again");
             self.doubted = Some((date, now));
         } else {
             *self = Self {
@@ -108,6 +111,13 @@ mod tests {
             Some(at(1002)),
             "it was one wrong header each time"
         );
+        readings.observe(at(0), start + Duration::from_secs(3));
+        assert_eq!(
+            readings.at(start + Duration::from_secs(3)),
+            Some(at(1003)),
+            "nor back by years"
+        );
+        readings.observe(at(1_000_000), start + Duration::from_secs(2));
         readings.observe(at(1_000_010), start + Duration::from_secs(12));
         assert_eq!(
             readings.at(start + Duration::from_secs(12)),

@@ -1,7 +1,7 @@
 //! What polling and delivery share: both APIs, the journal, and what is known as of now.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -40,6 +40,8 @@ pub struct Context {
     look_up_through: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
+    tells_events: AtomicBool,
+    no_first_conversation: AtomicBool,
 }
 
 impl Context {
@@ -68,6 +70,8 @@ impl Context {
             look_up_through: Arc::new(AtomicI64::new(session.last_event)),
             losses: AtomicI64::new(session.losses),
             confirmed_at: AtomicI64::new(0),
+            tells_events: AtomicBool::new(false),
+            no_first_conversation: AtomicBool::new(false),
         }
     }
 
@@ -127,13 +131,14 @@ impl Context {
     pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
         let mut health = self.health();
         match answer {
-            Ok(_) | Err(BigChatError::NotFound(_)) => {
+            Ok(_) => {
                 let since = health.since();
                 if health.succeeded() {
                     tracing::info!(%since, "BigChat is back");
                 }
             }
-            Err(BigChatError::Throttled { .. }) => {}
+            // Neither says whether it is well; a 404 not even whether it is BigChat.
+            Err(BigChatError::Throttled { .. } | BigChatError::NotFound(_)) => {}
             Err(error) => {
                 if health.failed(Millis::now(), &self.settings.retry(), rand::random()) {
                     tracing::warn!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
@@ -146,6 +151,26 @@ impl Context {
     pub fn may_ask_bigchat(&self) -> bool {
         let health = self.health();
         !matches!(health.allowance(Millis::now()), Allowance::NotBefore(_))
+    }
+
+    /// Whether what answered last for BigChat's events was BigChat: only then is its 404 for anything else believed.
+    pub fn tells_events(&self) -> bool {
+        self.tells_events.load(Ordering::Relaxed)
+    }
+
+    /// Whether BigChat knows no conversation 1: it is not asked for it again.
+    pub fn has_no_first_conversation(&self) -> bool {
+        self.no_first_conversation.load(Ordering::Relaxed)
+    }
+
+    /// Notes that BigChat knows no conversation 1.
+    pub fn note_no_first_conversation(&self) {
+        self.no_first_conversation.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes whether what answered for BigChat's events was BigChat.
+    pub fn note_tells_events(&self, tells: bool) {
+        self.tells_events.store(tells, Ordering::Relaxed);
     }
 
     fn health(&self) -> MutexGuard<'_, Breaker> {

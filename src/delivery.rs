@@ -285,6 +285,7 @@ impl Delivery {
         }
         if now < self.last_look {
             tracing::warn!("this machine's clock was set back: what waits is tried now");
+            self.sweep_at = now;
             self.context
                 .journal
                 .with(move |store| store.clock_set_back(now))

@@ -109,7 +109,11 @@ impl Http {
 
     /// Leaves the API alone until then.
     pub fn throttle(&self, until: Millis) {
-        self.throttled_until.fetch_max(until.0, Ordering::Relaxed);
+        let now = Millis::now();
+        // One noted while this machine's clock was wrong must not outweigh this one.
+        let valid = self.throttled_until(now).unwrap_or_default();
+        self.throttled_until
+            .store(until.max(valid).0, Ordering::Relaxed);
     }
 
     /// The URL of `path` (segments, to be encoded) below the base URL, with `query` (encoded already).

@@ -34,6 +34,9 @@ const PAGE_TRIES: u32 = 3;
 /// In how many polls the same further page may fail before its window is read again from the beginning.
 const PAGE_FAILURES: u32 = 3;
 
+/// In how many polls at the most a window that is read again may bring nothing new before it counts as read.
+const REREAD: u32 = 100;
+
 /// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
 const UNANSWERED: u32 = 3;
 
@@ -56,8 +59,8 @@ pub struct Poller {
     page_failures: u32,
     /// In how many polls it could not be told whether BigChat has restarted.
     unanswered: u32,
-    /// The window is read again from its beginning, where much is known already.
-    rereading: bool,
+    /// The window is read again from its beginning, where much is known already: in how many polls still.
+    rereading: u32,
 }
 
 /// What a poll came to.
@@ -94,7 +97,7 @@ impl Poller {
             storage_refuses: false,
             page_failures: 0,
             unanswered: 0,
-            rereading: false,
+            rereading: 0,
         }
     }
 
@@ -203,7 +206,8 @@ impl Poller {
             Ended::Complete if window.catching_up => (Polled::More, None),
             Ended::Complete => (Polled::UpToDate, None),
             Ended::Stuck => (Polled::Incomplete, None),
-            Ended::Budget if new > 0 || self.rereading => {
+            Ended::Budget if new > 0 || self.rereading > 0 => {
+                self.rereading = self.rereading.saturating_sub(1);
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
@@ -216,7 +220,11 @@ impl Poller {
                 (Polled::UpToDate, Some(window.end))
             }
         };
-        self.rereading = polled == Polled::Incomplete;
+        self.rereading = if polled == Polled::Incomplete {
+            REREAD
+        } else {
+            0
+        };
         self.context
             .journal
             .with(move |store| store.end_poll(cursor))
@@ -282,7 +290,7 @@ impl Poller {
             };
             self.page_failures = 0;
             bytes += page.body.len();
-            let served_at = self.context.bigchat.clock().now().unwrap_or(window.end);
+            let now = self.context.bigchat.clock().now().unwrap_or(window.end);
             let asked_before =
                 |next: &str| next == query || pages.kept.iter().any(|page| page.query == next);
             next = page.next.filter(|next| {
@@ -294,12 +302,12 @@ impl Poller {
             });
             let progress = match &next {
                 Some(next) => Progress::Next(next.clone()),
-                None => Progress::Complete(window.end.min(served_at)),
+                None => Progress::Complete(window.end.min(now)),
             };
             let kept = PageToKeep {
                 query,
                 again_of: None,
-                served_at,
+                served_at: page.date.unwrap_or(now),
                 window: (window.start, window.end),
                 body: page.body,
                 events: page.events,
@@ -323,6 +331,7 @@ impl Poller {
         loop {
             let answer = self.context.bigchat.events(query).await;
             self.context.bigchat_answered(&answer);
+            self.context.note_tells_events(answer.is_ok());
             tries -= 1;
             match answer {
                 Err(BigChatError::Unavailable(_))
@@ -334,10 +343,12 @@ impl Poller {
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
     fn page_failed(&mut self, error: BigChatError, further: bool) -> Result<Ended, PollError> {
-        if matches!(
-            error,
-            BigChatError::Throttled { .. } | BigChatError::Denied(_)
-        ) {
+        if let (false, BigChatError::NotFound(exchange)) = (further, &error) {
+            let error = Err::<(), _>(BigChatError::NotBigChat(exchange.clone()));
+            self.context.bigchat_answered(&error);
+            return error.map(|()| Ended::Stuck).map_err(Into::into);
+        }
+        if is_outage(&error) {
             return Err(error.into());
         }
         self.page_failures += 1;
@@ -351,7 +362,9 @@ impl Poller {
 
     /// Where an equal message on two pages may be one or two: asks for the earlier page again.
     async fn clear_up(&mut self, pages: &mut Pages) -> Result<(), PollError> {
-        while let Some(number) = pages.tally.unclear() {
+        while let Some(number) = pages.tally.unclear()
+            && !self.context.stopping.is_cancelled()
+        {
             let Some(earlier) = pages
                 .first_told
                 .get(number)
@@ -364,6 +377,10 @@ impl Poller {
             tracing::debug!(%query, "an equal message came on a later page; the earlier one is asked for again");
             let page = match self.ask(&query, true).await {
                 Ok(page) => page,
+                // Nothing is wrong with the page while BigChat answers nothing at all.
+                Err(error) if is_outage(&error) || self.context.bigchat_is_down() => {
+                    return Err(error.into());
+                }
                 Err(error) => {
                     self.page_failures += 1;
                     if !is_gone(&error) && self.page_failures < PAGE_FAILURES {
@@ -375,12 +392,7 @@ impl Poller {
                     continue;
                 }
             };
-            let served_at = self
-                .context
-                .bigchat
-                .clock()
-                .now()
-                .unwrap_or(earlier.served_at);
+            let served_at = page.date.unwrap_or(earlier.served_at);
             let kept = PageToKeep {
                 query,
                 again_of: Some(id),
@@ -544,6 +556,14 @@ impl Poller {
             }
         }
     }
+}
+
+/// Whether it is not the page's own fault.
+fn is_outage(error: &BigChatError) -> bool {
+    matches!(
+        error,
+        BigChatError::Throttled { .. } | BigChatError::Denied(_)
+    )
 }
 
 /// Whether it is no use in asking for that page again.

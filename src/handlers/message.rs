@@ -7,7 +7,7 @@ use crate::conversation::{Chat, Conversation, Waiting};
 use crate::event::What;
 use crate::messages;
 use crate::our_api::{NewMessage, Trouble};
-use crate::resolve::{agent, chat};
+use crate::resolve::chat;
 use crate::setback::Setback;
 use crate::settings::MessageAuthor;
 use crate::time::Millis;
@@ -91,7 +91,7 @@ pub(super) async fn deliver(
         Ok(()) => Ok(1),
         Err(error) => Err(match error.trouble {
             Trouble::NoSuchChat => chat::missing(context, conversation, error).await,
-            Trouble::NoSuchAgent => agent::missing(context, author, error).await,
+            Trouble::NoSuchAgent => chat::without_agent(context, conversation, author, error).await,
             _ => Setback::of_write(error),
         }),
     }

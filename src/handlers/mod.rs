@@ -171,16 +171,25 @@ impl Handled {
         messages: &[&Waiting],
         earliest: Option<Timestamp>,
     ) -> Result<(), Stopped> {
-        let Some(first) = messages.first() else {
+        let Some(first) = messages
+            .first()
+            .filter(|_| !context.stopping.is_cancelled())
+        else {
             return Ok(());
         };
         let Conversation {
             started_at, chat, ..
         } = &self.conversation;
         let started_before = started_at.is_none() && chat.started_at > earliest;
-        if chat.id.is_none() || started_before {
+        let lost_agent = chat.agent.is_none() && chat.unsure;
+        if chat.id.is_none() || started_before || lost_agent {
             match self.change_chat(context, &[], Agent::Known, earliest).await {
                 Ok(()) => {}
+                // What is not to be changed keeps no message from its chat.
+                Err(setback) if setback.is_refusal() && self.conversation.chat.id.is_some() => {
+                    tracing::warn!(conversation = self.conversation.bigchat_id, reason = %setback.failure().reason,
+                        "its chat stays as it is");
+                }
                 // Refused without a chat, the first one fails; the others try for themselves.
                 Err(setback) if setback.is_refusal() => {
                     self.done.push(((*first).clone(), Err(setback)));

@@ -70,13 +70,31 @@ async fn wanted(
     let agent = match advisor {
         _ if agent == Agent::Known && keeps_agent(conversation) => conversation.chat.agent,
         Some(advisor) => agent::resolve(context, conversation.epoch, advisor).await?,
-        None => None,
+        None => conversation
+            .chat
+            .agent
+            .filter(|_| keeps_agent(conversation)),
     };
     Ok(Wanted {
         started_at,
         ended_at: conversation.said.ended_at,
         agent,
     })
+}
+
+/// OurAPI says that an agent does not exist. If that is so, the chat has none until it gets its own again.
+pub async fn without_agent(
+    context: &Context,
+    conversation: &mut Conversation,
+    agent: Option<Uuid>,
+    error: OurApiError,
+) -> Setback {
+    let setback = agent::missing(context, agent, error).await;
+    if matches!(setback, Setback::Rebuilding(_)) {
+        conversation.chat.agent = None;
+        conversation.chat.unsure = true;
+    }
+    setback
 }
 
 /// Details never undo a TRANSFER, be it one that only another copy of the database knows of.
@@ -101,7 +119,9 @@ async fn change(
         }
         Err(error) => match error.trouble {
             Trouble::NoSuchChat => Err(missing(context, conversation, error).await),
-            Trouble::NoSuchAgent => Err(agent::missing(context, wanted.agent, error).await),
+            Trouble::NoSuchAgent => {
+                Err(without_agent(context, conversation, wanted.agent, error).await)
+            }
             _ => Err(Setback::of_write(error)),
         },
     }

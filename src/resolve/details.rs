@@ -22,7 +22,7 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
     )
     .await
     {
-        Err(BigChatError::NotFound(_)) => {
+        Err(BigChatError::NotFound(_)) if context.tells_events() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
                 "BigChat knows nothing of the conversation any more"
@@ -72,7 +72,8 @@ pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvi
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
-            Ok(_) | Err(BigChatError::NotFound(_)) => KnownAdvisor::Gone,
+            Ok(_) => KnownAdvisor::Gone,
+            Err(BigChatError::NotFound(_)) if context.tells_events() => KnownAdvisor::Gone,
             Err(error) => return Err(Setback::BigChat(error)),
         }
     };

@@ -33,20 +33,10 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
     let (epoch, markers) = context.journal.with(|store| store.markers(MARKERS)).await?;
     if markers.is_empty() {
         // Whatever it says of its first conversation is what the next answers are compared with.
-        let (answer, asked_at) = details(context, 1).await;
-        if let Ok(Details {
-            started_at: Some(started_at),
-            advisor,
-        }) = answer
-        {
-            context
-                .journal
-                .with(move |store| store.note_details(epoch, 1, started_at, advisor))
-                .await?;
-            confirm(context, asked_at);
-        }
+        note_first(context, epoch).await?;
         return Ok(Seen::Unknown);
     }
+    let first_known = markers.iter().any(|marker| marker.bigchat_id == 1);
     let mut seen = Seen::Unknown;
     for Marker {
         bigchat_id,
@@ -60,6 +50,9 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
                 ..
             }) if started_at == known => {
                 confirm(context, asked_at);
+                if !first_known {
+                    note_first(context, epoch).await?;
+                }
                 return Ok(Seen::Same);
             }
             Ok(Details {
@@ -99,6 +92,32 @@ pub async fn begin(
         .await?;
     if let Some(epoch) = begun {
         tracing::warn!(epoch, %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+    }
+    Ok(())
+}
+
+/// Asks for the first conversation of a run, which tells it from the next better than any other. A BigChat that knows
+/// none is asked only once.
+async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
+    if context.has_no_first_conversation() {
+        return Ok(());
+    }
+    let (answer, asked_at) = details(context, 1).await;
+    match answer {
+        Ok(Details {
+            started_at: Some(started_at),
+            advisor,
+        }) => {
+            context
+                .journal
+                .with(move |store| store.note_details(epoch, 1, started_at, advisor))
+                .await?;
+            confirm(context, asked_at);
+        }
+        Err(BigChatError::NotFound(_)) if context.tells_events() => {
+            context.note_no_first_conversation()
+        }
+        _ => {}
     }
     Ok(())
 }

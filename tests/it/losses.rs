@@ -159,3 +159,26 @@ async fn a_page_of_html_is_no_success_whatever_its_status() {
     agrees(&sim, &bench).await;
     daemon.stop().await;
 }
+
+#[tokio::test]
+async fn a_lost_agent_keeps_no_message_from_its_chat() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench
+        .set("--rebuild", "false")
+        .set("--message-author", "agent");
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    sim.bigchat
+        .push_page(vec![message(10, now - 5, "one")], NextPage::None);
+    let daemon = bench.start();
+    bench.until_events("delivered", 1).await;
+    sim.our_api.wipe_agents();
+    sim.bigchat
+        .push_page(vec![message(10, now - 4, "two")], NextPage::None);
+    bench.until_events("delivered", 2).await;
+    daemon.stop().await;
+    let [agent] = &sim.our_api.agents()[..] else {
+        panic!("one agent: {:?}", sim.our_api.agents());
+    };
+    assert_eq!(sim.our_api.chats()[0].agent_id, Some(agent.agent_id));
+}

@@ -8,7 +8,7 @@ use bigchat_sync::sim::faults::{Fault, RetryAfter, When};
 use bigchat_sync::sim::our_api;
 use serde_json::json;
 
-use crate::daemon::{agrees, more_told, sim};
+use crate::daemon::{agrees, more_told, scripted, seconds, sim};
 use crate::harness::until;
 
 fn quiet() -> Options {
@@ -179,4 +179,26 @@ async fn faults_of_all_kinds_lose_and_double_nothing() {
     agrees(&sim, &bench).await;
     daemon.stop().await;
     assert!(sim.our_api.faults.injected() > 20);
+}
+
+#[tokio::test]
+async fn a_404_of_what_is_not_bigchat_is_not_believed() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let faults = &sim.bigchat.faults;
+    let (now, route) = (seconds(&sim), "GET /conversations/{id}");
+    faults.script(route, When::Before, Fault::Status(500), 1_000);
+    sim.bigchat.open(10, now - 100, 7);
+    sim.bigchat
+        .push(10, "MESSAGE", now - 5, json!({"message": "hello"}));
+    bench.once().await;
+    assert_eq!(bench.events("waiting"), 1);
+    faults.clear();
+    faults.outage(Some(Fault::Status(404)));
+    let daemon = bench.start();
+    let tries = "SELECT max(tries) FROM attempts";
+    until("it is tried", async || bench.value::<i64>(tries) > 3).await;
+    faults.outage(None);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert_eq!(sim.compare().fallbacks(), 0);
 }
