@@ -127,6 +127,27 @@ impl Context {
         self.confirmed_at.fetch_max(at.unix(), Ordering::Relaxed);
     }
 
+    /// Asks BigChat, at most `tries` times at once if it gives no usable answer, and notes whether it is well.
+    pub async fn ask_bigchat<T, F>(
+        &self,
+        tries: u32,
+        question: impl Fn() -> F,
+    ) -> Result<T, BigChatError>
+    where
+        F: Future<Output = Result<T, BigChatError>>,
+    {
+        let mut left = tries;
+        loop {
+            let answer = question().await;
+            self.bigchat_answered(&answer);
+            left = left.saturating_sub(1);
+            match answer {
+                Err(BigChatError::Unavailable(_)) if left > 0 && !self.stopping.is_cancelled() => {}
+                answer => return answer,
+            }
+        }
+    }
+
     /// Notes whether BigChat answered; logs when it goes down and when it is back.
     pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
         let mut health = self.health();

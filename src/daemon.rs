@@ -1,7 +1,6 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::sleep;
@@ -16,9 +15,6 @@ use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Settings, Tokens};
 use crate::time::Millis;
-
-/// How long a poll under way may take once the daemon is to stop: what it asked for is told only once.
-const LAST_POLL: Duration = Duration::from_secs(8);
 
 /// Why the daemon did not start, or did not stop well.
 #[derive(Debug, Error)]
@@ -73,7 +69,7 @@ pub async fn once(
 async fn until_stopped(context: &Context, polling: impl Future<Output = ()>) {
     let last_poll = async {
         context.stopping.cancelled().await;
-        sleep(LAST_POLL).await;
+        sleep(delivery::DRAIN).await;
     };
     tokio::select! {
         () = polling => {}

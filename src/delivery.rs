@@ -32,8 +32,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long chats that could not be checked after a loss are left alone.
 const SWEEP_PAUSE: Duration = Duration::from_secs(10);
 
-/// How long requests in flight may take once the daemon is to stop.
-const DRAIN: Duration = Duration::from_secs(8);
+/// How long requests in flight may take once the daemon is to stop: to either side, since what BigChat was asked is told
+/// only once.
+pub const DRAIN: Duration = Duration::from_secs(8);
 
 /// Until when to deliver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

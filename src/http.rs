@@ -1,8 +1,9 @@
 //! What both API clients share: one request, one answer, within a time and a size, and nothing done behind the
 //! caller's back.
 //!
-//! No redirects, no proxies, no decompression, and no retries but of a GET whose connection broke: the daemon's promises rest on knowing of each request
-//! whether it was sent. No request and no token ever goes to another host than the configured one.
+//! No redirects, no proxies, no decompression, and no retries but of a GET whose connection broke: the daemon's
+//! promises rest on knowing of each request whether it was sent. No request and no token ever goes to another host than
+//! the configured one.
 
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -327,26 +327,22 @@ impl Poller {
     /// Asks for a page. What fails for a moment is asked for again at once if the pages before it are fresh: later
     /// they may have shifted beyond recognition.
     async fn ask(&self, query: &str, at_once: bool) -> Result<Page, BigChatError> {
-        let mut tries = if at_once { PAGE_TRIES } else { 1 };
-        loop {
-            let answer = self.context.bigchat.events(query).await;
-            self.context.bigchat_answered(&answer);
-            self.context.note_tells_events(answer.is_ok());
-            tries -= 1;
-            match answer {
-                Err(BigChatError::Unavailable(_))
-                    if tries > 0 && !self.context.stopping.is_cancelled() => {}
-                answer => return answer,
-            }
-        }
+        let tries = if at_once { PAGE_TRIES } else { 1 };
+        let bigchat = &self.context.bigchat;
+        let answer = self
+            .context
+            .ask_bigchat(tries, || bigchat.events(query))
+            .await;
+        self.context.note_tells_events(answer.is_ok());
+        answer
     }
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
     fn page_failed(&mut self, error: BigChatError, further: bool) -> Result<Ended, PollError> {
         if let (false, BigChatError::NotFound(exchange)) = (further, &error) {
-            let error = Err::<(), _>(BigChatError::NotBigChat(exchange.clone()));
-            self.context.bigchat_answered(&error);
-            return error.map(|()| Ended::Stuck).map_err(Into::into);
+            let answer = Err(BigChatError::NotBigChat(exchange.clone()));
+            self.context.bigchat_answered(&answer);
+            return answer.map_err(Into::into);
         }
         if is_outage(&error) {
             return Err(error.into());

@@ -230,7 +230,7 @@ impl Store {
     /// last page has not said so.
     pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
         let transaction = self.begin()?;
-        forget_pages(&transaction)?;
+        transaction.execute("DELETE FROM pages", [])?;
         transaction.execute(
             "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL",
             [cursor.map(Timestamp::unix)],
@@ -241,9 +241,7 @@ impl Store {
 
     /// Lets go of the pages that were kept: all of their events are admitted.
     pub fn forget_pages(&mut self) -> Result<()> {
-        let transaction = self.begin()?;
-        forget_pages(&transaction)?;
-        transaction.commit()?;
+        self.connection.execute("DELETE FROM pages", [])?;
         Ok(())
     }
 
@@ -274,13 +272,6 @@ impl Store {
             ],
         )?)
     }
-}
-
-fn forget_pages(connection: &rusqlite::Connection) -> Result<()> {
-    // A page refers to the one it is again, so all go at once.
-    connection.execute("DELETE FROM pages WHERE again_of IS NOT NULL", [])?;
-    connection.execute("DELETE FROM pages", [])?;
-    Ok(())
 }
 
 fn last_event(connection: &rusqlite::Connection) -> Result<i64> {

@@ -16,12 +16,8 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
         conversation.details = DetailsState::Gone;
         return Ok(());
     }
-    match ask(
-        context,
-        context.bigchat.conversation(conversation.bigchat_id),
-    )
-    .await
-    {
+    let id = conversation.bigchat_id;
+    match ask(context, || context.bigchat.conversation(id)).await {
         Err(BigChatError::NotFound(_)) if context.tells_events() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
@@ -67,7 +63,7 @@ pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvi
     let known = if !is_present(context, epoch).await? {
         KnownAdvisor::Gone
     } else {
-        match ask(context, context.bigchat.advisor(id)).await {
+        match ask(context, || context.bigchat.advisor(id)).await {
             Ok(advisor) if is_same_run(context, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
@@ -113,16 +109,14 @@ fn no_answer(why: &str) -> BigChatError {
     })
 }
 
-async fn ask<T>(
-    context: &Context,
-    question: impl Future<Output = Result<T, BigChatError>>,
-) -> Result<T, BigChatError> {
+async fn ask<T, F>(context: &Context, question: impl Fn() -> F) -> Result<T, BigChatError>
+where
+    F: Future<Output = Result<T, BigChatError>>,
+{
     if !context.may_ask_bigchat() {
         return Err(no_answer(
             "not asked: BigChat is down, and is asked again by and by",
         ));
     }
-    let answer = question.await;
-    context.bigchat_answered(&answer);
-    answer
+    context.ask_bigchat(1, question).await
 }

@@ -130,15 +130,9 @@ fn confirm(context: &Context, at: Option<Timestamp>) {
 
 /// The details of a conversation, and BigChat's time before it was asked.
 async fn details(context: &Context, id: i64) -> (Result<Details, BigChatError>, Option<Timestamp>) {
-    let mut tries = TRIES;
-    loop {
-        let asked_at = context.bigchat.clock().now();
-        let answer = context.bigchat.conversation(id).await;
-        context.bigchat_answered(&answer);
-        tries -= 1;
-        match answer {
-            Err(BigChatError::Unavailable(_)) if tries > 0 && !context.stopping.is_cancelled() => {}
-            answer => return (answer, asked_at),
-        }
-    }
+    let asked_at = context.bigchat.clock().now();
+    let answer = context
+        .ask_bigchat(TRIES, || context.bigchat.conversation(id))
+        .await;
+    (answer, asked_at)
 }

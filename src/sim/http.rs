@@ -136,11 +136,6 @@ impl Traffic {
         self.open.now.load(Relaxed)
     }
 
-    /// The most that ever waited at once. A client that gave up counts until its connection is seen to be closed.
-    pub fn max_open(&self) -> usize {
-        self.open.max.load(Relaxed)
-    }
-
     /// The most that were ever carried out at once, without those held or hanging.
     pub fn max_in_flight(&self) -> usize {
         self.carried_out.max.load(Relaxed)

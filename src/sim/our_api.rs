@@ -139,7 +139,14 @@ struct Fields<'a> {
     errors: Vec<Value>,
 }
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
+    fn of(body: &'a Map<String, Value>) -> Self {
+        Self {
+            body,
+            errors: Vec::new(),
+        }
+    }
+
     fn wrong<T>(&mut self, name: &str, kind: &str, message: &str) -> Option<T> {
         self.errors
             .push(invalid(kind, ["body", name], message, &self.body[name]));
@@ -342,10 +349,7 @@ impl Database {
         body: &Map<String, Value>,
         conflict_409: bool,
     ) -> Result<Response, Refused> {
-        let mut fields = Fields {
-            body,
-            errors: Vec::new(),
-        };
+        let mut fields = Fields::of(body);
         let (name, email) = (fields.text("name"), fields.text("email"));
         let (name, email) = fields.done(name.zip(email))?;
         if self
@@ -380,10 +384,7 @@ impl Database {
         body: &Map<String, Value>,
         conflict_409: bool,
     ) -> Result<Response, Refused> {
-        let mut fields = Fields {
-            body,
-            errors: Vec::new(),
-        };
+        let mut fields = Fields::of(body);
         let (agent_id, started_at) = (fields.uuid("agent_id"), fields.time("started_at", true));
         let (ended_at, external_id) =
             (fields.time("ended_at", false), fields.string("external_id"));
@@ -413,10 +414,7 @@ impl Database {
     }
 
     fn patch_chat(&mut self, id: Uuid, body: &Map<String, Value>) -> Result<Response, Refused> {
-        let mut fields = Fields {
-            body,
-            errors: Vec::new(),
-        };
+        let mut fields = Fields::of(body);
         let (agent_id, started_at, ended_at) = (
             fields.uuid("agent_id"),
             fields.time("started_at", false),
@@ -441,10 +439,7 @@ impl Database {
     }
 
     fn post_message(&mut self, id: Uuid, body: &Map<String, Value>) -> Result<Response, Refused> {
-        let mut fields = Fields {
-            body,
-            errors: Vec::new(),
-        };
+        let mut fields = Fields::of(body);
         let (agent_id, sent_at, text) = (
             fields.uuid("agent_id"),
             fields.time("sent_at", true),
