@@ -39,6 +39,8 @@ pub enum Fault {
     Drop,
     /// Nothing happens for so long; then the request goes on. Before: a client that gave up by then has done nothing.
     Hang(Duration),
+    /// The same, until [`Faults::go_on`].
+    Pause,
     /// This status. 500 as from an unhandled error, others with a `detail`.
     Status(u16),
     /// This status (429, 503) with a Retry-After.
@@ -80,6 +82,8 @@ struct Plans {
 pub struct Faults {
     plans: Arc<Mutex<Plans>>,
     held: watch::Sender<bool>,
+    /// Counts how often what pauses was told to go on; each that pauses listens.
+    goes_on: watch::Sender<u64>,
     clock: Clock,
 }
 
@@ -96,6 +100,7 @@ impl Faults {
         Self {
             plans: Arc::new(Mutex::new(plans)),
             held: watch::Sender::new(false),
+            goes_on: watch::Sender::new(0),
             clock,
         }
     }
@@ -128,6 +133,21 @@ impl Faults {
         self.held.send_replace(hold);
     }
 
+    /// How many requests pause.
+    pub fn paused(&self) -> usize {
+        self.goes_on.receiver_count()
+    }
+
+    /// Lets go on what pauses.
+    pub fn go_on(&self) {
+        self.goes_on.send_modify(|times| *times += 1);
+    }
+
+    async fn pause(&self) {
+        // Only fails without a sender, and this is one.
+        self.goes_on.subscribe().changed().await.ok();
+    }
+
     /// No more faults of any kind.
     pub fn clear(&self) {
         let mut plans = lock(&self.plans);
@@ -135,6 +155,7 @@ impl Faults {
         plans.rates.clear();
         plans.outage = None;
         self.hold(false);
+        self.go_on();
     }
 
     /// How many faults have struck.
@@ -192,7 +213,7 @@ impl Faults {
             ([(header::CONTENT_TYPE, kind)], body).into_response()
         };
         match fault {
-            Fault::Drop | Fault::Hang(_) => {
+            Fault::Drop | Fault::Hang(_) | Fault::Pause => {
                 connection.cut();
                 StatusCode::OK.into_response()
             }
@@ -274,6 +295,15 @@ pub(super) async fn inject(
         Some((When::After, Fault::Hang(time))) => {
             let response = next.run(request).await;
             tokio::time::sleep(time).await;
+            response
+        }
+        Some((When::Before, Fault::Pause)) => {
+            faults.pause().await;
+            next.run(request).await
+        }
+        Some((When::After, Fault::Pause)) => {
+            let response = next.run(request).await;
+            faults.pause().await;
             response
         }
         Some((When::Before, fault)) => faults.answer(fault, None, &connection).await,

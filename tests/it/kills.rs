@@ -1,14 +1,19 @@
-//! SIGKILL of the real binary at random moments: nothing of a page that was kept is lost, nothing is doubled.
+//! SIGKILL of the real binary, at random moments and at every point between journal, request and settlement: nothing of
+//! a page that was kept is lost, nothing is doubled.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use bigchat_sync::sim::bigchat::{Log, Mode, Options};
+use bigchat_sync::sim::Sim;
+use bigchat_sync::sim::bigchat::{Log, Mode, NextPage, Options};
+use bigchat_sync::sim::faults::{Fault, Faults, When};
 use bigchat_sync::sim::our_api;
+use bigchat_sync::time::Timestamp;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::daemon::{agrees, sim};
+use crate::daemon::{agrees, end, message, seconds, sim, transfer};
+use crate::harness::{Bench, side_by_side, until};
 
 /// How many kills, if the environment does not say otherwise.
 const KILLS: u32 = 15;
@@ -33,20 +38,164 @@ async fn killed_at_random_moments() {
     let (sim, bench) = sim(options, our_api::Options::default()).await;
     let mut random = StdRng::seed_from_u64(seed);
     for _ in 0..kills {
-        let mut daemon = bench
-            .program("run")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("a process");
+        let daemon = start(&bench);
         // From before the first poll to well into the work.
         tokio::time::sleep(Duration::from_millis(random.random_range(20..400))).await;
-        daemon.kill().expect("it was running");
-        daemon.wait().expect("it has ended");
+        kill(daemon);
     }
     sim.bigchat.set_quiet(true);
     let daemon = bench.start();
     agrees(&sim, &bench).await;
     daemon.stop().await;
     assert!(!sim.our_api.stumbled(), "never two requests at once");
+}
+
+/// How far a request has come when the daemon is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// It has arrived, and is not carried out.
+    Sent,
+    /// It is carried out, and not answered.
+    CarriedOut,
+    /// It is answered, and nothing of that can be kept: another process holds the database.
+    Answered,
+}
+
+/// Every request there is, and what brings it about where nothing else does.
+const REQUESTS: [(&str, Option<&str>); 10] = [
+    ("GET /events", None),
+    ("GET /conversations/{id}", None),
+    ("GET /advisors/{id}", None),
+    ("GET /agents", None),
+    ("POST /agents", None),
+    ("POST /chats", None),
+    ("GET /chats", Some("POST /chats")),
+    ("PATCH /chats/{id}", None),
+    ("POST /chats/{id}/messages", None),
+    (
+        "GET /chats/{id}/messages",
+        Some("POST /chats/{id}/messages"),
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_at_every_point() {
+    let moments = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
+    let points = REQUESTS
+        .iter()
+        .flat_map(|request| moments.map(|moment| (*request, moment)));
+    side_by_side(points, async |((route, cause), moment)| {
+        killed_at(route, cause, moment).await;
+    })
+    .await;
+}
+
+/// Kills the daemon twice at a request of that route.
+async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
+    let options = Options {
+        quiet: true,
+        mode: Mode::Log(Log::default()),
+        ..Options::default()
+    };
+    let (sim, bench) = sim(options, our_api::Options::default()).await;
+    let now = seconds(&sim);
+    let since = Timestamp::clamped(now - 60).to_string();
+    let bench = bench.set("--request-timeout", "60s").set("--since", &since);
+    sim.bigchat.open(10, now - 100, 1);
+    let first = vec![
+        message(10, now - 5, "hello"),
+        message(10, now - 5, "hello"),
+        message(10, now - 5, " hello"),
+    ];
+    sim.bigchat.push_page(first, NextPage::None);
+    if let Some(cause) = cause {
+        let lost = Fault::Status(500);
+        sim.our_api.faults.script(cause, When::After, lost, 1);
+    }
+    let (faults, when) = (asked(&sim, route), moment.when());
+    let mut more = Some(());
+    // What there is to do for a chat that is there already.
+    let mut tell_more = || {
+        let now = seconds(&sim);
+        if more.take().is_some() {
+            let told = vec![
+                end(10, now),
+                transfer(10, now, 2),
+                message(10, now, "goodbye"),
+            ];
+            sim.bigchat.push_page(told, NextPage::None);
+        }
+    };
+    for round in 0..2 {
+        faults.script(route, when, Fault::Pause, 1);
+        let daemon = start(&bench);
+        until(&format!("{moment:?} {route}"), async || {
+            if bench.is_ready() && bench.events("delivered") >= 3 {
+                tell_more();
+            }
+            // What was carried out the first time need not be asked for again.
+            let done = round > 0 && bench.events("delivered") == 6;
+            faults.paused() > 0 || done
+        })
+        .await;
+        let _held = (moment == Moment::Answered).then(|| hold_database(&bench));
+        if moment == Moment::Answered {
+            faults.go_on();
+            until("an answer", async || faults.paused() == 0).await;
+        }
+        kill(daemon);
+        until(&format!("nobody waits: {moment:?} {route}"), async || {
+            faults.paused() == 0
+        })
+        .await;
+    }
+    faults.clear();
+    tell_more();
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    let stumbled = sim.our_api.stumbled();
+    assert!(!stumbled, "two requests at once: {route}, {moment:?}");
+}
+
+impl Moment {
+    fn when(self) -> When {
+        match self {
+            Self::Sent | Self::Answered => When::Before,
+            Self::CarriedOut => When::After,
+        }
+    }
+}
+
+/// The faults of the service that has that route.
+fn asked<'a>(sim: &'a Sim, route: &str) -> &'a Faults {
+    let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
+    if of_bigchat.iter().any(|prefix| route.starts_with(prefix)) {
+        &sim.bigchat.faults
+    } else {
+        &sim.our_api.faults
+    }
+}
+
+/// Keeps everybody else from writing to the database, until it is dropped.
+fn hold_database(bench: &Bench) -> rusqlite::Connection {
+    let other = rusqlite::Connection::open(bench.db()).expect("a database");
+    other
+        .busy_timeout(Duration::from_secs(30))
+        .expect("a busy timeout");
+    other
+        .execute_batch("BEGIN IMMEDIATE")
+        .expect("nobody holds it for long");
+    other
+}
+
+fn start(bench: &Bench) -> Child {
+    let mut daemon = bench.program("run");
+    daemon.stdout(Stdio::null()).stderr(Stdio::null());
+    daemon.spawn().expect("a process")
+}
+
+fn kill(mut daemon: Child) {
+    daemon.kill().expect("it was running");
+    daemon.wait().expect("it has ended");
 }
