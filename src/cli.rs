@@ -9,6 +9,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 
 use crate::demo;
 use crate::journal::{FailedEvent, JournalError, OpenError, Selection, Store};
+use crate::rebuild;
 use crate::settings::Settings;
 use crate::time::Millis;
 
@@ -39,6 +40,12 @@ pub enum Command {
     /// List, show, retry or discard the events that failed; works while the daemon runs.
     #[command(subcommand)]
     Failed(FailedCommand),
+    /// Compare OurAPI with the journal, chat by chat, and build again what is missing; works while the daemon runs.
+    ///
+    /// Missing chats and agents are created again, chats that are otherwise than their events say are put right, and
+    /// messages that are missing are sent again, as far as the retention reaches. Where the daemon runs, it does all this;
+    /// else the command does, and delivers what is due meanwhile, but polls nothing.
+    Rebuild(rebuild::Args),
     /// Watch the daemon at work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
     ///
     /// Ends by comparing what BigChat told with what OurAPI holds, chat by chat and message by message: exit code 1 on

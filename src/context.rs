@@ -37,6 +37,8 @@ pub struct Context {
     bigchat_health: Mutex<Breaker>,
     /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
     agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
+    /// The agents looked for in a rebuild, by its id, and whether they were there.
+    looked_for: Mutex<HashMap<(i64, Uuid), bool>>,
     look_up_through: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
@@ -67,6 +69,7 @@ impl Context {
             creating_agent: tokio::sync::Mutex::new(()),
             bigchat_health: Mutex::new(Breaker::default()),
             agents: Mutex::new(HashMap::new()),
+            looked_for: Mutex::default(),
             look_up_through: Arc::new(AtomicI64::new(session.last_event)),
             losses: AtomicI64::new(session.losses),
             confirmed_at: AtomicI64::new(0),
@@ -107,6 +110,13 @@ impl Context {
     /// The agents of advisors, as far as they were needed so far.
     pub fn known_agents(&self) -> MutexGuard<'_, HashMap<(i64, i64), Option<Uuid>>> {
         self.agents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The agents that were looked for in a rebuild so far, by its id, and whether they were there.
+    pub fn looked_for(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {
+        self.looked_for
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Until when the APIs asked to be left alone.

@@ -159,6 +159,37 @@ pub struct Work {
     pub conversation: Conversation,
     /// Its waiting events; there are none if only its chat is to be looked after.
     pub events: Vec<Waiting>,
+    /// Its chat is to be compared with the journal.
+    pub check: Option<Check>,
+}
+
+/// A comparison of a chat with the journal, as asked for by hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Check {
+    /// What it belongs to.
+    pub rebuild: i64,
+    /// Only look; change nothing.
+    pub dry_run: bool,
+}
+
+/// What a [`Check`] has found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finding {
+    /// The chat.
+    pub chat: ChatFound,
+    /// How many of its delivered messages are missing.
+    pub messages: u32,
+}
+
+/// How a chat was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChatFound {
+    /// As it should be.
+    There,
+    /// With another agent, start or end than it should have, or with an agent that is gone.
+    Differs,
+    /// Not at all, or another one stands in its place.
+    Missing,
 }
 
 /// What became of one event.
@@ -202,6 +233,8 @@ pub struct Settlement {
     pub conversation: Conversation,
     /// What became of its events.
     pub outcomes: Vec<(i64, Outcome)>,
+    /// What was found when its chat was compared with the journal.
+    pub finding: Option<(Check, Finding)>,
 }
 
 #[cfg(test)]

@@ -65,6 +65,27 @@ pub async fn once(
     stopped(poller.unkept())
 }
 
+/// Delivers nothing and polls nothing; only compares chats with the journal where that is asked for, or, unless
+/// `only_look`, delivers what is due as well: until `stopping` is cancelled.
+///
+/// # Errors
+///
+/// [`OpenError::InUse`] where a daemon runs: it does so itself.
+pub async fn rebuild(
+    settings: Settings,
+    tokens: Tokens,
+    stopping: CancellationToken,
+    only_look: bool,
+) -> Result<(), DaemonError> {
+    let context = start(settings, tokens, stopping).await?;
+    if only_look {
+        delivery::run_checks(context).await;
+    } else {
+        delivery::run(context, Until::Stopped).await;
+    }
+    Ok(())
+}
+
 /// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long.
 async fn until_stopped(context: &Context, polling: impl Future<Output = ()>) {
     let last_poll = async {

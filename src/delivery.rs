@@ -16,7 +16,7 @@ use crate::bigchat::BigChatError;
 use crate::context::Context;
 use crate::conversation::{Attempts, Conversation, Outcome, Settlement, Waiting, Work};
 use crate::handlers::{self, Handled, Stopped};
-use crate::journal::{JournalError, STORAGE_PAUSE, Throttles};
+use crate::journal::{Claimable, JournalError, STORAGE_PAUSE, Throttles};
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
 use crate::setback::Setback;
@@ -50,6 +50,13 @@ pub async fn run(context: Arc<Context>, until: Until) {
     Delivery::new(context).run(until).await;
 }
 
+/// Delivers nothing; only compares chats with the journal where that is asked for, until the daemon is to stop.
+pub async fn run_checks(context: Arc<Context>) {
+    let mut delivery = Delivery::new(context);
+    delivery.only_checks = true;
+    delivery.run(Until::Stopped).await;
+}
+
 struct Delivery {
     context: Arc<Context>,
     breaker: Breaker,
@@ -59,6 +66,8 @@ struct Delivery {
     tasks: HashMap<task::Id, i64>,
     /// Conversations whose handler has panicked.
     abandoned: Vec<i64>,
+    /// No event is delivered.
+    only_checks: bool,
     settlements: Vec<Settlement>,
     successes: Successes,
     sweep_at: Millis,
@@ -116,6 +125,7 @@ impl Delivery {
             in_work: JoinSet::new(),
             tasks: HashMap::new(),
             abandoned: Vec::new(),
+            only_checks: false,
             settlements: Vec::new(),
             successes,
             sweep_at: Millis::default(),
@@ -224,15 +234,17 @@ impl Delivery {
             });
         }
         let settlements = Arc::new(std::mem::take(&mut self.settlements));
-        let (to_settle, successes, sweep) = (
-            Arc::clone(&settlements),
-            self.successes.count,
-            now >= self.sweep_at,
-        );
+        let what = match (self.only_checks, now >= self.sweep_at) {
+            (false, true) => Claimable::All,
+            (false, false) => Claimable::Events,
+            (true, true) => Claimable::Checks,
+            (true, false) => Claimable::Nothing,
+        };
+        let (to_settle, successes) = (Arc::clone(&settlements), self.successes.count);
         let claimed = self
             .context
             .journal
-            .with(move |store| store.settle_and_claim(&to_settle, successes, room, sweep, now))
+            .with(move |store| store.settle_and_claim(&to_settle, successes, room, what, now))
             .await;
         match claimed {
             Ok(claimed) => {
@@ -316,6 +328,7 @@ impl Delivery {
             done,
             stopped,
             writes,
+            finding,
         } = handled;
         self.successes.note(conversation.id, writes);
         self.note_health(
@@ -369,6 +382,7 @@ impl Delivery {
         self.settlements.push(Settlement {
             conversation,
             outcomes,
+            finding,
         });
     }
 
@@ -492,7 +506,13 @@ impl Delivery {
         let kept = self.context.journal.with(move |store| {
             store.note_throttles(throttles)?;
             store.release(&unbegun, Millis::now())?;
-            store.settle_and_claim(&settlements, successes, 0, false, Millis::now())
+            store.settle_and_claim(
+                &settlements,
+                successes,
+                0,
+                Claimable::Nothing,
+                Millis::now(),
+            )
         });
         if let Err(error) = timeout_at(deadline + STORAGE_PAUSE, kept)
             .await

@@ -23,6 +23,7 @@ pub mod journal;
 pub mod messages;
 pub mod our_api;
 pub mod poller;
+pub mod rebuild;
 pub mod resolve;
 pub mod retry;
 pub mod setback;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bigchat_sync::cli::{self, Cli, Command};
 use bigchat_sync::daemon;
 use bigchat_sync::demo::{self, DemoError, Screen};
+use bigchat_sync::rebuild;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -36,23 +37,34 @@ fn main() -> ExitCode {
             start_log(LogFormat::Text, level, screen.log());
             block_on(show(args, settings, screen))
         }
-        None | Some(Command::Run) => work(settings, daemon::run),
-        Some(Command::Once) => work(settings, daemon::once),
+        None | Some(Command::Run) => work(settings, io::stderr, "info", daemon::run),
+        Some(Command::Once) => work(settings, io::stderr, "info", daemon::once),
+        Some(Command::Rebuild(args)) => {
+            let screen = Screen::detect();
+            let log = screen.log();
+            work(settings, log, "warn", |settings, tokens, stopping| {
+                rebuild::run(args, settings, tokens, screen, stopping)
+            })
+        }
     }
 }
 
-fn work<F>(
+fn work<F, W, E>(
     settings: Settings,
+    log: W,
+    level: &str,
     job: impl FnOnce(Settings, Tokens, CancellationToken) -> F,
 ) -> ExitCode
 where
-    F: Future<Output = Result<(), daemon::DaemonError>>,
+    F: Future<Output = Result<(), E>>,
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+    E: std::error::Error + From<io::Error>,
 {
     let tokens = match Tokens::read(|name| std::env::var_os(name)) {
         Ok(tokens) => tokens,
         Err(error) => return complain(&error, BAD_SETTING),
     };
-    start_log(settings.log_format(), "info", io::stderr);
+    start_log(settings.log_format(), level, log);
     block_on(async {
         let stopping = CancellationToken::new();
         let stop = stopping.clone();
@@ -62,7 +74,7 @@ where
         };
         on_signals(first, || std::process::exit(1))?;
         job(settings, tokens, stopping).await?;
-        Ok::<_, daemon::DaemonError>(ExitCode::SUCCESS)
+        Ok::<_, E>(ExitCode::SUCCESS)
     })
 }
 

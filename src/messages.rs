@@ -35,6 +35,8 @@ pub struct LookUp {
     pub there: Vec<i64>,
     /// The waiting messages that might have stood there, and do not.
     pub missing: Vec<i64>,
+    /// The delivered messages that do not stand there any more.
+    pub lost: Vec<i64>,
     /// What OurAPI holds beyond what the journal knows of.
     pub beyond: HashMap<MessageKey, u32>,
 }
@@ -58,11 +60,13 @@ pub fn look_up(
         }
         _ => false,
     };
-    for (_, key, _) in journal
+    for (id, key, _) in journal
         .iter()
         .filter(|(.., standing)| *standing == Standing::Delivered)
     {
-        take(key);
+        if !take(key) {
+            result.lost.push(*id);
+        }
     }
     for (id, key, _) in journal
         .iter()
@@ -109,6 +113,8 @@ mod tests {
             (4, k("hi"), New),
         ];
         let with = |held: u32| look_up((0..held).map(|_| k("hi")), &journal);
+        assert_eq!(with(0).lost, [1]);
+        assert_eq!(with(1).lost, []);
         assert_eq!((with(1).there, with(1).missing), (vec![], vec![2, 3]));
         assert_eq!((with(2).there, with(2).missing), (vec![2], vec![3]));
         assert_eq!((with(3).there, with(3).missing), (vec![2, 3], vec![]));

@@ -59,8 +59,6 @@ pub struct Poller {
     page_failures: u32,
     /// In how many polls it could not be told whether BigChat has restarted.
     unanswered: u32,
-    /// The window is read again from its beginning, where much is known already: in how many polls still.
-    rereading: u32,
 }
 
 /// What a poll came to.
@@ -97,7 +95,6 @@ impl Poller {
             storage_refuses: false,
             page_failures: 0,
             unanswered: 0,
-            rereading: 0,
         }
     }
 
@@ -189,7 +186,7 @@ impl Poller {
             self.clear_up(&mut left).await?;
             self.admit(left).await?;
         }
-        let (window, next) = self.window(now).await?;
+        let (window, next, rereading) = self.window(now).await?;
         let mut pages = Pages::default();
         let read = self.read(&mut pages, window, next).await;
         if self.context.stopping.is_cancelled() {
@@ -206,8 +203,8 @@ impl Poller {
             Ended::Complete if window.catching_up => (Polled::More, None),
             Ended::Complete => (Polled::UpToDate, None),
             Ended::Stuck => (Polled::Incomplete, None),
-            Ended::Budget if new > 0 || self.rereading > 0 => {
-                self.rereading = self.rereading.saturating_sub(1);
+            Ended::Budget if new > 0 || rereading > 0 => {
+                self.context.journal.with(|store| store.reread()).await?;
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
@@ -220,31 +217,30 @@ impl Poller {
                 (Polled::UpToDate, Some(window.end))
             }
         };
-        self.rereading = if polled == Polled::Incomplete {
+        let rereading = if polled == Polled::Incomplete {
             REREAD
         } else {
             0
         };
         self.context
             .journal
-            .with(move |store| store.end_poll(cursor))
+            .with(move |store| store.end_poll(cursor, rereading))
             .await?;
         Ok(polled)
     }
 
-    /// The window of the poll under way and its next page; else the next window.
-    async fn window(&mut self, now: Timestamp) -> Result<(Window, String), PollError> {
+    /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
+    /// bring nothing new.
+    async fn window(&mut self, now: Timestamp) -> Result<(Window, String, u32), PollError> {
         let settings = &self.context.settings;
         let source = self.context.journal.with(|store| store.source()).await?;
         if let Some(((start, end), Some(next))) = source.poll {
-            return Ok((
-                Window {
-                    start,
-                    end,
-                    catching_up: end < now,
-                },
-                next,
-            ));
+            let window = Window {
+                start,
+                end,
+                catching_up: end < now,
+            };
+            return Ok((window, next, source.rereading));
         }
         let cursor = match source.cursor {
             Some(cursor) => cursor,
@@ -262,7 +258,8 @@ impl Poller {
                 .await?;
         }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
-        Ok((window, window_query(window.start, window.end)))
+        let first = window_query(window.start, window.end);
+        Ok((window, first, source.rereading))
     }
 
     /// Asks for the pages of the window, one after the other, each kept before the next.

@@ -51,8 +51,13 @@ impl Screen {
     }
 
     /// Writes something that stays.
-    pub(super) fn say(&self, text: &str) -> io::Result<()> {
+    pub(crate) fn say(&self, text: &str) -> io::Result<()> {
         self.above(|| writeln!(io::stdout(), "{text}"))
+    }
+
+    /// The picture, if anybody sees it.
+    pub(crate) fn picture(&self) -> Option<&MultiProgress> {
+        self.picture.as_ref()
     }
 
     fn above<T>(&self, write: impl FnOnce() -> T) -> T {

@@ -3,13 +3,14 @@
 //! A handler may run again at any time: it brings OurAPI to what the event says, and finds most of it there. What
 //! events say of the chat itself is put together and sent as one change; messages follow in order of arrival.
 
+mod check;
 mod end;
 mod message;
 mod start;
 mod transfer;
 
 use crate::context::Context;
-use crate::conversation::{Conversation, Waiting, Work};
+use crate::conversation::{Check, Conversation, Finding, Waiting, Work};
 use crate::event::What;
 use crate::resolve::chat::{self, Agent};
 use crate::setback::Setback;
@@ -26,23 +27,30 @@ pub struct Handled {
     pub stopped: Option<Stopped>,
     /// How many writes OurAPI carried out.
     pub writes: u32,
+    /// What was found where the chat was only to be compared with the journal.
+    pub finding: Option<(Check, Finding)>,
 }
 
-/// Delivers the events of a conversation, until it is done, fails, or the daemon is to stop.
+/// Delivers the events of a conversation, until it is done, fails, or the daemon is to stop; or compares its chat with
+/// the journal, if that is what is asked for.
 pub async fn handle(context: &Context, work: Work) -> Handled {
     let Work {
         conversation,
         events,
+        check,
     } = work;
     let mut handled = Handled {
         conversation,
         done: Vec::new(),
         stopped: None,
         writes: 0,
+        finding: None,
     };
-    if let Err(stopped) = handled.run(context, &events).await {
-        handled.stopped = Some(stopped);
-    }
+    let done = match check {
+        Some(check) => handled.check(context, check).await,
+        None => handled.run(context, &events).await,
+    };
+    handled.stopped = done.err();
     handled
 }
 
@@ -65,6 +73,17 @@ impl Stopped {
 }
 
 impl Handled {
+    async fn check(&mut self, context: &Context, check: Check) -> Result<(), Stopped> {
+        let found = if check.dry_run {
+            check::look(context, &self.conversation, check.rebuild).await
+        } else {
+            check::put_right(context, self, check.rebuild).await
+        };
+        let finding = found.map_err(Stopped::at(None))?;
+        self.finding = Some((check, finding));
+        Ok(())
+    }
+
     async fn run(&mut self, context: &Context, events: &[Waiting]) -> Result<(), Stopped> {
         let earliest = events.iter().map(|event| event.at).min();
         let (messages, changes): (Vec<&Waiting>, Vec<&Waiting>) = events
@@ -73,7 +92,7 @@ impl Handled {
         let chat = &self.conversation.chat;
         if chat.seen < context.losses() && (chat.id.is_some() || events.is_empty()) {
             let (losses, before) = (context.losses(), chat.id);
-            chat::verify(context, &mut self.conversation)
+            chat::verify(context, &mut self.conversation, context.settings.rebuild)
                 .await
                 .map_err(Stopped::at(events.first()))?;
             match self.change_chat(context, &[], Agent::Anew, earliest).await {

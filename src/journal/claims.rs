@@ -9,7 +9,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
 
 use super::knowledge::uuid;
-
+use super::rebuild::{claim_checks, note_finding};
 use super::{JournalError, Result, Store, written};
 use crate::conversation::{
     Attempts, Chat, Conversation, DetailsState, Failure, Outcome, Said, Settlement, Transfer,
@@ -54,6 +54,19 @@ pub struct Throttles {
     pub bigchat: Millis,
     /// OurAPI.
     pub our_api: Millis,
+}
+
+/// What may be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claimable {
+    /// Nothing.
+    Nothing,
+    /// Conversations with events that are due.
+    Events,
+    /// These first, then chats not seen since OurAPI last lost something, then those to be compared by hand.
+    All,
+    /// Only chats to be compared by hand.
+    Checks,
 }
 
 /// What was claimed.
@@ -105,15 +118,14 @@ impl Store {
         Ok(session)
     }
 
-    /// Settles what was done and claims at most `at_most` conversations that are due, those that have been due for
-    /// longest first; after them, if `sweep`, chats not seen since OurAPI last lost something. All in one transaction, so that
-    /// under load a commit serves many conversations.
+    /// Settles what was done and claims at most `at_most` conversations, those that have been due for longest first.
+    /// All in one transaction, so that under load a commit serves many conversations.
     pub fn settle_and_claim(
         &mut self,
         settlements: &[Settlement],
         successes: i64,
         at_most: usize,
-        sweep: bool,
+        what: Claimable,
         now: Millis,
     ) -> Result<Claimed> {
         let transaction = self.begin()?;
@@ -126,10 +138,14 @@ impl Store {
                 .execute([successes])?;
         }
         let mut work = Vec::new();
-        if at_most > 0 {
+        let of_events = match what {
+            Claimable::Events | Claimable::All => at_most,
+            Claimable::Nothing | Claimable::Checks => 0,
+        };
+        if of_events > 0 {
             let mut ids = due(&transaction, at_most, now)?;
             let room = at_most - ids.len();
-            if sweep && room > 0 {
+            if what == Claimable::All && room > 0 {
                 ids.extend(unseen(&transaction, room)?);
             }
             for id in ids {
@@ -145,6 +161,10 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
+        }
+        let room = at_most.saturating_sub(work.len());
+        if room > 0 && matches!(what, Claimable::All | Claimable::Checks) {
+            work.extend(claim_checks(&transaction, room)?);
         }
         let next_due = next_due(&transaction)?;
         if !settlements.is_empty() || !work.is_empty() {
@@ -392,19 +412,39 @@ fn next_due(connection: &Connection) -> Result<Option<Millis>> {
     Ok(due.map(Millis))
 }
 
-fn limit(count: usize) -> i64 {
+pub(super) fn limit(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
-    let conversation = transaction
+fn conversation(connection: &Connection, id: i64) -> Result<Conversation> {
+    connection
         .prepare_cached(
             "SELECT id, epoch, bigchat_id, started_at, first_advisor, details, ended_at, transfer_at, transfer_event,
                 transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_unsure,
                 chat_seen, looked_up
              FROM conversations WHERE id = ?1",
         )?
-        .query_row([id], |row| Ok(read_conversation(row)))??;
+        .query_row([id], |row| Ok(read_conversation(row)))?
+}
+
+fn set_claimed(transaction: &Transaction<'_>, id: i64, through: i64) -> Result<()> {
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET due_at = NULL, claimed_through = ?2 WHERE id = ?1",
+        )?
+        .execute([id, through])?;
+    Ok(())
+}
+
+/// Claims a conversation and none of its events.
+pub(super) fn claim_chat(transaction: &Transaction<'_>, id: i64) -> Result<Conversation> {
+    let conversation = conversation(transaction, id)?;
+    set_claimed(transaction, id, 0)?;
+    Ok(conversation)
+}
+
+fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
+    let conversation = conversation(transaction, id)?;
     let mut statement = transaction.prepare_cached(
         "SELECT e.id, e.name, e.event_at, e.data, a.tries, a.counted, a.successes, a.in_doubt
          FROM events e LEFT JOIN attempts a ON a.event = e.id
@@ -421,15 +461,11 @@ fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
         }
         events.push(event);
     }
-    let through = events.last().map_or(0, |event| event.id);
-    transaction
-        .prepare_cached(
-            "UPDATE conversations SET due_at = NULL, claimed_through = ?2 WHERE id = ?1",
-        )?
-        .execute([id, through])?;
+    set_claimed(transaction, id, events.last().map_or(0, |event| event.id))?;
     Ok(Work {
         conversation,
         events,
+        check: None,
     })
 }
 
@@ -542,6 +578,9 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
             ":chat_seen": chat.seen,
             ":looked_up": chat.looked_up,
         })?;
+    if let Some((check, finding)) = &settlement.finding {
+        note_finding(transaction, *id, *check, finding)?;
+    }
     let mut not_before = None;
     for (event, outcome) in &settlement.outcomes {
         match outcome {
@@ -635,7 +674,7 @@ pub(super) fn wake(
 }
 
 /// The messages of a conversation that are delivered or wait, in order of arrival.
-fn messages_of(
+pub(super) fn messages_of(
     connection: &Connection,
     conversation: i64,
     up_to: i64,

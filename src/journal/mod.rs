@@ -10,6 +10,7 @@ mod claims;
 mod failed;
 mod knowledge;
 mod pages;
+mod rebuild;
 mod schema;
 
 use std::path::Path;
@@ -21,10 +22,11 @@ use rusqlite::Connection;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-pub use claims::{Claimed, Session, Throttles};
+pub use claims::{Claimable, Claimed, Session, Throttles};
 pub use failed::{FailedEvent, Selection};
 pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
 pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
+pub use rebuild::{Lacking, RebuildProgress, Scope};
 pub use schema::OpenError;
 
 /// Why an operation did not happen.

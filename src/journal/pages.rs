@@ -26,6 +26,8 @@ pub struct Source {
     pub cursor: Option<Timestamp>,
     /// The window of the poll under way, and the query of its next page; no query: its last page is kept.
     pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
+    /// The window is read again from its beginning, where much is known already: in how many polls still.
+    pub rereading: u32,
 }
 
 /// A page as it came, to be kept before anything is done with it.
@@ -102,7 +104,7 @@ impl Store {
     /// How far BigChat was read.
     pub fn source(&mut self) -> Result<Source> {
         let row = self.connection.query_row(
-            "SELECT cursor, window_start, window_end, next_query FROM source",
+            "SELECT cursor, window_start, window_end, next_query, rereading FROM source",
             [],
             |row| {
                 Ok((
@@ -110,16 +112,18 @@ impl Store {
                     row.get::<_, Option<i64>>(1)?,
                     row.get::<_, Option<i64>>(2)?,
                     row.get(3)?,
+                    row.get(4)?,
                 ))
             },
         )?;
-        let (cursor, start, end, next) = row;
+        let (cursor, start, end, next, rereading) = row;
         let window = start
             .zip(end)
             .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
         Ok(Source {
             cursor: cursor.map(Timestamp::clamped),
             poll: window.map(|window| (window, next)),
+            rereading,
         })
     }
 
@@ -226,16 +230,26 @@ impl Store {
         Ok(admitted)
     }
 
-    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the
-    /// last page has not said so.
-    pub fn end_poll(&mut self, cursor: Option<Timestamp>) -> Result<()> {
+    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the last page has not said so; `rereading`:
+    /// in how many polls the window is to be read again.
+    pub fn end_poll(&mut self, cursor: Option<Timestamp>, rereading: u32) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM pages", [])?;
         transaction.execute(
-            "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL",
-            [cursor.map(Timestamp::unix)],
+            "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL,
+                rereading = ?2",
+            params![cursor.map(Timestamp::unix), rereading],
         )?;
         transaction.commit()?;
+        Ok(())
+    }
+
+    /// One more poll has read on in a window that is read again.
+    pub fn reread(&mut self) -> Result<()> {
+        self.connection.execute(
+            "UPDATE source SET rereading = rereading - 1 WHERE rereading > 0",
+            [],
+        )?;
         Ok(())
     }
 

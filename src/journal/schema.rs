@@ -12,7 +12,10 @@ use thiserror::Error;
 const APPLICATION_ID: i32 = 0x4243_5359;
 
 /// Each brings the schema from one version (`PRAGMA user_version`) to the next.
-const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("../../migrations/0001_journal.sql"),
+    include_str!("../../migrations/0002_rebuild.sql"),
+];
 
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
 /// and must be able to stop.

@@ -104,24 +104,46 @@ pub async fn missing(context: &Context, agent: Option<Uuid>, error: OurApiError)
     }
 }
 
+/// Whether OurAPI holds an agent, if it is one of ours. In a rebuild it is asked once for each.
+pub async fn is_there(
+    context: &Context,
+    rebuild: i64,
+    agent: Option<Uuid>,
+) -> Result<bool, Setback> {
+    let Some(agent) = agent else { return Ok(true) };
+    if let Some(there) = context.looked_for().get(&(rebuild, agent)) {
+        return Ok(*there);
+    }
+    let there = match email_of(context, agent).await? {
+        Some(email) => our_api_holds(context, agent, &email).await?,
+        None => true,
+    };
+    let mut looked_for = context.looked_for();
+    looked_for.retain(|(of, _), _| *of == rebuild);
+    looked_for.insert((rebuild, agent), there);
+    Ok(there)
+}
+
+/// The same; one that is not there is forgotten, so that it is built again.
+pub async fn forget_if_lost(
+    context: &Context,
+    rebuild: i64,
+    agent: Option<Uuid>,
+) -> Result<(), Setback> {
+    if !is_there(context, rebuild, agent).await? {
+        look_for(context, agent).await?;
+    }
+    Ok(())
+}
+
 async fn look_for(context: &Context, agent: Option<Uuid>) -> Result<bool, Setback> {
     let Some(agent) = agent else { return Ok(false) };
-    let Some(email) = context
-        .journal
-        .with(move |store| store.email_of(agent))
-        .await?
-    else {
+    let Some(email) = email_of(context, agent).await? else {
         // Forgotten meanwhile: it is looked for anyhow.
         context.known_agents().clear();
         return Ok(true);
     };
-    if context
-        .our_api
-        .agents_by_email(&email)
-        .await?
-        .iter()
-        .any(|there| there.agent_id == agent)
-    {
+    if our_api_holds(context, agent, &email).await? {
         return Ok(false);
     }
     tracing::error!(%agent, rebuild = context.settings.rebuild, "OurAPI has lost an agent");
@@ -135,6 +157,19 @@ async fn look_for(context: &Context, agent: Option<Uuid>) -> Result<bool, Setbac
         context.known_agents().clear();
     }
     Ok(true)
+}
+
+async fn email_of(context: &Context, agent: Uuid) -> Result<Option<String>, Setback> {
+    let email = context
+        .journal
+        .with(move |store| store.email_of(agent))
+        .await?;
+    Ok(email)
+}
+
+async fn our_api_holds(context: &Context, agent: Uuid, email: &str) -> Result<bool, Setback> {
+    let agents = context.our_api.agents_by_email(email).await?;
+    Ok(agents.iter().any(|there| there.agent_id == agent))
 }
 
 #[cfg(test)]

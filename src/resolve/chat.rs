@@ -281,8 +281,13 @@ fn adopt(conversation: &mut Conversation, external_id: String, found: our_api::C
     conversation.said.ended_at = conversation.said.ended_at.max(found.ended_at);
 }
 
-/// Since OurAPI has lost something: looks whether the chat is still there, and as it should be.
-pub async fn verify(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
+/// Looks whether the chat is still there, and as it is known to be. If it is not there and `again`, its messages wait
+/// again.
+pub async fn verify(
+    context: &Context,
+    conversation: &mut Conversation,
+    again: bool,
+) -> Result<(), Setback> {
     let (Some(id), Some(external_id)) =
         (conversation.chat.id, conversation.chat.external_id.clone())
     else {
@@ -294,7 +299,7 @@ pub async fn verify(context: &Context, conversation: &mut Conversation) -> Resul
             adopt(conversation, external_id, found);
             conversation.chat.looked_up = looked_up;
         }
-        found => replace(context, conversation, found).await?,
+        found => replace(context, conversation, found, again).await?,
     }
     Ok(())
 }
@@ -338,16 +343,17 @@ async fn lost(
     } else if news {
         context.our_api_lost_data().await?;
     }
-    replace(context, conversation, found).await
+    replace(context, conversation, found, context.settings.rebuild).await
 }
 
-/// The chat that was known is not there; `found` is what stands in its place.
+/// The chat that was known is not there; `found` is what stands in its place. If `again`, its messages wait again.
 async fn replace(
     context: &Context,
     conversation: &mut Conversation,
     found: Option<our_api::Chat>,
+    again: bool,
 ) -> Result<(), Setback> {
-    let (id, again, in_doubt) = (conversation.id, context.settings.rebuild, found.is_some());
+    let (id, in_doubt) = (conversation.id, found.is_some());
     context
         .journal
         .with(move |store| store.chat_replaced(id, again, in_doubt))

@@ -585,6 +585,21 @@ impl OurApi {
         lock(&self.databases).all[0].forget(external_id);
     }
 
+    /// Loses the first message of a chat.
+    pub fn forget_message(&self, external_id: &str) {
+        let held = &mut lock(&self.databases).all[0].held;
+        let chat = held
+            .chats
+            .iter()
+            .find(|chat| chat.external_id == external_id);
+        let messages = chat.and_then(|chat| held.messages.get_mut(&chat.chat_id));
+        if let Some(messages) = messages
+            && !messages.is_empty()
+        {
+            messages.remove(0);
+        }
+    }
+
     /// Holds all requests before they are carried out, until let go.
     pub fn hang(&self, hang: bool) {
         self.faults.hold(hang);

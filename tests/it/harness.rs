@@ -2,7 +2,7 @@
 //! conditions that are waited for instead of time.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{self, Cli, Command, FailedError};
@@ -93,6 +93,13 @@ impl Bench {
         program
     }
 
+    /// Starts a daemon as a process of its own.
+    pub(crate) fn spawn(&self) -> Process {
+        let mut daemon = self.program("run");
+        daemon.stdout(Stdio::null()).stderr(Stdio::null());
+        Process(daemon.spawn().expect("a process"))
+    }
+
     /// Starts a daemon.
     pub(crate) fn start(&self) -> Daemon {
         self.start_with(Tokens::default())
@@ -173,6 +180,18 @@ impl Bench {
     pub(crate) fn failed(&self) -> Vec<FailedEvent> {
         let mut store = Store::open_beside(&self.db()).expect("a database");
         store.failed(1000).expect("the failed events")
+    }
+}
+
+/// A process that does not outlive its test: dropped, it is killed. A daemon left behind would go on asking ports that
+/// belong to other tests by then.
+pub(crate) struct Process(pub(crate) Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 

@@ -1,7 +1,6 @@
 //! SIGKILL of the real binary, at random moments and at every point between journal, request and settlement: nothing of
 //! a page that was kept is lost, nothing is doubled.
 
-use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use bigchat_sync::sim::Sim;
@@ -38,10 +37,10 @@ async fn killed_at_random_moments() {
     let (sim, bench) = sim(options, our_api::Options::default()).await;
     let mut random = StdRng::seed_from_u64(seed);
     for _ in 0..kills {
-        let daemon = start(&bench);
+        let daemon = bench.spawn();
         // From before the first poll to well into the work.
         tokio::time::sleep(Duration::from_millis(random.random_range(20..400))).await;
-        kill(daemon);
+        drop(daemon);
     }
     sim.bigchat.set_quiet(true);
     let daemon = bench.start();
@@ -128,7 +127,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
     };
     for round in 0..2 {
         faults.script(route, when, Fault::Pause, 1);
-        let daemon = start(&bench);
+        let daemon = bench.spawn();
         until(&format!("{moment:?} {route}"), async || {
             if bench.is_ready() && bench.events("delivered") >= 3 {
                 tell_more();
@@ -143,7 +142,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
             faults.go_on();
             until("an answer", async || faults.paused() == 0).await;
         }
-        kill(daemon);
+        drop(daemon);
         until(&format!("nobody waits: {moment:?} {route}"), async || {
             faults.paused() == 0
         })
@@ -187,15 +186,4 @@ fn hold_database(bench: &Bench) -> rusqlite::Connection {
         .execute_batch("BEGIN IMMEDIATE")
         .expect("nobody holds it for long");
     other
-}
-
-fn start(bench: &Bench) -> Child {
-    let mut daemon = bench.program("run");
-    daemon.stdout(Stdio::null()).stderr(Stdio::null());
-    daemon.spawn().expect("a process")
-}
-
-fn kill(mut daemon: Child) {
-    daemon.kill().expect("it was running");
-    daemon.wait().expect("it has ended");
 }

@@ -10,5 +10,6 @@ mod kills;
 mod losses;
 mod paging;
 mod poison;
+mod rebuild;
 mod stopping;
 mod upheavals;

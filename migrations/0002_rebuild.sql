@@ -1,0 +1,20 @@
+-- What `bigchat-sync rebuild` asks for. Whoever delivers does it: the daemon, or the command itself where none runs.
+CREATE TABLE rebuilds (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    dry_run    INTEGER NOT NULL CHECK (dry_run IN (0, 1)), -- look, and change nothing
+    last_event INTEGER NOT NULL                            -- the latest event there was: later ones are none of its business
+) STRICT;
+
+-- The conversations whose chats are to be compared with the journal.
+CREATE TABLE checks (
+    rebuild      INTEGER NOT NULL REFERENCES rebuilds (id) ON DELETE CASCADE,
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    chat         TEXT CHECK (chat IN ('there', 'differs', 'missing')), -- as it was found; NULL: not compared yet
+    messages     INTEGER,                                              -- how many messages were missing
+    PRIMARY KEY (rebuild, conversation),
+    CHECK ((chat IS NULL) = (messages IS NULL))
+) STRICT, WITHOUT ROWID;
+CREATE INDEX checks_pending ON checks (rebuild, conversation) WHERE chat IS NULL;
+
+-- In how many polls a window that is read again, since one of its pages could not be had, may still bring nothing new.
+ALTER TABLE source ADD COLUMN rereading INTEGER NOT NULL DEFAULT 0;

@@ -1,0 +1,111 @@
+//! Comparing a chat with the journal, as `bigchat-sync rebuild` asks for: what is missing in OurAPI is built again.
+
+use super::Handled;
+use crate::context::Context;
+use crate::conversation::{ChatFound, Conversation, Finding};
+use crate::messages::{self, MessageKey};
+use crate::our_api;
+use crate::resolve::agent;
+use crate::resolve::chat::{self, Agent};
+use crate::setback::Setback;
+
+/// Tells how a chat differs from what the journal says, and changes nothing.
+pub(super) async fn look(
+    context: &Context,
+    conversation: &Conversation,
+    rebuild: i64,
+) -> Result<Finding, Setback> {
+    let external_id = conversation.chat.external_id.as_deref().unwrap_or_default();
+    let found = context.our_api.chat(external_id).await?;
+    let Some(found) = found.filter(|found| Some(found.chat_id) == conversation.chat.id) else {
+        return Ok(Finding {
+            chat: ChatFound::Missing,
+            messages: count_lost(context, conversation, Vec::new()).await?,
+        });
+    };
+    let as_known = is_as_known(conversation, &found)
+        && agent::is_there(context, rebuild, conversation.chat.agent).await?;
+    let held = held(context, found.chat_id).await?;
+    Ok(Finding {
+        chat: if as_known {
+            ChatFound::There
+        } else {
+            ChatFound::Differs
+        },
+        messages: count_lost(context, conversation, held).await?,
+    })
+}
+
+/// Brings a chat to what the journal says. Messages that are missing wait again, to be delivered like any others.
+pub(super) async fn put_right(
+    context: &Context,
+    handled: &mut Handled,
+    rebuild: i64,
+) -> Result<Finding, Setback> {
+    let before = handled.conversation.clone();
+    let delivered = count_lost(context, &before, Vec::new()).await?;
+    chat::verify(context, &mut handled.conversation, true).await?;
+    let there = handled.conversation.chat.id == before.chat.id;
+    if there {
+        agent::forget_if_lost(context, rebuild, handled.conversation.chat.agent).await?;
+    }
+    let writes = handled.writes;
+    match handled.change_chat(context, &[], Agent::Anew, None).await {
+        // What is not to be changed stays as it is, and says so when an event asks for it.
+        Err(setback) if setback.is_refusal() => {}
+        changed => changed?,
+    }
+    let Some(chat) = before.chat.id.filter(|_| there) else {
+        return Ok(Finding {
+            chat: ChatFound::Missing,
+            messages: delivered,
+        });
+    };
+    let held = held(context, chat).await?;
+    let id = before.id;
+    let lost = context
+        .journal
+        .with(move |store| store.deliver_lost_again(id, held))
+        .await?;
+    Ok(Finding {
+        chat: if handled.writes == writes {
+            ChatFound::There
+        } else {
+            ChatFound::Differs
+        },
+        messages: clamped(lost),
+    })
+}
+
+fn is_as_known(conversation: &Conversation, found: &our_api::Chat) -> bool {
+    let known = &conversation.chat;
+    known.started_at == Some(found.started_at)
+        && known.ended_at == found.ended_at
+        && known.agent == found.agent_id
+}
+
+async fn held(context: &Context, chat: uuid::Uuid) -> Result<Vec<MessageKey>, Setback> {
+    let held = context.our_api.messages(chat).await?;
+    let keys = held
+        .iter()
+        .map(|message| messages::key(message.sent_at, &message.text));
+    Ok(keys.collect())
+}
+
+/// How many delivered messages are not among those held.
+async fn count_lost(
+    context: &Context,
+    conversation: &Conversation,
+    held: Vec<MessageKey>,
+) -> Result<u32, Setback> {
+    let id = conversation.id;
+    let lost = context
+        .journal
+        .with(move |store| store.count_lost(id, held))
+        .await?;
+    Ok(clamped(lost))
+}
+
+fn clamped(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}

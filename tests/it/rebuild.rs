@@ -1,0 +1,140 @@
+//! `bigchat-sync rebuild`: what OurAPI lacks is found, and built again only if that is asked for.
+
+use std::process::Output;
+
+use bigchat_sync::sim::Sim;
+use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::our_api;
+use serde_json::json;
+
+use crate::daemon::{agrees, end, message, scripted, seconds, transfer};
+use crate::harness::{Bench, side_by_side};
+
+/// Three conversations that were delivered, by a daemon that rebuilds nothing by itself.
+async fn delivered() -> (Sim, Bench) {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--rebuild", "false");
+    let now = seconds(&sim);
+    for id in [10, 11, 12] {
+        sim.bigchat.open(id, now - 100, id - 9);
+    }
+    let told = vec![
+        message(10, now - 5, "hello"),
+        message(10, now - 5, "hello"),
+        message(10, now - 4, "who is there?"),
+        transfer(11, now - 4, 7),
+        message(11, now - 3, "goodbye"),
+        end(12, now - 2),
+    ];
+    sim.bigchat.push_page(told, NextPage::None);
+    bench.once().await;
+    bench.until_events("delivered", 6).await;
+    (sim, bench)
+}
+
+/// Runs the command, off the async threads, and tells what it wrote to standard output.
+async fn rebuild(bench: &Bench, arguments: &[&str]) -> String {
+    let output = outcome(bench, arguments).await;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{complaint}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+async fn outcome(bench: &Bench, arguments: &[&str]) -> Output {
+    let mut command = bench.program("rebuild");
+    command.args(arguments);
+    let ended = tokio::task::spawn_blocking(move || command.output());
+    ended.await.expect("no panic").expect("a process")
+}
+
+fn writes(sim: &Sim) -> u64 {
+    let requests = sim.our_api.traffic.requests();
+    let writes = requests
+        .iter()
+        .filter(|(route, _)| !route.starts_with("GET"));
+    writes.map(|(_, count)| count).sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_missing_is_found_and_built_again() {
+    // With a daemon that does it, and without.
+    side_by_side([true, false], async |daemon_runs| {
+        let (sim, bench) = delivered().await;
+        let daemon = daemon_runs.then(|| bench.start());
+        let said = rebuild(&bench, &["--all"]).await;
+        assert!(said.contains("OurAPI holds all"), "{said}");
+        sim.our_api.forget_chat("11");
+        sim.our_api.forget_message("10");
+        let ended = json!({"ended_at": null});
+        let chat = sim.our_api.chats();
+        let chat = chat.iter().find(|chat| chat.external_id == "12");
+        let chat = chat.expect("a chat").chat_id;
+        let url = format!("{}/chats/{chat}", sim.our_api_url());
+        let changed = reqwest::Client::new().patch(url).json(&ended).send().await;
+        assert!(changed.expect("an answer").status().is_success());
+        let before = writes(&sim);
+        let said = rebuild(&bench, &["--all", "--dry-run"]).await;
+        let rows: Vec<Vec<&str>> = said
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
+        assert_eq!(rows[1], ["10", "there", "1"], "{said}");
+        assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
+        assert_eq!(
+            rows[3],
+            ["12", "not", "as", "it", "should", "be", "0"],
+            "{said}"
+        );
+        assert!(said.contains("nothing was changed"), "{said}");
+        assert_eq!(writes(&sim), before, "it only looks");
+        assert!(!sim.compare().is_clean());
+        // One alone, then the rest.
+        rebuild(&bench, &["--conversation", "11"]).await;
+        assert_eq!(sim.our_api.chats().len(), 3);
+        assert!(!sim.compare().is_clean());
+        let said = rebuild(&bench, &["--all"]).await;
+        assert!(said.contains("built again"), "{said}");
+        agrees(&sim, &bench).await;
+        let said = rebuild(&bench, &["--all", "--dry-run"]).await;
+        assert!(said.contains("OurAPI holds all"), "{said}");
+        if let Some(daemon) = daemon {
+            daemon.stop().await;
+        }
+        assert!(!sim.our_api.stumbled(), "never two requests at once");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_is_built_again_where_everything_is_gone() {
+    let (sim, bench) = delivered().await;
+    sim.our_api.wipe();
+    let said = rebuild(&bench, &["--all", "--dry-run"]).await;
+    assert!(said.contains("3 missing"), "{said}");
+    assert!(sim.our_api.chats().is_empty());
+    rebuild(&bench, &["--all"]).await;
+    agrees(&sim, &bench).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_that_are_gone_are_built_again() {
+    let (sim, bench) = delivered().await;
+    sim.our_api.wipe_agents();
+    let said = rebuild(&bench, &["--all", "--dry-run"]).await;
+    assert!(said.contains("3 not as they should be"), "{said}");
+    let daemon = bench.start();
+    rebuild(&bench, &["--all"]).await;
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_what_is_not_known_nothing_can_be_built() {
+    let (_sim, bench) = delivered().await;
+    let refused = outcome(&bench, &["--conversation", "99"]).await;
+    assert_eq!(refused.status.code(), Some(1));
+    let complaint = String::from_utf8_lossy(&refused.stderr);
+    assert!(complaint.contains("conversation 99"), "{complaint}");
+    let refused = outcome(&bench, &[]).await;
+    assert_eq!(refused.status.code(), Some(2), "neither one nor all");
+}
