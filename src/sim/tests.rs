@@ -726,7 +726,7 @@ async fn faults_strike_before_or_after() {
     let bench = bench(quiet(), our_api::Options::good()).await;
     let our = &bench.sim.our_api;
     let post = async |n: usize, fault: &Fault| {
-        let patience = if matches!(fault, Fault::Hang(_)) {
+        let patience = if matches!(fault, Fault::Hang(_) | Fault::Pause) {
             Duration::from_millis(200)
         } else {
             Duration::from_secs(30)
@@ -744,6 +744,7 @@ async fn faults_strike_before_or_after() {
     let kinds = [
         Fault::Drop,
         hang,
+        Fault::Pause,
         Fault::Status(500),
         Fault::Status(404),
         Fault::RetryLater(503, RetryAfter::Seconds(7)),
@@ -765,7 +766,9 @@ async fn faults_strike_before_or_after() {
             sent += 1;
             match (fault, post(sent, fault).await) {
                 (Fault::Drop, answer) => assert!(!answer.unwrap_err().is_timeout()),
-                (Fault::Hang(_), answer) => assert!(answer.unwrap_err().is_timeout()),
+                (Fault::Hang(_) | Fault::Pause, answer) => {
+                    assert!(answer.unwrap_err().is_timeout())
+                }
                 (Fault::CutOff, answer) => assert!(answer.unwrap().bytes().await.is_err()),
                 (Fault::Status(status) | Fault::RetryLater(status, _), answer) => {
                     let answer = answer.unwrap();

@@ -579,6 +579,32 @@ async fn a_poll_without_end_pauses_and_goes_on_from_there() {
 }
 
 #[tokio::test]
+async fn a_window_of_many_pages_is_read_again_to_its_end_across_restarts() {
+    let scene = Scene::new().await;
+    let pages = |last: i64| {
+        for n in 1..=last {
+            let told = vec![message(42, n, &format!("text {n}"))];
+            let next = format!("?page={}", n + 1);
+            scene.bigchat.tells(page(told, next));
+        }
+    };
+    pages(202);
+    scene.bigchat.upset("GET /events?page=203", status(404));
+    scene.bench.once().await;
+    scene.bench.once().await;
+    assert_eq!(scene.our_api.messages().len(), 202);
+    // From the beginning, where one poll's pages bring nothing new.
+    pages(202);
+    scene.bigchat.tells([message(42, 203, "text 203")]);
+    scene.bench.once().await;
+    scene.bigchat.queries();
+    scene.bench.once().await;
+    let rest = ["page=201", "page=202", "page=203"];
+    assert_eq!(scene.bigchat.queries(), rest);
+    assert_eq!(scene.our_api.messages().len(), 203);
+}
+
+#[tokio::test]
 async fn a_poll_whose_connection_breaks_is_asked_again_at_once() {
     let scene = Scene::new().await;
     scene.bigchat.upset("GET /events", dropped());
