@@ -18,3 +18,7 @@ CREATE INDEX checks_pending ON checks (rebuild, conversation) WHERE chat IS NULL
 
 -- In how many polls a window that is read again, since one of its pages could not be had, may still bring nothing new.
 ALTER TABLE source ADD COLUMN rereading INTEGER NOT NULL DEFAULT 0;
+
+-- How long OurAPI's answers took at the worst of late, in ms, where that is long: what was on its way when the daemon died
+-- may be under way for as long.
+ALTER TABLE delivery ADD COLUMN slowest INTEGER NOT NULL DEFAULT 0;

@@ -58,6 +58,7 @@ impl Context {
     ) -> Self {
         bigchat.http().throttle(session.throttles.bigchat);
         our_api.http().throttle(session.throttles.our_api);
+        our_api.recall(session.slowest);
         Self {
             settings,
             bigchat,

@@ -132,9 +132,9 @@ async fn start(
     let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
     if session.interrupted > 0 {
         // What was on its way may still be carried out, and OurAPI takes one request at a time.
-        our_api.throttle(Millis::now().plus(settings.retry_initial));
+        our_api.throttle(Millis::now().plus(session.pause));
     }
-    let our_api = OurApi::new(our_api, settings.our_api_concurrency);
+    let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
     Ok(Arc::new(Context::new(
         settings, bigchat, our_api, journal, session, stopping,
     )))

@@ -74,6 +74,8 @@ struct Delivery {
     storage_refuses: bool,
     last_look: Millis,
     throttles: Throttles,
+    /// As it is kept.
+    slowest: Duration,
 }
 
 /// The writes that have succeeded, as far as an event needs to know whether another conversation's has since.
@@ -117,7 +119,7 @@ impl Delivery {
             last: None,
             last_of_another: None,
         };
-        let throttles = context.throttles();
+        let (throttles, slowest) = (context.throttles(), context.session.slowest);
         Self {
             context,
             breaker: Breaker::default(),
@@ -132,6 +134,7 @@ impl Delivery {
             storage_refuses: false,
             last_look: Millis::now(),
             throttles,
+            slowest,
         }
     }
 
@@ -164,15 +167,18 @@ impl Delivery {
     }
 
     fn allowance(&self, now: Millis) -> Allowance {
-        match self.context.our_api.http().throttled_until(now) {
-            Some(until) => Allowance::NotBefore(until),
-            None => self.breaker.allowance(now),
+        let our_api = &self.context.our_api;
+        match (our_api.http().throttled_until(now), our_api.room(now)) {
+            (Some(until), _) | (None, Err(until)) => Allowance::NotBefore(until),
+            (None, Ok(_)) => self.breaker.allowance(now),
         }
     }
 
     fn at_once(&self, allowance: Allowance) -> usize {
         match allowance {
-            Allowance::Full => usize::from(self.context.settings.our_api_concurrency),
+            Allowance::Full => {
+                usize::from(self.context.our_api.room(Millis::now()).unwrap_or_default())
+            }
             Allowance::Probe => 1,
             Allowance::NotBefore(_) => 0,
         }
@@ -296,6 +302,14 @@ impl Delivery {
                 .await?;
             self.throttles = throttles;
         }
+        let slowest = self.slowest_to_keep();
+        if slowest > self.slowest * 5 / 4 || slowest < self.slowest / 2 {
+            self.context
+                .journal
+                .with(move |store| store.note_slowest(slowest))
+                .await?;
+            self.slowest = slowest;
+        }
         if now < self.last_look {
             tracing::warn!("this machine's clock was set back: what waits is tried now");
             self.sweep_at = now;
@@ -306,6 +320,17 @@ impl Delivery {
         }
         self.last_look = now;
         Ok(())
+    }
+
+    /// How long answers take, if that is so long that what is on its way may still be after the pause there is anyhow.
+    fn slowest_to_keep(&self) -> Duration {
+        let settings = &self.context.settings;
+        let slowest = self.context.our_api.slowest().min(settings.request_timeout);
+        if slowest * 2 > settings.retry_initial {
+            slowest
+        } else {
+            Duration::ZERO
+        }
     }
 
     fn finished(&mut self, handled: Result<(task::Id, Handled), JoinError>) {
@@ -420,7 +445,12 @@ impl Delivery {
         let mut wait = policy.backoff(attempts.tries, rand::random());
         if setback.in_doubt() {
             // It may still be on its way: it is not looked for before it can have arrived.
-            wait = wait.max(policy.initial / 2);
+            let arrives = if setback.is_late() {
+                self.context.settings.request_timeout
+            } else {
+                policy.initial / 2
+            };
+            wait = wait.max(arrives);
         }
         tracing::warn!(
             conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),

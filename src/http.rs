@@ -54,9 +54,12 @@ pub enum NoAnswer {
     /// The request never left this machine: there was no connection. Nothing was carried out.
     #[error("no connection: {0}")]
     NotSent(String),
-    /// Sent, perhaps carried out; the answer was lost, late, cut off or too large.
+    /// Sent, perhaps carried out; the answer was lost, cut off or too large.
     #[error("no whole answer: {0}")]
     Lost(String),
+    /// Sent, and not answered in time: it may still be carried out.
+    #[error("no answer in time")]
+    Late,
     /// Not sent, since the API has asked to be left alone until then.
     #[error("the API asked to be left alone until {0}")]
     Throttled(Millis),
@@ -203,7 +206,7 @@ fn no_answer(error: reqwest::Error) -> NoAnswer {
 
 fn lost(error: reqwest::Error) -> NoAnswer {
     if error.is_timeout() {
-        NoAnswer::Lost("it took too long".into())
+        NoAnswer::Late
     } else {
         NoAnswer::Lost(causes(error))
     }

@@ -1,5 +1,9 @@
 //! The OurAPI client, typed after the contract: each answer becomes what the caller can do about it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -8,14 +12,21 @@ use tokio::sync::Semaphore;
 use url::Url;
 use uuid::Uuid;
 
-use crate::http::{Exchange, Http, NoAnswer};
+use crate::http::{Answer, Exchange, Http, NoAnswer};
 use crate::time::{Millis, Timestamp};
 
 /// OurAPI, with a bound on the requests in flight that holds for whoever asks.
 #[derive(Debug)]
 pub struct OurApi {
     http: Http,
+    at_once: u16,
     in_flight: Semaphore,
+    /// How long a request may take, and as long again it may be under way after nobody waits for it any more.
+    patience: Duration,
+    /// Until when requests count as in flight that were not answered in time.
+    late: Mutex<Vec<Millis>>,
+    /// How long answers take, in ms: the slowest one, forgotten bit by bit.
+    slowest: AtomicU64,
 }
 
 /// A chat as OurAPI holds it.
@@ -132,6 +143,11 @@ pub enum Trouble {
         "OurAPI gave no usable answer, so that it is unknown whether the request was carried out"
     )]
     Unknown,
+    /// Nor is it known when it will be: it may still be carried out.
+    #[error(
+        "OurAPI did not answer in time, so that it is unknown whether the request was carried out, or still will be"
+    )]
+    Late,
     /// Try again then, and ask nothing before.
     #[error("OurAPI asks to be left alone until {until}")]
     Throttled {
@@ -168,7 +184,10 @@ impl Trouble {
     pub fn in_doubt(self) -> bool {
         matches!(
             self,
-            Self::Unknown | Self::ConflictOrOutage | Self::Throttled { in_doubt: true, .. }
+            Self::Unknown
+                | Self::Late
+                | Self::ConflictOrOutage
+                | Self::Throttled { in_doubt: true, .. }
         )
     }
 
@@ -178,6 +197,7 @@ impl Trouble {
             self,
             Self::NotCarriedOut
                 | Self::Unknown
+                | Self::Late
                 | Self::Denied
                 | Self::NotOurApi
                 | Self::ConflictOrOutage
@@ -200,11 +220,51 @@ enum Route {
 type Result<T> = std::result::Result<T, OurApiError>;
 
 impl OurApi {
-    /// OurAPI behind `http`, with at most `in_flight` requests at once.
-    pub fn new(http: Http, in_flight: u16) -> Self {
+    /// OurAPI behind `http`, each request of which takes at most `patience`, with at most `at_once` requests in flight.
+    pub fn new(http: Http, at_once: u16, patience: Duration) -> Self {
         Self {
             http,
-            in_flight: Semaphore::new(usize::from(in_flight)),
+            at_once,
+            in_flight: Semaphore::new(usize::from(at_once)),
+            patience,
+            late: Mutex::default(),
+            slowest: AtomicU64::new(0),
+        }
+    }
+
+    /// How many requests may be in flight beside those that were not answered in time and may still be under way: an
+    /// OurAPI that hung and goes on would be asked two things at once, and falls over. If none may: until when.
+    pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        // Further ahead than ever noted, it is this machine's clock that was set back.
+        late.retain(|until| now < *until && *until <= now.plus(self.patience));
+        let taken = u16::try_from(late.len()).unwrap_or(u16::MAX);
+        match (self.at_once.saturating_sub(taken), late.iter().min()) {
+            (0, Some(until)) => Err(*until),
+            (room, _) => Ok(room),
+        }
+    }
+
+    /// How long answers take at the worst of late.
+    pub fn slowest(&self) -> Duration {
+        Duration::from_millis(self.slowest.load(Ordering::Relaxed))
+    }
+
+    /// Takes answers to have taken so long.
+    pub fn recall(&self, slowest: Duration) {
+        let slowest = u64::try_from(slowest.as_millis()).unwrap_or(u64::MAX);
+        self.slowest.store(slowest, Ordering::Relaxed);
+    }
+
+    fn answered(&self, took: Duration, late: bool) {
+        let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        let before = self.slowest.load(Ordering::Relaxed);
+        let slowest = took.max(before - before / 32);
+        self.slowest.store(slowest, Ordering::Relaxed);
+        if late {
+            let until = Millis::now().plus(self.patience);
+            let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+            late.push(until);
         }
     }
 
@@ -340,7 +400,10 @@ impl OurApi {
     ) -> Result<T> {
         let answer = {
             let _permit = self.in_flight.acquire().await;
-            self.http.send(method.clone(), url.clone(), body).await
+            let sent = Instant::now();
+            let answer = self.http.send(method.clone(), url.clone(), body).await;
+            self.answered(sent.elapsed(), is_late(&answer));
+            answer
         };
         let trouble = match &answer {
             Err(NoAnswer::Throttled(until)) => Trouble::Throttled {
@@ -349,6 +412,7 @@ impl OurApi {
             },
             Err(NoAnswer::NotSent(_)) => Trouble::NotCarriedOut,
             Err(NoAnswer::Lost(_)) => Trouble::Unknown,
+            Err(NoAnswer::Late) => Trouble::Late,
             Ok(answer) => match (trouble(answer.status, &answer.body, route), answer.retry_at) {
                 (_, Some(until)) => Trouble::Throttled {
                     until,
@@ -363,6 +427,14 @@ impl OurApi {
         };
         let exchange = Exchange::new(&method, &url, body, answer.as_ref());
         Err(OurApiError { trouble, exchange })
+    }
+}
+
+/// Whether nobody waits any more for what OurAPI may still be doing: neither this client nor a gateway in between.
+fn is_late(answer: &std::result::Result<Answer, NoAnswer>) -> bool {
+    match answer {
+        Ok(answer) => answer.status == StatusCode::GATEWAY_TIMEOUT,
+        Err(error) => matches!(error, NoAnswer::Late),
     }
 }
 
@@ -382,6 +454,7 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
             Trouble::NoSuchAgent
         }
         500 if route == Route::CreateAgent => Trouble::ConflictOrOutage,
+        504 => Trouble::Late,
         300..=399 | 408 | 425 | 500..=599 => Trouble::Unknown,
         405 => Trouble::NotOurApi,
         400..=499 if body.trim_ascii_start().starts_with(b"<") => Trouble::NotOurApi,

@@ -58,6 +58,11 @@ impl Setback {
         matches!(self, Self::OurApi { in_doubt: true, .. })
     }
 
+    /// Whether the event may yet be carried out, long after nobody waits for it any more.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::OurApi { error, .. } if error.trouble == Trouble::Late)
+    }
+
     /// What is kept of it with the event.
     pub fn failure(&self) -> Failure {
         match self {

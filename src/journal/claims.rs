@@ -45,6 +45,10 @@ pub struct Session {
     pub interrupted: usize,
     /// Until when the APIs asked to be left alone.
     pub throttles: Throttles,
+    /// How long OurAPI's answers took at the worst of late, where that is long.
+    pub slowest: Duration,
+    /// For how long what was on its way may still be under way.
+    pub pause: Duration,
 }
 
 /// Until when the APIs asked to be left alone, by this machine's clock.
@@ -80,9 +84,14 @@ pub struct Claimed {
 
 impl Store {
     /// Starts a session of delivery: what was claimed has an unknown outcome from now on. It is left alone for
-    /// `pause`: what was on its way to OurAPI must have arrived before it is looked for.
+    /// `pause`, or for twice as long as answers took: what was on its way to OurAPI must have arrived before it is
+    /// looked for.
     pub fn start_session(&mut self, pause: Duration, now: Millis) -> Result<Session> {
         let transaction = self.begin()?;
+        let slowest: i64 =
+            transaction.query_row("SELECT slowest FROM delivery", [], |row| row.get(0))?;
+        let slowest = Duration::from_millis(u64::try_from(slowest).unwrap_or_default());
+        let pause = pause.max(slowest * 2);
         let claimed: Vec<i64> = {
             let mut statement = transaction
                 .prepare_cached("SELECT id FROM conversations WHERE claimed_through IS NOT NULL")?;
@@ -110,6 +119,8 @@ impl Store {
                     },
                     last_event: row.get(5)?,
                     interrupted: claimed.len(),
+                    slowest,
+                    pause,
                 })
             },
         )?;
@@ -212,6 +223,14 @@ impl Store {
              WHERE bigchat_throttled <> ?1 OR our_api_throttled <> ?2",
             [throttles.bigchat.0, throttles.our_api.0],
         )?;
+        Ok(())
+    }
+
+    /// Keeps how long OurAPI's answers took at the worst of late.
+    pub fn note_slowest(&mut self, slowest: Duration) -> Result<()> {
+        let slowest = i64::try_from(slowest.as_millis()).unwrap_or(i64::MAX);
+        self.connection
+            .execute("UPDATE delivery SET slowest = ?1", [slowest])?;
         Ok(())
     }
 

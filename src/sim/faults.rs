@@ -41,6 +41,8 @@ pub enum Fault {
     Hang(Duration),
     /// The same, until [`Faults::go_on`].
     Pause,
+    /// The request goes on after so long even if the client has given up by then, as with the real services.
+    Late(Duration),
     /// This status. 500 as from an unhandled error, others with a `detail`.
     Status(u16),
     /// This status (429, 503) with a Retry-After.
@@ -133,7 +135,7 @@ impl Faults {
         self.held.send_replace(hold);
     }
 
-    /// How many requests pause.
+    /// How many requests pause, or are late and not carried out yet.
     pub fn paused(&self) -> usize {
         self.goes_on.receiver_count()
     }
@@ -213,7 +215,7 @@ impl Faults {
             ([(header::CONTENT_TYPE, kind)], body).into_response()
         };
         match fault {
-            Fault::Drop | Fault::Hang(_) | Fault::Pause => {
+            Fault::Drop | Fault::Hang(_) | Fault::Pause | Fault::Late(_) => {
                 connection.cut();
                 StatusCode::OK.into_response()
             }
@@ -296,6 +298,19 @@ pub(super) async fn inject(
             let response = next.run(request).await;
             tokio::time::sleep(time).await;
             response
+        }
+        Some((_, Fault::Late(time))) => {
+            let waits = faults.goes_on.subscribe();
+            let late = tokio::spawn(async move {
+                tokio::time::sleep(time).await;
+                let response = next.run(request).await;
+                drop(waits);
+                response
+            });
+            match late.await {
+                Ok(response) => response,
+                Err(_) => Refused::unhandled().into_response(),
+            }
         }
         Some((When::Before, Fault::Pause)) => {
             faults.pause().await;

@@ -726,7 +726,7 @@ async fn faults_strike_before_or_after() {
     let bench = bench(quiet(), our_api::Options::good()).await;
     let our = &bench.sim.our_api;
     let post = async |n: usize, fault: &Fault| {
-        let patience = if matches!(fault, Fault::Hang(_) | Fault::Pause) {
+        let patience = if matches!(fault, Fault::Hang(_) | Fault::Pause | Fault::Late(_)) {
             Duration::from_millis(200)
         } else {
             Duration::from_secs(30)
@@ -779,6 +779,7 @@ async fn faults_strike_before_or_after() {
                     );
                 }
                 (Fault::Html | Fault::Body(_), answer) => assert_eq!(answer.unwrap().status(), 200),
+                (Fault::Late(_), _) => unreachable!("it is carried out before and after"),
             }
             assert_eq!(
                 our.agents().len() - before,
@@ -791,6 +792,14 @@ async fn faults_strike_before_or_after() {
         (our.faults.injected(), our.faults.left()),
         (2 * kinds.len() as u64, 0)
     );
+    let (late, before) = (Fault::Late(Duration::from_millis(300)), our.agents().len());
+    our.faults
+        .script("POST /agents", When::Before, late.clone(), 1);
+    assert!(post(98, &late).await.unwrap_err().is_timeout());
+    assert_eq!(our.agents().len(), before);
+    while our.agents().len() == before {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     our.faults.outage(Some(Fault::Status(503)));
     assert_eq!(post(99, &Fault::Drop).await.unwrap().status(), 503);
     our.faults.rate(1.0, When::Before, Fault::Html);

@@ -12,6 +12,7 @@ use crate::fakes::{
 use crate::harness::{Bench, Daemon, side_by_side, until};
 
 const NO_ANSWER: &str = "OurAPI gave no usable answer";
+const LATE: &str = "OurAPI did not answer in time";
 const TURNED_AWAY: &str = "OurAPI cannot be reached or turns requests away";
 const DENIED: &str = "OurAPI refuses us; check BIGCHAT_SYNC_OUR_API_TOKEN and --our-api-url";
 const REFUSED: &str = "OurAPI refuses it for good";
@@ -85,13 +86,7 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
                 "200 <p>",
             ),
             ("dropped", dropped(), looked_up, NO_ANSWER, lost),
-            (
-                "late",
-                late(),
-                looked_up,
-                NO_ANSWER,
-                "no whole answer: it took too long",
-            ),
+            ("late", late(), looked_up, LATE, "no answer in time"),
             (
                 "404",
                 status(404),
@@ -703,7 +698,13 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
     side_by_side(
         [
             ("details: 500", details, status(500), reason, "500"),
-            ("details: late", details, late(), reason, "no whole answer"),
+            (
+                "details: late",
+                details,
+                late(),
+                reason,
+                "no answer in time",
+            ),
             ("details: HTML", details, html(), reason, "200 <html>"),
             ("details: 401", details, status(401), denied, "401"),
             ("advisor: 500", advisor, status(500), reason, "500"),

@@ -7,6 +7,7 @@ mod fakes;
 mod handlers;
 mod harness;
 mod kills;
+mod late;
 mod losses;
 mod paging;
 mod poison;
