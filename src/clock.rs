@@ -4,7 +4,9 @@
 //! BigChat's future makes it tell of events that have not happened.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::time::Timestamp;
 

@@ -45,7 +45,11 @@ pub async fn run(
     tokens: Tokens,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let context = start(settings, tokens, stopping).await?;
+    serve(start(settings, tokens, stopping).await?).await
+}
+
+/// The daemon between its start and its end.
+pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
     let mut poller = Poller::new(Arc::clone(&context));
     let polling = until_stopped(&context, poller.run());
     tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
@@ -104,17 +108,30 @@ async fn start(
     stopping: CancellationToken,
 ) -> Result<Arc<Context>, DaemonError> {
     let db = settings.db();
-    let path = db.clone();
-    let store = tokio::task::spawn_blocking(move || Store::open(&path))
+    let store = tokio::task::spawn_blocking(move || Store::open(&db))
         .await
         .map_err(std::io::Error::other)??;
     let journal = Journal::start(store)?;
+    let timeout = settings.request_timeout;
+    let bigchat = Http::new(settings.bigchat_url.clone(), tokens.bigchat, timeout)?;
+    let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
+    begin(settings, journal, bigchat, our_api, stopping).await
+}
+
+/// Begins a session over a journal and the two APIs.
+pub(crate) async fn begin(
+    settings: Settings,
+    journal: Journal,
+    bigchat: Http,
+    our_api: Http,
+    stopping: CancellationToken,
+) -> Result<Arc<Context>, DaemonError> {
     let pause = settings.retry_initial;
     let session = journal
         .with(move |store| store.start_session(pause, Millis::now()))
         .await?;
     tracing::info!(
-        db = %db.display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,
+        db = %settings.db().display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
     );
     if session.interrupted > 0 {
@@ -123,18 +140,13 @@ async fn start(
             "the last session ended in the middle of them: what may have been delivered is looked up"
         );
     }
-    let timeout = settings.request_timeout;
-    let bigchat = BigChat::new(Http::new(
-        settings.bigchat_url.clone(),
-        tokens.bigchat,
-        timeout,
-    )?);
-    let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
     if session.interrupted > 0 {
         // What was on its way may still be carried out, and OurAPI takes one request at a time.
         our_api.throttle(Millis::now().plus(session.pause));
     }
-    let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
+    let bigchat = BigChat::new(bigchat);
+    let patience = settings.request_timeout;
+    let our_api = OurApi::new(our_api, settings.our_api_concurrency, patience);
     Ok(Arc::new(Context::new(
         settings, bigchat, our_api, journal, session, stopping,
     )))

@@ -154,6 +154,8 @@ impl Delivery {
             };
             let context = Arc::clone(&self.context);
             tokio::select! {
+                // Always in this order, so that a run can be had again exactly.
+                biased;
                 Some(handled) = self.in_work.join_next_with_id() => self.finished(handled),
                 () = context.work.notified() => {}
                 () = sleep(wait) => {}

@@ -6,6 +6,10 @@
 //! the configured one.
 
 use std::fmt;
+#[cfg(test)]
+use std::pin::Pin;
+#[cfg(test)]
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
@@ -29,11 +33,30 @@ const POOL_IDLE: Duration = Duration::from_secs(4);
 /// One API at one base URL.
 #[derive(Debug)]
 pub struct Http {
-    client: Client,
+    wire: Wire,
     base: Url,
     token: Option<SecretString>,
     throttled_until: AtomicI64,
 }
+
+/// What carries requests and brings answers.
+#[derive(Debug)]
+enum Wire {
+    Network(Client),
+    #[cfg(test)]
+    Here(Arc<dyn Carrier>),
+}
+
+/// Answers requests within this process, without a network.
+#[cfg(test)]
+pub(crate) trait Carrier: fmt::Debug + Send + Sync {
+    /// Answers a request with this body, or loses it or its answer.
+    fn carry(&self, method: Method, url: Url, body: Vec<u8>) -> Carried;
+}
+
+/// What [`Carrier::carry`] comes to.
+#[cfg(test)]
+pub(crate) type Carried = Pin<Box<dyn Future<Output = Result<Answer, NoAnswer>> + Send>>;
 
 /// An answer, read to its end.
 #[derive(Debug)]
@@ -87,11 +110,22 @@ impl Http {
             .tcp_nodelay(true)
             .build()?;
         Ok(Self {
-            client,
+            wire: Wire::Network(client),
             base,
             token,
             throttled_until: AtomicI64::new(0),
         })
+    }
+
+    /// An API within this process.
+    #[cfg(test)]
+    pub(crate) fn here(base: Url, carrier: Arc<dyn Carrier>) -> Self {
+        Self {
+            wire: Wire::Here(carrier),
+            base,
+            token: None,
+            throttled_until: AtomicI64::new(0),
+        }
     }
 
     /// The configured base URL.
@@ -141,7 +175,29 @@ impl Http {
         if let Some(until) = self.throttled_until(now) {
             return Err(NoAnswer::Throttled(until));
         }
-        let mut request = self.client.request(method.clone(), url);
+        let answer = match &self.wire {
+            Wire::Network(client) => self.over_network(client, method, url, body, now).await?,
+            #[cfg(test)]
+            Wire::Here(carrier) => {
+                let body = body.and_then(|body| serde_json::to_vec(body).ok());
+                carrier.carry(method, url, body.unwrap_or_default()).await?
+            }
+        };
+        if let Some(until) = answer.retry_at {
+            self.throttle(until);
+        }
+        Ok(answer)
+    }
+
+    async fn over_network(
+        &self,
+        client: &Client,
+        method: Method,
+        url: Url,
+        body: Option<&impl serde::Serialize>,
+        now: Millis,
+    ) -> Result<Answer, NoAnswer> {
+        let mut request = client.request(method.clone(), url);
         if let Some(token) = &self.token {
             request = request.bearer_auth(token.expose_secret());
         }
@@ -183,9 +239,6 @@ impl Http {
                 )));
             }
             bytes.extend_from_slice(&chunk);
-        }
-        if let Some(until) = retry_at {
-            self.throttle(until);
         }
         Ok(Answer {
             status,

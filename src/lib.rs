@@ -21,6 +21,8 @@ pub mod handlers;
 pub mod http;
 pub mod journal;
 pub mod messages;
+#[cfg(test)]
+mod model;
 pub mod our_api;
 pub mod poller;
 pub mod rebuild;

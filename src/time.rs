@@ -90,6 +90,10 @@ pub struct Millis(pub i64);
 impl Millis {
     /// This machine's clock, now.
     pub fn now() -> Self {
+        #[cfg(test)]
+        if let Some(now) = crate::model::clock() {
+            return now;
+        }
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();

@@ -14,6 +14,10 @@ mod rebuild;
 mod schema;
 
 use std::path::Path;
+#[cfg(test)]
+use std::pin::Pin;
+#[cfg(test)]
+use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -49,13 +53,23 @@ pub type Result<T> = std::result::Result<T, JournalError>;
 /// How long a database that refuses is left alone.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
-type Operation = Box<dyn FnOnce(&mut Store) + Send>;
+/// What the journal's thread is handed.
+pub(crate) type Operation = Box<dyn FnOnce(&mut Store) + Send>;
 
 /// The journal, to be shared by all that use it. Dropping it waits for the operation under way.
 #[derive(Debug)]
 pub struct Journal {
     operations: Option<mpsc::Sender<Operation>>,
     thread: Option<JoinHandle<()>>,
+    #[cfg(test)]
+    here: Option<Arc<dyn Worker>>,
+}
+
+/// Does the operations in place of the journal's thread, on the thread that asks for them.
+#[cfg(test)]
+pub(crate) trait Worker: std::fmt::Debug + Send + Sync {
+    /// Does one.
+    fn work(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
 /// The database, as seen from the journal's thread.
@@ -81,6 +95,26 @@ impl Store {
             connection: schema::open(path, false)?,
             _lock: None,
         })
+    }
+
+    /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
+    #[cfg(test)]
+    pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
+        connection.set_prepared_statement_cache_capacity(64);
+        connection.pragma_update(None, "foreign_keys", true)?;
+        if new {
+            schema::upgrade(&mut connection, 0)?;
+        }
+        Ok(Self {
+            connection,
+            _lock: None,
+        })
+    }
+
+    /// The database itself, to look at.
+    #[cfg(test)]
+    pub(crate) fn connection(&mut self) -> &mut Connection {
+        &mut self.connection
     }
 
     /// Begins a transaction that writes: at once, since one that begins to write later may find that another process
@@ -109,7 +143,19 @@ impl Journal {
         Ok(Self {
             operations: Some(operations),
             thread: Some(thread),
+            #[cfg(test)]
+            here: None,
         })
+    }
+
+    /// A journal without a thread of its own.
+    #[cfg(test)]
+    pub(crate) fn here(worker: Arc<dyn Worker>) -> Self {
+        Self {
+            operations: None,
+            thread: None,
+            here: Some(worker),
+        }
     }
 
     /// Does one operation, and waits for it.
@@ -122,6 +168,11 @@ impl Journal {
             // Whoever asked may have gone; what was done is done.
             drop(reply.send(operation(store)));
         });
+        #[cfg(test)]
+        if let Some(worker) = &self.here {
+            worker.work(operation).await;
+            return answer.await.map_err(|_| JournalError::Closed)?;
+        }
         self.operations
             .as_ref()
             .and_then(|operations| operations.send(operation).ok())

@@ -178,7 +178,7 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
-fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
+pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
     for (index, migration) in MIGRATIONS.iter().enumerate().skip(from) {
         let transaction = connection.transaction()?;
         transaction.execute_batch(migration)?;

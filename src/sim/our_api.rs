@@ -126,11 +126,14 @@ pub struct Held {
     pub messages: HashMap<Uuid, Vec<Message>>,
 }
 
-#[derive(Default)]
-struct Database {
-    held: Held,
+/// One database and the answers it gives, without a wire.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Database {
+    pub(crate) held: Held,
     by_id: HashMap<Uuid, usize>,
     by_external_id: HashMap<String, usize>,
+    /// How many ids were given in sequence; `None`: they are random.
+    given: Option<u128>,
 }
 
 /// What a body says, or what is wrong with it.
@@ -248,6 +251,47 @@ fn created(place: &str, id: Uuid, body: &impl Serialize) -> Response {
 }
 
 impl Database {
+    /// One that gives its ids in sequence and never again, so that a run can be had again exactly.
+    #[cfg(test)]
+    pub(crate) fn in_sequence() -> Self {
+        Self {
+            given: Some(0),
+            ..Self::default()
+        }
+    }
+
+    /// Loses everything, as by a restart.
+    #[cfg(test)]
+    pub(crate) fn wipe(&mut self) {
+        *self = Self {
+            given: self.given,
+            ..Self::default()
+        };
+    }
+
+    fn id(&mut self) -> Uuid {
+        match &mut self.given {
+            None => Uuid::new_v4(),
+            Some(given) => {
+                *given += 1;
+                Uuid::from_u128(*given)
+            }
+        }
+    }
+
+    /// Answers one request.
+    pub(crate) fn respond(
+        &mut self,
+        method: &str,
+        path: &str,
+        query: &str,
+        body: &[u8],
+        conflict_409: bool,
+    ) -> Response {
+        self.answer(method, path, query, body, conflict_409)
+            .into_response()
+    }
+
     fn answer(
         &mut self,
         method: &str,
@@ -373,7 +417,7 @@ impl Database {
         let agent = Agent {
             name,
             email,
-            agent_id: Uuid::new_v4(),
+            agent_id: self.id(),
         };
         self.held.agents.push(agent.clone());
         Ok(created("agents", agent.agent_id, &agent))
@@ -406,7 +450,7 @@ impl Database {
             started_at,
             ended_at,
             external_id,
-            chat_id: Uuid::new_v4(),
+            chat_id: self.id(),
         };
         self.held.chats.push(chat.clone());
         self.index(self.held.chats.len() - 1);
@@ -453,7 +497,7 @@ impl Database {
             agent_id,
             sent_at,
             text,
-            message_id: Uuid::new_v4(),
+            message_id: self.id(),
         };
         self.held.messages.entry(id).or_default().push(message);
         Ok(reply(StatusCode::OK, &Map::new()))
@@ -672,14 +716,13 @@ async fn answer(State(service): State<Service>, request: Request) -> Response {
     };
     let query = parts.uri.query().unwrap_or_default();
     let path = parts.uri.path();
-    let answer = database.answer(
+    let response = database.respond(
         parts.method.as_str(),
         path,
         query,
         &body,
         options.conflict_409,
     );
-    let response = answer.into_response();
     options.watch.tell(|| {
         let body: Value = serde_json::from_slice(&body).unwrap_or_default();
         Happening::Answered(Answered {

@@ -1,0 +1,444 @@
+//! One life of the daemon, from its start until all has come to rest, with what strikes in it.
+//!
+//! It is the daemon itself that runs, poller, delivery, handlers and all, over a journal in memory and two services in
+//! this process, on one thread and by a clock that jumps to whatever is due next; so that the same strikes at the same
+//! steps always make the same life. A step is one request or one operation of the journal.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::body::to_bytes;
+use reqwest::{Method, StatusCode};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::bigchat::BigChat;
+use super::world::World;
+use crate::daemon;
+use crate::http::{Answer, Carried, Carrier, Http, NoAnswer};
+use crate::journal::{Journal, Operation, Store, Worker};
+use crate::settings::Settings;
+use crate::sim::compare::{Report, Rules, compare, expected};
+use crate::sim::our_api::Database;
+use crate::time::Millis;
+
+/// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
+const WAIT: Duration = Duration::from_secs(25);
+
+/// By when all has come to rest.
+const PATIENCE: Duration = Duration::from_secs(1000);
+
+/// A step that a life takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A question to BigChat.
+    Ask,
+    /// A question to OurAPI.
+    Look,
+    /// A request that changes something in OurAPI.
+    Write,
+    /// An operation of the journal that changes nothing.
+    Read,
+    /// One that does.
+    Keep,
+}
+
+/// What strikes at a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Strike {
+    /// It is not carried out: the request never left.
+    Refused,
+    /// It is not carried out, and answered by 500.
+    Failed,
+    /// It is carried out, and the answer is lost.
+    Lost,
+    /// It is carried out, and the answer comes when all else has come to rest.
+    Late,
+    /// It is carried out when all else has come to rest.
+    Wait,
+    /// OurAPI loses everything before it.
+    Wipe,
+    /// BigChat restarts before it.
+    Restart,
+    /// The daemon is told to stop before it, and started again once it has.
+    Stop,
+}
+
+/// What went wrong, as the property that does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wrong {
+    /// OurAPI holds what BigChat never told, or not so often, or of another conversation.
+    Extra,
+    /// The journal holds for delivered what does not stand in OurAPI.
+    Unfounded,
+    /// It never comes to rest, or OurAPI then holds something else than it should.
+    Different,
+}
+
+/// A life, as it went.
+pub(super) struct Life {
+    pub(super) steps: Vec<(Step, String)>,
+    /// What would have outlasted the daemon if it had died right after a step.
+    pub(super) deaths: Vec<(usize, Arc<World>)>,
+    pub(super) wrong: Vec<(Wrong, String)>,
+}
+
+/// Lets the daemon live over a world. `from`: from which step on its deaths are of interest, if they are.
+pub(super) fn live(
+    world: &World,
+    settings: &Settings,
+    fate: &[(usize, Strike)],
+    from: Option<usize>,
+) -> Life {
+    let stage = Stage(Arc::new(Mutex::new(Inner {
+        store: world.store(),
+        our_api: world.our_api.clone(),
+        bigchat: world.bigchat.clone(),
+        wipes: world.wipes,
+        fate: fate.to_vec(),
+        from,
+        stopping: CancellationToken::new(),
+        life: Life {
+            steps: Vec::new(),
+            deaths: Vec::new(),
+            wrong: Vec::new(),
+        },
+    })));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    let start = world.now.plus(Duration::from_secs(3600));
+    runtime.block_on(async {
+        super::set_clock(Some((start, Instant::now())));
+        tokio::select! {
+            biased;
+            () = stage.come_to_rest() => {}
+            () = stage.run(settings) => {}
+        }
+    });
+    drop(runtime);
+    super::set_clock(None);
+    let mut inner = stage.inner();
+    Life {
+        steps: std::mem::take(&mut inner.life.steps),
+        deaths: std::mem::take(&mut inner.life.deaths),
+        wrong: std::mem::take(&mut inner.life.wrong),
+    }
+}
+
+/// What the daemon runs on.
+#[derive(Clone)]
+struct Stage(Arc<Mutex<Inner>>);
+
+struct Inner {
+    store: Store,
+    our_api: Database,
+    bigchat: BigChat,
+    wipes: usize,
+    fate: Vec<(usize, Strike)>,
+    from: Option<usize>,
+    stopping: CancellationToken,
+    life: Life,
+}
+
+/// The stage, as OurAPI's wire and as BigChat's.
+struct OurApiWire(Stage);
+struct BigChatWire(Stage);
+
+impl fmt::Debug for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stage")
+    }
+}
+
+impl fmt::Debug for OurApiWire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OurApiWire")
+    }
+}
+
+impl fmt::Debug for BigChatWire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BigChatWire")
+    }
+}
+
+impl Stage {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The daemon; started again whenever it has been stopped.
+    async fn run(&self, settings: &Settings) {
+        loop {
+            let stopping = CancellationToken::new();
+            self.inner().stopping = stopping.clone();
+            let context = daemon::begin(
+                settings.clone(),
+                Journal::here(Arc::new(self.clone())),
+                Http::here(
+                    settings.bigchat_url.clone(),
+                    Arc::new(BigChatWire(self.clone())),
+                ),
+                Http::here(
+                    settings.our_api_url.clone(),
+                    Arc::new(OurApiWire(self.clone())),
+                ),
+                stopping.clone(),
+            )
+            .await
+            .expect("the daemon starts");
+            daemon::serve(context).await.expect("the daemon stops well");
+            assert!(stopping.is_cancelled(), "it ends only when it is told to");
+        }
+    }
+
+    /// Waits until all that was told is dealt with, and looks whether it is well.
+    async fn come_to_rest(&self) {
+        let start = Instant::now();
+        loop {
+            sleep(Duration::from_secs(5)).await;
+            let mut inner = self.inner();
+            if inner.is_at_rest() {
+                if inner.bigchat.nudges < inner.wipes {
+                    // What OurAPI has lost is noticed when it is touched.
+                    inner.bigchat.nudges += 1;
+                    continue;
+                }
+                let report = inner.report();
+                if !report.is_clean() {
+                    inner.wrong(Wrong::Different, report.to_string());
+                }
+                return;
+            }
+            if start.elapsed() > PATIENCE {
+                inner.wrong(Wrong::Different, "it does not come to rest".to_owned());
+                return;
+            }
+        }
+    }
+
+    /// Takes the next step: its number, and what strikes at it.
+    fn step(&self, step: Step, what: String) -> (usize, Option<Strike>) {
+        let mut inner = self.inner();
+        let number = inner.life.steps.len();
+        inner.life.steps.push((step, what));
+        let strike = inner
+            .fate
+            .iter()
+            .find(|(at, _)| *at == number)
+            .map(|(_, strike)| *strike);
+        match strike {
+            Some(Strike::Wipe) => {
+                inner.our_api.wipe();
+                inner.wipes += 1;
+            }
+            Some(Strike::Restart) => inner.bigchat.restart(),
+            Some(Strike::Stop) => inner.stopping.cancel(),
+            _ => {}
+        }
+        (number, strike)
+    }
+}
+
+impl Inner {
+    fn is_at_rest(&mut self) -> bool {
+        const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM events WHERE state = 'waiting')
+            AND NOT EXISTS (SELECT 1 FROM pages)
+            AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR claimed_through IS NOT NULL)
+            AND NOT EXISTS (SELECT 1 FROM conversations, delivery WHERE external_id IS NOT NULL AND chat_seen < losses)
+            AND (SELECT window_start IS NULL FROM source)";
+        let connection = self.store.connection();
+        let nothing_left = connection.query_row(NOTHING_LEFT, [], |row| row.get(0));
+        self.bigchat.has_told_all() && nothing_left.expect("an answer")
+    }
+
+    fn report(&self) -> Report {
+        let rules = Rules::default();
+        compare(
+            &expected(&self.bigchat.told(), &rules),
+            &self.our_api.held,
+            &rules,
+        )
+    }
+
+    fn wrong(&mut self, wrong: Wrong, what: String) {
+        self.life.wrong.push((wrong, what));
+    }
+
+    /// What may be lost with the daemon from here on.
+    fn is_durable(&mut self, step: usize) {
+        if self.from.is_none_or(|from| step < from) {
+            return;
+        }
+        let world = World::of(
+            &mut self.store,
+            self.our_api.clone(),
+            self.bigchat.clone(),
+            self.wipes,
+            Millis::now(),
+        );
+        let last = self.life.deaths.last();
+        if last.is_none_or(|(_, last)| **last != world) {
+            self.life.deaths.push((step, Arc::new(world)));
+        }
+    }
+
+    /// After a change of OurAPI.
+    fn was_written(&mut self) {
+        let report = self.report();
+        let wrong = report.agents.iter().any(|agent| agent.contains("twice"))
+            || report.lines.iter().any(|line| {
+                !line.extra.is_empty()
+                    || line
+                        .differences
+                        .iter()
+                        .any(|difference| difference.contains("expected"))
+            });
+        if wrong {
+            self.wrong(Wrong::Extra, report.to_string());
+        }
+    }
+
+    /// After a change of the journal.
+    fn was_kept(&mut self) {
+        let connection = self.store.connection();
+        self.bigchat.arrived(|body| {
+            let is_kept = "SELECT EXISTS (SELECT 1 FROM pages WHERE body = ?1)";
+            connection
+                .query_row(is_kept, [body], |row| row.get(0))
+                .expect("an answer")
+        });
+        if self.wipes > 0 {
+            return;
+        }
+        // In whichever chat: that none stands in another's is what [`Wrong::Extra`] is about.
+        const DELIVERED: &str = "SELECT event_at, data ->> 'message', count(*) FROM events
+             WHERE name = 'MESSAGE' AND state = 'delivered' GROUP BY event_at, data";
+        let mut statement = connection.prepare_cached(DELIVERED).expect("a statement");
+        let mut rows = statement.query([]).expect("rows");
+        while let Some(row) = rows.next().expect("a row") {
+            let at: i64 = row.get(0).expect("a time");
+            let text: String = row.get(1).expect("a text");
+            let count: u32 = row.get(2).expect("a count");
+            let held = self.our_api.held.messages.values().flatten();
+            let held = held
+                .filter(|held| held.sent_at.and_utc().timestamp() == at && held.text == text.trim())
+                .count();
+            if held < count as usize {
+                let what =
+                    format!("{text:?} is delivered {count} times, and stands there {held} times");
+                self.life.wrong.push((Wrong::Unfounded, what));
+            }
+        }
+    }
+}
+
+fn answer(status: StatusCode, body: Vec<u8>) -> Answer {
+    Answer {
+        status,
+        date: None,
+        retry_at: None,
+        body,
+    }
+}
+
+impl Carrier for OurApiWire {
+    fn carry(&self, method: Method, url: Url, body: Vec<u8>) -> Carried {
+        let stage = self.0.clone();
+        let kind = if method == Method::GET {
+            Step::Look
+        } else {
+            Step::Write
+        };
+        let (number, strike) = stage.step(
+            kind,
+            format!("{method} {}", &url[url::Position::BeforePath..]),
+        );
+        Box::pin(async move {
+            match strike {
+                Some(Strike::Refused) => return Err(NoAnswer::NotSent("refused".into())),
+                Some(Strike::Failed) => {
+                    return Ok(answer(StatusCode::INTERNAL_SERVER_ERROR, Vec::new()));
+                }
+                Some(Strike::Wait) => sleep(WAIT).await,
+                _ => {}
+            }
+            let response = {
+                let mut inner = stage.inner();
+                let query = url.query().unwrap_or_default();
+                let response =
+                    inner
+                        .our_api
+                        .respond(method.as_str(), url.path(), query, &body, false);
+                if kind == Step::Write {
+                    inner.was_written();
+                    inner.is_durable(number);
+                }
+                response
+            };
+            match strike {
+                Some(Strike::Lost) => return Err(NoAnswer::Lost("lost".into())),
+                Some(Strike::Late) => sleep(WAIT).await,
+                _ => {}
+            }
+            let status = response.status();
+            let body = to_bytes(response.into_body(), usize::MAX)
+                .await
+                .expect("a whole body");
+            Ok(answer(status, body.into()))
+        })
+    }
+}
+
+impl Carrier for BigChatWire {
+    fn carry(&self, _: Method, url: Url, _: Vec<u8>) -> Carried {
+        let stage = self.0.clone();
+        let (number, strike) = stage.step(Step::Ask, url[url::Position::BeforePath..].to_owned());
+        Box::pin(async move {
+            match strike {
+                Some(Strike::Failed) => {
+                    return Ok(answer(StatusCode::INTERNAL_SERVER_ERROR, Vec::new()));
+                }
+                Some(Strike::Wait) => sleep(WAIT).await,
+                _ => {}
+            }
+            let answer = {
+                let mut inner = stage.inner();
+                let answer = inner.bigchat.answer(&url);
+                if url.path() == "/events" {
+                    inner.is_durable(number);
+                }
+                answer
+            };
+            if strike == Some(Strike::Late) {
+                sleep(WAIT).await;
+            }
+            Ok(answer)
+        })
+    }
+}
+
+impl Worker for Stage {
+    fn work(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        let (number, strike) = self.step(Step::Read, String::new());
+        Box::pin(async move {
+            if strike == Some(Strike::Wait) {
+                sleep(WAIT).await;
+            }
+            let mut inner = self.inner();
+            let before = inner.store.connection().total_changes();
+            operation(&mut inner.store);
+            if inner.store.connection().total_changes() != before {
+                inner.life.steps[number].0 = Step::Keep;
+                inner.was_kept();
+                inner.is_durable(number);
+            }
+        })
+    }
+}

@@ -1,0 +1,440 @@
+//! The delivery protocol, checked exhaustively for small cases: keep, claim, send, settle, with whatever strikes at any
+//! step of it.
+//!
+//! A state is what outlasts the daemon, a [`World`], and what strikes in the life it has from there on (`fate`). In each
+//! state the daemon itself lives that life until all has come to rest (see [`life`]), and everything must be right, on
+//! the way and in the end: so from whatever can be reached, going on without further faults leads to exactly what should
+//! be there. From a state lead: one more strike at any later step of that life, and its end by death after any step that
+//! changed something, from where the next life begins. What should be there is worked out by
+//! [`compare`](crate::sim::compare), which shares no code with the daemon.
+
+mod bigchat;
+mod life;
+mod world;
+
+use std::cell::Cell;
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+use crate::cli::Cli;
+use crate::settings::Settings;
+use crate::time::Millis;
+use bigchat::{Event, Mode, Page, Run, Script, What};
+use life::{Life, Step, Strike, Wrong};
+use world::World;
+
+thread_local! {
+    /// While the daemon lives here: when it started, by this machine's clock and by the one that jumps.
+    static CLOCK: Cell<Option<(Millis, tokio::time::Instant)>> = const { Cell::new(None) };
+}
+
+/// This machine's clock, where it is made up.
+pub(crate) fn clock() -> Option<Millis> {
+    CLOCK.get().map(|(start, at)| start.plus(at.elapsed()))
+}
+
+fn set_clock(clock: Option<(Millis, tokio::time::Instant)>) {
+    CLOCK.set(clock);
+}
+
+/// What happens, and what may strike.
+struct Case {
+    script: Arc<Script>,
+    settings: Settings,
+    /// How many strikes and deaths there may be, one after the other.
+    depth: usize,
+    strikes: &'static [Strike],
+    /// Whether an older copy of the database may be put back when the daemon has died.
+    copies: bool,
+    /// The life lived last: its properties are looked at, and then what leads on from it.
+    last: Mutex<Option<(State, Arc<Life>)>>,
+}
+
+#[derive(Clone)]
+struct State {
+    world: Arc<World>,
+    fate: Vec<(usize, Strike)>,
+    /// How many more strikes and deaths there may be. Those that come later have fewer, so that it tells no states apart.
+    left: usize,
+}
+
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.fate == other.fate && self.world == other.world
+    }
+}
+
+impl Hash for State {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        self.world.hash(hasher);
+        self.fate.hash(hasher);
+    }
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}, and then {:?}", self.world, self.fate)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Action {
+    /// This strikes at that step.
+    Strike(usize, Strike, String),
+    /// The daemon dies right after that step, and starts again; with a copy of the database as it was at another.
+    Die {
+        after: usize,
+        what: String,
+        copy: Option<usize>,
+    },
+}
+
+impl Case {
+    fn new(script: Script, depth: usize, strikes: &'static [Strike]) -> Self {
+        let mut settings = Cli::try_parse_from(["bigchat-sync"])
+            .expect("defaults")
+            .settings;
+        // What failed is due again at once, so that jitter, which is random, makes no difference.
+        (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
+        if script.mode != Mode::Once {
+            settings.since = crate::time::Timestamp::from_unix(bigchat::T0);
+        }
+        Self {
+            script: Arc::new(script),
+            settings,
+            depth,
+            strikes,
+            copies: false,
+            last: Mutex::new(None),
+        }
+    }
+
+    fn life(&self, state: &State) -> Arc<Life> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, life)) = &*last
+            && of == state
+        {
+            return Arc::clone(life);
+        }
+        let next = state.fate.last().map_or(0, |(at, _)| *at);
+        let from = (state.left > 0).then_some(next);
+        let life = Arc::new(life::live(&state.world, &self.settings, &state.fate, from));
+        *last = Some((state.clone(), Arc::clone(&life)));
+        life
+    }
+
+    fn may_strike(&self, step: Step, strike: Strike, state: &State) -> bool {
+        let count = |kind| {
+            state
+                .fate
+                .iter()
+                .filter(|(_, strike)| *strike == kind)
+                .count()
+        };
+        match strike {
+            Strike::Refused | Strike::Lost => step == Step::Write,
+            Strike::Failed => matches!(step, Step::Ask | Step::Look | Step::Write),
+            Strike::Late | Strike::Stop => matches!(step, Step::Ask | Step::Look | Step::Write),
+            Strike::Wait => step != Step::Read,
+            Strike::Wipe => {
+                matches!(step, Step::Look | Step::Write) && state.world.wipes + count(strike) == 0
+            }
+            Strike::Restart => {
+                step == Step::Ask && state.world.bigchat.can_restart() && count(strike) == 0
+            }
+        }
+    }
+
+    fn holds(&self, state: &State, what: Wrong) -> bool {
+        self.life(state)
+            .wrong
+            .iter()
+            .all(|(wrong, _)| *wrong != what)
+    }
+
+    /// Checks all that can be reached, and shows what is wrong, if anything is.
+    fn check(self, name: &str) {
+        let start = Instant::now();
+        let checker = self
+            .checker()
+            .finish_when(HasDiscoveries::Any)
+            .spawn_bfs()
+            .join();
+        println!(
+            "{name}: {} states, {} transitions, {:.1?}",
+            checker.unique_state_count(),
+            checker.state_count(),
+            start.elapsed()
+        );
+        for (property, path) in checker.discoveries() {
+            let (state, actions) = (path.last_state().clone(), path.into_actions());
+            let life = checker.model().life(&state);
+            let steps: Vec<String> = life
+                .steps
+                .iter()
+                .enumerate()
+                .map(|(number, (step, what))| format!("{number} {step:?} {what}"))
+                .collect();
+            let (_, wrong) = &life.wrong[0];
+            panic!(
+                "not {property:?} after {actions:?}:\n{wrong}\nfrom\n{state:?}\nby\n{}",
+                steps.join("\n")
+            );
+        }
+    }
+}
+
+impl Model for Case {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State {
+            world: Arc::new(World::new(Arc::clone(&self.script))),
+            fate: Vec::new(),
+            left: self.depth,
+        }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        if state.left == 0 {
+            return;
+        }
+        let life = self.life(state);
+        let next = state.fate.last().map_or(0, |(at, _)| at + 1);
+        for (at, (step, what)) in life.steps.iter().enumerate().skip(next) {
+            for strike in self.strikes {
+                if self.may_strike(*step, *strike, state) {
+                    actions.push(Action::Strike(at, *strike, what.clone()));
+                }
+            }
+        }
+        for (number, (after, _)) in life.deaths.iter().enumerate() {
+            let what = &life.steps[*after].1;
+            let copies = if self.copies { 0..number } else { 0..0 };
+            for copy in std::iter::once(None).chain(copies.map(Some)) {
+                actions.push(Action::Die {
+                    after: *after,
+                    what: what.clone(),
+                    copy,
+                });
+            }
+        }
+    }
+
+    fn next_state(&self, state: &State, action: Action) -> Option<State> {
+        let left = state.left.checked_sub(1)?;
+        match action {
+            Action::Strike(at, strike, _) => {
+                let mut fate = state.fate.clone();
+                fate.push((at, strike));
+                Some(State {
+                    world: Arc::clone(&state.world),
+                    fate,
+                    left,
+                })
+            }
+            Action::Die { after, copy, .. } => {
+                let life = self.life(state);
+                let (_, world) = life.deaths.iter().find(|(step, _)| *step == after)?;
+                let world = match copy {
+                    None => Arc::clone(world),
+                    Some(copy) => Arc::new(world.with_journal_of(&life.deaths[copy].1)),
+                };
+                Some(State {
+                    world,
+                    fate: Vec::new(),
+                    left,
+                })
+            }
+        }
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("nothing is doubled or mixed", |case, state| {
+                case.holds(state, Wrong::Extra)
+            }),
+            Property::always("what is delivered stands there", |case, state| {
+                case.holds(state, Wrong::Unfounded)
+            }),
+            Property::always("in the end all is there", |case, state| {
+                case.holds(state, Wrong::Different)
+            }),
+        ]
+    }
+}
+
+/// How deep to go, unless it is said otherwise.
+fn depth(usual: usize) -> usize {
+    let depth = std::env::var("BIGCHAT_SYNC_TEST_DEPTH");
+    depth.map_or(usual, |depth| depth.parse().expect("a number"))
+}
+
+/// Single faults.
+const FAULTS: &[Strike] = &[Strike::Refused, Strike::Failed, Strike::Lost];
+
+/// The same, and others going first.
+const ORDERS: &[Strike] = &[
+    Strike::Refused,
+    Strike::Failed,
+    Strike::Lost,
+    Strike::Late,
+    Strike::Wait,
+    Strike::Stop,
+];
+
+fn page(events: impl IntoIterator<Item = Event>) -> Page {
+    Page {
+        events: events.into_iter().collect(),
+        more: false,
+    }
+}
+
+fn start(conversation: i64, at: i64) -> Event {
+    (conversation, at, What::Start)
+}
+
+fn end(conversation: i64, at: i64) -> Event {
+    (conversation, at, What::End)
+}
+
+fn message(conversation: i64, at: i64, text: &str) -> Event {
+    (conversation, at, What::Message(text.to_owned()))
+}
+
+fn transfer(conversation: i64, at: i64, advisor: i64) -> Event {
+    (conversation, at, What::Transfer(advisor))
+}
+
+fn run(conversations: &[(i64, i64)], pages: Vec<Page>) -> Run {
+    Run {
+        conversations: conversations.to_vec(),
+        pages,
+    }
+}
+
+fn script(mode: Mode, runs: impl IntoIterator<Item = Run>) -> Script {
+    Script {
+        mode,
+        runs: runs.into_iter().collect(),
+    }
+}
+
+#[test]
+fn equal_messages_in_one_second() {
+    let twins = [
+        start(2, 3),
+        message(2, 4, "hello"),
+        message(2, 4, " hello "),
+    ];
+    let pages = vec![page(twins), page([message(2, 4, "hello again")])];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    Case::new(script, depth(2), FAULTS).check("equal messages");
+}
+
+#[test]
+fn changes_of_a_chat_among_messages() {
+    let first = [start(2, 3), message(2, 4, "one"), transfer(2, 5, 3)];
+    let second = [
+        transfer(2, 4, 4),
+        end(2, 6),
+        message(2, 7, "two"),
+        end(2, 5),
+    ];
+    let script = script(
+        Mode::Once,
+        [run(&[(0, 1), (3, 2)], vec![page(first), page(second)])],
+    );
+    Case::new(script, depth(2), FAULTS).check("changes");
+}
+
+#[test]
+fn two_conversations_of_one_advisor() {
+    let pages = vec![page([
+        start(2, 3),
+        start(3, 4),
+        message(2, 5, "one"),
+        message(3, 5, "two"),
+    ])];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2), (4, 2)], pages)]);
+    let mut case = Case::new(script, depth(2), ORDERS);
+    case.settings.our_api_concurrency = 2;
+    case.check("two conversations");
+}
+
+#[test]
+fn a_message_is_the_first_thing_heard() {
+    let pages = vec![
+        page([message(1, 4, "hello")]),
+        page([message(2, 5, "too"), start(2, 6)]),
+    ];
+    let script = script(Mode::Once, [run(&[(0, 1), (6, 2)], pages)]);
+    Case::new(script, depth(2), ORDERS).check("first a message");
+}
+
+#[test]
+fn bigchat_restarts() {
+    let before = vec![
+        page([start(2, 3), message(2, 4, "before")]),
+        page([message(1, 12, "and")]),
+    ];
+    let after = vec![
+        page([message(1, 4, "after")]),
+        page([start(2, 12), message(2, 13, "too")]),
+    ];
+    let script = script(
+        Mode::Once,
+        [
+            run(&[(0, 1), (3, 2)], before),
+            run(&[(0, 1), (12, 3)], after),
+        ],
+    );
+    Case::new(
+        script,
+        depth(2),
+        &[Strike::Restart, Strike::Failed, Strike::Lost],
+    )
+    .check("BigChat restarts");
+}
+
+#[test]
+fn our_api_loses_everything() {
+    let pages = vec![
+        page([
+            start(2, 3),
+            message(2, 4, "one"),
+            message(2, 4, "one"),
+            end(2, 5),
+        ]),
+        page([message(1, 14, "two")]),
+    ];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 1)], pages)]);
+    Case::new(
+        script,
+        depth(2),
+        &[Strike::Wipe, Strike::Failed, Strike::Lost],
+    )
+    .check("OurAPI loses all");
+}
+
+#[test]
+fn an_older_copy_of_the_database() {
+    let pages = vec![
+        page([
+            start(2, 3),
+            message(2, 4, "one"),
+            message(2, 4, "one"),
+            transfer(2, 5, 3),
+        ]),
+        page([message(2, 4, "one"), message(1, 12, "two"), end(2, 13)]),
+    ];
+    let script = script(Mode::Log(2), [run(&[(0, 1), (3, 2)], pages)]);
+    let mut case = Case::new(script, depth(2), FAULTS);
+    case.copies = true;
+    case.check("an older copy");
+}
