@@ -91,6 +91,8 @@ pub(super) struct BigChat {
     told: Vec<Told>,
     /// A page that is on its way: its body, and what it tells.
     on_its_way: Option<(String, Vec<Told>)>,
+    /// How often a log was asked for from its beginning since all there is stood in it.
+    asked: usize,
 }
 
 impl BigChat {
@@ -102,6 +104,7 @@ impl BigChat {
             nudges: 0,
             told: Vec::new(),
             on_its_way: None,
+            asked: 0,
         }
     }
 
@@ -125,7 +128,8 @@ impl BigChat {
 
     /// Whether it has told all there is.
     pub(super) fn has_told_all(&self) -> bool {
-        self.pages == self.all_pages() && self.on_its_way.is_none()
+        let asked = self.script.mode == Mode::Once || self.asked >= 2;
+        self.pages == self.all_pages() && self.on_its_way.is_none() && asked
     }
 
     /// Whether it can begin another run.
@@ -143,6 +147,7 @@ impl BigChat {
     /// Whoever asked has died: what was on its way is gone.
     pub(super) fn forsaken(&mut self) {
         self.on_its_way = None;
+        self.asked = 0;
     }
 
     /// What is on its way is kept, if `kept` says so of its body.
@@ -164,6 +169,18 @@ impl BigChat {
             ..told.clone()
         });
         told.collect()
+    }
+
+    /// Time goes on with each poll: what happens meanwhile stands in the log, whatever becomes of the request.
+    pub(super) fn is_asked(&mut self, url: &Url) {
+        if self.script.mode == Mode::Once || url.path() != "/events" || page_of(url) > 0 {
+        } else if self.pages < self.all_pages() {
+            self.told.extend(self.in_full(self.pages));
+            self.pages += 1;
+            self.asked = 0;
+        } else {
+            self.asked += 1;
+        }
     }
 
     /// Answers one request.
@@ -272,13 +289,7 @@ impl BigChat {
     }
 
     fn events(&mut self, url: &Url) -> Value {
-        let given = |name: &str| {
-            let mut pairs = url.query_pairs();
-            pairs.find_map(|(key, value)| (key == name).then(|| value.into_owned()))
-        };
-        let page = given("page")
-            .and_then(|page| page.parse().ok())
-            .unwrap_or(0_usize);
+        let page = page_of(url);
         let (events, more) = match self.script.mode {
             Mode::Once if self.pages < self.all_pages() => {
                 let number = self.pages;
@@ -287,12 +298,8 @@ impl BigChat {
             }
             Mode::Once => (Vec::new(), false),
             Mode::Log(size) => {
-                if page == 0 && self.pages < self.all_pages() {
-                    self.told.extend(self.in_full(self.pages));
-                    self.pages += 1;
-                }
                 let time = |name| {
-                    given(name)
+                    given(url, name)
                         .and_then(|at| Timestamp::parse(&at))
                         .map(Timestamp::unix)
                 };
@@ -344,4 +351,14 @@ impl BigChat {
         let start = json!({ "conversation_id": id, "event_name": "START", "event_at": started_at, "data": null });
         Some(json!({ "conversation_id": id, "advisor_id": advisor, "events": [start] }))
     }
+}
+
+fn given(url: &Url, name: &str) -> Option<String> {
+    let mut pairs = url.query_pairs();
+    pairs.find_map(|(key, value)| (key == name).then(|| value.into_owned()))
+}
+
+fn page_of(url: &Url) -> usize {
+    let page = given(url, "page");
+    page.and_then(|page| page.parse().ok()).unwrap_or(0)
 }

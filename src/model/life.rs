@@ -17,7 +17,7 @@ use url::Url;
 
 use super::bigchat::BigChat;
 use super::world::World;
-use crate::daemon;
+use crate::daemon::{self, DaemonError};
 use crate::http::{Answer, Carried, Carrier, Http, NoAnswer};
 use crate::journal::{Journal, Operation, Store, Worker};
 use crate::settings::Settings;
@@ -26,10 +26,10 @@ use crate::sim::our_api::Database;
 use crate::time::Millis;
 
 /// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
-const WAIT: Duration = Duration::from_secs(25);
+const WAIT: Duration = Duration::from_millis(2500);
 
 /// By when all has come to rest.
-const PATIENCE: Duration = Duration::from_secs(1000);
+const PATIENCE: Duration = Duration::from_secs(100);
 
 /// A step that a life takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,7 +193,11 @@ impl Stage {
             )
             .await
             .expect("the daemon starts");
-            daemon::serve(context).await.expect("the daemon stops well");
+            match daemon::serve(context).await {
+                // A page that waited for the disk when the daemon had to end.
+                Ok(()) | Err(DaemonError::Unkept(_)) => self.inner().bigchat.forsaken(),
+                Err(error) => panic!("the daemon stops well: {error}"),
+            }
             assert!(stopping.is_cancelled(), "it ends only when it is told to");
         }
     }
@@ -202,7 +206,7 @@ impl Stage {
     async fn come_to_rest(&self) {
         let start = Instant::now();
         loop {
-            sleep(Duration::from_secs(5)).await;
+            sleep(Duration::from_millis(500)).await;
             let mut inner = self.inner();
             if inner.is_at_rest() {
                 if inner.bigchat.nudges < inner.wipes {
@@ -400,6 +404,7 @@ impl Carrier for BigChatWire {
     fn carry(&self, _: Method, url: Url, _: Vec<u8>) -> Carried {
         let stage = self.0.clone();
         let (number, strike) = stage.step(Step::Ask, url[url::Position::BeforePath..].to_owned());
+        stage.inner().bigchat.is_asked(&url);
         Box::pin(async move {
             match strike {
                 Some(Strike::Failed) => {
