@@ -180,24 +180,31 @@ impl Poller {
             now
         });
         self.started_at.get_or_insert(now);
-        // What an earlier poll kept and could not admit: the daemon was stopped, or the journal refused.
-        let mut left = Pages::load(&self.context).await?;
-        if !left.kept.is_empty() {
-            self.clear_up(&mut left).await?;
-            self.admit(left).await?;
+        // What was kept and not admitted before: the daemon was stopped, or the journal refused. A poll that goes on
+        // goes on with its earlier pages, by which equal messages on the next ones are told apart.
+        let mut pages = Pages::load(&self.context).await?;
+        if pages.are_new() {
+            self.clear_up(&mut pages).await?;
+            self.admit(&mut pages).await?;
+        }
+        if self.context.stopping.is_cancelled() {
+            return Ok(Polled::Incomplete);
         }
         let (window, next, rereading) = self.window(now).await?;
-        let mut pages = Pages::default();
+        if next.is_none() || pages.are_many() {
+            pages.forget(&self.context).await?;
+        }
+        let next = next.unwrap_or_else(|| window_query(window.start, window.end));
         let read = self.read(&mut pages, window, next).await;
         if self.context.stopping.is_cancelled() {
             // What was kept is admitted at the next start.
             return Ok(Polled::Incomplete);
         }
         // A BigChat that tells nothing at all tells nothing of a restart either.
-        let new = if pages.kept.is_empty() && read.is_err() {
+        let new = if !pages.are_new() && read.is_err() {
             0
         } else {
-            self.admit(pages).await?
+            self.admit(&mut pages).await?
         };
         let (polled, cursor) = match read? {
             Ended::Complete if window.catching_up => (Polled::More, None),
@@ -231,7 +238,7 @@ impl Poller {
 
     /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
     /// bring nothing new.
-    async fn window(&mut self, now: Timestamp) -> Result<(Window, String, u32), PollError> {
+    async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
         let settings = &self.context.settings;
         let source = self.context.journal.with(|store| store.source()).await?;
         if let Some(((start, end), Some(next))) = source.poll {
@@ -240,7 +247,7 @@ impl Poller {
                 end,
                 catching_up: end < now,
             };
-            return Ok((window, next, source.rereading));
+            return Ok((window, Some(next), source.rereading));
         }
         let cursor = match source.cursor {
             Some(cursor) => cursor,
@@ -258,8 +265,7 @@ impl Poller {
                 .await?;
         }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
-        let first = window_query(window.start, window.end);
-        Ok((window, first, source.rereading))
+        Ok((window, None, source.rereading))
     }
 
     /// Asks for the pages of the window, one after the other, each kept before the next.
@@ -441,16 +447,15 @@ impl Poller {
 
     /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
     /// Returns how many were new. Where it is unclear how many there are, the pages stay kept until it is known.
-    async fn admit(&mut self, pages: Pages) -> Result<usize, PollError> {
-        self.look_for_restart(&pages).await?;
-        let Pages { kept, tally, .. } = pages;
-        if kept.is_empty() || tally.unclear().is_some() {
+    async fn admit(&mut self, pages: &mut Pages) -> Result<usize, PollError> {
+        self.look_for_restart(pages).await?;
+        if pages.kept.is_empty() || pages.tally.unclear().is_some() {
             return Ok(0);
         }
-        let tally = Arc::new(tally);
+        let tally = Arc::new(std::mem::take(&mut pages.tally));
         let mut new = 0;
-        for page in kept.into_iter().filter(|page| !page.admitted) {
-            let tally = Arc::clone(&tally);
+        for kept in pages.kept.iter_mut().filter(|page| !page.admitted) {
+            let (page, tally) = (kept.clone(), Arc::clone(&tally));
             let before_start = self
                 .started_at
                 .is_none_or(|started_at| page.window_start < started_at);
@@ -467,6 +472,7 @@ impl Poller {
                     Ok((admitted, page.query))
                 })
                 .await?;
+            kept.admitted = true;
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,
@@ -479,10 +485,7 @@ impl Poller {
             }
             new += admitted.new;
         }
-        self.context
-            .journal
-            .with(|store| store.forget_pages())
-            .await?;
+        pages.tally = Arc::into_inner(tally).unwrap_or_default();
         Ok(new)
     }
 
@@ -512,7 +515,7 @@ impl Poller {
                 return Ok(());
             }
         }
-        if seen != Seen::Unanswered || pages.kept.is_empty() {
+        if seen != Seen::Unanswered || !pages.are_new() {
             self.unanswered = 0;
             return Ok(());
         }
@@ -590,6 +593,26 @@ impl Pages {
             pages.add(context, page).await?;
         }
         Ok(pages)
+    }
+
+    /// Lets go of them: what comes next is not told apart by them.
+    async fn forget(&mut self, context: &Context) -> Result<(), JournalError> {
+        if !self.kept.is_empty() {
+            context.journal.with(|store| store.forget_pages()).await?;
+            *self = Self::default();
+        }
+        Ok(())
+    }
+
+    /// Whether there are any that are not admitted yet.
+    fn are_new(&self) -> bool {
+        self.kept.iter().any(|page| !page.admitted)
+    }
+
+    /// Whether they are as many as one poll asks for, and too many to be held in memory for longer.
+    fn are_many(&self) -> bool {
+        let bytes: usize = self.kept.iter().map(|page| page.body.len()).sum();
+        self.kept.len() >= MAX_PAGES || bytes > MAX_BYTES
     }
 
     async fn add(&mut self, context: &Context, page: KeptPage) -> Result<(), JournalError> {

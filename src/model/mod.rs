@@ -356,6 +356,18 @@ fn equal_messages_in_one_second() {
 }
 
 #[test]
+fn equal_messages_on_two_pages() {
+    let first = Page {
+        more: true,
+        ..page([start(2, 3), message(2, 4, "hello")])
+    };
+    let second = page([message(2, 4, "hello"), message(2, 5, "again")]);
+    let pages = vec![first, second, page([message(2, 6, "bye")])];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    Case::new(script, depth(2), FAULTS).check("equal messages on two pages");
+}
+
+#[test]
 fn changes_of_a_chat_among_messages() {
     let first = [start(2, 3), message(2, 4, "one"), transfer(2, 5, 3)];
     let second = [
