@@ -10,6 +10,8 @@ mod claims;
 mod failed;
 mod knowledge;
 mod pages;
+#[cfg(test)]
+mod property;
 mod rebuild;
 mod schema;
 
