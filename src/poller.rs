@@ -59,6 +59,8 @@ pub struct Poller {
     page_failures: u32,
     /// In how many polls it could not be told whether BigChat has restarted.
     unanswered: u32,
+    /// In how many polls it could not be told which run of BigChat told a page.
+    undecided: u32,
 }
 
 /// What a poll came to.
@@ -95,6 +97,7 @@ impl Poller {
             storage_refuses: false,
             page_failures: 0,
             unanswered: 0,
+            undecided: 0,
         }
     }
 
@@ -455,6 +458,7 @@ impl Poller {
         let tally = Arc::new(std::mem::take(&mut pages.tally));
         let mut new = 0;
         for kept in pages.kept.iter_mut().filter(|page| !page.admitted) {
+            let epoch = self.run_of(kept).await?;
             let (page, tally) = (kept.clone(), Arc::clone(&tally));
             let before_start = self
                 .started_at
@@ -464,7 +468,7 @@ impl Poller {
                 .context
                 .journal
                 .with(move |store| {
-                    let admitted = store.admit(&page, &tally, Millis::now())?;
+                    let admitted = store.admit(&page, epoch, &tally, Millis::now())?;
                     if let Some(mark) = look_up_through {
                         // Before anybody can take these events on.
                         mark.fetch_max(admitted.last_event, Ordering::Relaxed);
@@ -487,6 +491,25 @@ impl Poller {
         }
         pages.tally = Arc::into_inner(tally).unwrap_or_default();
         Ok(new)
+    }
+
+    /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
+    /// while.
+    async fn run_of(&mut self, page: &KeptPage) -> Result<i64, PollError> {
+        if let Some(epoch) = restart::run_of(&self.context, page).await? {
+            self.undecided = 0;
+            return Ok(epoch);
+        }
+        self.undecided += 1;
+        if self.undecided < UNANSWERED {
+            return Err(PollError::Unanswered);
+        }
+        let served_at = page.served_at;
+        let by_time = self
+            .context
+            .journal
+            .with(move |store| store.epoch_at(served_at));
+        Ok(by_time.await?.0)
     }
 
     /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat

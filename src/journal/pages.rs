@@ -195,13 +195,30 @@ impl Store {
         })
     }
 
+    /// Which run of BigChat told a page that was served then, and whether that is certain: where it is not, it may be
+    /// the run before.
+    pub fn epoch_at(&mut self, served_at: Timestamp) -> Result<(i64, bool)> {
+        let (epoch, began_at): (i64, i64) = self
+            .connection
+            .prepare_cached(
+                "SELECT id, began_at FROM epochs WHERE began_at <= ?1 OR id = 1 ORDER BY id DESC LIMIT 1",
+            )?
+            .query_row([served_at.plus(DATE_LAG).unix()], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })?;
+        Ok((epoch, epoch == 1 || began_at < served_at.unix()))
+    }
+
     /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
     /// as the journal does not hold as many as `tally` says were told. From then on they are due.
-    pub fn admit(&mut self, page: &KeptPage, tally: &Tally, now: Millis) -> Result<Admitted> {
+    pub fn admit(
+        &mut self,
+        page: &KeptPage,
+        epoch: i64,
+        tally: &Tally,
+        now: Millis,
+    ) -> Result<Admitted> {
         let transaction = self.begin()?;
-        let epoch: i64 = transaction
-            .prepare_cached("SELECT max(id) FROM epochs WHERE began_at <= ?1 OR id = 1")?
-            .query_row([page.served_at.plus(DATE_LAG).unix()], |row| row.get(0))?;
         let mut admitted = Admitted::default();
         for raw in page_events(&page.body) {
             match Event::parse(raw) {

@@ -470,7 +470,7 @@ impl Pair {
         let mut tally = Tally::default();
         tally.page(&keys, |_| 0);
         self.store
-            .admit(&kept, &tally, self.now())
+            .admit(&kept, 1, &tally, self.now())
             .expect("it is admitted");
         self.store.end_poll(None, 0).expect("the poll ends");
         self.plain.tell(conversation, text, count);

@@ -4,9 +4,13 @@
 //! conversation with another start time tells a restart; a 404 or an error tells nothing. Conversation 1 exists from
 //! BigChat's start on and so is the best one to ask for, known or not.
 
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+
 use crate::bigchat::{BigChatError, Details};
 use crate::context::Context;
-use crate::journal::{JournalError, Marker};
+use crate::event::{Event, Kind};
+use crate::journal::{JournalError, KeptPage, Marker, Store};
 use crate::time::Timestamp;
 
 /// How many conversations are asked for, if those before are not known any more.
@@ -14,6 +18,9 @@ const MARKERS: u32 = 3;
 
 /// How often an answer that tells nothing is asked for again: about one call in twenty fails at BigChat.
 const TRIES: u32 = 3;
+
+/// How many conversations of a page are asked for, to tell which run told of them.
+const WITNESSES: usize = 5;
 
 /// What the look for a restart showed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +101,39 @@ pub async fn begin(
         tracing::warn!(epoch, %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
     }
     Ok(())
+}
+
+/// Which run of BigChat told a page. Where it was served about when BigChat restarted its time does not say: then it was
+/// the run before if it tells of a conversation that the present one does not know, or dates otherwise. `None`: BigChat
+/// gives no answer to that.
+pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, JournalError> {
+    let served_at = page.served_at;
+    let by_time = move |store: &mut Store| store.epoch_at(served_at);
+    let (epoch, certain) = context.journal.with(by_time).await?;
+    if certain {
+        return Ok(Some(epoch));
+    }
+    let events = page.events();
+    // The present run has given out few ids, and those are the lowest.
+    let ids: BTreeSet<_> = events
+        .iter()
+        .map(|event| Reverse(event.conversation))
+        .collect();
+    for Reverse(id) in ids.into_iter().take(WITNESSES) {
+        let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
+        let told = events.iter().find(is_start).map(|event| event.at);
+        match details(context, id).await.0 {
+            Err(BigChatError::NotFound(_)) if context.tells_events() => return Ok(Some(epoch - 1)),
+            Err(BigChatError::NotFound(_)) => {}
+            Err(_) => return Ok(None),
+            Ok(Details { started_at, .. }) => match told.zip(started_at) {
+                Some((told, started_at)) if told != started_at => return Ok(Some(epoch - 1)),
+                Some(_) => break,
+                None => {}
+            },
+        }
+    }
+    Ok(Some(epoch))
 }
 
 /// Asks for the first conversation of a run, which tells it from the next better than any other. A BigChat that knows

@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use bigchat_sync::sim::bigchat::Options;
+use bigchat_sync::sim::bigchat::{NextPage, Options};
 use bigchat_sync::sim::faults::{Fault, RetryAfter, When};
 use bigchat_sync::sim::our_api;
 use serde_json::json;
 
-use crate::daemon::{agrees, more_told, scripted, seconds, sim};
+use crate::daemon::{agrees, message, more_told, scripted, seconds, sim};
 use crate::harness::until;
 
 fn quiet() -> Options {
@@ -58,6 +58,37 @@ async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
     assert!(report.is_clean(), "{report}");
     assert_eq!(report.fallbacks(), 0);
     assert_eq!(sim.our_api.chats().len(), 2);
+}
+
+#[tokio::test]
+async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
+    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    // The first page is told as ever; before the second one BigChat restarts.
+    let faults = &sim.bigchat.faults;
+    let as_ever = Fault::Hang(Duration::ZERO);
+    faults.hold(true);
+    faults.script("GET /events", When::Before, as_ever, 1);
+    faults.script("GET /events", When::Before, Fault::Pause, 1);
+    let now = seconds(&sim);
+    sim.bigchat.open(2, now - 100, 1);
+    sim.bigchat.open(3, now - 100, 2);
+    let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
+    let next = NextPage::Usual;
+    sim.bigchat.push_page(of_before, next);
+    faults.hold(false);
+    until("half a poll", async || faults.paused() == 1).await;
+    sim.bigchat.restart();
+    let now = seconds(&sim);
+    // The ids of the new run are given out anew, so far up to 2.
+    sim.bigchat.open(2, now, 1);
+    let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+    sim.bigchat.push_page(of_after, NextPage::None);
+    faults.go_on();
+    agrees(&sim, &bench).await;
+    assert_eq!(sim.our_api.chats().len(), 4);
+    daemon.stop().await;
 }
 
 #[tokio::test]
