@@ -83,6 +83,32 @@ pub fn look_up(
     result
 }
 
+/// Which delivered messages do not stand there any more. One that another of the same second accounts for may have been
+/// changed by OurAPI: to send it again would double it.
+pub fn lost(
+    held: impl IntoIterator<Item = MessageKey>,
+    journal: &[(i64, MessageKey, Standing)],
+) -> Vec<i64> {
+    let LookUp {
+        mut lost, beyond, ..
+    } = look_up(held, journal);
+    let mut changed: HashMap<Timestamp, u32> = HashMap::new();
+    for ((sent_at, _), count) in beyond {
+        *changed.entry(sent_at).or_default() += count;
+    }
+    lost.retain(|lost| {
+        let sent_at = journal.iter().find(|(id, ..)| id == lost);
+        match sent_at.and_then(|(_, (sent_at, _), _)| changed.get_mut(sent_at)) {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                false
+            }
+            _ => true,
+        }
+    });
+    lost
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -119,6 +145,21 @@ mod tests {
         assert_eq!((with(2).there, with(2).missing), (vec![2], vec![3]));
         assert_eq!((with(3).there, with(3).missing), (vec![2, 3], vec![]));
         assert_eq!(with(5).beyond, HashMap::from([(k("hi"), 2)]));
+    }
+
+    #[test]
+    fn what_our_api_has_changed_is_not_lost() {
+        let journal = [
+            (1, k("hi"), Standing::Delivered),
+            (2, k("ho"), Standing::Delivered),
+            (3, k("hu"), Standing::MayBeThere),
+        ];
+        assert_eq!(lost([], &journal), [1, 2]);
+        assert_eq!(lost([k("hi")], &journal), [2]);
+        assert!(lost([k("hi"), k("HO!")], &journal).is_empty());
+        assert_eq!(lost([k("HI!")], &journal), [2]);
+        let another = key(Timestamp::clamped(2), "HI!");
+        assert_eq!(lost([another], &journal), [1, 2]);
     }
 
     proptest! {

@@ -1,8 +1,10 @@
-//! Comparing a chat with the journal, as `bigchat-sync rebuild` asks for: what is missing in OurAPI is built again.
+//! Comparing a chat with the journal, since OurAPI has lost something or `bigchat-sync rebuild` asks for it: what is missing
+//! is built again.
 
 use super::Handled;
 use crate::context::Context;
 use crate::conversation::{ChatFound, Conversation, Finding};
+use crate::journal::Store;
 use crate::messages::{self, MessageKey};
 use crate::our_api;
 use crate::resolve::agent;
@@ -36,44 +38,39 @@ pub(super) async fn look(
     })
 }
 
-/// Brings a chat to what the journal says. Messages that are missing wait again, to be delivered like any others.
+/// Brings a chat to what the journal says. If `again`, messages that are missing wait again, to be delivered like any
+/// others.
 pub(super) async fn put_right(
     context: &Context,
     handled: &mut Handled,
-    rebuild: i64,
+    again: bool,
 ) -> Result<Finding, Setback> {
     let before = handled.conversation.clone();
     let delivered = count_lost(context, &before, Vec::new()).await?;
-    chat::verify(context, &mut handled.conversation, true).await?;
-    let there = handled.conversation.chat.id == before.chat.id;
-    if there {
-        agent::forget_if_lost(context, rebuild, handled.conversation.chat.agent).await?;
-    }
+    chat::verify(context, &mut handled.conversation, again).await?;
     let writes = handled.writes;
     match handled.change_chat(context, &[], Agent::Anew, None).await {
         // What is not to be changed stays as it is, and says so when an event asks for it.
         Err(setback) if setback.is_refusal() => {}
         changed => changed?,
     }
-    let Some(chat) = before.chat.id.filter(|_| there) else {
-        return Ok(Finding {
-            chat: ChatFound::Missing,
-            messages: delivered,
-        });
+    let there = handled.conversation.chat.id == before.chat.id;
+    let messages = match before.chat.id.filter(|_| there) {
+        None => delivered,
+        Some(chat) if again && delivered > 0 => {
+            let (id, held) = (before.id, held(context, chat).await?);
+            let again = move |store: &mut Store| store.deliver_lost_again(id, held);
+            clamped(context.journal.with(again).await?)
+        }
+        Some(_) => 0,
     };
-    let held = held(context, chat).await?;
-    let id = before.id;
-    let lost = context
-        .journal
-        .with(move |store| store.deliver_lost_again(id, held))
-        .await?;
     Ok(Finding {
-        chat: if handled.writes == writes {
-            ChatFound::There
-        } else {
-            ChatFound::Differs
+        chat: match there {
+            false => ChatFound::Missing,
+            true if handled.writes == writes => ChatFound::There,
+            true => ChatFound::Differs,
         },
-        messages: clamped(lost),
+        messages,
     })
 }
 

@@ -12,6 +12,7 @@ mod transfer;
 use crate::context::Context;
 use crate::conversation::{Check, Conversation, Finding, Waiting, Work};
 use crate::event::What;
+use crate::resolve::agent;
 use crate::resolve::chat::{self, Agent};
 use crate::setback::Setback;
 use crate::time::Timestamp;
@@ -77,11 +78,16 @@ impl Handled {
         let found = if check.dry_run {
             check::look(context, &self.conversation, check.rebuild).await
         } else {
-            check::put_right(context, self, check.rebuild).await
+            self.rebuild(context, check.rebuild).await
         };
         let finding = found.map_err(Stopped::at(None))?;
         self.finding = Some((check, finding));
         Ok(())
+    }
+
+    async fn rebuild(&mut self, context: &Context, rebuild: i64) -> Result<Finding, Setback> {
+        agent::forget_if_lost(context, rebuild, self.conversation.chat.agent).await?;
+        check::put_right(context, self, true).await
     }
 
     async fn run(&mut self, context: &Context, events: &[Waiting]) -> Result<(), Stopped> {
@@ -92,16 +98,12 @@ impl Handled {
         let chat = &self.conversation.chat;
         if chat.seen < context.losses() && (chat.id.is_some() || events.is_empty()) {
             let (losses, before) = (context.losses(), chat.id);
-            chat::verify(context, &mut self.conversation, context.settings.rebuild)
+            let finding = check::put_right(context, self, context.settings.rebuild)
                 .await
                 .map_err(Stopped::at(events.first()))?;
-            match self.change_chat(context, &[], Agent::Anew, earliest).await {
-                Err(setback) if !setback.is_refusal() => {
-                    return Err(Stopped::at(events.first())(setback));
-                }
-                _ => self.conversation.chat.seen = losses,
-            }
-            if before.is_some() && self.conversation.chat.id != before {
+            self.conversation.chat.seen = losses;
+            let replaced = before.is_some() && self.conversation.chat.id != before;
+            if replaced || finding.messages > 0 {
                 // Its history waits again and comes first, in order of arrival.
                 return self.all_changes(context, &changes, earliest).await;
             }

@@ -161,7 +161,7 @@ impl Store {
 
 fn lost(connection: &Connection, conversation: i64, held: Vec<MessageKey>) -> Result<Vec<i64>> {
     let journal = messages_of(connection, conversation, 0)?;
-    Ok(messages::look_up(held, &journal).lost)
+    Ok(messages::lost(held, &journal))
 }
 
 /// Claims conversations that are to be compared and of which nothing waits.

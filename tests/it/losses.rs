@@ -28,6 +28,29 @@ async fn what_was_sent_to_a_chat_before_it_was_lost_is_sent_again() {
 }
 
 #[tokio::test]
+async fn messages_that_are_gone_while_their_chat_is_there_are_built_again() {
+    // As after OurAPI was restored from a copy of some time ago.
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    sim.bigchat.open(11, now - 100, 2);
+    let told = vec![
+        message(10, now - 5, "hello"),
+        message(10, now - 5, "hello"),
+        message(11, now - 5, "good morning"),
+    ];
+    sim.bigchat.push_page(told, NextPage::None);
+    let daemon = bench.start();
+    bench.until_events("delivered", 3).await;
+    sim.our_api.forget_message("10");
+    sim.our_api.forget_chat("11");
+    sim.bigchat
+        .push_page(vec![message(11, now - 4, "are you there?")], NextPage::None);
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn chats_without_messages_are_built_again_although_it_fails_at_first() {
     let (sim, bench) = scripted(our_api::Options::default()).await;
     let now = seconds(&sim);
