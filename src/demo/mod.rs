@@ -5,6 +5,7 @@
 //! daemon's settings and tokens in the environment have no say. It can also only serve the services, for a daemon in
 //! another terminal.
 
+mod chaos;
 mod screen;
 mod tally;
 mod verdict;
@@ -14,13 +15,15 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::pin::Pin;
+use std::process::{ExitCode, ExitStatus};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use thiserror::Error;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
-use tokio::task::{JoinError, JoinHandle};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 use uuid::Uuid;
@@ -32,10 +35,12 @@ use crate::sim::bigchat::{self, BigChat, Log, Mode};
 use crate::sim::our_api::{self, OurApi};
 use crate::sim::{Happening, Sim, Watch};
 
+use chaos::{Chaos, Daemon};
+pub use chaos::{Score, count_apart};
 pub use screen::Screen;
 use screen::{FRAME, Show};
 use tally::{Looked, Tally};
-pub use verdict::{Figures, Verdict};
+pub use verdict::{Figures, Struck, Verdict};
 
 /// How often BigChat is polled: often, since somebody waits for something to happen.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -43,8 +48,17 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How long what was told may take to arrive, once nothing new is told.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The same after chaos, when much may have to be built again.
+const CHAOS_PATIENCE: Duration = Duration::from_secs(180);
+
 /// About as long as the real OurAPI takes for a request.
 const LATENCY: Duration = Duration::from_millis(6);
+
+/// The same in chaos, where each loss has everything written again.
+const CHAOS_LATENCY: Duration = Duration::from_millis(1);
+
+/// How many conversations go on at a time in chaos: few, so that there is time for everything else.
+const CHAOS_ACTIVE: usize = 8;
 
 /// Where the real BigChat and the real OurAPI listen, and the daemon looks for them unless told otherwise.
 const PORTS: [u16; 2] = [8267, 8266];
@@ -67,8 +81,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Telling::Once)]
     pub bigchat: Telling,
 
+    /// Let everything fail meanwhile: both services in every way they can, and the daemon, as a process of its own, is
+    /// killed and started again. In the end all is calm, and compared all the same.
+    #[arg(long)]
+    pub chaos: bool,
+
     /// Only serve BigChat on port 8267 and OurAPI on port 8266, until stopped, for a daemon in another terminal.
-    #[arg(long, conflicts_with = "duration")]
+    #[arg(long, conflicts_with_all = ["duration", "chaos"])]
     pub serve: bool,
 }
 
@@ -114,6 +133,12 @@ pub enum DemoError {
     /// The daemon has stopped by itself, which it never should.
     #[error("the daemon has stopped by itself")]
     Stopped,
+    /// The same, of a daemon that is a process of its own, or it did not stop well.
+    #[error("the daemon has ended with {0}")]
+    Ended(ExitStatus),
+    /// What should come about at once does not.
+    #[error("waited for in vain: {0}")]
+    Never(&'static str),
     /// The daemon has panicked.
     #[error("the daemon has panicked: {0}")]
     Panicked(#[from] JoinError),
@@ -150,7 +175,7 @@ async fn serve(
     stopping: &CancellationToken,
 ) -> Result<(), DemoError> {
     let seed = seed(args);
-    let sim = start(args.bigchat, seed, PORTS, Watch::default()).await?;
+    let sim = start(args, seed, PORTS, Watch::default()).await?;
     screen.say(&format!(
         "{}\n\nTo try in another terminal:\n\n    cargo run\n    curl {}/chats\n\nCtrl-C ends it.",
         services(&sim, args.bigchat, seed),
@@ -168,48 +193,86 @@ async fn perform(
 ) -> Result<Verdict, DemoError> {
     let seed = seed(args);
     let (watcher, happenings) = mpsc::unbounded_channel();
-    let sim = start(args.bigchat, seed, FREE_PORTS, Watch::to(watcher)).await?;
+    let watch = Watch::to(watcher);
+    let sim = Arc::new(start(args, seed, FREE_PORTS, watch.clone()).await?);
     let scratch = Scratch::new()?;
     let db = scratch.0.join("journal.db");
     // The daemon finds it there, and so does who looks into it beside the daemon.
     drop(Store::open(&db)?);
-    let journal = Journal::start(Store::open_beside(&db)?)?;
-    let settings = Settings {
-        bigchat_url: Url::parse(&sim.bigchat_url()).map_err(io::Error::other)?,
-        our_api_url: Url::parse(&sim.our_api_url()).map_err(io::Error::other)?,
-        db: Some(db),
-        poll_interval: POLL_INTERVAL,
-        ..settings
-    };
+    let journal = Arc::new(Journal::start(Store::open_beside(&db)?)?);
     let duration = humantime::format_duration(args.duration);
     screen.say(&format!(
         "The daemon for {duration} between two simulated services.\n{}",
         services(&sim, args.bigchat, seed)
     ))?;
-    let stop = CancellationToken::new();
-    let daemon = daemon::run(settings, Tokens::default(), stop.clone());
+    let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
+    let score = args.chaos.then(Arc::<Mutex<Score>>::default);
+    let daemon: Running = match &score {
+        Some(score) => {
+            let chaos = Chaos {
+                daemon: Daemon::new(&sim, &db, scratch.0.join("daemon.log"))?,
+                sim: Arc::clone(&sim),
+                journal: Arc::clone(&journal),
+                seed,
+                watch,
+                score: Arc::clone(score),
+                stopping: stopping.clone(),
+                enough: enough.clone(),
+                stop: stop.clone(),
+            };
+            Box::pin(chaos.run())
+        }
+        None => {
+            let settings = Settings {
+                bigchat_url: Url::parse(&sim.bigchat_url()).map_err(io::Error::other)?,
+                our_api_url: Url::parse(&sim.our_api_url()).map_err(io::Error::other)?,
+                db: Some(db),
+                poll_interval: POLL_INTERVAL,
+                ..settings
+            };
+            let daemon = tokio::spawn(daemon::run(settings, Tokens::default(), stop.clone()));
+            Box::pin(async move { Ok(daemon.await??) })
+        }
+    };
     let stage = Stage {
         sim,
         journal,
         happenings,
         tally: Tally::default(),
         show: screen.show(args.duration),
-        daemon: tokio::spawn(daemon),
+        daemon,
+        enough,
         stop,
+        score,
         begun: Instant::now(),
     };
-    stage.perform(args.duration, stopping).await
+    let verdict = stage.perform(args.duration, stopping).await;
+    if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
+        let kept = scratch.keep();
+        screen.say(&format!(
+            "The daemon's database and log are kept in {}\n",
+            kept.display()
+        ))?;
+    }
+    verdict
 }
+
+/// The daemon at work, until it has stopped.
+type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 
 /// All that is there while the demo runs.
 struct Stage {
-    sim: Sim,
-    journal: Journal,
+    sim: Arc<Sim>,
+    journal: Arc<Journal>,
     happenings: UnboundedReceiver<(Instant, Happening)>,
     tally: Tally,
     show: Show,
-    daemon: JoinHandle<Result<(), DaemonError>>,
+    daemon: Running,
+    /// Cancelled when nothing more is to strike.
+    enough: CancellationToken,
+    /// Cancelled when the daemon is to stop.
     stop: CancellationToken,
+    score: Option<Arc<Mutex<Score>>>,
     begun: Instant,
 }
 
@@ -222,11 +285,20 @@ impl Stage {
         while self.begun.elapsed() < duration && !stopping.is_cancelled() {
             self.frame().await?;
         }
+        self.enough.cancel();
         self.sim.bigchat.set_quiet(true);
         self.show.finishing();
-        let (quiet_since, polls) = (Instant::now(), self.sim.bigchat.polls());
-        while quiet_since.elapsed() < PATIENCE {
+        let patience = match self.score {
+            Some(_) => CHAOS_PATIENCE,
+            None => PATIENCE,
+        };
+        let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.polls());
+        while quiet_since.elapsed() < patience {
             let looked = self.frame().await?;
+            if looked.score.is_some_and(|score| !score.calm) {
+                (quiet_since, polls) = (Instant::now(), self.sim.bigchat.polls());
+                continue;
+            }
             // What the poll told that was under way is kept, and waits, once there is another.
             if self.sim.bigchat.polls() > polls && looked.waiting == 0 {
                 let report = self.sim.compare();
@@ -236,7 +308,7 @@ impl Stage {
             }
         }
         self.stop.cancel();
-        (&mut self.daemon).await??;
+        (&mut self.daemon).await?;
         self.take_note();
         let looked = self.look().await?;
         let figures = Figures {
@@ -245,6 +317,17 @@ impl Stage {
             at_once: looked.at_once,
             failed: looked.failed,
             waiting: looked.waiting,
+            chaos: looked.score.map(|score| Struck {
+                score,
+                faults: self.sim.bigchat.faults.injected() + self.sim.our_api.faults.injected(),
+                lost: self
+                    .sim
+                    .bigchat
+                    .told()
+                    .iter()
+                    .filter(|told| told.lost)
+                    .count(),
+            }),
         };
         Ok(Verdict::new(self.sim.compare(), figures))
     }
@@ -254,7 +337,7 @@ impl Stage {
         tokio::select! {
             () = tokio::time::sleep(FRAME) => {}
             ended = &mut self.daemon => {
-                ended??;
+                ended?;
                 return Err(DemoError::Stopped);
             }
         }
@@ -283,6 +366,10 @@ impl Stage {
             at_once: self.sim.our_api.traffic.max_in_flight(),
             waiting: usize::try_from(waiting).unwrap_or(usize::MAX),
             failed: usize::try_from(failed).unwrap_or(usize::MAX),
+            score: self
+                .score
+                .as_ref()
+                .map(|score| *score.lock().unwrap_or_else(PoisonError::into_inner)),
         })
     }
 }
@@ -298,11 +385,18 @@ impl Scratch {
             Err(source) => Err(DemoError::Scratch { path, source }),
         }
     }
+
+    /// Leaves it there. Returns where that is.
+    fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.0)
+    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+        if !self.0.as_os_str().is_empty()
+            && let Err(error) = std::fs::remove_dir_all(&self.0)
+        {
             tracing::warn!(path = %self.0.display(), %error, "the temporary database stays");
         }
     }
@@ -313,13 +407,8 @@ fn seed(args: &Args) -> u64 {
     args.seed.unwrap_or_else(|| rand::random::<u16>().into())
 }
 
-async fn start(
-    telling: Telling,
-    seed: u64,
-    ports: [u16; 2],
-    watch: Watch,
-) -> Result<Sim, DemoError> {
-    let mode = match telling {
+async fn start(args: &Args, seed: u64, ports: [u16; 2], watch: Watch) -> Result<Sim, DemoError> {
+    let mode = match args.bigchat {
         Telling::Once => Mode::Once,
         // As lively as the other, and with more than a page now and then.
         Telling::Log => Mode::Log(Log {
@@ -334,9 +423,17 @@ async fn start(
         watch: watch.clone(),
         ..bigchat::Options::default()
     };
+    let bigchat = if args.chaos {
+        bigchat::Options {
+            active: CHAOS_ACTIVE,
+            ..bigchat
+        }
+    } else {
+        bigchat
+    };
     let our_api = our_api::Options {
         seed,
-        latency: LATENCY,
+        latency: if args.chaos { CHAOS_LATENCY } else { LATENCY },
         watch,
         ..our_api::Options::default()
     };

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use chrono::DateTime;
 use serde_json::Value;
 
+use super::chaos::Score;
 use crate::cli::printable;
 use crate::sim::bigchat::Told;
 use crate::sim::{Answered, Happening};
@@ -17,7 +18,7 @@ use crate::sim::{Answered, Happening};
 const SHOWN: usize = 38;
 
 /// How many counters there are.
-pub(super) const ROWS: usize = 5;
+pub(super) const ROWS: usize = 6;
 
 /// The kinds of events, in the order in which they are shown.
 const KINDS: [&str; 4] = ["START", "MESSAGE", "TRANSFER", "END"];
@@ -48,6 +49,8 @@ pub(super) struct Looked {
     pub(super) waiting: usize,
     /// The failed events there.
     pub(super) failed: usize,
+    /// What has struck so far, if anything is to.
+    pub(super) score: Option<Score>,
 }
 
 /// The counts, and what is told of and not answered yet.
@@ -79,6 +82,11 @@ impl Tally {
                     what: "answers 500: what it would have told is gone".to_owned(),
                 })
             }
+            Happening::Struck(what) => Some(Line {
+                took: None,
+                who: "chaos".to_owned(),
+                what,
+            }),
             Happening::Answered(answered) => {
                 self.requests += 1;
                 self.answered(at, &answered)
@@ -194,17 +202,27 @@ impl Tally {
             ("OurAPI holds", looked.held_in_words()),
             ("which took", self.requests_in_words(looked)),
             ("daemon keeps", looked.waiting_in_words()),
+            match looked.score {
+                None => ("", String::new()),
+                Some(score) if score.up => ("daemon is up", score.to_string()),
+                Some(score) => ("daemon is down", score.to_string()),
+            },
         ]
     }
 
     /// The counters in one line.
     pub(super) fn sentence(&self, looked: &Looked) -> String {
+        let score = looked.score.map(|score| {
+            let state = if score.up { "up" } else { "down" };
+            format!("; daemon {state} after {score}")
+        });
         format!(
-            "BigChat told {}; OurAPI holds {} after {}; {}",
+            "BigChat told {}; OurAPI holds {} after {}; {}{}",
             self.told_in_words(),
             looked.held_in_words(),
             self.requests_in_words(looked),
-            looked.waiting_in_words()
+            looked.waiting_in_words(),
+            score.unwrap_or_default()
         )
     }
 

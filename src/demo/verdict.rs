@@ -3,6 +3,7 @@
 use std::fmt;
 use std::process::ExitCode;
 
+use super::chaos::Score;
 use super::tally::{count, per_event};
 use crate::sim::compare::Report;
 
@@ -19,6 +20,19 @@ pub struct Figures {
     pub failed: usize,
     /// Events that still wait there.
     pub waiting: usize,
+    /// What struck meanwhile, if anything was to.
+    pub chaos: Option<Struck>,
+}
+
+/// What has struck, and what of BigChat's telling was lost by it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Struck {
+    /// What was done to the services and the daemon.
+    pub score: Score,
+    /// How many requests met a fault.
+    pub faults: u64,
+    /// Events that were told and reached nobody, those among them that a killed daemon had not kept.
+    pub lost: usize,
 }
 
 /// How the demo came out. Its `Display` is what is to be printed.
@@ -56,9 +70,14 @@ impl Verdict {
         }
     }
 
+    /// Whether nothing is wrong.
+    pub fn is_good(&self) -> bool {
+        self.wrong.is_empty()
+    }
+
     /// 0 if nothing is wrong, else 1.
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(u8::from(!self.wrong.is_empty()))
+        ExitCode::from(u8::from(!self.is_good()))
     }
 }
 
@@ -79,11 +98,28 @@ impl fmt::Display for Verdict {
                 count(self.report.refused, "message")
             )?;
         }
+        if let Some(Struck {
+            score,
+            faults,
+            lost,
+        }) = self.figures.chaos
+        {
+            let unkept = score.unkept.min(lost);
+            writeln!(
+                f,
+                "{score}, {faults} faults injected\n\
+                 {} told that never reached the journal: {} in answers that were lost or with a BigChat that restarted, {unkept} that the daemon had not kept yet when it was killed\n\
+                 {} whose start or agent nobody knew any more\n",
+                count(lost, "event"),
+                lost - unkept,
+                count(self.report.fallbacks(), "chat"),
+            )?;
+        }
         let at_once = match at_once {
             0 | 1 => "never more than 1 at once".to_owned(),
             more => format!("up to {more} at once"),
         };
-        let wrong = if self.wrong.is_empty() {
+        let wrong = if self.is_good() {
             "no difference".to_owned()
         } else {
             self.wrong.join("; ")

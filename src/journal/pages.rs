@@ -209,6 +209,27 @@ impl Store {
         Ok((epoch, epoch == 1 || began_at < served_at.unix()))
     }
 
+    /// Whether the journal holds such an event, from whichever run of BigChat, admitted or not.
+    pub fn holds(&mut self, event: &Event) -> Result<bool> {
+        if self
+            .kept_pages()?
+            .iter()
+            .any(|page| page.events().contains(event))
+        {
+            return Ok(true);
+        }
+        let mut statement = self
+            .connection
+            .prepare_cached("SELECT id FROM conversations WHERE bigchat_id = ?1")?;
+        let mut rows = statement.query([event.conversation])?;
+        while let Some(row) = rows.next()? {
+            if count_equal(&self.connection, row.get(0)?, event)? > 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
     /// as the journal does not hold as many as `tally` says were told. From then on they are due.
     pub fn admit(

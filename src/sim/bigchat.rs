@@ -80,7 +80,17 @@ impl BigChat {
 
     /// Stops it, and waits until it has.
     pub async fn shutdown(self) -> io::Result<()> {
-        self.server.shutdown().await
+        self.server.down().await
+    }
+
+    /// Cuts all connections and refuses new ones, until it is up again.
+    pub async fn down(&self) -> io::Result<()> {
+        self.server.down().await
+    }
+
+    /// Is there again, where it was.
+    pub async fn up(&self) -> io::Result<()> {
+        self.server.up().await.map(drop)
     }
 
     /// Everything told so far, in order of telling; of a log, everything in it.
@@ -106,6 +116,23 @@ impl BigChat {
     /// Nothing, or again something, happens by itself from now on.
     pub fn set_quiet(&self, quiet: bool) {
         lock(&self.world).set_quiet(quiet);
+    }
+
+    /// So often (0 to 1) the last page of a poll names an earlier one as the next.
+    pub fn set_circles(&self, probability: f64) {
+        lock(&self.world).circles = probability.clamp(0.0, 1.0);
+    }
+
+    /// What the latest request for events told, as far as nothing equal was told before: nobody can have it but from
+    /// that answer.
+    pub fn latest(&self) -> Vec<Told> {
+        lock(&self.world).latest()
+    }
+
+    /// What the latest request for events told has reached nobody: who asked was killed before it was kept. Of a log that
+    /// stays it will be told again; else it is lost. Returns how many events that were.
+    pub fn unsay_latest(&self) -> usize {
+        lock(&self.world).unsay()
     }
 
     /// An advisor of the current run.
@@ -193,26 +220,35 @@ fn events(world: &mut World, request: &Request, number: u64) -> Result<Response,
     let (events, next) = world
         .page(number, window, page)
         .ok_or_else(Refused::unhandled)?;
+    let first = || {
+        let parts = query.split('&').filter(|part| !part.starts_with("page="));
+        parts.collect::<Vec<_>>().join("&")
+    };
     let next = match next {
         NextPage::None => None,
-        NextPage::Url(url) => Some(url),
+        NextPage::Url(url) => Some(Err(url)),
+        NextPage::Same => Some(Ok(query.to_owned())),
+        NextPage::First => Some(Ok(first())),
         NextPage::Usual => {
-            let host = request
-                .headers()
-                .get(header::HOST)
-                .and_then(|host| host.to_str().ok());
             // The real one appends, even where there is a `page` already.
-            let kept = query
-                .split('&')
-                .filter(|part| !world.in_log() || !part.starts_with("page="));
-            let (kept, page) = (kept.collect::<Vec<_>>().join("&"), page + 1);
-            Some(format!(
-                "http://{}{}?{kept}&page={page}",
-                host.unwrap_or_default(),
-                request.uri().path()
-            ))
+            let kept = if world.in_log() {
+                first()
+            } else {
+                query.to_owned()
+            };
+            Some(Ok(format!("{kept}&page={}", page + 1)))
         }
     };
+    let next = next.map(|next| {
+        next.map_or_else(
+            |url| url,
+            |query| {
+                let host = request.headers().get(header::HOST);
+                let host = host.and_then(|host| host.to_str().ok()).unwrap_or_default();
+                format!("http://{host}{}?{query}", request.uri().path())
+            },
+        )
+    });
     let mut response = reply(
         StatusCode::OK,
         &json!({ "nextPageUrl": next, "events": events }),

@@ -106,6 +106,7 @@ fn enter(gauge: &Arc<Gauge>) -> Inside {
 pub struct Traffic {
     requests: Arc<Mutex<BTreeMap<String, u64>>>,
     connections: Arc<AtomicU64>,
+    connected: Arc<Gauge>,
     open: Arc<Gauge>,
     carried_out: Arc<Gauge>,
 }
@@ -129,6 +130,11 @@ impl Traffic {
     /// Connections accepted.
     pub fn connections(&self) -> u64 {
         self.connections.load(Relaxed)
+    }
+
+    /// Connections that are open now.
+    pub fn connected(&self) -> usize {
+        self.connected.now.load(Relaxed)
     }
 
     /// Requests that wait for their answer now, held and hanging ones too.
@@ -165,9 +171,16 @@ pub(super) fn route(method: &Method, path: &str) -> String {
     format!("{method} {}", parts.collect::<Vec<_>>().join("/"))
 }
 
-/// A running service. Dropping it stops it and cuts its connections.
+/// A service, on the net until it goes down. Dropping it stops it and cuts its connections.
 pub(super) struct Server {
     pub(super) address: SocketAddr,
+    router: Router,
+    traffic: Traffic,
+    keep_alive: Duration,
+    running: Mutex<Option<Running>>,
+}
+
+struct Running {
     stop: CancellationToken,
     task: JoinHandle<io::Result<()>>,
 }
@@ -179,34 +192,51 @@ impl Server {
         traffic: &Traffic,
         keep_alive: Duration,
     ) -> io::Result<Self> {
-        let tcp = TcpListener::bind(address).await?;
+        let mut server = Self {
+            address,
+            router: router.layer(middleware::from_fn_with_state(traffic.clone(), observe)),
+            traffic: traffic.clone(),
+            keep_alive,
+            running: Mutex::default(),
+        };
+        server.address = server.up().await?;
+        Ok(server)
+    }
+
+    /// Listens, again, where it did, unless it does. Returns where that is.
+    pub(super) async fn up(&self) -> io::Result<SocketAddr> {
+        if lock(&self.running).is_some() {
+            return Ok(self.address);
+        }
+        let tcp = TcpListener::bind(self.address).await?;
         let (address, stop) = (tcp.local_addr()?, CancellationToken::new());
         let listener = Sockets {
             tcp,
-            traffic: traffic.clone(),
+            traffic: self.traffic.clone(),
             stop: stop.clone(),
-            keep_alive,
+            keep_alive: self.keep_alive,
         };
-        let router = router.layer(middleware::from_fn_with_state(traffic.clone(), observe));
         let service: IntoMakeServiceWithConnectInfo<_, Connection> =
-            router.into_make_service_with_connect_info();
+            self.router.clone().into_make_service_with_connect_info();
         let serving =
             axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
-        Ok(Self {
-            address,
-            stop,
-            task: tokio::spawn(serving.into_future()),
-        })
+        let task = tokio::spawn(serving.into_future());
+        *lock(&self.running) = Some(Running { stop, task });
+        Ok(address)
     }
 
-    /// Stops it and waits until it has stopped.
-    pub(super) async fn shutdown(mut self) -> io::Result<()> {
-        self.stop.cancel();
-        (&mut self.task).await.map_err(io::Error::other)?
+    /// Cuts all connections and refuses new ones, until it is up again. Waits until it does.
+    pub(super) async fn down(&self) -> io::Result<()> {
+        let running = lock(&self.running).take();
+        let Some(mut running) = running else {
+            return Ok(());
+        };
+        running.stop.cancel();
+        (&mut running.task).await.map_err(io::Error::other)?
     }
 }
 
-impl Drop for Server {
+impl Drop for Running {
     fn drop(&mut self) {
         self.stop.cancel();
     }
@@ -258,6 +288,7 @@ impl Listener for Sockets {
             },
             answered_last: false,
             keep_alive: self.keep_alive,
+            _connected: enter(&self.traffic.connected),
         };
         (socket, peer)
     }
@@ -295,6 +326,7 @@ struct Socket {
     idle: Pin<Box<Sleep>>,
     answered_last: bool,
     keep_alive: Duration,
+    _connected: Inside,
 }
 
 impl Socket {

@@ -12,6 +12,7 @@ use std::{
 };
 
 pub mod bigchat;
+pub mod chaos;
 pub mod compare;
 pub mod faults;
 mod http;

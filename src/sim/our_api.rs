@@ -611,7 +611,17 @@ impl OurApi {
 
     /// Stops it, and waits until it has.
     pub async fn shutdown(self) -> io::Result<()> {
-        self.server.shutdown().await
+        self.server.down().await
+    }
+
+    /// Cuts all connections and refuses new ones, until it is up again.
+    pub async fn down(&self) -> io::Result<()> {
+        self.server.down().await
+    }
+
+    /// Is there again, where it was.
+    pub async fn up(&self) -> io::Result<()> {
+        self.server.up().await.map(drop)
     }
 
     /// Loses everything, as by a restart.

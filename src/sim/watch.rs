@@ -16,6 +16,8 @@ pub enum Happening {
     Failed,
     /// OurAPI answered a request.
     Answered(Answered),
+    /// Something strikes either service, or the daemon: in words.
+    Struck(String),
 }
 
 /// A request that OurAPI answered.
@@ -44,7 +46,7 @@ impl Watch {
     }
 
     /// Tells what happened, if anybody watches; only then it is put together.
-    pub(super) fn tell(&self, happening: impl FnOnce() -> Happening) {
+    pub(crate) fn tell(&self, happening: impl FnOnce() -> Happening) {
         if let Some(watcher) = &self.0 {
             // Who has stopped watching misses nothing.
             watcher.send((Instant::now(), happening())).ok();

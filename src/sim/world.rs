@@ -186,7 +186,8 @@ pub struct Told {
 }
 
 impl Told {
-    fn json(&self) -> Value {
+    /// The event, as BigChat shows it.
+    pub fn json(&self) -> Value {
         event(
             self.conversation_id,
             &self.name,
@@ -204,6 +205,10 @@ pub enum NextPage {
     None,
     /// The usual address.
     Usual,
+    /// That of this very page: A A.
+    Same,
+    /// That of the poll's first page: A B A B.
+    First,
     /// This one, whatever it is.
     Url(String),
 }
@@ -252,6 +257,10 @@ pub(super) struct World {
     /// When the log grows next.
     next_arrival: f64,
     pub(super) restart_at_poll: bool,
+    /// How often a last page names an earlier one as the next.
+    pub(super) circles: f64,
+    /// What the latest request for events told that was never told before.
+    latest: Vec<usize>,
 }
 
 impl World {
@@ -278,6 +287,8 @@ impl World {
             log: BTreeMap::new(),
             next_arrival: 0.0,
             restart_at_poll: false,
+            circles: 0.0,
+            latest: Vec::new(),
         };
         let history = match &world.options.mode {
             Mode::Log(log) => i64::try_from(log.history.as_secs()).unwrap_or(0),
@@ -596,8 +607,9 @@ impl World {
                 self.restart();
             }
         }
+        self.latest.clear();
         let start_at = start_at?;
-        let (items, next) = if let Mode::Log(Log { page_size, .. }) = self.options.mode {
+        let (items, mut next) = if let Mode::Log(Log { page_size, .. }) = self.options.mode {
             self.grow();
             let skip = usize::try_from(page).unwrap_or(0).saturating_mul(page_size);
             let end_at = end_at.unwrap_or(i64::MAX).max(start_at);
@@ -610,6 +622,13 @@ impl World {
             let told = events.into_iter().map(|raw| self.item((number, page), raw));
             (told.collect(), next)
         };
+        if matches!(next, NextPage::None) && self.rng.random_bool(self.circles) {
+            next = if page > 0 && self.rng.random() {
+                NextPage::First
+            } else {
+                NextPage::Same
+            };
+        }
         let mut telling = Vec::new();
         let show = |item| match item {
             Item::Told(index) => {
@@ -670,17 +689,42 @@ impl World {
 
     /// A request is over; what it was to tell has been told if the answer goes out.
     pub(super) fn answered(&mut self, number: u64, goes_out: bool) {
-        let mut told = self.answering.remove(&number).unwrap_or_default();
-        if !goes_out {
+        let Some(mut told) = self.answering.remove(&number).filter(|_| goes_out) else {
             return;
-        }
+        };
         told.retain(|index| !std::mem::replace(&mut self.arrived[*index], true));
+        self.latest.clone_from(&told);
         if !told.is_empty() {
             self.options.watch.tell(|| {
                 let told = told.iter().map(|index| self.told[*index].clone());
                 Happening::Told(told.collect())
             });
         }
+    }
+
+    /// What the latest request for events told, as far as nothing equal was told before.
+    pub(super) fn latest(&self) -> Vec<Told> {
+        let key = |index: &usize| {
+            let told = &self.told[*index];
+            (told.conversation_id, &told.name, told.event_at, &told.data)
+        };
+        let is_new = |new: &&usize| {
+            let mut before = (0..self.told.len()).filter(|index| !self.latest.contains(index));
+            !before.any(|index| self.arrived[index] && key(&index) == key(new))
+        };
+        let new = self.latest.iter().filter(is_new);
+        new.map(|index| self.told[*index].clone()).collect()
+    }
+
+    /// What the latest request for events told has reached nobody. Returns how many events that were.
+    pub(super) fn unsay(&mut self) -> usize {
+        let latest = std::mem::take(&mut self.latest);
+        for index in &latest {
+            self.arrived[*index] = false;
+            // A log tells them again, unless it is gone.
+            self.told[*index].lost |= self.told[*index].over;
+        }
+        latest.len()
     }
 
     /// A request for events was answered with an error.

@@ -1,0 +1,289 @@
+//! A seeded plan of mischief: what strikes the services and the daemon between them, when, and for how long.
+//!
+//! The same seed makes the same plan; what of it strikes which request still depends on who comes first. Nothing in it
+//! is beyond what the daemon promises to survive: no answer lies, nothing is carried out after its client has gone.
+//! Killing and starting the daemon is left to whoever runs it.
+
+use std::{fmt, io, ops::Range, time::Duration};
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use super::{
+    Sim,
+    faults::{Fault, Faults, RetryAfter, When},
+};
+
+/// Longer than any client waits. One that gave up meanwhile gets nothing, and nothing is done for it.
+const FOR_EVER: Duration = Duration::from_secs(600);
+
+/// How often a request meets a fault of its own: one of each kind, in a thousand.
+const OFTEN: f64 = 0.006;
+
+/// The same for those that cost a client seconds each.
+const SELDOM: f64 = 0.001;
+
+/// How often a poll ends in a circle of pages.
+const CIRCLES: f64 = 0.05;
+
+/// The milliseconds between two strikes at the services, and how long one lasts.
+const BETWEEN: Range<u64> = 300..3_000;
+const LASTING: Range<u64> = 200..4_000;
+
+/// The milliseconds that the daemon lives, and is dead, at a time.
+const ALIVE: Range<u64> = 20..5_000;
+const DEAD: Range<u64> = 100..2_500;
+
+/// Either service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// BigChat.
+    BigChat,
+    /// OurAPI.
+    OurApi,
+}
+
+/// What strikes a service, for a while.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Strike {
+    /// Every request meets this fault.
+    Outage(Service, Fault),
+    /// No connection is accepted.
+    Refuses(Service),
+    /// The same, and BigChat has restarted afterwards: its ids are others'.
+    BigChatRestarts,
+    /// The same, and OurAPI comes back with nothing.
+    OurApiRestarts,
+    /// OurAPI loses everything in mid-work.
+    OurApiLosesAll,
+    /// OurAPI loses its agents.
+    OurApiLosesAgents,
+    /// OurAPI loses some of its chats: those at these parts of the list.
+    OurApiLosesChats(Vec<f64>),
+}
+
+/// What becomes of the daemon next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// After so long.
+    pub after: Duration,
+    /// Killed, without a word; else stopped in good order.
+    pub kill: bool,
+    /// For so long there is no daemon.
+    pub down: Duration,
+}
+
+/// The plan. Services and daemon have theirs side by side.
+#[derive(Debug)]
+pub struct Plan {
+    services: StdRng,
+    daemon: StdRng,
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            services: StdRng::seed_from_u64(seed),
+            daemon: StdRng::seed_from_u64(!seed),
+        }
+    }
+
+    /// What strikes a service next, after how long, and how long it lasts.
+    pub fn strike(&mut self) -> (Duration, Strike, Duration) {
+        let rng = &mut self.services;
+        let after = millis(rng, BETWEEN);
+        let service = if rng.random() {
+            Service::BigChat
+        } else {
+            Service::OurApi
+        };
+        let strike = match rng.random_range(0..100) {
+            0..45 => Strike::Outage(service, outage(rng)),
+            45..55 => Strike::Refuses(service),
+            55..70 => Strike::BigChatRestarts,
+            70..76 => Strike::OurApiRestarts,
+            76..80 => Strike::OurApiLosesAll,
+            80..88 => Strike::OurApiLosesAgents,
+            _ => Strike::OurApiLosesChats((0..3).map(|_| rng.random()).collect()),
+        };
+        (after, strike, millis(rng, LASTING))
+    }
+
+    /// What becomes of the daemon next.
+    pub fn end(&mut self) -> End {
+        let rng = &mut self.daemon;
+        End {
+            after: millis(rng, ALIVE),
+            kill: rng.random_bool(0.75),
+            down: millis(rng, DEAD),
+        }
+    }
+}
+
+fn millis(rng: &mut StdRng, range: Range<u64>) -> Duration {
+    Duration::from_millis(rng.random_range(range))
+}
+
+/// A fault that everything may meet for a while.
+fn outage(rng: &mut StdRng) -> Fault {
+    match rng.random_range(0..8) {
+        0 => Fault::Drop,
+        1 => Fault::Hang(FOR_EVER),
+        2 => Fault::Status(401),
+        3 => Fault::Status(403),
+        4 => Fault::Status(502),
+        5 => Fault::Html,
+        6 => Fault::RetryLater(503, RetryAfter::Seconds(1)),
+        _ => Fault::Status(500),
+    }
+}
+
+/// Lets single requests to either service meet faults of all kinds, until [`calm`].
+pub fn weather(sim: &Sim) {
+    sim.bigchat.set_circles(CIRCLES);
+    for faults in [&sim.bigchat.faults, &sim.our_api.faults] {
+        for when in [When::Before, When::After] {
+            for fault in [
+                Fault::Drop,
+                Fault::CutOff,
+                Fault::Html,
+                Fault::Body(String::new()),
+                Fault::Body("null".to_owned()),
+                Fault::Status(302),
+                Fault::Status(408),
+                Fault::Status(500),
+                Fault::Status(503),
+                Fault::Hang(Duration::from_millis(300)),
+            ] {
+                faults.rate(OFTEN, when, fault);
+            }
+            faults.rate(SELDOM, when, Fault::Hang(FOR_EVER));
+            seldom(faults, when, 503, RetryAfter::Date(2));
+        }
+        // Who says so has done nothing.
+        seldom(faults, When::Before, 429, RetryAfter::Seconds(1));
+    }
+}
+
+fn seldom(faults: &Faults, when: When, status: u16, after: RetryAfter) {
+    faults.rate(SELDOM, when, Fault::RetryLater(status, after));
+}
+
+/// Ends all faults, and has both services back.
+///
+/// # Errors
+///
+/// When a service cannot listen again where it did.
+pub async fn calm(sim: &Sim) -> io::Result<()> {
+    sim.bigchat.set_circles(0.0);
+    sim.bigchat.faults.clear();
+    sim.our_api.faults.clear();
+    sim.bigchat.up().await?;
+    sim.our_api.up().await
+}
+
+impl Service {
+    fn faults(self, sim: &Sim) -> &Faults {
+        match self {
+            Self::BigChat => &sim.bigchat.faults,
+            Self::OurApi => &sim.our_api.faults,
+        }
+    }
+
+    async fn down(self, sim: &Sim) -> io::Result<()> {
+        match self {
+            Self::BigChat => sim.bigchat.down().await,
+            Self::OurApi => sim.our_api.down().await,
+        }
+    }
+
+    async fn up(self, sim: &Sim) -> io::Result<()> {
+        match self {
+            Self::BigChat => sim.bigchat.up().await,
+            Self::OurApi => sim.our_api.up().await,
+        }
+    }
+}
+
+impl Strike {
+    /// Strikes.
+    ///
+    /// # Errors
+    ///
+    /// When a service has not served well.
+    pub async fn begin(&self, sim: &Sim) -> io::Result<()> {
+        match self {
+            Self::Outage(service, fault) => service.faults(sim).outage(Some(fault.clone())),
+            Self::Refuses(service) => service.down(sim).await?,
+            Self::BigChatRestarts => Service::BigChat.down(sim).await?,
+            Self::OurApiRestarts => Service::OurApi.down(sim).await?,
+            Self::OurApiLosesAll => sim.our_api.wipe(),
+            Self::OurApiLosesAgents => sim.our_api.wipe_agents(),
+            Self::OurApiLosesChats(parts) => {
+                let chats = sim.our_api.chats();
+                for part in parts {
+                    // Of no chats none is lost.
+                    if let Some(chat) = chats.get((part * chats.len() as f64) as usize) {
+                        sim.our_api.forget_chat(&chat.external_id);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// It is over.
+    ///
+    /// # Errors
+    ///
+    /// When a service cannot listen again where it did.
+    pub async fn end(&self, sim: &Sim) -> io::Result<()> {
+        match self {
+            Self::Outage(service, _) => service.faults(sim).outage(None),
+            Self::Refuses(service) => service.up(sim).await?,
+            Self::BigChatRestarts => {
+                sim.bigchat.restart();
+                Service::BigChat.up(sim).await?;
+            }
+            Self::OurApiRestarts => {
+                sim.our_api.wipe();
+                Service::OurApi.up(sim).await?;
+            }
+            Self::OurApiLosesAll | Self::OurApiLosesAgents | Self::OurApiLosesChats(_) => {}
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BigChat => "BigChat",
+            Self::OurApi => "OurAPI",
+        })
+    }
+}
+
+impl fmt::Display for Strike {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Outage(service, fault) => {
+                write!(f, "{service} ")?;
+                match fault {
+                    Fault::Drop => f.write_str("drops all connections"),
+                    Fault::Hang(_) => f.write_str("hangs"),
+                    Fault::Status(status) | Fault::RetryLater(status, _) => {
+                        write!(f, "answers {status} to everything")
+                    }
+                    Fault::Html | Fault::CutOff | Fault::Body(_) => f.write_str("answers nonsense"),
+                }
+            }
+            Self::Refuses(service) => write!(f, "{service} is down"),
+            Self::BigChatRestarts => f.write_str("BigChat restarts, its ids are others' now"),
+            Self::OurApiRestarts => f.write_str("OurAPI restarts and has lost everything"),
+            Self::OurApiLosesAll => f.write_str("OurAPI loses everything"),
+            Self::OurApiLosesAgents => f.write_str("OurAPI loses its agents"),
+            Self::OurApiLosesChats(_) => f.write_str("OurAPI loses some chats"),
+        }
+    }
+}
