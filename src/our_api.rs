@@ -396,7 +396,7 @@ impl OurApi {
         url: Url,
         body: Option<&impl Serialize>,
         route: Route,
-        read: impl FnOnce(&[u8]) -> Option<T>,
+        read: impl FnOnce(&Answer) -> Option<T>,
     ) -> Result<T> {
         let answer = {
             let _permit = self.in_flight.acquire().await;
@@ -419,7 +419,7 @@ impl OurApi {
                     in_doubt: answer.status.is_server_error(),
                 },
                 (Some(trouble), None) => trouble,
-                (None, None) => match read(&answer.body) {
+                (None, None) => match read(answer) {
                     Some(value) => return Ok(value),
                     None => Trouble::Unknown,
                 },
@@ -463,13 +463,14 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
     })
 }
 
-fn json<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
-    serde_json::from_slice(body).ok()
+fn json<T: DeserializeOwned>(answer: &Answer) -> Option<T> {
+    serde_json::from_slice(&answer.body).ok()
 }
 
-/// No body, or any JSON: a page of HTML is not OurAPI's, whatever its status.
-fn nothing_else(body: &[u8]) -> Option<()> {
-    (body.is_empty() || json::<serde::de::IgnoredAny>(body).is_some()).then_some(())
+/// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
+fn nothing_else(answer: &Answer) -> Option<()> {
+    let is_object = || json::<serde_json::Map<String, serde_json::Value>>(answer).is_some();
+    (answer.status == StatusCode::NO_CONTENT || is_object()).then_some(())
 }
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {

@@ -175,6 +175,8 @@ impl Chaos {
             }
         }
         if struck.is_some() {
+            // No shorter than planned.
+            sleep(services_next.saturating_duration_since(Instant::now())).await;
             self.end(&strike.1).await?;
         }
         chaos::calm(&self.sim).await?;

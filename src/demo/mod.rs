@@ -51,6 +51,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The same after chaos, when much may have to be built again.
 const CHAOS_PATIENCE: Duration = Duration::from_secs(180);
 
+/// If OurAPI is asked nothing for so long, nothing more will come.
+const STILL: Duration = Duration::from_secs(20);
+
 /// About as long as the real OurAPI takes for a request.
 const LATENCY: Duration = Duration::from_millis(6);
 
@@ -293,10 +296,15 @@ impl Stage {
             None => PATIENCE,
         };
         let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.polls());
-        while quiet_since.elapsed() < patience {
+        let (mut still_since, mut requests) = (quiet_since, 0);
+        while quiet_since.elapsed() < patience && still_since.elapsed() < STILL {
             let looked = self.frame().await?;
+            if requests != self.tally.requests() || looked.waiting > 0 {
+                (still_since, requests) = (Instant::now(), self.tally.requests());
+            }
             if looked.score.is_some_and(|score| !score.calm) {
                 (quiet_since, polls) = (Instant::now(), self.sim.bigchat.polls());
+                still_since = quiet_since;
                 continue;
             }
             // What the poll told that was under way is kept, and waits, once there is another.

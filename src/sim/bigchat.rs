@@ -83,13 +83,15 @@ impl BigChat {
         self.server.down().await
     }
 
-    /// Cuts all connections and refuses new ones, until it is up again.
+    /// Cuts all connections and refuses new ones, until it is up again. Meanwhile nothing happens.
     pub async fn down(&self) -> io::Result<()> {
+        lock(&self.world).set_down(true);
         self.server.down().await
     }
 
     /// Is there again, where it was.
     pub async fn up(&self) -> io::Result<()> {
+        lock(&self.world).set_down(false);
         self.server.up().await.map(drop)
     }
 

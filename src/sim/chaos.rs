@@ -29,6 +29,10 @@ const CIRCLES: f64 = 0.05;
 const BETWEEN: Range<u64> = 300..3_000;
 const LASTING: Range<u64> = 200..4_000;
 
+/// How long a BigChat that restarts is away. Its dates are whole seconds and lag behind, so that of a page that it served
+/// within 2 s before its new run began nobody can tell which run it is of.
+const RESTARTING: Range<u64> = 3_000..5_000;
+
 /// The milliseconds that the daemon lives, and is dead, at a time.
 const ALIVE: Range<u64> = 20..5_000;
 const DEAD: Range<u64> = 100..2_500;
@@ -106,7 +110,11 @@ impl Plan {
             80..88 => Strike::OurApiLosesAgents,
             _ => Strike::OurApiLosesChats((0..3).map(|_| rng.random()).collect()),
         };
-        (after, strike, millis(rng, LASTING))
+        let lasting = match strike {
+            Strike::BigChatRestarts => RESTARTING,
+            _ => LASTING,
+        };
+        (after, strike, millis(rng, lasting))
     }
 
     /// What becomes of the daemon next.

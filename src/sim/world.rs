@@ -257,6 +257,8 @@ pub(super) struct World {
     /// When the log grows next.
     next_arrival: f64,
     pub(super) restart_at_poll: bool,
+    /// It is not there: nothing happens.
+    down: bool,
     /// How often a last page names an earlier one as the next.
     pub(super) circles: f64,
     /// What the latest request for events told that was never told before.
@@ -287,6 +289,7 @@ impl World {
             log: BTreeMap::new(),
             next_arrival: 0.0,
             restart_at_poll: false,
+            down: false,
             circles: 0.0,
             latest: Vec::new(),
         };
@@ -566,7 +569,7 @@ impl World {
             return;
         };
         let now = self.clock.now().timestamp_millis() as f64 / 1000.0;
-        if self.options.quiet || rate <= 0.0 {
+        if self.options.quiet || self.down || rate <= 0.0 {
             self.next_arrival = self.next_arrival.max(now);
             return;
         }
@@ -765,6 +768,12 @@ impl World {
         } else {
             self.pages.push_back((events, next));
         }
+    }
+
+    /// It goes down, or is there again. Meanwhile nothing happens.
+    pub(super) fn set_down(&mut self, down: bool) {
+        self.grow();
+        self.down = down;
     }
 
     /// Nothing, or again something, happens by itself from now on.

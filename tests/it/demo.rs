@@ -164,6 +164,7 @@ async fn any_difference_is_exit_code_1() {
         at_once: 1,
         failed: 1,
         waiting: 0,
+        chaos: None,
     };
     let (code, text) = judge(&held, &figures);
     assert_eq!(code, ExitCode::SUCCESS, "{text}");

@@ -1,0 +1,142 @@
+//! Everything fails at once, and what that has shown: `demo --chaos`, the real daemon killed and started again between
+//! services that fail in every way, over seeds; and that its verdict excuses nothing it should not.
+//!
+//! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use bigchat_sync::demo::count_apart;
+use bigchat_sync::journal::Store;
+use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::faults::{Fault, When};
+use bigchat_sync::sim::our_api;
+
+use crate::daemon::{agrees, end, message, scripted, seconds};
+use crate::harness::until;
+
+/// How many seeds, and for how many seconds each, if the environment does not say otherwise.
+const SEEDS: u64 = 2;
+const SECONDS: u64 = 5;
+
+fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    demo.args(["demo", "--chaos", "--bigchat", bigchat])
+        .args(["--duration", &format!("{seconds}s")])
+        .args(["--seed", &seed.to_string()])
+        .env("TMPDIR", temporary)
+        .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
+        .env_remove("RUST_LOG");
+    demo
+}
+
+fn text(output: &Output) -> String {
+    [&output.stdout, &output.stderr]
+        .map(|bytes| String::from_utf8_lossy(bytes))
+        .concat()
+}
+
+/// So many seeds after one another, each of which must end without a difference and leave nothing behind.
+async fn survives(bigchat: &str) {
+    let number = |name: &str, default| {
+        std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
+    };
+    let seconds = number("BIGCHAT_SYNC_TEST_SECONDS", SECONDS);
+    for seed in 1..=number("BIGCHAT_SYNC_TEST_SEEDS", SEEDS) {
+        let temporary = tempfile::tempdir().expect("a directory");
+        let mut demo = chaos(temporary.path(), seed, seconds, bigchat);
+        let output = tokio::task::spawn_blocking(move || demo.output());
+        let output = output.await.expect("no panic").expect("it runs");
+        if !output.status.success() {
+            // What it has kept is to be looked into.
+            let kept = temporary.keep();
+            panic!("seed {seed}, {}: {}", kept.display(), text(&output));
+        }
+        let left = std::fs::read_dir(temporary.path()).expect("the directory");
+        assert_eq!(left.count(), 0, "the temporary database is gone");
+    }
+}
+
+#[tokio::test]
+async fn whatever_fails_nothing_is_lost_told_once() {
+    survives("once").await;
+}
+
+#[tokio::test]
+async fn whatever_fails_nothing_is_lost_told_from_a_log() {
+    survives("log").await;
+}
+
+#[tokio::test]
+async fn a_success_without_the_body_it_should_have_is_none() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    for (route, body) in [
+        ("POST /chats/{id}/messages", ""),
+        ("POST /chats/{id}/messages", "null"),
+        ("PATCH /chats/{id}", ""),
+    ] {
+        let fault = Fault::Body(body.to_owned());
+        sim.our_api.faults.script(route, When::Before, fault, 1);
+    }
+    let daemon = bench.start();
+    for (told, events) in [
+        (1, vec![message(10, now - 5, "one")]),
+        (3, vec![message(10, now - 5, "two"), end(10, now)]),
+    ] {
+        sim.bigchat.push_page(events, NextPage::None);
+        until("it is told", async || sim.bigchat.told().len() == told).await;
+        agrees(&sim, &bench).await;
+    }
+    daemon.stop().await;
+    assert_eq!(sim.our_api.faults.left(), 0);
+}
+
+/// What is counted apart once a daemon was killed that had, or had not, kept a page it was told; and whether OurAPI,
+/// which is down, then holds all that is left.
+async fn after_a_kill(kept: bool) -> (usize, bool) {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    sim.our_api.down().await.expect("it goes down");
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let mut daemon = bench
+        .program("run")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("a process");
+    until("a poll", async || bench.cursor().is_some()).await;
+    let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    if !kept {
+        until("the database is held", async || {
+            other.execute_batch("BEGIN IMMEDIATE").is_ok()
+        })
+        .await;
+    }
+    sim.bigchat
+        .push_page(vec![message(10, now - 5, "in hand")], NextPage::None);
+    until("it is told", async || {
+        sim.bigchat.told().iter().any(|told| !told.lost)
+    })
+    .await;
+    if kept {
+        bench.until_events("waiting", 1).await;
+    }
+    daemon.kill().expect("it was running");
+    daemon.wait().expect("it has ended");
+    drop(other);
+    let mut journal = Store::open_beside(&bench.db()).expect("the database");
+    let apart = count_apart(&sim.bigchat, &mut journal).expect("the database can be read");
+    (apart, sim.compare().is_clean())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_a_killed_daemon_had_not_kept_is_counted_apart() {
+    assert_eq!(after_a_kill(false).await, (1, true));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_was_kept_is_a_difference_if_nothing_comes_of_it() {
+    assert_eq!(after_a_kill(true).await, (0, false));
+}
