@@ -418,6 +418,13 @@ fn seed(args: &Args) -> u64 {
 async fn start(args: &Args, seed: u64, ports: [u16; 2], watch: Watch) -> Result<Sim, DemoError> {
     let mode = match args.bigchat {
         Telling::Once => Mode::Once,
+        // With many pages, which shift.
+        Telling::Log if args.chaos => Mode::Log(Log {
+            events_per_second: 12.0,
+            page_size: 6,
+            max_late: 4,
+            ..Log::default()
+        }),
         // As lively as the other, and with more than a page now and then.
         Telling::Log => Mode::Log(Log {
             events_per_second: 6.0,

@@ -33,9 +33,9 @@ const LASTING: Range<u64> = 200..4_000;
 /// within 2 s before its new run began nobody can tell which run it is of.
 const RESTARTING: Range<u64> = 3_000..5_000;
 
-/// The milliseconds that the daemon lives, and is dead, at a time.
-const ALIVE: Range<u64> = 20..5_000;
-const DEAD: Range<u64> = 100..2_500;
+/// The milliseconds that the daemon lives at a time: every other time hardly long enough for a poll. And is dead.
+const ALIVE: [Range<u64>; 2] = [20..500, 500..4_000];
+const DEAD: Range<u64> = 50..1_500;
 
 /// Either service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,8 +120,13 @@ impl Plan {
     /// What becomes of the daemon next.
     pub fn end(&mut self) -> End {
         let rng = &mut self.daemon;
+        let [short, long] = ALIVE;
         End {
-            after: millis(rng, ALIVE),
+            after: if rng.random() {
+                millis(rng, short)
+            } else {
+                millis(rng, long)
+            },
             kill: rng.random_bool(0.75),
             down: millis(rng, DEAD),
         }

@@ -174,14 +174,39 @@ pub fn expected(told: &[Told], rules: &Rules) -> Expected {
             }
         }
     }
+    // The details of a log tell who has a conversation now, by a TRANSFER too that the log forgot before it told of it.
+    let mut gone = HashMap::<(u32, i64), Vec<&Advisor>>::new();
+    for told in told
+        .iter()
+        .filter(|told| told.lost && told.over && told.poll == 0)
+    {
+        if let Some(advisor) = &told.advisor {
+            gone.entry((told.run, told.conversation_id))
+                .or_default()
+                .push(advisor);
+        }
+    }
     let mut used: HashMap<String, Option<NaiveDateTime>> = rules
         .before
         .chats
         .iter()
         .map(|chat| (chat.external_id.clone(), Some(chat.started_at)))
         .collect();
-    for ((_, id), events) in &conversations {
-        let chat = expected_chat(format!("{}{id}", rules.prefix), events, &used);
+    for (identity @ (_, id), events) in &conversations {
+        let mut chat = expected_chat(format!("{}{id}", rules.prefix), events, &used);
+        let by_events = events.iter().any(|told| told.name == "TRANSFER");
+        for advisor in gone
+            .get(identity)
+            .filter(|_| !by_events)
+            .into_iter()
+            .flatten()
+        {
+            if let Some(address) = address(advisor) {
+                let names = all.names.entry(address.clone()).or_default();
+                names.insert(advisor.name.trim().to_owned());
+                chat.agents.push(Some(address));
+            }
+        }
         // Whatever its start, it is another conversation to those of later runs.
         used.insert(format!("{}{id}", rules.prefix), None);
         all.chats.push(chat);

@@ -1044,3 +1044,74 @@ async fn the_rules_of_what_is_expected() {
         [Some(big.advisor(1).unwrap().email_address.clone())]
     );
 }
+
+#[tokio::test]
+async fn an_advisor_that_only_the_details_of_a_log_told_of_is_accepted() {
+    for (mode, accepted) in [(Mode::Log(Log::default()), true), (Mode::Once, false)] {
+        let options = bigchat::Options { mode, ..quiet() };
+        let bench = bench(options, Default::default()).await;
+        let big = &bench.sim.bigchat;
+        let at = Utc::now().timestamp() - 5;
+        let data = json!({ "old_advisor_id": 1, "new_advisor_id": 7 });
+        big.open(42, at, 1);
+        big.push(42, "START", at, Value::Null);
+        bench.page(&format!("start_at={}", ago(10))).await;
+        big.push(42, "TRANSFER", at, data);
+        big.faults
+            .script("GET /events", When::After, Fault::Drop, 1);
+        let query = format!("/events?start_at={}", ago(10));
+        bench.try_get(&query).await.unwrap_err();
+        let seventh = Some(big.advisor(7).unwrap().email_address.clone());
+        big.restart();
+        let chats = expected(&big.told(), &Rules::default()).chats;
+        assert_eq!(chats[0].agents.contains(&seventh), accepted);
+    }
+}
+
+#[tokio::test]
+async fn what_is_unsaid_is_lost_unless_a_log_tells_it_again() {
+    for (mode, lost) in [
+        (Mode::Log(Log::default()), [false, true]),
+        (Mode::Once, [true, true]),
+    ] {
+        let options = bigchat::Options { mode, ..quiet() };
+        let bench = bench(options, Default::default()).await;
+        let big = &bench.sim.bigchat;
+        let query = format!("start_at={}", ago(10));
+        let at = Utc::now().timestamp() - 5;
+        big.push_raw(message(42, at, "kept"));
+        bench.page(&query).await;
+        big.push_raw(message(42, at, "in hand"));
+        bench.page(&query).await;
+        assert_eq!(big.latest().len(), 1, "only what was never told before");
+        assert_eq!(big.unsay_latest(), 1);
+        let fate = || big.told().iter().map(|told| told.lost).collect::<Vec<_>>();
+        assert_eq!(fate(), [false, lost[0]]);
+        big.restart();
+        assert_eq!(fate()[..2], [false, lost[1]]);
+    }
+}
+
+#[tokio::test]
+async fn a_service_that_is_down_refuses_and_comes_back_where_it_was() {
+    let bench = bench(quiet(), Default::default()).await;
+    let big = &bench.sim.bigchat;
+    assert_eq!(bench.get("/conversations/1").await.0, 200);
+    big.down().await.unwrap();
+    let error = bench.try_get("/conversations/1").await.unwrap_err();
+    assert!(error.is_connect(), "{error}");
+    for _ in 0..2 {
+        big.up().await.unwrap();
+        assert_eq!(bench.get("/conversations/1").await.0, 200);
+    }
+}
+
+#[tokio::test]
+async fn pages_go_in_circles_on_request() {
+    let bench = bench(quiet(), Default::default()).await;
+    bench.sim.bigchat.set_circles(1.0);
+    let query = format!("start_at={}", ago(10));
+    let page = bench.page(&query).await;
+    let url = format!("{}/events?{query}", bench.sim.bigchat_url());
+    assert_eq!(page["nextPageUrl"], json!(url));
+}
