@@ -284,7 +284,7 @@ impl fmt::Display for Strike {
                 write!(f, "{service} ")?;
                 match fault {
                     Fault::Drop => f.write_str("drops all connections"),
-                    Fault::Hang(_) => f.write_str("hangs"),
+                    Fault::Hang(_) | Fault::Pause | Fault::Late(_) => f.write_str("hangs"),
                     Fault::Status(status) | Fault::RetryLater(status, _) => {
                         write!(f, "answers {status} to everything")
                     }
