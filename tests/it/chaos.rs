@@ -108,6 +108,9 @@ async fn after_a_kill(kept: bool) -> (usize, bool) {
         .expect("a process");
     until("a poll", async || bench.cursor().is_some()).await;
     let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    let faults = &sim.bigchat.faults;
+    faults.script("GET /events", When::Before, Fault::Pause, 1);
+    until("a poll is under way", async || faults.paused() == 1).await;
     if !kept {
         until("the database is held", async || {
             other.execute_batch("BEGIN IMMEDIATE").is_ok()
@@ -116,6 +119,7 @@ async fn after_a_kill(kept: bool) -> (usize, bool) {
     }
     sim.bigchat
         .push_page(vec![message(10, now - 5, "in hand")], NextPage::None);
+    faults.go_on();
     until("it is told", async || {
         sim.bigchat.told().iter().any(|told| !told.lost)
     })
