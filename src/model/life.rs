@@ -19,7 +19,7 @@ use super::bigchat::BigChat;
 use super::world::World;
 use crate::daemon::{self, DaemonError};
 use crate::http::{Answer, Carried, Carrier, Http, NoAnswer};
-use crate::journal::{Journal, Operation, Store, Worker};
+use crate::journal::{Journal, Operation, Scope, Store, Worker};
 use crate::settings::Settings;
 use crate::sim::compare::{Report, Rules, compare, expected};
 use crate::sim::our_api::Database;
@@ -63,6 +63,8 @@ pub(super) enum Strike {
     Wipe,
     /// BigChat restarts before it.
     Restart,
+    /// Somebody asks before it that all chats be compared with the journal.
+    Rebuild,
     /// The daemon is told to stop before it, and started again once it has.
     Stop,
 }
@@ -243,6 +245,10 @@ impl Stage {
                 inner.wipes += 1;
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
+            Some(Strike::Rebuild) => {
+                let asked = inner.store.ask_rebuild(Scope::All, false);
+                asked.expect("it is asked for");
+            }
             Some(Strike::Stop) => inner.stopping.cancel(),
             _ => {}
         }
@@ -254,6 +260,7 @@ impl Inner {
     fn is_at_rest(&mut self) -> bool {
         const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM events WHERE state = 'waiting')
             AND NOT EXISTS (SELECT 1 FROM pages)
+            AND NOT EXISTS (SELECT 1 FROM checks WHERE chat IS NULL)
             AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR claimed_through IS NOT NULL)
             AND NOT EXISTS (SELECT 1 FROM conversations, delivery WHERE external_id IS NOT NULL AND chat_seen < losses)
             AND (SELECT window_start IS NULL FROM source)";
