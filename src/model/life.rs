@@ -5,6 +5,7 @@
 //! steps always make the same life. A step is one request or one operation of the journal.
 
 use std::fmt;
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,6 +31,9 @@ const WAIT: Duration = Duration::from_millis(2500);
 
 /// By when all has come to rest.
 const PATIENCE: Duration = Duration::from_secs(100);
+
+/// More steps than any life takes that comes to rest; after them it hangs.
+const STEPS: usize = 2_000;
 
 /// A step that a life takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,25 +152,17 @@ struct Inner {
     life: Life,
 }
 
-/// The stage, as OurAPI's wire and as BigChat's.
+/// The stage, as the wire to one of the services.
+#[derive(Debug)]
 struct OurApiWire(Stage);
+
+/// See [`OurApiWire`].
+#[derive(Debug)]
 struct BigChatWire(Stage);
 
 impl fmt::Debug for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Stage")
-    }
-}
-
-impl fmt::Debug for OurApiWire {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("OurApiWire")
-    }
-}
-
-impl fmt::Debug for BigChatWire {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("BigChatWire")
     }
 }
 
@@ -226,6 +222,16 @@ impl Stage {
                 inner.wrong(Wrong::Different, "it does not come to rest".to_owned());
                 return;
             }
+        }
+    }
+
+    /// Waits for as long as the strike says, before a step is carried out.
+    async fn wait(number: usize, strike: Option<Strike>) {
+        if number >= STEPS {
+            pending::<()>().await;
+        }
+        if strike == Some(Strike::Wait) {
+            sleep(WAIT).await;
         }
     }
 
@@ -377,8 +383,7 @@ impl Carrier for OurApiWire {
                 Some(Strike::Failed) => {
                     return Ok(answer(StatusCode::INTERNAL_SERVER_ERROR, Vec::new()));
                 }
-                Some(Strike::Wait) => sleep(WAIT).await,
-                _ => {}
+                _ => Stage::wait(number, strike).await,
             }
             let response = {
                 let mut inner = stage.inner();
@@ -417,8 +422,7 @@ impl Carrier for BigChatWire {
                 Some(Strike::Failed) => {
                     return Ok(answer(StatusCode::INTERNAL_SERVER_ERROR, Vec::new()));
                 }
-                Some(Strike::Wait) => sleep(WAIT).await,
-                _ => {}
+                _ => Stage::wait(number, strike).await,
             }
             let answer = {
                 let mut inner = stage.inner();
@@ -440,9 +444,7 @@ impl Worker for Stage {
     fn work(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         let (number, strike) = self.step(Step::Read, String::new());
         Box::pin(async move {
-            if strike == Some(Strike::Wait) {
-                sleep(WAIT).await;
-            }
+            Self::wait(number, strike).await;
             let mut inner = self.inner();
             let before = inner.store.connection().total_changes();
             operation(&mut inner.store);

@@ -189,7 +189,7 @@ impl Case {
         );
         // From here on the way there is sought.
         *checker.model().wrong() = None;
-        for (property, path) in checker.discoveries() {
+        if let Some((property, path)) = checker.discoveries().into_iter().next() {
             let (state, actions) = (path.last_state().clone(), path.into_actions());
             let life = checker.model().life(&state);
             let steps: Vec<String> = life

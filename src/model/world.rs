@@ -148,11 +148,7 @@ impl Canonical {
         for table in tables {
             self.push(format!("{table}:\n"));
             let mut statement = connection.prepare(&format!("SELECT * FROM {table}"))?;
-            let columns: Vec<String> = statement
-                .column_names()
-                .into_iter()
-                .map(str::to_owned)
-                .collect();
+            let columns: Vec<String> = statement.column_names().map(str::to_owned).collect();
             let mut rows = statement.query([])?;
             while let Some(row) = rows.next()? {
                 for (index, column) in columns.iter().enumerate() {
