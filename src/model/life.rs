@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::to_bytes;
+use axum::response::Response;
 use reqwest::{Method, StatusCode};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,9 @@ use crate::time::Millis;
 
 /// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
 const WAIT: Duration = Duration::from_millis(2500);
+
+/// How long the daemon waits for an answer, and reckons with a request after that.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(4);
 
 /// By when all has come to rest.
 const PATIENCE: Duration = Duration::from_secs(100);
@@ -63,6 +67,8 @@ pub(super) enum Strike {
     Late,
     /// It is carried out when all else has come to rest.
     Wait,
+    /// It is carried out only after it was given up: the longest time after that it has to be reckoned with.
+    Overdue,
     /// OurAPI loses everything before it.
     Wipe,
     /// BigChat restarts before it.
@@ -225,6 +231,19 @@ impl Stage {
         }
     }
 
+    /// OurAPI carries out what a step asks for.
+    fn carry_out(&self, number: usize, method: &Method, url: &Url, body: &[u8]) -> Response {
+        let mut inner = self.inner();
+        let query = url.query().unwrap_or_default();
+        let our_api = &mut inner.our_api;
+        let response = our_api.respond(method.as_str(), url.path(), query, body, false);
+        if method != Method::GET {
+            inner.was_written();
+            inner.is_durable(number);
+        }
+        response
+    }
+
     /// Waits for as long as the strike says, before a step is carried out.
     async fn wait(number: usize, strike: Option<Strike>) {
         if number >= STEPS {
@@ -385,19 +404,15 @@ impl Carrier for OurApiWire {
                 }
                 _ => Stage::wait(number, strike).await,
             }
-            let response = {
-                let mut inner = stage.inner();
-                let query = url.query().unwrap_or_default();
-                let response =
-                    inner
-                        .our_api
-                        .respond(method.as_str(), url.path(), query, &body, false);
-                if kind == Step::Write {
-                    inner.was_written();
-                    inner.is_durable(number);
-                }
-                response
-            };
+            if strike == Some(Strike::Overdue) {
+                tokio::spawn(async move {
+                    sleep(TIMEOUT * 2 - Duration::from_millis(1)).await;
+                    stage.carry_out(number, &method, &url, &body);
+                });
+                sleep(TIMEOUT).await;
+                return Err(NoAnswer::Late);
+            }
+            let response = stage.carry_out(number, &method, &url, &body);
             match strike {
                 Some(Strike::Lost) => return Err(NoAnswer::Lost("lost".into())),
                 Some(Strike::Late) => sleep(WAIT).await,

@@ -106,6 +106,7 @@ impl Case {
         // What failed is due again at once, so that jitter, which is random, makes no difference.
         (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
         settings.poll_interval = POLL_INTERVAL;
+        settings.request_timeout = life::TIMEOUT;
         if script.mode != Mode::Once {
             settings.since = crate::time::Timestamp::from_unix(bigchat::T0);
         }
@@ -143,7 +144,7 @@ impl Case {
                 .count()
         };
         match strike {
-            Strike::Refused | Strike::Lost => step == Step::Write,
+            Strike::Refused | Strike::Lost | Strike::Overdue => step == Step::Write,
             Strike::Failed => matches!(step, Step::Ask | Step::Look | Step::Write),
             Strike::Late | Strike::Stop => matches!(step, Step::Ask | Step::Look | Step::Write),
             Strike::Rebuild => step == Step::Ask && count(strike) == 0,
@@ -304,6 +305,7 @@ const ORDERS: &[Strike] = &[
     Strike::Lost,
     Strike::Late,
     Strike::Wait,
+    Strike::Overdue,
     Strike::Stop,
 ];
 
