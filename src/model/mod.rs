@@ -388,6 +388,15 @@ fn changes_of_a_chat_among_messages() {
 }
 
 #[test]
+fn a_change_that_is_taken_back() {
+    let there = page([start(2, 3), transfer(2, 4, 3)]);
+    let and_back = page([transfer(2, 24, 2), message(2, 25, "one")]);
+    let pages = [page([message(2, 5, "two")]), there, and_back];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    Case::new(script, depth(1), ORDERS).check("taken back");
+}
+
+#[test]
 fn two_conversations_of_one_advisor() {
     let told = [
         start(2, 3),
