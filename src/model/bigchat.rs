@@ -13,9 +13,6 @@ use crate::time::Timestamp;
 /// 2026-11-22T22:00:00Z, when the first run begins.
 pub(super) const T0: i64 = 1_795_384_800;
 
-/// How long after the one before a run begins.
-const RUN: i64 = 100;
-
 /// How far its clock moves on with each page or, in a log, with each poll, as long as there is more to tell.
 const TICK: i64 = 10;
 
@@ -32,6 +29,8 @@ pub(super) enum Mode {
 #[derive(Debug)]
 pub(super) struct Script {
     pub(super) mode: Mode,
+    /// How many seconds after its last word before a restart BigChat begins anew.
+    pub(super) gap: i64,
     /// From one restart to the next.
     pub(super) runs: Vec<Run>,
 }
@@ -83,6 +82,8 @@ impl What {
 pub(super) struct BigChat {
     script: Arc<Script>,
     run: usize,
+    /// When this run began.
+    began_at: i64,
     /// How many pages of this run were told; of a log, how many stand in it.
     pages: usize,
     /// How many messages beyond the script are to be told.
@@ -100,6 +101,7 @@ impl BigChat {
         Self {
             script,
             run: 0,
+            began_at: T0,
             pages: 0,
             nudges: 0,
             told: Vec::new(),
@@ -118,10 +120,14 @@ impl BigChat {
         };
         let told: Vec<String> = self.told.iter().map(told).collect();
         let Self {
-            run, pages, nudges, ..
+            run,
+            began_at,
+            pages,
+            nudges,
+            ..
         } = self;
         format!(
-            "BigChat: run {run}, {pages} pages, {nudges} nudges, {}\n",
+            "BigChat: run {run} from {began_at}, {pages} pages, {nudges} nudges, {}\n",
             told.join("; ")
         )
     }
@@ -139,6 +145,7 @@ impl BigChat {
 
     /// Forgets everything, and gives its ids to others.
     pub(super) fn restart(&mut self) {
+        self.began_at = self.date() + self.script.gap;
         self.run += 1;
         self.pages = 0;
         self.nudges = 0;
@@ -206,12 +213,8 @@ impl BigChat {
         &self.script.runs[self.run]
     }
 
-    fn begin(run: usize) -> i64 {
-        T0 + RUN * i64::try_from(run).unwrap_or_default()
-    }
-
     fn date(&self) -> i64 {
-        Self::begin(self.run) + TICK * (1 + i64::try_from(self.pages).unwrap_or_default())
+        self.began_at + TICK * (1 + i64::try_from(self.pages).unwrap_or_default())
     }
 
     fn all_pages(&self) -> usize {
@@ -251,7 +254,7 @@ impl BigChat {
     fn conversation(&self, id: i64) -> Option<(i64, i64)> {
         let index = usize::try_from(id.checked_sub(1)?).ok()?;
         let (began, advisor) = self.script().conversations.get(index)?;
-        Some((Self::begin(self.run) + began, *advisor))
+        Some((self.began_at + began, *advisor))
     }
 
     fn in_full(&self, number: usize) -> Vec<Told> {
@@ -269,7 +272,7 @@ impl BigChat {
                 lost: false,
                 conversation_id: *conversation_id,
                 name: name.to_owned(),
-                event_at: Self::begin(self.run) + at,
+                event_at: self.began_at + at,
                 started_at,
                 first_advisor: Some(Arc::new(self.advisor(self.run, first))),
                 advisor: advisor.map(|id| Arc::new(self.advisor(self.run, id))),

@@ -343,6 +343,7 @@ fn run<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Run {
 fn script<const N: usize>(mode: Mode, runs: [Run; N]) -> Script {
     Script {
         mode,
+        gap: 100,
         runs: runs.into(),
     }
 }
@@ -440,6 +441,21 @@ fn bigchat_restarts() {
         &[Strike::Restart, Strike::Failed],
     )
     .check("BigChat restarts");
+}
+
+#[test]
+fn bigchat_restarts_right_after_a_page() {
+    let before = [page([start(3, 3), message(3, 4, "before")])];
+    let after = [page([message(1, 4, "after")])];
+    let runs = [
+        run(&[(0, 1), (1, 2), (3, 2)], before),
+        run(&[(0, 1), (2, 3)], after),
+    ];
+    let script = Script {
+        gap: 1,
+        ..script(Mode::Once, runs)
+    };
+    Case::new(script, depth(2), &[Strike::Restart, Strike::Failed]).check("restarts right after");
 }
 
 #[test]
