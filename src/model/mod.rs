@@ -398,6 +398,17 @@ fn a_change_that_is_taken_back() {
 }
 
 #[test]
+fn a_change_that_fails_for_good_and_was_carried_out() {
+    let there = page([transfer(2, 14, 3), transfer(3, 14, 3)]);
+    let and_back = page([transfer(2, 24, 2), transfer(3, 24, 2)]);
+    let pages = [page([start(2, 3), start(3, 4)]), there, and_back];
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2), (4, 2)], pages)]);
+    let mut case = Case::new(script, depth(2), &[Strike::Overdue, Strike::Lost]);
+    case.settings.max_attempts = 1;
+    case.check("fails for good");
+}
+
+#[test]
 fn two_conversations_of_one_advisor() {
     let told = [
         start(2, 3),
