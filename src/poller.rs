@@ -287,7 +287,7 @@ impl Poller {
             let Some(query) = next else {
                 return Ok(Ended::Complete);
             };
-            let page = match self.ask(&query, !pages.kept.is_empty()).await {
+            let page = match self.ask(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
                     let first = window_query(window.start, window.end);
