@@ -4,7 +4,8 @@
 //! [`Tally`] of a poll works out how many: equal events on one page are that many. On a later page an equal END or
 //! TRANSFER is the same one told again (BigChat does that in two of five polls). An equal MESSAGE there is either
 //! another, or the pages have shifted under us; then, and only then, the earlier page is asked for again, and what
-//! comes tells. The journal afterwards holds at least as many as the tally says: what earlier polls brought counts,
+//! comes tells; where that cannot be had any more, pages have shifted if the later one begins as the earlier one ended.
+//! The journal afterwards holds at least as many as the tally says: what earlier polls brought counts,
 //! so that what is told again is not taken twice.
 //!
 //! Pure: pages in, numbers out.
@@ -102,9 +103,15 @@ impl Tally {
         self.unclear.first().map(|unclear| unclear.earlier)
     }
 
-    /// The page cannot be had again: what is unclear by it counts as another.
-    pub fn give_up(&mut self, number: usize) {
+    /// Page `number` cannot be had again: what is unclear by it counts as another, but for what the next page
+    /// `repeated` of it.
+    pub fn give_up(&mut self, number: usize, repeated: &[Key]) {
         self.unclear.retain(|unclear| unclear.earlier != number);
+        for key in repeated.iter().filter(|key| key.kind == Kind::Message) {
+            if let Some(told) = self.told.get_mut(key) {
+                told.count = told.count.saturating_sub(1);
+            }
+        }
     }
 
     /// Takes in page `number` as it came when it was asked for again.
@@ -161,6 +168,15 @@ impl Tally {
     pub fn told(&self, key: &Key) -> u32 {
         self.told.get(key).map_or(0, |told| told.count)
     }
+}
+
+/// What the end of a page and the beginning of the next have in common: so many events a shift has moved over.
+pub fn repeated<'a>(page: &[Key], next: &'a [Key]) -> &'a [Key] {
+    let longest = page.len().min(next.len());
+    let moved = (1..=longest)
+        .rev()
+        .find(|moved| page[page.len() - moved..] == next[..*moved]);
+    &next[..moved.unwrap_or(0)]
 }
 
 fn count(events: &[Key]) -> HashMap<Key, u32> {
@@ -242,6 +258,22 @@ mod tests {
     fn an_equal_message_on_a_later_page_is_asked_about() {
         assert_eq!(poll(&["ak", "bc", "k"]).unclear(), Some(0));
         assert_eq!(poll(&["ak", "kb"]).unclear(), Some(0));
+    }
+
+    #[test]
+    fn where_the_earlier_page_is_gone_the_edges_tell_whether_pages_have_shifted() {
+        let given_up = |first: &str, second: &str| {
+            let mut tally = poll(&[first, second]);
+            let (page, next) = (keys(first), keys(second));
+            tally.give_up(0, repeated(&page, &next));
+            assert_eq!(tally.unclear(), None);
+            told(&tally, "k")
+        };
+        assert_eq!(given_up("abk", "kcd"), [1], "it has moved on");
+        assert_eq!(given_up("akEb", "kEbc"), [1], "and so have others");
+        assert_eq!(given_up("kk", "kkk"), [3], "two of three");
+        assert_eq!(given_up("kab", "kcd"), [2], "it was not at the end");
+        assert_eq!(given_up("abk", "ckd"), [2], "nor at the beginning");
     }
 
     #[test]

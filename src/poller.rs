@@ -5,7 +5,7 @@
 //! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
 //! poller knows nothing of OurAPI.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,9 +13,9 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::bigchat::{BigChatError, Page, window_query};
+use crate::bigchat::{BigChatError, Page, page_events, window_query};
 use crate::context::Context;
-use crate::dedupe::{Key, Tally};
+use crate::dedupe::{self, Key, Tally};
 use crate::event::{Event, Kind};
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
 use crate::resolve::restart::{self, Seen};
@@ -388,16 +388,17 @@ impl Poller {
                     if !is_gone(&error) && self.page_failures < PAGE_FAILURES {
                         return Err(error.into());
                     }
-                    tracing::warn!(%error, "an earlier page cannot be had again: equal messages on it and a later one count as two");
+                    tracing::warn!(%error, "an earlier page cannot be had again: equal messages on it and a later one count as two, unless they stand where the two meet");
                     self.page_failures = 0;
-                    pages.tally.give_up(number);
+                    pages.give_up(number);
                     continue;
                 }
             };
             let served_at = page.date.unwrap_or(earlier.served_at);
+            let gone = !pages.has_some_of(number, &page) && self.is_of_before(earlier).await?;
             let kept = PageToKeep {
                 query,
-                again_of: Some(id),
+                again_of: (!gone).then_some(id),
                 served_at,
                 window: (window_start, window_start),
                 body: page.body,
@@ -406,8 +407,24 @@ impl Poller {
             };
             let kept = self.keep_page(kept).await?;
             pages.add(&self.context, kept).await?;
+            if gone {
+                tracing::warn!(
+                    "BigChat has restarted in the middle of a poll: its earlier pages cannot be had again"
+                );
+                pages.give_up(number);
+            }
         }
         Ok(())
+    }
+
+    /// Whether BigChat has restarted since it told a page.
+    async fn is_of_before(&self, page: &KeptPage) -> Result<bool, PollError> {
+        if restart::look(&self.context).await? == Seen::Unanswered {
+            return Err(PollError::Unanswered);
+        }
+        let present = self.context.journal.with(|store| store.epoch()).await?;
+        let told_by = restart::run_of(&self.context, page).await?;
+        Ok(told_by.is_some_and(|epoch| epoch < present))
     }
 
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
@@ -636,6 +653,31 @@ impl Pages {
     fn are_many(&self) -> bool {
         let bytes: usize = self.kept.iter().map(|page| page.body.len()).sum();
         self.kept.len() >= MAX_PAGES || bytes > MAX_BYTES
+    }
+
+    /// The page of that number in the tally.
+    fn numbered(&self, number: usize) -> Vec<Key> {
+        let page = self
+            .first_told
+            .get(number)
+            .and_then(|index| self.kept.get(*index));
+        page.map_or_else(Vec::new, |page| {
+            page.events().iter().map(Key::from).collect()
+        })
+    }
+
+    /// Whether a page has an event in common with the one of that number.
+    fn has_some_of(&self, number: usize, page: &Page) -> bool {
+        let keys: HashSet<Key> = self.numbered(number).into_iter().collect();
+        page_events(&page.body)
+            .into_iter()
+            .any(|raw| Event::parse(raw).is_ok_and(|event| keys.contains(&Key::from(&event))))
+    }
+
+    /// The page of that number cannot be had again.
+    fn give_up(&mut self, number: usize) {
+        let (page, next) = (self.numbered(number), self.numbered(number + 1));
+        self.tally.give_up(number, dedupe::repeated(&page, &next));
     }
 
     async fn add(&mut self, context: &Context, page: KeptPage) -> Result<(), JournalError> {

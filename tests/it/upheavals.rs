@@ -92,6 +92,36 @@ async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
 }
 
 #[tokio::test]
+async fn a_page_that_bigchat_has_forgotten_does_not_make_one_message_two() {
+    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    let faults = &sim.bigchat.faults;
+    let as_ever = Fault::Hang(Duration::ZERO);
+    faults.hold(true);
+    faults.script("GET /events", When::Before, as_ever, 2);
+    faults.script("GET /events", When::Before, Fault::Pause, 1);
+    let now = seconds(&sim);
+    sim.bigchat.open(3, now - 100, 2);
+    let say = |text| message(3, now, text);
+    // The second page begins as the first one ended: they have shifted.
+    sim.bigchat
+        .push_page(vec![say("one"), say("two")], NextPage::Usual);
+    sim.bigchat
+        .push_page(vec![say("two"), say("three")], NextPage::None);
+    faults.hold(false);
+    // The first one is asked for again, of a BigChat that has restarted meanwhile.
+    until("the third question", async || faults.paused() == 1).await;
+    sim.bigchat.restart();
+    faults.go_on();
+    bench.until_events("delivered", 3).await;
+    let held: Vec<_> = sim.our_api.held().messages.into_values().collect();
+    let texts: Vec<_> = held.iter().flatten().map(|message| &message.text).collect();
+    assert_eq!(texts, ["one", "two", "three"]);
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn what_our_api_loses_is_built_again() {
     let (sim, bench) = sim(
         Options {
