@@ -28,6 +28,7 @@ pub mod poller;
 pub mod rebuild;
 pub mod resolve;
 pub mod retry;
+pub mod screen;
 pub mod setback;
 pub mod settings;
 pub mod sim;

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use bigchat_sync::cli::{self, Cli, Command};
 use bigchat_sync::daemon;
-use bigchat_sync::demo::{self, DemoError, Screen};
+use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::rebuild;
+use bigchat_sync::screen::Screen;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;

@@ -6,17 +6,16 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use thiserror::Error;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::conversation::ChatFound;
 use crate::daemon::{self, DaemonError};
-use crate::demo::Screen;
 use crate::journal::{
     Journal, JournalError, Lacking, OpenError, RebuildProgress, STORAGE_PAUSE, Scope, Store,
 };
+use crate::screen::{Screen, styled};
 use crate::settings::{Settings, Tokens};
 
 /// How often it is looked how far it is.
@@ -24,6 +23,9 @@ const FRAME: Duration = Duration::from_millis(200);
 
 /// How often there is a line where no bar can be seen.
 const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// What the bar shows.
+const BAR: &str = "  {wide_bar:.cyan/dim}  {per_sec}, {eta} left\n  {msg}";
 
 /// How many chats that lack something are listed.
 const LISTED: u32 = 100;
@@ -161,7 +163,7 @@ async fn watch(
     screen: &Screen,
     stop: &CancellationToken,
 ) -> Result<RebuildProgress, RebuildError> {
-    let bar = screen.picture().map(|picture| picture.add(bar()));
+    let bar = screen.picture().map(|picture| picture.add(styled(BAR)));
     let mut last_line = Instant::now();
     loop {
         let progress = journal
@@ -192,15 +194,6 @@ async fn watch(
             () = sleep(FRAME) => {}
         }
     }
-}
-
-fn bar() -> ProgressBar {
-    let template = "  {wide_bar:.cyan/dim}  {per_sec}, {eta} left\n  {msg}";
-    // A template that is wrong shows in any run; the default one does no harm.
-    let style = ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("━╸─");
-    ProgressBar::new(0).with_style(style)
 }
 
 fn sentence(progress: &RebuildProgress) -> String {

@@ -6,7 +6,7 @@
 //! another terminal.
 
 mod chaos;
-mod screen;
+mod show;
 mod tally;
 mod verdict;
 
@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use crate::daemon::{self, DaemonError};
 use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::screen::Screen;
 use crate::settings::{Settings, Tokens};
 use crate::sim::bigchat::{self, BigChat, Log, Mode};
 use crate::sim::our_api::{self, OurApi};
@@ -37,8 +38,7 @@ use crate::sim::{Happening, Sim, Watch};
 
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
-pub use screen::Screen;
-use screen::{FRAME, Show};
+use show::{FRAME, Show};
 use tally::{Looked, Tally};
 pub use verdict::{Figures, Struck, Verdict};
 
@@ -242,7 +242,7 @@ async fn perform(
         journal,
         happenings,
         tally: Tally::default(),
-        show: screen.show(args.duration),
+        show: Show::new(screen, args.duration),
         daemon,
         enough,
         stop,

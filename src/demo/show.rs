@@ -1,15 +1,14 @@
-//! Where the demo is seen: a picture that moves on a terminal, a line a second anywhere else.
-//!
-//! On a terminal all else that is written, the log above all, goes above the picture and does not tear it. Elsewhere there
-//! is not one escape code. What is shown is left to [`tally`](super::tally).
+//! How the demo is seen: a picture that moves on a terminal, a line a second anywhere else. What is shown is left to
+//! [`tally`](super::tally).
 
 use std::collections::VecDeque;
-use std::io::{self, IsTerminal, Write};
+use std::io;
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar};
 
 use super::tally::{Line, Looked, ROWS, Tally};
+use crate::screen::{Screen, styled};
 
 /// How often the picture changes.
 pub(super) const FRAME: Duration = Duration::from_millis(100);
@@ -24,75 +23,6 @@ const SPREAD: usize = 8;
 /// How often there is a line where there is no picture.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// Standard output, as what it is.
-#[derive(Debug, Clone)]
-pub struct Screen {
-    picture: Option<MultiProgress>,
-}
-
-impl Screen {
-    /// Finds out whether anybody sees pictures.
-    pub fn detect() -> Self {
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let picture = (io::stdout().is_terminal() && !dumb)
-            .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout()));
-        Self { picture }
-    }
-
-    /// Whether the picture tells the most of what a log would say as a warning.
-    pub fn is_picture(&self) -> bool {
-        self.picture.is_some()
-    }
-
-    /// Standard error for a log that does not tear the picture.
-    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + 'static {
-        let screen = self.clone();
-        move || Log(screen.clone())
-    }
-
-    /// Writes something that stays.
-    pub(crate) fn say(&self, text: &str) -> io::Result<()> {
-        self.above(|| writeln!(io::stdout(), "{text}"))
-    }
-
-    /// The picture, if anybody sees it.
-    pub(crate) fn picture(&self) -> Option<&MultiProgress> {
-        self.picture.as_ref()
-    }
-
-    fn above<T>(&self, write: impl FnOnce() -> T) -> T {
-        match &self.picture {
-            Some(picture) => picture.suspend(write),
-            None => write(),
-        }
-    }
-
-    /// Begins to show what goes on.
-    pub(super) fn show(&self, duration: Duration) -> Show {
-        match &self.picture {
-            Some(picture) => Show::Picture(Picture::new(picture, duration)),
-            None => Show::Lines {
-                screen: self.clone(),
-                next: LINE_EVERY,
-            },
-        }
-    }
-}
-
-/// One line of the log, on its way.
-#[derive(Debug)]
-pub struct Log(Screen);
-
-impl Write for Log {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.above(|| io::stderr().write(line))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
-}
-
 /// The show that is on.
 pub(super) enum Show {
     Picture(Picture),
@@ -100,6 +30,17 @@ pub(super) enum Show {
 }
 
 impl Show {
+    /// Begins to show what goes on.
+    pub(super) fn new(screen: &Screen, duration: Duration) -> Self {
+        match screen.picture() {
+            Some(picture) => Self::Picture(Picture::new(picture, duration)),
+            None => Self::Lines {
+                screen: screen.clone(),
+                next: LINE_EVERY,
+            },
+        }
+    }
+
     /// Something happened.
     pub(super) fn tell(&mut self, line: Line) {
         if let Self::Picture(picture) = self {
@@ -155,11 +96,8 @@ impl Picture {
     fn new(bars: &MultiProgress, duration: Duration) -> Self {
         let mut all = Vec::new();
         let mut add = |template: &str| {
-            // A template that is wrong shows in any run; the default one does no harm.
-            let style = ProgressStyle::with_template(template)
-                .unwrap_or_else(|_| ProgressStyle::default_bar())
-                .progress_chars("━╸─");
-            let bar = bars.add(ProgressBar::new(millis(duration)).with_style(style));
+            let bar = bars.add(styled(template));
+            bar.set_length(millis(duration));
             bar.tick();
             all.push(bar.clone());
             bar
