@@ -1,14 +1,20 @@
 //! The BigChat client: its three routes, typed after the contract.
 
+use std::fmt;
+
 use reqwest::{Method, StatusCode};
-use serde::Deserialize;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use thiserror::Error;
 use url::Url;
 
 use crate::clock::BigChatClock;
-use crate::http::{Answer, Exchange, Http, NoAnswer};
+use crate::http::{Answer, Exchange, Http, NoAnswer, shortened};
 use crate::time::{Millis, Timestamp};
+
+/// No server takes a longer query than this.
+const MAX_QUERY: usize = 16 << 10;
 
 /// BigChat, as far as it is asked anything.
 #[derive(Debug)]
@@ -133,8 +139,7 @@ impl BigChat {
         struct Wire<'a> {
             #[serde(borrow, rename = "nextPageUrl", default)]
             next: Option<&'a RawValue>,
-            #[serde(borrow)]
-            events: Vec<&'a RawValue>,
+            events: Counted,
         }
         self.get(self.http.url(&["events"], Some(query)), |answer| {
             let date = answer.date;
@@ -142,10 +147,10 @@ impl BigChat {
             let body = String::from_utf8(answer.body)
                 .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
             let wire: Wire<'_> = serde_json::from_str(&body).ok()?;
-            let next = wire
-                .next
-                .and_then(|next| serde_json::from_str::<String>(next.get()).ok());
-            let (next, events) = (next.as_deref().and_then(next_query), wire.events.len());
+            let (next, events) = (
+                wire.next.and_then(|next| next_page(next.get())),
+                wire.events.0,
+            );
             Some(Page {
                 body,
                 next,
@@ -199,6 +204,7 @@ impl BigChat {
         let exchange = Exchange::new(&Method::GET, &url, None::<&()>, answer.as_ref());
         match answer {
             Err(NoAnswer::Throttled(until)) => Err(BigChatError::Throttled { until }),
+            Err(NoAnswer::Impossible(_)) => Err(BigChatError::Refused(exchange)),
             Err(_) => Err(BigChatError::Unavailable(exchange)),
             Ok(answer) => match (answer.status, answer.retry_at) {
                 (_, Some(until)) => Err(BigChatError::Throttled { until }),
@@ -228,24 +234,68 @@ pub fn window_query(start: Timestamp, end: Timestamp) -> String {
         .finish()
 }
 
-/// The events of a page that was kept, each as it came.
-pub fn page_events(body: &str) -> Vec<&str> {
+/// Hands over the events of a page that was kept, each as it came and one by one: a hostile page has millions.
+pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) {
     #[derive(Deserialize)]
     struct Wire<'a> {
         #[serde(borrow)]
-        events: Vec<&'a RawValue>,
+        events: &'a RawValue,
     }
-    serde_json::from_str::<Wire<'_>>(body).map_or_else(
-        |_| Vec::new(),
-        |wire| wire.events.iter().map(|raw| raw.get()).collect(),
-    )
+    if let Ok(Wire { events }) = serde_json::from_str(body) {
+        let mut events = serde_json::Deserializer::from_str(events.get());
+        // That it is a list was seen when the page came.
+        events.deserialize_seq(Each(each)).ok();
+    }
+}
+
+/// Hands over what stands in a list.
+struct Each<F>(F);
+
+impl<'de, F: FnMut(&'de str)> Visitor<'de> for Each<F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> std::result::Result<(), A::Error> {
+        while let Some(raw) = list.next_element::<&RawValue>()? {
+            (self.0)(raw.get());
+        }
+        Ok(())
+    }
+}
+
+/// How many stand in a list.
+struct Counted(usize);
+
+impl<'de> Deserialize<'de> for Counted {
+    fn deserialize<D: Deserializer<'de>>(list: D) -> std::result::Result<Self, D::Error> {
+        let mut count = 0;
+        list.deserialize_seq(Each(|_: &str| count += 1))?;
+        Ok(Self(count))
+    }
+}
+
+/// The query of the next page, where `nextPageUrl` (as JSON) tells one that can be asked for. What it tells else is
+/// taken for the end: there is nothing to go on with.
+fn next_page(next: &str) -> Option<String> {
+    if next == "null" {
+        return None;
+    }
+    let url: Option<String> = serde_json::from_str(next).ok();
+    let query = url.as_deref().and_then(next_query);
+    if query.is_none() {
+        tracing::warn!(next = %shortened(next), "BigChat names a next page that cannot be asked for; the poll is complete");
+    }
+    query
 }
 
 /// The query of a `nextPageUrl`, which may be absolute or relative.
 fn next_query(next: &str) -> Option<String> {
     let (_, query) = next.split_once('?')?;
     let query = query.split('#').next().unwrap_or_default();
-    (!query.is_empty()).then(|| query.to_owned())
+    (!query.is_empty() && query.len() <= MAX_QUERY).then(|| query.to_owned())
 }
 
 #[cfg(test)]

@@ -77,6 +77,9 @@ pub enum NoAnswer {
     /// The request never left this machine: there was no connection. Nothing was carried out.
     #[error("no connection: {0}")]
     NotSent(String),
+    /// Nobody could ever send it: its URL is too long, say.
+    #[error("it cannot be sent: {0}")]
+    Impossible(String),
     /// Sent, perhaps carried out; the answer was lost, cut off or too large.
     #[error("no whole answer: {0}")]
     Lost(String),
@@ -250,7 +253,9 @@ impl Http {
 }
 
 fn no_answer(error: reqwest::Error) -> NoAnswer {
-    if error.is_connect() || error.is_builder() {
+    if error.is_builder() {
+        NoAnswer::Impossible(causes(error))
+    } else if error.is_connect() {
         NoAnswer::NotSent(causes(error))
     } else {
         lost(error)
@@ -338,7 +343,7 @@ fn head(bytes: &[u8]) -> &[u8] {
 }
 
 /// `text`, without its end where it is long.
-fn shortened(text: &str) -> String {
+pub fn shortened(text: &str) -> String {
     let text = text.trim();
     match text.char_indices().nth(MAX_RECORD) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -412,6 +412,7 @@ impl OurApi {
                 in_doubt: false,
             },
             Err(NoAnswer::NotSent(_)) => Trouble::NotCarriedOut,
+            Err(NoAnswer::Impossible(_)) => Trouble::Refused,
             Err(NoAnswer::Lost(_)) => Trouble::Unknown,
             Err(NoAnswer::Late) => Trouble::Late,
             Ok(answer) => match (trouble(answer.status, &answer.body, route), answer.retry_at) {

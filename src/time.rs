@@ -47,13 +47,14 @@ impl Timestamp {
         Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
     }
 
-    /// Reads what OurAPI answers: RFC 3339, or the same without a zone, which it means as UTC.
+    /// Reads what OurAPI answers: RFC 3339, or the same without a zone, which it means as UTC. What it has from
+    /// elsewhere may lie outside the years that can be represented: the nearest that can is taken.
     pub fn parse(text: &str) -> Option<Self> {
         let seconds = match DateTime::parse_from_rfc3339(text) {
             Ok(time) => time.timestamp(),
             Err(_) => text.parse::<NaiveDateTime>().ok()?.and_utc().timestamp(),
         };
-        Self::from_unix(seconds)
+        Some(Self::clamped(seconds))
     }
 
     /// Reads an HTTP date (`date`, `retry-after`).
@@ -132,6 +133,15 @@ mod tests {
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27.000"), expected);
         assert_eq!(Timestamp::parse("2025-11-23T00:03:27+02:00"), expected);
         assert_eq!(Timestamp::parse("yesterday"), None);
+        let nearest = |text| Timestamp::parse(text).map(|time| time.to_string());
+        assert_eq!(
+            nearest("0001-01-01T00:00:00").as_deref(),
+            Some("1970-01-01T00:00:00Z")
+        );
+        assert_eq!(
+            nearest("+12345-01-01T00:00:00").as_deref(),
+            Some("9999-12-31T23:59:59Z")
+        );
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl Store {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
             "SELECT bigchat_id, started_at FROM conversations
-             WHERE epoch = ?1 AND started_at IS NOT NULL ORDER BY bigchat_id LIMIT ?2",
+             WHERE epoch = ?1 AND started_at IS NOT NULL ORDER BY bigchat_id <> 1, bigchat_id LIMIT ?2",
         )?;
         let markers = statement.query_map(params![epoch, at_most], |row| {
             Ok(Marker {

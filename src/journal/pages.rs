@@ -9,6 +9,7 @@ use super::{Result, Store};
 use crate::bigchat::page_events;
 use crate::dedupe::{Key, Tally};
 use crate::event::{Event, Kind, digest};
+use crate::http::shortened;
 use crate::time::{Millis, Timestamp};
 
 /// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
@@ -18,6 +19,10 @@ const DATE_LAG: Duration = Duration::from_secs(2);
 /// What a window may bring again reaches back a little further than the window: its start is a matter of whole
 /// seconds, and a MESSAGE can be dated before its START.
 const PRUNING_MARGIN: Duration = Duration::from_secs(60);
+
+/// How many events that cannot be understood are kept of one page. That many are a mistake worth keeping whole; beyond,
+/// a page is hostile, and each of millions would be a row.
+const MAX_UNREADABLE: usize = 100_000;
 
 /// How far BigChat was read, and the poll under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,10 +87,9 @@ pub struct KeptPage {
 impl KeptPage {
     /// Those of its events that can be understood.
     pub fn events(&self) -> Vec<Event> {
-        page_events(&self.body)
-            .into_iter()
-            .filter_map(|raw| Event::parse(raw).ok())
-            .collect()
+        let mut events = Vec::new();
+        page_events(&self.body, |raw| events.extend(Event::parse(raw)));
+        events
     }
 }
 
@@ -241,24 +245,31 @@ impl Store {
     ) -> Result<Admitted> {
         let transaction = self.begin()?;
         let mut admitted = Admitted::default();
-        for raw in page_events(&page.body) {
-            match Event::parse(raw) {
-                Ok(event) => {
-                    let conversation = conversation(&transaction, epoch, &event)?;
-                    let told = tally.told(&Key::from(&event)).max(1);
-                    if count_equal(&transaction, conversation, &event)? < told {
-                        insert(&transaction, conversation, &event, now)?;
-                        wake(&transaction, conversation, now)?;
-                        admitted.new += 1;
-                    }
-                }
-                Err(reason) => {
-                    if insert_unreadable(&transaction, raw, &reason.to_string(), now)? {
-                        admitted.new += 1;
-                        admitted.unreadable += 1;
-                    }
-                }
+        let (mut unreadable, mut outcome) = (0, Ok(()));
+        page_events(&page.body, |raw| {
+            if outcome.is_err() {
+                return;
             }
+            outcome = match Event::parse(raw) {
+                Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
+                    admitted.new += usize::from(new);
+                }),
+                Err(reason) => {
+                    unreadable += 1;
+                    if unreadable > MAX_UNREADABLE {
+                        return;
+                    }
+                    insert_unreadable(&transaction, raw, &reason.to_string(), now).map(|new| {
+                        admitted.new += usize::from(new);
+                        admitted.unreadable += usize::from(new);
+                    })
+                }
+            };
+        });
+        outcome?;
+        if unreadable > MAX_UNREADABLE {
+            let beyond = unreadable - MAX_UNREADABLE;
+            tracing::error!(beyond, query = %page.query, "a page is full of what cannot be understood: not all of it is kept");
         }
         transaction
             .prepare_cached("UPDATE pages SET admitted = 1 WHERE id = ?1")?
@@ -324,6 +335,24 @@ impl Store {
             ],
         )?)
     }
+}
+
+/// Admits one event, unless the journal holds as many as were told. Returns whether it is new.
+fn admit(
+    transaction: &Transaction<'_>,
+    epoch: i64,
+    event: &Event,
+    tally: &Tally,
+    now: Millis,
+) -> Result<bool> {
+    let conversation = conversation(transaction, epoch, event)?;
+    let told = tally.told(&Key::from(event)).max(1);
+    if count_equal(transaction, conversation, event)? >= told {
+        return Ok(false);
+    }
+    insert(transaction, conversation, event, now)?;
+    wake(transaction, conversation, now)?;
+    Ok(true)
 }
 
 fn last_event(connection: &rusqlite::Connection) -> Result<i64> {
@@ -416,6 +445,6 @@ fn insert_unreadable(
         .execute(params![raw, digest, now.0])?;
     transaction
         .prepare_cached("INSERT INTO attempts (event, reason) VALUES (?1, ?2)")?
-        .execute(params![transaction.last_insert_rowid(), reason])?;
+        .execute(params![transaction.last_insert_rowid(), shortened(reason)])?;
     Ok(true)
 }

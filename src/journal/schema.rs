@@ -67,7 +67,14 @@ pub enum OpenError {
 /// however it ends.
 #[derive(Debug)]
 pub(super) struct InstanceLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for InstanceLock {
+    fn drop(&mut self) {
+        // Closing lets go as well, but not while a process that was just forked off still has a copy.
+        self.file.unlock().ok();
+    }
 }
 
 impl InstanceLock {
@@ -87,7 +94,7 @@ impl InstanceLock {
             source,
         })?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { file }),
             Err(TryLockError::WouldBlock) => Err(OpenError::InUse(db.to_owned())),
             Err(TryLockError::Error(source)) => Err(OpenError::Io { path, source }),
         }

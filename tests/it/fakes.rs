@@ -703,11 +703,39 @@ impl Scene {
     }
 }
 
+/// What a server by hand sends instead of an answer.
+pub(crate) struct Tampered {
+    bytes: Vec<u8>,
+    forever: Vec<u8>,
+    pause: Duration,
+}
+
+impl From<Vec<u8>> for Tampered {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes,
+            forever: Vec::new(),
+            pause: Duration::ZERO,
+        }
+    }
+}
+
+impl Tampered {
+    /// First these, then those again and again, with a pause between, for as long as anybody reads.
+    pub(crate) fn without_end(bytes: &[u8], forever: &[u8], pause: Duration) -> Self {
+        Self {
+            bytes: bytes.to_owned(),
+            forever: forever.to_owned(),
+            pause,
+        }
+    }
+}
+
 /// A server by hand in front of another: `tamper` makes of each request's line and the whole answer what is sent
 /// instead of it, and the connection is closed after that. Returns its URL.
-pub(crate) async fn tampering(
+pub(crate) async fn tampering<T: Into<Tampered>>(
     url: &str,
-    tamper: impl FnMut(&str, Vec<u8>) -> Vec<u8> + Send + 'static,
+    tamper: impl FnMut(&str, Vec<u8>) -> T + Send + 'static,
 ) -> String {
     let backend = url.trim_start_matches("http://").to_owned();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
@@ -719,9 +747,9 @@ pub(crate) async fn tampering(
         while let Ok((stream, _)) = listener.accept().await {
             let (backend, tamper) = (backend.clone(), Arc::clone(&tamper));
             tokio::spawn(async move {
-                let relayed = relay(stream, &backend, |line, answer| lock(&tamper)(line, answer));
+                let tamper = |line: &str, answer| lock(&tamper)(line, answer).into();
                 // Whoever asked may not want to read all of it.
-                drop(relayed.await);
+                drop(relay(stream, &backend, tamper).await);
             });
         }
     });
@@ -731,7 +759,7 @@ pub(crate) async fn tampering(
 async fn relay(
     mut client: TcpStream,
     backend: &str,
-    tamper: impl FnOnce(&str, Vec<u8>) -> Vec<u8>,
+    tamper: impl FnOnce(&str, Vec<u8>) -> Tampered,
 ) -> std::io::Result<()> {
     let mut request = Vec::new();
     while !is_whole(&request) {
@@ -746,7 +774,12 @@ async fn relay(
     let mut answer = Vec::new();
     server.read_to_end(&mut answer).await?;
     let line = text.lines().next().unwrap_or_default();
-    client.write_all(&tamper(line, answer)).await?;
+    let tampered = tamper(line, answer);
+    client.write_all(&tampered.bytes).await?;
+    while !tampered.forever.is_empty() {
+        tokio::time::sleep(tampered.pause).await;
+        client.write_all(&tampered.forever).await?;
+    }
     client.shutdown().await
 }
 
