@@ -10,7 +10,7 @@ use crate::bigchat::BigChat;
 use crate::context::Context;
 use crate::delivery::{self, Until};
 use crate::http::Http;
-use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Settings, Tokens};
@@ -36,6 +36,20 @@ pub enum DaemonError {
         "stopped while the database could not be written: {0} events that BigChat told are lost"
     )]
     Unkept(usize),
+    /// The database was deleted or replaced under the daemon, and what waits in it goes with it.
+    #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
+    Displaced(u64),
+}
+
+impl DaemonError {
+    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Open(error) => error.may_pass(),
+            Self::Journal(error) => error.may_pass(),
+            _ => false,
+        }
+    }
 }
 
 /// Polls and delivers until `stopping` is cancelled; then lets what is in flight end, for at most 8 s, and keeps what
@@ -45,7 +59,10 @@ pub async fn run(
     tokens: Tokens,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    serve(start(settings, tokens, stopping).await?).await
+    match start_when_possible(settings, tokens, stopping).await? {
+        Some(context) => serve(context).await,
+        None => Ok(()),
+    }
 }
 
 /// The daemon between its start and its end.
@@ -53,7 +70,7 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
     let mut poller = Poller::new(Arc::clone(&context));
     let polling = until_stopped(&context, poller.run());
     tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
-    stopped(poller.unkept())
+    stopped(&context, &poller).await
 }
 
 /// Polls once, as far as now, and delivers what is due.
@@ -66,7 +83,7 @@ pub async fn once(
     let mut poller = Poller::new(Arc::clone(&context));
     until_stopped(&context, poller.catch_up()).await;
     delivery::run(Arc::clone(&context), Until::Done).await;
-    stopped(poller.unkept())
+    stopped(&context, &poller).await
 }
 
 /// Delivers nothing and polls nothing; only compares chats with the journal where that is asked for, or, unless
@@ -99,6 +116,30 @@ async fn until_stopped(context: &Context, polling: impl Future<Output = ()>) {
     tokio::select! {
         () = polling => {}
         () = last_poll => tracing::warn!("BigChat did not answer the last poll in time"),
+    }
+}
+
+/// Starts; a disk that is full or a database that is locked is waited for, as at any other time. `None`: the daemon was
+/// stopped meanwhile.
+async fn start_when_possible(
+    settings: Settings,
+    tokens: Tokens,
+    stopping: CancellationToken,
+) -> Result<Option<Arc<Context>>, DaemonError> {
+    let mut refused = false;
+    loop {
+        match start(settings.clone(), tokens.clone(), stopping.clone()).await {
+            Err(error) if error.may_pass() => {
+                if !std::mem::replace(&mut refused, true) {
+                    tracing::error!(%error, "the database cannot be used yet: the daemon starts when it can");
+                }
+            }
+            started => return started.map(Some),
+        }
+        tokio::select! {
+            () = stopping.cancelled() => return Ok(None),
+            () = sleep(STORAGE_PAUSE) => {}
+        }
     }
 }
 
@@ -152,9 +193,19 @@ pub(crate) async fn begin(
     )))
 }
 
-fn stopped(unkept: usize) -> Result<(), DaemonError> {
-    if unkept > 0 {
-        return Err(DaemonError::Unkept(unkept));
+async fn stopped(context: &Context, poller: &Poller) -> Result<(), DaemonError> {
+    if poller.unkept() > 0 {
+        return Err(DaemonError::Unkept(poller.unkept()));
+    }
+    let left = context
+        .journal
+        .with(|store| match store.in_place() {
+            Ok(()) => Ok(0),
+            Err(_) => store.waiting(),
+        })
+        .await?;
+    if left > 0 {
+        return Err(DaemonError::Displaced(left));
     }
     tracing::info!("stopped; nothing is forgotten");
     Ok(())

@@ -116,7 +116,9 @@ impl Poller {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (Polled::More, _) => Duration::ZERO,
                 _ => {
-                    self.prune().await;
+                    if !self.storage_refuses {
+                        self.prune().await;
+                    }
                     interval
                 }
             };
@@ -173,6 +175,7 @@ impl Poller {
 
     async fn try_poll(&mut self) -> Result<Polled, PollError> {
         self.keep().await?;
+        self.context.journal.with(|store| store.in_place()).await?;
         if self.context.bigchat.clock().now().is_none() {
             // The first answer of all tells BigChat's time, by which the first window goes.
             restart::look(&self.context).await?;

@@ -15,7 +15,7 @@ mod property;
 mod rebuild;
 mod schema;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 #[cfg(test)]
 use std::pin::Pin;
 #[cfg(test)]
@@ -44,9 +44,19 @@ pub enum JournalError {
     /// A row that this program never writes: somebody edited the database.
     #[error("the database holds what cannot be: {0}")]
     Corrupt(String),
+    /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
+    #[error("{0} was deleted or replaced: put it back, or restart to go on with what is there now")]
+    Displaced(PathBuf),
     /// The journal's thread has ended.
     #[error("the journal is closed")]
     Closed,
+}
+
+impl JournalError {
+    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Sqlite(error) if schema::may_pass(error))
+    }
 }
 
 /// What an operation returns.
@@ -78,6 +88,8 @@ pub(crate) trait Worker: std::fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
+    /// `None`: it is in memory.
+    file: Option<schema::Identity>,
     _lock: Option<schema::InstanceLock>,
 }
 
@@ -85,17 +97,23 @@ impl Store {
     /// Opens the database for the daemon: made or upgraded where needed, and kept from other daemons.
     pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
         let lock = schema::InstanceLock::take(path)?;
-        Ok(Self {
-            connection: schema::open(path, true)?,
-            _lock: Some(lock),
-        })
+        Self::over(schema::open(path, true)?, path, Some(lock))
     }
 
     /// Opens the database for a command beside the daemon.
     pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
+        Self::over(schema::open(path, false)?, path, None)
+    }
+
+    fn over(
+        connection: Connection,
+        path: &Path,
+        lock: Option<schema::InstanceLock>,
+    ) -> std::result::Result<Self, OpenError> {
         Ok(Self {
-            connection: schema::open(path, false)?,
-            _lock: None,
+            connection,
+            file: Some(schema::Identity::of(path)?),
+            _lock: lock,
         })
     }
 
@@ -109,6 +127,7 @@ impl Store {
         }
         Ok(Self {
             connection,
+            file: None,
             _lock: None,
         })
     }
@@ -117,6 +136,17 @@ impl Store {
     #[cfg(test)]
     pub(crate) fn connection(&mut self) -> &mut Connection {
         &mut self.connection
+    }
+
+    /// Whether the database is still the file of its name. If not, nothing is taken on that can be had only once.
+    pub fn in_place(&self) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        match schema::Identity::of(file.path()) {
+            Ok(there) if there == *file => Ok(()),
+            _ => Err(JournalError::Displaced(file.path().to_owned())),
+        }
     }
 
     /// Begins a transaction that writes: at once, since one that begins to write later may find that another process

@@ -162,6 +162,7 @@ impl Store {
 
     /// Keeps a page and how its poll goes on, durably and together. Returns its id.
     pub fn keep_page(&mut self, page: &PageToKeep) -> Result<i64> {
+        self.in_place()?;
         let transaction = self.begin()?;
         transaction.prepare_cached(
             "INSERT INTO pages (query, again_of, served_at, window_start, body) VALUES (?1, ?2, ?3, ?4, ?5)",

@@ -2,10 +2,11 @@
 
 use std::fs::{File, TryLockError};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags};
 use thiserror::Error;
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCSY".
@@ -20,6 +21,10 @@ const MIGRATIONS: &[&str] = &[
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
 /// and must be able to stop.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How large the write-ahead log may stay. It grows for as long as somebody reads an old state of the database (a
+/// backup, a forgotten shell), and would keep that size for ever.
+const WAL_SIZE: i64 = 8 << 20;
 
 /// Why a database was not opened. Except for a failing disk, nothing in it was changed.
 #[derive(Debug, Error)]
@@ -45,6 +50,16 @@ pub enum OpenError {
     /// There is none, for a command that does not make one.
     #[error("there is no database {0}; name the daemon's with --db")]
     Missing(PathBuf),
+    /// Cut off, or written over.
+    #[error(
+        "{path} is damaged ({why}), and is left as it is; restore a copy, or set another database with --db"
+    )]
+    Damaged {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The file system refuses.
     #[error("{path} cannot be opened: {source}")]
     Io {
@@ -61,6 +76,52 @@ pub enum OpenError {
         /// Why.
         source: rusqlite::Error,
     },
+}
+
+impl OpenError {
+    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Sqlite { source, .. } => may_pass(source),
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
+            _ => false,
+        }
+    }
+}
+
+/// Whether what SQLite refuses now it may do later.
+pub(super) fn may_pass(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
+    matches!(
+        error.sqlite_error_code(),
+        Some(DatabaseBusy | DatabaseLocked | DiskFull | SystemIoFailure)
+    )
+}
+
+/// Which file a database is, whatever name it goes by.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    pub(super) fn of(path: &Path) -> Result<Self, OpenError> {
+        let metadata = std::fs::metadata(path).map_err(|source| OpenError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 /// Holds off other daemons for as long as it lives. The operating system lets go of it when the process ends,
@@ -107,6 +168,10 @@ pub(super) fn open(path: &Path, create: bool) -> Result<Connection, OpenError> {
     if !ours && !create {
         return Err(OpenError::Missing(path.to_owned()));
     }
+    if ours && !has_log(path) {
+        // With a log there is no way to look without taking part.
+        look_through(path).map_err(|source| sqlite(path, source))?;
+    }
     let mut connection = connect(path).map_err(|source| sqlite(path, source))?;
     let found = version(&connection).map_err(|source| sqlite(path, source))?;
     match usize::try_from(found) {
@@ -122,11 +187,45 @@ pub(super) fn open(path: &Path, create: bool) -> Result<Connection, OpenError> {
     }
 }
 
-fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
-    OpenError::Sqlite {
-        path: path.to_owned(),
-        source,
+pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    let path = path.to_owned();
+    match source.sqlite_error_code() {
+        Some(DatabaseCorrupt | NotADatabase) => OpenError::Damaged {
+            path,
+            why: source.to_string(),
+        },
+        _ => OpenError::Sqlite { path, source },
     }
+}
+
+/// Whether a write-ahead log holds what is not in the database's own file yet.
+fn has_log(path: &Path) -> bool {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    std::fs::metadata(log).is_ok_and(|log| log.len() > 0)
+}
+
+/// Reads the heads of all tables, in a way that creates and changes no file: what is damaged must stay as it is. A
+/// thorough check would take as long as the database is large.
+fn look_through(path: &Path) -> rusqlite::Result<()> {
+    let mut uri = url::Url::parse("file:///").map_err(|_| rusqlite::Error::InvalidQuery)?;
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    uri.set_path(&path.to_string_lossy());
+    uri.set_query(Some("immutable=1"));
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    let connection = Connection::open_with_flags(uri.as_str(), flags)?;
+    let tables: Vec<String> = connection
+        .prepare("SELECT name FROM sqlite_schema WHERE type = 'table'")?
+        .query_map([], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    for table in tables {
+        connection
+            .prepare(&format!("SELECT * FROM \"{table}\" LIMIT 1"))?
+            .query([])?
+            .next()?;
+    }
+    Ok(())
 }
 
 /// Whether there is a database of ours. Reads the file's header and nothing else: SQLite itself would already
@@ -138,6 +237,7 @@ fn inspect(path: &Path) -> Result<bool, OpenError> {
         source,
     };
     let mut header = Vec::new();
+    let length = std::fs::metadata(path).map_or(0, |file| file.len());
     match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(source) => return Err(io(source)),
@@ -153,17 +253,39 @@ fn inspect(path: &Path) -> Result<bool, OpenError> {
             .and_then(|bytes| bytes.try_into().ok())
             .map(i32::from_be_bytes)
     };
+    if header.starts_with(MAGIC) && header.len() < 100 {
+        return Err(damaged(path));
+    }
     if !header.starts_with(MAGIC) || field(68) != Some(APPLICATION_ID) {
         return Err(OpenError::Foreign(path.to_owned()));
     }
     let found = i64::from(field(60).unwrap_or_default());
     match usize::try_from(found) {
-        Ok(version) if version <= MIGRATIONS.len() => Ok(true),
+        Ok(version) if version <= MIGRATIONS.len() => {
+            // In units of pages, the size of the file as of the last checkpoint: at 16 and 28.
+            let page = match header.get(16..18) {
+                Some([0, 1]) => 65_536,
+                Some([high, low]) => u64::from(u16::from_be_bytes([*high, *low])),
+                _ => 0,
+            };
+            let pages = u64::from(field(28).unwrap_or_default().cast_unsigned());
+            if length < page * pages && !has_log(path) {
+                return Err(damaged(path));
+            }
+            Ok(true)
+        }
         _ => Err(OpenError::Newer {
             path: path.to_owned(),
             found,
             known: MIGRATIONS.len(),
         }),
+    }
+}
+
+fn damaged(path: &Path) -> OpenError {
+    OpenError::Damaged {
+        path: path.to_owned(),
+        why: "its end is missing".into(),
     }
 }
 
@@ -177,6 +299,7 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "journal_size_limit", WAL_SIZE)?;
     connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)
 }

@@ -16,4 +16,5 @@ mod poison;
 mod process;
 mod rebuild;
 mod stopping;
+mod storage;
 mod upheavals;

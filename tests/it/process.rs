@@ -35,6 +35,11 @@ impl Process {
         Self { child, log }
     }
 
+    /// Where it logs.
+    pub(crate) fn log_file(&self) -> PathBuf {
+        self.log.clone()
+    }
+
     /// All it has logged so far, those started before it on the same bench included.
     pub(crate) fn log(&self) -> String {
         let bytes = std::fs::read(&self.log).expect("a log");
@@ -80,9 +85,6 @@ impl Process {
         assert!(told.elapsed() < STOPS_WITHIN, "{:?}", told.elapsed());
         ended.expect("it has ended")
     }
-
-    /// Kills it.
-    pub(crate) fn kill(self) {}
 }
 
 impl Drop for Process {

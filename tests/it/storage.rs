@@ -1,0 +1,358 @@
+//! A disk that refuses, a database that somebody else holds, reads, deletes or has damaged: polling pauses, the cursor
+//! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use bigchat_sync::sim::Sim;
+use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::our_api;
+
+use crate::daemon::{agrees, message, scripted, seconds};
+use crate::harness::{Bench, side_by_side, until};
+use crate::process::Process;
+
+/// More than any statement waits for a database that somebody else holds.
+const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
+
+/// What is in a directory, but for the lock, which stays.
+fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(directory).expect("a directory");
+    let file = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.expect("a file").path();
+        let name = path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        (name, std::fs::read(&path).expect("its bytes"))
+    };
+    let mut files: BTreeMap<_, _> = entries.map(file).collect();
+    files.retain(|name, _| name.starts_with("journal.db") && !name.ends_with(".lock"));
+    files
+}
+
+/// A database with some events, as a daemon leaves it that was stopped.
+async fn with_events() -> (Sim, Bench) {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let told = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
+    sim.bigchat.push_page(told.collect(), NextPage::None);
+    bench.once().await;
+    (sim, bench)
+}
+
+#[tokio::test]
+async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 5] = [
+        ("half of it is missing", |bytes| {
+            bytes.truncate(bytes.len() / 2)
+        }),
+        ("its last page is missing", |bytes| {
+            bytes.truncate(bytes.len() - 1)
+        }),
+        ("only its beginning is left", |bytes| bytes.truncate(99)),
+        ("its schema is written over", |bytes| {
+            bytes[100..4096].fill(0xa5)
+        }),
+        ("its first tables are written over", |bytes| {
+            bytes[4096..5 * 4096].fill(0xa5)
+        }),
+    ];
+    side_by_side(damages, async |(case, damage)| {
+        let (sim, bench) = with_events().await;
+        let mut bytes = std::fs::read(bench.db()).expect("a database");
+        damage(&mut bytes);
+        std::fs::write(bench.db(), bytes).expect("a database");
+        let before = files(bench.directory());
+        let requests = sim.bigchat.traffic.total();
+        let run = bench.program("run").output().expect("it runs");
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{case}: {said}");
+        assert!(
+            said.contains("is damaged") && said.contains("left as it is"),
+            "{case}: {said}"
+        );
+        assert!(files(bench.directory()) == before, "{case}: untouched");
+        assert_eq!(sim.bigchat.traffic.total(), requests, "{case}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_place_where_no_database_can_be_is_said_at_once() {
+    for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
+        let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1").set("--db", db);
+        let run = bench.program("run").output().expect("it runs");
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains(db) && said.contains("cannot be opened"),
+            "{said}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_second_daemon_is_refused_and_the_first_goes_on() {
+    let (sim, bench) = with_events().await;
+    let first = bench.start();
+    let polls = sim.bigchat.polls();
+    until("it polls", async || sim.bigchat.polls() > polls).await;
+    for name in ["run", "once"] {
+        let second = bench.program(name).output().expect("it runs");
+        let said = String::from_utf8_lossy(&second.stderr);
+        assert_eq!(second.status.code(), Some(1), "{said}");
+        assert!(said.contains("another bigchat-sync works on"), "{said}");
+    }
+    sim.bigchat.push_page(
+        vec![message(10, seconds(&sim) - 1, "and on")],
+        NextPage::None,
+    );
+    bench.until_events("delivered", 51).await;
+    first.stop().await;
+    assert!(sim.compare().is_clean());
+}
+
+/// The program with room for files of so many KiB only, until [`lift`]ed, as on a disk that is full.
+fn on_a_small_disk(bench: &Bench, kibibytes: u32) -> Process {
+    let program = bench.program("run");
+    // Writing beyond the limit is then refused like any other write, instead of ending the process.
+    let limited = format!(
+        "trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"",
+        kibibytes * 2
+    );
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &limited])
+        .arg(program.get_program())
+        .args(program.get_args());
+    Process::start_as(bench, shell)
+}
+
+/// Makes room.
+fn lift(process: &Process) {
+    let lifted = Command::new("prlimit")
+        .args(["--fsize=unlimited:", "--pid", &process.id()])
+        .status();
+    assert!(lifted.expect("prlimit, of util-linux").success());
+}
+
+const REFUSED: &str = "the journal cannot be written: polling pauses";
+
+/// A daemon that was told of three events on a page for which there is no room.
+async fn told_without_room() -> (Sim, Bench, Process, Option<i64>) {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let daemon = on_a_small_disk(&bench, 1024);
+    sim.bigchat
+        .push_page(vec![message(10, now - 6, "before")], NextPage::None);
+    bench.until_events("delivered", 1).await;
+    // A twin, so that it would show if the page were taken twice; and one that fills the page.
+    let large = "x".repeat(2 << 20);
+    let told = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
+    sim.bigchat.push_page(told.into(), NextPage::None);
+    until("it is refused", async || daemon.lines_with(REFUSED) > 0).await;
+    let cursor = bench.cursor();
+    (sim, bench, daemon, cursor)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
+    let (sim, bench, daemon, cursor) = told_without_room().await;
+    let polls = sim.bigchat.traffic.count("GET /events");
+    tokio::time::sleep(LONGER_THAN_A_STATEMENT).await;
+    assert_eq!(
+        sim.bigchat.traffic.count("GET /events"),
+        polls,
+        "nothing more is asked"
+    );
+    assert_eq!(bench.cursor(), cursor);
+    assert_eq!(daemon.lines_with("ERROR"), 1, "{}", daemon.log());
+    lift(&daemon);
+    agrees(&sim, &bench).await;
+    until("it goes on", async || {
+        sim.bigchat.traffic.count("GET /events") > polls + 2
+    })
+    .await;
+    assert_eq!(daemon.lines_with("polling goes on"), 1, "{}", daemon.log());
+    assert!(daemon.stop().await.success());
+    assert_eq!(bench.events("delivered"), 4);
+    assert!(sim.compare().is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
+    let (_sim, _bench, daemon, _) = told_without_room().await;
+    let log = daemon.log_file();
+    assert_eq!(daemon.stop().await.code(), Some(1));
+    let said = std::fs::read_to_string(log).expect("a log");
+    assert!(
+        said.contains("3 events that BigChat told are lost"),
+        "{said}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_full_at_the_start_is_waited_for() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    sim.bigchat
+        .push_page(vec![message(10, now - 6, "hello")], NextPage::None);
+    let waits = "the database cannot be used yet";
+    let stopped = on_a_small_disk(&bench, 16);
+    until("it waits", async || stopped.lines_with(waits) == 1).await;
+    assert!(stopped.stop().await.success());
+    let daemon = on_a_small_disk(&bench, 16);
+    until("it waits", async || daemon.lines_with(waits) == 2).await;
+    assert_eq!(sim.bigchat.traffic.total(), 0);
+    lift(&daemon);
+    agrees(&sim, &bench).await;
+    assert!(daemon.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_locked_at_the_start_is_waited_for() {
+    let (sim, bench) = with_events().await;
+    let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+    let daemon = Process::start(&bench);
+    until("it waits", async || {
+        daemon.lines_with("the database cannot be used yet") == 1
+    })
+    .await;
+    other.execute_batch("COMMIT").expect("it lets go");
+    sim.bigchat.push_page(
+        vec![message(10, seconds(&sim) - 1, "and on")],
+        NextPage::None,
+    );
+    bench.until_events("delivered", 51).await;
+    assert!(daemon.stop().await.success());
+    assert_eq!(daemon_errors(&bench), 1);
+}
+
+fn daemon_errors(bench: &Bench) -> usize {
+    let log = std::fs::read_to_string(bench.directory().join("log")).expect("a log");
+    log.lines().filter(|line| line.contains("ERROR")).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
+    const LIMIT: u64 = 8 << 20;
+    let (sim, bench) = with_events().await;
+    let log = bench.db().with_extension("db-wal");
+    let size = || std::fs::metadata(&log).map_or(0, |log| log.len());
+    let daemon = bench.start();
+    let polls = sim.bigchat.polls();
+    until("it polls", async || sim.bigchat.polls() > polls).await;
+    let reader = rusqlite::Connection::open(bench.db()).expect("the database");
+    reader.execute_batch("BEGIN").expect("a transaction");
+    let count = "SELECT count(*) FROM events";
+    let before: i64 = reader
+        .query_row(count, [], |row| row.get(0))
+        .expect("a count");
+    let text = "x".repeat(1 << 20);
+    let mut delivered = 50;
+    let tell = |what: &str| {
+        let told = message(10, seconds(&sim) - 1, &format!("{what} {text}"));
+        sim.bigchat.push_page(vec![told], NextPage::None);
+    };
+    while size() < 3 * LIMIT {
+        tell(&format!("number {delivered}"));
+        delivered += 1;
+        bench.until_events("delivered", delivered).await;
+    }
+    let still: i64 = reader
+        .query_row(count, [], |row| row.get(0))
+        .expect("a count");
+    assert_eq!(still, before, "it reads what it began with");
+    reader.execute_batch("COMMIT").expect("it ends");
+    until("the log is as small as it should be", async || {
+        tell(&format!("number {delivered}"));
+        delivered += 1;
+        bench.until_events("delivered", delivered).await;
+        size() <= LIMIT
+    })
+    .await;
+    daemon.stop().await;
+    assert!(sim.compare().is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back() {
+    let (sim, bench) = with_events().await;
+    let elsewhere = bench.directory().join("elsewhere.db");
+    let daemon = Process::start(&bench);
+    let polls = sim.bigchat.traffic.count("GET /events");
+    until("it polls", async || {
+        sim.bigchat.traffic.count("GET /events") > polls
+    })
+    .await;
+    std::fs::rename(bench.db(), &elsewhere).expect("it moves");
+    until("it is noticed", async || {
+        daemon.lines_with("was deleted or replaced") > 0
+    })
+    .await;
+    let polls = sim.bigchat.traffic.count("GET /events");
+    sim.bigchat.push_page(
+        vec![message(10, seconds(&sim) - 1, "and on")],
+        NextPage::None,
+    );
+    let other = "another database altogether";
+    std::fs::write(bench.db(), other).expect("a file");
+    tokio::time::sleep(LONGER_THAN_A_STATEMENT / 5).await;
+    assert_eq!(sim.bigchat.traffic.count("GET /events"), polls);
+    assert_eq!(
+        daemon.lines_with("was deleted or replaced"),
+        1,
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(std::fs::read_to_string(bench.db()).expect("a file"), other);
+    std::fs::rename(&elsewhere, bench.db()).expect("it moves back");
+    bench.until_events("delivered", 51).await;
+    assert!(daemon.stop().await.success());
+    assert!(sim.compare().is_clean());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
+    for our_api_is_up in [true, false] {
+        let (sim, bench) = with_events().await;
+        sim.our_api.hang(true);
+        let daemon = Process::start(&bench);
+        sim.bigchat.push_page(
+            vec![message(10, seconds(&sim) - 1, "and on")],
+            NextPage::None,
+        );
+        bench.until_events("waiting", 1).await;
+        for end in ["", "-wal", "-shm"] {
+            std::fs::remove_file(format!("{}{end}", bench.db().display())).expect("a file");
+        }
+        until("it is noticed", async || {
+            daemon.lines_with("was deleted or replaced") > 0
+        })
+        .await;
+        let log = daemon.log_file();
+        if our_api_is_up {
+            sim.our_api.hang(false);
+            agrees(&sim, &bench).await;
+            until("it is settled", async || {
+                daemon.lines_with("\"delivered\"") > 0
+            })
+            .await;
+            assert!(daemon.stop().await.success());
+        } else {
+            assert_eq!(daemon.stop().await.code(), Some(1));
+            let said = std::fs::read_to_string(log).expect("a log");
+            assert!(said.contains("1 events in it are lost"), "{said}");
+        }
+        assert!(!bench.db().exists(), "none is made in its place");
+    }
+}
