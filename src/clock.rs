@@ -33,8 +33,15 @@ impl BigChatClock {
             self.readings
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .observe(date, Instant::now());
+                .observe(date, Instant::now(), Timestamp::of_this_machine());
         }
+    }
+
+    /// Whether what it says is to be relied on. If not, another answer tells.
+    pub fn is_sure(&self) -> bool {
+        let readings = self.readings.lock();
+        let readings = readings.unwrap_or_else(PoisonError::into_inner);
+        readings.believed.is_some()
     }
 
     /// BigChat's time now: the last date it gave, plus the time since by a monotonic clock. `None`: it never gave one.
@@ -48,17 +55,21 @@ impl BigChatClock {
 
 impl Readings {
     fn at(&self, now: Instant) -> Option<Timestamp> {
-        self.believed.map(|reading| carried_on(reading, now))
+        let reading = self.believed.or(self.doubted)?;
+        Some(carried_on(reading, now))
     }
 
-    fn observe(&mut self, date: Timestamp, now: Instant) {
+    /// The first date of all is held against this machine's clock, which may be as wrong: where they differ, the next
+    /// one tells.
+    fn observe(&mut self, date: Timestamp, now: Instant, this_machine: Timestamp) {
         let leaps = |reading| {
             let expected = carried_on(reading, now);
             date > expected.plus(DOUBTFUL_LEAP) || date < expected.minus(DOUBTFUL_LEAP)
         };
-        let doubtful = self.believed.is_some_and(leaps) && self.doubted.is_none_or(leaps);
+        let expected = self.believed.unwrap_or((this_machine, now));
+        let doubtful = leaps(expected) && self.doubted.is_none_or(leaps);
         if doubtful {
-            tracing::warn!(%date, "BigChat's clock leaps; not believed unless it says so again");
+            tracing::warn!(%date, "BigChat's clock leaps, or is far from this machine's; not believed unless it says so again");
             self.doubted = Some((date, now));
         } else {
             *self = Self {
@@ -86,12 +97,12 @@ mod tests {
         let start = Instant::now();
         let mut readings = Readings::default();
         assert_eq!(readings.at(start), None);
-        readings.observe(at(1000), start);
+        readings.observe(at(1000), start, at(1000));
         assert_eq!(
             readings.at(start + Duration::from_millis(2900)),
             Some(at(1002))
         );
-        readings.observe(at(900), start);
+        readings.observe(at(900), start, at(1000));
         assert_eq!(
             readings.at(start),
             Some(at(900)),
@@ -100,27 +111,46 @@ mod tests {
     }
 
     #[test]
+    fn the_first_date_is_believed_if_this_machine_or_the_next_one_says_the_same() {
+        let start = Instant::now();
+        let mut readings = Readings::default();
+        readings.observe(at(1_000_000), start, at(1000));
+        assert_eq!(readings.believed, None);
+        assert_eq!(
+            readings.at(start),
+            Some(at(1_000_000)),
+            "for want of better"
+        );
+        readings.observe(at(1001), start, at(1000));
+        assert_eq!(readings.at(start), Some(at(1001)));
+        let mut readings = Readings::default();
+        readings.observe(at(1_000_000), start, at(1000));
+        readings.observe(at(1_000_001), start, at(1000));
+        assert_eq!(readings.believed, Some((at(1_000_001), start)));
+    }
+
+    #[test]
     fn a_leap_is_believed_when_it_is_said_again() {
         let start = Instant::now();
         let mut readings = Readings::default();
-        readings.observe(at(1000), start);
-        readings.observe(at(1_000_000), start);
+        readings.observe(at(1000), start, at(1000));
+        readings.observe(at(1_000_000), start, at(1000));
         assert_eq!(readings.at(start), Some(at(1000)));
-        readings.observe(at(1001), start + Duration::from_secs(1));
-        readings.observe(at(1_000_000), start + Duration::from_secs(2));
+        readings.observe(at(1001), start + Duration::from_secs(1), at(1000));
+        readings.observe(at(1_000_000), start + Duration::from_secs(2), at(1000));
         assert_eq!(
             readings.at(start + Duration::from_secs(2)),
             Some(at(1002)),
             "it was one wrong header each time"
         );
-        readings.observe(at(0), start + Duration::from_secs(3));
+        readings.observe(at(0), start + Duration::from_secs(3), at(1000));
         assert_eq!(
             readings.at(start + Duration::from_secs(3)),
             Some(at(1003)),
             "nor back by years"
         );
-        readings.observe(at(1_000_000), start + Duration::from_secs(2));
-        readings.observe(at(1_000_010), start + Duration::from_secs(12));
+        readings.observe(at(1_000_000), start + Duration::from_secs(2), at(1000));
+        readings.observe(at(1_000_010), start + Duration::from_secs(12), at(1000));
         assert_eq!(
             readings.at(start + Duration::from_secs(12)),
             Some(at(1_000_010))

@@ -1,6 +1,6 @@
 //! What polling and delivery share: both APIs, the journal, and what is known as of now.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +30,8 @@ pub struct Context {
     pub session: Session,
     /// Told when there is something new to deliver.
     pub work: Notify,
+    /// Cancelled when BigChat was read up to now for the first time, or could not be.
+    pub polled: CancellationToken,
     /// Cancelled when the daemon is to stop: no further request is begun.
     pub stopping: CancellationToken,
     /// Held while an agent is looked for and created, so that two conversations do not both create it.
@@ -39,6 +41,7 @@ pub struct Context {
     agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
     /// The agents looked for in a rebuild, by its id, and whether they were there.
     looked_for: Mutex<HashMap<(i64, Uuid), bool>>,
+    looked_at_chats: Mutex<HashSet<i64>>,
     look_up_through: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
@@ -66,11 +69,13 @@ impl Context {
             journal,
             session,
             work: Notify::new(),
+            polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
             bigchat_health: Mutex::new(Breaker::default()),
             agents: Mutex::new(HashMap::new()),
             looked_for: Mutex::default(),
+            looked_at_chats: Mutex::new(HashSet::new()),
             look_up_through: Arc::new(AtomicI64::new(session.last_event)),
             losses: AtomicI64::new(session.losses),
             confirmed_at: AtomicI64::new(0),
@@ -93,6 +98,14 @@ impl Context {
     /// Where that stands, to be raised with the events of windows that began before the daemon did.
     pub fn look_up_mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.look_up_through)
+    }
+
+    /// The conversations of whose chats it is known in this session how they stand, among those of which another copy
+    /// of the database may know more.
+    pub fn looked_at_chats(&self) -> MutexGuard<'_, HashSet<i64>> {
+        self.looked_at_chats
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many losses of OurAPI there have been.

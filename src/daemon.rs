@@ -1,6 +1,7 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::time::sleep;
@@ -15,6 +16,9 @@ use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Settings, Tokens};
 use crate::time::Millis;
+
+/// How long delivery waits for that. An answer takes some ms; what does not come soon may not come at all.
+const CATCHING_UP: Duration = Duration::from_secs(2);
 
 /// Why the daemon did not start, or did not stop well.
 #[derive(Debug, Error)]
@@ -69,7 +73,11 @@ pub async fn run(
 pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
     let mut poller = Poller::new(Arc::clone(&context));
     let polling = until_stopped(&context, poller.run());
-    tokio::join!(polling, delivery::run(Arc::clone(&context), Until::Stopped));
+    let delivering = async {
+        caught_up(&context).await;
+        delivery::run(Arc::clone(&context), Until::Stopped).await;
+    };
+    tokio::join!(polling, delivering);
     stopped(&context, &poller).await
 }
 
@@ -105,6 +113,16 @@ pub async fn rebuild(
         delivery::run(context, Until::Stopped).await;
     }
     Ok(())
+}
+
+/// Waits until BigChat was read up to now, within a bound. The database may be an older copy: what waits in it of a chat
+/// is delivered together with what happened since, and sets nothing back.
+async fn caught_up(context: &Context) {
+    tokio::select! {
+        () = context.polled.cancelled() => {}
+        () = context.stopping.cancelled() => {}
+        () = sleep(CATCHING_UP) => {}
+    }
 }
 
 /// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long.

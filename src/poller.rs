@@ -28,6 +28,9 @@ const MAX_PAGES: usize = 200;
 /// How much one poll reads before what it brought is delivered, in bytes: so much is held in memory.
 const MAX_BYTES: usize = 8 << 20;
 
+/// How many answers may tell BigChat's time before the first poll: one that is wrong, and two that agree.
+const CLOCK_TRIES: u32 = 3;
+
 /// How often a further page is asked for at once if it cannot be had.
 const PAGE_TRIES: u32 = 3;
 
@@ -112,6 +115,9 @@ impl Poller {
         let mut tick = Instant::now();
         loop {
             let polled = self.poll().await;
+            if polled != Polled::More {
+                self.context.polled.cancel();
+            }
             let wait = match (polled, self.unkept.is_some()) {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (Polled::More, _) => Duration::ZERO,
@@ -176,9 +182,11 @@ impl Poller {
     async fn try_poll(&mut self) -> Result<Polled, PollError> {
         self.keep().await?;
         self.context.journal.with(|store| store.in_place()).await?;
-        if self.context.bigchat.clock().now().is_none() {
-            // The first answer of all tells BigChat's time, by which the first window goes.
-            restart::look(&self.context).await?;
+        for _ in 0..CLOCK_TRIES {
+            if !self.context.bigchat.clock().is_sure() {
+                // The first answer of all tells BigChat's time, by which the first window goes.
+                restart::look(&self.context).await?;
+            }
         }
         let now = self.context.bigchat.clock().now().unwrap_or_else(|| {
             let now = Timestamp::of_this_machine();
@@ -475,28 +483,34 @@ impl Poller {
         if pages.kept.is_empty() || pages.tally.unclear().is_some() {
             return Ok(0);
         }
-        let tally = Arc::new(std::mem::take(&mut pages.tally));
-        let mut new = 0;
-        for kept in pages.kept.iter_mut().filter(|page| !page.admitted) {
-            let epoch = self.run_of(kept).await?;
-            let (page, tally) = (kept.clone(), Arc::clone(&tally));
+        let mut admitting = Vec::new();
+        for page in pages.kept.iter().filter(|page| !page.admitted) {
             let before_start = self
                 .started_at
                 .is_none_or(|started_at| page.window_start < started_at);
-            let look_up_through = before_start.then(|| self.context.look_up_mark());
-            let (admitted, query) = self
-                .context
-                .journal
-                .with(move |store| {
-                    let admitted = store.admit(&page, epoch, &tally, Millis::now())?;
-                    if let Some(mark) = look_up_through {
+            admitting.push((page.clone(), self.run_of(page).await?, before_start));
+        }
+        let tally = Arc::new(std::mem::take(&mut pages.tally));
+        let (told, mark) = (Arc::clone(&tally), self.context.look_up_mark());
+        // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
+        let all = self
+            .context
+            .journal
+            .with(move |store| {
+                let mut all = Vec::new();
+                for (page, epoch, before_start) in admitting {
+                    let admitted = store.admit(&page, epoch, &told, Millis::now())?;
+                    if before_start {
                         // Before anybody can take these events on.
                         mark.fetch_max(admitted.last_event, Ordering::Relaxed);
                     }
-                    Ok((admitted, page.query))
-                })
-                .await?;
-            kept.admitted = true;
+                    all.push((admitted, page.query));
+                }
+                Ok(all)
+            })
+            .await?;
+        pages.kept.iter_mut().for_each(|page| page.admitted = true);
+        for (admitted, query) in &all {
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,
@@ -507,9 +521,9 @@ impl Poller {
                 tracing::info!(events = admitted.new, "told by BigChat");
                 self.context.work.notify_one();
             }
-            new += admitted.new;
         }
         pages.tally = Arc::into_inner(tally).unwrap_or_default();
+        let new = all.iter().map(|(admitted, _)| admitted.new).sum();
         Ok(new)
     }
 

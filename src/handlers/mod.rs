@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::conversation::{Check, Conversation, Finding, Waiting, Work};
 use crate::event::What;
 use crate::resolve::agent;
-use crate::resolve::chat::{self, Agent};
+use crate::resolve::chat::{self, Agent, Hindsight};
 use crate::setback::Setback;
 use crate::time::Timestamp;
 
@@ -166,7 +166,11 @@ impl Handled {
                 What::Message { .. } => {}
             }
         }
-        match chat::reconcile(context, &mut next, agent, earliest).await {
+        let hindsight = Hindsight {
+            possible: changes.iter().any(|event| context.may_be_there(event.id)),
+            transfer: next.said.transfer != self.conversation.said.transfer,
+        };
+        match chat::reconcile(context, &mut next, agent, earliest, hindsight).await {
             Ok(writes) => {
                 self.writes += writes;
                 self.conversation = next;

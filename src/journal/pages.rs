@@ -1,5 +1,6 @@
 //! What the poller keeps: the cursor, the pages of the poll under way, and the events on them.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
@@ -247,14 +248,21 @@ impl Store {
         let transaction = self.begin()?;
         let mut admitted = Admitted::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
+        let mut first_told = HashSet::new();
         page_events(&page.body, |raw| {
             if outcome.is_err() {
                 return;
             }
             outcome = match Event::parse(raw) {
-                Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
-                    admitted.new += usize::from(new);
-                }),
+                Ok(event) => {
+                    let told = Told {
+                        tally,
+                        first: &mut first_told,
+                    };
+                    admit(&transaction, epoch, &event, told, now).map(|new| {
+                        admitted.new += usize::from(new);
+                    })
+                }
                 Err(reason) => {
                     unreadable += 1;
                     if unreadable > MAX_UNREADABLE {
@@ -338,17 +346,33 @@ impl Store {
     }
 }
 
-/// Admits one event, unless the journal holds as many as were told. Returns whether it is new.
+/// What a page tells, as far as an event on it needs to know.
+struct Told<'a> {
+    tally: &'a Tally,
+    /// The ENDs, TRANSFERs and STARTs that this page is the first to tell of.
+    first: &'a mut HashSet<Key>,
+}
+
+/// Admits one event, unless the journal holds as many as were told. Returns whether it is new. Of the changes of a chat
+/// only the page that tells of them first says how many there are: cut otherwise, pages told again would bring an old
+/// one back as the latest of its second.
 fn admit(
     transaction: &Transaction<'_>,
     epoch: i64,
     event: &Event,
-    tally: &Tally,
+    told: Told<'_>,
     now: Millis,
 ) -> Result<bool> {
     let conversation = conversation(transaction, epoch, event)?;
-    let told = tally.told(&Key::from(event)).max(1);
-    if count_equal(transaction, conversation, event)? >= told {
+    let (key, known) = (
+        Key::from(event),
+        count_equal(transaction, conversation, event)?,
+    );
+    if event.kind != Kind::Message && known == 0 {
+        told.first.insert(key);
+    }
+    let counts = event.kind == Kind::Message || told.first.contains(&key);
+    if !counts || known >= told.tally.told(&key).max(1) {
         return Ok(false);
     }
     insert(transaction, conversation, event, now)?;

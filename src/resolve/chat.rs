@@ -18,6 +18,15 @@ pub enum Agent {
     Anew,
 }
 
+/// What another, later copy of the database may have known of a chat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hindsight {
+    /// Whether it may have known what the events in hand tell, and more.
+    pub possible: bool,
+    /// Whether these tell who has the conversation.
+    pub transfer: bool,
+}
+
 /// Brings the chat of a conversation to what its events say: creates it where there is none, changes what differs,
 /// asks for nothing where nothing does. `earliest` is the earliest time the events in hand tell. Returns how many
 /// writes that took.
@@ -26,14 +35,26 @@ pub async fn reconcile(
     conversation: &mut Conversation,
     agent: Agent,
     earliest: Option<Timestamp>,
+    hindsight: Hindsight,
 ) -> Result<u32, Setback> {
     if conversation.chat.id.is_none() && needs_details(conversation) {
         details::read(context, conversation).await?;
     }
     let wanted = wanted(context, conversation, agent, earliest).await?;
+    let look = hindsight.possible && !context.looked_at_chats().contains(&conversation.id);
     match conversation.chat.id {
+        Some(_) if look => {
+            let wanted = look_at(context, conversation, hindsight, wanted).await?;
+            change(context, conversation, &wanted).await
+        }
         Some(_) => change(context, conversation, &wanted).await,
-        None => create(context, conversation, &wanted).await,
+        None => {
+            let writes = create(context, conversation, &wanted).await?;
+            if look {
+                context.looked_at_chats().insert(conversation.id);
+            }
+            Ok(writes)
+        }
     }
 }
 
@@ -101,6 +122,51 @@ pub async fn without_agent(
 fn keeps_agent(conversation: &Conversation) -> bool {
     let Conversation { said, chat, .. } = conversation;
     said.transfer.is_none() && chat.id.is_some() && chat.agent.is_some()
+}
+
+/// Before a chat is changed by what a later copy of the database may have known as well: looks how it stands. What
+/// stands there already is not sent again, and a later END not set back. Of what the events in hand do not change it
+/// stays as it is.
+async fn look_at(
+    context: &Context,
+    conversation: &mut Conversation,
+    hindsight: Hindsight,
+    wanted: Wanted,
+) -> Result<Wanted, Setback> {
+    let chat = &conversation.chat;
+    let Some(external_id) = chat
+        .external_id
+        .as_deref()
+        .filter(|_| hindsight.transfer || !chat.change_to(&wanted).is_empty())
+    else {
+        return Ok(wanted);
+    };
+    let Some(found) = context
+        .our_api
+        .chat(external_id)
+        .await?
+        .filter(|found| Some(found.chat_id) == chat.id)
+    else {
+        // The change itself will tell.
+        return Ok(wanted);
+    };
+    let Conversation { chat, said, .. } = conversation;
+    if chat.started_at != Some(wanted.started_at) {
+        chat.started_at = Some(found.started_at);
+    }
+    if hindsight.transfer || chat.agent != wanted.agent {
+        chat.agent = found.agent_id;
+    }
+    if chat.agent == found.agent_id {
+        context.looked_at_chats().insert(conversation.id);
+    }
+    chat.ended_at = found.ended_at;
+    chat.unsure = false;
+    said.ended_at = said.ended_at.max(found.ended_at);
+    Ok(Wanted {
+        ended_at: said.ended_at,
+        ..wanted
+    })
 }
 
 async fn change(

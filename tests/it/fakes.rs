@@ -795,3 +795,17 @@ fn is_whole(request: &[u8]) -> bool {
         body.len() >= length.unwrap_or(0)
     })
 }
+
+/// The answer with that header instead of its own.
+pub(crate) fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
+    let split = answer
+        .windows(4)
+        .position(|four| four == b"\r\n\r\n")
+        .expect("an answer");
+    let head = String::from_utf8_lossy(&answer[..split]).into_owned();
+    let kept = head
+        .lines()
+        .filter(|line| !line.to_ascii_lowercase().starts_with(&format!("{name}:")));
+    let head = kept.chain([header]).collect::<Vec<_>>().join("\r\n");
+    [head.as_bytes(), &answer[split..]].concat()
+}

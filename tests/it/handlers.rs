@@ -313,7 +313,12 @@ async fn a_refused_agent_is_tried_again_by_the_next_session() {
     let change = json!({"agent_id": "a1", "ended_at": time(9)});
     assert_eq!(
         scene.delivers([end(42, 9)]).await,
-        [ANN[0], ANN[1], &changed("c1", change)]
+        [
+            ANN[0],
+            ANN[1],
+            "GET /chats?external_id=42",
+            &changed("c1", change)
+        ]
     );
     daemon.stop().await;
 }
@@ -389,10 +394,10 @@ async fn a_start_that_nobody_tells_is_the_earliest_time_known_and_put_right_once
         ),
         (
             end(42, 15),
-            vec![changed(
-                "c1",
-                json!({"ended_at": time(15), "started_at": time(15)}),
-            )],
+            vec![
+                "GET /chats?external_id=42".to_owned(),
+                changed("c1", json!({"ended_at": time(15), "started_at": time(15)})),
+            ],
         ),
         (
             start(42, 10),
@@ -492,7 +497,14 @@ async fn after_a_restart_only_what_comes_from_before_is_looked_up() {
     for (event, expected) in [
         (
             end(42, 9),
-            vec![changed("c1", json!({"ended_at": time(9)}))],
+            vec![
+                "GET /chats?external_id=42".to_owned(),
+                changed("c1", json!({"ended_at": time(9)})),
+            ],
+        ),
+        (
+            end(42, 10),
+            vec![changed("c1", json!({"ended_at": time(10)}))],
         ),
         (
             message(42, 10, "one"),

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::daemon::{agrees, end, message, scripted, seconds, transfer};
 use crate::fakes::{
     self, NOW, Page, Scene, Tampered, page, raw, start, status, tampering, unix, window,
+    with_header,
 };
 use crate::harness::{side_by_side, until};
 use crate::process::Process;
@@ -273,20 +274,6 @@ async fn no_header_moves_the_cursor_or_hides_the_answer() {
         },
     )
     .await;
-}
-
-/// The answer with that header instead of its own.
-fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
-    let split = answer
-        .windows(4)
-        .position(|four| four == b"\r\n\r\n")
-        .expect("an answer");
-    let head = String::from_utf8_lossy(&answer[..split]).into_owned();
-    let kept = head
-        .lines()
-        .filter(|line| !line.to_ascii_lowercase().starts_with(&format!("{name}:")));
-    let head = kept.chain([header]).collect::<Vec<_>>().join("\r\n");
-    [head.as_bytes(), &answer[split..]].concat()
 }
 
 #[tokio::test]

@@ -1,8 +1,10 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
 mod chaos;
+mod clocks;
 mod daemon;
 mod demo;
+mod failover;
 mod failures;
 mod fakes;
 mod handlers;

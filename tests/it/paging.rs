@@ -461,6 +461,20 @@ async fn an_end_or_transfer_repeated_on_the_next_page_is_one_and_needs_no_questi
 }
 
 #[tokio::test]
+async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
+    let scene = Scene::new().await;
+    let twin = || transfer(42, 5, 7);
+    scene.bigchat.tells(page([twin()], "?page=2"));
+    scene.bigchat.tells([twin(), transfer(42, 5, 8)]);
+    scene.bench.once().await;
+    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
+    scene.bigchat.tells([twin(), twin(), transfer(42, 5, 8)]);
+    scene.bench.once().await;
+    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
+    assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 2);
+}
+
+#[tokio::test]
 async fn equal_messages_on_one_page_are_that_many_and_no_more_when_told_again() {
     let scene = Scene::new().await;
     for (told, held) in [("kk kk", 2), ("kk", 2), ("kk kk", 2), ("kk kk kk", 3)] {
