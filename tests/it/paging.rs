@@ -630,6 +630,44 @@ async fn a_poll_whose_connection_breaks_is_asked_again_at_once() {
 }
 
 #[tokio::test]
+async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
+    let now = SystemTime::now();
+    let date = |at| httpdate::fmt_http_date(at);
+    let in_a_day = date(now + Duration::from_secs(86_400));
+    let now = date(now);
+    for (code, after, waits) in [
+        (429, "9999999999999999999999", true),
+        (503, &*in_a_day, true),
+        (429, "later", false),
+        (503, "-1", false),
+        (503, "Thu, 01 Jan 1970 00:00:00 GMT", false),
+    ] {
+        let scene = Scene::new().await;
+        scene.bigchat.date(&now);
+        let upset = status(code).header("retry-after", after);
+        scene.bigchat.upset("GET /events", upset);
+        scene.bigchat.tells([message(42, 1, "one")]);
+        scene.bench.once().await;
+        assert_eq!(scene.bigchat.count("GET /events"), 1, "{code} {after}");
+        let throttled = "SELECT bigchat_throttled FROM delivery";
+        let until: i64 = scene.bench.value(throttled);
+        scene.bench.once().await;
+        let asked = if waits { 1 } else { 2 };
+        assert_eq!(scene.bigchat.count("GET /events"), asked, "{code} {after}");
+        if waits {
+            let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let left = until - i64::try_from(since.expect("after 1970").as_millis()).expect("soon");
+            assert!((3_500_000..=3_600_000).contains(&left), "{left}");
+            scene
+                .bench
+                .execute("UPDATE delivery SET bigchat_throttled = 1");
+            scene.bench.once().await;
+        }
+        assert_eq!(scene.our_api.messages(), ["one"], "{code} {after}");
+    }
+}
+
+#[tokio::test]
 async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
     let scene = Scene::new().await;
     let upset = status(429).header("retry-after", "1");

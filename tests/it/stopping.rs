@@ -82,6 +82,43 @@ async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_
     daemon.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let late = Fault::Hang(Duration::from_secs(1));
+    let route = "POST /chats/{id}/messages";
+    sim.our_api.faults.script(route, When::Before, late, 1);
+    let told = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
+    sim.bigchat.push_page(told, NextPage::None);
+    let daemon = bench.start();
+    until("one is sent", async || {
+        sim.our_api.traffic.count(route) == 1
+    })
+    .await;
+    let other = rusqlite::Connection::open(bench.db()).expect("the database");
+    until("the database is held", async || {
+        other.execute_batch("BEGIN IMMEDIATE").is_ok()
+    })
+    .await;
+    until("both stand there", async || {
+        sim.our_api.message_count() == 2
+    })
+    .await;
+    let stopped = Instant::now();
+    // Nothing that BigChat told goes with it.
+    daemon.stop().await;
+    assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+    other.execute_batch("COMMIT").expect("it lets go");
+    assert_eq!(bench.events("waiting"), 2);
+    let daemon = bench.start();
+    bench.until_events("delivered", 2).await;
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert_eq!(sim.our_api.message_count(), 2);
+}
+
 #[tokio::test]
 async fn once_while_bigchat_hangs() {
     let (sim, bench) = scripted(our_api::Options::default()).await;

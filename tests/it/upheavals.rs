@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::daemon::{agrees, message, more_told, scripted, seconds, sim};
 use crate::harness::until;
+use crate::process::Process;
 
 fn quiet() -> Options {
     Options {
@@ -201,6 +202,53 @@ async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
         assert_eq!(bench.events("failed"), 0, "{what}");
         assert_eq!(sim.our_api.traffic.max_in_flight(), 1, "{what}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--retry-max", "1s");
+    let now = seconds(&sim);
+    sim.our_api.faults.outage(Some(Fault::Status(503)));
+    let daemon = Process::start(&bench);
+    let tell = |poll: i64, count: i64| {
+        let event = |n: i64| {
+            let text = format!("number {n} of {poll} {}", "x".repeat(1000));
+            message(10 + n % 50, now - 5, &text)
+        };
+        sim.bigchat
+            .push_page((0..count).map(event).collect(), NextPage::None);
+    };
+    (10..60).for_each(|id| sim.bigchat.open(id, now - 100, 1));
+    tell(0, 200);
+    bench.until_events("waiting", 200).await;
+    let before = daemon.mebibytes("VmRSS");
+    for poll in 1..=40 {
+        tell(poll, 200);
+    }
+    bench.until_events("waiting", 41 * 200).await;
+    let probes = sim.our_api.traffic.total();
+    until("more probes", async || {
+        sim.our_api.traffic.total() > probes + 3
+    })
+    .await;
+    let grown = daemon.mebibytes("VmRSS").saturating_sub(before);
+    assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
+    assert_eq!(
+        sim.our_api.traffic.max_in_flight(),
+        0,
+        "none was carried out"
+    );
+    assert_eq!(
+        bench.value::<i64>("SELECT coalesce(max(counted), 0) FROM attempts"),
+        0
+    );
+    // At most one more than the probe that found it well: what waits is not tried all at once.
+    sim.our_api.faults.outage(None);
+    agrees(&sim, &bench).await;
+    assert_eq!(sim.our_api.traffic.max_in_flight(), 1);
+    assert!(daemon.stop().await.success());
+    assert_eq!(bench.events("failed"), 0);
 }
 
 #[tokio::test]
