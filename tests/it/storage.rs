@@ -70,7 +70,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
         std::fs::write(bench.db(), bytes).expect("a database");
         let before = files(bench.directory());
         let requests = sim.bigchat.traffic.total();
-        let run = bench.program("run").output().expect("it runs");
+        let run = bench.program("once").output().expect("it runs");
         let said = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{case}: {said}");
         assert!(
@@ -87,7 +87,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
 async fn a_place_where_no_database_can_be_is_said_at_once() {
     for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
         let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1").set("--db", db);
-        let run = bench.program("run").output().expect("it runs");
+        let run = bench.program("once").output().expect("it runs");
         let said = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{said}");
         assert!(
