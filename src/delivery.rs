@@ -211,7 +211,8 @@ impl Delivery {
                 if !std::mem::replace(&mut self.storage_refuses, true) {
                     tracing::error!(%error, "the journal cannot be written: delivery pauses until it can");
                 }
-                Next::Wait(STORAGE_PAUSE)
+                // Who delivers only what is due does not wait for it.
+                Next::Nothing(STORAGE_PAUSE)
             }
         }
     }
