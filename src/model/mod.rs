@@ -367,8 +367,7 @@ fn equal_messages_on_two_pages() {
         ..page([start(2, 3), message(2, 4, "hello")])
     };
     let second = page([message(2, 4, "hello"), message(2, 5, "again")]);
-    let pages = [first, second, page([message(2, 6, "bye")])];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], [first, second])]);
     Case::new(script, depth(2), &[Strike::Failed]).check("equal messages on two pages");
 }
 
@@ -434,10 +433,11 @@ fn a_message_is_the_first_thing_heard() {
 
 #[test]
 fn bigchat_restarts() {
-    let before = [
-        page([start(2, 3), message(2, 4, "before")]),
-        page([message(1, 12, "and")]),
-    ];
+    let before = [page([
+        start(2, 3),
+        message(2, 4, "before"),
+        message(1, 5, "and"),
+    ])];
     let after = [
         page([message(1, 4, "after")]),
         page([start(2, 12), message(2, 13, "too")]),
