@@ -686,9 +686,11 @@ impl Pages {
     /// Whether a page has an event in common with the one of that number.
     fn has_some_of(&self, number: usize, page: &Page) -> bool {
         let keys: HashSet<Key> = self.numbered(number).into_iter().collect();
-        page_events(&page.body)
-            .into_iter()
-            .any(|raw| Event::parse(raw).is_ok_and(|event| keys.contains(&Key::from(&event))))
+        let mut some = false;
+        page_events(&page.body, |raw| {
+            some |= Event::parse(raw).is_ok_and(|event| keys.contains(&Key::from(&event)));
+        });
+        some
     }
 
     /// The page of that number cannot be had again.
