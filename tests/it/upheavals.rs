@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bigchat_sync::sim::bigchat::{NextPage, Options};
-use bigchat_sync::sim::faults::{Fault, RetryAfter, When};
+use bigchat_sync::sim::faults::{Fault, Faults, RetryAfter, When};
 use bigchat_sync::sim::our_api;
 use serde_json::json;
 
@@ -61,6 +61,13 @@ async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
     assert_eq!(sim.our_api.chats().len(), 2);
 }
 
+/// Lets so many questions for events pass, and has the next one wait until it is told to go on.
+fn pause_after(faults: &Faults, passing: u32) {
+    let as_ever = Fault::Hang(Duration::ZERO);
+    faults.script("GET /events", When::Before, as_ever, passing);
+    faults.script("GET /events", When::Before, Fault::Pause, 1);
+}
+
 #[tokio::test]
 async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
     let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
@@ -68,10 +75,8 @@ async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
     until("a poll", async || bench.cursor().is_some()).await;
     // The first page is told as ever; before the second one BigChat restarts.
     let faults = &sim.bigchat.faults;
-    let as_ever = Fault::Hang(Duration::ZERO);
     faults.hold(true);
-    faults.script("GET /events", When::Before, as_ever, 1);
-    faults.script("GET /events", When::Before, Fault::Pause, 1);
+    pause_after(faults, 1);
     let now = seconds(&sim);
     sim.bigchat.open(2, now - 100, 1);
     sim.bigchat.open(3, now - 100, 2);
@@ -98,10 +103,8 @@ async fn a_page_that_bigchat_has_forgotten_does_not_make_one_message_two() {
     let daemon = bench.start();
     until("a poll", async || bench.cursor().is_some()).await;
     let faults = &sim.bigchat.faults;
-    let as_ever = Fault::Hang(Duration::ZERO);
     faults.hold(true);
-    faults.script("GET /events", When::Before, as_ever, 2);
-    faults.script("GET /events", When::Before, Fault::Pause, 1);
+    pause_after(faults, 2);
     let now = seconds(&sim);
     sim.bigchat.open(3, now - 100, 2);
     let say = |text| message(3, now, text);
