@@ -22,3 +22,6 @@ ALTER TABLE source ADD COLUMN rereading INTEGER NOT NULL DEFAULT 0;
 -- How long OurAPI's answers took at the worst of late, in ms, where that is long: what was on its way when the daemon died
 -- may be under way for as long.
 ALTER TABLE delivery ADD COLUMN slowest INTEGER NOT NULL DEFAULT 0;
+
+-- The latest run of BigChat that was known of when a page was kept: it is of that one or a later one.
+ALTER TABLE pages ADD COLUMN kept_in INTEGER NOT NULL DEFAULT 1;

@@ -378,6 +378,8 @@ impl Poller {
         while let Some(number) = pages.tally.unclear()
             && !self.context.stopping.is_cancelled()
         {
+            // While it is certain which run told the pages so far.
+            self.look(pages).await?;
             let Some(earlier) = pages
                 .first_told
                 .get(number)
@@ -438,10 +440,23 @@ impl Poller {
         Ok(told_by.is_some_and(|epoch| epoch < present))
     }
 
+    /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
+    async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
+        let seen = restart::look(&self.context).await?;
+        if seen == Seen::Same {
+            let present = self.context.journal.with(|store| store.epoch()).await?;
+            let kept = pages.kept.iter_mut();
+            for page in kept.filter(|page| page.kept_in == present) {
+                page.told_by = Some(present);
+            }
+        }
+        Ok(seen)
+    }
+
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
         let page = Arc::new(page);
         self.unkept = Some(Arc::clone(&page));
-        let id = self.keep().await?.unwrap_or_default();
+        let (id, kept_in) = self.keep().await?.unwrap_or_default();
         tracing::debug!(events = page.events, query = %page.query, "a page was kept");
         let PageToKeep {
             query,
@@ -459,21 +474,23 @@ impl Poller {
             window_start: window.0,
             body,
             admitted: false,
+            kept_in,
+            told_by: None,
         })
     }
 
     /// Keeps the page that came last, if it is not kept yet.
-    async fn keep(&mut self) -> Result<Option<i64>, JournalError> {
+    async fn keep(&mut self) -> Result<Option<(i64, i64)>, JournalError> {
         let Some(page) = self.unkept.clone() else {
             return Ok(None);
         };
-        let id = self
+        let kept = self
             .context
             .journal
             .with(move |store| store.keep_page(&page))
             .await?;
         self.unkept = None;
-        Ok(Some(id))
+        Ok(Some(kept))
     }
 
     /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
@@ -548,8 +565,8 @@ impl Poller {
 
     /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat
     /// gives no answer to that, its pages stay kept until it does, for a while.
-    async fn look_for_restart(&mut self, pages: &Pages) -> Result<(), PollError> {
-        let seen = restart::look(&self.context).await?;
+    async fn look_for_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
+        let seen = self.look(pages).await?;
         let mut starts = Vec::new();
         if matches!(seen, Seen::Unknown | Seen::Unanswered) {
             for page in pages.kept.iter().filter(|page| !page.admitted) {

@@ -83,6 +83,10 @@ pub struct KeptPage {
     pub body: String,
     /// Whether its events were admitted.
     pub admitted: bool,
+    /// The latest run of BigChat that was known of when it was kept.
+    pub kept_in: i64,
+    /// The run of BigChat that told it, once that is certain.
+    pub told_by: Option<i64>,
 }
 
 impl KeptPage {
@@ -145,7 +149,7 @@ impl Store {
     /// The pages of the poll under way, in order of arrival.
     pub fn kept_pages(&mut self) -> Result<Vec<KeptPage>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT id, query, again_of, served_at, window_start, body, admitted FROM pages ORDER BY id",
+            "SELECT id, query, again_of, served_at, window_start, body, admitted, kept_in FROM pages ORDER BY id",
         )?;
         let pages = statement.query_map([], |row| {
             Ok(KeptPage {
@@ -156,26 +160,39 @@ impl Store {
                 window_start: Timestamp::clamped(row.get(4)?),
                 body: row.get(5)?,
                 admitted: row.get(6)?,
+                kept_in: row.get(7)?,
+                told_by: None,
             })
         })?;
         Ok(pages.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Keeps a page and how its poll goes on, durably and together. Returns its id.
-    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<i64> {
+    /// Keeps a page and how its poll goes on, durably and together. Returns its id, and the latest run of BigChat that
+    /// is known of.
+    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<(i64, i64)> {
         self.in_place()?;
         let transaction = self.begin()?;
-        transaction.prepare_cached(
-            "INSERT INTO pages (query, again_of, served_at, window_start, body) VALUES (?1, ?2, ?3, ?4, ?5)",
-        )?
-        .execute(params![page.query, page.again_of, page.served_at.unix(), page.window.0.unix(), page.body])?;
-        let id = transaction.last_insert_rowid();
+        let kept = transaction
+            .prepare_cached(
+                "INSERT INTO pages (query, again_of, served_at, window_start, body, kept_in)
+                 VALUES (?1, ?2, ?3, ?4, ?5, (SELECT max(id) FROM epochs)) RETURNING id, kept_in",
+            )?
+            .query_row(
+                params![
+                    page.query,
+                    page.again_of,
+                    page.served_at.unix(),
+                    page.window.0.unix(),
+                    page.body
+                ],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )?;
         let (next, cursor) = match &page.progress {
             Progress::Next(query) => (Some(query), None),
             Progress::Complete(cursor) => (None, Some(cursor.unix())),
             Progress::Unchanged => {
                 transaction.commit()?;
-                return Ok(id);
+                return Ok(kept);
             }
         };
         transaction.execute(
@@ -185,7 +202,7 @@ impl Store {
             },
         )?;
         transaction.commit()?;
-        Ok(id)
+        Ok(kept)
     }
 
     /// How many events of that key the journal holds, told in the present run of BigChat.

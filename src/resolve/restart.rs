@@ -103,15 +103,18 @@ pub async fn begin(
     Ok(())
 }
 
-/// Which run of BigChat told a page. Where it was served about when BigChat restarted its time does not say: then it was
-/// the run before if it tells of a conversation that the present one does not know, or dates otherwise. `None`: BigChat
+/// Which run of BigChat told a page. No restart that was noticed since it was kept, it is the present one. Where it was
+/// served about when BigChat restarted its time does not say: then it was the run before if it tells of a conversation that the present one does not know, or dates otherwise. `None`: BigChat
 /// gives no answer to that.
 pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, JournalError> {
+    if page.told_by.is_some() {
+        return Ok(page.told_by);
+    }
     let served_at = page.served_at;
     let by_time = move |store: &mut Store| store.epoch_at(served_at);
     let (epoch, certain) = context.journal.with(by_time).await?;
-    if certain {
-        return Ok(Some(epoch));
+    if certain || epoch <= page.kept_in {
+        return Ok(Some(epoch.max(page.kept_in)));
     }
     let events = page.events();
     // The present run has given out few ids, and those are the lowest.

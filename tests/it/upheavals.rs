@@ -216,20 +216,20 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
     let daemon = Process::start(&bench);
     let tell = |poll: i64, count: i64| {
         let event = |n: i64| {
-            let text = format!("number {n} of {poll} {}", "x".repeat(1000));
-            message(10 + n % 50, now - 5, &text)
+            let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
+            message(10 + n, now - 5, &text)
         };
         sim.bigchat
             .push_page((0..count).map(event).collect(), NextPage::None);
     };
-    (10..60).for_each(|id| sim.bigchat.open(id, now - 100, 1));
-    tell(0, 200);
-    bench.until_events("waiting", 200).await;
+    (10..30).for_each(|id| sim.bigchat.open(id, now - 100, 1));
+    tell(0, 20);
+    bench.until_events("waiting", 20).await;
     let before = daemon.mebibytes("VmRSS");
     for poll in 1..=40 {
-        tell(poll, 200);
+        tell(poll, 20);
     }
-    bench.until_events("waiting", 41 * 200).await;
+    bench.until_events("waiting", 41 * 20).await;
     let probes = sim.our_api.traffic.total();
     until("more probes", async || {
         sim.our_api.traffic.total() > probes + 3
