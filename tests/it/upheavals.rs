@@ -126,6 +126,40 @@ async fn a_page_that_bigchat_has_forgotten_does_not_make_one_message_two() {
 }
 
 #[tokio::test]
+async fn a_page_is_of_the_run_that_was_seen_after_it() {
+    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    sim.bigchat.restart();
+    until("it is noticed", async || {
+        bench.value::<i64>("SELECT max(id) FROM epochs") == 2
+    })
+    .await;
+    let faults = &sim.bigchat.faults;
+    faults.hold(true);
+    pause_after(faults, 2);
+    // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
+    let now = seconds(&sim);
+    let say = |text| message(1, now, text);
+    sim.bigchat
+        .push_page(vec![say("one"), say("two")], NextPage::Usual);
+    sim.bigchat
+        .push_page(vec![say("two"), say("three")], NextPage::None);
+    faults.hold(false);
+    until("the third question", async || faults.paused() == 1).await;
+    sim.bigchat.restart();
+    faults.go_on();
+    bench.until_events("delivered", 3).await;
+    let epochs: i64 = bench.value("SELECT max(id) FROM epochs");
+    assert_eq!(epochs, 3, "it was noticed");
+    let of: i64 = bench.value(
+        "SELECT min(c.epoch) * max(c.epoch) FROM events e JOIN conversations c ON c.id = e.conversation",
+    );
+    assert_eq!(of, 4, "all of them of the second run");
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn what_our_api_loses_is_built_again() {
     let (sim, bench) = sim(
         Options {
