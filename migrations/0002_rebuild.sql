@@ -1,6 +1,7 @@
 -- What `bigchat-sync rebuild` asks for. Whoever delivers does it: the daemon, or the command itself where none runs.
 CREATE TABLE rebuilds (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    asked_at   INTEGER NOT NULL,
     dry_run    INTEGER NOT NULL CHECK (dry_run IN (0, 1)), -- look, and change nothing
     last_event INTEGER NOT NULL                            -- the latest event there was: later ones are none of its business
 ) STRICT;
@@ -11,6 +12,7 @@ CREATE TABLE checks (
     conversation INTEGER NOT NULL REFERENCES conversations (id),
     chat         TEXT CHECK (chat IN ('there', 'differs', 'missing')), -- as it was found; NULL: not compared yet
     messages     INTEGER,                                              -- how many messages were missing
+    tries        INTEGER NOT NULL DEFAULT 0,                           -- how often that failed
     PRIMARY KEY (rebuild, conversation),
     CHECK ((chat IS NULL) = (messages IS NULL))
 ) STRICT, WITHOUT ROWID;
@@ -25,3 +27,6 @@ ALTER TABLE delivery ADD COLUMN slowest INTEGER NOT NULL DEFAULT 0;
 
 -- The latest run of BigChat that was known of when a page was kept: it is of that one or a later one.
 ALTER TABLE pages ADD COLUMN kept_in INTEGER NOT NULL DEFAULT 1;
+
+-- Until when requests that nobody waits for any more may be under way to OurAPI.
+ALTER TABLE delivery ADD COLUMN late INTEGER NOT NULL DEFAULT 0;

@@ -62,6 +62,8 @@ impl Context {
         bigchat.http().throttle(session.throttles.bigchat);
         our_api.http().throttle(session.throttles.our_api);
         our_api.recall(session.slowest);
+        our_api.recall_late(session.throttles.late);
+        let (losses, last_event) = (session.losses, session.last_event);
         Self {
             settings,
             bigchat,
@@ -76,8 +78,8 @@ impl Context {
             agents: Mutex::new(HashMap::new()),
             looked_for: Mutex::default(),
             looked_at_chats: Mutex::new(HashSet::new()),
-            look_up_through: Arc::new(AtomicI64::new(session.last_event)),
-            losses: AtomicI64::new(session.losses),
+            look_up_through: Arc::new(AtomicI64::new(last_event)),
+            losses: AtomicI64::new(losses),
             confirmed_at: AtomicI64::new(0),
             tells_events: AtomicBool::new(false),
             no_first_conversation: AtomicBool::new(false),
@@ -138,6 +140,7 @@ impl Context {
         Throttles {
             bigchat: self.bigchat.http().asked_until(),
             our_api: self.our_api.http().asked_until(),
+            late: self.our_api.late_until(),
         }
     }
 

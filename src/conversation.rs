@@ -233,8 +233,8 @@ pub struct Settlement {
     pub conversation: Conversation,
     /// What became of its events.
     pub outcomes: Vec<(i64, Outcome)>,
-    /// What was found when its chat was compared with the journal.
-    pub finding: Option<(Check, Finding)>,
+    /// What was found when its chat was compared with the journal; nothing, if that failed.
+    pub finding: Option<(Check, Option<Finding>)>,
 }
 
 #[cfg(test)]

@@ -193,13 +193,13 @@ pub(crate) async fn begin(
         db = %settings.db().display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
     );
-    if session.interrupted > 0 {
+    if !session.interrupted.is_empty() {
         tracing::warn!(
-            conversations = session.interrupted,
+            conversations = session.interrupted.len(),
             "the last session ended in the middle of them: what may have been delivered is looked up"
         );
     }
-    if session.interrupted > 0 {
+    if !session.interrupted.is_empty() {
         // What was on its way may still be carried out, and OurAPI takes one request at a time.
         our_api.throttle(Millis::now().plus(session.pause));
     }

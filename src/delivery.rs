@@ -29,9 +29,6 @@ const AHEAD: usize = 32;
 /// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How long chats that could not be checked after a loss are left alone.
-const SWEEP_PAUSE: Duration = Duration::from_secs(10);
-
 /// How long requests in flight may take once the daemon is to stop: to either side, since what BigChat was asked is told
 /// only once.
 pub const DRAIN: Duration = Duration::from_secs(8);
@@ -70,7 +67,11 @@ struct Delivery {
     only_checks: bool,
     settlements: Vec<Settlement>,
     successes: Successes,
-    sweep_at: Millis,
+    /// Conversations whose chats could not be looked after: how often one time after the other, and until when they
+    /// are put off.
+    unchecked: HashMap<i64, (u32, Millis)>,
+    /// How many usable answers of OurAPI are known of.
+    answers: u64,
     storage_refuses: bool,
     last_look: Millis,
     throttles: Throttles,
@@ -130,7 +131,8 @@ impl Delivery {
             only_checks: false,
             settlements: Vec::new(),
             successes,
-            sweep_at: Millis::default(),
+            unchecked: HashMap::new(),
+            answers: 0,
             storage_refuses: false,
             last_look: Millis::now(),
             throttles,
@@ -243,17 +245,20 @@ impl Delivery {
             });
         }
         let settlements = Arc::new(std::mem::take(&mut self.settlements));
-        let what = match (self.only_checks, now >= self.sweep_at) {
-            (false, true) => Claimable::All,
-            (false, false) => Claimable::Events,
-            (true, true) => Claimable::Checks,
-            (true, false) => Claimable::Nothing,
+        let what = if self.only_checks {
+            Claimable::Checks
+        } else {
+            Claimable::All
         };
         let (to_settle, successes) = (Arc::clone(&settlements), self.successes.count);
+        let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
+        let put_off: HashMap<i64, Millis> = put_off.collect();
         let claimed = self
             .context
             .journal
-            .with(move |store| store.settle_and_claim(&to_settle, successes, room, what, now))
+            .with(move |store| {
+                store.settle_and_claim(&to_settle, successes, room, what, &put_off, now)
+            })
             .await;
         match claimed {
             Ok(claimed) => {
@@ -315,10 +320,10 @@ impl Delivery {
         }
         if now < self.last_look {
             tracing::warn!("this machine's clock was set back: what waits is tried now");
-            self.sweep_at = now;
+            let pause = self.context.settings.request_timeout;
             self.context
                 .journal
-                .with(move |store| store.clock_set_back(now))
+                .with(move |store| store.clock_set_back(pause, now))
                 .await?;
         }
         self.last_look = now;
@@ -374,13 +379,20 @@ impl Delivery {
             outcomes.push((event.id, outcome));
         }
         match stopped {
-            None => {}
+            None => {
+                self.unchecked.remove(&conversation.id);
+            }
             Some(Stopped { at: None, why }) => {
                 tracing::warn!(
                     conversation = conversation.bigchat_id, reason = %why.failure().reason,
                     "its chat could not be checked; it is checked again"
                 );
-                self.sweep_at = now.plus(SWEEP_PAUSE);
+                let (tries, again_at) = self.unchecked.entry(conversation.id).or_default();
+                *tries += 1;
+                let policy = self.context.settings.retry();
+                // Half of it is fixed: nobody waits for it as for an event.
+                let fraction = 0.5 + rand::random::<f64>() / 2.0;
+                *again_at = now.plus(policy.backoff(*tries, fraction));
             }
             Some(Stopped {
                 at: Some(event),
@@ -485,7 +497,10 @@ impl Delivery {
         writes: u32,
         now: Millis,
     ) {
-        let answered = writes > 0 || done.iter().any(|(_, result)| result.is_err());
+        let answers = self.context.our_api.answers();
+        let looked = setback.is_none() && answers > self.answers;
+        self.answers = answers;
+        let answered = looked || writes > 0 || done.iter().any(|(_, result)| result.is_err());
         let (well, ill) = match setback {
             Some(Setback::OurApi { error, .. }) if error.trouble.may_be_outage() => {
                 (false, Some(error))
@@ -523,6 +538,7 @@ impl Delivery {
                         conversations = self.in_work.len(),
                         "not answered in time: looked up at the next start"
                     );
+                    self.context.our_api.give_up(self.in_work.len());
                     self.in_work.abort_all();
                     break;
                 }
@@ -544,6 +560,7 @@ impl Delivery {
                 successes,
                 0,
                 Claimable::Nothing,
+                &HashMap::new(),
                 Millis::now(),
             )
         });

@@ -234,7 +234,14 @@ impl Http {
             .and_then(|value| retry_after(value, date))
             .map(|wait| now.plus(wait));
         let mut bytes = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(lost)? {
+        loop {
+            let chunk = match response.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => break,
+                // The head says all there is to know.
+                Err(_) if retry_at.is_some() => break,
+                Err(error) => return Err(lost(error)),
+            };
             if bytes.len() + chunk.len() > MAX_BODY {
                 return Err(NoAnswer::Lost(format!(
                     "the answer is larger than {} MiB",

@@ -25,9 +25,20 @@ pub struct OurApi {
     /// How long a request may take, and as long again it may be under way after nobody waits for it any more.
     patience: Duration,
     /// Until when requests count as in flight that were not answered in time.
-    late: Mutex<Vec<Millis>>,
+    late: Mutex<Vec<Late>>,
+    /// How many requests were answered usably.
+    answers: AtomicU64,
     /// How long answers take, in ms: the slowest one, forgotten bit by bit.
     slowest: AtomicU64,
+}
+
+/// Until when a request counts as in flight that was not answered in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Late {
+    /// Whatever happens to this machine's clock.
+    until: Instant,
+    /// By that clock, for a later session.
+    by_clock: Millis,
 }
 
 /// A chat as OurAPI holds it.
@@ -229,6 +240,7 @@ impl OurApi {
             in_flight: Semaphore::new(usize::from(at_once)),
             patience,
             late: Mutex::default(),
+            answers: AtomicU64::new(0),
             slowest: AtomicU64::new(0),
         }
     }
@@ -237,11 +249,11 @@ impl OurApi {
     /// OurAPI that hung and goes on would be asked two things at once, and falls over. If none may: until when.
     pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
         let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
-        // Further ahead than ever noted, it is this machine's clock that was set back.
-        late.retain(|until| now < *until && *until <= now.plus(self.patience));
+        let instant = Instant::now();
+        late.retain(|late| instant < late.until);
         let taken = u16::try_from(late.len()).unwrap_or(u16::MAX);
         match (self.at_once.saturating_sub(taken), late.iter().min()) {
-            (0, Some(until)) => Err(*until),
+            (0, Some(first)) => Err(now.plus(first.until - instant)),
             (room, _) => Ok(room),
         }
     }
@@ -257,15 +269,47 @@ impl OurApi {
         self.slowest.store(slowest, Ordering::Relaxed);
     }
 
+    /// How many requests were answered usably so far.
+    pub fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
+    }
+
+    /// Until when requests may be under way that nobody waits for any more, by this machine's clock.
+    pub fn late_until(&self) -> Millis {
+        let late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.iter()
+            .map(|late| late.by_clock)
+            .max()
+            .unwrap_or_default()
+    }
+
+    /// So many requests are given up, and may still be under way.
+    pub fn give_up(&self, requests: usize) {
+        self.late_for(self.patience, requests);
+    }
+
+    /// A session before gave up requests, how many is not known: none is sent before they can no longer be under way.
+    pub fn recall_late(&self, until: Millis) {
+        let left = until.since(Millis::now()).min(self.patience);
+        self.late_for(left, usize::from(self.at_once));
+    }
+
+    fn late_for(&self, time: Duration, requests: usize) {
+        let late = Late {
+            until: Instant::now() + time,
+            by_clock: Millis::now().plus(time),
+        };
+        let mut all = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        all.extend(std::iter::repeat_n(late, requests));
+    }
+
     fn answered(&self, took: Duration, late: bool) {
         let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         let before = self.slowest.load(Ordering::Relaxed);
         let slowest = took.max(before - before / 32);
         self.slowest.store(slowest, Ordering::Relaxed);
         if late {
-            let until = Millis::now().plus(self.patience);
-            let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
-            late.push(until);
+            self.give_up(1);
         }
     }
 
@@ -527,6 +571,27 @@ mod tests {
                 trouble(status, body.as_bytes(), route),
                 expected,
                 "{status} {body}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_clock_that_steps_ends_no_request_that_was_given_up() {
+        let patience = Duration::from_secs(30);
+        let base = Url::parse("http://h").expect("a URL");
+        let http = Http::new(base, None, patience).expect("a client");
+        for step in [-1_000, 40_000] {
+            let our_api = OurApi::new(
+                Http::new(http.base().clone(), None, patience).expect("a client"),
+                1,
+                patience,
+            );
+            our_api.answered(patience, true);
+            let now = Millis::now();
+            assert!(our_api.room(now).is_err(), "it may be under way");
+            assert!(
+                our_api.room(Millis(now.0 + step)).is_err(),
+                "the clock stepped by {step} ms"
             );
         }
     }

@@ -17,7 +17,7 @@ use crate::bigchat::{BigChatError, Page, page_events, window_query};
 use crate::context::Context;
 use crate::dedupe::{self, Key, Tally};
 use crate::event::{Event, Kind};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
+use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE, Store};
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -30,6 +30,9 @@ const MAX_BYTES: usize = 8 << 20;
 
 /// How many answers may tell BigChat's time before the first poll: one that is wrong, and two that agree.
 const CLOCK_TRIES: u32 = 3;
+
+/// How much a poll may hold in memory with the pages that were asked for again: beyond, no more are.
+const MAX_BYTES_AGAIN: usize = 4 * MAX_BYTES;
 
 /// How often a further page is asked for at once if it cannot be had.
 const PAGE_TRIES: u32 = 3;
@@ -205,8 +208,10 @@ impl Poller {
             return Ok(Polled::Incomplete);
         }
         let (window, next, rereading) = self.window(now).await?;
-        if next.is_none() || pages.are_many() {
+        if next.is_none() {
             pages.forget(&self.context).await?;
+        } else if pages.are_many() {
+            pages.forget_but_the_last(&self.context).await?;
         }
         let next = next.unwrap_or_else(|| window_query(window.start, window.end));
         let read = self.read(&mut pages, window, next).await;
@@ -378,6 +383,13 @@ impl Poller {
         while let Some(number) = pages.tally.unclear()
             && !self.context.stopping.is_cancelled()
         {
+            if pages.bytes() > MAX_BYTES_AGAIN {
+                tracing::warn!(
+                    "pages that were asked for again are too large: equal messages on two pages count as two, unless they stand where the two meet"
+                );
+                pages.give_up(number);
+                continue;
+            }
             // While it is certain which run told the pages so far.
             self.look(pages).await?;
             let Some(earlier) = pages
@@ -678,6 +690,14 @@ impl Pages {
         Ok(())
     }
 
+    /// Lets go of all but the last: what comes next is told apart by that one only.
+    async fn forget_but_the_last(&mut self, context: &Context) -> Result<(), JournalError> {
+        let forget = |store: &mut Store| store.forget_pages_but_the_last();
+        context.journal.with(forget).await?;
+        *self = Self::load(context).await?;
+        Ok(())
+    }
+
     /// Whether there are any that are not admitted yet.
     fn are_new(&self) -> bool {
         self.kept.iter().any(|page| !page.admitted)
@@ -685,8 +705,12 @@ impl Pages {
 
     /// Whether they are as many as one poll asks for, and too many to be held in memory for longer.
     fn are_many(&self) -> bool {
-        let bytes: usize = self.kept.iter().map(|page| page.body.len()).sum();
-        self.kept.len() >= MAX_PAGES || bytes > MAX_BYTES
+        self.kept.len() >= MAX_PAGES || self.bytes() > MAX_BYTES
+    }
+
+    /// How much memory they take.
+    fn bytes(&self) -> usize {
+        self.kept.iter().map(|page| page.body.len()).sum()
     }
 
     /// The page of that number in the tally.

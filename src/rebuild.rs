@@ -17,6 +17,7 @@ use crate::journal::{
 };
 use crate::screen::{Screen, styled};
 use crate::settings::{Settings, Tokens};
+use crate::time::Millis;
 
 /// How often it is looked how far it is.
 const FRAME: Duration = Duration::from_millis(200);
@@ -87,7 +88,7 @@ pub async fn run(
     let journal = Journal::start(Store::open_beside(&settings.db())?)?;
     let (scope, dry_run) = (args.scope(), args.dry_run);
     let asked = journal
-        .with(move |store| store.ask_rebuild(scope, dry_run))
+        .with(move |store| store.ask_rebuild(scope, dry_run, Millis::now()))
         .await?;
     let rebuild = match (asked, scope) {
         (Some(rebuild), _) => rebuild,
@@ -109,21 +110,23 @@ pub async fn run(
     let (worked, watched) = tokio::join!(working, watching);
     worked?;
     let progress = watched?;
-    if !progress.is_done() {
-        if dry_run {
-            let withdrawn = move |store: &mut Store| store.withdraw_rebuild(rebuild);
-            journal.with(withdrawn).await?;
-            return Err(RebuildError::Interrupted(
-                "interrupted; nothing was changed",
-            ));
-        }
+    if !progress.is_done() && !dry_run {
         return Err(RebuildError::Interrupted(
             "interrupted; the daemon goes on with it, now or when it next runs",
         ));
     }
     let lacking = journal
-        .with(move |store| store.lacking(rebuild, LISTED))
+        .with(move |store| {
+            let lacking = store.lacking(rebuild, LISTED)?;
+            store.withdraw_rebuild(rebuild)?;
+            Ok(lacking)
+        })
         .await?;
+    if !progress.is_done() {
+        return Err(RebuildError::Interrupted(
+            "interrupted; nothing was changed",
+        ));
+    }
     Ok(screen.say(&report(&progress, &lacking, dry_run))?)
 }
 

@@ -30,8 +30,12 @@ impl From<JournalError> for Setback {
 }
 
 impl From<OurApiError> for Setback {
-    /// For requests that change nothing.
+    /// For requests that change nothing. That one of those is refused says nothing of the event.
     fn from(error: OurApiError) -> Self {
+        let error = match error.trouble {
+            Trouble::Refused => error.but(Trouble::NotCarriedOut),
+            _ => error,
+        };
         Self::OurApi {
             error,
             in_doubt: false,

@@ -28,8 +28,8 @@ pub struct Handled {
     pub stopped: Option<Stopped>,
     /// How many writes OurAPI carried out.
     pub writes: u32,
-    /// What was found where the chat was only to be compared with the journal.
-    pub finding: Option<(Check, Finding)>,
+    /// What was found where the chat was only to be compared with the journal; nothing, if that failed.
+    pub finding: Option<(Check, Option<Finding>)>,
 }
 
 /// Delivers the events of a conversation, until it is done, fails, or the daemon is to stop; or compares its chat with
@@ -80,9 +80,12 @@ impl Handled {
         } else {
             self.rebuild(context, check.rebuild).await
         };
-        let finding = found.map_err(Stopped::at(None))?;
+        let (finding, outcome) = match found {
+            Ok(finding) => (Some(finding), Ok(())),
+            Err(setback) => (None, Err(Stopped::at(None)(setback))),
+        };
         self.finding = Some((check, finding));
-        Ok(())
+        outcome
     }
 
     async fn rebuild(&mut self, context: &Context, rebuild: i64) -> Result<Finding, Setback> {
@@ -167,7 +170,8 @@ impl Handled {
             }
         }
         let hindsight = Hindsight {
-            possible: changes.iter().any(|event| context.may_be_there(event.id)),
+            possible: changes.iter().any(|event| context.may_be_there(event.id))
+                || context.session.interrupted.contains(&next.id),
             transfer: next.said.transfer != self.conversation.said.transfer,
         };
         match chat::reconcile(context, &mut next, agent, earliest, hindsight).await {

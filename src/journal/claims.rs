@@ -3,7 +3,7 @@
 //! A claim is made before anything is sent and ends with its settlement, in one transaction with what was learnt.
 //! Whatever is claimed when the daemon starts was in work when it died: its outcome is unknown.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
@@ -28,10 +28,10 @@ const BYTES_A_CLAIM: usize = 1 << 20;
 
 /// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
 /// ever.
-const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// What delivery starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Session {
     /// Its number.
     pub id: i64,
@@ -41,8 +41,8 @@ pub struct Session {
     pub successes: i64,
     /// How many losses of OurAPI there have been.
     pub losses: i64,
-    /// How many conversations were in work when the daemon died.
-    pub interrupted: usize,
+    /// The conversations that were in work when the daemon died.
+    pub interrupted: Vec<i64>,
     /// Until when the APIs asked to be left alone.
     pub throttles: Throttles,
     /// How long OurAPI's answers took at the worst of late, where that is long.
@@ -58,6 +58,8 @@ pub struct Throttles {
     pub bigchat: Millis,
     /// OurAPI.
     pub our_api: Millis,
+    /// OurAPI, since requests that nobody waits for any more may be under way.
+    pub late: Millis,
 }
 
 /// What may be claimed.
@@ -106,7 +108,7 @@ impl Store {
         let session = transaction.query_row(
             "UPDATE delivery SET session = session + 1
              RETURNING session, successes, losses, bigchat_throttled, our_api_throttled,
-                (SELECT coalesce(max(id), 0) FROM events)",
+                (SELECT coalesce(max(id), 0) FROM events), late",
             [],
             |row| {
                 Ok(Session {
@@ -116,9 +118,10 @@ impl Store {
                     throttles: Throttles {
                         bigchat: Millis(row.get(3)?),
                         our_api: Millis(row.get(4)?),
+                        late: Millis(row.get(6)?),
                     },
                     last_event: row.get(5)?,
-                    interrupted: claimed.len(),
+                    interrupted: claimed.clone(),
                     slowest,
                     pause,
                 })
@@ -130,13 +133,15 @@ impl Store {
     }
 
     /// Settles what was done and claims at most `at_most` conversations, those that have been due for longest first.
-    /// All in one transaction, so that under load a commit serves many conversations.
+    /// All in one transaction, so that under load a commit serves many conversations. `put_off`: the conversations whose
+    /// chats could not be looked after, and until when others come first.
     pub fn settle_and_claim(
         &mut self,
         settlements: &[Settlement],
         successes: i64,
         at_most: usize,
         what: Claimable,
+        put_off: &HashMap<i64, Millis>,
         now: Millis,
     ) -> Result<Claimed> {
         let transaction = self.begin()?;
@@ -157,7 +162,7 @@ impl Store {
             let mut ids = due(&transaction, at_most, now)?;
             let room = at_most - ids.len();
             if what == Claimable::All && room > 0 {
-                ids.extend(unseen(&transaction, room)?);
+                ids.extend(unseen(&transaction, room, put_off, now)?);
             }
             for id in ids {
                 match claim(&transaction, id) {
@@ -175,7 +180,7 @@ impl Store {
         }
         let room = at_most.saturating_sub(work.len());
         if room > 0 && matches!(what, Claimable::All | Claimable::Checks) {
-            work.extend(claim_checks(&transaction, room)?);
+            work.extend(claim_checks(&transaction, room, now)?);
         }
         let next_due = next_due(&transaction)?;
         if !settlements.is_empty() || !work.is_empty() {
@@ -197,10 +202,21 @@ impl Store {
         Ok(())
     }
 
-    /// Makes everything due now that would be due later: this machine's clock was set back.
-    pub fn clock_set_back(&mut self, now: Millis) -> Result<()> {
+    /// Makes everything due now that would be due later: this machine's clock was set back. What is in doubt is due
+    /// after `pause`: how long it has waited already is not known.
+    pub fn clock_set_back(&mut self, pause: Duration, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
-        nothing_later_than(&transaction, now, now)?;
+        transaction.execute(
+            "UPDATE conversations SET due_at = iif(EXISTS (
+                SELECT 1 FROM events e JOIN attempts a ON a.event = e.id
+                WHERE e.conversation = conversations.id AND e.state = 'waiting' AND a.in_doubt = 1), ?2, ?1)
+             WHERE due_at > ?1",
+            [now.0, now.plus(pause).0],
+        )?;
+        transaction.execute(
+            "UPDATE attempts SET next_at = iif(in_doubt = 1, ?2, ?1) WHERE next_at > ?1",
+            [now.0, now.plus(pause).0],
+        )?;
         transaction.commit()?;
         Ok(())
     }
@@ -219,9 +235,9 @@ impl Store {
     /// Keeps until when the APIs asked to be left alone.
     pub fn note_throttles(&mut self, throttles: Throttles) -> Result<()> {
         self.connection.execute(
-            "UPDATE delivery SET bigchat_throttled = ?1, our_api_throttled = ?2
-             WHERE bigchat_throttled <> ?1 OR our_api_throttled <> ?2",
-            [throttles.bigchat.0, throttles.our_api.0],
+            "UPDATE delivery SET bigchat_throttled = ?1, our_api_throttled = ?2, late = ?3
+             WHERE bigchat_throttled <> ?1 OR our_api_throttled <> ?2 OR late <> ?3",
+            [throttles.bigchat.0, throttles.our_api.0, throttles.late.0],
         )?;
         Ok(())
     }
@@ -400,15 +416,26 @@ fn due(connection: &Connection, at_most: usize, now: Millis) -> Result<Vec<i64>>
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
-fn unseen(connection: &Connection, at_most: usize) -> Result<Vec<i64>> {
+/// Chats not seen since OurAPI last lost something: those first that were not put off, then those put off for longest.
+fn unseen(
+    connection: &Connection,
+    at_most: usize,
+    put_off: &HashMap<i64, Millis>,
+    now: Millis,
+) -> Result<Vec<i64>> {
     let mut statement = connection.prepare_cached(
         "SELECT id FROM conversations
          WHERE external_id IS NOT NULL AND chat_seen < (SELECT losses FROM delivery)
             AND due_at IS NULL AND claimed_through IS NULL
          LIMIT ?1",
     )?;
-    let ids = statement.query_map([limit(at_most)], |row| row.get(0))?;
-    Ok(ids.collect::<rusqlite::Result<_>>()?)
+    let enough = at_most.saturating_add(put_off.len());
+    let ids = statement.query_map([limit(enough)], |row| row.get(0))?;
+    let mut ids: Vec<i64> = ids.collect::<rusqlite::Result<_>>()?;
+    ids.retain(|id| put_off.get(id).is_none_or(|until| *until <= now));
+    ids.sort_by_key(|id| put_off.get(id));
+    ids.truncate(at_most);
+    Ok(ids)
 }
 
 /// Makes due `now` what would be due later than `latest`.
@@ -598,7 +625,7 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
             ":looked_up": chat.looked_up,
         })?;
     if let Some((check, finding)) = &settlement.finding {
-        note_finding(transaction, *id, *check, finding)?;
+        note_finding(transaction, *id, *check, finding.as_ref())?;
     }
     let mut not_before = None;
     for (event, outcome) in &settlement.outcomes {

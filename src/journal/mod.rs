@@ -15,6 +15,7 @@ mod property;
 mod rebuild;
 mod schema;
 
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 #[cfg(test)]
 use std::pin::Pin;
@@ -47,7 +48,7 @@ pub enum JournalError {
     /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
     #[error("{0} was deleted or replaced: put it back, or restart to go on with what is there now")]
     Displaced(PathBuf),
-    /// The journal's thread has ended.
+    /// The operation has panicked, or the journal's thread has ended.
     #[error("the journal is closed")]
     Closed,
 }
@@ -169,7 +170,10 @@ impl Journal {
             .name("journal".into())
             .spawn(move || {
                 for operation in queue {
-                    operation(&mut store);
+                    // Its transaction is rolled back, and whoever asked is told; the others go on.
+                    if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
+                        tracing::error!("an operation on the journal has panicked");
+                    }
                 }
             })?;
         Ok(Self {

@@ -1,6 +1,5 @@
 //! What the poller keeps: the cursor, the pages of the poll under way, and the events on them.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
@@ -265,21 +264,14 @@ impl Store {
         let transaction = self.begin()?;
         let mut admitted = Admitted::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
-        let mut first_told = HashSet::new();
         page_events(&page.body, |raw| {
             if outcome.is_err() {
                 return;
             }
             outcome = match Event::parse(raw) {
-                Ok(event) => {
-                    let told = Told {
-                        tally,
-                        first: &mut first_told,
-                    };
-                    admit(&transaction, epoch, &event, told, now).map(|new| {
-                        admitted.new += usize::from(new);
-                    })
-                }
+                Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
+                    admitted.new += usize::from(new);
+                }),
                 Err(reason) => {
                     unreadable += 1;
                     if unreadable > MAX_UNREADABLE {
@@ -334,6 +326,15 @@ impl Store {
         Ok(())
     }
 
+    /// Lets go of all but the last of them.
+    pub fn forget_pages_but_the_last(&mut self) -> Result<()> {
+        self.connection.execute(
+            "DELETE FROM pages WHERE id <> (SELECT max(id) FROM pages WHERE again_of IS NULL)",
+            [],
+        )?;
+        Ok(())
+    }
+
     /// Drops delivered and discarded events that were settled `retention` ago, unless the next window could bring
     /// them again; some at a time, so that nobody waits. Returns how many.
     pub fn prune(
@@ -346,16 +347,13 @@ impl Store {
         let Some(cursor) = self.source()?.cursor else {
             return Ok(0);
         };
-        let settled_before = now
-            .0
-            .saturating_sub(i64::try_from(retention.as_millis()).unwrap_or(i64::MAX));
         Ok(self.connection.execute(
             "DELETE FROM events WHERE id IN (
                 SELECT id FROM events
                 WHERE state IN ('delivered', 'discarded') AND settled_at < ?1 AND event_at < ?2
                 ORDER BY settled_at LIMIT ?3)",
             params![
-                settled_before,
+                now.minus(retention).0,
                 cursor.minus(overlap).minus(PRUNING_MARGIN).unix(),
                 at_most
             ],
@@ -363,33 +361,22 @@ impl Store {
     }
 }
 
-/// What a page tells, as far as an event on it needs to know.
-struct Told<'a> {
-    tally: &'a Tally,
-    /// The ENDs, TRANSFERs and STARTs that this page is the first to tell of.
-    first: &'a mut HashSet<Key>,
-}
-
 /// Admits one event, unless the journal holds as many as were told. Returns whether it is new. Of the changes of a chat
-/// only the page that tells of them first says how many there are: cut otherwise, pages told again would bring an old
-/// one back as the latest of its second.
+/// equal ones are one: another says nothing new, and told on pages that are cut otherwise it would come back as the
+/// latest of its second.
 fn admit(
     transaction: &Transaction<'_>,
     epoch: i64,
     event: &Event,
-    told: Told<'_>,
+    tally: &Tally,
     now: Millis,
 ) -> Result<bool> {
     let conversation = conversation(transaction, epoch, event)?;
-    let (key, known) = (
-        Key::from(event),
-        count_equal(transaction, conversation, event)?,
-    );
-    if event.kind != Kind::Message && known == 0 {
-        told.first.insert(key);
-    }
-    let counts = event.kind == Kind::Message || told.first.contains(&key);
-    if !counts || known >= told.tally.told(&key).max(1) {
+    let told = match event.kind {
+        Kind::Message => tally.told(&Key::from(event)).max(1),
+        Kind::Start | Kind::End | Kind::Transfer => 1,
+    };
+    if count_equal(transaction, conversation, event)? >= told {
         return Ok(false);
     }
     insert(transaction, conversation, event, now)?;

@@ -1,11 +1,17 @@
 //! What is to be compared with OurAPI by hand, what came of it, and how far it is.
 
+use std::time::Duration;
+
 use rusqlite::{Connection, Transaction, params};
 
 use super::claims::{claim_chat, limit, messages_of};
 use super::{JournalError, Result, Store, written};
 use crate::conversation::{ChatFound, Check, Finding, Work};
 use crate::messages::{self, MessageKey};
+use crate::time::Millis;
+
+/// When what nobody waits for any more is forgotten.
+const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Which conversations' chats to compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,25 +51,25 @@ pub struct Lacking {
 impl RebuildProgress {
     /// Whether all is compared, and what was missing sent.
     pub fn is_done(&self) -> bool {
-        self.compared == self.chats && self.waiting == 0
+        self.chats > 0 && self.compared == self.chats && self.waiting == 0
     }
 }
 
 impl Store {
     /// Asks for chats to be compared with the journal, and put right unless `dry_run`. Returns the request's id;
     /// `None`: there are no such chats.
-    pub fn ask_rebuild(&mut self, scope: Scope, dry_run: bool) -> Result<Option<i64>> {
+    pub fn ask_rebuild(&mut self, scope: Scope, dry_run: bool, now: Millis) -> Result<Option<i64>> {
         let transaction = self.begin()?;
-        // Those that are over have told what they found.
+        // Who asked takes it back at the end, unless interrupted.
         transaction.execute(
-            "DELETE FROM rebuilds WHERE NOT EXISTS (
+            "DELETE FROM rebuilds WHERE asked_at < ?1 AND NOT EXISTS (
                 SELECT 1 FROM checks WHERE rebuild = rebuilds.id AND chat IS NULL)",
-            [],
+            [now.minus(FORGOTTEN).0],
         )?;
         let rebuild: i64 = transaction.query_row(
-            "INSERT INTO rebuilds (dry_run, last_event) VALUES (?1, (SELECT coalesce(max(id), 0) FROM events))
-             RETURNING id",
-            [dry_run],
+            "INSERT INTO rebuilds (asked_at, dry_run, last_event)
+             VALUES (?1, ?2, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
+            params![now.0, dry_run],
             |row| row.get(0),
         )?;
         let conversation = match scope {
@@ -82,7 +88,7 @@ impl Store {
         Ok(Some(rebuild))
     }
 
-    /// Takes back what was asked for.
+    /// Takes back what was asked for: it is done, or nobody waits for it any more.
     pub fn withdraw_rebuild(&mut self, rebuild: i64) -> Result<()> {
         self.connection
             .execute("DELETE FROM rebuilds WHERE id = ?1", [rebuild])?;
@@ -164,16 +170,22 @@ fn lost(connection: &Connection, conversation: i64, held: Vec<MessageKey>) -> Re
     Ok(messages::lost(held, &journal))
 }
 
-/// Claims conversations that are to be compared and of which nothing waits.
-pub(super) fn claim_checks(transaction: &Transaction<'_>, at_most: usize) -> Result<Vec<Work>> {
+/// Claims conversations that are to be compared and that nobody works on. What waits of them goes on waiting.
+pub(super) fn claim_checks(
+    transaction: &Transaction<'_>,
+    at_most: usize,
+    now: Millis,
+) -> Result<Vec<Work>> {
     let mut statement = transaction.prepare_cached(
         "SELECT c.conversation, c.rebuild, r.dry_run
          FROM checks c JOIN rebuilds r ON r.id = c.rebuild JOIN conversations v ON v.id = c.conversation
-         WHERE c.chat IS NULL AND v.due_at IS NULL AND v.claimed_through IS NULL
-         ORDER BY c.rebuild, c.conversation LIMIT ?1",
+         WHERE c.chat IS NULL AND v.claimed_through IS NULL
+            AND (v.due_at IS NULL OR v.due_at <= ?2
+                OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = v.id AND e.state = 'waiting'))
+         ORDER BY c.tries, c.rebuild, c.conversation LIMIT ?1",
     )?;
     let pending: Vec<(i64, Check)> = statement
-        .query_map([limit(at_most)], |row| {
+        .query_map([limit(at_most), now.0], |row| {
             let check = Check {
                 rebuild: row.get(1)?,
                 dry_run: row.get(2)?,
@@ -203,13 +215,22 @@ pub(super) fn claim_checks(transaction: &Transaction<'_>, at_most: usize) -> Res
     Ok(work)
 }
 
-/// Notes what was found.
+/// Notes what was found, or that nothing could be.
 pub(super) fn note_finding(
     connection: &Connection,
     conversation: i64,
     check: Check,
-    finding: &Finding,
+    finding: Option<&Finding>,
 ) -> Result<()> {
+    let Some(finding) = finding else {
+        // The others first, then.
+        connection
+            .prepare_cached(
+                "UPDATE checks SET tries = tries + 1 WHERE rebuild = ?1 AND conversation = ?2",
+            )?
+            .execute(params![check.rebuild, conversation])?;
+        return Ok(());
+    };
     connection
         .prepare_cached(
             "UPDATE checks SET chat = ?3, messages = ?4 WHERE rebuild = ?1 AND conversation = ?2",

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use thiserror::Error;
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCSY".
@@ -237,7 +237,6 @@ fn inspect(path: &Path) -> Result<bool, OpenError> {
         source,
     };
     let mut header = Vec::new();
-    let length = std::fs::metadata(path).map_or(0, |file| file.len());
     match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         Err(source) => return Err(io(source)),
@@ -269,6 +268,8 @@ fn inspect(path: &Path) -> Result<bool, OpenError> {
                 _ => 0,
             };
             let pages = u64::from(field(28).unwrap_or_default().cast_unsigned());
+            // After the header: another process may be making it just now.
+            let length = std::fs::metadata(path).map_or(0, |file| file.len());
             if length < page * pages && !has_log(path) {
                 return Err(damaged(path));
             }
@@ -310,7 +311,11 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
 
 pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
     for (index, migration) in MIGRATIONS.iter().enumerate().skip(from) {
-        let transaction = connection.transaction()?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // A command beside the daemon may have done it meanwhile.
+        if usize::try_from(version(&transaction)?).is_ok_and(|found| found > index) {
+            continue;
+        }
         transaction.execute_batch(migration)?;
         transaction.pragma_update(
             None,

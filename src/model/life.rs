@@ -271,7 +271,7 @@ impl Stage {
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
             Some(Strike::Rebuild) => {
-                let asked = inner.store.ask_rebuild(Scope::All, false);
+                let asked = inner.store.ask_rebuild(Scope::All, false, Millis::now());
                 asked.expect("it is asked for");
             }
             Some(Strike::Stop) => inner.stopping.cancel(),

@@ -240,7 +240,7 @@ async fn create(
             Some(found) => {
                 let longer = with_start(context, conversation, wanted.started_at);
                 if longer == external_id {
-                    return Err(error.but(Trouble::Refused).into());
+                    return Err(Setback::of_write(error.but(Trouble::Refused)));
                 }
                 tracing::warn!(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::{Log, Mode, NextPage, Options};
+use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 use serde_json::json;
 
@@ -238,4 +239,40 @@ async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart
     assert!(held(&sim) == before, "{}", sim.compare());
     assert_eq!(writes(&sim), sent);
     agrees(&sim, &bench).await;
+}
+
+#[tokio::test]
+async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_was_copied() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--poll-overlap", "0s");
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    let tell = |events| sim.bigchat.push_page(events, NextPage::None);
+    tell(vec![message(10, now - 20, "hello")]);
+    let daemon = bench.start();
+    bench.until_events("delivered", 1).await;
+    let faults = &sim.our_api.faults;
+    let slow = Fault::Hang(Duration::from_secs(2));
+    faults.script("POST /chats/{id}/messages", When::After, slow, 1);
+    tell(vec![message(10, now - 19, "in work")]);
+    until("it is in work", async || sim.our_api.message_count() == 2).await;
+    let copy = copy(&bench);
+    tell(vec![transfer(10, now - 5, 7)]);
+    bench.until_events("delivered", 3).await;
+    daemon.stop().await;
+    let agent = sim.our_api.chats()[0].agent_id;
+    restore(&bench, &copy);
+    let daemon = bench.start();
+    bench.until_events("delivered", 2).await;
+    let started = seconds(&sim);
+    until("a later window", async || {
+        bench.cursor() > Some(started + 1)
+    })
+    .await;
+    let at = seconds(&sim);
+    tell(vec![end(10, at)]);
+    bench.until_events("delivered", 3).await;
+    daemon.stop().await;
+    assert_eq!(sim.our_api.message_count(), 2);
+    assert_eq!(sim.our_api.chats()[0].agent_id, agent, "{}", sim.compare());
 }

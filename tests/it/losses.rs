@@ -7,6 +7,7 @@ use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 
 use crate::daemon::{agrees, end, message, scripted, seconds, transfer};
+use crate::fakes::{self, Scene, status};
 use crate::harness::{Bench, until};
 
 #[tokio::test]
@@ -204,4 +205,29 @@ async fn a_lost_agent_keeps_no_message_from_its_chat() {
         panic!("one agent: {:?}", sim.our_api.agents());
     };
     assert_eq!(sim.our_api.chats()[0].agent_id, Some(agent.agent_id));
+}
+
+#[tokio::test]
+async fn two_chats_that_cannot_be_built_again_keep_no_other_from_it() {
+    let scene = Scene::new().await;
+    let daemon = scene.bench.start();
+    scene
+        .delivers([fakes::end(1, 10), fakes::end(42, 10)])
+        .await;
+    scene
+        .delivers([fakes::transfer(43, 11, 8), fakes::message(43, 12, "lost")])
+        .await;
+    scene
+        .delivers([fakes::transfer(44, 13, 8), fakes::message(44, 14, "news")])
+        .await;
+    scene.our_api.loses_everything();
+    // Ann cannot be created any more, Bob can.
+    let ann = r#"POST /agents {"email":"ann@x.test""#;
+    scene.our_api.upset(ann, status(500).always());
+    scene.bigchat.tells([fakes::message(44, 20, "more news")]);
+    until("what is not Ann's is built again", async || {
+        scene.our_api.messages().iter().any(|text| text == "lost")
+    })
+    .await;
+    daemon.stop().await;
 }

@@ -1,15 +1,16 @@
 //! Polling: windows, pages, and whatever else may stand where events should.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use wiremock::MockServer;
 
 use crate::fakes::{
     NOW, Page, Scene, dropped, end, message, page, raw, start, status, tampering, time, transfer,
-    unix, window,
+    unix, window, with_header,
 };
 use crate::harness::{Bench, side_by_side, until};
+use crate::process::Process;
 
 /// The query of the first window there is.
 fn first_window() -> String {
@@ -468,10 +469,15 @@ async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
     scene.bigchat.tells([twin(), transfer(42, 5, 8)]);
     scene.bench.once().await;
     assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
-    scene.bigchat.tells([twin(), twin(), transfer(42, 5, 8)]);
-    scene.bench.once().await;
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
-    assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 2);
+    for again in [
+        [twin(), twin(), transfer(42, 5, 8)],
+        [twin(), transfer(42, 5, 8), twin()],
+    ] {
+        scene.bigchat.tells(again);
+        scene.bench.once().await;
+        assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
+        assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 2);
+    }
 }
 
 #[tokio::test]
@@ -687,4 +693,86 @@ async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
     let refused = refused.expect("a poll");
     let pause = asked[refused + 1].at.duration_since(asked[refused].at);
     assert!(pause >= Duration::from_millis(900), "{pause:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_wrong_date_after_a_restart_mixes_nothing() {
+    let scene = Scene::new().await;
+    scene.bigchat.tells([message(42, 1, "of before")]);
+    scene.bench.once().await;
+    scene.bench.execute(
+        "UPDATE conversations SET started_at = started_at - 9999 WHERE bigchat_id IN (1, 42)",
+    );
+    // As if this were the next run: every conversation has another start time.
+    scene.bigchat.tells([message(42, 2, "of after")]);
+    scene.bench.once().await;
+    assert_eq!(scene.bench.value::<i64>("SELECT max(id) FROM epochs"), 2);
+    let wrong = UNIX_EPOCH + Duration::from_secs(unix(NOW - 86_400).unsigned_abs());
+    let header = format!("date: {}", httpdate::fmt_http_date(wrong));
+    let url = tampering(&scene.bigchat.url(), move |line, answer| {
+        if line.starts_with("GET /events") {
+            with_header(&answer, "date", &header)
+        } else {
+            answer
+        }
+    })
+    .await;
+    let scene = scene.set("--bigchat-url", &url);
+    scene.bigchat.tells([message(42, 3, "with a wrong date")]);
+    scene.bench.once().await;
+    let epochs = scene.bench.value::<String>(
+        "SELECT group_concat(v.epoch || ':' || e.data, ' ') FROM events e JOIN conversations v ON v.id = e.conversation",
+    );
+    assert!(
+        epochs.contains(r#"2:{"message":"with a wrong date"}"#),
+        "{epochs}"
+    );
+}
+
+#[tokio::test]
+async fn equal_messages_where_a_poll_pauses_are_two() {
+    let scene = Scene::new().await;
+    for n in 1..200 {
+        let told = vec![message(42, n, &format!("text {n}"))];
+        scene.bigchat.tells(page(told, format!("?page={}", n + 1)));
+    }
+    scene
+        .bigchat
+        .tells(page(vec![message(42, 300, "twin")], "?page=201"));
+    scene
+        .bigchat
+        .tells(vec![message(42, 300, "twin"), message(42, 301, "last")]);
+    scene.bench.once().await;
+    scene.bench.once().await;
+    let texts = scene.our_api.messages();
+    assert!(texts.contains(&"last".to_owned()));
+    assert_eq!(texts.iter().filter(|text| *text == "twin").count(), 2);
+}
+
+#[tokio::test]
+async fn pages_asked_for_again_cost_bounded_memory() {
+    let scene = Scene::new().await;
+    let event = json!({"conversation_id": 42, "event_name": "MESSAGE", "event_at": unix(1), "data": {"message": "twin"}});
+    let padding = "x".repeat(16 << 20);
+    for n in 2..22 {
+        scene
+            .bigchat
+            .tells(page(vec![event.clone()], format!("?page={n}")));
+        if n > 2 {
+            // The page before, asked for again.
+            scene.bigchat.tells(raw(
+                &json!({"events": [event], "nextPageUrl": null, "padding": padding}).to_string(),
+            ));
+        }
+    }
+    let daemon = Process::start(&scene.bench);
+    until("the poll is over", async || {
+        scene.bench.is_ready()
+            && scene.bench.events("delivered") > 0
+            && scene.bench.value("SELECT window_start IS NULL FROM source")
+    })
+    .await;
+    let peak = daemon.mebibytes("VmHWM");
+    assert!(peak < 256, "{peak} MiB");
+    assert!(daemon.stop().await.success());
 }

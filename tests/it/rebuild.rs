@@ -1,14 +1,16 @@
 //! `bigchat-sync rebuild`: what OurAPI lacks is found, and built again only if that is asked for.
 
 use std::process::Output;
+use std::time::Duration;
 
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 use serde_json::json;
 
 use crate::daemon::{agrees, end, message, scripted, seconds, transfer};
-use crate::harness::{Bench, side_by_side};
+use crate::harness::{Bench, Process, side_by_side, until};
 
 /// Three conversations that were delivered, by a daemon that rebuilds nothing by itself.
 async fn delivered() -> (Sim, Bench) {
@@ -137,4 +139,40 @@ async fn of_what_is_not_known_nothing_can_be_built() {
     assert!(complaint.contains("conversation 99"), "{complaint}");
     let refused = outcome(&bench, &[]).await;
     assert_eq!(refused.status.code(), Some(2), "neither one nor all");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_ends_although_an_event_waits() {
+    let (_sim, bench) = delivered().await;
+    // As after a failure, or of a page that was kept as the daemon was stopped.
+    bench.execute(
+        "UPDATE events SET state = 'waiting', settled_at = NULL WHERE id = 3;
+         UPDATE conversations SET due_at = 1 WHERE bigchat_id = 10",
+    );
+    let mut command = bench.program("rebuild");
+    command.args(["--all", "--dry-run"]);
+    let mut command = Process(command.spawn().expect("a process"));
+    until("it ends", async || {
+        command.0.try_wait().expect("a status").is_some()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
+    let (sim, bench) = delivered().await;
+    sim.our_api.forget_message("10");
+    // It takes a while to be sent again.
+    let faults = &sim.our_api.faults;
+    let slow = Fault::Hang(Duration::from_secs(3));
+    faults.script("POST /chats/{id}/messages", When::Before, slow, 1);
+    let daemon = bench.start();
+    let first = rebuild(&bench, &["--all"]);
+    let second = async {
+        until("it is on its way", async || faults.left() == 0).await;
+        rebuild(&bench, &["--conversation", "12"]).await
+    };
+    let (said, _) = tokio::join!(first, second);
+    assert!(said.contains("1 messages missing"), "{said}");
+    daemon.stop().await;
 }

@@ -15,7 +15,6 @@ const BOUND: Duration = Duration::from_secs(10);
 #[tokio::test]
 async fn while_both_apis_hang() {
     let (sim, bench) = scripted(our_api::Options::default()).await;
-    let bench = bench.set("--request-timeout", "60s");
     let now = seconds(&sim);
     sim.bigchat.open(10, now - 100, 1);
     let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];

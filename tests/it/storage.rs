@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use bigchat_sync::journal::{OpenError, Store};
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
 use bigchat_sync::sim::our_api;
@@ -354,5 +355,28 @@ async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
             assert!(said.contains("1 events in it are lost"), "{said}");
         }
         assert!(!bench.db().exists(), "none is made in its place");
+    }
+}
+
+#[test]
+fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
+    for n in 0..300 {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        let beside = {
+            let path = path.clone();
+            std::thread::spawn(move || {
+                loop {
+                    match Store::open_beside(&path) {
+                        Err(OpenError::Missing(_)) => {}
+                        opened => return opened.map(drop),
+                    }
+                }
+            })
+        };
+        let daemon = Store::open(&path).map(drop);
+        let beside = beside.join().expect("no panic");
+        let well = daemon.as_ref().map_or_else(OpenError::may_pass, |()| true);
+        assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
     }
 }

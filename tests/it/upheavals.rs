@@ -348,3 +348,28 @@ async fn a_404_of_what_is_not_bigchat_is_not_believed() {
     daemon.stop().await;
     assert_eq!(sim.compare().fallbacks(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_of_bigchat_that_is_set_back_after_a_restart_mixes_nothing() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let now = seconds(&sim);
+    sim.bigchat.open(10, now - 100, 1);
+    sim.bigchat
+        .push_page(vec![message(10, now, "of before")], NextPage::None);
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    sim.bigchat.clock.set_offset(60);
+    sim.bigchat.restart();
+    sim.bigchat.open(10, seconds(&sim), 2);
+    let told = vec![message(10, seconds(&sim), "of after")];
+    sim.bigchat.push_page(told, NextPage::None);
+    bench.until_events("delivered", 2).await;
+    agrees(&sim, &bench).await;
+    assert_eq!(bench.value::<i64>("SELECT max(id) FROM epochs"), 2);
+    sim.bigchat.clock.set_offset(-3600);
+    let told = vec![message(10, seconds(&sim), "after the step")];
+    sim.bigchat.push_page(told, NextPage::None);
+    bench.until_events("delivered", 3).await;
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+}

@@ -217,7 +217,7 @@ impl Pair {
             Step::SetBack(by) => {
                 self.plain.now -= by;
                 self.store
-                    .clock_set_back(self.now())
+                    .clock_set_back(Duration::ZERO, self.now())
                     .expect("the clock is set back");
                 self.plain.nothing_later_than(self.plain.now);
             }
@@ -287,7 +287,14 @@ impl Pair {
         let now = self.now();
         let claimed = self
             .store
-            .settle_and_claim(settlements, 0, at_most, Claimable::Events, now)
+            .settle_and_claim(
+                settlements,
+                0,
+                at_most,
+                Claimable::Events,
+                &std::collections::HashMap::new(),
+                now,
+            )
             .expect("a claim");
         let expected = self.plain.claim(at_most);
         let work = claimed.work.iter().map(|work| {
@@ -389,7 +396,7 @@ impl Pair {
             .filter(|(_, conversation)| conversation.claimed.is_some())
             .map(|(id, _)| *id)
             .collect();
-        assert_eq!(session.interrupted, claimed.len(), "what was in work");
+        assert_eq!(session.interrupted.len(), claimed.len(), "what was in work");
         claimed.into_iter().for_each(|id| self.plain.abandon(id));
         self.plain
             .nothing_later_than(self.plain.now + 24 * 3_600_000);
