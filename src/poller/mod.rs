@@ -5,7 +5,8 @@
 //! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
 //! poller knows nothing of OurAPI.
 
-use std::collections::{HashMap, HashSet};
+mod pages;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,14 +14,14 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::bigchat::{BigChatError, Page, page_events, window_query};
+use crate::bigchat::{BigChatError, Page, window_query};
 use crate::context::Context;
-use crate::dedupe::{self, Key, Tally};
-use crate::event::{Event, Kind};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE, Store};
+use crate::event::Kind;
+use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
+use pages::Pages;
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
 const MAX_PAGES: usize = 200;
@@ -392,11 +393,7 @@ impl Poller {
             }
             // While it is certain which run told the pages so far.
             self.look(pages).await?;
-            let Some(earlier) = pages
-                .first_told
-                .get(number)
-                .and_then(|index| pages.kept.get(*index))
-            else {
+            let Some(earlier) = pages.page(number) else {
                 return Ok(());
             };
             let (id, query, window_start) =
@@ -661,127 +658,4 @@ enum Ended {
     Budget,
     /// With a page that cannot be had.
     Stuck,
-}
-
-/// The pages of the poll under way.
-#[derive(Debug, Default)]
-struct Pages {
-    kept: Vec<KeptPage>,
-    tally: Tally,
-    /// Where in `kept` the pages stand, by their number in the tally; those asked for again are not among them.
-    first_told: Vec<usize>,
-}
-
-impl Pages {
-    async fn load(context: &Context) -> Result<Self, JournalError> {
-        let mut pages = Self::default();
-        for page in context.journal.with(|store| store.kept_pages()).await? {
-            pages.add(context, page).await?;
-        }
-        Ok(pages)
-    }
-
-    /// Lets go of them: what comes next is not told apart by them.
-    async fn forget(&mut self, context: &Context) -> Result<(), JournalError> {
-        if !self.kept.is_empty() {
-            context.journal.with(|store| store.forget_pages()).await?;
-            *self = Self::default();
-        }
-        Ok(())
-    }
-
-    /// Lets go of all but the last: what comes next is told apart by that one only.
-    async fn forget_but_the_last(&mut self, context: &Context) -> Result<(), JournalError> {
-        let forget = |store: &mut Store| store.forget_pages_but_the_last();
-        context.journal.with(forget).await?;
-        *self = Self::load(context).await?;
-        Ok(())
-    }
-
-    /// Whether there are any that are not admitted yet.
-    fn are_new(&self) -> bool {
-        self.kept.iter().any(|page| !page.admitted)
-    }
-
-    /// Whether they are as many as one poll asks for, and too many to be held in memory for longer.
-    fn are_many(&self) -> bool {
-        self.kept.len() >= MAX_PAGES || self.bytes() > MAX_BYTES
-    }
-
-    /// How much memory they take.
-    fn bytes(&self) -> usize {
-        self.kept.iter().map(|page| page.body.len()).sum()
-    }
-
-    /// The page of that number in the tally.
-    fn numbered(&self, number: usize) -> Vec<Key> {
-        let page = self
-            .first_told
-            .get(number)
-            .and_then(|index| self.kept.get(*index));
-        page.map_or_else(Vec::new, |page| {
-            page.events().iter().map(Key::from).collect()
-        })
-    }
-
-    /// Whether a page has an event in common with the one of that number.
-    fn has_some_of(&self, number: usize, page: &Page) -> bool {
-        let keys: HashSet<Key> = self.numbered(number).into_iter().collect();
-        let mut some = false;
-        page_events(&page.body, |raw| {
-            some |= Event::parse(raw).is_ok_and(|event| keys.contains(&Key::from(&event)));
-        });
-        some
-    }
-
-    /// The page of that number cannot be had again.
-    fn give_up(&mut self, number: usize) {
-        let (page, next) = (self.numbered(number), self.numbered(number + 1));
-        self.tally.give_up(number, dedupe::repeated(&page, &next));
-    }
-
-    async fn add(&mut self, context: &Context, page: KeptPage) -> Result<(), JournalError> {
-        let events = page.events();
-        let keys: Vec<Key> = events.iter().map(Key::from).collect();
-        let again = page.again_of.and_then(|id| {
-            self.first_told
-                .iter()
-                .position(|told| self.kept[*told].id == id)
-        });
-        match again {
-            Some(number) => self.tally.again(number, &keys),
-            None => {
-                let known = self.known(context, &events).await?;
-                self.tally
-                    .page(&keys, |key| known.get(key).copied().unwrap_or(0));
-                self.first_told.push(self.kept.len());
-            }
-        }
-        self.kept.push(page);
-        Ok(())
-    }
-
-    /// How many the journal holds of those messages that this poll has told before.
-    async fn known(
-        &self,
-        context: &Context,
-        events: &[Event],
-    ) -> Result<HashMap<Key, u32>, JournalError> {
-        let mut known = HashMap::new();
-        for event in events {
-            let key = Key::from(event);
-            if event.kind == Kind::Message && self.tally.told(&key) > 0 && !known.contains_key(&key)
-            {
-                let event = event.clone();
-                known.insert(
-                    key,
-                    context
-                        .journal
-                        .with(move |store| store.count_known(&event))
-                        .await?,
-                );
-            }
-        }
-        Ok(known)
-    }
 }
