@@ -417,17 +417,22 @@ impl Poller {
                 }
             };
             let served_at = page.date.unwrap_or(earlier.served_at);
-            let gone = !pages.has_some_of(number, &page) && self.is_of_before(earlier).await?;
+            let (earlier, strange) = (earlier.clone(), !pages.has_some_of(number, &page));
             let kept = PageToKeep {
                 query,
-                again_of: (!gone).then_some(id),
+                again_of: Some(id),
                 served_at,
                 window: (window_start, window_start),
                 body: page.body,
                 events: page.events,
                 progress: Progress::Unchanged,
             };
-            let kept = self.keep_page(kept).await?;
+            let mut kept = self.keep_page(kept).await?;
+            let gone = strange && self.is_of_before(&earlier).await?;
+            if gone {
+                // It is a page like any other.
+                kept.again_of = None;
+            }
             pages.add(&self.context, kept).await?;
             if gone {
                 tracing::warn!(

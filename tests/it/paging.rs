@@ -418,6 +418,27 @@ async fn an_equal_message_on_a_later_page_is_told_apart_by_asking_for_the_earlie
 }
 
 #[tokio::test]
+async fn what_comes_when_a_page_is_asked_for_again_is_kept_before_anything_else_is_asked() {
+    let scene = Scene::new().await;
+    scene.bigchat.tells(messages("first"));
+    scene.bench.once().await;
+    scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
+    scene.bigchat.tells(messages("kk bb"));
+    scene.bigchat.tells(messages("xx yy"));
+    // Whether BigChat has restarted is not to be had.
+    scene
+        .bigchat
+        .upset("GET /conversations/", status(500).always());
+    scene.bench.once().await;
+    scene.bigchat.calm();
+    scene.bench.once().await;
+    let texts = texts(&scene);
+    for told in ["first", "aa", "kk", "bb", "xx", "yy"] {
+        assert!(texts.iter().any(|text| text == told), "{told}: {texts:?}");
+    }
+}
+
+#[tokio::test]
 async fn while_the_earlier_page_cannot_be_had_again_nothing_is_decided() {
     let scene = Scene::new().await;
     scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
