@@ -198,8 +198,6 @@ pub(crate) async fn begin(
             conversations = session.interrupted.len(),
             "the last session ended in the middle of them: what may have been delivered is looked up"
         );
-    }
-    if !session.interrupted.is_empty() {
         // What was on its way may still be carried out, and OurAPI takes one request at a time.
         our_api.throttle(Millis::now().plus(session.pause));
     }

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use crate::our_api;
 use crate::time::Timestamp;
 
 /// What makes two messages of a chat equal: when they were sent, and the words without the white space that OurAPI
@@ -15,6 +16,14 @@ pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
     // Of the characters below 32, some strip the separators 0x1c to 0x1f as well; to compare, they go on both sides.
     let stripped = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
     (sent_at, stripped.to_owned())
+}
+
+/// The keys of messages as OurAPI holds them.
+pub fn keys(held: &[our_api::Message]) -> Vec<MessageKey> {
+    let keys = held
+        .iter()
+        .map(|message| key(message.sent_at, &message.text));
+    keys.collect()
 }
 
 /// What is known of a message in the journal.

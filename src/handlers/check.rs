@@ -27,7 +27,7 @@ pub(super) async fn look(
     };
     let as_known = is_as_known(conversation, &found)
         && agent::is_there(context, rebuild, conversation.chat.agent).await?;
-    let held = held(context, found.chat_id).await?;
+    let held = messages::keys(&context.our_api.messages(found.chat_id).await?);
     Ok(Finding {
         chat: if as_known {
             ChatFound::There
@@ -58,7 +58,8 @@ pub(super) async fn put_right(
     let messages = match before.chat.id.filter(|_| there) {
         None => delivered,
         Some(chat) if again && delivered > 0 => {
-            let (id, held) = (before.id, held(context, chat).await?);
+            let held = messages::keys(&context.our_api.messages(chat).await?);
+            let id = before.id;
             let again = move |store: &mut Store| store.deliver_lost_again(id, held);
             clamped(context.journal.with(again).await?)
         }
@@ -79,14 +80,6 @@ fn is_as_known(conversation: &Conversation, found: &our_api::Chat) -> bool {
     known.started_at == Some(found.started_at)
         && known.ended_at == found.ended_at
         && known.agent == found.agent_id
-}
-
-async fn held(context: &Context, chat: uuid::Uuid) -> Result<Vec<MessageKey>, Setback> {
-    let held = context.our_api.messages(chat).await?;
-    let keys = held
-        .iter()
-        .map(|message| messages::key(message.sent_at, &message.text));
-    Ok(keys.collect())
 }
 
 /// How many delivered messages are not among those held.

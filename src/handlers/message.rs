@@ -34,10 +34,7 @@ pub(super) async fn look_up(
         }
         Err(error) => return Err(error.into()),
     };
-    let held = held
-        .iter()
-        .map(|message| messages::key(message.sent_at, &message.text))
-        .collect();
+    let held = messages::keys(&held);
     let up_to = if found {
         i64::MAX
     } else {

@@ -67,9 +67,7 @@ pub struct Throttles {
 pub enum Claimable {
     /// Nothing.
     Nothing,
-    /// Conversations with events that are due.
-    Events,
-    /// These first, then chats not seen since OurAPI last lost something, then those to be compared by hand.
+    /// Conversations with events that are due first, then chats not seen since OurAPI last lost something, then those to be compared by hand.
     All,
     /// Only chats to be compared by hand.
     Checks,
@@ -154,14 +152,10 @@ impl Store {
                 .execute([successes])?;
         }
         let mut work = Vec::new();
-        let of_events = match what {
-            Claimable::Events | Claimable::All => at_most,
-            Claimable::Nothing | Claimable::Checks => 0,
-        };
-        if of_events > 0 {
+        if at_most > 0 && what == Claimable::All {
             let mut ids = due(&transaction, at_most, now)?;
             let room = at_most - ids.len();
-            if what == Claimable::All && room > 0 {
+            if room > 0 {
                 ids.extend(unseen(&transaction, room, put_off, now)?);
             }
             for id in ids {

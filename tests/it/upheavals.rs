@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::{NextPage, Options};
 use bigchat_sync::sim::faults::{Fault, Faults, RetryAfter, When};
 use bigchat_sync::sim::our_api;
@@ -97,27 +98,31 @@ async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
     daemon.stop().await;
 }
 
-#[tokio::test]
-async fn a_page_that_bigchat_has_forgotten_does_not_make_one_message_two() {
-    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
-    let daemon = bench.start();
-    until("a poll", async || bench.cursor().is_some()).await;
+/// Tells of a conversation on two pages, the second of which begins as the first one ended: they have shifted. BigChat
+/// restarts before the first one is asked for again.
+async fn restart_among_shifted_pages(sim: &Sim, conversation: i64) {
     let faults = &sim.bigchat.faults;
     faults.hold(true);
     pause_after(faults, 2);
-    let now = seconds(&sim);
-    sim.bigchat.open(3, now - 100, 2);
-    let say = |text| message(3, now, text);
-    // The second page begins as the first one ended: they have shifted.
+    let now = seconds(sim);
+    let say = |text| message(conversation, now, text);
     sim.bigchat
         .push_page(vec![say("one"), say("two")], NextPage::Usual);
     sim.bigchat
         .push_page(vec![say("two"), say("three")], NextPage::None);
     faults.hold(false);
-    // The first one is asked for again, of a BigChat that has restarted meanwhile.
     until("the third question", async || faults.paused() == 1).await;
     sim.bigchat.restart();
     faults.go_on();
+}
+
+#[tokio::test]
+async fn a_page_that_bigchat_has_forgotten_does_not_make_one_message_two() {
+    let (sim, bench) = sim(quiet(), our_api::Options::default()).await;
+    let daemon = bench.start();
+    until("a poll", async || bench.cursor().is_some()).await;
+    sim.bigchat.open(3, seconds(&sim) - 100, 2);
+    restart_among_shifted_pages(&sim, 3).await;
     bench.until_events("delivered", 3).await;
     let held: Vec<_> = sim.our_api.held().messages.into_values().collect();
     let texts: Vec<_> = held.iter().flatten().map(|message| &message.text).collect();
@@ -135,20 +140,8 @@ async fn a_page_is_of_the_run_that_was_seen_after_it() {
         bench.value::<i64>("SELECT max(id) FROM epochs") == 2
     })
     .await;
-    let faults = &sim.bigchat.faults;
-    faults.hold(true);
-    pause_after(faults, 2);
     // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
-    let now = seconds(&sim);
-    let say = |text| message(1, now, text);
-    sim.bigchat
-        .push_page(vec![say("one"), say("two")], NextPage::Usual);
-    sim.bigchat
-        .push_page(vec![say("two"), say("three")], NextPage::None);
-    faults.hold(false);
-    until("the third question", async || faults.paused() == 1).await;
-    sim.bigchat.restart();
-    faults.go_on();
+    restart_among_shifted_pages(&sim, 1).await;
     bench.until_events("delivered", 3).await;
     let epochs: i64 = bench.value("SELECT max(id) FROM epochs");
     assert_eq!(epochs, 3, "it was noticed");

@@ -291,7 +291,7 @@ impl Pair {
                 settlements,
                 0,
                 at_most,
-                Claimable::Events,
+                Claimable::All,
                 &std::collections::HashMap::new(),
                 now,
             )
