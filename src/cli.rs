@@ -8,16 +8,17 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::demo;
-use crate::journal::{FailedEvent, JournalError, OpenError, Selection, Store};
+use crate::journal::{Decision, FailedEvent, JournalError, OpenError, Selection, Store, Who};
 use crate::rebuild;
 use crate::settings::Settings;
+use crate::status;
 use crate::time::Millis;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
 /// Without a command it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from
-/// files, never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, and
-/// BIGCHAT_SYNC_OUR_API_TOKEN or BIGCHAT_SYNC_OUR_API_TOKEN_FILE.
+/// files, never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise
+/// BIGCHAT_SYNC_OUR_API_TOKEN and, to be let into the console, BIGCHAT_SYNC_CONSOLE_TOKEN.
 #[derive(Debug, Parser)]
 #[command(version, about, long_about, disable_help_subcommand = true)]
 pub struct Cli {
@@ -37,6 +38,10 @@ pub enum Command {
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
     Once,
+    /// Tell whether all is well, and what is not: exit code 0 or 1; works whether or not the daemon runs.
+    ///
+    /// Asks neither API anything: it tells what the daemon last found.
+    Status(status::Args),
     /// List, show, retry or discard the events that failed; works while the daemon runs.
     #[command(subcommand)]
     Failed(FailedCommand),
@@ -80,6 +85,9 @@ pub enum FailedCommand {
 pub struct Which {
     /// Those of these ids.
     ids: Vec<i64>,
+    /// Those that failed for this reason, as listed.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
     /// All of them.
     #[arg(long)]
     all: bool,
@@ -87,10 +95,13 @@ pub struct Which {
 
 impl From<Which> for Selection {
     fn from(which: Which) -> Self {
-        if which.all {
-            Self::All
-        } else {
-            Self::Ids(which.ids)
+        match which {
+            Which { all: true, .. } => Self::All,
+            Which {
+                reason: Some(reason),
+                ..
+            } => Self::Reason(reason),
+            Which { ids, .. } => Self::Ids(ids),
         }
     }
 }
@@ -173,17 +184,13 @@ pub fn failed(db: &Path, command: FailedCommand) -> Result<String, FailedError> 
                 .ok_or(FailedError::NoSuchEvent(id))?,
         ),
         FailedCommand::Retry(which) => {
-            let which = which.into();
-            let count = store.retry_failed(&which, Millis::now())?;
-            left_alone(&which, count)?;
+            let count = decide(&mut store, which, Decision::Retry)?;
             format!(
                 "{count} to be tried again: by the daemon within a second, or when it next runs\n"
             )
         }
         FailedCommand::Discard(which) => {
-            let which = which.into();
-            let count = store.discard_failed(&which, Millis::now())?;
-            left_alone(&which, count)?;
+            let count = decide(&mut store, which, Decision::Discard)?;
             format!("{count} discarded\n")
         }
     })
@@ -213,13 +220,20 @@ pub enum FailedError {
     },
 }
 
-fn left_alone(which: &Selection, done: usize) -> Result<(), FailedError> {
+fn decide(store: &mut Store, which: Which, decision: Decision) -> Result<usize, FailedError> {
+    let which = Selection::from(which);
+    let (mut done, mut next) = (0, Some(0));
+    while let Some(after) = next {
+        let decided = store.decide_failed(&which, decision, Who::Command, after, Millis::now())?;
+        done += decided.done;
+        next = decided.next;
+    }
     match which {
         Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
             done,
             asked: ids.len(),
         }),
-        _ => Ok(()),
+        _ => Ok(done),
     }
 }
 

@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::bigchat::{BigChat, BigChatError};
-use crate::journal::{Journal, JournalError, Session, Throttles};
+use crate::health::{Health, Service};
+use crate::journal::{Api, Journal, JournalError, Session, Throttles};
 use crate::our_api::OurApi;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
@@ -36,7 +37,8 @@ pub struct Context {
     pub stopping: CancellationToken,
     /// Held while an agent is looked for and created, so that two conversations do not both create it.
     pub creating_agent: tokio::sync::Mutex<()>,
-    bigchat_health: Mutex<Breaker>,
+    bigchat_breaker: Mutex<Breaker>,
+    health: [Health; 2],
     /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
     agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
     /// The agents looked for in a rebuild, by its id, and whether they were there.
@@ -74,7 +76,8 @@ impl Context {
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
-            bigchat_health: Mutex::new(Breaker::default()),
+            bigchat_breaker: Mutex::new(Breaker::default()),
+            health: Default::default(),
             agents: Mutex::new(HashMap::new()),
             looked_for: Mutex::default(),
             looked_at_chats: Mutex::new(HashSet::new()),
@@ -177,19 +180,25 @@ impl Context {
 
     /// Notes whether BigChat answered; logs when it goes down and when it is back.
     pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
-        let mut health = self.health();
+        let mut breaker = self.breaker();
+        let health = self.health(Service::BigChat);
         match answer {
             Ok(_) => {
-                let since = health.since();
-                if health.succeeded() {
+                health.well(Millis::now());
+                let since = breaker.since();
+                if breaker.succeeded() {
                     tracing::info!(%since, "BigChat is back");
                 }
             }
             // Neither says whether it is well; a 404 not even whether it is BigChat.
             Err(BigChatError::Throttled { .. } | BigChatError::NotFound(_)) => {}
             Err(error) => {
-                if health.failed(Millis::now(), &self.settings.retry(), rand::random()) {
+                let now = Millis::now();
+                if breaker.failed(now, &self.settings.retry(), rand::random()) {
                     tracing::warn!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
+                }
+                if breaker.is_down() {
+                    health.down(error.to_string(), now);
                 }
             }
         }
@@ -197,8 +206,10 @@ impl Context {
 
     /// Whether BigChat may be asked about a conversation or an advisor.
     pub fn may_ask_bigchat(&self) -> bool {
-        let health = self.health();
-        !matches!(health.allowance(Millis::now()), Allowance::NotBefore(_))
+        !matches!(
+            self.breaker().allowance(Millis::now()),
+            Allowance::NotBefore(_)
+        )
     }
 
     /// Whether what answered last for BigChat's events was BigChat: only then is its 404 for anything else believed.
@@ -221,14 +232,31 @@ impl Context {
         self.tells_events.store(tells, Ordering::Relaxed);
     }
 
-    fn health(&self) -> MutexGuard<'_, Breaker> {
-        self.bigchat_health
+    /// Whether an API is up, as far as is known.
+    pub fn health(&self, service: Service) -> &Health {
+        match service {
+            Service::BigChat => &self.health[0],
+            Service::OurApi => &self.health[1],
+        }
+    }
+
+    /// How an API is now, with the latest exchange.
+    pub fn api(&self, service: Service) -> Api {
+        let http = match service {
+            Service::BigChat => self.bigchat.http(),
+            Service::OurApi => self.our_api.http(),
+        };
+        self.health(service).api(http)
+    }
+
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.bigchat_breaker
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether BigChat counts as down.
     pub fn bigchat_is_down(&self) -> bool {
-        self.health().is_down()
+        self.breaker().is_down()
     }
 }

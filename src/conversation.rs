@@ -192,11 +192,36 @@ pub enum ChatFound {
     Missing,
 }
 
+/// What it took to deliver an event. Several events may share one change of their chat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sent {
+    /// Its chat was created.
+    Chat,
+    /// Its chat was changed.
+    Change,
+    /// A message was added.
+    Message,
+    /// Nothing: it stood there, or a later event overrides it.
+    Nothing,
+}
+
+impl Sent {
+    /// Its name in the journal.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat created",
+            Self::Change => "chat changed",
+            Self::Message => "message added",
+            Self::Nothing => "nothing",
+        }
+    }
+}
+
 /// What became of one event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// It stands in OurAPI.
-    Delivered,
+    Delivered(Sent),
     /// It waits until it is tried again.
     Waiting {
         /// Its attempts, this one included.

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bigchat::BigChat;
 use crate::context::Context;
 use crate::delivery::{self, Until};
+use crate::health;
 use crate::http::Http;
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::our_api::OurApi;
@@ -64,7 +65,7 @@ pub async fn run(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     match start_when_possible(settings, tokens, stopping).await? {
-        Some(context) => serve(context).await,
+        Some(context) => health::keep(&context, serve(Arc::clone(&context))).await,
         None => Ok(()),
     }
 }
@@ -88,10 +89,13 @@ pub async fn once(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
-    let mut poller = Poller::new(Arc::clone(&context));
-    until_stopped(&context, poller.catch_up()).await;
-    delivery::run(Arc::clone(&context), Until::Done).await;
-    stopped(&context, &poller).await
+    let work = async {
+        let mut poller = Poller::new(Arc::clone(&context));
+        until_stopped(&context, poller.catch_up()).await;
+        delivery::run(Arc::clone(&context), Until::Done).await;
+        stopped(&context, &poller).await
+    };
+    health::keep(&context, work).await
 }
 
 /// Delivers nothing and polls nothing; only compares chats with the journal where that is asked for, or, unless
@@ -107,11 +111,14 @@ pub async fn rebuild(
     only_look: bool,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
-    if only_look {
-        delivery::run_checks(context).await;
-    } else {
-        delivery::run(context, Until::Stopped).await;
-    }
+    let work = async {
+        if only_look {
+            delivery::run_checks(Arc::clone(&context)).await;
+        } else {
+            delivery::run(Arc::clone(&context), Until::Stopped).await;
+        }
+    };
+    health::keep(&context, work).await;
     Ok(())
 }
 

@@ -14,8 +14,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::bigchat::BigChatError;
 use crate::context::Context;
-use crate::conversation::{Attempts, Conversation, Outcome, Settlement, Waiting, Work};
+use crate::conversation::{Attempts, Conversation, Outcome, Sent, Settlement, Waiting, Work};
 use crate::handlers::{self, Handled, Stopped};
+use crate::health::Service;
 use crate::journal::{Claimable, JournalError, STORAGE_PAUSE, Throttles};
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
@@ -373,7 +374,7 @@ impl Delivery {
         let mut outcomes = Vec::with_capacity(done.len() + 1);
         for (event, result) in done {
             let outcome = match result {
-                Ok(()) => Outcome::Delivered,
+                Ok(sent) => Outcome::Delivered(sent),
                 Err(refusal) => refused(&conversation, &event, &refusal),
             };
             outcomes.push((event.id, outcome));
@@ -492,7 +493,7 @@ impl Delivery {
 
     fn note_health(
         &mut self,
-        done: &[(Waiting, Result<(), Setback>)],
+        done: &[(Waiting, Result<Sent, Setback>)],
         setback: Option<&Setback>,
         writes: u32,
         now: Millis,
@@ -511,17 +512,24 @@ impl Delivery {
             Some(Setback::Rebuilding(_)) => (true, None),
             Some(Setback::BigChat(_) | Setback::Journal(_)) | None => (false, None),
         };
+        let health = self.context.health(Service::OurApi);
         let since = self.breaker.since();
-        if (answered || well) && self.breaker.succeeded() {
-            tracing::info!(%since, "OurAPI is back");
+        if answered || well {
+            health.well(now);
+            if self.breaker.succeeded() {
+                tracing::info!(%since, "OurAPI is back");
+            }
         }
-        if let Some(error) = ill
-            && self
-                .breaker
-                .failed(now, &self.context.settings.retry(), rand::random())
+        let Some(error) = ill else { return };
+        if self
+            .breaker
+            .failed(now, &self.context.settings.retry(), rand::random())
         {
             tracing::error!(reason = %error.trouble, response = %error.exchange.response, url = %self.context.our_api.http().base(),
                 "OurAPI is down; everything waits, and one request at a time tells when it is back");
+        }
+        if self.breaker.is_down() {
+            health.down(error.to_string(), now);
         }
     }
 

@@ -11,6 +11,7 @@ use std::pin::Pin;
 #[cfg(test)]
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use reqwest::{Client, Method, StatusCode, header, redirect};
@@ -37,6 +38,20 @@ pub struct Http {
     base: Url,
     token: Option<SecretString>,
     throttled_until: AtomicI64,
+    latest: Mutex<Option<Latest>>,
+}
+
+/// The latest exchange with an API.
+#[derive(Debug, Clone)]
+pub struct Latest {
+    /// When it ended.
+    pub at: Millis,
+    /// What was asked.
+    pub method: Method,
+    /// What for, without its query.
+    pub path: String,
+    /// The status that was answered, or why there was no answer.
+    pub response: String,
 }
 
 /// What carries requests and brings answers.
@@ -117,6 +132,7 @@ impl Http {
             base,
             token,
             throttled_until: AtomicI64::new(0),
+            latest: Mutex::default(),
         })
     }
 
@@ -128,6 +144,7 @@ impl Http {
             base,
             token: None,
             throttled_until: AtomicI64::new(0),
+            latest: Mutex::default(),
         }
     }
 
@@ -178,18 +195,43 @@ impl Http {
         if let Some(until) = self.throttled_until(now) {
             return Err(NoAnswer::Throttled(until));
         }
+        let (asked, path) = (method.clone(), url.path().to_owned());
         let answer = match &self.wire {
-            Wire::Network(client) => self.over_network(client, method, url, body, now).await?,
+            Wire::Network(client) => self.over_network(client, method, url, body, now).await,
             #[cfg(test)]
             Wire::Here(carrier) => {
                 let body = body.and_then(|body| serde_json::to_vec(body).ok());
-                carrier.carry(method, url, body.unwrap_or_default()).await?
+                carrier.carry(method, url, body.unwrap_or_default()).await
             }
         };
+        self.note(asked, path, &answer);
+        let answer = answer?;
         if let Some(until) = answer.retry_at {
             self.throttle(until);
         }
         Ok(answer)
+    }
+
+    /// The latest exchange, if there was one.
+    pub fn latest(&self) -> Option<Latest> {
+        self.last_exchange().clone()
+    }
+
+    fn note(&self, method: Method, path: String, answer: &Result<Answer, NoAnswer>) {
+        let response = match answer {
+            Ok(answer) => answer.status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        *self.last_exchange() = Some(Latest {
+            at: Millis::now(),
+            method,
+            path,
+            response,
+        });
+    }
+
+    fn last_exchange(&self) -> MutexGuard<'_, Option<Latest>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn over_network(

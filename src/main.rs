@@ -10,6 +10,7 @@ use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::rebuild;
 use bigchat_sync::screen::Screen;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
+use bigchat_sync::status;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -31,6 +32,15 @@ fn main() -> ExitCode {
             }
             Err(error) => complain(&error, 1),
         },
+        Some(Command::Status(args)) => {
+            match status::run(&args, &settings.db(), settings.poll_interval) {
+                Ok((text, well)) => {
+                    print!("{text}");
+                    ExitCode::from(u8::from(!well))
+                }
+                Err(error) => complain(&error, 1),
+            }
+        }
         Some(Command::Demo(args)) => {
             let screen = Screen::detect();
             // What a warning would say is part of the picture.
@@ -65,6 +75,9 @@ where
         Ok(tokens) => tokens,
         Err(error) => return complain(&error, BAD_SETTING),
     };
+    if let Err(error) = tokens.allow(settings.listen) {
+        return complain(&error, BAD_SETTING);
+    }
     start_log(settings.log_format(), level, log);
     block_on(async {
         let stopping = CancellationToken::new();

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -84,9 +85,27 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub rebuild: bool,
 
+    /// Where the console, the metrics and the health checks are served; `off`: nowhere. Any address but a loopback one
+    /// needs BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8268", value_parser = listen)]
+    pub listen: Listen,
+
+    /// Another host name by which the console is asked for, as behind a reverse proxy; several, separated by commas.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_CONSOLE_HOST", value_name = "NAME", value_delimiter = ',', value_parser = host)]
+    pub console_host: Vec<String>,
+
     /// How the log is written [default: text on a terminal, else json]. Its level is set by RUST_LOG.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,
+}
+
+/// `--listen`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listen {
+    /// Nowhere.
+    Off,
+    /// There.
+    At(SocketAddr),
 }
 
 /// `--message-author`.
@@ -144,6 +163,8 @@ pub struct Tokens {
     pub bigchat: Option<SecretString>,
     /// `BIGCHAT_SYNC_OUR_API_TOKEN` or what `BIGCHAT_SYNC_OUR_API_TOKEN_FILE` holds.
     pub our_api: Option<SecretString>,
+    /// `BIGCHAT_SYNC_CONSOLE_TOKEN` or what `BIGCHAT_SYNC_CONSOLE_TOKEN_FILE` holds: who asks the console must know it.
+    pub console: Option<SecretString>,
 }
 
 /// A token that cannot be had, or could not be sent.
@@ -167,6 +188,11 @@ pub enum TokenError {
         "the token that {0} or {0}_FILE gives is empty or has characters that a token cannot have"
     )]
     Unusable(String),
+    /// The console would be open to everybody.
+    #[error(
+        "--listen {0} would let anybody into the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
+    )]
+    Open(SocketAddr),
 }
 
 impl Tokens {
@@ -195,7 +221,18 @@ impl Tokens {
         Ok(Self {
             bigchat: token("BIGCHAT")?,
             our_api: token("OUR_API")?,
+            console: token("CONSOLE")?,
         })
+    }
+
+    /// Whether the console may be served there.
+    pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
+        match listen {
+            Listen::At(address) if !address.ip().is_loopback() && self.console.is_none() => {
+                Err(TokenError::Open(address))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -212,6 +249,22 @@ fn base_url(text: &str) -> Result<Url, String> {
         return Err("it should end with a host or a path, without ? or #".into());
     }
     Ok(url)
+}
+
+fn listen(text: &str) -> Result<Listen, String> {
+    if text == "off" {
+        return Ok(Listen::Off);
+    }
+    text.parse()
+        .map(Listen::At)
+        .map_err(|_| "it should look like 127.0.0.1:8268 or [::1]:8268, or be off".into())
+}
+
+fn host(text: &str) -> Result<String, String> {
+    match url::Host::parse(text) {
+        Ok(host) => Ok(host.to_string()),
+        Err(_) => Err("it should look like sync.example, without a port".into()),
+    }
 }
 
 fn positive(text: &str) -> Result<Duration, String> {

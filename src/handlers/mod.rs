@@ -10,7 +10,7 @@ mod start;
 mod transfer;
 
 use crate::context::Context;
-use crate::conversation::{Check, Conversation, Finding, Waiting, Work};
+use crate::conversation::{Check, Conversation, Finding, Sent, Waiting, Work};
 use crate::event::What;
 use crate::resolve::agent;
 use crate::resolve::chat::{self, Agent, Hindsight};
@@ -23,7 +23,7 @@ pub struct Handled {
     /// The conversation as it is now.
     pub conversation: Conversation,
     /// The events that were delivered, or refused for good. The others were not tried.
-    pub done: Vec<(Waiting, Result<(), Setback>)>,
+    pub done: Vec<(Waiting, Result<Sent, Setback>)>,
     /// What stopped the work before its end.
     pub stopped: Option<Stopped>,
     /// How many writes OurAPI carried out.
@@ -177,9 +177,14 @@ impl Handled {
         match chat::reconcile(context, &mut next, agent, earliest, hindsight).await {
             Ok(writes) => {
                 self.writes += writes;
+                let sent = match (writes, self.conversation.chat.id) {
+                    (0, _) => Sent::Nothing,
+                    (_, before) if before != next.chat.id => Sent::Chat,
+                    _ => Sent::Change,
+                };
                 self.conversation = next;
                 for event in changes {
-                    self.delivered(event);
+                    self.delivered(event, sent);
                 }
                 Ok(())
             }
@@ -256,7 +261,12 @@ impl Handled {
             {
                 Ok(writes) => {
                     self.writes += writes;
-                    self.delivered(event);
+                    let sent = if writes > 0 {
+                        Sent::Message
+                    } else {
+                        Sent::Nothing
+                    };
+                    self.delivered(event, sent);
                 }
                 Err(setback) if setback.is_refusal() => {
                     self.done.push(((*event).clone(), Err(setback)))
@@ -272,16 +282,17 @@ impl Handled {
         Ok(())
     }
 
-    fn delivered(&mut self, event: &Waiting) {
+    fn delivered(&mut self, event: &Waiting, sent: Sent) {
         tracing::info!(
             conversation = self.conversation.bigchat_id,
             event = event.id,
             kind = %event.what.kind(),
             at = %event.at,
             chat = self.conversation.chat.id.map(tracing::field::display),
+            sent = sent.name(),
             "delivered"
         );
-        self.done.push((event.clone(), Ok(())));
+        self.done.push((event.clone(), Ok(sent)));
     }
 }
 

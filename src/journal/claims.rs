@@ -9,10 +9,11 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
 
 use super::knowledge::uuid;
+use super::minutes::Counts;
 use super::rebuild::{claim_checks, note_finding};
 use super::{JournalError, Result, Store, written};
 use crate::conversation::{
-    Attempts, Chat, Conversation, DetailsState, Failure, Outcome, Said, Settlement, Transfer,
+    Attempts, Chat, Conversation, DetailsState, Failure, Outcome, Said, Sent, Settlement, Transfer,
     Waiting, Work,
 };
 use crate::event::{Kind, What};
@@ -25,6 +26,9 @@ const EVENTS_A_CLAIM: u32 = 200;
 
 /// And how many bytes of messages.
 const BYTES_A_CLAIM: usize = 1 << 20;
+
+/// How many of its latest failures are kept with an event.
+const FAILURES_KEPT: u32 = 10;
 
 /// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
 /// ever.
@@ -143,9 +147,11 @@ impl Store {
         now: Millis,
     ) -> Result<Claimed> {
         let transaction = self.begin()?;
+        let mut counts = Counts::default();
         for settlement in settlements {
-            settle(&transaction, settlement, now)?;
+            settle(&transaction, settlement, &mut counts, now)?;
         }
+        counts.keep(&transaction, now)?;
         if !settlements.is_empty() {
             transaction
                 .prepare_cached("UPDATE delivery SET successes = ?1")?
@@ -325,9 +331,11 @@ impl Store {
         let transaction = self.begin()?;
         let journal = messages_of(&transaction, conversation, up_to)?;
         let result = messages::look_up(held, &journal);
+        let mut counts = Counts::default();
         for id in &result.there {
-            deliver(&transaction, *id, now)?;
+            deliver(&transaction, *id, Sent::Nothing, &mut counts, now)?;
         }
+        counts.keep(&transaction, now)?;
         for id in &result.missing {
             transaction
                 .prepare_cached("UPDATE attempts SET in_doubt = 0 WHERE event = ?1")?
@@ -374,7 +382,9 @@ impl Store {
             key.0.unix(),
             key.1
         ])?;
-        deliver(&transaction, event, now)?;
+        let mut counts = Counts::default();
+        deliver(&transaction, event, Sent::Nothing, &mut counts, now)?;
+        counts.keep(&transaction, now)?;
         transaction.commit()?;
         Ok(true)
     }
@@ -573,7 +583,12 @@ fn read_waiting(row: &Row<'_>) -> Result<Waiting> {
     })
 }
 
-fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -> Result<()> {
+fn settle(
+    transaction: &Transaction<'_>,
+    settlement: &Settlement,
+    counts: &mut Counts,
+    now: Millis,
+) -> Result<()> {
     let Conversation {
         id,
         started_at,
@@ -624,32 +639,47 @@ fn settle(transaction: &Transaction<'_>, settlement: &Settlement, now: Millis) -
     let mut not_before = None;
     for (event, outcome) in &settlement.outcomes {
         match outcome {
-            Outcome::Delivered => deliver(transaction, *event, now)?,
+            Outcome::Delivered(sent) => deliver(transaction, *event, *sent, counts, now)?,
             Outcome::Waiting {
                 attempts,
                 next_at,
                 failure,
             } => {
-                note_attempt(transaction, *event, attempts, Some(*next_at), failure)?;
+                note_attempt(transaction, *event, attempts, Some(*next_at), failure, now)?;
                 not_before = not_before.max(Some(*next_at));
             }
             Outcome::Failed { attempts, failure } => {
-                transaction
+                let kind: String = transaction
                     .prepare_cached(
-                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1",
+                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1 RETURNING name",
                     )?
-                    .execute([*event, now.0])?;
-                note_attempt(transaction, *event, attempts, None, failure)?;
+                    .query_row([*event, now.0], |row| row.get(0))?;
+                counts.of(&kind).failed += 1;
+                note_attempt(transaction, *event, attempts, None, failure, now)?;
             }
         }
     }
     reschedule(transaction, *id, not_before, now)
 }
 
-fn deliver(transaction: &Transaction<'_>, event: i64, now: Millis) -> Result<()> {
-    transaction
-        .prepare_cached("UPDATE events SET state = 'delivered', settled_at = ?2 WHERE id = ?1 AND state = 'waiting'")?
-        .execute([event, now.0])?;
+/// Notes that an event is delivered, unless that is noted already.
+fn deliver(
+    transaction: &Transaction<'_>,
+    event: i64,
+    sent: Sent,
+    counts: &mut Counts,
+    now: Millis,
+) -> Result<()> {
+    let kind: Option<String> = transaction
+        .prepare_cached(
+            "UPDATE events SET state = 'delivered', settled_at = ?2, sent = ?3 WHERE id = ?1 AND state = 'waiting'
+             RETURNING name",
+        )?
+        .query_row(params![event, now.0, sent.name()], |row| row.get(0))
+        .optional()?;
+    if let Some(kind) = kind {
+        counts.of(&kind).delivered += 1;
+    }
     Ok(())
 }
 
@@ -659,6 +689,7 @@ fn note_attempt(
     attempts: &Attempts,
     next_at: Option<Millis>,
     failure: &Failure,
+    now: Millis,
 ) -> Result<()> {
     transaction
         .prepare_cached(
@@ -676,6 +707,22 @@ fn note_attempt(
             failure.request,
             failure.response,
         ])?;
+    transaction
+        .prepare_cached(
+            "INSERT OR REPLACE INTO failures (event, number, failed_at, reason, request, response)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute(params![
+            event,
+            attempts.tries,
+            now.0,
+            failure.reason,
+            failure.request,
+            failure.response,
+        ])?;
+    transaction
+        .prepare_cached("DELETE FROM failures WHERE event = ?1 AND number <= ?2 - ?3")?
+        .execute(params![event, attempts.tries, FAILURES_KEPT])?;
     Ok(())
 }
 

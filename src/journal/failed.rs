@@ -1,8 +1,8 @@
 //! The failed events: kept until somebody decides.
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::claims::due_now;
+use super::claims::{due_now, limit};
 use super::{Result, Store};
 use crate::time::{Millis, Timestamp};
 
@@ -40,7 +40,60 @@ pub enum Selection {
     All,
     /// Those of these ids.
     Ids(Vec<i64>),
+    /// Those that failed for this reason.
+    Reason(String),
 }
+
+/// What somebody decides about failed events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// They are tried again, with all their attempts ahead of them. Whether one may have been carried out stays known,
+    /// so that it is looked for first. Those that could not be understood stay as they are.
+    Retry,
+    /// They are given up: never tried again.
+    Discard,
+}
+
+impl Decision {
+    /// Its name in the journal.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "retry",
+            Self::Discard => "discard",
+        }
+    }
+}
+
+/// Where somebody decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    /// `bigchat-sync failed`.
+    Command,
+    /// The console.
+    Console,
+}
+
+impl Who {
+    /// Its name in the journal.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Command => "command",
+            Self::Console => "console",
+        }
+    }
+}
+
+/// How far a decision is carried out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Decided {
+    /// For how many events.
+    pub done: usize,
+    /// After which event it goes on; `None`: it is carried out.
+    pub next: Option<i64>,
+}
+
+/// For how many events a decision is carried out at once: nobody waits long for the database.
+const DECIDED_AT_ONCE: usize = 500;
 
 impl Store {
     /// The failed events, the oldest first: at most `at_most` of them.
@@ -97,14 +150,72 @@ impl Store {
         Ok(events.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Lets failed events be tried again, with all their attempts ahead of them. Whether one may have been carried
-    /// out stays known, so that it is looked for first. Returns how many there were; those that could not be
-    /// understood stay as they are.
-    pub fn retry_failed(&mut self, which: &Selection, now: Millis) -> Result<usize> {
-        self.decide(which, |transaction, id, conversation| {
-            let Some(conversation) = conversation else {
-                return Ok(false);
-            };
+    /// Carries a decision out, for some of the events that are meant: those after `after` (0 at first), by their ids. Each
+    /// is noted, with who decided.
+    pub fn decide_failed(
+        &mut self,
+        which: &Selection,
+        decision: Decision,
+        who: Who,
+        after: i64,
+        now: Millis,
+    ) -> Result<Decided> {
+        let transaction = self.begin()?;
+        let ids = selected(&transaction, which, after)?;
+        let mut decided = Decided {
+            done: 0,
+            next: ids.last().copied().filter(|_| ids.len() == DECIDED_AT_ONCE),
+        };
+        for id in ids {
+            decided.done += usize::from(decide(&transaction, id, decision, who, now)?);
+        }
+        transaction.commit()?;
+        Ok(decided)
+    }
+}
+
+/// The ids of the next events that are meant, in order.
+fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
+    let reason = match which {
+        Selection::Ids(ids) => {
+            let mut ids: Vec<i64> = ids.iter().copied().filter(|id| *id > after).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            ids.truncate(DECIDED_AT_ONCE);
+            return Ok(ids);
+        }
+        Selection::All => None,
+        Selection::Reason(reason) => Some(reason),
+    };
+    let mut statement = transaction.prepare_cached(
+        "SELECT e.id FROM events e LEFT JOIN attempts a ON a.event = e.id
+         WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2)
+         ORDER BY e.id LIMIT ?3",
+    )?;
+    let ids = statement.query_map(params![after, reason, limit(DECIDED_AT_ONCE)], |row| {
+        row.get(0)
+    })?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Carries a decision out for one event, if it has failed and can be decided so.
+fn decide(
+    transaction: &Transaction<'_>,
+    id: i64,
+    decision: Decision,
+    who: Who,
+    now: Millis,
+) -> Result<bool> {
+    let conversation: Option<Option<i64>> = transaction
+        .prepare_cached("SELECT conversation FROM events WHERE id = ?1 AND state = 'failed'")?
+        .query_row([id], |row| row.get(0))
+        .optional()?;
+    let Some(conversation) = conversation else {
+        return Ok(false);
+    };
+    match (decision, conversation) {
+        (Decision::Retry, None) => return Ok(false),
+        (Decision::Retry, Some(conversation)) => {
             transaction
                 .prepare_cached(
                     "UPDATE events SET state = 'waiting', settled_at = NULL WHERE id = ?1",
@@ -114,52 +225,22 @@ impl Store {
                 .prepare_cached("UPDATE attempts SET counted = 0, next_at = NULL WHERE event = ?1")?
                 .execute([id])?;
             due_now(transaction, conversation, now)?;
-            Ok(true)
-        })
-    }
-
-    /// Gives failed events up: they are never tried again. Returns how many there were.
-    pub fn discard_failed(&mut self, which: &Selection, now: Millis) -> Result<usize> {
-        self.decide(which, |transaction, id, _| {
+        }
+        (Decision::Discard, _) => {
             transaction
                 .prepare_cached(
                     "UPDATE events SET state = 'discarded', settled_at = ?2 WHERE id = ?1",
                 )?
                 .execute(params![id, now.0])?;
-            Ok(true)
-        })
-    }
-
-    fn decide(
-        &mut self,
-        which: &Selection,
-        decision: impl Fn(&rusqlite::Transaction<'_>, i64, Option<i64>) -> Result<bool>,
-    ) -> Result<usize> {
-        let transaction = self.begin()?;
-        let ids = match which {
-            Selection::Ids(ids) => ids.clone(),
-            Selection::All => {
-                let mut statement = transaction
-                    .prepare("SELECT id FROM events WHERE state = 'failed' ORDER BY id")?;
-                let ids = statement.query_map([], |row| row.get(0))?;
-                ids.collect::<rusqlite::Result<_>>()?
-            }
-        };
-        let mut decided = 0;
-        for id in ids {
-            let conversation: Option<Option<i64>> = transaction
-                .prepare_cached(
-                    "SELECT conversation FROM events WHERE id = ?1 AND state = 'failed'",
-                )?
-                .query_row([id], |row| row.get(0))
-                .optional()?;
-            if let Some(conversation) = conversation
-                && decision(&transaction, id, conversation)?
-            {
-                decided += 1;
-            }
         }
-        transaction.commit()?;
-        Ok(decided)
     }
+    transaction
+        .prepare_cached(
+            "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+             SELECT ?2, ?3, ?4, e.id, c.bigchat_id, e.name, coalesce(a.reason, '')
+             FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+             WHERE e.id = ?1",
+        )?
+        .execute(params![id, now.0, who.name(), decision.name()])?;
+    Ok(true)
 }

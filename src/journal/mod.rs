@@ -9,11 +9,13 @@
 mod claims;
 mod failed;
 mod knowledge;
+mod minutes;
 mod pages;
 #[cfg(test)]
 mod property;
 mod rebuild;
 mod schema;
+mod status;
 
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
@@ -30,11 +32,12 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 pub use claims::{Claimable, Claimed, Session, Throttles};
-pub use failed::{FailedEvent, Selection};
+pub use failed::{Decided, Decision, FailedEvent, Selection, Who};
 pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
 pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
 pub use rebuild::{Lacking, RebuildProgress, Scope};
 pub use schema::OpenError;
+pub use status::{Api, DeliveryTimes, Figures, Group, Oldest};
 
 /// Why an operation did not happen.
 #[derive(Debug, Error)]
@@ -62,6 +65,9 @@ impl JournalError {
 
 /// What an operation returns.
 pub type Result<T> = std::result::Result<T, JournalError>;
+
+/// The kind of what could not be understood.
+pub const UNREADABLE: &str = "UNREADABLE";
 
 /// How long a database that refuses is left alone.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
@@ -99,6 +105,21 @@ impl Store {
     pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
         let lock = schema::InstanceLock::take(path)?;
         Self::over(schema::open(path, true)?, path, Some(lock))
+    }
+
+    /// Whether a daemon works on the database, or a command that takes its place.
+    pub fn is_in_use(path: &Path) -> bool {
+        schema::InstanceLock::is_taken(path)
+    }
+
+    /// Opens the database for looking only, beside whoever works on it.
+    pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
+        let store = Self::open_beside(path)?;
+        store
+            .connection
+            .pragma_update(None, "query_only", true)
+            .map_err(|source| schema::sqlite(path, source))?;
+        Ok(store)
     }
 
     /// Opens the database for a command beside the daemon.

@@ -5,7 +5,8 @@ use std::time::Duration;
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::claims::wake;
-use super::{Result, Store};
+use super::minutes::{self, Counts};
+use super::{Result, Store, UNREADABLE};
 use crate::bigchat::page_events;
 use crate::dedupe::{Key, Tally};
 use crate::event::{Event, Kind, digest};
@@ -264,6 +265,7 @@ impl Store {
         let transaction = self.begin()?;
         let mut admitted = Admitted::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
+        let (mut counts, mut newest) = (Counts::default(), None);
         page_events(&page.body, |raw| {
             if outcome.is_err() {
                 return;
@@ -271,6 +273,8 @@ impl Store {
             outcome = match Event::parse(raw) {
                 Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
                     admitted.new += usize::from(new);
+                    counts.of(event.kind.name()).told += u32::from(new);
+                    newest = newest.max(Some(event.at));
                 }),
                 Err(reason) => {
                     unreadable += 1;
@@ -280,6 +284,9 @@ impl Store {
                     insert_unreadable(&transaction, raw, &reason.to_string(), now).map(|new| {
                         admitted.new += usize::from(new);
                         admitted.unreadable += usize::from(new);
+                        let count = counts.of(UNREADABLE);
+                        count.told += u32::from(new);
+                        count.failed += u32::from(new);
                     })
                 }
             };
@@ -292,20 +299,39 @@ impl Store {
         transaction
             .prepare_cached("UPDATE pages SET admitted = 1 WHERE id = ?1")?
             .execute([page.id])?;
+        counts.keep(&transaction, now)?;
+        if let Some(newest) = newest {
+            transaction
+                .prepare_cached(
+                    "UPDATE source SET newest_event = max(coalesce(newest_event, ?1), ?1)",
+                )?
+                .execute([newest.unix()])?;
+        }
         admitted.last_event = last_event(&transaction)?;
         transaction.commit()?;
         Ok(admitted)
     }
 
     /// Ends the poll under way. `cursor`: where BigChat was read up to, if the last page has not said so; `rereading`:
-    /// in how many polls the window is to be read again.
-    pub fn end_poll(&mut self, cursor: Option<Timestamp>, rereading: u32) -> Result<()> {
+    /// in how many polls the window is to be read again; `read`: when it was read to its end, and by how many seconds
+    /// BigChat's clock was ahead of this machine's then.
+    pub fn end_poll(
+        &mut self,
+        cursor: Option<Timestamp>,
+        rereading: u32,
+        read: Option<(Millis, i64)>,
+    ) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM pages", [])?;
         transaction.execute(
             "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL,
-                rereading = ?2",
-            params![cursor.map(Timestamp::unix), rereading],
+                rereading = ?2, polled_at = coalesce(?3, polled_at), clock_ahead = coalesce(?4, clock_ahead)",
+            params![
+                cursor.map(Timestamp::unix),
+                rereading,
+                read.map(|(at, _)| at.0),
+                read.map(|(_, ahead)| ahead)
+            ],
         )?;
         transaction.commit()?;
         Ok(())
@@ -344,6 +370,7 @@ impl Store {
         now: Millis,
         at_most: u32,
     ) -> Result<usize> {
+        minutes::forget(&self.connection, now)?;
         let Some(cursor) = self.source()?.cursor else {
             return Ok(0);
         };
@@ -469,9 +496,9 @@ fn insert_unreadable(
     transaction
         .prepare_cached(
             "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
-             VALUES ('UNREADABLE', 0, ?1, ?2, 'failed', ?3, ?3)",
+             VALUES (?4, 0, ?1, ?2, 'failed', ?3, ?3)",
         )?
-        .execute(params![raw, digest, now.0])?;
+        .execute(params![raw, digest, now.0, UNREADABLE])?;
     transaction
         .prepare_cached("INSERT INTO attempts (event, reason) VALUES (?1, ?2)")?
         .execute(params![transaction.last_insert_rowid(), shortened(reason)])?;

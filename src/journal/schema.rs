@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use thiserror::Error;
@@ -16,7 +16,11 @@ const APPLICATION_ID: i32 = 0x4243_5359;
 const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0001_journal.sql"),
     include_str!("../../migrations/0002_rebuild.sql"),
+    include_str!("../../migrations/0003_operation.sql"),
 ];
+
+/// For how long somebody may have the lock who only looks whether it is taken.
+const LOOKED_AT: Duration = Duration::from_millis(200);
 
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
 /// and must be able to stop.
@@ -140,11 +144,7 @@ impl Drop for InstanceLock {
 
 impl InstanceLock {
     pub(super) fn take(db: &Path) -> Result<Self, OpenError> {
-        // By whatever name it goes.
-        let db = &std::fs::canonicalize(db).unwrap_or_else(|_| db.to_owned());
-        let mut name = db.as_os_str().to_owned();
-        name.push(".lock");
-        let path = PathBuf::from(name);
+        let path = Self::path(db);
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -154,11 +154,35 @@ impl InstanceLock {
             path: path.clone(),
             source,
         })?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { file }),
-            Err(TryLockError::WouldBlock) => Err(OpenError::InUse(db.to_owned())),
-            Err(TryLockError::Error(source)) => Err(OpenError::Io { path, source }),
+        let deadline = Instant::now() + LOOKED_AT;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Self { file }),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(LOOKED_AT / 20);
+                }
+                Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(db.to_owned())),
+                Err(TryLockError::Error(source)) => return Err(OpenError::Io { path, source }),
+            }
         }
+    }
+
+    /// Whether somebody has it. To find out takes it for a moment.
+    pub(super) fn is_taken(db: &Path) -> bool {
+        let Ok(file) = File::open(Self::path(db)) else {
+            return false;
+        };
+        let taken = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+        drop(Self { file });
+        taken
+    }
+
+    fn path(db: &Path) -> PathBuf {
+        // By whatever name it goes.
+        let db = std::fs::canonicalize(db).unwrap_or_else(|_| db.to_owned());
+        let mut name = db.into_os_string();
+        name.push(".lock");
+        PathBuf::from(name)
     }
 }
 

@@ -249,9 +249,14 @@ impl Poller {
         } else {
             0
         };
+        let read = (polled != Polled::Incomplete).then(|| {
+            let here = Timestamp::of_this_machine();
+            let there = self.context.bigchat.clock().now().unwrap_or(here);
+            (Millis::now(), there.unix() - here.unix())
+        });
         self.context
             .journal
-            .with(move |store| store.end_poll(cursor, rereading))
+            .with(move |store| store.end_poll(cursor, rereading, read))
             .await?;
         Ok(polled)
     }

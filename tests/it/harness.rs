@@ -56,6 +56,7 @@ impl Bench {
             ("--poll-interval", "50ms"),
             ("--retry-initial", "20ms"),
             ("--retry-max", "200ms"),
+            ("--listen", "off"),
         ] {
             bench = bench.set(flag, value);
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use rusqlite::Connection;
 
-use super::{Claimable, PageToKeep, Progress, Selection, Store};
-use crate::conversation::{Failure, Outcome, Settlement, Waiting, Work};
+use super::{Claimable, Decision, PageToKeep, Progress, Selection, Store, Who};
+use crate::conversation::{Failure, Outcome, Sent, Settlement, Waiting, Work};
 use crate::dedupe::{Key, Tally};
 use crate::messages::{self, MessageKey};
 use crate::time::{Millis, Timestamp};
@@ -190,7 +190,13 @@ impl Pair {
             Step::Retry(which) => {
                 let ids = self.failed(which);
                 self.store
-                    .retry_failed(&Selection::Ids(ids.clone()), now)
+                    .decide_failed(
+                        &Selection::Ids(ids.clone()),
+                        Decision::Retry,
+                        Who::Command,
+                        0,
+                        now,
+                    )
                     .expect("a decision");
                 for id in ids {
                     let event = self.plain.events.get_mut(&id).expect("an event");
@@ -206,7 +212,13 @@ impl Pair {
             Step::Discard(which) => {
                 let ids = self.failed(which);
                 self.store
-                    .discard_failed(&Selection::Ids(ids.clone()), now)
+                    .decide_failed(
+                        &Selection::Ids(ids.clone()),
+                        Decision::Discard,
+                        Who::Console,
+                        0,
+                        now,
+                    )
                     .expect("a decision");
                 for id in ids {
                     let event = self.plain.events.get_mut(&id).expect("an event");
@@ -279,7 +291,7 @@ impl Pair {
         self.store
             .admit(&kept, 1, &tally, self.now())
             .expect("it is admitted");
-        self.store.end_poll(None, 0).expect("the poll ends");
+        self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.tell(conversation, text, count);
     }
 
@@ -317,7 +329,7 @@ impl Pair {
         let (done, rest) = work.events.split_at(delivered);
         let mut outcomes: Vec<_> = done
             .iter()
-            .map(|event| (event.id, Outcome::Delivered))
+            .map(|event| (event.id, Outcome::Delivered(Sent::Message)))
             .collect();
         done.iter().for_each(|event| self.plain.deliver(event.id));
         let mut not_before = None;

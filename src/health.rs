@@ -1,0 +1,162 @@
+//! Whether the two APIs are up, as the daemon's own exchanges with them tell: nobody asks them for that.
+//!
+//! The daemon says so here when it notices; what is here is kept in the journal by [`keep`], for whoever asks how things
+//! stand, whether the daemon runs or not.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::context::Context;
+use crate::http::Http;
+use crate::journal::Api;
+use crate::time::Millis;
+
+/// How often it is looked whether there is something to keep.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How often it is kept when an API was last asked, as long as nothing else changes.
+const KEPT_EVERY: Duration = Duration::from_secs(10);
+
+/// One of the two APIs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// BigChat.
+    BigChat,
+    /// OurAPI.
+    OurApi,
+}
+
+impl Service {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::BigChat, Self::OurApi];
+
+    /// Its name in the journal.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BigChat => "bigchat",
+            Self::OurApi => "our_api",
+        }
+    }
+}
+
+/// Whether an API is up.
+#[derive(Debug, Default)]
+pub struct Health(Mutex<State>);
+
+#[derive(Debug, Default, Clone)]
+struct State {
+    up: Option<bool>,
+    since: Option<Millis>,
+    trouble: Option<String>,
+}
+
+impl Health {
+    /// It answered well.
+    pub fn well(&self, now: Millis) {
+        self.note(true, None, now);
+    }
+
+    /// It is down, for this reason.
+    pub fn down(&self, trouble: String, now: Millis) {
+        self.note(false, Some(trouble), now);
+    }
+
+    /// Takes over how it was when the last session ended.
+    pub fn recall(&self, api: &Api) {
+        *self.state() = State {
+            up: api.up,
+            since: api.since,
+            trouble: api.trouble.clone(),
+        };
+    }
+
+    /// How it is now, with the latest exchange.
+    pub fn api(&self, http: &Http) -> Api {
+        let State { up, since, trouble } = self.state().clone();
+        let latest = http.latest();
+        Api {
+            up,
+            since,
+            trouble,
+            asked_at: latest.as_ref().map(|latest| latest.at),
+            request: latest
+                .as_ref()
+                .map(|latest| format!("{} {}", latest.method, latest.path)),
+            response: latest.map(|latest| latest.response),
+        }
+    }
+
+    fn note(&self, up: bool, trouble: Option<String>, now: Millis) {
+        let mut state = self.state();
+        if state.up != Some(up) {
+            state.since = Some(now);
+        }
+        state.up = Some(up);
+        state.trouble = trouble;
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes over how both APIs were when the last session ended.
+async fn recall(context: &Context) {
+    for service in Service::ALL {
+        let api = context.journal.with(move |store| store.api(service.name()));
+        // A disk that refuses is told of by those who cannot work without it.
+        if let Ok(api) = api.await {
+            context.health(service).recall(&api);
+        }
+    }
+}
+
+/// Keeps how both APIs are, whenever that changes, until `work` is done.
+pub async fn keep<T>(context: &Context, work: impl Future<Output = T>) -> T {
+    recall(context).await;
+    let done = CancellationToken::new();
+    let work = async {
+        let outcome = work.await;
+        done.cancel();
+        outcome
+    };
+    let (outcome, ()) = tokio::join!(work, keep_until(context, &done));
+    outcome
+}
+
+async fn keep_until(context: &Context, done: &CancellationToken) {
+    let mut kept = Service::ALL.map(|service| (service, Api::default()));
+    loop {
+        let last = done.is_cancelled();
+        for (service, kept) in &mut kept {
+            let api = context.api(*service);
+            if api.asked_at.is_none() || is_as(&api, kept) && !last {
+                continue;
+            }
+            let (name, now) = (service.name(), api.clone());
+            let noted = context
+                .journal
+                .with(move |store| store.note_api(name, &now));
+            if noted.await.is_ok() {
+                *kept = api;
+            }
+        }
+        if last {
+            return;
+        }
+        tokio::select! {
+            () = done.cancelled() => {}
+            () = sleep(LOOK) => {}
+        }
+    }
+}
+
+/// Whether nothing is worth keeping that was not kept.
+fn is_as(api: &Api, kept: &Api) -> bool {
+    let recent = |at: Option<Millis>| at.unwrap_or_default();
+    (api.up, &api.trouble) == (kept.up, &kept.trouble)
+        && recent(api.asked_at).since(recent(kept.asked_at)) < KEPT_EVERY
+}

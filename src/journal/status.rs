@@ -1,0 +1,316 @@
+//! What `bigchat-sync status`, the console and the metrics show of the journal. Everything here is bounded: it costs the
+//! same on millions of events, but for the counts of what waits and what failed, which walk an index.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use serde::Serialize;
+
+use super::minutes::minute;
+use super::{Result, Store};
+use crate::time::Millis;
+
+/// Of how many deliveries, the latest ones, it is told how long they took.
+const DELIVERIES: u32 = 1_000;
+
+/// And how long ago they may be, in ms.
+const DELIVERIES_WITHIN: i64 = 3_600_000;
+
+/// How many failed events are grouped by reason at the most.
+const GROUPED: u32 = 10_000;
+
+/// Over how many minutes rates are taken; the present one is not over, and is left out.
+const RATE_MINUTES: i64 = 5;
+
+/// One of the two APIs, as the daemon last found it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Api {
+    /// Whether it is up; `None`: nobody knows yet.
+    pub up: Option<bool>,
+    /// Since when it is up or down.
+    pub since: Option<Millis>,
+    /// When it was last asked anything.
+    pub asked_at: Option<Millis>,
+    /// What it was asked: method and path.
+    pub request: Option<String>,
+    /// What it answered: its status, or why there was no answer.
+    pub response: Option<String>,
+    /// While it is down: why.
+    pub trouble: Option<String>,
+}
+
+/// Failed events of one reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Group {
+    /// Why they failed.
+    pub reason: String,
+    /// How many did.
+    pub count: u64,
+    /// When the latest one did.
+    pub latest_at: Millis,
+}
+
+/// The event that has waited for longest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Oldest {
+    /// Its id.
+    pub id: i64,
+    /// BigChat's id of its conversation.
+    pub conversation: i64,
+    /// START, END, MESSAGE or TRANSFER.
+    pub kind: String,
+    /// Since when it waits.
+    pub at: Millis,
+    /// How often it was tried.
+    pub tries: u32,
+    /// Why that failed.
+    pub reason: Option<String>,
+}
+
+/// How long deliveries took, from the page that told an event to its settlement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DeliveryTimes {
+    /// Half of them took no longer, in ms.
+    pub median: i64,
+    /// 95 of 100 took no longer, in ms.
+    pub p95: i64,
+    /// None took longer, in ms.
+    pub max: i64,
+    /// How many there were.
+    pub of: usize,
+}
+
+/// What the journal tells of how things stand.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figures {
+    /// BigChat.
+    pub bigchat: Api,
+    /// OurAPI.
+    pub our_api: Api,
+    /// When BigChat was last read to the end of what was asked for.
+    pub polled_at: Option<Millis>,
+    /// Up to when it was read, by its own clock, in Unix seconds.
+    pub cursor_s: Option<i64>,
+    /// How far that is behind its clock, in seconds.
+    pub behind_s: Option<i64>,
+    /// When the latest event happened that it ever told, by its clock, in Unix seconds.
+    pub newest_event_s: Option<i64>,
+    /// How many events wait.
+    pub waiting: u64,
+    /// The one that has waited for longest.
+    pub oldest_waiting: Option<Oldest>,
+    /// How many events have failed, and wait for somebody to decide.
+    pub failed: u64,
+    /// The oldest of these by reason, the most frequent reason first.
+    pub failed_by_reason: Vec<Group>,
+    /// How many events BigChat told in a minute, over the last few.
+    pub told_per_minute: f64,
+    /// How many were delivered.
+    pub delivered_per_minute: f64,
+    /// How long deliveries took of late.
+    pub delivery_ms: Option<DeliveryTimes>,
+    /// How many chats are still to be compared with the journal, or looked for after a loss.
+    pub rebuilding: u64,
+    /// How often OurAPI was found to have lost something.
+    pub losses: u64,
+    /// How often BigChat was found to have restarted.
+    pub restarts: u64,
+}
+
+impl Store {
+    /// How things stand.
+    pub fn figures(&mut self, now: Millis) -> Result<Figures> {
+        // One moment, whatever the daemon writes meanwhile.
+        let transaction = self.connection.transaction()?;
+        let source = source(&transaction, now)?;
+        let (waiting, oldest_waiting) = waiting(&transaction)?;
+        let (told, delivered) = rates(&transaction, now)?;
+        let failed = transaction
+            .prepare_cached("SELECT count(*) FROM events WHERE state = 'failed'")?
+            .query_row([], count)?;
+        let (losses, restarts, rebuilding) = transaction
+            .prepare_cached(
+                "SELECT losses, (SELECT count(*) - 1 FROM epochs),
+                    (SELECT count(*) FROM checks WHERE chat IS NULL)
+                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND chat_seen < losses)
+                 FROM delivery",
+            )?
+            .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
+        Ok(Figures {
+            bigchat: api(&transaction, "bigchat")?,
+            our_api: api(&transaction, "our_api")?,
+            polled_at: source.polled_at,
+            cursor_s: source.cursor,
+            behind_s: source.behind,
+            newest_event_s: source.newest_event,
+            waiting,
+            oldest_waiting,
+            failed,
+            failed_by_reason: groups(&transaction)?,
+            told_per_minute: told,
+            delivered_per_minute: delivered,
+            delivery_ms: delivery_times(&transaction, now)?,
+            rebuilding,
+            losses,
+            restarts,
+        })
+    }
+
+    /// Keeps how an API was found.
+    pub fn note_api(&mut self, name: &str, api: &Api) -> Result<()> {
+        self.connection
+            .prepare_cached(
+                "INSERT OR REPLACE INTO apis (name, up, since, asked_at, request, response, trouble)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            )?
+            .execute(params![
+                name,
+                api.up,
+                api.since.unwrap_or_default().0,
+                api.asked_at.unwrap_or_default().0,
+                api.request.as_deref().unwrap_or_default(),
+                api.response.as_deref().unwrap_or_default(),
+                api.trouble,
+            ])?;
+        Ok(())
+    }
+
+    /// How an API was last found.
+    pub fn api(&mut self, name: &str) -> Result<Api> {
+        api(&self.connection, name)
+    }
+
+    /// Whether the database can be written just now: nothing is.
+    pub fn try_to_write(&mut self) -> Result<()> {
+        self.in_place()?;
+        let transaction = self.begin()?;
+        transaction.execute("UPDATE source SET id = id", [])?;
+        Ok(transaction.rollback()?)
+    }
+}
+
+fn api(connection: &Connection, name: &str) -> Result<Api> {
+    let api = connection
+        .prepare_cached(
+            "SELECT up, since, asked_at, request, response, trouble FROM apis WHERE name = ?1",
+        )?
+        .query_row([name], |row| {
+            Ok(Api {
+                up: row.get(0)?,
+                since: row.get::<_, Option<i64>>(1)?.map(Millis),
+                asked_at: row.get::<_, Option<i64>>(2)?.map(Millis),
+                request: row.get(3)?,
+                response: row.get(4)?,
+                trouble: row.get(5)?,
+            })
+        })
+        .optional()?;
+    Ok(api.unwrap_or_default())
+}
+
+struct Read {
+    polled_at: Option<Millis>,
+    cursor: Option<i64>,
+    behind: Option<i64>,
+    newest_event: Option<i64>,
+}
+
+fn source(connection: &Connection, now: Millis) -> Result<Read> {
+    Ok(connection
+        .prepare_cached("SELECT polled_at, cursor, clock_ahead, newest_event FROM source")?
+        .query_row([], |row| {
+            let cursor: Option<i64> = row.get(1)?;
+            let ahead: Option<i64> = row.get(2)?;
+            let there = ahead.map(|ahead| now.0.div_euclid(1000).saturating_add(ahead));
+            Ok(Read {
+                polled_at: row.get::<_, Option<i64>>(0)?.map(Millis),
+                cursor,
+                behind: there
+                    .zip(cursor)
+                    .map(|(there, cursor)| there.saturating_sub(cursor).max(0)),
+                newest_event: row.get(3)?,
+            })
+        })?)
+}
+
+fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
+    let (waiting, oldest) = connection
+        .prepare_cached(
+            "SELECT count(*), min(id) FROM events WHERE state = 'waiting' AND conversation IS NOT NULL",
+        )?
+        .query_row([], |row| Ok((unsigned(row, 0)?, row.get::<_, Option<i64>>(1)?)))?;
+    let oldest = connection
+        .prepare_cached(
+            "SELECT e.id, c.bigchat_id, e.name, e.kept_at, coalesce(a.tries, 0), a.reason
+             FROM events e JOIN conversations c ON c.id = e.conversation LEFT JOIN attempts a ON a.event = e.id
+             WHERE e.id = ?1",
+        )?
+        .query_row([oldest], |row| {
+            Ok(Oldest {
+                id: row.get(0)?,
+                conversation: row.get(1)?,
+                kind: row.get(2)?,
+                at: Millis(row.get(3)?),
+                tries: row.get(4)?,
+                reason: row.get(5)?,
+            })
+        })
+        .optional()?;
+    Ok((waiting, oldest))
+}
+
+fn groups(connection: &Connection) -> Result<Vec<Group>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT reason, count(*), max(settled_at) FROM (
+            SELECT coalesce(a.reason, '') AS reason, e.settled_at FROM events e LEFT JOIN attempts a ON a.event = e.id
+            WHERE e.state = 'failed' ORDER BY e.id LIMIT ?1)
+         GROUP BY reason ORDER BY count(*) DESC, reason",
+    )?;
+    let groups = statement.query_map([GROUPED], |row| {
+        Ok(Group {
+            reason: row.get(0)?,
+            count: unsigned(row, 1)?,
+            latest_at: Millis(row.get::<_, Option<i64>>(2)?.unwrap_or_default()),
+        })
+    })?;
+    Ok(groups.collect::<rusqlite::Result<_>>()?)
+}
+
+fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
+    let last = minute(now);
+    let totals: (f64, f64) = connection
+        .prepare_cached(
+            "SELECT total(told), total(delivered) FROM minutes WHERE minute >= ?1 AND minute < ?2",
+        )?
+        .query_row([last - RATE_MINUTES, last], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
+    let minutes = f64::from(u8::try_from(RATE_MINUTES).unwrap_or(1));
+    Ok((totals.0 / minutes, totals.1 / minutes))
+}
+
+fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT settled_at - kept_at FROM events
+         WHERE state IN ('delivered', 'discarded') AND state = 'delivered' AND settled_at > ?1 ORDER BY settled_at DESC LIMIT ?2",
+    )?;
+    let times = statement.query_map(
+        params![now.0.saturating_sub(DELIVERIES_WITHIN), DELIVERIES],
+        |row| row.get::<_, i64>(0),
+    )?;
+    let mut times: Vec<i64> = times.collect::<rusqlite::Result<_>>()?;
+    times.sort_unstable();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].max(0);
+    Ok((!times.is_empty()).then(|| DeliveryTimes {
+        median: at(50),
+        p95: at(95),
+        max: at(100),
+        of: times.len(),
+    }))
+}
+
+fn count(row: &Row<'_>) -> rusqlite::Result<u64> {
+    unsigned(row, 0)
+}
+
+fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
+    Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
+}
