@@ -198,7 +198,7 @@ impl Context {
                     tracing::warn!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
                 }
                 if breaker.is_down() {
-                    health.down(error.to_string(), now);
+                    health.down(error.headline(), &error.exchange().response, now);
                 }
             }
         }

@@ -529,7 +529,7 @@ impl Delivery {
                 "OurAPI is down; everything waits, and one request at a time tells when it is back");
         }
         if self.breaker.is_down() {
-            health.down(error.to_string(), now);
+            health.down(&error.trouble.to_string(), &error.exchange.response, now);
         }
     }
 

@@ -20,6 +20,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How often it is kept when an API was last asked, as long as nothing else changes.
 const KEPT_EVERY: Duration = Duration::from_secs(10);
 
+/// How much of an answer is told along with it, in characters.
+const MAX_RESPONSE: usize = 200;
+
 /// One of the two APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Service {
@@ -59,9 +62,10 @@ impl Health {
         self.note(true, None, now);
     }
 
-    /// It is down, for this reason.
-    pub fn down(&self, trouble: String, now: Millis) {
-        self.note(false, Some(trouble), now);
+    /// It is down, for this reason: what it means, and what was answered.
+    pub fn down(&self, reason: &str, response: &str, now: Millis) {
+        let response: String = response.chars().take(MAX_RESPONSE).collect();
+        self.note(false, Some(format!("{reason}: {response}")), now);
     }
 
     /// Takes over how it was when the last session ended.

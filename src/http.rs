@@ -303,9 +303,9 @@ impl Http {
 
 fn no_answer(error: reqwest::Error) -> NoAnswer {
     if error.is_builder() {
-        NoAnswer::Impossible(causes(error))
+        NoAnswer::Impossible(cause(error))
     } else if error.is_connect() {
-        NoAnswer::NotSent(causes(error))
+        NoAnswer::NotSent(cause(error))
     } else {
         lost(error)
     }
@@ -315,20 +315,19 @@ fn lost(error: reqwest::Error) -> NoAnswer {
     if error.is_timeout() {
         NoAnswer::Late
     } else {
-        NoAnswer::Lost(causes(error))
+        NoAnswer::Lost(cause(error))
     }
 }
 
-/// The error and what caused it, without the URL: a query may hold an e-mail address.
-fn causes(error: reqwest::Error) -> String {
+/// What caused the error in the first place, which says more than all that followed from it; without the URL: a query may
+/// hold an e-mail address.
+fn cause(error: reqwest::Error) -> String {
     let error = error.without_url();
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
     }
-    text
+    cause.to_string()
 }
 
 /// How long `Retry-After` asks to wait: seconds, or an HTTP date by the server's own clock. Nonsense asks for

@@ -8,6 +8,7 @@
 //! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
 pub mod bigchat;
+pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod context;
@@ -17,6 +18,7 @@ pub mod dedupe;
 pub mod delivery;
 pub mod demo;
 pub mod event;
+pub mod failed;
 pub mod handlers;
 pub mod health;
 pub mod http;

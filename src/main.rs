@@ -4,9 +4,11 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bigchat_sync::cli::{self, Cli, Command};
+use bigchat_sync::check;
+use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::daemon;
 use bigchat_sync::demo::{self, DemoError};
+use bigchat_sync::failed;
 use bigchat_sync::rebuild;
 use bigchat_sync::screen::Screen;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
@@ -25,7 +27,7 @@ const BAD_SETTING: u8 = 2;
 fn main() -> ExitCode {
     let Cli { command, settings } = Cli::read();
     match command {
-        Some(Command::Failed(command)) => match cli::failed(&settings.db(), command) {
+        Some(Command::Failed(command)) => match failed::run(&settings.db(), command) {
             Ok(text) => {
                 print!("{text}");
                 ExitCode::SUCCESS
@@ -41,6 +43,12 @@ fn main() -> ExitCode {
                 Err(error) => complain(&error, 1),
             }
         }
+        Some(Command::Check) => block_on(async {
+            let tokens = Tokens::read(|name| std::env::var_os(name));
+            let report = check::run(&settings, tokens).await;
+            print!("{report}");
+            Ok::<_, io::Error>(ExitCode::from(u8::from(!report.is_well())))
+        }),
         Some(Command::Demo(args)) => {
             let screen = Screen::detect();
             // What a warning would say is part of the picture.

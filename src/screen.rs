@@ -73,3 +73,10 @@ pub fn styled(template: &str) -> ProgressBar {
         .progress_chars("━╸─");
     ProgressBar::no_length().with_style(style)
 }
+
+/// What strangers wrote, without what a terminal would obey.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}

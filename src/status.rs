@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::cli::printable;
 use crate::journal::{Api, Figures, JournalError, OpenError, Store};
+use crate::screen::printable;
 use crate::time::{Millis, Timestamp};
 
 /// How long no poll may have come to its end, in poll intervals; at least [`STALE`].
@@ -208,7 +208,10 @@ fn troubles(
     }
     if figures.failed > 0 {
         trouble(
-            format!("{} wait for somebody to decide", failed(figures.failed)),
+            match figures.failed {
+                1 => "1 failed event waits for somebody to decide".into(),
+                count => format!("{count} failed events wait for somebody to decide"),
+            },
             "see why with `bigchat-sync failed list` or in the console; then retry them, or discard them",
         );
     }
@@ -217,13 +220,6 @@ fn troubles(
 
 fn seconds(count: i64) -> Duration {
     Duration::from_secs(u64::try_from(count).unwrap_or_default())
-}
-
-fn failed(count: u64) -> String {
-    match count {
-        1 => "1 failed event".into(),
-        count => format!("{count} failed events"),
-    }
 }
 
 /// As people say it, to the second; the larger, the coarser.

@@ -10,7 +10,7 @@ use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
-use crate::cli::printable;
+use crate::screen::printable;
 use crate::sim::bigchat::Told;
 use crate::sim::{Answered, Happening};
 

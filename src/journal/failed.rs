@@ -33,6 +33,40 @@ pub struct FailedEvent {
     pub response: Option<String>,
 }
 
+/// One failed attempt at an event.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct FailedAttempt {
+    /// How often it had failed by then, this time included.
+    pub number: u32,
+    /// When it failed.
+    pub at: Millis,
+    /// Why it failed.
+    pub reason: String,
+    /// What was asked.
+    pub request: String,
+    /// What was answered.
+    pub response: String,
+}
+
+/// What somebody decided about an event that had failed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PastDecision {
+    /// When.
+    pub at: Millis,
+    /// Where: `command` or `console`.
+    pub by: String,
+    /// What: `retry` or `discard`.
+    pub decision: String,
+    /// The event.
+    pub event: i64,
+    /// BigChat's id of its conversation; `None`: it could not be understood.
+    pub conversation: Option<i64>,
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub kind: String,
+    /// Why it had failed.
+    pub reason: String,
+}
+
 /// Which failed events are meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
@@ -119,6 +153,48 @@ impl Store {
         Ok(self
             .failed_where("e.state = 'failed' AND e.id = ?1", [id])?
             .pop())
+    }
+
+    /// The latest failed attempts at an event, the last one first.
+    pub fn failed_attempts(&mut self, event: i64) -> Result<Vec<FailedAttempt>> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT number, failed_at, reason, request, response FROM failures WHERE event = ?1 ORDER BY number DESC",
+        )?;
+        let attempts = statement.query_map([event], |row| {
+            Ok(FailedAttempt {
+                number: row.get(0)?,
+                at: Millis(row.get(1)?),
+                reason: row.get(2)?,
+                request: row.get(3)?,
+                response: row.get(4)?,
+            })
+        })?;
+        Ok(attempts.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// What was decided about an event, or about any, the latest decision first: at most `at_most` of them.
+    pub fn decisions(&mut self, event: Option<i64>, at_most: u32) -> Result<Vec<PastDecision>> {
+        let of = if event.is_some() {
+            "event = ?1"
+        } else {
+            "?1 IS NULL"
+        };
+        let mut statement = self.connection.prepare_cached(&format!(
+            "SELECT decided_at, decided_by, decision, event, conversation, kind, reason
+             FROM decisions WHERE {of} ORDER BY id DESC LIMIT ?2"
+        ))?;
+        let decisions = statement.query_map(params![event, at_most], |row| {
+            Ok(PastDecision {
+                at: Millis(row.get(0)?),
+                by: row.get(1)?,
+                decision: row.get(2)?,
+                event: row.get(3)?,
+                conversation: row.get(4)?,
+                kind: row.get(5)?,
+                reason: row.get(6)?,
+            })
+        })?;
+        Ok(decisions.collect::<rusqlite::Result<_>>()?)
     }
 
     fn failed_where(

@@ -32,7 +32,7 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 pub use claims::{Claimable, Claimed, Session, Throttles};
-pub use failed::{Decided, Decision, FailedEvent, Selection, Who};
+pub use failed::{Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who};
 pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
 pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
 pub use rebuild::{Lacking, RebuildProgress, Scope};

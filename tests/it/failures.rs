@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use bigchat_sync::cli::FailedError;
+use bigchat_sync::failed::FailedError;
 use serde_json::{Value, json};
 use wiremock::MockServer;
 
@@ -833,6 +833,14 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
     assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
     scene.bench.until_events("delivered", 2).await;
     assert_eq!(scene.our_api.count(POST), 3);
+    // What was decided stays known, and how each attempt went.
+    let decided = "SELECT group_concat(decision || ' by ' || decided_by || ' of ' || event || ': ' || reason, '; ') FROM decisions";
+    let retried = format!("retry by command of {refused}: {REFUSED}");
+    assert_eq!(
+        scene.bench.value::<String>(decided),
+        format!("{retried}; {retried}")
+    );
+    assert_eq!(scene.bench.value::<i64>("SELECT count(*) FROM failures"), 2);
 
     assert!(matches!(
         command(&["retry", unreadable]),

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use bigchat_sync::cli::{self, Cli, Command, FailedError};
+use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::daemon::{self, DaemonError};
+use bigchat_sync::failed::{self, FailedError};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
 use clap::Parser;
 use futures_util::future::join_all;
 use rusqlite::types::FromSql;
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -172,9 +174,17 @@ impl Bench {
     pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
         let line = ["bigchat-sync", "failed"].iter().chain(arguments);
         match Cli::try_parse_from(line).expect("a good command").command {
-            Some(Command::Failed(command)) => cli::failed(&self.db(), command),
+            Some(Command::Failed(command)) => failed::run(&self.db(), command),
             other => panic!("not about failed events: {other:?}"),
         }
+    }
+
+    /// How things stand, as `bigchat-sync status --json` tells, and whether it says that all is well by its exit code.
+    pub(crate) fn status(&self) -> (Value, bool) {
+        let output = self.program("status").arg("--json").output();
+        let output = output.expect("a process");
+        let status = serde_json::from_slice(&output.stdout);
+        (status.expect("JSON"), output.status.success())
     }
 
     /// The failed events.

@@ -17,6 +17,7 @@ mod paging;
 mod poison;
 mod process;
 mod rebuild;
+mod status;
 mod stopping;
 mod storage;
 mod upheavals;

@@ -1,0 +1,314 @@
+//! `bigchat-sync check`: whether the daemon can work as it is set up, and what to do where it cannot.
+//!
+//! Both APIs are asked only where no daemon runs, since nobody asks OurAPI beside it; else its last exchanges tell. BigChat
+//! is never asked for events: it tells each of them only once.
+
+use std::fmt::{self, Write};
+use std::net::TcpListener;
+use std::path::Path;
+
+use reqwest::Method;
+use serde_json::Value;
+
+use crate::bigchat::{BigChat, BigChatError};
+use crate::health::Service;
+use crate::http::Http;
+use crate::journal::{Api, OpenError, Store};
+use crate::our_api::OurApi;
+use crate::screen::printable;
+use crate::settings::{Listen, Settings, TokenError, Tokens};
+
+/// An external id that no chat has: whether OurAPI answers is all there is to learn.
+const NO_CHAT: &str = "bigchat-sync-check";
+
+/// The conversation that BigChat has had from its start.
+const FIRST_CONVERSATION: i64 = 1;
+
+/// What was looked at, and how it was found.
+#[derive(Debug)]
+struct Finding {
+    what: &'static str,
+    text: String,
+    /// What to do about it, if it is not well.
+    remedy: Option<String>,
+}
+
+/// All that was found.
+#[derive(Debug, Default)]
+pub struct Report(Vec<Finding>);
+
+impl Report {
+    /// Whether there is nothing to be done.
+    pub fn is_well(&self) -> bool {
+        self.0.iter().all(|finding| finding.remedy.is_none())
+    }
+
+    fn well(&mut self, what: &'static str, text: impl Into<String>) {
+        self.0.push(Finding {
+            what,
+            text: text.into(),
+            remedy: None,
+        });
+    }
+
+    fn ill(&mut self, what: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(Finding {
+            what,
+            text: text.into(),
+            remedy: Some(remedy.into()),
+        });
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Finding { what, text, remedy } in &self.0 {
+            let mark = if remedy.is_none() { "ok" } else { "FAIL" };
+            writeln!(f, "{mark:<6}{what:<10}{}", printable(text))?;
+            if let Some(remedy) = remedy {
+                writeln!(f, "{:16}→ {remedy}", "")?;
+            }
+        }
+        f.write_char('\n')?;
+        f.write_str(match self.is_well() {
+            true => "it can work\n",
+            false => "it cannot work as it should\n",
+        })
+    }
+}
+
+/// Looks at everything.
+pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Report {
+    let mut report = Report::default();
+    let tokens = tokens.and_then(|tokens| tokens.allow(settings.listen).map(|()| tokens));
+    let tokens = match tokens {
+        Ok(tokens) => {
+            report.well("settings", "can be used");
+            tokens
+        }
+        Err(error) => {
+            report.ill("settings", "cannot be used", error.to_string());
+            Tokens::default()
+        }
+    };
+    let db = settings.db();
+    let Some(state) = look_at_database(&mut report, &db) else {
+        return report;
+    };
+    match state {
+        State::DaemonRuns(mut store) => {
+            report.well("daemon", "runs: the APIs are as it last found them");
+            for service in Service::ALL {
+                match store.api(service.name()) {
+                    Ok(api) => last_exchange(&mut report, settings, service, &api),
+                    Err(error) => report.ill(title(service), "cannot be told", error.to_string()),
+                }
+            }
+        }
+        State::Free(_kept_for_now) => {
+            report.well("daemon", "does not run: the APIs are asked now");
+            ask(&mut report, settings, tokens).await;
+            look_at_console(&mut report, settings.listen);
+        }
+    }
+    report
+}
+
+/// Who works on the database.
+enum State {
+    /// A daemon does: it can be read.
+    DaemonRuns(Store),
+    /// Nobody does, and no daemon starts to as long as this is held.
+    Free(Option<Store>),
+}
+
+fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
+    let opened = match db.try_exists() {
+        Ok(false) => {
+            return match db.parent().map(|parent| parent.join(".")) {
+                Some(parent) if parent.is_dir() => {
+                    let text = format!("{} is made at the first start", db.display());
+                    report.well("database", text);
+                    Some(State::Free(None))
+                }
+                _ => {
+                    let text = format!("{} is in a directory that is not there", db.display());
+                    report.ill("database", text, "make the directory, or set --db");
+                    None
+                }
+            };
+        }
+        _ => match Store::open(db) {
+            Err(OpenError::InUse(_)) => Store::open_beside(db).map(State::DaemonRuns),
+            opened => opened.map(|store| State::Free(Some(store))),
+        },
+    };
+    let mut state = match opened {
+        Ok(state) => state,
+        Err(error) => {
+            report.ill("database", "cannot be opened", error.to_string());
+            return None;
+        }
+    };
+    let (State::DaemonRuns(store) | State::Free(Some(store))) = &mut state else {
+        return Some(state);
+    };
+    match store.try_to_write() {
+        Ok(()) => report.well("database", format!("{} can be written", db.display())),
+        Err(error) => report.ill(
+            "database",
+            format!("{} cannot be written: {error}", db.display()),
+            "free some disk, mend its permissions, or end whatever holds it; a daemon that runs goes on by itself then",
+        ),
+    }
+    Some(state)
+}
+
+fn title(service: Service) -> &'static str {
+    match service {
+        Service::BigChat => "BigChat",
+        Service::OurApi => "OurAPI",
+    }
+}
+
+fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api: &Api) {
+    let (what, url, flag) = match service {
+        Service::BigChat => (title(service), &settings.bigchat_url, "--bigchat-url"),
+        Service::OurApi => (title(service), &settings.our_api_url, "--our-api-url"),
+    };
+    let Api {
+        up,
+        asked_at: Some(asked_at),
+        request: Some(request),
+        response: Some(response),
+        ..
+    } = api
+    else {
+        return report.well(what, "was not asked anything yet");
+    };
+    let last = format!("at {asked_at}, {request} → {response}");
+    match up {
+        Some(false) => {
+            let why = api.trouble.as_deref().unwrap_or_default();
+            let remedy = format!(
+                "nothing, if it is an outage; else see whether {flag} ({url} here) and its token are right"
+            );
+            report.ill(what, format!("is down: {why} ({last})"), remedy);
+        }
+        Some(true) => report.well(what, format!("is up: {last}")),
+        None => report.well(what, format!("is not known to be down: {last}")),
+    }
+}
+
+async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
+    let timeout = settings.request_timeout;
+    let clients =
+        Http::new(settings.bigchat_url.clone(), tokens.bigchat, timeout).and_then(|bigchat| {
+            let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
+            Ok((bigchat, our_api))
+        });
+    let (bigchat, our_api) = match clients {
+        Ok(clients) => clients,
+        Err(error) => {
+            let remedy = "install CA certificates (Debian: ca-certificates)";
+            return report.ill(
+                "HTTP",
+                format!("the client cannot be made: {error}"),
+                remedy,
+            );
+        }
+    };
+    let claim = claim(&bigchat, "/events").await;
+    let bigchat = BigChat::new(bigchat);
+    let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
+        Ok(_) => Ok("answers as it should"),
+        // It need not know it any more; another server would not know it either.
+        Err(BigChatError::NotFound(_)) => {
+            Ok("answers; whether as BigChat does, the first poll tells")
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    tell(
+        report,
+        "BigChat",
+        "--bigchat-url",
+        bigchat.http(),
+        claim,
+        answer,
+    );
+    let claim = self::claim(&our_api, "/chats").await;
+    let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
+    let answer = our_api.chat(NO_CHAT).await;
+    let answer = answer
+        .map(|_| "answers as it should")
+        .map_err(|error| error.to_string());
+    tell(
+        report,
+        "OurAPI",
+        "--our-api-url",
+        our_api.http(),
+        claim,
+        answer,
+    );
+}
+
+/// What an API says it is, if it says so.
+struct Claim {
+    /// Its title and version.
+    name: String,
+    /// Whether it has the route without which it cannot be the one it should be.
+    fits: bool,
+}
+
+/// Both publish a description of themselves; in production it may not be there, and nothing rests on it then.
+async fn claim(http: &Http, route: &str) -> Option<Claim> {
+    let url = http.url(&["openapi.json"], None);
+    let answer = http.send(Method::GET, url, None::<&()>).await.ok()?;
+    let description: Value = serde_json::from_slice(&answer.body).ok()?;
+    let text = |field: &str| description["info"][field].as_str();
+    Some(Claim {
+        name: format!("{} {}", text("title")?, text("version").unwrap_or_default()),
+        fits: description["paths"].as_object()?.contains_key(route),
+    })
+}
+
+fn tell(
+    report: &mut Report,
+    what: &'static str,
+    flag: &str,
+    http: &Http,
+    claim: Option<Claim>,
+    answer: Result<&str, String>,
+) {
+    let url = http.base();
+    let says = claim.as_ref().map_or_else(String::new, |claim| {
+        format!(" and says it is {:?}", claim.name)
+    });
+    match answer {
+        _ if claim.as_ref().is_some_and(|claim| !claim.fits) => report.ill(
+            what,
+            format!("{url} answers{says}, which is not {what}"),
+            format!("set {flag} to where {what} is; are the two URLs mixed up?"),
+        ),
+        Ok(answer) => report.well(what, format!("{url} {answer}{says}")),
+        Err(error) => report.ill(
+            what,
+            error,
+            format!("start {what}, or set {flag} to where it is"),
+        ),
+    }
+}
+
+fn look_at_console(report: &mut Report, listen: Listen) {
+    let Listen::At(address) = listen else {
+        return report.well("console", "is not served (--listen off)");
+    };
+    match TcpListener::bind(address) {
+        Ok(_) => report.well("console", format!("will be at http://{address}/")),
+        Err(error) => report.ill(
+            "console",
+            format!("cannot be served at {address}: {error}"),
+            "set --listen to another address, or to off; all else works without it",
+        ),
+    }
+}

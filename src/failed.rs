@@ -1,0 +1,214 @@
+//! `bigchat-sync failed`: what has failed and why, and what somebody decides about it.
+
+use std::path::Path;
+
+use crate::journal::{
+    Decision, FailedAttempt, FailedEvent, JournalError, OpenError, PastDecision, Selection, Store,
+    Who,
+};
+use crate::screen::printable;
+use crate::time::Millis;
+
+/// How many decisions about an event are shown, the latest ones.
+const SHOWN: u32 = 10;
+
+/// What can be done about failed events.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// List them, the oldest first.
+    List {
+        /// How many at the most.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+    /// Show one whole: what BigChat told, what was asked and answered.
+    Show {
+        /// Its id, as listed.
+        id: i64,
+    },
+    /// Have them tried again: as safe as the first try.
+    Retry(Which),
+    /// Give them up: they are never tried again.
+    Discard(Which),
+}
+
+/// Which failed events.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct Which {
+    /// Those of these ids.
+    ids: Vec<i64>,
+    /// Those that failed for this reason, as listed.
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// All of them.
+    #[arg(long)]
+    all: bool,
+}
+
+impl From<Which> for Selection {
+    fn from(which: Which) -> Self {
+        match which {
+            Which { all: true, .. } => Self::All,
+            Which {
+                reason: Some(reason),
+                ..
+            } => Self::Reason(reason),
+            Which { ids, .. } => Self::Ids(ids),
+        }
+    }
+}
+
+/// Does something about failed events. Returns what to print.
+///
+/// # Errors
+///
+/// When the database cannot be opened or refuses.
+pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
+    let mut store = Store::open_beside(db)?;
+    Ok(match command {
+        Command::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
+        Command::Show { id } => {
+            let event = store
+                .failed_event(id)?
+                .ok_or(FailedError::NoSuchEvent(id))?;
+            let decisions = store.decisions(Some(id), SHOWN)?;
+            show(&event, &store.failed_attempts(id)?, &decisions)
+        }
+        Command::Retry(which) => {
+            let count = decide(&mut store, which, Decision::Retry)?;
+            format!(
+                "{count} to be tried again: by the daemon within a second, or when it next runs\n"
+            )
+        }
+        Command::Discard(which) => {
+            let count = decide(&mut store, which, Decision::Discard)?;
+            format!("{count} discarded\n")
+        }
+    })
+}
+
+/// Why a command about failed events came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum FailedError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// There is none of that id.
+    #[error("there is no failed event {0}; `bigchat-sync failed list` lists them")]
+    NoSuchEvent(i64),
+    /// Some of those named are not failed, or could not be understood and so cannot be retried.
+    #[error(
+        "done for {done} of {asked}: the others are not failed events, or are events that could not be understood, which can only be discarded"
+    )]
+    Partly {
+        /// How many it was done for.
+        done: usize,
+        /// How many were named.
+        asked: usize,
+    },
+}
+
+fn decide(store: &mut Store, which: Which, decision: Decision) -> Result<usize, FailedError> {
+    let which = Selection::from(which);
+    let (mut done, mut next) = (0, Some(0));
+    while let Some(after) = next {
+        let decided = store.decide_failed(&which, decision, Who::Command, after, Millis::now())?;
+        done += decided.done;
+        next = decided.next;
+    }
+    match which {
+        Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
+            done,
+            asked: ids.len(),
+        }),
+        _ => Ok(done),
+    }
+}
+
+fn list(events: &[FailedEvent], count: u64) -> String {
+    if events.is_empty() {
+        return "no event has failed\n".to_owned();
+    }
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header([
+        "id",
+        "conversation",
+        "event",
+        "at",
+        "failed at",
+        "tries",
+        "reason",
+    ]);
+    for event in events {
+        let conversation = event
+            .conversation
+            .map_or_else(|| "-".to_owned(), |id| id.to_string());
+        table.add_row([
+            event.id.to_string(),
+            conversation,
+            event.name.clone(),
+            event.at.to_string(),
+            event.failed_at.to_string(),
+            event.tries.to_string(),
+            printable(&event.reason),
+        ]);
+    }
+    let shown = if (events.len() as u64) < count {
+        format!(", {} shown", events.len())
+    } else {
+        String::new()
+    };
+    format!(
+        "{}\n\n{count} failed{shown}. `bigchat-sync failed show ID` tells all about one; `failed retry` and `failed discard` decide.\n",
+        table.trim_fmt()
+    )
+}
+
+fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastDecision]) -> String {
+    let unknown = || "-".to_owned();
+    let lines = [
+        ("event", event.id.to_string()),
+        ("kind", event.name.clone()),
+        (
+            "conversation",
+            event.conversation.map_or_else(unknown, |id| id.to_string()),
+        ),
+        ("chat", event.chat.clone().unwrap_or_else(unknown)),
+        ("happened at", event.at.to_string()),
+        ("failed at", event.failed_at.to_string()),
+        ("tries", event.tries.to_string()),
+        ("reason", event.reason.clone()),
+        ("data", event.data.clone().unwrap_or_else(unknown)),
+        ("request", event.request.clone().unwrap_or_else(unknown)),
+        ("response", event.response.clone().unwrap_or_else(unknown)),
+    ];
+    let lines = lines
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value));
+    let attempts = attempts.iter().map(|attempt| {
+        let FailedAttempt {
+            at,
+            reason,
+            response,
+            ..
+        } = attempt;
+        (
+            format!("attempt {}", attempt.number),
+            format!("{at}  {reason}: {response}"),
+        )
+    });
+    let decisions = decisions.iter().map(|past| {
+        let text = format!("{}  {} by {}", past.at, past.decision, past.by);
+        ("decided".to_owned(), text)
+    });
+    lines
+        .chain(attempts)
+        .chain(decisions)
+        .map(|(name, value)| format!("{name:<13}{}\n", printable(&value)))
+        .collect()
+}
