@@ -105,8 +105,8 @@ impl BigChatError {
             | Self::Refused(exchange)
             | Self::Unavailable(exchange) => exchange.clone(),
             Self::Throttled { .. } => Exchange {
-                request: String::new(),
                 response: self.to_string(),
+                ..Exchange::default()
             },
         }
     }

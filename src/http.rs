@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use reqwest::{Client, Method, StatusCode, header, redirect};
 use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
 
@@ -27,6 +28,9 @@ const MAX_BODY: usize = 32 << 20;
 
 /// How much of a request or an answer goes into records and logs.
 const MAX_RECORD: usize = 2_000;
+
+/// How much of what an answer says is wrong, in characters: failed events are grouped by it.
+const MAX_COMPLAINT: usize = 200;
 
 /// Both servers close connections that were idle for 5 s; one that is older breaks in mid-request.
 const POOL_IDLE: Duration = Duration::from_secs(4);
@@ -351,6 +355,8 @@ pub struct Exchange {
     pub request: String,
     /// Status and body, or why there is no answer.
     pub response: String,
+    /// What the answer says is wrong with the request, if it says so: short, and on one line.
+    pub complaint: Option<String>,
 }
 
 impl Exchange {
@@ -365,6 +371,10 @@ impl Exchange {
         let body = body
             .and_then(|body| serde_json::to_string(body).ok())
             .unwrap_or_default();
+        let complaint = response
+            .ok()
+            .filter(|answer| answer.status.is_client_error())
+            .and_then(|answer| complaint(&answer.body));
         let response = match response {
             Ok(answer) => format!(
                 "{} {}",
@@ -376,8 +386,44 @@ impl Exchange {
         Self {
             request: shortened(&format!("{method} {path} {body}")),
             response: shortened(&response),
+            complaint,
         }
     }
+}
+
+/// What is wrong, by the body of a 4xx: `{"detail": "…"}`, or a list of what is wrong with which field, as both services
+/// answer.
+fn complaint(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Wire {
+        detail: Detail,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Detail {
+        All(String),
+        Each(Vec<Wrong>),
+    }
+    #[derive(Deserialize)]
+    struct Wrong {
+        #[serde(default)]
+        loc: Vec<serde_json::Value>,
+        msg: String,
+    }
+    let text = match serde_json::from_slice::<Wire>(body).ok()?.detail {
+        Detail::All(text) => text,
+        Detail::Each(all) => {
+            let all = all.iter().map(|wrong| {
+                match wrong.loc.last().and_then(serde_json::Value::as_str) {
+                    Some(field) => format!("{field}: {}", wrong.msg),
+                    None => wrong.msg.clone(),
+                }
+            });
+            all.collect::<Vec<_>>().join("; ")
+        }
+    };
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    (!line.is_empty()).then(|| line.chars().take(MAX_COMPLAINT).collect())
 }
 
 impl fmt::Display for Exchange {
@@ -414,6 +460,22 @@ mod tests {
         assert_eq!(wait("soon"), None);
         assert_eq!(wait("-1"), None);
         assert_eq!(wait(""), None);
+    }
+
+    #[test]
+    fn what_an_answer_says_is_wrong_is_put_in_short() {
+        let of = |body: &str| complaint(body.as_bytes());
+        let each = r#"{"detail":[{"loc":["body","text"],"msg":"too\n short","input":"k"},{"loc":["body",0],"msg":"no"}]}"#;
+        assert_eq!(of(each).as_deref(), Some("text: too short; no"));
+        assert_eq!(of(r#"{"detail":" gone "}"#).as_deref(), Some("gone"));
+        let long = format!(r#"{{"detail":"{}"}}"#, "ä".repeat(1000));
+        assert_eq!(
+            of(&long).map(|text| text.chars().count()),
+            Some(MAX_COMPLAINT)
+        );
+        for nothing in ["", "{}", "<html>", r#"{"detail":""}"#, r#"{"detail":7}"#] {
+            assert_eq!(of(nothing), None, "{nothing}");
+        }
     }
 
     #[test]

@@ -71,7 +71,12 @@ impl Setback {
     pub fn failure(&self) -> Failure {
         match self {
             Self::OurApi { error, .. } => Failure {
-                reason: error.trouble.to_string(),
+                reason: match (error.trouble, &error.exchange.complaint) {
+                    (Trouble::Refused, Some(complaint)) => {
+                        format!("{}: {complaint}", error.trouble)
+                    }
+                    _ => error.trouble.to_string(),
+                },
                 request: error.exchange.request.clone(),
                 response: error.exchange.response.clone(),
             },

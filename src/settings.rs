@@ -4,8 +4,9 @@
 //! other user of the machine could read in the list of processes.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io::IsTerminal;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ use url::Url;
 
 use crate::retry::Policy;
 use crate::time::Timestamp;
+
+/// Where the console is served unless another address is set.
+pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Args)]
@@ -87,7 +91,7 @@ pub struct Settings {
 
     /// Where the console, the metrics and the health checks are served; `off`: nowhere. Any address but a loopback one
     /// needs BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value = "127.0.0.1:8268", value_parser = listen)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value_t = Listen::At(DEFAULT_LISTEN), value_parser = listen)]
     pub listen: Listen,
 
     /// Another host name by which the console is asked for, as behind a reverse proxy; several, separated by commas.
@@ -124,6 +128,15 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::At(address) => address.fmt(f),
+        }
+    }
 }
 
 impl Settings {

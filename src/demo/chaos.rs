@@ -8,6 +8,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -343,11 +344,12 @@ pub(super) struct Daemon {
 
 impl Daemon {
     /// This same program between these services, over a database; it logs to a file beside it.
-    pub(super) fn new(sim: &Sim, db: &Path, log: PathBuf) -> io::Result<Self> {
+    pub(super) fn new(sim: &Sim, db: &Path, listen: SocketAddr, log: PathBuf) -> io::Result<Self> {
         let mut arguments = SETTINGS.map(str::to_owned).to_vec();
         arguments.push(format!("--bigchat-url={}", sim.bigchat_url()));
         arguments.push(format!("--our-api-url={}", sim.our_api_url()));
         arguments.push(format!("--db={}", db.display()));
+        arguments.push(format!("--listen={listen}"));
         Ok(Self {
             program: std::env::current_exe()?,
             arguments,

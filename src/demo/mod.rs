@@ -6,13 +6,14 @@
 //! another terminal.
 
 mod chaos;
+mod mishaps;
 mod show;
 mod tally;
 mod verdict;
 
 use std::fs::DirBuilder;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -31,13 +32,14 @@ use uuid::Uuid;
 use crate::daemon::{self, DaemonError};
 use crate::journal::{Journal, JournalError, OpenError, Store};
 use crate::screen::Screen;
-use crate::settings::{Settings, Tokens};
+use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens};
 use crate::sim::bigchat::{self, BigChat, Log, Mode};
 use crate::sim::our_api::{self, OurApi};
 use crate::sim::{Happening, Sim, Watch};
 
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
+use mishaps::Mishaps;
 use show::{FRAME, Show};
 use tally::{Looked, Tally};
 pub use verdict::{Figures, Struck, Verdict};
@@ -69,12 +71,18 @@ const PORTS: [u16; 2] = [8267, 8266];
 /// Any that are free.
 const FREE_PORTS: [u16; 2] = [0, 0];
 
+/// How long it goes on.
+const DURATION: Duration = Duration::from_secs(30);
+
+/// The same where somebody has something to mend.
+const MENDING: Duration = Duration::from_secs(600);
+
 /// What can be chosen.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// How long it goes on; what is under way then is waited for.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
-    pub duration: Duration,
+    /// How long it goes on; what is under way then is waited for [default: 30s].
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub duration: Option<Duration>,
 
     /// What the simulated services' random choices come from [default: a random number, which is shown].
     #[arg(long, value_name = "N")]
@@ -89,9 +97,21 @@ pub struct Args {
     #[arg(long)]
     pub chaos: bool,
 
+    /// Let things fail, some of which somebody has to mend: see what and why in the console, or with `bigchat-sync status`
+    /// and `failed`, and mend it. Goes on for 10 minutes or as --duration says, or until Ctrl-C.
+    #[arg(long, conflicts_with_all = ["chaos", "serve"])]
+    pub faults: bool,
+
     /// Only serve BigChat on port 8267 and OurAPI on port 8266, until stopped, for a daemon in another terminal.
     #[arg(long, conflicts_with_all = ["duration", "chaos"])]
     pub serve: bool,
+}
+
+impl Args {
+    fn duration(&self) -> Duration {
+        let usual = if self.faults { MENDING } else { DURATION };
+        self.duration.unwrap_or(usual)
+    }
 }
 
 /// `--bigchat`.
@@ -203,17 +223,20 @@ async fn perform(
     // The daemon finds it there, and so does who looks into it beside the daemon.
     drop(Store::open(&db)?);
     let journal = Arc::new(Journal::start(Store::open_beside(&db)?)?);
-    let duration = humantime::format_duration(args.duration);
+    let duration = args.duration();
     screen.say(&format!(
-        "The daemon for {duration} between two simulated services.\n{}",
+        "The daemon for {} between two simulated services.\n{}",
+        humantime::format_duration(duration),
         services(&sim, args.bigchat, seed)
     ))?;
+    let listen = free_address()?;
+    screen.say(&format!("The console is at http://{listen}/\n"))?;
     let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
     let score = args.chaos.then(Arc::<Mutex<Score>>::default);
     let daemon: Running = match &score {
         Some(score) => {
             let chaos = Chaos {
-                daemon: Daemon::new(&sim, &db, scratch.0.join("daemon.log"))?,
+                daemon: Daemon::new(&sim, &db, listen, scratch.0.join("daemon.log"))?,
                 sim: Arc::clone(&sim),
                 journal: Arc::clone(&journal),
                 seed,
@@ -229,27 +252,34 @@ async fn perform(
             let settings = Settings {
                 bigchat_url: Url::parse(&sim.bigchat_url()).map_err(io::Error::other)?,
                 our_api_url: Url::parse(&sim.our_api_url()).map_err(io::Error::other)?,
-                db: Some(db),
+                db: Some(db.clone()),
                 poll_interval: POLL_INTERVAL,
+                listen: Listen::At(listen),
                 ..settings
             };
             let daemon = tokio::spawn(daemon::run(settings, Tokens::default(), stop.clone()));
             Box::pin(async move { Ok(daemon.await??) })
         }
     };
+    let mishaps = args.faults.then(|| Mishaps::new(Arc::clone(&sim)));
+    if args.faults {
+        screen.say(&mishaps::what_to_do(&db))?;
+    }
     let stage = Stage {
+        mishaps,
+        screen: screen.clone(),
         sim,
         journal,
         happenings,
         tally: Tally::default(),
-        show: Show::new(screen, args.duration),
+        show: Show::new(screen, duration),
         daemon,
         enough,
         stop,
         score,
         begun: Instant::now(),
     };
-    let verdict = stage.perform(args.duration, stopping).await;
+    let verdict = stage.perform(duration, stopping).await;
     if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
         let kept = scratch.keep();
         screen.say(&format!(
@@ -276,6 +306,8 @@ struct Stage {
     /// Cancelled when the daemon is to stop.
     stop: CancellationToken,
     score: Option<Arc<Mutex<Score>>>,
+    mishaps: Option<Mishaps>,
+    screen: Screen,
     begun: Instant,
 }
 
@@ -287,6 +319,14 @@ impl Stage {
     ) -> Result<Verdict, DemoError> {
         while self.begun.elapsed() < duration && !stopping.is_cancelled() {
             self.frame().await?;
+            if let Some(mishaps) = &mut self.mishaps
+                && let Some(news) = mishaps.go_on(self.begun.elapsed()).await?
+            {
+                self.screen.say(news)?;
+            }
+        }
+        if let Some(mishaps) = self.mishaps.take() {
+            mishaps.end().await?;
         }
         self.enough.cancel();
         self.sim.bigchat.set_quiet(true);
@@ -408,6 +448,14 @@ impl Drop for Scratch {
             tracing::warn!(path = %self.0.display(), %error, "the temporary database stays");
         }
     }
+}
+
+/// Where the console is served: where everybody looks for it, if that is free.
+fn free_address() -> io::Result<SocketAddr> {
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    TcpListener::bind(DEFAULT_LISTEN)
+        .or_else(|_| TcpListener::bind(any))?
+        .local_addr()
 }
 
 fn seed(args: &Args) -> u64 {

@@ -17,6 +17,9 @@ const DELIVERIES_WITHIN: i64 = 3_600_000;
 /// How many failed events are grouped by reason at the most.
 const GROUPED: u32 = 10_000;
 
+/// And of how many reasons.
+const GROUPS: u32 = 100;
+
 /// Over how many minutes rates are taken; the present one is not over, and is left out.
 const RATE_MINUTES: i64 = 5;
 
@@ -262,9 +265,9 @@ fn groups(connection: &Connection) -> Result<Vec<Group>> {
         "SELECT reason, count(*), max(settled_at) FROM (
             SELECT coalesce(a.reason, '') AS reason, e.settled_at FROM events e LEFT JOIN attempts a ON a.event = e.id
             WHERE e.state = 'failed' ORDER BY e.id LIMIT ?1)
-         GROUP BY reason ORDER BY count(*) DESC, reason",
+         GROUP BY reason ORDER BY count(*) DESC, reason LIMIT ?2",
     )?;
-    let groups = statement.query_map([GROUPED], |row| {
+    let groups = statement.query_map([GROUPED, GROUPS], |row| {
         Ok(Group {
             reason: row.get(0)?,
             count: unsigned(row, 1)?,

@@ -104,8 +104,8 @@ async fn is_same_run(context: &Context, epoch: i64) -> Result<bool, Setback> {
 
 fn no_answer(why: &str) -> BigChatError {
     BigChatError::Unavailable(Exchange {
-        request: String::new(),
         response: why.to_owned(),
+        ..Exchange::default()
     })
 }
 

@@ -150,7 +150,10 @@ async fn what_is_refused_for_good_goes_to_the_failed_events_at_once_and_the_rest
         let failed = scene.bench.failed();
         assert_eq!([&failed[0].name, &failed[1].name], ["MESSAGE", "END"]);
         for event in failed {
-            assert_eq!((event.tries, &*event.reason), (1, REFUSED));
+            assert_eq!(
+                (event.tries, &*event.reason),
+                (1, &*format!("{REFUSED}: No."))
+            );
             assert_eq!(event.conversation, Some(42));
             let (request, response) = (event.request, event.response);
             assert!(request.is_some_and(|request| request.contains("/chats/")));
@@ -835,7 +838,7 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
     assert_eq!(scene.our_api.count(POST), 3);
     // What was decided stays known, and how each attempt went.
     let decided = "SELECT group_concat(decision || ' by ' || decided_by || ' of ' || event || ': ' || reason, '; ') FROM decisions";
-    let retried = format!("retry by command of {refused}: {REFUSED}");
+    let retried = format!("retry by command of {refused}: {}", events[0].reason);
     assert_eq!(
         scene.bench.value::<String>(decided),
         format!("{retried}; {retried}")

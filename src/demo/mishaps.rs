@@ -1,0 +1,108 @@
+//! What fails in `demo --faults`: some of it mends itself, and some of it only somebody who sees it.
+//!
+//! OurAPI refuses messages for good that its spam filter dislikes, until the filter is mended: from then on a retry is all
+//! it takes. Meanwhile both services fail now and then, and OurAPI is down for a while, all of which needs nobody.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::sim::Sim;
+use crate::sim::faults::{Fault, When};
+
+/// What the spam filter dislikes.
+const SPAM: &str = "refund";
+
+/// When OurAPI goes down, and for how long.
+const DOWN_AT: Duration = Duration::from_secs(20);
+const DOWN_FOR: Duration = Duration::from_secs(10);
+
+/// When the spam filter is mended.
+const MENDED_AT: Duration = Duration::from_secs(60);
+
+/// How often a request to either service meets a fault that needs nobody.
+const NOW_AND_THEN: f64 = 0.02;
+
+/// How far the mishaps have come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Begun,
+    Down,
+    Up,
+    Mended,
+}
+
+/// The mishaps, one after another.
+pub(super) struct Mishaps {
+    sim: Arc<Sim>,
+    stage: Stage,
+}
+
+/// What somebody who runs it can try.
+pub(super) fn what_to_do(db: &Path) -> String {
+    format!(
+        "Things go wrong now, and somebody has to mend one of them: that is you. What failed, why, and what to do about it
+is in the console, and beside the running daemon in another terminal:
+
+    D={}
+    bigchat-sync status --db $D
+    bigchat-sync failed list --db $D
+    bigchat-sync failed show ID --db $D
+
+Ctrl-C ends it, and compares.
+",
+        db.display()
+    )
+}
+
+impl Mishaps {
+    /// Begins with what fails from the start.
+    pub(super) fn new(sim: Arc<Sim>) -> Self {
+        sim.our_api.set_spam(Some(SPAM));
+        for faults in [&sim.bigchat.faults, &sim.our_api.faults] {
+            faults.rate(NOW_AND_THEN, When::Before, Fault::Status(500));
+        }
+        sim.our_api
+            .faults
+            .rate(NOW_AND_THEN, When::After, Fault::Drop);
+        Self {
+            sim,
+            stage: Stage::Begun,
+        }
+    }
+
+    /// Goes on to what is due next. Returns what there is to tell of it.
+    pub(super) async fn go_on(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
+        let (stage, news) = match self.stage {
+            Stage::Begun if elapsed > DOWN_AT => {
+                self.sim.our_api.down().await?;
+                (Stage::Down, "OurAPI goes down.")
+            }
+            Stage::Down if elapsed > DOWN_AT + DOWN_FOR => {
+                self.sim.our_api.up().await?;
+                (Stage::Up, "OurAPI is up again.")
+            }
+            Stage::Up if elapsed > MENDED_AT => {
+                self.sim.our_api.set_spam(None);
+                let news =
+                    "Somebody has mended OurAPI: it refuses nothing any more that it should take.";
+                (Stage::Mended, news)
+            }
+            _ => return Ok(None),
+        };
+        self.stage = stage;
+        Ok(Some(news))
+    }
+
+    /// All is well again.
+    pub(super) async fn end(self) -> io::Result<()> {
+        if self.stage == Stage::Down {
+            self.sim.our_api.up().await?;
+        }
+        for faults in [&self.sim.bigchat.faults, &self.sim.our_api.faults] {
+            faults.clear();
+        }
+        Ok(())
+    }
+}
