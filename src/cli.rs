@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::demo;
 use crate::failed;
@@ -27,6 +28,10 @@ pub struct Cli {
     /// How to do it.
     #[command(flatten)]
     pub settings: Settings,
+
+    /// The settings that are given, as flags or by the environment: each flag and its value.
+    #[arg(skip)]
+    pub given: Vec<(String, String)>,
 }
 
 /// The commands.
@@ -60,6 +65,20 @@ pub enum Command {
     /// any difference. Everything is the demo's own, down to a temporary database: the settings have no say in it, neither
     /// those of the environment (BIGCHAT_SYNC_...) nor as flags, which are refused.
     Demo(demo::Args),
+    /// Print the unit file by which systemd runs the daemon, with the settings given, ready for /etc/systemd/system.
+    ///
+    /// For example: `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
+    Unit,
+    /// Print what makes a shell complete these commands and flags.
+    ///
+    /// For example: `bigchat-sync completions bash > /etc/bash_completion.d/bigchat-sync`
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Print the manual page, for `man -l` or /usr/local/share/man/man1.
+    Man,
 }
 
 impl Cli {
@@ -86,23 +105,38 @@ impl Cli {
             command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
         }
         let matches = command.try_get_matches_from_mut(line)?;
-        let cli = Self::from_arg_matches(&matches)?;
-        if let (Some(Command::Demo(_)), Some(flag)) = (&cli.command, set_by_flag(&matches)) {
-            let message =
-                format!("the demo has settings of its own: --{flag} would have no effect");
+        let mut cli = Self::from_arg_matches(&matches)?;
+        let set = settings_of(&matches, |source| source == ValueSource::CommandLine);
+        let no_effect = match cli.command {
+            Some(Command::Demo(_)) => set
+                .first()
+                .map(|set| ("the demo has settings of its own", set)),
+            Some(Command::Unit) => {
+                let db = set.iter().find(|(flag, _)| flag == "db");
+                db.map(|db| ("the unit has its database in /var/lib/bigchat-sync", db))
+            }
+            _ => None,
+        };
+        if let Some((why, (flag, _))) = no_effect {
+            let message = format!("{why}: --{flag} would have no effect");
             return Err(command.error(ErrorKind::ArgumentConflict, message));
         }
+        cli.given = settings_of(&matches, |source| source != ValueSource::DefaultValue);
         Ok(cli)
     }
 }
 
-/// A setting that is given as a flag, if any is.
-fn set_by_flag(matches: &ArgMatches) -> Option<String> {
+/// The settings that come from such a source: each flag and its value.
+fn settings_of(matches: &ArgMatches, from: impl Fn(ValueSource) -> bool) -> Vec<(String, String)> {
     let settings = Settings::augment_args(clap::Command::new("settings"));
-    let given = settings.get_arguments().find(|argument| {
-        matches.value_source(argument.get_id().as_str()) == Some(ValueSource::CommandLine)
-    })?;
-    given.get_long().map(str::to_owned)
+    let given = settings.get_arguments().filter_map(|argument| {
+        let id = argument.get_id().as_str();
+        matches.value_source(id).filter(|source| from(*source))?;
+        let values = matches.get_raw(id)?.map(|value| value.to_string_lossy());
+        let value = values.collect::<Vec<_>>().join(",");
+        Some((argument.get_long()?.to_owned(), value))
+    });
+    given.collect()
 }
 
 /// The environment variable that a bad value comes from, if it comes from one.

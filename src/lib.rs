@@ -23,6 +23,7 @@ pub mod handlers;
 pub mod health;
 pub mod http;
 pub mod journal;
+pub mod manual;
 pub mod messages;
 #[cfg(test)]
 mod model;

@@ -1,6 +1,6 @@
 //! The life of the process: settings, log, the command, a signal, an exit code.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::daemon;
 use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::failed;
+use bigchat_sync::manual;
 use bigchat_sync::rebuild;
 use bigchat_sync::screen::Screen;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
@@ -25,29 +26,27 @@ const STOPPED_WITHIN: Duration = Duration::from_millis(9_700);
 const BAD_SETTING: u8 = 2;
 
 fn main() -> ExitCode {
-    let Cli { command, settings } = Cli::read();
+    let Cli {
+        command,
+        settings,
+        given,
+    } = Cli::read();
     match command {
         Some(Command::Failed(command)) => match failed::run(&settings.db(), command) {
-            Ok(text) => {
-                print!("{text}");
-                ExitCode::SUCCESS
-            }
+            Ok(text) => say(text.as_bytes(), ExitCode::SUCCESS),
             Err(error) => complain(&error, 1),
         },
         Some(Command::Status(args)) => {
             match status::run(&args, &settings.db(), settings.poll_interval) {
-                Ok((text, well)) => {
-                    print!("{text}");
-                    ExitCode::from(u8::from(!well))
-                }
+                Ok((text, well)) => say(text.as_bytes(), ExitCode::from(u8::from(!well))),
                 Err(error) => complain(&error, 1),
             }
         }
         Some(Command::Check) => block_on(async {
             let tokens = Tokens::read(|name| std::env::var_os(name));
             let report = check::run(&settings, tokens).await;
-            print!("{report}");
-            Ok::<_, io::Error>(ExitCode::from(u8::from(!report.is_well())))
+            let code = ExitCode::from(u8::from(!report.is_well()));
+            Ok::<_, io::Error>(say(report.to_string().as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
             let screen = Screen::detect();
@@ -65,6 +64,15 @@ fn main() -> ExitCode {
                 rebuild::run(args, settings, tokens, screen, stopping)
             })
         }
+        Some(Command::Unit) => match std::env::current_exe() {
+            Ok(program) => say(manual::unit(&program, &given).as_bytes(), ExitCode::SUCCESS),
+            Err(error) => complain(&error, 1),
+        },
+        Some(Command::Completions { shell }) => say(&manual::completions(shell), ExitCode::SUCCESS),
+        Some(Command::Man) => match manual::man() {
+            Ok(page) => say(&page, ExitCode::SUCCESS),
+            Err(error) => complain(&error, 1),
+        },
     }
 }
 
@@ -170,6 +178,17 @@ where
             .with_ansi(io::stderr().is_terminal())
             .init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+/// Writes a command's answer to standard output.
+fn say(answer: &[u8], code: ExitCode) -> ExitCode {
+    let mut out = io::stdout();
+    match out.write_all(answer).and_then(|()| out.flush()) {
+        Ok(()) => code,
+        // Who reads it has read enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
+        Err(error) => complain(&error, 1),
     }
 }
 

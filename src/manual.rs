@@ -1,0 +1,223 @@
+//! What the program prints about itself: the unit by which systemd runs it, completions for shells, and the manual page.
+//!
+//! The manual page is one for all commands, made from the same text as `--help`.
+
+use std::io;
+use std::path::Path;
+
+use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, italic, roman};
+
+use crate::cli::Cli;
+
+const NAME: &str = "bigchat-sync";
+
+const UNIT: &str = include_str!("manual/bigchat-sync.service");
+
+/// The sections of the manual page that the command line knows nothing of.
+const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
+    (
+        "EXIT STATUS",
+        &[
+            ("0", "Well; of status and check: all is well."),
+            (
+                "1",
+                "It came to nothing, or could not be done whole; standard error tells why.",
+            ),
+            (
+                "2",
+                "A setting or an argument cannot be used; standard error tells which, and where it was set.",
+            ),
+        ],
+    ),
+    (
+        "SIGNALS",
+        &[(
+            "SIGTERM, SIGINT",
+            "Stops in good order, within 10 s. A second one stops at once, as a crash would; nothing is lost by that either.",
+        )],
+    ),
+    (
+        "FILES",
+        &[
+            (
+                "bigchat-sync.db",
+                "The database, with -wal, -shm and .lock beside it: where --db says, else in $STATE_DIRECTORY (/var/lib/bigchat-sync as a service), else in the working directory.",
+            ),
+            (
+                "/etc/credstore/bigchat-sync.our-api-token",
+                "OurAPI's bearer token, where systemd runs the daemon; likewise bigchat-token and console-token.",
+            ),
+            (
+                "/etc/default/bigchat-sync",
+                "Settings as variables, where systemd runs the daemon.",
+            ),
+        ],
+    ),
+];
+
+/// The unit by which systemd runs `program` with these settings, each a flag and its value.
+pub fn unit(program: &Path, settings: &[(String, String)]) -> String {
+    let flags = settings
+        .iter()
+        .map(|(flag, value)| format!("--{flag}={value}"));
+    let line: Vec<String> = [program.display().to_string(), "run".to_owned()]
+        .into_iter()
+        .chain(flags)
+        .map(|word| quoted(&word))
+        .collect();
+    UNIT.replace("@exec@", &line.join(" "))
+}
+
+/// A word of a command line in a unit file.
+fn quoted(word: &str) -> String {
+    let word = word
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('%', "%%")
+        .replace('$', "$$");
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%$".contains(c);
+    if word.chars().all(plain) {
+        word
+    } else {
+        format!("\"{word}\"")
+    }
+}
+
+/// What makes a shell complete the program's arguments.
+pub fn completions(shell: Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), NAME, &mut script);
+    if shell != Shell::Bash {
+        return script;
+    }
+    // clap_complete 4.6 names the cases for a program with a hyphen otherwise than where it looks them up, and so
+    // completes nothing after a command (clap's issue 6421).
+    let script = String::from_utf8_lossy(&script);
+    script
+        .replace("bigchat__subcmd__sync", "bigchat__sync")
+        .into_bytes()
+}
+
+/// The manual page, for `man -l`.
+///
+/// # Errors
+///
+/// Never, since it is written to memory.
+pub fn man() -> io::Result<Vec<u8>> {
+    let command = Cli::command();
+    let man = Man::new(command.clone());
+    let mut page = Vec::new();
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    let mut roff = Roff::new();
+    roff.control("SH", ["SYNOPSIS"]);
+    let synopsis = [
+        bold(NAME),
+        roman(" ["),
+        italic("COMMAND"),
+        roman("] ["),
+        italic("SETTINGS"),
+        roman("]"),
+    ];
+    roff.text(synopsis);
+    roff.to_writer(&mut page)?;
+    man.render_description_section(&mut page)?;
+    let mut roff = Roff::new();
+    roff.control("SH", ["COMMANDS"]);
+    for command in command.get_subcommands() {
+        describe(&mut roff, command, &[]);
+    }
+    roff.to_writer(&mut page)?;
+    man.render_options_section(&mut page)?;
+    let mut roff = Roff::new();
+    for (title, entries) in SECTIONS {
+        roff.control("SH", [title]);
+        for (what, text) in entries {
+            roff.control("TP", []);
+            roff.text([bold(*what)]);
+            roff.text([roman(*text)]);
+        }
+    }
+    roff.to_writer(&mut page)?;
+    Ok(page)
+}
+
+/// A command with what is its own, or those it consists of.
+fn describe(roff: &mut Roff, command: &Command, above: &[&str]) {
+    let path: Vec<&str> = above.iter().copied().chain([command.get_name()]).collect();
+    if command.has_subcommands() {
+        for command in command.get_subcommands() {
+            describe(roff, command, &path);
+        }
+        return;
+    }
+    let own: Vec<&Arg> = command
+        .get_arguments()
+        .filter(|argument| !argument.is_global_set() && !argument.is_hide_set())
+        .collect();
+    let usage = own.iter().map(|argument| usage(argument));
+    let usage: Vec<String> = path.iter().map(ToString::to_string).chain(usage).collect();
+    roff.control("SS", [usage.join(" ").as_str()]);
+    paragraphs(roff, "PP", command.get_long_about().or(command.get_about()));
+    for argument in own {
+        roff.control("TP", []);
+        let (flag, value) = parts(argument);
+        let between = (flag.is_some() && value.is_some()).then(|| roman("="));
+        let parts = flag.map(bold).into_iter().chain(between);
+        roff.text(parts.chain(value.map(italic)).collect::<Vec<_>>());
+        paragraphs(roff, "IP", argument.get_long_help().or(argument.get_help()));
+        let possible: Vec<_> = argument
+            .get_possible_values()
+            .iter()
+            .map(|value| value.get_name().to_owned())
+            .collect();
+        if argument.get_action().takes_values() && !possible.is_empty() {
+            roff.text([roman(format!("[possible values: {}]", possible.join(", ")))]);
+        }
+        if let [default] = argument.get_default_values() {
+            roff.text([roman(format!("[default: {}]", default.to_string_lossy()))]);
+        }
+    }
+}
+
+/// An argument's flag, and what its value is called.
+fn parts(argument: &Arg) -> (Option<String>, Option<String>) {
+    let value = argument.get_action().takes_values().then(|| {
+        let names = argument.get_value_names().unwrap_or_default();
+        names
+            .first()
+            .map_or("VALUE", |name| name.as_str())
+            .to_owned()
+    });
+    (argument.get_long().map(|long| format!("--{long}")), value)
+}
+
+fn usage(argument: &Arg) -> String {
+    let (flag, value) = parts(argument);
+    let words: Vec<String> = flag.into_iter().chain(value).collect();
+    let more = match argument.get_action() {
+        ArgAction::Append => "...",
+        _ => "",
+    };
+    let words = words.join("=") + more;
+    if argument.is_required_set() {
+        words
+    } else {
+        format!("[{words}]")
+    }
+}
+
+/// Text of one or more paragraphs, each further one begun by that macro.
+fn paragraphs(roff: &mut Roff, next: &str, text: Option<&clap::builder::StyledStr>) {
+    let text = text.map(ToString::to_string).unwrap_or_default();
+    for line in text.lines() {
+        if line.trim().is_empty() {
+            roff.control(next, []);
+        } else {
+            roff.text([roman(line)]);
+        }
+    }
+}
