@@ -10,10 +10,12 @@ use uuid::Uuid;
 
 use crate::bigchat::{BigChat, BigChatError};
 use crate::health::{Health, Service};
+use crate::http::Exchange;
 use crate::journal::{Api, Journal, JournalError, Session, Throttles};
 use crate::our_api::OurApi;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
+use crate::summary::Counters;
 use crate::time::{Millis, Timestamp};
 
 /// Shared by the poller, delivery and the handlers.
@@ -37,6 +39,8 @@ pub struct Context {
     pub stopping: CancellationToken,
     /// Held while an agent is looked for and created, so that two conversations do not both create it.
     pub creating_agent: tokio::sync::Mutex<()>,
+    /// What was done since the daemon started.
+    pub counters: Counters,
     bigchat_breaker: Mutex<Breaker>,
     health: [Health; 2],
     /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
@@ -76,6 +80,7 @@ impl Context {
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
+            counters: Counters::default(),
             bigchat_breaker: Mutex::new(Breaker::default()),
             health: Default::default(),
             agents: Mutex::new(HashMap::new()),
@@ -195,7 +200,13 @@ impl Context {
             Err(error) => {
                 let now = Millis::now();
                 if breaker.failed(now, &self.settings.retry(), rand::random()) {
-                    tracing::warn!(%error, url = %self.bigchat.http().base(), "BigChat is down; what needs it waits");
+                    let Exchange {
+                        request, response, ..
+                    } = error.exchange();
+                    tracing::warn!(
+                        reason = error.headline(), request, response, url = %self.bigchat.http().base(),
+                        "BigChat is down; what needs it waits"
+                    );
                 }
                 if breaker.is_down() {
                     health.down(error.headline(), &error.exchange().response, now);

@@ -15,7 +15,10 @@ use crate::http::Http;
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::our_api::OurApi;
 use crate::poller::Poller;
+use crate::screen::{Log, Screen};
+use crate::service::Manager;
 use crate::settings::{Settings, Tokens};
+use crate::summary::{self, Summary};
 use crate::time::Millis;
 
 /// How long delivery waits for that. An answer takes some ms; what does not come soon may not come at all.
@@ -62,11 +65,66 @@ impl DaemonError {
 pub async fn run(
     settings: Settings,
     tokens: Tokens,
+    onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    match start_when_possible(settings, tokens, stopping).await? {
-        Some(context) => health::keep(&context, serve(Arc::clone(&context))).await,
+    let starting = start_when_possible(settings, tokens, stopping);
+    match onlookers.manager.during_start(starting).await? {
+        Some(context) => {
+            let work = onlookers.watch(&context, serve(Arc::clone(&context)));
+            health::keep(&context, work).await
+        }
         None => Ok(()),
+    }
+}
+
+/// Who watches the daemon, besides those who read its log: nobody, unless it is all that the process does.
+#[derive(Debug, Clone, Default)]
+pub struct Onlookers {
+    /// Whoever looks at the terminal.
+    pub screen: Option<Screen>,
+    /// What has started the process.
+    pub manager: Manager,
+}
+
+impl Onlookers {
+    /// Those of this process.
+    pub fn of_process() -> Self {
+        Self {
+            screen: Some(Screen::detect()),
+            manager: Manager::detect(),
+        }
+    }
+
+    /// Where to log, so that it disturbs none of them.
+    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + use<> {
+        self.screen.clone().unwrap_or_default().log()
+    }
+
+    /// Shows all of them how the daemon fares, until `work` is done.
+    async fn watch(
+        &self,
+        context: &Context,
+        work: impl Future<Output = Result<(), DaemonError>>,
+    ) -> Result<(), DaemonError> {
+        let mut summary = Summary::begin();
+        let watching = async {
+            tokio::join!(
+                summary.keep_telling(context),
+                self.manager
+                    .attend(|| None, || summary::sentence(context), &context.stopping),
+            )
+        };
+        let done = tokio::select! {
+            biased;
+            done = work => done,
+            (never, ..) = watching => match never {},
+        };
+        summary.tell(context).await;
+        if done.is_ok() {
+            tracing::info!("stopped; nothing is forgotten");
+        }
+        done
     }
 }
 
@@ -86,6 +144,7 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
 pub async fn once(
     settings: Settings,
     tokens: Tokens,
+    onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
@@ -95,7 +154,7 @@ pub async fn once(
         delivery::run(Arc::clone(&context), Until::Done).await;
         stopped(&context, &poller).await
     };
-    health::keep(&context, work).await
+    health::keep(&context, onlookers.watch(&context, work)).await
 }
 
 /// Delivers nothing and polls nothing; only compares chats with the journal where that is asked for, or, unless
@@ -156,7 +215,7 @@ async fn start_when_possible(
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
             Err(error) if error.may_pass() => {
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::error!(%error, "the database cannot be used yet: the daemon starts when it can");
+                    tracing::error!(reason = %error, "the database cannot be used yet: the daemon starts when it can");
                 }
             }
             started => return started.map(Some),
@@ -197,7 +256,7 @@ pub(crate) async fn begin(
         .with(move |store| store.start_session(pause, Millis::now()))
         .await?;
     tracing::info!(
-        db = %settings.db().display(), bigchat = %settings.bigchat_url, our_api = %settings.our_api_url,
+        db = %settings.db().display(), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
     );
     if !session.interrupted.is_empty() {
@@ -230,6 +289,5 @@ async fn stopped(context: &Context, poller: &Poller) -> Result<(), DaemonError> 
     if left > 0 {
         return Err(DaemonError::Displaced(left));
     }
-    tracing::info!("stopped; nothing is forgotten");
     Ok(())
 }

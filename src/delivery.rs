@@ -18,6 +18,7 @@ use crate::conversation::{Attempts, Conversation, Outcome, Sent, Settlement, Wai
 use crate::handlers::{self, Handled, Stopped};
 use crate::health::Service;
 use crate::journal::{Claimable, JournalError, STORAGE_PAUSE, Throttles};
+use crate::log::telling;
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
 use crate::setback::Setback;
@@ -212,7 +213,7 @@ impl Delivery {
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.storage_refuses, true) {
-                    tracing::error!(%error, "the journal cannot be written: delivery pauses until it can");
+                    tracing::error!(reason = %error, "the journal cannot be written: delivery pauses until it can");
                 }
                 // Who delivers only what is due does not wait for it.
                 Next::Nothing(STORAGE_PAUSE)
@@ -349,7 +350,7 @@ impl Delivery {
                 self.settle(handled);
             }
             Err(error) => {
-                tracing::error!(%error, "a handler has panicked: what it was sending is looked up");
+                tracing::error!(reason = %error, "a handler has panicked: what it was sending is looked up");
                 self.abandoned.extend(self.tasks.remove(&error.id()));
             }
         }
@@ -384,8 +385,11 @@ impl Delivery {
                 self.unchecked.remove(&conversation.id);
             }
             Some(Stopped { at: None, why }) => {
-                tracing::warn!(
-                    conversation = conversation.bigchat_id, reason = %why.failure().reason,
+                let failure = why.failure();
+                telling!(
+                    !self.breaker.is_down(),
+                    conversation = conversation.bigchat_id, chat = conversation.chat.id.map(tracing::field::display),
+                    reason = %failure.reason, request = %failure.request, response = %failure.response,
                     "its chat could not be checked; it is checked again"
                 );
                 let (tries, again_at) = self.unchecked.entry(conversation.id).or_default();
@@ -399,7 +403,10 @@ impl Delivery {
                 at: Some(event),
                 why: Setback::Journal(error),
             }) => {
-                tracing::error!(%error, conversation = conversation.bigchat_id, "delivery was cut short by the journal");
+                tracing::error!(
+                    conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
+                    reason = %error, "delivery was cut short by the journal"
+                );
                 // Nothing of it is the event's own.
                 let failure = Setback::Journal(error).failure();
                 let (attempts, next_at) = (event.attempts, now.plus(STORAGE_PAUSE));
@@ -420,6 +427,7 @@ impl Delivery {
                 outcomes.push((event.id, verdict));
             }
         }
+        self.context.counters.note(&outcomes);
         self.settlements.push(Settlement {
             conversation,
             outcomes,
@@ -468,7 +476,10 @@ impl Delivery {
             };
             wait = wait.max(arrives);
         }
-        tracing::warn!(
+        // Once when it begins, once when it turns out to be the event's own; of an outage is told as such.
+        let news = attempts.tries == 1 || counts && attempts.counted == 1;
+        telling!(
+            failed || news && !self.is_told_of(setback),
             conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
             chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
             reason = %failure.reason, request = %failure.request, response = %failure.response,
@@ -488,6 +499,15 @@ impl Delivery {
                 next_at,
                 failure,
             }
+        }
+    }
+
+    /// Whether it comes of an outage or a loss, which the log tells of by itself.
+    fn is_told_of(&self, setback: &Setback) -> bool {
+        match setback {
+            Setback::BigChat(_) => self.context.bigchat_is_down(),
+            Setback::Rebuilding(_) => true,
+            _ => self.breaker.is_down(),
         }
     }
 
@@ -525,8 +545,11 @@ impl Delivery {
             .breaker
             .failed(now, &self.context.settings.retry(), rand::random())
         {
-            tracing::error!(reason = %error.trouble, response = %error.exchange.response, url = %self.context.our_api.http().base(),
-                "OurAPI is down; everything waits, and one request at a time tells when it is back");
+            tracing::error!(
+                reason = %error.trouble, request = %error.exchange.request, response = %error.exchange.response,
+                url = %self.context.our_api.http().base(),
+                "OurAPI is down; everything waits, and one request at a time tells when it is back"
+            );
         }
         if self.breaker.is_down() {
             health.down(&error.trouble.to_string(), &error.exchange.response, now);
@@ -576,7 +599,7 @@ impl Delivery {
             .await
             .unwrap_or(Err(JournalError::Closed))
         {
-            tracing::error!(%error, "what was delivered last could not be kept: it is looked up at the next start");
+            tracing::error!(reason = %error, "what was delivered last could not be kept: it is looked up at the next start");
         }
     }
 }
@@ -584,16 +607,16 @@ impl Delivery {
 /// OurAPI will never accept the event.
 fn refused(conversation: &Conversation, event: &Waiting, refusal: &Setback) -> Outcome {
     let failure = refusal.failure();
-    tracing::warn!(
-        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
-        chat = conversation.chat.id.map(tracing::field::display),
-        reason = %failure.reason, request = %failure.request, response = %failure.response,
-        "failed for good; decide with `bigchat-sync failed`"
-    );
     let attempts = Attempts {
         tries: event.attempts.tries.saturating_add(1),
         ..event.attempts
     };
+    tracing::warn!(
+        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
+        chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
+        reason = %failure.reason, request = %failure.request, response = %failure.response,
+        "failed for good; decide with `bigchat-sync failed`"
+    );
     Outcome::Failed { attempts, failure }
 }
 

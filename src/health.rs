@@ -68,6 +68,11 @@ impl Health {
         self.note(false, Some(format!("{reason}: {response}")), now);
     }
 
+    /// Whether it is known to be down.
+    pub fn is_down(&self) -> bool {
+        self.state().up == Some(false)
+    }
+
     /// Takes over how it was when the last session ended.
     pub fn recall(&self, api: &Api) {
         *self.state() = State {

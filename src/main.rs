@@ -1,22 +1,17 @@
 //! The life of the process: settings, log, the command, a signal, an exit code.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bigchat_sync::check;
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::daemon;
+use bigchat_sync::daemon::{self, Onlookers};
 use bigchat_sync::demo::{self, DemoError};
-use bigchat_sync::failed;
-use bigchat_sync::manual;
-use bigchat_sync::rebuild;
 use bigchat_sync::screen::Screen;
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
-use bigchat_sync::status;
+use bigchat_sync::{check, failed, log, manual, rebuild, service, status};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Whatever hangs, the process ends within 10 s of the signal.
@@ -43,8 +38,7 @@ fn main() -> ExitCode {
             }
         }
         Some(Command::Check) => block_on(async {
-            let tokens = Tokens::read(|name| std::env::var_os(name));
-            let report = check::run(&settings, tokens).await;
+            let report = check::run(&settings, Tokens::read(service::variable)).await;
             let code = ExitCode::from(u8::from(!report.is_well()));
             Ok::<_, io::Error>(say(report.to_string().as_bytes(), code))
         }),
@@ -52,11 +46,23 @@ fn main() -> ExitCode {
             let screen = Screen::detect();
             // What a warning would say is part of the picture.
             let level = if screen.is_picture() { "error" } else { "warn" };
-            start_log(LogFormat::Text, level, screen.log());
+            log::start(LogFormat::Text, level, screen.log());
             block_on(show(args, settings, screen))
         }
-        None | Some(Command::Run) => work(settings, io::stderr, "info", daemon::run),
-        Some(Command::Once) => work(settings, io::stderr, "info", daemon::once),
+        None | Some(Command::Run) => {
+            let onlookers = Onlookers::of_process();
+            let log = onlookers.log();
+            work(settings, log, "info", |settings, tokens, stopping| {
+                daemon::run(settings, tokens, onlookers, stopping)
+            })
+        }
+        Some(Command::Once) => {
+            let onlookers = Onlookers::of_process();
+            let log = onlookers.log();
+            work(settings, log, "info", |settings, tokens, stopping| {
+                daemon::once(settings, tokens, onlookers, stopping)
+            })
+        }
         Some(Command::Rebuild(args)) => {
             let screen = Screen::detect();
             let log = screen.log();
@@ -87,15 +93,15 @@ where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
     E: std::error::Error + From<io::Error>,
 {
-    let tokens = match Tokens::read(|name| std::env::var_os(name)) {
+    let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
         Err(error) => return complain(&error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
         return complain(&error, BAD_SETTING);
     }
-    start_log(settings.log_format(), level, log);
-    block_on(async {
+    log::start(settings.log_format(), level, log);
+    let ended = block_on(async {
         let stopping = CancellationToken::new();
         let stop = stopping.clone();
         let first = move || {
@@ -105,7 +111,9 @@ where
         on_signals(first, || std::process::exit(1))?;
         job(settings, tokens, stopping).await?;
         Ok::<_, E>(ExitCode::SUCCESS)
-    })
+    });
+    log::tell_left_out();
+    ended
 }
 
 fn end_in_time() {
@@ -161,24 +169,6 @@ fn on_signals(
         second();
     });
     Ok(())
-}
-
-/// Starts the log, from a level on that RUST_LOG can change.
-fn start_log<W>(format: LogFormat, level: &str, writer: W)
-where
-    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
-{
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(writer);
-    match format {
-        LogFormat::Text => log
-            .with_target(false)
-            .with_ansi(io::stderr().is_terminal())
-            .init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
-    }
 }
 
 /// Writes a command's answer to standard output.

@@ -7,8 +7,8 @@ use std::io::{self, IsTerminal, Write};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Standard output, as what it is.
-#[derive(Debug, Clone)]
+/// Standard output, as what it is; without a picture unless that is found out.
+#[derive(Debug, Clone, Default)]
 pub struct Screen {
     picture: Option<MultiProgress>,
 }
@@ -28,7 +28,7 @@ impl Screen {
     }
 
     /// Standard error for a log that does not tear the picture.
-    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + 'static {
+    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + use<> {
         let screen = self.clone();
         move || Log(screen.clone())
     }

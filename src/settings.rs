@@ -101,6 +101,10 @@ pub struct Settings {
     /// How the log is written [default: text on a terminal, else json]. Its level is set by RUST_LOG.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,
+
+    /// How often the log sums up what was done, if there is anything to say.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_SUMMARY", value_name = "TIME", default_value = "5m", value_parser = positive)]
+    pub log_summary: Duration,
 }
 
 /// `--listen`.

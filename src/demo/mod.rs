@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 use uuid::Uuid;
 
-use crate::daemon::{self, DaemonError};
+use crate::daemon::{self, DaemonError, Onlookers};
 use crate::journal::{Journal, JournalError, OpenError, Store};
 use crate::screen::Screen;
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens};
@@ -257,7 +257,12 @@ async fn perform(
                 listen: Listen::At(listen),
                 ..settings
             };
-            let daemon = tokio::spawn(daemon::run(settings, Tokens::default(), stop.clone()));
+            let daemon = tokio::spawn(daemon::run(
+                settings,
+                Tokens::default(),
+                Onlookers::default(),
+                stop.clone(),
+            ));
             Box::pin(async move { Ok(daemon.await??) })
         }
     };
@@ -445,7 +450,7 @@ impl Drop for Scratch {
         if !self.0.as_os_str().is_empty()
             && let Err(error) = std::fs::remove_dir_all(&self.0)
         {
-            tracing::warn!(path = %self.0.display(), %error, "the temporary database stays");
+            tracing::warn!(path = %self.0.display(), reason = %error, "the temporary database stays");
         }
     }
 }

@@ -221,8 +221,13 @@ impl Handled {
                 Ok(()) => {}
                 // What is not to be changed keeps no message from its chat.
                 Err(setback) if setback.is_refusal() && self.conversation.chat.id.is_some() => {
-                    tracing::warn!(conversation = self.conversation.bigchat_id, reason = %setback.failure().reason,
-                        "its chat stays as it is");
+                    let failure = setback.failure();
+                    tracing::warn!(
+                        conversation = self.conversation.bigchat_id,
+                        chat = self.conversation.chat.id.map(tracing::field::display),
+                        reason = %failure.reason, request = %failure.request, response = %failure.response,
+                        "its chat stays as it is"
+                    );
                 }
                 // Refused without a chat, the first one fails; the others try for themselves.
                 Err(setback) if setback.is_refusal() => {
@@ -283,7 +288,7 @@ impl Handled {
     }
 
     fn delivered(&mut self, event: &Waiting, sent: Sent) {
-        tracing::info!(
+        tracing::debug!(
             conversation = self.conversation.bigchat_id,
             event = event.id,
             kind = %event.what.kind(),

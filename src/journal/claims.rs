@@ -168,7 +168,7 @@ impl Store {
                 match claim(&transaction, id) {
                     Ok(claimed) => work.push(claimed),
                     Err(JournalError::Corrupt(what)) => {
-                        tracing::error!(conversation = id, %what, "the database holds what cannot be: left alone");
+                        tracing::error!(row = id, reason = %what, "the database holds what cannot be: left alone");
                         transaction.execute(
                             "UPDATE conversations SET due_at = NULL WHERE id = ?1",
                             [id],
@@ -223,12 +223,18 @@ impl Store {
 
     /// How many events wait.
     pub fn waiting(&mut self) -> Result<u64> {
+        self.waiting_at_most(u32::MAX)
+    }
+
+    /// How many events wait, counted up to so many: that takes no longer, however many there are.
+    pub fn waiting_at_most(&mut self, at_most: u32) -> Result<u64> {
         let count: i64 = self
             .connection
             .prepare_cached(
-                "SELECT count(*) FROM events WHERE state = 'waiting' AND conversation IS NOT NULL",
+                "SELECT count(*) FROM (
+                    SELECT 1 FROM events WHERE state = 'waiting' AND conversation IS NOT NULL LIMIT ?1)",
             )?
-            .query_row([], |row| row.get(0))?;
+            .query_row([at_most], |row| row.get(0))?;
         Ok(u64::try_from(count).unwrap_or_default())
     }
 

@@ -294,7 +294,7 @@ impl Store {
         outcome?;
         if unreadable > MAX_UNREADABLE {
             let beyond = unreadable - MAX_UNREADABLE;
-            tracing::error!(beyond, query = %page.query, "a page is full of what cannot be understood: not all of it is kept");
+            tracing::error!(events = beyond, query = %page.query, "a page is full of what cannot be understood: not all of it is kept");
         }
         transaction
             .prepare_cached("UPDATE pages SET admitted = 1 WHERE id = ?1")?

@@ -206,7 +206,7 @@ pub(super) fn claim_checks(
                 check: Some(check),
             }),
             Err(JournalError::Corrupt(what)) => {
-                tracing::error!(conversation = id, %what, "the database holds what cannot be: not compared");
+                tracing::error!(row = id, reason = %what, "the database holds what cannot be: not compared");
                 transaction.execute("DELETE FROM checks WHERE conversation = ?1", [id])?;
             }
             Err(error) => return Err(error),

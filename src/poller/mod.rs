@@ -17,7 +17,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::bigchat::{BigChatError, Page, window_query};
 use crate::context::Context;
 use crate::event::Kind;
+use crate::http::Exchange;
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
+use crate::log::telling;
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -62,6 +64,8 @@ pub struct Poller {
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
     storage_refuses: bool,
+    /// BigChat has not told its time, which was logged.
+    without_clock: bool,
     /// In how many polls the same further page could not be had.
     page_failures: u32,
     /// In how many polls it could not be told whether BigChat has restarted.
@@ -102,6 +106,7 @@ impl Poller {
             unkept: None,
             started_at: None,
             storage_refuses: false,
+            without_clock: false,
             page_failures: 0,
             unanswered: 0,
             undecided: 0,
@@ -156,7 +161,13 @@ impl Poller {
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
     async fn poll(&mut self) -> Polled {
-        match self.try_poll().await {
+        let polled = self.try_poll().await;
+        self.context.counters.polls.add(1);
+        self.context
+            .counters
+            .polls_failed
+            .add(usize::from(polled.is_err()));
+        match polled {
             Ok(polled) => {
                 if std::mem::take(&mut self.storage_refuses) {
                     tracing::info!("the journal can be written again: polling goes on");
@@ -165,9 +176,16 @@ impl Poller {
             }
             Err(PollError::BigChat(error)) => {
                 // That BigChat is down is said once, when it goes down.
-                if !self.context.bigchat_is_down() {
-                    tracing::warn!(%error, "the poll failed; the next one goes on from the same point");
-                }
+                let Exchange {
+                    request, response, ..
+                } = error.exchange();
+                telling!(
+                    !self.context.bigchat_is_down(),
+                    reason = error.headline(),
+                    request,
+                    response,
+                    "the poll failed; the next one goes on from the same point"
+                );
                 Polled::Incomplete
             }
             Err(error @ PollError::Unanswered) => {
@@ -176,7 +194,7 @@ impl Poller {
             }
             Err(PollError::Journal(error)) => {
                 if !std::mem::replace(&mut self.storage_refuses, true) {
-                    tracing::error!(%error, "the journal cannot be written: polling pauses until it can");
+                    tracing::error!(reason = %error, "the journal cannot be written: polling pauses until it can");
                 }
                 Polled::Incomplete
             }
@@ -194,7 +212,9 @@ impl Poller {
         }
         let now = self.context.bigchat.clock().now().unwrap_or_else(|| {
             let now = Timestamp::of_this_machine();
-            tracing::warn!(%now, "BigChat does not tell its time: this machine's clock is taken for it");
+            if !std::mem::replace(&mut self.without_clock, true) {
+                tracing::warn!(date = %now, "BigChat does not tell its time: this machine's clock is taken for it");
+            }
             now
         });
         self.started_at.get_or_insert(now);
@@ -377,7 +397,15 @@ impl Poller {
         }
         self.page_failures += 1;
         if further && (is_gone(&error) || self.page_failures >= PAGE_FAILURES) {
-            tracing::warn!(%error, "the next page cannot be had: the window is read again from its beginning");
+            let Exchange {
+                request, response, ..
+            } = error.exchange();
+            tracing::warn!(
+                reason = error.headline(),
+                request,
+                response,
+                "the next page cannot be had: the window is read again from its beginning"
+            );
             self.page_failures = 0;
             return Ok(Ended::Stuck);
         }
@@ -415,7 +443,15 @@ impl Poller {
                     if !is_gone(&error) && self.page_failures < PAGE_FAILURES {
                         return Err(error.into());
                     }
-                    tracing::warn!(%error, "an earlier page cannot be had again: equal messages on it and a later one count as two, unless they stand where the two meet");
+                    let Exchange {
+                        request, response, ..
+                    } = error.exchange();
+                    tracing::warn!(
+                        reason = error.headline(),
+                        request,
+                        response,
+                        "an earlier page cannot be had again: equal messages on it and a later one count as two, unless they stand where the two meet"
+                    );
                     self.page_failures = 0;
                     pages.give_up(number);
                     continue;
@@ -554,7 +590,10 @@ impl Poller {
                 );
             }
             if admitted.new > 0 {
-                tracing::info!(events = admitted.new, "told by BigChat");
+                tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
+                let counters = &self.context.counters;
+                counters.told.add(admitted.new);
+                counters.failed.add(admitted.unreadable);
                 self.context.work.notify_one();
             }
         }
@@ -639,7 +678,7 @@ impl Poller {
                         && !self.context.stopping.is_cancelled() => {}
                 Ok(_) => return,
                 Err(error) => {
-                    tracing::warn!(%error, "old events could not be dropped");
+                    tracing::warn!(reason = %error, "old events could not be dropped");
                     return;
                 }
             }

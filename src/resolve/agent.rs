@@ -38,7 +38,11 @@ async fn of_person(context: &Context, name: &str, email: &str) -> Result<Option<
             let found = match find_or_create(context, name, email).await {
                 Ok(agent) => KnownAgent::Agent(agent.agent_id),
                 Err(error) if error.trouble == Trouble::Refused => {
-                    tracing::warn!(%name, %error, "OurAPI refuses the agent for good: chats stay without one");
+                    tracing::warn!(
+                        %name, reason = %error.trouble,
+                        request = %error.exchange.request, response = %error.exchange.response,
+                        "OurAPI refuses the agent for good: chats stay without one"
+                    );
                     KnownAgent::Refused
                 }
                 Err(error) => return Err(error.into()),
@@ -81,14 +85,14 @@ async fn find_or_create(context: &Context, name: &str, email: &str) -> Result<Ag
 
 async fn create(context: &Context, name: &str, email: &str) -> Result<Agent, OurApiError> {
     let agent = context.our_api.create_agent(name, email).await?;
-    tracing::info!(agent = %agent.agent_id, %name, "agent created");
+    tracing::debug!(agent = %agent.agent_id, %name, "agent created");
     Ok(agent)
 }
 
 /// Of several agents the one whose name fits, else the first by id, so that it is always the same.
 fn choose(mut agents: Vec<Agent>, name: &str) -> Option<Agent> {
     if agents.len() > 1 {
-        tracing::warn!(%name, count = agents.len(), "several agents have the e-mail address");
+        tracing::warn!(%name, agents = agents.len(), "several agents have the e-mail address");
     }
     agents.sort_by_key(|agent| (agent.name.trim() != name, agent.agent_id));
     agents.into_iter().next()

@@ -98,7 +98,7 @@ pub async fn begin(
         .with(move |store| store.begin_epoch(epoch, began_at, first))
         .await?;
     if let Some(epoch) = begun {
-        tracing::warn!(epoch, %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+        tracing::warn!(run = epoch, since = %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::daemon::{self, DaemonError};
+use bigchat_sync::daemon::{self, DaemonError, Onlookers};
 use bigchat_sync::failed::{self, FailedError};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
@@ -111,14 +111,24 @@ impl Bench {
     /// Starts a daemon with bearer tokens.
     pub(crate) fn start_with(&self, tokens: Tokens) -> Daemon {
         let stopping = CancellationToken::new();
-        let task = tokio::spawn(daemon::run(self.settings(), tokens, stopping.clone()));
+        let task = tokio::spawn(daemon::run(
+            self.settings(),
+            tokens,
+            Onlookers::default(),
+            stopping.clone(),
+        ));
         Daemon { stopping, task }
     }
 
     /// Polls once, delivers what is due, and ends, in the background: with what stops it.
     pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
         let stopping = CancellationToken::new();
-        let once = daemon::once(self.settings(), Tokens::default(), stopping.clone());
+        let once = daemon::once(
+            self.settings(),
+            Tokens::default(),
+            Onlookers::default(),
+            stopping.clone(),
+        );
         (stopping, tokio::spawn(once))
     }
 
@@ -131,9 +141,9 @@ impl Bench {
 
     /// Polls once, delivers what is due, and ends.
     pub(crate) async fn once(&self) {
-        let once = daemon::once(self.settings(), Tokens::default(), CancellationToken::new());
+        let (_stopping, once) = self.start_once();
         let ended = timeout(PATIENCE, once).await.expect("it ends");
-        ended.expect("it ends well");
+        ended.expect("no panic").expect("it ends well");
     }
 
     /// One value from the database, by SQL.

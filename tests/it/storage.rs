@@ -327,7 +327,9 @@ async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
     for our_api_is_up in [true, false] {
         let (sim, bench) = with_events().await;
         sim.our_api.hang(true);
-        let daemon = Process::start(&bench);
+        let mut program = bench.program("run");
+        program.env("RUST_LOG", "bigchat_sync=debug");
+        let daemon = Process::start_as(&bench, program);
         sim.bigchat.push_page(
             vec![message(10, seconds(&sim) - 1, "and on")],
             NextPage::None,

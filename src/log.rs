@@ -1,0 +1,123 @@
+//! The log: standard error, as lines for people or as JSON, and never a flood.
+//!
+//! Of each kind of line (each place in the code that logs) so many are written in full; further ones are only counted
+//! until the next summary, which tells how many they were. So an operator sees what goes wrong, and a thousand
+//! conversations that go wrong in the same way do not hide what goes wrong in another.
+
+use std::collections::HashMap;
+use std::fmt::{self, Write};
+use std::io::{self, IsTerminal};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry};
+
+use crate::settings::LogFormat;
+
+/// How many lines of a kind are written in full from one summary to the next.
+pub const IN_FULL: u32 = 10;
+
+/// Where the lines come from that stand for others.
+const NEVER_LEFT_OUT: [&str; 3] = [
+    module_path!(),
+    "bigchat_sync::progress",
+    "bigchat_sync::summary",
+];
+
+/// What this process has logged since the last summary.
+static LINES: LazyLock<Mutex<HashMap<Identifier, Lines>>> = LazyLock::new(Mutex::default);
+
+/// The lines of one kind.
+#[derive(Debug, Default)]
+struct Lines {
+    count: u32,
+    /// What the first that was left out said.
+    message: String,
+}
+
+/// A warning where that is so; else the same for who asks for details.
+macro_rules! telling {
+    ($so:expr, $($line:tt)+) => {
+        if $so {
+            tracing::warn!($($line)+);
+        } else {
+            tracing::debug!($($line)+);
+        }
+    };
+}
+
+pub(crate) use telling;
+
+/// Starts the log, from a level on that RUST_LOG can change.
+pub fn start<W>(format: LogFormat, level: &str, writer: W)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    // Who asks for details wants all of them.
+    let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
+        LogFormat::Text => lines
+            .with_target(false)
+            .with_ansi(io::stderr().is_terminal())
+            .boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
+        .with(bounded.then_some(Bound))
+        .init();
+}
+
+/// Tells what was left out since this was last asked, and begins to count anew. True if anything was.
+pub fn tell_left_out() -> bool {
+    let mut left_out: Vec<Lines> = std::mem::take(&mut *lines()).into_values().collect();
+    left_out.retain(|lines| lines.count > IN_FULL);
+    for Lines { count, message } in &left_out {
+        tracing::warn!(lines = count - IN_FULL, like = %message, "left out of the log");
+    }
+    !left_out.is_empty()
+}
+
+/// Leaves out what there has been enough of.
+struct Bound;
+
+impl<S: Subscriber> Layer<S> for Bound {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        let metadata = event.metadata();
+        if NEVER_LEFT_OUT.contains(&metadata.target()) {
+            return true;
+        }
+        let mut lines = lines();
+        let lines = lines.entry(metadata.callsite()).or_default();
+        lines.count = lines.count.saturating_add(1);
+        if lines.count == IN_FULL + 1 {
+            event.record(&mut Message(&mut lines.message));
+        }
+        lines.count <= IN_FULL
+    }
+}
+
+/// Takes an event's message, of all its fields.
+struct Message<'a>(&'a mut String);
+
+impl Visit for Message<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            // Writing to a string does not fail.
+            write!(self.0, "{value:?}").ok();
+        }
+    }
+}
+
+fn lines() -> MutexGuard<'static, HashMap<Identifier, Lines>> {
+    LINES.lock().unwrap_or_else(PoisonError::into_inner)
+}

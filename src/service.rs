@@ -1,0 +1,237 @@
+//! The service manager: systemd, which is told when the daemon is ready, how it fares, and that it is not stuck.
+//!
+//! Where none has started the process (no `NOTIFY_SOCKET`), nobody is told. The watchdog is fed only while nothing is
+//! stuck: fed no more, systemd ends the process and starts another, which finds everything in the journal.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+/// How often it is told how the daemon fares.
+const STATUS_EVERY: Duration = Duration::from_secs(10);
+
+/// How much longer the start may take each time: until a disk has room, a database is free, or a large one is upgraded.
+const EXTENSION: Duration = Duration::from_secs(30);
+
+type Notify = dyn Fn(&[NotifyState<'_>]) -> io::Result<()> + Send + Sync;
+
+/// The service manager, if there is one.
+#[derive(Clone, Default)]
+pub struct Manager(Option<Arc<Present>>);
+
+struct Present {
+    notify: Box<Notify>,
+    watchdog: Option<Duration>,
+    unheard: AtomicBool,
+}
+
+impl fmt::Debug for Manager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let watchdog = self.0.as_ref().map(|present| present.watchdog);
+        f.debug_tuple("Manager").field(&watchdog).finish()
+    }
+}
+
+impl Manager {
+    /// The one that has started this process.
+    pub fn detect() -> Self {
+        match std::env::var_os("NOTIFY_SOCKET") {
+            Some(_) => Self::new(sd_notify::watchdog_enabled(), sd_notify::notify),
+            None => Self::default(),
+        }
+    }
+
+    fn new(
+        watchdog: Option<Duration>,
+        notify: impl Fn(&[NotifyState<'_>]) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Some(Arc::new(Present {
+            notify: Box::new(notify),
+            watchdog,
+            unheard: AtomicBool::new(false),
+        })))
+    }
+
+    /// Waits for the start, however long it takes, and tells that it is over: the daemon works from now on.
+    pub async fn during_start<T, E>(
+        &self,
+        start: impl Future<Output = Result<Option<T>, E>>,
+    ) -> Result<Option<T>, E> {
+        let more_time = async {
+            loop {
+                let micros = u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX);
+                self.tell(&[NotifyState::ExtendTimeoutUsec(micros)]);
+                sleep(EXTENSION / 3).await;
+            }
+        };
+        let started = tokio::select! {
+            biased;
+            started = start => started?,
+            () = more_time => None,
+        };
+        if started.is_some() {
+            self.tell(&[NotifyState::Ready]);
+        }
+        Ok(started)
+    }
+
+    /// Tells how the daemon fares, as long as nothing is `stuck`, and once when it is to stop.
+    pub async fn attend<F>(
+        &self,
+        stuck: impl Fn() -> Option<&'static str>,
+        status: impl Fn() -> F,
+        stopping: &CancellationToken,
+    ) -> Infallible
+    where
+        F: Future<Output = String>,
+    {
+        let Some(present) = &self.0 else {
+            return std::future::pending().await;
+        };
+        let watching = async {
+            let Some(interval) = present.watchdog else {
+                return std::future::pending().await;
+            };
+            let mut was_stuck = false;
+            loop {
+                let what = stuck();
+                match what {
+                    None => self.tell(&[NotifyState::Watchdog]),
+                    Some(what) if !was_stuck => {
+                        tracing::error!(
+                            reason = what,
+                            "stuck; unless that passes, the service manager ends this process and starts another"
+                        );
+                    }
+                    Some(_) => {}
+                }
+                was_stuck = what.is_some();
+                sleep(interval / 2).await;
+            }
+        };
+        let telling = async {
+            loop {
+                self.tell(&[NotifyState::Status(&status().await)]);
+                sleep(STATUS_EVERY).await;
+            }
+        };
+        let both = async { tokio::join!(watching, telling) };
+        tokio::select! {
+            (never, ()) = both => match never {},
+            () = stopping.cancelled() => {}
+        }
+        self.tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
+        std::future::pending().await
+    }
+
+    fn tell(&self, states: &[NotifyState<'_>]) {
+        let Some(present) = &self.0 else { return };
+        if let Err(error) = (present.notify)(states)
+            && !present.unheard.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(reason = %error, "the service manager cannot be told anything");
+        }
+    }
+}
+
+/// The environment, where a file with a token that systemd hands over (`LoadCredential=`) counts as if a variable named it.
+pub fn variable(name: &str) -> Option<OsString> {
+    let value = std::env::var_os(name);
+    if value.is_some() {
+        return value;
+    }
+    let token = name.strip_suffix("_FILE")?;
+    if std::env::var_os(token).is_some() {
+        return None;
+    }
+    let token = token.strip_prefix("BIGCHAT_SYNC_")?;
+    let file = format!("bigchat-sync.{}", token.to_lowercase().replace('_', "-"));
+    let path = PathBuf::from(std::env::var_os("CREDENTIALS_DIRECTORY")?).join(file);
+    path.exists().then(|| path.into_os_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A service manager, and what it was told.
+    fn manager(watchdog: Option<Duration>) -> (Manager, Arc<Mutex<Vec<String>>>) {
+        let told = Arc::<Mutex<Vec<String>>>::default();
+        let telling = Arc::clone(&told);
+        let manager = Manager::new(watchdog, move |states| {
+            let mut told = telling.lock().expect("no panic");
+            told.extend(states.iter().map(ToString::to_string));
+            Ok(())
+        });
+        (manager, told)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_watchdog_is_fed_only_while_nothing_is_stuck() {
+        let (manager, told) = manager(Some(Duration::from_secs(60)));
+        let stuck = AtomicBool::new(false);
+        let stopping = CancellationToken::new();
+        let fed = || {
+            let told = told.lock().expect("no panic");
+            told.iter().filter(|told| *told == "WATCHDOG=1").count()
+        };
+        let attending = manager.attend(
+            || stuck.load(Ordering::Relaxed).then_some("delivery"),
+            async || "fine".to_owned(),
+            &stopping,
+        );
+        let course = async {
+            sleep(Duration::from_secs(301)).await;
+            let well = fed();
+            assert!(well >= 10, "at least every half interval: {well}");
+            stuck.store(true, Ordering::Relaxed);
+            sleep(Duration::from_secs(300)).await;
+            assert_eq!(fed(), well);
+            stuck.store(false, Ordering::Relaxed);
+            sleep(Duration::from_secs(60)).await;
+            assert!(fed() > well, "it may come loose in time");
+            stopping.cancel();
+            sleep(Duration::from_secs(1)).await;
+            let last = told.lock().expect("no panic").len();
+            sleep(Duration::from_secs(60)).await;
+            assert_eq!(told.lock().expect("no panic").len(), last);
+        };
+        tokio::select! {
+            never = attending => match never {},
+            () = course => {}
+        }
+        let told = told.lock().expect("no panic");
+        assert_eq!(told[told.len() - 2..], ["STOPPING=1", "STATUS=stopping"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_start_is_given_time_over_and_over() {
+        let (manager, told) = manager(None);
+        let start = async {
+            sleep(Duration::from_secs(3600)).await;
+            Ok::<_, Infallible>(Some(()))
+        };
+        let Ok(started) = manager.during_start(start).await;
+        assert_eq!(started, Some(()));
+        let told = told.lock().expect("no panic");
+        let (extensions, ready) = told.split_at(told.len() - 1);
+        assert_eq!(ready, ["READY=1"]);
+        assert!(extensions.len() > 120, "before the last one ends");
+        assert!(
+            extensions
+                .iter()
+                .all(|told| told == "EXTEND_TIMEOUT_USEC=30000000")
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! What the daemon has done so far, counted, and the line in the log that sums it up now and then.
+//!
+//! It stands in place of a line for each poll and each event: when all is well and nothing happens, there is none.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::context::Context;
+use crate::conversation::Outcome;
+use crate::health::Service;
+use crate::journal::Store;
+use crate::log;
+
+/// So many events that wait or have failed are counted, and no more: nobody waits for the count.
+const COUNTED: u32 = 100_000;
+
+/// What was done since the daemon started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Polls, read to their end or not.
+    pub polls: Counter,
+    /// Those that were not, through BigChat's or the journal's fault.
+    pub polls_failed: Counter,
+    /// New events that BigChat told.
+    pub told: Counter,
+    /// Events that now stand in OurAPI.
+    pub delivered: Counter,
+    /// Attempts to deliver an event that have failed, and are made again.
+    pub attempts_failed: Counter,
+    /// Events that went to the failed events.
+    pub failed: Counter,
+}
+
+/// Only ever grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// So many more.
+    pub fn add(&self, more: usize) {
+        let more = u64::try_from(more).unwrap_or(u64::MAX);
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// How many so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    polls: u64,
+    polls_failed: u64,
+    told: u64,
+    delivered: u64,
+    attempts_failed: u64,
+    failed: u64,
+}
+
+impl Counters {
+    /// Events that need not be thought of any more.
+    pub fn settled(&self) -> u64 {
+        self.delivered.get() + self.failed.get()
+    }
+
+    /// What became of events.
+    pub fn note(&self, outcomes: &[(i64, Outcome)]) {
+        for (_, outcome) in outcomes {
+            let counter = match outcome {
+                Outcome::Delivered(_) => &self.delivered,
+                Outcome::Waiting { .. } => &self.attempts_failed,
+                Outcome::Failed { .. } => &self.failed,
+            };
+            counter.add(1);
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        Counts {
+            polls: self.polls.get(),
+            polls_failed: self.polls_failed.get(),
+            told: self.told.get(),
+            delivered: self.delivered.get(),
+            attempts_failed: self.attempts_failed.get(),
+            failed: self.failed.get(),
+        }
+    }
+}
+
+impl Counts {
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            polls: self.polls - before.polls,
+            polls_failed: self.polls_failed - before.polls_failed,
+            told: self.told - before.told,
+            delivered: self.delivered - before.delivered,
+            attempts_failed: self.attempts_failed - before.attempts_failed,
+            failed: self.failed - before.failed,
+        }
+    }
+
+    /// A poll that brought nothing is not worth a line.
+    fn something_happened(&self) -> bool {
+        let Self {
+            polls: _,
+            polls_failed,
+            told,
+            delivered,
+            attempts_failed,
+            failed,
+        } = self;
+        polls_failed + told + delivered + attempts_failed + failed > 0
+    }
+}
+
+/// Sums up what was done since it last did.
+#[derive(Debug)]
+pub struct Summary {
+    before: Counts,
+    at: Instant,
+}
+
+impl Summary {
+    /// From now on.
+    pub fn begin() -> Self {
+        Self {
+            before: Counts::default(),
+            at: Instant::now(),
+        }
+    }
+
+    /// Logs it every so often.
+    pub async fn keep_telling(&mut self, context: &Context) -> Infallible {
+        loop {
+            sleep(context.settings.log_summary).await;
+            self.tell(context).await;
+        }
+    }
+
+    /// Logs it, if there is anything to say.
+    pub async fn tell(&mut self, context: &Context) {
+        let left_out = log::tell_left_out();
+        let counts = context.counters.counts();
+        let done = counts.since(&self.before);
+        let period = self.at.elapsed();
+        (self.before, self.at) = (counts, Instant::now());
+        let down = Service::ALL
+            .iter()
+            .any(|api| context.health(*api).is_down());
+        let standing = standing(context).await;
+        let all_is_well =
+            !down && !left_out && standing.is_some_and(|standing| standing.waiting == 0);
+        if all_is_well && !done.something_happened() {
+            return;
+        }
+        tracing::info!(
+            seconds = rounded(period),
+            polls = done.polls,
+            polls_failed = done.polls_failed,
+            told = done.told,
+            delivered = done.delivered,
+            attempts_failed = done.attempts_failed,
+            failed = done.failed,
+            waiting = standing.map(|standing| standing.waiting),
+            failed_in_all = standing.map(|standing| standing.failed),
+            bigchat = state(context, Service::BigChat),
+            our_api = state(context, Service::OurApi),
+            "summary"
+        );
+    }
+}
+
+/// How the daemon fares, in a sentence.
+pub async fn sentence(context: &Context) -> String {
+    let mut text = format!(
+        "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
+        state(context, Service::BigChat),
+        state(context, Service::OurApi),
+        context.counters.told.get(),
+        context.counters.delivered.get(),
+    );
+    if let Some(Standing { waiting, failed }) = standing(context).await {
+        text += &format!(", {waiting} waiting, {failed} failed");
+    }
+    text
+}
+
+fn state(context: &Context, api: Service) -> &'static str {
+    if context.health(api).is_down() {
+        "down"
+    } else {
+        "up"
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Standing {
+    waiting: u64,
+    failed: u64,
+}
+
+/// What waits and what has failed, up to so many; `None`: the journal does not tell.
+async fn standing(context: &Context) -> Option<Standing> {
+    let count = |store: &mut Store| {
+        Ok(Standing {
+            waiting: store.waiting_at_most(COUNTED)?,
+            failed: store.count_failed()?,
+        })
+    };
+    context.journal.with(count).await.ok()
+}
+
+fn rounded(period: Duration) -> u64 {
+    (period + Duration::from_millis(500)).as_secs()
+}
