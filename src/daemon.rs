@@ -15,6 +15,7 @@ use crate::http::Http;
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::our_api::OurApi;
 use crate::poller::Poller;
+use crate::progress;
 use crate::screen::{Log, Screen};
 use crate::service::Manager;
 use crate::settings::{Settings, Tokens};
@@ -111,6 +112,7 @@ impl Onlookers {
         let watching = async {
             tokio::join!(
                 summary.keep_telling(context),
+                progress::show(context, self.screen.as_ref()),
                 self.manager
                     .attend(|| None, || summary::sentence(context), &context.stopping),
             )

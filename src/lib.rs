@@ -29,7 +29,9 @@ pub mod messages;
 #[cfg(test)]
 mod model;
 pub mod our_api;
+pub mod pace;
 pub mod poller;
+pub mod progress;
 pub mod rebuild;
 pub mod resolve;
 pub mod retry;

@@ -4,10 +4,10 @@
 //! OurAPI is asked by the daemon where one runs, since it bounds all requests to OurAPI; where none does, this
 //! process takes its place until the work is done. It knows which by the lock on the database: whoever has it delivers.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use thiserror::Error;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::conversation::ChatFound;
@@ -15,6 +15,7 @@ use crate::daemon::{self, DaemonError};
 use crate::journal::{
     Journal, JournalError, Lacking, OpenError, RebuildProgress, STORAGE_PAUSE, Scope, Store,
 };
+use crate::pace::Pace;
 use crate::screen::{Screen, styled};
 use crate::settings::{Settings, Tokens};
 use crate::time::Millis;
@@ -26,7 +27,7 @@ const FRAME: Duration = Duration::from_millis(200);
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// What the bar shows.
-const BAR: &str = "  {wide_bar:.cyan/dim}  {per_sec}, {eta} left\n  {msg}";
+const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
 
 /// How many chats that lack something are listed.
 const LISTED: u32 = 100;
@@ -168,10 +169,16 @@ async fn watch(
 ) -> Result<RebuildProgress, RebuildError> {
     let bar = screen.picture().map(|picture| picture.add(styled(BAR)));
     let mut last_line = Instant::now();
+    let mut pace: Option<Pace> = None;
     loop {
         let progress = journal
             .with(move |store| store.rebuild_progress(rebuild))
             .await?;
+        let left = (progress.chats - progress.compared) + progress.waiting;
+        let all = progress.chats + progress.messages.max(progress.waiting);
+        let (now, done) = (Instant::now(), all.saturating_sub(left));
+        let pace = pace.get_or_insert_with(|| Pace::new(now, done));
+        let rate = pace.now(now, done, Some(left));
         if progress.is_done() || stop.is_cancelled() {
             if let Some(bar) = bar {
                 bar.finish_and_clear();
@@ -180,14 +187,13 @@ async fn watch(
         }
         match &bar {
             Some(bar) => {
-                let left = (progress.chats - progress.compared) + progress.waiting;
-                let all = progress.chats + progress.messages.max(progress.waiting);
                 bar.set_length(all);
-                bar.set_position(all.saturating_sub(left));
+                bar.set_position(done);
+                bar.set_prefix(rate.to_string());
                 bar.set_message(sentence(&progress));
             }
             None if last_line.elapsed() >= LINE_EVERY => {
-                screen.say(&sentence(&progress))?;
+                screen.say(&format!("{}, {rate}", sentence(&progress)))?;
                 last_line = Instant::now();
             }
             None => {}

@@ -8,6 +8,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar};
 
 use super::tally::{Line, Looked, ROWS, Tally};
+use crate::pace::{Rate, in_words};
 use crate::screen::{Screen, styled};
 
 /// How often the picture changes.
@@ -26,7 +27,11 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 /// The show that is on.
 pub(super) enum Show {
     Picture(Picture),
-    Lines { screen: Screen, next: Duration },
+    Lines {
+        screen: Screen,
+        duration: Duration,
+        next: Duration,
+    },
 }
 
 impl Show {
@@ -36,6 +41,7 @@ impl Show {
             Some(picture) => Self::Picture(Picture::new(picture, duration)),
             None => Self::Lines {
                 screen: screen.clone(),
+                duration,
                 next: LINE_EVERY,
             },
         }
@@ -57,11 +63,16 @@ impl Show {
     ) -> io::Result<()> {
         match self {
             Self::Picture(picture) => picture.draw(elapsed, tally, looked),
-            Self::Lines { screen, next } if elapsed >= *next => {
+            Self::Lines {
+                screen,
+                duration,
+                next,
+            } if elapsed >= *next => {
                 *next = elapsed + LINE_EVERY;
                 screen.say(&format!(
-                    "{:>3} s  {}",
+                    "{:>3} s of {}  {}",
                     elapsed.as_secs(),
+                    in_words(*duration),
                     tally.sentence(looked)
                 ))?;
             }
@@ -125,9 +136,11 @@ impl Picture {
     fn draw(&mut self, elapsed: Duration, tally: &Tally, looked: &Looked) {
         self.time.set_position(millis(elapsed));
         if elapsed < self.duration {
-            let elapsed = Duration::from_secs(elapsed.as_secs());
-            let [elapsed, duration] = [elapsed, self.duration].map(humantime::format_duration);
-            self.time.set_message(format!("{elapsed} of {duration}"));
+            let rate = Rate {
+                per_second: tally.events() as f64 / elapsed.as_secs_f64().max(1.0),
+                time_left: Some(self.duration - elapsed),
+            };
+            self.time.set_message(format!("told {rate}"));
         }
         for (bar, (what, how_much)) in self.rows.iter().zip(tally.rows(looked)) {
             bar.set_prefix(what);

@@ -2,6 +2,7 @@
 //! routine, and no flood.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use bigchat_sync::sim::bigchat::{self, NextPage};
 use bigchat_sync::sim::faults::{Fault, When};
@@ -301,4 +302,36 @@ async fn once_sums_up_what_it_did() {
         (1, 1),
         "{log}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn catching_up_is_told_of_with_rate_and_time_left() {
+    let slow = our_api::Options {
+        latency: Duration::from_millis(50),
+        ..our_api::Options::default()
+    };
+    let (sim, bench) = scripted(slow).await;
+    let now = seconds(&sim);
+    for id in 10..40 {
+        sim.bigchat.open(id, now - 100, 1);
+    }
+    let told = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
+    sim.bigchat.push_page(told.collect(), NextPage::None);
+    let (_bench, daemon) = with_log(bench, "1h").await;
+    until("it is told of", async || {
+        daemon.lines_with("catching up") > 0
+    })
+    .await;
+    let line = lines(&daemon.log())
+        .into_iter()
+        .find(|line| line["message"] == "catching up");
+    let line = line.expect("a line");
+    let [delivered, left, seconds_left] =
+        ["delivered", "left", "seconds_left"].map(|name| line[name].as_u64().expect("a number"));
+    assert!(delivered > 0 && delivered + left <= 1500, "{line}");
+    assert!(
+        seconds_left > 0 && line["per_second"].as_f64().expect("a rate") > 0.0,
+        "{line}"
+    );
+    assert!(daemon.stop().await.success());
 }

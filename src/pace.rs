@@ -1,0 +1,88 @@
+//! How fast something goes on, and for how long it still will: the same for every bar and line that shows it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Over how long the rate is taken.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// How much was done at some moments of late.
+#[derive(Debug)]
+pub struct Pace(VecDeque<(Instant, u64)>);
+
+impl Pace {
+    /// So much is done when it begins.
+    pub fn new(at: Instant, done: u64) -> Self {
+        Self(VecDeque::from([(at, done)]))
+    }
+
+    /// So much is done now, and so much is left; `None`: nobody knows.
+    pub fn now(&mut self, at: Instant, done: u64, left: Option<u64>) -> Rate {
+        self.0.push_back((at, done));
+        while self.0.len() > 2 && at - self.0[1].0 >= WINDOW {
+            self.0.pop_front();
+        }
+        let (since, before) = self.0[0];
+        let elapsed = (at - since).as_secs_f64();
+        let per_second = if elapsed > 0.0 {
+            done.saturating_sub(before) as f64 / elapsed
+        } else {
+            0.0
+        };
+        let time_left = left
+            .filter(|_| per_second > 0.0)
+            .and_then(|left| Duration::try_from_secs_f64((left as f64 / per_second).ceil()).ok());
+        Rate {
+            per_second,
+            time_left,
+        }
+    }
+}
+
+/// How fast it goes on now.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// How much is done in a second.
+    pub per_second: f64,
+    /// How long it takes at that rate; `None`: that cannot be told.
+    pub time_left: Option<Duration>,
+}
+
+impl std::fmt::Display for Rate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let digits = usize::from(self.per_second < 10.0);
+        write!(f, "{:.digits$}/s, ", self.per_second)?;
+        match self.time_left {
+            Some(left) => write!(f, "{} left", in_words(left)),
+            None => f.write_str("- left"),
+        }
+    }
+}
+
+/// A duration in whole seconds.
+pub fn in_words(duration: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(duration.as_secs())).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_that_of_late() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut pace = Pace::new(start, 5);
+        let shown = |rate: Rate| rate.to_string();
+        assert_eq!(shown(pace.now(start, 5, Some(10))), "0.0/s, - left");
+        assert_eq!(shown(pace.now(at(2), 45, Some(100))), "20/s, 5s left");
+        assert_eq!(shown(pace.now(at(4), 47, None)), "10/s, - left");
+        assert_eq!(
+            shown(pace.now(at(14), 52, Some(1000))),
+            "0.5/s, 33m 20s left"
+        );
+        assert_eq!(shown(pace.now(at(30), 52, Some(9))), "0.0/s, - left");
+    }
+}
