@@ -1,6 +1,6 @@
 //! How things stand, and whether all is well: `bigchat-sync status`, and what the console and the metrics show of it.
 //!
-//! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. [`troubles`] decides what is
+//! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. `troubles` decides what is
 //! not well and says what to do about it.
 
 use std::path::Path;
