@@ -3,16 +3,18 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::bigchat::{BigChat, BigChatError};
-use crate::health::{Health, Service};
+use crate::health::{Health, Service, Storage};
 use crate::http::Exchange;
 use crate::journal::{Api, Journal, JournalError, Session, Throttles};
 use crate::our_api::OurApi;
+use crate::pulse::Pulse;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
 use crate::summary::Counters;
@@ -31,6 +33,10 @@ pub struct Context {
     pub journal: Journal,
     /// This session of the daemon.
     pub session: Session,
+    /// Whether the journal can be written.
+    pub storage: Storage,
+    /// Whether polling and delivery turn over.
+    pub pulse: Pulse,
     /// Told when there is something new to deliver.
     pub work: Notify,
     /// Cancelled when BigChat was read up to now for the first time, or could not be.
@@ -70,12 +76,15 @@ impl Context {
         our_api.recall(session.slowest);
         our_api.recall_late(session.throttles.late);
         let (losses, last_event) = (session.losses, session.last_event);
+        let pulse = Pulse::new(settings.request_timeout, Instant::now());
         Self {
             settings,
             bigchat,
             our_api,
             journal,
             session,
+            storage: Storage::default(),
+            pulse,
             work: Notify::new(),
             polled: CancellationToken::new(),
             stopping,

@@ -1,9 +1,10 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -18,9 +19,10 @@ use crate::poller::Poller;
 use crate::progress;
 use crate::screen::{Log, Screen};
 use crate::service::Manager;
-use crate::settings::{Settings, Tokens};
+use crate::settings::{Listen, Settings, Tokens};
 use crate::summary::{self, Summary};
 use crate::time::Millis;
+use crate::web::{self, Door};
 
 /// How long delivery waits for that. An answer takes some ms; what does not come soon may not come at all.
 const CATCHING_UP: Duration = Duration::from_secs(2);
@@ -69,14 +71,41 @@ pub async fn run(
     onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
+    let door = match settings.listen {
+        Listen::Off => None,
+        Listen::At(address) => Some(Door::At(address)),
+    };
+    run_at(door, settings, tokens, onlookers, stopping).await
+}
+
+/// The same, answering at that door, whatever the settings say of it.
+pub async fn run_at(
+    door: Option<Door>,
+    settings: Settings,
+    tokens: Tokens,
+    onlookers: Onlookers,
+    stopping: CancellationToken,
+) -> Result<(), DaemonError> {
+    let token = tokens.console.clone();
     let starting = start_when_possible(settings, tokens, stopping);
-    match onlookers.manager.during_start(starting).await? {
-        Some(context) => {
-            let work = onlookers.watch(&context, serve(Arc::clone(&context)));
-            health::keep(&context, work).await
-        }
-        None => Ok(()),
+    let Some(context) = onlookers.manager.during_start(starting).await? else {
+        return Ok(());
+    };
+    // Whoever asks is answered until the daemon has stopped; dropped, it ends too.
+    let (mut web, closing) = (JoinSet::new(), CancellationToken::new());
+    if let Some(door) = door {
+        web.spawn(web::serve(
+            Arc::clone(&context),
+            door,
+            token,
+            closing.clone(),
+        ));
     }
+    let work = onlookers.watch(&context, serve(Arc::clone(&context)));
+    let served = health::keep(&context, work).await;
+    closing.cancel();
+    web.join_all().await;
+    served
 }
 
 /// Who watches the daemon, besides those who read its log: nobody, unless it is all that the process does.
@@ -114,7 +143,7 @@ impl Onlookers {
                 summary.keep_telling(context),
                 progress::show(context, self.screen.as_ref()),
                 self.manager
-                    .attend(|| None, || summary::sentence(context), &context.stopping),
+                    .attend(|| context.pulse.stuck(Instant::now()), || summary::sentence(context), &context.stopping),
             )
         };
         let done = tokio::select! {
@@ -138,7 +167,11 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
         caught_up(&context).await;
         delivery::run(Arc::clone(&context), Until::Stopped).await;
     };
-    tokio::join!(polling, delivering);
+    let pulse = &context.pulse;
+    tokio::join!(
+        pulse.polling.beat_for(polling),
+        pulse.delivering.beat_for(delivering)
+    );
     stopped(&context, &poller).await
 }
 

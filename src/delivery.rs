@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::task::{self, JoinError, JoinSet};
@@ -74,7 +75,6 @@ struct Delivery {
     unchecked: HashMap<i64, (u32, Millis)>,
     /// How many usable answers of OurAPI are known of.
     answers: u64,
-    storage_refuses: bool,
     last_look: Millis,
     throttles: Throttles,
     /// As it is kept.
@@ -135,7 +135,6 @@ impl Delivery {
             successes,
             unchecked: HashMap::new(),
             answers: 0,
-            storage_refuses: false,
             last_look: Millis::now(),
             throttles,
             slowest,
@@ -168,6 +167,10 @@ impl Delivery {
             while let Some(handled) = self.in_work.try_join_next_with_id() {
                 self.finished(handled);
             }
+            self.context.pulse.delivering.beat(LOOK);
+            if self.in_work.is_empty() {
+                self.context.pulse.handling.rest();
+            }
         }
         self.drain().await;
     }
@@ -196,23 +199,28 @@ impl Delivery {
         {
             let context = Arc::clone(&self.context);
             let conversation = work.conversation.id;
-            let task = self
-                .in_work
-                .spawn(async move { handlers::handle(&context, work).await });
+            let task = self.in_work.spawn(async move {
+                let handling = &context.pulse.handling;
+                handling
+                    .beat_for_one(handlers::handle(&context, work))
+                    .await
+            });
             self.tasks.insert(task.id(), conversation);
         }
     }
 
     async fn settle_and_claim(&mut self, allowance: Allowance, now: Millis) -> Next {
-        match self.try_settle_and_claim(allowance, now).await {
+        let settled = self.try_settle_and_claim(allowance, now).await;
+        let refused = &self.context.storage.delivery;
+        match settled {
             Ok(next) => {
-                if std::mem::take(&mut self.storage_refuses) {
+                if refused.swap(false, Ordering::Relaxed) {
                     tracing::info!("the journal can be written again");
                 }
                 next
             }
             Err(error) => {
-                if !std::mem::replace(&mut self.storage_refuses, true) {
+                if !refused.swap(true, Ordering::Relaxed) {
                     tracing::error!(reason = %error, "the journal cannot be written: delivery pauses until it can");
                 }
                 // Who delivers only what is due does not wait for it.

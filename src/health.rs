@@ -3,6 +3,7 @@
 //! The daemon says so here when it notices; what is here is kept in the journal by [`keep`], for whoever asks how things
 //! stand, whether the daemon runs or not.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -109,6 +110,22 @@ impl Health {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the journal takes what those have for it who write to it again and again.
+#[derive(Debug, Default)]
+pub struct Storage {
+    /// It refuses the poller.
+    pub polling: AtomicBool,
+    /// It refuses delivery.
+    pub delivery: AtomicBool,
+}
+
+impl Storage {
+    /// Whether it refuses anybody.
+    pub fn refuses(&self) -> bool {
+        self.polling.load(Ordering::Relaxed) || self.delivery.load(Ordering::Relaxed)
     }
 }
 

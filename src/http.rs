@@ -20,6 +20,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
 
+use crate::pulse;
 use crate::retry::RETRY_AFTER_MAX;
 use crate::time::{Millis, Timestamp};
 
@@ -209,6 +210,7 @@ impl Http {
             }
         };
         self.note(asked, path, &answer);
+        pulse::goes_on();
         let answer = answer?;
         if let Some(until) = answer.retry_at {
             self.throttle(until);

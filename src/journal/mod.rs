@@ -31,6 +31,8 @@ use rusqlite::Connection;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+use crate::pulse;
+
 pub use claims::{Claimable, Claimed, Session, Throttles};
 pub use failed::{Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who};
 pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
@@ -234,7 +236,9 @@ impl Journal {
             .as_ref()
             .and_then(|operations| operations.send(operation).ok())
             .ok_or(JournalError::Closed)?;
-        answer.await.map_err(|_| JournalError::Closed)?
+        let answer = answer.await;
+        pulse::goes_on();
+        answer.map_err(|_| JournalError::Closed)?
     }
 }
 

@@ -63,7 +63,6 @@ pub struct Poller {
     unkept: Option<Arc<PageToKeep>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
-    storage_refuses: bool,
     /// BigChat has not told its time, which was logged.
     without_clock: bool,
     /// In how many polls the same further page could not be had.
@@ -105,7 +104,6 @@ impl Poller {
             context,
             unkept: None,
             started_at: None,
-            storage_refuses: false,
             without_clock: false,
             page_failures: 0,
             unanswered: 0,
@@ -131,7 +129,7 @@ impl Poller {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (Polled::More, _) => Duration::ZERO,
                 _ => {
-                    if !self.storage_refuses {
+                    if !self.context.storage.polling.load(Ordering::Relaxed) {
                         self.prune().await;
                     }
                     interval
@@ -139,6 +137,7 @@ impl Poller {
             };
             // A slow poll delays the next one and piles up nothing.
             tick = (tick + wait).max(Instant::now());
+            self.context.pulse.polling.beat(wait);
             let stopping = self.context.stopping.clone();
             tokio::select! {
                 () = stopping.cancelled() => return,
@@ -167,9 +166,10 @@ impl Poller {
             .counters
             .polls_failed
             .add(usize::from(polled.is_err()));
+        let refused = &self.context.storage.polling;
         match polled {
             Ok(polled) => {
-                if std::mem::take(&mut self.storage_refuses) {
+                if refused.swap(false, Ordering::Relaxed) {
                     tracing::info!("the journal can be written again: polling goes on");
                 }
                 polled
@@ -193,7 +193,7 @@ impl Poller {
                 Polled::Incomplete
             }
             Err(PollError::Journal(error)) => {
-                if !std::mem::replace(&mut self.storage_refuses, true) {
+                if !refused.swap(true, Ordering::Relaxed) {
                     tracing::error!(reason = %error, "the journal cannot be written: polling pauses until it can");
                 }
                 Polled::Incomplete

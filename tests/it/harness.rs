@@ -10,6 +10,7 @@ use bigchat_sync::daemon::{self, DaemonError, Onlookers};
 use bigchat_sync::failed::{self, FailedError};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
+use bigchat_sync::web::Door;
 use clap::Parser;
 use futures_util::future::join_all;
 use rusqlite::types::FromSql;
@@ -118,6 +119,22 @@ impl Bench {
             stopping.clone(),
         ));
         Daemon { stopping, task }
+    }
+
+    /// Starts a daemon that listens as well, on a free port, and tells where.
+    pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("its address"));
+        let (stopping, door) = (CancellationToken::new(), Some(Door::Open(listener)));
+        let daemon = daemon::run_at(
+            door,
+            self.settings(),
+            tokens,
+            Onlookers::default(),
+            stopping.clone(),
+        );
+        let task = tokio::spawn(daemon);
+        (Daemon { stopping, task }, url)
     }
 
     /// Polls once, delivers what is due, and ends, in the background: with what stops it.

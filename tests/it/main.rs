@@ -23,3 +23,4 @@ mod status;
 mod stopping;
 mod storage;
 mod upheavals;
+mod web;

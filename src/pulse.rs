@@ -1,0 +1,179 @@
+//! Signs of life: whether polling and delivery still turn over, as opposed to waiting for somebody who is down.
+//!
+//! What turns over beats: it says that it beats again within a time, and each request and each operation on the journal
+//! that comes to an end beats for whoever waits for it. A beat that is late by more than a grace means that something
+//! hangs that nothing in this process will ever end, such as a disk that does not answer, or a lock that is never let
+//! go. Failures are no such thing: they end. What follows from it is left to whoever asks: `/healthz` fails, and the
+//! service manager's watchdog is not fed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::task_local;
+
+/// How late a beat may be on a busy machine.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Nothing is to be done, so nothing beats.
+const AT_REST: u64 = u64::MAX;
+
+task_local! {
+    /// Whose future runs here.
+    static HERE: Heart;
+}
+
+/// The hearts of the daemon.
+#[derive(Debug)]
+pub struct Pulse {
+    /// The poller's: its polls, and the requests they are made of.
+    pub polling: Heart,
+    /// Delivery's, as far as it settles and claims.
+    pub delivering: Heart,
+    /// The handlers', all in one: at rest while none is in work.
+    pub handling: Heart,
+}
+
+/// Beats for one part of the daemon.
+#[derive(Debug, Clone)]
+pub struct Heart(Arc<Beats>);
+
+#[derive(Debug)]
+struct Beats {
+    began: Instant,
+    /// How long anything takes that ends by itself.
+    at_the_most: Duration,
+    /// When it beats again at the latest, in ms since `began`.
+    due: AtomicU64,
+}
+
+impl Pulse {
+    /// All at rest; a request is over after `request_timeout`.
+    pub fn new(request_timeout: Duration, now: Instant) -> Self {
+        // A GET whose connection broke is sent twice.
+        let at_the_most = request_timeout.saturating_mul(2);
+        Self {
+            polling: Heart::new(at_the_most, now),
+            delivering: Heart::new(at_the_most, now),
+            handling: Heart::new(at_the_most, now),
+        }
+    }
+
+    /// What does not turn over, if anything.
+    pub fn stuck(&self, now: Instant) -> Option<&'static str> {
+        let parts = [
+            (&self.polling, "polling is stuck"),
+            (&self.delivering, "delivery is stuck"),
+            (
+                &self.handling,
+                "delivery is stuck: what is in work does not end",
+            ),
+        ];
+        parts
+            .into_iter()
+            .find(|(heart, _)| heart.is_stuck(now))
+            .map(|(_, what)| what)
+    }
+}
+
+impl Heart {
+    fn new(at_the_most: Duration, began: Instant) -> Self {
+        Self(Arc::new(Beats {
+            began,
+            at_the_most,
+            due: AtomicU64::new(AT_REST),
+        }))
+    }
+
+    /// Lets it beat for `work` until that ends: at once, and with whatever ends in it.
+    pub async fn beat_for<T>(&self, work: impl Future<Output = T>) -> T {
+        self.beat(Duration::ZERO);
+        let done = HERE.scope(self.clone(), work).await;
+        self.rest();
+        done
+    }
+
+    /// The same for one of several pieces of work; that there is none any more is to be told by [`Self::rest`].
+    pub async fn beat_for_one<T>(&self, work: impl Future<Output = T>) -> T {
+        self.beat(Duration::ZERO);
+        HERE.scope(self.clone(), work).await
+    }
+
+    /// It beats now, and again once it has slept for `sleep` and then done something.
+    pub fn beat(&self, sleep: Duration) {
+        let due = self.ms(Instant::now() + sleep + self.0.at_the_most);
+        self.0.due.store(due, Ordering::Relaxed);
+    }
+
+    /// There is nothing to be done.
+    pub fn rest(&self) {
+        self.0.due.store(AT_REST, Ordering::Relaxed);
+    }
+
+    fn is_stuck(&self, now: Instant) -> bool {
+        let due = self.0.due.load(Ordering::Relaxed);
+        due < self.ms(now).saturating_sub(ms(GRACE))
+    }
+
+    fn ms(&self, at: Instant) -> u64 {
+        ms(at.saturating_duration_since(self.0.began))
+    }
+}
+
+/// A request or an operation on the journal has ended, however it did: whoever waits for it goes on.
+pub(crate) fn goes_on() {
+    // Commands have no heart.
+    HERE.try_with(|heart| heart.beat(Duration::ZERO)).ok();
+}
+
+fn ms(duration: Duration) -> u64 {
+    // Never quite the end of time, which is for those at rest.
+    u64::try_from(duration.as_millis()).map_or(AT_REST - 1, |ms| ms.min(AT_REST - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn what_neither_sleeps_nor_ends_is_stuck() {
+        let now = Instant::now();
+        let after = |seconds| now + Duration::from_secs(seconds);
+        let pulse = Pulse::new(TIMEOUT, now);
+        assert_eq!(pulse.stuck(after(1_000_000)), None, "all at rest");
+
+        pulse.polling.beat(Duration::from_secs(60));
+        assert_eq!(pulse.stuck(after(105)), None);
+        assert_eq!(pulse.stuck(after(120)), Some("polling is stuck"));
+
+        pulse.polling.rest();
+        pulse.handling.beat_for_one(async {}).await;
+        assert_eq!(
+            pulse.stuck(after(60)),
+            Some("delivery is stuck: what is in work does not end"),
+            "others may be in work"
+        );
+        pulse.handling.rest();
+        pulse.delivering.beat_for(async {}).await;
+        assert_eq!(pulse.stuck(after(60)), None);
+    }
+
+    #[tokio::test]
+    async fn what_ends_in_it_beats_for_whoever_waits_for_it() {
+        let now = Instant::now();
+        let pulse = Pulse::new(TIMEOUT, now);
+        let due = |heart: &Heart| heart.0.due.load(Ordering::Relaxed);
+        let polling = pulse.polling.beat_for(async {
+            let before = due(&pulse.polling);
+            pulse.polling.0.due.store(0, Ordering::Relaxed);
+            goes_on();
+            assert!(due(&pulse.polling) >= before);
+            assert_eq!(due(&pulse.handling), AT_REST, "not for others");
+        });
+        polling.await;
+        goes_on();
+        assert_eq!(due(&pulse.polling), AT_REST);
+    }
+}

@@ -1,0 +1,431 @@
+//! Who may ask: decided from a request's head alone, before anything is done about it.
+//!
+//! - DNS rebinding: a name that a stranger's page resolved to this address is not in `Host` here. Addresses and
+//!   `localhost` are nobody's to rebind; other names are those of `--console-host`.
+//! - Cross-site requests: what a browser says of itself (`Origin`, `Sec-Fetch-Site`) must be that the page is the console's
+//!   own, down to the port; and what changes something needs a header and a type that no page can send elsewhere without
+//!   asking first, which nobody answers.
+//! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are refused.
+//! - What comes back is nobody else's: nothing is framed, sniffed, stored, or run but the console's own script.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use thiserror::Error;
+use tokio::time::timeout;
+
+use super::{Web, error};
+
+/// What tells a request of the console from any other: `1`, or the key that a login gave.
+pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
+
+/// How long an answer may take, the request's body included.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// What a browser may do with an answer, whatever it is.
+const HEADERS: [(HeaderName, &str); 8] = [
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::X_FRAME_OPTIONS, "DENY"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (header::CACHE_CONTROL, "no-store"),
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        "same-origin",
+    ),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        "same-origin",
+    ),
+    (
+        HeaderName::from_static("permissions-policy"),
+        "camera=(), geolocation=(), microphone=()",
+    ),
+];
+
+/// Why a request is not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub(crate) enum Refusal {
+    #[error("one Host header is needed, and a target that begins with a slash")]
+    Malformed,
+    #[error(
+        "the console does not go by this name: ask for it by its address, or add the name with --console-host"
+    )]
+    UnknownHost,
+    #[error("this comes from another site's page")]
+    CrossSite,
+    #[error("a request that changes something needs the header X-Bigchat-Sync")]
+    NotOurs,
+    #[error("a body needs a Content-Length")]
+    NoLength,
+    #[error("a body must be application/json")]
+    NotJson,
+    #[error("a token is needed: log in, or send it as `Authorization: Bearer …`")]
+    Unidentified,
+    #[error("too many wrong tokens: wait {0} s")]
+    TooManyTries(u64),
+    #[error("not answered in time")]
+    TooSlow,
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let status = match self {
+            Self::Malformed => StatusCode::BAD_REQUEST,
+            Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
+            Self::CrossSite | Self::NotOurs => StatusCode::FORBIDDEN,
+            Self::NoLength => StatusCode::LENGTH_REQUIRED,
+            Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Unidentified => StatusCode::UNAUTHORIZED,
+            Self::TooManyTries(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::TooSlow => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        let mut response = error(status, &self.to_string());
+        let headers = response.headers_mut();
+        match self {
+            Self::Unidentified => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            Self::TooManyTries(seconds) => {
+                headers.insert(header::RETRY_AFTER, seconds.into());
+            }
+            // What follows on the connection may be anything.
+            Self::Malformed | Self::NoLength => {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+/// Refuses what must not be answered, and marks what is.
+pub(super) async fn guard(State(web): State<Arc<Web>>, request: Request, next: Next) -> Response {
+    let mut response = match allow(
+        &web.names,
+        request.method(),
+        request.uri(),
+        request.headers(),
+    ) {
+        Ok(()) => timeout(ANSWER, next.run(request))
+            .await
+            .unwrap_or_else(|_| Refusal::TooSlow.into_response()),
+        Err(refusal) => refusal.into_response(),
+    };
+    for (name, value) in HEADERS {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Refuses who is not known, where a token is set.
+pub(super) async fn identify(
+    State(web): State<Arc<Web>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let known = web
+        .login
+        .as_ref()
+        .map_or(Ok(()), |login| login.identify(peer.ip(), request.headers()));
+    match known {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+fn allow(names: &[String], method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
+    if uri.authority().is_some() || !uri.path().starts_with('/') {
+        return Err(Refusal::Malformed);
+    }
+    let host = only(headers, &header::HOST)?.ok_or(Refusal::Malformed)?;
+    if !is_ours(host, names) {
+        return Err(Refusal::UnknownHost);
+    }
+    let reads = matches!(*method, Method::GET | Method::HEAD);
+    if let Some(origin) = only(headers, &header::ORIGIN)?
+        && !is_of(origin, host)
+    {
+        return Err(Refusal::CrossSite);
+    }
+    match fetch(headers, "site")? {
+        None | Some("same-origin" | "none") => {}
+        // A link to the console may stand anywhere.
+        Some(_)
+            if reads
+                && fetch(headers, "mode")? == Some("navigate")
+                && fetch(headers, "dest")? == Some("document") => {}
+        Some(_) => return Err(Refusal::CrossSite),
+    }
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        return Err(Refusal::NoLength);
+    }
+    if reads {
+        return Ok(());
+    }
+    if !headers.contains_key(KEY) {
+        return Err(Refusal::NotOurs);
+    }
+    let kind = only(headers, &header::CONTENT_TYPE)?.and_then(|kind| kind.split(';').next());
+    match kind {
+        Some(kind) if kind.trim().eq_ignore_ascii_case("application/json") => Ok(()),
+        _ => Err(Refusal::NotJson),
+    }
+}
+
+/// The value of a header that must not be there twice.
+fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Refusal> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => value.to_str().map(Some).map_err(|_| Refusal::Malformed),
+        (Some(_), Some(_)) => Err(Refusal::Malformed),
+    }
+}
+
+/// What the browser says of the page that asks.
+fn fetch<'a>(headers: &'a HeaderMap, what: &str) -> Result<Option<&'a str>, Refusal> {
+    let name = match what {
+        "site" => HeaderName::from_static("sec-fetch-site"),
+        "mode" => HeaderName::from_static("sec-fetch-mode"),
+        _ => HeaderName::from_static("sec-fetch-dest"),
+    };
+    only(headers, &name)
+}
+
+/// Whether a `Host` is one that no stranger can have a browser send here.
+fn is_ours(host: &str, names: &[String]) -> bool {
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => match rest.split_once(']') {
+            Some((address, port)) if address.parse::<Ipv6Addr>().is_ok() => (None, port),
+            _ => return false,
+        },
+        None => match host.find(':') {
+            Some(colon) => (Some(&host[..colon]), &host[colon..]),
+            None => (Some(host), ""),
+        },
+    };
+    let port_is_one = match port.strip_prefix(':') {
+        Some(port) => port.parse::<u16>().is_ok(),
+        None => port.is_empty(),
+    };
+    port_is_one
+        && name.is_none_or(|name| {
+            name.parse::<Ipv4Addr>().is_ok()
+                || name.eq_ignore_ascii_case("localhost")
+                || names.iter().any(|ours| ours.eq_ignore_ascii_case(name))
+        })
+}
+
+/// Whether an `Origin` is that of the console under this `Host`. Its scheme may be that of a proxy in front.
+fn is_of(origin: &str, host: &str) -> bool {
+    ["http://", "https://"]
+        .iter()
+        .filter_map(|scheme| origin.strip_prefix(scheme))
+        .any(|origin| origin.eq_ignore_ascii_case(host))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What becomes of a request with this head.
+    fn ask(method: Method, target: &str, headers: &[(&str, &str)]) -> Result<(), Refusal> {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            let name: HeaderName = name.parse().expect("a name");
+            map.append(name, HeaderValue::from_str(value).expect("a value"));
+        }
+        let names = ["ops.example".to_owned()];
+        allow(&names, &method, &target.parse().expect("a target"), &map)
+    }
+
+    #[test]
+    fn only_names_that_nobody_can_rebind_are_answered_to() {
+        for host in [
+            "127.0.0.1:8268",
+            "127.0.0.1",
+            "localhost:8268",
+            "LOCALHOST",
+            "[::1]:8268",
+            "[::1]",
+            "192.168.1.7:8268",
+            "ops.example",
+            "Ops.Example:443",
+        ] {
+            assert_eq!(ask(Method::GET, "/", &[("host", host)]), Ok(()), "{host}");
+        }
+        for host in [
+            "evil.example:8268",
+            "ops.example.evil.example",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "user@127.0.0.1",
+            "127.0.0.1:8268@evil.example",
+            "127.0.0.1:80:80",
+            "127.0.0.1:port",
+            "[::1",
+            "[::1]evil.example",
+            "[evil.example]",
+            "localhost.",
+            "0x7f.1",
+            "",
+            ":8268",
+            "127.0.0.1, evil.example",
+        ] {
+            assert_eq!(
+                ask(Method::GET, "/", &[("host", host)]),
+                Err(Refusal::UnknownHost),
+                "{host}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        let host = ("host", "localhost");
+        let length = ("transfer-encoding", "chunked");
+        for (target, headers, refusal) in [
+            ("/", vec![], Refusal::Malformed),
+            (
+                "/",
+                vec![host, ("host", "evil.example")],
+                Refusal::Malformed,
+            ),
+            ("http://localhost/", vec![host], Refusal::Malformed),
+            ("http://evil.example/", vec![host], Refusal::Malformed),
+            ("*", vec![host], Refusal::Malformed),
+            ("localhost:80", vec![host], Refusal::Malformed),
+            ("/", vec![host, length], Refusal::NoLength),
+            (
+                "/",
+                vec![
+                    host,
+                    ("origin", "http://localhost"),
+                    ("origin", "http://localhost"),
+                ],
+                Refusal::Malformed,
+            ),
+        ] {
+            assert_eq!(
+                ask(Method::GET, target, &headers),
+                Err(refusal),
+                "{target} {headers:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn other_pages_may_link_to_the_console_and_nothing_else() {
+        let host = ("host", "localhost:8268");
+        let get = |headers: &[(&str, &str)]| ask(Method::GET, "/", &[&[host], headers].concat());
+        assert_eq!(get(&[("sec-fetch-site", "same-origin")]), Ok(()));
+        assert_eq!(get(&[("sec-fetch-site", "none")]), Ok(()));
+        assert_eq!(get(&[("origin", "http://localhost:8268")]), Ok(()));
+        for site in ["cross-site", "same-site", "new-fangled"] {
+            let document = [
+                ("sec-fetch-site", site),
+                ("sec-fetch-mode", "navigate"),
+                ("sec-fetch-dest", "document"),
+            ];
+            assert_eq!(get(&document), Ok(()), "a link");
+            let frame = [
+                ("sec-fetch-site", site),
+                ("sec-fetch-mode", "navigate"),
+                ("sec-fetch-dest", "iframe"),
+            ];
+            assert_eq!(get(&frame), Err(Refusal::CrossSite));
+            let script = [("sec-fetch-site", site), ("sec-fetch-mode", "no-cors")];
+            assert_eq!(get(&script), Err(Refusal::CrossSite));
+        }
+        for origin in [
+            "null",
+            "",
+            "http://localhost",
+            "http://localhost:3000",
+            "http://localhost:82680",
+            "http://evil.example",
+            "ftp://localhost:8268",
+            "http://localhost:8268/",
+        ] {
+            assert_eq!(
+                get(&[("origin", origin)]),
+                Err(Refusal::CrossSite),
+                "{origin}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_changes_something_needs_what_no_other_page_can_send() {
+        let host = ("host", "localhost:8268");
+        let origin = ("origin", "http://localhost:8268");
+        let (ours, json) = (
+            ("x-bigchat-sync", "1"),
+            ("content-type", "application/json"),
+        );
+        let post = |headers: &[(&str, &str)]| {
+            ask(
+                Method::POST,
+                "/api/failed/retry",
+                &[&[host], headers].concat(),
+            )
+        };
+        assert_eq!(post(&[ours, json]), Ok(()), "a script");
+        assert_eq!(
+            post(&[ours, ("content-type", "Application/JSON; charset=utf-8")]),
+            Ok(())
+        );
+        assert_eq!(
+            post(&[ours, json, origin, ("sec-fetch-site", "same-origin")]),
+            Ok(())
+        );
+        assert_eq!(post(&[json, origin]), Err(Refusal::NotOurs));
+        assert_eq!(post(&[ours, origin]), Err(Refusal::NotJson));
+        for kind in [
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "application/jsonp",
+            "text/plain; application/json",
+        ] {
+            assert_eq!(
+                post(&[ours, ("content-type", kind)]),
+                Err(Refusal::NotJson),
+                "{kind}"
+            );
+        }
+        let link = [
+            ours,
+            json,
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "document"),
+        ];
+        assert_eq!(post(&link), Err(Refusal::CrossSite), "a form");
+        assert_eq!(
+            post(&[ours, json, ("origin", "http://localhost:3000")]),
+            Err(Refusal::CrossSite)
+        );
+        assert_eq!(
+            ask(Method::DELETE, "/", &[host, json]),
+            Err(Refusal::NotOurs)
+        );
+        assert_eq!(
+            ask(Method::OPTIONS, "/", &[host]),
+            Err(Refusal::NotOurs),
+            "nobody is told that he may"
+        );
+    }
+}

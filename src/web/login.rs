@@ -1,0 +1,399 @@
+//! Who is known: by the token itself, or by a session that a login with it has begun.
+//!
+//! A session is a cookie that no script can read, together with a key that only the console's own pages can: browsers
+//! send a host's cookies to all its ports, and to whoever else listens there. Neither is worth anything without the
+//! other. Sessions end with the daemon.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
+use subtle::{Choice, ConstantTimeEq};
+
+use super::guard::{KEY, Refusal};
+use super::{Web, error};
+
+/// How many sessions there may be: the oldest gives way.
+const MAX_SESSIONS: usize = 32;
+
+/// How long a session lasts: a day's work.
+const SESSION: Duration = Duration::from_secs(12 * 3600);
+
+/// How many wrong tokens one network may send at once.
+const TRIES: f64 = 10.0;
+
+/// How long it waits for each further one.
+const TRY_EVERY: Duration = Duration::from_secs(6);
+
+/// Of how many networks it is known how often they tried; the others share what is left.
+const MAX_NETWORKS: usize = 1000;
+
+/// The token, who has shown it, and who has failed to.
+#[derive(Debug)]
+pub(super) struct Login {
+    token: SecretString,
+    cookie: String,
+    sessions: Mutex<Vec<Session>>,
+    tries: Mutex<Tries>,
+}
+
+/// Not to be shown: `Debug` is left out.
+struct Session {
+    cookie: String,
+    key: String,
+    until: Instant,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").finish_non_exhaustive()
+    }
+}
+
+/// `POST /api/login`.
+#[derive(Deserialize)]
+pub(super) struct Credentials {
+    token: String,
+}
+
+/// Begins a session: the answer sets its cookie, and holds the key to be sent as `X-Bigchat-Sync` from then on.
+pub(super) async fn login(
+    State(web): State<Arc<Web>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    Json(credentials): Json<Credentials>,
+) -> Response {
+    let Some(login) = &web.login else {
+        return error(
+            StatusCode::NOT_FOUND,
+            "no token is set: there is no need to log in",
+        );
+    };
+    match login.begin(peer.ip(), &credentials.token, Instant::now()) {
+        Ok((cookie, key)) => {
+            tracing::info!(%peer, "somebody has logged in to the console");
+            let cookie = login.set_cookie(&cookie, SESSION, &headers);
+            ([(header::SET_COOKIE, cookie)], Json(json!({ "key": key }))).into_response()
+        }
+        Err(refusal) => {
+            tracing::warn!(%peer, "a login to the console has failed");
+            refusal.into_response()
+        }
+    }
+}
+
+/// Ends the session.
+pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> Response {
+    let Some(login) = &web.login else {
+        return StatusCode::NO_CONTENT.into_response();
+    };
+    login.end(&headers);
+    let cookie = login.set_cookie("", Duration::ZERO, &headers);
+    ([(header::SET_COOKIE, cookie)], StatusCode::NO_CONTENT).into_response()
+}
+
+impl Login {
+    /// With a token; the port tells the cookies of several daemons on one host apart.
+    pub(super) fn new(token: SecretString, port: u16) -> Self {
+        Self {
+            token,
+            cookie: format!("bigchat_sync_{port}"),
+            sessions: Mutex::default(),
+            tries: Mutex::default(),
+        }
+    }
+
+    /// Whether a request comes from somebody known.
+    pub(super) fn identify(&self, peer: IpAddr, headers: &HeaderMap) -> Result<(), Refusal> {
+        let now = Instant::now();
+        if let Some(token) = bearer(headers) {
+            return self.check(peer, token, now);
+        }
+        let key = headers.get(KEY).map_or(&b""[..], HeaderValue::as_bytes);
+        let sessions = self.sessions(now);
+        let known = self
+            .cookies(headers)
+            .any(|cookie| sessions.iter().any(|session| session.is(cookie, key)));
+        if known {
+            Ok(())
+        } else {
+            Err(Refusal::Unidentified)
+        }
+    }
+
+    fn begin(&self, peer: IpAddr, token: &str, now: Instant) -> Result<(String, String), Refusal> {
+        self.check(peer, token.as_bytes(), now)?;
+        let session = Session {
+            cookie: secret(),
+            key: secret(),
+            until: now + SESSION,
+        };
+        let told = (session.cookie.clone(), session.key.clone());
+        let mut sessions = self.sessions(now);
+        if sessions.len() >= MAX_SESSIONS {
+            sessions.remove(0);
+        }
+        sessions.push(session);
+        Ok(told)
+    }
+
+    fn end(&self, headers: &HeaderMap) {
+        let key = headers.get(KEY).map_or(&b""[..], HeaderValue::as_bytes);
+        let cookies: Vec<&[u8]> = self.cookies(headers).collect();
+        self.sessions(Instant::now())
+            .retain(|session| !cookies.iter().any(|cookie| session.is(cookie, key)));
+    }
+
+    /// Whether that is the token. Too many wrong ones, and nobody of that network is told.
+    fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<(), Refusal> {
+        let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        tries.may_try(peer, now)?;
+        if bool::from(self.token.expose_secret().as_bytes().ct_eq(token)) {
+            Ok(())
+        } else {
+            tries.failed(peer, now);
+            Err(Refusal::Unidentified)
+        }
+    }
+
+    /// The sessions that last.
+    fn sessions(&self, now: Instant) -> MutexGuard<'_, Vec<Session>> {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|session| now < session.until);
+        sessions
+    }
+
+    /// The cookies of our name: another port of the host may have set some too.
+    fn cookies<'a>(&'a self, headers: &'a HeaderMap) -> impl Iterator<Item = &'a [u8]> {
+        headers
+            .get_all(header::COOKIE)
+            .iter()
+            .filter_map(|cookies| cookies.to_str().ok())
+            .flat_map(|cookies| cookies.split(';'))
+            .filter_map(|cookie| cookie.trim().split_once('='))
+            .filter(|(name, _)| *name == self.cookie)
+            .map(|(_, value)| value.as_bytes())
+    }
+
+    fn set_cookie(&self, value: &str, lasts: Duration, headers: &HeaderMap) -> String {
+        let name = &self.cookie;
+        let seconds = lasts.as_secs();
+        // Behind a proxy only the browser itself tells how it is spoken to.
+        let secure = headers
+            .get(header::ORIGIN)
+            .is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
+        let secure = if secure { "; Secure" } else { "" };
+        format!("{name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}")
+    }
+}
+
+impl Session {
+    fn is(&self, cookie: &[u8], key: &[u8]) -> bool {
+        let both: Choice = self.cookie.as_bytes().ct_eq(cookie) & self.key.as_bytes().ct_eq(key);
+        both.into()
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
+}
+
+/// What nobody guesses.
+fn secret() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// How many wrong tokens each network may still send.
+#[derive(Debug, Default)]
+struct Tries {
+    networks: HashMap<IpAddr, Credit>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Credit {
+    left: f64,
+    at: Instant,
+}
+
+impl Credit {
+    fn now(self, now: Instant) -> f64 {
+        let gained = now.saturating_duration_since(self.at).as_secs_f64() / TRY_EVERY.as_secs_f64();
+        (self.left + gained).min(TRIES)
+    }
+}
+
+impl Tries {
+    fn may_try(&self, peer: IpAddr, now: Instant) -> Result<(), Refusal> {
+        let left = self
+            .networks
+            .get(&self.network(peer))
+            .map_or(TRIES, |credit| credit.now(now));
+        if left >= 1.0 {
+            return Ok(());
+        }
+        let wait = (1.0 - left) * TRY_EVERY.as_secs_f64();
+        // At most `TRY_EVERY`.
+        Err(Refusal::TooManyTries(wait.ceil() as u64))
+    }
+
+    fn failed(&mut self, peer: IpAddr, now: Instant) {
+        if self.networks.len() >= MAX_NETWORKS {
+            self.networks.retain(|_, credit| credit.now(now) < TRIES);
+        }
+        let network = self.network(peer);
+        let left = self
+            .networks
+            .get(&network)
+            .map_or(TRIES, |credit| credit.now(now));
+        let credit = Credit {
+            left: left - 1.0,
+            at: now,
+        };
+        self.networks.insert(network, credit);
+    }
+
+    /// Who counts as one: whoever has one IPv6 address has as many as he likes.
+    fn network(&self, peer: IpAddr) -> IpAddr {
+        const OTHERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+        let network = match peer.to_canonical() {
+            IpAddr::V6(address) => {
+                Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
+            }
+            v4 => v4,
+        };
+        if self.networks.len() >= MAX_NETWORKS && !self.networks.contains_key(&network) {
+            OTHERS
+        } else {
+            network
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKEN: &str = "a token that is long enough";
+
+    fn login() -> Login {
+        Login::new(SecretString::from(TOKEN), 8268)
+    }
+
+    fn peer(last: u8) -> IpAddr {
+        IpAddr::from([127, 0, 0, last])
+    }
+
+    fn headers(pairs: &[(&str, String)]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|(name, value)| {
+                let name: header::HeaderName = name.parse().expect("a name");
+                (name, HeaderValue::from_str(value).expect("a value"))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_session_is_cookie_and_key_together_and_ends() {
+        let (login, now) = (login(), Instant::now());
+        let (cookie, key) = login.begin(peer(1), TOKEN, now).expect("a session");
+        let ask = |cookie: &str, key: &str| {
+            let cookies = format!("a=b; bigchat_sync_8268=tossed; bigchat_sync_8268={cookie}");
+            let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key.to_owned())]);
+            login.identify(peer(1), &headers)
+        };
+        assert_eq!(ask(&cookie, &key), Ok(()));
+        assert_eq!(ask(&cookie, "1"), Err(Refusal::Unidentified));
+        assert_eq!(ask(&cookie, ""), Err(Refusal::Unidentified));
+        assert_eq!(ask("", &key), Err(Refusal::Unidentified));
+        assert_eq!(ask(&key, &cookie), Err(Refusal::Unidentified));
+        let (other, _) = login.begin(peer(1), TOKEN, now).expect("a session");
+        assert_eq!(ask(&other, &key), Err(Refusal::Unidentified), "another's");
+        assert!(login.sessions(now + SESSION).is_empty());
+        assert_eq!(ask(&cookie, &key), Err(Refusal::Unidentified), "it is over");
+    }
+
+    #[test]
+    fn sessions_are_bounded() {
+        let (login, now) = (login(), Instant::now());
+        for _ in 0..MAX_SESSIONS + 5 {
+            login.begin(peer(1), TOKEN, now).expect("a session");
+        }
+        assert_eq!(login.sessions(now).len(), MAX_SESSIONS);
+    }
+
+    #[test]
+    fn guessing_is_slowed_and_locks_nobody_else_out() {
+        let (login, now) = (login(), Instant::now());
+        let wrong = |who, at| login.check(who, b"wrong", at);
+        let right = |who, at| login.check(who, TOKEN.as_bytes(), at);
+        for _ in 0..10 {
+            assert_eq!(wrong(peer(1), now), Err(Refusal::Unidentified));
+        }
+        assert_eq!(
+            wrong(peer(1), now),
+            Err(Refusal::TooManyTries(TRY_EVERY.as_secs()))
+        );
+        assert_eq!(
+            right(peer(1), now),
+            Err(Refusal::TooManyTries(TRY_EVERY.as_secs())),
+            "else one would only have to ask on"
+        );
+        assert_eq!(right(peer(2), now), Ok(()));
+        assert_eq!(right(peer(1), now + TRY_EVERY), Ok(()));
+        for _ in 0..20 {
+            assert_eq!(right(peer(2), now), Ok(()), "being right costs nothing");
+        }
+        let addresses = (0..20_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n]));
+        let refused = addresses
+            .filter(|who| wrong(*who, now) != Err(Refusal::Unidentified))
+            .count();
+        assert_eq!(refused, 10, "a network is one");
+    }
+
+    #[test]
+    fn those_who_try_from_everywhere_share_what_is_left() {
+        let (login, now) = (login(), Instant::now());
+        let everybody = (0..2_000_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, n, 0, 0, 0, 1]));
+        let refused = everybody
+            .filter(|who| login.check(*who, b"wrong", now) != Err(Refusal::Unidentified))
+            .count();
+        assert_eq!(refused, 2_000 - MAX_NETWORKS - 10);
+        let tries = login.tries.lock().expect("no panic");
+        assert!(tries.networks.len() <= MAX_NETWORKS + 1);
+    }
+
+    #[test]
+    fn a_cookie_is_for_this_console_only() {
+        let cookie = login().set_cookie("x", SESSION, &HeaderMap::new());
+        assert_eq!(
+            cookie,
+            "bigchat_sync_8268=x; Path=/; Max-Age=43200; HttpOnly; SameSite=Strict"
+        );
+        let https = headers(&[("origin", "https://ops.example".into())]);
+        let cookie = login().set_cookie("x", SESSION, &https);
+        assert!(cookie.ends_with("; Secure"), "{cookie}");
+    }
+
+    #[test]
+    fn no_secret_is_printed() {
+        let login = login();
+        let (cookie, key) = login
+            .begin(peer(1), TOKEN, Instant::now())
+            .expect("a session");
+        let printed = format!("{login:?}");
+        for secret in [TOKEN, &cookie, &key] {
+            assert!(!printed.contains(secret), "{printed}");
+        }
+    }
+}
