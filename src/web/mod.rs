@@ -13,7 +13,7 @@ mod probes;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
@@ -22,15 +22,23 @@ use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use secrecy::SecretString;
 use serde_json::json;
+use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::{Mutex, OnceCell};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
+use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::status::Status;
+use crate::time::Millis;
 use login::Login;
 
 /// How long to wait before a port that was taken is tried again.
 const TAKEN: Duration = Duration::from_secs(30);
+
+/// For how long a status is as good as a new one.
+const FRESH: Duration = Duration::from_millis(500);
 
 /// No request needs more: ids of some thousand events.
 const MAX_BODY: usize = 64 << 10;
@@ -44,6 +52,60 @@ pub(crate) struct Web {
     names: Vec<String>,
     /// `None`: whoever can reach it may do everything.
     login: Option<Login>,
+    /// Opened when it is first needed.
+    reader: OnceCell<Journal>,
+    status: Mutex<Option<(Instant, Arc<Status>)>>,
+}
+
+/// Why something could not be read.
+#[derive(Debug, Error)]
+pub(crate) enum ReadError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("the operating system refuses: {0}")]
+    System(#[from] io::Error),
+}
+
+impl IntoResponse for ReadError {
+    fn into_response(self) -> Response {
+        error(StatusCode::SERVICE_UNAVAILABLE, &self.to_string())
+    }
+}
+
+impl Web {
+    /// Reads from the database, in its latest state, and keeps nobody waiting who writes to it.
+    pub(crate) async fn read<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut Store) -> Result<T, JournalError> + Send + 'static,
+    ) -> Result<T, ReadError> {
+        let reader = self.reader.get_or_try_init(|| self.open_reader()).await?;
+        Ok(reader.with(operation).await?)
+    }
+
+    async fn open_reader(&self) -> Result<Journal, ReadError> {
+        let db = self.context.settings.db();
+        let store = tokio::task::spawn_blocking(move || Store::open_reader(&db));
+        Ok(Journal::start(store.await.map_err(io::Error::other)??)?)
+    }
+
+    /// How things stand; as of a moment ago, if somebody has just asked.
+    pub(crate) async fn status(&self) -> Result<Arc<Status>, ReadError> {
+        // Held meanwhile: who asks at the same time gets the same answer.
+        let mut status = self.status.lock().await;
+        if let Some((at, status)) = &*status
+            && at.elapsed() < FRESH
+        {
+            return Ok(Arc::clone(status));
+        }
+        let settings = &self.context.settings;
+        let (db, interval) = (settings.db(), settings.poll_interval);
+        let read = move |store: &mut Store| Status::read(store, &db, interval, Millis::now());
+        let read = Arc::new(self.read(read).await?);
+        *status = Some((Instant::now(), Arc::clone(&read)));
+        Ok(read)
+    }
 }
 
 /// Where to listen.
@@ -77,6 +139,8 @@ pub(crate) async fn serve(
         names: context.settings.console_host.clone(),
         context,
         login: token.map(|token| Login::new(token, address.port())),
+        reader: OnceCell::new(),
+        status: Mutex::default(),
     });
     connections::accept(listener, router(web), closing).await;
 }
