@@ -13,6 +13,7 @@ use crate::bigchat::{BigChat, BigChatError};
 use crate::health::{Health, Service, Storage};
 use crate::http::Exchange;
 use crate::journal::{Api, Journal, JournalError, Session, Throttles};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::pulse::Pulse;
 use crate::retry::{Allowance, Breaker};
@@ -35,6 +36,8 @@ pub struct Context {
     pub session: Session,
     /// Whether the journal can be written.
     pub storage: Storage,
+    /// What is counted and measured.
+    pub metrics: Metrics,
     /// Whether polling and delivery turn over.
     pub pulse: Pulse,
     /// Told when there is something new to deliver.
@@ -69,6 +72,7 @@ impl Context {
         our_api: OurApi,
         journal: Journal,
         session: Session,
+        metrics: Metrics,
         stopping: CancellationToken,
     ) -> Self {
         bigchat.http().throttle(session.throttles.bigchat);
@@ -84,6 +88,7 @@ impl Context {
             journal,
             session,
             storage: Storage::default(),
+            metrics,
             pulse,
             work: Notify::new(),
             polled: CancellationToken::new(),

@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 use crate::bigchat::BigChat;
 use crate::context::Context;
 use crate::delivery::{self, Until};
-use crate::health;
+use crate::health::{self, Service};
 use crate::http::Http;
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::progress;
@@ -302,11 +303,13 @@ pub(crate) async fn begin(
         // What was on its way may still be carried out, and OurAPI takes one request at a time.
         our_api.throttle(Millis::now().plus(session.pause));
     }
-    let bigchat = BigChat::new(bigchat);
+    let metrics = Metrics::default();
+    let bigchat = BigChat::new(bigchat.counted_by(metrics.requests_to(Service::BigChat)));
+    let our_api = our_api.counted_by(metrics.requests_to(Service::OurApi));
     let patience = settings.request_timeout;
     let our_api = OurApi::new(our_api, settings.our_api_concurrency, patience);
     Ok(Arc::new(Context::new(
-        settings, bigchat, our_api, journal, session, stopping,
+        settings, bigchat, our_api, journal, session, metrics, stopping,
     )))
 }
 

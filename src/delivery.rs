@@ -359,6 +359,7 @@ impl Delivery {
             }
             Err(error) => {
                 tracing::error!(reason = %error, "a handler has panicked: what it was sending is looked up");
+                self.context.metrics.panicked();
                 self.abandoned.extend(self.tasks.remove(&error.id()));
             }
         }
@@ -381,11 +382,13 @@ impl Delivery {
             now,
         );
         let mut outcomes = Vec::with_capacity(done.len() + 1);
+        let metrics = &self.context.metrics;
         for (event, result) in done {
             let outcome = match result {
                 Ok(sent) => Outcome::Delivered(sent),
                 Err(refusal) => refused(&conversation, &event, &refusal),
             };
+            metrics.attempted(event.what.kind(), &outcome);
             outcomes.push((event.id, outcome));
         }
         match stopped {
@@ -432,6 +435,11 @@ impl Delivery {
                 why,
             }) => {
                 let verdict = self.verdict(&conversation, &event, &why, now);
+                let metrics = &self.context.metrics;
+                metrics.attempted(event.what.kind(), &verdict);
+                if why.in_doubt() {
+                    metrics.unknown_outcome();
+                }
                 outcomes.push((event.id, verdict));
             }
         }

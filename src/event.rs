@@ -24,6 +24,9 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Start, Self::End, Self::Message, Self::Transfer];
+
     /// The name BigChat gives it.
     pub fn name(self) -> &'static str {
         match self {
@@ -36,9 +39,7 @@ impl Kind {
 
     /// The kind BigChat calls `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Start, Self::End, Self::Message, Self::Transfer]
-            .into_iter()
-            .find(|kind| kind.name() == name)
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
 }
 

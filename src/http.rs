@@ -12,7 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, Method, StatusCode, header, redirect};
 use secrecy::{ExposeSecret, SecretString};
@@ -20,6 +20,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
 
+use crate::metrics::{self, ApiRequests};
 use crate::pulse;
 use crate::retry::RETRY_AFTER_MAX;
 use crate::time::{Millis, Timestamp};
@@ -44,6 +45,13 @@ pub struct Http {
     token: Option<SecretString>,
     throttled_until: AtomicI64,
     latest: Mutex<Option<Latest>>,
+    requests: Option<ApiRequests>,
+}
+
+/// A request on its way.
+struct Sent {
+    route: &'static str,
+    at: Instant,
 }
 
 /// The latest exchange with an API.
@@ -138,6 +146,7 @@ impl Http {
             token,
             throttled_until: AtomicI64::new(0),
             latest: Mutex::default(),
+            requests: None,
         })
     }
 
@@ -150,6 +159,15 @@ impl Http {
             token: None,
             throttled_until: AtomicI64::new(0),
             latest: Mutex::default(),
+            requests: None,
+        }
+    }
+
+    /// The same, with its requests counted there.
+    pub fn counted_by(self, requests: ApiRequests) -> Self {
+        Self {
+            requests: Some(requests),
+            ..self
         }
     }
 
@@ -201,8 +219,18 @@ impl Http {
             return Err(NoAnswer::Throttled(until));
         }
         let (asked, path) = (method.clone(), url.path().to_owned());
+        let sent = Sent {
+            route: metrics::route(
+                &method,
+                path.strip_prefix(self.base.path()).unwrap_or(&path),
+            ),
+            at: Instant::now(),
+        };
         let answer = match &self.wire {
-            Wire::Network(client) => self.over_network(client, method, url, body, now).await,
+            Wire::Network(client) => {
+                self.over_network(client, method, url, body, now, &sent)
+                    .await
+            }
             #[cfg(test)]
             Wire::Here(carrier) => {
                 let body = body.and_then(|body| serde_json::to_vec(body).ok());
@@ -210,6 +238,7 @@ impl Http {
             }
         };
         self.note(asked, path, &answer);
+        self.count(&sent, answer.as_ref().map(|answer| answer.status));
         pulse::goes_on();
         let answer = answer?;
         if let Some(until) = answer.retry_at {
@@ -236,6 +265,12 @@ impl Http {
         });
     }
 
+    fn count(&self, sent: &Sent, answer: Result<StatusCode, &NoAnswer>) {
+        if let Some(requests) = &self.requests {
+            requests.made(sent.route, answer, sent.at.elapsed());
+        }
+    }
+
     fn last_exchange(&self) -> MutexGuard<'_, Option<Latest>> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -247,6 +282,7 @@ impl Http {
         url: Url,
         body: Option<&impl serde::Serialize>,
         now: Millis,
+        sent: &Sent,
     ) -> Result<Answer, NoAnswer> {
         let mut request = client.request(method.clone(), url);
         if let Some(token) = &self.token {
@@ -260,6 +296,7 @@ impl Http {
             // After a 500 both servers close the connection without saying so, and a pooled one breaks. To ask again
             // is safe for what changes nothing; for all else the outcome is unknown, and is the caller's to look up.
             (Err(error), Some(again)) if !error.is_timeout() && !error.is_connect() => {
+                self.count(sent, Err(&lost(error)));
                 again.send().await
             }
             (sent, _) => sent,

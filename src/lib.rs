@@ -26,6 +26,7 @@ pub mod journal;
 pub mod log;
 pub mod manual;
 pub mod messages;
+pub mod metrics;
 #[cfg(test)]
 mod model;
 pub mod our_api;

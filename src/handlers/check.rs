@@ -65,14 +65,13 @@ pub(super) async fn put_right(
         }
         Some(_) => 0,
     };
-    Ok(Finding {
-        chat: match there {
-            false => ChatFound::Missing,
-            true if handled.writes == writes => ChatFound::There,
-            true => ChatFound::Differs,
-        },
-        messages,
-    })
+    let chat = match there {
+        false => ChatFound::Missing,
+        true if handled.writes == writes => ChatFound::There,
+        true => ChatFound::Differs,
+    };
+    context.metrics.rebuilt(chat, messages);
+    Ok(Finding { chat, messages })
 }
 
 fn is_as_known(conversation: &Conversation, found: &our_api::Chat) -> bool {

@@ -31,6 +31,15 @@ impl Counts {
         &mut self.0[index.unwrap_or(KINDS.len() - 1)]
     }
 
+    /// How many of each kind were told.
+    pub(super) fn told(&self) -> Vec<(&'static str, u32)> {
+        let counts = KINDS.into_iter().zip(&self.0);
+        counts
+            .filter(|(_, count)| count.told > 0)
+            .map(|(kind, count)| (kind, count.told))
+            .collect()
+    }
+
     /// Adds it all to the present minute.
     pub(super) fn keep(&self, transaction: &Transaction<'_>, now: Millis) -> Result<()> {
         for (kind, count) in KINDS.iter().zip(&self.0) {

@@ -99,12 +99,14 @@ impl KeptPage {
 }
 
 /// What became of the events of a page.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Admitted {
     /// How many were new.
     pub new: usize,
     /// How many of these could not be understood.
     pub unreadable: usize,
+    /// How many there were of each kind.
+    pub told: Vec<(&'static str, u32)>,
     /// The latest event there is now.
     pub last_event: i64,
 }
@@ -308,6 +310,7 @@ impl Store {
                 .execute([newest.unix()])?;
         }
         admitted.last_event = last_event(&transaction)?;
+        admitted.told = counts.told();
         transaction.commit()?;
         Ok(admitted)
     }

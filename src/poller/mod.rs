@@ -20,6 +20,7 @@ use crate::event::Kind;
 use crate::http::Exchange;
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
 use crate::log::telling;
+use crate::metrics;
 use crate::resolve::restart::{self, Seen};
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -161,12 +162,21 @@ impl Poller {
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
     async fn poll(&mut self) -> Polled {
         let polled = self.try_poll().await;
-        self.context.counters.polls.add(1);
-        self.context
-            .counters
-            .polls_failed
-            .add(usize::from(polled.is_err()));
-        let refused = &self.context.storage.polling;
+        let Context {
+            counters,
+            metrics,
+            storage,
+            ..
+        } = &*self.context;
+        counters.polls.add(1);
+        counters.polls_failed.add(usize::from(polled.is_err()));
+        metrics.polled(match &polled {
+            Ok(Polled::Incomplete) => metrics::Poll::Incomplete,
+            Ok(Polled::UpToDate | Polled::More) => metrics::Poll::Complete,
+            Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
+            Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
+        });
+        let refused = &storage.polling;
         match polled {
             Ok(polled) => {
                 if refused.swap(false, Ordering::Relaxed) {
@@ -583,6 +593,9 @@ impl Poller {
             .await?;
         pages.kept.iter_mut().for_each(|page| page.admitted = true);
         for (admitted, query) in &all {
+            for (kind, count) in &admitted.told {
+                self.context.metrics.told(kind, *count);
+            }
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,

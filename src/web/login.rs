@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,7 @@ pub(super) struct Login {
     cookie: String,
     sessions: Mutex<Vec<Session>>,
     tries: Mutex<Tries>,
+    failures: AtomicU64,
 }
 
 /// Not to be shown: `Debug` is left out.
@@ -108,7 +110,13 @@ impl Login {
             cookie: format!("bigchat_sync_{port}"),
             sessions: Mutex::default(),
             tries: Mutex::default(),
+            failures: AtomicU64::new(0),
         }
+    }
+
+    /// How many wrong tokens there were.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
     }
 
     /// Whether a request comes from somebody known.
@@ -160,6 +168,7 @@ impl Login {
             Ok(())
         } else {
             tries.failed(peer, now);
+            self.failures.fetch_add(1, Ordering::Relaxed);
             Err(Refusal::Unidentified)
         }
     }

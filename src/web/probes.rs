@@ -4,11 +4,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::Web;
+use crate::context::Context;
 use crate::health::Service;
+use crate::http::Http;
+use crate::metrics::Now;
+use crate::status::Status;
+use crate::time::Millis;
+
+/// The format of [`metrics`].
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Whether the process turns over. While it does there is no use in starting it again, whatever is down.
 pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
@@ -42,6 +50,148 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
 }
 
 /// Everything there is to measure, in Prometheus' text format.
-pub(super) async fn metrics(State(_web): State<Arc<Web>>) -> Response {
-    "".into_response()
+pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
+    // Without the journal there is still what this process knows, and that the journal is missing.
+    let status = web.status().await;
+    let mut now = Now::default();
+    of_daemon(&mut now, &web.context);
+    now.gauge(
+        "journal_readable",
+        "Whether the journal could be read for this: if not, what comes from it is missing here",
+        f64::from(u8::from(status.is_ok())),
+    );
+    if let Some(login) = &web.login {
+        now.counter(
+            "console_wrong_tokens",
+            "Requests and logins with a wrong token",
+            login.failures(),
+        );
+    }
+    if let Ok(status) = status {
+        of_journal(&mut now, &status);
+    }
+    match web.context.metrics.text(&now) {
+        Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
+        Err(error) => super::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+/// What the daemon knows itself.
+fn of_daemon(now: &mut Now, context: &Context) {
+    let apis = Service::ALL.map(|service| (service.name(), context.api(service)));
+    now.gauges(
+        "api_up",
+        "Whether an API answers, by the daemon's own exchanges with it; missing until it was asked",
+        "api",
+        apis.iter()
+            .filter_map(|(name, api)| Some((*name, flag(api.up?)))),
+    );
+    now.gauges(
+        "breaker_open",
+        "Whether an API counts as down, so that one request at a time tells when it is back",
+        "api",
+        apis.iter()
+            .map(|(name, api)| (*name, flag(api.up == Some(false)))),
+    );
+    let at = Millis::now();
+    let left = |http: &Http| {
+        let until = http.throttled_until(at).unwrap_or_default();
+        until.since(at).as_secs_f64()
+    };
+    now.gauges(
+        "api_throttle_remaining_seconds",
+        "For how much longer an API has asked to be left alone",
+        "api",
+        [
+            (Service::BigChat.name(), left(context.bigchat.http())),
+            (Service::OurApi.name(), left(context.our_api.http())),
+        ],
+    );
+    now.gauge(
+        "journal_writable",
+        "Whether the journal took what the daemon last had for it",
+        flag(!context.storage.refuses()),
+    );
+    now.gauge(
+        "stuck",
+        "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
+        flag(context.pulse.stuck(Instant::now()).is_some()),
+    );
+    now.gauges(
+        "build_info",
+        "Which version this is; always 1",
+        "version",
+        [(env!("CARGO_PKG_VERSION"), 1.0)],
+    );
+}
+
+/// What the journal tells. Times are seconds since 1970 by this machine's clock, as everywhere in Prometheus.
+fn of_journal(now: &mut Now, status: &Status) {
+    let Status {
+        figures, database, ..
+    } = status;
+    if let Some(at) = figures.polled_at {
+        now.gauge(
+            "last_poll_timestamp_seconds",
+            "When BigChat was last read to the end of what was asked for",
+            at.0 as f64 / 1e3,
+        );
+    }
+    if let Some(behind) = figures.behind_s {
+        now.gauge(
+            "behind_seconds",
+            "How far BigChat was not read yet, by its own clock",
+            behind as f64,
+        );
+    }
+    // Its clock's time is the cursor, and as much as that is behind.
+    if let (Some(cursor), Some(behind), Some(newest)) =
+        (figures.cursor_s, figures.behind_s, figures.newest_event_s)
+    {
+        now.gauge(
+            "newest_event_age_seconds",
+            "How long ago the newest event happened that BigChat has told, by its own clock",
+            cursor.saturating_add(behind).saturating_sub(newest).max(0) as f64,
+        );
+    }
+    now.gauge(
+        "waiting_events",
+        "Events that wait to be delivered",
+        figures.waiting as f64,
+    );
+    let oldest = figures.oldest_waiting.as_ref();
+    now.gauge(
+        "oldest_waiting_age_seconds",
+        "For how long the oldest of these has waited; 0 if none does",
+        oldest.map_or(0.0, |oldest| status.now.since(oldest.at).as_secs_f64()),
+    );
+    now.gauge(
+        "failed_events",
+        "Events that have failed, and wait for somebody to decide",
+        figures.failed as f64,
+    );
+    now.gauge(
+        "rebuilding_chats",
+        "Chats that are still to be compared with the journal",
+        figures.rebuilding as f64,
+    );
+    now.counter(
+        "our_api_losses",
+        "How often OurAPI was found to have lost something",
+        figures.losses,
+    );
+    now.counter(
+        "bigchat_restarts",
+        "How often BigChat was found to have restarted",
+        figures.restarts,
+    );
+    now.gauge(
+        "database_size_bytes",
+        "How large the database is, with its write-ahead log",
+        database.bytes as f64,
+    );
+}
+
+fn flag(is: bool) -> f64 {
+    f64::from(u8::from(is))
 }

@@ -1,0 +1,503 @@
+//! What the daemon counts and measures while it works, and how that and what the journal tells is written for Prometheus.
+//!
+//! Counters and durations are of this process, and begin at nothing when it does. What is true whether or not it runs
+//! (what waits, what failed, how far behind) is read from the journal when somebody asks, and never kept here too.
+//! There is no global registry: each daemon has its own.
+
+use std::fmt::Write;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode_registry;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use reqwest::{Method, StatusCode};
+
+use crate::conversation::{ChatFound, Outcome};
+use crate::event::Kind;
+use crate::health::Service;
+use crate::http::NoAnswer;
+
+/// What every name begins with.
+const PREFIX: &str = "bigchat_sync";
+
+/// Upper bounds of how long requests take, in seconds: from a fast service on this machine to a time-out.
+const SECONDS: [f64; 12] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+];
+
+/// What the daemon counts.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: Requests,
+    polls: Family<PollLabels, Counter>,
+    told: Family<KindLabels, Counter>,
+    attempts: Family<AttemptLabels, Counter>,
+    unknown_outcomes: Counter,
+    rebuilt: Family<RebuiltLabels, Counter>,
+    messages_rebuilt: Counter,
+    panics: Counter,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    api: &'static str,
+    route: &'static str,
+    status: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteLabels {
+    api: &'static str,
+    route: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PollLabels {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabels {
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AttemptLabels {
+    kind: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RebuiltLabels {
+    chat: &'static str,
+}
+
+/// What a poll came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Poll {
+    /// What was asked for was read to its end.
+    Complete,
+    /// It goes on with the next poll: there were too many pages, or one of them could not be had.
+    Incomplete,
+    /// BigChat gave no usable answer.
+    BigChatFailed,
+    /// The journal refused.
+    JournalFailed,
+}
+
+impl Poll {
+    const ALL: [Self; 4] = [
+        Self::Complete,
+        Self::Incomplete,
+        Self::BigChatFailed,
+        Self::JournalFailed,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Incomplete => "incomplete",
+            Self::BigChatFailed => "bigchat_failed",
+            Self::JournalFailed => "journal_failed",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct ForRequests;
+
+impl MetricConstructor<Histogram> for ForRequests {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(SECONDS)
+    }
+}
+
+/// Counts the requests to both APIs.
+#[derive(Debug, Clone)]
+struct Requests {
+    total: Family<RequestLabels, Counter>,
+    durations: Family<RouteLabels, Histogram, ForRequests>,
+}
+
+/// Counts the requests to one API.
+#[derive(Debug, Clone)]
+pub struct ApiRequests {
+    api: &'static str,
+    requests: Requests,
+}
+
+impl ApiRequests {
+    /// A request was made, with this answer or none.
+    pub(crate) fn made(
+        &self,
+        route: &'static str,
+        answer: Result<StatusCode, &NoAnswer>,
+        took: Duration,
+    ) {
+        let status = match answer {
+            Ok(status) => code(status),
+            Err(NoAnswer::NotSent(_)) => "not_sent",
+            Err(NoAnswer::Lost(_)) => "lost",
+            Err(NoAnswer::Late) => "late",
+            // Not made at all.
+            Err(NoAnswer::Impossible(_) | NoAnswer::Throttled(_)) => return,
+        };
+        let api = self.api;
+        self.requests
+            .total
+            .get_or_create(&RequestLabels { api, route, status })
+            .inc();
+        self.requests
+            .durations
+            .get_or_create(&RouteLabels { api, route })
+            .observe(took.as_secs_f64());
+    }
+}
+
+/// A status as a label. A server may invent them, which must not become as many series.
+fn code(status: StatusCode) -> &'static str {
+    const KNOWN: [(u16, &str); 16] = [
+        (200, "200"),
+        (201, "201"),
+        (204, "204"),
+        (400, "400"),
+        (401, "401"),
+        (403, "403"),
+        (404, "404"),
+        (408, "408"),
+        (409, "409"),
+        (422, "422"),
+        (425, "425"),
+        (429, "429"),
+        (500, "500"),
+        (502, "502"),
+        (503, "503"),
+        (504, "504"),
+    ];
+    let status = status.as_u16();
+    match KNOWN.iter().find(|(known, _)| *known == status) {
+        Some((_, name)) => name,
+        None => match status / 100 {
+            1 => "1xx",
+            2 => "2xx",
+            3 => "3xx",
+            4 => "4xx",
+            5 => "5xx",
+            _ => "other",
+        },
+    }
+}
+
+/// The route of a request, by its path below the base URL.
+pub(crate) fn route(method: &Method, path: &str) -> &'static str {
+    let path: Vec<&str> = path.trim_matches('/').split('/').take(4).collect();
+    match (method.as_str(), path.as_slice()) {
+        ("GET", ["events"]) => "GET /events",
+        ("GET", ["conversations", _]) => "GET /conversations/{id}",
+        ("GET", ["advisors", _]) => "GET /advisors/{id}",
+        ("GET", ["chats"]) => "GET /chats",
+        ("POST", ["chats"]) => "POST /chats",
+        ("PATCH", ["chats", _]) => "PATCH /chats/{id}",
+        ("GET", ["chats", _, "messages"]) => "GET /chats/{id}/messages",
+        ("POST", ["chats", _, "messages"]) => "POST /chats/{id}/messages",
+        ("GET", ["agents"]) => "GET /agents",
+        ("POST", ["agents"]) => "POST /agents",
+        _ => "other",
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            registry: Registry::with_prefix(PREFIX),
+            requests: Requests {
+                total: Family::default(),
+                durations: Family::new_with_constructor(ForRequests),
+            },
+            polls: Family::default(),
+            told: Family::default(),
+            attempts: Family::default(),
+            unknown_outcomes: Counter::default(),
+            rebuilt: Family::default(),
+            messages_rebuilt: Counter::default(),
+            panics: Counter::default(),
+        };
+        // What has not happened yet is nothing, and not unknown: a first failure is an increase.
+        for poll in Poll::ALL {
+            metrics.poll(poll).inc_by(0);
+        }
+        for kind in Kind::ALL.map(Kind::name) {
+            metrics.told(kind, 0);
+            for outcome in OUTCOMES {
+                let labels = AttemptLabels { kind, outcome };
+                metrics.attempts.get_or_create(&labels).inc_by(0);
+            }
+        }
+        metrics.registered()
+    }
+}
+
+/// What an attempt at an event may come to.
+const OUTCOMES: [&str; 3] = ["delivered", "waiting", "failed"];
+
+impl Metrics {
+    fn registered(mut self) -> Self {
+        let registry = &mut self.registry;
+        registry.register(
+            "requests",
+            "Requests made, by API, route and status; not_sent, lost (no whole answer) and late (no answer in time) where there was none",
+            self.requests.total.clone(),
+        );
+        registry.register_with_unit(
+            "request_duration",
+            "How long requests took, by API and route",
+            Unit::Seconds,
+            self.requests.durations.clone(),
+        );
+        registry.register("polls", "Polls of BigChat, by outcome", self.polls.clone());
+        registry.register(
+            "events_told",
+            "New events that BigChat told, by kind",
+            self.told.clone(),
+        );
+        registry.register(
+            "event_attempts",
+            "Attempts to deliver an event, by kind and outcome; waiting: it is tried again",
+            self.attempts.clone(),
+        );
+        registry.register(
+            "unknown_outcomes",
+            "Attempts of which it is unknown whether OurAPI carried them out, and is looked up",
+            self.unknown_outcomes.clone(),
+        );
+        registry.register(
+            "chats_rebuilt",
+            "Chats that OurAPI had lost (missing) or held otherwise (differs), and that were put right",
+            self.rebuilt.clone(),
+        );
+        registry.register(
+            "messages_rebuilt",
+            "Messages that OurAPI had lost, and that were sent again",
+            self.messages_rebuilt.clone(),
+        );
+        registry.register(
+            "handler_panics",
+            "Handlers that have panicked: each is a bug",
+            self.panics.clone(),
+        );
+        self
+    }
+
+    /// What counts the requests to an API.
+    pub fn requests_to(&self, service: Service) -> ApiRequests {
+        ApiRequests {
+            api: service.name(),
+            requests: self.requests.clone(),
+        }
+    }
+
+    /// BigChat was polled.
+    pub fn polled(&self, poll: Poll) {
+        self.poll(poll).inc();
+    }
+
+    fn poll(&self, poll: Poll) -> Counter {
+        let outcome = poll.name();
+        self.polls.get_or_create_owned(&PollLabels { outcome })
+    }
+
+    /// BigChat told so many new events of a kind.
+    pub fn told(&self, kind: &'static str, count: u32) {
+        self.told
+            .get_or_create(&KindLabels { kind })
+            .inc_by(count.into());
+    }
+
+    /// An event was tried.
+    pub fn attempted(&self, kind: Kind, outcome: &Outcome) {
+        let [delivered, waiting, failed] = OUTCOMES;
+        let outcome = match outcome {
+            Outcome::Delivered(_) => delivered,
+            Outcome::Waiting { .. } => waiting,
+            Outcome::Failed { .. } => failed,
+        };
+        let kind = kind.name();
+        self.attempts
+            .get_or_create(&AttemptLabels { kind, outcome })
+            .inc();
+    }
+
+    /// It is unknown whether an attempt was carried out.
+    pub fn unknown_outcome(&self) {
+        self.unknown_outcomes.inc();
+    }
+
+    /// A chat was compared with the journal and put right, and so many messages were found lost.
+    pub fn rebuilt(&self, chat: ChatFound, messages: u32) {
+        let chat = match chat {
+            ChatFound::There => None,
+            ChatFound::Missing => Some("missing"),
+            ChatFound::Differs => Some("differs"),
+        };
+        if let Some(chat) = chat {
+            self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
+        }
+        self.messages_rebuilt.inc_by(messages.into());
+    }
+
+    /// A handler has panicked.
+    pub fn panicked(&self) {
+        self.panics.inc();
+    }
+
+    /// All of it, in Prometheus' text format, with what is true just now.
+    pub fn text(&self, now: &Now) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode_registry(&mut text, &self.registry)?;
+        encode_registry(&mut text, &now.0)?;
+        Ok(classic(&text))
+    }
+}
+
+/// What is true just now, to be written along with what was counted.
+#[derive(Debug)]
+pub struct Now(Registry);
+
+impl Default for Now {
+    fn default() -> Self {
+        Self(Registry::with_prefix(PREFIX))
+    }
+}
+
+impl Now {
+    /// A value.
+    pub fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        let gauge = Gauge::<f64, AtomicU64>::default();
+        gauge.set(value);
+        self.0.register(name, help, gauge);
+    }
+
+    /// A value each for some things, told apart by a label.
+    pub fn gauges<'a>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &'static str,
+        values: impl IntoIterator<Item = (&'a str, f64)>,
+    ) {
+        let gauges = Family::<[(&'static str, String); 1], Gauge<f64, AtomicU64>>::default();
+        for (of, value) in values {
+            gauges.get_or_create(&[(label, of.to_owned())]).set(value);
+        }
+        self.0.register(name, help, gauges);
+    }
+
+    /// A count that only grows, kept elsewhere.
+    pub fn counter(&mut self, name: &str, help: &str, value: u64) {
+        let counter: Counter = Counter::default();
+        counter.inc_by(value);
+        self.0.register(name, help, counter);
+    }
+}
+
+/// OpenMetrics as the older format that everything reads: there, a counter is called as its sample is, and units have no
+/// line of their own.
+fn classic(text: &str) -> String {
+    let mut classic = String::with_capacity(text.len() + 1024);
+    let mut help = "";
+    for line in text.lines() {
+        if line.starts_with("# HELP ") {
+            help = line;
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').unwrap_or((kind, "untyped"));
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            let told = help
+                .strip_prefix("# HELP ")
+                .and_then(|help| help.strip_prefix(name))
+                .unwrap_or_default();
+            // Writing to a string cannot fail.
+            writeln!(classic, "# HELP {name}{suffix}{told}").ok();
+            writeln!(classic, "# TYPE {name}{suffix} {kind}").ok();
+        } else if !line.starts_with('#') {
+            classic.push_str(line);
+            classic.push('\n');
+        }
+    }
+    classic
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_request_of_the_contract_has_a_route_and_others_share_one() {
+        for (method, path, expected) in [
+            (Method::GET, "/events", "GET /events"),
+            (Method::GET, "conversations/7", "GET /conversations/{id}"),
+            (Method::GET, "/advisors/7", "GET /advisors/{id}"),
+            (Method::GET, "/chats", "GET /chats"),
+            (Method::POST, "/chats/", "POST /chats"),
+            (Method::PATCH, "/chats/7", "PATCH /chats/{id}"),
+            (Method::GET, "/chats/7/messages", "GET /chats/{id}/messages"),
+            (
+                Method::POST,
+                "/chats/7/messages",
+                "POST /chats/{id}/messages",
+            ),
+            (Method::GET, "/agents", "GET /agents"),
+            (Method::POST, "/agents", "POST /agents"),
+            (Method::DELETE, "/chats/7", "other"),
+            (Method::GET, "/", "other"),
+            (Method::GET, "/chats/7/messages/8/9", "other"),
+        ] {
+            assert_eq!(route(&method, path), expected, "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_invents_statuses_makes_no_more_series() {
+        let metrics = Metrics::default();
+        let requests = metrics.requests_to(Service::OurApi);
+        for status in 100..1000 {
+            let status = StatusCode::from_u16(status).expect("a status");
+            requests.made("GET /chats", Ok(status), Duration::ZERO);
+        }
+        let text = metrics.text(&Now::default()).expect("a text");
+        let series = text
+            .lines()
+            .filter(|line| line.starts_with("bigchat_sync_requests_total"));
+        assert_eq!(series.count(), 22);
+    }
+
+    #[test]
+    fn counters_are_called_in_the_head_as_they_are_in_the_samples() {
+        let metrics = Metrics::default();
+        metrics.unknown_outcome();
+        let mut now = Now::default();
+        now.gauge("waiting_events", "Events that wait", 3.0);
+        now.gauges("up", "Up", "api", [("a\"b", 1.0)]);
+        let text = metrics.text(&now).expect("a text");
+        for line in [
+            "# TYPE bigchat_sync_unknown_outcomes_total counter",
+            "bigchat_sync_unknown_outcomes_total 1",
+            "# TYPE bigchat_sync_request_duration_seconds histogram",
+            "# HELP bigchat_sync_waiting_events Events that wait.",
+            "bigchat_sync_waiting_events 3.0",
+            r#"bigchat_sync_up{api="a\"b"} 1.0"#,
+            r#"bigchat_sync_polls_total{outcome="bigchat_failed"} 0"#,
+        ] {
+            assert!(text.lines().any(|one| one == line), "{line} in\n{text}");
+        }
+        assert!(
+            !text.contains("# EOF") && !text.contains("# UNIT"),
+            "{text}"
+        );
+    }
+}
