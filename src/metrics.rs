@@ -17,7 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::{Method, StatusCode};
 
-use crate::conversation::{ChatFound, Outcome};
+use crate::conversation::Outcome;
 use crate::event::Kind;
 use crate::health::Service;
 use crate::http::NoAnswer;
@@ -40,7 +40,6 @@ pub struct Metrics {
     attempts: Family<AttemptLabels, Counter>,
     unknown_outcomes: Counter,
     rebuilt: Family<RebuiltLabels, Counter>,
-    messages_rebuilt: Counter,
     panics: Counter,
 }
 
@@ -225,7 +224,6 @@ impl Default for Metrics {
             attempts: Family::default(),
             unknown_outcomes: Counter::default(),
             rebuilt: Family::default(),
-            messages_rebuilt: Counter::default(),
             panics: Counter::default(),
         };
         // What has not happened yet is nothing, and not unknown: a first failure is an increase.
@@ -239,12 +237,22 @@ impl Default for Metrics {
                 metrics.attempts.get_or_create(&labels).inc_by(0);
             }
         }
+        for chat in [MISSING, DIFFERS] {
+            metrics
+                .rebuilt
+                .get_or_create(&RebuiltLabels { chat })
+                .inc_by(0);
+        }
         metrics.registered()
     }
 }
 
 /// What an attempt at an event may come to.
 const OUTCOMES: [&str; 3] = ["delivered", "waiting", "failed"];
+
+/// How a chat that is built again may have been found.
+const MISSING: &str = "missing";
+const DIFFERS: &str = "differs";
 
 impl Metrics {
     fn registered(mut self) -> Self {
@@ -278,13 +286,8 @@ impl Metrics {
         );
         registry.register(
             "chats_rebuilt",
-            "Chats that OurAPI had lost (missing) or held otherwise (differs), and that were put right",
+            "Chats that OurAPI had lost (missing), or held otherwise or not whole (differs), and that were put right",
             self.rebuilt.clone(),
-        );
-        registry.register(
-            "messages_rebuilt",
-            "Messages that OurAPI had lost, and that were sent again",
-            self.messages_rebuilt.clone(),
         );
         registry.register(
             "handler_panics",
@@ -338,17 +341,16 @@ impl Metrics {
         self.unknown_outcomes.inc();
     }
 
-    /// A chat was compared with the journal and put right, and so many messages were found lost.
-    pub fn rebuilt(&self, chat: ChatFound, messages: u32) {
-        let chat = match chat {
-            ChatFound::There => None,
-            ChatFound::Missing => Some("missing"),
-            ChatFound::Differs => Some("differs"),
-        };
-        if let Some(chat) = chat {
-            self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
-        }
-        self.messages_rebuilt.inc_by(messages.into());
+    /// OurAPI had lost a chat: it is built again.
+    pub fn chat_was_missing(&self) {
+        let chat = MISSING;
+        self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
+    }
+
+    /// OurAPI held a chat otherwise than the journal says, or not all of its messages: it is put right.
+    pub fn chat_differed(&self) {
+        let chat = DIFFERS;
+        self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
     }
 
     /// A handler has panicked.
@@ -480,6 +482,10 @@ mod tests {
     fn counters_are_called_in_the_head_as_they_are_in_the_samples() {
         let metrics = Metrics::default();
         metrics.unknown_outcome();
+        let late = Err(&NoAnswer::Late);
+        metrics
+            .requests_to(Service::BigChat)
+            .made("GET /events", late, Duration::from_millis(4));
         let mut now = Now::default();
         now.gauge("waiting_events", "Events that wait", 3.0);
         now.gauges("up", "Up", "api", [("a\"b", 1.0)]);
@@ -488,6 +494,8 @@ mod tests {
             "# TYPE bigchat_sync_unknown_outcomes_total counter",
             "bigchat_sync_unknown_outcomes_total 1",
             "# TYPE bigchat_sync_request_duration_seconds histogram",
+            r#"bigchat_sync_request_duration_seconds_bucket{le="0.005",api="bigchat",route="GET /events"} 1"#,
+            r#"bigchat_sync_requests_total{api="bigchat",route="GET /events",status="late"} 1"#,
             "# HELP bigchat_sync_waiting_events Events that wait.",
             "bigchat_sync_waiting_events 3.0",
             r#"bigchat_sync_up{api="a\"b"} 1.0"#,

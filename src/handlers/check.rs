@@ -70,7 +70,9 @@ pub(super) async fn put_right(
         true if handled.writes == writes => ChatFound::There,
         true => ChatFound::Differs,
     };
-    context.metrics.rebuilt(chat, messages);
+    if there && (chat == ChatFound::Differs || messages > 0) {
+        context.metrics.chat_differed();
+    }
     Ok(Finding { chat, messages })
 }
 

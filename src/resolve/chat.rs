@@ -424,6 +424,7 @@ async fn replace(
         .journal
         .with(move |store| store.chat_replaced(id, again, in_doubt))
         .await?;
+    context.metrics.chat_was_missing();
     let external_id = conversation.chat.external_id.take();
     match (found, external_id) {
         (Some(found), Some(external_id)) => adopt(conversation, external_id, found),

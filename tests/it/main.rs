@@ -14,6 +14,7 @@ mod kills;
 mod late;
 mod logs;
 mod losses;
+mod metrics;
 mod paging;
 mod poison;
 mod process;
