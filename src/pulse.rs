@@ -133,7 +133,21 @@ fn ms(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
+    use clap::Parser;
+    use rusqlite::Connection;
+    use tokio::time::sleep;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+    use crate::cli::Cli;
+    use crate::context::Context;
+    use crate::daemon;
+    use crate::http::Http;
+    use crate::journal::{Journal, Store};
+    use crate::sim::faults::{Fault, When};
+    use crate::sim::{self, Sim};
 
     const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -164,7 +178,6 @@ mod tests {
     async fn what_ends_in_it_beats_for_whoever_waits_for_it() {
         let now = Instant::now();
         let pulse = Pulse::new(TIMEOUT, now);
-        let due = |heart: &Heart| heart.0.due.load(Ordering::Relaxed);
         let polling = pulse.polling.beat_for(async {
             let before = due(&pulse.polling);
             pulse.polling.0.due.store(0, Ordering::Relaxed);
@@ -175,5 +188,88 @@ mod tests {
         polling.await;
         goes_on();
         assert_eq!(due(&pulse.polling), AT_REST);
+    }
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !condition() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn due(heart: &Heart) -> u64 {
+        heart.0.due.load(Ordering::Relaxed)
+    }
+
+    /// Waits until it beats again.
+    async fn beats(heart: &Heart, what: &str) {
+        let before = due(heart);
+        until(what, || due(heart) != before && due(heart) != AT_REST).await;
+    }
+
+    async fn begin(sim: &Sim, stopping: &CancellationToken) -> Arc<Context> {
+        let flags = ["bigchat-sync", "--poll-interval=20ms"];
+        let settings = Cli::try_parse_from(flags).expect("good flags").settings;
+        let connection = Connection::open_in_memory().expect("a database");
+        let store = Store::in_memory(connection, true).expect("a schema");
+        let journal = Journal::start(store).expect("a thread");
+        let http =
+            |url: String| Http::new(url.parse().expect("a URL"), None, TIMEOUT).expect("a client");
+        let (bigchat, our_api) = (http(sim.bigchat_url()), http(sim.our_api_url()));
+        daemon::begin(settings, journal, bigchat, our_api, stopping.clone())
+            .await
+            .expect("a session")
+    }
+
+    #[tokio::test]
+    async fn the_daemon_beats_while_it_turns_over_and_not_when_the_disk_hangs() {
+        let options = sim::Options::default();
+        let sim = Sim::start(options).await.expect("the services");
+        let stopping = CancellationToken::new();
+        let context = begin(&sim, &stopping).await;
+        let pulse = &context.pulse;
+        let running = tokio::spawn(daemon::serve(Arc::clone(&context)));
+        beats(&pulse.polling, "polling").await;
+        beats(&pulse.delivering, "delivery").await;
+
+        // A request that takes long is beaten for when it begins and when it ends.
+        let faults = &sim.our_api.faults;
+        faults.script("*", When::Before, Fault::Pause, 1);
+        until("a request waits", || faults.paused() == 1).await;
+        let during = due(&pulse.handling);
+        assert_ne!(during, AT_REST, "somebody is in work");
+        faults.go_on();
+        until("it goes on", || due(&pulse.handling) != during).await;
+        sim.bigchat.set_quiet(true);
+        until("nobody is in work", || due(&pulse.handling) == AT_REST).await;
+        beats(&pulse.polling, "polling goes on").await;
+
+        let (go_on, waits) = mpsc::channel::<()>();
+        let disk = context.journal.with(move |_| {
+            waits.recv().ok();
+            Ok(())
+        });
+        let hangs = async {
+            // What was on its way when it began to hang has ended by then.
+            let (mut before, mut now) = (0, due(&pulse.polling));
+            while before != now {
+                sleep(Duration::from_millis(500)).await;
+                (before, now) = (now, due(&pulse.polling));
+            }
+            let later = Instant::now() + TIMEOUT * 2 + GRACE + Duration::from_secs(2);
+            assert_eq!(pulse.stuck(Instant::now()), None, "not at once");
+            assert_eq!(pulse.stuck(later), Some("polling is stuck"));
+            drop(go_on);
+        };
+        let (outcome, ()) = tokio::join!(disk, hangs);
+        outcome.expect("it goes on");
+        beats(&pulse.polling, "polling goes on").await;
+
+        stopping.cancel();
+        running.await.expect("no panic").expect("it stops well");
+        for heart in [&pulse.polling, &pulse.delivering] {
+            assert_eq!(due(heart), AT_REST);
+        }
     }
 }

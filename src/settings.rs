@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use thiserror::Error;
 use url::Url;
 
@@ -20,6 +20,9 @@ use crate::time::Timestamp;
 
 /// Where the console is served unless another address is set.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));
+
+/// How many characters the console's token has at the least.
+const CONSOLE_TOKEN: usize = 16;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Args)]
@@ -205,6 +208,11 @@ pub enum TokenError {
         "the token that {0} or {0}_FILE gives is empty or has characters that a token cannot have"
     )]
     Unusable(String),
+    /// The console's token can be guessed.
+    #[error(
+        "the token that BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE gives has less than {CONSOLE_TOKEN} characters, and can be guessed; `openssl rand -hex 16` makes a good one"
+    )]
+    Short,
     /// The console would be open to everybody.
     #[error(
         "--listen {0} would let anybody into the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
@@ -244,7 +252,9 @@ impl Tokens {
 
     /// Whether the console may be served there.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
+        let is_short = |token: &SecretString| token.expose_secret().len() < CONSOLE_TOKEN;
         match listen {
+            Listen::At(_) if self.console.as_ref().is_some_and(is_short) => Err(TokenError::Short),
             Listen::At(address) if !address.ip().is_loopback() && self.console.is_none() => {
                 Err(TokenError::Open(address))
             }
@@ -315,8 +325,6 @@ fn prefix(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use secrecy::ExposeSecret;
-
     use super::*;
 
     #[test]

@@ -1,8 +1,8 @@
 //! Connections, so many at a time and each bounded: a client that says nothing, or says it slowly, or reads nothing, costs
 //! a few kilobytes for a while, and keeps nobody else out.
 //!
-//! When all places are taken, the connection that has been open for longest without a request being answered on it gives
-//! way: that is never one whose request has arrived whole.
+//! When all places are taken, the connection that has been open for longest gives way, of those on which no request is being
+//! answered that has arrived whole: who says what he wants is answered, however many there are who do not.
 
 use std::collections::VecDeque;
 use std::io;
@@ -38,8 +38,35 @@ const EXHAUSTED: Duration = Duration::from_secs(1);
 /// A connection, as seen from those who look for a place.
 struct Connection {
     task: AbortHandle,
-    /// How many requests on it have arrived and are not answered.
+    place: Place,
+}
+
+/// A connection, as seen from the requests on it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Place {
+    /// How many of them have arrived and are not answered.
     answering: Arc<AtomicUsize>,
+}
+
+impl Place {
+    /// Keeps the connection from giving way until that is dropped.
+    pub(super) fn keep(&self) -> Kept {
+        self.answering.fetch_add(1, Ordering::Relaxed);
+        Kept(self.clone())
+    }
+
+    fn may_give_way(&self) -> bool {
+        self.answering.load(Ordering::Relaxed) == 0
+    }
+}
+
+/// See [`Place::keep`].
+pub(super) struct Kept(Place);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.answering.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Accepts connections and answers what is asked on them, until they are to close: then it cuts them, and has let go of
@@ -60,7 +87,7 @@ async fn accept_into(tasks: &mut JoinSet<()>, listener: TcpListener, router: Rou
         if connections.len() >= MAX_CONNECTIONS {
             match connections
                 .iter()
-                .position(|connection| connection.answering.load(Ordering::Relaxed) == 0)
+                .position(|connection| connection.place.may_give_way())
             {
                 Some(idle) => {
                     if let Some(connection) = connections.remove(idle) {
@@ -75,10 +102,9 @@ async fn accept_into(tasks: &mut JoinSet<()>, listener: TcpListener, router: Rou
         }
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let answering = Arc::new(AtomicUsize::new(0));
-                let serving = serve(stream, peer, router.clone(), Arc::clone(&answering));
-                let task = tasks.spawn(serving);
-                connections.push_back(Connection { task, answering });
+                let place = Place::default();
+                let task = tasks.spawn(serve(stream, peer, router.clone(), place.clone()));
+                connections.push_back(Connection { task, place });
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -98,19 +124,14 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, answering: Arc<AtomicUsize>) {
+async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place) {
     // Where it cannot be set answers are merely slower.
     stream.set_nodelay(true).ok();
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
-        let answer = router.call(request);
-        let answering = Answering::one_more(&answering);
-        async move {
-            let answer = answer.await;
-            drop(answering);
-            answer
-        }
+        request.extensions_mut().insert(place.clone());
+        router.call(request)
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -120,21 +141,5 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, answering: A
         .await;
     if let Err(error) = served {
         tracing::debug!(%error, %peer, "a connection ended before its time");
-    }
-}
-
-/// A request that is being answered, until it is dropped.
-struct Answering(Arc<AtomicUsize>);
-
-impl Answering {
-    fn one_more(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
-    }
-}
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -12,20 +12,27 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
+use axum::body::{HttpBody, to_bytes};
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use thiserror::Error;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
+use super::connections::Place;
 use super::{Web, error};
 
 /// What tells a request of the console from any other: `1`, or the key that a login gave.
 pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
 
-/// How long an answer may take, the request's body included.
-const ANSWER: Duration = Duration::from_secs(20);
+/// How long a request's body may take to arrive, and then its answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// How much a body may have: ids of some thousand events.
+const MAX_BODY: usize = 64 << 10;
 
 /// What a browser may do with an answer, whatever it is.
 const HEADERS: [(HeaderName, &str); 8] = [
@@ -69,12 +76,20 @@ pub(crate) enum Refusal {
     NoLength,
     #[error("a body must be application/json")]
     NotJson,
+    #[error("a body may have {MAX_BODY} bytes")]
+    TooLarge,
     #[error("a token is needed: log in, or send it as `Authorization: Bearer …`")]
     Unidentified,
     #[error("too many wrong tokens: wait {0} s")]
     TooManyTries(u64),
     #[error("not answered in time")]
     TooSlow,
+}
+
+impl From<Elapsed> for Refusal {
+    fn from(_: Elapsed) -> Self {
+        Self::TooSlow
+    }
 }
 
 impl IntoResponse for Refusal {
@@ -85,6 +100,7 @@ impl IntoResponse for Refusal {
             Self::CrossSite | Self::NotOurs => StatusCode::FORBIDDEN,
             Self::NoLength => StatusCode::LENGTH_REQUIRED,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unidentified => StatusCode::UNAUTHORIZED,
             Self::TooManyTries(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::TooSlow => StatusCode::SERVICE_UNAVAILABLE,
@@ -99,7 +115,7 @@ impl IntoResponse for Refusal {
                 headers.insert(header::RETRY_AFTER, seconds.into());
             }
             // What follows on the connection may be anything.
-            Self::Malformed | Self::NoLength => {
+            Self::Malformed | Self::NoLength | Self::TooLarge => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
@@ -109,24 +125,46 @@ impl IntoResponse for Refusal {
 }
 
 /// Refuses what must not be answered, and marks what is.
-pub(super) async fn guard(State(web): State<Arc<Web>>, request: Request, next: Next) -> Response {
-    let mut response = match allow(
-        &web.names,
-        request.method(),
-        request.uri(),
-        request.headers(),
-    ) {
-        Ok(()) => timeout(ANSWER, next.run(request))
-            .await
-            .unwrap_or_else(|_| Refusal::TooSlow.into_response()),
-        Err(refusal) => refusal.into_response(),
+pub(super) async fn guard(
+    State(web): State<Arc<Web>>,
+    Extension(place): Extension<Place>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let answer = async {
+        allow(
+            &web.names,
+            request.method(),
+            request.uri(),
+            request.headers(),
+        )?;
+        let request = timeout(ANSWER, whole(request)).await??;
+        let _kept = place.keep();
+        Ok::<_, Refusal>(timeout(ANSWER, next.run(request)).await?)
     };
+    let mut response = answer.await.unwrap_or_else(IntoResponse::into_response);
     for (name, value) in HEADERS {
         response
             .headers_mut()
             .insert(name, HeaderValue::from_static(value));
     }
     response
+}
+
+/// The request, once all of it has arrived.
+async fn whole(request: Request) -> Result<Request, Refusal> {
+    let (head, body) = request.into_parts();
+    if body
+        .size_hint()
+        .upper()
+        .is_none_or(|size| size > MAX_BODY as u64)
+    {
+        return Err(Refusal::TooLarge);
+    }
+    let body = to_bytes(body, MAX_BODY)
+        .await
+        .map_err(|_| Refusal::Malformed)?;
+    Ok(Request::from_parts(head, body.into()))
 }
 
 /// Refuses who is not known, where a token is set.

@@ -15,7 +15,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -39,9 +38,6 @@ const TAKEN: Duration = Duration::from_secs(30);
 
 /// For how long a status is as good as a new one.
 const FRESH: Duration = Duration::from_millis(500);
-
-/// No request needs more: ids of some thousand events.
-const MAX_BODY: usize = 64 << 10;
 
 /// What the answers are made from.
 #[derive(Debug)]
@@ -210,7 +206,6 @@ fn router(web: Arc<Web>) -> Router {
         .method_not_allowed_fallback(|| async {
             error(StatusCode::METHOD_NOT_ALLOWED, "this cannot be done here")
         })
-        .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn_with_state(
             Arc::clone(&web),
             guard::guard,
