@@ -143,8 +143,11 @@ impl Onlookers {
             tokio::join!(
                 summary.keep_telling(context),
                 progress::show(context, self.screen.as_ref()),
-                self.manager
-                    .attend(|| context.pulse.stuck(Instant::now()), || summary::sentence(context), &context.stopping),
+                self.manager.attend(
+                    || context.pulse.stuck(Instant::now()),
+                    || summary::sentence(context),
+                    &context.stopping
+                ),
             )
         };
         let done = tokio::select! {

@@ -126,7 +126,7 @@ pub(crate) async fn serve(
     let (listener, address) = match opened {
         Ok(opened) => opened,
         Err(error) => {
-            tracing::error!(%error, "cannot listen: there is neither console nor metrics");
+            tracing::error!(reason = %error, "cannot listen: there is neither console nor metrics");
             return;
         }
     };
@@ -162,7 +162,7 @@ async fn bind(address: SocketAddr) -> TcpListener {
             Err(error) => {
                 if !std::mem::replace(&mut refused, true) {
                     tracing::error!(
-                        %address, %error,
+                        %address, reason = %error,
                         "cannot listen: the daemon works without console and metrics and tries again every {} s; {}",
                         TAKEN.as_secs(), remedy(&error)
                     );
