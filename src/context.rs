@@ -18,7 +18,6 @@ use crate::our_api::OurApi;
 use crate::pulse::Pulse;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
-use crate::summary::Counters;
 use crate::time::{Millis, Timestamp};
 
 /// Shared by the poller, delivery and the handlers.
@@ -48,8 +47,6 @@ pub struct Context {
     pub stopping: CancellationToken,
     /// Held while an agent is looked for and created, so that two conversations do not both create it.
     pub creating_agent: tokio::sync::Mutex<()>,
-    /// What was done since the daemon started.
-    pub counters: Counters,
     bigchat_breaker: Mutex<Breaker>,
     health: [Health; 2],
     /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
@@ -94,7 +91,6 @@ impl Context {
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
-            counters: Counters::default(),
             bigchat_breaker: Mutex::new(Breaker::default()),
             health: Default::default(),
             agents: Mutex::new(HashMap::new()),

@@ -443,7 +443,6 @@ impl Delivery {
                 outcomes.push((event.id, verdict));
             }
         }
-        self.context.counters.note(&outcomes);
         self.settlements.push(Settlement {
             conversation,
             outcomes,

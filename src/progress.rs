@@ -274,7 +274,7 @@ impl<'a> Watch<'a> {
     }
 
     async fn look(&mut self) -> Result<Look, JournalError> {
-        let counters = &self.context.counters;
+        let counters = self.context.metrics.counters();
         let (told, settled) = (counters.told.get(), counters.settled());
         let Look {
             told: told_before,
@@ -304,8 +304,8 @@ async fn count(context: &Context) -> Result<Look, JournalError> {
     Ok(Look {
         at: Instant::now(),
         unread,
-        told: context.counters.told.get(),
-        settled: context.counters.settled(),
+        told: context.metrics.counters().told.get(),
+        settled: context.metrics.counters().settled(),
         waiting,
     })
 }

@@ -9,7 +9,6 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::context::Context;
-use crate::conversation::Outcome;
 use crate::health::Service;
 use crate::journal::Store;
 use crate::log;
@@ -40,9 +39,8 @@ pub struct Counter(AtomicU64);
 
 impl Counter {
     /// So many more.
-    pub fn add(&self, more: usize) {
-        let more = u64::try_from(more).unwrap_or(u64::MAX);
-        self.0.fetch_add(more, Ordering::Relaxed);
+    pub fn add(&self, more: u32) {
+        self.0.fetch_add(more.into(), Ordering::Relaxed);
     }
 
     /// How many so far.
@@ -65,18 +63,6 @@ impl Counters {
     /// Events that need not be thought of any more.
     pub fn settled(&self) -> u64 {
         self.delivered.get() + self.failed.get()
-    }
-
-    /// What became of events.
-    pub fn note(&self, outcomes: &[(i64, Outcome)]) {
-        for (_, outcome) in outcomes {
-            let counter = match outcome {
-                Outcome::Delivered(_) => &self.delivered,
-                Outcome::Waiting { .. } => &self.attempts_failed,
-                Outcome::Failed { .. } => &self.failed,
-            };
-            counter.add(1);
-        }
     }
 
     fn counts(&self) -> Counts {
@@ -144,7 +130,7 @@ impl Summary {
     /// Logs it, if there is anything to say.
     pub async fn tell(&mut self, context: &Context) {
         let left_out = log::tell_left_out();
-        let counts = context.counters.counts();
+        let counts = context.metrics.counters().counts();
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
         (self.before, self.at) = (counts, Instant::now());
@@ -180,8 +166,8 @@ pub async fn sentence(context: &Context) -> String {
         "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
         state(context, Service::BigChat),
         state(context, Service::OurApi),
-        context.counters.told.get(),
-        context.counters.delivered.get(),
+        context.metrics.counters().told.get(),
+        context.metrics.counters().delivered.get(),
     );
     if let Some(Standing { waiting, failed }) = standing(context).await {
         text += &format!(", {waiting} waiting, {failed} failed");

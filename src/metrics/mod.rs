@@ -21,6 +21,8 @@ use crate::conversation::Outcome;
 use crate::event::Kind;
 use crate::health::Service;
 use crate::http::NoAnswer;
+use crate::journal::UNREADABLE;
+use crate::summary::Counters;
 
 /// What every name begins with.
 const PREFIX: &str = "bigchat_sync";
@@ -41,6 +43,7 @@ pub struct Metrics {
     unknown_outcomes: Counter,
     rebuilt: Family<RebuiltLabels, Counter>,
     panics: Counter,
+    counters: Counters,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -225,6 +228,7 @@ impl Default for Metrics {
             unknown_outcomes: Counter::default(),
             rebuilt: Family::default(),
             panics: Counter::default(),
+            counters: Counters::default(),
         };
         // What has not happened yet is nothing, and not unknown: a first failure is an increase.
         for poll in Poll::ALL {
@@ -297,6 +301,11 @@ impl Metrics {
         self
     }
 
+    /// The same, for who needs no more than the sums.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
     /// What counts the requests to an API.
     pub fn requests_to(&self, service: Service) -> ApiRequests {
         ApiRequests {
@@ -308,6 +317,10 @@ impl Metrics {
     /// BigChat was polled.
     pub fn polled(&self, poll: Poll) {
         self.poll(poll).inc();
+        self.counters.polls.add(1);
+        if matches!(poll, Poll::BigChatFailed | Poll::JournalFailed) {
+            self.counters.polls_failed.add(1);
+        }
     }
 
     fn poll(&self, poll: Poll) -> Counter {
@@ -320,16 +333,22 @@ impl Metrics {
         self.told
             .get_or_create(&KindLabels { kind })
             .inc_by(count.into());
+        self.counters.told.add(count);
+        if kind == UNREADABLE {
+            self.counters.failed.add(count);
+        }
     }
 
     /// An event was tried.
     pub fn attempted(&self, kind: Kind, outcome: &Outcome) {
         let [delivered, waiting, failed] = OUTCOMES;
-        let outcome = match outcome {
-            Outcome::Delivered(_) => delivered,
-            Outcome::Waiting { .. } => waiting,
-            Outcome::Failed { .. } => failed,
+        let counters = &self.counters;
+        let (outcome, counter) = match outcome {
+            Outcome::Delivered(_) => (delivered, &counters.delivered),
+            Outcome::Waiting { .. } => (waiting, &counters.attempts_failed),
+            Outcome::Failed { .. } => (failed, &counters.failed),
         };
+        counter.add(1);
         let kind = kind.name();
         self.attempts
             .get_or_create(&AttemptLabels { kind, outcome })

@@ -163,13 +163,8 @@ impl Poller {
     async fn poll(&mut self) -> Polled {
         let polled = self.try_poll().await;
         let Context {
-            counters,
-            metrics,
-            storage,
-            ..
+            metrics, storage, ..
         } = &*self.context;
-        counters.polls.add(1);
-        counters.polls_failed.add(usize::from(polled.is_err()));
         metrics.polled(match &polled {
             Ok(Polled::Incomplete) => metrics::Poll::Incomplete,
             Ok(Polled::UpToDate | Polled::More) => metrics::Poll::Complete,
@@ -604,9 +599,6 @@ impl Poller {
             }
             if admitted.new > 0 {
                 tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
-                let counters = &self.context.counters;
-                counters.told.add(admitted.new);
-                counters.failed.add(admitted.unreadable);
                 self.context.work.notify_one();
             }
         }
