@@ -2,7 +2,7 @@
 //!
 //! It shows and it passes on decisions; it decides nothing, and the daemon does its work whether it can listen or not.
 //! What it reads goes through a connection of its own to the database, never through the journal's thread, which the
-//! daemon needs. [`guard`] keeps strangers out: other machines, other users with the token missing, and web pages of
+//! daemon needs. `guard` keeps strangers out: other machines, other users with the token missing, and web pages of
 //! others in the browser of somebody who may come in.
 
 mod connections;
