@@ -1,0 +1,46 @@
+// What the page asks the daemon.
+
+/** There is no answer: the daemon is down, or the network is. */
+export class Lost extends Error {}
+/** The console asks for a token. */
+export class Denied extends Error {}
+/** The daemon says no; the message says why. */
+export class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+const PATIENCE = 10_000;
+
+export const get = (path) => ask(path, { method: "GET" });
+
+export const post = (path, body) =>
+  ask(path, {
+    method: "POST",
+    // The header is what no other site can make a browser send.
+    headers: { "Content-Type": "application/json", "X-Bigchat-Sync": "1" },
+    body: JSON.stringify(body ?? {}),
+  });
+
+async function ask(path, options) {
+  let response;
+  let text;
+  try {
+    response = await fetch(path, { ...options, credentials: "same-origin", cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
+    text = await response.text();
+  } catch (error) {
+    throw new Lost(error.message);
+  }
+  let body = null;
+  try {
+    body = JSON.parse(text);
+  } catch {
+    // Said below.
+  }
+  if (response.status === 401) throw new Denied(body?.error ?? "");
+  if (!response.ok) throw new Refused(response.status, body?.error ?? `The daemon answered ${response.status}.`);
+  if (body === null && response.status !== 204) throw new Lost("no JSON");
+  return body;
+}

@@ -1,0 +1,237 @@
+// Events a minute by kind: what BigChat told as stacked bars, what OurAPI got as a line, failures below.
+
+import { byId, el, show, svg } from "./dom.js";
+import { clockText, count, now, perMinute, some, timeText } from "./format.js";
+
+/** From the bottom up. */
+export const KINDS = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
+
+const HEIGHT = 232;
+const EDGE = { top: 10, right: 4, bottom: 38, left: 34 };
+const LANE = 6;
+const TICKS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 240, 360, 720, 1440];
+
+const MINUTE = 60_000;
+
+/** The buckets of an answer of /api/activity, the gaps filled. */
+export function buckets({ from, to, step, minutes }) {
+  const all = [];
+  for (let minute = from; minute <= to; minute += step) {
+    all.push({ minute, told: {}, sum: 0, delivered: 0, failed: 0, length: Math.min(step, to - minute + 1), running: minute + step > to });
+  }
+  for (const { minute, kind, told, delivered, failed } of minutes) {
+    const bucket = all[Math.floor((minute - from) / step)];
+    if (!bucket) continue;
+    bucket.told[kind] = (bucket.told[kind] ?? 0) + told;
+    bucket.sum += told;
+    bucket.delivered += delivered;
+    bucket.failed += failed;
+  }
+  // Of the minute under way only so much has passed.
+  const last = all.at(-1);
+  if (last) last.length = Math.max(0.25, last.length - 1 + ((now() / MINUTE) % 1));
+  return all;
+}
+
+const start = (bucket) => bucket.minute * MINUTE;
+const span = (bucket, step) => (step === 1 ? clockText(start(bucket)).slice(0, 5) : `${timeText(start(bucket)).slice(0, -3)} to ${clockText(start(bucket) + step * MINUTE).slice(0, 5)}`);
+
+/** What a bucket holds, in words. */
+function words(bucket, step) {
+  const kinds = KINDS.filter((kind) => bucket.told[kind]).map((kind) => `${count(bucket.told[kind])} ${kind}`);
+  const parts = [`${span(bucket, step)}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
+  if (bucket.failed) parts.push(`${count(bucket.failed)} failed`);
+  return parts.join(", ");
+}
+
+let drawn = null;
+let place = null;
+/** What the reader points at, counted from the latest. */
+let pointed = null;
+
+/** Draws `activity` into the page's chart, at its present width. */
+export function draw(activity) {
+  const host = byId("chart");
+  if (!host) return;
+  const step = activity.step;
+  const all = buckets(activity);
+  const width = Math.max(240, host.clientWidth);
+  const inner = { width: width - EDGE.left - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
+  const highest = Math.max(...all.map((bucket) => Math.max(bucket.sum, bucket.delivered) / bucket.length), 0);
+  const scale = niceScale(highest);
+  const x = (index) => EDGE.left + (index * inner.width) / all.length;
+  const y = (value) => EDGE.top + inner.height * (1 - value / scale.top);
+  const base = y(0);
+  const gap = inner.width / all.length > 5 ? 1.5 : 0.6;
+  const wide = Math.max(1, inner.width / all.length - gap);
+
+  const picture = svg("svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, "aria-hidden": "true" });
+  for (const value of scale.marks) {
+    picture.append(
+      svg(value === 0 ? "line.base" : "line.grid", { x1: EDGE.left, x2: width - EDGE.right, y1: y(value), y2: y(value) }),
+      svg("text.axis", { x: EDGE.left - 8, y: y(value) + 4, "text-anchor": "end" }, perMinute(value)),
+    );
+  }
+  const pointer = svg("rect.pointer", { y: EDGE.top, width: wide + gap, height: inner.height + 12 + LANE, rx: 2 });
+  picture.append(pointer);
+  const line = [];
+  all.forEach((bucket, index) => {
+    let told = 0;
+    for (const kind of KINDS) {
+      const value = (bucket.told[kind] ?? 0) / bucket.length;
+      if (value === 0) continue;
+      const [bottom, top] = [y(told), y(told + value)];
+      told += value;
+      picture.append(svg(`rect.told.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
+    }
+    if (bucket.failed) picture.append(svg("rect.fell", { x: x(index) + gap / 2, y: base + 4, width: Math.max(2, wide), height: LANE, rx: 1.5 }));
+    if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(bucket.delivered / bucket.length).toFixed(1)}`);
+  });
+  picture.append(svg("polyline.delivered", { points: line.join(" ") }));
+  for (const [index, label, anchor] of hours(all, step, inner.width)) {
+    const middle = x(index);
+    picture.append(svg("line.mark", { x1: middle, x2: middle, y1: base + 14, y2: base + 18 }), svg("text.axis", { x: middle, y: base + 31, "text-anchor": anchor }, label));
+  }
+
+  const kinds = KINDS.filter((kind) => kind !== "UNREADABLE" || all.some((bucket) => bucket.told[kind]));
+  const told = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
+  const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
+  show(
+    byId("legend"),
+    kinds.map((kind) => el("li", { title: `${count(told(kind))} told by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(told(kind))))),
+    el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
+    sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
+  );
+  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "BigChat has told nothing in this time."));
+  host.querySelector("svg")?.remove();
+  host.prepend(picture);
+  drawn = { all, step, pointer };
+  place = { x, gap, wide, width };
+  point(pointed);
+  table(all, step, kinds);
+}
+
+function table(all, step, kinds) {
+  const body = byId("chart-table");
+  if (!body?.closest("details").open) return show(body);
+  const head = ["From", ...kinds, "All", "Delivered", "Failed"];
+  show(
+    body,
+    el(
+      "table",
+      null,
+      el("caption.unseen", null, `Events by kind, ${step === 1 ? "minute by minute" : `for every ${step} minutes`}, the latest first`),
+      el("thead", null, el("tr", null, head.map((name) => el("th", { scope: "col" }, name)))),
+      el("tbody", null, all.toReversed().map((bucket) => el("tr", { "data-key": bucket.minute }, el("th", { scope: "row" }, timeText(start(bucket)).slice(0, -3)), [...kinds.map((kind) => bucket.told[kind] ?? 0), bucket.sum, bucket.delivered, bucket.failed].map((n) => el("td", { class: n ? null : "faint" }, count(n)))))),
+    ),
+  );
+}
+
+/** A top that is a round number, and round marks up to it. */
+function niceScale(highest) {
+  const rough = Math.max(highest, 1) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const unit = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
+  const marks = [];
+  for (let value = 0; value < Math.max(highest, 1) + unit * 0.999; value += unit) marks.push(Math.round(value * 1000) / 1000);
+  return { top: marks.at(-1), marks };
+}
+
+/** Where the time axis has labels: at round hours of this time zone, as many as there is room for. */
+function hours(all, step, width) {
+  const room = Math.max(2, Math.floor(width / 84));
+  const minutes = all.length * step;
+  const every = TICKS.find((tick) => minutes / tick <= room) ?? 1440;
+  const labels = [];
+  all.forEach((bucket, index) => {
+    const time = new Date(start(bucket));
+    const ofDay = time.getHours() * 60 + time.getMinutes();
+    if (ofDay % every >= step) return;
+    const x = (index * width) / all.length;
+    if (x > width - 18) return;
+    const label = every >= 1440 || (ofDay < step && minutes > 1440) ? time.toLocaleDateString("en-GB", { weekday: "short", day: "numeric" }) : clockText(time).slice(0, 5);
+    labels.push([index, label, x < 16 ? "start" : "middle"]);
+  });
+  return labels;
+}
+
+/** Points at the bucket so many before the latest, or at none. */
+function point(back) {
+  const tip = byId("chart-tip");
+  const slider = byId("chart-slider");
+  if (!drawn || !tip) return;
+  const last = drawn.all.length - 1;
+  pointed = back === null ? null : Math.min(Math.max(back, 0), last);
+  const bucket = drawn.all[last - (pointed ?? 0)];
+  slider.setAttribute("aria-valuemax", last);
+  slider.setAttribute("aria-valuenow", last - (pointed ?? 0));
+  slider.setAttribute("aria-valuetext", words(bucket, drawn.step));
+  drawn.pointer.toggleAttribute("data-on", pointed !== null);
+  tip.hidden = pointed === null;
+  if (pointed === null) return;
+  const left = place.x(last - pointed);
+  drawn.pointer.setAttribute("x", left);
+  show(
+    tip,
+    el("strong", null, span(bucket, drawn.step), bucket.running && el("em", null, " so far")),
+    el(
+      "dl",
+      null,
+      KINDS.toReversed().filter((kind) => bucket.told[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.told[kind])),
+      el("div.sum", null, el("dt", null, "told"), el("dd", null, count(bucket.sum))),
+      row("line", "delivered", bucket.delivered),
+      bucket.failed > 0 && row("fell", "failed", bucket.failed),
+    ),
+    el("p", null, `${perMinute(bucket.sum / bucket.length)} a minute`),
+  );
+  const middle = left + place.wide / 2;
+  const half = tip.offsetWidth / 2;
+  tip.style.left = `${Math.min(Math.max(middle, half + 2), place.width - half - 2)}px`;
+}
+
+const row = (swatch, name, value) => el("div", null, el("dt", null, el(`i.swatch.${swatch}`), name), el("dd", null, count(value)));
+
+/** The chart's place in a view. */
+export function frame() {
+  return el(
+    "div.chart",
+    { id: "chart", "data-own": true },
+    el("div.slider", { id: "chart-slider", role: "slider", tabindex: 0, "aria-label": "Events a minute, by time", "aria-valuemin": 0, "aria-valuemax": 0, "aria-valuenow": 0 }),
+    el("div.tip", { id: "chart-tip", hidden: true, "aria-hidden": "true" }),
+    el("div.none", { id: "chart-none" }),
+  );
+}
+
+function under(event) {
+  const { left } = byId("chart").getBoundingClientRect();
+  const share = (event.clientX - left - EDGE.left) / (place.width - EDGE.left - EDGE.right);
+  const index = Math.floor(share * drawn.all.length);
+  return drawn.all.length - 1 - index;
+}
+
+/** Lets the chart be read by pointer and by key. */
+export function listen(root) {
+  root.addEventListener("pointermove", (event) => {
+    if (event.target.id === "chart-slider" && drawn) point(under(event));
+  });
+  root.addEventListener("pointerdown", (event) => {
+    if (event.target.id === "chart-slider" && drawn) point(under(event));
+  });
+  root.addEventListener("pointerout", (event) => {
+    if (event.target.id === "chart-slider" && event.pointerType === "mouse" && document.activeElement !== event.target) point(null);
+  });
+  root.addEventListener("focusin", (event) => {
+    if (event.target.id === "chart-slider" && pointed === null) point(0);
+  });
+  root.addEventListener("focusout", (event) => {
+    if (event.target.id === "chart-slider") point(null);
+  });
+  root.addEventListener("keydown", (event) => {
+    if (event.target.id !== "chart-slider" || !drawn) return;
+    const last = drawn.all.length - 1;
+    const to = { ArrowLeft: pointed + 1, ArrowDown: pointed + 1, ArrowRight: pointed - 1, ArrowUp: pointed - 1, PageUp: pointed + 10, PageDown: pointed - 10, Home: last, End: 0 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    point(to);
+  });
+}

@@ -1,0 +1,455 @@
+// The console: which view is shown, keeping it up to date, and what keys and buttons do.
+//
+// The page asks the daemon again and again while it is looked at. Where there is no answer, what was shown last stays,
+// marked as old, and nothing can be decided until there is one.
+
+import { Denied, get, Lost, post, Refused } from "./api.js";
+import { listen } from "./chart.js";
+import { decisions } from "./decisions.js";
+import { byId, el, icon, show } from "./dom.js";
+import { actions, clearSelection, event, failed } from "./failed.js";
+import { ago, count, lasting, setNow, some, tick } from "./format.js";
+import { overview, watch } from "./overview.js";
+import { head, loading, nothing } from "./parts.js";
+import { search, talk } from "./talk.js";
+
+/** How often the daemon's state is asked for. */
+const BEAT = 2000;
+/** The longest wait between tries while there is no answer. */
+const LONGEST = 15_000;
+
+const ROUTES = [
+  [/^\/?$/, overview],
+  [/^\/failed$/, failed],
+  [/^\/failed\/(?<id>\d{1,18})$/, event],
+  [/^\/search$/, search],
+  [/^\/conversations\/(?<id>\d{1,18})$/, talk],
+  [/^\/decisions$/, decisions],
+];
+
+const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be of another version.") };
+
+/** What is shown. `asked` tells an answer that came too late from one that did not. */
+const now = { view: null, params: {}, hash: null, data: null, error: null, asked: 0, loadedAt: 0 };
+let status = null;
+let version = null;
+let guarded = false;
+
+/** Whether there is a connection, and when it is tried again. */
+const line = { lost: false, since: null, wait: BEAT, at: 0, last: null, trying: false };
+
+// --- which view
+
+function route() {
+  const [path, query] = location.hash.replace(/^#/, "").split("?");
+  const params = Object.fromEntries(new URLSearchParams(query ?? ""));
+  for (const [pattern, view] of ROUTES) {
+    const found = pattern.exec(path);
+    if (found) return { view, params: { ...params, ...found.groups } };
+  }
+  return { view: nowhere, params };
+}
+
+async function go() {
+  const { view, params } = route();
+  const same = now.view === view && now.params.id === params.id;
+  Object.assign(now, { view, params, hash: location.hash, error: null, data: same ? now.data : null });
+  for (const tab of document.querySelectorAll("[data-tab]")) {
+    if (tab.dataset.tab === view.tab) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+  if (view === search) byId("q").value = params.q ?? "";
+  if (guarded) return;
+  showAgain();
+  if (!same) scrollTo(0, 0);
+  await load();
+  // A reader is told where they are, and goes on from there.
+  if (document.activeElement === document.body || !document.activeElement?.isConnected) byId("title")?.focus({ preventScroll: true });
+}
+
+async function load() {
+  const asked = ++now.asked;
+  try {
+    const data = await now.view.load(now.params);
+    if (asked !== now.asked) return;
+    Object.assign(now, { data, error: null });
+    found();
+  } catch (error) {
+    if (asked !== now.asked) return;
+    if (error instanceof Lost) lose();
+    else if (error instanceof Denied) return signIn();
+    else if (error instanceof Refused) now.error = error;
+    else throw error;
+  }
+  now.loadedAt = Date.now();
+  showAgain();
+}
+
+function showAgain() {
+  if (guarded) return;
+  const main = byId("main");
+  const title = now.view.title(now.data, now.params);
+  document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
+  if (now.error) show(main, head(now.error.status === 404 ? "Not there" : "That did not work"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: what was delivered is kept only for so long." : "It is tried again by itself."));
+  else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This shows as soon as it answers."));
+  else show(main, now.view.show(now.data, { status, params: now.params }));
+  main.toggleAttribute("data-busy", !now.data && !now.error);
+  rove(main);
+  now.view.shown?.(now.data);
+}
+
+// --- keeping up to date
+
+async function beat() {
+  line.trying = true;
+  try {
+    const next = await get("/api/status");
+    found();
+    if (version !== null && next.version !== version) location.reload();
+    version = next.version;
+    setNow(next.now);
+    announce(status, next);
+    const first = status === null;
+    status = next;
+    header();
+    if (Date.now() - now.loadedAt >= (now.view.every ?? Infinity)) await load();
+    else if (first || now.view === overview) showAgain();
+  } catch (error) {
+    if (error instanceof Lost) lose();
+    else if (error instanceof Denied) signIn();
+    else if (error instanceof Refused) {
+      found();
+      byId("live").dataset.state = "ill";
+      say("live", error.message);
+    } else throw error;
+  } finally {
+    line.trying = false;
+    line.at = Date.now() + line.wait;
+  }
+}
+
+function lose() {
+  if (!line.lost) Object.assign(line, { lost: true, since: Date.now(), wait: BEAT / 2 });
+  line.wait = Math.min(line.wait * 2, LONGEST);
+  line.at = Date.now() + line.wait;
+  lost();
+}
+
+function found() {
+  Object.assign(line, { wait: BEAT, last: Date.now() });
+  if (!line.lost) return;
+  line.lost = false;
+  lost();
+  tell("Connected again.");
+  now.loadedAt = 0;
+}
+
+function lost() {
+  document.documentElement.toggleAttribute("data-lost", line.lost);
+  byId("lost").hidden = !line.lost;
+  if (line.lost)
+    show(
+      byId("lost"),
+      el("p", null, el("b", null, "No connection to bigchat-sync."), line.last === null ? " It may not be running." : [" What you see is of ", ago(line.last), "."]),
+      el("span.muted", { id: "again", "aria-hidden": "true" }),
+      el("button", { type: "button", "data-do": "again" }, "Try now"),
+    );
+  else show(byId("lost"));
+  header();
+}
+
+function header() {
+  const live = byId("live");
+  const state = line.lost ? "lost" : status === null ? "loading" : status.well ? "well" : "ill";
+  live.dataset.state = state;
+  say("live", { lost: "Offline", loading: "Connecting", well: "All well", ill: "Needs attention" }[state]);
+  const badge = byId("failed-count");
+  badge.hidden = !status?.failed;
+  badge.textContent = status?.failed > 999 ? "999+" : String(status?.failed ?? "");
+  badge.setAttribute("aria-label", some(status?.failed ?? 0, "failed event"));
+}
+
+function say(id, text) {
+  const element = byId(id).querySelector("span");
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Tells those who do not see the page what has changed for the worse or the better. */
+function announce(before, next) {
+  if (before === null) return;
+  const news = [];
+  for (const [key, name] of [["bigchat", "BigChat"], ["our_api", "OurAPI"]]) {
+    if (before[key].up !== next[key].up && next[key].up !== null) news.push(`${name} is ${next[key].up ? "up" : "down"}.`);
+  }
+  if (next.failed > before.failed) news.push(`${some(next.failed - before.failed, "more event")} failed.`);
+  if (news.length > 0) byId("said").textContent = news.join(" ");
+}
+
+setInterval(() => {
+  tick();
+  if (guarded || document.hidden) return;
+  const again = byId("again");
+  if (again) again.textContent = line.trying ? "trying…" : `next try in ${lasting(Math.max(1000, Math.ceil((line.at - Date.now()) / 1000) * 1000))}`;
+  if (!line.trying && Date.now() >= line.at) beat();
+}, 500);
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && !line.trying) beat();
+});
+addEventListener("online", () => beat());
+
+// --- the token
+
+function signIn(wrong) {
+  guarded = true;
+  document.documentElement.dataset.guarded = "";
+  document.title = "Sign in · bigchat-sync";
+  show(
+    byId("main"),
+    el(
+      "form.door.card",
+      { id: "door" },
+      icon("overview"),
+      el("h1", { id: "title", tabindex: -1 }, "Sign in"),
+      el("p.under", null, "This console asks for a token: the one that ", el("code", null, "BIGCHAT_SYNC_CONSOLE_TOKEN"), " or its file gives the daemon."),
+      el("label", { for: "token" }, "Token"),
+      el("input", { id: "token", name: "token", type: "password", required: true, autocomplete: "current-password", "aria-describedby": wrong ? "wrong" : null, "aria-invalid": wrong ? "true" : null }),
+      wrong && el("p.bad", { id: "wrong", role: "alert" }, wrong),
+      el("button", { type: "submit" }, "Sign in"),
+    ),
+  );
+  byId("token").focus();
+}
+
+async function enter(form) {
+  const button = form.querySelector("button");
+  button.disabled = true;
+  try {
+    await post("/api/login", { token: byId("token").value });
+    guarded = false;
+    delete document.documentElement.dataset.guarded;
+    byId("leave").hidden = false;
+    show(byId("main"), loading());
+    await beat();
+    await go();
+  } catch (error) {
+    button.disabled = false;
+    if (error instanceof Denied) signIn("That is not the token.");
+    else if (error instanceof Refused) signIn(error.message);
+    else if (error instanceof Lost) signIn("bigchat-sync does not answer.");
+    else throw error;
+  }
+}
+
+// --- asking and telling
+
+let asking = null;
+
+function ask(title, text, yes) {
+  byId("ask-title").textContent = title;
+  byId("ask-text").textContent = text;
+  byId("ask-yes").textContent = yes;
+  const dialog = byId("ask");
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => (asking = resolve));
+}
+
+byId("ask").addEventListener("close", () => asking?.(byId("ask").returnValue === "yes"));
+
+let silence;
+
+function tell(text) {
+  const toast = byId("toast");
+  show(toast, el("p", null, text));
+  toast.toggleAttribute("data-on", true);
+  clearTimeout(silence);
+  silence = setTimeout(() => toast.removeAttribute("data-on"), 6000);
+}
+
+async function lookAgain() {
+  await Promise.all([beat(), load()]);
+}
+
+const page = { ask, tell, lookAgain, showAgain };
+
+const buttons = {
+  ...actions,
+  again: () => beat(),
+  theme: () => {
+    const chosen = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
+    keep("theme", chosen);
+    document.documentElement.dataset.theme = chosen;
+    themeButton();
+    tell({ system: "Theme: as the system has it.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
+  },
+  help: () => byId("help").showModal(),
+  leave: async () => {
+    await post("/api/logout");
+    location.reload();
+  },
+  copy: async (button) => {
+    await navigator.clipboard.writeText(button.dataset.text);
+    tell("Copied.");
+  },
+};
+
+async function act(element, why) {
+  const decides = element.dataset.do === "retry" || element.dataset.do === "discard";
+  if (decides && line.lost) return tell("Not now: there is no connection.");
+  element.toggleAttribute("data-busy", true);
+  try {
+    await buttons[element.dataset.do](element, page, why);
+  } catch (error) {
+    if (error instanceof Lost) {
+      lose();
+      tell(decides ? "There was no answer: look again before you repeat it." : "There is no connection.");
+    } else if (error instanceof Denied) signIn();
+    else if (error instanceof Refused) tell(error.message);
+    else throw error;
+  } finally {
+    element.removeAttribute("data-busy");
+  }
+}
+
+function keep(key, value) {
+  try {
+    localStorage.setItem(key, value);
+  } catch {
+    // The browser remembers nothing; it is so for as long as the page is open.
+  }
+}
+
+function themeButton() {
+  const name = document.documentElement.dataset.theme;
+  byId("theme").title = `Theme: ${name === "system" ? "as the system" : name} (t)`;
+  byId("theme").querySelector("span").textContent = `Theme: ${name === "system" ? "as the system" : name}`;
+}
+
+document.addEventListener("click", (event) => {
+  const skip = event.target.closest(".skip");
+  if (skip) {
+    event.preventDefault();
+    byId("main").focus();
+  }
+  const element = event.target.closest("[data-do]");
+  if (element) act(element, event);
+});
+
+document.addEventListener("submit", (event) => {
+  if (event.target.method === "dialog") return;
+  event.preventDefault();
+  if (event.target.id === "door") enter(event.target);
+  if (event.target.id === "find") {
+    location.hash = `#/search?q=${encodeURIComponent(byId("q").value.trim())}`;
+    byId("q").blur();
+  }
+});
+
+// --- keys
+
+/** In each list one entry is in the order of tabs; the arrows go on from there. */
+function rove(root) {
+  for (const list of root.querySelectorAll("[data-list]")) {
+    const rows = [...list.children].filter((row) => steps(row).length > 0);
+    const at = rows.find((row) => steps(row).some((step) => step.tabIndex === 0)) ?? rows.find((row) => row.querySelector("[aria-current]")) ?? rows[0];
+    for (const row of rows) for (const step of steps(row)) step.tabIndex = row === at ? 0 : -1;
+  }
+}
+
+const steps = (row) => (row.dataset.step !== undefined ? [row] : [...row.querySelectorAll("[data-step]")]);
+
+/** Moves the focus along the list it is in, or to the first one. */
+function move(by) {
+  const focused = document.activeElement;
+  const list = focused.closest("[data-list]") ?? byId("main").querySelector("[data-list=events], [data-list=conversations], [data-list=line], [data-list]");
+  if (!list) return false;
+  const rows = [...list.children].filter((row) => steps(row).length > 0);
+  const from = rows.findIndex((row) => row.contains(focused));
+  const to = from < 0 ? (rows.find((row) => steps(row)[0].tabIndex === 0) ?? rows[0]) : rows[Math.min(Math.max(from + by, 0), rows.length - 1)];
+  const column = from < 0 ? -1 : steps(rows[from]).indexOf(focused);
+  for (const row of rows) for (const step of steps(row)) step.tabIndex = row === to ? 0 : -1;
+  (steps(to)[column] ?? steps(to).at(-1)).focus();
+  return true;
+}
+
+let prefix = null;
+
+const GO = { o: "#/", f: "#/failed", c: "#/search", d: "#/decisions" };
+
+function onKey(key) {
+  if (prefix === "g") {
+    prefix = null;
+    if (GO[key]) return (location.hash = GO[key]), true;
+  }
+  const row = document.activeElement.closest("[data-event]");
+  const decide = (what) => {
+    const button = document.querySelector(`.chosen:not([hidden]) [data-do=${what}]`) ?? (now.view === event ? byId("main").querySelector(`.head [data-do=${what}]`) : null);
+    if (button) return button.click(), true;
+    if (!row) return false;
+    act(el("button", { "data-do": what, "data-ids": row.dataset.event }));
+    return true;
+  };
+  switch (key) {
+    case "g":
+      prefix = "g";
+      setTimeout(() => (prefix = null), 1500);
+      return true;
+    case "/":
+      byId("q").focus();
+      byId("q").select();
+      return true;
+    case "j":
+      return move(1);
+    case "k":
+      return move(-1);
+    case "x":
+      row?.querySelector("input")?.click();
+      return row !== null;
+    case "r":
+      return decide("retry");
+    case "d":
+      return decide("discard");
+    case "t":
+      byId("theme").click();
+      return true;
+    case "?":
+      byId("help").showModal();
+      return true;
+    default:
+      return false;
+  }
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || guarded) return;
+  const writes = event.target.closest("input:not([type=checkbox]), textarea, select");
+  if (event.key === "Escape") {
+    if (writes) writes.blur();
+    else if (clearSelection()) showAgain();
+    else byId("main").querySelector(".back a")?.click();
+    return;
+  }
+  if (writes) return;
+  const arrows = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (arrows && event.target.closest("[data-list]") && move(arrows)) return event.preventDefault();
+  if (byId("keys-on").checked && onKey(event.key)) event.preventDefault();
+});
+
+document.addEventListener("focusin", (event) => {
+  const list = event.target.dataset?.step !== undefined && event.target.closest("[data-list]");
+  if (!list) return;
+  for (const row of list.children) for (const step of steps(row)) step.tabIndex = row.contains(event.target) ? 0 : -1;
+});
+
+byId("keys-on").checked = remembered("keys") !== "off";
+byId("keys-on").addEventListener("change", (event) => keep("keys", event.target.checked ? "on" : "off"));
+
+// --- begin
+
+themeButton();
+listen(document);
+watch(() => (now.view === overview && !guarded ? now.data : null));
+addEventListener("hashchange", go);
+go();
+beat();

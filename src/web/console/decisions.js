@@ -1,0 +1,48 @@
+// The record of what was decided about failed events.
+
+import { get } from "./api.js";
+import { el } from "./dom.js";
+import { at } from "./format.js";
+import { conversation, head, kind, loading, nothing } from "./parts.js";
+import { BY } from "./failed.js";
+
+export const decisions = {
+  tab: "decisions",
+  title: () => "Decisions",
+  every: 6000,
+  load: ({ before }) => get(`/api/decisions${before ? `?before=${Number(before)}` : ""}`),
+  show(data, { params }) {
+    const title = head("Decisions", "Who retried or discarded which failed event. Kept for good.");
+    if (!data) return [title, loading(6)];
+    if (data.decisions.length === 0) return [head("Decisions"), nothing("audit", "Nobody has decided anything yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
+    return [
+      title,
+      el(
+        "div.card.scroll",
+        null,
+        el(
+          "table.audit",
+          null,
+          el("thead", null, el("tr", null, ["When", "What", "Event", "Conversation", "It had failed since", "By"].map((name) => el("th", { scope: "col" }, name)))),
+          el(
+            "tbody",
+            null,
+            data.decisions.map((decision) =>
+              el(
+                "tr",
+                { "data-key": decision.id },
+                el("td", null, at(decision.decided_at)),
+                el("td", null, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded")),
+                el("td", null, kind(decision.kind), " ", el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`)),
+                el("td", { "data-name": "conversation" }, decision.conversation === null ? el("span.muted", null, "none") : conversation(decision.conversation_key, decision.conversation)),
+                el("td.why", null, decision.reason),
+                el("td", { "data-name": "by" }, BY[decision.by] ?? decision.by),
+              ),
+            ),
+          ),
+        ),
+      ),
+      (params.before || data.next !== null) && el("p.pages", null, params.before && el("a", { href: "#/decisions" }, "Latest"), data.next !== null && el("a", { href: `#/decisions?before=${data.next}` }, "Older")),
+    ];
+  },
+};

@@ -1,0 +1,102 @@
+// Elements, and how what is shown becomes what should be shown.
+//
+// Everything that is shown is made here, of elements and text nodes: what strangers wrote stays text. A view makes the
+// whole of what it shows each time, and `show` changes only what differs, so that focus, scrolling, opened details and
+// a reader's place stay as they are.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element: `el("p.muted", { title: "…" }, "text", child, …)`. What is null, undefined or false is left out. */
+export function el(name, attributes, ...children) {
+  return make((tag) => document.createElement(tag), name, attributes, children);
+}
+
+/** The same in SVG. */
+export function svg(name, attributes, ...children) {
+  return make((tag) => document.createElementNS(SVG, tag), name, attributes, children);
+}
+
+function make(create, name, attributes, children) {
+  const [tag, ...classes] = name.split(".");
+  const element = create(tag);
+  if (classes.length > 0) element.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(attributes ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    element.setAttribute(key, value === true ? "" : String(value));
+  }
+  append(element, children);
+  return element;
+}
+
+function append(element, children) {
+  for (const child of children) {
+    if (child === null || child === undefined || child === false) continue;
+    if (Array.isArray(child)) append(element, child);
+    else element.append(child);
+  }
+}
+
+/** One of the icons in the page. */
+export function icon(name) {
+  return svg("svg.i", { "aria-hidden": "true" }, svg("use", { href: `#i-${name}` }));
+}
+
+/** Makes `children` what `parent` shows. */
+export function show(parent, ...children) {
+  const next = document.createElement("div");
+  append(next, children);
+  patchChildren(parent, next);
+}
+
+// Children with a `data-key` are known by it; the others by their place.
+function patchChildren(parent, next) {
+  const keyed = new Map();
+  for (const child of parent.children) {
+    if (child.dataset.key !== undefined) keyed.set(child.dataset.key, child);
+  }
+  let at = parent.firstChild;
+  for (const wanted of [...next.childNodes]) {
+    const key = wanted.dataset?.key;
+    const there = key === undefined ? at : keyed.get(key);
+    if (there && alike(there, wanted)) {
+      if (there === at) at = at.nextSibling;
+      else parent.insertBefore(there, at);
+      patch(there, wanted);
+    } else {
+      parent.insertBefore(wanted, at);
+    }
+  }
+  while (at) {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  }
+}
+
+function alike(one, other) {
+  return one.nodeName === other.nodeName && one.dataset?.key === other.dataset?.key;
+}
+
+function patch(there, wanted) {
+  if (there.nodeType !== Node.ELEMENT_NODE) {
+    if (there.nodeValue !== wanted.nodeValue) there.nodeValue = wanted.nodeValue;
+    return;
+  }
+  for (const { name } of [...there.attributes]) {
+    if (!wanted.hasAttribute(name) && !isTheReaders(there, name)) there.removeAttribute(name);
+  }
+  for (const { name, value } of wanted.attributes) {
+    if (there.getAttribute(name) !== value && !isTheReaders(there, name)) there.setAttribute(name, value);
+  }
+  if (there instanceof HTMLInputElement) there.checked = wanted.checked;
+  // What is drawn in there is somebody else's.
+  if (there.dataset.own === undefined) patchChildren(there, wanted);
+}
+
+/** What the reader has done to it: opened it, moved along it. */
+function isTheReaders(element, attribute) {
+  return (attribute === "open" && element.nodeName === "DETAILS") || (attribute === "tabindex" && element.dataset.step !== undefined);
+}
+
+/** The element of that id in the page. */
+export const byId = (id) => document.getElementById(id);

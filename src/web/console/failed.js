@@ -1,0 +1,287 @@
+// The failed events, grouped by reason, and one of them whole; and what is decided of them.
+
+import { get, post } from "./api.js";
+import { byId, el } from "./dom.js";
+import { ago, at, count, some } from "./format.js";
+import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, response } from "./parts.js";
+
+/** The events that are selected, and the reason they have in common. */
+const selection = { reason: null, ids: new Set(), last: null };
+
+const link = (reason, after) => `#/failed?reason=${encodeURIComponent(reason)}${after ? `&after=${after}` : ""}`;
+
+export const failed = {
+  tab: "failed",
+  title: () => "Failed events",
+  every: 4000,
+  async load({ reason, after }) {
+    const { groups, total, more } = await get("/api/failed");
+    const chosen = groups.find((group) => group.reason === reason) ?? (reason === undefined && matchMedia("(min-width: 56rem)").matches ? groups[0] : null);
+    if (reason !== undefined && !chosen) return { groups, total, more, chosen: null, missing: total > 0, page: null };
+    const page = chosen && (await get(`/api/failed?reason=${encodeURIComponent(chosen.reason)}${after ? `&after=${Number(after)}` : ""}`));
+    if (chosen?.reason !== selection.reason) clear(chosen?.reason ?? null);
+    const there = new Set(page?.events.map((event) => event.id));
+    for (const id of selection.ids) if (!there.has(id)) selection.ids.delete(id);
+    return { groups, total, more, chosen, page, named: reason !== undefined, after };
+  },
+  show(data) {
+    if (!data) return [head("Failed events"), loading(6)];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI refuses for good, and what could not be delivered after all its attempts, is kept here until you decide.")];
+    return [
+      head(
+        "Failed events",
+        `${some(data.total, "event")} ${data.total === 1 ? "waits" : "wait"} for you to decide: try again, or give up.`,
+        el("button", { type: "button", "data-do": "retry", "data-all": data.total }, "Retry all"),
+        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total }, "Discard all…"),
+      ),
+      el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were decided on meanwhile.") : null),
+    ];
+  },
+};
+
+function groups({ groups, chosen, more }) {
+  return el(
+    "nav.groups",
+    { "aria-label": "Reasons" },
+    el(
+      "ul",
+      { "data-list": "reasons" },
+      groups.map((group) =>
+        el(
+          "li",
+          { "data-key": group.reason },
+          el(
+            "a",
+            { href: link(group.reason), "aria-current": group.reason === chosen?.reason ? "true" : null, "data-step": "", tabindex: -1 },
+            el("span", null, group.reason),
+            el("b", null, count(group.count)),
+            el("small", null, "latest ", ago(group.latest_at)),
+          ),
+        ),
+      ),
+    ),
+    more && el("p.quietly", null, "More reasons than are shown: these are the most frequent."),
+  );
+}
+
+function group({ chosen, page, after }) {
+  const ids = page.events.map((event) => event.id);
+  const selected = ids.filter((id) => selection.ids.has(id));
+  return el(
+    "section.group.card",
+    { "aria-labelledby": "group-title", "data-key": `group ${chosen.reason}` },
+    back("#/failed", "All reasons"),
+    el(
+      "header",
+      null,
+      el("div", null, el("h2", { id: "group-title" }, chosen.reason), advice(chosen.reason) && el("p.under", null, advice(chosen.reason))),
+      el(
+        "div.buttons",
+        null,
+        el("button", { type: "button", "data-do": "retry", "data-reason": chosen.reason, "data-count": chosen.count }, `Retry ${all(chosen.count)}`),
+        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-reason": chosen.reason, "data-count": chosen.count }, `Discard ${all(chosen.count)}…`),
+      ),
+    ),
+    el(
+      "label.every",
+      null,
+      el("input", { type: "checkbox", "data-do": "select-page", "data-ids": ids.join(" "), checked: selected.length > 0 && selected.length === ids.length }),
+      `Select the ${some(ids.length, "event")} shown`,
+    ),
+    el(
+      "ul.rows",
+      { "data-list": "events" },
+      page.events.map((event) => {
+        const chosen = selection.ids.has(event.id);
+        return el(
+          "li",
+          { "data-key": event.id, "data-event": event.id, "data-selected": chosen ? "yes" : null },
+          el("input", { type: "checkbox", "data-do": "select", "data-id": event.id, "data-step": "", tabindex: -1, checked: chosen, "aria-label": `Select event ${event.id}` }),
+          el(
+            "a",
+            { href: `#/failed/${event.id}`, "data-step": "", tabindex: -1 },
+            kind(event.name),
+            el("span.says", null, event.says ?? ""),
+            el("span.where", null, event.conversation === null ? `#${event.id}` : `conversation ${event.conversation}`),
+            el("span.when", null, ago(event.failed_at)),
+          ),
+        );
+      }),
+    ),
+    (page.next !== null || after) && el("p.pages", null, after && el("a", { href: link(chosen.reason) }, "First page"), page.next !== null && el("a", { href: link(chosen.reason, page.next) }, "Next page")),
+    el(
+      "div.chosen",
+      { role: "group", "aria-label": "The selection", hidden: selected.length === 0 },
+      el("b", null, `${count(selected.length)} selected`),
+      el("button", { type: "button", "data-do": "retry", "data-ids": selected.join(" ") }, "Retry"),
+      el("button.quiet.danger", { type: "button", "data-do": "discard", "data-ids": selected.join(" ") }, "Discard…"),
+      el("button.quiet", { type: "button", "data-do": "select-none" }, "Clear"),
+    ),
+  );
+}
+
+const all = (n) => (n === 1 ? "it" : n === 2 ? "both" : `all ${count(n)}`);
+
+// What a reason asks of whoever reads it.
+const ADVICE = [
+  [/^OurAPI refuses it for good/, "OurAPI does not accept what this says; its answer tells why. Retry once that has been mended there, else discard."],
+  [/^OurAPI refuses us/, "Set the token right, then retry."],
+  [/does not seem to be (OurAPI|BigChat)/, "Something else answers there. Set the URL right, then retry."],
+  [/unknown whether the request was carried out/, "Retry: it is looked for in OurAPI first, and not sent twice."],
+  [/^(it is|its) /, "BigChat told what cannot be understood. It cannot be delivered: look at it, then discard."],
+];
+
+const advice = (reason) => ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try.";
+
+const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded" };
+
+export const event = {
+  tab: "failed",
+  title: (data, { id }) => `Event ${id}`,
+  every: 3000,
+  load: ({ id }) => get(`/api/failed/${Number(id)}`),
+  show(event) {
+    if (!event) return loading(8);
+    const is = event.state === "failed";
+    const readable = event.name !== "UNREADABLE";
+    return [
+      back(event.reason && is ? link(event.reason) : "#/failed", "Failed events"),
+      head(
+        [kind(event.name), ` Event ${event.id}`],
+        event.reason && [event.reason, "."],
+        is && readable && el("button", { type: "button", "data-do": "retry", "data-ids": event.id, "data-event": event.id }, "Retry"),
+        is && el("button.quiet.danger", { type: "button", "data-do": "discard", "data-ids": event.id }, "Discard…"),
+      ),
+      el("p.verdict-line", { "data-state": event.state }, el("i.dot", { "aria-hidden": "true" }), el("b", null, STATES[event.state]), event.settled_at !== null && [" ", ago(event.settled_at)], is && [": ", readable ? advice(event.reason) : ADVICE.at(-1)[1]]),
+      el(
+        "div.sides",
+        null,
+        el(
+          "div",
+          null,
+          block("What BigChat told", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_cut && el("p.muted", null, "It is longer than is shown here.")),
+          (event.request || event.response) && block("What was asked last", request(event.request)),
+          (event.request || event.response) && block("What was answered", response(event.response)),
+          block("Attempts", attempts(event)),
+        ),
+        el(
+          "aside",
+          { "aria-label": "About this event" },
+          block(
+            "About it",
+            facts([
+              ["Conversation", event.conversation === null ? null : conversation(event.conversation_key, event.conversation)],
+              ["Happened", at(event.event_at_s * 1000)],
+              ["Told", at(event.kept_at)],
+              ["Tried", event.tries === 0 ? "never" : some(event.tries, "time")],
+              ["Chat", event.chat_id && copyable(event.chat_id)],
+              ["May stand in OurAPI", event.in_doubt && "yes: it is looked for before it is sent again"],
+            ]),
+          ),
+          event.decisions.length > 0 &&
+            block(
+              "Decisions",
+              el(
+                "ul.lately",
+                null,
+                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${BY[decision.by] ?? decision.by}`), ago(decision.decided_at))),
+              ),
+            ),
+        ),
+      ),
+    ];
+  },
+};
+
+export const BY = { console: "the console", command: "the command line" };
+
+const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
+
+function attempts(event) {
+  if (event.attempts.length === 0) return el("p.quietly", null, event.name === "UNREADABLE" ? "None: it could not be understood." : "None is on record.");
+  return el(
+    "ol.attempts",
+    null,
+    event.attempts.map((attempt) =>
+      el(
+        "li",
+        { "data-key": attempt.number },
+        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, attempt.reason), ago(attempt.failed_at)), request(attempt.request), response(attempt.response)),
+      ),
+    ),
+    event.attempts.length < event.tries && el("li.quietly", null, `Of ${count(event.tries)} attempts the last ${count(event.attempts.length)} are kept.`),
+  );
+}
+
+function clear(reason) {
+  selection.reason = reason;
+  selection.ids.clear();
+  selection.last = null;
+}
+
+/** Which failed events a button means. */
+function meant({ ids, reason, all, count }) {
+  if (all !== undefined) return { which: { all: true }, number: Number(all) };
+  if (reason !== undefined) return { which: { reason }, number: Number(count) };
+  const numbers = ids.split(" ").map(Number);
+  return { which: { ids: numbers }, number: numbers.length };
+}
+
+/** What the buttons of these views do; `page` lets them ask, tell and look again. */
+export const actions = {
+  async retry(button, page) {
+    const { which } = meant(button.dataset);
+    const { done, asked } = await post("/api/failed/retry", which);
+    page.tell(done === asked ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(asked - done)} left: they were decided on already, or could not be understood.`);
+    await decided(page);
+  },
+  async discard(button, page) {
+    const { which, number } = meant(button.dataset);
+    const sure = await page.ask(
+      `Discard ${some(number, "event")}?`,
+      `OurAPI will never get ${number === 1 ? "it" : "them"}. This cannot be taken back; what was discarded stays in the record of decisions.`,
+      number === 1 ? "Discard" : `Discard ${count(number)}`,
+    );
+    if (!sure) return;
+    const { done } = await post("/api/failed/discard", which);
+    page.tell(`${some(done, "event")} discarded.`);
+    await decided(page);
+  },
+  select(box, page, event) {
+    const id = Number(box.dataset.id);
+    const boxes = [...byId("main").querySelectorAll("[data-do=select]")].map((each) => Number(each.dataset.id));
+    const [from, to] = [boxes.indexOf(selection.last), boxes.indexOf(id)];
+    const range = event?.shiftKey && from >= 0 ? boxes.slice(Math.min(from, to), Math.max(from, to) + 1) : [id];
+    for (const each of range) {
+      if (box.checked) selection.ids.add(each);
+      else selection.ids.delete(each);
+    }
+    selection.last = id;
+    page.showAgain();
+  },
+  "select-page"(box, page) {
+    for (const id of box.dataset.ids.split(" ").map(Number)) {
+      if (box.checked) selection.ids.add(id);
+      else selection.ids.delete(id);
+    }
+    page.showAgain();
+  },
+  "select-none"(_, page) {
+    selection.ids.clear();
+    page.showAgain();
+  },
+};
+
+const left = (n) => `${count(n)} ${n === 1 ? "is" : "are"}`;
+
+async function decided(page) {
+  selection.ids.clear();
+  await page.lookAgain();
+}
+
+/** Whether there was a selection to clear. */
+export function clearSelection() {
+  const any = selection.ids.size > 0;
+  selection.ids.clear();
+  return any;
+}

@@ -1,0 +1,192 @@
+// Whether all is well, and where it is not; how much goes through.
+
+import { draw, frame } from "./chart.js";
+import { byId, el } from "./dom.js";
+import { get } from "./api.js";
+import { ago, at, count, lasting, perMinute, roughly, since, size, some } from "./format.js";
+import { conversation, kind, loading } from "./parts.js";
+
+const RANGES = [1, 6, 24, 168];
+const HOURS = 6;
+
+export const overview = {
+  tab: "overview",
+  title: () => "Overview",
+  every: 10_000,
+  async load({ hours }) {
+    const range = RANGES.includes(Number(hours)) ? Number(hours) : HOURS;
+    const [activity, decisions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/decisions?limit=5")]);
+    return { range, activity, decisions: decisions.decisions };
+  },
+  show: (data, { status }) => (status ? [verdict(status), pipe(status), tiles(status), chart(data), lists(data, status)] : loading(8)),
+  shown(data) {
+    if (data) draw(data.activity);
+  },
+};
+
+function verdict(status) {
+  const troubles = status.troubles;
+  const title = status.well ? "All is well" : troubles.length > 1 ? `${troubles.length} things need attention` : "One thing needs attention";
+  return el(
+    "section.verdict",
+    { "data-well": status.well ? "yes" : "no", "aria-labelledby": "title" },
+    el("h1", { id: "title", tabindex: -1 }, el("i.dot", { "aria-hidden": "true" }), title),
+    el(
+      "p.under",
+      null,
+      status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_s === null ? "; it has told nothing yet." : ["; its newest event is of ", at(status.newest_event_s * 1000), "."]],
+    ),
+    troubles.length > 0 &&
+      el(
+        "ul.troubles",
+        null,
+        troubles.map(({ what, remedy }) => el("li", null, el("strong", null, what), remedy && el("span", null, remedy))),
+      ),
+  );
+}
+
+// BigChat, the journal, OurAPI, and what goes on between them.
+function pipe(status) {
+  return el(
+    "section.pipe",
+    { "aria-label": "From BigChat to OurAPI" },
+    api("BigChat", "what happened", status.bigchat),
+    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, `${perMinute(status.told_per_minute)} a minute`),
+    el(
+      "article.node.middle",
+      { "aria-labelledby": "node-journal" },
+      el("header", null, el("h2", { id: "node-journal" }, "Journal"), el("span.muted", null, size(status.database.bytes))),
+      el(
+        "div.pair",
+        null,
+        figure(count(status.waiting), "waiting", status.oldest_waiting_at === null ? "nothing to do" : ["oldest ", since(status.oldest_waiting_at)]),
+        el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "nothing to decide" : "yours to decide")),
+      ),
+      status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} compared or built again`),
+    ),
+    link(`${perMinute(status.delivered_per_minute)} a minute`, status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : null),
+    api("OurAPI", "what stands", status.our_api),
+  );
+}
+
+function api(name, what, state) {
+  const word = state.up === null ? "Not asked yet" : state.up ? "Up" : "Down";
+  const id = `node-${name.toLowerCase()}`;
+  return el(
+    "article.node",
+    { "aria-labelledby": id, "data-up": state.up === null ? "unknown" : state.up ? "yes" : "no" },
+    el("header", null, el("h2", { id }, name), el("span.muted", null, what)),
+    el("p.state", null, el("i.dot", { "aria-hidden": "true" }), el("b", null, word), state.since !== null && state.up !== null && el("span.muted", null, " for ", since(state.since))),
+    state.trouble && el("p.note", null, state.trouble),
+    state.request
+      ? el(
+          "details.last",
+          { "data-key": "last" },
+          el("summary", null, "last asked ", state.asked_at === null ? "" : ago(state.asked_at)),
+          el("code", null, state.request),
+          el("code", null, state.response ?? "no answer"),
+        )
+      : el("p.muted.last", null, "nothing was asked yet"),
+  );
+}
+
+const link = (above, below) => el("div.link", null, el("span", null, above), el("i", { "aria-hidden": "true" }), below && el("small", null, below));
+
+const figure = (value, name, more) => el("div.figure", null, el("b", null, value), el("span", null, name), el("small", null, more));
+
+function tiles(status) {
+  const delivery = status.delivery_ms;
+  return el(
+    "section.tiles",
+    { "aria-label": "Figures" },
+    tile("Told", perMinute(status.told_per_minute), "a minute", "by BigChat"),
+    tile("Delivered", perMinute(status.delivered_per_minute), "a minute", "to OurAPI"),
+    delivery
+      ? tile("Delivery time", lasting(delivery.median), "median", [`95% within ${lasting(delivery.p95)}, longest ${lasting(delivery.max)}`])
+      : tile("Delivery time", "–", "", "nothing delivered yet"),
+    status.oldest_waiting_at === null
+      ? tile("Waiting", count(status.waiting), status.waiting === 1 ? "event" : "events", "nothing waits")
+      : tile("Waiting", count(status.waiting), status.waiting === 1 ? "event" : "events", ["the oldest for ", since(status.oldest_waiting_at)]),
+  );
+}
+
+const tile = (name, value, unit, more) => el("div.tile", null, el("h2", null, name), el("p", null, el("b", null, value), " ", el("span", null, unit)), el("small", null, more));
+
+function chart(data) {
+  return el(
+    "section.card",
+    { "aria-labelledby": "chart-title" },
+    el(
+      "header",
+      null,
+      el("h2", { id: "chart-title" }, "Events a minute"),
+      el(
+        "div.segments",
+        { role: "group", "aria-label": "How far back" },
+        RANGES.map((hours) => el("a", { href: hours === HOURS ? "#/" : `#/?hours=${hours}`, "aria-current": data?.range === hours ? "true" : null }, hours < 168 ? `${hours} h` : "7 d")),
+      ),
+    ),
+    el("ul.legend", { id: "legend", "data-own": true }),
+    frame(),
+    el("details.table", { id: "chart-details" }, el("summary", null, "As a table"), el("div.scroll", { id: "chart-table", "data-own": true })),
+    !data && el("div.covers", null, loading(3)),
+  );
+}
+
+function lists(data, status) {
+  const most = Math.max(...status.failed_by_reason.map((group) => group.count), 1);
+  return el(
+    "div.columns",
+    null,
+    el(
+      "section.card",
+      { "aria-labelledby": "reasons" },
+      el("header", null, el("h2", { id: "reasons" }, "Failed, by reason"), status.failed > 0 && el("a", { href: "#/failed" }, "Decide")),
+      status.failed === 0
+        ? el("p.quietly", null, "Nothing has failed. What does waits here until you decide.")
+        : el(
+            "ul.reasons",
+            null,
+            status.failed_by_reason.slice(0, 5).map((group) =>
+              el(
+                "li",
+                { "data-key": group.reason },
+                el("a", { href: `#/failed?reason=${encodeURIComponent(group.reason)}` }, group.reason),
+                el("b", null, count(group.count)),
+                el("meter", { min: 0, max: most, value: group.count, "aria-hidden": "true" }),
+                el("small", null, "latest ", ago(group.latest_at)),
+              ),
+            ),
+          ),
+    ),
+    el(
+      "section.card",
+      { "aria-labelledby": "latest" },
+      el("header", null, el("h2", { id: "latest" }, "Latest decisions"), data?.decisions.length > 0 && el("a", { href: "#/decisions" }, "All")),
+      !data
+        ? loading(3)
+        : data.decisions.length === 0
+          ? el("p.quietly", null, "Nobody has decided anything yet.")
+          : el(
+              "ul.lately",
+              null,
+              data.decisions.map((decision) =>
+                el(
+                  "li",
+                  { "data-key": decision.id },
+                  el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"),
+                  kind(decision.kind),
+                  el("span", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)]),
+                  ago(decision.decided_at),
+                ),
+              ),
+            ),
+    ),
+  );
+}
+
+/** Draws the chart again where its width or its table has changed. */
+export function watch(current) {
+  new ResizeObserver(() => overview.shown(current())).observe(byId("main"));
+  byId("main").addEventListener("toggle", (event) => event.target.id === "chart-details" && overview.shown(current()), true);
+}

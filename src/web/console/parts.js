@@ -1,0 +1,82 @@
+// What several views show.
+
+import { el, icon } from "./dom.js";
+
+/** The kind of an event. */
+export const kind = (name) => el(`span.kind.${name.toLowerCase()}`, null, name);
+
+/** A conversation, by BigChat's id of it. */
+export const conversation = (key, id) => (key ? el("a", { href: `#/conversations/${key}` }, String(id)) : el("span.muted", null, "none"));
+
+/** What there is to say where there is nothing to show. */
+export function nothing(symbol, title, ...more) {
+  return el("div.nothing", null, icon(symbol), el("h2", null, title), more.map((text) => el("p", null, text)));
+}
+
+/** The shape of what is on its way; appears only where that takes long. */
+export function loading(rows = 5) {
+  return el(
+    "div.loading",
+    { "aria-busy": "true" },
+    el("p.unseen", null, "Loading"),
+    Array.from({ length: rows }, (_, index) => el(`i.bone.bone${index % 3}`, { "aria-hidden": "true" })),
+  );
+}
+
+/** A heading, and what can be done there. */
+export function head(title, under, ...actions) {
+  return el("div.head", null, el("div", null, el("h1", { id: "title", tabindex: -1 }, title), under && el("div.under", null, under)), actions.some(Boolean) && el("div.buttons", null, actions));
+}
+
+/** The way back. */
+export const back = (href, text) => el("nav.back", { "aria-label": "Back" }, el("a", { href }, icon("left"), text));
+
+/** Facts: pairs of a name and what it is; those without a value are left out. */
+export function facts(pairs) {
+  return el("dl.facts", null, pairs.filter(([, value]) => value !== null && value !== undefined && value !== false).map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value))));
+}
+
+/** Something to be copied. */
+export const copyable = (text) => el("span.copyable", null, el("code", null, text), el("button.icon", { type: "button", "data-do": "copy", "data-text": text, title: "Copy" }, icon("copy"), el("span.unseen", null, "Copy")));
+
+/** JSON as people read it; what is no JSON as it is. */
+export function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
+  }
+}
+
+/** What was asked: the line, and the body below it. */
+export function request(text) {
+  if (!text) return el("p.muted", null, "Nothing was asked of an API.");
+  const [, method, path, body] = /^([A-Z]+) (\S+)\s*([^]*)$/.exec(text) ?? [null, "", "", text];
+  return el("div.wire", null, method && el("p", null, el("b", null, method), " ", el("code", null, path)), body && el("pre", { tabindex: 0 }, pretty(body)));
+}
+
+/** What was answered. */
+export function response(text) {
+  if (!text) return el("p.muted", null, "Nothing was answered.");
+  const [, status, body] = /^(\d{3})\b\s*([^]*)$/.exec(text) ?? [null, null, text];
+  return el("div.wire", null, status && el("p", null, el("b", { class: status < "400" ? "fine" : "bad" }, status), el("span.muted", null, STATUS[status] ? ` ${STATUS[status]}` : "")), body && el("pre", { tabindex: 0 }, pretty(body)));
+}
+
+const STATUS = {
+  200: "OK",
+  201: "Created",
+  204: "No Content",
+  400: "Bad Request",
+  401: "Unauthorized",
+  403: "Forbidden",
+  404: "Not Found",
+  408: "Request Timeout",
+  409: "Conflict",
+  413: "Content Too Large",
+  422: "Unprocessable Content",
+  429: "Too Many Requests",
+  500: "Internal Server Error",
+  502: "Bad Gateway",
+  503: "Service Unavailable",
+  504: "Gateway Timeout",
+};

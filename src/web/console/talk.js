@@ -1,0 +1,177 @@
+// Conversations: found by id, chat or agent, and one of them whole.
+
+import { get } from "./api.js";
+import { el, icon } from "./dom.js";
+import { ago, at, clockText, count, dayText, fullTime, lasting, now, some } from "./format.js";
+import { back, copyable, facts, head, kind, loading, nothing } from "./parts.js";
+
+export const search = {
+  tab: "search",
+  title: (_, { q }) => (q ? `“${q}”` : "Conversations"),
+  every: 6000,
+  load: ({ q }) => get(`/api/search?q=${encodeURIComponent(q ?? "")}`),
+  show(data, { params }) {
+    const q = params.q ?? "";
+    if (!data) return [head("Conversations"), loading(6)];
+    const found = data.conversations;
+    if (found.length === 0) {
+      return [
+        head("Conversations"),
+        q
+          ? nothing("find", `Nothing for “${q}”`, "Search by BigChat’s id of a conversation (42), by OurAPI’s id of a chat, by its external id, or by an agent’s e-mail address or its beginning.")
+          : nothing("talk", "No conversation yet", "The first one shows here as soon as BigChat tells of it."),
+      ];
+    }
+    return [
+      head("Conversations", q ? [`${data.more ? "The first " : ""}${some(found.length, "conversation")} for “${q}”. `, el("a", { href: "#/search" }, "Show the latest")] : "The latest; search for others by id, chat or agent."),
+      el(
+        "ul.found.card",
+        { "data-list": "conversations" },
+        found.map((one) =>
+          el(
+            "li",
+            { "data-key": one.key },
+            el(
+              "a",
+              { href: `#/conversations/${one.key}`, "data-step": "", tabindex: -1 },
+              el("b", null, `Conversation ${one.conversation}`, one.runs > 1 && el("small", null, `run ${one.run} of BigChat`)),
+              el("span.who", null, one.agent_name ?? one.agent_email ?? el("span.muted", null, "no agent"), one.agent_name && el("small", null, one.agent_email)),
+              el("span.when", null, one.started_at_s === null ? el("span.muted", null, "start unknown") : at(one.started_at_s * 1000)),
+              state(one),
+            ),
+          ),
+        ),
+      ),
+    ];
+  },
+};
+
+function state(one) {
+  if (one.failed > 0) return el("span.chip.bad", null, `${count(one.failed)} failed`);
+  if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
+  if (one.chat_id === null) return el("span.chip", null, "no chat yet");
+  return one.ended_at_s === null ? el("span.chip.fine", null, "in step") : el("span.chip.fine", null, "in step, ended");
+}
+
+export const talk = {
+  tab: "search",
+  title: (data) => (data ? `Conversation ${data.conversation.conversation}` : "Conversation"),
+  every: 4000,
+  load: ({ id, after }) => get(`/api/conversations/${Number(id)}${after ? `?after=${Number(after)}` : ""}`),
+  show(data, { params }) {
+    if (!data) return loading(9);
+    const one = data.conversation;
+    const page = (after) => `#/conversations/${one.key}${after ? `?after=${after}` : ""}`;
+    return [
+      back("#/search", "Conversations"),
+      head(
+        `Conversation ${one.conversation}`,
+        [state(one), " ", one.runs > 1 && `Run ${one.run} of ${one.runs} of BigChat: after a restart it gives its ids to others.`],
+        one.failed > 0 && el("button", { type: "button", "data-do": "retry", "data-ids": one.failed_ids.join(" ") }, `Retry ${one.failed_ids.length === 1 ? "the failed event" : `the ${count(one.failed_ids.length)} failed events`}`),
+      ),
+      el(
+        "div.sides",
+        null,
+        el(
+          "section.card.talk",
+          { "aria-labelledby": "events" },
+          el("header", null, el("h2", { id: "events" }, "What happened"), el("span.muted", null, "in the order it was told")),
+          data.events.length === 0 ? el("p.quietly", null, "No event of it is kept any more, or none was told yet.") : el("ol.line", { "data-list": "line" }, days(data.events)),
+          (params.after || data.next !== null) && el("p.pages", null, params.after && el("a", { href: page() }, "From the beginning"), data.next !== null && el("a", { href: page(data.next) }, "Go on")),
+        ),
+        el(
+          "aside",
+          { "aria-label": "The chat in OurAPI" },
+          el(
+            "section.card",
+            null,
+            el("header", null, el("h2", null, "Chat in OurAPI")),
+            one.chat_id === null && el("p.quietly", null, "There is none yet."),
+            facts([
+              ["Id", one.chat_id && copyable(one.chat_id)],
+              ["External id", one.external_id && copyable(one.external_id)],
+              ["Started", time(one.chat_started_at_s)],
+              ["Ended", one.chat_id && (one.chat_ended_at_s === null ? "not yet" : time(one.chat_ended_at_s))],
+              ["In doubt", one.unsure && "a change was sent whose outcome is unknown; all of it is sent again"],
+            ]),
+          ),
+          el(
+            "section.card",
+            null,
+            el("header", null, el("h2", null, "Agent")),
+            one.chat_agent === null
+              ? el("p.quietly", null, "The chat has none.")
+              : facts([
+                  ["Name", one.agent_name],
+                  ["E-mail", one.agent_email && el("a", { href: `#/search?q=${encodeURIComponent(one.agent_email)}` }, one.agent_email)],
+                  ["Id", copyable(one.chat_agent)],
+                ]),
+          ),
+          el(
+            "section.card",
+            null,
+            el("header", null, el("h2", null, "In BigChat")),
+            facts([
+              ["Started", time(one.started_at_s) ?? "not known"],
+              ["Last END", time(one.ended_at_s)],
+              ["First advisor", one.first_advisor],
+              ["Advisor since", one.transfer_at_s === null ? null : [`${one.transfer_advisor}, by the TRANSFER of `, time(one.transfer_at_s)]],
+              ["Details", { unread: "not read yet", read: null, gone: "BigChat no longer knows them" }[one.details]],
+            ]),
+          ),
+        ),
+      ),
+    ];
+  },
+};
+
+const time = (seconds) => (seconds === null ? null : at(seconds * 1000));
+
+function days(events) {
+  let day = null;
+  let latest = -Infinity;
+  return events.flatMap((event) => {
+    const happened = event.event_at_s * 1000;
+    const today = dayText(happened);
+    const late = event.event_at_s < latest;
+    latest = Math.max(latest, event.event_at_s);
+    const item = entry(event, happened, late);
+    if (today === day) return [item];
+    day = today;
+    return [el("li.day", { "data-key": `day ${event.id}` }, el("span", null, today)), item];
+  });
+}
+
+function entry(event, happened, late) {
+  return el(
+    "li.entry",
+    { "data-key": event.id, "data-kind": event.name, "data-state": event.state, tabindex: -1, "data-step": "" },
+    el("time", { datetime: new Date(happened).toISOString(), title: fullTime(happened) }, clockText(happened)),
+    el(
+      "div.what",
+      null,
+      event.name === "MESSAGE" ? el("p.words", null, event.says, event.says_cut && el("span.muted", null, " … (longer than is shown)")) : el("p.change", null, kind(event.name), event.says && ` ${event.says}`),
+      el("p.fate", null, fate(event), late && el("span.muted", { title: "It happened before what was told before it." }, "told late")),
+    ),
+  );
+}
+
+function fate(event) {
+  switch (event.state) {
+    case "delivered":
+      return el("span.fine", null, icon("check"), SENT[event.sent] ?? "delivered", " ", at(event.settled_at), el("span.muted", null, `, ${lasting(Math.max(0, event.settled_at - event.kept_at))} after it was told`));
+    case "waiting":
+      return el("span.wait", null, icon("clock"), event.reason ? `waits after ${some(event.tries, "failure")}: ${event.reason}` : ["waits since ", ago(event.kept_at)], event.next_at > now() && `; tried again in ${lasting(event.next_at - now())}`);
+    case "failed":
+      return el("a.bad", { href: `#/failed/${event.id}` }, icon("cross"), `failed: ${event.reason}`);
+    default:
+      return el("a.muted", { href: `#/failed/${event.id}` }, icon("cross"), "discarded ", at(event.settled_at));
+  }
+}
+
+const SENT = {
+  "chat created": "chat created",
+  "chat changed": "chat changed",
+  "message added": "message added",
+  nothing: "nothing to send: it stood there already",
+};
