@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { el } from "./dom.js";
-import { at } from "./format.js";
+import { at, sentence } from "./format.js";
 import { conversation, head, kind, loading, nothing } from "./parts.js";
 import { BY } from "./failed.js";
 
@@ -35,7 +35,7 @@ export const decisions = {
                 el("td", null, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded")),
                 el("td", null, kind(decision.kind), " ", el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`)),
                 el("td", { "data-name": "conversation" }, decision.conversation === null ? el("span.muted", null, "none") : conversation(decision.conversation_key, decision.conversation)),
-                el("td.why", null, decision.reason),
+                el("td.why", null, sentence(decision.reason)),
                 el("td", { "data-name": "by" }, BY[decision.by] ?? decision.by),
               ),
             ),

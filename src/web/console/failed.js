@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { byId, el } from "./dom.js";
-import { ago, at, count, some } from "./format.js";
+import { ago, at, count, sentence, some } from "./format.js";
 import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, response } from "./parts.js";
 
 /** The events that are selected, and the reason they have in common. */
@@ -31,7 +31,7 @@ export const failed = {
       head(
         "Failed events",
         `${some(data.total, "event")} ${data.total === 1 ? "waits" : "wait"} for you to decide: try again, or give up.`,
-        el("button", { type: "button", "data-do": "retry", "data-all": data.total }, "Retry all"),
+        el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total }, "Retry all"),
         el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total }, "Discard all…"),
       ),
       el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were decided on meanwhile.") : null),
@@ -53,7 +53,7 @@ function groups({ groups, chosen, more }) {
           el(
             "a",
             { href: link(group.reason), "aria-current": group.reason === chosen?.reason ? "true" : null, "data-step": "", tabindex: -1 },
-            el("span", null, group.reason),
+            el("span", null, sentence(group.reason)),
             el("b", null, count(group.count)),
             el("small", null, "latest ", ago(group.latest_at)),
           ),
@@ -74,7 +74,7 @@ function group({ chosen, page, after }) {
     el(
       "header",
       null,
-      el("div", null, el("h2", { id: "group-title" }, chosen.reason), advice(chosen.reason) && el("p.under", null, advice(chosen.reason))),
+      el("div", null, el("h2", { id: "group-title" }, sentence(chosen.reason)), advice(chosen.reason) && el("p.under", null, advice(chosen.reason))),
       el(
         "div.buttons",
         null,
@@ -148,7 +148,7 @@ export const event = {
       back(event.reason && is ? link(event.reason) : "#/failed", "Failed events"),
       head(
         [kind(event.name), ` Event ${event.id}`],
-        event.reason && [event.reason, "."],
+        event.reason && [sentence(event.reason), "."],
         is && readable && el("button", { type: "button", "data-do": "retry", "data-ids": event.id, "data-event": event.id }, "Retry"),
         is && el("button.quiet.danger", { type: "button", "data-do": "discard", "data-ids": event.id }, "Discard…"),
       ),
@@ -206,7 +206,7 @@ function attempts(event) {
       el(
         "li",
         { "data-key": attempt.number },
-        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, attempt.reason), ago(attempt.failed_at)), request(attempt.request), response(attempt.response)),
+        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, sentence(attempt.reason)), ago(attempt.failed_at)), request(attempt.request), response(attempt.response)),
       ),
     ),
     event.attempts.length < event.tries && el("li.quietly", null, `Of ${count(event.tries)} attempts the last ${count(event.attempts.length)} are kept.`),

@@ -24,6 +24,9 @@ export const perMinute = (n) => rate.format(n);
 /** "1 event", "3 events". */
 export const some = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
+/** Begins with a capital. */
+export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
 /** A duration in ms. */
 export function lasting(ms) {
   const seconds = ms / 1000;

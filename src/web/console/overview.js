@@ -3,7 +3,7 @@
 import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
 import { get } from "./api.js";
-import { ago, at, count, lasting, perMinute, roughly, since, size, some } from "./format.js";
+import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
 import { conversation, kind, loading } from "./parts.js";
 
 const RANGES = [1, 6, 24, 168];
@@ -18,7 +18,7 @@ export const overview = {
     const [activity, decisions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/decisions?limit=5")]);
     return { range, activity, decisions: decisions.decisions };
   },
-  show: (data, { status }) => (status ? [verdict(status), pipe(status), tiles(status), chart(data), lists(data, status)] : loading(8)),
+  show: (data, { status }) => (status ? [verdict(status), pipe(status), strip(status), chart(data), lists(data, status)] : loading(8)),
   shown(data) {
     if (data) draw(data.activity);
   },
@@ -40,10 +40,13 @@ function verdict(status) {
       el(
         "ul.troubles",
         null,
-        troubles.map(({ what, remedy }) => el("li", null, el("strong", null, what), remedy && el("span", null, remedy))),
+        troubles.map(({ what, remedy }) => el("li", null, el("strong", null, sentence(what)), remedy && el("span", null, commands(sentence(remedy))))),
       ),
   );
 }
+
+/** A text in which `…` is something to type. */
+const commands = (text) => text.split("`").map((part, index) => (index % 2 ? el("code", null, part) : part));
 
 // BigChat, the journal, OurAPI, and what goes on between them.
 function pipe(status) {
@@ -51,7 +54,7 @@ function pipe(status) {
     "section.pipe",
     { "aria-label": "From BigChat to OurAPI" },
     api("BigChat", "what happened", status.bigchat),
-    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, `${perMinute(status.told_per_minute)} a minute`),
+    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`),
     el(
       "article.node.middle",
       { "aria-labelledby": "node-journal" },
@@ -59,12 +62,12 @@ function pipe(status) {
       el(
         "div.pair",
         null,
-        figure(count(status.waiting), "waiting", status.oldest_waiting_at === null ? "nothing to do" : ["oldest ", since(status.oldest_waiting_at)]),
+        figure(count(status.waiting), "waiting", status.oldest_waiting === null ? "nothing to do" : ["the oldest for ", since(status.oldest_waiting.at)]),
         el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "nothing to decide" : "yours to decide")),
       ),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} compared or built again`),
     ),
-    link(`${perMinute(status.delivered_per_minute)} a minute`, status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : null),
+    link(status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet"),
     api("OurAPI", "what stands", status.our_api),
   );
 }
@@ -90,27 +93,24 @@ function api(name, what, state) {
   );
 }
 
-const link = (above, below) => el("div.link", null, el("span", null, above), el("i", { "aria-hidden": "true" }), below && el("small", null, below));
+const link = (text) => el("div.link", null, el("span", null, text), el("i", { "aria-hidden": "true" }));
 
 const figure = (value, name, more) => el("div.figure", null, el("b", null, value), el("span", null, name), el("small", null, more));
 
-function tiles(status) {
+function strip(status) {
   const delivery = status.delivery_ms;
   return el(
-    "section.tiles",
+    "dl.strip",
     { "aria-label": "Figures" },
-    tile("Told", perMinute(status.told_per_minute), "a minute", "by BigChat"),
-    tile("Delivered", perMinute(status.delivered_per_minute), "a minute", "to OurAPI"),
-    delivery
-      ? tile("Delivery time", lasting(delivery.median), "median", [`95% within ${lasting(delivery.p95)}, longest ${lasting(delivery.max)}`])
-      : tile("Delivery time", "–", "", "nothing delivered yet"),
-    status.oldest_waiting_at === null
-      ? tile("Waiting", count(status.waiting), status.waiting === 1 ? "event" : "events", "nothing waits")
-      : tile("Waiting", count(status.waiting), status.waiting === 1 ? "event" : "events", ["the oldest for ", since(status.oldest_waiting_at)]),
+    cell("Told", perMinute(status.told_per_minute), "a minute"),
+    cell("Delivered", perMinute(status.delivered_per_minute), "a minute"),
+    cell("Half delivered within", delivery ? lasting(delivery.median) : "–"),
+    cell("95 of 100 within", delivery ? lasting(delivery.p95) : "–"),
+    cell("The slowest in", delivery ? lasting(delivery.max) : "–", delivery && `of the latest ${count(delivery.of)}`),
   );
 }
 
-const tile = (name, value, unit, more) => el("div.tile", null, el("h2", null, name), el("p", null, el("b", null, value), " ", el("span", null, unit)), el("small", null, more));
+const cell = (name, value, more) => el("div", null, el("dt", null, name), el("dd", null, el("b", null, value), more && [" ", el("small", null, more)]));
 
 function chart(data) {
   return el(
@@ -151,7 +151,7 @@ function lists(data, status) {
               el(
                 "li",
                 { "data-key": group.reason },
-                el("a", { href: `#/failed?reason=${encodeURIComponent(group.reason)}` }, group.reason),
+                el("a", { href: `#/failed?reason=${encodeURIComponent(group.reason)}` }, sentence(group.reason)),
                 el("b", null, count(group.count)),
                 el("meter", { min: 0, max: most, value: group.count, "aria-hidden": "true" }),
                 el("small", null, "latest ", ago(group.latest_at)),
