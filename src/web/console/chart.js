@@ -87,7 +87,7 @@ export function draw(activity) {
     if (bucket.failed) picture.append(svg("rect.fell", { x: x(index) + gap / 2, y: base + 4, width: Math.max(2, wide), height: LANE, rx: 1.5 }));
     if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(bucket.delivered / bucket.length).toFixed(1)}`);
   });
-  picture.append(svg("polyline.delivered", { points: line.join(" ") }));
+  if (all.some((bucket) => bucket.delivered)) picture.append(svg("polyline.delivered", { points: line.join(" ") }));
   for (const [index, label, anchor] of hours(all, step, inner.width)) {
     const middle = x(index);
     picture.append(svg("line.mark", { x1: middle, x2: middle, y1: base + 14, y2: base + 18 }), svg("text.axis", { x: middle, y: base + 31, "text-anchor": anchor }, label));
@@ -128,12 +128,13 @@ function table(all, step, kinds) {
 }
 
 /** A top that is a round number, and round marks up to it. */
-function niceScale(highest) {
-  const rough = Math.max(highest, 1) / 4;
+function niceScale(most) {
+  const highest = most > 0 ? Math.max(most, 1) : 4;
+  const rough = highest / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
   const unit = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
   const marks = [];
-  for (let value = 0; value < Math.max(highest, 1) + unit * 0.999; value += unit) marks.push(Math.round(value * 1000) / 1000);
+  for (let value = 0; value < highest + unit * 0.999; value += unit) marks.push(Math.round(value * 1000) / 1000);
   return { top: marks.at(-1), marks };
 }
 
@@ -184,9 +185,10 @@ function point(back) {
     ),
     el("p", null, `${perMinute(bucket.sum / bucket.length)} a minute`),
   );
-  const middle = left + place.wide / 2;
-  const half = tip.offsetWidth / 2;
-  tip.style.left = `${Math.min(Math.max(middle, half + 2), place.width - half - 2)}px`;
+  // Beside what is pointed at.
+  const right = left + place.wide + 14;
+  const beside = right + tip.offsetWidth <= place.width ? right : left - tip.offsetWidth - 14;
+  tip.style.left = `${Math.max(0, beside)}px`;
 }
 
 const row = (swatch, name, value) => el("div", null, el("dt", null, el(`i.swatch.${swatch}`), name), el("dd", null, count(value)));

@@ -3,7 +3,7 @@
 // The page asks the daemon again and again while it is looked at. Where there is no answer, what was shown last stays,
 // marked as old, and nothing can be decided until there is one.
 
-import { Denied, get, Lost, post, Refused } from "./api.js";
+import { Denied, get, KEY, Lost, post, Refused } from "./daemon.js";
 import { listen } from "./chart.js";
 import { decisions } from "./decisions.js";
 import { byId, el, icon, show } from "./dom.js";
@@ -202,6 +202,7 @@ addEventListener("online", () => beat());
 
 function signIn(wrong) {
   guarded = true;
+  byId("leave").hidden = true;
   document.documentElement.dataset.guarded = "";
   document.title = "Sign in · bigchat-sync";
   show(
@@ -221,14 +222,20 @@ function signIn(wrong) {
   byId("token").focus();
 }
 
+/** Whoever has signed in can sign out. */
+function leaving() {
+  byId("leave").hidden = remembered(KEY) === null;
+}
+
 async function enter(form) {
   const button = form.querySelector("button");
   button.disabled = true;
   try {
-    await post("/api/login", { token: byId("token").value });
+    const { key } = await post("/api/login", { token: byId("token").value });
+    remember(KEY, key);
     guarded = false;
     delete document.documentElement.dataset.guarded;
-    byId("leave").hidden = false;
+    leaving();
     show(byId("main"), loading());
     await beat();
     await go();
@@ -278,7 +285,7 @@ const buttons = {
   again: () => beat(),
   theme: () => {
     const chosen = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
-    keep("theme", chosen);
+    remember("theme", chosen);
     document.documentElement.dataset.theme = chosen;
     themeButton();
     tell({ system: "Theme: as the system has it.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
@@ -286,6 +293,7 @@ const buttons = {
   help: () => byId("help").showModal(),
   leave: async () => {
     await post("/api/logout");
+    remember(KEY, null);
     location.reload();
   },
   copy: async (button) => {
@@ -309,14 +317,6 @@ async function act(element, why) {
     else throw error;
   } finally {
     element.removeAttribute("data-busy");
-  }
-}
-
-function keep(key, value) {
-  try {
-    localStorage.setItem(key, value);
-  } catch {
-    // The browser remembers nothing; it is so for as long as the page is open.
   }
 }
 
@@ -443,11 +443,12 @@ document.addEventListener("focusin", (event) => {
 });
 
 byId("keys-on").checked = remembered("keys") !== "off";
-byId("keys-on").addEventListener("change", (event) => keep("keys", event.target.checked ? "on" : "off"));
+byId("keys-on").addEventListener("change", (event) => remember("keys", event.target.checked ? "on" : "off"));
 
 // --- begin
 
 themeButton();
+leaving();
 listen(document);
 watch(() => (now.view === overview && !guarded ? now.data : null));
 addEventListener("hashchange", go);

@@ -1,6 +1,6 @@
 // The record of what was decided about failed events.
 
-import { get } from "./api.js";
+import { get } from "./daemon.js";
 import { el } from "./dom.js";
 import { at, sentence } from "./format.js";
 import { conversation, head, kind, loading, nothing } from "./parts.js";

@@ -1,6 +1,6 @@
 // The failed events, grouped by reason, and one of them whole; and what is decided of them.
 
-import { get, post } from "./api.js";
+import { get, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
 import { ago, at, count, sentence, some } from "./format.js";
 import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, response } from "./parts.js";
@@ -160,8 +160,7 @@ export const event = {
           "div",
           null,
           block("What BigChat told", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_cut && el("p.muted", null, "It is longer than is shown here.")),
-          (event.request || event.response) && block("What was asked last", request(event.request)),
-          (event.request || event.response) && block("What was answered", response(event.response)),
+          (event.request || event.response) && el("div.exchange", { "data-key": "exchange" }, block("What was asked last", request(event.request)), block("What was answered", response(event.response))),
           block("Attempts", attempts(event)),
         ),
         el(

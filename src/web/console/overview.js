@@ -2,7 +2,7 @@
 
 import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
-import { get } from "./api.js";
+import { get } from "./daemon.js";
 import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
 import { conversation, kind, loading } from "./parts.js";
 
@@ -54,7 +54,7 @@ function pipe(status) {
     "section.pipe",
     { "aria-label": "From BigChat to OurAPI" },
     api("BigChat", "what happened", status.bigchat),
-    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`),
+    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, status.bigchat.up === false),
     el(
       "article.node.middle",
       { "aria-labelledby": "node-journal" },
@@ -67,7 +67,7 @@ function pipe(status) {
       ),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} compared or built again`),
     ),
-    link(status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet"),
+    link(status.our_api.up === false ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", status.our_api.up === false),
     api("OurAPI", "what stands", status.our_api),
   );
 }
@@ -93,7 +93,7 @@ function api(name, what, state) {
   );
 }
 
-const link = (text) => el("div.link", null, el("span", null, text), el("i", { "aria-hidden": "true" }));
+const link = (text, cut) => el("div.link", { "data-cut": cut }, el("span", null, text), el("i", { "aria-hidden": "true" }));
 
 const figure = (value, name, more) => el("div.figure", null, el("b", null, value), el("span", null, name), el("small", null, more));
 

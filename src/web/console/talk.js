@@ -1,6 +1,6 @@
 // Conversations: found by id, chat or agent, and one of them whole.
 
-import { get } from "./api.js";
+import { get } from "./daemon.js";
 import { el, icon } from "./dom.js";
 import { ago, at, clockText, count, dayText, fullTime, lasting, now, some } from "./format.js";
 import { back, copyable, facts, head, kind, loading, nothing } from "./parts.js";
@@ -34,7 +34,7 @@ export const search = {
             el(
               "a",
               { href: `#/conversations/${one.key}`, "data-step": "", tabindex: -1 },
-              el("b", null, `Conversation ${one.conversation}`, one.runs > 1 && el("small", null, `run ${one.run} of BigChat`)),
+              el("b", null, `Conversation ${one.conversation}`, one.run < one.runs && el("small", null, `of run ${one.run} of BigChat, before it restarted`)),
               el("span.who", null, one.agent_name ?? one.agent_email ?? el("span.muted", null, "no agent"), one.agent_name && el("small", null, one.agent_email)),
               el("span.when", null, one.started_at_s === null ? el("span.muted", null, "start unknown") : at(one.started_at_s * 1000)),
               state(one),
@@ -66,7 +66,7 @@ export const talk = {
       back("#/search", "Conversations"),
       head(
         `Conversation ${one.conversation}`,
-        [state(one), " ", one.runs > 1 && `Run ${one.run} of ${one.runs} of BigChat: after a restart it gives its ids to others.`],
+        [state(one), " ", one.run < one.runs && "Of an earlier run of BigChat: since it restarted, this id means another conversation."],
         one.failed > 0 && el("button", { type: "button", "data-do": "retry", "data-ids": one.failed_ids.join(" ") }, `Retry ${one.failed_ids.length === 1 ? "the failed event" : `the ${count(one.failed_ids.length)} failed events`}`),
       ),
       el(

@@ -3,12 +3,22 @@
 
 const THEMES = ["system", "light", "dark"];
 
-/** What is remembered under `key`; nothing where the browser remembers nothing. */
+/** What this browser remembers under `key`; nothing where the browser remembers nothing. */
 function remembered(key) {
   try {
     return localStorage.getItem(key);
   } catch {
     return null;
+  }
+}
+
+/** Remembers it, as long as the browser does; `null` forgets. */
+function remember(key, value) {
+  try {
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, value);
+  } catch {
+    // It is so for as long as the page is open.
   }
 }
 

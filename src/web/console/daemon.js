@@ -14,28 +14,27 @@ export class Refused extends Error {
 
 const PATIENCE = 10_000;
 
+/** Where the key of a session is: what a login gives, and worth nothing without the cookie that comes with it. */
+export const KEY = "key";
+
 export const get = (path) => ask(path, { method: "GET" });
 
-export const post = (path, body) =>
-  ask(path, {
-    method: "POST",
-    // The header is what no other site can make a browser send.
-    headers: { "Content-Type": "application/json", "X-Bigchat-Sync": "1" },
-    body: JSON.stringify(body ?? {}),
-  });
+export const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body ?? {}) }, { "Content-Type": "application/json" });
 
-async function ask(path, options) {
+async function ask(path, options, headers) {
+  // No other site can make a browser send this.
+  const ours = { "X-Bigchat-Sync": remembered(KEY) ?? "1" };
   let response;
   let text;
   try {
-    response = await fetch(path, { ...options, credentials: "same-origin", cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
+    response = await fetch(path, { ...options, headers: { ...ours, ...headers }, credentials: "same-origin", cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
     text = await response.text();
   } catch (error) {
     throw new Lost(error.message);
   }
   let body = null;
   try {
-    body = JSON.parse(text);
+    if (text !== "") body = JSON.parse(text);
   } catch {
     // Said below.
   }
