@@ -55,3 +55,4 @@ ALTER TABLE events ADD COLUMN sent TEXT CHECK (sent IN ('chat created', 'chat ch
 
 CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;
 CREATE INDEX conversations_by_agent ON conversations (chat_agent) WHERE chat_agent IS NOT NULL;
+CREATE INDEX events_failed_of ON events (conversation) WHERE state = 'failed';

@@ -10,7 +10,7 @@ use crate::screen::printable;
 use crate::time::Millis;
 
 /// How many decisions about an event are shown, the latest ones.
-const SHOWN: u32 = 10;
+const SHOWN: i64 = 10;
 
 /// What can be done about failed events.
 #[derive(Debug, clap::Subcommand)]
@@ -72,7 +72,7 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
             let event = store
                 .failed_event(id)?
                 .ok_or(FailedError::NoSuchEvent(id))?;
-            let decisions = store.decisions(Some(id), SHOWN)?;
+            let decisions = store.decisions(Some(id), None, SHOWN)?;
             show(&event, &store.failed_attempts(id)?, &decisions)
         }
         Command::Retry(which) => {

@@ -51,6 +51,8 @@ pub struct FailedAttempt {
 /// What somebody decided about an event that had failed.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct PastDecision {
+    /// Its own id, in order of time.
+    pub id: i64,
     /// When.
     pub at: Millis,
     /// Where: `command` or `console`.
@@ -61,6 +63,8 @@ pub struct PastDecision {
     pub event: i64,
     /// BigChat's id of its conversation; `None`: it could not be understood.
     pub conversation: Option<i64>,
+    /// The journal's id of it, as long as the event is kept.
+    pub conversation_key: Option<i64>,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// Why it had failed.
@@ -172,26 +176,36 @@ impl Store {
         Ok(attempts.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// What was decided about an event, or about any, the latest decision first: at most `at_most` of them.
-    pub fn decisions(&mut self, event: Option<i64>, at_most: u32) -> Result<Vec<PastDecision>> {
+    /// What was decided about an event, or about any, before the decision `before`, the latest one first: at most
+    /// `at_most` of them.
+    pub fn decisions(
+        &mut self,
+        event: Option<i64>,
+        before: Option<i64>,
+        at_most: i64,
+    ) -> Result<Vec<PastDecision>> {
         let of = if event.is_some() {
-            "event = ?1"
+            "d.event = ?1"
         } else {
             "?1 IS NULL"
         };
         let mut statement = self.connection.prepare_cached(&format!(
-            "SELECT decided_at, decided_by, decision, event, conversation, kind, reason
-             FROM decisions WHERE {of} ORDER BY id DESC LIMIT ?2"
+            "SELECT d.id, d.decided_at, d.decided_by, d.decision, d.event, d.conversation, e.conversation, d.kind, d.reason
+             FROM decisions d LEFT JOIN events e ON e.id = d.event
+             WHERE {of} AND d.id < ?2 ORDER BY d.id DESC LIMIT ?3"
         ))?;
-        let decisions = statement.query_map(params![event, at_most], |row| {
+        let before = before.unwrap_or(i64::MAX);
+        let decisions = statement.query_map(params![event, before, at_most], |row| {
             Ok(PastDecision {
-                at: Millis(row.get(0)?),
-                by: row.get(1)?,
-                decision: row.get(2)?,
-                event: row.get(3)?,
-                conversation: row.get(4)?,
-                kind: row.get(5)?,
-                reason: row.get(6)?,
+                id: row.get(0)?,
+                at: Millis(row.get(1)?),
+                by: row.get(2)?,
+                decision: row.get(3)?,
+                event: row.get(4)?,
+                conversation: row.get(5)?,
+                conversation_key: row.get(6)?,
+                kind: row.get(7)?,
+                reason: row.get(8)?,
             })
         })?;
         Ok(decisions.collect::<rusqlite::Result<_>>()?)

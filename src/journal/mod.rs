@@ -7,6 +7,7 @@
 //! delivery or polling; it keeps what those decided.
 
 mod claims;
+mod console;
 mod failed;
 mod knowledge;
 mod minutes;
@@ -34,6 +35,9 @@ use tokio::sync::oneshot;
 use crate::pulse;
 
 pub use claims::{Claimable, Claimed, Session, Throttles};
+pub use console::{
+    Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Wanted, WholeEvent,
+};
 pub use failed::{Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who};
 pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
 pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};

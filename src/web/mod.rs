@@ -5,9 +5,11 @@
 //! daemon needs. `guard` keeps strangers out: other machines, other users with the token missing, and web pages of
 //! others in the browser of somebody who may come in.
 
+mod api;
 mod connections;
 pub(crate) mod guard;
 mod login;
+mod page;
 mod probes;
 
 use std::io;
@@ -102,6 +104,11 @@ impl Web {
         *status = Some((Instant::now(), Arc::clone(&read)));
         Ok(read)
     }
+
+    /// Something has changed: whoever asks next gets a new status.
+    pub(crate) async fn forget_status(&self) {
+        *self.status.lock().await = None;
+    }
 }
 
 /// Where to listen.
@@ -192,10 +199,20 @@ fn router(web: Arc<Web>) -> Router {
     let for_all = Router::new()
         .route("/healthz", get(probes::healthz))
         .route("/readyz", get(probes::readyz))
-        .route("/api/login", post(login::login));
+        .route("/api/login", post(login::login))
+        .merge(page::router());
     let for_known = Router::new()
         .route("/metrics", get(probes::metrics))
         .route("/api/logout", post(login::logout))
+        .route("/api/status", get(api::status))
+        .route("/api/activity", get(api::activity))
+        .route("/api/failed", get(api::failed))
+        .route("/api/failed/retry", post(api::retry))
+        .route("/api/failed/discard", post(api::discard))
+        .route("/api/failed/{id}", get(api::event))
+        .route("/api/search", get(api::search))
+        .route("/api/conversations/{key}", get(api::conversation))
+        .route("/api/decisions", get(api::decisions))
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&web),
             guard::identify,

@@ -14,7 +14,7 @@ export const decisions = {
   show(data, { params }) {
     const title = head("Decisions", "Who retried or discarded which failed event. Kept for good.");
     if (!data) return [title, loading(6)];
-    if (data.decisions.length === 0) return [head("Decisions"), nothing("audit", "Nobody has decided anything yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
+    if (data.rows.length === 0) return [head("Decisions"), nothing("audit", "Nobody has decided anything yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
     return [
       title,
       el(
@@ -27,14 +27,14 @@ export const decisions = {
           el(
             "tbody",
             null,
-            data.decisions.map((decision) =>
+            data.rows.map((decision) =>
               el(
                 "tr",
                 { "data-key": decision.id },
-                el("td", null, at(decision.decided_at)),
+                el("td", null, at(decision.at)),
                 el("td", null, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded")),
                 el("td", null, kind(decision.kind), " ", el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`)),
-                el("td", { "data-name": "conversation" }, decision.conversation === null ? el("span.muted", null, "none") : conversation(decision.conversation_key, decision.conversation)),
+                el("td", { "data-name": "conversation" }, conversation(decision.conversation_key, decision.conversation)),
                 el("td.why", null, sentence(decision.reason)),
                 el("td", { "data-name": "by" }, BY[decision.by] ?? decision.by),
               ),

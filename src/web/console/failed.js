@@ -20,7 +20,7 @@ export const failed = {
     if (reason !== undefined && !chosen) return { groups, total, more, chosen: null, missing: total > 0, page: null };
     const page = chosen && (await get(`/api/failed?reason=${encodeURIComponent(chosen.reason)}${after ? `&after=${Number(after)}` : ""}`));
     if (chosen?.reason !== selection.reason) clear(chosen?.reason ?? null);
-    const there = new Set(page?.events.map((event) => event.id));
+    const there = new Set(page?.rows.map((event) => event.id));
     for (const id of selection.ids) if (!there.has(id)) selection.ids.delete(id);
     return { groups, total, more, chosen, page, named: reason !== undefined, after };
   },
@@ -65,7 +65,7 @@ function groups({ groups, chosen, more }) {
 }
 
 function group({ chosen, page, after }) {
-  const ids = page.events.map((event) => event.id);
+  const ids = page.rows.map((event) => event.id);
   const selected = ids.filter((id) => selection.ids.has(id));
   return el(
     "section.group.card",
@@ -91,7 +91,7 @@ function group({ chosen, page, after }) {
     el(
       "ul.rows",
       { "data-list": "events" },
-      page.events.map((event) => {
+      page.rows.map((event) => {
         const chosen = selection.ids.has(event.id);
         return el(
           "li",
@@ -183,7 +183,7 @@ export const event = {
               el(
                 "ul.lately",
                 null,
-                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${BY[decision.by] ?? decision.by}`), ago(decision.decided_at))),
+                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${BY[decision.by] ?? decision.by}`), ago(decision.at))),
               ),
             ),
         ),
@@ -205,7 +205,7 @@ function attempts(event) {
       el(
         "li",
         { "data-key": attempt.number },
-        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, sentence(attempt.reason)), ago(attempt.failed_at)), request(attempt.request), response(attempt.response)),
+        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, sentence(attempt.reason)), ago(attempt.at)), request(attempt.request), response(attempt.response)),
       ),
     ),
     event.attempts.length < event.tries && el("li.quietly", null, `Of ${count(event.tries)} attempts the last ${count(event.attempts.length)} are kept.`),
@@ -229,9 +229,9 @@ function meant({ ids, reason, all, count }) {
 /** What the buttons of these views do; `page` lets them ask, tell and look again. */
 export const actions = {
   async retry(button, page) {
-    const { which } = meant(button.dataset);
-    const { done, asked } = await post("/api/failed/retry", which);
-    page.tell(done === asked ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(asked - done)} left: they were decided on already, or could not be understood.`);
+    const { which, number } = meant(button.dataset);
+    const done = await decide("retry", which, page);
+    page.tell(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: decided on already, or not to be understood.`);
     await decided(page);
   },
   async discard(button, page) {
@@ -242,7 +242,7 @@ export const actions = {
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;
-    const { done } = await post("/api/failed/discard", which);
+    const done = await decide("discard", which, page);
     page.tell(`${some(done, "event")} discarded.`);
     await decided(page);
   },
@@ -272,6 +272,19 @@ export const actions = {
 };
 
 const left = (n) => `${count(n)} ${n === 1 ? "is" : "are"}`;
+
+/** Goes on until it is done for all that are meant: with many, the daemon does it in pieces. */
+async function decide(decision, which, page) {
+  let done = 0;
+  let next = 0;
+  while (next !== null) {
+    const piece = await post(`/api/failed/${decision}`, { ...which, after: next });
+    done += piece.done;
+    next = piece.next;
+    if (next !== null) page.tell(`${some(done, "event")} so far…`);
+  }
+  return done;
+}
 
 async function decided(page) {
   selection.ids.clear();

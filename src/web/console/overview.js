@@ -15,8 +15,8 @@ export const overview = {
   every: 10_000,
   async load({ hours }) {
     const range = RANGES.includes(Number(hours)) ? Number(hours) : HOURS;
-    const [activity, decisions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/decisions?limit=5")]);
-    return { range, activity, decisions: decisions.decisions };
+    const [activity, decisions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/decisions")]);
+    return { range, activity, decisions: decisions.rows.slice(0, 5) };
   },
   show: (data, { status }) => (status ? [verdict(status), pipe(status), strip(status), chart(data), lists(data, status)] : loading(8)),
   shown(data) {
@@ -177,7 +177,7 @@ function lists(data, status) {
                   el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"),
                   kind(decision.kind),
                   el("span", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)]),
-                  ago(decision.decided_at),
+                  ago(decision.at),
                 ),
               ),
             ),

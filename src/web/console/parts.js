@@ -6,7 +6,10 @@ import { el, icon } from "./dom.js";
 export const kind = (name) => el(`span.kind.${name.toLowerCase()}`, null, name);
 
 /** A conversation, by BigChat's id of it. */
-export const conversation = (key, id) => (key ? el("a", { href: `#/conversations/${key}` }, String(id)) : el("span.muted", null, "none"));
+export function conversation(key, id) {
+  if (id === null) return el("span.muted", null, "none");
+  return key === null ? String(id) : el("a", { href: `#/conversations/${key}` }, String(id));
+}
 
 /** What there is to say where there is nothing to show. */
 export function nothing(symbol, title, ...more) {

@@ -47,7 +47,7 @@ export const search = {
 };
 
 function state(one) {
-  if (one.failed > 0) return el("span.chip.bad", null, `${count(one.failed)} failed`);
+  if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
   return one.ended_at_s === null ? el("span.chip.fine", null, "in step") : el("span.chip.fine", null, "in step, ended");
@@ -67,7 +67,7 @@ export const talk = {
       head(
         `Conversation ${one.conversation}`,
         [state(one), " ", one.run < one.runs && "Of an earlier run of BigChat: since it restarted, this id means another conversation."],
-        one.failed > 0 && el("button", { type: "button", "data-do": "retry", "data-ids": one.failed_ids.join(" ") }, `Retry ${one.failed_ids.length === 1 ? "the failed event" : `the ${count(one.failed_ids.length)} failed events`}`),
+        one.failed.length > 0 && el("button", { type: "button", "data-do": "retry", "data-ids": one.failed.join(" ") }, `Retry ${one.failed.length === 1 ? "the failed event" : `the ${count(one.failed.length)} failed events`}`),
       ),
       el(
         "div.sides",

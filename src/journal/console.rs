@@ -1,0 +1,652 @@
+//! What the console shows of the journal beside the figures: a page of it at a time.
+//!
+//! Each query goes along an index and ends after so many rows, whatever the journal holds; the largest text is cut off. A
+//! page says after what the next one begins, so that nothing is counted or skipped over to get there.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::claims::limit;
+use super::failed::{FailedAttempt, PastDecision};
+use super::minutes::minute;
+use super::{Result, Store, UNREADABLE};
+use crate::time::Millis;
+
+/// How many rows a page has.
+const PAGE: usize = 50;
+
+/// How many failed events are looked at for a page of those of one reason.
+const LOOKED_AT: usize = 10_000;
+
+/// How many agents an address's beginning may mean.
+const AGENTS: usize = 20;
+
+/// How many events of a conversation that wait or failed are counted.
+const COUNTED: usize = 100;
+
+/// How many characters of an event are shown in a list, in its conversation, and by itself.
+const IN_A_LIST: usize = 200;
+const IN_ITS_CONVERSATION: usize = 4_000;
+const BY_ITSELF: usize = 64 << 10;
+
+/// What the event `e` says, as people read it, and whether that is all; `?1`: how many characters of it. JSON that is
+/// larger than any that should be is not even read.
+const SAYS: &str = "CASE WHEN octet_length(e.data) > 1048576 THEN octet_length(e.data) || ' bytes'
+        WHEN e.name = 'MESSAGE' THEN substr(e.data ->> '$.message', 1, ?1)
+        WHEN e.name = 'TRANSFER' THEN 'to advisor ' || (e.data ->> '$.new_advisor_id')
+        WHEN e.name = 'UNREADABLE' THEN substr(e.data, 1, ?1) END AS says,
+    CASE WHEN octet_length(e.data) > 1048576 THEN 1
+        WHEN e.name = 'MESSAGE' THEN length(e.data ->> '$.message') > ?1
+        WHEN e.name = 'UNREADABLE' THEN length(e.data) > ?1 ELSE 0 END AS says_cut";
+
+/// What happened in each of some minutes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Activity {
+    /// The first minute, in Unix seconds / 60.
+    pub from: i64,
+    /// The last one, which is not over.
+    pub to: i64,
+    /// How many minutes are taken together.
+    pub step: i64,
+    /// What happened, where anything did.
+    pub minutes: Vec<Minutes>,
+}
+
+/// What happened to events of one kind in some minutes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Minutes {
+    /// The first of the minutes.
+    pub minute: i64,
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub kind: String,
+    /// How many BigChat told.
+    pub told: u64,
+    /// How many were delivered.
+    pub delivered: u64,
+    /// How many went to the failed events.
+    pub failed: u64,
+}
+
+/// Some rows, and after which id it goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Page<T> {
+    /// The rows.
+    pub rows: Vec<T>,
+    /// `None`: there are no more.
+    pub next: Option<i64>,
+}
+
+/// A failed event in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FailedRow {
+    /// Its id.
+    pub id: i64,
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub name: String,
+    /// BigChat's id of its conversation; `None`: it could not be understood.
+    pub conversation: Option<i64>,
+    /// What it says, at least its beginning.
+    pub says: Option<String>,
+    /// How often it was tried.
+    pub tries: u32,
+    /// When it failed for good.
+    pub failed_at: Millis,
+}
+
+/// An event whole, whatever became of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct WholeEvent {
+    /// Its id.
+    pub id: i64,
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub name: String,
+    /// BigChat's id of its conversation; `None`: it could not be understood.
+    pub conversation: Option<i64>,
+    /// The journal's id of it.
+    pub conversation_key: Option<i64>,
+    /// OurAPI's id of the chat, if there is one.
+    pub chat_id: Option<String>,
+    /// When it happened, by BigChat's clock, in Unix seconds.
+    pub event_at_s: i64,
+    /// The event as BigChat told it; of one that was understood, put together again.
+    pub raw: String,
+    /// Whether that is not all of it.
+    pub raw_cut: bool,
+    /// `waiting`, `delivered`, `failed` or `discarded`.
+    pub state: String,
+    /// When it was told.
+    pub kept_at: Millis,
+    /// When it came to that state.
+    pub settled_at: Option<Millis>,
+    /// How often it failed.
+    pub tries: u32,
+    /// Whether it may stand in OurAPI all the same.
+    pub in_doubt: bool,
+    /// Why it failed last.
+    pub reason: Option<String>,
+    /// What was asked then.
+    pub request: Option<String>,
+    /// What was answered.
+    pub response: Option<String>,
+    /// The latest failed attempts, the last one first.
+    pub attempts: Vec<FailedAttempt>,
+    /// What was decided about it, the latest first.
+    pub decisions: Vec<PastDecision>,
+}
+
+/// A conversation, the chat it is, and how it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConversationRow {
+    /// The journal's id of it, which no other ever has.
+    pub key: i64,
+    /// BigChat's id of it.
+    pub conversation: i64,
+    /// Of which run of BigChat it is.
+    pub run: i64,
+    /// How many runs of BigChat there were.
+    pub runs: i64,
+    /// When it started, in Unix seconds, by BigChat's clock as all of these.
+    pub started_at_s: Option<i64>,
+    /// When it ended, by the latest END that was delivered.
+    pub ended_at_s: Option<i64>,
+    /// Who had it first, by BigChat's id.
+    pub first_advisor: Option<i64>,
+    /// Who has it since a TRANSFER.
+    pub transfer_advisor: Option<i64>,
+    /// When that happened.
+    pub transfer_at_s: Option<i64>,
+    /// Whether BigChat's details of it were read: `unread`, `read` or `gone`.
+    pub details: String,
+    /// OurAPI's external id of the chat.
+    pub external_id: Option<String>,
+    /// OurAPI's id of the chat.
+    pub chat_id: Option<String>,
+    /// When the chat says it started.
+    pub chat_started_at_s: Option<i64>,
+    /// And ended.
+    pub chat_ended_at_s: Option<i64>,
+    /// OurAPI's id of its agent.
+    pub chat_agent: Option<String>,
+    /// The name of the advisor who is that agent.
+    pub agent_name: Option<String>,
+    /// The address.
+    pub agent_email: Option<String>,
+    /// Whether a change was sent whose outcome is unknown.
+    pub unsure: bool,
+    /// How many of its events wait, as far as they are counted.
+    pub waiting: u64,
+    /// Which of its events have failed, as far as they are counted.
+    pub failed: Vec<i64>,
+}
+
+/// An event in its conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EventRow {
+    /// Its id.
+    pub id: i64,
+    /// START, END, MESSAGE or TRANSFER.
+    pub name: String,
+    /// When it happened, by BigChat's clock, in Unix seconds.
+    pub event_at_s: i64,
+    /// What it says.
+    pub says: Option<String>,
+    /// Whether that is only its beginning.
+    pub says_cut: bool,
+    /// `waiting`, `delivered`, `failed` or `discarded`.
+    pub state: String,
+    /// When it was told.
+    pub kept_at: Millis,
+    /// When it came to that state.
+    pub settled_at: Option<Millis>,
+    /// What delivering it took.
+    pub sent: Option<String>,
+    /// How often it failed.
+    pub tries: u32,
+    /// Why.
+    pub reason: Option<String>,
+    /// When it is tried again.
+    pub next_at: Option<Millis>,
+}
+
+/// What a search is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// The latest conversations.
+    Latest,
+    /// BigChat's id of a conversation.
+    Conversation(i64),
+    /// OurAPI's external id of a chat, and the id of BigChat that it was made of.
+    ExternalId(String, i64),
+    /// OurAPI's id of a chat or an agent.
+    Id(Uuid),
+    /// The address of an agent, or its beginning.
+    Email(String),
+}
+
+impl Wanted {
+    /// What somebody means who writes `text`; external ids begin with `prefix`.
+    pub fn read(text: &str, prefix: &str) -> Self {
+        let text = text.trim();
+        if text.is_empty() {
+            return Self::Latest;
+        }
+        if let Ok(id) = text.trim_start_matches('#').parse() {
+            return Self::Conversation(id);
+        }
+        if let Ok(id) = Uuid::parse_str(text) {
+            return Self::Id(id);
+        }
+        let made_of = text
+            .strip_prefix(prefix)
+            .and_then(|id| id.split('@').next()?.parse().ok());
+        match made_of {
+            Some(id) => Self::ExternalId(text.to_owned(), id),
+            None => Self::Email(text.to_owned()),
+        }
+    }
+}
+
+impl Store {
+    /// What happened in the last `minutes` minutes, so many of them taken together that a chart can show it.
+    pub fn activity(&mut self, minutes: u32, now: Millis) -> Result<Activity> {
+        let step = match minutes {
+            0..=60 => 1,
+            61..=360 => 5,
+            361..=1440 => 15,
+            _ => 120,
+        };
+        let to = minute(now);
+        let from = (to - i64::from(minutes) + 1).div_euclid(step) * step;
+        let mut statement = self.connection.prepare_cached(ACTIVITY)?;
+        let minutes = statement.query_map([from, to, step], |row| {
+            Ok(Minutes {
+                minute: row.get(0)?,
+                kind: row.get(1)?,
+                told: count(row, 2)?,
+                delivered: count(row, 3)?,
+                failed: count(row, 4)?,
+            })
+        })?;
+        Ok(Activity {
+            from,
+            to,
+            step,
+            minutes: minutes.collect::<rusqlite::Result<_>>()?,
+        })
+    }
+
+    /// The failed events of one reason after `after`, the oldest first.
+    pub fn failed_for(&mut self, reason: &str, after: i64) -> Result<Page<FailedRow>> {
+        let transaction = self.connection.transaction()?;
+        let mut statement = transaction.prepare_cached(FAILED)?;
+        let mut found = statement.query(params![after, limit(LOOKED_AT)])?;
+        let (mut ids, mut looked_at, mut last) = (Vec::new(), 0, after);
+        let mut more = false;
+        while let Some(row) = found.next()? {
+            let (id, of): (i64, String) = (row.get(0)?, row.get(1)?);
+            if of == reason {
+                more = ids.len() == PAGE;
+                if more {
+                    break;
+                }
+                ids.push(id);
+            }
+            (looked_at, last) = (looked_at + 1, id);
+        }
+        let mut page = Page {
+            rows: Vec::with_capacity(ids.len()),
+            next: (more || looked_at == LOOKED_AT).then_some(last),
+        };
+        for id in ids {
+            let mut statement = transaction.prepare_cached(&failed_row())?;
+            page.rows
+                .push(statement.query_row(params![limit(IN_A_LIST), id], read_failed)?);
+        }
+        Ok(page)
+    }
+
+    /// An event, if there still is one of that id.
+    pub fn whole_event(&mut self, id: i64) -> Result<Option<WholeEvent>> {
+        let event = self
+            .connection
+            .prepare_cached(WHOLE)?
+            .query_row(params![limit(BY_ITSELF), id], read_whole)
+            .optional()?;
+        let Some(mut event) = event else {
+            return Ok(None);
+        };
+        event.attempts = self.failed_attempts(id)?;
+        event.decisions = self.decisions(Some(id), None, limit(PAGE))?;
+        Ok(Some(event))
+    }
+
+    /// The conversations that are wanted, the latest first, and whether there are more than these.
+    pub fn find_conversations(&mut self, wanted: &Wanted) -> Result<(Vec<ConversationRow>, bool)> {
+        let transaction = self.connection.transaction()?;
+        let more_than_enough = limit(PAGE + 1);
+        let mut keys = match wanted {
+            Wanted::Latest => keys(&transaction, LATEST, params![more_than_enough])?,
+            Wanted::Conversation(id) => keys(&transaction, BY_ID, params![id, more_than_enough])?,
+            Wanted::ExternalId(text, id) => keys(
+                &transaction,
+                BY_EXTERNAL_ID,
+                params![id, text, more_than_enough],
+            )?,
+            Wanted::Id(id) => {
+                let id = id.to_string();
+                let mut chat = keys(&transaction, BY_CHAT, params![id, more_than_enough])?;
+                chat.extend(keys(&transaction, BY_AGENT, params![id, more_than_enough])?);
+                chat
+            }
+            Wanted::Email(text) => {
+                let beginning = beginning(text);
+                let mut found = Vec::new();
+                for agent in agents(&transaction, &beginning)? {
+                    found.extend(keys(
+                        &transaction,
+                        BY_AGENT,
+                        params![agent, more_than_enough],
+                    )?);
+                }
+                found.sort_unstable_by(|one, other| other.cmp(one));
+                found
+            }
+        };
+        let more = keys.len() > PAGE;
+        keys.truncate(PAGE);
+        let rows = keys
+            .into_iter()
+            .filter_map(|key| conversation(&transaction, key).transpose());
+        Ok((rows.collect::<Result<_>>()?, more))
+    }
+
+    /// A conversation by the journal's id of it.
+    pub fn conversation_row(&mut self, key: i64) -> Result<Option<ConversationRow>> {
+        let transaction = self.connection.transaction()?;
+        conversation(&transaction, key)
+    }
+
+    /// The events of a conversation after `after`, in the order in which they were told.
+    pub fn events_of(&mut self, key: i64, after: i64) -> Result<Page<EventRow>> {
+        let mut statement = self.connection.prepare_cached(&events_of())?;
+        let rows = statement.query_map(
+            params![limit(IN_ITS_CONVERSATION), key, after, limit(PAGE + 1)],
+            |row| {
+                Ok(EventRow {
+                    id: row.get("id")?,
+                    name: row.get("name")?,
+                    event_at_s: row.get("event_at")?,
+                    says: row.get("says")?,
+                    says_cut: row.get::<_, Option<bool>>("says_cut")?.unwrap_or_default(),
+                    state: row.get("state")?,
+                    kept_at: Millis(row.get("kept_at")?),
+                    settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
+                    sent: row.get("sent")?,
+                    tries: row.get("tries")?,
+                    reason: row.get("reason")?,
+                    next_at: row.get::<_, Option<i64>>("next_at")?.map(Millis),
+                })
+            },
+        )?;
+        Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| row.id))
+    }
+
+    /// What was decided before the decision `before`, the latest first.
+    pub fn decisions_before(&mut self, before: Option<i64>) -> Result<Page<PastDecision>> {
+        let rows = self.decisions(None, before, limit(PAGE + 1))?;
+        Ok(paged(rows, |row| row.id))
+    }
+}
+
+const ACTIVITY: &str =
+    "SELECT minute / ?3 * ?3 AS step, kind, sum(told), sum(delivered), sum(failed) FROM minutes
+    WHERE minute BETWEEN ?1 AND ?2 GROUP BY step, kind ORDER BY step, kind";
+
+const FAILED: &str =
+    "SELECT e.id, coalesce(a.reason, '') FROM events e LEFT JOIN attempts a ON a.event = e.id
+    WHERE e.state = 'failed' AND e.id > ?1 ORDER BY e.id LIMIT ?2";
+
+const WHOLE: &str = "SELECT e.id, e.name, c.bigchat_id, e.conversation, c.chat_id, e.event_at,
+        substr(e.data, 1, ?1) AS data, length(e.data) > ?1 AS data_cut, e.state, e.kept_at, e.settled_at,
+        coalesce(a.tries, 0) AS tries, coalesce(a.in_doubt, 0) AS in_doubt, a.reason, a.request, a.response
+    FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+    WHERE e.id = ?2";
+
+const LATEST: &str = "SELECT id FROM conversations ORDER BY id DESC LIMIT ?1";
+const BY_ID: &str = "SELECT id FROM conversations WHERE bigchat_id = ?1 ORDER BY id DESC LIMIT ?2";
+const BY_EXTERNAL_ID: &str = "SELECT id FROM conversations WHERE bigchat_id = ?1 AND external_id = ?2 ORDER BY id DESC LIMIT ?3";
+const BY_CHAT: &str = "SELECT id FROM conversations WHERE chat_id = ?1 ORDER BY id DESC LIMIT ?2";
+const BY_AGENT: &str =
+    "SELECT id FROM conversations WHERE chat_agent = ?1 ORDER BY id DESC LIMIT ?2";
+
+/// There are as many agents as people.
+const AGENTS_BY_EMAIL: &str =
+    "SELECT agent_id FROM agents WHERE email LIKE ?1 ESCAPE '\\' AND agent_id IS NOT NULL
+    ORDER BY email LIMIT ?2";
+
+const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS runs, c.started_at, c.ended_at,
+        c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
+        c.chat_ended_at, c.chat_agent, iif(c.chat_agent IS NULL, NULL, a.name) AS agent_name,
+        iif(c.chat_agent IS NULL, NULL, a.email) AS agent_email, c.chat_unsure
+    FROM conversations c LEFT JOIN advisors a
+        ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
+    WHERE c.id = ?1";
+
+const WAITING_OF: &str = "SELECT count(*) FROM (
+    SELECT 1 FROM events WHERE conversation = ?1 AND state = 'waiting' LIMIT ?2)";
+
+const FAILED_OF: &str =
+    "SELECT id FROM events WHERE conversation = ?1 AND state = 'failed' ORDER BY id LIMIT ?2";
+
+fn failed_row() -> String {
+    format!(
+        "SELECT e.id, e.name, c.bigchat_id, {SAYS}, coalesce(a.tries, 0) AS tries, e.settled_at
+         FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+         WHERE e.id = ?2"
+    )
+}
+
+/// The order of arrival is that of ids, and the index by conversation is not in it: the ids are sorted without what
+/// belongs to them. Left to itself SQLite might walk through the events of all conversations instead.
+fn events_of() -> String {
+    format!(
+        "SELECT e.id, e.name, e.event_at, {SAYS}, e.state, e.kept_at, e.settled_at, e.sent,
+            coalesce(a.tries, 0) AS tries, a.reason, a.next_at
+         FROM (SELECT id FROM events INDEXED BY events_identity
+               WHERE conversation = ?2 AND id > ?3 ORDER BY id LIMIT ?4) AS page
+         JOIN events e ON e.id = page.id LEFT JOIN attempts a ON a.event = e.id ORDER BY e.id"
+    )
+}
+
+fn keys(connection: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<Vec<i64>> {
+    let mut statement = connection.prepare_cached(sql)?;
+    let keys = statement.query_map(params, |row| row.get(0))?;
+    Ok(keys.collect::<rusqlite::Result<_>>()?)
+}
+
+/// The pattern of what begins with a text.
+fn beginning(text: &str) -> String {
+    let mut pattern = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        if matches!(c, '%' | '_' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(c);
+    }
+    pattern.push('%');
+    pattern
+}
+
+fn agents(connection: &Connection, beginning: &str) -> Result<Vec<String>> {
+    let mut statement = connection.prepare_cached(AGENTS_BY_EMAIL)?;
+    let agents = statement.query_map(params![beginning, limit(AGENTS)], |row| row.get(0))?;
+    Ok(agents.collect::<rusqlite::Result<_>>()?)
+}
+
+fn conversation(connection: &Connection, key: i64) -> Result<Option<ConversationRow>> {
+    let row = connection
+        .prepare_cached(CONVERSATION)?
+        .query_row([key], read_conversation)
+        .optional()?;
+    let Some(mut row) = row else { return Ok(None) };
+    row.waiting = connection
+        .prepare_cached(WAITING_OF)?
+        .query_row(params![key, limit(COUNTED)], |row| count(row, 0))?;
+    row.failed = keys(connection, FAILED_OF, params![key, limit(COUNTED)])?;
+    Ok(Some(row))
+}
+
+fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
+    Ok(ConversationRow {
+        key: row.get("id")?,
+        conversation: row.get("bigchat_id")?,
+        run: row.get("epoch")?,
+        runs: row.get("runs")?,
+        started_at_s: row.get("started_at")?,
+        ended_at_s: row.get("ended_at")?,
+        first_advisor: row.get("first_advisor")?,
+        transfer_advisor: row.get("transfer_advisor")?,
+        transfer_at_s: row.get("transfer_at")?,
+        details: row.get("details")?,
+        external_id: row.get("external_id")?,
+        chat_id: row.get("chat_id")?,
+        chat_started_at_s: row.get("chat_started_at")?,
+        chat_ended_at_s: row.get("chat_ended_at")?,
+        chat_agent: row.get("chat_agent")?,
+        agent_name: row.get("agent_name")?,
+        agent_email: row.get("agent_email")?,
+        unsure: row.get("chat_unsure")?,
+        waiting: 0,
+        failed: Vec::new(),
+    })
+}
+
+fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
+    Ok(FailedRow {
+        id: row.get("id")?,
+        name: row.get("name")?,
+        conversation: row.get("bigchat_id")?,
+        says: row.get("says")?,
+        tries: row.get("tries")?,
+        failed_at: Millis(row.get::<_, Option<i64>>("settled_at")?.unwrap_or_default()),
+    })
+}
+
+fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
+    let (name, event_at_s): (String, i64) = (row.get("name")?, row.get("event_at")?);
+    let conversation: Option<i64> = row.get("bigchat_id")?;
+    let data: Option<String> = row.get("data")?;
+    let raw = match conversation {
+        Some(id) if name != UNREADABLE => format!(
+            r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{event_at_s},"data":{}}}"#,
+            data.as_deref().unwrap_or("null")
+        ),
+        _ => data.unwrap_or_default(),
+    };
+    Ok(WholeEvent {
+        id: row.get("id")?,
+        name,
+        conversation,
+        conversation_key: row.get("conversation")?,
+        chat_id: row.get("chat_id")?,
+        event_at_s,
+        raw,
+        raw_cut: row.get::<_, Option<bool>>("data_cut")?.unwrap_or_default(),
+        state: row.get("state")?,
+        kept_at: Millis(row.get("kept_at")?),
+        settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
+        tries: row.get("tries")?,
+        in_doubt: row.get("in_doubt")?,
+        reason: row.get("reason")?,
+        request: row.get("request")?,
+        response: row.get("response")?,
+        attempts: Vec::new(),
+        decisions: Vec::new(),
+    })
+}
+
+/// A page of at most [`PAGE`] rows, of one row more where there are more.
+fn paged<T>(mut rows: Vec<T>, id: impl Fn(&T) -> i64) -> Page<T> {
+    let more = rows.len() > PAGE;
+    rows.truncate(PAGE);
+    let next = rows.last().filter(|_| more).map(id);
+    Page { rows, next }
+}
+
+fn count(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
+    Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How SQLite goes about a query.
+    fn plan(store: &mut Store, sql: &str) -> Vec<String> {
+        let mut statement = store
+            .connection()
+            .prepare(&format!("EXPLAIN QUERY PLAN {sql}"))
+            .expect(sql);
+        let nothing = vec![rusqlite::types::Null; statement.parameter_count()];
+        let plan = statement
+            .query_map(rusqlite::params_from_iter(nothing), |row| row.get(3))
+            .expect(sql);
+        plan.collect::<rusqlite::Result<_>>().expect(sql)
+    }
+
+    #[test]
+    fn no_query_walks_through_a_table() {
+        let memory = Connection::open_in_memory().expect("a database");
+        let mut store = Store::in_memory(memory, true).expect("our tables");
+        for sql in [
+            ACTIVITY,
+            FAILED,
+            WHOLE,
+            BY_ID,
+            BY_EXTERNAL_ID,
+            BY_CHAT,
+            BY_AGENT,
+            CONVERSATION,
+            WAITING_OF,
+            FAILED_OF,
+            &failed_row(),
+            &events_of(),
+        ] {
+            for step in plan(&mut store, sql) {
+                let walks = step.starts_with("SCAN ")
+                    && !["SCAN page", "SCAN (subquery", "SCAN CONSTANT ROW"]
+                        .iter()
+                        .any(|harmless| step.starts_with(harmless));
+                let along_what_failed = step.contains("events_failed");
+                assert!(!walks || along_what_failed, "{sql}: {step}");
+                let all_of_one_state = sql == FAILED_OF && step.contains("events_failed (");
+                assert!(!all_of_one_state, "{sql}: {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_search_means_what_somebody_writes() {
+        let id = Uuid::from_u128(7);
+        for (text, wanted) in [
+            ("  ", Wanted::Latest),
+            (" 42 ", Wanted::Conversation(42)),
+            ("#42", Wanted::Conversation(42)),
+            ("a-42", Wanted::ExternalId("a-42".into(), 42)),
+            (
+                "a-42@2026-11-22T22:03:27Z",
+                Wanted::ExternalId("a-42@2026-11-22T22:03:27Z".into(), 42),
+            ),
+            (&id.to_string().to_uppercase(), Wanted::Id(id)),
+            ("jane@", Wanted::Email("jane@".into())),
+            ("42@", Wanted::Email("42@".into())),
+            (
+                "99999999999999999999",
+                Wanted::Email("99999999999999999999".into()),
+            ),
+        ] {
+            assert_eq!(Wanted::read(text, "a-"), wanted, "{text}");
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! What the console asks: JSON, read through the web's own connection to the database. Only decisions go to the daemon's
+//! journal, a few hundred events at a time, so that delivery is never kept waiting for long.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{ReadError, Web, error};
+use crate::journal::{Decision, Selection, Wanted, Who};
+use crate::time::Millis;
+
+/// The furthest that activity is kept back, in hours.
+const HOURS: u32 = 7 * 24;
+
+/// The longest text that is searched for, in characters.
+const MAX_QUERY: usize = 200;
+
+/// For how long decisions are carried out before the console is told how far they are.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// An answer, or why there is none.
+type Answer = Result<Response, ApiError>;
+
+/// Why a question of the console is not answered.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ApiError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("{0}")]
+    Unreadable(String),
+    #[error("there is no {0} {1} any more, or there never was")]
+    NotThere(&'static str, i64),
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Read(error) => error.into_response(),
+            Self::Unreadable(what) => error(StatusCode::BAD_REQUEST, &what),
+            Self::NotThere(..) => error(StatusCode::NOT_FOUND, &self.to_string()),
+        }
+    }
+}
+
+impl From<QueryRejection> for ApiError {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::Unreadable(rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for ApiError {
+    fn from(rejection: PathRejection) -> Self {
+        Self::Unreadable(rejection.body_text())
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(rejection: JsonRejection) -> Self {
+        Self::Unreadable(rejection.body_text())
+    }
+}
+
+/// `GET /api/status`: what `bigchat-sync status --json` tells.
+pub(super) async fn status(State(web): State<Arc<Web>>) -> Answer {
+    Ok(Json(&*web.status().await?).into_response())
+}
+
+#[derive(Deserialize)]
+pub(super) struct Span {
+    hours: Option<u32>,
+}
+
+/// `GET /api/activity?hours=6`: how many events were told, delivered and refused, minute by minute or coarser.
+pub(super) async fn activity(
+    State(web): State<Arc<Web>>,
+    span: Result<Query<Span>, QueryRejection>,
+) -> Answer {
+    let minutes = span?.hours.unwrap_or(6).clamp(1, HOURS) * 60;
+    let activity = web
+        .read(move |store| store.activity(minutes, Millis::now()))
+        .await?;
+    Ok(Json(activity).into_response())
+}
+
+#[derive(Deserialize)]
+pub(super) struct OfReason {
+    reason: Option<String>,
+    after: Option<i64>,
+}
+
+/// `GET /api/failed`: how many events have failed, by reason. With `?reason=…&after=ID`: those, a page at a time.
+pub(super) async fn failed(
+    State(web): State<Arc<Web>>,
+    which: Result<Query<OfReason>, QueryRejection>,
+) -> Answer {
+    let Query(OfReason { reason, after }) = which?;
+    let Some(reason) = reason else {
+        let status = web.status().await?;
+        let (groups, total) = (&status.figures.failed_by_reason, status.figures.failed);
+        let grouped: u64 = groups.iter().map(|group| group.count).sum();
+        let more = grouped < total;
+        return Ok(Json(json!({ "groups": groups, "total": total, "more": more })).into_response());
+    };
+    let after = after.unwrap_or_default();
+    let page = web
+        .read(move |store| store.failed_for(&reason, after))
+        .await?;
+    Ok(Json(page).into_response())
+}
+
+/// `GET /api/failed/{id}`: an event whole, also one that has not failed, or not any more.
+pub(super) async fn event(
+    State(web): State<Arc<Web>>,
+    id: Result<Path<i64>, PathRejection>,
+) -> Answer {
+    let Path(id) = id?;
+    let event = web.read(move |store| store.whole_event(id)).await?;
+    let event = event.ok_or(ApiError::NotThere("event", id))?;
+    Ok(Json(event).into_response())
+}
+
+/// Which failed events a decision is about: exactly one of these.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Which {
+    ids: Option<Vec<i64>>,
+    reason: Option<String>,
+    all: Option<bool>,
+    /// Only those after this one.
+    #[serde(default)]
+    after: i64,
+}
+
+impl Which {
+    fn selection(self) -> Result<(Selection, i64), ApiError> {
+        let after = self.after;
+        let selection = match (self.ids, self.reason, self.all) {
+            (Some(ids), None, None) => Selection::Ids(ids),
+            (None, Some(reason), None) => Selection::Reason(reason),
+            (None, None, Some(true)) => Selection::All,
+            _ => {
+                let what = r#"exactly one of "ids", "reason" and "all": true is needed"#;
+                return Err(ApiError::Unreadable(what.to_owned()));
+            }
+        };
+        Ok((selection, after))
+    }
+}
+
+/// `POST /api/failed/retry`: lets failed events be tried again.
+pub(super) async fn retry(
+    State(web): State<Arc<Web>>,
+    which: Result<Json<Which>, JsonRejection>,
+) -> Answer {
+    decide(&web, which?.0, Decision::Retry).await
+}
+
+/// `POST /api/failed/discard`: gives failed events up.
+pub(super) async fn discard(
+    State(web): State<Arc<Web>>,
+    which: Result<Json<Which>, JsonRejection>,
+) -> Answer {
+    decide(&web, which?.0, Decision::Discard).await
+}
+
+/// Answers for how many it was done, and, where there is more to do than anybody waits for, after which it goes on.
+async fn decide(web: &Web, which: Which, decision: Decision) -> Answer {
+    let (selection, mut after) = which.selection()?;
+    let (begun, mut done) = (Instant::now(), 0);
+    let next = loop {
+        let selection = selection.clone();
+        let decided = web
+            .context
+            .journal
+            .with(move |store| {
+                store.decide_failed(&selection, decision, Who::Console, after, Millis::now())
+            })
+            .await
+            .map_err(ReadError::from)?;
+        done += decided.done;
+        match decided.next {
+            Some(next) if begun.elapsed() < AT_ONCE => after = next,
+            next => break next,
+        }
+    };
+    tracing::info!(
+        decision = decision.name(),
+        events = done,
+        "decided in the console"
+    );
+    web.forget_status().await;
+    if decision == Decision::Retry && done > 0 {
+        web.context.work.notify_one();
+    }
+    Ok(Json(json!({ "done": done, "next": next })).into_response())
+}
+
+#[derive(Deserialize)]
+pub(super) struct Text {
+    q: Option<String>,
+}
+
+/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's address; the latest ones for nothing.
+pub(super) async fn search(
+    State(web): State<Arc<Web>>,
+    text: Result<Query<Text>, QueryRejection>,
+) -> Answer {
+    let text = text?.0.q.unwrap_or_default();
+    let text: String = text.chars().take(MAX_QUERY).collect();
+    let wanted = Wanted::read(&text, &web.context.settings.external_id_prefix);
+    let (rows, more) = web
+        .read(move |store| store.find_conversations(&wanted))
+        .await?;
+    Ok(Json(json!({ "conversations": rows, "more": more })).into_response())
+}
+
+#[derive(Deserialize)]
+pub(super) struct After {
+    after: Option<i64>,
+}
+
+/// `GET /api/conversations/{key}?after=ID`: a conversation, by the journal's id of it, and its events, a page at a time.
+pub(super) async fn conversation(
+    State(web): State<Arc<Web>>,
+    key: Result<Path<i64>, PathRejection>,
+    after: Result<Query<After>, QueryRejection>,
+) -> Answer {
+    let (Path(key), after) = (key?, after?.after.unwrap_or_default());
+    let read = web.read(move |store| {
+        let Some(conversation) = store.conversation_row(key)? else {
+            return Ok(None);
+        };
+        Ok(Some((conversation, store.events_of(key, after)?)))
+    });
+    let (conversation, events) = read.await?.ok_or(ApiError::NotThere("conversation", key))?;
+    Ok(
+        Json(json!({ "conversation": conversation, "events": events.rows, "next": events.next }))
+            .into_response(),
+    )
+}
+
+#[derive(Deserialize)]
+pub(super) struct Before {
+    before: Option<i64>,
+}
+
+/// `GET /api/decisions?before=ID`: what was decided about failed events, the latest first.
+pub(super) async fn decisions(
+    State(web): State<Arc<Web>>,
+    before: Result<Query<Before>, QueryRejection>,
+) -> Answer {
+    let before = before?.before;
+    let page = web
+        .read(move |store| store.decisions_before(before))
+        .await?;
+    Ok(Json(page).into_response())
+}

@@ -1,0 +1,49 @@
+//! The console's page: everything it consists of is in the program.
+
+use axum::Router;
+use axum::http::header::CONTENT_TYPE;
+use axum::routing::get;
+
+const HTML: &str = "text/html; charset=utf-8";
+const STYLE: &str = "text/css; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+const PICTURE: &str = "image/svg+xml";
+
+macro_rules! file {
+    ($name:literal) => {
+        (
+            concat!("/", $name),
+            include_str!(concat!("console/", $name)),
+        )
+    };
+}
+
+/// What is served, and as what.
+const FILES: [((&str, &str), &str); 14] = [
+    (("/", include_str!("console/index.html")), HTML),
+    (file!("console.css"), STYLE),
+    (file!("icon.svg"), PICTURE),
+    (file!("theme.js"), SCRIPT),
+    (file!("console.js"), SCRIPT),
+    (file!("chart.js"), SCRIPT),
+    (file!("daemon.js"), SCRIPT),
+    (file!("decisions.js"), SCRIPT),
+    (file!("dom.js"), SCRIPT),
+    (file!("failed.js"), SCRIPT),
+    (file!("format.js"), SCRIPT),
+    (file!("overview.js"), SCRIPT),
+    (file!("parts.js"), SCRIPT),
+    (file!("talk.js"), SCRIPT),
+];
+
+/// The page and its parts. They hold nothing of what the daemon knows: whoever asks may have them, and signs in there.
+pub(super) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    FILES
+        .iter()
+        .fold(Router::new(), |router, ((path, text), kind)| {
+            router.route(
+                path,
+                get(move || async move { ([(CONTENT_TYPE, *kind)], *text) }),
+            )
+        })
+}
