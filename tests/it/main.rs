@@ -1,7 +1,9 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
+mod browser;
 mod chaos;
 mod clocks;
+mod console;
 mod daemon;
 mod demo;
 mod failover;

@@ -1,0 +1,258 @@
+//! A browser to look at the console with: Debian's chromium without a screen, driven over WebDriver as a person would,
+//! by clicks and keys. Whatever it complains of, a script that was refused or one that failed, fails the test.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use reqwest::{Client, Method};
+use serde_json::{Value, json};
+
+use crate::harness::{Process, until};
+
+/// How WebDriver names an element.
+const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
+
+/// Keys that are no characters.
+pub(crate) const TAB: &str = "\u{e004}";
+pub(crate) const ENTER: &str = "\u{e007}";
+pub(crate) const ESCAPE: &str = "\u{e00c}";
+pub(crate) const HOME: &str = "\u{e011}";
+pub(crate) const LEFT: &str = "\u{e012}";
+pub(crate) const RIGHT: &str = "\u{e014}";
+pub(crate) const DOWN: &str = "\u{e015}";
+pub(crate) const SPACE: &str = " ";
+
+/// A page as wide and as high as a desk's, and a phone's.
+pub(crate) const DESK: (u32, u32) = (1280, 900);
+pub(crate) const PHONE: (u32, u32) = (360, 740);
+
+/// A chromium with one page in it.
+pub(crate) struct Browser {
+    client: Client,
+    session: String,
+    _driver: Process,
+}
+
+impl Browser {
+    /// Opens a page.
+    ///
+    /// # Panics
+    ///
+    /// Where there is no `chromedriver` with its chromium: `apt-get install chromium chromium-driver`.
+    pub(crate) async fn open(url: &str, size: (u32, u32)) -> Self {
+        let mut driver = Command::new("chromedriver");
+        driver.arg("--port=0").stdin(Stdio::null());
+        driver.stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut driver = driver
+            .spawn()
+            .expect("chromedriver (apt-get install chromium chromium-driver)");
+        let lines = BufReader::new(driver.stdout.take().expect("its output")).lines();
+        let driver = Process(driver);
+        let port = lines
+            .map_while(Result::ok)
+            .find_map(|line| {
+                line.split_once(" on port ")
+                    .map(|(_, port)| port.to_owned())
+            })
+            .expect("chromedriver tells its port");
+        let client = Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(60))
+            .build()
+            .expect("a client");
+        let at = format!("http://127.0.0.1:{}/session", port.trim_end_matches('.'));
+        let mut browser = Self {
+            client,
+            session: at.clone(),
+            _driver: driver,
+        };
+        let begun = browser.ask(Method::POST, "", capabilities()).await;
+        let id = begun["sessionId"].as_str().expect("a session");
+        browser.session = format!("{at}/{id}");
+        browser.resize(size).await;
+        browser.go(url).await;
+        browser
+    }
+
+    /// Ends it, and fails if the page has complained of anything but answers that refuse.
+    pub(crate) async fn close(self) {
+        let log = self
+            .ask(Method::POST, "/se/log", json!({"type": "browser"}))
+            .await;
+        let complaints: Vec<&str> = log
+            .as_array()
+            .expect("a log")
+            .iter()
+            .filter(|entry| entry["level"] == "SEVERE" && entry["source"] != "network")
+            .map(|entry| entry["message"].as_str().expect("a message"))
+            .collect();
+        assert!(complaints.is_empty(), "{complaints:#?}");
+        self.ask(Method::DELETE, "", Value::Null).await;
+    }
+
+    async fn try_to_ask(&self, method: Method, path: &str, body: Value) -> Result<Value, Value> {
+        let mut request = self
+            .client
+            .request(method, format!("{}{path}", self.session));
+        if !body.is_null() {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.expect("chromedriver answers");
+        let fine = answer.status().is_success();
+        let mut answer: Value = answer.json().await.expect("JSON");
+        let value = answer["value"].take();
+        if fine { Ok(value) } else { Err(value) }
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Value) -> Value {
+        let answer = self.try_to_ask(method, path, body).await;
+        answer.unwrap_or_else(|error| panic!("{path}: {}", error["message"]))
+    }
+
+    /// Asks chromium itself for what WebDriver does not have.
+    async fn devtools(&self, command: &str, params: Value) {
+        let body = json!({"cmd": command, "params": params});
+        self.ask(Method::POST, "/goog/cdp/execute", body).await;
+    }
+
+    /// Makes the page that large.
+    pub(crate) async fn resize(&self, (width, height): (u32, u32)) {
+        let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600});
+        self.devtools("Emulation.setDeviceMetricsOverride", size)
+            .await;
+    }
+
+    /// Has the system prefer a theme.
+    pub(crate) async fn system_prefers(&self, theme: &str) {
+        let features = json!({"features": [{"name": "prefers-color-scheme", "value": theme}]});
+        self.devtools("Emulation.setEmulatedMedia", features).await;
+    }
+
+    /// Goes to a page, or another view of the same one.
+    pub(crate) async fn go(&self, url: &str) {
+        self.ask(Method::POST, "/url", json!({"url": url})).await;
+    }
+
+    /// Loads the page again.
+    pub(crate) async fn reload(&self) {
+        self.ask(Method::POST, "/refresh", json!({})).await;
+    }
+
+    /// What a function in the page returns.
+    pub(crate) async fn eval(&self, body: &str) -> Value {
+        let script = json!({"script": format!("return {body}"), "args": []});
+        self.ask(Method::POST, "/execute/sync", script).await
+    }
+
+    /// Waits until something is so in the page.
+    pub(crate) async fn until(&self, condition: &str) {
+        until(condition, async || {
+            let script = json!({"script": format!("return Boolean({condition})"), "args": []});
+            // Between two pages there is none to ask.
+            let holds = self.try_to_ask(Method::POST, "/execute/sync", script).await;
+            holds.is_ok_and(|holds| holds == true)
+        })
+        .await;
+    }
+
+    /// Waits until a text is to be seen in what a selector finds.
+    pub(crate) async fn until_text(&self, selector: &str, text: &str) {
+        let text = json!(text);
+        self.until(&format!(
+            "[...document.querySelectorAll({selector:?})].some((e) => e.innerText.includes({text}))"
+        ))
+        .await;
+    }
+
+    /// What is to be read in the first element that a selector finds.
+    pub(crate) async fn text(&self, selector: &str) -> String {
+        let text = self
+            .eval(&format!("document.querySelector({selector:?})?.innerText"))
+            .await;
+        text.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Clicks, as soon as it can be clicked, on the first element that a selector finds whose text begins so.
+    pub(crate) async fn click(&self, selector: &str, text: &str) {
+        let what = format!("a click on {selector} {text}");
+        let find = format!(
+            "return [...document.querySelectorAll({selector:?})].find((e) => e.checkVisibility() && e.textContent.trim().startsWith({}))",
+            json!(text)
+        );
+        let mut why = Value::Null;
+        let clicked = tokio::time::timeout(
+            Duration::from_secs(20),
+            until(&what, async || {
+                let script = json!({"script": find, "args": []});
+                let found = self.ask(Method::POST, "/execute/sync", script).await;
+                let Some(id) = found[ELEMENT].as_str() else {
+                    return false;
+                };
+                // It may have been replaced, or something may be on top of it for a moment.
+                let click = format!("/element/{id}/click");
+                let clicked = self.try_to_ask(Method::POST, &click, json!({})).await;
+                clicked.map_err(|error| why = error).is_ok()
+            }),
+        );
+        if clicked.await.is_err() {
+            panic!("{what}: {why}, on {}", self.text("body").await);
+        }
+    }
+
+    /// Presses keys, one after the other, wherever the focus is.
+    pub(crate) async fn press(&self, keys: &str) {
+        let strokes: Vec<Value> = keys
+            .chars()
+            .flat_map(|key| {
+                [
+                    json!({"type": "keyDown", "value": key.to_string()}),
+                    json!({"type": "keyUp", "value": key.to_string()}),
+                ]
+            })
+            .collect();
+        let actions = json!({"actions": [{"type": "key", "id": "keys", "actions": strokes}]});
+        self.ask(Method::POST, "/actions", actions).await;
+    }
+
+    /// A picture of what is to be seen, as PNG.
+    pub(crate) async fn picture(&self) -> Vec<u8> {
+        let picture = self.ask(Method::GET, "/screenshot", Value::Null).await;
+        base64(picture.as_str().expect("a picture"))
+    }
+}
+
+fn capabilities() -> Value {
+    // A sandbox needs rights that a container's root does not have, and only our own page is looked at.
+    let arguments = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--no-proxy-server",
+        "--lang=en",
+        "--force-prefers-reduced-motion",
+    ];
+    json!({"capabilities": {"alwaysMatch": {
+        "browserName": "chrome",
+        "goog:chromeOptions": {"args": arguments},
+        "goog:loggingPrefs": {"browser": "ALL"},
+    }}})
+}
+
+fn base64(text: &str) -> Vec<u8> {
+    let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let (mut bytes, mut bits, mut held) = (Vec::new(), 0_u32, 0);
+    for byte in text.bytes().filter(|byte| *byte != b'=') {
+        let digit = digits.iter().position(|digit| *digit == byte);
+        let digit = u32::try_from(digit.expect("base64")).expect("small");
+        (bits, held) = ((bits << 6 | digit) & 0x3fff, held + 6);
+        if held >= 8 {
+            held -= 8;
+            bytes.push(u8::try_from(bits >> held & 0xff).expect("a byte"));
+        }
+    }
+    bytes
+}

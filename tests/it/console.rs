@@ -1,0 +1,516 @@
+//! The console in a real browser: what somebody does there, and what comes of it in OurAPI and in the journal.
+//!
+//! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
+
+use bigchat_sync::settings::Tokens;
+use secrecy::SecretString;
+
+use crate::browser::{Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, SPACE, TAB};
+use crate::fakes::{Scene, id, message, raw, start, status, transfer};
+use crate::harness::{Daemon, until};
+
+/// What OurAPI says of a message that it never stores.
+const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"}]}"#;
+
+/// A daemon with a console, and a conversation 42 whose chat stands in OurAPI.
+struct Desk {
+    scene: Scene,
+    daemon: Daemon,
+    url: String,
+}
+
+impl Desk {
+    async fn new() -> Self {
+        Self::over(Scene::new().await, Tokens::default()).await
+    }
+
+    async fn over(scene: Scene, tokens: Tokens) -> Self {
+        let (daemon, url) = scene.bench.start_listening(tokens);
+        scene
+            .delivers([start(42, 0), message(42, 5, "Hello, is anybody there?")])
+            .await;
+        Self { scene, daemon, url }
+    }
+
+    /// With messages in conversation 42 that OurAPI refuses, each by its text.
+    async fn with_failed(texts: &[&str]) -> Self {
+        let desk = Self::new().await;
+        desk.fail(texts).await;
+        desk
+    }
+
+    async fn fail(&self, texts: &[&str]) {
+        for text in texts {
+            let pattern = format!("POST /chats/c1/messages*{}", text.escape_default());
+            self.scene
+                .our_api
+                .upset(&pattern, status(422).body(NO).always());
+        }
+        let bench = &self.scene.bench;
+        let failed = bench.events("failed") + i64::try_from(texts.len()).expect("few");
+        let told = (10..).zip(texts).map(|(at, text)| message(42, at, text));
+        self.scene.bigchat.tells(told.collect::<Vec<_>>());
+        bench.until_events("failed", failed).await;
+    }
+
+    async fn look(&self, view: &str) -> Browser {
+        Browser::open(&self.at(view), DESK).await
+    }
+
+    fn at(&self, view: &str) -> String {
+        format!("{}/{view}", self.url)
+    }
+
+    /// What was decided: `retry 3`, say, the latest last.
+    fn decided(&self) -> String {
+        self.scene.bench.value(
+            "SELECT coalesce(group_concat(decision || ' ' || event || ' ' || decided_by, ', '), '')
+             FROM (SELECT * FROM decisions ORDER BY id)",
+        )
+    }
+
+    async fn done(self, browser: Browser) {
+        browser.close().await;
+        self.daemon.stop().await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn a_failed_event_is_found_understood_and_retried() {
+    let desk = Desk::with_failed(&["Refused for now"]).await;
+    let browser = desk.look("").await;
+    browser
+        .until_text(".verdict h1", "One thing needs attention")
+        .await;
+    browser.click("a.figure", "1").await;
+    browser
+        .until_text("#group-title", "OurAPI refuses it for good")
+        .await;
+    browser.click(".rows a", "MESSAGE").await;
+    browser
+        .until_text("#raw", "\"message\": \"Refused for now\"")
+        .await;
+    browser.until_text(".exchange", "POST /chats/").await;
+    browser
+        .until_text(".exchange", "String should have at least 2 characters")
+        .await;
+    browser
+        .until_text(".attempts", "OurAPI refuses it for good")
+        .await;
+
+    desk.scene.our_api.calm();
+    browser.click(".head button", "Retry").await;
+    browser.until_text(".verdict-line", "Delivered").await;
+    assert_eq!(
+        desk.scene.our_api.messages(),
+        ["Hello, is anybody there?", "Refused for now"]
+    );
+    browser
+        .until("document.querySelector('#failed-count').hidden")
+        .await;
+    assert_eq!(desk.decided(), "retry 3 console");
+    browser.click(".tabs a", "Decisions").await;
+    browser.until_text(".audit", "retried").await;
+    browser.until_text(".audit", "the console").await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn discarding_asks_first_and_concerns_what_is_selected() {
+    let desk = Desk::with_failed(&["one", "two", "three", "four"]).await;
+    let bench = &desk.scene.bench;
+    let browser = desk.look("#/failed").await;
+    browser
+        .until("document.querySelectorAll('.rows li').length === 4")
+        .await;
+    for event in [3, 5] {
+        browser
+            .click(&format!("[data-event='{event}'] input"), "")
+            .await;
+    }
+    browser.until_text(".chosen", "2 selected").await;
+    browser.click(".chosen button", "Discard").await;
+    browser.until_text("#ask", "Discard 2 events?").await;
+    browser.click("#ask button", "Keep").await;
+    browser.until("!document.querySelector('#ask').open").await;
+    assert_eq!((bench.events("failed"), desk.decided().as_str()), (4, ""));
+
+    browser.click(".chosen button", "Discard").await;
+    browser.click("#ask button", "Discard 2").await;
+    bench.until_events("discarded", 2).await;
+    browser
+        .until("document.querySelectorAll('.rows li').length === 2")
+        .await;
+    assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
+
+    desk.scene.our_api.calm();
+    browser.click(".group button", "Retry both").await;
+    browser.until_text("main", "Nothing has failed").await;
+    until("both are delivered", async || {
+        desk.scene.our_api.messages().len() == 3
+    })
+    .await;
+    let discarded =
+        bench.value::<String>("SELECT group_concat(id) FROM events WHERE state = 'discarded'");
+    assert_eq!(discarded, "3,5");
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn a_group_is_decided_on_by_itself_and_all_at_once() {
+    let desk = Desk::with_failed(&["one", "two"]).await;
+    let bench = &desk.scene.bench;
+    desk.scene.bigchat.tells(raw(
+        r#"{"nextPageUrl":null,"events":[{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}]}"#,
+    ));
+    bench.until_events("failed", 3).await;
+    let browser = desk.look("#/failed").await;
+    browser.click(".groups a", "Its name is unknown").await;
+    browser.until_text(".rows", "PAUSE").await;
+    browser.click(".group button", "Discard it").await;
+    browser.click("#ask button", "Discard").await;
+    bench.until_events("discarded", 1).await;
+    browser
+        .until_text(".groups", "OurAPI refuses it for good")
+        .await;
+    assert_eq!(bench.events("failed"), 2);
+    browser.click(".head button", "Discard all").await;
+    browser.click("#ask button", "Discard 2").await;
+    bench.until_events("discarded", 3).await;
+    browser.until_text("main", "Nothing has failed").await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
+    let scene = Scene::new().await;
+    scene
+        .bigchat
+        .advisor(1, "Jane O'Hara", "jane.ohara@example.com");
+    scene.bigchat.advisor(2, "Wei Zhang", "wei@example.com");
+    let desk = Desk::over(scene, Tokens::default()).await;
+    let scene = &desk.scene;
+    scene.delivers([start(7, 20), transfer(7, 30, 2)]).await;
+    let browser = desk.look("#/search").await;
+    browser
+        .until("document.querySelectorAll('.found li').length === 2")
+        .await;
+    let chat = scene
+        .bench
+        .value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 7");
+    for (text, title) in [
+        ("42", "Conversation 42"),
+        (chat.as_str(), "Conversation 7"),
+        ("jane", "Conversation 42"),
+        ("wei@example.com", "Conversation 7"),
+    ] {
+        browser.press("/").await;
+        browser.press(text).await;
+        browser.press(ENTER).await;
+        browser
+            .until_text(".under", &format!("1 conversation for “{text}”"))
+            .await;
+        assert!(browser.text(".found").await.starts_with(title), "{text}");
+    }
+    browser.press("/").await;
+    browser.press("nobody@example.com").await;
+    browser.press(ENTER).await;
+    browser
+        .until_text("main", "Nothing for “nobody@example.com”")
+        .await;
+
+    browser.go(&desk.at("#/search?q=42")).await;
+    browser.click(".found a", "Conversation 42").await;
+    browser
+        .until("document.querySelectorAll('.entry').length === 2")
+        .await;
+    let entries = browser
+        .eval("[...document.querySelectorAll('.entry')].map((e) => e.innerText)")
+        .await;
+    let entry = |index: usize| entries[index].as_str().expect("text");
+    assert!(
+        entry(0).contains("START") && entry(0).contains("chat created"),
+        "{entries}"
+    );
+    assert!(
+        entry(1).contains("Hello, is anybody there?") && entry(1).contains("message added"),
+        "{entries}"
+    );
+    browser.until_text("aside", &id("c1")).await;
+    browser.until_text("aside", "Jane O'Hara").await;
+    browser.until_text("aside", "jane.ohara@example.com").await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
+    let desk = Desk::new().await;
+    let browser = desk.look("").await;
+    let is_dark =
+        "getComputedStyle(document.documentElement).backgroundColor === 'rgb(14, 17, 22)'";
+    let is_light =
+        "getComputedStyle(document.documentElement).backgroundColor === 'rgb(245, 246, 248)'";
+    browser.system_prefers("dark").await;
+    browser.until(is_dark).await;
+    browser.system_prefers("light").await;
+    browser.until(is_light).await;
+    for expected in [is_light, is_dark] {
+        browser.click("#theme", "").await;
+        browser.until(expected).await;
+    }
+    browser.reload().await;
+    browser.until_text(".verdict h1", "All is well").await;
+    browser.until(is_dark).await;
+    browser.click("#theme", "").await;
+    browser.until(is_light).await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
+    let desk = Desk::with_failed(&["Still to be seen"]).await;
+    let Desk { scene, daemon, url } = desk;
+    let browser = Browser::open(&format!("{url}/#/failed"), DESK).await;
+    browser.until_text(".rows", "Still to be seen").await;
+    daemon.stop().await;
+    browser
+        .until_text("#lost", "No connection to bigchat-sync")
+        .await;
+    browser.until_text("#live", "Offline").await;
+    browser.until_text(".rows", "Still to be seen").await;
+    browser.click(".group button", "Retry it").await;
+    browser.until_text("#toast", "no connection").await;
+    assert_eq!(scene.bench.events("failed"), 1);
+
+    let bench = scene
+        .bench
+        .set("--listen", url.trim_start_matches("http://"));
+    let daemon = bench.start();
+    browser.click("#lost button", "Try now").await;
+    browser
+        .until("document.querySelector('#lost').hidden")
+        .await;
+    browser.click(".group button", "Retry it").await;
+    browser
+        .until_text("#toast", "1 event will be tried again")
+        .await;
+    browser.close().await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn what_strangers_write_stays_text_wherever_it_is_shown() {
+    const EVIL: &str = "<script>window.evil=1</script><img src=x onerror='window.evil=1'>";
+    let scene = Scene::new().await;
+    scene
+        .bigchat
+        .advisor(1, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
+    let desk = Desk::over(scene, Tokens::default()).await;
+    desk.scene
+        .delivers([message(42, 6, &format!("{EVIL} delivered"))])
+        .await;
+    desk.fail(&[&format!("{EVIL} failed")]).await;
+    let unreadable = serde_json::json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
+    desk.scene.bigchat.tells(vec![unreadable]);
+    desk.scene.bench.until_events("failed", 2).await;
+
+    let browser = desk.look("").await;
+    for (view, wherein) in [
+        ("", ".reasons"),
+        ("#/failed", ".groups"),
+        (
+            "#/failed?reason=OurAPI%20refuses%20it%20for%20good",
+            ".rows",
+        ),
+        ("#/failed/4", "#raw"),
+        ("#/failed/5", "#raw"),
+        ("#/conversations/1", ".words"),
+    ] {
+        browser.go(&desk.at(view)).await;
+        browser
+            .until_text(wherein, "<script>window.evil=1</script>")
+            .await;
+    }
+    browser
+        .until_text("aside", "<b onclick=evil()>Jane</b>")
+        .await;
+    browser
+        .go(&desk.at("#/search?q=%3Cscript%3Ewindow.evil=1%3C/script%3E"))
+        .await;
+    browser.until_text("main", "Nothing for “<script>").await;
+    let harm = browser.eval("[window.evil ?? null, document.querySelectorAll('main script, main img, main b[onclick]').length]").await;
+    assert_eq!(harm, serde_json::json!([null, 0]));
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn everything_is_done_with_keys_alone() {
+    let desk = Desk::with_failed(&["one", "two", "three"]).await;
+    let bench = &desk.scene.bench;
+    let browser = desk.look("").await;
+    browser.until_text(".verdict", "attention").await;
+    let focused = "document.activeElement";
+    browser.press(TAB).await;
+    browser
+        .until(&format!("{focused}.className === 'skip'"))
+        .await;
+    browser.press("?").await;
+    browser.until("document.querySelector('#help').open").await;
+    browser.press(ESCAPE).await;
+    browser.until("!document.querySelector('#help').open").await;
+
+    browser.press("gf").await;
+    browser
+        .until("document.querySelectorAll('.rows li').length === 3")
+        .await;
+    browser.press("j").await;
+    browser
+        .until(&format!(
+            "{focused}.closest('[data-event]')?.dataset.event === '3'"
+        ))
+        .await;
+    let outline = browser
+        .eval(&format!("getComputedStyle({focused}).outlineStyle"))
+        .await;
+    assert_eq!(outline, "solid", "the focus is to be seen");
+    browser.press("x").await;
+    browser.press(DOWN).await;
+    browser.press("x").await;
+    browser.until_text(".chosen", "2 selected").await;
+    browser.press("d").await;
+    browser.until_text("#ask", "Discard 2 events?").await;
+    browser.press(ESCAPE).await;
+    browser.until("!document.querySelector('#ask').open").await;
+    assert_eq!(bench.events("failed"), 3);
+    browser.press("d").await;
+    browser.until("document.querySelector('#ask').open").await;
+    browser.press(&format!("{TAB}{ENTER}")).await;
+    bench.until_events("discarded", 2).await;
+    browser
+        .until("document.querySelectorAll('.rows li').length === 1")
+        .await;
+
+    browser.press("j").await;
+    browser.press(ENTER).await;
+    browser.until("location.hash === '#/failed/5'").await;
+    browser.until_text(".head", "Retry").await;
+    desk.scene.our_api.calm();
+    browser.press("r").await;
+    browser.until_text(".verdict-line", "Delivered").await;
+    browser.press(ESCAPE).await;
+    browser
+        .until("location.hash.startsWith('#/failed') && location.hash !== '#/failed/5'")
+        .await;
+    // A space on a checkbox, a letter in the search: not commands.
+    browser.press("/gd").await;
+    browser.press(SPACE).await;
+    browser
+        .until("document.querySelector('#q').value === 'gd '")
+        .await;
+    assert_ne!(browser.eval("location.hash").await, "#/decisions");
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn it_fits_a_phone_in_both_themes() {
+    let desk = Desk::with_failed(&["A message that is far too long for a phone, since somebody wrote_it_all_in_one_word_and_did_not_stop_at_the_margin", "two"]).await;
+    let browser = Browser::open(&desk.at(""), PHONE).await;
+    for theme in ["light", "dark"] {
+        browser.system_prefers(theme).await;
+        for (view, there) in [
+            ("", ".verdict"),
+            ("#/failed", ".groups"),
+            (
+                "#/failed?reason=OurAPI%20refuses%20it%20for%20good",
+                ".rows",
+            ),
+            ("#/failed/3", "#raw"),
+            ("#/search", ".found"),
+            ("#/conversations/1", ".line"),
+            ("#/decisions", ".nothing"),
+        ] {
+            browser.go(&desk.at(view)).await;
+            browser
+                .until(&format!("document.querySelector('{there}')"))
+                .await;
+            let beyond = browser
+                .eval("[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 && !e.closest('.scroll, .unseen, pre, svg') && e.checkVisibility()).map((e) => e.outerHTML.slice(0, 120))")
+                .await;
+            assert_eq!(beyond, serde_json::json!([]), "{view} {theme}");
+        }
+    }
+    browser.click(".tabs a", "Failed").await;
+    browser.click(".groups a", "OurAPI refuses").await;
+    browser.until_text(".rows", "two").await;
+    browser.click(".back a", "All reasons").await;
+    browser
+        .until("document.querySelector('.groups')?.checkVisibility()")
+        .await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn the_chart_is_read_by_keys_and_as_a_table() {
+    let desk = Desk::new().await;
+    let browser = desk.look("#/?hours=1").await;
+    browser.until_text("#legend", "MESSAGE 1").await;
+    browser.until_text("#legend", "delivered 2").await;
+    let slider = "document.querySelector('#chart-slider')";
+    browser.eval(&format!("{slider}.focus()")).await;
+    browser
+        .until("!document.querySelector('#chart-tip').hidden")
+        .await;
+    let mut told = 0;
+    for _ in 0..60 {
+        let text = browser
+            .eval(&format!("{slider}.getAttribute('aria-valuetext')"))
+            .await;
+        told += i32::from(text.as_str().expect("text").contains("1 START"));
+        browser.press(LEFT).await;
+    }
+    assert_eq!(told, 1);
+    browser.press(HOME).await;
+    browser
+        .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
+        .await;
+    browser.click("#chart-details summary", "As a table").await;
+    browser
+        .until("document.querySelectorAll('#chart-table tbody tr').length === 60")
+        .await;
+    desk.done(browser).await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn whoever_has_the_token_comes_in() {
+    let tokens = Tokens {
+        console: Some(SecretString::from("s3cret")),
+        ..Tokens::default()
+    };
+    let desk = Desk::over(Scene::new().await, tokens).await;
+    let browser = desk.look("#/search").await;
+    browser.until_text("main", "Sign in").await;
+    browser.press("wrong").await;
+    browser.press(ENTER).await;
+    browser.until_text("#wrong", "That is not the token").await;
+    browser.press("s3cret").await;
+    browser.press(ENTER).await;
+    browser.until_text(".found", "Conversation 42").await;
+    browser.reload().await;
+    browser.until_text(".found", "Conversation 42").await;
+    browser.click("#leave", "Sign out").await;
+    browser.until_text("main", "Sign in").await;
+    browser.reload().await;
+    browser.until_text("main", "Sign in").await;
+    desk.done(browser).await;
+}
