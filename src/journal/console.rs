@@ -413,7 +413,10 @@ const WHOLE: &str = "SELECT e.id, e.name, c.bigchat_id, e.conversation, c.chat_i
     FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
     WHERE e.id = ?2";
 
-const LATEST: &str = "SELECT id FROM conversations ORDER BY id DESC LIMIT ?1";
+/// All but those that nothing was told of: conversation 1 is only known to tell restarts by.
+const LATEST: &str = "SELECT id FROM conversations c
+    WHERE external_id IS NOT NULL OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = c.id)
+    ORDER BY id DESC LIMIT ?1";
 const BY_ID: &str = "SELECT id FROM conversations WHERE bigchat_id = ?1 ORDER BY id DESC LIMIT ?2";
 const BY_EXTERNAL_ID: &str = "SELECT id FROM conversations WHERE bigchat_id = ?1 AND external_id = ?2 ORDER BY id DESC LIMIT ?3";
 const BY_CHAT: &str = "SELECT id FROM conversations WHERE chat_id = ?1 ORDER BY id DESC LIMIT ?2";

@@ -1,8 +1,8 @@
 //! A browser to look at the console with: Debian's chromium without a screen, driven over WebDriver as a person would,
 //! by clicks and keys. Whatever it complains of, a script that was refused or one that failed, fails the test.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Lines};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use reqwest::{Client, Method};
@@ -23,6 +23,9 @@ pub(crate) const RIGHT: &str = "\u{e014}";
 pub(crate) const DOWN: &str = "\u{e015}";
 pub(crate) const SPACE: &str = " ";
 
+/// How long something may take to come about in the page: less than [`until`] waits, to say what is there instead.
+const PATIENCE: Duration = Duration::from_secs(25);
+
 /// A page as wide and as high as a desk's, and a phone's.
 pub(crate) const DESK: (u32, u32) = (1280, 900);
 pub(crate) const PHONE: (u32, u32) = (360, 740);
@@ -32,6 +35,8 @@ pub(crate) struct Browser {
     client: Client,
     session: String,
     _driver: Process,
+    /// It would end if nobody could read what it says.
+    _says: Lines<BufReader<ChildStdout>>,
 }
 
 impl Browser {
@@ -47,13 +52,15 @@ impl Browser {
         let mut driver = driver
             .spawn()
             .expect("chromedriver (apt-get install chromium chromium-driver)");
-        let lines = BufReader::new(driver.stdout.take().expect("its output")).lines();
+        let output = driver.stdout.take().expect("its output");
+        let mut says = BufReader::new(output).lines();
         let driver = Process(driver);
-        let port = lines
+        let port = says
+            .by_ref()
             .map_while(Result::ok)
             .find_map(|line| {
-                line.split_once(" on port ")
-                    .map(|(_, port)| port.to_owned())
+                let (_, port) = line.split_once("successfully on port ")?;
+                Some(port.to_owned())
             })
             .expect("chromedriver tells its port");
         let client = Client::builder()
@@ -66,6 +73,7 @@ impl Browser {
             client,
             session: at.clone(),
             _driver: driver,
+            _says: says,
         };
         let begun = browser.ask(Method::POST, "", capabilities()).await;
         let id = begun["sessionId"].as_str().expect("a session");
@@ -147,13 +155,22 @@ impl Browser {
 
     /// Waits until something is so in the page.
     pub(crate) async fn until(&self, condition: &str) {
-        until(condition, async || {
+        self.patiently(condition, async || {
             let script = json!({"script": format!("return Boolean({condition})"), "args": []});
             // Between two pages there is none to ask.
             let holds = self.try_to_ask(Method::POST, "/execute/sync", script).await;
             holds.is_ok_and(|holds| holds == true)
         })
         .await;
+    }
+
+    /// Waits until a condition holds; if it never does, tells what is to be seen instead.
+    async fn patiently(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
+        let waited = tokio::time::timeout(PATIENCE, until(what, condition)).await;
+        if waited.is_err() {
+            let there = self.eval("location.href + '\\n' + document.body.innerText");
+            panic!("{what}: not so at {}", there.await.as_str().unwrap_or("?"));
+        }
     }
 
     /// Waits until a text is to be seen in what a selector finds.
@@ -180,24 +197,18 @@ impl Browser {
             "return [...document.querySelectorAll({selector:?})].find((e) => e.checkVisibility() && e.textContent.trim().startsWith({}))",
             json!(text)
         );
-        let mut why = Value::Null;
-        let clicked = tokio::time::timeout(
-            Duration::from_secs(20),
-            until(&what, async || {
-                let script = json!({"script": find, "args": []});
-                let found = self.ask(Method::POST, "/execute/sync", script).await;
-                let Some(id) = found[ELEMENT].as_str() else {
-                    return false;
-                };
-                // It may have been replaced, or something may be on top of it for a moment.
-                let click = format!("/element/{id}/click");
-                let clicked = self.try_to_ask(Method::POST, &click, json!({})).await;
-                clicked.map_err(|error| why = error).is_ok()
-            }),
-        );
-        if clicked.await.is_err() {
-            panic!("{what}: {why}, on {}", self.text("body").await);
-        }
+        self.patiently(&what, async || {
+            let script = json!({"script": find, "args": []});
+            let found = self.ask(Method::POST, "/execute/sync", script).await;
+            let Some(id) = found[ELEMENT].as_str() else {
+                return false;
+            };
+            // It may have been replaced, or something may be on top of it for a moment.
+            let click = format!("/element/{id}/click");
+            let clicked = self.try_to_ask(Method::POST, &click, json!({})).await;
+            clicked.is_ok()
+        })
+        .await;
     }
 
     /// Presses keys, one after the other, wherever the focus is.

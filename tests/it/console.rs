@@ -12,6 +12,9 @@ use crate::harness::{Daemon, until};
 /// What OurAPI says of a message that it never stores.
 const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"}]}"#;
 
+/// The list of what failed for that.
+const REFUSED: &str = "#/failed?reason=OurAPI%20refuses%20it%20for%20good%3A%20String%20should%20have%20at%20least%202%20characters";
+
 /// A daemon with a console, and a conversation 42 whose chat stands in OurAPI.
 struct Desk {
     scene: Scene,
@@ -41,7 +44,7 @@ impl Desk {
 
     async fn fail(&self, texts: &[&str]) {
         for text in texts {
-            let pattern = format!("POST /chats/c1/messages*{}", text.escape_default());
+            let pattern = format!("POST /chats/c1/messages*{text}");
             self.scene
                 .our_api
                 .upset(&pattern, status(422).body(NO).always());
@@ -190,23 +193,23 @@ async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
     let scene = Scene::new().await;
     scene
         .bigchat
-        .advisor(1, "Jane O'Hara", "jane.ohara@example.com");
-    scene.bigchat.advisor(2, "Wei Zhang", "wei@example.com");
+        .advisor(7, "Jane O'Hara", "jane.ohara@example.com");
+    scene.bigchat.advisor(8, "Wei Zhang", "wei@example.com");
     let desk = Desk::over(scene, Tokens::default()).await;
     let scene = &desk.scene;
-    scene.delivers([start(7, 20), transfer(7, 30, 2)]).await;
+    scene.delivers([start(43, 20), transfer(43, 30, 8)]).await;
     let browser = desk.look("#/search").await;
     browser
         .until("document.querySelectorAll('.found li').length === 2")
         .await;
     let chat = scene
         .bench
-        .value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 7");
+        .value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 43");
     for (text, title) in [
         ("42", "Conversation 42"),
-        (chat.as_str(), "Conversation 7"),
+        (chat.as_str(), "Conversation 43"),
         ("jane", "Conversation 42"),
-        ("wei@example.com", "Conversation 7"),
+        ("wei@example.com", "Conversation 43"),
     ] {
         browser.press("/").await;
         browser.press(text).await;
@@ -311,7 +314,7 @@ async fn what_strangers_write_stays_text_wherever_it_is_shown() {
     let scene = Scene::new().await;
     scene
         .bigchat
-        .advisor(1, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
+        .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
     let desk = Desk::over(scene, Tokens::default()).await;
     desk.scene
         .delivers([message(42, 6, &format!("{EVIL} delivered"))])
@@ -325,13 +328,10 @@ async fn what_strangers_write_stays_text_wherever_it_is_shown() {
     for (view, wherein) in [
         ("", ".reasons"),
         ("#/failed", ".groups"),
-        (
-            "#/failed?reason=OurAPI%20refuses%20it%20for%20good",
-            ".rows",
-        ),
+        (REFUSED, ".rows"),
         ("#/failed/4", "#raw"),
         ("#/failed/5", "#raw"),
-        ("#/conversations/1", ".words"),
+        ("#/conversations/2", ".words"),
     ] {
         browser.go(&desk.at(view)).await;
         browser
@@ -429,13 +429,10 @@ async fn it_fits_a_phone_in_both_themes() {
         for (view, there) in [
             ("", ".verdict"),
             ("#/failed", ".groups"),
-            (
-                "#/failed?reason=OurAPI%20refuses%20it%20for%20good",
-                ".rows",
-            ),
+            (REFUSED, ".rows"),
             ("#/failed/3", "#raw"),
             ("#/search", ".found"),
-            ("#/conversations/1", ".line"),
+            ("#/conversations/2", ".line"),
             ("#/decisions", ".nothing"),
         ] {
             browser.go(&desk.at(view)).await;
@@ -463,8 +460,8 @@ async fn it_fits_a_phone_in_both_themes() {
 async fn the_chart_is_read_by_keys_and_as_a_table() {
     let desk = Desk::new().await;
     let browser = desk.look("#/?hours=1").await;
-    browser.until_text("#legend", "MESSAGE 1").await;
-    browser.until_text("#legend", "delivered 2").await;
+    browser.until_text("#legend", "MESSAGE\n1").await;
+    browser.until_text("#legend", "delivered\n2").await;
     let slider = "document.querySelector('#chart-slider')";
     browser.eval(&format!("{slider}.focus()")).await;
     browser

@@ -1,5 +1,6 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
+mod api;
 mod browser;
 mod chaos;
 mod clocks;

@@ -220,6 +220,7 @@ function signIn(wrong) {
     ),
   );
   byId("token").focus();
+  byId("token").select();
 }
 
 /** Whoever has signed in can sign out. */
@@ -362,7 +363,7 @@ const steps = (row) => (row.dataset.step !== undefined ? [row] : [...row.querySe
 /** Moves the focus along the list it is in, or to the first one. */
 function move(by) {
   const focused = document.activeElement;
-  const list = focused.closest("[data-list]") ?? byId("main").querySelector("[data-list=events], [data-list=conversations], [data-list=line], [data-list]");
+  const list = focused.closest("[data-list]") ?? ["[data-list=events]", "[data-list]"].map((what) => byId("main").querySelector(what)).find(Boolean);
   if (!list) return false;
   const rows = [...list.children].filter((row) => steps(row).length > 0);
   const from = rows.findIndex((row) => row.contains(focused));
