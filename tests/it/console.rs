@@ -511,3 +511,119 @@ async fn whoever_has_the_token_comes_in() {
     browser.until_text("main", "Sign in").await;
     desk.done(browser).await;
 }
+
+/// What six busy hours leave in the journal, OurAPI being down for a while in the middle of them.
+fn six_hours() -> String {
+    let now = chrono::Utc::now().timestamp_millis();
+    let mut sql = String::from("BEGIN;");
+    let mut dice = 7_u64;
+    let mut roll = |sides: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (dice >> 33) % sides
+    };
+    let mut behind = 0;
+    for ago in (0..360_i64).rev() {
+        let swell = 24 - (ago - 120).abs() / 16 + (ago / 9) % 5;
+        let down = (150..168).contains(&ago);
+        for (kind, share) in [("MESSAGE", 20), ("START", 3), ("END", 3), ("TRANSFER", 1)] {
+            let most = (u64::try_from(swell).expect("positive") * share).div_ceil(10);
+            let told = most / 2 + roll(most.max(2));
+            let (delivered, failed) = match (down, behind) {
+                (true, _) => (0, 0),
+                (false, 0) => (told, u64::from(kind == "MESSAGE" && roll(40) == 0)),
+                (false, late) => (told + late.min(60), 0),
+            };
+            behind = behind + told - delivered.min(behind + told);
+            sql += &format!(
+                "INSERT INTO minutes VALUES ({} - {ago}, '{kind}', {told}, {delivered}, {failed});",
+                now / 60_000
+            );
+        }
+    }
+    sql += "INSERT INTO advisors (epoch, bigchat_id, name, email) VALUES (1, 3, 'Jane O''Hara', 'jane.ohara@example.com');
+        INSERT INTO conversations (id, epoch, bigchat_id, started_at, first_advisor, details, external_id)
+        VALUES (500, 1, 1288, 1, 3, 'read', '1288');";
+    for event in 1..=400 {
+        let took = 18 + roll(60) + roll(20) * u64::from(roll(30) == 0) * 12;
+        let at = now - 3_000_000 + event * 6_000;
+        sql += &format!(
+            "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at, sent)
+             VALUES ({event}, 500, 'MESSAGE', {}, '{{\"message\":\"Hello\"}}', {event}, 'delivered', {at}, {at} + {took}, 'message added');",
+            at / 1000
+        );
+    }
+    let reasons = [
+        (
+            "OurAPI refuses it for good: String should have at least 2 characters",
+            9,
+        ),
+        (
+            "OurAPI refuses it for good: Message rejected by the spam filter",
+            4,
+        ),
+        (
+            "OurAPI gave no usable answer, so that it is unknown whether the request was carried out",
+            1,
+        ),
+    ];
+    let mut event = 1000;
+    for (reason, count) in reasons {
+        for number in 1..=count {
+            event += 7;
+            let at = now - 400_000 * number - 130_000;
+            sql += &format!(
+                "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
+                 VALUES ({event}, 500, 'MESSAGE', {}, '{{\"message\":\"k\"}}', {event}, 'failed', {at}, {at});
+                 INSERT INTO attempts (event, tries, reason) VALUES ({event}, 1, '{reason}');",
+                at / 1000
+            );
+        }
+    }
+    for (ago, by, decision, event) in [
+        (9_000_000, "command", "discard", 310),
+        (8_100_000, "console", "retry", 322),
+        (3_000_000, "console", "retry", 341),
+        (640_000, "console", "discard", 377),
+    ] {
+        sql += &format!(
+            "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+             VALUES ({}, '{by}', '{decision}', {event}, 1288, 'MESSAGE', 'OurAPI refuses it for good');",
+            now - ago
+        );
+    }
+    sql + &format!(
+        "UPDATE source SET newest_event = {now} / 1000 - 4;
+         INSERT OR REPLACE INTO apis VALUES ('bigchat', 1, {now} - 52000000, {now} - 2000, 'GET /events', '200', NULL),
+            ('our_api', 1, {now} - 9000000, {now} - 1000, 'POST /chats', '201', NULL);
+         COMMIT;"
+    )
+}
+
+/// `BIGCHAT_SYNC_TEST_PICTURES=1` keeps the pictures, for the README; with Debian's `fonts-inter`, they have the font
+/// that the page asks for first.
+#[tokio::test]
+#[ignore = "needs chromium"]
+async fn pictures_in_both_themes() {
+    let scene = Scene::new().await;
+    scene.bench.once().await;
+    scene.bench.execute(&six_hours());
+    let (daemon, url) = scene.bench.start_listening(Tokens::default());
+    let browser = Browser::open(&url, (1280, 1120)).await;
+    browser.until_text("#legend", "MESSAGE").await;
+    browser.until_text("#live", "Needs attention").await;
+    for theme in ["light", "dark"] {
+        browser.system_prefers(theme).await;
+        let picture = browser.picture().await;
+        assert!(
+            picture.starts_with(b"\x89PNG") && picture.len() < 200_000,
+            "{theme}: {}",
+            picture.len()
+        );
+        if std::env::var_os("BIGCHAT_SYNC_TEST_PICTURES").is_some() {
+            let path = format!("{}/src/web/console/{theme}.png", env!("CARGO_MANIFEST_DIR"));
+            std::fs::write(path, picture).expect("a file");
+        }
+    }
+    browser.close().await;
+    daemon.stop().await;
+}

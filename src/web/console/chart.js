@@ -57,8 +57,10 @@ export function draw(activity) {
   const all = buckets(activity);
   const width = Math.max(240, host.clientWidth);
   const inner = { width: width - EDGE.left - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
-  const highest = Math.max(...all.map((bucket) => Math.max(bucket.sum, bucket.delivered) / bucket.length), 0);
-  const scale = niceScale(highest);
+  // What is delivered at once after an outage would dwarf all else: its line is cut off at the top.
+  const highest = (what) => Math.max(...all.map((bucket) => bucket[what] / bucket.length), 0);
+  const told = highest("sum");
+  const scale = niceScale(told > 0 ? Math.max(told, Math.min(highest("delivered"), told * 1.25)) : highest("delivered"));
   const x = (index) => EDGE.left + (index * inner.width) / all.length;
   const y = (value) => EDGE.top + inner.height * (1 - value / scale.top);
   const base = y(0);
@@ -76,16 +78,16 @@ export function draw(activity) {
   picture.append(pointer);
   const line = [];
   all.forEach((bucket, index) => {
-    let told = 0;
+    let below = 0;
     for (const kind of KINDS) {
       const value = (bucket.told[kind] ?? 0) / bucket.length;
       if (value === 0) continue;
-      const [bottom, top] = [y(told), y(told + value)];
-      told += value;
+      const [bottom, top] = [y(below), y(below + value)];
+      below += value;
       picture.append(svg(`rect.told.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
     }
     if (bucket.failed) picture.append(svg("rect.fell", { x: x(index) + gap / 2, y: base + 4, width: Math.max(2, wide), height: LANE, rx: 1.5 }));
-    if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(bucket.delivered / bucket.length).toFixed(1)}`);
+    if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(Math.min(bucket.delivered / bucket.length, scale.top)).toFixed(1)}`);
   });
   if (all.some((bucket) => bucket.delivered)) picture.append(svg("polyline.delivered", { points: line.join(" ") }));
   for (const [index, label, anchor] of hours(all, step, inner.width)) {
@@ -94,11 +96,11 @@ export function draw(activity) {
   }
 
   const kinds = KINDS.filter((kind) => kind !== "UNREADABLE" || all.some((bucket) => bucket.told[kind]));
-  const told = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
+  const toldOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
   const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
   show(
     byId("legend"),
-    kinds.map((kind) => el("li", { title: `${count(told(kind))} told by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(told(kind))))),
+    kinds.map((kind) => el("li", { title: `${count(toldOf(kind))} told by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(toldOf(kind))))),
     el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
     sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
   );
@@ -132,7 +134,7 @@ function niceScale(most) {
   const highest = most > 0 ? Math.max(most, 1) : 4;
   const rough = highest / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const unit = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
+  const unit = [1, 2, 2.5, 3, 4, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
   const marks = [];
   for (let value = 0; value < highest + unit * 0.999; value += unit) marks.push(Math.round(value * 1000) / 1000);
   return { top: marks.at(-1), marks };

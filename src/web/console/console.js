@@ -88,6 +88,7 @@ async function load() {
 function showAgain() {
   if (guarded) return;
   const main = byId("main");
+  const focused = main.contains(document.activeElement) && document.activeElement !== main;
   const title = now.view.title(now.data, now.params);
   document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
   if (now.error) show(main, head(now.error.status === 404 ? "Not there" : "That did not work"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: what was delivered is kept only for so long." : "It is tried again by itself."));
@@ -95,6 +96,8 @@ function showAgain() {
   else show(main, now.view.show(now.data, { status, params: now.params }));
   main.toggleAttribute("data-busy", !now.data && !now.error);
   rove(main);
+  // What had the focus may be gone: a reader goes on from the beginning of the view.
+  if (focused && !main.contains(document.activeElement)) byId("title")?.focus({ preventScroll: true });
   now.view.shown?.(now.data);
 }
 
