@@ -176,6 +176,11 @@ async fn a_conversation_tells_what_was_sent_when() {
         (cut.len(), &answer["events"][2]["says_cut"]),
         (4_000, &json!(true))
     );
+    for (text, expected) in [("ANN%40", 1), ("nn", 0), ("%25", 0), ("_nn", 0)] {
+        let (_, found) = console.get(&format!("/api/search?q={text}")).await;
+        let found = found["conversations"].as_array().expect("a list");
+        assert_eq!(found.len(), expected, "{text}");
+    }
     let (_, page) = console
         .get(&format!("/api/conversations/{key}?after=2"))
         .await;
