@@ -105,7 +105,7 @@ async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
         json!({"all": true, "ids": [1]}),
         json!({"ids": [1], "reason": "another"}),
         json!({"ids": ["1"]}),
-        json!({"everything": true}),
+        json!({"ids": [1], "conversation": 42}),
     ] {
         let (status, answer) = console.decide("discard", nonsense.clone()).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");

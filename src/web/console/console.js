@@ -307,6 +307,8 @@ const buttons = {
 };
 
 async function act(element, why) {
+  // Not twice at once.
+  if (element.hasAttribute("data-busy")) return;
   const decides = element.dataset.do === "retry" || element.dataset.do === "discard";
   if (decides && line.lost) return tell("Not now: there is no connection.");
   element.toggleAttribute("data-busy", true);
