@@ -233,7 +233,7 @@ async fn what_is_not_there_or_makes_no_sense_says_so() {
 #[tokio::test]
 async fn without_the_token_there_is_a_page_and_nothing_on_it() {
     let tokens = Tokens {
-        console: Some(SecretString::from("s3cret")),
+        console: Some(SecretString::from("a-token-that-nobody-guesses")),
         ..Tokens::default()
     };
     let console = Console::new(Scene::new().await, tokens).await;

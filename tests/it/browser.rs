@@ -46,29 +46,14 @@ impl Browser {
     ///
     /// Where there is no `chromedriver` with its chromium: `apt-get install chromium chromium-driver`.
     pub(crate) async fn open(url: &str, size: (u32, u32)) -> Self {
-        let mut driver = Command::new("chromedriver");
-        driver.arg("--port=0").stdin(Stdio::null());
-        driver.stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut driver = driver
-            .spawn()
-            .expect("chromedriver (apt-get install chromium chromium-driver)");
-        let output = driver.stdout.take().expect("its output");
-        let mut says = BufReader::new(output).lines();
-        let driver = Process(driver);
-        let port = says
-            .by_ref()
-            .map_while(Result::ok)
-            .find_map(|line| {
-                let (_, port) = line.split_once("successfully on port ")?;
-                Some(port.to_owned())
-            })
-            .expect("chromedriver tells its port");
+        // Between choosing a port and listening there it may be taken: then it ends.
+        let (driver, says, port) = (0..5).find_map(|_| start_driver()).expect("a chromedriver");
         let client = Client::builder()
             .no_proxy()
             .timeout(Duration::from_secs(60))
             .build()
             .expect("a client");
-        let at = format!("http://127.0.0.1:{}/session", port.trim_end_matches('.'));
+        let at = format!("http://127.0.0.1:{}/session", port);
         let mut browser = Self {
             client,
             session: at.clone(),
@@ -231,6 +216,24 @@ impl Browser {
         let picture = self.ask(Method::GET, "/screenshot", Value::Null).await;
         base64(picture.as_str().expect("a picture"))
     }
+}
+
+/// A chromedriver, what it says, and its port.
+fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
+    let mut driver = Command::new("chromedriver");
+    driver.arg("--port=0").stdin(Stdio::null());
+    driver.stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut driver = driver
+        .spawn()
+        .expect("chromedriver (apt-get install chromium chromium-driver)");
+    let output = driver.stdout.take().expect("its output");
+    let mut says = BufReader::new(output).lines();
+    let driver = Process(driver);
+    let port = says.by_ref().map_while(Result::ok).find_map(|line| {
+        let (_, port) = line.split_once("successfully on port ")?;
+        port.trim_end_matches('.').parse().ok()
+    });
+    Some((driver, says, port?))
 }
 
 fn capabilities() -> Value {

@@ -6,7 +6,7 @@ use bigchat_sync::settings::Tokens;
 use secrecy::SecretString;
 use serde_json::json;
 
-use crate::browser::{Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, SPACE, TAB};
+use crate::browser::{Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, RIGHT, SPACE, TAB};
 use crate::fakes::{Scene, id, message, raw, start, status, transfer};
 use crate::harness::{Daemon, until};
 
@@ -486,6 +486,10 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
     browser
         .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
         .await;
+    browser.press(RIGHT).await;
+    browser
+        .until(&format!("{slider}.getAttribute('aria-valuenow') === '1'"))
+        .await;
     browser.click("#chart-details summary", "As a table").await;
     browser
         .until("document.querySelectorAll('#chart-table tbody tr').length === 60")
@@ -497,7 +501,7 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
 #[ignore = "needs chromium"]
 async fn whoever_has_the_token_comes_in() {
     let tokens = Tokens {
-        console: Some(SecretString::from("s3cret")),
+        console: Some(SecretString::from("a-token-that-nobody-guesses")),
         ..Tokens::default()
     };
     let desk = Desk::over(Scene::new().await, tokens).await;
@@ -506,7 +510,7 @@ async fn whoever_has_the_token_comes_in() {
     browser.press("wrong").await;
     browser.press(ENTER).await;
     browser.until_text("#wrong", "That is not the token").await;
-    browser.press("s3cret").await;
+    browser.press("a-token-that-nobody-guesses").await;
     browser.press(ENTER).await;
     browser.until_text(".found", "Conversation 42").await;
     browser.reload().await;

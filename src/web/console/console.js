@@ -30,7 +30,7 @@ const ROUTES = [
 const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be of another version.") };
 
 /** What is shown. `asked` tells an answer that came too late from one that did not. */
-const now = { view: null, params: {}, hash: null, data: null, error: null, asked: 0, loadedAt: 0 };
+const now = { view: null, params: {}, shown: {}, data: null, error: null, asked: 0, loadedAt: 0 };
 let status = null;
 let version = null;
 let guarded = false;
@@ -53,7 +53,9 @@ function route() {
 async function go() {
   const { view, params } = route();
   const same = now.view === view && now.params.id === params.id;
-  Object.assign(now, { view, params, hash: location.hash, error: null, data: same ? now.data : null });
+  Object.assign(now, { view, params, error: null, data: same ? now.data : null });
+  // What is still shown is of what was asked for before.
+  if (now.data === null) now.shown = params;
   for (const tab of document.querySelectorAll("[data-tab]")) {
     if (tab.dataset.tab === view.tab) tab.setAttribute("aria-current", "page");
     else tab.removeAttribute("aria-current");
@@ -69,10 +71,11 @@ async function go() {
 
 async function load() {
   const asked = ++now.asked;
+  const { view, params } = now;
   try {
-    const data = await now.view.load(now.params);
+    const data = await view.load(params);
     if (asked !== now.asked) return;
-    Object.assign(now, { data, error: null });
+    Object.assign(now, { data, shown: params, error: null });
     found();
   } catch (error) {
     if (asked !== now.asked) return;
@@ -89,11 +92,11 @@ function showAgain() {
   if (guarded) return;
   const main = byId("main");
   const focused = main.contains(document.activeElement) && document.activeElement !== main;
-  const title = now.view.title(now.data, now.params);
+  const title = now.view.title(now.data, now.shown);
   document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
   if (now.error) show(main, head(now.error.status === 404 ? "Not there" : "That did not work"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: what was delivered is kept only for so long." : "It is tried again by itself."));
   else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This shows as soon as it answers."));
-  else show(main, now.view.show(now.data, { status, params: now.params }));
+  else show(main, now.view.show(now.data, { status, params: now.shown }));
   main.toggleAttribute("data-busy", !now.data && !now.error);
   rove(main);
   // What had the focus may be gone: a reader goes on from the beginning of the view.
