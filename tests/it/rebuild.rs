@@ -3,6 +3,7 @@
 use std::process::Output;
 use std::time::Duration;
 
+use bigchat_sync::journal::Store;
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
 use bigchat_sync::sim::faults::{Fault, When};
@@ -63,6 +64,11 @@ async fn what_is_missing_is_found_and_built_again() {
     side_by_side([true, false], async |daemon_runs| {
         let (sim, bench) = delivered().await;
         let daemon = daemon_runs.then(|| bench.start());
+        // Else the command takes the database first, and the daemon is refused it.
+        until("it is whose it is to be", async || {
+            Store::is_in_use(&bench.db()) == daemon_runs
+        })
+        .await;
         let said = rebuild(&bench, &["--all"]).await;
         assert!(said.contains("OurAPI holds all"), "{said}");
         sim.our_api.forget_chat("11");
