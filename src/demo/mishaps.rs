@@ -14,11 +14,7 @@ use crate::sim::faults::{Fault, When};
 /// What the spam filter dislikes.
 const SPAM: &str = "refund";
 
-/// When OurAPI goes down, and for how long.
-const DOWN_AT: Duration = Duration::from_secs(20);
-const DOWN_FOR: Duration = Duration::from_secs(10);
-
-/// When the spam filter is mended.
+/// When the spam filter is mended; sooner, where the demo is short.
 const MENDED_AT: Duration = Duration::from_secs(60);
 
 /// How often a request to either service meets a fault that needs nobody.
@@ -37,28 +33,30 @@ enum Stage {
 pub(super) struct Mishaps {
     sim: Arc<Sim>,
     stage: Stage,
+    mended_at: Duration,
 }
 
 /// What somebody who runs it can try.
-pub(super) fn what_to_do(db: &Path) -> String {
+pub(super) fn what_to_do(program: &Path, db: &Path) -> String {
     format!(
         "Things go wrong now, and somebody has to mend one of them: that is you. What failed, why, and what to do about it
 is in the console, and beside the running daemon in another terminal:
 
-    D={}
-    bigchat-sync status --db $D
-    bigchat-sync failed list --db $D
-    bigchat-sync failed show ID --db $D
+    alias bigchat-sync='{}'; export BIGCHAT_SYNC_DB={}
+    bigchat-sync status
+    bigchat-sync failed list
+    bigchat-sync failed show ID
 
 Ctrl-C ends it, and compares.
 ",
+        program.display(),
         db.display()
     )
 }
 
 impl Mishaps {
-    /// Begins with what fails from the start.
-    pub(super) fn new(sim: Arc<Sim>) -> Self {
+    /// Begins with what fails from the start. `duration`: of the demo.
+    pub(super) fn new(sim: Arc<Sim>, duration: Duration) -> Self {
         sim.our_api.set_spam(Some(SPAM));
         for faults in [&sim.bigchat.faults, &sim.our_api.faults] {
             faults.rate(NOW_AND_THEN, When::Before, Fault::Status(500));
@@ -69,21 +67,22 @@ impl Mishaps {
         Self {
             sim,
             stage: Stage::Begun,
+            mended_at: MENDED_AT.min(duration / 3),
         }
     }
 
     /// Goes on to what is due next. Returns what there is to tell of it.
     pub(super) async fn go_on(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
         let (stage, news) = match self.stage {
-            Stage::Begun if elapsed > DOWN_AT => {
+            Stage::Begun if elapsed > self.mended_at / 3 => {
                 self.sim.our_api.down().await?;
                 (Stage::Down, "OurAPI goes down.")
             }
-            Stage::Down if elapsed > DOWN_AT + DOWN_FOR => {
+            Stage::Down if elapsed > self.mended_at / 2 => {
                 self.sim.our_api.up().await?;
                 (Stage::Up, "OurAPI is up again.")
             }
-            Stage::Up if elapsed > MENDED_AT => {
+            Stage::Up if elapsed > self.mended_at => {
                 self.sim.our_api.set_spam(None);
                 let news =
                     "Somebody has mended OurAPI: it refuses nothing any more that it should take.";

@@ -30,7 +30,7 @@ use url::Url;
 use uuid::Uuid;
 
 use crate::daemon::{self, DaemonError, Onlookers};
-use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
 use crate::screen::Screen;
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens};
 use crate::sim::bigchat::{self, BigChat, Log, Mode};
@@ -266,9 +266,11 @@ async fn perform(
             Box::pin(async move { Ok(daemon.await??) })
         }
     };
-    let mishaps = args.faults.then(|| Mishaps::new(Arc::clone(&sim)));
+    let mishaps = args
+        .faults
+        .then(|| Mishaps::new(Arc::clone(&sim), duration));
     if args.faults {
-        screen.say(&mishaps::what_to_do(&db))?;
+        screen.say(&mishaps::what_to_do(&std::env::current_exe()?, &db))?;
     }
     let stage = Stage {
         mishaps,
@@ -355,7 +357,7 @@ impl Stage {
             // What the poll told that was under way is kept, and waits, once there is another.
             if self.sim.bigchat.polls() > polls && looked.waiting == 0 {
                 let report = self.sim.compare();
-                if report.is_clean() && looked.failed == report.refused {
+                if report.is_clean() && looked.failed + looked.discarded == report.refused {
                     break;
                 }
             }
@@ -368,7 +370,7 @@ impl Stage {
             events: self.tally.events(),
             requests: self.tally.requests(),
             at_once: looked.at_once,
-            failed: looked.failed,
+            failed: looked.failed + looked.discarded,
             waiting: looked.waiting,
             chaos: looked.score.map(|score| Struck {
                 score,
@@ -410,15 +412,24 @@ impl Stage {
     }
 
     async fn look(&self) -> Result<Looked, DemoError> {
-        let in_journal = |store: &mut Store| Ok([store.waiting()?, store.count_failed()?]);
-        let [waiting, failed] = self.journal.with(in_journal).await?;
+        let in_journal = |store: &mut Store| {
+            Ok([
+                store.waiting()?,
+                store.count_failed()?,
+                store.count_decisions(Decision::Discard)?,
+            ])
+        };
+        let counts = self.journal.with(in_journal).await?;
+        let [waiting, failed, discarded] =
+            counts.map(|count| usize::try_from(count).unwrap_or(usize::MAX));
         Ok(Looked {
             chats: self.sim.our_api.chats().len(),
             agents: self.sim.our_api.agents().len(),
             messages: self.sim.our_api.message_count(),
             at_once: self.sim.our_api.traffic.max_in_flight(),
-            waiting: usize::try_from(waiting).unwrap_or(usize::MAX),
-            failed: usize::try_from(failed).unwrap_or(usize::MAX),
+            waiting,
+            failed,
+            discarded,
             score: self
                 .score
                 .as_ref()

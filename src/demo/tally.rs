@@ -49,6 +49,8 @@ pub(super) struct Looked {
     pub(super) waiting: usize,
     /// The failed events there.
     pub(super) failed: usize,
+    /// Those that somebody has given up.
+    pub(super) discarded: usize,
     /// What has struck so far, if anything is to.
     pub(super) score: Option<Score>,
 }

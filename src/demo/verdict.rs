@@ -16,7 +16,7 @@ pub struct Figures {
     pub requests: usize,
     /// The most of them that it carried out at once.
     pub at_once: usize,
-    /// Failed events in the daemon's journal.
+    /// Failed events in the daemon's journal, those included that somebody has given up.
     pub failed: usize,
     /// Events that still wait there.
     pub waiting: usize,

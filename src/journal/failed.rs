@@ -152,6 +152,15 @@ impl Store {
         Ok(u64::try_from(count).unwrap_or_default())
     }
 
+    /// For how many events it was ever decided so.
+    pub fn count_decisions(&mut self, decision: Decision) -> Result<u64> {
+        let count: i64 = self
+            .connection
+            .prepare_cached("SELECT count(*) FROM decisions WHERE decision = ?1")?
+            .query_row([decision.name()], |row| row.get(0))?;
+        Ok(u64::try_from(count).unwrap_or_default())
+    }
+
     /// A failed event, if there is one of that id.
     pub fn failed_event(&mut self, id: i64) -> Result<Option<FailedEvent>> {
         Ok(self

@@ -98,6 +98,40 @@ fn a_signal_ends_it_early_and_it_still_compares() {
 }
 
 #[test]
+fn what_fails_can_be_mended_beside_it() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let mut demo = demo(temporary.path())
+        .args(["--faults", "--duration", "15s", "--seed", "8"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let out = BufReader::new(demo.stdout.take().expect("its output"));
+    let (mut db, mut last) = (String::new(), String::new());
+    let (mut mended, mut retried) = (false, false);
+    for line in out.lines() {
+        let line = line.expect("a line");
+        if let Some((_, path)) = line.split_once("BIGCHAT_SYNC_DB=") {
+            path.clone_into(&mut db);
+        }
+        mended |= line.contains("has mended OurAPI");
+        let waiting = line.contains(" of 15s ") && !line.contains(" 0 failed");
+        if mended && waiting {
+            // All but what can never be stored gets through this time.
+            let retry = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+                .args(["failed", "retry", "--all", "--db", &db])
+                .output();
+            // The demo may just be over.
+            retried |= retry.expect("a process").status.success();
+        }
+        last = line;
+    }
+    assert!(mended && retried);
+    assert!(last.ends_with("no difference"), "{last}");
+    assert!(demo.wait().expect("it ends").success());
+    assert_left_clean(temporary.path());
+}
+
+#[test]
 fn nothing_told_proves_nothing() {
     let output = run(&["--duration", "0s"]);
     assert_eq!(output.status.code(), Some(1));
