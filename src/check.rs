@@ -82,6 +82,15 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     let mut report = Report::default();
     let tokens = tokens.and_then(|tokens| tokens.allow(settings.listen).map(|()| tokens));
     let tokens = match tokens {
+        Ok(tokens) if settings.bigchat_url == settings.our_api_url => {
+            let text = "name the same place for both APIs";
+            report.ill(
+                "settings",
+                text,
+                "set --bigchat-url and --our-api-url apart",
+            );
+            tokens
+        }
         Ok(tokens) => {
             report.well("settings", "can be used");
             tokens
@@ -187,6 +196,11 @@ fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api
         return report.well(what, "was not asked anything yet");
     };
     let last = format!("at {asked_at}, {request} → {response}");
+    if !request.contains(url.as_str()) {
+        let text = format!("is asked elsewhere by the daemon: {last}");
+        let remedy = format!("give this command the daemon's settings: {flag} says {url} here");
+        return report.ill(what, text, remedy);
+    }
     match up {
         Some(false) => {
             let why = api.trouble.as_deref().unwrap_or_default();

@@ -219,7 +219,11 @@ impl Context {
                     );
                 }
                 if breaker.is_down() {
-                    health.down(error.headline(), &error.exchange().response, now);
+                    health.down(
+                        error.headline(),
+                        &error.exchange().response,
+                        breaker.since(),
+                    );
                 }
             }
         }

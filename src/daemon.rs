@@ -51,6 +51,16 @@ pub enum DaemonError {
     /// The database was deleted or replaced under the daemon, and what waits in it goes with it.
     #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
     Displaced(u64),
+    /// `once` could not do the one half of what it is for.
+    #[error(
+        "BigChat was not read up to now; the log says why, and the next run goes on from there"
+    )]
+    Unread,
+    /// Nor the other.
+    #[error(
+        "{0} events are not delivered yet; the log says why, and the next run goes on with them"
+    )]
+    Undelivered(u64),
 }
 
 impl DaemonError {
@@ -180,6 +190,10 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
 }
 
 /// Polls once, as far as now, and delivers what is due.
+///
+/// # Errors
+///
+/// Also where that came to nothing or not to its end: nobody else tells whoever has started it.
 pub async fn once(
     settings: Settings,
     tokens: Tokens,
@@ -189,9 +203,19 @@ pub async fn once(
     let context = start(settings, tokens, stopping).await?;
     let work = async {
         let mut poller = Poller::new(Arc::clone(&context));
-        until_stopped(&context, poller.catch_up()).await;
+        let up_to_date = until_stopped(&context, poller.catch_up()).await;
         delivery::run(Arc::clone(&context), Until::Done).await;
-        stopped(&context, &poller).await
+        stopped(&context, &poller).await?;
+        if context.stopping.is_cancelled() {
+            return Ok(());
+        }
+        if up_to_date != Some(true) {
+            return Err(DaemonError::Unread);
+        }
+        match context.journal.with(Store::waiting).await? {
+            0 => Ok(()),
+            waiting => Err(DaemonError::Undelivered(waiting)),
+        }
     };
     health::keep(&context, onlookers.watch(&context, work)).await
 }
@@ -230,15 +254,18 @@ async fn caught_up(context: &Context) {
     }
 }
 
-/// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long.
-async fn until_stopped(context: &Context, polling: impl Future<Output = ()>) {
+/// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long. `None`: it did not end.
+async fn until_stopped<T>(context: &Context, polling: impl Future<Output = T>) -> Option<T> {
     let last_poll = async {
         context.stopping.cancelled().await;
         sleep(delivery::DRAIN).await;
     };
     tokio::select! {
-        () = polling => {}
-        () = last_poll => tracing::warn!("BigChat did not answer the last poll in time"),
+        done = polling => Some(done),
+        () = last_poll => {
+            tracing::warn!("BigChat did not answer the last poll in time");
+            None
+        }
     }
 }
 

@@ -567,7 +567,11 @@ impl Delivery {
             );
         }
         if self.breaker.is_down() {
-            health.down(&error.trouble.to_string(), &error.exchange.response, now);
+            health.down(
+                &error.trouble.to_string(),
+                &error.exchange.response,
+                self.breaker.since(),
+            );
         }
     }
 

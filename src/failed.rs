@@ -49,12 +49,15 @@ pub struct Which {
 impl From<Which> for Selection {
     fn from(which: Which) -> Self {
         match which {
-            Which { all: true, .. } => Self::All,
             Which {
-                reason: Some(reason),
-                ..
-            } => Self::Reason(reason),
-            Which { ids, .. } => Self::Ids(ids),
+                all: false,
+                reason: None,
+                ids,
+            } => Self::Ids(ids),
+            Which { reason, .. } => Self::By {
+                reason,
+                failed_by: Millis(i64::MAX),
+            },
         }
     }
 }
@@ -100,6 +103,11 @@ pub enum FailedError {
     /// There is none of that id.
     #[error("there is no failed event {0}; `bigchat-sync failed list` lists them")]
     NoSuchEvent(i64),
+    /// None has failed for that reason.
+    #[error(
+        "no event has failed for exactly this reason, or they could not be understood and can only be discarded; `bigchat-sync failed list` tells the reasons"
+    )]
+    NoSuchReason,
     /// Some of those named are not failed, or could not be understood and so cannot be retried.
     #[error(
         "done for {done} of {asked}: the others are not failed events, or are events that could not be understood, which can only be discarded"
@@ -125,6 +133,9 @@ fn decide(store: &mut Store, which: Which, decision: Decision) -> Result<usize, 
             done,
             asked: ids.len(),
         }),
+        Selection::By {
+            reason: Some(_), ..
+        } if done == 0 => Err(FailedError::NoSuchReason),
         _ => Ok(done),
     }
 }

@@ -63,10 +63,10 @@ impl Health {
         self.note(true, None, now);
     }
 
-    /// It is down, for this reason: what it means, and what was answered.
-    pub fn down(&self, reason: &str, response: &str, now: Millis) {
+    /// It is down since then, for this reason: what it means, and what was answered.
+    pub fn down(&self, reason: &str, response: &str, since: Millis) {
         let response: String = response.chars().take(MAX_RESPONSE).collect();
-        self.note(false, Some(format!("{reason}: {response}")), now);
+        self.note(false, Some(format!("{reason}: {response}")), since);
     }
 
     /// Whether it is known to be down.
@@ -94,7 +94,7 @@ impl Health {
             asked_at: latest.as_ref().map(|latest| latest.at),
             request: latest
                 .as_ref()
-                .map(|latest| format!("{} {}", latest.method, latest.path)),
+                .map(|latest| format!("{} {}", latest.method, latest.url)),
             response: latest.map(|latest| latest.response),
         }
     }

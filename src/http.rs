@@ -62,7 +62,7 @@ pub struct Latest {
     /// What was asked.
     pub method: Method,
     /// What for, without its query.
-    pub path: String,
+    pub url: Url,
     /// The status that was answered, or why there was no answer.
     pub response: String,
 }
@@ -218,12 +218,11 @@ impl Http {
         if let Some(until) = self.throttled_until(now) {
             return Err(NoAnswer::Throttled(until));
         }
-        let (asked, path) = (method.clone(), url.path().to_owned());
+        let (asked, mut asked_for) = (method.clone(), url.clone());
+        asked_for.set_query(None);
+        let path = asked_for.path();
         let sent = Sent {
-            route: metrics::route(
-                &method,
-                path.strip_prefix(self.base.path()).unwrap_or(&path),
-            ),
+            route: metrics::route(&method, path.strip_prefix(self.base.path()).unwrap_or(path)),
             at: Instant::now(),
         };
         let answer = match &self.wire {
@@ -237,7 +236,7 @@ impl Http {
                 carrier.carry(method, url, body.unwrap_or_default()).await
             }
         };
-        self.note(asked, path, &answer);
+        self.note(asked, asked_for, &answer);
         self.count(&sent, answer.as_ref().map(|answer| answer.status));
         pulse::goes_on();
         let answer = answer?;
@@ -252,7 +251,7 @@ impl Http {
         self.last_exchange().clone()
     }
 
-    fn note(&self, method: Method, path: String, answer: &Result<Answer, NoAnswer>) {
+    fn note(&self, method: Method, url: Url, answer: &Result<Answer, NoAnswer>) {
         let response = match answer {
             Ok(answer) => answer.status.to_string(),
             Err(error) => error.to_string(),
@@ -260,7 +259,7 @@ impl Http {
         *self.last_exchange() = Some(Latest {
             at: Millis::now(),
             method,
-            path,
+            url,
             response,
         });
     }

@@ -108,7 +108,13 @@ where
             stop.cancel();
             std::thread::spawn(end_in_time);
         };
-        on_signals(first, || std::process::exit(1))?;
+        let second = || {
+            eprintln!(
+                "bigchat-sync: a second signal: ended at once; what was in flight is looked up at the next start"
+            );
+            std::process::exit(1)
+        };
+        on_signals(first, second)?;
         job(settings, tokens, stopping).await?;
         Ok::<_, E>(ExitCode::SUCCESS)
     });

@@ -276,7 +276,7 @@ fn text(status: &Status) -> String {
     line(
         "a minute",
         format!(
-            "{:.1} told, {:.1} delivered",
+            "{:.1} told, {:.1} delivered, over the last five",
             figures.told_per_minute, figures.delivered_per_minute
         ),
     );

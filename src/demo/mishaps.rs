@@ -18,7 +18,7 @@ const SPAM: &str = "refund";
 const MENDED_AT: Duration = Duration::from_secs(60);
 
 /// How often a request to either service meets a fault that needs nobody.
-const NOW_AND_THEN: f64 = 0.02;
+const NOW_AND_THEN: f64 = 0.01;
 
 /// How far the mishaps have come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,8 +84,10 @@ impl Mishaps {
             }
             Stage::Up if elapsed > self.mended_at => {
                 self.sim.our_api.set_spam(None);
-                let news =
-                    "Somebody has mended OurAPI: it refuses nothing any more that it should take.";
+                // What was mended stays so from now on, and nobody has to do it again and again.
+                self.sim.bigchat.set_awkward(false);
+                self.calm();
+                let news = "Somebody has mended OurAPI: what it refused and should take it takes now, once it is tried again.";
                 (Stage::Mended, news)
             }
             _ => return Ok(None),
@@ -99,9 +101,13 @@ impl Mishaps {
         if self.stage == Stage::Down {
             self.sim.our_api.up().await?;
         }
+        self.calm();
+        Ok(())
+    }
+
+    fn calm(&self) {
         for faults in [&self.sim.bigchat.faults, &self.sim.our_api.faults] {
             faults.clear();
         }
-        Ok(())
     }
 }

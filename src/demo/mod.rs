@@ -200,7 +200,7 @@ async fn serve(
     let seed = seed(args);
     let sim = start(args, seed, PORTS, Watch::default()).await?;
     screen.say(&format!(
-        "{}\n\nTo try in another terminal:\n\n    cargo run\n    curl {}/chats\n\nCtrl-C ends it.",
+        "{}\n\nTo try in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C ends it.",
         services(&sim, args.bigchat, seed),
         sim.our_api_url()
     ))?;
@@ -337,7 +337,7 @@ impl Stage {
         }
         self.enough.cancel();
         self.sim.bigchat.set_quiet(true);
-        self.show.finishing();
+        self.show.finishing()?;
         let patience = match self.score {
             Some(_) => CHAOS_PATIENCE,
             None => PATIENCE,

@@ -82,12 +82,13 @@ impl Show {
     }
 
     /// Nothing new is told from now on; what was told is waited for.
-    pub(super) fn finishing(&mut self) {
-        if let Self::Picture(picture) = self {
-            picture
-                .time
-                .set_message("waiting for what is still on its way");
+    pub(super) fn finishing(&mut self) -> io::Result<()> {
+        const WAITING: &str = "waiting for what is still on its way";
+        match self {
+            Self::Picture(picture) => picture.time.set_message(WAITING),
+            Self::Lines { screen, .. } => screen.say(WAITING)?,
         }
+        Ok(())
     }
 }
 

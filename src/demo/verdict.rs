@@ -58,7 +58,10 @@ impl Verdict {
         }
         let (failed, refused) = (figures.failed, report.refused);
         if failed != refused {
-            wrong.push(format!("{} failed, not {refused}", count(failed, "event")));
+            wrong.push(format!(
+                "{} failed, of which {refused} can never be stored",
+                count(failed, "event")
+            ));
         }
         if figures.at_once > 1 {
             wrong.push("more than 1 request at once".to_owned());

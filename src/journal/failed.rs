@@ -74,12 +74,15 @@ pub struct PastDecision {
 /// Which failed events are meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
-    /// All of them.
-    All,
     /// Those of these ids.
     Ids(Vec<i64>),
-    /// Those that failed for this reason.
-    Reason(String),
+    /// All that had failed by then, by this machine's clock: who decides has not seen the later ones.
+    By {
+        /// Only those of this reason.
+        reason: Option<String>,
+        /// Until when.
+        failed_by: Millis,
+    },
 }
 
 /// What somebody decides about failed events.
@@ -275,7 +278,7 @@ impl Store {
 
 /// The ids of the next events that are meant, in order.
 fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
-    let reason = match which {
+    let (reason, failed_by) = match which {
         Selection::Ids(ids) => {
             let mut ids: Vec<i64> = ids.iter().copied().filter(|id| *id > after).collect();
             ids.sort_unstable();
@@ -283,17 +286,17 @@ fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Res
             ids.truncate(DECIDED_AT_ONCE);
             return Ok(ids);
         }
-        Selection::All => None,
-        Selection::Reason(reason) => Some(reason),
+        Selection::By { reason, failed_by } => (reason, failed_by),
     };
     let mut statement = transaction.prepare_cached(
         "SELECT e.id FROM events e LEFT JOIN attempts a ON a.event = e.id
-         WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2)
+         WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND e.settled_at <= ?4
          ORDER BY e.id LIMIT ?3",
     )?;
-    let ids = statement.query_map(params![after, reason, limit(DECIDED_AT_ONCE)], |row| {
-        row.get(0)
-    })?;
+    let ids = statement.query_map(
+        params![after, reason, limit(DECIDED_AT_ONCE), failed_by.0],
+        |row| row.get(0),
+    )?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 

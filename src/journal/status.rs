@@ -20,7 +20,7 @@ const GROUPED: u32 = 10_000;
 /// And of how many reasons.
 const GROUPS: u32 = 100;
 
-/// Over how many minutes rates are taken; the present one is not over, and is left out.
+/// Over how many minutes rates are taken, besides the present one; fewer, where the first event is not as long ago.
 const RATE_MINUTES: i64 = 5;
 
 /// One of the two APIs, as the daemon last found it.
@@ -104,7 +104,7 @@ pub struct Figures {
     pub failed: u64,
     /// The oldest of these by reason, the most frequent reason first.
     pub failed_by_reason: Vec<Group>,
-    /// How many events BigChat told in a minute, over the last few.
+    /// How many events BigChat told in a minute, over the last five or six.
     pub told_per_minute: f64,
     /// How many were delivered.
     pub delivered_per_minute: f64,
@@ -278,16 +278,15 @@ fn groups(connection: &Connection) -> Result<Vec<Group>> {
 }
 
 fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
-    let last = minute(now);
-    let totals: (f64, f64) = connection
+    let from = minute(now) - RATE_MINUTES;
+    let (told, delivered, first): (f64, f64, Option<i64>) = connection
         .prepare_cached(
-            "SELECT total(told), total(delivered) FROM minutes WHERE minute >= ?1 AND minute < ?2",
+            "SELECT total(told), total(delivered), (SELECT min(minute) FROM minutes) FROM minutes WHERE minute >= ?1",
         )?
-        .query_row([last - RATE_MINUTES, last], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })?;
-    let minutes = f64::from(u8::try_from(RATE_MINUTES).unwrap_or(1));
-    Ok((totals.0 / minutes, totals.1 / minutes))
+        .query_row([from], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+    let begun = Millis(first.unwrap_or(from).max(from) * 60_000);
+    let minutes = (now.since(begun).as_secs_f64() / 60.0).max(1.0);
+    Ok((told / minutes, delivered / minutes))
 }
 
 fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {

@@ -147,16 +147,19 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now, or cannot be read; what it told is kept.
-    pub async fn catch_up(&mut self) {
+    /// Polls until BigChat is read up to now, or cannot be read; what it told is kept. True if it is read up to now.
+    pub async fn catch_up(&mut self) -> bool {
+        let mut polled = Polled::More;
         while !self.context.stopping.is_cancelled() {
-            match self.poll().await {
+            polled = self.poll().await;
+            match polled {
                 Polled::More => {}
                 _ if self.unkept() > 0 => sleep(STORAGE_PAUSE).await,
                 Polled::UpToDate | Polled::Incomplete => break,
             }
         }
         self.prune().await;
+        polled == Polled::UpToDate
     }
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
@@ -302,10 +305,15 @@ impl Poller {
         let cursor = match source.cursor {
             Some(cursor) => cursor,
             // The first window, too, begins at the cursor less the overlap.
-            None => settings
-                .since
-                .unwrap_or(now.minus(FIRST_WINDOW))
-                .plus(settings.poll_overlap),
+            None => {
+                if let Some(since) = settings.since.filter(|since| *since > now) {
+                    tracing::warn!(%since, date = %now, "--since is in the future: BigChat is read from now on");
+                }
+                settings
+                    .since
+                    .unwrap_or(now.minus(FIRST_WINDOW))
+                    .plus(settings.poll_overlap)
+            }
         };
         let cursor = cursor.min(now);
         if source.cursor != Some(cursor) || source.poll.is_some() {

@@ -120,6 +120,11 @@ impl BigChat {
         lock(&self.world).set_quiet(quiet);
     }
 
+    /// Whether some messages are awkward from now on.
+    pub fn set_awkward(&self, awkward: bool) {
+        lock(&self.world).set_awkward(awkward);
+    }
+
     /// So often (0 to 1) the last page of a poll names an earlier one as the next.
     pub fn set_circles(&self, probability: f64) {
         lock(&self.world).circles = probability.clamp(0.0, 1.0);

@@ -776,6 +776,11 @@ impl World {
         self.down = down;
     }
 
+    /// Whether some messages are awkward from now on.
+    pub(super) fn set_awkward(&mut self, awkward: bool) {
+        self.options.awkward = awkward;
+    }
+
     /// Nothing, or again something, happens by itself from now on.
     pub(super) fn set_quiet(&mut self, quiet: bool) {
         self.grow();

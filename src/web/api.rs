@@ -106,7 +106,11 @@ pub(super) async fn failed(
         let (groups, total) = (&status.figures.failed_by_reason, status.figures.failed);
         let grouped: u64 = groups.iter().map(|group| group.count).sum();
         let more = grouped < total;
-        return Ok(Json(json!({ "groups": groups, "total": total, "more": more })).into_response());
+        let now = status.now;
+        return Ok(
+            Json(json!({ "groups": groups, "total": total, "more": more, "now": now }))
+                .into_response(),
+        );
     };
     let after = after.unwrap_or_default();
     let page = web
@@ -133,6 +137,9 @@ pub(super) struct Which {
     ids: Option<Vec<i64>>,
     reason: Option<String>,
     all: Option<bool>,
+    /// Of a reason, or of all: only those that had failed by then, in Unix ms. What fails while somebody makes up his mind
+    /// is not meant.
+    failed_by: Option<i64>,
     /// Only those after this one.
     #[serde(default)]
     after: i64,
@@ -141,10 +148,12 @@ pub(super) struct Which {
 impl Which {
     fn selection(self) -> Result<(Selection, i64), ApiError> {
         let after = self.after;
+        let failed_by = Millis(self.failed_by.unwrap_or(i64::MAX));
         let selection = match (self.ids, self.reason, self.all) {
             (Some(ids), None, None) => Selection::Ids(ids),
-            (None, Some(reason), None) => Selection::Reason(reason),
-            (None, None, Some(true)) => Selection::All,
+            (None, reason @ Some(_), None) | (None, reason @ None, Some(true)) => {
+                Selection::By { reason, failed_by }
+            }
             _ => {
                 let what = r#"exactly one of "ids", "reason" and "all": true is needed"#;
                 return Err(ApiError::Unreadable(what.to_owned()));

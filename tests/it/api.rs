@@ -117,8 +117,15 @@ async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
         discard(json!({"ids": [1, 2, 2, 99]})).await,
         json!({"done": 2, "next": null})
     );
+    // All of them failed at 2000: who decided before has not seen them.
+    for unseen in [
+        json!({"reason": "another", "failed_by": 1999}),
+        json!({"all": true, "failed_by": 1999}),
+    ] {
+        assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
+    }
     assert_eq!(
-        discard(json!({"reason": "another"})).await,
+        discard(json!({"reason": "another", "failed_by": 2000})).await,
         json!({"done": 4, "next": null})
     );
     assert_eq!(

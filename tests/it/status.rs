@@ -127,7 +127,7 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
     assert!(text.contains(&format!("1 × {reason}")), "{text}");
     bench
         .failed_command(&["discard", "--reason", "another one"])
-        .expect("none is meant");
+        .expect_err("none is meant");
     assert_eq!(bench.events("failed"), 1);
     bench
         .failed_command(&["discard", "--reason", reason])
@@ -224,4 +224,37 @@ async fn a_check_says_what_is_set_up_wrongly() {
         !well && report.contains("is not a bigchat-sync database"),
         "{report}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn once_tells_by_its_exit_code_what_it_left_undone() {
+    let (sim, bench, daemon) = delivered().await;
+    daemon.stop().await;
+    let once = async || {
+        let mut command = bench.program("once");
+        let ended = tokio::task::spawn_blocking(move || command.output()).await;
+        let ended = ended.expect("no panic").expect("a process");
+        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+        (ended.status.code(), said)
+    };
+    assert_eq!(once().await.0, Some(0));
+    sim.our_api.down().await.expect("it is down");
+    let told = vec![message(10, seconds(&sim), "anybody?")];
+    sim.bigchat.push_page(told, NextPage::None);
+    let (code, said) = once().await;
+    assert!(
+        code == Some(1) && said.contains("1 events are not delivered yet"),
+        "{said}"
+    );
+    sim.bigchat.down().await.expect("it is down");
+    let (code, said) = once().await;
+    assert!(
+        code == Some(1) && said.contains("BigChat was not read"),
+        "{said}"
+    );
+    sim.bigchat.up().await.expect("it is up");
+    sim.our_api.up().await.expect("it is up");
+    let (code, said) = once().await;
+    assert_eq!(code, Some(0), "{said}");
+    bench.until_events("delivered", 3).await;
 }

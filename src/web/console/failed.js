@@ -15,14 +15,14 @@ export const failed = {
   title: () => "Failed events",
   every: 4000,
   async load({ reason, after }) {
-    const { groups, total, more } = await get("/api/failed");
+    const { groups, total, more, now } = await get("/api/failed");
     const chosen = groups.find((group) => group.reason === reason) ?? (reason === undefined && matchMedia("(min-width: 56rem)").matches ? groups[0] : null);
-    if (reason !== undefined && !chosen) return { groups, total, more, chosen: null, missing: total > 0, page: null };
+    if (reason !== undefined && !chosen) return { groups, total, more, now, chosen: null, missing: total > 0, page: null };
     const page = chosen && (await get(`/api/failed?reason=${encodeURIComponent(chosen.reason)}${after ? `&after=${Number(after)}` : ""}`));
     if (chosen?.reason !== selection.reason) clear(chosen?.reason ?? null);
     const there = new Set(page?.rows.map((event) => event.id));
     for (const id of selection.ids) if (!there.has(id)) selection.ids.delete(id);
-    return { groups, total, more, chosen, page, named: reason !== undefined, after };
+    return { groups, total, more, now, chosen, page, named: reason !== undefined, after };
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
@@ -31,8 +31,8 @@ export const failed = {
       head(
         "Failed events",
         `${some(data.total, "event")} ${data.total === 1 ? "waits" : "wait"} for you to decide: try again, or give up.`,
-        el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total }, "Retry all"),
-        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total }, "Discard all…"),
+        el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total, "data-by": data.now }, "Retry all"),
+        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total, "data-by": data.now }, "Discard all…"),
       ),
       el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were decided on meanwhile.") : null),
     ];
@@ -64,7 +64,7 @@ function groups({ groups, chosen, more }) {
   );
 }
 
-function group({ chosen, page, after }) {
+function group({ chosen, page, after, now }) {
   const ids = page.rows.map((event) => event.id);
   const selected = ids.filter((id) => selection.ids.has(id));
   return el(
@@ -78,8 +78,8 @@ function group({ chosen, page, after }) {
       el(
         "div.buttons",
         null,
-        el("button", { type: "button", "data-do": "retry", "data-reason": chosen.reason, "data-count": chosen.count }, `Retry ${all(chosen.count)}`),
-        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-reason": chosen.reason, "data-count": chosen.count }, `Discard ${all(chosen.count)}…`),
+        el("button", { type: "button", "data-do": "retry", "data-reason": chosen.reason, "data-count": chosen.count, "data-by": now }, `Retry ${all(chosen.count)}`),
+        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-reason": chosen.reason, "data-count": chosen.count, "data-by": now }, `Discard ${all(chosen.count)}…`),
       ),
     ),
     el(
@@ -218,10 +218,11 @@ function clear(reason) {
   selection.last = null;
 }
 
-/** Which failed events a button means. */
-function meant({ ids, reason, all, count }) {
-  if (all !== undefined) return { which: { all: true }, number: Number(all) };
-  if (reason !== undefined) return { which: { reason }, number: Number(count) };
+/** Which failed events a button means: those that had failed when it was drawn, and none that fails meanwhile. */
+function meant({ ids, reason, all, count, by }) {
+  const failed_by = Number(by);
+  if (all !== undefined) return { which: { all: true, failed_by }, number: Number(all) };
+  if (reason !== undefined) return { which: { reason, failed_by }, number: Number(count) };
   const numbers = ids.split(" ").map(Number);
   return { which: { ids: numbers }, number: numbers.length };
 }
