@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::bigchat::{BigChat, BigChatError};
 use crate::health::{Health, Service, Storage};
 use crate::http::Exchange;
+use crate::http::Http;
 use crate::journal::{Api, Journal, JournalError, Session, Throttles};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
@@ -265,13 +266,17 @@ impl Context {
         }
     }
 
-    /// How an API is now, with the latest exchange.
-    pub fn api(&self, service: Service) -> Api {
-        let http = match service {
+    /// What an API is asked through.
+    pub fn http(&self, service: Service) -> &Http {
+        match service {
             Service::BigChat => self.bigchat.http(),
             Service::OurApi => self.our_api.http(),
-        };
-        self.health(service).api(http)
+        }
+    }
+
+    /// How an API is now, with the latest exchange.
+    pub fn api(&self, service: Service) -> Api {
+        self.health(service).api(self.http(service))
     }
 
     fn breaker(&self) -> MutexGuard<'_, Breaker> {

@@ -130,11 +130,26 @@ impl Storage {
 }
 
 /// Takes over how both APIs were when the last session ended.
+///
+/// What was down is not known to be down where nothing will ask it, or where something else is asked now.
 async fn recall(context: &Context) {
     for service in Service::ALL {
-        let api = context.journal.with(move |store| store.api(service.name()));
+        let here = context.http(service).base().to_string();
+        let recalled = context.journal.with(move |store| {
+            let api = store.api(service.name())?;
+            let is_this = api
+                .request
+                .as_ref()
+                .is_some_and(|asked| asked.contains(&here));
+            let is_asked = service == Service::BigChat || store.waiting_at_most(1)? > 0;
+            if is_this && (api.up == Some(true) || is_asked) {
+                return Ok(api);
+            }
+            store.forget_api(service.name())?;
+            Ok(Api::default())
+        });
         // A disk that refuses is told of by those who cannot work without it.
-        if let Ok(api) = api.await {
+        if let Ok(api) = recalled.await {
             context.health(service).recall(&api);
         }
     }
@@ -154,20 +169,18 @@ pub async fn keep<T>(context: &Context, work: impl Future<Output = T>) -> T {
 }
 
 async fn keep_until(context: &Context, done: &CancellationToken) {
-    let mut kept = Service::ALL.map(|service| (service, Api::default()));
+    let mut kept = Service::ALL.map(|_| Api::default());
     loop {
         let last = done.is_cancelled();
-        for (service, kept) in &mut kept {
-            let api = context.api(*service);
-            if api.asked_at.is_none() || is_as(&api, kept) && !last {
-                continue;
-            }
-            let (name, now) = (service.name(), api.clone());
-            let noted = context
-                .journal
-                .with(move |store| store.note_api(name, &now));
+        let now = Service::ALL.map(|service| context.api(service));
+        let news = now.iter().zip(&kept).any(|(now, kept)| !is_as(now, kept));
+        if news || last {
+            // Both at once: where the journal refuses, nobody waits for that twice.
+            let names = Service::ALL.map(Service::name);
+            let to_note: Vec<_> = names.into_iter().zip(now.clone()).collect();
+            let noted = context.journal.with(move |store| store.note_apis(&to_note));
             if noted.await.is_ok() {
-                *kept = api;
+                kept = now;
             }
         }
         if last {

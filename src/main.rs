@@ -125,7 +125,7 @@ where
 fn end_in_time() {
     std::thread::sleep(STOPPED_WITHIN);
     eprintln!(
-        "bigchat-sync: not stopped in time, the disk does not answer: what was in flight is looked up at the next start"
+        "bigchat-sync: not stopped in time, as when a disk does not answer: what was in flight is looked up at the next start"
     );
     std::process::exit(1);
 }

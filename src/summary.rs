@@ -194,7 +194,7 @@ async fn standing(context: &Context) -> Option<Standing> {
     let count = |store: &mut Store| {
         Ok(Standing {
             waiting: store.waiting_at_most(COUNTED)?,
-            failed: store.count_failed()?,
+            failed: store.failed_at_most(COUNTED)?,
         })
     };
     context.journal.with(count).await.ok()

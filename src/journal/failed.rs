@@ -155,6 +155,17 @@ impl Store {
         Ok(u64::try_from(count).unwrap_or_default())
     }
 
+    /// The same, counted up to so many: nobody waits for more.
+    pub fn failed_at_most(&mut self, at_most: u32) -> Result<u64> {
+        let count: i64 = self
+            .connection
+            .prepare_cached(
+                "SELECT count(*) FROM (SELECT 1 FROM events WHERE state = 'failed' LIMIT ?1)",
+            )?
+            .query_row([at_most], |row| row.get(0))?;
+        Ok(u64::try_from(count).unwrap_or_default())
+    }
+
     /// For how many events it was ever decided so.
     pub fn count_decisions(&mut self, decision: Decision) -> Result<u64> {
         let count: i64 = self

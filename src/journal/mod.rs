@@ -102,7 +102,7 @@ pub(crate) trait Worker: std::fmt::Debug + Send + Sync {
 pub struct Store {
     connection: Connection,
     /// `None`: it is in memory.
-    file: Option<schema::Identity>,
+    file: Option<schema::Opened>,
     _lock: Option<schema::InstanceLock>,
 }
 
@@ -110,7 +110,7 @@ impl Store {
     /// Opens the database for the daemon: made or upgraded where needed, and kept from other daemons.
     pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
         let lock = schema::InstanceLock::take(path)?;
-        Self::over(schema::open(path, true)?, path, Some(lock))
+        Ok(Self::over(schema::open(path, true)?, Some(lock)))
     }
 
     /// Whether a daemon works on the database, or a command that takes its place.
@@ -118,7 +118,7 @@ impl Store {
         schema::InstanceLock::is_taken(path)
     }
 
-    /// Opens the database for looking only, beside whoever works on it.
+    /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
         let store = Self::open_beside(path)?;
         store
@@ -130,19 +130,18 @@ impl Store {
 
     /// Opens the database for a command beside the daemon.
     pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
-        Self::over(schema::open(path, false)?, path, None)
+        Ok(Self::over(schema::open(path, false)?, None))
     }
 
     fn over(
-        connection: Connection,
-        path: &Path,
+        (connection, file): (Connection, schema::Opened),
         lock: Option<schema::InstanceLock>,
-    ) -> std::result::Result<Self, OpenError> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             connection,
-            file: Some(schema::Identity::of(path)?),
+            file: Some(file),
             _lock: lock,
-        })
+        }
     }
 
     /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
@@ -171,9 +170,10 @@ impl Store {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        match schema::Identity::of(file.path()) {
-            Ok(there) if there == *file => Ok(()),
-            _ => Err(JournalError::Displaced(file.path().to_owned())),
+        if file.is_in_place() {
+            Ok(())
+        } else {
+            Err(JournalError::Displaced(file.path().to_owned()))
         }
     }
 

@@ -276,7 +276,8 @@ impl Store {
                 Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
                     admitted.new += usize::from(new);
                     counts.of(event.kind.name()).told += u32::from(new);
-                    newest = newest.max(Some(event.at));
+                    // What it says of a time to come says nothing of how old its news are.
+                    newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
                 Err(reason) => {
                     unreadable += 1;

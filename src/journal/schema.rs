@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
@@ -103,15 +104,21 @@ pub(super) fn may_pass(error: &rusqlite::Error) -> bool {
 }
 
 /// Which file a database is, whatever name it goes by.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Identity {
+#[derive(Debug, Clone)]
+struct Identity {
     path: PathBuf,
     device: u64,
     inode: u64,
 }
 
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
 impl Identity {
-    pub(super) fn of(path: &Path) -> Result<Self, OpenError> {
+    fn of(path: &Path) -> Result<Self, OpenError> {
         let metadata = std::fs::metadata(path).map_err(|source| OpenError::Io {
             path: path.to_owned(),
             source,
@@ -121,10 +128,6 @@ impl Identity {
             device: metadata.dev(),
             inode: metadata.ino(),
         })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 }
 
@@ -186,8 +189,52 @@ impl InstanceLock {
     }
 }
 
+/// A database that this process has open, for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Opened(Identity);
+
+/// The databases that this process has open, each as often as it has. Whoever closes a file takes from his whole process the
+/// locks on it (POSIX), SQLite's too: another SQLite that ends would think itself the last one, and delete the write-ahead
+/// log under this one. So a file that is open here is not looked into as a file.
+static OPENED: Mutex<Vec<Identity>> = Mutex::new(Vec::new());
+
+impl Opened {
+    /// Whether it is still the file of its name.
+    pub(super) fn is_in_place(&self) -> bool {
+        Identity::of(&self.0.path).is_ok_and(|there| there == self.0)
+    }
+
+    /// By what name it was opened.
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = opened.iter().position(|opened| *opened == self.0) {
+            opened.swap_remove(at);
+        }
+    }
+}
+
 /// Opens the database at `path`; creates and upgrades it if `create`.
-pub(super) fn open(path: &Path, create: bool) -> Result<Connection, OpenError> {
+pub(super) fn open(path: &Path, create: bool) -> Result<(Connection, Opened), OpenError> {
+    // One after the other: what one looks into no other has just opened.
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_open = Identity::of(path).is_ok_and(|file| opened.contains(&file));
+    if !is_open {
+        look_into(path, create)?;
+    }
+    let connection = open_as_ours(path)?;
+    let file = Identity::of(path)?;
+    opened.push(file.clone());
+    Ok((connection, Opened(file)))
+}
+
+/// Looks whether it may be opened, as a file and without changing it.
+fn look_into(path: &Path, create: bool) -> Result<(), OpenError> {
     let ours = inspect(path)?;
     if !ours && !create {
         return Err(OpenError::Missing(path.to_owned()));
@@ -196,6 +243,10 @@ pub(super) fn open(path: &Path, create: bool) -> Result<Connection, OpenError> {
         // With a log there is no way to look without taking part.
         look_through(path).map_err(|source| sqlite(path, source))?;
     }
+    Ok(())
+}
+
+fn open_as_ours(path: &Path) -> Result<Connection, OpenError> {
     let mut connection = connect(path).map_err(|source| sqlite(path, source))?;
     let found = version(&connection).map_err(|source| sqlite(path, source))?;
     match usize::try_from(found) {
@@ -381,14 +432,14 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Foreign(_)));
 
         std::fs::remove_file(&path).expect("the file");
-        let newer = open(&path, true).expect("a new database");
+        let (newer, _opened) = open(&path, true).expect("a new database");
         newer
             .pragma_update(None, "user_version", 99)
             .expect("a later version");
         newer
             .pragma_update(None, "journal_mode", "DELETE")
             .expect("one file only");
-        drop(newer);
+        drop((newer, _opened));
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
     }
 

@@ -157,22 +157,35 @@ impl Store {
         })
     }
 
-    /// Keeps how an API was found.
-    pub fn note_api(&mut self, name: &str, api: &Api) -> Result<()> {
+    /// Keeps how the APIs were found, each by its name: those of them that were asked anything.
+    pub fn note_apis(&mut self, apis: &[(&'static str, Api)]) -> Result<()> {
+        let transaction = self.begin()?;
+        for (name, api) in apis {
+            let Some(asked_at) = api.asked_at else {
+                continue;
+            };
+            transaction
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO apis (name, up, since, asked_at, request, response, trouble)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                )?
+                .execute(params![
+                    name,
+                    api.up,
+                    api.since.unwrap_or_default().0,
+                    asked_at.0,
+                    api.request.as_deref().unwrap_or_default(),
+                    api.response.as_deref().unwrap_or_default(),
+                    api.trouble,
+                ])?;
+        }
+        Ok(transaction.commit()?)
+    }
+
+    /// How it was found says nothing any more.
+    pub fn forget_api(&mut self, name: &str) -> Result<()> {
         self.connection
-            .prepare_cached(
-                "INSERT OR REPLACE INTO apis (name, up, since, asked_at, request, response, trouble)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-            )?
-            .execute(params![
-                name,
-                api.up,
-                api.since.unwrap_or_default().0,
-                api.asked_at.unwrap_or_default().0,
-                api.request.as_deref().unwrap_or_default(),
-                api.response.as_deref().unwrap_or_default(),
-                api.trouble,
-            ])?;
+            .execute("DELETE FROM apis WHERE name = ?1", [name])?;
         Ok(())
     }
 
@@ -290,6 +303,7 @@ fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
 }
 
 fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {
+    // The first condition is that of the index.
     let mut statement = connection.prepare_cached(
         "SELECT settled_at - kept_at FROM events
          WHERE state IN ('delivered', 'discarded') AND state = 'delivered' AND settled_at > ?1 ORDER BY settled_at DESC LIMIT ?2",

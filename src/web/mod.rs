@@ -79,7 +79,16 @@ impl Web {
         operation: impl FnOnce(&mut Store) -> Result<T, JournalError> + Send + 'static,
     ) -> Result<T, ReadError> {
         let reader = self.reader.get_or_try_init(|| self.open_reader()).await?;
-        Ok(reader.with(operation).await?)
+        // Who has gone waits for nothing: what they asked would be read after all, and keep others, and the stop, waiting.
+        let asking = Arc::new(());
+        let asked = Arc::downgrade(&asking);
+        let read = reader.with(move |store| match asked.upgrade() {
+            Some(_) => operation(store),
+            None => Err(JournalError::Closed),
+        });
+        let read = read.await;
+        drop(asking);
+        Ok(read?)
     }
 
     async fn open_reader(&self) -> Result<Journal, ReadError> {
@@ -233,4 +242,62 @@ fn router(web: Arc<Web>) -> Router {
 /// An answer that says what is wrong.
 pub(crate) fn error(status: StatusCode, what: &str) -> Response {
     (status, Json(json!({ "error": what }))).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use clap::Parser;
+    use rusqlite::Connection;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::cli::Cli;
+    use crate::daemon;
+    use crate::http::Http;
+
+    fn journal() -> Journal {
+        let connection = Connection::open_in_memory().expect("a database");
+        Journal::start(Store::in_memory(connection, true).expect("a schema")).expect("a thread")
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_any_more_is_not_read() {
+        let settings = Cli::try_parse_from(["bigchat-sync"])
+            .expect("good flags")
+            .settings;
+        let http = || {
+            let url = "http://127.0.0.1:9".parse().expect("a URL");
+            Http::new(url, None, Duration::from_secs(1)).expect("a client")
+        };
+        let stopping = CancellationToken::new();
+        let context = daemon::begin(settings, journal(), http(), http(), stopping).await;
+        let web = Web {
+            context: context.expect("a session"),
+            names: Vec::new(),
+            login: None,
+            reader: OnceCell::new_with(Some(journal())),
+            status: Mutex::default(),
+        };
+        let (go_on, waits) = mpsc::channel::<()>();
+        let (tell, read) = mpsc::channel();
+        let slow = web.read(move |_| {
+            waits.recv().ok();
+            Ok(())
+        });
+        let impatient = async {
+            let tell = tell.clone();
+            let asked = web.read(move |_| Ok(tell.send("what nobody waits for").ok()));
+            timeout(Duration::from_millis(1), asked)
+                .await
+                .expect_err("it has to wait");
+            drop(go_on);
+        };
+        let (slow, ()) = tokio::join!(slow, impatient);
+        slow.expect("it is read");
+        let last = web.read(move |_| Ok(tell.send("the last one").ok())).await;
+        last.expect("it is read");
+        assert_eq!(read.try_iter().collect::<Vec<_>>(), ["the last one"]);
+    }
 }

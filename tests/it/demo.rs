@@ -101,7 +101,7 @@ fn a_signal_ends_it_early_and_it_still_compares() {
 fn what_fails_can_be_mended_beside_it() {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut demo = demo(temporary.path())
-        .args(["--faults", "--duration", "24s", "--seed", "8"])
+        .args(["--faults", "--duration", "30s", "--seed", "5"])
         .stdout(Stdio::piped())
         .spawn()
         .expect("it runs");
@@ -114,7 +114,7 @@ fn what_fails_can_be_mended_beside_it() {
             path.clone_into(&mut db);
         }
         mended |= line.contains("has mended OurAPI");
-        let waiting = line.contains(" of 24s ") && !line.contains(" 0 failed");
+        let waiting = line.contains(" of 30s ") && !line.contains(" 0 failed");
         if mended && waiting {
             // All but what can never be stored gets through this time.
             let retry = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))

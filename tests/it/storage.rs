@@ -2,11 +2,13 @@
 //! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use bigchat_sync::journal::{OpenError, Store};
+use bigchat_sync::settings::Tokens;
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
 use bigchat_sync::sim::our_api;
@@ -381,4 +383,29 @@ fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
         let well = daemon.as_ref().map_or_else(OpenError::may_pass, |()| true);
         assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
     }
+}
+
+/// Whether this process holds a lock on the database's own file, by which SQLite knows elsewhere that it is open.
+fn is_locked(db: &Path) -> bool {
+    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
+    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
+    let of_it = |line: &str| line.contains("POSIX") && line.contains(&inode);
+    locks.lines().any(of_it)
+}
+
+#[tokio::test]
+async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() {
+    let (_sim, bench) = scripted(our_api::Options::default()).await;
+    let (daemon, url) = bench.start_listening(Tokens::default());
+    let ready = async || {
+        let answer = reqwest::get(format!("{url}/readyz")).await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    };
+    until("it is ready", ready).await;
+    assert!(is_locked(&bench.db()), "SQLite locks what it has open");
+    let answer = reqwest::get(format!("{url}/api/status")).await;
+    assert!(answer.expect("an answer").status().is_success());
+    // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
+    assert!(is_locked(&bench.db()), "the lock is gone");
+    daemon.stop().await;
 }

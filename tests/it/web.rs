@@ -454,3 +454,29 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
     assert!(!daemon.log().contains(TOKEN));
     assert!(daemon.stop().await.success());
 }
+
+#[tokio::test]
+async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
+    let (sim, bench, daemon, url) = listening(Tokens::default()).await;
+    let is_ready = async |url: &str| {
+        let answer = sent(client().get(format!("{url}/readyz"))).await;
+        answer.status() == StatusCode::OK
+    };
+    until("it is ready", async || is_ready(&url).await).await;
+    sim.bigchat.push_raw(message(2, seconds(&sim), "Hello"));
+    until("it is delivered", async || bench.events("delivered") == 1).await;
+    daemon.stop().await;
+
+    sim.our_api.faults.outage(Some(Fault::Drop));
+    let mut rebuild = bench.program("rebuild");
+    rebuild.args(["--all", "--dry-run"]);
+    let rebuild = Process::start_as(&bench, rebuild);
+    let down = "SELECT count(*) FROM apis WHERE name = 'our_api' AND up = 0";
+    until("it is down", async || bench.value::<i64>(down) == 1).await;
+    rebuild.stop().await;
+    sim.our_api.faults.outage(None);
+
+    let (daemon, url) = bench.start_listening(Tokens::default());
+    until("it is ready again", async || is_ready(&url).await).await;
+    daemon.stop().await;
+}
