@@ -79,6 +79,8 @@ pub struct Chat {
     pub seen: i64,
     /// The session of the daemon in which the chat's messages were last looked up, or [`Chat::FOUND`].
     pub looked_up: i64,
+    /// Whether a look-up found messages in it that no event accounted for: one that BigChat tells may be among them.
+    pub holds_more: bool,
 }
 
 /// An event that waits to be delivered.

@@ -62,7 +62,7 @@ pub(super) async fn deliver(
     };
     match looked_up {
         Some(there) if there.contains(&event.id) => return Ok(0),
-        None if context.may_be_there(event.id) => {
+        None if conversation.chat.holds_more && context.may_be_there(event.id) => {
             // An earlier look-up in this session may have found it, before BigChat told of it again.
             let (id, event, key) = (conversation.id, event.id, messages::key(event.at, text));
             if context

@@ -477,7 +477,7 @@ fn conversation(connection: &Connection, id: i64) -> Result<Conversation> {
         .prepare_cached(
             "SELECT id, epoch, bigchat_id, started_at, first_advisor, details, ended_at, transfer_at, transfer_event,
                 transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_unsure,
-                chat_seen, looked_up
+                chat_seen, looked_up, EXISTS (SELECT 1 FROM found WHERE found.conversation = conversations.id) AS holds_more
              FROM conversations WHERE id = ?1",
         )?
         .query_row([id], |row| Ok(read_conversation(row)))?
@@ -567,6 +567,7 @@ fn read_conversation(row: &Row<'_>) -> Result<Conversation> {
             unsure: row.get("chat_unsure")?,
             seen: row.get("chat_seen")?,
             looked_up: row.get("looked_up")?,
+            holds_more: row.get("holds_more")?,
         },
     })
 }

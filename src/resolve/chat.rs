@@ -342,6 +342,7 @@ fn adopt(conversation: &mut Conversation, external_id: String, found: our_api::C
         unsure: false,
         seen: kept.seen,
         looked_up: Chat::FOUND,
+        holds_more: conversation.chat.holds_more,
     };
     // An END that another copy of the database had delivered counts as well.
     conversation.said.ended_at = conversation.said.ended_at.max(found.ended_at);
