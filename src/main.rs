@@ -142,7 +142,12 @@ async fn show(args: demo::Args, settings: Settings, screen: Screen) -> Result<Ex
 
 /// Does the work of a command, and complains if it comes to nothing.
 fn block_on<E: std::error::Error>(work: impl Future<Output = Result<ExitCode, E>>) -> ExitCode {
-    let runtime = match tokio::runtime::Runtime::new() {
+    // One thread serves all: what takes long is waiting, or has a thread of its own (the journal). More would spend their
+    // time on waking each other.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return complain(&error, 1),
     };
