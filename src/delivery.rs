@@ -2,10 +2,15 @@
 //!
 //! A conversation is one piece of work at a time, so that its events keep their order; several conversations are in
 //! work side by side, up to the setting. A claim is kept before anything is sent, and a settlement goes into the
-//! same transaction as the next claims: under load one commit serves many conversations, and none waits for it.
+//! same transaction as the next claims. That takes place beside the work: what was claimed before is begun meanwhile,
+//! and what is done meanwhile is settled by the next one. So under load one commit serves many conversations, the slower
+//! the disk the more, and none waits for it.
 //! While OurAPI is down, one probe at a time takes the place of every event's own retry.
 
+mod keep;
+
 use std::collections::{HashMap, VecDeque};
+use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,12 +23,14 @@ use crate::context::Context;
 use crate::conversation::{Attempts, Conversation, Outcome, Sent, Settlement, Waiting, Work};
 use crate::handlers::{self, Handled, Stopped};
 use crate::health::Service;
-use crate::journal::{Claimable, JournalError, STORAGE_PAUSE, Throttles};
+use crate::journal::{Claimable, Claimed, JournalError, STORAGE_PAUSE, Throttles};
 use crate::log::telling;
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
 use crate::setback::Setback;
 use crate::time::Millis;
+
+use self::keep::{Keeping, Kept, ToKeep};
 
 /// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
 /// a crash leaves little to be looked up.
@@ -69,6 +76,12 @@ struct Delivery {
     /// No event is delivered.
     only_checks: bool,
     settlements: Vec<Settlement>,
+    /// What is being kept in the journal. One at a time: what one has settled the next may claim.
+    keeping: Option<Keeping>,
+    /// Whether there may be something to be kept or claimed.
+    look: bool,
+    /// For how long there is nothing, unless something happens.
+    rest: Duration,
     successes: Successes,
     /// Conversations whose chats could not be looked after: how often one time after the other, and until when they
     /// are put off.
@@ -76,6 +89,7 @@ struct Delivery {
     /// How many usable answers of OurAPI are known of.
     answers: u64,
     last_look: Millis,
+    clock_set_back: bool,
     throttles: Throttles,
     /// As it is kept.
     slowest: Duration,
@@ -132,10 +146,14 @@ impl Delivery {
             abandoned: Vec::new(),
             only_checks: false,
             settlements: Vec::new(),
+            keeping: None,
+            look: true,
+            rest: LOOK,
             successes,
             unchecked: HashMap::new(),
             answers: 0,
             last_look: Millis::now(),
+            clock_set_back: false,
             throttles,
             slowest,
         }
@@ -146,22 +164,29 @@ impl Delivery {
             let now = Millis::now();
             let allowance = self.allowance(now);
             self.begin(allowance);
-            let wait = match self.settle_and_claim(allowance, now).await {
-                Next::Begin => continue,
-                Next::Wait(wait) => wait,
-                Next::Nothing(wait) if until == Until::Done && self.in_work.is_empty() => {
-                    tracing::debug!(?wait, "nothing more is due");
-                    break;
+            if self.keeping.is_none() && std::mem::take(&mut self.look) {
+                self.rest = LOOK;
+                let to_keep = self.to_keep(allowance, now);
+                if !to_keep.is_nothing() {
+                    self.keeping = Some(to_keep.keep(Arc::clone(&self.context)));
                 }
-                Next::Nothing(wait) => wait,
+            }
+            let rest = match allowance {
+                Allowance::NotBefore(then) => self.rest.min(then.since(now)),
+                Allowance::Full | Allowance::Probe => self.rest,
             };
+            if until == Until::Done && self.keeping.is_none() && self.in_work.is_empty() {
+                tracing::debug!(wait = ?rest, "nothing more is due");
+                break;
+            }
             let context = Arc::clone(&self.context);
             tokio::select! {
                 // Always in this order, so that a run can be had again exactly.
                 biased;
                 Some(handled) = self.in_work.join_next_with_id() => self.finished(handled),
-                () = context.work.notified() => {}
-                () = sleep(wait) => {}
+                kept = kept(&mut self.keeping) => self.kept(kept),
+                () = context.work.notified() => self.look = true,
+                () = sleep(rest) => self.look = true,
                 () = context.stopping.cancelled() => {}
             }
             while let Some(handled) = self.in_work.try_join_next_with_id() {
@@ -209,135 +234,87 @@ impl Delivery {
         }
     }
 
-    async fn settle_and_claim(&mut self, allowance: Allowance, now: Millis) -> Next {
-        let settled = self.try_settle_and_claim(allowance, now).await;
-        let refused = &self.context.storage.delivery;
-        match settled {
-            Ok(next) => {
-                if refused.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the journal can be written again");
-                }
-                next
-            }
-            Err(error) => {
-                if !refused.swap(true, Ordering::Relaxed) {
-                    tracing::error!(reason = %error, "the journal cannot be written: delivery pauses until it can");
-                }
-                // Who delivers only what is due does not wait for it.
-                Next::Nothing(STORAGE_PAUSE)
-            }
-        }
-    }
-
-    async fn try_settle_and_claim(
-        &mut self,
-        allowance: Allowance,
-        now: Millis,
-    ) -> Result<Next, JournalError> {
-        self.keep_up(allowance, now).await?;
+    /// What is to be kept now: what was done, and claims for what is done next; and what has to be besides: claims that
+    /// are not begun now go back, and throttles outlast a restart.
+    fn to_keep(&mut self, allowance: Allowance, now: Millis) -> ToKeep {
+        let unbegun = match allowance {
+            Allowance::Full => Vec::new(),
+            Allowance::Probe | Allowance::NotBefore(_) => self.ready.drain(..).collect(),
+        };
         let wanted = match allowance {
             Allowance::Full => self.at_once(allowance) + AHEAD,
             Allowance::Probe | Allowance::NotBefore(_) => {
                 self.at_once(allowance).saturating_sub(self.in_work.len())
             }
         };
+        let settlements = Arc::new(std::mem::take(&mut self.settlements));
         // Many at a time, or along with settlements: a commit is dear.
         let room = wanted.saturating_sub(self.ready.len());
-        let room = if room * 2 > wanted || !self.settlements.is_empty() {
+        let room = if room * 2 > wanted || !settlements.is_empty() {
             room
         } else {
             0
         };
-        if room == 0 && self.settlements.is_empty() {
-            return Ok(match allowance {
-                Allowance::NotBefore(then) => Next::Nothing(then.since(now).min(LOOK)),
-                Allowance::Full | Allowance::Probe => Next::Wait(LOOK),
-            });
-        }
-        let settlements = Arc::new(std::mem::take(&mut self.settlements));
-        let what = if self.only_checks {
-            Claimable::Checks
-        } else {
-            Claimable::All
-        };
-        let (to_settle, successes) = (Arc::clone(&settlements), self.successes.count);
-        let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
-        let put_off: HashMap<i64, Millis> = put_off.collect();
-        let claimed = self
-            .context
-            .journal
-            .with(move |store| {
-                store.settle_and_claim(&to_settle, successes, room, what, &put_off, now)
-            })
-            .await;
-        match claimed {
-            Ok(claimed) => {
-                let more = !claimed.work.is_empty();
-                self.ready.extend(claimed.work);
-                Ok(if more && self.in_work.len() < self.at_once(allowance) {
-                    Next::Begin
-                } else if self.ready.is_empty() {
-                    Next::Nothing(
-                        claimed
-                            .next_due
-                            .map_or(LOOK, |due| due.since(now).min(LOOK)),
-                    )
-                } else {
-                    Next::Wait(LOOK)
-                })
-            }
-            Err(error) => {
-                // What was done is not forgotten: it is settled when the journal can be written again.
-                self.settlements = Arc::unwrap_or_clone(settlements);
-                Err(error)
-            }
-        }
-    }
-
-    /// What has to be kept besides: claims that are not begun now go back, and throttles outlast a restart.
-    async fn keep_up(&mut self, allowance: Allowance, now: Millis) -> Result<(), JournalError> {
-        if allowance != Allowance::Full && !self.ready.is_empty() {
-            let ids: Vec<i64> = self.ready.iter().map(|work| work.conversation.id).collect();
-            self.context
-                .journal
-                .with(move |store| store.release(&ids, now))
-                .await?;
-            self.ready.clear();
-        }
-        while let Some(id) = self.abandoned.last().copied() {
-            let pause = self.context.settings.retry_initial;
-            self.context
-                .journal
-                .with(move |store| store.abandon(id, pause, now))
-                .await?;
-            self.abandoned.pop();
-        }
-        let throttles = self.context.throttles();
-        if throttles != self.throttles {
-            self.context
-                .journal
-                .with(move |store| store.note_throttles(throttles))
-                .await?;
-            self.throttles = throttles;
-        }
-        let slowest = self.slowest_to_keep();
-        if slowest > self.slowest * 5 / 4 || slowest < self.slowest / 2 {
-            self.context
-                .journal
-                .with(move |store| store.note_slowest(slowest))
-                .await?;
-            self.slowest = slowest;
-        }
+        let (throttles, slowest) = (self.context.throttles(), self.slowest_to_keep());
+        let differs = slowest > self.slowest * 5 / 4 || slowest < self.slowest / 2;
         if now < self.last_look {
             tracing::warn!("this machine's clock was set back: what waits is tried now");
-            let pause = self.context.settings.request_timeout;
-            self.context
-                .journal
-                .with(move |store| store.clock_set_back(pause, now))
-                .await?;
+            self.clock_set_back = true;
         }
         self.last_look = now;
-        Ok(())
+        let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
+        let to_keep = ToKeep {
+            unbegun,
+            abandoned: std::mem::take(&mut self.abandoned),
+            throttles: (throttles != self.throttles).then_some((self.throttles, throttles)),
+            slowest: differs.then_some((self.slowest, slowest)),
+            clock_set_back: std::mem::take(&mut self.clock_set_back),
+            settlements,
+            successes: self.successes.count,
+            room,
+            what: if self.only_checks {
+                Claimable::Checks
+            } else {
+                Claimable::All
+            },
+            put_off: put_off.collect(),
+            now,
+        };
+        self.throttles = throttles;
+        if differs {
+            self.slowest = slowest;
+        }
+        to_keep
+    }
+
+    /// The journal has kept what it was given, or not all of it. What it has not is not forgotten: it is kept when the
+    /// journal can be written again.
+    fn kept(&mut self, (left, claimed): Kept) {
+        self.keeping = None;
+        self.ready.extend(left.unbegun);
+        self.abandoned.extend(left.abandoned);
+        self.throttles = left.throttles.map_or(self.throttles, |(before, _)| before);
+        self.slowest = left.slowest.map_or(self.slowest, |(before, _)| before);
+        self.clock_set_back |= left.clock_set_back;
+        let settlements = Arc::unwrap_or_clone(left.settlements);
+        self.settlements.splice(0..0, settlements);
+        let refused = &self.context.storage.delivery;
+        match claimed {
+            Ok(Claimed { work, next_due }) => {
+                if refused.swap(false, Ordering::Relaxed) {
+                    tracing::info!("the journal can be written again");
+                }
+                self.ready.extend(work);
+                let due = next_due.map(|due| due.since(left.now));
+                self.rest = due.map_or(LOOK, |due| due.min(LOOK));
+            }
+            Err(error) => {
+                if !refused.swap(true, Ordering::Relaxed) {
+                    tracing::error!(reason = %error, "the journal cannot be written: delivery pauses until it can");
+                }
+                self.rest = STORAGE_PAUSE;
+            }
+        }
     }
 
     /// How long answers take, if that is so long that what is on its way may still be after the pause there is anyhow.
@@ -352,6 +329,7 @@ impl Delivery {
     }
 
     fn finished(&mut self, handled: Result<(task::Id, Handled), JoinError>) {
+        self.look = true;
         match handled {
             Ok((task, handled)) => {
                 self.tasks.remove(&task);
@@ -579,6 +557,12 @@ impl Delivery {
     /// outcome is unknown, and is looked up at the next start.
     async fn drain(&mut self) {
         let deadline = Instant::now() + DRAIN;
+        // Where the journal hangs, what was given to it stays claimed as well.
+        if let Some(keeping) = self.keeping.take()
+            && let Ok(left) = timeout_at(deadline, keeping).await
+        {
+            self.kept(left);
+        }
         while !self.in_work.is_empty() {
             match timeout_at(deadline, self.in_work.join_next_with_id()).await {
                 Ok(Some(handled)) => self.finished(handled),
@@ -639,14 +623,12 @@ fn refused(conversation: &Conversation, event: &Waiting, refusal: &Setback) -> O
     Outcome::Failed { attempts, failure }
 }
 
-/// What to do after settling and claiming.
-enum Next {
-    /// There is work to begin.
-    Begin,
-    /// Wait for what is in work, or for as long.
-    Wait(Duration),
-    /// Nothing is due, or nothing may be asked, for as long.
-    Nothing(Duration),
+/// Waits until it is kept; for ever if there is nothing.
+async fn kept(keeping: &mut Option<Keeping>) -> Kept {
+    match keeping {
+        Some(keeping) => keeping.await,
+        None => pending().await,
+    }
 }
 
 #[cfg(test)]

@@ -78,7 +78,7 @@ pub enum Claimable {
 }
 
 /// What was claimed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Claimed {
     /// The conversations, with their waiting events.
     pub work: Vec<Work>,
