@@ -56,6 +56,8 @@ pub struct Context {
     looked_for: Mutex<HashMap<(i64, Uuid), bool>>,
     looked_at_chats: Mutex<HashSet<i64>>,
     look_up_through: Arc<AtomicI64>,
+    /// The present run of BigChat; 0: not read from the journal yet.
+    run: Arc<AtomicI64>,
     losses: AtomicI64,
     confirmed_at: AtomicI64,
     tells_events: AtomicBool,
@@ -98,6 +100,7 @@ impl Context {
             looked_for: Mutex::default(),
             looked_at_chats: Mutex::new(HashSet::new()),
             look_up_through: Arc::new(AtomicI64::new(last_event)),
+            run: Arc::default(),
             losses: AtomicI64::new(losses),
             confirmed_at: AtomicI64::new(0),
             tells_events: AtomicBool::new(false),
@@ -119,6 +122,28 @@ impl Context {
     /// Where that stands, to be raised with the events of windows that began before the daemon did.
     pub fn look_up_mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.look_up_through)
+    }
+
+    /// The present run of BigChat. A handler asks for it whenever it uses what BigChat tells of a conversation, and waits
+    /// for no commit to be told.
+    pub async fn run(&self) -> Result<i64, JournalError> {
+        match self.run.load(Ordering::Acquire) {
+            0 => {
+                let mark = self.run_mark();
+                self.journal
+                    .with(move |store| {
+                        let run = store.epoch()?;
+                        Ok(mark.fetch_max(run, Ordering::AcqRel).max(run))
+                    })
+                    .await
+            }
+            run => Ok(run),
+        }
+    }
+
+    /// Where it stands, to be raised by the operation that begins one: whatever the journal does after that finds it there.
+    pub fn run_mark(&self) -> Arc<AtomicI64> {
+        Arc::clone(&self.run)
     }
 
     /// The conversations of whose chats it is known in this session how they stand, among those of which another copy

@@ -503,7 +503,7 @@ impl Poller {
         if restart::look(&self.context).await? == Seen::Unanswered {
             return Err(PollError::Unanswered);
         }
-        let present = self.context.journal.with(|store| store.epoch()).await?;
+        let present = self.context.run().await?;
         let told_by = restart::run_of(&self.context, page).await?;
         Ok(told_by.is_some_and(|epoch| epoch < present))
     }
@@ -512,7 +512,7 @@ impl Poller {
     async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
         let seen = restart::look(&self.context).await?;
         if seen == Seen::Same {
-            let present = self.context.journal.with(|store| store.epoch()).await?;
+            let present = self.context.run().await?;
             let kept = pages.kept.iter_mut();
             for page in kept.filter(|page| page.kept_in == present) {
                 page.told_by = Some(present);

@@ -88,7 +88,7 @@ pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvi
 }
 
 async fn is_present(context: &Context, epoch: i64) -> Result<bool, Setback> {
-    Ok(context.journal.with(|store| store.epoch()).await? == epoch)
+    Ok(context.run().await? == epoch)
 }
 
 /// Whether what was just told was told by that run of BigChat.

@@ -6,6 +6,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 use crate::bigchat::{BigChatError, Details};
 use crate::context::Context;
@@ -93,9 +94,14 @@ pub async fn begin(
         Some((first, _)) if first >= confirmed => first.min(started_at),
         _ => started_at,
     };
+    let mark = context.run_mark();
     let begun = context
         .journal
-        .with(move |store| store.begin_epoch(epoch, began_at, first))
+        .with(move |store| {
+            let begun = store.begin_epoch(epoch, began_at, first)?;
+            mark.fetch_max(begun.unwrap_or_default(), Ordering::AcqRel);
+            Ok(begun)
+        })
         .await?;
     if let Some(epoch) = begun {
         tracing::warn!(run = epoch, since = %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
