@@ -677,16 +677,21 @@ fn deliver(
     counts: &mut Counts,
     now: Millis,
 ) -> Result<()> {
-    let kind: Option<String> = transaction
+    // RETURNING would make a table of its own for each event.
+    let mut waiting = transaction
+        .prepare_cached("SELECT name FROM events WHERE id = ?1 AND state = 'waiting'")?;
+    let mut rows = waiting.query([event])?;
+    let Some(row) = rows.next()? else {
+        return Ok(());
+    };
+    let kind: String = row.get(0)?;
+    counts.of(&kind).delivered += 1;
+    drop(rows);
+    transaction
         .prepare_cached(
-            "UPDATE events SET state = 'delivered', settled_at = ?2, sent = ?3 WHERE id = ?1 AND state = 'waiting'
-             RETURNING name",
+            "UPDATE events SET state = 'delivered', settled_at = ?2, sent = ?3 WHERE id = ?1",
         )?
-        .query_row(params![event, now.0, sent.name()], |row| row.get(0))
-        .optional()?;
-    if let Some(kind) = kind {
-        counts.of(&kind).delivered += 1;
-    }
+        .execute(params![event, now.0, sent.name()])?;
     Ok(())
 }
 

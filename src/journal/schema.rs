@@ -18,6 +18,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0001_journal.sql"),
     include_str!("../../migrations/0002_rebuild.sql"),
     include_str!("../../migrations/0003_operation.sql"),
+    include_str!("../../migrations/0004_checks.sql"),
 ];
 
 /// For how long somebody may have the lock who only looks whether it is taken.
@@ -441,6 +442,57 @@ mod tests {
             .expect("one file only");
         drop((newer, _opened));
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
+    }
+
+    #[test]
+    fn what_is_checked_stays_checked_and_costs_no_table_of_its_own() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        let mut old = connect(&path).expect("a database");
+        for migration in &MIGRATIONS[..3] {
+            old.execute_batch(migration).expect("a schema");
+        }
+        old.pragma_update(None, "user_version", 3)
+            .expect("a version");
+        let insert = "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
+            VALUES ('UNREADABLE', 0, '?', 0, 'failed', 0, 0)";
+        old.execute(insert, []).expect("an event");
+        let beside = connect(&path).expect("another process");
+        let prepared = beside.prepare(insert).map(drop);
+        prepared.expect("it knows the tables");
+        upgrade(&mut old, 3).expect("it can be upgraded");
+        for connection in [old, beside, open(&path, false).expect("it is ours")] {
+            let sound: String = connection
+                .pragma_query_value(None, "integrity_check", |row| row.get(0))
+                .expect("an answer");
+            assert_eq!(sound, "ok");
+            for (table, column) in [
+                ("events", "name"),
+                ("events", "state"),
+                ("events", "sent"),
+                ("conversations", "details"),
+            ] {
+                connection
+                    .execute_batch(
+                        "INSERT OR IGNORE INTO conversations (epoch, bigchat_id) VALUES (1, 1)",
+                    )
+                    .expect("a conversation");
+                let update = format!("UPDATE {table} SET {column} = 'nonsense'");
+                let refused = connection.execute(&update, []);
+                let refused = refused.expect_err("it is no such thing").to_string();
+                assert!(refused.contains("CHECK"), "{column}: {refused}");
+                let mut plan = connection
+                    .prepare(&format!("EXPLAIN {update}"))
+                    .expect("a plan");
+                let steps = plan
+                    .query_map([], |row| row.get::<_, String>(1))
+                    .expect("steps");
+                assert!(
+                    !steps.flatten().any(|step| step == "OpenEphemeral"),
+                    "{column} costs a table"
+                );
+            }
+        }
     }
 
     #[test]
