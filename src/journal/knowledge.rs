@@ -55,8 +55,13 @@ impl Store {
     pub fn markers(&mut self, at_most: u32) -> Result<(i64, Vec<Marker>)> {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
+            // Told apart, so that each is found by the index, however many there are.
             "SELECT bigchat_id, started_at FROM conversations
-             WHERE epoch = ?1 AND started_at IS NOT NULL ORDER BY bigchat_id <> 1, bigchat_id LIMIT ?2",
+             WHERE epoch = ?1 AND bigchat_id = 1 AND started_at IS NOT NULL
+             UNION ALL
+             SELECT * FROM (SELECT bigchat_id, started_at FROM conversations
+                WHERE epoch = ?1 AND bigchat_id <> 1 AND started_at IS NOT NULL ORDER BY bigchat_id LIMIT ?2)
+             LIMIT ?2",
         )?;
         let markers = statement.query_map(params![epoch, at_most], |row| {
             Ok(Marker {
