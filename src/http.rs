@@ -290,8 +290,8 @@ impl Http {
         if let Some(body) = body {
             request = request.json(body);
         }
-        let again = request.try_clone().filter(|_| method == Method::GET);
-        let mut response = match (request.send().await, again) {
+        let again = (method == Method::GET).then(|| request.try_clone());
+        let mut response = match (request.send().await, again.flatten()) {
             // After a 500 both servers close the connection without saying so, and a pooled one breaks. To ask again
             // is safe for what changes nothing; for all else the outcome is unknown, and is the caller's to look up.
             (Err(error), Some(again)) if !error.is_timeout() && !error.is_connect() => {
