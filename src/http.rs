@@ -44,7 +44,7 @@ pub struct Http {
     base: Url,
     token: Option<SecretString>,
     throttled_until: AtomicI64,
-    latest: Mutex<Option<Latest>>,
+    latest: Mutex<Option<Noted>>,
     requests: Option<ApiRequests>,
 }
 
@@ -65,6 +65,15 @@ pub struct Latest {
     pub url: Url,
     /// The status that was answered, or why there was no answer.
     pub response: String,
+}
+
+/// The same, put into words only when somebody asks.
+#[derive(Debug)]
+struct Noted {
+    at: Millis,
+    method: Method,
+    url: Url,
+    answer: Result<StatusCode, String>,
 }
 
 /// What carries requests and brings answers.
@@ -248,19 +257,27 @@ impl Http {
 
     /// The latest exchange, if there was one.
     pub fn latest(&self) -> Option<Latest> {
-        self.last_exchange().clone()
+        self.last_exchange().as_ref().map(|noted| Latest {
+            at: noted.at,
+            method: noted.method.clone(),
+            url: noted.url.clone(),
+            response: match &noted.answer {
+                Ok(status) => status.to_string(),
+                Err(error) => error.clone(),
+            },
+        })
     }
 
     fn note(&self, method: Method, url: Url, answer: &Result<Answer, NoAnswer>) {
-        let response = match answer {
-            Ok(answer) => answer.status.to_string(),
-            Err(error) => error.to_string(),
+        let answer = match answer {
+            Ok(answer) => Ok(answer.status),
+            Err(error) => Err(error.to_string()),
         };
-        *self.last_exchange() = Some(Latest {
+        *self.last_exchange() = Some(Noted {
             at: Millis::now(),
             method,
             url,
-            response,
+            answer,
         });
     }
 
@@ -270,7 +287,7 @@ impl Http {
         }
     }
 
-    fn last_exchange(&self) -> MutexGuard<'_, Option<Latest>> {
+    fn last_exchange(&self) -> MutexGuard<'_, Option<Noted>> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
