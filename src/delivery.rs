@@ -36,6 +36,12 @@ use self::keep::{Keeping, Kept, ToKeep};
 /// a crash leaves little to be looked up.
 const AHEAD: usize = 32;
 
+/// How many conversations that are done may wait to be settled together, as long as there is enough to do.
+const TOGETHER: usize = 8;
+
+/// And for how long.
+const SETTLED_WITHIN: Duration = Duration::from_millis(10);
+
 /// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -76,6 +82,8 @@ struct Delivery {
     /// No event is delivered.
     only_checks: bool,
     settlements: Vec<Settlement>,
+    /// Since when the first of them has been done.
+    done_since: Option<Instant>,
     /// What is being kept in the journal. One at a time: what one has settled the next may claim.
     keeping: Option<Keeping>,
     /// Whether there may be something to be kept or claimed.
@@ -146,6 +154,7 @@ impl Delivery {
             abandoned: Vec::new(),
             only_checks: false,
             settlements: Vec::new(),
+            done_since: None,
             keeping: None,
             look: true,
             rest: LOOK,
@@ -164,7 +173,9 @@ impl Delivery {
             let now = Millis::now();
             let allowance = self.allowance(now);
             self.begin(allowance);
-            if self.keeping.is_none() && std::mem::take(&mut self.look) {
+            let together = self.settled_in(allowance);
+            if self.keeping.is_none() && self.look && together.is_zero() {
+                self.look = false;
                 self.rest = LOOK;
                 let to_keep = self.to_keep(allowance, now);
                 if !to_keep.is_nothing() {
@@ -173,7 +184,8 @@ impl Delivery {
             }
             let rest = match allowance {
                 Allowance::NotBefore(then) => self.rest.min(then.since(now)),
-                Allowance::Full | Allowance::Probe => self.rest,
+                Allowance::Full | Allowance::Probe if together.is_zero() => self.rest,
+                Allowance::Full | Allowance::Probe => self.rest.min(together),
             };
             if until == Until::Done && self.keeping.is_none() && self.in_work.is_empty() {
                 tracing::debug!(wait = ?rest, "nothing more is due");
@@ -234,6 +246,20 @@ impl Delivery {
         }
     }
 
+    /// For how long what was done may wait for more, to be settled together: a commit is dear, and nobody waits for it as
+    /// long as there is work that was claimed before.
+    fn settled_in(&self, allowance: Allowance) -> Duration {
+        let may_wait = allowance == Allowance::Full
+            && (1..TOGETHER).contains(&self.settlements.len())
+            && self.ready.len() * 2 > AHEAD;
+        match self.done_since {
+            Some(since) if may_wait => {
+                SETTLED_WITHIN.saturating_sub(Instant::now().saturating_duration_since(since))
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
     /// What is to be kept now: what was done, and claims for what is done next; and what has to be besides: claims that
     /// are not begun now go back, and throttles outlast a restart.
     fn to_keep(&mut self, allowance: Allowance, now: Millis) -> ToKeep {
@@ -248,6 +274,7 @@ impl Delivery {
             }
         };
         let settlements = Arc::new(std::mem::take(&mut self.settlements));
+        self.done_since = None;
         // Many at a time, or along with settlements: a commit is dear.
         let room = wanted.saturating_sub(self.ready.len());
         let room = if room * 2 > wanted || !settlements.is_empty() {
@@ -421,6 +448,7 @@ impl Delivery {
                 outcomes.push((event.id, verdict));
             }
         }
+        self.done_since.get_or_insert_with(Instant::now);
         self.settlements.push(Settlement {
             conversation,
             outcomes,
