@@ -1,0 +1,211 @@
+//! A backlog that is delivered as fast as OurAPI takes it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bigchat_sync::bigchat::page_events;
+use bigchat_sync::dedupe::Tally;
+use bigchat_sync::journal::{PageToKeep, Progress, Store};
+use bigchat_sync::time::{Millis, Timestamp};
+use tempfile::TempDir;
+
+use crate::process::{Process, daemon, until};
+use crate::server::Server;
+use crate::{Scale, bare, row};
+
+/// How many rounds there are, of each the daemon and the bare client by turns; the middle one counts.
+const ROUNDS: usize = 3;
+
+/// When all of it begins, by BigChat's clock.
+pub(crate) const START: i64 = 1_795_384_800;
+
+/// What a conversation's events are, in order.
+type Story = fn(conversation: i64, number: i64) -> Option<(&'static str, String)>;
+
+/// START, 18 MESSAGEs, END.
+pub(crate) fn usual(conversation: i64, number: i64) -> Option<(&'static str, String)> {
+    Some(match number {
+        0 => ("START", "null".to_owned()),
+        19 => ("END", "null".to_owned()),
+        1..19 => (
+            "MESSAGE",
+            format!(
+                r#"{{"message":"Message {number} of conversation {conversation}, of a usual length for a chat."}}"#
+            ),
+        ),
+        _ => return None,
+    })
+}
+
+/// The same with an END and a TRANSFER after every other message.
+fn restless(conversation: i64, number: i64) -> Option<(&'static str, String)> {
+    Some(match number % 4 {
+        2 => ("END", "null".to_owned()),
+        3 => {
+            let (from, to) = (number % 3 + 1, (number + 1) % 3 + 1);
+            let data = format!(r#"{{"old_advisor_id":{from},"new_advisor_id":{to}}}"#);
+            ("TRANSFER", data)
+        }
+        _ => return usual(conversation, number),
+    })
+}
+
+/// A journal in which these conversations wait.
+pub(crate) fn waiting(conversations: i64, story: Story) -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let db = directory.path().join("journal.db");
+    let mut store = Store::open(&db).expect("a database");
+    for from in (0..conversations).step_by(100) {
+        let told: Vec<String> = (from + 1..=from + 100)
+            .flat_map(|id| tell(id, story))
+            .collect();
+        keep(&mut store, &told);
+    }
+    drop(store);
+    (directory, db)
+}
+
+fn tell(id: i64, story: Story) -> impl Iterator<Item = String> {
+    let events = (0..).map_while(move |number| Some((number, story(id, number)?)));
+    events.map(move |(number, (name, data))| event(id, name, START + number * 10, &data))
+}
+
+/// An event, as BigChat tells it.
+pub(crate) fn event(id: i64, name: &str, at: i64, data: &str) -> String {
+    format!(r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{at},"data":{data}}}"#)
+}
+
+fn keep(store: &mut Store, told: &[String]) {
+    let at = Timestamp::clamped(START + 1000);
+    let page = PageToKeep {
+        query: "page=1".to_owned(),
+        again_of: None,
+        served_at: at,
+        window: (Timestamp::clamped(START), at),
+        events: told.len(),
+        progress: Progress::Complete(at),
+        body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, told.join(",")),
+    };
+    store.keep_page(&page).expect("it is kept");
+    let page = store.kept_pages().expect("pages").pop().expect("one");
+    let mut count = 0;
+    page_events(&page.body, |_| count += 1);
+    assert_eq!(count, told.len());
+    store
+        .admit(&page, 1, &Tally::default(), Millis::now())
+        .expect("it is admitted");
+    store.end_poll(None, 0, None).expect("it ends");
+}
+
+/// How a backlog was delivered.
+pub(crate) struct Delivered {
+    pub(crate) requests: u64,
+    pub(crate) took: Duration,
+    pub(crate) on_processor: Duration,
+    pub(crate) peak_kib: u64,
+}
+
+impl Delivered {
+    pub(crate) fn per_second(&self) -> f64 {
+        self.requests as f64 / self.took.as_secs_f64()
+    }
+}
+
+/// Lets a daemon deliver all that waits.
+pub(crate) fn deliver(server: &Server, db: &Path, flags: &[&str]) -> Delivered {
+    until_delivered(server, db, daemon(server, db, flags))
+}
+
+/// The same with a daemon that runs already.
+pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> Delivered {
+    // To look into the journal meanwhile would cost the daemon time.
+    let mut before = u64::MAX;
+    until("no more requests", Duration::from_secs(900), || {
+        std::thread::sleep(Duration::from_millis(1500));
+        let count = server.count();
+        count > 0 && std::mem::replace(&mut before, count) == count
+    });
+    let delivered = Delivered {
+        requests: server.count(),
+        took: server.took(),
+        on_processor: daemon.on_processor(),
+        peak_kib: daemon.peak_kib(),
+    };
+    drop(daemon);
+    let mut store = Store::open_beside(db).expect("a database");
+    assert_eq!(store.waiting().expect("a number"), 0);
+    delivered
+}
+
+pub(crate) fn measure(scale: Scale) {
+    let conversations = scale.of(5_000);
+    let (_directory, db) = waiting(conversations, usual);
+    let events = conversations * 20;
+    for at_once in [1_u16, 8] {
+        let server = Server::start(Duration::ZERO);
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let directory = tempfile::tempdir().expect("a directory");
+            let copy = directory.path().join("copy.db");
+            std::fs::copy(&db, &copy).expect("a copy");
+            server.reset(true);
+            let flags = ["--our-api-concurrency", &at_once.to_string()];
+            let ours = deliver(&server, &copy, &flags);
+            let (took, on_processor) = bare::replay(&server, &server.made(), at_once);
+            let each = |time: Duration| time.as_secs_f64() * 1e6 / ours.requests as f64;
+            let ratio = took.as_secs_f64() / ours.took.as_secs_f64();
+            let told = format!(
+                "{ratio:.2} ({:.0} of {:.0} a second; on the processor {:.0} of {:.0} µs a request; peak {:.1} MiB)",
+                ours.per_second(),
+                ours.requests as f64 / took.as_secs_f64(),
+                each(ours.on_processor),
+                each(on_processor),
+                ours.peak_kib as f64 / 1024.0,
+            );
+            rounds.push((ratio, told));
+            if at_once == 1 && rounds.len() == ROUNDS {
+                let bytes = bytes_beyond_payload(&copy) as f64 / events as f64;
+                row(
+                    "journal on disk, beyond its payload",
+                    &format!("{bytes:.0} bytes an event"),
+                    "≤ 300",
+                );
+            }
+        }
+        rounds.sort_by(|one, other| one.0.total_cmp(&other.0));
+        let what =
+            format!("backlog of {events} events, {at_once} in flight, of the bare client's rate");
+        row(&what, &rounds[ROUNDS / 2].1, "≥ 0.9");
+    }
+}
+
+/// How large the journal is, less what BigChat told as it stands in it.
+fn bytes_beyond_payload(db: &Path) -> i64 {
+    let connection = rusqlite::Connection::open(db).expect("a database");
+    let all = "SELECT (page_count - freelist_count) * page_size
+            - (SELECT sum(length(CAST(coalesce(data, '') AS BLOB))) FROM events)
+        FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
+    connection
+        .query_row(all, [], |row| row.get(0))
+        .expect("a number")
+}
+
+pub(crate) fn measure_merging(scale: Scale) {
+    for (what, story, reach) in [
+        ("requests per event, backlog", usual as Story, "≤ 1.02"),
+        ("the same with repeated ENDs and TRANSFERs", restless, "< 1"),
+    ] {
+        let conversations = scale.of(1_000);
+        let (_directory, db) = waiting(conversations, story);
+        let server = Server::start(Duration::ZERO);
+        server.reset(true);
+        deliver(&server, &db, &[]);
+        let to_our_api = server
+            .made()
+            .iter()
+            .filter(|made| made.is_to_our_api())
+            .count();
+        let ratio = to_our_api as f64 / (conversations * 20) as f64;
+        row(what, &format!("{ratio:.3}"), reach);
+    }
+}

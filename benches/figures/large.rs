@@ -1,0 +1,116 @@
+//! A large journal: what has been delivered costs nothing any more, and what waits is not held in memory.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bigchat_sync::journal::Store;
+use rusqlite::Connection;
+use tempfile::TempDir;
+
+use crate::backlog::{self, START, deliver, usual};
+use crate::process::{daemon, until};
+use crate::server::Server;
+use crate::{Scale, row};
+
+/// How many events a conversation has.
+const EVENTS: i64 = 20;
+
+/// Adds conversations to a journal that it need not be told one by one: `waiting`, or delivered long since. The first is
+/// of this id.
+fn add(db: &Path, first: i64, conversations: i64, waiting: bool) {
+    let connection = Connection::open(db).expect("a database");
+    let each = format!(
+        "WITH RECURSIVE conversation(id) AS (VALUES ({first}) UNION ALL SELECT id + 1 FROM conversation WHERE id < {}),
+            number(n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM number WHERE n < {EVENTS} - 1)",
+        first + conversations - 1
+    );
+    let (state, settled, sent, due, chat) = if waiting {
+        ("waiting", "NULL", "NULL", "1", "NULL")
+    } else {
+        (
+            "delivered",
+            "unixepoch() * 1000",
+            "'message added'",
+            "NULL",
+            "printf('00000000-0000-4000-8000-%012x', id)",
+        )
+    };
+    connection
+        .execute_batch(&format!(
+            "BEGIN;
+             {each} INSERT INTO conversations (id, epoch, bigchat_id, started_at, details, first_advisor, external_id, chat_id,
+                chat_started_at, due_at)
+             SELECT id, 1, id, {START}, 'read', 7, iif({chat} IS NULL, NULL, id), {chat}, {START}, {due} FROM conversation;
+             {each} INSERT INTO events (conversation, name, event_at, data, digest, state, kept_at, settled_at, sent)
+             SELECT id, CASE n WHEN 0 THEN 'START' WHEN {EVENTS} - 1 THEN 'END' ELSE 'MESSAGE' END, {START} + n * 10,
+                iif(n IN (0, {EVENTS} - 1), NULL,
+                    printf('{{\"message\":\"Message %d of conversation %d, of a usual length for a chat.\"}}', n, id)),
+                random(), '{state}', unixepoch() * 1000, {settled}, {sent}
+             FROM conversation, number;
+             COMMIT; PRAGMA wal_checkpoint(TRUNCATE);"
+        ))
+        .expect("they are added");
+}
+
+fn journal() -> (TempDir, PathBuf) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let db = directory.path().join("journal.db");
+    drop(Store::open(&db).expect("a database"));
+    (directory, db)
+}
+
+pub(crate) fn measure(scale: Scale) {
+    let (before, conversations) = (scale.of(5_000_000) / EVENTS, scale.of(2_000));
+    let (_small, small) = backlog::waiting(100, usual);
+    add(&small, 1_000_000_000, conversations, true);
+    let (_large, large) = journal();
+    add(&large, 1, before, false);
+    add(&large, 1_000_000_000, conversations, true);
+    let server = Server::start(Duration::ZERO);
+    let mut ratios = Vec::new();
+    for _ in 0..3 {
+        let cost = |db: &Path| {
+            let directory = tempfile::tempdir().expect("a directory");
+            let copy = directory.path().join("copy.db");
+            std::fs::copy(db, &copy).expect("a copy");
+            server.reset(false);
+            let delivered = deliver(&server, &copy, &[]);
+            let requests = delivered.requests as f64;
+            (
+                delivered.took.as_secs_f64() / requests,
+                delivered.on_processor.as_secs_f64() / requests,
+            )
+        };
+        let (small, large) = (cost(&small), cost(&large));
+        ratios.push((large.0 / small.0, large.1 / small.1));
+    }
+    ratios.sort_by(|one, other| one.0.total_cmp(&other.0));
+    let (took, on_processor) = ratios[1];
+    let what = format!(
+        "per event with {} events in the journal, against an empty one",
+        before * EVENTS
+    );
+    row(
+        &what,
+        &format!("{took:.2} × (on the processor {on_processor:.2} ×)"),
+        "≤ 1.1 ×",
+    );
+}
+
+pub(crate) fn measure_memory(scale: Scale) {
+    let events = scale.of(1_000_000);
+    let (_directory, db) = journal();
+    add(&db, 1, events / EVENTS, true);
+    for at_once in ["1", "8"] {
+        let server = Server::start(Duration::ZERO);
+        server.reset(false);
+        let daemon = daemon(&server, &db, &["--our-api-concurrency", at_once]);
+        let enough = 20_000;
+        until("it delivers", Duration::from_secs(300), || {
+            server.count() > enough
+        });
+        let peak = daemon.peak_kib() as f64 / 1024.0;
+        let what = format!("resident memory with {events} waiting, {at_once} in flight");
+        row(&what, &format!("{peak:.1} MiB"), "≤ 30 MiB");
+    }
+}
