@@ -13,12 +13,18 @@ use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
 use bigchat_sync::sim::our_api;
 
+use tokio::time::timeout;
+
 use crate::daemon::{agrees, message, scripted, seconds};
+use crate::fakes::{self, NOW, Scene};
 use crate::harness::{Bench, side_by_side, until};
 use crate::process::Process;
 
 /// More than any statement waits for a database that somebody else holds.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
+
+/// Less than as many statements wait for it as there are conversations claimed at once.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What is in a directory, but for the lock, which stays.
 fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -238,6 +244,36 @@ async fn a_database_that_is_locked_at_the_start_is_waited_for() {
     bench.until_events("delivered", 51).await;
     assert!(daemon.stop().await.success());
     assert_eq!(daemon_errors(&bench), 1);
+}
+
+#[tokio::test]
+async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
+    // As many as are claimed at once, and more messages each than are sent before the database is held.
+    let conversations = 2..34;
+    let scene = Scene::new().await;
+    let daemon = scene.bench.start();
+    scene
+        .delivers(conversations.clone().map(|id| fakes::start(id, NOW)))
+        .await;
+    let messages = conversations
+        .flat_map(|id| (0..20).map(move |n| fakes::message(id, NOW, &format!("Message {n}"))));
+    let messages: Vec<_> = messages.collect();
+    let (count, sent) = (messages.len(), || scene.our_api.messages().len());
+    scene.bigchat.tells(messages);
+    until("the first is sent", async || sent() > 0).await;
+    let other = rusqlite::Connection::open(scene.bench.db()).expect("the database");
+    other.busy_timeout(PATIENCE).expect("a setting");
+    other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+    // To wait for each conversation's settlement would take longer.
+    let all = until("all are sent", async || sent() == count);
+    timeout(PATIENCE, all).await.expect("nobody waits");
+    other.execute_batch("COMMIT").expect("it lets go");
+    scene
+        .bench
+        .until_events("delivered", i64::try_from(count + 32).expect("few"))
+        .await;
+    daemon.stop().await;
+    assert_eq!(sent(), count, "each once");
 }
 
 fn daemon_errors(bench: &Bench) -> usize {
