@@ -177,7 +177,7 @@ impl Delivery {
             if self.keeping.is_none() && self.look && together.is_zero() {
                 self.look = false;
                 self.rest = LOOK;
-                let to_keep = self.to_keep(allowance, now);
+                let to_keep = self.what_to_keep(allowance, now);
                 if !to_keep.is_nothing() {
                     self.keeping = Some(to_keep.keep(Arc::clone(&self.context)));
                 }
@@ -262,7 +262,7 @@ impl Delivery {
 
     /// What is to be kept now: what was done, and claims for what is done next; and what has to be besides: claims that
     /// are not begun now go back, and throttles outlast a restart.
-    fn to_keep(&mut self, allowance: Allowance, now: Millis) -> ToKeep {
+    fn what_to_keep(&mut self, allowance: Allowance, now: Millis) -> ToKeep {
         let unbegun = match allowance {
             Allowance::Full => Vec::new(),
             Allowance::Probe | Allowance::NotBefore(_) => self.ready.drain(..).collect(),

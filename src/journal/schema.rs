@@ -464,7 +464,8 @@ mod tests {
         let prepared = beside.prepare(insert).map(drop);
         prepared.expect("it knows the tables");
         upgrade(&mut old, 3).expect("it can be upgraded");
-        for connection in [old, beside, open(&path, false).expect("it is ours")] {
+        let (reopened, _opened) = open(&path, false).expect("it is ours");
+        for connection in [old, beside, reopened] {
             let sound: String = connection
                 .pragma_query_value(None, "integrity_check", |row| row.get(0))
                 .expect("an answer");
