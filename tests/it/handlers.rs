@@ -676,7 +676,8 @@ async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
             .env("RUST_LOG", "trace")
             .output()
             .expect("it runs");
-        assert!(once.status.success());
+        // Most of it fails, and some of it for good.
+        assert!(once.status.code().is_some_and(|code| code < 2));
         log += &String::from_utf8(once.stderr).expect("text");
         log += &String::from_utf8(once.stdout).expect("text");
     }
