@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::bigchat::{BigChatError, Page, window_query};
@@ -608,6 +609,8 @@ impl Poller {
             if admitted.new > 0 {
                 tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
                 self.context.work.notify_one();
+                // Its claims come first; what the poll still has to keep can wait.
+                yield_now().await;
             }
         }
         pages.tally = Arc::into_inner(tally).unwrap_or_default();
