@@ -56,7 +56,7 @@ pub(crate) fn waiting(conversations: i64, story: Story) -> (TempDir, PathBuf) {
     let db = directory.path().join("journal.db");
     let mut store = Store::open(&db).expect("a database");
     for from in (0..conversations).step_by(100) {
-        let told: Vec<String> = (from + 1..=from + 100)
+        let told: Vec<String> = (from + 1..=conversations.min(from + 100))
             .flat_map(|id| tell(id, story))
             .collect();
         keep(&mut store, &told);

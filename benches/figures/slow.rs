@@ -16,8 +16,7 @@ const DELAY: &str = "inject=fdatasync,fsync:delay_exit=10000";
 
 pub(crate) fn measure_api(scale: Scale) {
     for at_once in [1_u16, 8] {
-        let conversations = scale.of(100) * i64::from(at_once);
-        let (_directory, db) = waiting(conversations.max(100), usual);
+        let (_directory, db) = waiting(scale.of(50) * i64::from(at_once), usual);
         let server = Server::start(LATENCY);
         let flags = ["--our-api-concurrency", &at_once.to_string()];
         let delivered = backlog::deliver(&server, &db, &flags);
@@ -40,8 +39,12 @@ pub(crate) fn measure_disk(scale: Scale) {
         (Duration::ZERO, 1),
         (Duration::ZERO, 8),
     ] {
-        let conversations = scale.of(if latency.is_zero() { 2_000 } else { 100 });
-        let (_directory, db) = waiting(conversations.max(100), usual);
+        let conversations = if latency.is_zero() {
+            2_000
+        } else {
+            50 * i64::from(at_once)
+        };
+        let (_directory, db) = waiting(scale.of(conversations), usual);
         let server = Server::start(latency);
         let mut command = Command::new("strace");
         command
