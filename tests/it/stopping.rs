@@ -101,7 +101,10 @@ async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
         other.execute_batch("BEGIN IMMEDIATE").is_ok()
     })
     .await;
-    until("both stand there", async || sim.our_api.message_count() == 2).await;
+    until("both stand there", async || {
+        sim.our_api.message_count() == 2
+    })
+    .await;
     let stopped = Instant::now();
     // Nothing that BigChat told goes with it.
     daemon.stop().await;
