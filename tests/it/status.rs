@@ -1,7 +1,7 @@
 //! `bigchat-sync status` and `bigchat-sync check`: what is wrong is said, and what to do about it; nothing is asked beside a
 //! daemon that runs.
 
-use std::process::Output;
+use std::process::{Command, Output};
 
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
@@ -86,6 +86,13 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
         (&json!(0), &json!(0))
     );
     assert_eq!(status["delivery_ms"]["of"], json!(2));
+    // Of a journal that is younger than what rates are taken over.
+    for rate in ["told_per_minute", "delivered_per_minute"] {
+        assert!(
+            status[rate].as_f64().is_some_and(|rate| rate > 0.9),
+            "{status}"
+        );
+    }
     assert!(
         status["behind_s"]
             .as_i64()
@@ -152,6 +159,18 @@ async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
         requests,
         "OurAPI is not asked beside it"
     );
+    let db = bench.db();
+    let elsewhere = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        .args(["check", "--our-api-url", "http://127.0.0.1:9"])
+        .args(["--bigchat-url", &sim.bigchat_url(), "--db"])
+        .arg(&db)
+        .output()
+        .expect("a process");
+    let report = String::from_utf8_lossy(&elsewhere.stdout);
+    assert!(
+        !elsewhere.status.success() && report.contains("is asked elsewhere by the daemon"),
+        "{report}"
+    );
     daemon.stop().await;
 
     let polled = sim.bigchat.polls();
@@ -208,6 +227,13 @@ async fn a_check_says_what_is_set_up_wrongly() {
     assert_eq!(
         report.matches("are the two URLs mixed up?").count(),
         2,
+        "{report}"
+    );
+
+    let twice = Bench::new(&our_api.uri(), &our_api.uri());
+    let (well, report) = check(&twice).await;
+    assert!(
+        !well && report.contains("the same place for both APIs"),
         "{report}"
     );
 
