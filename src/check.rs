@@ -110,7 +110,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             for service in Service::ALL {
                 match store.api(service.name()) {
                     Ok(api) => last_exchange(&mut report, settings, service, &api),
-                    Err(error) => report.ill(title(service), "cannot be told", error.to_string()),
+                    Err(error) => report.ill(service.title(), "cannot be told", error.to_string()),
                 }
             }
         }
@@ -173,17 +173,11 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
     Some(state)
 }
 
-fn title(service: Service) -> &'static str {
-    match service {
-        Service::BigChat => "BigChat",
-        Service::OurApi => "OurAPI",
-    }
-}
-
 fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api: &Api) {
-    let (what, url, flag) = match service {
-        Service::BigChat => (title(service), &settings.bigchat_url, "--bigchat-url"),
-        Service::OurApi => (title(service), &settings.our_api_url, "--our-api-url"),
+    let (what, flag) = (service.title(), service.flag());
+    let url = match service {
+        Service::BigChat => &settings.bigchat_url,
+        Service::OurApi => &settings.our_api_url,
     };
     let Api {
         up,
@@ -242,28 +236,14 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         }
         Err(error) => Err(error.to_string()),
     };
-    tell(
-        report,
-        "BigChat",
-        "--bigchat-url",
-        bigchat.http(),
-        claim,
-        answer,
-    );
+    tell(report, Service::BigChat, bigchat.http(), claim, answer);
     let claim = self::claim(&our_api, "/chats").await;
     let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer
         .map(|_| "answers as it should")
         .map_err(|error| error.to_string());
-    tell(
-        report,
-        "OurAPI",
-        "--our-api-url",
-        our_api.http(),
-        claim,
-        answer,
-    );
+    tell(report, Service::OurApi, our_api.http(), claim, answer);
 }
 
 /// What an API says it is, if it says so.
@@ -288,13 +268,12 @@ async fn claim(http: &Http, route: &str) -> Option<Claim> {
 
 fn tell(
     report: &mut Report,
-    what: &'static str,
-    flag: &str,
+    service: Service,
     http: &Http,
     claim: Option<Claim>,
     answer: Result<&str, String>,
 ) {
-    let url = http.base();
+    let (what, flag, url) = (service.title(), service.flag(), http.base());
     let says = claim.as_ref().map_or_else(String::new, |claim| {
         format!(" and says it is {:?}", claim.name)
     });

@@ -37,6 +37,22 @@ impl Service {
     /// Both of them.
     pub const ALL: [Self; 2] = [Self::BigChat, Self::OurApi];
 
+    /// What people call it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::BigChat => "BigChat",
+            Self::OurApi => "OurAPI",
+        }
+    }
+
+    /// The setting that says where it is.
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::BigChat => "--bigchat-url",
+            Self::OurApi => "--our-api-url",
+        }
+    }
+
     /// Its name in the journal.
     pub fn name(self) -> &'static str {
         match self {
@@ -95,7 +111,10 @@ impl Health {
             request: latest
                 .as_ref()
                 .map(|latest| format!("{} {}", latest.method, latest.url)),
-            response: latest.map(|latest| latest.response),
+            response: latest.map(|latest| match latest.answer {
+                Ok(status) => status.to_string(),
+                Err(error) => error,
+            }),
         }
     }
 

@@ -44,7 +44,7 @@ pub struct Http {
     base: Url,
     token: Option<SecretString>,
     throttled_until: AtomicI64,
-    latest: Mutex<Option<Noted>>,
+    latest: Mutex<Option<Latest>>,
     requests: Option<ApiRequests>,
 }
 
@@ -63,17 +63,8 @@ pub struct Latest {
     pub method: Method,
     /// What for, without its query.
     pub url: Url,
-    /// The status that was answered, or why there was no answer.
-    pub response: String,
-}
-
-/// The same, put into words only when somebody asks.
-#[derive(Debug)]
-struct Noted {
-    at: Millis,
-    method: Method,
-    url: Url,
-    answer: Result<StatusCode, String>,
+    /// The status that was answered, or why there was no answer. It is put into words only when somebody asks.
+    pub answer: Result<StatusCode, String>,
 }
 
 /// What carries requests and brings answers.
@@ -257,15 +248,7 @@ impl Http {
 
     /// The latest exchange, if there was one.
     pub fn latest(&self) -> Option<Latest> {
-        self.last_exchange().as_ref().map(|noted| Latest {
-            at: noted.at,
-            method: noted.method.clone(),
-            url: noted.url.clone(),
-            response: match &noted.answer {
-                Ok(status) => status.to_string(),
-                Err(error) => error.clone(),
-            },
-        })
+        self.last_exchange().clone()
     }
 
     fn note(&self, method: Method, url: Url, answer: &Result<Answer, NoAnswer>) {
@@ -273,7 +256,7 @@ impl Http {
             Ok(answer) => Ok(answer.status),
             Err(error) => Err(error.to_string()),
         };
-        *self.last_exchange() = Some(Noted {
+        *self.last_exchange() = Some(Latest {
             at: Millis::now(),
             method,
             url,
@@ -287,7 +270,7 @@ impl Http {
         }
     }
 
-    fn last_exchange(&self) -> MutexGuard<'_, Option<Noted>> {
+    fn last_exchange(&self) -> MutexGuard<'_, Option<Latest>> {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::health::Service;
 use crate::journal::{Api, Figures, JournalError, OpenError, Store};
 use crate::screen::printable;
 use crate::time::{Millis, Timestamp};
@@ -110,22 +111,11 @@ impl Status {
             troubles,
             database: Database {
                 path: db.display().to_string(),
-                bytes: size(db),
+                bytes: Store::size(db),
             },
             figures,
         })
     }
-}
-
-/// How large the database is, with its write-ahead log.
-fn size(db: &Path) -> u64 {
-    let mut log = db.as_os_str().to_owned();
-    log.push("-wal");
-    [db, Path::new(&log)]
-        .iter()
-        .filter_map(|path| std::fs::metadata(path).ok())
-        .map(|file| file.len())
-        .sum()
 }
 
 /// What is not well, the gravest first.
@@ -150,20 +140,21 @@ fn troubles(
     }
     let down = [
         (
-            "BigChat",
+            Service::BigChat,
             &figures.bigchat,
             "an outage ends by itself, and what happened meanwhile is read then; if BigChat is up, check --bigchat-url and its token",
         ),
         (
-            "OurAPI",
+            Service::OurApi,
             &figures.our_api,
             "an outage ends by itself, and everything waits meanwhile; if OurAPI is up, check --our-api-url and its token",
         ),
     ];
-    for (name, api, remedy) in down {
+    for (service, api, remedy) in down {
         if api.up == Some(false) {
             let since = api.since.unwrap_or_default();
             let why = api.trouble.as_deref().unwrap_or("it does not answer");
+            let name = service.title();
             trouble(format!("{name} is down since {since}: {why}"), remedy);
         }
     }

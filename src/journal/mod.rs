@@ -118,6 +118,11 @@ impl Store {
         schema::InstanceLock::is_taken(path)
     }
 
+    /// How large the database is, with its write-ahead log, in bytes.
+    pub fn size(path: &Path) -> u64 {
+        schema::size(path)
+    }
+
     /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
         let store = Self::open_beside(path)?;

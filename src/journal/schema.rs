@@ -185,9 +185,7 @@ impl InstanceLock {
     fn path(db: &Path) -> PathBuf {
         // By whatever name it goes.
         let db = std::fs::canonicalize(db).unwrap_or_else(|_| db.to_owned());
-        let mut name = db.into_os_string();
-        name.push(".lock");
-        PathBuf::from(name)
+        beside(&db, ".lock")
     }
 }
 
@@ -278,9 +276,23 @@ pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
 
 /// Whether a write-ahead log holds what is not in the database's own file yet.
 fn has_log(path: &Path) -> bool {
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
-    std::fs::metadata(log).is_ok_and(|log| log.len() > 0)
+    std::fs::metadata(beside(path, "-wal")).is_ok_and(|log| log.len() > 0)
+}
+
+/// How large a database is, with its write-ahead log, in bytes.
+pub(super) fn size(path: &Path) -> u64 {
+    [path.to_owned(), beside(path, "-wal")]
+        .iter()
+        .filter_map(|file| std::fs::metadata(file).ok())
+        .map(|file| file.len())
+        .sum()
+}
+
+/// The file beside a database whose name ends so.
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(end);
+    PathBuf::from(name)
 }
 
 /// Reads the heads of all tables, in a way that creates and changes no file: what is damaged must stay as it is. A
