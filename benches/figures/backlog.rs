@@ -137,46 +137,58 @@ pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> De
     delivered
 }
 
-pub(crate) fn measure(scale: Scale) {
+pub(crate) fn measure_one(scale: Scale) {
+    measure(scale, 1);
+}
+
+pub(crate) fn measure_eight(scale: Scale) {
+    measure(scale, 8);
+}
+
+fn measure(scale: Scale, at_once: u16) {
     let conversations = scale.of(5_000);
     let (_directory, db) = waiting(conversations, usual);
     let events = conversations * 20;
-    for at_once in [1_u16, 8] {
-        let server = Server::start(Duration::ZERO);
-        let mut rounds = Vec::new();
-        for _ in 0..ROUNDS {
-            let directory = tempfile::tempdir().expect("a directory");
-            let copy = directory.path().join("copy.db");
-            std::fs::copy(&db, &copy).expect("a copy");
-            server.reset(true);
-            let flags = ["--our-api-concurrency", &at_once.to_string()];
-            let ours = deliver(&server, &copy, &flags);
-            let (took, on_processor) = bare::replay(&server, &server.made(), at_once);
-            let each = |time: Duration| time.as_secs_f64() * 1e6 / ours.requests as f64;
-            let ratio = took.as_secs_f64() / ours.took.as_secs_f64();
-            let told = format!(
-                "{ratio:.2} ({:.0} of {:.0} a second; on the processor {:.0} of {:.0} µs a request; peak {:.1} MiB)",
-                ours.per_second(),
-                ours.requests as f64 / took.as_secs_f64(),
-                each(ours.on_processor),
-                each(on_processor),
-                ours.peak_kib as f64 / 1024.0,
-            );
-            rounds.push((ratio, told));
-            if at_once == 1 && rounds.len() == ROUNDS {
-                let bytes = bytes_beyond_payload(&copy) as f64 / events as f64;
-                row(
-                    "journal on disk, beyond its payload",
-                    &format!("{bytes:.0} bytes an event"),
-                    "≤ 300",
-                );
-            }
+    let server = Server::start(Duration::ZERO);
+    let flags = ["--our-api-concurrency", &at_once.to_string()];
+    let mut rounds = Vec::new();
+    // Those of the first round are noted for the bare client, and not measured: to note them takes time.
+    let mut made = Vec::new();
+    for round in 0..=ROUNDS {
+        let directory = tempfile::tempdir().expect("a directory");
+        let copy = directory.path().join("copy.db");
+        std::fs::copy(&db, &copy).expect("a copy");
+        server.reset(round == 0);
+        let ours = deliver(&server, &copy, &flags);
+        if round == 0 {
+            made = server.made();
+            continue;
         }
-        rounds.sort_by(|one, other| one.0.total_cmp(&other.0));
-        let what =
-            format!("backlog of {events} events, {at_once} in flight, of the bare client's rate");
-        row(&what, &rounds[ROUNDS / 2].1, "≥ 0.9");
+        let (took, on_processor) = bare::replay(&server, &made, at_once);
+        let each = |time: Duration| time.as_secs_f64() * 1e6 / ours.requests as f64;
+        let ratio = took.as_secs_f64() / ours.took.as_secs_f64();
+        let told = format!(
+            "{ratio:.2} ({:.0} of {:.0} a second; on the processor {:.1} of {:.1} µs a request; peak {:.1} MiB)",
+            ours.per_second(),
+            ours.requests as f64 / took.as_secs_f64(),
+            each(ours.on_processor),
+            each(on_processor),
+            ours.peak_kib as f64 / 1024.0,
+        );
+        rounds.push((ratio, told));
+        if round == ROUNDS {
+            let bytes = bytes_beyond_payload(&copy) as f64 / events as f64;
+            row(
+                "journal on disk, beyond its payload",
+                &format!("{bytes:.0} bytes an event"),
+                "≤ 300",
+            );
+        }
     }
+    rounds.sort_by(|one, other| one.0.total_cmp(&other.0));
+    let what =
+        format!("backlog of {events} events, {at_once} in flight, of the bare client's rate");
+    row(&what, &rounds[ROUNDS / 2].1, "≥ 0.9");
 }
 
 /// How large the journal is, less what BigChat told as it stands in it.

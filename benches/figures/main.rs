@@ -41,8 +41,9 @@ pub(crate) fn row(what: &str, measured: &str, reach: &str) {
 
 type Measure = fn(Scale);
 
-const MEASURES: [(&str, Measure); 8] = [
-    ("backlog", backlog::measure),
+const MEASURES: [(&str, Measure); 9] = [
+    ("backlog-1", backlog::measure_one),
+    ("backlog-8", backlog::measure_eight),
     ("merging", backlog::measure_merging),
     ("large", large::measure),
     ("memory", large::measure_memory),

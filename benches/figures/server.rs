@@ -1,23 +1,19 @@
 //! A BigChat with nothing to tell and an OurAPI that takes everything, on one port and as fast as can be: what they cost is
-//! what nobody can save.
+//! what nobody can save. No more of HTTP is spoken than the clients of this benchmark do.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use axum::Router;
-use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::{Request, State};
-use axum::http::{Method, StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// A request, as it can be made again.
 #[derive(Clone, Debug)]
 pub(crate) struct Made {
-    pub(crate) method: Method,
+    pub(crate) method: String,
     pub(crate) target: String,
     pub(crate) body: String,
 }
@@ -56,7 +52,7 @@ struct Shared {
 
 /// The server, until it is dropped.
 pub(crate) struct Server {
-    _runtime: Runtime,
+    _until: DropGuard,
     address: SocketAddr,
     shared: Shared,
 }
@@ -64,28 +60,28 @@ pub(crate) struct Server {
 impl Server {
     /// Starts it; each request takes at least `latency`.
     pub(crate) fn start(latency: Duration) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
         let shared = Shared {
             latency,
             ..Shared::default()
         };
-        let router = Router::new().fallback(answer).with_state(shared.clone());
-        let listener = runtime
-            .block_on(TcpListener::bind("127.0.0.1:0"))
-            .expect("a port");
-        let address = listener.local_addr().expect("an address");
-        runtime.spawn(async move {
-            use axum::serve::ListenerExt;
-            let listener = listener.tap_io(|stream| stream.set_nodelay(true).expect("nodelay"));
-            axum::serve(listener, router).await.expect("it serves");
+        let stopping = CancellationToken::new();
+        let (stopped, served) = (stopping.clone(), shared.clone());
+        let (address, bound) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
+            runtime.block_on(async {
+                let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+                let bound = listener.local_addr().expect("an address");
+                address.send(bound).expect("somebody waits");
+                stopped.run_until_cancelled(accept(listener, served)).await;
+            });
         });
         Self {
-            _runtime: runtime,
-            address,
+            _until: stopping.drop_guard(),
+            address: bound.recv().expect("a port"),
             shared,
         }
     }
@@ -137,26 +133,76 @@ impl Server {
     }
 }
 
-async fn answer(State(shared): State<Shared>, request: Request) -> Response {
-    let (parts, body) = request.into_parts();
-    let path = parts.uri.path();
-    if path == "/events" {
-        let mut seen = shared.seen.lock().expect("no panic");
-        let news = seen.news.take();
-        // A poll with nothing to tell is not one whose page is waited for.
-        if news.is_some() || seen.polled.is_none() {
-            seen.polled = Some(Instant::now());
-        }
-        let page = news
-            .as_deref()
-            .unwrap_or(r#"{"events":[],"nextPageUrl":null}"#);
-        return json(StatusCode::OK, page);
+async fn accept(listener: TcpListener, shared: Shared) {
+    loop {
+        let (stream, _) = listener.accept().await.expect("a connection");
+        stream.set_nodelay(true).expect("no delay");
+        tokio::spawn(serve(stream, shared.clone()));
     }
-    let now = Instant::now();
-    let body = to_bytes(body, 1 << 20).await.expect("a body");
-    let number = shared.count.fetch_add(1, Ordering::SeqCst) + 1;
-    {
-        let mut seen = shared.seen.lock().expect("no panic");
+}
+
+/// Answers one request after the other, until the client goes.
+async fn serve(mut stream: TcpStream, shared: Shared) {
+    let mut read = Vec::new();
+    loop {
+        let (head, length) = loop {
+            if let Some(head) = find(&read, b"\r\n\r\n") {
+                let head = head + 4;
+                let length = content_length(&read[..head]);
+                if read.len() >= head + length {
+                    break (head, length);
+                }
+            }
+            if !matches!(stream.read_buf(&mut read).await, Ok(1..)) {
+                return;
+            }
+        };
+        let text = std::str::from_utf8(&read[..head + length]).expect("text");
+        let (line, body) = (text.lines().next().expect("a line"), &text[head..]);
+        let mut parts = line.split(' ');
+        let mut part = || parts.next().expect("method and target");
+        let answer = shared.answer(part(), part(), body);
+        read.drain(..head + length);
+        if !shared.latency.is_zero() {
+            tokio::time::sleep(shared.latency).await;
+        }
+        if stream.write_all(answer.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn content_length(head: &[u8]) -> usize {
+    const NAME: &[u8] = b"\r\ncontent-length: ";
+    let Some(at) = find(head, NAME) else { return 0 };
+    let digits = head[at + NAME.len()..]
+        .iter()
+        .take_while(|byte| byte.is_ascii_digit());
+    digits.fold(0, |length, digit| length * 10 + usize::from(digit - b'0'))
+}
+
+fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    bytes.windows(what.len()).position(|part| part == what)
+}
+
+impl Shared {
+    fn answer(&self, method: &str, target: &str, body: &str) -> String {
+        let path = target.split('?').next().unwrap_or_default();
+        let now = Instant::now();
+        let mut seen = self.seen.lock().expect("no panic");
+        if path == "/events" {
+            let news = seen.news.take();
+            // A poll with nothing to tell is not one whose page is waited for.
+            if news.is_some() || seen.polled.is_none() {
+                seen.polled = Some(now);
+            }
+            let page = news.as_deref();
+            return written(
+                "200 OK",
+                page.unwrap_or(r#"{"events":[],"nextPageUrl":null}"#),
+            );
+        }
+        let number = self.count.fetch_add(1, Ordering::SeqCst) + 1;
         seen.first.get_or_insert(now);
         if is_to_our_api(path) {
             seen.sent.get_or_insert(now);
@@ -164,53 +210,44 @@ async fn answer(State(shared): State<Shared>, request: Request) -> Response {
         seen.last = Some(now);
         if let Some(made) = &mut seen.made {
             made.push(Made {
-                method: parts.method.clone(),
-                target: parts.uri.to_string(),
-                body: String::from_utf8_lossy(&body).into_owned(),
+                method: method.to_owned(),
+                target: target.to_owned(),
+                body: body.to_owned(),
             });
         }
+        reply(method, path, body, number)
     }
-    if !shared.latency.is_zero() {
-        tokio::time::sleep(shared.latency).await;
-    }
-    reply(&parts.method, path, &body, number)
 }
 
-fn reply(method: &Method, path: &str, body: &Bytes, number: u64) -> Response {
-    let id = format!("00000000-0000-0000-0000-{number:012x}");
-    match (method.as_str(), path) {
-        ("POST", "/chats" | "/agents") => {
-            // What was sent, with an id.
-            let sent = std::str::from_utf8(body).expect("JSON");
-            let sent = sent.strip_prefix('{').expect("an object");
-            let text = format!(r#"{{"chat_id":"{id}","agent_id":"{id}",{sent}"#);
-            let text = match path {
-                "/chats" if sent.contains("agent_id") => {
-                    text.replacen(&format!(r#""agent_id":"{id}","#), "", 1)
-                }
-                _ => text,
-            };
-            json(StatusCode::CREATED, &text)
+fn reply(method: &str, path: &str, body: &str, number: u64) -> String {
+    let id = format_args!("00000000-0000-0000-0000-{number:012x}");
+    // What was sent, with an id.
+    let sent = || body.strip_prefix('{').expect("an object");
+    match (method, path) {
+        ("POST", "/chats") => written("201 Created", &format!(r#"{{"chat_id":"{id}",{}"#, sent())),
+        ("POST", "/agents") => {
+            written("201 Created", &format!(r#"{{"agent_id":"{id}",{}"#, sent()))
         }
-        ("POST", _) => json(StatusCode::OK, "{}"),
-        ("PATCH", _) => StatusCode::NO_CONTENT.into_response(),
-        (_, "/chats" | "/agents") => json(StatusCode::OK, "[]"),
+        ("POST", _) => written("200 OK", "{}"),
+        ("PATCH", _) => "HTTP/1.1 204 No Content\r\n\r\n".to_owned(),
         (_, path) if path.starts_with("/conversations/") => {
             let id = path.trim_start_matches("/conversations/");
             let start = format!(
                 r#"{{"conversation_id":{id},"advisor_id":7,"events":[{{"conversation_id":{id},"event_name":"START","event_at":1795384800,"data":null}}]}}"#
             );
-            json(StatusCode::OK, &start)
+            written("200 OK", &start)
         }
-        (_, path) if path.starts_with("/advisors/") => json(
-            StatusCode::OK,
+        (_, path) if path.starts_with("/advisors/") => written(
+            "200 OK",
             r#"{"name":"Ada Lovelace","email_address":"ada@example.com"}"#,
         ),
-        _ => json(StatusCode::OK, "[]"),
+        _ => written("200 OK", "[]"),
     }
 }
 
-fn json(status: StatusCode, body: &str) -> Response {
-    let kind = [(header::CONTENT_TYPE, "application/json")];
-    (status, kind, Body::from(body.to_owned())).into_response()
+fn written(status: &str, body: &str) -> String {
+    let (length, date) = (body.len(), httpdate::fmt_http_date(SystemTime::now()));
+    format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\ndate: {date}\r\n\r\n{body}"
+    )
 }
