@@ -4,7 +4,7 @@
 
 use uuid::Uuid;
 
-use crate::event::What;
+use crate::event::{Kind, What};
 use crate::our_api::ChatChange;
 use crate::time::{Millis, Timestamp};
 
@@ -242,6 +242,28 @@ pub enum Outcome {
     },
 }
 
+/// An event, and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// Its id.
+    pub event: i64,
+    /// What it told of.
+    pub kind: Kind,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+impl Waiting {
+    /// This became of it.
+    pub fn settled(&self, outcome: Outcome) -> Settled {
+        Settled {
+            event: self.id,
+            kind: self.what.kind(),
+            outcome,
+        }
+    }
+}
+
 /// What went wrong, as kept with the event.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Failure {
@@ -259,7 +281,7 @@ pub struct Settlement {
     /// The conversation, as it is now.
     pub conversation: Conversation,
     /// What became of its events.
-    pub outcomes: Vec<(i64, Outcome)>,
+    pub outcomes: Vec<Settled>,
     /// What was found when its chat was compared with the journal; nothing, if that failed.
     pub finding: Option<(Check, Option<Finding>)>,
 }

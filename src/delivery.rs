@@ -394,7 +394,7 @@ impl Delivery {
                 Err(refusal) => refused(&conversation, &event, &refusal),
             };
             metrics.attempted(event.what.kind(), &outcome);
-            outcomes.push((event.id, outcome));
+            outcomes.push(event.settled(outcome));
         }
         match stopped {
             None => {
@@ -426,14 +426,11 @@ impl Delivery {
                 // Nothing of it is the event's own.
                 let failure = Setback::Journal(error).failure();
                 let (attempts, next_at) = (event.attempts, now.plus(STORAGE_PAUSE));
-                outcomes.push((
-                    event.id,
-                    Outcome::Waiting {
-                        attempts,
-                        next_at,
-                        failure,
-                    },
-                ));
+                outcomes.push(event.settled(Outcome::Waiting {
+                    attempts,
+                    next_at,
+                    failure,
+                }));
             }
             Some(Stopped {
                 at: Some(event),
@@ -445,7 +442,7 @@ impl Delivery {
                 if why.in_doubt() {
                     metrics.unknown_outcome();
                 }
-                outcomes.push((event.id, verdict));
+                outcomes.push(event.settled(verdict));
             }
         }
         self.done_since.get_or_insert_with(Instant::now);

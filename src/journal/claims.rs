@@ -6,7 +6,9 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, named_params, params};
+use rusqlite::{
+    CachedStatement, Connection, OptionalExtension, Row, Transaction, named_params, params,
+};
 
 use super::knowledge::uuid;
 use super::minutes::Counts;
@@ -338,9 +340,11 @@ impl Store {
         let journal = messages_of(&transaction, conversation, up_to)?;
         let result = messages::look_up(held, &journal);
         let mut counts = Counts::default();
+        let mut delivery = Deliveries::of(&transaction, now)?;
         for id in &result.there {
-            deliver(&transaction, *id, Sent::Nothing, &mut counts, now)?;
+            delivery.note(*id, Kind::Message, Sent::Nothing, &mut counts)?;
         }
+        drop(delivery);
         counts.keep(&transaction, now)?;
         for id in &result.missing {
             transaction
@@ -389,7 +393,12 @@ impl Store {
             key.1
         ])?;
         let mut counts = Counts::default();
-        deliver(&transaction, event, Sent::Nothing, &mut counts, now)?;
+        Deliveries::of(&transaction, now)?.note(
+            event,
+            Kind::Message,
+            Sent::Nothing,
+            &mut counts,
+        )?;
         counts.keep(&transaction, now)?;
         transaction.commit()?;
         Ok(true)
@@ -644,55 +653,57 @@ fn settle(
         note_finding(transaction, *id, *check, finding.as_ref())?;
     }
     let mut not_before = None;
-    for (event, outcome) in &settlement.outcomes {
-        match outcome {
-            Outcome::Delivered(sent) => deliver(transaction, *event, *sent, counts, now)?,
+    let mut deliveries = Deliveries::of(transaction, now)?;
+    for settled in &settlement.outcomes {
+        let (event, kind) = (settled.event, settled.kind);
+        match &settled.outcome {
+            Outcome::Delivered(sent) => deliveries.note(event, kind, *sent, counts)?,
             Outcome::Waiting {
                 attempts,
                 next_at,
                 failure,
             } => {
-                note_attempt(transaction, *event, attempts, Some(*next_at), failure, now)?;
+                note_attempt(transaction, event, attempts, Some(*next_at), failure, now)?;
                 not_before = not_before.max(Some(*next_at));
             }
             Outcome::Failed { attempts, failure } => {
-                let kind: String = transaction
+                transaction
                     .prepare_cached(
-                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1 RETURNING name",
+                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1",
                     )?
-                    .query_row([*event, now.0], |row| row.get(0))?;
-                counts.of(&kind).failed += 1;
-                note_attempt(transaction, *event, attempts, None, failure, now)?;
+                    .execute([event, now.0])?;
+                counts.of(kind.name()).failed += 1;
+                note_attempt(transaction, event, attempts, None, failure, now)?;
             }
         }
     }
     reschedule(transaction, *id, not_before, now)
 }
 
-/// Notes that an event is delivered, unless that is noted already.
-fn deliver(
-    transaction: &Transaction<'_>,
-    event: i64,
-    sent: Sent,
-    counts: &mut Counts,
+/// Notes that events are delivered: the one statement that is carried out for each event.
+struct Deliveries<'a> {
+    statement: CachedStatement<'a>,
     now: Millis,
-) -> Result<()> {
-    // RETURNING would make a table of its own for each event.
-    let mut waiting = transaction
-        .prepare_cached("SELECT name FROM events WHERE id = ?1 AND state = 'waiting'")?;
-    let mut rows = waiting.query([event])?;
-    let Some(row) = rows.next()? else {
-        return Ok(());
-    };
-    let kind: String = row.get(0)?;
-    counts.of(&kind).delivered += 1;
-    drop(rows);
-    transaction
-        .prepare_cached(
-            "UPDATE events SET state = 'delivered', settled_at = ?2, sent = ?3 WHERE id = ?1",
-        )?
-        .execute(params![event, now.0, sent.name()])?;
-    Ok(())
+}
+
+impl<'a> Deliveries<'a> {
+    fn of(transaction: &'a Transaction<'_>, now: Millis) -> Result<Self> {
+        let statement = transaction.prepare_cached(
+            "UPDATE events SET state = 'delivered', settled_at = ?2, sent = ?3 WHERE id = ?1 AND state = 'waiting'",
+        )?;
+        Ok(Self { statement, now })
+    }
+
+    /// Notes it of one event, unless that is noted already.
+    fn note(&mut self, event: i64, kind: Kind, sent: Sent, counts: &mut Counts) -> Result<()> {
+        let noted = self
+            .statement
+            .execute(params![event, self.now.0, sent.name()])?;
+        if noted > 0 {
+            counts.of(kind.name()).delivered += 1;
+        }
+        Ok(())
+    }
 }
 
 fn note_attempt(

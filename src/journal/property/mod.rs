@@ -329,7 +329,7 @@ impl Pair {
         let (done, rest) = work.events.split_at(delivered);
         let mut outcomes: Vec<_> = done
             .iter()
-            .map(|event| (event.id, Outcome::Delivered(Sent::Message)))
+            .map(|event| event.settled(Outcome::Delivered(Sent::Message)))
             .collect();
         done.iter().for_each(|event| self.plain.deliver(event.id));
         let mut not_before = None;
@@ -347,19 +347,16 @@ impl Pair {
                     not_before = Some(now + pause);
                     (plain.next_at, plain.attempts) = (not_before, attempts);
                     let next_at = Millis(now + pause);
-                    outcomes.push((
-                        event.id,
-                        Outcome::Waiting {
-                            attempts,
-                            next_at,
-                            failure,
-                        },
-                    ));
+                    outcomes.push(event.settled(Outcome::Waiting {
+                        attempts,
+                        next_at,
+                        failure,
+                    }));
                 }
                 Then::Fails => {
                     (plain.state, plain.settled_at) = (State::Failed, Some(now));
                     (plain.next_at, plain.attempts) = (None, attempts);
-                    outcomes.push((event.id, Outcome::Failed { attempts, failure }));
+                    outcomes.push(event.settled(Outcome::Failed { attempts, failure }));
                 }
             }
         }
