@@ -34,13 +34,13 @@ use self::keep::{Keeping, Kept, ToKeep};
 
 /// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
 /// a crash leaves little to be looked up.
-const AHEAD: usize = 32;
+const AHEAD: usize = 64;
 
 /// How many conversations that are done may wait to be settled together, as long as there is enough to do.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 32;
 
 /// And for how long.
-const SETTLED_WITHIN: Duration = Duration::from_millis(10);
+const SETTLED_WITHIN: Duration = Duration::from_millis(20);
 
 /// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
 const LOOK: Duration = Duration::from_secs(1);
