@@ -7,6 +7,7 @@
 mod backlog;
 mod bare;
 mod idle;
+mod journal;
 mod large;
 mod process;
 mod prompt;
@@ -41,10 +42,11 @@ pub(crate) fn row(what: &str, measured: &str, reach: &str) {
 
 type Measure = fn(Scale);
 
-const MEASURES: [(&str, Measure); 9] = [
+const MEASURES: [(&str, Measure); 10] = [
     ("backlog-1", backlog::measure_one),
     ("backlog-8", backlog::measure_eight),
     ("merging", backlog::measure_merging),
+    ("journal", journal::measure),
     ("large", large::measure),
     ("memory", large::measure_memory),
     ("prompt", prompt::measure),
