@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-use reqwest::{Method, StatusCode};
+use reqwest::StatusCode;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use thiserror::Error;
-use url::Url;
 
 use crate::clock::BigChatClock;
-use crate::http::{Answer, Exchange, Http, NoAnswer, shortened};
+use crate::http::{Answer, Exchange, Http, NoAnswer, Target, shortened};
+use crate::route::Route;
 use crate::time::{Millis, Timestamp};
 
 /// No server takes a longer query than this.
@@ -141,7 +141,7 @@ impl BigChat {
             next: Option<&'a RawValue>,
             events: Counted,
         }
-        self.get(self.http.url(&["events"], Some(query)), |answer| {
+        self.get(self.http.target(Route::Events, "", Some(query)), |answer| {
             let date = answer.date;
             // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
             let body = String::from_utf8(answer.body)
@@ -174,7 +174,7 @@ impl BigChat {
             event_at: i64,
         }
         self.get(
-            self.http.url(&["conversations", &id.to_string()], None),
+            self.http.target(Route::Conversation, &id.to_string(), None),
             |answer| {
                 let wire: Wire = serde_json::from_slice(&answer.body).ok()?;
                 let start = wire.events.iter().find(|event| event.event_name == "START");
@@ -191,17 +191,17 @@ impl BigChat {
     /// The name and address of an advisor.
     pub async fn advisor(&self, id: i64) -> Result<Advisor> {
         self.get(
-            self.http.url(&["advisors", &id.to_string()], None),
+            self.http.target(Route::Advisor, &id.to_string(), None),
             |answer| serde_json::from_slice(&answer.body).ok(),
         )
         .await
     }
 
-    async fn get<T>(&self, url: Url, read: impl FnOnce(Answer) -> Option<T>) -> Result<T> {
-        let answer = self.http.send(Method::GET, url.clone(), None::<&()>).await;
+    async fn get<T>(&self, target: Target, read: impl FnOnce(Answer) -> Option<T>) -> Result<T> {
+        let answer = self.http.send(&target, None::<&()>).await;
         self.clock
             .observe(answer.as_ref().ok().and_then(|answer| answer.date));
-        let exchange = Exchange::new(&Method::GET, &url, None::<&()>, answer.as_ref());
+        let exchange = Exchange::new(&target, None::<&()>, answer.as_ref());
         match answer {
             Err(NoAnswer::Throttled(until)) => Err(BigChatError::Throttled { until }),
             Err(NoAnswer::Impossible(_)) => Err(BigChatError::Refused(exchange)),

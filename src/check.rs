@@ -7,7 +7,6 @@ use std::fmt::{self, Write};
 use std::net::TcpListener;
 use std::path::Path;
 
-use reqwest::Method;
 use serde_json::Value;
 
 use crate::bigchat::{BigChat, BigChatError};
@@ -15,6 +14,7 @@ use crate::health::Service;
 use crate::http::Http;
 use crate::journal::{Api, OpenError, Store};
 use crate::our_api::OurApi;
+use crate::route::Route;
 use crate::screen::printable;
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 
@@ -256,8 +256,8 @@ struct Claim {
 
 /// Both publish a description of themselves; in production it may not be there, and nothing rests on it then.
 async fn claim(http: &Http, route: &str) -> Option<Claim> {
-    let url = http.url(&["openapi.json"], None);
-    let answer = http.send(Method::GET, url, None::<&()>).await.ok()?;
+    let description = http.target(Route::Description, "", None);
+    let answer = http.send(&description, None::<&()>).await.ok()?;
     let description: Value = serde_json::from_slice(&answer.body).ok()?;
     let text = |field: &str| description["info"][field].as_str();
     Some(Claim {

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
-use crate::http::Http;
+use crate::http::{Http, Latest};
 use crate::journal::Api;
 use crate::time::Millis;
 
@@ -108,9 +108,7 @@ impl Health {
             since,
             trouble,
             asked_at: latest.as_ref().map(|latest| latest.at),
-            request: latest
-                .as_ref()
-                .map(|latest| format!("{} {}", latest.method, latest.url)),
+            request: latest.as_ref().map(Latest::request),
             response: latest.map(|latest| match latest.answer {
                 Ok(status) => status.to_string(),
                 Err(error) => error,

@@ -8,21 +8,23 @@
 use std::fmt;
 #[cfg(test)]
 use std::pin::Pin;
-#[cfg(test)]
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use reqwest::{Client, Method, StatusCode, header, redirect};
+#[cfg(test)]
+use reqwest::Method;
+use reqwest::header::{self, HeaderValue};
+use reqwest::{Body, Client, Request, RequestBuilder, StatusCode, redirect};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
 
-use crate::metrics::{self, ApiRequests};
+use crate::metrics::ApiRequests;
 use crate::pulse;
 use crate::retry::RETRY_AFTER_MAX;
+use crate::route::Route;
 use crate::time::{Millis, Timestamp};
 
 /// Larger answers are not read to their end. A page of 100,000 events fits in.
@@ -48,10 +50,19 @@ pub struct Http {
     requests: Option<ApiRequests>,
 }
 
-/// A request on its way.
-struct Sent {
-    route: &'static str,
-    at: Instant,
+/// What is asked for: a route, and where. Made once, it can be asked for often.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The route.
+    pub route: Route,
+    url: Arc<Url>,
+}
+
+impl Target {
+    /// Its path and query.
+    fn path(&self) -> &str {
+        &self.url[url::Position::BeforePath..]
+    }
 }
 
 /// The latest exchange with an API.
@@ -59,12 +70,17 @@ struct Sent {
 pub struct Latest {
     /// When it ended.
     pub at: Millis,
-    /// What was asked.
-    pub method: Method,
-    /// What for, without its query.
-    pub url: Url,
+    target: Target,
     /// The status that was answered, or why there was no answer. It is put into words only when somebody asks.
     pub answer: Result<StatusCode, String>,
+}
+
+impl Latest {
+    /// What was asked, without its query: that may hold an e-mail address.
+    pub fn request(&self) -> String {
+        let Target { route, url } = &self.target;
+        format!("{} {}", route.method(), &url[..url::Position::AfterPath])
+    }
 }
 
 /// What carries requests and brings answers.
@@ -197,48 +213,46 @@ impl Http {
             .store(until.max(valid).0, Ordering::Relaxed);
     }
 
-    /// The URL of `path` (segments, to be encoded) below the base URL, with `query` (encoded already).
-    pub fn url(&self, path: &[&str], query: Option<&str>) -> Url {
+    /// A route below the base URL, asked for what `id` names and with `query` (encoded already), if it takes them.
+    pub fn target(&self, route: Route, id: &str, query: Option<&str>) -> Target {
         let mut url = self.base.clone();
         if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(path);
+            segments.pop_if_empty().extend(route.path(id));
         }
         url.set_query(query);
-        url
+        Target {
+            route,
+            url: Arc::new(url),
+        }
     }
 
     /// Sends one request, with `body` as JSON, and reads the answer.
     pub async fn send(
         &self,
-        method: Method,
-        url: Url,
+        target: &Target,
         body: Option<&impl serde::Serialize>,
     ) -> Result<Answer, NoAnswer> {
         let now = Millis::now();
         if let Some(until) = self.throttled_until(now) {
             return Err(NoAnswer::Throttled(until));
         }
-        let (asked, mut asked_for) = (method.clone(), url.clone());
-        asked_for.set_query(None);
-        let path = asked_for.path();
-        let sent = Sent {
-            route: metrics::route(&method, path.strip_prefix(self.base.path()).unwrap_or(path)),
-            at: Instant::now(),
-        };
+        let body = body
+            .map(serde_json::to_vec)
+            .transpose()
+            .map_err(|error| NoAnswer::Impossible(error.to_string()))?;
+        let sent = Instant::now();
         let answer = match &self.wire {
-            Wire::Network(client) => {
-                self.over_network(client, method, url, body, now, &sent)
-                    .await
-            }
+            Wire::Network(client) => self.over_network(client, target, body, sent).await,
             #[cfg(test)]
             Wire::Here(carrier) => {
-                let body = body.and_then(|body| serde_json::to_vec(body).ok());
-                carrier.carry(method, url, body.unwrap_or_default()).await
+                let url = Url::clone(&target.url);
+                let body = body.unwrap_or_default();
+                carrier.carry(target.route.method(), url, body).await
             }
         };
-        self.note(asked, asked_for, &answer);
-        self.count(&sent, answer.as_ref().map(|answer| answer.status));
-        pulse::goes_on();
+        let ended = Instant::now();
+        self.note(target, &answer, sent, ended, now);
+        pulse::goes_on(ended);
         let answer = answer?;
         if let Some(until) = answer.retry_at {
             self.throttle(until);
@@ -251,22 +265,27 @@ impl Http {
         self.last_exchange().clone()
     }
 
-    fn note(&self, method: Method, url: Url, answer: &Result<Answer, NoAnswer>) {
-        let answer = match answer {
-            Ok(answer) => Ok(answer.status),
-            Err(error) => Err(error.to_string()),
-        };
+    fn note(
+        &self,
+        target: &Target,
+        answer: &Result<Answer, NoAnswer>,
+        sent: Instant,
+        ended: Instant,
+        sent_at: Millis,
+    ) {
+        let took = ended - sent;
+        let status = answer.as_ref().map(|answer| answer.status);
+        self.count(target.route, status, took);
         *self.last_exchange() = Some(Latest {
-            at: Millis::now(),
-            method,
-            url,
-            answer,
+            at: sent_at.plus(took),
+            target: target.clone(),
+            answer: status.map_err(ToString::to_string),
         });
     }
 
-    fn count(&self, sent: &Sent, answer: Result<StatusCode, &NoAnswer>) {
+    fn count(&self, route: Route, answer: Result<StatusCode, &NoAnswer>, took: Duration) {
         if let Some(requests) = &self.requests {
-            requests.made(sent.route, answer, sent.at.elapsed());
+            requests.made(route, answer, took);
         }
     }
 
@@ -274,31 +293,44 @@ impl Http {
         self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn request(
+        &self,
+        client: &Client,
+        target: &Target,
+        body: Option<Vec<u8>>,
+    ) -> Result<Request, NoAnswer> {
+        let mut request = Request::new(target.route.method(), Url::clone(&target.url));
+        if let Some(body) = body {
+            let json = HeaderValue::from_static("application/json");
+            request.headers_mut().insert(header::CONTENT_TYPE, json);
+            *request.body_mut() = Some(Body::from(body));
+        }
+        let Some(token) = &self.token else {
+            return Ok(request);
+        };
+        RequestBuilder::from_parts(client.clone(), request)
+            .bearer_auth(token.expose_secret())
+            .build()
+            .map_err(no_answer)
+    }
+
     async fn over_network(
         &self,
         client: &Client,
-        method: Method,
-        url: Url,
-        body: Option<&impl serde::Serialize>,
-        now: Millis,
-        sent: &Sent,
+        target: &Target,
+        body: Option<Vec<u8>>,
+        sent: Instant,
     ) -> Result<Answer, NoAnswer> {
-        let mut request = client.request(method.clone(), url);
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token.expose_secret());
-        }
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        let again = (method == Method::GET).then(|| request.try_clone());
-        let mut response = match (request.send().await, again.flatten()) {
+        let request = self.request(client, target, body)?;
+        let again = request.method().is_safe().then(|| request.try_clone());
+        let mut response = match (client.execute(request).await, again.flatten()) {
             // After a 500 both servers close the connection without saying so, and a pooled one breaks. To ask again
             // is safe for what changes nothing; for all else the outcome is unknown, and is the caller's to look up.
             (Err(error), Some(again)) if !error.is_timeout() && !error.is_connect() => {
-                self.count(sent, Err(&lost(error)));
-                again.send().await
+                self.count(target.route, Err(&lost(error)), sent.elapsed());
+                client.execute(again).await
             }
-            (sent, _) => sent,
+            (answer, _) => answer,
         }
         .map_err(no_answer)?;
         let status = response.status();
@@ -316,7 +348,7 @@ impl Http {
         let retry_at = header(header::RETRY_AFTER)
             .filter(|_| asks_to_wait)
             .and_then(|value| retry_after(value, date))
-            .map(|wait| now.plus(wait));
+            .map(|wait| Millis::now().plus(wait));
         let mut bytes = Vec::new();
         loop {
             let chunk = match response.chunk().await {
@@ -400,12 +432,11 @@ pub struct Exchange {
 impl Exchange {
     /// The record of a request that got this answer, or none.
     pub fn new(
-        method: &Method,
-        url: &Url,
+        target: &Target,
         body: Option<&impl serde::Serialize>,
         response: Result<&Answer, &NoAnswer>,
     ) -> Self {
-        let path = &url[url::Position::BeforePath..];
+        let (method, path) = (target.route.method(), target.path());
         let body = body
             .and_then(|body| serde_json::to_string(body).ok())
             .unwrap_or_default();
@@ -526,16 +557,11 @@ mod tests {
             )
             .expect("a client")
         };
-        assert_eq!(
-            http("http://h:1").url(&["chats"], None).as_str(),
-            "http://h:1/chats"
-        );
-        assert_eq!(
-            http("http://h/api/")
-                .url(&["chats", "a/../b?"], Some("x=1"))
-                .as_str(),
-            "http://h/api/chats/a%2F..%2Fb%3F?x=1"
-        );
+        let chats = http("http://h:1").target(Route::Chats, "", None);
+        assert_eq!(chats.url.as_str(), "http://h:1/chats");
+        let base = http("http://h/api/");
+        let odd = base.target(Route::ChangeChat, "a/../b?", Some("x=1"));
+        assert_eq!(odd.url.as_str(), "http://h/api/chats/a%2F..%2Fb%3F?x=1");
     }
 
     #[test]

@@ -37,6 +37,7 @@ pub mod pulse;
 pub mod rebuild;
 pub mod resolve;
 pub mod retry;
+pub mod route;
 pub mod screen;
 pub mod service;
 pub mod setback;

@@ -4,16 +4,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use reqwest::{Method, StatusCode};
-use serde::de::DeserializeOwned;
+use reqwest::StatusCode;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
-use url::Url;
 use uuid::Uuid;
 
-use crate::http::{Answer, Exchange, Http, NoAnswer};
+use crate::http::{Answer, Exchange, Http, NoAnswer, Target};
+use crate::route::Route;
 use crate::time::{Millis, Timestamp};
 
 /// OurAPI, with a bound on the requests in flight that holds for whoever asks.
@@ -220,14 +220,9 @@ impl Trouble {
 /// What the answer to a reference to an agent that is not there says.
 const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
 
-/// What a status means depends on what was asked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Route {
-    List,
-    CreateChat,
-    CreateAgent,
-    InChat,
-}
+/// The messages of a chat, as something to add to.
+#[derive(Debug, Clone)]
+pub struct Messages(Target);
 
 type Result<T> = std::result::Result<T, OurApiError>;
 
@@ -320,7 +315,7 @@ impl OurApi {
 
     /// The chat of that external id, if there is one.
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
-        let chats: Vec<Chat> = self.list("chats", "external_id", external_id).await?;
+        let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
         // Another OurAPI may find parts of it too, or not know the filter.
         Ok(chats
             .into_iter()
@@ -329,7 +324,7 @@ impl OurApi {
 
     /// The agents of that e-mail address.
     pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
-        let agents: Vec<Agent> = self.list("agents", "email", email).await?;
+        let agents: Vec<Agent> = self.list(Route::Agents, "email", email).await?;
         Ok(agents
             .into_iter()
             .filter(|agent| agent.email == email)
@@ -338,7 +333,7 @@ impl OurApi {
 
     /// The agents of that name.
     pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
-        let agents: Vec<Agent> = self.list("agents", "name", name).await?;
+        let agents: Vec<Agent> = self.list(Route::Agents, "name", name).await?;
         Ok(agents
             .into_iter()
             .filter(|agent| agent.name == name)
@@ -347,14 +342,8 @@ impl OurApi {
 
     /// Creates a chat; [`Trouble::Conflict`] if its external id is taken.
     pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
-        self.send(
-            Method::POST,
-            self.http.url(&["chats"], None),
-            Some(chat),
-            Route::CreateChat,
-            json,
-        )
-        .await
+        let chats = self.http.target(Route::CreateChat, "", None);
+        self.send(&chats, Some(chat), json).await
     }
 
     /// Creates an agent; [`Trouble::ConflictOrOutage`] if its name or address is taken.
@@ -364,57 +353,40 @@ impl OurApi {
             name: &'a str,
             email: &'a str,
         }
+        let agents = self.http.target(Route::CreateAgent, "", None);
         let agent = NewAgent { name, email };
-        self.send(
-            Method::POST,
-            self.http.url(&["agents"], None),
-            Some(&agent),
-            Route::CreateAgent,
-            json,
-        )
-        .await
+        self.send(&agents, Some(&agent), json).await
     }
 
     /// Changes a chat.
     pub async fn change_chat(&self, chat: Uuid, change: &ChatChange) -> Result<()> {
-        let url = self.http.url(&["chats", &chat.to_string()], None);
-        self.send(
-            Method::PATCH,
-            url,
-            Some(change),
-            Route::InChat,
-            nothing_else,
-        )
-        .await
+        let chat = self.of_chat(Route::ChangeChat, chat);
+        self.send(&chat, Some(change), nothing_else).await
+    }
+
+    /// Where messages are added to a chat: worked out once for all of them.
+    pub fn messages_of(&self, chat: Uuid) -> Messages {
+        Messages(self.of_chat(Route::AddMessage, chat))
     }
 
     /// Adds a message to a chat. The answer does not carry its id.
-    pub async fn add_message(&self, chat: Uuid, message: &NewMessage<'_>) -> Result<()> {
-        let url = self
-            .http
-            .url(&["chats", &chat.to_string(), "messages"], None);
-        self.send(
-            Method::POST,
-            url,
-            Some(message),
-            Route::InChat,
-            nothing_else,
-        )
-        .await
+    pub async fn add_message(&self, messages: &Messages, message: &NewMessage<'_>) -> Result<()> {
+        self.send(&messages.0, Some(message), nothing_else).await
     }
 
     /// The messages of a chat.
     pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {
-        let url = self
-            .http
-            .url(&["chats", &chat.to_string(), "messages"], None);
-        self.send(Method::GET, url, None::<&()>, Route::InChat, json)
-            .await
+        let messages = self.of_chat(Route::Messages, chat);
+        self.send(&messages, None::<&()>, json).await
+    }
+
+    fn of_chat(&self, route: Route, chat: Uuid) -> Target {
+        self.http.target(route, &chat.to_string(), None)
     }
 
     async fn list<T: DeserializeOwned>(
         &self,
-        what: &str,
+        route: Route,
         filter: &str,
         value: &str,
     ) -> Result<Vec<T>> {
@@ -425,28 +397,20 @@ impl OurApi {
         let query = url::form_urlencoded::Serializer::new(String::new())
             .append_pair(filter, value)
             .finish();
-        self.send(
-            Method::GET,
-            self.http.url(&[what], Some(&query)),
-            None::<&()>,
-            Route::List,
-            json,
-        )
-        .await
+        let list = self.http.target(route, "", Some(&query));
+        self.send(&list, None::<&()>, json).await
     }
 
     async fn send<T>(
         &self,
-        method: Method,
-        url: Url,
+        target: &Target,
         body: Option<&impl Serialize>,
-        route: Route,
         read: impl FnOnce(&Answer) -> Option<T>,
     ) -> Result<T> {
         let answer = {
             let _permit = self.in_flight.acquire().await;
             let sent = Instant::now();
-            let answer = self.http.send(method.clone(), url.clone(), body).await;
+            let answer = self.http.send(target, body).await;
             self.answered(sent.elapsed(), is_late(&answer));
             answer
         };
@@ -459,7 +423,7 @@ impl OurApi {
             Err(NoAnswer::Impossible(_)) => Trouble::Refused,
             Err(NoAnswer::Lost(_)) => Trouble::Unknown,
             Err(NoAnswer::Late) => Trouble::Late,
-            Ok(answer) => match (trouble(answer.status, &answer.body, route), answer.retry_at) {
+            Ok(answer) => match (trouble(answer.status, &answer.body, target.route), answer.retry_at) {
                 (_, Some(until)) => Trouble::Throttled {
                     until,
                     in_doubt: answer.status.is_server_error(),
@@ -471,7 +435,7 @@ impl OurApi {
                 },
             },
         };
-        let exchange = Exchange::new(&method, &url, body, answer.as_ref());
+        let exchange = Exchange::new(target, body, answer.as_ref());
         Err(OurApiError { trouble, exchange })
     }
 }
@@ -490,8 +454,10 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
         200..=299 => return None,
         401 | 403 => Trouble::Denied,
         429 => Trouble::NotCarriedOut,
-        404 if route == Route::InChat => Trouble::NoSuchChat,
-        404 if route == Route::List => Trouble::NotOurApi,
+        404 if matches!(route, Route::ChangeChat | Route::Messages | Route::AddMessage) => {
+            Trouble::NoSuchChat
+        }
+        404 if matches!(route, Route::Chats | Route::Agents) => Trouble::NotOurApi,
         404 | 409 if matches!(route, Route::CreateChat | Route::CreateAgent) => Trouble::Conflict,
         400 if body
             .windows(NO_SUCH_AGENT.len())
@@ -515,7 +481,9 @@ fn json<T: DeserializeOwned>(answer: &Answer) -> Option<T> {
 
 /// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
 fn nothing_else(answer: &Answer) -> Option<()> {
-    let is_object = || json::<serde_json::Map<String, serde_json::Value>>(answer).is_some();
+    let is_object = || {
+        answer.body.trim_ascii_start().starts_with(b"{") && json::<IgnoredAny>(answer).is_some()
+    };
     (answer.status == StatusCode::NO_CONTENT || is_object()).then_some(())
 }
 
@@ -534,37 +502,42 @@ fn optional_time<'de, D: Deserializer<'de>>(
 
 #[cfg(test)]
 mod tests {
+    use url::Url;
+
     use super::*;
 
     #[test]
     fn a_status_means_what_the_contract_says() {
-        use Route::{CreateAgent, CreateChat, InChat, List};
+        use Route::{AddMessage, Agents, ChangeChat, Chats, CreateAgent, CreateChat, Messages};
         for (status, body, route, expected) in [
             (201, "{}", CreateChat, None),
-            (204, "", InChat, None),
+            (204, "", ChangeChat, None),
             (404, "", CreateChat, Some(Trouble::Conflict)),
             (409, "", CreateAgent, Some(Trouble::Conflict)),
-            (409, "", InChat, Some(Trouble::Refused)),
-            (404, "", InChat, Some(Trouble::NoSuchChat)),
-            (404, "", List, Some(Trouble::NotOurApi)),
+            (409, "", AddMessage, Some(Trouble::Refused)),
+            (404, "", ChangeChat, Some(Trouble::NoSuchChat)),
+            (404, "", AddMessage, Some(Trouble::NoSuchChat)),
+            (404, "", Messages, Some(Trouble::NoSuchChat)),
+            (404, "", Chats, Some(Trouble::NotOurApi)),
+            (404, "", Agents, Some(Trouble::NotOurApi)),
             (
                 400,
                 r#"{"detail":"That agent does not exist."}"#,
-                InChat,
+                AddMessage,
                 Some(Trouble::NoSuchAgent),
             ),
             (400, "", CreateChat, Some(Trouble::Refused)),
-            (422, "", InChat, Some(Trouble::Refused)),
-            (413, "<html>", InChat, Some(Trouble::NotOurApi)),
+            (422, "", AddMessage, Some(Trouble::Refused)),
+            (413, "<html>", AddMessage, Some(Trouble::NotOurApi)),
             (405, "", CreateChat, Some(Trouble::NotOurApi)),
             (500, "", CreateAgent, Some(Trouble::ConflictOrOutage)),
             (500, "", CreateChat, Some(Trouble::Unknown)),
             (503, "", CreateAgent, Some(Trouble::Unknown)),
-            (302, "", List, Some(Trouble::Unknown)),
-            (408, "", InChat, Some(Trouble::Unknown)),
-            (401, "", List, Some(Trouble::Denied)),
-            (403, "", InChat, Some(Trouble::Denied)),
-            (429, "", InChat, Some(Trouble::NotCarriedOut)),
+            (302, "", Chats, Some(Trouble::Unknown)),
+            (408, "", AddMessage, Some(Trouble::Unknown)),
+            (401, "", Chats, Some(Trouble::Denied)),
+            (403, "", AddMessage, Some(Trouble::Denied)),
+            (429, "", AddMessage, Some(Trouble::NotCarriedOut)),
         ] {
             let status = StatusCode::from_u16(status).expect("a status");
             assert_eq!(

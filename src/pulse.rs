@@ -101,7 +101,11 @@ impl Heart {
 
     /// It beats now, and again once it has slept for `sleep` and then done something.
     pub fn beat(&self, sleep: Duration) {
-        let due = self.ms(Instant::now() + sleep + self.0.at_the_most);
+        self.beat_at(Instant::now(), sleep);
+    }
+
+    fn beat_at(&self, now: Instant, sleep: Duration) {
+        let due = self.ms(now + sleep + self.0.at_the_most);
         self.0.due.store(due, Ordering::Relaxed);
     }
 
@@ -121,9 +125,10 @@ impl Heart {
 }
 
 /// A request or an operation on the journal has ended, however it did: whoever waits for it goes on.
-pub(crate) fn goes_on() {
+pub(crate) fn goes_on(now: Instant) {
     // Commands have no heart.
-    HERE.try_with(|heart| heart.beat(Duration::ZERO)).ok();
+    HERE.try_with(|heart| heart.beat_at(now, Duration::ZERO))
+        .ok();
 }
 
 fn ms(duration: Duration) -> u64 {
@@ -181,12 +186,12 @@ mod tests {
         let polling = pulse.polling.beat_for(async {
             let before = due(&pulse.polling);
             pulse.polling.0.due.store(0, Ordering::Relaxed);
-            goes_on();
+            goes_on(Instant::now());
             assert!(due(&pulse.polling) >= before);
             assert_eq!(due(&pulse.handling), AT_REST, "not for others");
         });
         polling.await;
-        goes_on();
+        goes_on(Instant::now());
         assert_eq!(due(&pulse.polling), AT_REST);
     }
 

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use crate::context::Context;
 use crate::conversation::{Chat, Conversation, Waiting};
 use crate::event::What;
-use crate::messages;
-use crate::our_api::{NewMessage, Trouble};
+use crate::messages::{key, keys};
+use crate::our_api::{Messages, NewMessage, Trouble};
 use crate::resolve::chat;
 use crate::setback::Setback;
 use crate::settings::MessageAuthor;
@@ -17,7 +17,7 @@ use crate::time::Millis;
 pub(super) async fn look_up(
     context: &Context,
     conversation: &mut Conversation,
-    events: &[&Waiting],
+    events: &[Waiting],
 ) -> Result<Option<HashSet<i64>>, Setback> {
     let looked_up = conversation.chat.looked_up == context.session.id;
     let found = conversation.chat.looked_up == Chat::FOUND;
@@ -34,7 +34,7 @@ pub(super) async fn look_up(
         }
         Err(error) => return Err(error.into()),
     };
-    let held = messages::keys(&held);
+    let held = keys(&held);
     let up_to = if found {
         i64::MAX
     } else {
@@ -49,22 +49,23 @@ pub(super) async fn look_up(
     Ok(Some(there))
 }
 
-/// Adds a message to its conversation's chat, unless it stands there: `looked_up` is what a look-up just found.
-/// Returns how many writes it took.
+/// Adds a message to `messages`, those of its conversation's chat, unless it stands there: `looked_up` is what a look-up
+/// just found. Returns how many writes it took.
 pub(super) async fn deliver(
     context: &Context,
     conversation: &mut Conversation,
+    messages: &Messages,
     event: &Waiting,
     looked_up: Option<&HashSet<i64>>,
 ) -> Result<u32, Setback> {
-    let (Some(chat), What::Message { text }) = (conversation.chat.id, &event.what) else {
+    let What::Message { text } = &event.what else {
         return Ok(0);
     };
     match looked_up {
         Some(there) if there.contains(&event.id) => return Ok(0),
         None if conversation.chat.holds_more && context.may_be_there(event.id) => {
             // An earlier look-up in this session may have found it, before BigChat told of it again.
-            let (id, event, key) = (conversation.id, event.id, messages::key(event.at, text));
+            let (id, event, key) = (conversation.id, event.id, key(event.at, text));
             if context
                 .journal
                 .with(move |store| store.take_found(id, event, &key, Millis::now()))
@@ -84,7 +85,7 @@ pub(super) async fn deliver(
         text,
         agent_id: author,
     };
-    match context.our_api.add_message(chat, &message).await {
+    match context.our_api.add_message(messages, &message).await {
         Ok(()) => Ok(1),
         Err(error) => Err(match error.trouble {
             Trouble::NoSuchChat => chat::missing(context, conversation, error).await,

@@ -9,6 +9,8 @@ mod message;
 mod start;
 mod transfer;
 
+use uuid::Uuid;
+
 use crate::context::Context;
 use crate::conversation::{Check, Conversation, Finding, Sent, Waiting, Work};
 use crate::event::What;
@@ -49,7 +51,7 @@ pub async fn handle(context: &Context, work: Work) -> Handled {
     };
     let done = match check {
         Some(check) => handled.check(context, check).await,
-        None => handled.run(context, &events).await,
+        None => handled.run(context, events).await,
     };
     handled.stopped = done.err();
     handled
@@ -65,11 +67,15 @@ pub struct Stopped {
 }
 
 impl Stopped {
-    fn at(event: Option<&Waiting>) -> impl FnOnce(Setback) -> Self {
-        move |why| Self {
-            at: event.cloned(),
-            why,
-        }
+    fn at(event: Waiting, why: Setback) -> Self {
+        let at = Some(event);
+        Self { at, why }
+    }
+
+    /// Before any of these events.
+    fn before(events: &[Waiting], why: Setback) -> Self {
+        let at = events.first().cloned();
+        Self { at, why }
     }
 }
 
@@ -82,7 +88,7 @@ impl Handled {
         };
         let (finding, outcome) = match found {
             Ok(finding) => (Some(finding), Ok(())),
-            Err(setback) => (None, Err(Stopped::at(None)(setback))),
+            Err(setback) => (None, Err(Stopped::before(&[], setback))),
         };
         self.finding = Some((check, finding));
         outcome
@@ -93,61 +99,65 @@ impl Handled {
         check::put_right(context, self, true).await
     }
 
-    async fn run(&mut self, context: &Context, events: &[Waiting]) -> Result<(), Stopped> {
+    async fn run(&mut self, context: &Context, events: Vec<Waiting>) -> Result<(), Stopped> {
         let earliest = events.iter().map(|event| event.at).min();
-        let (messages, changes): (Vec<&Waiting>, Vec<&Waiting>) = events
-            .iter()
-            .partition(|event| matches!(event.what, What::Message { .. }));
         let chat = &self.conversation.chat;
+        let mut rebuilt = false;
         if chat.seen < context.losses() && (chat.id.is_some() || events.is_empty()) {
             let (losses, before) = (context.losses(), chat.id);
             let finding = check::put_right(context, self, context.settings.rebuild)
                 .await
-                .map_err(Stopped::at(events.first()))?;
+                .map_err(|setback| Stopped::before(&events, setback))?;
             self.conversation.chat.seen = losses;
             let replaced = before.is_some() && self.conversation.chat.id != before;
-            if replaced || finding.messages > 0 {
-                // Its history waits again and comes first, in order of arrival.
-                return self.all_changes(context, &changes, earliest).await;
-            }
+            rebuilt = replaced || finding.messages > 0;
         }
-        self.all_changes(context, &changes, earliest).await?;
-        self.all_messages(context, &messages, earliest).await
+        let (messages, changes): (Vec<Waiting>, Vec<Waiting>) = events
+            .into_iter()
+            .partition(|event| matches!(event.what, What::Message { .. }));
+        self.all_changes(context, changes, earliest).await?;
+        if rebuilt {
+            // Its history waits again and comes first, in order of arrival.
+            return Ok(());
+        }
+        self.all_messages(context, messages, earliest).await
     }
 
     /// All changes at once; one by one if one of them has failed before, so that it is known which it is.
     async fn all_changes(
         &mut self,
         context: &Context,
-        changes: &[&Waiting],
+        changes: Vec<Waiting>,
         earliest: Option<Timestamp>,
     ) -> Result<(), Stopped> {
         let together = changes.len() > 1 && changes.iter().all(|event| event.attempts.tries == 0);
         if together {
             match self
-                .change_chat(context, changes, Agent::Known, earliest)
+                .change_chat(context, &changes, Agent::Known, earliest)
                 .await
             {
-                Ok(()) => return Ok(()),
-                Err(setback) if setback.is_refusal() => {}
-                Err(setback) => {
-                    return Err(Stopped::at(changes.first().copied())(setback));
+                Ok(sent) => {
+                    for event in changes {
+                        self.delivered(event, sent);
+                    }
+                    return Ok(());
                 }
+                Err(setback) if setback.is_refusal() => {}
+                Err(setback) => return Err(Stopped::before(&changes, setback)),
             }
         }
         for event in changes {
             if context.stopping.is_cancelled() {
                 return Ok(());
             }
+            let change = std::slice::from_ref(&event);
             match self
-                .change_chat(context, &[event], Agent::Known, earliest)
+                .change_chat(context, change, Agent::Known, earliest)
                 .await
             {
-                Ok(()) => {}
-                Err(setback) if setback.is_refusal() => {
-                    self.done.push(((*event).clone(), Err(setback)))
-                }
-                Err(setback) => return Err(Stopped::at(Some(event))(setback)),
+                Ok(sent) => self.delivered(event, sent),
+                Err(setback) if setback.is_refusal() => self.done.push((event, Err(setback))),
+                Err(setback) => return Err(Stopped::at(event, setback)),
             }
         }
         Ok(())
@@ -156,10 +166,10 @@ impl Handled {
     async fn change_chat(
         &mut self,
         context: &Context,
-        changes: &[&Waiting],
+        changes: &[Waiting],
         agent: Agent,
         earliest: Option<Timestamp>,
-    ) -> Result<(), Setback> {
+    ) -> Result<Sent, Setback> {
         let mut next = self.conversation.clone();
         for event in changes {
             match &event.what {
@@ -183,10 +193,7 @@ impl Handled {
                     _ => Sent::Change,
                 };
                 self.conversation = next;
-                for event in changes {
-                    self.delivered(event, sent);
-                }
-                Ok(())
+                Ok(sent)
             }
             Err(setback) => {
                 // What was learnt of the chat and of BigChat stays; what the events say is said again next time.
@@ -202,15 +209,12 @@ impl Handled {
     async fn all_messages(
         &mut self,
         context: &Context,
-        messages: &[&Waiting],
+        messages: Vec<Waiting>,
         earliest: Option<Timestamp>,
     ) -> Result<(), Stopped> {
-        let Some(first) = messages
-            .first()
-            .filter(|_| !context.stopping.is_cancelled())
-        else {
+        if messages.is_empty() || context.stopping.is_cancelled() {
             return Ok(());
-        };
+        }
         let Conversation {
             started_at, chat, ..
         } = &self.conversation;
@@ -218,7 +222,7 @@ impl Handled {
         let lost_agent = chat.agent.is_none() && chat.unsure;
         if chat.id.is_none() || started_before || lost_agent {
             match self.change_chat(context, &[], Agent::Known, earliest).await {
-                Ok(()) => {}
+                Ok(_) => {}
                 // What is not to be changed keeps no message from its chat.
                 Err(setback) if setback.is_refusal() && self.conversation.chat.id.is_some() => {
                     let failure = setback.failure();
@@ -231,15 +235,18 @@ impl Handled {
                 }
                 // Refused without a chat, the first one fails; the others try for themselves.
                 Err(setback) if setback.is_refusal() => {
-                    self.done.push(((*first).clone(), Err(setback)));
+                    let first = messages.into_iter().next();
+                    self.done.extend(first.map(|first| (first, Err(setback))));
                     return Ok(());
                 }
-                Err(setback) => return Err(Stopped::at(Some(first))(setback)),
+                Err(setback) => return Err(Stopped::before(&messages, setback)),
             }
         }
-        let chat = self.conversation.chat.id;
-        let sent = self.send_messages(context, messages, first).await;
-        if context.settings.rebuild && self.conversation.chat.id != chat {
+        let Some(chat) = self.conversation.chat.id else {
+            return Ok(());
+        };
+        let sent = self.send_messages(context, chat, messages).await;
+        if context.settings.rebuild && self.conversation.chat.id != Some(chat) {
             // What was sent to the chat that is gone is gone with it, and waits again.
             self.done.retain(|(event, result)| {
                 result.is_err() || !matches!(event.what, What::Message { .. })
@@ -251,19 +258,21 @@ impl Handled {
     async fn send_messages(
         &mut self,
         context: &Context,
-        messages: &[&Waiting],
-        first: &Waiting,
+        chat: Uuid,
+        messages: Vec<Waiting>,
     ) -> Result<(), Stopped> {
         // Before any is sent: what is sent from here on must not be taken for what stood there.
-        let looked_up = message::look_up(context, &mut self.conversation, messages)
+        let looked_up = message::look_up(context, &mut self.conversation, &messages)
             .await
-            .map_err(Stopped::at(Some(first)))?;
-        for event in messages {
+            .map_err(|setback| Stopped::before(&messages, setback))?;
+        let looked_up = looked_up.as_ref();
+        let there = context.our_api.messages_of(chat);
+        for mut event in messages {
             if context.stopping.is_cancelled() {
                 return Ok(());
             }
-            match message::deliver(context, &mut self.conversation, event, looked_up.as_ref()).await
-            {
+            let conversation = &mut self.conversation;
+            match message::deliver(context, conversation, &there, &event, looked_up).await {
                 Ok(writes) => {
                     self.writes += writes;
                     let sent = if writes > 0 {
@@ -273,21 +282,18 @@ impl Handled {
                     };
                     self.delivered(event, sent);
                 }
-                Err(setback) if setback.is_refusal() => {
-                    self.done.push(((*event).clone(), Err(setback)))
-                }
+                Err(setback) if setback.is_refusal() => self.done.push((event, Err(setback))),
                 Err(setback) => {
-                    let mut event = (*event).clone();
                     // Looked up, it is in doubt only if it was sent since.
                     event.attempts.in_doubt &= looked_up.is_none();
-                    return Err(Stopped::at(Some(&event))(setback));
+                    return Err(Stopped::at(event, setback));
                 }
             }
         }
         Ok(())
     }
 
-    fn delivered(&mut self, event: &Waiting, sent: Sent) {
+    fn delivered(&mut self, event: Waiting, sent: Sent) {
         tracing::debug!(
             conversation = self.conversation.bigchat_id,
             event = event.id,
@@ -297,7 +303,7 @@ impl Handled {
             sent = sent.name(),
             "delivered"
         );
-        self.done.push((event.clone(), Ok(sent)));
+        self.done.push((event, Ok(sent)));
     }
 }
 

@@ -26,7 +26,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use thiserror::Error;
@@ -246,7 +246,7 @@ impl Journal {
             .and_then(|operations| operations.send(operation).ok())
             .ok_or(JournalError::Closed)?;
         let answer = answer.await;
-        pulse::goes_on();
+        pulse::goes_on(Instant::now());
         answer.map_err(|_| JournalError::Closed)?
     }
 }

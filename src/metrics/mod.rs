@@ -15,13 +15,14 @@ use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use reqwest::{Method, StatusCode};
+use reqwest::StatusCode;
 
 use crate::conversation::Outcome;
 use crate::event::Kind;
 use crate::health::Service;
 use crate::http::NoAnswer;
 use crate::journal::UNREADABLE;
+use crate::route::Route;
 use crate::summary::Counters;
 
 /// What every name begins with.
@@ -138,7 +139,7 @@ impl ApiRequests {
     /// A request was made, with this answer or none.
     pub(crate) fn made(
         &self,
-        route: &'static str,
+        route: Route,
         answer: Result<StatusCode, &NoAnswer>,
         took: Duration,
     ) {
@@ -150,7 +151,7 @@ impl ApiRequests {
             // Not made at all.
             Err(NoAnswer::Impossible(_) | NoAnswer::Throttled(_)) => return,
         };
-        let api = self.api;
+        let (api, route) = (self.api, route.name());
         self.requests
             .total
             .get_or_create(&RequestLabels { api, route, status })
@@ -193,24 +194,6 @@ fn code(status: StatusCode) -> &'static str {
             5 => "5xx",
             _ => "other",
         },
-    }
-}
-
-/// The route of a request, by its path below the base URL.
-pub(crate) fn route(method: &Method, path: &str) -> &'static str {
-    let path: Vec<&str> = path.trim_matches('/').split('/').take(4).collect();
-    match (method.as_str(), path.as_slice()) {
-        ("GET", ["events"]) => "GET /events",
-        ("GET", ["conversations", _]) => "GET /conversations/{id}",
-        ("GET", ["advisors", _]) => "GET /advisors/{id}",
-        ("GET", ["chats"]) => "GET /chats",
-        ("POST", ["chats"]) => "POST /chats",
-        ("PATCH", ["chats", _]) => "PATCH /chats/{id}",
-        ("GET", ["chats", _, "messages"]) => "GET /chats/{id}/messages",
-        ("POST", ["chats", _, "messages"]) => "POST /chats/{id}/messages",
-        ("GET", ["agents"]) => "GET /agents",
-        ("POST", ["agents"]) => "POST /agents",
-        _ => "other",
     }
 }
 
@@ -458,37 +441,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_request_of_the_contract_has_a_route_and_others_share_one() {
-        for (method, path, expected) in [
-            (Method::GET, "/events", "GET /events"),
-            (Method::GET, "conversations/7", "GET /conversations/{id}"),
-            (Method::GET, "/advisors/7", "GET /advisors/{id}"),
-            (Method::GET, "/chats", "GET /chats"),
-            (Method::POST, "/chats/", "POST /chats"),
-            (Method::PATCH, "/chats/7", "PATCH /chats/{id}"),
-            (Method::GET, "/chats/7/messages", "GET /chats/{id}/messages"),
-            (
-                Method::POST,
-                "/chats/7/messages",
-                "POST /chats/{id}/messages",
-            ),
-            (Method::GET, "/agents", "GET /agents"),
-            (Method::POST, "/agents", "POST /agents"),
-            (Method::DELETE, "/chats/7", "other"),
-            (Method::GET, "/", "other"),
-            (Method::GET, "/chats/7/messages/8/9", "other"),
-        ] {
-            assert_eq!(route(&method, path), expected, "{method} {path}");
-        }
-    }
-
-    #[test]
     fn a_server_that_invents_statuses_makes_no_more_series() {
         let metrics = Metrics::default();
         let requests = metrics.requests_to(Service::OurApi);
         for status in 100..1000 {
             let status = StatusCode::from_u16(status).expect("a status");
-            requests.made("GET /chats", Ok(status), Duration::ZERO);
+            requests.made(Route::Chats, Ok(status), Duration::ZERO);
         }
         let text = metrics.text(&Now::default()).expect("a text");
         let series = text
@@ -504,7 +462,7 @@ mod tests {
         let late = Err(&NoAnswer::Late);
         metrics
             .requests_to(Service::BigChat)
-            .made("GET /events", late, Duration::from_millis(4));
+            .made(Route::Events, late, Duration::from_millis(4));
         let mut now = Now::default();
         now.gauge("waiting_events", "Events that wait", 3.0);
         now.gauges("up", "Up", "api", [("a\"b", 1.0)]);
