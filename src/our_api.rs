@@ -423,7 +423,10 @@ impl OurApi {
             Err(NoAnswer::Impossible(_)) => Trouble::Refused,
             Err(NoAnswer::Lost(_)) => Trouble::Unknown,
             Err(NoAnswer::Late) => Trouble::Late,
-            Ok(answer) => match (trouble(answer.status, &answer.body, target.route), answer.retry_at) {
+            Ok(answer) => match (
+                trouble(answer.status, &answer.body, target.route),
+                answer.retry_at,
+            ) {
                 (_, Some(until)) => Trouble::Throttled {
                     until,
                     in_doubt: answer.status.is_server_error(),
@@ -454,7 +457,11 @@ fn trouble(status: StatusCode, body: &[u8], route: Route) -> Option<Trouble> {
         200..=299 => return None,
         401 | 403 => Trouble::Denied,
         429 => Trouble::NotCarriedOut,
-        404 if matches!(route, Route::ChangeChat | Route::Messages | Route::AddMessage) => {
+        404 if matches!(
+            route,
+            Route::ChangeChat | Route::Messages | Route::AddMessage
+        ) =>
+        {
             Trouble::NoSuchChat
         }
         404 if matches!(route, Route::Chats | Route::Agents) => Trouble::NotOurApi,
@@ -481,9 +488,8 @@ fn json<T: DeserializeOwned>(answer: &Answer) -> Option<T> {
 
 /// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
 fn nothing_else(answer: &Answer) -> Option<()> {
-    let is_object = || {
-        answer.body.trim_ascii_start().starts_with(b"{") && json::<IgnoredAny>(answer).is_some()
-    };
+    let is_object =
+        || answer.body.trim_ascii_start().starts_with(b"{") && json::<IgnoredAny>(answer).is_some();
     (answer.status == StatusCode::NO_CONTENT || is_object()).then_some(())
 }
 

@@ -71,7 +71,16 @@ mod tests {
     fn each_has_the_method_of_its_name_and_takes_an_id_where_there_is_one() {
         use Route::*;
         for route in [
-            Events, Conversation, Advisor, Chats, CreateChat, ChangeChat, Messages, AddMessage, Agents, CreateAgent,
+            Events,
+            Conversation,
+            Advisor,
+            Chats,
+            CreateChat,
+            ChangeChat,
+            Messages,
+            AddMessage,
+            Agents,
+            CreateAgent,
             Description,
         ] {
             let path: Vec<&str> = route.path("7").collect();

@@ -13,27 +13,40 @@ use crate::server::Server;
 use crate::{Scale, row};
 
 /// How many events a conversation has.
-const EVENTS: i64 = 20;
+pub(crate) const EVENTS: i64 = 20;
 
-/// Adds conversations to a journal that it need not be told one by one: `waiting`, or delivered long since. The first is
-/// of this id.
-fn add(db: &Path, first: i64, conversations: i64, waiting: bool) {
+/// How the events of a conversation stand that a journal need not be told one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// They wait.
+    Waiting,
+    /// They are delivered.
+    Delivered,
+    /// They were delivered so long ago that they are dropped.
+    Old,
+}
+
+/// Adds conversations to a journal, the first of which is of this id.
+pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
     let connection = Connection::open(db).expect("a database");
     let each = format!(
         "WITH RECURSIVE conversation(id) AS (VALUES ({first}) UNION ALL SELECT id + 1 FROM conversation WHERE id < {}),
             number(n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM number WHERE n < {EVENTS} - 1)",
         first + conversations - 1
     );
-    let (state, settled, sent, due, chat) = if waiting {
-        ("waiting", "NULL", "NULL", "1", "NULL")
-    } else {
-        (
+    let settled = match before {
+        Before::Waiting => "NULL",
+        Before::Delivered => "unixepoch() * 1000",
+        Before::Old => "unixepoch('now', '-1 year') * 1000",
+    };
+    let (state, sent, due, chat) = match before {
+        Before::Waiting => ("waiting", "NULL", "1", "NULL"),
+        Before::Delivered | Before::Old => (
             "delivered",
-            "unixepoch() * 1000",
             "'message added'",
             "NULL",
             "printf('00000000-0000-4000-8000-%012x', id)",
-        )
+        ),
     };
     connection
         .execute_batch(&format!(
@@ -52,7 +65,8 @@ fn add(db: &Path, first: i64, conversations: i64, waiting: bool) {
         .expect("they are added");
 }
 
-fn journal() -> (TempDir, PathBuf) {
+/// An empty journal.
+pub(crate) fn journal() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().expect("a directory");
     let db = directory.path().join("journal.db");
     drop(Store::open(&db).expect("a database"));
@@ -62,10 +76,10 @@ fn journal() -> (TempDir, PathBuf) {
 pub(crate) fn measure(scale: Scale) {
     let (before, conversations) = (scale.of(5_000_000) / EVENTS, scale.of(2_000));
     let (_small, small) = backlog::waiting(100, usual);
-    add(&small, 1_000_000_000, conversations, true);
+    add(&small, 1_000_000_000, conversations, Before::Waiting);
     let (_large, large) = journal();
-    add(&large, 1, before, false);
-    add(&large, 1_000_000_000, conversations, true);
+    add(&large, 1, before, Before::Delivered);
+    add(&large, 1_000_000_000, conversations, Before::Waiting);
     let server = Server::start(Duration::ZERO);
     let mut ratios = Vec::new();
     for _ in 0..3 {
@@ -100,7 +114,7 @@ pub(crate) fn measure(scale: Scale) {
 pub(crate) fn measure_memory(scale: Scale) {
     let events = scale.of(1_000_000);
     let (_directory, db) = journal();
-    add(&db, 1, events / EVENTS, true);
+    add(&db, 1, events / EVENTS, Before::Waiting);
     for at_once in ["1", "8"] {
         let server = Server::start(Duration::ZERO);
         server.reset(false);

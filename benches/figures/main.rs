@@ -42,14 +42,16 @@ pub(crate) fn row(what: &str, measured: &str, reach: &str) {
 
 type Measure = fn(Scale);
 
-const MEASURES: [(&str, Measure); 10] = [
+const MEASURES: [(&str, Measure); 12] = [
     ("backlog-1", backlog::measure_one),
     ("backlog-8", backlog::measure_eight),
     ("merging", backlog::measure_merging),
+    ("steady", backlog::measure_steady),
     ("journal", journal::measure),
     ("large", large::measure),
     ("memory", large::measure_memory),
     ("prompt", prompt::measure),
+    ("pruning", prompt::measure_pruning),
     ("idle", idle::measure),
     ("slow-api", slow::measure_api),
     ("slow-disk", slow::measure_disk),

@@ -1,42 +1,76 @@
-//! How soon after a page what it tells is on its way.
+//! How soon after a page what it tells is on its way: in a small journal, and while a large one is pruned.
 
+use std::path::Path;
 use std::time::Duration;
+
+use rusqlite::Connection;
 
 use crate::backlog::{START, event};
 use crate::idle::ms;
+use crate::large::{self, Before};
 use crate::process::{daemon, until};
 use crate::server::Server;
 use crate::{Scale, row};
 
+/// The first conversation told of; those that a journal holds before have smaller ids.
+const FIRST: i64 = 1_000_000_000;
+
+/// How many conversations there are. The first event of each begins with a question to BigChat, and is not measured.
+const CONVERSATIONS: i64 = 100;
+
 pub(crate) fn measure(scale: Scale) {
-    let directory = tempfile::tempdir().expect("a directory");
-    let db = directory.path().join("journal.db");
+    let (_directory, db) = large::journal();
+    let times = times(&db, CONVERSATIONS + scale.of(1_000));
+    row(
+        "a page received → the first request of its events, 99th percentile",
+        &told(&times),
+        "≤ 5 ms",
+    );
+}
+
+pub(crate) fn measure_pruning(scale: Scale) {
+    let (_directory, db) = large::journal();
+    let events = scale.of(1_000_000);
+    large::add(&db, 1, events / large::EVENTS, Before::Old);
+    let times = times(&db, CONVERSATIONS + scale.of(300));
+    let left: i64 = Connection::open(&db)
+        .and_then(|connection| {
+            connection.query_row("SELECT count(*) FROM events", [], |row| row.get(0))
+        })
+        .expect("a number");
+    assert!(left > events / 10, "it was pruned before the end: {left}");
+    assert!(left < events, "nothing was pruned");
+    row(
+        &format!("the same while {events} old events are pruned"),
+        &format!("{}; {} pruned", told(&times), events - left),
+        "≤ 5 ms",
+    );
+}
+
+fn told(times: &[Duration]) -> String {
+    let at = |share: usize| ms(times[(times.len() - 1) * share / 100]);
+    format!("{:.1} ms (median {:.1} ms)", at(99), at(50))
+}
+
+/// How long it took for each of so many pages with one message, sorted.
+fn times(db: &Path, pages: i64) -> Vec<Duration> {
     let server = Server::start(Duration::ZERO);
     let since = "2026-11-22T00:00:00Z";
-    let _daemon = daemon(&server, &db, &["--poll-interval", "20ms", "--since", since]);
+    let _daemon = daemon(&server, db, &["--poll-interval", "20ms", "--since", since]);
     let mut times = Vec::new();
-    for number in 0..scale.of(1_000) {
+    for number in 0..pages {
         server.reset(false);
         let data = format!(r#"{{"message":"Message {number}"}}"#);
-        server.tell(&event(number % 100 + 2, "MESSAGE", START + number, &data));
+        let conversation = FIRST + number % CONVERSATIONS;
+        server.tell(&event(conversation, "MESSAGE", START + number, &data));
         until("a request", Duration::from_secs(10), || {
             server.sent().is_some()
         });
-        let (told, sent) = (server.polled(), server.sent());
-        // Those of a conversation that is new begin with a question to BigChat.
-        if number >= 100 || scale == Scale::Quick {
-            times.push(
-                sent.zip(told)
-                    .map(|(sent, told)| sent - told)
-                    .expect("both"),
-            );
+        if number >= CONVERSATIONS {
+            let time = server.sent().zip(server.polled());
+            times.push(time.map(|(sent, told)| sent - told).expect("both"));
         }
     }
     times.sort();
-    let at = |share: usize| ms(times[(times.len() - 1) * share / 100]);
-    row(
-        "a page received → the first request of its events, 99th percentile",
-        &format!("{:.1} ms (median {:.1} ms)", at(99), at(50)),
-        "≤ 5 ms",
-    );
+    times
 }

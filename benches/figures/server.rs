@@ -18,12 +18,6 @@ pub(crate) struct Made {
     pub(crate) body: String,
 }
 
-impl Made {
-    pub(crate) fn is_to_our_api(&self) -> bool {
-        is_to_our_api(&self.target)
-    }
-}
-
 fn is_to_our_api(target: &str) -> bool {
     target.starts_with("/chats") || target.starts_with("/agents")
 }
@@ -38,7 +32,9 @@ struct Seen {
     sent: Option<Instant>,
     /// When BigChat was polled last.
     polled: Option<Instant>,
-    /// What it tells then.
+    /// How often.
+    polls: u64,
+    /// What it tells next.
     news: Option<String>,
 }
 
@@ -120,10 +116,23 @@ impl Server {
         self.shared.seen.lock().expect("no panic").polled
     }
 
-    /// Has BigChat tell this event when it is polled next.
-    pub(crate) fn tell(&self, event: &str) {
-        let page = format!(r#"{{"events":[{event}],"nextPageUrl":null}}"#);
+    /// How often BigChat was polled.
+    pub(crate) fn polls(&self) -> u64 {
+        self.shared.seen.lock().expect("no panic").polls
+    }
+
+    /// Has BigChat tell these events when it is polled next.
+    pub(crate) fn tell(&self, events: &str) {
+        let page = format!(r#"{{"events":[{events}],"nextPageUrl":null}}"#);
         self.shared.seen.lock().expect("no panic").news = Some(page);
+    }
+
+    /// How many of the requests that were noted went to OurAPI.
+    pub(crate) fn made_to_our_api(&self) -> usize {
+        let made = self.made();
+        made.iter()
+            .filter(|made| is_to_our_api(&made.target))
+            .count()
     }
 
     /// The requests that were made, in order.
@@ -192,6 +201,7 @@ impl Shared {
         let mut seen = self.seen.lock().expect("no panic");
         if path == "/events" {
             let news = seen.news.take();
+            seen.polls += 1;
             // A poll with nothing to tell is not one whose page is waited for.
             if news.is_some() || seen.polled.is_none() {
                 seen.polled = Some(now);

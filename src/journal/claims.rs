@@ -582,9 +582,13 @@ fn read_conversation(row: &Row<'_>) -> Result<Conversation> {
 }
 
 fn read_waiting(row: &Row<'_>) -> Result<Waiting> {
-    let (name, data): (String, Option<String>) = (row.get(1)?, row.get(3)?);
-    let kind = written(Kind::from_name(&name), &name)?;
-    let what = What::from_data(kind, data.as_deref())
+    let text = |column| -> Result<Option<&str>> {
+        let value = row.get_ref(column)?.as_str_or_null();
+        value.map_err(|error| JournalError::Corrupt(error.to_string()))
+    };
+    let name = text(1)?.unwrap_or_default();
+    let kind = written(Kind::from_name(name), name)?;
+    let what = What::from_data(kind, text(3)?)
         .map_err(|error| JournalError::Corrupt(error.to_string()))?;
     Ok(Waiting {
         id: row.get(0)?,

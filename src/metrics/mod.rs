@@ -137,12 +137,7 @@ pub struct ApiRequests {
 
 impl ApiRequests {
     /// A request was made, with this answer or none.
-    pub(crate) fn made(
-        &self,
-        route: Route,
-        answer: Result<StatusCode, &NoAnswer>,
-        took: Duration,
-    ) {
+    pub(crate) fn made(&self, route: Route, answer: Result<StatusCode, &NoAnswer>, took: Duration) {
         let status = match answer {
             Ok(status) => code(status),
             Err(NoAnswer::NotSent(_)) => "not_sent",

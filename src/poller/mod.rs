@@ -132,7 +132,7 @@ impl Poller {
                 (Polled::More, _) => Duration::ZERO,
                 _ => {
                     if !self.context.storage.polling.load(Ordering::Relaxed) {
-                        self.prune().await;
+                        self.prune(tick + interval).await;
                     }
                     interval
                 }
@@ -159,7 +159,8 @@ impl Poller {
                 Polled::UpToDate | Polled::Incomplete => break,
             }
         }
-        self.prune().await;
+        self.prune(Instant::now() + self.context.settings.poll_interval)
+            .await;
         polled == Polled::UpToDate
     }
 
@@ -677,7 +678,8 @@ impl Poller {
         Ok(())
     }
 
-    async fn prune(&mut self) {
+    /// Drops old events, and stops for the next poll: the rest of them can wait.
+    async fn prune(&mut self, next_poll: Instant) {
         let (retention, overlap) = (
             self.context.settings.retention,
             self.context.settings.poll_overlap,
@@ -691,6 +693,7 @@ impl Poller {
             match pruned {
                 Ok(pruned)
                     if pruned == PRUNED_AT_ONCE as usize
+                        && Instant::now() < next_poll
                         && !self.context.stopping.is_cancelled() => {}
                 Ok(_) => return,
                 Err(error) => {
