@@ -30,7 +30,7 @@ pub(crate) fn measure(scale: Scale) {
 
 pub(crate) fn measure_pruning(scale: Scale) {
     let (_directory, db) = large::journal();
-    let events = scale.of(1_000_000);
+    let events = scale.of(3_000_000);
     large::add(&db, 1, events / large::EVENTS, Before::Old);
     let times = times(&db, CONVERSATIONS + scale.of(300));
     let left: i64 = Connection::open(&db)
