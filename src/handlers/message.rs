@@ -49,12 +49,12 @@ pub(super) async fn look_up(
     Ok(Some(there))
 }
 
-/// Adds a message to `messages`, those of its conversation's chat, unless it stands there: `looked_up` is what a look-up
-/// just found. Returns how many writes it took.
+/// Adds a message to its conversation's chat, whose `target` it goes to, unless it stands there: `looked_up` is what a
+/// look-up just found. Returns how many writes it took.
 pub(super) async fn deliver(
     context: &Context,
     conversation: &mut Conversation,
-    messages: &Messages,
+    target: &Messages,
     event: &Waiting,
     looked_up: Option<&HashSet<i64>>,
 ) -> Result<u32, Setback> {
@@ -85,7 +85,7 @@ pub(super) async fn deliver(
         text,
         agent_id: author,
     };
-    match context.our_api.add_message(messages, &message).await {
+    match context.our_api.add_message(target, &message).await {
         Ok(()) => Ok(1),
         Err(error) => Err(match error.trouble {
             Trouble::NoSuchChat => chat::missing(context, conversation, error).await,

@@ -266,13 +266,13 @@ impl Handled {
             .await
             .map_err(|setback| Stopped::before(&messages, setback))?;
         let looked_up = looked_up.as_ref();
-        let there = context.our_api.messages_of(chat);
+        let target = context.our_api.messages_of(chat);
         for mut event in messages {
             if context.stopping.is_cancelled() {
                 return Ok(());
             }
             let conversation = &mut self.conversation;
-            match message::deliver(context, conversation, &there, &event, looked_up).await {
+            match message::deliver(context, conversation, &target, &event, looked_up).await {
                 Ok(writes) => {
                     self.writes += writes;
                     let sent = if writes > 0 {

@@ -26,8 +26,8 @@ use crate::time::{Millis, Timestamp};
 /// others waiting.
 const EVENTS_A_CLAIM: u32 = 200;
 
-/// And how many bytes of messages.
-const BYTES_A_CLAIM: usize = 1 << 20;
+/// And how many bytes of messages, or little more: delivery holds the claims of many conversations at once.
+const BYTES_A_CLAIM: usize = 256 << 10;
 
 /// How many of its latest failures are kept with an event.
 const FAILURES_KEPT: u32 = 10;
