@@ -374,16 +374,17 @@ impl Pair {
     fn take_found(&mut self, which: prop::sample::Index) {
         let Some(work) = self.pick(which) else { return };
         for event in &work.events {
-            let plain = self.plain.events[&event.id].clone();
-            if plain.state != State::Waiting {
+            // What a look-up has found may have been pruned meanwhile.
+            let plain = self.plain.events.get(&event.id);
+            let Some(plain) = plain.filter(|plain| plain.state == State::Waiting) else {
                 continue;
-            }
-            let (id, key) = (work.conversation.id, key_of(plain.text));
+            };
+            let (id, key, text) = (work.conversation.id, key_of(plain.text), plain.text);
             let taken = self
                 .store
                 .take_found(id, event.id, &key, self.now())
                 .expect("a look");
-            let left = &mut self.plain.conversation(index(id)).found[usize::from(plain.text)];
+            let left = &mut self.plain.conversation(index(id)).found[usize::from(text)];
             assert_eq!(taken, *left > 0, "whether it was found");
             if taken {
                 *left -= 1;
