@@ -96,6 +96,25 @@ pub struct Waiting {
     pub attempts: Attempts,
 }
 
+impl Waiting {
+    /// How many bytes its message has.
+    pub fn bytes(&self) -> usize {
+        match &self.what {
+            What::Message { text } => text.len(),
+            What::Start | What::End | What::Transfer { .. } => 0,
+        }
+    }
+
+    /// This became of it.
+    pub fn settled(&self, outcome: Outcome) -> Settled {
+        Settled {
+            event: self.id,
+            kind: self.what.kind(),
+            outcome,
+        }
+    }
+}
+
 /// What came of an event's delivery so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attempts {
@@ -163,6 +182,13 @@ pub struct Work {
     pub events: Vec<Waiting>,
     /// Its chat is to be compared with the journal.
     pub check: Option<Check>,
+}
+
+impl Work {
+    /// How many bytes its messages have.
+    pub fn bytes(&self) -> usize {
+        self.events.iter().map(Waiting::bytes).sum()
+    }
 }
 
 /// A comparison of a chat with the journal, as asked for by hand.
@@ -251,17 +277,6 @@ pub struct Settled {
     pub kind: Kind,
     /// What became of it.
     pub outcome: Outcome,
-}
-
-impl Waiting {
-    /// This became of it.
-    pub fn settled(&self, outcome: Outcome) -> Settled {
-        Settled {
-            event: self.id,
-            kind: self.what.kind(),
-            outcome,
-        }
-    }
 }
 
 /// What went wrong, as kept with the event.

@@ -23,7 +23,7 @@ use crate::context::Context;
 use crate::conversation::{Attempts, Conversation, Outcome, Sent, Settlement, Waiting, Work};
 use crate::handlers::{self, Handled, Stopped};
 use crate::health::Service;
-use crate::journal::{Claimable, Claimed, JournalError, STORAGE_PAUSE, Throttles};
+use crate::journal::{Claim, Claimable, Claimed, JournalError, STORAGE_PAUSE, Throttles};
 use crate::log::telling;
 use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
@@ -35,6 +35,9 @@ use self::keep::{Keeping, Kept, ToKeep};
 /// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
 /// a crash leaves little to be looked up.
 const AHEAD: usize = 64;
+
+/// And how many bytes of messages, so that long ones do not fill the memory.
+const BYTES_AHEAD: usize = 2 << 20;
 
 /// How many conversations that are done may wait to be settled together, as long as there is enough to do.
 const TOGETHER: usize = 32;
@@ -267,21 +270,9 @@ impl Delivery {
             Allowance::Full => Vec::new(),
             Allowance::Probe | Allowance::NotBefore(_) => self.ready.drain(..).collect(),
         };
-        let wanted = match allowance {
-            Allowance::Full => self.at_once(allowance) + AHEAD,
-            Allowance::Probe | Allowance::NotBefore(_) => {
-                self.at_once(allowance).saturating_sub(self.in_work.len())
-            }
-        };
         let settlements = Arc::new(std::mem::take(&mut self.settlements));
         self.done_since = None;
-        // Many at a time, or along with settlements: a commit is dear.
-        let room = wanted.saturating_sub(self.ready.len());
-        let room = if room * 2 > wanted || !settlements.is_empty() {
-            room
-        } else {
-            0
-        };
+        let claim = self.claim(allowance, !settlements.is_empty());
         let (throttles, slowest) = (self.context.throttles(), self.slowest_to_keep());
         let differs = slowest > self.slowest * 5 / 4 || slowest < self.slowest / 2;
         if now < self.last_look {
@@ -289,7 +280,6 @@ impl Delivery {
             self.clock_set_back = true;
         }
         self.last_look = now;
-        let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
         let to_keep = ToKeep {
             unbegun,
             abandoned: std::mem::take(&mut self.abandoned),
@@ -298,13 +288,7 @@ impl Delivery {
             clock_set_back: std::mem::take(&mut self.clock_set_back),
             settlements,
             successes: self.successes.count,
-            room,
-            what: if self.only_checks {
-                Claimable::Checks
-            } else {
-                Claimable::All
-            },
-            put_off: put_off.collect(),
+            claim,
             now,
         };
         self.throttles = throttles;
@@ -312,6 +296,32 @@ impl Delivery {
             self.slowest = slowest;
         }
         to_keep
+    }
+
+    /// What is to be claimed now, if anything: many conversations at a time, or along with settlements, since a commit is
+    /// dear.
+    fn claim(&self, allowance: Allowance, settles: bool) -> Option<Claim> {
+        let ahead = match allowance {
+            Allowance::Full => AHEAD,
+            Allowance::Probe | Allowance::NotBefore(_) => 0,
+        };
+        let wanted = (self.at_once(allowance) + ahead).saturating_sub(self.in_work.len());
+        let conversations = wanted.saturating_sub(self.ready.len());
+        let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
+        let is_some = conversations > 0 && bytes > 0;
+        let is_much = conversations * 2 > wanted && bytes * 2 > BYTES_AHEAD;
+        let what = if self.only_checks {
+            Claimable::Checks
+        } else {
+            Claimable::All
+        };
+        let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
+        (is_some && (is_much || settles)).then(|| Claim {
+            what,
+            conversations,
+            bytes,
+            put_off: put_off.collect(),
+        })
     }
 
     /// The journal has kept what it was given, or not all of it. What it has not is not forgotten: it is kept when the
@@ -614,14 +624,7 @@ impl Delivery {
         let kept = self.context.journal.with(move |store| {
             store.note_throttles(throttles)?;
             store.release(&unbegun, Millis::now())?;
-            store.settle_and_claim(
-                &settlements,
-                successes,
-                0,
-                Claimable::Nothing,
-                &HashMap::new(),
-                Millis::now(),
-            )
+            store.settle_and_claim(&settlements, successes, None, Millis::now())
         });
         if let Err(error) = timeout_at(deadline + STORAGE_PAUSE, kept)
             .await

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bigchat_sync::conversation::{Outcome, Sent, Settlement, Work};
-use bigchat_sync::journal::{Claimable, Store};
+use bigchat_sync::journal::{Claim, Claimable, Store};
 use bigchat_sync::time::Millis;
 
 use crate::backlog::{usual, waiting};
@@ -29,16 +29,14 @@ pub(crate) fn measure(scale: Scale) {
     let began = Instant::now();
     loop {
         settled += i64::try_from(settlements.len()).expect("few");
-        let room = AHEAD - claimed.len();
+        let claim = Claim {
+            what: Claimable::All,
+            conversations: AHEAD - claimed.len(),
+            bytes: usize::MAX,
+            put_off: HashMap::new(),
+        };
         let claims = store
-            .settle_and_claim(
-                &settlements,
-                settled,
-                room,
-                Claimable::All,
-                &HashMap::new(),
-                Millis::now(),
-            )
+            .settle_and_claim(&settlements, settled, Some(&claim), Millis::now())
             .expect("it is kept");
         claimed.extend(claims.work);
         settlements = claimed

@@ -1,13 +1,12 @@
 //! What delivery keeps in the journal at a time, in which order, and what of it the journal has not taken.
 
-use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::context::Context;
 use crate::conversation::{Settlement, Work};
-use crate::journal::{Claimable, Claimed, JournalError, Throttles};
+use crate::journal::{Claim, Claimed, JournalError, Throttles};
 use crate::time::Millis;
 
 /// All of it.
@@ -24,10 +23,8 @@ pub(super) struct ToKeep {
     pub(super) clock_set_back: bool,
     pub(super) settlements: Arc<Vec<Settlement>>,
     pub(super) successes: i64,
-    /// How many conversations are claimed along with it.
-    pub(super) room: usize,
-    pub(super) what: Claimable,
-    pub(super) put_off: HashMap<i64, Millis>,
+    /// What is claimed along with it.
+    pub(super) claim: Option<Claim>,
     pub(super) now: Millis,
 }
 
@@ -49,7 +46,7 @@ impl ToKeep {
     }
 
     fn settles_or_claims(&self) -> bool {
-        self.room > 0 || !self.settlements.is_empty()
+        self.claim.is_some() || !self.settlements.is_empty()
     }
 
     /// Keeps it.
@@ -98,12 +95,9 @@ impl ToKeep {
             return Ok(Claimed::default());
         }
         let (settlements, successes) = (Arc::clone(&self.settlements), self.successes);
-        let (room, what) = (self.room, self.what);
-        let put_off = std::mem::take(&mut self.put_off);
+        let claim = self.claim.take();
         let claimed = journal
-            .with(move |store| {
-                store.settle_and_claim(&settlements, successes, room, what, &put_off, now)
-            })
+            .with(move |store| store.settle_and_claim(&settlements, successes, claim.as_ref(), now))
             .await?;
         self.settlements = Arc::default();
         Ok(claimed)

@@ -26,7 +26,7 @@ use crate::time::{Millis, Timestamp};
 /// others waiting.
 const EVENTS_A_CLAIM: u32 = 200;
 
-/// And how many bytes of messages, or little more: delivery holds the claims of many conversations at once.
+/// And how many bytes of messages; the one that exceeds it still belongs to it.
 const BYTES_A_CLAIM: usize = 256 << 10;
 
 /// How many of its latest failures are kept with an event.
@@ -71,12 +71,23 @@ pub struct Throttles {
 /// What may be claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claimable {
-    /// Nothing.
-    Nothing,
     /// Conversations with events that are due first, then chats not seen since OurAPI last lost something, then those to be compared by hand.
     All,
     /// Only chats to be compared by hand.
     Checks,
+}
+
+/// What is to be claimed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// What may be.
+    pub what: Claimable,
+    /// How many conversations at most.
+    pub conversations: usize,
+    /// Up to how many bytes of messages; the conversation that exceeds it still belongs to it.
+    pub bytes: usize,
+    /// The conversations whose chats could not be looked after, and until when others come first.
+    pub put_off: HashMap<i64, Millis>,
 }
 
 /// What was claimed.
@@ -136,16 +147,13 @@ impl Store {
         Ok(session)
     }
 
-    /// Settles what was done and claims at most `at_most` conversations, those that have been due for longest first.
-    /// All in one transaction, so that under load a commit serves many conversations. `put_off`: the conversations whose
-    /// chats could not be looked after, and until when others come first.
+    /// Settles what was done and claims what comes next, those that have been due for longest first. All in one
+    /// transaction, so that under load a commit serves many conversations.
     pub fn settle_and_claim(
         &mut self,
         settlements: &[Settlement],
         successes: i64,
-        at_most: usize,
-        what: Claimable,
-        put_off: &HashMap<i64, Millis>,
+        claim: Option<&Claim>,
         now: Millis,
     ) -> Result<Claimed> {
         let transaction = self.begin()?;
@@ -159,31 +167,10 @@ impl Store {
                 .prepare_cached("UPDATE delivery SET successes = ?1")?
                 .execute([successes])?;
         }
-        let mut work = Vec::new();
-        if at_most > 0 && what == Claimable::All {
-            let mut ids = due(&transaction, at_most, now)?;
-            let room = at_most - ids.len();
-            if room > 0 {
-                ids.extend(unseen(&transaction, room, put_off, now)?);
-            }
-            for id in ids {
-                match claim(&transaction, id) {
-                    Ok(claimed) => work.push(claimed),
-                    Err(JournalError::Corrupt(what)) => {
-                        tracing::error!(row = id, reason = %what, "the database holds what cannot be: left alone");
-                        transaction.execute(
-                            "UPDATE conversations SET due_at = NULL WHERE id = ?1",
-                            [id],
-                        )?;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        let room = at_most.saturating_sub(work.len());
-        if room > 0 && matches!(what, Claimable::All | Claimable::Checks) {
-            work.extend(claim_checks(&transaction, room, now)?);
-        }
+        let work = match claim {
+            Some(claim) => claim_next(&transaction, claim, now)?,
+            None => Vec::new(),
+        };
         let next_due = next_due(&transaction)?;
         if !settlements.is_empty() || !work.is_empty() {
             transaction.commit()?;
@@ -508,7 +495,42 @@ pub(super) fn claim_chat(transaction: &Transaction<'_>, id: i64) -> Result<Conve
     Ok(conversation)
 }
 
-fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
+fn claim_next(transaction: &Transaction<'_>, claim: &Claim, now: Millis) -> Result<Vec<Work>> {
+    let mut work = Vec::new();
+    if claim.what == Claimable::All {
+        let mut ids = due(transaction, claim.conversations, now)?;
+        let room = claim.conversations - ids.len();
+        if room > 0 {
+            ids.extend(unseen(transaction, room, &claim.put_off, now)?);
+        }
+        let mut bytes = 0;
+        for id in ids {
+            if bytes >= claim.bytes {
+                return Ok(work);
+            }
+            match claim_waiting(transaction, id) {
+                Ok(claimed) => {
+                    bytes += claimed.bytes();
+                    work.push(claimed);
+                }
+                Err(JournalError::Corrupt(what)) => {
+                    tracing::error!(row = id, reason = %what, "the database holds what cannot be: left alone");
+                    transaction
+                        .execute("UPDATE conversations SET due_at = NULL WHERE id = ?1", [id])?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    let room = claim.conversations.saturating_sub(work.len());
+    if room > 0 {
+        work.extend(claim_checks(transaction, room, now)?);
+    }
+    Ok(work)
+}
+
+/// Claims a conversation with what waits of it, as much as one claim takes.
+fn claim_waiting(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
     let conversation = conversation(transaction, id)?;
     let mut statement = transaction.prepare_cached(
         "SELECT e.id, e.name, e.event_at, e.data, a.tries, a.counted, a.successes, a.in_doubt
@@ -521,9 +543,7 @@ fn claim(transaction: &Transaction<'_>, id: i64) -> Result<Work> {
         && bytes < BYTES_A_CLAIM
     {
         let event = read_waiting(row)?;
-        if let What::Message { text } = &event.what {
-            bytes += text.len();
-        }
+        bytes += event.bytes();
         events.push(event);
     }
     set_claimed(transaction, id, events.last().map_or(0, |event| event.id))?;
@@ -671,20 +691,22 @@ fn settle(
                 not_before = not_before.max(Some(*next_at));
             }
             Outcome::Failed { attempts, failure } => {
-                transaction
+                let failed = transaction
                     .prepare_cached(
-                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1",
+                        "UPDATE events SET state = 'failed', settled_at = ?2 WHERE id = ?1 AND state = 'waiting'",
                     )?
                     .execute([event, now.0])?;
-                counts.of(kind.name()).failed += 1;
-                note_attempt(transaction, event, attempts, None, failure, now)?;
+                if failed > 0 {
+                    counts.of(kind.name()).failed += 1;
+                    note_attempt(transaction, event, attempts, None, failure, now)?;
+                }
             }
         }
     }
     reschedule(transaction, *id, not_before, now)
 }
 
-/// Notes that events are delivered: the one statement that is carried out for each event.
+/// Notes that events are delivered: the one statement that is carried out for each of them.
 struct Deliveries<'a> {
     statement: CachedStatement<'a>,
     now: Millis,
@@ -710,6 +732,7 @@ impl<'a> Deliveries<'a> {
     }
 }
 
+/// Notes what an event came to, unless somebody has deleted it by hand: that must not keep the others from being settled.
 fn note_attempt(
     transaction: &Transaction<'_>,
     event: i64,
@@ -721,7 +744,7 @@ fn note_attempt(
     transaction
         .prepare_cached(
             "INSERT OR REPLACE INTO attempts (event, tries, counted, next_at, successes, in_doubt, reason, request, response)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+             SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9 WHERE EXISTS (SELECT 1 FROM events WHERE id = ?1)",
         )?
         .execute(params![
             event,
@@ -737,7 +760,7 @@ fn note_attempt(
     transaction
         .prepare_cached(
             "INSERT OR REPLACE INTO failures (event, number, failed_at, reason, request, response)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+             SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE EXISTS (SELECT 1 FROM events WHERE id = ?1)",
         )?
         .execute(params![
             event,

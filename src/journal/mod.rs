@@ -34,7 +34,7 @@ use tokio::sync::oneshot;
 
 use crate::pulse;
 
-pub use claims::{Claimable, Claimed, Session, Throttles};
+pub use claims::{Claim, Claimable, Claimed, Session, Throttles};
 pub use console::{
     Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Wanted, WholeEvent,
 };

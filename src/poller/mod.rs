@@ -23,6 +23,7 @@ use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE
 use crate::log::telling;
 use crate::metrics;
 use crate::resolve::restart::{self, Seen};
+use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
 use pages::Pages;
@@ -159,8 +160,7 @@ impl Poller {
                 Polled::UpToDate | Polled::Incomplete => break,
             }
         }
-        self.prune(Instant::now() + self.context.settings.poll_interval)
-            .await;
+        self.prune(Instant::now()).await;
         polled == Polled::UpToDate
     }
 
@@ -678,12 +678,16 @@ impl Poller {
         Ok(())
     }
 
-    /// Drops old events, and stops for the next poll: the rest of them can wait.
+    /// Drops old events, and stops for the next poll: the rest of them can wait. But a tenth of the interval is theirs:
+    /// slow polls must not let the journal grow.
     async fn prune(&mut self, next_poll: Instant) {
-        let (retention, overlap) = (
-            self.context.settings.retention,
-            self.context.settings.poll_overlap,
-        );
+        let Settings {
+            retention,
+            poll_overlap: overlap,
+            poll_interval,
+            ..
+        } = self.context.settings;
+        let until = next_poll.max(Instant::now() + poll_interval / 10);
         loop {
             let pruned = self
                 .context
@@ -693,7 +697,7 @@ impl Poller {
             match pruned {
                 Ok(pruned)
                     if pruned == PRUNED_AT_ONCE as usize
-                        && Instant::now() < next_poll
+                        && Instant::now() < until
                         && !self.context.stopping.is_cancelled() => {}
                 Ok(_) => return,
                 Err(error) => {

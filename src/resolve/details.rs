@@ -8,6 +8,7 @@ use crate::http::Exchange;
 use crate::journal::KnownAdvisor;
 use crate::resolve::restart::{self, Seen};
 use crate::setback::Setback;
+use crate::time::Timestamp;
 
 /// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
 /// knows nothing any more is left with what its events say.
@@ -40,7 +41,12 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
                 _ => is_same_run(context, conversation.epoch).await?,
             };
             if ours {
-                conversation.started_at = conversation.started_at.or(details.started_at);
+                if conversation.started_at.is_none()
+                    && let Some(started_at) = details.started_at
+                {
+                    keep(context, conversation, started_at, details.advisor).await?;
+                    conversation.started_at = Some(started_at);
+                }
                 conversation.first_advisor = Some(details.advisor);
                 conversation.details = DetailsState::Read;
             } else {
@@ -49,6 +55,21 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
         }
     }
     Ok(())
+}
+
+/// Keeps a start time that no START has told before a chat is created with it: if that is interrupted, and BigChat has
+/// forgotten the conversation by then, the chat is known for its own by nothing else.
+async fn keep(
+    context: &Context,
+    conversation: &Conversation,
+    started_at: Timestamp,
+    advisor: i64,
+) -> Result<(), Setback> {
+    let (epoch, id) = (conversation.epoch, conversation.bigchat_id);
+    let kept = context
+        .journal
+        .with(move |store| store.note_details(epoch, id, started_at, advisor));
+    Ok(kept.await?)
 }
 
 /// What an advisor of a run of BigChat is; asked for once.

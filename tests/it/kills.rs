@@ -11,8 +11,8 @@ use bigchat_sync::time::Timestamp;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::daemon::{agrees, end, message, seconds, sim, transfer};
-use crate::harness::{Bench, side_by_side, until};
+use crate::daemon::{agrees, end, message, scripted, seconds, sim, transfer};
+use crate::harness::{Bench, Process, side_by_side, until};
 
 /// How many kills, if the environment does not say otherwise.
 const KILLS: u32 = 15;
@@ -47,6 +47,59 @@ async fn killed_at_random_moments() {
     agrees(&sim, &bench).await;
     daemon.stop().await;
     assert!(!sim.our_api.stumbled(), "never two requests at once");
+}
+
+/// Killed while many conversations are claimed ahead, and settled together.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_in_the_midst_of_a_backlog() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--our-api-concurrency", "1");
+    let now = seconds(&sim);
+    let told = (10..210).flat_map(|conversation| {
+        sim.bigchat.open(conversation, now - 100, 1);
+        ["hello", "hello", "goodbye"].map(|text| message(conversation, now, text))
+    });
+    sim.bigchat.push_page(told.collect(), NextPage::None);
+    let mut random = StdRng::seed_from_u64(1);
+    let mut interrupted = 0;
+    for _ in 0..12 {
+        let asked = sim.our_api.traffic.total() + random.random_range(1..60);
+        let daemon = bench.spawn();
+        until("requests", async || sim.our_api.traffic.total() >= asked).await;
+        drop(daemon);
+        interrupted = interrupted.max(
+            bench.value("SELECT count(*) FROM conversations WHERE claimed_through IS NOT NULL"),
+        );
+    }
+    assert!(interrupted > 32, "many were claimed: {interrupted}");
+    let daemon = bench.start();
+    agrees(&sim, &bench).await;
+    daemon.stop().await;
+    assert!(!sim.our_api.stumbled(), "never two requests at once");
+}
+
+/// A conversation whose START nobody told is known by its details alone, and BigChat forgets them: what was sent by them
+/// must be known again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
+    for moment in [Moment::Sent, Moment::CarriedOut, Moment::Answered] {
+        let (sim, bench) = scripted(our_api::Options::default()).await;
+        let bench = bench.set("--request-timeout", "60s");
+        let now = seconds(&sim);
+        sim.bigchat.open(10, now - 100, 1);
+        let told = vec![message(10, now - 5, "hello")];
+        sim.bigchat.push_page(told, NextPage::None);
+        let faults = &sim.our_api.faults;
+        faults.script("POST /chats", moment.when(), Fault::Pause, 1);
+        let daemon = bench.spawn();
+        until("it is being created", async || faults.paused() > 0).await;
+        kill_at(moment, daemon, &bench, faults).await;
+        sim.bigchat.restart();
+        let daemon = bench.start();
+        agrees(&sim, &bench).await;
+        daemon.stop().await;
+        assert_eq!(sim.our_api.chats().len(), 1, "{moment:?}");
+    }
 }
 
 /// How far a request has come when the daemon is killed.
@@ -137,12 +190,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
             faults.paused() > 0 || done
         })
         .await;
-        let _held = (moment == Moment::Answered).then(|| hold_database(&bench));
-        if moment == Moment::Answered {
-            faults.go_on();
-            until("an answer", async || faults.paused() == 0).await;
-        }
-        drop(daemon);
+        kill_at(moment, daemon, &bench, faults).await;
         until(&format!("nobody waits: {moment:?} {route}"), async || {
             faults.paused() == 0
         })
@@ -155,6 +203,16 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
     daemon.stop().await;
     let stumbled = sim.our_api.stumbled();
     assert!(!stumbled, "two requests at once: {route}, {moment:?}");
+}
+
+/// Kills the daemon, one request of which waits, once that has come as far as `moment`.
+async fn kill_at(moment: Moment, daemon: Process, bench: &Bench, faults: &Faults) {
+    let _held = (moment == Moment::Answered).then(|| hold_database(bench));
+    if moment == Moment::Answered {
+        faults.go_on();
+        until("an answer", async || faults.paused() == 0).await;
+    }
+    drop(daemon);
 }
 
 impl Moment {

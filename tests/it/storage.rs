@@ -11,6 +11,7 @@ use bigchat_sync::journal::{OpenError, Store};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
+use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 
 use tokio::time::timeout;
@@ -444,4 +445,48 @@ async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() 
     // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
     assert!(is_locked(&bench.db()), "the lock is gone");
     daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
+    let (sim, bench) = with_events().await;
+    bench.execute(
+        "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
+         INSERT INTO events (conversation, name, event_at, data, digest, state, kept_at, settled_at, sent)
+         SELECT 1, 'MESSAGE', n, '{\"message\": \"long ago\"}', n, 'delivered', 1, 1, 'message added' FROM number",
+    );
+    let slow = Fault::Hang(Duration::from_millis(1_200));
+    let faults = &sim.bigchat.faults;
+    faults.script("GET /events", When::Before, slow, u32::MAX);
+    let bench = bench.set("--poll-interval", "1s");
+    let daemon = bench.start();
+    let polls = || sim.bigchat.traffic.count("GET /events");
+    let before = polls();
+    until("they are gone", async || bench.events("delivered") == 50).await;
+    let after = polls() - before;
+    assert!(
+        after < 10,
+        "{after} polls, of which each drops 500 at least"
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
+    let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--request-timeout", "2s");
+    let now = seconds(&sim);
+    let conversations = [10, 11];
+    conversations.map(|conversation| sim.bigchat.open(conversation, now - 100, 1));
+    let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
+    sim.bigchat.push_page(told.to_vec(), NextPage::None);
+    let faults = &sim.our_api.faults;
+    let route = "POST /chats/{id}/messages";
+    faults.script(route, When::Before, Fault::Pause, 1);
+    let daemon = bench.start();
+    until("it is sent", async || faults.paused() > 0).await;
+    bench.execute("DELETE FROM events WHERE id = 1");
+    bench.until_events("delivered", 1).await;
+    daemon.stop().await;
+    assert_eq!(bench.events("waiting"), 0);
 }

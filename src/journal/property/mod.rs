@@ -3,12 +3,13 @@
 
 mod plain;
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use rusqlite::Connection;
 
-use super::{Claimable, Decision, PageToKeep, Progress, Selection, Store, Who};
+use super::{Claim, Claimable, Decision, PageToKeep, Progress, Selection, Store, Who};
 use crate::conversation::{Failure, Outcome, Sent, Settlement, Waiting, Work};
 use crate::dedupe::{Key, Tally};
 use crate::messages::{self, MessageKey};
@@ -297,16 +298,15 @@ impl Pair {
 
     fn settle_and_claim(&mut self, settlements: &[Settlement], at_most: usize) {
         let now = self.now();
+        let claim = Claim {
+            what: Claimable::All,
+            conversations: at_most,
+            bytes: usize::MAX,
+            put_off: HashMap::new(),
+        };
         let claimed = self
             .store
-            .settle_and_claim(
-                settlements,
-                0,
-                at_most,
-                Claimable::All,
-                &std::collections::HashMap::new(),
-                now,
-            )
+            .settle_and_claim(settlements, 0, Some(&claim), now)
             .expect("a claim");
         let expected = self.plain.claim(at_most);
         let work = claimed.work.iter().map(|work| {
