@@ -176,8 +176,8 @@ impl Delivery {
             let now = Millis::now();
             let allowance = self.allowance(now);
             self.begin(allowance);
-            let together = self.settled_in(allowance);
-            if self.keeping.is_none() && self.look && together.is_zero() {
+            let wait = self.settlement_may_wait(allowance);
+            if self.keeping.is_none() && self.look && wait.is_zero() {
                 self.look = false;
                 self.rest = LOOK;
                 let to_keep = self.what_to_keep(allowance, now);
@@ -187,8 +187,8 @@ impl Delivery {
             }
             let rest = match allowance {
                 Allowance::NotBefore(then) => self.rest.min(then.since(now)),
-                Allowance::Full | Allowance::Probe if together.is_zero() => self.rest,
-                Allowance::Full | Allowance::Probe => self.rest.min(together),
+                Allowance::Full | Allowance::Probe if wait.is_zero() => self.rest,
+                Allowance::Full | Allowance::Probe => self.rest.min(wait),
             };
             if until == Until::Done && self.keeping.is_none() && self.in_work.is_empty() {
                 tracing::debug!(wait = ?rest, "nothing more is due");
@@ -251,7 +251,7 @@ impl Delivery {
 
     /// For how long what was done may wait for more, to be settled together: a commit is dear, and nobody waits for it as
     /// long as there is work that was claimed before.
-    fn settled_in(&self, allowance: Allowance) -> Duration {
+    fn settlement_may_wait(&self, allowance: Allowance) -> Duration {
         let may_wait = allowance == Allowance::Full
             && (1..TOGETHER).contains(&self.settlements.len())
             && self.ready.len() * 2 > AHEAD;

@@ -265,6 +265,7 @@ impl Http {
         self.last_exchange().clone()
     }
 
+    /// Counts an exchange, and keeps it as the latest.
     fn note(
         &self,
         target: &Target,
@@ -308,6 +309,7 @@ impl Http {
         let Some(token) = &self.token else {
             return Ok(request);
         };
+        // The builder marks the header as sensitive; without a token it is only a detour.
         RequestBuilder::from_parts(client.clone(), request)
             .bearer_auth(token.expose_secret())
             .build()

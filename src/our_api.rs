@@ -220,9 +220,9 @@ impl Trouble {
 /// What the answer to a reference to an agent that is not there says.
 const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
 
-/// The messages of a chat, as something to add to.
+/// Where messages are added to a chat.
 #[derive(Debug, Clone)]
-pub struct Messages(Target);
+pub struct MessageTarget(Target);
 
 type Result<T> = std::result::Result<T, OurApiError>;
 
@@ -365,13 +365,17 @@ impl OurApi {
     }
 
     /// Where messages are added to a chat: worked out once for all of them.
-    pub fn messages_of(&self, chat: Uuid) -> Messages {
-        Messages(self.of_chat(Route::AddMessage, chat))
+    pub fn message_target(&self, chat: Uuid) -> MessageTarget {
+        MessageTarget(self.of_chat(Route::AddMessage, chat))
     }
 
     /// Adds a message to a chat. The answer does not carry its id.
-    pub async fn add_message(&self, messages: &Messages, message: &NewMessage<'_>) -> Result<()> {
-        self.send(&messages.0, Some(message), nothing_else).await
+    pub async fn add_message(
+        &self,
+        target: &MessageTarget,
+        message: &NewMessage<'_>,
+    ) -> Result<()> {
+        self.send(&target.0, Some(message), nothing_else).await
     }
 
     /// The messages of a chat.

@@ -52,7 +52,9 @@ pub(super) async fn put_right(
     match handled.change_chat(context, &[], Agent::Anew, None).await {
         // What is not to be changed stays as it is, and says so when an event asks for it.
         Err(setback) if setback.is_refusal() => {}
-        changed => drop(changed?),
+        changed => {
+            changed?;
+        }
     }
     let there = handled.conversation.chat.id == before.chat.id;
     let messages = match before.chat.id.filter(|_| there) {

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use crate::context::Context;
 use crate::conversation::{Chat, Conversation, Waiting};
 use crate::event::What;
-use crate::messages::{key, keys};
-use crate::our_api::{Messages, NewMessage, Trouble};
+use crate::messages;
+use crate::our_api::{MessageTarget, NewMessage, Trouble};
 use crate::resolve::chat;
 use crate::setback::Setback;
 use crate::settings::MessageAuthor;
@@ -34,7 +34,7 @@ pub(super) async fn look_up(
         }
         Err(error) => return Err(error.into()),
     };
-    let held = keys(&held);
+    let held = messages::keys(&held);
     let up_to = if found {
         i64::MAX
     } else {
@@ -54,7 +54,7 @@ pub(super) async fn look_up(
 pub(super) async fn deliver(
     context: &Context,
     conversation: &mut Conversation,
-    target: &Messages,
+    target: &MessageTarget,
     event: &Waiting,
     looked_up: Option<&HashSet<i64>>,
 ) -> Result<u32, Setback> {
@@ -65,7 +65,8 @@ pub(super) async fn deliver(
         Some(there) if there.contains(&event.id) => return Ok(0),
         None if conversation.chat.holds_more && context.may_be_there(event.id) => {
             // An earlier look-up in this session may have found it, before BigChat told of it again.
-            let (id, event, key) = (conversation.id, event.id, key(event.at, text));
+            let key = messages::key(event.at, text);
+            let (id, event) = (conversation.id, event.id);
             if context
                 .journal
                 .with(move |store| store.take_found(id, event, &key, Millis::now()))

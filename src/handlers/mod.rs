@@ -88,7 +88,13 @@ impl Handled {
         };
         let (finding, outcome) = match found {
             Ok(finding) => (Some(finding), Ok(())),
-            Err(setback) => (None, Err(Stopped::before(&[], setback))),
+            Err(setback) => (
+                None,
+                Err(Stopped {
+                    at: None,
+                    why: setback,
+                }),
+            ),
         };
         self.finding = Some((check, finding));
         outcome
@@ -102,7 +108,7 @@ impl Handled {
     async fn run(&mut self, context: &Context, events: Vec<Waiting>) -> Result<(), Stopped> {
         let earliest = events.iter().map(|event| event.at).min();
         let chat = &self.conversation.chat;
-        let mut rebuilt = false;
+        let mut found_otherwise = false;
         if chat.seen < context.losses() && (chat.id.is_some() || events.is_empty()) {
             let (losses, before) = (context.losses(), chat.id);
             let finding = check::put_right(context, self, context.settings.rebuild)
@@ -110,14 +116,14 @@ impl Handled {
                 .map_err(|setback| Stopped::before(&events, setback))?;
             self.conversation.chat.seen = losses;
             let replaced = before.is_some() && self.conversation.chat.id != before;
-            rebuilt = replaced || finding.messages > 0;
+            found_otherwise = replaced || finding.messages > 0;
         }
         let (messages, changes): (Vec<Waiting>, Vec<Waiting>) = events
             .into_iter()
             .partition(|event| matches!(event.what, What::Message { .. }));
         self.all_changes(context, changes, earliest).await?;
-        if rebuilt {
-            // Its history waits again and comes first, in order of arrival.
+        if found_otherwise {
+            // What waits is claimed anew: history that waits again comes first, in order of arrival.
             return Ok(());
         }
         self.all_messages(context, messages, earliest).await
@@ -266,7 +272,7 @@ impl Handled {
             .await
             .map_err(|setback| Stopped::before(&messages, setback))?;
         let looked_up = looked_up.as_ref();
-        let target = context.our_api.messages_of(chat);
+        let target = context.our_api.message_target(chat);
         for mut event in messages {
             if context.stopping.is_cancelled() {
                 return Ok(());

@@ -477,7 +477,9 @@ async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
     let bench = bench.set("--request-timeout", "2s");
     let now = seconds(&sim);
     let conversations = [10, 11];
-    conversations.map(|conversation| sim.bigchat.open(conversation, now - 100, 1));
+    for conversation in conversations {
+        sim.bigchat.open(conversation, now - 100, 1);
+    }
     let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
     sim.bigchat.push_page(told.to_vec(), NextPage::None);
     let faults = &sim.our_api.faults;
