@@ -43,7 +43,7 @@ const BYTES_AHEAD: usize = 2 << 20;
 const TOGETHER: usize = 32;
 
 /// And for how long.
-const SETTLED_WITHIN: Duration = Duration::from_millis(20);
+const SETTLED_WITHIN: Duration = Duration::from_millis(100);
 
 /// How often the journal is asked for what is due, if nothing else tells: commands beside the daemon write to it too.
 const LOOK: Duration = Duration::from_secs(1);

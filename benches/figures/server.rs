@@ -27,6 +27,7 @@ struct Seen {
     /// Kept only while somebody wants them.
     made: Option<Vec<Made>>,
     first: Option<Instant>,
+    /// The last to OurAPI: each poll asks BigChat something, when all is delivered too.
     last: Option<Instant>,
     /// The first to OurAPI.
     sent: Option<Instant>,
@@ -100,7 +101,7 @@ impl Server {
         self.shared.count.load(Ordering::SeqCst)
     }
 
-    /// How long it was from the first request to the last.
+    /// How long it was from the first request to the last to OurAPI.
     pub(crate) fn took(&self) -> Duration {
         let seen = self.shared.seen.lock().expect("no panic");
         seen.last.expect("requests") - seen.first.expect("requests")
@@ -216,8 +217,8 @@ impl Shared {
         seen.first.get_or_insert(now);
         if is_to_our_api(path) {
             seen.sent.get_or_insert(now);
+            seen.last = Some(now);
         }
-        seen.last = Some(now);
         if let Some(made) = &mut seen.made {
             made.push(Made {
                 method: method.to_owned(),
