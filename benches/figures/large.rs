@@ -118,12 +118,9 @@ pub(crate) fn measure_memory(scale: Scale) {
     let events = scale.of(1_000_000);
     let (_directory, db) = journal();
     add(&db, 1, events / EVENTS, Before::Waiting);
-    let peaks = peaks(&db);
-    let reach = "≤ 30 MiB";
-    row(
+    tell_peaks(
+        &db,
         &format!("resident memory with {events} waiting, 1 and 8 in flight"),
-        &peaks,
-        reach,
     );
     let events = events / 10;
     let (_directory, db) = journal();
@@ -133,16 +130,14 @@ pub(crate) fn measure_memory(scale: Scale) {
     Connection::open(&db)
         .and_then(|connection| connection.execute_batch(&lengthen))
         .expect("they are long");
-    let peaks = self::peaks(&db);
-    row(
+    tell_peaks(
+        &db,
         &format!("the same with {events} messages of {LONG} bytes"),
-        &peaks,
-        reach,
     );
 }
 
-/// The most memory it takes to deliver the first events that wait, with 1 and 8 requests in flight.
-fn peaks(db: &Path) -> String {
+/// Tells the most memory it takes to deliver the first events that wait, with 1 and 8 requests in flight.
+fn tell_peaks(db: &Path, what: &str) {
     let peak = |at_once| {
         let server = Server::start(Duration::ZERO);
         server.reset(false);
@@ -153,5 +148,6 @@ fn peaks(db: &Path) -> String {
         });
         daemon.peak_kib() as f64 / 1024.0
     };
-    format!("{:.1} and {:.1} MiB", peak("1"), peak("8"))
+    let measured = format!("{:.1} and {:.1} MiB", peak("1"), peak("8"));
+    row(what, &measured, "≤ 30 MiB");
 }

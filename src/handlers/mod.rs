@@ -88,13 +88,7 @@ impl Handled {
         };
         let (finding, outcome) = match found {
             Ok(finding) => (Some(finding), Ok(())),
-            Err(setback) => (
-                None,
-                Err(Stopped {
-                    at: None,
-                    why: setback,
-                }),
-            ),
+            Err(why) => (None, Err(Stopped { at: None, why })),
         };
         self.finding = Some((check, finding));
         outcome

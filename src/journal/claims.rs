@@ -495,6 +495,7 @@ pub(super) fn claim_chat(transaction: &Transaction<'_>, id: i64) -> Result<Conve
     Ok(conversation)
 }
 
+/// Claims what has been due for longest, as much as there is room for.
 fn claim_next(transaction: &Transaction<'_>, claim: &Claim, now: Millis) -> Result<Vec<Work>> {
     let mut work = Vec::new();
     if claim.what == Claimable::All {
@@ -741,7 +742,7 @@ fn note_attempt(
     failure: &Failure,
     now: Millis,
 ) -> Result<()> {
-    transaction
+    let noted = transaction
         .prepare_cached(
             "INSERT OR REPLACE INTO attempts (event, tries, counted, next_at, successes, in_doubt, reason, request, response)
              SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9 WHERE EXISTS (SELECT 1 FROM events WHERE id = ?1)",
@@ -757,10 +758,13 @@ fn note_attempt(
             failure.request,
             failure.response,
         ])?;
+    if noted == 0 {
+        return Ok(());
+    }
     transaction
         .prepare_cached(
             "INSERT OR REPLACE INTO failures (event, number, failed_at, reason, request, response)
-             SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE EXISTS (SELECT 1 FROM events WHERE id = ?1)",
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         )?
         .execute(params![
             event,

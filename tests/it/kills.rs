@@ -53,7 +53,6 @@ async fn killed_at_random_moments() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_in_the_midst_of_a_backlog() {
     let (sim, bench) = scripted(our_api::Options::default()).await;
-    let bench = bench.set("--our-api-concurrency", "1");
     let now = seconds(&sim);
     let told = (10..210).flat_map(|conversation| {
         sim.bigchat.open(conversation, now - 100, 1);
@@ -82,7 +81,7 @@ async fn killed_in_the_midst_of_a_backlog() {
 /// must be known again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
-    for moment in [Moment::Sent, Moment::CarriedOut, Moment::Answered] {
+    for moment in MOMENTS {
         let (sim, bench) = scripted(our_api::Options::default()).await;
         let bench = bench.set("--request-timeout", "60s");
         let now = seconds(&sim);
@@ -113,6 +112,8 @@ enum Moment {
     Answered,
 }
 
+const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
+
 /// Every request there is, and what brings it about where nothing else does.
 const REQUESTS: [(&str, Option<&str>); 10] = [
     ("GET /events", None),
@@ -132,10 +133,9 @@ const REQUESTS: [(&str, Option<&str>); 10] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_at_every_point() {
-    let moments = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
     let points = REQUESTS
         .iter()
-        .flat_map(|request| moments.map(|moment| (*request, moment)));
+        .flat_map(|request| MOMENTS.map(|moment| (*request, moment)));
     side_by_side(points, async |((route, cause), moment)| {
         killed_at(route, cause, moment).await;
     })
