@@ -120,6 +120,7 @@ pub(crate) fn measure_memory(scale: Scale) {
     add(&db, 1, events / EVENTS, Before::Waiting);
     tell_peaks(
         &db,
+        events,
         &format!("resident memory with {events} waiting, 1 and 8 in flight"),
     );
     let events = events / 10;
@@ -132,17 +133,18 @@ pub(crate) fn measure_memory(scale: Scale) {
         .expect("they are long");
     tell_peaks(
         &db,
+        events,
         &format!("the same with {events} messages of {LONG} bytes"),
     );
 }
 
 /// Tells the most memory it takes to deliver the first events that wait, with 1 and 8 requests in flight.
-fn tell_peaks(db: &Path, what: &str) {
+fn tell_peaks(db: &Path, events: i64, what: &str) {
+    let enough = events.unsigned_abs().min(100_000) / 5;
     let peak = |at_once| {
         let server = Server::start(Duration::ZERO);
         server.reset(false);
         let daemon = daemon(&server, db, &["--our-api-concurrency", at_once]);
-        let enough = 20_000;
         until("it delivers", Duration::from_secs(300), || {
             server.count() > enough
         });
