@@ -402,6 +402,7 @@ async fn everything_is_done_with_keys_alone() {
     browser.press("j").await;
     browser.press(ENTER).await;
     browser.until("location.hash === '#/failed/5'").await;
+    browser.until_text(".head h1", "Event 5").await;
     browser.until_text(".head", "Retry").await;
     desk.scene.our_api.calm();
     browser.press("r").await;

@@ -263,13 +263,20 @@ function ask(title, text, yes) {
   byId("ask-title").textContent = title;
   byId("ask-text").textContent = text;
   byId("ask-yes").textContent = yes;
-  const dialog = byId("ask");
-  dialog.returnValue = "";
-  dialog.showModal();
+  byId("ask").showModal();
   return new Promise((resolve) => (asking = resolve));
 }
 
-byId("ask").addEventListener("close", () => asking?.(byId("ask").returnValue === "yes"));
+function answer(yes) {
+  asking?.(yes);
+  asking = null;
+}
+
+// The browser tells of the close only after the dialog has gone. By then a reader may have gone on, even to the next
+// question: the answer counts as soon as it is given.
+byId("ask").addEventListener("submit", (event) => answer(event.submitter?.value === "yes"));
+byId("ask").addEventListener("cancel", () => answer(false));
+byId("ask").addEventListener("close", () => byId("ask").open || answer(false));
 
 let silence;
 
