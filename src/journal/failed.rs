@@ -2,8 +2,8 @@
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::claims::{due_now, limit};
-use super::{Result, Store};
+use super::settlements::due_now;
+use super::{Result, Store, limit};
 use crate::time::{Millis, Timestamp};
 
 /// A failed event, with all that is known of it.

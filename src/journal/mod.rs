@@ -6,6 +6,7 @@
 //! writes does so in one transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
 //! delivery or polling; it keeps what those decided.
 
+mod chats;
 mod claims;
 mod console;
 mod failed;
@@ -16,6 +17,8 @@ mod pages;
 mod property;
 mod rebuild;
 mod schema;
+mod sessions;
+mod settlements;
 mod status;
 
 use std::panic::{self, AssertUnwindSafe};
@@ -34,7 +37,7 @@ use tokio::sync::oneshot;
 
 use crate::pulse;
 
-pub use claims::{Claim, Claimable, Claimed, Session, Throttles};
+pub use claims::{Claim, Claimable, Claimed};
 pub use console::{
     Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Wanted, WholeEvent,
 };
@@ -43,6 +46,7 @@ pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
 pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
 pub use rebuild::{Lacking, RebuildProgress, Scope};
 pub use schema::OpenError;
+pub use sessions::{Session, Throttles};
 pub use status::{Api, DeliveryTimes, Figures, Group, Oldest};
 
 /// Why an operation did not happen.
@@ -260,6 +264,11 @@ impl Drop for Journal {
             tracing::error!("the journal's thread has panicked");
         }
     }
+}
+
+/// How many rows at the most, as SQL takes it.
+fn limit(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
 }
 
 /// A column that must hold what this program wrote there.

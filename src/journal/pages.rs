@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
-use super::claims::wake;
 use super::minutes::{self, Counts};
+use super::settlements::wake;
 use super::{Result, Store, UNREADABLE};
 use crate::bigchat::page_events;
 use crate::dedupe::{Key, Tally};

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use rusqlite::{Connection, Transaction, params};
 
-use super::claims::{claim_chat, limit, messages_of};
-use super::{JournalError, Result, Store, written};
+use super::chats::messages_of;
+use super::claims::claim_chat;
+use super::{JournalError, Result, Store, limit, written};
 use crate::conversation::{ChatFound, Check, Finding, Work};
 use crate::messages::{self, MessageKey};
 use crate::time::Millis;

@@ -8,10 +8,9 @@ mod rows;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
-use super::claims::limit;
 use super::failed::PastDecision;
 use super::minutes::minute;
-use super::{Result, Store, UNREADABLE};
+use super::{Result, Store, UNREADABLE, limit};
 use crate::time::Millis;
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
