@@ -8,6 +8,8 @@
 //! While OurAPI is down, one probe at a time takes the place of every event's own retry.
 
 mod keep;
+mod outcomes;
+mod verdict;
 
 use std::collections::{HashMap, VecDeque};
 use std::future::pending;
@@ -15,22 +17,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::task::{self, JoinError, JoinSet};
+use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::bigchat::BigChatError;
 use crate::context::Context;
-use crate::conversation::{Attempts, Conversation, Outcome, Sent, Settlement, Waiting, Work};
-use crate::handlers::{self, Handled, Stopped};
-use crate::health::Service;
+use crate::conversation::{Settlement, Work};
+use crate::handlers::{self, Handled};
 use crate::journal::{Claim, Claimable, Claimed, JournalError, STORAGE_PAUSE, Throttles};
-use crate::log::telling;
-use crate::our_api::Trouble;
 use crate::retry::{Allowance, Breaker};
-use crate::setback::Setback;
 use crate::time::Millis;
 
 use self::keep::{Keeping, Kept, ToKeep};
+use self::verdict::Successes;
 
 /// How many conversations are claimed ahead of those in work: enough that nobody waits for a commit, few enough that
 /// a crash leaves little to be looked up.
@@ -106,47 +104,9 @@ struct Delivery {
     slowest: Duration,
 }
 
-/// The writes that have succeeded, as far as an event needs to know whether another conversation's has since.
-#[derive(Debug, Clone, Copy)]
-struct Successes {
-    count: i64,
-    /// The conversation of the latest, and the count with it.
-    last: Option<(i64, i64)>,
-    /// The count with the latest of another conversation than that.
-    last_of_another: Option<i64>,
-}
-
-impl Successes {
-    fn note(&mut self, conversation: i64, writes: u32) {
-        if writes == 0 {
-            return;
-        }
-        self.count += i64::from(writes);
-        if let Some((other, count)) = self.last
-            && other != conversation
-        {
-            self.last_of_another = Some(count);
-        }
-        self.last = Some((conversation, self.count));
-    }
-
-    /// Whether a write of another conversation has succeeded since there had been `count` of them.
-    fn another_since(&self, conversation: i64, count: i64) -> bool {
-        let latest = match self.last {
-            Some((other, count)) if other != conversation => Some(count),
-            _ => self.last_of_another,
-        };
-        latest.is_some_and(|latest| latest > count)
-    }
-}
-
 impl Delivery {
     fn new(context: Arc<Context>) -> Self {
-        let successes = Successes {
-            count: context.session.successes,
-            last: None,
-            last_of_another: None,
-        };
+        let successes = Successes::since(context.session.successes);
         let (throttles, slowest) = (context.throttles(), context.session.slowest);
         Self {
             context,
@@ -365,229 +325,6 @@ impl Delivery {
         }
     }
 
-    fn finished(&mut self, handled: Result<(task::Id, Handled), JoinError>) {
-        self.look = true;
-        match handled {
-            Ok((task, handled)) => {
-                self.tasks.remove(&task);
-                self.settle(handled);
-            }
-            Err(error) => {
-                tracing::error!(reason = %error, "a handler has panicked: what it was sending is looked up");
-                self.context.metrics.panicked();
-                self.abandoned.extend(self.tasks.remove(&error.id()));
-            }
-        }
-    }
-
-    fn settle(&mut self, handled: Handled) {
-        let now = Millis::now();
-        let Handled {
-            conversation,
-            done,
-            stopped,
-            writes,
-            finding,
-        } = handled;
-        self.successes.note(conversation.id, writes);
-        self.note_health(
-            &done,
-            stopped.as_ref().map(|stopped| &stopped.why),
-            writes,
-            now,
-        );
-        let mut outcomes = Vec::with_capacity(done.len() + 1);
-        let metrics = &self.context.metrics;
-        for (event, result) in done {
-            let outcome = match result {
-                Ok(sent) => Outcome::Delivered(sent),
-                Err(refusal) => refused(&conversation, &event, &refusal),
-            };
-            metrics.attempted(event.what.kind(), &outcome);
-            outcomes.push(event.settled(outcome));
-        }
-        match stopped {
-            None => {
-                self.unchecked.remove(&conversation.id);
-            }
-            Some(Stopped { at: None, why }) => {
-                let failure = why.failure();
-                telling!(
-                    !self.breaker.is_down(),
-                    conversation = conversation.bigchat_id, chat = conversation.chat.id.map(tracing::field::display),
-                    reason = %failure.reason, request = %failure.request, response = %failure.response,
-                    "its chat could not be checked; it is checked again"
-                );
-                let (tries, again_at) = self.unchecked.entry(conversation.id).or_default();
-                *tries += 1;
-                let policy = self.context.settings.retry();
-                // Half of it is fixed: nobody waits for it as for an event.
-                let fraction = 0.5 + rand::random::<f64>() / 2.0;
-                *again_at = now.plus(policy.backoff(*tries, fraction));
-            }
-            Some(Stopped {
-                at: Some(event),
-                why: Setback::Journal(error),
-            }) => {
-                tracing::error!(
-                    conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
-                    reason = %error, "delivery was cut short by the journal"
-                );
-                // Nothing of it is the event's own.
-                let failure = Setback::Journal(error).failure();
-                let (attempts, next_at) = (event.attempts, now.plus(STORAGE_PAUSE));
-                outcomes.push(event.settled(Outcome::Waiting {
-                    attempts,
-                    next_at,
-                    failure,
-                }));
-            }
-            Some(Stopped {
-                at: Some(event),
-                why,
-            }) => {
-                let verdict = self.verdict(&conversation, &event, &why, now);
-                let metrics = &self.context.metrics;
-                metrics.attempted(event.what.kind(), &verdict);
-                if why.in_doubt() {
-                    metrics.unknown_outcome();
-                }
-                outcomes.push(event.settled(verdict));
-            }
-        }
-        self.done_since.get_or_insert_with(Instant::now);
-        self.settlements.push(Settlement {
-            conversation,
-            outcomes,
-            finding,
-        });
-    }
-
-    /// What a failed attempt means for its event: it waits, or has spent its attempts while others got through.
-    fn verdict(
-        &self,
-        conversation: &Conversation,
-        event: &Waiting,
-        setback: &Setback,
-        now: Millis,
-    ) -> Outcome {
-        let before = event.attempts;
-        let others_got_through = before
-            .successes
-            .is_some_and(|count| self.successes.another_since(conversation.id, count));
-        let counts = others_got_through
-            && match setback {
-                Setback::OurApi { error, .. } => {
-                    !matches!(error.trouble, Trouble::Throttled { .. })
-                }
-                // That OurAPI takes others' writes says nothing of BigChat.
-                Setback::BigChat(BigChatError::Throttled { .. } | BigChatError::Denied(_)) => false,
-                Setback::BigChat(_) => !self.context.bigchat_is_down(),
-                Setback::Journal(_) | Setback::Rebuilding(_) => false,
-            };
-        let attempts = Attempts {
-            tries: before.tries.saturating_add(1),
-            counted: before.counted + u32::from(counts),
-            successes: Some(self.successes.count),
-            in_doubt: before.in_doubt || setback.in_doubt(),
-        };
-        let policy = self.context.settings.retry();
-        let failure = setback.failure();
-        let failed = attempts.counted >= policy.max_attempts;
-        let mut wait = policy.backoff(attempts.tries, rand::random());
-        if setback.in_doubt() {
-            // It may still be on its way: it is not looked for before it can have arrived.
-            let arrives = if setback.is_late() {
-                self.context.settings.request_timeout
-            } else {
-                policy.initial / 2
-            };
-            wait = wait.max(arrives);
-        }
-        // Once when it begins, once when it turns out to be the event's own; of an outage is told as such.
-        let news = attempts.tries == 1 || counts && attempts.counted == 1;
-        telling!(
-            failed || news && !self.is_told_of(setback),
-            conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
-            chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
-            reason = %failure.reason, request = %failure.request, response = %failure.response,
-            "{}", if failed { "failed again while others got through; decide with `bigchat-sync failed`" } else { "not delivered yet; it is tried again" }
-        );
-        if failed {
-            Outcome::Failed { attempts, failure }
-        } else {
-            let asked_until = match setback {
-                Setback::BigChat(_) => self.context.bigchat.http().throttled_until(now),
-                // While OurAPI is to be left alone nothing is begun anyhow.
-                _ => None,
-            };
-            let next_at = now.plus(wait).max(asked_until.unwrap_or_default());
-            Outcome::Waiting {
-                attempts,
-                next_at,
-                failure,
-            }
-        }
-    }
-
-    /// Whether it comes of an outage or a loss, which the log tells of by itself.
-    fn is_told_of(&self, setback: &Setback) -> bool {
-        match setback {
-            Setback::BigChat(_) => self.context.bigchat_is_down(),
-            Setback::Rebuilding(_) => true,
-            _ => self.breaker.is_down(),
-        }
-    }
-
-    fn note_health(
-        &mut self,
-        done: &[(Waiting, Result<Sent, Setback>)],
-        setback: Option<&Setback>,
-        writes: u32,
-        now: Millis,
-    ) {
-        let answers = self.context.our_api.answers();
-        let looked = setback.is_none() && answers > self.answers;
-        self.answers = answers;
-        let answered = looked || writes > 0 || done.iter().any(|(_, result)| result.is_err());
-        let (well, ill) = match setback {
-            Some(Setback::OurApi { error, .. }) if error.trouble.may_be_outage() => {
-                (false, Some(error))
-            }
-            Some(Setback::OurApi { error, .. }) => {
-                (!matches!(error.trouble, Trouble::Throttled { .. }), None)
-            }
-            Some(Setback::Rebuilding(_)) => (true, None),
-            Some(Setback::BigChat(_) | Setback::Journal(_)) | None => (false, None),
-        };
-        let health = self.context.health(Service::OurApi);
-        let since = self.breaker.since();
-        if answered || well {
-            health.well(now);
-            if self.breaker.succeeded() {
-                tracing::info!(%since, "OurAPI is back");
-            }
-        }
-        let Some(error) = ill else { return };
-        if self
-            .breaker
-            .failed(now, &self.context.settings.retry(), rand::random())
-        {
-            tracing::error!(
-                reason = %error.trouble, request = %error.exchange.request, response = %error.exchange.response,
-                url = %self.context.our_api.http().base(),
-                "OurAPI is down; everything waits, and one request at a time tells when it is back"
-            );
-        }
-        if self.breaker.is_down() {
-            health.down(
-                &error.trouble.to_string(),
-                &error.exchange.response,
-                self.breaker.since(),
-            );
-        }
-    }
-
     /// Lets what is in work end within a bound, and keeps what came of it. What does not end stays claimed: its
     /// outcome is unknown, and is looked up at the next start.
     async fn drain(&mut self) {
@@ -635,51 +372,10 @@ impl Delivery {
     }
 }
 
-/// OurAPI will never accept the event.
-fn refused(conversation: &Conversation, event: &Waiting, refusal: &Setback) -> Outcome {
-    let failure = refusal.failure();
-    let attempts = Attempts {
-        tries: event.attempts.tries.saturating_add(1),
-        ..event.attempts
-    };
-    tracing::warn!(
-        conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
-        chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
-        reason = %failure.reason, request = %failure.request, response = %failure.response,
-        "failed for good; decide with `bigchat-sync failed`"
-    );
-    Outcome::Failed { attempts, failure }
-}
-
 /// Waits until it is kept; for ever if there is nothing.
 async fn kept(keeping: &mut Option<Keeping>) -> Kept {
     match keeping {
         Some(keeping) => keeping.await,
         None => pending().await,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_attempt_counts_once_another_conversation_got_through() {
-        let mut successes = Successes {
-            count: 5,
-            last: None,
-            last_of_another: None,
-        };
-        assert!(!successes.another_since(1, 5));
-        successes.note(1, 2);
-        assert!(!successes.another_since(1, 5), "its own do not count");
-        assert!(successes.another_since(2, 5));
-        successes.note(2, 1);
-        assert!(successes.another_since(1, 5));
-        assert!(!successes.another_since(1, 8));
-        assert!(successes.another_since(2, 5), "that of 1 before");
-        assert!(!successes.another_since(2, 7));
-        successes.note(3, 0);
-        assert_eq!(successes.count, 8);
     }
 }
