@@ -5,28 +5,29 @@
 //! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
 //! poller knows nothing of OurAPI.
 
+mod admit;
 mod pages;
+mod read;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::bigchat::{BigChatError, Page, window_query};
+use self::pages::Pages;
+use self::read::Ended;
+use crate::bigchat::{BigChatError, window_query};
 use crate::context::Context;
-use crate::event::Kind;
 use crate::http::Exchange;
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, STORAGE_PAUSE};
+use crate::journal::{JournalError, PageToKeep, STORAGE_PAUSE};
 use crate::log::telling;
 use crate::metrics;
-use crate::resolve::restart::{self, Seen};
+use crate::resolve::restart::{self};
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
-use pages::Pages;
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
 const MAX_PAGES: usize = 200;
@@ -37,20 +38,8 @@ const MAX_BYTES: usize = 8 << 20;
 /// How many answers may tell BigChat's time before the first poll: one that is wrong, and two that agree.
 const CLOCK_TRIES: u32 = 3;
 
-/// How much a poll may hold in memory with the pages that were asked for again: beyond, no more are.
-const MAX_BYTES_AGAIN: usize = 4 * MAX_BYTES;
-
-/// How often a further page is asked for at once if it cannot be had.
-const PAGE_TRIES: u32 = 3;
-
-/// In how many polls the same further page may fail before its window is read again from the beginning.
-const PAGE_FAILURES: u32 = 3;
-
 /// In how many polls at the most a window that is read again may bring nothing new before it counts as read.
 const REREAD: u32 = 100;
-
-/// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
-const UNANSWERED: u32 = 3;
 
 /// How far back the first poll ever reaches, if no `--since` says otherwise.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
@@ -328,356 +317,6 @@ impl Poller {
         Ok((window, None, source.rereading))
     }
 
-    /// Asks for the pages of the window, one after the other, each kept before the next.
-    async fn read(
-        &mut self,
-        pages: &mut Pages,
-        window: Window,
-        first: String,
-    ) -> Result<Ended, PollError> {
-        let mut next = Some(first);
-        let mut bytes = 0;
-        for _ in 0..MAX_PAGES {
-            if bytes > MAX_BYTES || self.context.stopping.is_cancelled() {
-                break;
-            }
-            let Some(query) = next else {
-                return Ok(Ended::Complete);
-            };
-            let page = match self.ask(&query, bytes > 0).await {
-                Ok(page) => page,
-                Err(error) => {
-                    let first = window_query(window.start, window.end);
-                    return self.page_failed(error, query != first);
-                }
-            };
-            self.page_failures = 0;
-            bytes += page.body.len();
-            let now = self.context.bigchat.clock().now().unwrap_or(window.end);
-            let asked_before =
-                |next: &str| next == query || pages.kept.iter().any(|page| page.query == next);
-            next = page.next.filter(|next| {
-                let circle = asked_before(next);
-                if circle {
-                    tracing::warn!(%next, "BigChat's pages go in a circle; the poll is complete");
-                }
-                !circle
-            });
-            let progress = match &next {
-                Some(next) => Progress::Next(next.clone()),
-                None => Progress::Complete(window.end.min(now)),
-            };
-            let kept = PageToKeep {
-                query,
-                again_of: None,
-                served_at: page.date.unwrap_or(now),
-                window: (window.start, window.end),
-                body: page.body,
-                events: page.events,
-                progress,
-            };
-            let kept = self.keep_page(kept).await?;
-            pages.add(&self.context, kept).await?;
-            self.clear_up(pages).await?;
-        }
-        Ok(if next.is_none() {
-            Ended::Complete
-        } else {
-            Ended::Budget
-        })
-    }
-
-    /// Asks for a page. What fails for a moment is asked for again at once if the pages before it are fresh: later
-    /// they may have shifted beyond recognition.
-    async fn ask(&self, query: &str, at_once: bool) -> Result<Page, BigChatError> {
-        let tries = if at_once { PAGE_TRIES } else { 1 };
-        let bigchat = &self.context.bigchat;
-        let answer = self
-            .context
-            .ask_bigchat(tries, || bigchat.events(query))
-            .await;
-        self.context.note_tells_events(answer.is_ok());
-        answer
-    }
-
-    /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
-    fn page_failed(&mut self, error: BigChatError, further: bool) -> Result<Ended, PollError> {
-        if let (false, BigChatError::NotFound(exchange)) = (further, &error) {
-            let answer = Err(BigChatError::NotBigChat(exchange.clone()));
-            self.context.bigchat_answered(&answer);
-            return answer.map_err(Into::into);
-        }
-        if is_outage(&error) {
-            return Err(error.into());
-        }
-        self.page_failures += 1;
-        if further && (is_gone(&error) || self.page_failures >= PAGE_FAILURES) {
-            let Exchange {
-                request, response, ..
-            } = error.exchange();
-            tracing::warn!(
-                reason = error.headline(),
-                request,
-                response,
-                "the next page cannot be had: the window is read again from its beginning"
-            );
-            self.page_failures = 0;
-            return Ok(Ended::Stuck);
-        }
-        Err(error.into())
-    }
-
-    /// Where an equal message on two pages may be one or two: asks for the earlier page again.
-    async fn clear_up(&mut self, pages: &mut Pages) -> Result<(), PollError> {
-        while let Some(number) = pages.tally.unclear()
-            && !self.context.stopping.is_cancelled()
-        {
-            if pages.bytes() > MAX_BYTES_AGAIN {
-                tracing::warn!(
-                    "pages that were asked for again are too large: equal messages on two pages count as two, unless they stand where the two meet"
-                );
-                pages.give_up(number);
-                continue;
-            }
-            // While it is certain which run told the pages so far.
-            self.look(pages).await?;
-            let Some(earlier) = pages.page(number) else {
-                return Ok(());
-            };
-            let (id, query, window_start) =
-                (earlier.id, earlier.query.clone(), earlier.window_start);
-            tracing::debug!(%query, "an equal message came on a later page; the earlier one is asked for again");
-            let page = match self.ask(&query, true).await {
-                Ok(page) => page,
-                // Nothing is wrong with the page while BigChat answers nothing at all.
-                Err(error) if is_outage(&error) || self.context.bigchat_is_down() => {
-                    return Err(error.into());
-                }
-                Err(error) => {
-                    self.page_failures += 1;
-                    if !is_gone(&error) && self.page_failures < PAGE_FAILURES {
-                        return Err(error.into());
-                    }
-                    let Exchange {
-                        request, response, ..
-                    } = error.exchange();
-                    tracing::warn!(
-                        reason = error.headline(),
-                        request,
-                        response,
-                        "an earlier page cannot be had again: equal messages on it and a later one count as two, unless they stand where the two meet"
-                    );
-                    self.page_failures = 0;
-                    pages.give_up(number);
-                    continue;
-                }
-            };
-            let served_at = page.date.unwrap_or(earlier.served_at);
-            let (earlier, strange) = (earlier.clone(), !pages.has_some_of(number, &page));
-            let kept = PageToKeep {
-                query,
-                again_of: Some(id),
-                served_at,
-                window: (window_start, window_start),
-                body: page.body,
-                events: page.events,
-                progress: Progress::Unchanged,
-            };
-            let mut kept = self.keep_page(kept).await?;
-            let gone = strange && self.is_of_before(&earlier).await?;
-            if gone {
-                // It is a page like any other.
-                kept.again_of = None;
-            }
-            pages.add(&self.context, kept).await?;
-            if gone {
-                tracing::warn!(
-                    "BigChat has restarted in the middle of a poll: its earlier pages cannot be had again"
-                );
-                pages.give_up(number);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether BigChat has restarted since it told a page.
-    async fn is_of_before(&self, page: &KeptPage) -> Result<bool, PollError> {
-        if restart::look(&self.context).await? == Seen::Unanswered {
-            return Err(PollError::Unanswered);
-        }
-        let present = self.context.run().await?;
-        let told_by = restart::run_of(&self.context, page).await?;
-        Ok(told_by.is_some_and(|epoch| epoch < present))
-    }
-
-    /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
-    async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
-        let seen = restart::look(&self.context).await?;
-        if seen == Seen::Same {
-            let present = self.context.run().await?;
-            let kept = pages.kept.iter_mut();
-            for page in kept.filter(|page| page.kept_in == present) {
-                page.told_by = Some(present);
-            }
-        }
-        Ok(seen)
-    }
-
-    async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
-        let page = Arc::new(page);
-        self.unkept = Some(Arc::clone(&page));
-        let (id, kept_in) = self.keep().await?.unwrap_or_default();
-        tracing::debug!(events = page.events, query = %page.query, "a page was kept");
-        let PageToKeep {
-            query,
-            again_of,
-            served_at,
-            window,
-            body,
-            ..
-        } = Arc::unwrap_or_clone(page);
-        Ok(KeptPage {
-            id,
-            query,
-            again_of,
-            served_at,
-            window_start: window.0,
-            body,
-            admitted: false,
-            kept_in,
-            told_by: None,
-        })
-    }
-
-    /// Keeps the page that came last, if it is not kept yet.
-    async fn keep(&mut self) -> Result<Option<(i64, i64)>, JournalError> {
-        let Some(page) = self.unkept.clone() else {
-            return Ok(None);
-        };
-        let kept = self
-            .context
-            .journal
-            .with(move |store| store.keep_page(&page))
-            .await?;
-        self.unkept = None;
-        Ok(Some(kept))
-    }
-
-    /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
-    /// Returns how many were new. Where it is unclear how many there are, the pages stay kept until it is known.
-    async fn admit(&mut self, pages: &mut Pages) -> Result<usize, PollError> {
-        self.look_for_restart(pages).await?;
-        if pages.kept.is_empty() || pages.tally.unclear().is_some() {
-            return Ok(0);
-        }
-        let mut admitting = Vec::new();
-        for page in pages.kept.iter().filter(|page| !page.admitted) {
-            let before_start = self
-                .started_at
-                .is_none_or(|started_at| page.window_start < started_at);
-            admitting.push((page.clone(), self.run_of(page).await?, before_start));
-        }
-        let tally = Arc::new(std::mem::take(&mut pages.tally));
-        let (told, mark) = (Arc::clone(&tally), self.context.look_up_mark());
-        // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
-        let all = self
-            .context
-            .journal
-            .with(move |store| {
-                let mut all = Vec::new();
-                for (page, epoch, before_start) in admitting {
-                    let admitted = store.admit(&page, epoch, &told, Millis::now())?;
-                    if before_start {
-                        // Before anybody can take these events on.
-                        mark.fetch_max(admitted.last_event, Ordering::Relaxed);
-                    }
-                    all.push((admitted, page.query));
-                }
-                Ok(all)
-            })
-            .await?;
-        pages.kept.iter_mut().for_each(|page| page.admitted = true);
-        for (admitted, query) in &all {
-            for (kind, count) in &admitted.told {
-                self.context.metrics.told(kind, *count);
-            }
-            if admitted.unreadable > 0 {
-                tracing::warn!(
-                    events = admitted.unreadable, %query,
-                    "events that cannot be understood; see `bigchat-sync failed`"
-                );
-            }
-            if admitted.new > 0 {
-                tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
-                self.context.work.notify_one();
-                // Its claims come first; what the poll still has to keep can wait.
-                yield_now().await;
-            }
-        }
-        pages.tally = Arc::into_inner(tally).unwrap_or_default();
-        let new = all.iter().map(|(admitted, _)| admitted.new).sum();
-        Ok(new)
-    }
-
-    /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
-    /// while.
-    async fn run_of(&mut self, page: &KeptPage) -> Result<i64, PollError> {
-        if let Some(epoch) = restart::run_of(&self.context, page).await? {
-            self.undecided = 0;
-            return Ok(epoch);
-        }
-        self.undecided += 1;
-        if self.undecided < UNANSWERED {
-            return Err(PollError::Unanswered);
-        }
-        let served_at = page.served_at;
-        let by_time = self
-            .context
-            .journal
-            .with(move |store| store.epoch_at(served_at));
-        Ok(by_time.await?.0)
-    }
-
-    /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat
-    /// gives no answer to that, its pages stay kept until it does, for a while.
-    async fn look_for_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
-        let seen = self.look(pages).await?;
-        let mut starts = Vec::new();
-        if matches!(seen, Seen::Unknown | Seen::Unanswered) {
-            for page in pages.kept.iter().filter(|page| !page.admitted) {
-                let events = page
-                    .events()
-                    .into_iter()
-                    .filter(|event| event.kind == Kind::Start);
-                starts.extend(events.map(|event| (event, page.served_at)));
-            }
-        }
-        for (event, served_at) in starts {
-            let (epoch, known) = self
-                .context
-                .journal
-                .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
-                .await?;
-            if known.is_some_and(|known| known != event.at) {
-                restart::begin(&self.context, epoch, event.at.min(served_at)).await?;
-                self.unanswered = 0;
-                return Ok(());
-            }
-        }
-        if seen != Seen::Unanswered || !pages.are_new() {
-            self.unanswered = 0;
-            return Ok(());
-        }
-        self.unanswered += 1;
-        if self.unanswered < UNANSWERED {
-            return Err(PollError::Unanswered);
-        }
-        tracing::warn!(
-            "BigChat does not tell whether it has restarted; it is taken to be the same"
-        );
-        Ok(())
-    }
-
     /// Drops old events, and stops for the next poll: the rest of them can wait. But a tenth of the interval is theirs:
     /// slow polls must not let the journal grow.
     async fn prune(&mut self, next_poll: Instant) {
@@ -707,27 +346,4 @@ impl Poller {
             }
         }
     }
-}
-
-/// Whether it is not the page's own fault.
-fn is_outage(error: &BigChatError) -> bool {
-    matches!(
-        error,
-        BigChatError::Throttled { .. } | BigChatError::Denied(_)
-    )
-}
-
-/// Whether it is no use in asking for that page again.
-fn is_gone(error: &BigChatError) -> bool {
-    matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_))
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
-    /// With the last page.
-    Complete,
-    /// With the last page that one poll asks for.
-    Budget,
-    /// With a page that cannot be had.
-    Stuck,
 }

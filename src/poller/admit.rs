@@ -1,0 +1,156 @@
+//! Admission: the events of the pages that were kept go to the journal, once it is known which run of BigChat told them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::task::yield_now;
+
+use super::pages::Pages;
+use super::{PollError, Poller};
+use crate::event::Kind;
+use crate::journal::{JournalError, KeptPage};
+use crate::resolve::restart::{self, Seen};
+use crate::time::Millis;
+
+/// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
+const UNANSWERED: u32 = 3;
+
+impl Poller {
+    /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
+    /// Returns how many were new. Where it is unclear how many there are, the pages stay kept until it is known.
+    pub(super) async fn admit(&mut self, pages: &mut Pages) -> Result<usize, PollError> {
+        self.look_for_restart(pages).await?;
+        if pages.kept.is_empty() || pages.tally.unclear().is_some() {
+            return Ok(0);
+        }
+        let mut admitting = Vec::new();
+        for page in pages.kept.iter().filter(|page| !page.admitted) {
+            let before_start = self
+                .started_at
+                .is_none_or(|started_at| page.window_start < started_at);
+            admitting.push((page.clone(), self.run_of(page).await?, before_start));
+        }
+        let tally = Arc::new(std::mem::take(&mut pages.tally));
+        let (told, mark) = (Arc::clone(&tally), self.context.look_up_mark());
+        // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
+        let all = self
+            .context
+            .journal
+            .with(move |store| {
+                let mut all = Vec::new();
+                for (page, epoch, before_start) in admitting {
+                    let admitted = store.admit(&page, epoch, &told, Millis::now())?;
+                    if before_start {
+                        // Before anybody can take these events on.
+                        mark.fetch_max(admitted.last_event, Ordering::Relaxed);
+                    }
+                    all.push((admitted, page.query));
+                }
+                Ok(all)
+            })
+            .await?;
+        pages.kept.iter_mut().for_each(|page| page.admitted = true);
+        for (admitted, query) in &all {
+            for (kind, count) in &admitted.told {
+                self.context.metrics.told(kind, *count);
+            }
+            if admitted.unreadable > 0 {
+                tracing::warn!(
+                    events = admitted.unreadable, %query,
+                    "events that cannot be understood; see `bigchat-sync failed`"
+                );
+            }
+            if admitted.new > 0 {
+                tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
+                self.context.work.notify_one();
+                // Its claims come first; what the poll still has to keep can wait.
+                yield_now().await;
+            }
+        }
+        pages.tally = Arc::into_inner(tally).unwrap_or_default();
+        let new = all.iter().map(|(admitted, _)| admitted.new).sum();
+        Ok(new)
+    }
+
+    /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
+    /// while.
+    async fn run_of(&mut self, page: &KeptPage) -> Result<i64, PollError> {
+        if let Some(epoch) = restart::run_of(&self.context, page).await? {
+            self.undecided = 0;
+            return Ok(epoch);
+        }
+        self.undecided += 1;
+        if self.undecided < UNANSWERED {
+            return Err(PollError::Unanswered);
+        }
+        let served_at = page.served_at;
+        let by_time = self
+            .context
+            .journal
+            .with(move |store| store.epoch_at(served_at));
+        Ok(by_time.await?.0)
+    }
+
+    /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat
+    /// gives no answer to that, its pages stay kept until it does, for a while.
+    async fn look_for_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
+        let seen = self.look(pages).await?;
+        let mut starts = Vec::new();
+        if matches!(seen, Seen::Unknown | Seen::Unanswered) {
+            for page in pages.kept.iter().filter(|page| !page.admitted) {
+                let events = page
+                    .events()
+                    .into_iter()
+                    .filter(|event| event.kind == Kind::Start);
+                starts.extend(events.map(|event| (event, page.served_at)));
+            }
+        }
+        for (event, served_at) in starts {
+            let (epoch, known) = self
+                .context
+                .journal
+                .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
+                .await?;
+            if known.is_some_and(|known| known != event.at) {
+                restart::begin(&self.context, epoch, event.at.min(served_at)).await?;
+                self.unanswered = 0;
+                return Ok(());
+            }
+        }
+        if seen != Seen::Unanswered || !pages.are_new() {
+            self.unanswered = 0;
+            return Ok(());
+        }
+        self.unanswered += 1;
+        if self.unanswered < UNANSWERED {
+            return Err(PollError::Unanswered);
+        }
+        tracing::warn!(
+            "BigChat does not tell whether it has restarted; it is taken to be the same"
+        );
+        Ok(())
+    }
+
+    /// Whether BigChat has restarted since it told a page.
+    pub(super) async fn is_of_before(&self, page: &KeptPage) -> Result<bool, PollError> {
+        if restart::look(&self.context).await? == Seen::Unanswered {
+            return Err(PollError::Unanswered);
+        }
+        let present = self.context.run().await?;
+        let told_by = restart::run_of(&self.context, page).await?;
+        Ok(told_by.is_some_and(|epoch| epoch < present))
+    }
+
+    /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
+    pub(super) async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
+        let seen = restart::look(&self.context).await?;
+        if seen == Seen::Same {
+            let present = self.context.run().await?;
+            let kept = pages.kept.iter_mut();
+            for page in kept.filter(|page| page.kept_in == present) {
+                page.told_by = Some(present);
+            }
+        }
+        Ok(seen)
+    }
+}
