@@ -127,7 +127,8 @@ impl Store {
         schema::size(path)
     }
 
-    /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first.
+    /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first, unless
+    /// a daemon works on it.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
         let store = Self::open_beside(path)?;
         store

@@ -54,6 +54,11 @@ pub enum OpenError {
         /// The latest version this program knows.
         known: usize,
     },
+    /// Written by an earlier version of this program, which still works on it.
+    #[error(
+        "an older bigchat-sync works on {0}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one"
+    )]
+    Older(PathBuf),
     /// There is none, for a command that does not make one.
     #[error("there is no database {0}; name the daemon's with --db")]
     Missing(PathBuf),
@@ -219,7 +224,8 @@ impl Drop for Opened {
     }
 }
 
-/// Opens the database at `path`; creates and upgrades it if `create`.
+/// Opens the database at `path`, and makes it if `create`: whoever asks for that holds the lock. It is brought up to date,
+/// unless an older daemon works on it.
 pub(super) fn open(path: &Path, create: bool) -> Result<(Connection, Opened), OpenError> {
     // One after the other: what one looks into no other has just opened.
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,7 +233,7 @@ pub(super) fn open(path: &Path, create: bool) -> Result<(Connection, Opened), Op
     if !is_open {
         look_into(path, create)?;
     }
-    let connection = open_as_ours(path)?;
+    let connection = open_as_ours(path, create)?;
     let file = Identity::of(path)?;
     opened.push(file.clone());
     Ok((connection, Opened(file)))
@@ -246,11 +252,15 @@ fn look_into(path: &Path, create: bool) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn open_as_ours(path: &Path) -> Result<Connection, OpenError> {
+fn open_as_ours(path: &Path, locked: bool) -> Result<Connection, OpenError> {
     let mut connection = connect(path).map_err(|source| sqlite(path, source))?;
     let found = version(&connection).map_err(|source| sqlite(path, source))?;
     match usize::try_from(found) {
         Ok(found) if found <= MIGRATIONS.len() => {
+            let _lock = match found < MIGRATIONS.len() && !locked {
+                true => Some(lock_to_upgrade(path)?),
+                false => None,
+            };
             upgrade(&mut connection, found).map_err(|source| sqlite(path, source))?;
             Ok(connection)
         }
@@ -260,6 +270,14 @@ fn open_as_ours(path: &Path) -> Result<Connection, OpenError> {
             known: MIGRATIONS.len(),
         }),
     }
+}
+
+/// Keeps daemons away while the tables change, for a command that is no daemon itself.
+fn lock_to_upgrade(path: &Path) -> Result<InstanceLock, OpenError> {
+    InstanceLock::take(path).map_err(|error| match error {
+        OpenError::InUse(path) => OpenError::Older(path),
+        error => error,
+    })
 }
 
 pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
@@ -509,6 +527,27 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_an_older_daemon_works_on_is_left_as_it_is() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        let old = connect(&path).expect("a database");
+        let newest = i64::try_from(MIGRATIONS.len()).expect("a few");
+        for migration in &MIGRATIONS[..MIGRATIONS.len() - 1] {
+            old.execute_batch(migration).expect("a schema");
+        }
+        old.pragma_update(None, "user_version", newest - 1)
+            .expect("a version");
+        let daemon = InstanceLock::take(&path).expect("the lock");
+        let refused = open(&path, false).map(drop);
+        assert!(matches!(refused, Err(OpenError::Older(_))), "{refused:?}");
+        assert_eq!(version(&old).ok(), Some(newest - 1));
+        drop(daemon);
+        let _opened = open(&path, false).expect("nobody works on it");
+        assert_eq!(version(&old).ok(), Some(newest));
+        InstanceLock::take(&path).expect("the command lets go of it");
     }
 
     #[test]
