@@ -30,6 +30,7 @@ pub(crate) fn measure(scale: Scale) {
     loop {
         settled += i64::try_from(settlements.len()).expect("few");
         let claim = Claim {
+            probes: false,
             what: Claimable::All,
             conversations: AHEAD - claimed.len(),
             bytes: usize::MAX,

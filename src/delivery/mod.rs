@@ -278,6 +278,7 @@ impl Delivery {
         let put_off = self.unchecked.iter().map(|(id, (_, until))| (*id, *until));
         (is_some && (is_much || settles)).then(|| Claim {
             what,
+            probes: allowance == Allowance::Probe,
             conversations,
             bytes,
             put_off: put_off.collect(),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use rusqlite::{Connection, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::knowledge::uuid;
 use super::minutes::Counts;
@@ -40,6 +40,9 @@ pub enum Claimable {
 pub struct Claim {
     /// What may be.
     pub what: Claimable,
+    /// Whether it is only to tell whether OurAPI is back: what has not failed yet comes first, so that what always fails keeps
+    /// nobody else from being tried.
+    pub probes: bool,
     /// How many conversations at most.
     pub conversations: usize,
     /// Up to how many bytes of messages; the conversation that exceeds it still belongs to it.
@@ -150,6 +153,20 @@ pub(super) fn abandon(
     Ok(())
 }
 
+/// The conversation of which nothing that waits has failed yet and that has been due for longest. Few have failed: those
+/// that were tried since OurAPI is down, and those that always fail.
+fn untried(connection: &Connection, now: Millis) -> Result<Option<i64>> {
+    Ok(connection
+        .prepare_cached(
+            "SELECT id FROM conversations c WHERE due_at <= ?1 AND NOT EXISTS (
+                SELECT 1 FROM events e JOIN attempts a ON a.event = e.id
+                WHERE e.conversation = c.id AND e.state = 'waiting' AND a.tries > 0)
+             ORDER BY due_at, id LIMIT 1",
+        )?
+        .query_row([now.0], |row| row.get(0))
+        .optional()?)
+}
+
 fn due(connection: &Connection, at_most: usize, now: Millis) -> Result<Vec<i64>> {
     let mut statement = connection.prepare_cached(
         "SELECT id FROM conversations WHERE due_at <= ?1 ORDER BY due_at, id LIMIT ?2",
@@ -218,7 +235,14 @@ pub(super) fn claim_chat(transaction: &Transaction<'_>, id: i64) -> Result<Conve
 fn claim_next(transaction: &Transaction<'_>, claim: &Claim, now: Millis) -> Result<Vec<Work>> {
     let mut work = Vec::new();
     if claim.what == Claimable::All {
-        let mut ids = due(transaction, claim.conversations, now)?;
+        let untried = match claim.probes {
+            true => untried(transaction, now)?,
+            false => None,
+        };
+        let mut ids = match untried {
+            Some(id) => vec![id],
+            None => due(transaction, claim.conversations, now)?,
+        };
         let room = claim.conversations - ids.len();
         if room > 0 {
             ids.extend(unseen(transaction, room, &claim.put_off, now)?);
@@ -236,7 +260,7 @@ fn claim_next(transaction: &Transaction<'_>, claim: &Claim, now: Millis) -> Resu
                 Err(JournalError::Corrupt(what)) => {
                     tracing::error!(row = id, reason = %what, "the database holds what cannot be: left alone");
                     transaction
-                        .execute("UPDATE conversations SET due_at = NULL WHERE id = ?1", [id])?;
+                        .execute("UPDATE conversations SET due_at = NULL, chat_seen = (SELECT losses FROM delivery) WHERE id = ?1", [id])?;
                 }
                 Err(error) => return Err(error),
             }

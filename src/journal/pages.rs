@@ -382,6 +382,9 @@ impl Store {
             "DELETE FROM events WHERE id IN (
                 SELECT id FROM events
                 WHERE state IN ('delivered', 'discarded') AND settled_at < ?1 AND event_at < ?2
+                    AND NOT EXISTS (
+                        SELECT 1 FROM events twin WHERE twin.conversation = events.conversation
+                            AND twin.digest = events.digest AND twin.state IN ('waiting', 'failed'))
                 ORDER BY settled_at LIMIT ?3)",
             params![
                 now.minus(retention).0,

@@ -5,6 +5,7 @@ use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
 
 use crate::daemon::{end, message, scripted, seconds, transfer};
+use crate::fakes::{self, Scene, status};
 use crate::harness::until;
 
 #[tokio::test]
@@ -86,4 +87,39 @@ async fn what_waits_for_bigchat_is_not_tried_without_pause() {
         "{} tries in a second",
         bench.value::<i64>(tries)
     );
+}
+
+#[tokio::test]
+async fn what_always_fails_in_many_conversations_is_not_tried_before_what_never_failed() {
+    let scene = Scene::new()
+        .await
+        .set("--retry-initial", "300ms")
+        .set("--retry-max", "300ms");
+    let daemon = scene.bench.start();
+    scene.delivers([fakes::start(43, 1)]).await;
+    let poisoned = 100..120;
+    let started = poisoned.clone().map(|id| fakes::start(id, 2));
+    scene.delivers(started.collect::<Vec<_>>()).await;
+    let refused = "POST /chats/*/messages*poison";
+    scene.our_api.upset(refused, status(500).always());
+    let told = poisoned.map(|id| fakes::message(id, 4, "poison"));
+    scene.bigchat.tells(told.collect::<Vec<_>>());
+    // Each of them is due again by the time that it could be its turn: OurAPI counts as down.
+    until("each has failed", async || {
+        scene.our_api.count(refused) >= 40
+    })
+    .await;
+    scene.bigchat.tells([fakes::message(43, 5, "well")]);
+    until("it is kept", async || {
+        scene.bench.events("waiting") == 21 || !scene.our_api.messages().is_empty()
+    })
+    .await;
+    let before = scene.our_api.count(refused);
+    until("it gets through", async || {
+        scene.our_api.messages() == ["well"]
+    })
+    .await;
+    let tried = scene.our_api.count(refused) - before;
+    daemon.stop().await;
+    assert!(tried <= 3, "{tried} probes went to what has always failed");
 }

@@ -240,9 +240,14 @@ impl Pair {
                     .prune(retention, Duration::ZERO, now, 100)
                     .expect("old events go");
                 let old = |event: &Event| event.settled_at.is_some_and(|at| at < now.0 - RETENTION);
-                self.plain
-                    .events
-                    .retain(|_, event| event.state == State::Failed || !old(event));
+                let undecided = self.plain.events.values();
+                let undecided: Vec<(usize, u8)> = undecided
+                    .filter(|event| matches!(event.state, State::Waiting | State::Failed))
+                    .map(|event| (event.conversation, event.text))
+                    .collect();
+                self.plain.events.retain(|_, event| {
+                    !old(event) || undecided.contains(&(event.conversation, event.text))
+                });
             }
         }
         self.compare();
@@ -299,6 +304,7 @@ impl Pair {
     fn settle_and_claim(&mut self, settlements: &[Settlement], at_most: usize) {
         let now = self.now();
         let claim = Claim {
+            probes: false,
             what: Claimable::All,
             conversations: at_most,
             bytes: usize::MAX,
