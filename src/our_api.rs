@@ -324,11 +324,13 @@ impl OurApi {
 
     /// The agents of that e-mail address.
     pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
-        let agents: Vec<Agent> = self.list(Route::Agents, "email", email).await?;
-        Ok(agents
-            .into_iter()
-            .filter(|agent| agent.email == email)
-            .collect())
+        let mut agents: Vec<Agent> = self.list(Route::Agents, "email", email).await?;
+        agents.retain(|agent| agent.email.eq_ignore_ascii_case(email));
+        // An OurAPI for which the case says nothing has one of them only.
+        if agents.iter().any(|agent| agent.email == email) {
+            agents.retain(|agent| agent.email == email);
+        }
+        Ok(agents)
     }
 
     /// The agents of that name.
@@ -343,7 +345,10 @@ impl OurApi {
     /// Creates a chat; [`Trouble::Conflict`] if its external id is taken.
     pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
         let chats = self.http.target(Route::CreateChat, "", None);
-        self.send(&chats, Some(chat), json).await
+        let created = |answer: &Answer| {
+            json(answer).filter(|created: &Chat| created.external_id == chat.external_id)
+        };
+        self.send(&chats, Some(chat), created).await
     }
 
     /// Creates an agent; [`Trouble::ConflictOrOutage`] if its name or address is taken.
@@ -355,7 +360,10 @@ impl OurApi {
         }
         let agents = self.http.target(Route::CreateAgent, "", None);
         let agent = NewAgent { name, email };
-        self.send(&agents, Some(&agent), json).await
+        let created = |answer: &Answer| {
+            json(answer).filter(|created: &Agent| created.email.eq_ignore_ascii_case(email))
+        };
+        self.send(&agents, Some(&agent), created).await
     }
 
     /// Changes a chat.
@@ -437,7 +445,10 @@ impl OurApi {
                 },
                 (Some(trouble), None) => trouble,
                 (None, None) => match read(answer) {
-                    Some(value) => return Ok(value),
+                    Some(value) => {
+                        self.answers.fetch_add(1, Ordering::Relaxed);
+                        return Ok(value);
+                    }
                     None => Trouble::Unknown,
                 },
             },

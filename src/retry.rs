@@ -1,7 +1,7 @@
 //! When to try again: pure decisions, given the time and a random number.
 //!
-//! A failed attempt is data: the event waits, with exponential back-off and full jitter, and goes to the failed
-//! events once it has spent its attempts while others got through. The [`Breaker`] is about an API as a whole: when
+//! A failed attempt is data: the event waits, with exponential back-off and full jitter. When its attempts are spent is
+//! for delivery to say. The [`Breaker`] is about an API as a whole: when
 //! it is down, one probe at a time takes the place of every event's own retry.
 
 use std::time::Duration;
@@ -34,7 +34,7 @@ impl Policy {
 /// The longest `Retry-After` that is kept: a mistyped one must not stop the daemon for days.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
-/// How often a dead API is asked whether it is back, at the least. An outage of hours must not be followed by
+/// The longest wait between two probes of a dead API. An outage of hours must not be followed by
 /// minutes of waiting for the next probe, as `--retry-max` alone would allow.
 const PROBE_MAX: Duration = Duration::from_secs(30);
 
@@ -68,7 +68,7 @@ impl Breaker {
     /// An answer, or none, that may mean that the API is down. True if it counts as down from now on and did not
     /// before: one failure may be its event's own fault, so another event is tried at once; two are an outage.
     pub fn failed(&mut self, now: Millis, policy: &Policy, fraction: f64) -> bool {
-        if self.is_down() && now < self.probe_at {
+        if self.is_down() && matches!(self.allowance(now), Allowance::NotBefore(_)) {
             // It was on its way before the others failed.
             return false;
         }
@@ -183,6 +183,25 @@ mod tests {
         assert!(
             !breaker.failed(Millis(1008), &POLICY, 1.0),
             "it was down already"
+        );
+    }
+
+    #[test]
+    fn probes_are_paced_after_the_clock_was_set_back_too() {
+        let mut breaker = Breaker::default();
+        for _ in 0..10 {
+            breaker.failed(Millis(100_000_000), &POLICY, 1.0);
+            breaker.failed(Millis(100_030_000), &POLICY, 1.0);
+        }
+        assert!(breaker.is_down());
+        // An hour back. The first probe may go at once; it fails.
+        let now = Millis(100_030_000 - 3_600_000);
+        assert_eq!(breaker.allowance(now), Allowance::Probe);
+        breaker.failed(now, &POLICY, 1.0);
+        assert_ne!(
+            breaker.allowance(now.plus(Duration::from_millis(1))),
+            Allowance::Probe,
+            "the next one waits"
         );
     }
 }

@@ -876,3 +876,45 @@ async fn a_decision_waits_for_whoever_is_writing() {
     assert_eq!(told.expect("it is done"), "1 discarded\n");
     written.join().expect("no panic");
 }
+
+#[tokio::test]
+async fn a_twin_that_waits_for_longer_than_the_retention_is_not_taken_for_the_one_delivered() {
+    let scene = Scene::new().await.set("--retention", "1s");
+    let daemon = scene.bench.start();
+    let told = message(42, 10, "ok");
+    scene.delivers([start(42, 0), told.clone()]).await;
+    let failing = status(500).always();
+    scene.our_api.upset("POST /chats/*/messages", failing);
+    // On one page there are two of it: the other one is new.
+    scene.bigchat.tells([told.clone(), told]);
+    scene.bench.until_events("waiting", 1).await;
+    until("what is delivered and has no twin is dropped", async || {
+        scene.bench.events("delivered") == 1
+    })
+    .await;
+    scene.our_api.calm();
+    until("it is delivered", async || {
+        scene.bench.events("waiting") == 0
+    })
+    .await;
+    daemon.stop().await;
+    assert_eq!(scene.our_api.messages(), ["ok", "ok"]);
+}
+
+#[tokio::test]
+async fn a_look_up_that_finds_everything_shows_our_api_to_be_well() {
+    let (scene, daemon) = with_a_chat(Scene::new().await).await;
+    scene.our_api.upset(LOOK, status(503).always());
+    scene.our_api.upset(POST, status(503).carried_out());
+    scene.bigchat.tells([message(42, 5, "one")]);
+    let up = || {
+        let up = "SELECT coalesce((SELECT up FROM apis WHERE name = 'our_api'), 1)";
+        scene.bench.value::<i64>(up)
+    };
+    until("it is down", async || up() == 0).await;
+    scene.our_api.calm();
+    scene.bench.until_events("delivered", 2).await;
+    until("it is up again", async || up() == 1).await;
+    daemon.stop().await;
+    assert_eq!(scene.our_api.messages(), ["one"]);
+}
