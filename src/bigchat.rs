@@ -5,6 +5,7 @@ use std::fmt;
 use reqwest::StatusCode;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
@@ -165,20 +166,22 @@ impl BigChat {
     pub async fn conversation(&self, id: i64) -> Result<Details> {
         #[derive(Deserialize)]
         struct Wire {
-            events: Vec<WireEvent>,
+            // Only the START matters: what is wrong with another is told where it is polled.
+            events: Vec<Value>,
             advisor_id: i64,
-        }
-        #[derive(Deserialize)]
-        struct WireEvent {
-            event_name: String,
-            event_at: i64,
         }
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
             |answer| {
                 let wire: Wire = serde_json::from_slice(&answer.body).ok()?;
-                let start = wire.events.iter().find(|event| event.event_name == "START");
-                let started_at = start.and_then(|event| Timestamp::from_unix(event.event_at));
+                let start = wire
+                    .events
+                    .iter()
+                    .find(|event| event["event_name"] == "START");
+                let started_at = match start {
+                    Some(start) => Timestamp::from_unix(start["event_at"].as_i64()?),
+                    None => None,
+                };
                 Some(Details {
                     started_at,
                     advisor: wire.advisor_id,

@@ -1,7 +1,7 @@
 //! What polling and delivery share: both APIs, the journal, and what is known as of now.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -20,6 +20,10 @@ use crate::pulse::Pulse;
 use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
+
+/// How many looks for a restart may go without BigChat's conversation 1 before it is asked for again: with a look every
+/// 10 s, some ten minutes.
+const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
 /// Shared by the poller, delivery and the handlers.
 #[derive(Debug)]
@@ -61,7 +65,7 @@ pub struct Context {
     losses: AtomicI64,
     confirmed_at: AtomicI64,
     tells_events: AtomicBool,
-    no_first_conversation: AtomicBool,
+    without_first_conversation: AtomicU32,
 }
 
 impl Context {
@@ -104,7 +108,7 @@ impl Context {
             losses: AtomicI64::new(losses),
             confirmed_at: AtomicI64::new(0),
             tells_events: AtomicBool::new(false),
-            no_first_conversation: AtomicBool::new(false),
+            without_first_conversation: AtomicU32::new(0),
         }
     }
 
@@ -193,9 +197,9 @@ impl Context {
         Timestamp::clamped(self.confirmed_at.load(Ordering::Relaxed))
     }
 
-    /// BigChat has not restarted until then.
+    /// BigChat has not restarted until then. Not the latest time there ever was: its clock may have been ahead for a while.
     pub fn confirm(&self, at: Timestamp) {
-        self.confirmed_at.fetch_max(at.unix(), Ordering::Relaxed);
+        self.confirmed_at.store(at.unix(), Ordering::Relaxed);
     }
 
     /// Asks BigChat, at most `tries` times at once if it gives no usable answer, and notes whether it is well.
@@ -268,14 +272,21 @@ impl Context {
         self.tells_events.load(Ordering::Relaxed)
     }
 
-    /// Whether BigChat knows no conversation 1: it is not asked for it again.
-    pub fn has_no_first_conversation(&self) -> bool {
-        self.no_first_conversation.load(Ordering::Relaxed)
+    /// Whether it is worth asking BigChat for its conversation 1: one that does not know it may not have come up yet, or be
+    /// without one for good. Then it is asked less and less often.
+    pub fn asks_for_first_conversation(&self) -> bool {
+        let looks = self.without_first_conversation.load(Ordering::Relaxed);
+        let asks = looks.is_power_of_two() || looks.is_multiple_of(FIRST_CONVERSATION_AGAIN);
+        if !asks {
+            self.without_first_conversation();
+        }
+        asks
     }
 
-    /// Notes that BigChat knows no conversation 1.
-    pub fn note_no_first_conversation(&self) {
-        self.no_first_conversation.store(true, Ordering::Relaxed);
+    /// Counts a look for a restart that went without BigChat's conversation 1.
+    pub fn without_first_conversation(&self) {
+        let looks = &self.without_first_conversation;
+        looks.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Notes whether what answered for BigChat's events was BigChat.

@@ -63,8 +63,9 @@ impl Store {
         for conversation in &claimed {
             abandon(&transaction, *conversation, pause, now)?;
         }
-        // OurAPI may have been mended since.
+        // OurAPI may have been mended since, and BigChat.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
+        transaction.execute("DELETE FROM advisors WHERE name IS NULL", [])?;
         let session = transaction.query_row(
             "UPDATE delivery SET session = session + 1
              RETURNING session, successes, losses, bigchat_throttled, our_api_throttled,

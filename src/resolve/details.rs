@@ -10,6 +10,10 @@ use crate::resolve::restart::{self, Seen};
 use crate::setback::Setback;
 use crate::time::Timestamp;
 
+/// How often BigChat says that it does not know something before that is believed: for good, and one of several behind the
+/// same address may only not know it yet.
+const NOT_FOUND_TRIES: u32 = 3;
+
 /// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
 /// knows nothing any more is left with what its events say.
 pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
@@ -138,6 +142,12 @@ where
         return Err(no_answer(
             "not asked: BigChat is down, and is asked again by and by",
         ));
+    }
+    for _ in 1..NOT_FOUND_TRIES {
+        match context.ask_bigchat(1, &question).await {
+            Err(BigChatError::NotFound(_)) => {}
+            answer => return answer,
+        }
     }
     context.ask_bigchat(1, question).await
 }

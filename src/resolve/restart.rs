@@ -109,9 +109,9 @@ pub async fn begin(
     Ok(())
 }
 
-/// Which run of BigChat told a page. No restart that was noticed since it was kept, it is the present one. Where it was
-/// served about when BigChat restarted its time does not say: then it was the run before if it tells of a conversation that the present one does not know, or dates otherwise. `None`: BigChat
-/// gives no answer to that.
+/// Which run of BigChat told a page. Where no restart was noticed since it was kept, the present one. Where it was served
+/// about when BigChat restarted, its time does not tell: it was the run before if it tells of a conversation that the
+/// present run does not know, or that started at another time. `None`: BigChat gives no answer to that.
 pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, JournalError> {
     if page.told_by.is_some() {
         return Ok(page.told_by);
@@ -145,10 +145,9 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, J
     Ok(Some(epoch))
 }
 
-/// Asks for the first conversation of a run, which tells it from the next better than any other. A BigChat that knows
-/// none is asked only once.
+/// Asks for the first conversation of a run, which tells it from the next better than any other.
 async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
-    if context.has_no_first_conversation() {
+    if !context.asks_for_first_conversation() {
         return Ok(());
     }
     let (answer, asked_at) = details(context, 1).await;
@@ -164,7 +163,7 @@ async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
             confirm(context, asked_at);
         }
         Err(BigChatError::NotFound(_)) if context.tells_events() => {
-            context.note_no_first_conversation()
+            context.without_first_conversation();
         }
         _ => {}
     }

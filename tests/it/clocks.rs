@@ -6,7 +6,7 @@ use bigchat_sync::sim::bigchat::{Log, Mode, NextPage, Options};
 use bigchat_sync::sim::our_api;
 
 use crate::daemon::{agrees, end, message, more_told, scripted, seconds, sim};
-use crate::fakes::{self, NOW, Scene, start, window};
+use crate::fakes::{self, NOW, Scene, start, status, window};
 use crate::harness::{side_by_side, until};
 
 fn log(clock_offset: i64) -> Options {
@@ -140,5 +140,43 @@ async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
             assert_eq!(queries.last(), Some(&last), "{case}");
         },
     )
+    .await;
+}
+
+#[tokio::test]
+async fn details_of_after_a_restart_are_not_believed_whatever_the_clock_said_before() {
+    side_by_side([false, true], async |was_ahead| {
+        let scene = Scene::new().await.set("--retry-initial", "100ms");
+        let daemon = scene.bench.start();
+        let until_read = async |at| {
+            until("it is read up to then", async || {
+                scene.bench.is_ready() && scene.bench.cursor() == Some(fakes::unix(at))
+            })
+            .await;
+        };
+        until_read(NOW).await;
+        if was_ahead {
+            scene.bigchat.clock(NOW + 3600);
+            until_read(NOW + 3600).await;
+            scene.bigchat.further_polls(1).await;
+        }
+        scene.bigchat.clock(NOW + 60);
+        until_read(NOW + 60).await;
+        let slow = status(500).after(Duration::from_millis(300));
+        scene.bigchat.upset("GET /conversations/42", slow);
+        scene.bigchat.tells([fakes::message(42, 2, "of before")]);
+        until("its details are asked for", async || {
+            scene.bigchat.count("GET /conversations/42") == 1
+        })
+        .await;
+        scene.bigchat.restarts(42, NOW + 61);
+        scene.bench.until_events("delivered", 1).await;
+        daemon.stop().await;
+        assert_eq!(
+            scene.our_api.chats(),
+            ["42 22:00:02 - -"],
+            "was ahead: {was_ahead}"
+        );
+    })
     .await;
 }

@@ -431,6 +431,12 @@ impl Fake<BigChat> {
         self.inner().service.advisors.insert(id, advisor);
     }
 
+    /// Restarts: it knows its first conversation and one more, both with advisor 7, and nothing of before.
+    pub(crate) fn restarts(&self, conversation: i64, at: i64) {
+        let known = &mut self.inner().service.conversations;
+        *known = HashMap::from([(1, (at - 1, 7)), (conversation, (at, 7))]);
+    }
+
     /// Knows a conversation no longer.
     pub(crate) fn forgets_conversation(&self, id: i64) {
         self.inner().service.conversations.remove(&id);

@@ -565,3 +565,23 @@ async fn no_request_and_no_token_goes_to_another_host() {
     let heard = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
     assert!(heard.is_err(), "{heard:?}");
 }
+
+#[tokio::test]
+async fn an_odd_event_among_the_details_keeps_no_message_from_its_chat() {
+    for odd in [
+        json!({"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1_795_384_805.5, "data": {"message": "?"}}),
+        json!({"conversation_id": 42, "event_name": "NOTE", "event_at": null}),
+        json!(["START"]),
+    ] {
+        let scene = Scene::new().await;
+        let details =
+            json!({"events": [odd, start(42, 0)], "conversation_id": 42, "advisor_id": 7});
+        let told = status(200).body(&details.to_string()).always();
+        scene.bigchat.upset("GET /conversations/42", told);
+        let daemon = scene.bench.start();
+        scene.delivers([fakes::message(42, 2, "hello")]).await;
+        daemon.stop().await;
+        assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
+        assert_eq!(scene.our_api.messages(), ["hello"]);
+    }
+}

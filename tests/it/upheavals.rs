@@ -10,6 +10,7 @@ use bigchat_sync::sim::our_api;
 use serde_json::json;
 
 use crate::daemon::{agrees, message, more_told, scripted, seconds, sim};
+use crate::fakes::{self, Scene, status};
 use crate::harness::until;
 use crate::process::Process;
 
@@ -365,4 +366,71 @@ async fn a_clock_of_bigchat_that_is_set_back_after_a_restart_mixes_nothing() {
     bench.until_events("delivered", 3).await;
     agrees(&sim, &bench).await;
     daemon.stop().await;
+}
+
+#[tokio::test]
+async fn one_stray_404_of_bigchat_is_not_believed() {
+    let scene = Scene::new().await;
+    scene.bigchat.upset("GET /advisors/8", status(404));
+    scene.bigchat.upset("GET /conversations/43", status(404));
+    let daemon = scene.bench.start();
+    scene
+        .delivers([fakes::start(42, 0), fakes::transfer(42, 3, 8)])
+        .await;
+    scene.delivers([fakes::message(43, 30, "first")]).await;
+    daemon.stop().await;
+    assert_eq!(
+        scene.our_api.chats(),
+        ["42 22:00:00 - a1", "43 22:00:01 - a2"]
+    );
+}
+
+#[tokio::test]
+async fn an_advisor_whom_bigchat_did_not_know_is_asked_for_again_by_the_next_session() {
+    let scene = Scene::new().await;
+    scene.bigchat.upset("GET /advisors/8", status(404).always());
+    let daemon = scene.bench.start();
+    scene
+        .delivers([fakes::start(42, 0), fakes::transfer(42, 3, 8)])
+        .await;
+    daemon.stop().await;
+    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - -"]);
+    scene.bigchat.calm();
+    let daemon = scene.bench.start();
+    scene
+        .delivers([fakes::start(43, 1), fakes::transfer(43, 4, 8)])
+        .await;
+    daemon.stop().await;
+    assert_eq!(scene.our_api.chats()[1], "43 22:00:01 - a1");
+}
+
+#[tokio::test]
+async fn stray_404s_for_the_first_conversation_do_not_blind_it_to_a_restart() {
+    let scene = Scene::new().await;
+    let first = status(404).times(3);
+    scene.bigchat.upset("GET /conversations/1", first);
+    let daemon = scene.bench.start();
+    scene
+        .delivers([fakes::start(42, 0), fakes::message(42, 2, "of before")])
+        .await;
+    until("it is known", async || {
+        scene.bigchat.further_polls(1).await;
+        scene
+            .bench
+            .value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1")
+            > 0
+    })
+    .await;
+    // Conversation 1 starts anew, nobody knows 42, and advisor 7 is somebody else.
+    scene.bigchat.restarts(2, 100);
+    scene.bigchat.advisor(7, "Carl", "carl@x.test");
+    scene
+        .delivers([fakes::start(2, 100), fakes::message(2, 101, "of after")])
+        .await;
+    daemon.stop().await;
+    assert_eq!(scene.our_api.count("POST /agents"), 2);
+    assert_eq!(
+        scene.our_api.chats(),
+        ["42 22:00:00 - a1", "2 22:01:40 - a2"]
+    );
 }
