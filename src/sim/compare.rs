@@ -195,16 +195,14 @@ pub fn expected(told: &[Told], rules: &Rules) -> Expected {
     for (identity @ (_, id), events) in &conversations {
         let mut chat = expected_chat(format!("{}{id}", rules.prefix), events, &used);
         let by_events = events.iter().any(|told| told.name == "TRANSFER");
-        for advisor in gone
-            .get(identity)
-            .filter(|_| !by_events)
-            .into_iter()
-            .flatten()
-        {
+        for advisor in gone.get(identity).into_iter().flatten() {
             if let Some(address) = address(advisor) {
+                // An agent may be made even where a TRANSFER that was told has the last word.
                 let names = all.names.entry(address.clone()).or_default();
                 names.insert(advisor.name.trim().to_owned());
-                chat.agents.push(Some(address));
+                if !by_events {
+                    chat.agents.push(Some(address));
+                }
             }
         }
         // Whatever its start, it is another conversation to those of later runs.
