@@ -1,7 +1,7 @@
 //! BigChat's clock, told by its `date` headers.
 //!
-//! Windows and the cursor go by it and never by this machine's clock, which may be an hour off: a window in
-//! BigChat's future makes it tell of events that have not happened.
+//! Windows and the cursor go by it and not by this machine's clock, which may be an hour off, unless BigChat has never told its
+//! time: a window in BigChat's future makes it tell of events that have not happened.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;

@@ -25,8 +25,8 @@ use crate::summary::{self, Summary};
 use crate::time::Millis;
 use crate::web::{self, Door};
 
-/// How long delivery waits for that. An answer takes some ms; what does not come soon may not come at all.
-const CATCHING_UP: Duration = Duration::from_secs(2);
+/// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
+const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why the daemon did not start, or did not stop well.
 #[derive(Debug, Error)]
@@ -51,12 +51,12 @@ pub enum DaemonError {
     /// The database was deleted or replaced under the daemon, and what waits in it goes with it.
     #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
     Displaced(u64),
-    /// `once` could not do the one half of what it is for.
+    /// `once` could not read BigChat up to now.
     #[error(
         "BigChat was not read up to now; the log says why, and the next run goes on from there"
     )]
     Unread,
-    /// Nor the other.
+    /// `once` left events undelivered.
     #[error(
         "{0} events are not delivered yet; the log says why, and the next run goes on with them"
     )]
@@ -250,7 +250,7 @@ async fn caught_up(context: &Context) {
     tokio::select! {
         () = context.polled.cancelled() => {}
         () = context.stopping.cancelled() => {}
-        () = sleep(CATCHING_UP) => {}
+        () = sleep(FIRST_POLL_WITHIN) => {}
     }
 }
 

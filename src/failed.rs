@@ -52,8 +52,12 @@ impl From<Which> for Selection {
             Which {
                 all: false,
                 reason: None,
-                ids,
-            } => Self::Ids(ids),
+                mut ids,
+            } => {
+                ids.sort_unstable();
+                ids.dedup();
+                Self::Ids(ids)
+            }
             Which { reason, .. } => Self::By {
                 reason,
                 failed_by: Millis(i64::MAX),

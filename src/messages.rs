@@ -101,20 +101,24 @@ pub fn lost(
     let LookUp {
         mut lost, beyond, ..
     } = look_up(held, journal);
+    if beyond.is_empty() {
+        return lost;
+    }
     let mut changed: HashMap<Timestamp, u32> = HashMap::new();
     for ((sent_at, _), count) in beyond {
         *changed.entry(sent_at).or_default() += count;
     }
-    lost.retain(|lost| {
-        let sent_at = journal.iter().find(|(id, ..)| id == lost);
-        match sent_at.and_then(|(_, (sent_at, _), _)| changed.get_mut(sent_at)) {
+    let sent_at = journal.iter().map(|(id, (sent_at, _), _)| (*id, *sent_at));
+    let sent_at: HashMap<i64, Timestamp> = sent_at.collect();
+    lost.retain(
+        |lost| match sent_at.get(lost).and_then(|at| changed.get_mut(at)) {
             Some(count) if *count > 0 => {
                 *count -= 1;
                 false
             }
             _ => true,
-        }
-    });
+        },
+    );
     lost
 }
 

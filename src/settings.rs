@@ -22,7 +22,7 @@ use crate::time::Timestamp;
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));
 
 /// How many characters the console's token has at the least.
-const CONSOLE_TOKEN: usize = 16;
+const MIN_CONSOLE_TOKEN: usize = 16;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Args)]
@@ -45,11 +45,11 @@ pub struct Settings {
     pub poll_interval: Duration,
 
     /// How far each poll reaches back before the last one, for what turned up late.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", default_value = "5s", value_parser = duration)]
     pub poll_overlap: Duration,
 
     /// How much time one poll covers at the most; after a downtime, polls follow one another without waiting.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", default_value = "1h", value_parser = whole_second)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
     /// From when on events are asked for, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
@@ -81,7 +81,7 @@ pub struct Settings {
     pub max_attempts: u32,
 
     /// How long delivered events are kept. Waiting and failed ones are never dropped.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", default_value = "30d", value_parser = humantime::parse_duration)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", default_value = "30d", value_parser = duration)]
     pub retention: Duration,
 
     /// Whom OurAPI is told a message is from: nobody (BigChat does not say), or always the chat's agent.
@@ -176,7 +176,7 @@ impl Settings {
     }
 }
 
-/// The bearer tokens, one for each API, where the environment gives them.
+/// The bearer tokens, one for each API and the console's, where the environment gives them.
 #[derive(Debug, Clone, Default)]
 pub struct Tokens {
     /// `BIGCHAT_SYNC_BIGCHAT_TOKEN` or what `BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE` holds.
@@ -210,7 +210,7 @@ pub enum TokenError {
     Unusable(String),
     /// The console's token can be guessed.
     #[error(
-        "the token that BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE gives has less than {CONSOLE_TOKEN} characters, and can be guessed; `openssl rand -hex 16` makes a good one"
+        "the token that BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE gives has fewer than {MIN_CONSOLE_TOKEN} characters, and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
     Short,
     /// The console would be open to everybody.
@@ -252,7 +252,7 @@ impl Tokens {
 
     /// Whether the console may be served there.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
-        let is_short = |token: &SecretString| token.expose_secret().len() < CONSOLE_TOKEN;
+        let is_short = |token: &SecretString| token.expose_secret().len() < MIN_CONSOLE_TOKEN;
         match listen {
             Listen::At(_) if self.console.as_ref().is_some_and(is_short) => Err(TokenError::Short),
             Listen::At(address) if !address.ip().is_loopback() && self.console.is_none() => {
@@ -294,16 +294,24 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
-fn positive(text: &str) -> Result<Duration, String> {
+/// The longest time that makes sense anywhere, far from what a point in time can hold.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
+fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text).map_err(|error| error.to_string())? {
-        duration if duration < Duration::from_millis(1) => {
-            Err("it must be longer than nothing".into())
-        }
+        duration if duration > LONGEST => Err("it must be at most 100 years".into()),
         duration => Ok(duration),
     }
 }
 
-fn whole_second(text: &str) -> Result<Duration, String> {
+fn positive(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        duration if duration < Duration::from_millis(1) => Err("it must be at least 1ms".into()),
+        duration => Ok(duration),
+    }
+}
+
+fn at_least_a_second(text: &str) -> Result<Duration, String> {
     match positive(text)? {
         duration if duration < Duration::from_secs(1) => Err("it must be at least 1s".into()),
         duration => Ok(duration),

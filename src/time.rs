@@ -1,8 +1,8 @@
 //! Points in time, as the two APIs and the journal speak of them.
 //!
 //! BigChat tells times as whole Unix seconds ([`Timestamp`]); OurAPI takes RFC 3339 and drops any offset, so only
-//! UTC with `Z` is ever sent. This machine's own clock ([`Millis`]) serves for retry schedules alone: nothing that
-//! is written to OurAPI depends on it.
+//! UTC with `Z` is ever sent. This machine's own clock ([`Millis`]) is for the journal's own times: retries, retention,
+//! status. It stands in for BigChat's only where that was never told.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

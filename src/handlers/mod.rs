@@ -95,7 +95,7 @@ impl Handled {
     }
 
     async fn rebuild(&mut self, context: &Context, rebuild: i64) -> Result<Finding, Setback> {
-        agent::forget_if_lost(context, rebuild, self.conversation.chat.agent).await?;
+        agent::forget_if_lost_in(context, rebuild, self.conversation.chat.agent).await?;
         check::put_right(context, self, true).await
     }
 
@@ -123,7 +123,8 @@ impl Handled {
         self.all_messages(context, messages, earliest).await
     }
 
-    /// All changes at once; one by one if one of them has failed before, so that it is known which it is.
+    /// All changes at once; one by one if one of them has failed before, or if OurAPI refuses them together, so that it is
+    /// known which it is.
     async fn all_changes(
         &mut self,
         context: &Context,

@@ -212,6 +212,7 @@ impl Default for Metrics {
         for poll in Poll::ALL {
             metrics.poll(poll).inc_by(0);
         }
+        metrics.told(UNREADABLE, 0);
         for kind in Kind::ALL.map(Kind::name) {
             metrics.told(kind, 0);
             for outcome in OUTCOMES {

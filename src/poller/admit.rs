@@ -1,6 +1,5 @@
 //! Admission: the events of the pages that were kept go to the journal, once it is known which run of BigChat told them.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::task::yield_now;
@@ -30,25 +29,28 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             admitting.push((page.clone(), self.run_of(page).await?, before_start));
         }
-        let tally = Arc::new(std::mem::take(&mut pages.tally));
-        let (told, mark) = (Arc::clone(&tally), self.context.look_up_mark());
+        let (tally, mark) = (
+            std::mem::take(&mut pages.tally),
+            self.context.look_up_mark(),
+        );
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
-        let all = self
+        let (all, tally) = self
             .context
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
                 for (page, epoch, before_start) in admitting {
-                    let admitted = store.admit(&page, epoch, &told, Millis::now())?;
+                    let admitted = store.admit(&page, epoch, &tally, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
                         mark.fetch_max(admitted.last_event, Ordering::Relaxed);
                     }
                     all.push((admitted, page.query));
                 }
-                Ok(all)
+                Ok((all, tally))
             })
             .await?;
+        pages.tally = tally;
         pages.kept.iter_mut().for_each(|page| page.admitted = true);
         for (admitted, query) in &all {
             for (kind, count) in &admitted.told {
@@ -67,7 +69,6 @@ impl Poller {
                 yield_now().await;
             }
         }
-        pages.tally = Arc::into_inner(tally).unwrap_or_default();
         let new = all.iter().map(|(admitted, _)| admitted.new).sum();
         Ok(new)
     }

@@ -201,7 +201,9 @@ impl Poller {
     }
 
     async fn try_poll(&mut self) -> Result<Polled, PollError> {
-        self.keep().await?;
+        if let Some(page) = self.unkept.clone() {
+            self.keep(page).await?;
+        }
         self.context.journal.with(|store| store.in_place()).await?;
         for _ in 0..CLOCK_TRIES {
             if !self.context.bigchat.clock().is_sure() {

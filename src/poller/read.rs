@@ -204,8 +204,7 @@ impl Poller {
 
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
         let page = Arc::new(page);
-        self.unkept = Some(Arc::clone(&page));
-        let (id, kept_in) = self.keep().await?.unwrap_or_default();
+        let (id, kept_in) = self.keep(Arc::clone(&page)).await?;
         tracing::debug!(events = page.events, query = %page.query, "a page was kept");
         let PageToKeep {
             query,
@@ -228,18 +227,16 @@ impl Poller {
         })
     }
 
-    /// Keeps the page that came last, if it is not kept yet.
-    pub(super) async fn keep(&mut self) -> Result<Option<(i64, i64)>, JournalError> {
-        let Some(page) = self.unkept.clone() else {
-            return Ok(None);
-        };
+    /// Keeps the page that came last; where the disk refuses, it stays in memory. Returns its id and the run it is kept in.
+    pub(super) async fn keep(&mut self, page: Arc<PageToKeep>) -> Result<(i64, i64), JournalError> {
+        self.unkept = Some(Arc::clone(&page));
         let kept = self
             .context
             .journal
             .with(move |store| store.keep_page(&page))
             .await?;
         self.unkept = None;
-        Ok(Some(kept))
+        Ok(kept)
     }
 }
 

@@ -100,7 +100,7 @@ fn choose(mut agents: Vec<Agent>, name: &str) -> Option<Agent> {
 
 /// OurAPI says that an agent does not exist. Looks whether that is so, and has it built again.
 pub async fn missing(context: &Context, agent: Option<Uuid>, error: OurApiError) -> Setback {
-    match look_for(context, agent).await {
+    match forget_if_lost(context, agent).await {
         Ok(true) => Setback::Rebuilding("OurAPI has lost an agent"),
         // It is there, or was none of ours: nothing to be done but try again.
         Ok(false) => error.into(),
@@ -129,18 +129,19 @@ pub async fn is_there(
 }
 
 /// The same; one that is not there is forgotten, so that it is built again.
-pub async fn forget_if_lost(
+pub async fn forget_if_lost_in(
     context: &Context,
     rebuild: i64,
     agent: Option<Uuid>,
 ) -> Result<(), Setback> {
     if !is_there(context, rebuild, agent).await? {
-        look_for(context, agent).await?;
+        forget_if_lost(context, agent).await?;
     }
     Ok(())
 }
 
-async fn look_for(context: &Context, agent: Option<Uuid>) -> Result<bool, Setback> {
+/// Looks whether OurAPI still has an agent, and forgets it if not. Returns whether it was lost.
+async fn forget_if_lost(context: &Context, agent: Option<Uuid>) -> Result<bool, Setback> {
     let Some(agent) = agent else { return Ok(false) };
     let Some(email) = email_of(context, agent).await? else {
         // Forgotten meanwhile: it is looked for anyhow.

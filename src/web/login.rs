@@ -47,7 +47,7 @@ pub(super) struct Login {
     failures: AtomicU64,
 }
 
-/// Not to be shown: `Debug` is left out.
+/// Its `Debug` shows no secret.
 struct Session {
     cookie: String,
     key: String,

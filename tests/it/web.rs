@@ -436,7 +436,7 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
     let bench = bench.set("--listen", "0.0.0.0:0");
     for (token, says) in [
         (None, "would let anybody into the console"),
-        (Some("secret"), "less than 16 characters"),
+        (Some("secret"), "fewer than 16 characters"),
     ] {
         let mut daemon = bench.program("run");
         daemon.env_remove("BIGCHAT_SYNC_CONSOLE_TOKEN");
