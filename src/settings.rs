@@ -350,6 +350,17 @@ mod tests {
     }
 
     #[test]
+    fn times_that_nothing_can_be_reckoned_with_are_refused() {
+        assert_eq!(positive("1ms"), Ok(Duration::from_millis(1)));
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        for bad in ["0s", "999us", "101y", "18446744073709551615s", "soon"] {
+            assert!(positive(bad).is_err(), "{bad}");
+        }
+        assert!(duration("101y").is_err());
+        assert!(at_least_a_second("999ms").is_err());
+    }
+
+    #[test]
     fn a_token_comes_from_one_place_and_never_shows() {
         let set = |pairs: &'static [(&str, &str)]| {
             Tokens::read(|name| {

@@ -146,7 +146,11 @@ async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
 #[tokio::test]
 async fn details_of_after_a_restart_are_not_believed_whatever_the_clock_said_before() {
     side_by_side([false, true], async |was_ahead| {
-        let scene = Scene::new().await.set("--retry-initial", "100ms");
+        // The details come before the next poll could tell.
+        let scene = Scene::new()
+            .await
+            .set("--poll-interval", "1s")
+            .set("--retry-initial", "100ms");
         let daemon = scene.bench.start();
         let until_read = async |at| {
             until("it is read up to then", async || {

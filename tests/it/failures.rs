@@ -850,7 +850,7 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
         Err(FailedError::Partly { done: 0, asked: 1 })
     ));
     assert!(matches!(
-        command(&["discard", unreadable, refused]),
+        command(&["discard", unreadable, unreadable, refused]),
         Err(FailedError::Partly { done: 1, asked: 2 })
     ));
     scene.bench.until_events("discarded", 1).await;
