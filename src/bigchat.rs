@@ -1,11 +1,11 @@
 //! The BigChat client: its three routes, typed after the contract.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use reqwest::StatusCode;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_json::Value;
 use serde_json::value::RawValue;
 use thiserror::Error;
 
@@ -166,21 +166,17 @@ impl BigChat {
     pub async fn conversation(&self, id: i64) -> Result<Details> {
         #[derive(Deserialize)]
         struct Wire {
-            // Only the START matters: what is wrong with another is told where it is polled.
-            events: Vec<Value>,
+            events: Start,
             advisor_id: i64,
         }
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
             |answer| {
                 let wire: Wire = serde_json::from_slice(&answer.body).ok()?;
-                let start = wire
-                    .events
-                    .iter()
-                    .find(|event| event["event_name"] == "START");
-                let started_at = match start {
-                    Some(start) => Timestamp::from_unix(start["event_at"].as_i64()?),
-                    None => None,
+                let started_at = match wire.events {
+                    Start::At(at) => Timestamp::from_unix(at),
+                    Start::Unreadable => return None,
+                    Start::Missing => None,
                 };
                 Some(Details {
                     started_at,
@@ -277,6 +273,39 @@ impl<'de> Deserialize<'de> for Counted {
         let mut count = 0;
         list.deserialize_seq(Each(|_: &str| count += 1))?;
         Ok(Self(count))
+    }
+}
+
+/// What the first START in a list tells. What is wrong with other events is told where they are polled.
+enum Start {
+    At(i64),
+    /// Its time is none.
+    Unreadable,
+    Missing,
+}
+
+impl<'de> Deserialize<'de> for Start {
+    fn deserialize<D: Deserializer<'de>>(list: D) -> std::result::Result<Self, D::Error> {
+        let mut start = Self::Missing;
+        list.deserialize_seq(Each(|raw: &str| {
+            if matches!(start, Self::Missing) {
+                start = Self::of(raw);
+            }
+        }))?;
+        Ok(start)
+    }
+}
+
+impl Start {
+    fn of(raw: &str) -> Self {
+        fn read<'a, T: Deserialize<'a>>(value: Option<&&'a RawValue>) -> Option<T> {
+            serde_json::from_str(value?.get()).ok()
+        }
+        let fields: HashMap<String, &RawValue> = serde_json::from_str(raw).unwrap_or_default();
+        match read::<String>(fields.get("event_name")).as_deref() {
+            Some("START") => read(fields.get("event_at")).map_or(Self::Unreadable, Self::At),
+            _ => Self::Missing,
+        }
     }
 }
 

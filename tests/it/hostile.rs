@@ -569,14 +569,17 @@ async fn no_request_and_no_token_goes_to_another_host() {
 #[tokio::test]
 async fn an_odd_event_among_the_details_keeps_no_message_from_its_chat() {
     for odd in [
-        json!({"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1_795_384_805.5, "data": {"message": "?"}}),
-        json!({"conversation_id": 42, "event_name": "NOTE", "event_at": null}),
-        json!(["START"]),
+        r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805.5, "data": {"message": "?"}}"#,
+        r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805, "data": {"message": "\ud800"}}"#,
+        r#"{"conversation_id": 42, "event_name": "NOTE", "event_at": null}"#,
+        r#"["START"]"#,
+        r#"["START", 5]"#,
     ] {
         let scene = Scene::new().await;
+        let start = start(42, 0);
         let details =
-            json!({"events": [odd, start(42, 0)], "conversation_id": 42, "advisor_id": 7});
-        let told = status(200).body(&details.to_string()).always();
+            format!(r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#);
+        let told = status(200).body(&details).always();
         scene.bigchat.upset("GET /conversations/42", told);
         let daemon = scene.bench.start();
         scene.delivers([fakes::message(42, 2, "hello")]).await;
