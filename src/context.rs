@@ -65,7 +65,7 @@ pub struct Context {
     losses: AtomicI64,
     confirmed_at: AtomicI64,
     tells_events: AtomicBool,
-    without_first_conversation: AtomicU32,
+    looks_without_first_conversation: AtomicU32,
 }
 
 impl Context {
@@ -108,7 +108,7 @@ impl Context {
             losses: AtomicI64::new(losses),
             confirmed_at: AtomicI64::new(0),
             tells_events: AtomicBool::new(false),
-            without_first_conversation: AtomicU32::new(0),
+            looks_without_first_conversation: AtomicU32::new(0),
         }
     }
 
@@ -275,17 +275,19 @@ impl Context {
     /// Whether it is worth asking BigChat for its conversation 1: one that does not know it may not have come up yet, or be
     /// without one for good. Then it is asked less and less often.
     pub fn asks_for_first_conversation(&self) -> bool {
-        let looks = self.without_first_conversation.load(Ordering::Relaxed);
+        let looks = self
+            .looks_without_first_conversation
+            .load(Ordering::Relaxed);
         let asks = looks.is_power_of_two() || looks.is_multiple_of(FIRST_CONVERSATION_AGAIN);
         if !asks {
-            self.without_first_conversation();
+            self.note_look_without_first_conversation();
         }
         asks
     }
 
     /// Counts a look for a restart that went without BigChat's conversation 1.
-    pub fn without_first_conversation(&self) {
-        let looks = &self.without_first_conversation;
+    pub fn note_look_without_first_conversation(&self) {
+        let looks = &self.looks_without_first_conversation;
         looks.fetch_add(1, Ordering::Relaxed);
     }
 

@@ -52,12 +52,8 @@ impl From<Which> for Selection {
             Which {
                 all: false,
                 reason: None,
-                mut ids,
-            } => {
-                ids.sort_unstable();
-                ids.dedup();
-                Self::Ids(ids)
-            }
+                ids,
+            } => Self::Ids(ids.into_iter().collect()),
             Which { reason, .. } => Self::By {
                 reason,
                 failed_by: Millis(i64::MAX),

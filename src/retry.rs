@@ -31,6 +31,16 @@ impl Policy {
     }
 }
 
+#[cfg(test)]
+impl Policy {
+    /// As the settings have it where nobody says otherwise.
+    pub(crate) const DEFAULT: Self = Self {
+        initial: Duration::from_secs(1),
+        max: Duration::from_secs(300),
+        max_attempts: 10,
+    };
+}
+
 /// The longest `Retry-After` that is kept: a mistyped one must not stop the daemon for days.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
@@ -117,11 +127,7 @@ mod tests {
 
     use super::*;
 
-    const POLICY: Policy = Policy {
-        initial: Duration::from_secs(1),
-        max: Duration::from_secs(300),
-        max_attempts: 10,
-    };
+    const POLICY: Policy = Policy::DEFAULT;
 
     #[test]
     fn backoff_doubles_up_to_its_maximum() {

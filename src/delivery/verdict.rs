@@ -110,11 +110,7 @@ mod tests {
     use crate::our_api::OurApiError;
     use crate::time::Millis;
 
-    const POLICY: Policy = Policy {
-        initial: Duration::from_secs(1),
-        max: Duration::from_secs(300),
-        max_attempts: 10,
-    };
+    const POLICY: Policy = Policy::DEFAULT;
 
     fn of_write(trouble: Trouble) -> Setback {
         Setback::of_write(OurApiError {

@@ -1,5 +1,8 @@
 //! The failed events: kept until somebody decides.
 
+use std::collections::BTreeSet;
+use std::ops::Bound;
+
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::settlements::due_now;
@@ -75,7 +78,7 @@ pub struct PastDecision {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
     /// Those of these ids.
-    Ids(Vec<i64>),
+    Ids(BTreeSet<i64>),
     /// All that had failed by then, by this machine's clock: who decides has not seen the later ones.
     By {
         /// Only those of this reason.
@@ -286,11 +289,8 @@ impl Store {
 fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
     let (reason, failed_by) = match which {
         Selection::Ids(ids) => {
-            let mut ids: Vec<i64> = ids.iter().copied().filter(|id| *id > after).collect();
-            ids.sort_unstable();
-            ids.dedup();
-            ids.truncate(DECIDED_AT_ONCE);
-            return Ok(ids);
+            let next = ids.range((Bound::Excluded(after), Bound::Unbounded));
+            return Ok(next.take(DECIDED_AT_ONCE).copied().collect());
         }
         Selection::By { reason, failed_by } => (reason, failed_by),
     };

@@ -143,11 +143,11 @@ where
             "not asked: BigChat is down, and is asked again by and by",
         ));
     }
-    for _ in 1..NOT_FOUND_TRIES {
+    let mut tries = 1;
+    loop {
         match context.ask_bigchat(1, &question).await {
-            Err(BigChatError::NotFound(_)) => {}
+            Err(BigChatError::NotFound(_)) if tries < NOT_FOUND_TRIES => tries += 1,
             answer => return answer,
         }
     }
-    context.ask_bigchat(1, question).await
 }

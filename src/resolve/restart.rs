@@ -163,7 +163,7 @@ async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
             confirm(context, asked_at);
         }
         Err(BigChatError::NotFound(_)) if context.tells_events() => {
-            context.without_first_conversation();
+            context.note_look_without_first_conversation();
         }
         _ => {}
     }

@@ -1,6 +1,7 @@
 //! What the console asks: JSON, read through the web's own connection to the database. Only decisions go to the daemon's
 //! journal, a few hundred events at a time, so that delivery is never kept waiting for long.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -134,7 +135,7 @@ pub(super) async fn event(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Which {
-    ids: Option<Vec<i64>>,
+    ids: Option<BTreeSet<i64>>,
     reason: Option<String>,
     all: Option<bool>,
     /// Of a reason, or of all: only those that had failed by then, in Unix ms. What fails while somebody makes up his mind

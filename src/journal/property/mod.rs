@@ -192,7 +192,7 @@ impl Pair {
                 let ids = self.failed(which);
                 self.store
                     .decide_failed(
-                        &Selection::Ids(ids.clone()),
+                        &Selection::Ids(ids.iter().copied().collect()),
                         Decision::Retry,
                         Who::Command,
                         0,
@@ -214,7 +214,7 @@ impl Pair {
                 let ids = self.failed(which);
                 self.store
                     .decide_failed(
-                        &Selection::Ids(ids.clone()),
+                        &Selection::Ids(ids.iter().copied().collect()),
                         Decision::Discard,
                         Who::Console,
                         0,
