@@ -6,7 +6,8 @@ use std::ops::Bound;
 use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::settlements::due_now;
-use super::{Result, Store, limit};
+use super::{Result, Store, UNREADABLE, limit};
+use crate::our_api::Trouble;
 use crate::time::{Millis, Timestamp};
 
 /// A failed event, with all that is known of it.
@@ -283,6 +284,12 @@ impl Store {
         transaction.commit()?;
         Ok(decided)
     }
+}
+
+/// Whether a retry can never succeed for an event that failed for `reason`: it could not be understood, or OurAPI
+/// permanently rejected it.
+pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
+    name == UNREADABLE || reason.starts_with(&Trouble::Refused.to_string())
 }
 
 /// The ids of the next events that are meant, in order.

@@ -4,6 +4,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 
+use super::failed::is_permanent;
 use super::minutes::minute;
 use super::{Result, Store};
 use crate::time::Millis;
@@ -49,6 +50,8 @@ pub struct Group {
     pub count: u64,
     /// When the latest one did.
     pub latest_at: Millis,
+    /// Whether a retry can never succeed.
+    pub permanent: bool,
 }
 
 /// The event that has waited for longest.
@@ -274,15 +277,18 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {
+    // The least name is UNREADABLE only where there is no other.
     let mut statement = connection.prepare_cached(
-        "SELECT reason, count(*), max(settled_at) FROM (
-            SELECT coalesce(a.reason, '') AS reason, e.settled_at FROM events e LEFT JOIN attempts a ON a.event = e.id
+        "SELECT reason, count(*), max(settled_at), min(name) FROM (
+            SELECT coalesce(a.reason, '') AS reason, e.settled_at, e.name FROM events e LEFT JOIN attempts a ON a.event = e.id
             WHERE e.state = 'failed' ORDER BY e.id LIMIT ?1)
          GROUP BY reason ORDER BY count(*) DESC, reason LIMIT ?2",
     )?;
     let groups = statement.query_map([GROUPED, GROUPS], |row| {
+        let (reason, name): (String, String) = (row.get(0)?, row.get(3)?);
         Ok(Group {
-            reason: row.get(0)?,
+            permanent: is_permanent(&name, &reason),
+            reason,
             count: unsigned(row, 1)?,
             latest_at: Millis(row.get::<_, Option<i64>>(2)?.unwrap_or_default()),
         })

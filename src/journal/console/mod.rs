@@ -4,13 +4,14 @@
 //! page says after what the next one begins, so that nothing is counted or skipped over to get there.
 
 mod rows;
+mod says;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
-use super::failed::PastDecision;
+use super::failed::{PastDecision, is_permanent};
 use super::minutes::minute;
-use super::{Result, Store, UNREADABLE, limit};
+use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
 use crate::time::Millis;
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
@@ -30,17 +31,11 @@ const COUNTED: usize = 100;
 /// How many characters of an event are shown in a list, in its conversation, and by itself.
 const IN_A_LIST: usize = 200;
 const IN_ITS_CONVERSATION: usize = 4_000;
-const BY_ITSELF: usize = 64 << 10;
+const BY_ITSELF: usize = 1 << 20;
 
-/// What the event `e` says, as people read it, and whether that is all; `?1`: how many characters of it. JSON that is
-/// larger than any that should be is not even read.
-const SAYS: &str = "CASE WHEN octet_length(e.data) > 1048576 THEN octet_length(e.data) || ' bytes'
-        WHEN e.name = 'MESSAGE' THEN substr(e.data ->> '$.message', 1, ?1)
-        WHEN e.name = 'TRANSFER' THEN 'to advisor ' || (e.data ->> '$.new_advisor_id')
-        WHEN e.name = 'UNREADABLE' THEN substr(e.data, 1, ?1) END AS says,
-    CASE WHEN octet_length(e.data) > 1048576 THEN 1
-        WHEN e.name = 'MESSAGE' THEN length(e.data ->> '$.message') > ?1
-        WHEN e.name = 'UNREADABLE' THEN length(e.data) > ?1 ELSE 0 END AS says_cut";
+/// The data of the event `e`, and how many bytes that is. JSON that is larger than any that should be is not even read.
+const DATA: &str =
+    "iif(octet_length(e.data) > 1048576, NULL, e.data) AS data, octet_length(e.data) AS bytes";
 
 /// What a search is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,8 +128,7 @@ impl Store {
         };
         for id in ids {
             let mut statement = transaction.prepare_cached(&failed_row())?;
-            page.rows
-                .push(statement.query_row(params![limit(IN_A_LIST), id], read_failed)?);
+            page.rows.push(statement.query_row([id], read_failed)?);
         }
         Ok(page)
     }
@@ -203,25 +197,23 @@ impl Store {
     /// The events of a conversation after `after`, in the order in which they were told.
     pub fn events_of(&mut self, key: i64, after: i64) -> Result<Page<EventRow>> {
         let mut statement = self.connection.prepare_cached(&events_of())?;
-        let rows = statement.query_map(
-            params![limit(IN_ITS_CONVERSATION), key, after, limit(PAGE + 1)],
-            |row| {
-                Ok(EventRow {
-                    id: row.get("id")?,
-                    name: row.get("name")?,
-                    event_at_s: row.get("event_at")?,
-                    says: row.get("says")?,
-                    says_cut: row.get::<_, Option<bool>>("says_cut")?.unwrap_or_default(),
-                    state: row.get("state")?,
-                    kept_at: Millis(row.get("kept_at")?),
-                    settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
-                    sent: row.get("sent")?,
-                    tries: row.get("tries")?,
-                    reason: row.get("reason")?,
-                    next_at: row.get::<_, Option<i64>>("next_at")?.map(Millis),
-                })
-            },
-        )?;
+        let rows = statement.query_map(params![key, after, limit(PAGE + 1)], |row| {
+            let (says, says_cut) = says(row, IN_ITS_CONVERSATION)?;
+            Ok(EventRow {
+                id: row.get("id")?,
+                name: row.get("name")?,
+                event_at_s: row.get("event_at")?,
+                says,
+                says_cut,
+                state: row.get("state")?,
+                kept_at: Millis(row.get("kept_at")?),
+                settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
+                sent: row.get("sent")?,
+                tries: row.get("tries")?,
+                reason: row.get("reason")?,
+                next_at: row.get::<_, Option<i64>>("next_at")?.map(Millis),
+            })
+        })?;
         Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| row.id))
     }
 
@@ -263,23 +255,25 @@ const AGENTS_BY_EMAIL: &str =
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS runs, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
-        c.chat_ended_at, c.chat_agent, iif(c.chat_agent IS NULL, NULL, a.name) AS agent_name,
-        iif(c.chat_agent IS NULL, NULL, a.email) AS agent_email, c.chat_unsure
+        c.chat_ended_at, c.chat_agent, c.chat_unsure, a.bigchat_id AS advisor, a.name, a.email,
+        iif(g.email IS NULL, NULL, g.agent_id IS NOT NULL) AS accepted
     FROM conversations c LEFT JOIN advisors a
         ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
+    LEFT JOIN agents g ON g.email = a.email
     WHERE c.id = ?1";
 
 const WAITING_OF: &str = "SELECT count(*) FROM (
     SELECT 1 FROM events WHERE conversation = ?1 AND state = 'waiting' LIMIT ?2)";
 
-const FAILED_OF: &str =
-    "SELECT id FROM events WHERE conversation = ?1 AND state = 'failed' ORDER BY id LIMIT ?2";
+const FAILED_OF: &str = "SELECT e.id, e.name, coalesce(a.reason, '')
+    FROM events e LEFT JOIN attempts a ON a.event = e.id
+    WHERE e.conversation = ?1 AND e.state = 'failed' ORDER BY e.id LIMIT ?2";
 
 fn failed_row() -> String {
     format!(
-        "SELECT e.id, e.name, c.bigchat_id, {SAYS}, coalesce(a.tries, 0) AS tries, e.settled_at
+        "SELECT e.id, e.name, c.bigchat_id, {DATA}, coalesce(a.tries, 0) AS tries, e.settled_at
          FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
-         WHERE e.id = ?2"
+         WHERE e.id = ?1"
     )
 }
 
@@ -287,12 +281,28 @@ fn failed_row() -> String {
 /// belongs to them. Left to itself SQLite might walk through the events of all conversations instead.
 fn events_of() -> String {
     format!(
-        "SELECT e.id, e.name, e.event_at, {SAYS}, e.state, e.kept_at, e.settled_at, e.sent,
+        "SELECT e.id, e.name, e.event_at, {DATA}, e.state, e.kept_at, e.settled_at, e.sent,
             coalesce(a.tries, 0) AS tries, a.reason, a.next_at
          FROM (SELECT id FROM events INDEXED BY events_identity
-               WHERE conversation = ?2 AND id > ?3 ORDER BY id LIMIT ?4) AS page
+               WHERE conversation = ?1 AND id > ?2 ORDER BY id LIMIT ?3) AS page
          JOIN events e ON e.id = page.id LEFT JOIN attempts a ON a.event = e.id ORDER BY e.id"
     )
+}
+
+/// What an event says, at most so many characters of it, and whether there is more.
+fn says(row: &Row<'_>, at_most: usize) -> rusqlite::Result<(Option<String>, bool)> {
+    let (name, data): (String, Option<String>) = (row.get("name")?, row.get("data")?);
+    if let (None, Some(bytes)) = (&data, row.get::<_, Option<i64>>("bytes")?) {
+        return Ok((Some(format!("{bytes} bytes")), true));
+    }
+    Ok(match says::event(&name, data) {
+        None => (None, false),
+        Some(mut text) => {
+            let end = text.char_indices().nth(at_most).map(|(end, _)| end);
+            text.truncate(end.unwrap_or(text.len()));
+            (Some(text), end.is_some())
+        }
+    })
 }
 
 fn keys(connection: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<Vec<i64>> {
@@ -329,11 +339,44 @@ fn conversation(connection: &Connection, key: i64) -> Result<Option<Conversation
     row.waiting = connection
         .prepare_cached(WAITING_OF)?
         .query_row(params![key, limit(COUNTED)], |row| count(row, 0))?;
-    row.failed = keys(connection, FAILED_OF, params![key, limit(COUNTED)])?;
+    row.permanent = true;
+    let mut statement = connection.prepare_cached(FAILED_OF)?;
+    let mut failed = statement.query(params![key, limit(COUNTED)])?;
+    while let Some(event) = failed.next()? {
+        let (id, name, reason): (i64, String, String) =
+            (event.get(0)?, event.get(1)?, event.get(2)?);
+        row.failed.push(id);
+        row.permanent &= is_permanent(&name, &reason);
+    }
     Ok(Some(row))
 }
 
+/// What BigChat said of the advisor, if it was asked.
+fn known_advisor(row: &Row<'_>) -> rusqlite::Result<Option<KnownAdvisor>> {
+    let id: Option<i64> = row.get("advisor")?;
+    Ok(match (id, row.get("name")?, row.get("email")?) {
+        (None, ..) => None,
+        (Some(_), Some(name), Some(email)) => Some(KnownAdvisor::Person { name, email }),
+        (Some(_), ..) => Some(KnownAdvisor::Gone),
+    })
+}
+
 fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
+    let (first_advisor, transfer_advisor): (Option<i64>, Option<i64>) =
+        (row.get("first_advisor")?, row.get("transfer_advisor")?);
+    let (details, chat_agent): (String, Option<String>) =
+        (row.get("details")?, row.get("chat_agent")?);
+    let advisor = known_advisor(row)?;
+    let accepted: Option<bool> = row.get("accepted")?;
+    let no_agent = chat_agent.is_none().then(|| {
+        let id = transfer_advisor.or(first_advisor);
+        says::no_agent(&details, id, advisor.as_ref(), accepted)
+    });
+    let agent = match advisor {
+        Some(KnownAdvisor::Person { name, email }) if chat_agent.is_some() => Some((name, email)),
+        _ => None,
+    };
+    let (agent_name, agent_email) = agent.unzip();
     Ok(ConversationRow {
         key: row.get("id")?,
         conversation: row.get("bigchat_id")?,
@@ -341,20 +384,22 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         runs: row.get("runs")?,
         started_at_s: row.get("started_at")?,
         ended_at_s: row.get("ended_at")?,
-        first_advisor: row.get("first_advisor")?,
-        transfer_advisor: row.get("transfer_advisor")?,
+        first_advisor,
+        transfer_advisor,
         transfer_at_s: row.get("transfer_at")?,
-        details: row.get("details")?,
+        details,
         external_id: row.get("external_id")?,
         chat_id: row.get("chat_id")?,
         chat_started_at_s: row.get("chat_started_at")?,
         chat_ended_at_s: row.get("chat_ended_at")?,
-        chat_agent: row.get("chat_agent")?,
-        agent_name: row.get("agent_name")?,
-        agent_email: row.get("agent_email")?,
+        chat_agent,
+        agent_name,
+        agent_email,
+        no_agent,
         unsure: row.get("chat_unsure")?,
         waiting: 0,
         failed: Vec::new(),
+        permanent: false,
     })
 }
 
@@ -363,7 +408,7 @@ fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
         id: row.get("id")?,
         name: row.get("name")?,
         conversation: row.get("bigchat_id")?,
-        says: row.get("says")?,
+        says: says(row, IN_A_LIST)?.0,
         tries: row.get("tries")?,
         failed_at: Millis(row.get::<_, Option<i64>>("settled_at")?.unwrap_or_default()),
     })
@@ -380,8 +425,10 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         ),
         _ => data.unwrap_or_default(),
     };
+    let reason: Option<String> = row.get("reason")?;
     Ok(WholeEvent {
         id: row.get("id")?,
+        permanent: is_permanent(&name, reason.as_deref().unwrap_or_default()),
         name,
         conversation,
         conversation_key: row.get("conversation")?,
@@ -394,7 +441,7 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
         tries: row.get("tries")?,
         in_doubt: row.get("in_doubt")?,
-        reason: row.get("reason")?,
+        reason,
         request: row.get("request")?,
         response: row.get("response")?,
         attempts: Vec::new(),

@@ -90,6 +90,8 @@ pub struct WholeEvent {
     pub in_doubt: bool,
     /// Why it failed last.
     pub reason: Option<String>,
+    /// Whether a retry can never succeed.
+    pub permanent: bool,
     /// What was asked then.
     pub request: Option<String>,
     /// What was answered.
@@ -137,12 +139,16 @@ pub struct ConversationRow {
     pub agent_name: Option<String>,
     /// The address.
     pub agent_email: Option<String>,
+    /// Why the chat has no agent; `None`: it has one.
+    pub no_agent: Option<String>,
     /// Whether a change was sent whose outcome is unknown.
     pub unsure: bool,
     /// How many of its events wait, as far as they are counted.
     pub waiting: u64,
     /// Which of its events have failed, as far as they are counted.
     pub failed: Vec<i64>,
+    /// Whether a retry can never succeed for any of these.
+    pub permanent: bool,
 }
 
 /// An event in its conversation.

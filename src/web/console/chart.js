@@ -1,13 +1,15 @@
 // Events a minute by kind: what BigChat told as stacked bars, what OurAPI got as a line, failures below.
 
 import { byId, el, show, svg } from "./dom.js";
-import { clockText, count, now, perMinute, some, timeText } from "./format.js";
+import { axisText, clockText, count, now, perMinute, some, timeText } from "./format.js";
 
 /** From the bottom up. */
 export const KINDS = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
 
 const HEIGHT = 232;
-const EDGE = { top: 10, right: 4, bottom: 38, left: 34 };
+const EDGE = { top: 10, right: 4, bottom: 38 };
+/** Between the labels of the axis and the bars. */
+const AXIS_GAP = 8;
 const LANE = 6;
 const TICKS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 240, 360, 720, 1440];
 
@@ -56,22 +58,24 @@ export function draw(activity) {
   const step = activity.step;
   const all = buckets(activity);
   const width = Math.max(240, host.clientWidth);
-  const inner = { width: width - EDGE.left - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
   // What is delivered at once after an outage would dwarf all else: its line is cut off at the top.
   const highest = (what) => Math.max(...all.map((bucket) => bucket[what] / bucket.length), 0);
   const told = highest("sum");
   const scale = niceScale(told > 0 ? Math.max(told, Math.min(highest("delivered"), told * 1.25)) : highest("delivered"));
-  const x = (index) => EDGE.left + (index * inner.width) / all.length;
+  const marks = scale.marks.map((value) => [value, axisText(value)]);
+  const edge = Math.max(34, Math.ceil(widest(host, marks.map(([, label]) => label)) + AXIS_GAP + 2));
+  const inner = { width: width - edge - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
+  const x = (index) => edge + (index * inner.width) / all.length;
   const y = (value) => EDGE.top + inner.height * (1 - value / scale.top);
   const base = y(0);
   const gap = inner.width / all.length > 5 ? 1.5 : 0.6;
   const wide = Math.max(1, inner.width / all.length - gap);
 
   const picture = svg("svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`, "aria-hidden": "true" });
-  for (const value of scale.marks) {
+  for (const [value, label] of marks) {
     picture.append(
-      svg(value === 0 ? "line.base" : "line.grid", { x1: EDGE.left, x2: width - EDGE.right, y1: y(value), y2: y(value) }),
-      svg("text.axis", { x: EDGE.left - 8, y: y(value) + 4, "text-anchor": "end" }, perMinute(value)),
+      svg(value === 0 ? "line.base" : "line.grid", { x1: edge, x2: width - EDGE.right, y1: y(value), y2: y(value) }),
+      svg("text.axis", { x: edge - AXIS_GAP, y: y(value) + 4, "text-anchor": "end" }, label),
     );
   }
   const pointer = svg("rect.pointer", { y: EDGE.top, width: wide + gap, height: inner.height + 12 + LANE, rx: 2 });
@@ -108,7 +112,7 @@ export function draw(activity) {
   host.querySelector("svg")?.remove();
   host.prepend(picture);
   drawn = { all, step, pointer };
-  place = { x, gap, wide, width };
+  place = { x, gap, wide, width, edge };
   point(pointed);
   table(all, step, kinds);
 }
@@ -138,6 +142,15 @@ function niceScale(most) {
   const marks = [];
   for (let value = 0; value < highest + unit * 0.999; value += unit) marks.push(Math.round(value * 1000) / 1000);
   return { top: marks.at(-1), marks };
+}
+
+/** How wide the widest of these labels of an axis is, in the font the page has. */
+function widest(host, labels) {
+  const probe = svg("svg", { width: 0, height: 0, "aria-hidden": "true" }, labels.map((label) => svg("text.axis", null, label)));
+  host.append(probe);
+  const widths = [...probe.children].map((label) => label.getComputedTextLength());
+  probe.remove();
+  return Math.max(...widths);
 }
 
 /** Where the time axis has labels: at round hours of this time zone, as many as there is room for. */
@@ -208,7 +221,7 @@ export function frame() {
 
 function under(event) {
   const { left } = byId("chart").getBoundingClientRect();
-  const share = (event.clientX - left - EDGE.left) / (place.width - EDGE.left - EDGE.right);
+  const share = (event.clientX - left - place.edge) / (place.width - place.edge - EDGE.right);
   const index = Math.floor(share * drawn.all.length);
   return drawn.all.length - 1 - index;
 }

@@ -6,7 +6,7 @@
 import { Denied, get, KEY, Lost, post, Refused } from "./daemon.js";
 import { listen } from "./chart.js";
 import { decisions } from "./decisions.js";
-import { byId, el, icon, show } from "./dom.js";
+import { byId, el, icon, show, visibleText } from "./dom.js";
 import { actions, clearSelection, event, failed } from "./failed.js";
 import { ago, count, lasting, setNow, some, tick } from "./format.js";
 import { overview, watch } from "./overview.js";
@@ -21,9 +21,9 @@ const LONGEST = 15_000;
 const ROUTES = [
   [/^\/?$/, overview],
   [/^\/failed$/, failed],
-  [/^\/failed\/(?<id>\d{1,18})$/, event],
+  [/^\/failed\/(?<id>\d{1,19})$/, event],
   [/^\/search$/, search],
-  [/^\/conversations\/(?<id>\d{1,18})$/, talk],
+  [/^\/conversations\/(?<id>\d{1,19})$/, talk],
   [/^\/decisions$/, decisions],
 ];
 
@@ -92,7 +92,7 @@ function showAgain() {
   if (guarded) return;
   const main = byId("main");
   const focused = main.contains(document.activeElement) && document.activeElement !== main;
-  const title = now.view.title(now.data, now.shown);
+  const title = visibleText(now.view.title(now.data, now.shown));
   document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
   if (now.error) show(main, head(now.error.status === 404 ? "Not there" : "That did not work"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: what was delivered is kept only for so long." : "It is tried again by itself."));
   else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This shows as soon as it answers."));
@@ -357,7 +357,7 @@ document.addEventListener("submit", (event) => {
   event.preventDefault();
   if (event.target.id === "door") enter(event.target);
   if (event.target.id === "find") {
-    location.hash = `#/search?q=${encodeURIComponent(byId("q").value.trim())}`;
+    location.hash = `#/search?q=${encodeURIComponent(byId("q").value.trim().toWellFormed())}`;
     byId("q").blur();
   }
 });

@@ -21,6 +21,15 @@ export const get = (path) => ask(path, { method: "GET" });
 
 export const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body ?? {}) }, { "Content-Type": "application/json" });
 
+/** Ids have up to 64 bits, and a number holds only 53 of them: a greater integer stays the text it came as. */
+function exactly(_, value, context) {
+  const source = context?.source;
+  return typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? source : value;
+}
+
+/** An id, be it a number or a text, as an integer in what is sent. */
+export const integer = JSON.rawJSON ?? Number;
+
 async function ask(path, options, headers) {
   // No other site can make a browser send this.
   const ours = { "X-Bigchat-Sync": remembered(KEY) ?? "1" };
@@ -34,7 +43,7 @@ async function ask(path, options, headers) {
   }
   let body = null;
   try {
-    if (text !== "") body = JSON.parse(text);
+    if (text !== "") body = JSON.parse(text, exactly);
   } catch {
     // Said below.
   }

@@ -4,13 +4,13 @@ import { get } from "./daemon.js";
 import { el } from "./dom.js";
 import { at, sentence } from "./format.js";
 import { conversation, head, kind, loading, nothing } from "./parts.js";
-import { BY } from "./failed.js";
+import { by } from "./failed.js";
 
 export const decisions = {
   tab: "decisions",
   title: () => "Decisions",
   every: 6000,
-  load: ({ before }) => get(`/api/decisions${before ? `?before=${Number(before)}` : ""}`),
+  load: ({ before }) => get(`/api/decisions${before ? `?before=${encodeURIComponent(before)}` : ""}`),
   show(data, { params }) {
     const title = head("Decisions", "Who retried or discarded which failed event. Kept for good.");
     if (!data) return [title, loading(6)];
@@ -34,9 +34,9 @@ export const decisions = {
                 el("td", null, at(decision.at)),
                 el("td", null, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded")),
                 el("td", null, kind(decision.kind), " ", el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`)),
-                el("td", { "data-name": "conversation" }, conversation(decision.conversation_key, decision.conversation)),
+                el("td", { "data-name": "Conversation" }, conversation(decision.conversation_key, decision.conversation)),
                 el("td.why", null, sentence(decision.reason)),
-                el("td", { "data-name": "by" }, BY[decision.by] ?? decision.by),
+                el("td", { "data-name": "By" }, by(decision)),
               ),
             ),
           ),

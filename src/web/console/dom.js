@@ -32,9 +32,31 @@ function append(element, children) {
   for (const child of children) {
     if (child === null || child === undefined || child === false) continue;
     if (Array.isArray(child)) append(element, child);
-    else element.append(child);
+    else if (child instanceof Node) element.append(child);
+    else element.append(...visible(String(child)));
   }
 }
+
+// Control characters, bidirectional overrides and what else has no glyph: it would be invisible, or change how the text
+// around it is shown. Line breaks, joiners and variation selectors belong to ordinary text.
+const SPECIAL = /\r(?!\n)|[[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]--[\n\r\t\u200c\u200d\p{Variation_Selector}]]/gv;
+
+/** A text in pieces, with a mark in place of each special character. */
+function visible(text) {
+  const pieces = [];
+  let from = 0;
+  for (const { 0: character, index } of text.matchAll(SPECIAL)) {
+    pieces.push(text.slice(from, index), el("mark.special", { title: "a character that cannot be seen" }, codePoint(character)));
+    from = index + character.length;
+  }
+  pieces.push(text.slice(from));
+  return pieces.filter((piece) => piece !== "");
+}
+
+/** The same as one text, where there is no room for elements. */
+export const visibleText = (text) => text.replace(SPECIAL, codePoint);
+
+const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
 /** One of the icons in the page. */
 export function icon(name) {

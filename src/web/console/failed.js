@@ -1,9 +1,9 @@
 // The failed events, grouped by reason, and one of them whole; and what is decided of them.
 
-import { get, post } from "./daemon.js";
+import { get, integer, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
 import { ago, at, count, sentence, some } from "./format.js";
-import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, response } from "./parts.js";
+import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, resolutions, response, words } from "./parts.js";
 
 /** The events that are selected, and the reason they have in common. */
 const selection = { reason: null, ids: new Set(), last: null };
@@ -18,9 +18,9 @@ export const failed = {
     const { groups, total, more, now } = await get("/api/failed");
     const chosen = groups.find((group) => group.reason === reason) ?? (reason === undefined && matchMedia("(min-width: 56rem)").matches ? groups[0] : null);
     if (reason !== undefined && !chosen) return { groups, total, more, now, chosen: null, missing: total > 0, page: null };
-    const page = chosen && (await get(`/api/failed?reason=${encodeURIComponent(chosen.reason)}${after ? `&after=${Number(after)}` : ""}`));
+    const page = chosen && (await get(`/api/failed?reason=${encodeURIComponent(chosen.reason)}${after ? `&after=${encodeURIComponent(after)}` : ""}`));
     if (chosen?.reason !== selection.reason) clear(chosen?.reason ?? null);
-    const there = new Set(page?.rows.map((event) => event.id));
+    const there = new Set(page?.rows.map((event) => String(event.id)));
     for (const id of selection.ids) if (!there.has(id)) selection.ids.delete(id);
     return { groups, total, more, now, chosen, page, named: reason !== undefined, after };
   },
@@ -30,7 +30,7 @@ export const failed = {
     return [
       head(
         "Failed events",
-        `${some(data.total, "event")} ${data.total === 1 ? "waits" : "wait"} for you to decide: try again, or give up.`,
+        `${some(data.total, "event")} ${data.total === 1 ? "needs" : "need"} action: retry or discard.`,
         el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total, "data-by": data.now }, "Retry all"),
         el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total, "data-by": data.now }, "Discard all…"),
       ),
@@ -65,7 +65,7 @@ function groups({ groups, chosen, more }) {
 }
 
 function group({ chosen, page, after, now }) {
-  const ids = page.rows.map((event) => event.id);
+  const ids = page.rows.map((event) => String(event.id));
   const selected = ids.filter((id) => selection.ids.has(id));
   return el(
     "section.group.card",
@@ -74,12 +74,11 @@ function group({ chosen, page, after, now }) {
     el(
       "header",
       null,
-      el("div", null, el("h2", { id: "group-title" }, sentence(chosen.reason)), advice(chosen.reason) && el("p.under", null, advice(chosen.reason))),
+      el("div", null, el("h2", { id: "group-title" }, sentence(chosen.reason)), el("p.under", null, advice(chosen))),
       el(
         "div.buttons",
         null,
-        el("button", { type: "button", "data-do": "retry", "data-reason": chosen.reason, "data-count": chosen.count, "data-by": now }, `Retry ${all(chosen.count)}`),
-        el("button.quiet.danger", { type: "button", "data-do": "discard", "data-reason": chosen.reason, "data-count": chosen.count, "data-by": now }, `Discard ${all(chosen.count)}…`),
+        resolutions(chosen.permanent, { "data-reason": chosen.reason, "data-count": chosen.count, "data-by": now }, `Retry ${all(chosen.count)}`, `Discard ${all(chosen.count)}…`),
       ),
     ),
     el(
@@ -92,7 +91,7 @@ function group({ chosen, page, after, now }) {
       "ul.rows",
       { "data-list": "events" },
       page.rows.map((event) => {
-        const chosen = selection.ids.has(event.id);
+        const chosen = selection.ids.has(String(event.id));
         return el(
           "li",
           { "data-key": event.id, "data-event": event.id, "data-selected": chosen ? "yes" : null },
@@ -101,7 +100,7 @@ function group({ chosen, page, after, now }) {
             "a",
             { href: `#/failed/${event.id}`, "data-step": "", tabindex: -1 },
             kind(event.name),
-            el("span.says", null, event.says ?? ""),
+            el("span.says", null, event.name === "MESSAGE" ? words(event.says) : event.says),
             el("span.where", null, event.conversation === null ? `#${event.id}` : `conversation ${event.conversation}`),
             el("span.when", null, ago(event.failed_at)),
           ),
@@ -113,8 +112,7 @@ function group({ chosen, page, after, now }) {
       "div.chosen",
       { role: "group", "aria-label": "The selection", hidden: selected.length === 0 },
       el("b", null, `${count(selected.length)} selected`),
-      el("button", { type: "button", "data-do": "retry", "data-ids": selected.join(" ") }, "Retry"),
-      el("button.quiet.danger", { type: "button", "data-do": "discard", "data-ids": selected.join(" ") }, "Discard…"),
+      resolutions(chosen.permanent, { "data-ids": selected.join(" ") }, "Retry", "Discard…"),
       el("button.quiet", { type: "button", "data-do": "select-none" }, "Clear"),
     ),
   );
@@ -122,16 +120,16 @@ function group({ chosen, page, after, now }) {
 
 const all = (n) => (n === 1 ? "it" : n === 2 ? "both" : `all ${count(n)}`);
 
-// What a reason asks of whoever reads it.
+const PERMANENT = "A retry fails again unless OurAPI, or this program, has changed since. Check what was received and answered, then discard.";
+
+// What a reason asks of the operator where a retry can succeed.
 const ADVICE = [
-  [/^OurAPI refuses it for good/, "OurAPI does not accept what this says; its answer tells why. Retry once that has been mended there, else discard."],
   [/^OurAPI refuses us/, "Set the token right, then retry."],
   [/does not seem to be (OurAPI|BigChat)/, "Something else answers there. Set the URL right, then retry."],
-  [/unknown whether the request was carried out/, "Retry: it is looked for in OurAPI first, and not sent twice."],
-  [/^(it is|its) /, "BigChat told what cannot be understood. It cannot be delivered: look at it, then discard."],
+  [/unknown whether the request was carried out/, "Retry: OurAPI is checked first, and nothing is sent twice."],
 ];
 
-const advice = (reason) => ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try.";
+const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try."));
 
 const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded" };
 
@@ -139,20 +137,18 @@ export const event = {
   tab: "failed",
   title: (data, { id }) => `Event ${id}`,
   every: 3000,
-  load: ({ id }) => get(`/api/failed/${Number(id)}`),
+  load: ({ id }) => get(`/api/failed/${id}`),
   show(event) {
     if (!event) return loading(8);
     const is = event.state === "failed";
-    const readable = event.name !== "UNREADABLE";
     return [
       back(event.reason && is ? link(event.reason) : "#/failed", "Failed events"),
       head(
         [kind(event.name), ` Event ${event.id}`],
         event.reason && [sentence(event.reason), "."],
-        is && readable && el("button", { type: "button", "data-do": "retry", "data-ids": event.id, "data-event": event.id }, "Retry"),
-        is && el("button.quiet.danger", { type: "button", "data-do": "discard", "data-ids": event.id }, "Discard…"),
+        is && resolutions(event.permanent, { "data-ids": event.id }, "Retry", "Discard…"),
       ),
-      el("p.verdict-line", { "data-state": event.state }, el("i.dot", { "aria-hidden": "true" }), el("b", null, STATES[event.state]), event.settled_at !== null && [" ", ago(event.settled_at)], is && [": ", readable ? advice(event.reason) : ADVICE.at(-1)[1]]),
+      el("p.verdict-line", { "data-state": event.state }, el("i.dot", { "aria-hidden": "true" }), el("b", null, STATES[event.state]), event.settled_at !== null && [" ", ago(event.settled_at)], is && [": ", advice(event)]),
       el(
         "div.sides",
         null,
@@ -183,7 +179,7 @@ export const event = {
               el(
                 "ul.lately",
                 null,
-                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${BY[decision.by] ?? decision.by}`), ago(decision.at))),
+                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${by(decision)}`), ago(decision.at))),
               ),
             ),
         ),
@@ -192,7 +188,10 @@ export const event = {
   },
 };
 
-export const BY = { console: "the console", command: "the command line" };
+const BY = { console: "the console", command: "the command line" };
+
+/** Who resolved it. */
+export const by = (decision) => BY[decision.by] ?? decision.by;
 
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
 
@@ -223,7 +222,7 @@ function meant({ ids, reason, all, count, by }) {
   const failed_by = Number(by);
   if (all !== undefined) return { which: { all: true, failed_by }, number: Number(all) };
   if (reason !== undefined) return { which: { reason, failed_by }, number: Number(count) };
-  const numbers = ids.split(" ").map(Number);
+  const numbers = ids.split(" ").map((id) => integer(id));
   return { which: { ids: numbers }, number: numbers.length };
 }
 
@@ -248,8 +247,8 @@ export const actions = {
     await decided(page);
   },
   select(box, page, event) {
-    const id = Number(box.dataset.id);
-    const boxes = [...byId("main").querySelectorAll("[data-do=select]")].map((each) => Number(each.dataset.id));
+    const { id } = box.dataset;
+    const boxes = [...byId("main").querySelectorAll("[data-do=select]")].map((each) => each.dataset.id);
     const [from, to] = [boxes.indexOf(selection.last), boxes.indexOf(id)];
     const range = event?.shiftKey && from >= 0 ? boxes.slice(Math.min(from, to), Math.max(from, to) + 1) : [id];
     for (const each of range) {
@@ -260,7 +259,7 @@ export const actions = {
     page.showAgain();
   },
   "select-page"(box, page) {
-    for (const id of box.dataset.ids.split(" ").map(Number)) {
+    for (const id of box.dataset.ids.split(" ")) {
       if (box.checked) selection.ids.add(id);
       else selection.ids.delete(id);
     }
@@ -279,7 +278,7 @@ async function decide(decision, which, page) {
   let done = 0;
   let next = 0;
   while (next !== null) {
-    const piece = await post(`/api/failed/${decision}`, { ...which, after: next });
+    const piece = await post(`/api/failed/${decision}`, { ...which, after: integer(next) });
     done += piece.done;
     next = piece.next;
     if (next !== null) page.tell(`${some(done, "event")} so far…`);

@@ -21,6 +21,13 @@ export const now = () => Date.now() + ahead;
 export const count = (n) => number.format(n);
 export const perMinute = (n) => rate.format(n);
 
+// The marks of an axis have three digits at most: none of them is rounded.
+const mark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const largeMark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, notation: "compact" });
+
+/** A mark of an axis; from a million on as "1.2M". */
+export const axisText = (n) => (n < 1_000_000 ? mark : largeMark).format(n);
+
 /** "1 event", "3 events". */
 export const some = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 

@@ -3,6 +3,7 @@
 import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
 import { get } from "./daemon.js";
+import { by } from "./failed.js";
 import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
 import { conversation, kind, loading } from "./parts.js";
 
@@ -53,7 +54,7 @@ function pipe(status) {
   return el(
     "section.pipe",
     { "aria-label": "From BigChat to OurAPI" },
-    api("BigChat", "what happened", status.bigchat),
+    api("BigChat", "source", status.bigchat),
     link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, status.bigchat.up === false),
     el(
       "article.node.middle",
@@ -63,12 +64,12 @@ function pipe(status) {
         "div.pair",
         null,
         figure(count(status.waiting), "waiting", status.oldest_waiting === null ? "nothing to do" : ["the oldest for ", since(status.oldest_waiting.at)]),
-        el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "nothing to decide" : "yours to decide")),
+        el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "none" : "needs action")),
       ),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} compared or built again`),
     ),
     link(status.our_api.up === false ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", status.our_api.up === false),
-    api("OurAPI", "what stands", status.our_api),
+    api("OurAPI", "destination", status.our_api),
   );
 }
 
@@ -102,11 +103,11 @@ function strip(status) {
   return el(
     "dl.strip",
     { "aria-label": "Figures" },
-    cell("Told", perMinute(status.told_per_minute), "a minute"),
+    cell("Received", perMinute(status.told_per_minute), "a minute"),
     cell("Delivered", perMinute(status.delivered_per_minute), "a minute"),
-    cell("Half delivered within", delivery ? lasting(delivery.median) : "–"),
-    cell("95 of 100 within", delivery ? lasting(delivery.p95) : "–"),
-    cell("The slowest in", delivery ? lasting(delivery.max) : "–", delivery && `of the latest ${count(delivery.of)}`),
+    cell("Median delivery time", delivery ? lasting(delivery.median) : "–"),
+    cell("p95", delivery ? lasting(delivery.p95) : "–"),
+    cell("Slowest", delivery ? lasting(delivery.max) : "–", delivery && `of the latest ${count(delivery.of)}`),
   );
 }
 
@@ -176,7 +177,7 @@ function lists(data, status) {
                   { "data-key": decision.id },
                   el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"),
                   kind(decision.kind),
-                  el("span", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)]),
+                  el("span.muted", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)], " by ", by(decision)),
                   ago(decision.at),
                 ),
               ),

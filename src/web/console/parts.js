@@ -42,13 +42,49 @@ export function facts(pairs) {
 /** Something to be copied. */
 export const copyable = (text) => el("span.copyable", null, el("code", null, text), el("button.icon", { type: "button", "data-do": "copy", "data-text": text, title: "Copy" }, icon("copy"), el("span.unseen", null, "Copy")));
 
-/** JSON as people read it; what is no JSON as it is. */
+const TOKEN = /"(?:[^"\\]+|\\.)*"|[[\]{},:]|[^\s[\]{},:"]+/g;
+
+/** JSON as people read it, with every number and every key as it came; what is no JSON as it is. */
 export function pretty(text) {
   try {
-    return JSON.stringify(JSON.parse(text), null, 2);
+    JSON.parse(text);
   } catch {
     return text;
   }
+  let depth = 0;
+  let previous = "";
+  let lines = "";
+  const newLine = () => `\n${"  ".repeat(depth)}`;
+  for (const token of text.match(TOKEN)) {
+    const opened = previous === "{" || previous === "[";
+    if (token === "}" || token === "]") {
+      depth -= 1;
+      lines += opened ? token : newLine() + token;
+    } else {
+      if (opened || previous === ",") lines += newLine();
+      else if (previous === ":") lines += " ";
+      if (token === "{" || token === "[") depth += 1;
+      // Without needless escapes.
+      lines += token.startsWith('"') ? JSON.stringify(JSON.parse(token)) : token;
+    }
+    previous = token;
+  }
+  return lines;
+}
+
+/** A message; one without anything to be seen says so. */
+export function words(text) {
+  if (!/^[\s\u2800\u200c\u200d\p{Variation_Selector}]*$/v.test(text)) return text;
+  return el("span.muted", { title: text === "" ? "no text" : "only white space" }, "(empty message)");
+}
+
+/** The two ways to resolve dead letters, the better one first and highlighted: a retry only where it can succeed. */
+export function resolutions(permanent, which, retry, discard) {
+  const ways = [
+    el(permanent ? "button.quiet" : "button", { type: "button", "data-do": "retry", ...which }, retry),
+    el(permanent ? "button.danger" : "button.quiet.danger", { type: "button", "data-do": "discard", ...which }, discard),
+  ];
+  return permanent ? ways.reverse() : ways;
 }
 
 /** What was asked: the line, and the body below it. */

@@ -3,7 +3,7 @@
 import { get } from "./daemon.js";
 import { el, icon } from "./dom.js";
 import { ago, at, clockText, count, dayText, fullTime, lasting, now, some } from "./format.js";
-import { back, copyable, facts, head, kind, loading, nothing } from "./parts.js";
+import { back, copyable, facts, head, kind, loading, nothing, resolutions, words } from "./parts.js";
 
 export const search = {
   tab: "search",
@@ -35,7 +35,7 @@ export const search = {
               "a",
               { href: `#/conversations/${one.key}`, "data-step": "", tabindex: -1 },
               el("b", null, `Conversation ${one.conversation}`, one.run < one.runs && el("small", null, `of run ${one.run} of BigChat, before it restarted`)),
-              el("span.who", null, one.agent_name ?? one.agent_email ?? el("span.muted", null, "no agent"), one.agent_name && el("small", null, one.agent_email)),
+              el("span.who", null, who(one)),
               el("span.when", null, one.started_at_s === null ? el("span.muted", null, "start unknown") : at(one.started_at_s * 1000)),
               state(one),
             ),
@@ -45,6 +45,11 @@ export const search = {
     ];
   },
 };
+
+function who(one) {
+  if (one.no_agent !== null) return ["no agent", el("small", null, one.no_agent)];
+  return one.agent_name ? [one.agent_name, el("small", null, one.agent_email)] : (one.agent_email ?? one.chat_agent);
+}
 
 function state(one) {
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
@@ -57,7 +62,7 @@ export const talk = {
   tab: "search",
   title: (data) => (data ? `Conversation ${data.conversation.conversation}` : "Conversation"),
   every: 4000,
-  load: ({ id, after }) => get(`/api/conversations/${Number(id)}${after ? `?after=${Number(after)}` : ""}`),
+  load: ({ id, after }) => get(`/api/conversations/${id}${after ? `?after=${encodeURIComponent(after)}` : ""}`),
   show(data, { params }) {
     if (!data) return loading(9);
     const one = data.conversation;
@@ -67,7 +72,7 @@ export const talk = {
       head(
         `Conversation ${one.conversation}`,
         [state(one), " ", one.run < one.runs && "Of an earlier run of BigChat: since it restarted, this id means another conversation."],
-        one.failed.length > 0 && el("button", { type: "button", "data-do": "retry", "data-ids": one.failed.join(" ") }, `Retry ${one.failed.length === 1 ? "the failed event" : `the ${count(one.failed.length)} failed events`}`),
+        one.failed.length > 0 && resolutions(one.permanent, { "data-ids": one.failed.join(" ") }, `Retry ${failedOf(one)}`, `Discard ${failedOf(one)}…`),
       ),
       el(
         "div.sides",
@@ -99,10 +104,10 @@ export const talk = {
             "section.card",
             null,
             el("header", null, el("h2", null, "Agent")),
-            one.chat_agent === null
-              ? el("p.quietly", null, "The chat has none.")
+            one.no_agent !== null
+              ? el("p.quietly", null, "None: ", one.no_agent, ".")
               : facts([
-                  ["Name", one.agent_name],
+                  ["Name", one.agent_name || null],
                   ["E-mail", one.agent_email && el("a", { href: `#/search?q=${encodeURIComponent(one.agent_email)}` }, one.agent_email)],
                   ["Id", copyable(one.chat_agent)],
                 ]),
@@ -124,6 +129,8 @@ export const talk = {
     ];
   },
 };
+
+const failedOf = (one) => (one.failed.length === 1 ? "the failed event" : `the ${count(one.failed.length)} failed events`);
 
 const time = (seconds) => (seconds === null ? null : at(seconds * 1000));
 
@@ -150,8 +157,8 @@ function entry(event, happened, late) {
     el(
       "div.what",
       null,
-      event.name === "MESSAGE" ? el("p.words", null, event.says, event.says_cut && el("span.muted", null, " … (longer than is shown)")) : el("p.change", null, kind(event.name), event.says && ` ${event.says}`),
-      el("p.fate", null, fate(event), late && el("span.muted", { title: "It happened before what was told before it." }, "told late")),
+      event.name === "MESSAGE" ? el("p.words", null, words(event.says), event.says_cut && [" … ", el("a", { href: `#/failed/${event.id}` }, "show all of it")]) : el("p.change", null, kind(event.name), event.says && ` ${event.says}`),
+      el("p.fate", null, fate(event), late && el("span.muted", { title: "It happened before an event that was received earlier." }, "out of order")),
     ),
   );
 }

@@ -1,0 +1,128 @@
+//! What the console says of an event and of a chat without an agent: pure, from what the journal holds.
+
+use crate::event::{Kind, What};
+use crate::journal::KnownAdvisor;
+
+/// What an event says, as people read it: its message whole, whatever characters are in it. SQLite's text functions would
+/// end it at the first NUL.
+pub(super) fn event(name: &str, data: Option<String>) -> Option<String> {
+    let Some(kind) = Kind::from_name(name) else {
+        return data;
+    };
+    match What::from_data(kind, data.as_deref()) {
+        Ok(What::Start | What::End) => None,
+        Ok(What::Message { text }) => Some(text),
+        Ok(What::Transfer { advisor }) => Some(format!("to advisor {advisor}")),
+        Err(_) => data,
+    }
+}
+
+/// Why a chat has no agent. `advisor`: who should be the agent, by BigChat's id; `details`: whether the conversation's
+/// were read, which name the first one; `known`: what BigChat said of the advisor, if it was asked; `accepted`: whether
+/// OurAPI has the agent or permanently rejected it, if it was asked.
+pub(super) fn no_agent(
+    details: &str,
+    advisor: Option<i64>,
+    known: Option<&KnownAdvisor>,
+    accepted: Option<bool>,
+) -> String {
+    match (advisor, known, accepted) {
+        (None, ..) if details == "gone" => {
+            "no advisor is known, and BigChat no longer knows the conversation".to_owned()
+        }
+        (None, ..) => {
+            "not resolved yet: the conversation's details have not been read from BigChat"
+                .to_owned()
+        }
+        (Some(id), None, _) => {
+            format!("not resolved yet: advisor {id} has not been read from BigChat")
+        }
+        (Some(id), Some(KnownAdvisor::Gone), _) => {
+            format!("BigChat no longer knows advisor {id}")
+        }
+        (Some(_), Some(KnownAdvisor::Person { name, email }), None) => {
+            format!("not resolved yet: OurAPI has not been asked for {name} ({email})")
+        }
+        (Some(_), Some(KnownAdvisor::Person { name, email }), Some(false)) => {
+            format!("OurAPI permanently rejected the agent {name} ({email})")
+        }
+        (Some(_), Some(KnownAdvisor::Person { name, email }), Some(true)) => {
+            format!("not set yet: OurAPI has {name} ({email}), and the chat waits for its change")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_whole_whatever_is_in_them() {
+        for text in [
+            "",
+            "a\0b",
+            "\0",
+            "\u{1b}[31m\u{202e}\u{7f}\u{85}",
+            "\r\n\t",
+            "\u{feff}👩\u{200d}💻",
+        ] {
+            let data = serde_json::json!({ "message": text }).to_string();
+            assert_eq!(event("MESSAGE", Some(data)).as_deref(), Some(text));
+        }
+    }
+
+    #[test]
+    fn every_kind_says_what_it_can() {
+        for (name, data, expected) in [
+            ("START", Some("null"), None),
+            ("END", None, None),
+            (
+                "TRANSFER",
+                Some(r#"{"new_advisor_id":9007199254740993}"#),
+                Some("to advisor 9007199254740993"),
+            ),
+            (
+                "UNREADABLE",
+                Some(r#"{"message":"a\u0000b"}"#),
+                Some(r#"{"message":"a\u0000b"}"#),
+            ),
+            // No version of this program stores that.
+            ("MESSAGE", Some("[]"), Some("[]")),
+        ] {
+            let says = event(name, data.map(str::to_owned));
+            assert_eq!(says.as_deref(), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_chat_without_an_agent_says_why() {
+        let ann = KnownAdvisor::Person {
+            name: "Ann".into(),
+            email: "ann@x.test".into(),
+        };
+        for (details, advisor, known, accepted, expected) in [
+            ("unread", None, None, None, "details have not been read"),
+            ("gone", None, None, None, "no longer knows the conversation"),
+            ("read", Some(7), None, None, "advisor 7 has not been read"),
+            (
+                "gone",
+                Some(i64::MAX),
+                Some(&KnownAdvisor::Gone),
+                None,
+                "no longer knows advisor 9223372036854775807",
+            ),
+            ("read", Some(7), Some(&ann), None, "not been asked for Ann"),
+            (
+                "read",
+                Some(7),
+                Some(&ann),
+                Some(false),
+                "rejected the agent Ann (ann@x.test)",
+            ),
+            ("read", Some(7), Some(&ann), Some(true), "OurAPI has Ann"),
+        ] {
+            let why = no_agent(details, advisor, known, accepted);
+            assert!(why.contains(expected), "{why}");
+        }
+    }
+}

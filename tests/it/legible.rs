@@ -1,0 +1,258 @@
+//! What the console is given to show: texts whole whatever characters are in them, why a chat has no agent, and whether a
+//! retry can succeed.
+
+use bigchat_sync::settings::Tokens;
+use reqwest::Client;
+use serde_json::{Value, json};
+
+use crate::fakes::{Scene, message, raw, start, status, transfer};
+use crate::harness::{Daemon, side_by_side, until};
+
+/// A daemon, and a client of its console.
+struct Console {
+    scene: Scene,
+    daemon: Daemon,
+    url: String,
+    client: Client,
+}
+
+impl Console {
+    fn new(scene: Scene) -> Self {
+        let (daemon, url) = scene.bench.start_listening(Tokens::default());
+        let client = Client::builder().no_proxy().build().expect("a client");
+        Self {
+            scene,
+            daemon,
+            url,
+            client,
+        }
+    }
+
+    /// Over a journal with what some SQL adds to an empty one.
+    async fn over(sql: &str) -> Self {
+        let scene = Scene::new().await;
+        scene.bench.once().await;
+        scene.bench.execute(sql);
+        Self::new(scene)
+    }
+
+    async fn get(&self, path: &str, query: &[(&str, &str)]) -> Value {
+        let url = reqwest::Url::parse_with_params(&format!("{}{path}", self.url), query);
+        let answer = self.client.get(url.expect("a URL")).send().await;
+        let answer = answer.expect("an answer").error_for_status();
+        answer.expect("a good answer").json().await.expect("JSON")
+    }
+
+    /// A conversation as a search finds it.
+    async fn found(&self, id: i64) -> Value {
+        let mut found = self.get("/api/search", &[("q", &id.to_string())]).await;
+        found["conversations"][0].take()
+    }
+
+    /// The same; it is the same by itself.
+    async fn conversation(&self, id: i64) -> Value {
+        let found = self.found(id).await;
+        let path = format!("/api/conversations/{}", found["key"]);
+        let itself = self.get(&path, &[]).await;
+        assert_eq!(itself["conversation"], found);
+        found
+    }
+}
+
+/// SQL for a failed message in conversation 100, by its text.
+pub(crate) fn failed_message(id: i64, text: &str, reason: &str) -> String {
+    let data = json!({ "message": text }).to_string().replace('\'', "''");
+    format!(
+        "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
+         VALUES ({id}, 100, 'MESSAGE', 1795384800, '{data}', {id}, 'failed', 1000, 2000);
+         INSERT INTO attempts (event, tries, reason) VALUES ({id}, 1, '{reason}');"
+    )
+}
+
+pub(crate) const CONVERSATION: &str =
+    "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
+
+#[tokio::test]
+async fn a_text_is_whole_whatever_characters_it_has() {
+    let texts = [
+        "before\0after",
+        "\0",
+        "two\0\0of them\0",
+        "\u{1b}[2J\u{7f}\u{85}\u{202e}reversed\u{2066}",
+        "",
+        " \t\n",
+    ];
+    let events = (1..).zip(texts);
+    let events: String = events
+        .map(|(id, text)| failed_message(id, text, "why"))
+        .collect();
+    let console = Console::over(&format!("{CONVERSATION}{events}")).await;
+    let said = |rows: &Value| -> Vec<String> {
+        let rows = rows.as_array().expect("rows").iter();
+        rows.map(|row| row["says"].as_str().expect("a text").to_owned())
+            .collect()
+    };
+    let list = console.get("/api/failed", &[("reason", "why")]).await;
+    assert_eq!(said(&list["rows"]), texts);
+    let conversation = console.get("/api/conversations/100", &[]).await;
+    assert_eq!(said(&conversation["events"]), texts);
+    for (id, text) in (1..).zip(texts) {
+        let event = console.get(&format!("/api/failed/{id}"), &[]).await;
+        let raw: Value = serde_json::from_str(event["raw"].as_str().expect("JSON")).expect("JSON");
+        assert_eq!(raw["data"]["message"], text);
+    }
+    console.daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_long_text_is_cut_in_lists_only() {
+    for (length, in_list, in_conversation) in [
+        (200, 200, 200),
+        (201, 200, 201),
+        (4_001, 200, 4_000),
+        (300_000, 200, 4_000),
+    ] {
+        // Of two bytes each, and one that ends texts in C.
+        let text = format!("\0{}", "é".repeat(length - 1));
+        let events = failed_message(1, &text, "why");
+        let console = Console::over(&format!("{CONVERSATION}{events}")).await;
+        let of = |row: &Value| row["says"].as_str().expect("a text").chars().count();
+        let list = console.get("/api/failed", &[("reason", "why")]).await;
+        assert_eq!(of(&list["rows"][0]), in_list);
+        let conversation = console.get("/api/conversations/100", &[]).await;
+        let event = &conversation["events"][0];
+        assert_eq!(
+            (of(event), &event["says_cut"]),
+            (in_conversation, &json!(in_conversation < length))
+        );
+        let event = console.get("/api/failed/1", &[]).await;
+        assert_eq!(event["raw_cut"], false);
+        assert!(event["raw"].as_str().expect("JSON").contains(&text[1..]));
+        console.daemon.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_chat_without_an_agent_says_why() {
+    let gone = "BigChat no longer knows advisor 9007199254740993";
+    let rejected = "OurAPI permanently rejected the agent Ann (ann@x.test)";
+    let details = "no advisor is known, and BigChat no longer knows the conversation";
+    side_by_side(["advisor", "agent", "details"], async |case| {
+        let scene = Scene::new().await;
+        let (id, expected, events) = match case {
+            "advisor" => (
+                42,
+                gone,
+                vec![start(42, 0), transfer(42, 5, 9_007_199_254_740_993)],
+            ),
+            "agent" => {
+                scene
+                    .our_api
+                    .upset("POST /agents", status(422).body("{}").always());
+                (42, rejected, vec![start(42, 0)])
+            }
+            _ => (77, details, vec![message(77, 5, "Hello")]),
+        };
+        let console = Console::new(scene);
+        console.scene.delivers(events).await;
+        let conversation = console.conversation(id).await;
+        assert!(conversation["chat_id"].is_string(), "{case}");
+        assert_eq!(conversation["chat_agent"], Value::Null, "{case}");
+        assert_eq!(conversation["no_agent"], expected, "{case}");
+        console.daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
+    let unread = "not resolved yet: the conversation's details have not been read from BigChat";
+    let advisor = "not resolved yet: advisor 7 has not been read from BigChat";
+    let agent = "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)";
+    side_by_side(
+        [
+            ("GET /conversations/42", unread),
+            ("GET /advisors/7", advisor),
+            ("GET /agents", agent),
+        ],
+        async |(down, expected)| {
+            let scene = Scene::new().await;
+            scene.bigchat.upset(down, status(500).always());
+            scene.our_api.upset(down, status(500).always());
+            let console = Console::new(scene);
+            let scene = &console.scene;
+            scene.bigchat.tells([start(42, 0)]);
+            scene.bench.until_events("waiting", 1).await;
+            let mut said = Value::Null;
+            until("it says so", async || {
+                said = console.found(42).await["no_agent"].take();
+                said == expected
+            })
+            .await;
+            scene.bigchat.calm();
+            scene.our_api.calm();
+            scene.bench.until_events("delivered", 1).await;
+            let conversation = console.conversation(42).await;
+            assert_eq!(conversation["no_agent"], Value::Null);
+            assert_eq!(conversation["agent_email"], "ann@x.test");
+            console.daemon.stop().await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn it_is_known_whether_a_retry_can_succeed() {
+    let scene = Scene::new().await;
+    scene
+        .our_api
+        .upset("POST /chats/c1/messages*No", status(422).always());
+    scene
+        .our_api
+        .upset("POST /chats/c1/messages*Spam", status(409).always());
+    let console = Console::new(scene);
+    let scene = &console.scene;
+    scene.delivers([start(42, 0), start(43, 1)]).await;
+    scene
+        .bigchat
+        .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
+    scene.bench.until_events("failed", 2).await;
+    assert_eq!(console.conversation(42).await["permanent"], true);
+    for unreadable in [
+        r#"{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}"#,
+        r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#,
+        "{}",
+    ] {
+        let before = scene.bench.events("failed");
+        scene.bigchat.tells(raw(&format!(
+            r#"{{"nextPageUrl":null,"events":[{unreadable}]}}"#
+        )));
+        scene.bench.until_events("failed", before + 1).await;
+    }
+    let Console { scene, daemon, .. } = console;
+    daemon.stop().await;
+    // What failed after all its attempts may succeed once whatever it was is over.
+    scene.bench.execute(
+        "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
+         SELECT 90, id, 'MESSAGE', 1, '{\"message\":\"x\"}', 1, 'failed', 1, 2 FROM conversations WHERE bigchat_id = 42;
+         INSERT INTO attempts (event, tries, reason) VALUES (90, 10, 'OurAPI gave no usable answer');",
+    );
+    let console = Console::new(scene);
+    assert_eq!(console.conversation(42).await["permanent"], false);
+    let failed = console.get("/api/failed", &[]).await;
+    let groups = failed["groups"].as_array().expect("groups");
+    assert!(groups.len() >= 5, "{groups:#?}");
+    for group in groups {
+        let reason = group["reason"].as_str().expect("a reason");
+        let may_succeed = reason == "OurAPI gave no usable answer";
+        assert_eq!(group["permanent"], !may_succeed, "{reason}");
+        let list = console.get("/api/failed", &[("reason", reason)]).await;
+        for row in list["rows"].as_array().expect("rows") {
+            let event = console
+                .get(&format!("/api/failed/{}", row["id"]), &[])
+                .await;
+            assert_eq!(event["permanent"], !may_succeed, "{reason}");
+        }
+    }
+    console.daemon.stop().await;
+}
