@@ -15,7 +15,7 @@ use crate::http::Http;
 use crate::journal::{Api, OpenError, Store};
 use crate::our_api::OurApi;
 use crate::route::Route;
-use crate::screen::printable;
+use crate::screen::{printable, shown};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 
 /// An external id that no chat has: whether OurAPI answers is all there is to learn.
@@ -100,6 +100,13 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             Tokens::default()
         }
     };
+    for file in &tokens.exposed_files {
+        let text = format!(
+            "token file {}: other users of this machine have access to it",
+            shown(file)
+        );
+        report.ill("settings", text, format!("chmod 600 {}", shown(file)));
+    }
     let db = settings.db();
     let Some(state) = look_at_database(&mut report, &db) else {
         return report;
@@ -133,20 +140,14 @@ enum State {
 
 fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
     let opened = match db.try_exists() {
-        Ok(false) => {
-            return match db.parent().map(|parent| parent.join(".")) {
-                Some(parent) if parent.is_dir() => {
-                    let text = format!("{} is made at the first start", db.display());
-                    report.well("database", text);
-                    Some(State::Free(None))
-                }
-                _ => {
-                    let text = format!("{} is in a directory that is not there", db.display());
-                    report.ill("database", text, "make the directory, or set --db");
-                    None
-                }
-            };
-        }
+        Ok(false) => match Store::can_be_made(db) {
+            Ok(()) => {
+                let text = format!("{} is made at the first start", shown(db));
+                report.well("database", text);
+                return Some(State::Free(None));
+            }
+            Err(error) => Err(error),
+        },
         _ => match Store::open(db) {
             Err(OpenError::InUse(_)) => Store::open_beside(db).map(State::DaemonRuns),
             opened => opened.map(|store| State::Free(Some(store))),
@@ -163,12 +164,22 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
         return Some(state);
     };
     match store.try_to_write() {
-        Ok(()) => report.well("database", format!("{} can be written", db.display())),
+        Ok(()) => report.well("database", format!("{} can be written", shown(db))),
         Err(error) => report.ill(
             "database",
-            format!("{} cannot be written: {error}", db.display()),
+            format!("{} cannot be written: {error}", shown(db)),
             "free some disk, mend its permissions, or end whatever holds it; a daemon that runs goes on by itself then",
         ),
+    }
+    for file in store.exposed_files() {
+        report.ill(
+            "database",
+            format!(
+                "{} has customers' messages, and other users of this machine have access to it",
+                shown(&file)
+            ),
+            format!("chmod 600 {}", shown(&file)),
+        );
     }
     Some(state)
 }

@@ -29,7 +29,7 @@ pub struct Cli {
     #[command(flatten)]
     pub settings: Settings,
 
-    /// The settings that are given, as flags or by the environment: each flag and its value.
+    /// The settings that are given for a unit, as flags or by the environment: each flag and its value.
     #[arg(skip)]
     pub given: Vec<(String, String)>,
 }
@@ -122,6 +122,8 @@ impl Cli {
             return Err(command.error(ErrorKind::ArgumentConflict, message));
         }
         cli.given = settings_of(&matches, |source| source != ValueSource::DefaultValue);
+        // Set for other commands.
+        cli.given.retain(|(flag, _)| flag != "db");
         Ok(cli)
     }
 }
@@ -153,8 +155,10 @@ fn set_by_environment(error: &clap::Error) -> Option<String> {
         .get_arguments()
         .find(|argument| argument.get_long() == Some(flag))?;
     let variable = argument.get_env()?.to_str()?;
-    let on_the_line = std::env::args()
-        .any(|given| given.trim_start_matches("--").split('=').next() == Some(flag));
+    let on_the_line = std::env::args_os().any(|given| {
+        let given = given.to_string_lossy();
+        given.trim_start_matches("--").split('=').next() == Some(flag)
+    });
     (!on_the_line && std::env::var(variable).is_ok_and(|set| set == *value))
         .then(|| variable.to_owned())
 }

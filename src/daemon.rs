@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::progress;
-use crate::screen::{Log, Screen};
+use crate::screen::{Log, Screen, shown};
 use crate::service::Manager;
 use crate::settings::{Listen, Settings, Tokens};
 use crate::summary::{self, Summary};
@@ -322,7 +322,7 @@ pub(crate) async fn begin(
         .with(move |store| store.start_session(pause, Millis::now()))
         .await?;
     tracing::info!(
-        db = %settings.db().display(), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
+        db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
     );
     if !session.interrupted.is_empty() {

@@ -68,7 +68,10 @@ impl From<Which> for Selection {
 ///
 /// When the database cannot be opened or refuses.
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
-    let mut store = Store::open_beside(db)?;
+    let mut store = match command {
+        Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
+        Command::Retry(_) | Command::Discard(_) => Store::open_beside(db)?,
+    };
     Ok(match command {
         Command::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
         Command::Show { id } => {

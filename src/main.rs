@@ -7,7 +7,7 @@ use std::time::Duration;
 use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::daemon::{self, Onlookers};
 use bigchat_sync::demo::{self, DemoError};
-use bigchat_sync::screen::Screen;
+use bigchat_sync::screen::{Screen, shown};
 use bigchat_sync::settings::{LogFormat, Settings, Tokens};
 use bigchat_sync::{check, failed, log, manual, rebuild, service, status};
 use tokio::signal::unix::{SignalKind, signal};
@@ -71,7 +71,10 @@ fn main() -> ExitCode {
             })
         }
         Some(Command::Unit) => match std::env::current_exe() {
-            Ok(program) => say(manual::unit(&program, &given).as_bytes(), ExitCode::SUCCESS),
+            Ok(program) => match manual::unit(&program, &given) {
+                Ok(unit) => say(unit.as_bytes(), ExitCode::SUCCESS),
+                Err(error) => complain(&error, 1),
+            },
             Err(error) => complain(&error, 1),
         },
         Some(Command::Completions { shell }) => say(&manual::completions(shell), ExitCode::SUCCESS),
@@ -101,6 +104,12 @@ where
         return complain(&error, BAD_SETTING);
     }
     log::start(settings.log_format(), level, log);
+    for file in &tokens.exposed_files {
+        tracing::warn!(
+            path = shown(file),
+            "all users of this machine have access to this token file; chmod 600"
+        );
+    }
     let ended = block_on(async {
         let stopping = CancellationToken::new();
         let stop = stopping.clone();

@@ -3,14 +3,17 @@
 //! The manual page is one for all commands, made from the same text as `--help`.
 
 use std::io;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
+use thiserror::Error;
 
 use crate::cli::Cli;
+use crate::screen::shown;
 
 const NAME: &str = "bigchat-sync";
 
@@ -44,7 +47,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
         &[
             (
                 "bigchat-sync.db",
-                "The database, with -wal, -shm and .lock beside it: where --db says, else in $STATE_DIRECTORY (/var/lib/bigchat-sync as a service), else in the working directory.",
+                "The database, with -wal and -shm beside it, for its owner only: where --db says, else in $STATE_DIRECTORY (/var/lib/bigchat-sync as a service), else in the working directory.",
             ),
             (
                 "/etc/credstore/bigchat-sync.our-api-token",
@@ -58,31 +61,55 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
     ),
 ];
 
+/// The program is where systemd starts none.
+#[derive(Debug, Error)]
+#[error(
+    "systemd starts no program whose path has quotation marks, backslashes or control characters; move {}",
+    shown(.0)
+)]
+pub struct NotStartable(PathBuf);
+
 /// The unit by which systemd runs `program` with these settings, each a flag and its value.
-pub fn unit(program: &Path, settings: &[(String, String)]) -> String {
+///
+/// # Errors
+///
+/// When systemd cannot start a program of this path.
+pub fn unit(program: &Path, settings: &[(String, String)]) -> Result<String, NotStartable> {
+    let path = program.as_os_str().as_bytes();
+    let is_refused = |byte: &u8| b"\"'\\".contains(byte) || byte.is_ascii_control();
+    if path.iter().any(is_refused) {
+        return Err(NotStartable(program.to_owned()));
+    }
     let flags = settings
         .iter()
-        .map(|(flag, value)| format!("--{flag}={value}"));
-    let line: Vec<String> = [program.display().to_string(), "run".to_owned()]
+        // In the path itself systemd replaces no variables.
+        .map(|(flag, value)| format!("--{flag}={value}").replace('$', "$$"));
+    let line: Vec<String> = [quoted(path), "run".to_owned()]
         .into_iter()
-        .chain(flags)
-        .map(|word| quoted(&word))
+        .chain(flags.map(|flag| quoted(flag.as_bytes())))
         .collect();
-    UNIT.replace("@exec@", &line.join(" "))
+    Ok(UNIT.replace("@exec@", &line.join(" ")))
 }
 
 /// A word of a command line in a unit file.
-fn quoted(word: &str) -> String {
-    let word = word
-        .replace('\\', "\\\\")
-        .replace('"', "\\\"")
-        .replace('%', "%%")
-        .replace('$', "$$");
+fn quoted(word: &[u8]) -> String {
+    let mut quoted = String::new();
+    let escape = |byte: &u8| format!("\\x{byte:02x}");
+    for chunk in word.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '\\' | '"' => quoted.extend(['\\', c]),
+                '%' => quoted.push_str("%%"),
+                c if c.is_ascii_control() => quoted.push_str(&escape(&(c as u8))),
+                c => quoted.push(c),
+            }
+        }
+        quoted.extend(chunk.invalid().iter().map(escape));
+    }
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,+%$".contains(c);
-    if word.chars().all(plain) {
-        word
-    } else {
-        format!("\"{word}\"")
+    match quoted.chars().all(plain) {
+        true => quoted,
+        false => format!("\"{quoted}\""),
     }
 }
 
@@ -218,6 +245,50 @@ fn paragraphs(roff: &mut Roff, next: &str, text: Option<&clap::builder::StyledSt
             roff.control(next, []);
         } else {
             roff.text([roman(line)]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+
+    fn command(program: &[u8]) -> Option<String> {
+        let unit = unit(Path::new(OsStr::from_bytes(program)), &[]).ok()?;
+        let mut lines = unit.lines();
+        lines.find_map(|line| Some(line.strip_prefix("ExecStart=")?.to_owned()))
+    }
+
+    #[test]
+    fn program_path_is_written_as_systemd_reads_it() {
+        for (path, written) in [
+            (&b"/usr/bin/sync"[..], "/usr/bin/sync run"),
+            (b"/opt/a b/sync", "\"/opt/a b/sync\" run"),
+            (b"/opt/100%/$x", "/opt/100%%/$x run"),
+            (b"/opt/\xff", "\"/opt/\\xff\" run"),
+            (b"/opt/\xc3\xbc", "\"/opt/\u{fc}\" run"),
+        ] {
+            assert_eq!(command(path).as_deref(), Some(written));
+        }
+        for refused in [&b"/a\"b"[..], b"/a'b", b"/a\\b", b"/a\nb", b"/a\x7fb"] {
+            assert_eq!(command(refused), None);
+        }
+    }
+
+    #[test]
+    fn setting_stays_one_word_on_one_line() {
+        for (value, written) in [
+            ("a\nb", r#""--x=a\x0ab""#),
+            ("\t", r#""--x=\x09""#),
+            (r"a\b", r#""--x=a\\b""#),
+            ("50% $x", r#""--x=50%% $$x""#),
+        ] {
+            let settings = [("x".to_owned(), value.to_owned())];
+            let unit = unit(Path::new("/a"), &settings).expect("it can be started");
+            let line = format!("ExecStart=/a run {written}");
+            assert!(unit.lines().any(|is| is == line), "{value:?}: {unit}");
         }
     }
 }

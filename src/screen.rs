@@ -4,6 +4,7 @@
 //! is not one escape code.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -79,4 +80,13 @@ pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()
+}
+
+/// A path that can be recognised, whatever its bytes: plain, or else quoted and escaped.
+pub fn shown(path: &Path) -> String {
+    let quoted = format!("{path:?}");
+    match path.to_str() {
+        Some(plain) if quoted == format!("\"{plain}\"") && !plain.contains(' ') => plain.to_owned(),
+        _ => quoted,
+    }
 }

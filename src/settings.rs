@@ -5,9 +5,11 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Read};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -16,6 +18,7 @@ use thiserror::Error;
 use url::Url;
 
 use crate::retry::Policy;
+use crate::screen::shown;
 use crate::time::Timestamp;
 
 /// Where the console is served unless another address is set.
@@ -185,6 +188,8 @@ pub struct Tokens {
     pub our_api: Option<SecretString>,
     /// `BIGCHAT_SYNC_CONSOLE_TOKEN` or what `BIGCHAT_SYNC_CONSOLE_TOKEN_FILE` holds: who asks the console must know it.
     pub console: Option<SecretString>,
+    /// Those of the files named that all users of this machine may read or write.
+    pub exposed_files: Vec<PathBuf>,
 }
 
 /// A token that cannot be had, or could not be sent.
@@ -194,7 +199,7 @@ pub enum TokenError {
     #[error("{0} and {0}_FILE are both set: unset one of them")]
     Both(String),
     /// The file cannot be read.
-    #[error("{variable}_FILE names {path}, which cannot be read: {source}")]
+    #[error("{variable}_FILE names {}, which cannot be read: {source}", shown(.path))]
     File {
         /// The variable without `_FILE`.
         variable: String,
@@ -223,18 +228,23 @@ pub enum TokenError {
 impl Tokens {
     /// Reads the tokens, `variable` being the environment.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
-        let token = |name: &str| {
+        let mut exposed_files = Vec::new();
+        let mut token = |name: &str| {
             let name = format!("BIGCHAT_SYNC_{name}_TOKEN");
             let text = match (variable(&name), variable(&format!("{name}_FILE"))) {
                 (None, None) => return Ok(None),
                 (Some(_), Some(_)) => return Err(TokenError::Both(name)),
                 (Some(token), None) => token.to_string_lossy().into_owned(),
                 (None, Some(path)) => {
-                    std::fs::read_to_string(&path).map_err(|source| TokenError::File {
-                        variable: name.clone(),
-                        path: path.into(),
-                        source,
-                    })?
+                    let path = PathBuf::from(path);
+                    let (text, is_exposed) =
+                        read_token(&path).map_err(|source| TokenError::File {
+                            variable: name.clone(),
+                            path: path.clone(),
+                            source,
+                        })?;
+                    exposed_files.extend(is_exposed.then_some(path));
+                    text
                 }
             };
             let token = text.trim();
@@ -247,6 +257,7 @@ impl Tokens {
             bigchat: token("BIGCHAT")?,
             our_api: token("OUR_API")?,
             console: token("CONSOLE")?,
+            exposed_files,
         })
     }
 
@@ -261,6 +272,16 @@ impl Tokens {
             _ => Ok(()),
         }
     }
+}
+
+/// What a token file holds, and whether all users of this machine may read or write it.
+fn read_token(path: &Path) -> std::io::Result<(String, bool)> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    let is_exposed = metadata.is_file() && metadata.permissions().mode() & 0o006 != 0;
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok((text, is_exposed))
 }
 
 fn base_url(text: &str) -> Result<Url, String> {

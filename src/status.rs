@@ -3,15 +3,15 @@
 //! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. `troubles` decides what is
 //! not well and says what to do about it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use thiserror::Error;
 
 use crate::health::Service;
 use crate::journal::{Api, Figures, JournalError, OpenError, Store};
-use crate::screen::printable;
+use crate::screen::{printable, shown};
 use crate::time::{Millis, Timestamp};
 
 /// How long no poll may have come to its end, in poll intervals; at least [`STALE`].
@@ -52,7 +52,8 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Database {
     /// Where it is.
-    pub path: String,
+    #[serde(serialize_with = "lossy")]
+    pub path: PathBuf,
     /// How large it is, with its write-ahead log, in bytes.
     pub bytes: u64,
 }
@@ -101,7 +102,7 @@ impl Status {
         now: Millis,
     ) -> Result<Self, JournalError> {
         let figures = store.figures(now)?;
-        let daemon_runs = Store::is_in_use(db);
+        let daemon_runs = store.is_in_use();
         let troubles = troubles(&figures, daemon_runs, poll_interval, now);
         Ok(Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -110,12 +111,17 @@ impl Status {
             well: troubles.is_empty(),
             troubles,
             database: Database {
-                path: db.display().to_string(),
-                bytes: Store::size(db),
+                path: db.to_owned(),
+                bytes: store.bytes(),
             },
             figures,
         })
     }
+}
+
+/// JSON has no bytes that are not UTF-8.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
 }
 
 /// What is not well, the gravest first.
@@ -230,7 +236,7 @@ fn text(status: &Status) -> String {
         format!(
             "bigchat-sync {} on {} ({:.1} MB)",
             status.version,
-            status.database.path,
+            shown(&status.database.path),
             mega(status.database.bytes)
         ),
         String::new(),

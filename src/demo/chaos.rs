@@ -5,6 +5,7 @@
 //! that tells everything once had answered when the daemon was killed, before the daemon had kept it. Whether it had, is
 //! looked up in the journal at each kill ([`count_apart`]).
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -335,7 +336,7 @@ async fn until(
 /// The daemon as a process, which never outlives this.
 pub(super) struct Daemon {
     program: PathBuf,
-    arguments: Vec<String>,
+    arguments: Vec<OsString>,
     log: PathBuf,
     /// How long the log was when it was started.
     log_before: u64,
@@ -345,11 +346,11 @@ pub(super) struct Daemon {
 impl Daemon {
     /// This same program between these services, over a database; it logs to a file beside it.
     pub(super) fn new(sim: &Sim, db: &Path, listen: SocketAddr, log: PathBuf) -> io::Result<Self> {
-        let mut arguments = SETTINGS.map(str::to_owned).to_vec();
-        arguments.push(format!("--bigchat-url={}", sim.bigchat_url()));
-        arguments.push(format!("--our-api-url={}", sim.our_api_url()));
-        arguments.push(format!("--db={}", db.display()));
-        arguments.push(format!("--listen={listen}"));
+        let mut arguments = SETTINGS.map(OsString::from).to_vec();
+        arguments.push(format!("--bigchat-url={}", sim.bigchat_url()).into());
+        arguments.push(format!("--our-api-url={}", sim.our_api_url()).into());
+        arguments.extend(["--db".into(), db.into()]);
+        arguments.push(format!("--listen={listen}").into());
         Ok(Self {
             program: std::env::current_exe()?,
             arguments,

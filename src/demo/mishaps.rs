@@ -42,16 +42,26 @@ pub(super) fn what_to_do(program: &Path, db: &Path) -> String {
         "Things go wrong now, and somebody has to mend one of them: that is you. What failed, why, and what to do about it
 is in the console, and beside the running daemon in another terminal:
 
-    alias bigchat-sync='{}'; export BIGCHAT_SYNC_DB={}
+    alias bigchat-sync={}; export BIGCHAT_SYNC_DB={}
     bigchat-sync status
     bigchat-sync failed list
     bigchat-sync failed show ID
 
 Ctrl-C ends it, and compares.
 ",
-        program.display(),
-        db.display()
+        // The shell reads an alias again when it is used.
+        shell_word(&shell_word(&program.to_string_lossy())),
+        shell_word(&db.to_string_lossy())
     )
+}
+
+/// A text as a shell reads it back.
+fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    match text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
 }
 
 impl Mishaps {
@@ -108,6 +118,32 @@ impl Mishaps {
     fn calm(&self) {
         for faults in [&self.sim.bigchat.faults, &self.sim.our_api.faults] {
             faults.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shell_reads_back_what_is_quoted() {
+        for text in [
+            "/tmp/a.db",
+            "a b",
+            "it's",
+            "$HOME;`x`",
+            "new\nline",
+            "back\\slash",
+        ] {
+            // An alias is read twice.
+            let twice = shell_word(&shell_word(text));
+            let script = format!("word={twice}; eval \"printf %s $word\"");
+            let read = std::process::Command::new("sh")
+                .args(["-c", &script])
+                .output();
+            let read = read.expect("a shell");
+            assert_eq!(String::from_utf8_lossy(&read.stdout), text);
         }
     }
 }

@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 use crate::daemon::{self, DaemonError, Onlookers};
 use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
-use crate::screen::Screen;
+use crate::screen::{Screen, shown};
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens};
 use crate::sim::bigchat::{self, BigChat, Log, Mode};
 use crate::sim::our_api::{self, OurApi};
@@ -137,7 +137,7 @@ pub enum DemoError {
         source: io::Error,
     },
     /// No temporary directory can be made.
-    #[error("{path} cannot be made: {source}")]
+    #[error("{} cannot be made: {source}", shown(.path))]
     Scratch {
         /// The directory.
         path: PathBuf,
@@ -291,7 +291,7 @@ async fn perform(
         let kept = scratch.keep();
         screen.say(&format!(
             "The daemon's database and log are kept in {}\n",
-            kept.display()
+            shown(&kept)
         ))?;
     }
     verdict
@@ -461,7 +461,7 @@ impl Drop for Scratch {
         if !self.0.as_os_str().is_empty()
             && let Err(error) = std::fs::remove_dir_all(&self.0)
         {
-            tracing::warn!(path = %self.0.display(), reason = %error, "the temporary database stays");
+            tracing::warn!(path = shown(&self.0), reason = %error, "the temporary database stays");
         }
     }
 }

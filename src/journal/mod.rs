@@ -10,6 +10,7 @@ mod chats;
 mod claims;
 mod console;
 mod failed;
+mod file;
 mod knowledge;
 mod minutes;
 mod pages;
@@ -36,6 +37,8 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use crate::pulse;
+use crate::screen::shown;
+use file::DatabaseFile;
 
 pub use claims::{Claim, Claimable, Claimed};
 pub use console::{
@@ -59,7 +62,7 @@ pub enum JournalError {
     #[error("the database holds what cannot be: {0}")]
     Corrupt(String),
     /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
-    #[error("{0} was deleted or replaced: put it back, or restart to go on with what is there now")]
+    #[error("{} was deleted or replaced: put it back, or restart to go on with what is there now", shown(.0))]
     Displaced(PathBuf),
     /// The operation has panicked, or the journal's thread has ended.
     #[error("the journal is closed")]
@@ -105,53 +108,54 @@ pub(crate) trait Worker: std::fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
-    /// `None`: it is in memory.
-    file: Option<schema::Opened>,
-    _lock: Option<schema::InstanceLock>,
+    /// `None`: it is in memory. It must be closed after the connection.
+    file: Option<DatabaseFile>,
 }
 
 impl Store {
     /// Opens the database for the daemon: made or upgraded where needed, and kept from other daemons.
     pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
-        let lock = schema::InstanceLock::take(path)?;
-        Ok(Self::over(schema::open(path, true)?, Some(lock)))
-    }
-
-    /// Whether a daemon works on the database, or a command that takes its place.
-    pub fn is_in_use(path: &Path) -> bool {
-        schema::InstanceLock::is_taken(path)
-    }
-
-    /// How large the database is, with its write-ahead log, in bytes.
-    pub fn size(path: &Path) -> u64 {
-        schema::size(path)
+        schema::open_for_daemon(path).map(Self::over)
     }
 
     /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first, unless
     /// a daemon works on it.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
-        let store = Self::open_beside(path)?;
-        store
-            .connection
-            .pragma_update(None, "query_only", true)
-            .map_err(|source| schema::sqlite(path, source))?;
-        Ok(store)
+        schema::open_reader(path).map(Self::over)
     }
 
     /// Opens the database for a command beside the daemon.
     pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
-        Ok(Self::over(schema::open(path, false)?, None))
+        schema::open_beside(path).map(Self::over)
     }
 
-    fn over(
-        (connection, file): (Connection, schema::Opened),
-        lock: Option<schema::InstanceLock>,
-    ) -> Self {
+    /// Whether [`Self::open`] could make a database there.
+    pub fn can_be_made(path: &Path) -> std::result::Result<(), OpenError> {
+        file::can_be_made(path)
+    }
+
+    fn over((connection, file): schema::Opened) -> Self {
         Self {
             connection,
             file: Some(file),
-            _lock: lock,
         }
+    }
+
+    /// Whether a daemon works on the database, or a command that takes its place.
+    pub fn is_in_use(&self) -> bool {
+        self.file.as_ref().is_some_and(DatabaseFile::is_in_use)
+    }
+
+    /// How large the database is, with its write-ahead log, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let file = self.file.as_ref();
+        file.map_or(0, |file| file.bytes() + file.log_bytes().unwrap_or(0))
+    }
+
+    /// Those of the database's files that others than their owner may read or write.
+    pub fn exposed_files(&self) -> Vec<PathBuf> {
+        let file = self.file.as_ref();
+        file.map(DatabaseFile::exposed).unwrap_or_default()
     }
 
     /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
@@ -165,7 +169,6 @@ impl Store {
         Ok(Self {
             connection,
             file: None,
-            _lock: None,
         })
     }
 
@@ -183,7 +186,7 @@ impl Store {
         if file.is_in_place() {
             Ok(())
         } else {
-            Err(JournalError::Displaced(file.path().to_owned()))
+            Err(JournalError::Displaced(file.named().to_owned()))
         }
     }
 

@@ -1,15 +1,15 @@
-//! Opening the database: one process at a time, the schema brought up to date, and nothing touched that is not ours.
+//! Opening the database: the schema brought up to date, and nothing touched that is not ours.
 
-use std::fs::{File, TryLockError};
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, ffi};
 use thiserror::Error;
+
+use super::file::{DatabaseFile, Lock};
+use crate::screen::shown;
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCSY".
 const APPLICATION_ID: i32 = 0x4243_5359;
@@ -22,9 +22,6 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0004_checks.sql"),
 ];
 
-/// For how long somebody may have the lock who only looks whether it is taken.
-const LOOKED_AT: Duration = Duration::from_millis(200);
-
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
 /// and must be able to stop.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -33,18 +30,28 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// backup, a forgotten shell), and would keep that size for ever.
 const WAL_SIZE: i64 = 8 << 20;
 
+/// SQLite opens a file that may not be written for reading. It makes none: that would be readable by all users.
+const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
+
 /// Why a database was not opened. Except for a failing disk, nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// Another daemon works on it.
-    #[error("another bigchat-sync works on {0}; stop it first, or set another database with --db")]
+    #[error("another bigchat-sync works on {}; stop it first, or set another database with --db", shown(.0))]
     InUse(PathBuf),
+    /// A daemon works on it by another hard link or mount, where its write-ahead log is.
+    #[error(
+        "the daemon that works on {} has it open by another name, beside which are its -wal and -shm; set --db as the daemon does",
+        shown(.0)
+    )]
+    OtherName(PathBuf),
     /// Some other program's database, or no database at all.
-    #[error("{0} is not a bigchat-sync database, and is left as it is; set another one with --db")]
+    #[error("{} is not a bigchat-sync database, and is left as it is; set another one with --db", shown(.0))]
     Foreign(PathBuf),
     /// Written by a later version of this program.
     #[error(
-        "{path} was written by a newer bigchat-sync (schema {found}, this one knows {known}), and is left as it is; run the newer one"
+        "{} was written by a newer bigchat-sync (schema {found}, this one knows {known}), and is left as it is; run the newer one",
+        shown(.path)
     )]
     Newer {
         /// The database.
@@ -56,15 +63,17 @@ pub enum OpenError {
     },
     /// Written by an earlier version of this program, which still works on it.
     #[error(
-        "an older bigchat-sync works on {0}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one"
+        "an older bigchat-sync works on {}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one",
+        shown(.0)
     )]
     Older(PathBuf),
     /// There is none, for a command that does not make one.
-    #[error("there is no database {0}; name the daemon's with --db")]
+    #[error("there is no database {}; name the daemon's with --db", shown(.0))]
     Missing(PathBuf),
     /// Cut off, or written over.
     #[error(
-        "{path} is damaged ({why}), and is left as it is; restore a copy, or set another database with --db"
+        "{} is damaged ({why}), and is left as it is; restore a copy, or set another database with --db",
+        shown(.path)
     )]
     Damaged {
         /// The database.
@@ -72,8 +81,45 @@ pub enum OpenError {
         /// What is wrong with it.
         why: String,
     },
+    /// Its directory does not exist.
+    #[error(
+        "{} cannot be opened: the directory {} does not exist; make it, or set another database with --db",
+        shown(.path),
+        shown(.directory)
+    )]
+    NoDirectory {
+        /// The database.
+        path: PathBuf,
+        /// Its directory.
+        directory: PathBuf,
+    },
+    /// No file can be made in its directory.
+    #[error(
+        "{} cannot be opened: no file can be made in {}, where it and its -wal and -shm belong ({source}){}",
+        shown(.path),
+        shown(.directory),
+        remedy(.source)
+    )]
+    Directory {
+        /// The database.
+        path: PathBuf,
+        /// Its directory.
+        directory: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It cannot be read without its write-ahead log, and the log cannot be read.
+    #[error(
+        "{} cannot be read: its latest changes are in its -wal file, which can be read only with a -shm file, and none can be made; \
+         use an account that may write to its directory, or copy the database and its -wal to where you may write",
+        shown(.0)
+    )]
+    LogUnreadable(PathBuf),
+    /// SQLite has no room for its path.
+    #[error("{} cannot be opened: SQLite takes paths of up to 504 bytes; set a shorter one with --db", shown(.0))]
+    TooLong(PathBuf),
     /// The file system refuses.
-    #[error("{path} cannot be opened: {source}")]
+    #[error("{} cannot be opened: {source}{}", shown(.path), remedy(.source))]
     Io {
         /// The file in question.
         path: PathBuf,
@@ -81,7 +127,7 @@ pub enum OpenError {
         source: std::io::Error,
     },
     /// SQLite refuses.
-    #[error("{path} cannot be opened: {source}")]
+    #[error("{} cannot be opened: {source}", shown(.path))]
     Sqlite {
         /// The database.
         path: PathBuf,
@@ -90,12 +136,24 @@ pub enum OpenError {
     },
 }
 
+/// What to do about a file system that refuses.
+fn remedy(error: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    match error.kind() {
+        PermissionDenied => "; use the account of its owner, or give this one access",
+        ReadOnlyFilesystem => "; make the file system writable, or set another database with --db",
+        _ => "",
+    }
+}
+
 impl OpenError {
     /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Sqlite { source, .. } => may_pass(source),
-            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
+            Self::Io { source, .. } | Self::Directory { source, .. } => {
+                source.kind() == std::io::ErrorKind::StorageFull
+            }
             _ => false,
         }
     }
@@ -110,174 +168,97 @@ pub(super) fn may_pass(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// Which file a database is, whatever name it goes by.
-#[derive(Debug, Clone)]
-struct Identity {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
+/// A database and its file, which must stay open for longer.
+pub(super) type Opened = (Connection, DatabaseFile);
 
-impl PartialEq for Identity {
-    fn eq(&self, other: &Self) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
+/// Opens the database for a daemon: locked, made if there is none, private, and up to date.
+pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
+    let mut file = DatabaseFile::create(path)?;
+    file.lock(Lock::Daemon)?;
+    if inspect(&file)? {
+        look_through(&file)?;
     }
+    if let Err(error) = file.make_private()
+        && !file.exposed().is_empty()
+    {
+        tracing::warn!(db = %shown(path), reason = %error, "other users of this machine have access to the database");
+    }
+    let mut connection = connect(&file)?;
+    let found = known_version(&file, &connection)?;
+    upgrade(&mut connection, found).map_err(|source| sqlite(path, source))?;
+    Ok((connection, file))
 }
 
-impl Identity {
-    fn of(path: &Path) -> Result<Self, OpenError> {
-        let metadata = std::fs::metadata(path).map_err(|source| OpenError::Io {
-            path: path.to_owned(),
-            source,
+/// Opens the database for a command beside the daemon. It is brought up to date, unless an older daemon works on it.
+pub(super) fn open_beside(path: &Path) -> Result<Opened, OpenError> {
+    let mut file = open_existing(path)?;
+    let mut connection = connect(&file)?;
+    let found = known_version(&file, &connection)?;
+    if found < MIGRATIONS.len() {
+        // No daemon starts while the tables change.
+        file.lock(Lock::Daemon).map_err(|error| match error {
+            OpenError::InUse(path) => OpenError::Older(path),
+            error => error,
         })?;
-        Ok(Self {
-            path: path.to_owned(),
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
+        let upgraded = upgrade(&mut connection, found);
+        file.unlock();
+        upgraded.map_err(|source| sqlite(path, source))?;
     }
+    Ok((connection, file))
 }
 
-/// Holds off other daemons for as long as it lives. The operating system lets go of it when the process ends,
-/// however it ends.
-#[derive(Debug)]
-pub(super) struct InstanceLock {
-    file: File,
-}
-
-impl Drop for InstanceLock {
-    fn drop(&mut self) {
-        // Closing lets go as well, but not while a process that was just forked off still has a copy.
-        self.file.unlock().ok();
-    }
-}
-
-impl InstanceLock {
-    pub(super) fn take(db: &Path) -> Result<Self, OpenError> {
-        let path = Self::path(db);
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path);
-        let file = file.map_err(|source| OpenError::Io {
-            path: path.clone(),
-            source,
-        })?;
-        let deadline = Instant::now() + LOOKED_AT;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(Self { file }),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(LOOKED_AT / 20);
-                }
-                Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(db.to_owned())),
-                Err(TryLockError::Error(source)) => return Err(OpenError::Io { path, source }),
-            }
+/// Opens the database for reading, also where nothing can be written; one of an older version as [`open_beside`] does.
+pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
+    let mut file = open_existing(path)?;
+    let connection = match connect_to_read(file.path()) {
+        Err(error) if is_refused(&error) && file.has_log() => {
+            return Err(OpenError::LogUnreadable(path.to_owned()));
         }
-    }
-
-    /// Whether somebody has it. To find out takes it for a moment.
-    pub(super) fn is_taken(db: &Path) -> bool {
-        let Ok(file) = File::open(Self::path(db)) else {
-            return false;
-        };
-        let taken = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
-        drop(Self { file });
-        taken
-    }
-
-    fn path(db: &Path) -> PathBuf {
-        // By whatever name it goes.
-        let db = std::fs::canonicalize(db).unwrap_or_else(|_| db.to_owned());
-        beside(&db, ".lock")
-    }
-}
-
-/// A database that this process has open, for as long as this lives.
-#[derive(Debug)]
-pub(super) struct Opened(Identity);
-
-/// The databases that this process has open, each as often as it has. Whoever closes a file takes from his whole process the
-/// locks on it (POSIX), SQLite's too: another SQLite that ends would think itself the last one, and delete the write-ahead
-/// log under this one. So a file that is open here is not looked into as a file.
-static OPENED: Mutex<Vec<Identity>> = Mutex::new(Vec::new());
-
-impl Opened {
-    /// Whether it is still the file of its name.
-    pub(super) fn is_in_place(&self) -> bool {
-        Identity::of(&self.0.path).is_ok_and(|there| there == self.0)
-    }
-
-    /// By what name it was opened.
-    pub(super) fn path(&self) -> &Path {
-        &self.0.path
-    }
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = opened.iter().position(|opened| *opened == self.0) {
-            opened.swap_remove(at);
+        // SQLite can make no file beside it. Without a daemon it needs none.
+        Err(error) if is_refused(&error) => {
+            file.lock(Lock::Reader)?;
+            connect_to_unchanging(file.path())
         }
+        connected => connected,
+    };
+    let connection = connection.map_err(|source| sqlite(path, source))?;
+    if known_version(&file, &connection)? < MIGRATIONS.len() {
+        drop((connection, file));
+        return open_beside(path);
     }
+    Ok((connection, file))
 }
 
-/// Opens the database at `path`, and makes it if `create`: whoever asks for that holds the lock. It is brought up to date,
-/// unless an older daemon works on it.
-pub(super) fn open(path: &Path, create: bool) -> Result<(Connection, Opened), OpenError> {
-    // One after the other: what one looks into no other has just opened.
-    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    let is_open = Identity::of(path).is_ok_and(|file| opened.contains(&file));
-    if !is_open {
-        look_into(path, create)?;
-    }
-    let connection = open_as_ours(path, create)?;
-    let file = Identity::of(path)?;
-    opened.push(file.clone());
-    Ok((connection, Opened(file)))
-}
-
-/// Looks whether it may be opened, as a file and without changing it.
-fn look_into(path: &Path, create: bool) -> Result<(), OpenError> {
-    let ours = inspect(path)?;
-    if !ours && !create {
+/// Opens the file of a database of ours, and creates and changes nothing.
+fn open_existing(path: &Path) -> Result<DatabaseFile, OpenError> {
+    let file = DatabaseFile::open(path)?;
+    if !inspect(&file)? {
         return Err(OpenError::Missing(path.to_owned()));
     }
-    if ours && !has_log(path) {
-        // With a log there is no way to look without taking part.
-        look_through(path).map_err(|source| sqlite(path, source))?;
+    if file.is_in_use_by_another_name() {
+        return Err(OpenError::OtherName(path.to_owned()));
     }
-    Ok(())
+    if !file.is_in_use() {
+        look_through(&file)?;
+    }
+    Ok(file)
 }
 
-fn open_as_ours(path: &Path, locked: bool) -> Result<Connection, OpenError> {
-    let mut connection = connect(path).map_err(|source| sqlite(path, source))?;
-    let found = version(&connection).map_err(|source| sqlite(path, source))?;
+/// The version of the database's schema, if it is known.
+fn known_version(file: &DatabaseFile, connection: &Connection) -> Result<usize, OpenError> {
+    let found = version(connection).map_err(|source| sqlite(file.named(), source))?;
+    check_version(file, found)
+}
+
+fn check_version(file: &DatabaseFile, found: i64) -> Result<usize, OpenError> {
     match usize::try_from(found) {
-        Ok(found) if found <= MIGRATIONS.len() => {
-            let _lock = match found < MIGRATIONS.len() && !locked {
-                true => Some(lock_to_upgrade(path)?),
-                false => None,
-            };
-            upgrade(&mut connection, found).map_err(|source| sqlite(path, source))?;
-            Ok(connection)
-        }
+        Ok(version) if version <= MIGRATIONS.len() => Ok(version),
         _ => Err(OpenError::Newer {
-            path: path.to_owned(),
+            path: file.named().to_owned(),
             found,
             known: MIGRATIONS.len(),
         }),
     }
-}
-
-/// Keeps daemons away while the tables change, for a command that is no daemon itself.
-fn lock_to_upgrade(path: &Path) -> Result<InstanceLock, OpenError> {
-    InstanceLock::take(path).map_err(|error| match error {
-        OpenError::InUse(path) => OpenError::Older(path),
-        error => error,
-    })
 }
 
 pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
@@ -292,63 +273,46 @@ pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
     }
 }
 
-/// Whether a write-ahead log holds what is not in the database's own file yet.
-fn has_log(path: &Path) -> bool {
-    std::fs::metadata(beside(path, "-wal")).is_ok_and(|log| log.len() > 0)
-}
-
-/// How large a database is, with its write-ahead log, in bytes.
-pub(super) fn size(path: &Path) -> u64 {
-    [path.to_owned(), beside(path, "-wal")]
-        .iter()
-        .filter_map(|file| std::fs::metadata(file).ok())
-        .map(|file| file.len())
-        .sum()
-}
-
-/// The file beside a database whose name ends so.
-fn beside(path: &Path, end: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(end);
-    PathBuf::from(name)
+/// Whether SQLite may not write, or may not make the files it needs.
+fn is_refused(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{CannotOpen, ReadOnly};
+    matches!(error.sqlite_error_code(), Some(CannotOpen | ReadOnly))
 }
 
 /// Reads the heads of all tables, in a way that creates and changes no file: what is damaged must stay as it is. A
 /// thorough check would take as long as the database is large.
-fn look_through(path: &Path) -> rusqlite::Result<()> {
-    let mut uri = url::Url::parse("file:///").map_err(|_| rusqlite::Error::InvalidQuery)?;
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    uri.set_path(&path.to_string_lossy());
-    uri.set_query(Some("immutable=1"));
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
-    let connection = Connection::open_with_flags(uri.as_str(), flags)?;
-    let tables: Vec<String> = connection
-        .prepare("SELECT name FROM sqlite_schema WHERE type = 'table'")?
-        .query_map([], |row| row.get(0))?
-        .collect::<rusqlite::Result<_>>()?;
-    for table in tables {
-        connection
-            .prepare(&format!("SELECT * FROM \"{table}\" LIMIT 1"))?
-            .query([])?
-            .next()?;
+fn look_through(file: &DatabaseFile) -> Result<(), OpenError> {
+    // With a log there is no way to look without taking part.
+    if file.has_log() {
+        return Ok(());
     }
-    Ok(())
+    let look = || {
+        let connection = connect_to_unchanging(file.path())?;
+        let tables: Vec<String> = connection
+            .prepare("SELECT name FROM sqlite_schema WHERE type = 'table'")?
+            .query_map([], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        for table in tables {
+            connection
+                .prepare(&format!("SELECT * FROM \"{table}\" LIMIT 1"))?
+                .query([])?
+                .next()?;
+        }
+        Ok(())
+    };
+    look().map_err(|source| sqlite(file.named(), source))
 }
 
 /// Whether there is a database of ours. Reads the file's header and nothing else: SQLite itself would already
 /// change a foreign one by opening it (write-ahead log, recovery).
-fn inspect(path: &Path) -> Result<bool, OpenError> {
+fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
     const MAGIC: &[u8; 16] = b"SQLite format 3\0";
-    let io = |source| OpenError::Io {
+    const HEADER: usize = 100;
+    let path = file.named();
+    let header = file.head(HEADER).map_err(|source| OpenError::Io {
         path: path.to_owned(),
         source,
-    };
-    let mut header = Vec::new();
-    match File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(source) => return Err(io(source)),
-        Ok(file) => file.take(100).read_to_end(&mut header).map_err(io)?,
-    };
+    })?;
     if header.is_empty() {
         return Ok(false);
     }
@@ -359,35 +323,25 @@ fn inspect(path: &Path) -> Result<bool, OpenError> {
             .and_then(|bytes| bytes.try_into().ok())
             .map(i32::from_be_bytes)
     };
-    if header.starts_with(MAGIC) && header.len() < 100 {
+    if header.starts_with(MAGIC) && header.len() < HEADER {
         return Err(damaged(path));
     }
     if !header.starts_with(MAGIC) || field(68) != Some(APPLICATION_ID) {
         return Err(OpenError::Foreign(path.to_owned()));
     }
-    let found = i64::from(field(60).unwrap_or_default());
-    match usize::try_from(found) {
-        Ok(version) if version <= MIGRATIONS.len() => {
-            // In units of pages, the size of the file as of the last checkpoint: at 16 and 28.
-            let page = match header.get(16..18) {
-                Some([0, 1]) => 65_536,
-                Some([high, low]) => u64::from(u16::from_be_bytes([*high, *low])),
-                _ => 0,
-            };
-            let pages = u64::from(field(28).unwrap_or_default().cast_unsigned());
-            // After the header: another process may be making it just now.
-            let length = std::fs::metadata(path).map_or(0, |file| file.len());
-            if length < page * pages && !has_log(path) {
-                return Err(damaged(path));
-            }
-            Ok(true)
-        }
-        _ => Err(OpenError::Newer {
-            path: path.to_owned(),
-            found,
-            known: MIGRATIONS.len(),
-        }),
+    check_version(file, i64::from(field(60).unwrap_or_default()))?;
+    // In units of pages, the size of the file as of the last checkpoint: at 16 and 28.
+    let page = match header.get(16..18) {
+        Some([0, 1]) => 65_536,
+        Some([high, low]) => u64::from(u16::from_be_bytes([*high, *low])),
+        _ => 0,
+    };
+    let pages = u64::from(field(28).unwrap_or_default().cast_unsigned());
+    // After the header: another process may be making it just now.
+    if file.bytes() < page * pages && !file.has_log() {
+        return Err(damaged(path));
     }
+    Ok(true)
 }
 
 fn damaged(path: &Path) -> OpenError {
@@ -397,12 +351,25 @@ fn damaged(path: &Path) -> OpenError {
     }
 }
 
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open(path)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
-    // A plan is for any values: else statements are planned anew for other ones, again and again.
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-    connection.set_prepared_statement_cache_capacity(64);
+/// Opens it for writing.
+fn connect(file: &DatabaseFile) -> Result<Connection, OpenError> {
+    let connected = connect_to(file.path());
+    connected.map_err(|error| match is_refused(&error) {
+        // SQLite does not say which file, and why.
+        true => file
+            .why_refused()
+            .unwrap_or_else(|| sqlite(file.named(), error)),
+        false => sqlite(file.named(), error),
+    })
+}
+
+fn connect_to(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, WRITING)?;
+    if connection.is_readonly(MAIN_DB)? {
+        let read_only = ffi::Error::new(ffi::SQLITE_READONLY);
+        return Err(rusqlite::Error::SqliteFailure(read_only, None));
+    }
+    prepare(&connection)?;
     // Before the journal mode, so that no file exists that does not say whose it is.
     if version(&connection)? == 0 {
         connection.pragma_update(None, "application_id", APPLICATION_ID)?;
@@ -412,6 +379,36 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     connection.pragma_update(None, "journal_size_limit", WAL_SIZE)?;
     connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)
+}
+
+/// Opens it for reading. It is opened for writing where possible: who closes a database last cleans up beside it.
+fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, WRITING)?;
+    prepare(&connection)?;
+    connection.pragma_update(None, "query_only", true)?;
+    version(&connection)?;
+    Ok(connection)
+}
+
+/// Opens it as a file that does not change: no lock, no write-ahead log, nothing made beside it.
+fn connect_to_unchanging(path: &Path) -> rusqlite::Result<Connection> {
+    let escaped = path.as_os_str().as_bytes().iter();
+    let escaped: String = escaped.map(|byte| format!("%{byte:02x}")).collect();
+    let uri = format!("file:{escaped}?immutable=1");
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_URI;
+    let connection = Connection::open_with_flags(uri, flags)?;
+    prepare(&connection)?;
+    Ok(connection)
+}
+
+fn prepare(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    // A plan is for any values: else statements are planned anew for other ones, again and again.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(())
 }
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {
@@ -438,7 +435,15 @@ pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Res
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
+
+    /// A new file, without a schema.
+    fn made(path: &Path) -> Connection {
+        File::create(path).expect("a file");
+        connect_to(path).expect("a database")
+    }
 
     #[test]
     fn a_foreign_or_newer_file_is_refused_and_left_as_it_is() {
@@ -451,7 +456,7 @@ mod tests {
         drop(other);
         let refused_untouched = |expected: fn(&OpenError) -> bool| {
             let before = std::fs::read(&path).expect("the file");
-            let error = open(&path, true).expect_err("it is not ours");
+            let error = open_for_daemon(&path).expect_err("it is not ours");
             assert!(expected(&error), "{error}");
             assert_eq!(std::fs::read(&path).expect("the file"), before);
             assert_eq!(
@@ -466,7 +471,7 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Foreign(_)));
 
         std::fs::remove_file(&path).expect("the file");
-        let (newer, _opened) = open(&path, true).expect("a new database");
+        let (newer, _opened) = open_for_daemon(&path).expect("a new database");
         newer
             .pragma_update(None, "user_version", 99)
             .expect("a later version");
@@ -481,7 +486,7 @@ mod tests {
     fn what_is_checked_stays_checked_and_costs_no_table_of_its_own() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
-        let mut old = connect(&path).expect("a database");
+        let mut old = made(&path);
         for migration in &MIGRATIONS[..3] {
             old.execute_batch(migration).expect("a schema");
         }
@@ -490,11 +495,11 @@ mod tests {
         let insert = "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
             VALUES ('UNREADABLE', 0, '?', 0, 'failed', 0, 0)";
         old.execute(insert, []).expect("an event");
-        let beside = connect(&path).expect("another process");
+        let beside = connect_to(&path).expect("another process");
         let prepared = beside.prepare(insert).map(drop);
         prepared.expect("it knows the tables");
         upgrade(&mut old, 3).expect("it can be upgraded");
-        let (reopened, _opened) = open(&path, false).expect("it is ours");
+        let (reopened, _opened) = open_beside(&path).expect("it is ours");
         for connection in [old, beside, reopened] {
             let sound: String = connection
                 .pragma_query_value(None, "integrity_check", |row| row.get(0))
@@ -533,41 +538,32 @@ mod tests {
     fn what_an_older_daemon_works_on_is_left_as_it_is() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
-        let old = connect(&path).expect("a database");
+        let old = made(&path);
         let newest = i64::try_from(MIGRATIONS.len()).expect("a few");
         for migration in &MIGRATIONS[..MIGRATIONS.len() - 1] {
             old.execute_batch(migration).expect("a schema");
         }
         old.pragma_update(None, "user_version", newest - 1)
             .expect("a version");
-        let daemon = InstanceLock::take(&path).expect("the lock");
-        let refused = open(&path, false).map(drop);
+        let lock = || {
+            let mut daemon = DatabaseFile::create(&path).expect("the file");
+            daemon.lock(Lock::Daemon).map(|()| daemon)
+        };
+        let daemon = lock().expect("the lock");
+        let refused = open_beside(&path).map(drop);
         assert!(matches!(refused, Err(OpenError::Older(_))), "{refused:?}");
         assert_eq!(version(&old).ok(), Some(newest - 1));
         drop(daemon);
-        let _opened = open(&path, false).expect("nobody works on it");
+        let _opened = open_beside(&path).expect("nobody works on it");
         assert_eq!(version(&old).ok(), Some(newest));
-        InstanceLock::take(&path).expect("the command lets go of it");
-    }
-
-    #[test]
-    fn one_daemon_at_a_time() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("a.db");
-        let first = InstanceLock::take(&path).expect("the lock");
-        assert!(matches!(
-            InstanceLock::take(&path),
-            Err(OpenError::InUse(_))
-        ));
-        drop(first);
-        assert!(InstanceLock::take(&path).is_ok());
+        lock().expect("the command lets go of it");
     }
 
     #[test]
     fn a_command_makes_no_database() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
-        assert!(matches!(open(&path, false), Err(OpenError::Missing(_))));
+        assert!(matches!(open_beside(&path), Err(OpenError::Missing(_))));
         assert!(!path.exists());
     }
 }

@@ -94,3 +94,25 @@ impl Drop for Process {
         self.child.wait().ok();
     }
 }
+
+/// The program in a mount namespace of its own, after such a command of a shell. `None`: this user may make none.
+pub(crate) fn in_own_mounts(prepare: &str, program: &Command) -> Option<Command> {
+    let allowed = Command::new("unshare")
+        .args(["-m", "mount", "--bind", "/tmp", "/tmp"])
+        .output();
+    if !allowed.is_ok_and(|output| output.status.success()) {
+        eprintln!("not tested: mounting takes root and util-linux");
+        return None;
+    }
+    let mut unshared = Command::new("unshare");
+    unshared
+        .args(["-m", "sh", "-c"])
+        .arg(format!("{prepare} && exec \"$0\" \"$@\""))
+        .arg(program.get_program())
+        .args(program.get_args())
+        .stdin(Stdio::null());
+    if let Some(directory) = program.get_current_dir() {
+        unshared.current_dir(directory);
+    }
+    Some(unshared)
+}

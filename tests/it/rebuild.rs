@@ -66,7 +66,7 @@ async fn what_is_missing_is_found_and_built_again() {
         let daemon = daemon_runs.then(|| bench.start());
         // Else the command takes the database first, and the daemon is refused it.
         until("it is whose it is to be", async || {
-            Store::is_in_use(&bench.db()) == daemon_runs
+            Store::open_beside(&bench.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
         })
         .await;
         let said = rebuild(&bench, &["--all"]).await;

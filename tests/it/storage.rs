@@ -27,7 +27,7 @@ const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 /// Less than as many statements wait for it as there are conversations claimed at once.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// What is in a directory, but for the lock, which stays.
+/// The database and what is beside it.
 fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(directory).expect("a directory");
     let file = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -40,7 +40,7 @@ fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
         (name, std::fs::read(&path).expect("its bytes"))
     };
     let mut files: BTreeMap<_, _> = entries.map(file).collect();
-    files.retain(|name, _| name.starts_with("journal.db") && !name.ends_with(".lock"));
+    files.retain(|name, _| name.starts_with("journal.db"));
     files
 }
 

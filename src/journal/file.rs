@@ -1,0 +1,388 @@
+//! The database's file: which one a name means, the lock that keeps a second daemon away, and who may read it.
+
+use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Access, access};
+use uuid::Uuid;
+
+use super::schema::OpenError;
+
+/// What SQLite can open, in bytes: its limit for paths, less the longest ending it adds.
+const LONGEST_PATH: usize = 504;
+
+/// As many symbolic links as Linux follows.
+const MOST_LINKS: usize = 40;
+
+/// For how long a command may hold the lock to find out whether a daemon has it.
+const PROBED_WITHIN: Duration = Duration::from_millis(200);
+
+/// Only the owner may read and write: customers' messages are in it.
+const PRIVATE: u32 = 0o600;
+
+/// A file, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Inode {
+    device: u64,
+    number: u64,
+}
+
+impl From<&Metadata> for Inode {
+    fn from(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            number: metadata.ino(),
+        }
+    }
+}
+
+/// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the process
+/// has on it, SQLite's too: the next SQLite to close the database elsewhere would delete the write-ahead log under this one.
+/// So descriptors are reused, and closed only when no connection of this process is left.
+static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
+
+struct Open {
+    inode: Inode,
+    users: usize,
+    idle: Vec<File>,
+}
+
+fn open_files() -> MutexGuard<'static, Vec<Open>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What an opened database is locked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lock {
+    /// By a daemon, or a command in its place: one at a time.
+    Daemon,
+    /// By commands that can read it only as long as no daemon starts.
+    Reader,
+}
+
+/// A database's file, open for as long as this lives: longer than SQLite's connection.
+///
+/// The lock is `flock`'s, which SQLite does not use. It belongs to the file, not to its name, and ends with the process.
+#[derive(Debug)]
+pub(super) struct DatabaseFile {
+    named: PathBuf,
+    path: PathBuf,
+    inode: Inode,
+    /// `None` only in [`Drop`].
+    descriptor: Option<File>,
+    lock: Option<Lock>,
+}
+
+impl Drop for DatabaseFile {
+    fn drop(&mut self) {
+        self.unlock();
+        let mut open = open_files();
+        let Some(at) = open.iter().position(|open| open.inode == self.inode) else {
+            return;
+        };
+        open[at].users -= 1;
+        open[at].idle.extend(self.descriptor.take());
+        if open[at].users == 0 {
+            open.swap_remove(at);
+        }
+    }
+}
+
+impl DatabaseFile {
+    /// Opens it for a daemon. Where there is none, it is made.
+    pub(super) fn create(named: &Path) -> Result<Self, OpenError> {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).mode(PRIVATE);
+        Self::open_with(named, &options).map_err(|error| match error {
+            // It is the directory that refuses.
+            OpenError::Io { .. } if !named.exists() => can_be_made(named).err().unwrap_or(error),
+            error => error,
+        })
+    }
+
+    /// Opens one that is there.
+    pub(super) fn open(named: &Path) -> Result<Self, OpenError> {
+        Self::open_with(named, File::options().read(true)).map_err(|error| match error {
+            OpenError::NoDirectory { .. } => OpenError::Missing(named.to_owned()),
+            OpenError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                OpenError::Missing(named.to_owned())
+            }
+            error => error,
+        })
+    }
+
+    fn open_with(named: &Path, options: &OpenOptions) -> Result<Self, OpenError> {
+        let path = resolve(named)?;
+        let io = |source| OpenError::Io {
+            path: named.to_owned(),
+            source,
+        };
+        let mut open = open_files();
+        let there = fs::metadata(&path).ok();
+        if there.as_ref().is_some_and(|there| !there.is_file()) {
+            return Err(OpenError::Foreign(named.to_owned()));
+        }
+        let there = there.as_ref().map(Inode::from);
+        let known = open.iter_mut().find(|open| Some(open.inode) == there);
+        let descriptor = match known.and_then(|open| open.idle.pop()) {
+            Some(descriptor) => descriptor,
+            None => options.open(&path).map_err(io)?,
+        };
+        let inode = Inode::from(&descriptor.metadata().map_err(io)?);
+        match open.iter_mut().find(|open| open.inode == inode) {
+            Some(open) => open.users += 1,
+            None => open.push(Open {
+                inode,
+                users: 1,
+                idle: Vec::new(),
+            }),
+        }
+        Ok(Self {
+            named: named.to_owned(),
+            path,
+            inode,
+            descriptor: Some(descriptor),
+            lock: None,
+        })
+    }
+
+    /// The name it was opened by, for messages.
+    pub(super) fn named(&self) -> &Path {
+        &self.named
+    }
+
+    /// Its absolute path without symbolic links, which SQLite cannot mistake for anything else.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it still goes by the name it was opened by.
+    pub(super) fn is_in_place(&self) -> bool {
+        fs::metadata(&self.named).is_ok_and(|there| Inode::from(&there) == self.inode)
+    }
+
+    /// Its first bytes, at most so many.
+    pub(super) fn head(&self, bytes: usize) -> io::Result<Vec<u8>> {
+        let mut head = vec![0; bytes];
+        let mut length = 0;
+        while length < bytes {
+            match self
+                .descriptor()?
+                .read_at(&mut head[length..], length as u64)?
+            {
+                0 => break,
+                read => length += read,
+            }
+        }
+        head.truncate(length);
+        Ok(head)
+    }
+
+    /// Its size without the write-ahead log, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        let metadata = self.descriptor().and_then(File::metadata);
+        metadata.map_or(0, |metadata| metadata.len())
+    }
+
+    /// The size of its write-ahead log, in bytes. `None`: there is none.
+    pub(super) fn log_bytes(&self) -> Option<u64> {
+        fs::metadata(self.beside("-wal")).ok().map(|log| log.len())
+    }
+
+    /// Whether a write-ahead log has changes that are not in the file yet.
+    pub(super) fn has_log(&self) -> bool {
+        self.log_bytes().is_some_and(|bytes| bytes > 0)
+    }
+
+    /// Locks it, unless a daemon has it.
+    pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
+        let deadline = Instant::now() + PROBED_WITHIN;
+        loop {
+            let locked =
+                self.descriptor()
+                    .map_err(TryLockError::Error)
+                    .and_then(|file| match lock {
+                        Lock::Daemon => file.try_lock(),
+                        Lock::Reader => file.try_lock_shared(),
+                    });
+            match locked {
+                Ok(()) => {
+                    self.lock = Some(lock);
+                    break;
+                }
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(PROBED_WITHIN / 20);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(OpenError::InUse(self.named.clone()));
+                }
+                Err(TryLockError::Error(source)) => {
+                    return Err(OpenError::Io {
+                        path: self.named.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+        match self.is_locked_as_in_0_1() {
+            true => Err(OpenError::InUse(self.named.clone())),
+            false => Ok(()),
+        }
+    }
+
+    /// Undoes [`Self::lock`]. Closing would do it too, but not while a process just forked off has a copy.
+    pub(super) fn unlock(&mut self) {
+        if self.lock.take().is_some()
+            && let Some(file) = &self.descriptor
+        {
+            file.unlock().ok();
+        }
+    }
+
+    /// Whether a daemon has it, or a command in its place. To find out takes the lock for a moment.
+    pub(super) fn is_in_use(&self) -> bool {
+        let locked = match (self.lock, self.descriptor()) {
+            (Some(lock), _) => lock == Lock::Daemon,
+            (None, Err(_)) => false,
+            (None, Ok(file)) => match file.try_lock_shared() {
+                Ok(()) => {
+                    file.unlock().ok();
+                    false
+                }
+                Err(error) => matches!(error, TryLockError::WouldBlock),
+            },
+        };
+        locked || self.is_locked_as_in_0_1()
+    }
+
+    /// Whether a daemon has it, and not by this name: its write-ahead log would be beside it. Another one made here would
+    /// destroy the database.
+    pub(super) fn is_in_use_by_another_name(&self) -> bool {
+        let deadline = Instant::now() + PROBED_WITHIN;
+        while self.is_in_use() && self.log_bytes().is_none() {
+            if Instant::now() > deadline {
+                return true;
+            }
+            // A daemon that is just starting.
+            std::thread::sleep(PROBED_WITHIN / 20);
+        }
+        false
+    }
+
+    /// Whether a daemon has it that was started before an upgrade: version 0.1 locked a file beside it.
+    fn is_locked_as_in_0_1(&self) -> bool {
+        File::open(self.beside(".lock"))
+            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
+    /// Why SQLite may not write it, or make files beside it.
+    pub(super) fn why_refused(&self) -> Option<OpenError> {
+        for path in ["", "-wal", "-shm"].map(|end| self.beside(end)) {
+            match access(&path, Access::WRITE_OK).map_err(io::Error::from) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Some(OpenError::Io { path, source });
+                }
+                _ => {}
+            }
+        }
+        can_be_made(&self.named).err()
+    }
+
+    /// Takes it and what is beside it from all users but its owner. What SQLite makes beside it later has the same mode.
+    pub(super) fn make_private(&self) -> io::Result<()> {
+        let private = || Permissions::from_mode(PRIVATE);
+        let file = self.descriptor()?;
+        if mode(&file.metadata()?) != PRIVATE {
+            file.set_permissions(private())?;
+        }
+        for path in self.exposed() {
+            fs::set_permissions(path, private())?;
+        }
+        Ok(())
+    }
+
+    /// Those of its files that others than its owner may read or write.
+    pub(super) fn exposed(&self) -> Vec<PathBuf> {
+        let is_exposed = |path: &PathBuf| {
+            fs::symlink_metadata(path)
+                .is_ok_and(|there| there.is_file() && mode(&there) & 0o077 != 0)
+        };
+        ["", "-wal", "-shm"]
+            .map(|end| self.beside(end))
+            .into_iter()
+            .filter(is_exposed)
+            .collect()
+    }
+
+    /// The file beside it whose name ends so.
+    pub(super) fn beside(&self, end: &str) -> PathBuf {
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(end);
+        PathBuf::from(name)
+    }
+
+    fn descriptor(&self) -> io::Result<&File> {
+        self.descriptor
+            .as_ref()
+            .ok_or(io::ErrorKind::NotFound.into())
+    }
+}
+
+fn mode(metadata: &Metadata) -> u32 {
+    metadata.permissions().mode() & 0o777
+}
+
+/// Whether a database can be made there, or its `-wal` and `-shm` beside it: found out by making another file.
+pub(super) fn can_be_made(named: &Path) -> Result<(), OpenError> {
+    let path = resolve(named)?;
+    let directory = path.parent().unwrap_or(&path);
+    let probe = directory.join(format!(".bigchat-sync-{}", Uuid::new_v4()));
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(PRIVATE);
+    let made = options.open(&probe).and_then(|_| fs::remove_file(&probe));
+    made.map_err(|source| OpenError::Directory {
+        path: named.to_owned(),
+        directory: directory.to_owned(),
+        source,
+    })
+}
+
+/// The absolute path of the file that a name means, whether or not it is there yet, as SQLite resolves it.
+fn resolve(named: &Path) -> Result<PathBuf, OpenError> {
+    let mut target = named.to_owned();
+    for _ in 0..MOST_LINKS {
+        let Ok(link) = fs::read_link(&target) else {
+            break;
+        };
+        target.pop();
+        target.push(link);
+    }
+    let directory = match target.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => &target,
+    };
+    let in_full = fs::canonicalize(directory).map_err(|source| {
+        let (path, directory) = (named.to_owned(), directory.to_owned());
+        match source.kind() {
+            io::ErrorKind::NotFound => OpenError::NoDirectory { path, directory },
+            _ => OpenError::Directory {
+                path,
+                directory,
+                source,
+            },
+        }
+    })?;
+    let path = match target.file_name() {
+        Some(name) => in_full.join(name),
+        None => in_full,
+    };
+    if path.as_os_str().len() > LONGEST_PATH {
+        return Err(OpenError::TooLong(named.to_owned()));
+    }
+    Ok(path)
+}

@@ -1,0 +1,188 @@
+//! Any path works, again and again, and is recognisable where it is printed.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// Names that something on the way to SQLite could mistake for anything else.
+const NAMES: [&[u8]; 18] = [
+    b"plain.db",
+    b"a%20b.db",
+    b"100%.db",
+    b"%00.db",
+    b"back\\slash.db",
+    b"new\nline.db",
+    b"\xff\xfe.db",
+    b"\xc3\xbcber \xf0\x9f\x98\x80.db",
+    b"question?mode=memory",
+    b"hash#fragment",
+    b"file:a.db",
+    b"file:a.db?mode=memory&cache=shared",
+    b":memory:",
+    b"   ",
+    b"-dash",
+    b"quotes'\".db",
+    b"\x1b[31mred",
+    b"$HOME;&|*",
+];
+
+fn program(directory: &Path, command: &[&str], db: &OsStr) -> Output {
+    let mut flag = OsString::from("--db=");
+    flag.push(db);
+    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    program
+        .current_dir(directory)
+        .args(command)
+        .arg(flag)
+        .args(["--bigchat-url", "http://127.0.0.1:1"])
+        .args(["--our-api-url", "http://127.0.0.1:2"])
+        .args(["--listen", "off"])
+        .stdin(Stdio::null());
+    program.output().expect("a process")
+}
+
+fn files(directory: &Path) -> Vec<OsString> {
+    let entries = std::fs::read_dir(directory).expect("a directory");
+    entries
+        .map(|entry| entry.expect("a file").file_name())
+        .collect()
+}
+
+#[test]
+fn any_file_name_works_again_and_again() {
+    for name in NAMES {
+        let name = OsStr::from_bytes(name);
+        for is_absolute in [false, true] {
+            let directory = tempfile::tempdir().expect("a directory");
+            let path = directory.path();
+            let db = match is_absolute {
+                true => path.join(name).into_os_string(),
+                false => name.to_owned(),
+            };
+            for sessions in 1..=3 {
+                let once = program(path, &["once"], &db);
+                let said = String::from_utf8_lossy(&once.stderr);
+                assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
+                assert_eq!(files(path), [name], "{said}");
+                let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
+                let counted: i64 = connection
+                    .query_row("SELECT session FROM delivery", [], |row| row.get(0))
+                    .expect("a count");
+                assert_eq!(counted, sessions, "{name:?} is one database");
+            }
+            let status = program(path, &["status", "--json"], &db);
+            let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+            assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
+            let listed = program(path, &["failed", "list"], &db);
+            assert!(listed.status.success(), "{name:?}: {listed:?}");
+            let check = program(path, &["check"], &db);
+            let said = String::from_utf8_lossy(&check.stdout);
+            assert!(said.contains("can be written"), "{name:?}: {said}");
+        }
+    }
+}
+
+#[test]
+fn odd_path_is_printed_on_one_line_and_escaped() {
+    for (name, shown) in [
+        (&b"no\nsuch.db"[..], r#""no\nsuch.db""#),
+        (b"\x1b[31mred.db", r#""\u{1b}[31mred.db""#),
+        (b"\xffno.db", r#""\xFFno.db""#),
+        (b"   ", r#""   ""#),
+        (b"back\\slash.db", r#""back\\slash.db""#),
+        (b"plain.db", "plain.db"),
+    ] {
+        let name = OsStr::from_bytes(name);
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path();
+        for (command, made) in [
+            ("status", false),
+            ("once", true),
+            ("status", true),
+            ("check", true),
+        ] {
+            let output = program(path, &[command], name);
+            let said = match made {
+                false => output.stderr,
+                true => [output.stdout, output.stderr].concat(),
+            };
+            let said = String::from_utf8(said).expect("UTF-8");
+            // In a line of the log it is text in JSON.
+            let in_json = serde_json::to_string(shown).expect("JSON");
+            assert!(
+                said.contains(shown) || said.contains(&in_json),
+                "{command} {name:?}: {said}"
+            );
+            let is_plain = |c: char| c == '\n' || !c.is_control();
+            assert!(said.chars().all(is_plain), "{command} {name:?}: {said:?}");
+            assert!(made || said.trim_end().lines().count() == 1, "{said}");
+        }
+    }
+}
+
+#[test]
+fn directory_of_any_name_and_links_into_it_work() {
+    for name in [&b"a b%20"[..], b"\xff", b"new\nline", b"file:", b"?#"] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let below = directory.path().join(OsStr::from_bytes(name));
+        std::fs::create_dir(&below).expect("a directory");
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(below.join("a.db"), &link).expect("a link");
+        for db in [&link, &below.join("a.db"), &link] {
+            let once = program(directory.path(), &["once"], db.as_os_str());
+            let said = String::from_utf8_lossy(&once.stderr);
+            assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
+        }
+        assert_eq!(files(&below), ["a.db"]);
+    }
+}
+
+#[test]
+fn path_too_long_for_sqlite_is_refused_with_the_reason() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let long = directory.path().join("d".repeat(200)).join("e".repeat(200));
+    std::fs::create_dir_all(&long).expect("directories");
+    for length in [120, 200, 251] {
+        let db = long.join("f".repeat(length));
+        for command in ["once", "check"] {
+            let output = program(directory.path(), &[command], db.as_os_str());
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            assert!(said.contains("SQLite takes paths of up to"), "{said}");
+        }
+        assert!(files(&long).is_empty());
+    }
+}
+
+#[test]
+fn bad_setting_beside_an_odd_path_is_still_explained() {
+    for name in [&b"\xff.db"[..], b"\xc3\x28", b"a\nb"] {
+        let mut flag = OsString::from("--db=");
+        flag.push(OsString::from_vec(name.to_vec()));
+        let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            .args(["once".into(), flag])
+            .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
+            .output()
+            .expect("a process");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("BIGCHAT_SYNC_POLL_INTERVAL"), "{said}");
+    }
+}
+
+/// The unit has its database in the state directory: a path set for other commands is not for it.
+#[test]
+fn unit_takes_no_database_from_the_environment() {
+    for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {
+        let unit = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            .arg("unit")
+            .env("BIGCHAT_SYNC_DB", OsStr::from_bytes(db))
+            .output()
+            .expect("a process");
+        let unit = String::from_utf8(unit.stdout).expect("UTF-8");
+        assert!(unit.contains(" run\n"), "{unit}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Customers' messages and tokens are for the daemon's account only, whoever starts it.
+
+use std::fs::{Permissions, metadata, set_permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use bigchat_sync::sim::our_api;
+
+use crate::daemon::scripted;
+use crate::harness::{Bench, until};
+use crate::process::Process;
+
+/// The database and what SQLite has beside it while the daemon runs.
+const FILES: [&str; 3] = ["journal.db", "journal.db-shm", "journal.db-wal"];
+
+fn mode(path: &Path) -> u32 {
+    metadata(path).expect("a file").permissions().mode() & 0o777
+}
+
+fn chmod(path: &Path, mode: u32) {
+    set_permissions(path, Permissions::from_mode(mode)).expect("a file of ours");
+}
+
+/// The modes of all of a database's files.
+fn modes(bench: &Bench) -> Vec<(String, u32)> {
+    let entries = std::fs::read_dir(bench.directory()).expect("a directory");
+    let mut modes: Vec<_> = entries
+        .map(|entry| entry.expect("a file"))
+        .map(|entry| (entry.file_name().into_string().expect("text"), entry.path()))
+        .filter(|(name, _)| name.starts_with("journal.db"))
+        .map(|(name, path)| (name, mode(&path)))
+        .collect();
+    modes.sort();
+    modes
+}
+
+fn private() -> Vec<(String, u32)> {
+    FILES.map(|name| (name.to_owned(), 0o600)).into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn database_is_private_under_any_umask() {
+    for umask in ["022", "000", "077", "0777"] {
+        let (_sim, bench) = scripted(our_api::Options::default()).await;
+        let program = bench.program("run");
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+            .arg(program.get_program())
+            .args(program.get_args());
+        // The log is not the daemon's file.
+        std::fs::write(bench.directory().join("log"), "").expect("a log");
+        let daemon = Process::start_as(&bench, shell);
+        until("it polls", async || bench.cursor().is_some()).await;
+        assert_eq!(modes(&bench), private(), "umask {umask}");
+        assert!(daemon.stop().await.success());
+        assert_eq!(mode(&bench.db()), 0o600, "umask {umask}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn existing_database_is_made_private() {
+    for open in [0o644, 0o666, 0o640] {
+        let (_sim, bench) = scripted(our_api::Options::default()).await;
+        let killed = Process::start(&bench);
+        until("it polls", async || bench.cursor().is_some()).await;
+        drop(killed);
+        for name in FILES {
+            chmod(&bench.directory().join(name), open);
+        }
+        let daemon = Process::start(&bench);
+        until("they are private", async || modes(&bench) == private()).await;
+        assert!(daemon.stop().await.success());
+    }
+}
+
+#[test]
+fn foreign_file_keeps_its_mode() {
+    let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+    for (content, mode_before) in [
+        ("Dear diary", 0o644),
+        ("SQLite format 3\0", 0o664),
+        ("x", 0o755),
+    ] {
+        std::fs::write(bench.db(), content).expect("a file");
+        chmod(&bench.db(), mode_before);
+        let refused = bench.program("once").output().expect("a process");
+        assert_eq!(refused.status.code(), Some(1));
+        assert_eq!(mode(&bench.db()), mode_before, "{content:?}");
+    }
+}
+
+#[test]
+fn exposed_token_file_gets_a_warning() {
+    let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:2");
+    let file = bench.directory().join("token");
+    std::fs::write(&file, "0123456789abcdef").expect("a file");
+    let run = |command: &str, variable: &str| {
+        let mut program = bench.program(command);
+        let output = program.env(variable, &file).output().expect("a process");
+        let said = [output.stdout, output.stderr].concat();
+        String::from_utf8(said).expect("text")
+    };
+    for (open, warns) in [
+        (0o644, true),
+        (0o604, true),
+        (0o602, true),
+        (0o600, false),
+        (0o640, false),
+    ] {
+        chmod(&file, open);
+        for variable in ["BIGCHAT", "OUR_API", "CONSOLE"] {
+            let variable = format!("BIGCHAT_SYNC_{variable}_TOKEN_FILE");
+            for command in ["once", "check"] {
+                let said = run(command, &variable);
+                let warned = said
+                    .lines()
+                    .any(|line| line.contains("chmod 600") || line.contains("have access to"));
+                assert_eq!(warned, warns, "{open:o} {variable} {command}: {said}");
+            }
+        }
+    }
+}
+
+/// The README's commands that copy a database.
+fn backups() -> Vec<String> {
+    let readme = include_str!("../../README.md");
+    let blocks = readme.split("```").skip(1).step_by(2);
+    let vacuum = blocks.filter(|block| block.contains("VACUUM INTO"));
+    let vacuum: Vec<&str> = vacuum
+        .map(|block| block.trim_start_matches("sh\n"))
+        .collect();
+    assert_eq!(vacuum.len(), 1);
+    let (before, _) = vacuum[0].split_once("sqlite3").expect("a command");
+    let backup =
+        r#"sqlite3 /var/lib/bigchat-sync/bigchat-sync.db ".backup /backup/bigchat-sync.db""#;
+    assert!(readme.contains(r#"".backup /backup/bigchat-sync.db""#));
+    vec![vacuum[0].to_owned(), format!("{before}{backup}")]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documented_backups_are_private() {
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        eprintln!("not tested: there is no sqlite3 on this machine");
+        return;
+    }
+    for backup in backups() {
+        let (_sim, bench) = scripted(our_api::Options::default()).await;
+        bench.once().await;
+        let directory = bench.directory().display().to_string();
+        let db = bench.db().display().to_string();
+        let script = backup
+            .replace("/var/lib/bigchat-sync/bigchat-sync.db", &db)
+            .replace("/backup", &directory);
+        let copied = Command::new("sh")
+            .args(["-c", &format!("umask 022\n{script}")])
+            .status();
+        assert!(copied.expect("a shell").success(), "{script}");
+        let copy = bench.directory().join("bigchat-sync.db");
+        assert_eq!(mode(&copy), 0o600, "{script}");
+    }
+}
