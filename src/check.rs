@@ -221,11 +221,12 @@ fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api
 
 async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     let timeout = settings.request_timeout;
-    let clients =
-        Http::new(settings.bigchat_url.clone(), tokens.bigchat, timeout).and_then(|bigchat| {
-            let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
+    let clients = Http::new(settings.bigchat_url.clone(), tokens.bigchat.into(), timeout).and_then(
+        |bigchat| {
+            let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api.into(), timeout)?;
             Ok((bigchat, our_api))
-        });
+        },
+    );
     let (bigchat, our_api) = match clients {
         Ok(clients) => clients,
         Err(error) => {

@@ -17,7 +17,7 @@ use crate::status;
 ///
 /// Without a command it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from
 /// files, never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise
-/// BIGCHAT_SYNC_OUR_API_TOKEN and, to be let into the console, BIGCHAT_SYNC_CONSOLE_TOKEN.
+/// BIGCHAT_SYNC_OUR_API_TOKEN and, to be let into the console, BIGCHAT_SYNC_CONSOLE_TOKEN. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
 #[command(version, about, long_about, disable_help_subcommand = true)]
 pub struct Cli {
@@ -82,10 +82,13 @@ pub enum Command {
 }
 
 impl Cli {
-    /// Reads the command line and the environment; exits with code 2 and what is wrong, and where it was set, if
-    /// something is.
-    pub fn read() -> Self {
-        Self::try_read(std::env::args_os().collect()).unwrap_or_else(|mut error| {
+    /// Reads the command line and the environment.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, and where it was set; or what is asked for instead: help, or the version.
+    pub fn read() -> Result<Self, clap::Error> {
+        Self::try_read(std::env::args_os().collect()).map_err(|mut error| {
             if let Some(variable) = set_by_environment(&error) {
                 error.insert(
                     ContextKind::Suggested,
@@ -94,7 +97,7 @@ impl Cli {
                     ]),
                 );
             }
-            error.exit()
+            error
         })
     }
 

@@ -18,9 +18,9 @@ use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::progress;
-use crate::screen::{Log, Screen, shown};
+use crate::screen::{Screen, shown};
 use crate::service::Manager;
-use crate::settings::{Listen, Settings, Tokens};
+use crate::settings::{Listen, LiveTokens, Settings};
 use crate::summary::{self, Summary};
 use crate::time::Millis;
 use crate::web::{self, Door};
@@ -78,7 +78,7 @@ impl DaemonError {
 /// came of it, within 1 s.
 pub async fn run(
     settings: Settings,
-    tokens: Tokens,
+    tokens: impl Into<LiveTokens>,
     onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
@@ -93,10 +93,11 @@ pub async fn run(
 pub async fn run_at(
     door: Option<Door>,
     settings: Settings,
-    tokens: Tokens,
+    tokens: impl Into<LiveTokens>,
     onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
+    let tokens = tokens.into();
     let token = tokens.console.clone();
     let starting = start_when_possible(settings, tokens, stopping);
     let Some(context) = onlookers.manager.during_start(starting).await? else {
@@ -130,16 +131,11 @@ pub struct Onlookers {
 
 impl Onlookers {
     /// Those of this process.
-    pub fn of_process() -> Self {
+    pub fn of_process(screen: Screen) -> Self {
         Self {
-            screen: Some(Screen::detect()),
+            screen: Some(screen),
             manager: Manager::detect(),
         }
-    }
-
-    /// Where to log, so that it disturbs none of them.
-    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + use<> {
-        self.screen.clone().unwrap_or_default().log()
     }
 
     /// Shows all of them how the daemon fares, until `work` is done.
@@ -196,11 +192,11 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
 /// Also where that came to nothing or not to its end: nobody else tells whoever has started it.
 pub async fn once(
     settings: Settings,
-    tokens: Tokens,
+    tokens: impl Into<LiveTokens>,
     onlookers: Onlookers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let context = start(settings, tokens, stopping).await?;
+    let context = start(settings, tokens.into(), stopping).await?;
     let work = async {
         let mut poller = Poller::new(Arc::clone(&context));
         let up_to_date = until_stopped(&context, poller.catch_up()).await;
@@ -228,7 +224,7 @@ pub async fn once(
 /// [`OpenError::InUse`] where a daemon runs: it does so itself.
 pub async fn rebuild(
     settings: Settings,
-    tokens: Tokens,
+    tokens: LiveTokens,
     stopping: CancellationToken,
     only_look: bool,
 ) -> Result<(), DaemonError> {
@@ -273,7 +269,7 @@ async fn until_stopped<T>(context: &Context, polling: impl Future<Output = T>) -
 /// stopped meanwhile.
 async fn start_when_possible(
     settings: Settings,
-    tokens: Tokens,
+    tokens: LiveTokens,
     stopping: CancellationToken,
 ) -> Result<Option<Arc<Context>>, DaemonError> {
     let mut refused = false;
@@ -295,7 +291,7 @@ async fn start_when_possible(
 
 async fn start(
     settings: Settings,
-    tokens: Tokens,
+    tokens: LiveTokens,
     stopping: CancellationToken,
 ) -> Result<Arc<Context>, DaemonError> {
     let db = settings.db();

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use reqwest::header::{self, HeaderValue};
 use reqwest::{Body, Client, Request, RequestBuilder, StatusCode, redirect};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
@@ -25,6 +25,7 @@ use crate::metrics::ApiRequests;
 use crate::pulse;
 use crate::retry::RETRY_AFTER_MAX;
 use crate::route::Route;
+use crate::settings::Token;
 use crate::time::{Millis, Timestamp};
 
 /// Larger answers are not read to their end. A page of 100,000 events fits in.
@@ -44,7 +45,7 @@ const POOL_IDLE: Duration = Duration::from_secs(4);
 pub struct Http {
     wire: Wire,
     base: Url,
-    token: Option<SecretString>,
+    token: Token,
     throttled_until: AtomicI64,
     latest: Mutex<Option<Latest>>,
     requests: Option<ApiRequests>,
@@ -141,11 +142,7 @@ impl Http {
     /// # Errors
     ///
     /// When the machine's certificates cannot be read.
-    pub fn new(
-        base: Url,
-        token: Option<SecretString>,
-        timeout: Duration,
-    ) -> Result<Self, reqwest::Error> {
+    pub fn new(base: Url, token: Token, timeout: Duration) -> Result<Self, reqwest::Error> {
         let client = Client::builder()
             .user_agent(concat!("bigchat-sync/", env!("CARGO_PKG_VERSION")))
             .timeout(timeout)
@@ -172,7 +169,7 @@ impl Http {
         Self {
             wire: Wire::Here(carrier),
             base,
-            token: None,
+            token: Token::default(),
             throttled_until: AtomicI64::new(0),
             latest: Mutex::default(),
             requests: None,
@@ -306,7 +303,7 @@ impl Http {
             request.headers_mut().insert(header::CONTENT_TYPE, json);
             *request.body_mut() = Some(Body::from(body));
         }
-        let Some(token) = &self.token else {
+        let Some(token) = self.token.get() else {
             return Ok(request);
         };
         // The builder marks the header as sensitive; without a token it is only a detour.
@@ -554,7 +551,7 @@ mod tests {
         let http = |base: &str| {
             Http::new(
                 Url::parse(base).expect("a URL"),
-                None,
+                Token::default(),
                 Duration::from_secs(1),
             )
             .expect("a client")
@@ -570,7 +567,7 @@ mod tests {
     fn a_clock_set_back_does_not_prolong_a_throttle() {
         let http = Http::new(
             Url::parse("http://h").expect("a URL"),
-            None,
+            Token::default(),
             Duration::from_secs(1),
         )
         .expect("a client");

@@ -30,6 +30,7 @@ pub mod metrics;
 #[cfg(test)]
 mod model;
 pub mod our_api;
+mod output;
 pub mod pace;
 pub mod poller;
 pub mod progress;

@@ -4,20 +4,23 @@
 //! until the next summary, which tells how many they were. So an operator sees what goes wrong, and a thousand
 //! conversations that go wrong in the same way do not hide what goes wrong in another.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
+use chrono::{SecondsFormat, Utc};
+use serde_json::json;
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
-use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
+use crate::screen::Screen;
 use crate::settings::LogFormat;
 
 /// How many lines of a kind are written in full from one summary to the next.
@@ -55,14 +58,11 @@ macro_rules! telling {
 pub(crate) use telling;
 
 /// Starts the log, from a level on that RUST_LOG can change.
-pub fn start<W>(format: LogFormat, level: &str, writer: W)
-where
-    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
-{
+pub fn start(format: LogFormat, level: &str, screen: &Screen) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     // Who asks for details wants all of them.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
-    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines = tracing_subscriber::fmt::layer().with_writer(screen.log(format));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
         LogFormat::Text => lines
             .with_target(false)
@@ -75,6 +75,30 @@ where
         .with(filter)
         .with(bounded.then_some(Bound))
         .init();
+    // The standard one writes to standard error itself, and waits for whoever reads it.
+    std::panic::set_hook(Box::new(|panic| {
+        let backtrace = Backtrace::capture();
+        let backtrace = match backtrace.status() {
+            BacktraceStatus::Captured => format!("\n{backtrace}"),
+            _ => String::new(),
+        };
+        tracing::error!(reason = %format_args!("{panic}{backtrace}"), "a bug: panicked");
+    }));
+}
+
+/// The line that reports how many others were lost. It is made without the log, which may be what lost them.
+pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
+    const MESSAGE: &str = "lines of the log are lost: standard error took no more";
+    let now = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
+    match format {
+        LogFormat::Text => format!("{now} ERROR {MESSAGE} lines={lines}\n"),
+        LogFormat::Json => {
+            let line = json!({
+                "timestamp": now, "level": "ERROR", "message": MESSAGE, "lines": lines, "target": module_path!(),
+            });
+            format!("{line}\n")
+        }
+    }
 }
 
 /// Tells what was left out since this was last asked, and begins to count anew. True if anything was.

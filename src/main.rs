@@ -1,129 +1,154 @@
 //! The life of the process: settings, log, the command, a signal, an exit code.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::daemon::{self, Onlookers};
 use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::screen::{Screen, shown};
-use bigchat_sync::settings::{LogFormat, Settings, Tokens};
+use bigchat_sync::settings::{Listen, LiveTokens, LogFormat, Settings, Tokens};
 use bigchat_sync::{check, failed, log, manual, rebuild, service, status};
-use tokio::signal::unix::{SignalKind, signal};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::fmt::MakeWriter;
 
 /// Whatever hangs, the process ends within 10 s of the signal.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_700);
+
+/// How long the end waits for the log to be written: less than what remains of [`STOPPED_WITHIN`] after an orderly stop.
+const FLUSHED_WITHIN: Duration = Duration::from_millis(500);
+
+/// The same at an end that waits for nothing.
+const FLUSHED_AT_ONCE: Duration = Duration::from_millis(100);
 
 /// Exit code for a setting that cannot be used.
 const BAD_SETTING: u8 = 2;
 
 fn main() -> ExitCode {
+    let screen = match Screen::detect() {
+        Ok(screen) => screen,
+        Err(error) => {
+            // It may be that nobody hears.
+            writeln!(io::stderr(), "bigchat-sync: {error}").ok();
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = match Cli::read() {
+        Ok(cli) => run(cli, &screen),
+        Err(error) if error.use_stderr() => {
+            let text = error.render();
+            let text = match io::stderr().is_terminal() {
+                true => text.ansi().to_string(),
+                false => text.to_string(),
+            };
+            screen.complain(&text);
+            ExitCode::from(BAD_SETTING)
+        }
+        // Help or the version, which was asked for.
+        Err(error) => error.exit(),
+    };
+    screen.flush(FLUSHED_WITHIN);
+    code
+}
+
+/// Does what the command line says.
+fn run(cli: Cli, screen: &Screen) -> ExitCode {
     let Cli {
         command,
         settings,
         given,
-    } = Cli::read();
+    } = cli;
     match command {
         Some(Command::Failed(command)) => match failed::run(&settings.db(), command) {
-            Ok(text) => say(text.as_bytes(), ExitCode::SUCCESS),
-            Err(error) => complain(&error, 1),
+            Ok(text) => say(screen, text.as_bytes(), ExitCode::SUCCESS),
+            Err(error) => complain(screen, &error, 1),
         },
         Some(Command::Status(args)) => {
             match status::run(&args, &settings.db(), settings.poll_interval) {
-                Ok((text, well)) => say(text.as_bytes(), ExitCode::from(u8::from(!well))),
-                Err(error) => complain(&error, 1),
+                Ok((text, well)) => say(screen, text.as_bytes(), ExitCode::from(u8::from(!well))),
+                Err(error) => complain(screen, &error, 1),
             }
         }
-        Some(Command::Check) => block_on(async {
+        Some(Command::Check) => block_on(screen, async {
             let report = check::run(&settings, Tokens::read(service::variable)).await;
             let code = ExitCode::from(u8::from(!report.is_well()));
-            Ok::<_, io::Error>(say(report.to_string().as_bytes(), code))
+            Ok::<_, io::Error>(say(screen, report.to_string().as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
-            let screen = Screen::detect();
             // What a warning would say is part of the picture.
             let level = if screen.is_picture() { "error" } else { "warn" };
-            log::start(LogFormat::Text, level, screen.log());
-            block_on(show(args, settings, screen))
+            log::start(LogFormat::Text, level, screen);
+            block_on(screen, show(args, settings, screen))
         }
         None | Some(Command::Run) => {
-            let onlookers = Onlookers::of_process();
-            let log = onlookers.log();
-            work(settings, log, "info", |settings, tokens, stopping| {
+            let onlookers = Onlookers::of_process(screen.clone());
+            work(settings, screen, "info", |settings, tokens, stopping| {
                 daemon::run(settings, tokens, onlookers, stopping)
             })
         }
         Some(Command::Once) => {
-            let onlookers = Onlookers::of_process();
-            let log = onlookers.log();
-            work(settings, log, "info", |settings, tokens, stopping| {
+            let onlookers = Onlookers::of_process(screen.clone());
+            work(settings, screen, "info", |settings, tokens, stopping| {
                 daemon::once(settings, tokens, onlookers, stopping)
             })
         }
         Some(Command::Rebuild(args)) => {
-            let screen = Screen::detect();
-            let log = screen.log();
-            work(settings, log, "warn", |settings, tokens, stopping| {
-                rebuild::run(args, settings, tokens, screen, stopping)
+            work(settings, screen, "warn", |settings, tokens, stopping| {
+                rebuild::run(args, settings, tokens, screen.clone(), stopping)
             })
         }
         Some(Command::Unit) => match std::env::current_exe() {
             Ok(program) => match manual::unit(&program, &given) {
-                Ok(unit) => say(unit.as_bytes(), ExitCode::SUCCESS),
-                Err(error) => complain(&error, 1),
+                Ok(unit) => say(screen, unit.as_bytes(), ExitCode::SUCCESS),
+                Err(error) => complain(screen, &error, 1),
             },
-            Err(error) => complain(&error, 1),
+            Err(error) => complain(screen, &error, 1),
         },
-        Some(Command::Completions { shell }) => say(&manual::completions(shell), ExitCode::SUCCESS),
+        Some(Command::Completions { shell }) => {
+            say(screen, &manual::completions(shell), ExitCode::SUCCESS)
+        }
         Some(Command::Man) => match manual::man() {
-            Ok(page) => say(&page, ExitCode::SUCCESS),
-            Err(error) => complain(&error, 1),
+            Ok(page) => say(screen, &page, ExitCode::SUCCESS),
+            Err(error) => complain(screen, &error, 1),
         },
     }
 }
 
-fn work<F, W, E>(
+fn work<F, E>(
     settings: Settings,
-    log: W,
+    screen: &Screen,
     level: &str,
-    job: impl FnOnce(Settings, Tokens, CancellationToken) -> F,
+    job: impl FnOnce(Settings, LiveTokens, CancellationToken) -> F,
 ) -> ExitCode
 where
     F: Future<Output = Result<(), E>>,
-    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
     E: std::error::Error + From<io::Error>,
 {
     let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
-        Err(error) => return complain(&error, BAD_SETTING),
+        Err(error) => return complain(screen, &error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
-        return complain(&error, BAD_SETTING);
+        return complain(screen, &error, BAD_SETTING);
     }
-    log::start(settings.log_format(), level, log);
+    log::start(settings.log_format(), level, screen);
     for file in &tokens.exposed_files {
         tracing::warn!(
             path = shown(file),
             "all users of this machine have access to this token file; chmod 600"
         );
     }
-    let ended = block_on(async {
-        let stopping = CancellationToken::new();
-        let stop = stopping.clone();
-        let first = move || {
-            stop.cancel();
-            std::thread::spawn(end_in_time);
-        };
-        let second = || {
-            eprintln!(
-                "bigchat-sync: a second signal: ended at once; what was in flight is looked up at the next start"
-            );
-            std::process::exit(1)
-        };
-        on_signals(first, second)?;
+    let tokens = LiveTokens::from(tokens);
+    let stopping = CancellationToken::new();
+    if let Err(error) = obey_signals(screen, &stopping, &tokens, settings.listen) {
+        return complain(screen, &error, 1);
+    }
+    let ended = block_on(screen, async {
         job(settings, tokens, stopping).await?;
         Ok::<_, E>(ExitCode::SUCCESS)
     });
@@ -131,26 +156,108 @@ where
     ended
 }
 
-fn end_in_time() {
-    std::thread::sleep(STOPPED_WITHIN);
-    eprintln!(
-        "bigchat-sync: not stopped in time, as when a disk does not answer: what was in flight is looked up at the next start"
-    );
-    std::process::exit(1);
+/// The first SIGTERM or SIGINT stops in good order, and within [`STOPPED_WITHIN`]; a second one at once, as a crash would.
+/// SIGHUP has the token files read again. All of this is done by threads that wait for nothing else: neither for the
+/// runtime nor for a disk, the log or a terminal.
+fn obey_signals(
+    screen: &Screen,
+    stopping: &CancellationToken,
+    tokens: &LiveTokens,
+    listen: Listen,
+) -> io::Result<()> {
+    let (stopped, deadline) = mpsc::sync_channel::<()>(1);
+    let at_the_deadline = screen.clone();
+    spawn("deadline", move || {
+        if deadline.recv().is_ok() {
+            thread::sleep(STOPPED_WITHIN);
+            end(
+                &at_the_deadline,
+                "not stopped in time, as when a disk does not answer: what was in flight is looked up at the next start",
+            );
+        }
+    })?;
+    let (reload, reloads) = mpsc::sync_channel::<()>(1);
+    let tokens = tokens.clone();
+    spawn("tokens", move || {
+        for () in reloads {
+            read_again(&tokens, listen);
+        }
+    })?;
+    let (screen, stopping) = (screen.clone(), stopping.clone());
+    on_signals(
+        move || {
+            // One that waits already reads what is there by then.
+            reload.try_send(()).ok();
+        },
+        move || {
+            // It takes the first one, and there is no other.
+            stopped.try_send(()).ok();
+            stopping.cancel();
+            tracing::info!("stopping: what is in flight is finished first");
+        },
+        move || {
+            end(
+                &screen,
+                "a second signal: ended at once; what was in flight is looked up at the next start",
+            )
+        },
+    )
 }
 
-async fn show(args: demo::Args, settings: Settings, screen: Screen) -> Result<ExitCode, DemoError> {
+/// Reads the token files again, and logs what came of it.
+fn read_again(tokens: &LiveTokens, listen: Listen) {
+    let reloaded = tokens.reload(service::variable, listen);
+    if reloaded.is_empty() {
+        tracing::info!(
+            "token files read again: no token has changed (those in the environment never do)"
+        );
+    }
+    for token in reloaded {
+        match token {
+            Ok(name) => tracing::info!("{name} read again: the new one is in use"),
+            Err(error) => {
+                tracing::error!(reason = %error, "token not read again: the old one stays in use");
+            }
+        }
+    }
+}
+
+/// Ends the process as a crash would: nothing is waited for that could hang.
+fn end(screen: &Screen, message: &str) -> ! {
+    screen.complain(&format!("bigchat-sync: {message}\n"));
+    screen.flush(FLUSHED_AT_ONCE);
+    signal_hook::low_level::exit(1)
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name.into()).spawn(work)?;
+    Ok(())
+}
+
+async fn show(
+    args: demo::Args,
+    settings: Settings,
+    screen: &Screen,
+) -> Result<ExitCode, DemoError> {
     let (stopping, at_once) = (CancellationToken::new(), CancellationToken::new());
-    let (first, second) = (stopping.clone(), at_once.clone());
-    on_signals(move || first.cancel(), move || second.cancel())?;
+    let (hangup, first, second) = (stopping.clone(), stopping.clone(), at_once.clone());
+    on_signals(
+        // It has no token files.
+        move || hangup.cancel(),
+        move || first.cancel(),
+        move || second.cancel(),
+    )?;
     tokio::select! {
-        outcome = demo::run(&args, settings, &screen, &stopping) => outcome,
+        outcome = demo::run(&args, settings, screen, &stopping) => outcome,
         () = at_once.cancelled() => Err(DemoError::Interrupted),
     }
 }
 
 /// Does the work of a command, and complains if it comes to nothing.
-fn block_on<E: std::error::Error>(work: impl Future<Output = Result<ExitCode, E>>) -> ExitCode {
+fn block_on<E: std::error::Error>(
+    screen: &Screen,
+    work: impl Future<Output = Result<ExitCode, E>>,
+) -> ExitCode {
     // One thread serves all: what takes long is waiting, or has a thread of its own (the journal). More would spend their
     // time on waking each other.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -158,51 +265,73 @@ fn block_on<E: std::error::Error>(work: impl Future<Output = Result<ExitCode, E>
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return complain(&error, 1),
+        Err(error) => return complain(screen, &error, 1),
     };
     let outcome = runtime.block_on(work);
     // A look-up of a host name may hang for longer than anybody waits.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| complain(&error, 1))
+    outcome.unwrap_or_else(|error| complain(screen, &error, 1))
 }
 
-/// The first SIGTERM or SIGINT is for stopping in good order, a second one for stopping at once, as a crash would.
+/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at another one after that; and
+/// `hangup` at each SIGHUP before.
 fn on_signals(
+    hangup: impl Fn() + Send + 'static,
     first: impl FnOnce() + Send + 'static,
     second: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
-    let (mut terminate, mut interrupt) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
-    tokio::spawn(async move {
-        let mut signalled = async || {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let had_terminal = has_terminal();
+    spawn("signals", move || {
+        let mut signals = signals.forever();
+        let stops = |signal: &i32| {
+            let stops = *signal != SIGHUP || (had_terminal && !has_terminal());
+            if !stops {
+                hangup();
             }
+            stops
         };
-        signalled().await;
-        tracing::info!("stopping: what is in flight is finished first");
+        let Some(signal) = signals.by_ref().find(stops) else {
+            return;
+        };
+        let received = Instant::now();
         first();
-        signalled().await;
-        second();
-    });
-    Ok(())
+        let is_another = |again: &i32| {
+            let repeated = *again == signal && received.elapsed() < repeats_within(signal);
+            *again != SIGHUP && !repeated
+        };
+        if signals.by_ref().any(|again| is_another(&again)) {
+            second();
+        }
+    })
+}
+
+/// For how long the same signal counts as one. `timeout` sends it to the process and to its group; whoever presses Ctrl-C
+/// twice means it.
+fn repeats_within(signal: i32) -> Duration {
+    match signal {
+        SIGTERM => Duration::from_secs(1),
+        _ => Duration::from_millis(100),
+    }
+}
+
+/// Whether the process has a terminal that controls it: whoever closes it has it sent SIGHUP.
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
 }
 
 /// Writes a command's answer to standard output.
-fn say(answer: &[u8], code: ExitCode) -> ExitCode {
+fn say(screen: &Screen, answer: &[u8], code: ExitCode) -> ExitCode {
     let mut out = io::stdout();
     match out.write_all(answer).and_then(|()| out.flush()) {
         Ok(()) => code,
         // Who reads it has read enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
-        Err(error) => complain(&error, 1),
+        Err(error) => complain(screen, &error, 1),
     }
 }
 
-fn complain(error: &dyn std::error::Error, code: u8) -> ExitCode {
-    eprintln!("bigchat-sync: {error}");
+fn complain(screen: &Screen, error: &dyn std::error::Error, code: u8) -> ExitCode {
+    screen.complain(&format!("bigchat-sync: {error}\n"));
     ExitCode::from(code)
 }

@@ -37,10 +37,16 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
     ),
     (
         "SIGNALS",
-        &[(
-            "SIGTERM, SIGINT",
-            "Stops in good order, within 10 s. A second one stops at once, as a crash would; nothing is lost by that either.",
-        )],
+        &[
+            (
+                "SIGTERM, SIGINT",
+                "Stops in good order, within 10 s. A second one stops at once, as a crash would; nothing is lost by that either. (A SIGTERM repeated within a second counts once.)",
+            ),
+            (
+                "SIGHUP",
+                "Reads the token files again and uses the new tokens; one that cannot be used leaves the old one in use, with an error in the log. Where its terminal was closed, it stops as by SIGTERM.",
+            ),
+        ],
     ),
     (
         "FILES",

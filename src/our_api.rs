@@ -526,6 +526,7 @@ mod tests {
     use url::Url;
 
     use super::*;
+    use crate::settings::Token;
 
     #[test]
     fn a_status_means_what_the_contract_says() {
@@ -573,10 +574,10 @@ mod tests {
     fn a_clock_that_steps_ends_no_request_that_was_given_up() {
         let patience = Duration::from_secs(30);
         let base = Url::parse("http://h").expect("a URL");
-        let http = Http::new(base, None, patience).expect("a client");
+        let http = Http::new(base, Token::default(), patience).expect("a client");
         for step in [-1_000, 40_000] {
             let our_api = OurApi::new(
-                Http::new(http.base().clone(), None, patience).expect("a client"),
+                Http::new(http.base().clone(), Token::default(), patience).expect("a client"),
                 1,
                 patience,
             );

@@ -151,6 +151,7 @@ mod tests {
     use crate::daemon;
     use crate::http::Http;
     use crate::journal::{Journal, Store};
+    use crate::settings::Token;
     use crate::sim::faults::{Fault, When};
     use crate::sim::{self, Sim};
 
@@ -219,8 +220,9 @@ mod tests {
         let connection = Connection::open_in_memory().expect("a database");
         let store = Store::in_memory(connection, true).expect("a schema");
         let journal = Journal::start(store).expect("a thread");
-        let http =
-            |url: String| Http::new(url.parse().expect("a URL"), None, TIMEOUT).expect("a client");
+        let http = |url: String| {
+            Http::new(url.parse().expect("a URL"), Token::default(), TIMEOUT).expect("a client")
+        };
         let (bigchat, our_api) = (http(sim.bigchat_url()), http(sim.our_api_url()));
         daemon::begin(settings, journal, bigchat, our_api, stopping.clone())
             .await

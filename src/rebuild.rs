@@ -17,7 +17,7 @@ use crate::journal::{
 };
 use crate::pace::Pace;
 use crate::screen::{Screen, styled};
-use crate::settings::{Settings, Tokens};
+use crate::settings::{LiveTokens, Settings};
 use crate::time::Millis;
 
 /// How often it is looked how far it is.
@@ -82,7 +82,7 @@ pub enum RebuildError {
 pub async fn run(
     args: Args,
     settings: Settings,
-    tokens: Tokens,
+    tokens: LiveTokens,
     screen: Screen,
     stopping: CancellationToken,
 ) -> Result<(), RebuildError> {
@@ -94,7 +94,11 @@ pub async fn run(
     let rebuild = match (asked, scope) {
         (Some(rebuild), _) => rebuild,
         (None, Scope::Conversation(id)) => return Err(RebuildError::NoSuchChat(id)),
-        (None, Scope::All) => return Ok(screen.say("no chat is known: nothing was delivered yet")?),
+        (None, Scope::All) => {
+            return Ok(screen
+                .say("no chat is known: nothing was delivered yet")
+                .await?);
+        }
     };
     let stop = stopping.child_token();
     let working = async {
@@ -128,7 +132,7 @@ pub async fn run(
             "interrupted; nothing was changed",
         ));
     }
-    Ok(screen.say(&report(&progress, &lacking, dry_run))?)
+    Ok(screen.say(&report(&progress, &lacking, dry_run)).await?)
 }
 
 impl Args {
@@ -142,7 +146,7 @@ impl Args {
 /// Takes the daemon's place where none runs, also if one stops meanwhile.
 async fn work(
     settings: Settings,
-    tokens: Tokens,
+    tokens: LiveTokens,
     stop: &CancellationToken,
     dry_run: bool,
 ) -> Result<(), DaemonError> {
@@ -193,7 +197,9 @@ async fn watch(
                 bar.set_message(sentence(&progress));
             }
             None if last_line.elapsed() >= LINE_EVERY => {
-                screen.say(&format!("{}, {rate}", sentence(&progress)))?;
+                screen
+                    .say(&format!("{}, {rate}", sentence(&progress)))
+                    .await?;
                 last_line = Instant::now();
             }
             None => {}

@@ -1,26 +1,50 @@
 //! Standard output, where commands that take long are watched: moving pictures on a terminal, plain lines anywhere else.
 //!
 //! On a terminal all else that is written, the log above all, goes above the picture and does not tear it. Elsewhere there
-//! is not one escape code.
+//! is not one escape code. Nothing here blocks, whatever reads it: [`output`](crate::output) does the writing.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use rustix::termios::tcgetwinsize;
 
-/// Standard output, as what it is; without a picture unless that is found out.
-#[derive(Debug, Clone, Default)]
+use crate::output::Output;
+use crate::settings::LogFormat;
+
+/// How often the picture is drawn anew, at most.
+const FRAMES_PER_SECOND: u8 = 20;
+
+/// The size of a terminal that does not say how large it is: rows and columns.
+const USUAL_SIZE: (u16, u16) = (24, 80);
+
+/// Standard output and standard error, as what they are.
+#[derive(Debug, Clone)]
 pub struct Screen {
     picture: Option<MultiProgress>,
+    output: Arc<Output>,
 }
 
 impl Screen {
-    /// Finds out whether anybody sees pictures.
-    pub fn detect() -> Self {
+    /// Finds out whether anybody sees pictures, and starts to write.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system has no thread left.
+    pub fn detect() -> io::Result<Self> {
+        let output = Output::start(io::stdout(), io::stderr())?;
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let picture = (io::stdout().is_terminal() && !dumb)
-            .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout()));
-        Self { picture }
+        let picture = (io::stdout().is_terminal() && !dumb).then(|| {
+            let terminal = Box::new(Terminal {
+                output: Arc::clone(&output),
+                frame: Mutex::default(),
+            });
+            let target = ProgressDrawTarget::term_like_with_hz(terminal, FRAMES_PER_SECOND);
+            MultiProgress::with_draw_target(target)
+        });
+        Ok(Self { picture, output })
     }
 
     /// Whether the picture tells the most of what a log would say as a warning.
@@ -28,15 +52,28 @@ impl Screen {
         self.picture.is_some()
     }
 
-    /// Standard error for a log that does not tear the picture.
-    pub fn log(&self) -> impl Fn() -> Log + Send + Sync + use<> {
+    /// Standard error for a log of that format that does not tear the picture.
+    pub fn log(&self, format: LogFormat) -> impl Fn() -> Log + Send + Sync + use<> {
+        self.output.set_format(format);
         let screen = self.clone();
         move || Log(screen.clone())
     }
 
-    /// Writes something that stays.
-    pub fn say(&self, text: &str) -> io::Result<()> {
-        self.above(|| writeln!(io::stdout(), "{text}"))
+    /// Writes something that stays, and waits until it is written.
+    pub async fn say(&self, text: &str) -> io::Result<()> {
+        let line = format!("{text}\n").into_bytes();
+        let written = self.above(|| self.output.answer(line));
+        written.await.map_err(io::Error::other)?
+    }
+
+    /// Writes lines to standard error, for [`Self::flush`] to wait for.
+    pub fn complain(&self, lines: &str) {
+        self.above(|| self.output.lines(lines.as_bytes()));
+    }
+
+    /// Waits until everything is written, but no longer than that.
+    pub fn flush(&self, within: Duration) {
+        self.output.flush(within);
     }
 
     /// The picture, if anybody sees it.
@@ -58,11 +95,89 @@ pub struct Log(Screen);
 
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.above(|| io::stderr().write(line))
+        self.0.above(|| self.0.output.lines(line));
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
+    }
+}
+
+/// The terminal as the picture is drawn on it: frame by frame, none of which blocks.
+#[derive(Debug)]
+struct Terminal {
+    output: Arc<Output>,
+    frame: Mutex<String>,
+}
+
+impl Terminal {
+    fn size(&self) -> (u16, u16) {
+        match tcgetwinsize(io::stdout()) {
+            Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),
+            _ => USUAL_SIZE,
+        }
+    }
+
+    fn draw(&self, text: &str) -> io::Result<()> {
+        let mut frame = self.frame.lock().unwrap_or_else(PoisonError::into_inner);
+        frame.push_str(text);
+        Ok(())
+    }
+
+    /// Moves the cursor by `n` in a direction, as ECMA-48 names it.
+    fn move_cursor(&self, n: usize, direction: char) -> io::Result<()> {
+        match n {
+            0 => Ok(()),
+            n => self.draw(&format!("\x1b[{n}{direction}")),
+        }
+    }
+}
+
+impl TermLike for Terminal {
+    fn width(&self) -> u16 {
+        self.size().1
+    }
+
+    fn height(&self) -> u16 {
+        self.size().0
+    }
+
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.move_cursor(n, 'A')
+    }
+
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.move_cursor(n, 'B')
+    }
+
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.move_cursor(n, 'C')
+    }
+
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.move_cursor(n, 'D')
+    }
+
+    fn write_line(&self, s: &str) -> io::Result<()> {
+        self.draw(s)?;
+        self.draw("\n")
+    }
+
+    fn write_str(&self, s: &str) -> io::Result<()> {
+        self.draw(s)
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.draw("\r\x1b[2K")
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let mut frame = self.frame.lock().unwrap_or_else(PoisonError::into_inner);
+        if !frame.is_empty() {
+            self.output.frame(std::mem::take(&mut *frame).into_bytes());
+        }
+        Ok(())
     }
 }
 

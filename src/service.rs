@@ -4,9 +4,12 @@
 //! stuck: fed no more, systemd ends the process and starts another, which finds everything in the journal.
 
 use std::convert::Infallible;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,7 +48,9 @@ impl Manager {
     /// The one that has started this process.
     pub fn detect() -> Self {
         match std::env::var_os("NOTIFY_SOCKET") {
-            Some(_) => Self::new(sd_notify::watchdog_enabled(), sd_notify::notify),
+            Some(socket) => Self::new(sd_notify::watchdog_enabled(), move |states| {
+                send(&socket, states)
+            }),
             None => Self::default(),
         }
     }
@@ -141,6 +146,20 @@ impl Manager {
             tracing::warn!(reason = %error, "the service manager cannot be told anything");
         }
     }
+}
+
+/// Sends states to the service manager's socket, unless it would have to wait: the daemon's work does not stop when the
+/// service manager does.
+fn send(socket: &OsStr, states: &[NotifyState<'_>]) -> io::Result<()> {
+    let address = match socket.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(socket)?,
+    };
+    let lines: String = states.iter().map(|state| format!("{state}\n")).collect();
+    let sender = UnixDatagram::unbound()?;
+    sender.set_nonblocking(true)?;
+    sender.send_to_addr(lines.as_bytes(), &address)?;
+    Ok(())
 }
 
 /// The environment, where a file with a token that systemd hands over (`LoadCredential=`) counts as if a variable named it.

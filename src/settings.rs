@@ -10,6 +10,7 @@ use std::io::{IsTerminal, Read};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -218,6 +219,9 @@ pub enum TokenError {
         "the token that BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE gives has fewer than {MIN_CONSOLE_TOKEN} characters, and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
     Short,
+    /// A token was given before, and is no more.
+    #[error("neither {0} nor {0}_FILE gives a token any more")]
+    Gone(String),
     /// The console would be open to everybody.
     #[error(
         "--listen {0} would let anybody into the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
@@ -225,57 +229,153 @@ pub enum TokenError {
     Open(SocketAddr),
 }
 
+/// The variables that give the tokens, each also with `_FILE`.
+const BIGCHAT_TOKEN: &str = "BIGCHAT_SYNC_BIGCHAT_TOKEN";
+const OUR_API_TOKEN: &str = "BIGCHAT_SYNC_OUR_API_TOKEN";
+const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
+
 impl Tokens {
     /// Reads the tokens, `variable` being the environment.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
         let mut exposed_files = Vec::new();
-        let mut token = |name: &str| {
-            let name = format!("BIGCHAT_SYNC_{name}_TOKEN");
-            let text = match (variable(&name), variable(&format!("{name}_FILE"))) {
-                (None, None) => return Ok(None),
-                (Some(_), Some(_)) => return Err(TokenError::Both(name)),
-                (Some(token), None) => token.to_string_lossy().into_owned(),
-                (None, Some(path)) => {
-                    let path = PathBuf::from(path);
-                    let (text, is_exposed) =
-                        read_token(&path).map_err(|source| TokenError::File {
-                            variable: name.clone(),
-                            path: path.clone(),
-                            source,
-                        })?;
-                    exposed_files.extend(is_exposed.then_some(path));
-                    text
-                }
-            };
-            let token = text.trim();
-            if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-                return Err(TokenError::Unusable(name));
-            }
-            Ok(Some(SecretString::from(token)))
-        };
+        let mut token = |name| read_token(name, &variable, &mut exposed_files);
         Ok(Self {
-            bigchat: token("BIGCHAT")?,
-            our_api: token("OUR_API")?,
-            console: token("CONSOLE")?,
+            bigchat: token(BIGCHAT_TOKEN)?,
+            our_api: token(OUR_API_TOKEN)?,
+            console: token(CONSOLE_TOKEN)?,
             exposed_files,
         })
     }
 
     /// Whether the console may be served there.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
-        let is_short = |token: &SecretString| token.expose_secret().len() < MIN_CONSOLE_TOKEN;
-        match listen {
-            Listen::At(_) if self.console.as_ref().is_some_and(is_short) => Err(TokenError::Short),
-            Listen::At(address) if !address.ip().is_loopback() && self.console.is_none() => {
-                Err(TokenError::Open(address))
-            }
-            _ => Ok(()),
+        allow(self.console.as_ref(), listen)
+    }
+}
+
+/// The token that a variable or its file gives. A file that all users of this machine have access to is added to
+/// `exposed_files`.
+fn read_token(
+    name: &str,
+    variable: impl Fn(&str) -> Option<OsString>,
+    exposed_files: &mut Vec<PathBuf>,
+) -> Result<Option<SecretString>, TokenError> {
+    let text = match (variable(name), variable(&format!("{name}_FILE"))) {
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => return Err(TokenError::Both(name.into())),
+        (Some(token), None) => token.to_string_lossy().into_owned(),
+        (None, Some(path)) => {
+            let path = PathBuf::from(path);
+            let (text, is_exposed) = read_file(&path).map_err(|source| TokenError::File {
+                variable: name.into(),
+                path: path.clone(),
+                source,
+            })?;
+            exposed_files.extend(is_exposed.then_some(path));
+            text
+        }
+    };
+    let token = text.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(TokenError::Unusable(name.into()));
+    }
+    Ok(Some(SecretString::from(token)))
+}
+
+fn allow(console: Option<&SecretString>, listen: Listen) -> Result<(), TokenError> {
+    let is_short = |token: &SecretString| token.expose_secret().len() < MIN_CONSOLE_TOKEN;
+    match listen {
+        Listen::At(_) if console.is_some_and(is_short) => Err(TokenError::Short),
+        Listen::At(address) if !address.ip().is_loopback() && console.is_none() => {
+            Err(TokenError::Open(address))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A bearer token as it was read last, or none. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Token(Arc<RwLock<Option<SecretString>>>);
+
+impl Token {
+    /// What it is now.
+    pub fn get(&self) -> Option<SecretString> {
+        let token = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        token.clone()
+    }
+
+    /// Whether that is what it is now.
+    fn is(&self, token: &SecretString) -> bool {
+        self.get()
+            .is_some_and(|now| now.expose_secret() == token.expose_secret())
+    }
+
+    fn set(&self, token: SecretString) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(token);
+    }
+}
+
+impl From<Option<SecretString>> for Token {
+    fn from(token: Option<SecretString>) -> Self {
+        Self(Arc::new(RwLock::new(token)))
+    }
+}
+
+/// The tokens in use, which a reload replaces wherever they are used. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct LiveTokens {
+    /// BigChat's.
+    pub bigchat: Token,
+    /// OurAPI's.
+    pub our_api: Token,
+    /// The console's.
+    pub console: Token,
+}
+
+impl From<Tokens> for LiveTokens {
+    fn from(tokens: Tokens) -> Self {
+        Self {
+            bigchat: tokens.bigchat.into(),
+            our_api: tokens.our_api.into(),
+            console: tokens.console.into(),
         }
     }
 }
 
+impl LiveTokens {
+    /// Reads them again, `variable` being the environment. A token that cannot be had leaves the old one in use. Returns
+    /// the variable of each token that is a new one, or why the old one stays.
+    pub fn reload(
+        &self,
+        variable: impl Fn(&str) -> Option<OsString>,
+        listen: Listen,
+    ) -> Vec<Result<&'static str, TokenError>> {
+        let reload = |name: &'static str, old: &Token| {
+            let new = read_token(name, &variable, &mut Vec::new())?;
+            match (new, old.get()) {
+                (None, None) => Ok(None),
+                (None, Some(_)) => Err(TokenError::Gone(name.into())),
+                (Some(new), _) if old.is(&new) => Ok(None),
+                (Some(new), _) => {
+                    if name == CONSOLE_TOKEN {
+                        allow(Some(&new), listen)?;
+                    }
+                    old.set(new);
+                    Ok(Some(name))
+                }
+            }
+        };
+        let reloaded = [
+            reload(BIGCHAT_TOKEN, &self.bigchat),
+            reload(OUR_API_TOKEN, &self.our_api),
+            reload(CONSOLE_TOKEN, &self.console),
+        ];
+        reloaded.into_iter().filter_map(Result::transpose).collect()
+    }
+}
+
 /// What a token file holds, and whether all users of this machine may read or write it.
-fn read_token(path: &Path) -> std::io::Result<(String, bool)> {
+fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
     let is_exposed = metadata.is_file() && metadata.permissions().mode() & 0o006 != 0;
@@ -411,5 +511,62 @@ mod tests {
             set(&[("BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE", "/does/not/exist")]),
             Err(TokenError::File { .. })
         ));
+    }
+
+    #[test]
+    fn a_reload_takes_what_can_be_used_and_keeps_the_rest() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("token");
+        let good = "a-token-that-nobody-guesses";
+        for name in [BIGCHAT_TOKEN, OUR_API_TOKEN, CONSOLE_TOKEN] {
+            let variable = |asked: &str| {
+                (asked == format!("{name}_FILE")).then(|| file.clone().into_os_string())
+            };
+            std::fs::write(&file, good).expect("a file");
+            let tokens = LiveTokens::from(Tokens::read(variable).expect("a token"));
+            let [used] = [&tokens.bigchat, &tokens.our_api, &tokens.console]
+                .into_iter()
+                .filter(|token| token.get().is_some())
+                .collect::<Vec<_>>()[..]
+            else {
+                panic!("one of them")
+            };
+            let reload = || tokens.reload(variable, Listen::At(DEFAULT_LISTEN));
+            assert!(reload().is_empty(), "nothing is new");
+            for bad in ["", " \n", "two words", "ä"] {
+                std::fs::write(&file, bad).expect("a file");
+                assert!(
+                    matches!(reload()[..], [Err(TokenError::Unusable(_))]),
+                    "{bad:?}"
+                );
+                assert!(used.is(&good.into()), "{bad:?}");
+            }
+            std::fs::remove_file(&file).expect("a file");
+            assert!(matches!(reload()[..], [Err(TokenError::File { .. })]));
+            let gone = tokens.reload(|_| None, Listen::Off);
+            assert!(matches!(gone[..], [Err(TokenError::Gone(_))]));
+            assert!(used.is(&good.into()));
+            std::fs::write(&file, "another-token-that-nobody-guesses\n").expect("a file");
+            assert!(matches!(reload()[..], [Ok(new)] if new == name));
+            assert!(used.is(&"another-token-that-nobody-guesses".into()));
+            std::fs::write(&file, "short").expect("a file");
+            let short = reload();
+            match name {
+                CONSOLE_TOKEN => assert!(matches!(short[..], [Err(TokenError::Short)])),
+                _ => assert!(matches!(short[..], [Ok(_)])),
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_that_was_not_there_at_the_start_is_used_once_it_is() {
+        let tokens = LiveTokens::default();
+        let given = |name: &str| (name == CONSOLE_TOKEN).then(|| "0123456789abcdef".into());
+        assert!(matches!(
+            tokens.reload(given, Listen::Off)[..],
+            [Ok(CONSOLE_TOKEN)]
+        ));
+        assert!(tokens.console.is(&"0123456789abcdef".into()));
+        assert!(!format!("{tokens:?}").contains("0123456789abcdef"));
     }
 }

@@ -187,7 +187,7 @@ pub async fn run(
         return Ok(ExitCode::SUCCESS);
     }
     let verdict = perform(args, settings, screen, stopping).await?;
-    screen.say(&verdict.to_string())?;
+    screen.say(&verdict.to_string()).await?;
     Ok(verdict.exit_code())
 }
 
@@ -203,7 +203,7 @@ async fn serve(
         "{}\n\nTo try in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C ends it.",
         services(&sim, args.bigchat, seed),
         sim.our_api_url()
-    ))?;
+    )).await?;
     stopping.cancelled().await;
     Ok(sim.shutdown().await?)
 }
@@ -224,13 +224,17 @@ async fn perform(
     drop(Store::open(&db)?);
     let journal = Arc::new(Journal::start(Store::open_beside(&db)?)?);
     let duration = args.duration();
-    screen.say(&format!(
-        "The daemon for {} between two simulated services.\n{}",
-        humantime::format_duration(duration),
-        services(&sim, args.bigchat, seed)
-    ))?;
+    screen
+        .say(&format!(
+            "The daemon for {} between two simulated services.\n{}",
+            humantime::format_duration(duration),
+            services(&sim, args.bigchat, seed)
+        ))
+        .await?;
     let listen = free_address()?;
-    screen.say(&format!("The console is at http://{listen}/\n"))?;
+    screen
+        .say(&format!("The console is at http://{listen}/\n"))
+        .await?;
     let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
     let score = args.chaos.then(Arc::<Mutex<Score>>::default);
     let daemon: Running = match &score {
@@ -270,7 +274,9 @@ async fn perform(
         .faults
         .then(|| Mishaps::new(Arc::clone(&sim), duration));
     if args.faults {
-        screen.say(&mishaps::what_to_do(&std::env::current_exe()?, &db))?;
+        screen
+            .say(&mishaps::what_to_do(&std::env::current_exe()?, &db))
+            .await?;
     }
     let stage = Stage {
         mishaps,
@@ -289,10 +295,12 @@ async fn perform(
     let verdict = stage.perform(duration, stopping).await;
     if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
         let kept = scratch.keep();
-        screen.say(&format!(
-            "The daemon's database and log are kept in {}\n",
-            shown(&kept)
-        ))?;
+        screen
+            .say(&format!(
+                "The daemon's database and log are kept in {}\n",
+                shown(&kept)
+            ))
+            .await?;
     }
     verdict
 }
@@ -329,7 +337,7 @@ impl Stage {
             if let Some(mishaps) = &mut self.mishaps
                 && let Some(news) = mishaps.go_on(self.begun.elapsed()).await?
             {
-                self.screen.say(news)?;
+                self.screen.say(news).await?;
             }
         }
         if let Some(mishaps) = self.mishaps.take() {
@@ -337,7 +345,7 @@ impl Stage {
         }
         self.enough.cancel();
         self.sim.bigchat.set_quiet(true);
-        self.show.finishing()?;
+        self.show.finishing().await?;
         let patience = match self.score {
             Some(_) => CHAOS_PATIENCE,
             None => PATIENCE,
@@ -399,7 +407,8 @@ impl Stage {
         self.take_note();
         let looked = self.look().await?;
         self.show
-            .frame(self.begun.elapsed(), &self.tally, &looked)?;
+            .frame(self.begun.elapsed(), &self.tally, &looked)
+            .await?;
         Ok(looked)
     }
 

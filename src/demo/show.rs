@@ -55,7 +55,7 @@ impl Show {
     }
 
     /// A moment has passed.
-    pub(super) fn frame(
+    pub(super) async fn frame(
         &mut self,
         elapsed: Duration,
         tally: &Tally,
@@ -69,12 +69,14 @@ impl Show {
                 next,
             } if elapsed >= *next => {
                 *next = elapsed + LINE_EVERY;
-                screen.say(&format!(
-                    "{:>3} s of {}  {}",
-                    elapsed.as_secs(),
-                    in_words(*duration),
-                    tally.sentence(looked)
-                ))?;
+                screen
+                    .say(&format!(
+                        "{:>3} s of {}  {}",
+                        elapsed.as_secs(),
+                        in_words(*duration),
+                        tally.sentence(looked)
+                    ))
+                    .await?;
             }
             Self::Lines { .. } => {}
         }
@@ -82,11 +84,11 @@ impl Show {
     }
 
     /// Nothing new is told from now on; what was told is waited for.
-    pub(super) fn finishing(&mut self) -> io::Result<()> {
+    pub(super) async fn finishing(&mut self) -> io::Result<()> {
         const WAITING: &str = "waiting for what is still on its way";
         match self {
             Self::Picture(picture) => picture.time.set_message(WAITING),
-            Self::Lines { screen, .. } => screen.say(WAITING)?,
+            Self::Lines { screen, .. } => screen.say(WAITING).await?,
         }
         Ok(())
     }

@@ -174,11 +174,7 @@ pub(super) async fn identify(
     request: Request,
     next: Next,
 ) -> Response {
-    let known = web
-        .login
-        .as_ref()
-        .map_or(Ok(()), |login| login.identify(peer.ip(), request.headers()));
-    match known {
+    match web.login.identify(peer.ip(), request.headers()) {
         Ok(()) => next.run(request).await,
         Err(refusal) => refusal.into_response(),
     }

@@ -2,7 +2,8 @@
 //!
 //! A session is a cookie that no script can read, together with a key that only the console's own pages can: browsers
 //! send a host's cookies to all its ports, and to whoever else listens there. Neither is worth anything without the
-//! other. Sessions end with the daemon.
+//! other. Sessions end with the daemon, and when the token
+//! is replaced.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -21,6 +22,7 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::guard::{KEY, Refusal};
 use super::{Web, error};
+use crate::settings::Token;
 
 /// How many sessions there may be: the oldest gives way.
 const MAX_SESSIONS: usize = 32;
@@ -40,7 +42,7 @@ const MAX_NETWORKS: usize = 1000;
 /// The token, who has shown it, and who has failed to.
 #[derive(Debug)]
 pub(super) struct Login {
-    token: SecretString,
+    token: Token,
     cookie: String,
     sessions: Mutex<Vec<Session>>,
     tries: Mutex<Tries>,
@@ -49,6 +51,8 @@ pub(super) struct Login {
 
 /// Its `Debug` shows no secret.
 struct Session {
+    /// The token it began with: it ends with it.
+    token: SecretString,
     cookie: String,
     key: String,
     until: Instant,
@@ -73,12 +77,13 @@ pub(super) async fn login(
     headers: HeaderMap,
     Json(credentials): Json<Credentials>,
 ) -> Response {
-    let Some(login) = &web.login else {
+    let login = &web.login;
+    if !login.is_needed() {
         return error(
             StatusCode::NOT_FOUND,
             "no token is set: there is no need to log in",
         );
-    };
+    }
     match login.begin(peer.ip(), &credentials.token, Instant::now()) {
         Ok((cookie, key)) => {
             tracing::info!(%peer, "somebody has logged in to the console");
@@ -94,9 +99,10 @@ pub(super) async fn login(
 
 /// Ends the session.
 pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> Response {
-    let Some(login) = &web.login else {
+    let login = &web.login;
+    if !login.is_needed() {
         return StatusCode::NO_CONTENT.into_response();
-    };
+    }
     login.end(&headers);
     let cookie = login.set_cookie("", Duration::ZERO, &headers);
     ([(header::SET_COOKIE, cookie)], StatusCode::NO_CONTENT).into_response()
@@ -104,7 +110,7 @@ pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> R
 
 impl Login {
     /// With a token; the port tells the cookies of several daemons on one host apart.
-    pub(super) fn new(token: SecretString, port: u16) -> Self {
+    pub(super) fn new(token: Token, port: u16) -> Self {
         Self {
             token,
             cookie: format!("bigchat_sync_{port}"),
@@ -114,6 +120,11 @@ impl Login {
         }
     }
 
+    /// Whether a token is set. Else whoever can reach the console may do everything.
+    pub(super) fn is_needed(&self) -> bool {
+        self.token.get().is_some()
+    }
+
     /// How many wrong tokens there were.
     pub(super) fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
@@ -121,6 +132,9 @@ impl Login {
 
     /// Whether a request comes from somebody known.
     pub(super) fn identify(&self, peer: IpAddr, headers: &HeaderMap) -> Result<(), Refusal> {
+        if !self.is_needed() {
+            return Ok(());
+        }
         let now = Instant::now();
         if let Some(token) = bearer(headers) {
             return self.check(peer, token, now);
@@ -140,6 +154,7 @@ impl Login {
     fn begin(&self, peer: IpAddr, token: &str, now: Instant) -> Result<(String, String), Refusal> {
         self.check(peer, token.as_bytes(), now)?;
         let session = Session {
+            token: SecretString::from(token),
             cookie: secret(),
             key: secret(),
             until: now + SESSION,
@@ -164,7 +179,8 @@ impl Login {
     fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<(), Refusal> {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         tries.may_try(peer, now)?;
-        if bool::from(self.token.expose_secret().as_bytes().ct_eq(token)) {
+        let right = |right: SecretString| right.expose_secret().as_bytes().ct_eq(token).into();
+        if self.token.get().is_some_and(right) {
             Ok(())
         } else {
             tries.failed(peer, now);
@@ -176,7 +192,10 @@ impl Login {
     /// The sessions that last.
     fn sessions(&self, now: Instant) -> MutexGuard<'_, Vec<Session>> {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|session| now < session.until);
+        let token = self.token.get();
+        let token = token.as_ref().map(ExposeSecret::expose_secret);
+        sessions
+            .retain(|session| now < session.until && Some(session.token.expose_secret()) == token);
         sessions
     }
 
@@ -295,7 +314,7 @@ mod tests {
     const TOKEN: &str = "a token that is long enough";
 
     fn login() -> Login {
-        Login::new(SecretString::from(TOKEN), 8268)
+        Login::new(Some(SecretString::from(TOKEN)).into(), 8268)
     }
 
     fn peer(last: u8) -> IpAddr {

@@ -21,7 +21,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
-use secrecy::SecretString;
 use serde_json::json;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -31,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::journal::{Journal, JournalError, OpenError, Store};
+use crate::settings::Token;
 use crate::status::Status;
 use crate::time::Millis;
 use login::Login;
@@ -48,8 +48,7 @@ pub(crate) struct Web {
     pub(crate) context: Arc<Context>,
     /// By which names it may be asked, besides addresses and localhost.
     names: Vec<String>,
-    /// `None`: whoever can reach it may do everything.
-    login: Option<Login>,
+    login: Login,
     /// Opened when it is first needed.
     reader: OnceCell<Journal>,
     status: Mutex<Option<(Instant, Arc<Status>)>>,
@@ -133,7 +132,7 @@ pub enum Door {
 pub(crate) async fn serve(
     context: Arc<Context>,
     door: Door,
-    token: Option<SecretString>,
+    token: Token,
     closing: CancellationToken,
 ) {
     let Some(opened) = closing.run_until_cancelled(open(door)).await else {
@@ -150,7 +149,7 @@ pub(crate) async fn serve(
     let web = Arc::new(Web {
         names: context.settings.console_host.clone(),
         context,
-        login: token.map(|token| Login::new(token, address.port())),
+        login: Login::new(token, address.port()),
         reader: OnceCell::new(),
         status: Mutex::default(),
     });
@@ -269,14 +268,14 @@ mod tests {
             .settings;
         let http = || {
             let url = "http://127.0.0.1:9".parse().expect("a URL");
-            Http::new(url, None, Duration::from_secs(1)).expect("a client")
+            Http::new(url, Token::default(), Duration::from_secs(1)).expect("a client")
         };
         let stopping = CancellationToken::new();
         let context = daemon::begin(settings, journal(), http(), http(), stopping).await;
         let web = Web {
             context: context.expect("a session"),
             names: Vec::new(),
-            login: None,
+            login: Login::new(Token::default(), 0),
             reader: OnceCell::new_with(Some(journal())),
             status: Mutex::default(),
         };

@@ -60,11 +60,11 @@ pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
         "Whether the journal could be read for this: if not, what comes from it is missing here",
         f64::from(u8::from(status.is_ok())),
     );
-    if let Some(login) = &web.login {
+    if web.login.is_needed() {
         now.counter(
             "console_wrong_tokens",
             "Requests and logins with a wrong token",
-            login.failures(),
+            web.login.failures(),
         );
     }
     if let Ok(status) = status {

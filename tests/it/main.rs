@@ -28,6 +28,8 @@ mod process;
 mod readable;
 mod rebuild;
 mod service;
+mod signals;
+mod stalled;
 mod status;
 mod stopping;
 mod storage;

@@ -70,19 +70,25 @@ impl Process {
     }
 
     /// Stops it by SIGTERM, and tells how it ended; in time, or the test fails.
-    pub(crate) async fn stop(mut self) -> ExitStatus {
+    pub(crate) async fn stop(self) -> ExitStatus {
         let told = Instant::now();
         let kill = Command::new("sh")
             .args(["-c", "kill -TERM \"$0\"", &self.id()])
             .status();
         assert!(kill.expect("a shell").success());
+        let status = self.ended().await;
+        assert!(told.elapsed() < STOPS_WITHIN, "{:?}", told.elapsed());
+        status
+    }
+
+    /// Waits until it has ended, and tells how.
+    pub(crate) async fn ended(mut self) -> ExitStatus {
         let mut ended = None;
         until("it ends", async || {
             ended = self.child.try_wait().expect("a child");
             ended.is_some()
         })
         .await;
-        assert!(told.elapsed() < STOPS_WITHIN, "{:?}", told.elapsed());
         ended.expect("it has ended")
     }
 }

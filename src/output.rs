@@ -1,0 +1,396 @@
+//! Standard output and standard error, written by a thread of their own.
+//!
+//! A pipe that nobody reads, a terminal after Ctrl-S or a log file on a disk that hangs blocks whoever writes to it. Here
+//! that is only this thread. What it has not written yet is bounded: further lines of the log are dropped and counted, and
+//! the next line that gets through says how many they were.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, ErrorKind, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::log;
+use crate::settings::LogFormat;
+
+/// How many bytes may wait to be written: some thousand lines.
+const MAX_QUEUED: usize = 1 << 20;
+
+/// How long to wait before a write that would block is tried again, where a file descriptor was made non-blocking by
+/// another process that shares it.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
+/// The queue of the thread that writes.
+pub(crate) struct Output {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    format: OnceLock<LogFormat>,
+}
+
+#[derive(Default)]
+struct Queue {
+    pieces: VecDeque<Piece>,
+    /// The size of all pieces that are not written yet.
+    bytes: usize,
+    /// Whether a piece is being written.
+    writing: bool,
+    /// Lines of the log that were dropped or could not be written, and were not reported yet.
+    lost: u64,
+}
+
+enum Piece {
+    /// Lines of the log, for standard error.
+    Lines(Vec<u8>),
+    /// A frame of moving bars, for standard output.
+    Frame(Vec<u8>),
+    /// What a command answers, for standard output, and who waits until it is written.
+    Answer(Vec<u8>, oneshot::Sender<io::Result<()>>),
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Output").finish_non_exhaustive()
+    }
+}
+
+impl Output {
+    /// Starts the thread that writes.
+    pub(crate) fn start(
+        out: impl Write + Send + 'static,
+        err: impl Write + Send + 'static,
+    ) -> io::Result<Arc<Self>> {
+        let output = Arc::new(Self {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            format: OnceLock::new(),
+        });
+        let writing = Arc::clone(&output);
+        thread::Builder::new()
+            .name("output".into())
+            .spawn(move || writing.write(out, err))?;
+        Ok(output)
+    }
+
+    /// How the log is written. The first call counts.
+    pub(crate) fn set_format(&self, format: LogFormat) {
+        self.format.get_or_init(|| format);
+    }
+
+    /// Has lines written to standard error, unless too much waits already.
+    pub(crate) fn lines(&self, lines: &[u8]) {
+        let mut queue = self.queue();
+        if queue.bytes + lines.len() > MAX_QUEUED {
+            queue.lost += count(lines);
+            return;
+        }
+        queue.bytes += lines.len();
+        match queue.pieces.back_mut() {
+            Some(Piece::Lines(before)) => before.extend_from_slice(lines),
+            _ => queue.pieces.push_back(Piece::Lines(lines.to_vec())),
+        }
+        self.changed.notify_all();
+    }
+
+    /// Has a frame drawn on standard output, unless too much waits already.
+    pub(crate) fn frame(&self, frame: Vec<u8>) {
+        let mut queue = self.queue();
+        if queue.bytes + frame.len() <= MAX_QUEUED {
+            queue.bytes += frame.len();
+            queue.pieces.push_back(Piece::Frame(frame));
+            self.changed.notify_all();
+        }
+    }
+
+    /// Has an answer written to standard output. It is never dropped: the caller waits until it is written.
+    pub(crate) fn answer(&self, answer: Vec<u8>) -> oneshot::Receiver<io::Result<()>> {
+        let (done, written) = oneshot::channel();
+        let mut queue = self.queue();
+        queue.bytes += answer.len();
+        queue.pieces.push_back(Piece::Answer(answer, done));
+        self.changed.notify_all();
+        written
+    }
+
+    /// Waits until everything is written, but no longer than that.
+    pub(crate) fn flush(&self, within: Duration) {
+        let unwritten = |queue: &mut Queue| queue.writing || !queue.pieces.is_empty();
+        drop(
+            self.changed
+                .wait_timeout_while(self.queue(), within, unwritten),
+        );
+    }
+
+    fn write(&self, mut out: impl Write, mut err: impl Write) {
+        let mut torn = false;
+        let mut queue = self.queue();
+        loop {
+            let Some(piece) = queue.pieces.pop_front() else {
+                queue.writing = false;
+                self.changed.notify_all();
+                queue = self
+                    .changed
+                    .wait_while(queue, |queue| queue.pieces.is_empty())
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            queue.writing = true;
+            let lost = queue.lost;
+            drop(queue);
+            let size = match piece {
+                Piece::Lines(lines) => {
+                    let mut text = self.head(lost, torn);
+                    let head = text.len();
+                    text.extend_from_slice(&lines);
+                    let written = write_all(&mut err, &text).0;
+                    if let Some(last) = text[..written].last() {
+                        torn = *last != b'\n';
+                    }
+                    let mut queue = self.queue();
+                    if written >= head {
+                        queue.lost -= lost;
+                    }
+                    queue.lost += count(&text[written.max(head)..]);
+                    lines.len()
+                }
+                Piece::Frame(frame) => {
+                    // A frame that cannot be drawn is not missed.
+                    write_all(&mut out, &frame).1.ok();
+                    frame.len()
+                }
+                Piece::Answer(answer, done) => {
+                    let outcome = write_all(&mut out, &answer).1;
+                    // The caller may have gone.
+                    done.send(outcome).ok();
+                    answer.len()
+                }
+            };
+            queue = self.queue();
+            queue.bytes -= size;
+        }
+    }
+
+    /// What comes before the next lines: the end of a line that was cut off, and how many lines were lost.
+    fn head(&self, lost: u64, torn: bool) -> Vec<u8> {
+        let mut head = Vec::new();
+        if torn {
+            head.push(b'\n');
+        }
+        if lost > 0 {
+            let format = self.format.get().copied().unwrap_or(LogFormat::Text);
+            head.extend_from_slice(log::lost(format, lost).as_bytes());
+        }
+        head
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many lines these are; the last one may be cut off at its beginning.
+fn count(lines: &[u8]) -> u64 {
+    lines.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// Writes as much as can be written, and says how many bytes that was.
+fn write_all(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
+    let mut written = 0;
+    while written < bytes.len() {
+        match to.write(&bytes[written..]) {
+            Ok(0) => return (written, Err(ErrorKind::WriteZero.into())),
+            Ok(more) => written += more,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(TRY_AGAIN),
+            Err(error) => return (written, Err(error)),
+        }
+    }
+    (written, to.flush())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Long, since the machine may be busy.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// Does with each write what the test says: takes so many bytes, or fails.
+    struct Scripted {
+        next: mpsc::Receiver<Result<usize, ErrorKind>>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Scripted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            // Blocks until the test goes on.
+            let most = self.next.recv().unwrap_or(Ok(usize::MAX))?;
+            let taken = most.min(bytes.len());
+            let mut written = self.written.lock().expect("no panic");
+            written.extend_from_slice(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Scene {
+        output: Arc<Output>,
+        go_on: mpsc::Sender<Result<usize, ErrorKind>>,
+        written: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let (go_on, next) = mpsc::channel();
+            let written = Arc::<Mutex<Vec<u8>>>::default();
+            let err = Scripted {
+                next,
+                written: Arc::clone(&written),
+            };
+            let output = Output::start(io::sink(), err).expect("a thread");
+            output.set_format(LogFormat::Json);
+            Self {
+                output,
+                go_on,
+                written,
+            }
+        }
+
+        fn go_on(&self, outcome: Result<usize, ErrorKind>) {
+            self.go_on.send(outcome).expect("it writes");
+        }
+
+        /// Waits until `condition` holds of the queue.
+        fn until(&self, condition: impl Fn(&Queue) -> bool) {
+            let (queue, waited) = self
+                .output
+                .changed
+                .wait_timeout_while(self.output.queue(), PATIENCE, |queue| !condition(queue))
+                .expect("no panic");
+            drop(queue);
+            assert!(!waited.timed_out());
+        }
+
+        /// Waits until nothing is to be written, and says what was written.
+        fn written(&self) -> String {
+            self.until(|queue| queue.pieces.is_empty() && !queue.writing);
+            let written = self.written.lock().expect("no panic").clone();
+            String::from_utf8(written).expect("text")
+        }
+    }
+
+    /// The numbers of lost lines that a log reports.
+    fn reported(log: &str) -> Vec<u64> {
+        log.lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter_map(|line| line["lines"].as_u64())
+            .collect()
+    }
+
+    #[test]
+    fn lines_beyond_the_bound_are_dropped_and_counted() {
+        for (size, more) in [(10, 3), (1000, 1), (70_000, 40)] {
+            let scene = Scene::new();
+            let line = "x".repeat(size - 1) + "\n";
+            let room = MAX_QUEUED / size;
+            for _ in 0..room + more {
+                scene.output.lines(line.as_bytes());
+            }
+            assert_eq!(
+                scene.output.queue().bytes,
+                room * size,
+                "what is being written counts"
+            );
+            for _ in 0..4 {
+                scene.go_on(Ok(usize::MAX));
+            }
+            let written = scene.written();
+            assert_eq!(written.matches(&line).count(), room);
+            scene.output.lines(b"after\n");
+            let written = scene.written();
+            let lost: u64 = reported(&written).iter().sum();
+            assert_eq!(lost, more as u64);
+            assert!(written.ends_with("after\n"), "with the next line");
+            assert_eq!(scene.output.queue().bytes, 0);
+        }
+    }
+
+    #[test]
+    fn lines_that_cannot_be_written_are_counted_and_reported_with_the_next_that_can() {
+        for kind in [
+            ErrorKind::BrokenPipe,
+            ErrorKind::StorageFull,
+            ErrorKind::Other,
+        ] {
+            let scene = Scene::new();
+            for _ in 0..3 {
+                scene.go_on(Err(kind));
+                scene.output.lines(b"lost\n");
+                assert_eq!(scene.written(), "", "and nothing is tried meanwhile");
+            }
+            scene.go_on(Ok(usize::MAX));
+            scene.output.lines(b"after\n");
+            let written = scene.written();
+            assert_eq!(reported(&written), [3], "{written}");
+            assert!(written.ends_with("after\n"));
+            scene.go_on(Ok(usize::MAX));
+            scene.output.lines(b"and on\n");
+            assert_eq!(reported(&scene.written()), [3], "once");
+        }
+    }
+
+    #[test]
+    fn a_line_cut_off_spoils_no_other() {
+        for cut in [1, 4, 6] {
+            let scene = Scene::new();
+            scene.go_on(Ok(cut));
+            scene.go_on(Err(ErrorKind::StorageFull));
+            scene.output.lines(b"one\ntwo\n");
+            scene.written();
+            scene.go_on(Ok(usize::MAX));
+            scene.output.lines(b"{\"after\":1}\n");
+            let written = scene.written();
+            assert!(written.ends_with("\n{\"after\":1}\n"), "{written}");
+            assert!(!written.contains("\n\n"), "{written}");
+            let whole = written.lines().filter(|line| ["one", "two"].contains(line));
+            let whole = whole.count() as u64;
+            assert_eq!(reported(&written), [2 - whole], "{written}");
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_would_block_is_waited_for() {
+        for times in 1..4 {
+            let scene = Scene::new();
+            for _ in 0..times {
+                scene.go_on(Err(ErrorKind::WouldBlock));
+            }
+            scene.go_on(Err(ErrorKind::Interrupted));
+            scene.go_on(Ok(2));
+            scene.go_on(Ok(usize::MAX));
+            scene.output.lines(b"late\n");
+            assert_eq!(scene.written(), "late\n");
+        }
+    }
+
+    #[test]
+    fn the_end_waits_for_a_stalled_log_within_a_bound() {
+        for lines in [1, 100, 100_000] {
+            let scene = Scene::new();
+            for _ in 0..lines {
+                scene.output.lines(b"a line that nobody reads\n");
+            }
+            // It comes back, which is all there is to show.
+            scene.output.flush(Duration::from_millis(10));
+            assert!(scene.output.queue().bytes > 0);
+            assert!(scene.written.lock().expect("no panic").is_empty());
+        }
+    }
+}
