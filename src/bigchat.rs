@@ -318,6 +318,8 @@ fn next_page(next: &str) -> Option<String> {
     let url: Option<String> = serde_json::from_str(next).ok();
     let query = url.as_deref().and_then(next_query);
     if query.is_none() {
+        // Whatever precedes an @ may be a user and a password.
+        let next = next.rsplit('@').next().unwrap_or_default();
         tracing::warn!(next = %shortened(next), "BigChat names a next page that cannot be asked for; the poll is complete");
     }
     query

@@ -10,7 +10,7 @@ use clap_complete::Shell;
 use crate::demo;
 use crate::failed;
 use crate::rebuild;
-use crate::settings::Settings;
+use crate::settings::{Settings, TOKEN_VARIABLES};
 use crate::status;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
@@ -89,7 +89,9 @@ impl Cli {
     /// What is wrong, and where it was set; or what is asked for instead: help, or the version.
     pub fn read() -> Result<Self, clap::Error> {
         Self::try_read(std::env::args_os().collect()).map_err(|mut error| {
-            if let Some(variable) = set_by_environment(&error) {
+            let variable = set_by_environment(&error);
+            hide_secrets(&mut error);
+            if let Some(variable) = variable {
                 error.insert(
                     ContextKind::Suggested,
                     ContextValue::StyledStrs(vec![
@@ -103,11 +105,20 @@ impl Cli {
 
     fn try_read(line: Vec<OsString>) -> Result<Self, clap::Error> {
         let mut command = Self::command();
-        if line.get(1).is_some_and(|command| command == "demo") {
+        let is_demo = line.get(1).is_some_and(|command| command == "demo");
+        if is_demo {
             // Not even a setting of the environment that cannot be used keeps it from running.
             command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
         }
         let matches = command.try_get_matches_from_mut(line)?;
+        let unknown = if is_demo {
+            None
+        } else {
+            unknown_variables(std::env::vars_os())
+        };
+        if let Some(unknown) = unknown {
+            return Err(command.error(ErrorKind::UnknownArgument, unknown));
+        }
         let mut cli = Self::from_arg_matches(&matches)?;
         let set = settings_of(&matches, |source| source == ValueSource::CommandLine);
         let no_effect = match cli.command {
@@ -144,6 +155,75 @@ fn settings_of(matches: &ArgMatches, from: impl Fn(ValueSource) -> bool) -> Vec<
     given.collect()
 }
 
+/// What is shown instead of a value that may hold a secret.
+const HIDDEN: &str = "***";
+
+/// Takes what may be a secret out of an error: the value of a URL whole, since nothing is certain about one that cannot be
+/// used, and whatever else looks as if it had a user and a password.
+fn hide_secrets(error: &mut clap::Error) {
+    let is_url = error
+        .get(ContextKind::InvalidArg)
+        .is_some_and(|argument| argument.to_string().ends_with("<URL>"));
+    let may_be_secret = |(kind, value): (ContextKind, &ContextValue)| {
+        let text = value.to_string();
+        let is_value = is_url && kind == ContextKind::InvalidValue && !text.is_empty();
+        (is_value || text.contains("://") || text.contains('@')).then_some(kind)
+    };
+    let secrets: Vec<ContextKind> = error.context().filter_map(may_be_secret).collect();
+    for kind in secrets {
+        let shown = match kind {
+            ContextKind::Suggested => ContextValue::None,
+            _ => ContextValue::String(HIDDEN.to_owned()),
+        };
+        error.insert(kind, shown);
+    }
+}
+
+/// What environment variables begin with that are ours.
+const PREFIX: &str = "BIGCHAT_SYNC_";
+
+/// What is wrong with the environment, if some of its variables look like settings and are none: each by its name, with
+/// the setting that may be meant. No value is repeated, which may be a token.
+fn unknown_variables(
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Option<String> {
+    let settings = Settings::augment_args(clap::Command::new("settings"));
+    let known: Vec<&str> = settings
+        .get_arguments()
+        .filter_map(|argument| argument.get_env()?.to_str())
+        .chain(TOKEN_VARIABLES)
+        .collect();
+    let unknown = environment.into_iter().filter_map(|(name, value)| {
+        let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
+        let end = name.strip_prefix(PREFIX)?;
+        if known.contains(&&*name) || end.starts_with("TEST_") || is_service_link(end, &value) {
+            return None;
+        }
+        let likeness = |known: &str| strsim::jaro_winkler(end, &known[PREFIX.len()..]);
+        let nearest = known
+            .iter()
+            .map(|known| (likeness(known), known))
+            .filter(|(likeness, _)| *likeness > 0.8)
+            .max_by(|(one, _), (other, _)| one.total_cmp(other));
+        Some(match nearest {
+            Some((_, meant)) => format!("{name} is not a setting; {meant} may be meant"),
+            None => format!("{name} is not a setting; --help lists all of them"),
+        })
+    });
+    let mut unknown: Vec<String> = unknown.collect();
+    unknown.sort_unstable();
+    (!unknown.is_empty()).then(|| format!("environment variable {}", unknown.join("\n  and ")))
+}
+
+/// Whether Kubernetes sets such a variable in every container, for a service named bigchat-sync or bigchat-sync-….
+fn is_service_link(end: &str, value: &str) -> bool {
+    let is_port = |(_, number): (&str, &str)| number.starts_with(|c: char| c.is_ascii_digit());
+    end.ends_with("SERVICE_HOST")
+        || end.contains("SERVICE_PORT")
+        || end.ends_with("PORT") && value.contains("://")
+        || end.split_once("PORT_").is_some_and(is_port)
+}
+
 /// The environment variable that a bad value comes from, if it comes from one.
 fn set_by_environment(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
@@ -164,4 +244,55 @@ fn set_by_environment(error: &clap::Error) -> Option<String> {
     });
     (!on_the_line && std::env::var(variable).is_ok_and(|set| set == *value))
         .then(|| variable.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_variables_are_named_with_the_nearest_setting() {
+        for (name, meant) in [
+            ("BIGCHAT_SYNC_POL_INTERVAL", "BIGCHAT_SYNC_POLL_INTERVAL"),
+            ("BIGCHAT_SYNC_OURAPI_TOKEN", "BIGCHAT_SYNC_OUR_API_TOKEN"),
+            (
+                "BIGCHAT_SYNC_OUR_API_TOKENFILE",
+                "BIGCHAT_SYNC_OUR_API_TOKEN_FILE",
+            ),
+            ("BIGCHAT_SYNC_LISTEN_ON", "BIGCHAT_SYNC_LISTEN"),
+            ("BIGCHAT_SYNC_XYZZY", "--help"),
+        ] {
+            let said = unknown_variables([(name.into(), "s3cret".into())]).expect("it is unknown");
+            assert!(said.contains(&format!("{name} is not")), "{said}");
+            assert!(said.contains(meant), "{said}");
+            assert!(!said.contains("s3cret"), "{said}");
+        }
+    }
+
+    #[test]
+    fn settings_tokens_and_service_links_are_known() {
+        let settings = Settings::augment_args(clap::Command::new("settings"));
+        let settings = settings
+            .get_arguments()
+            .map(|argument| argument.get_env().expect("a variable").to_owned());
+        let service = [
+            ("SERVICE_HOST", "10.0.0.1"),
+            ("SERVICE_PORT", "8268"),
+            ("SERVICE_PORT_METRICS", "8268"),
+            ("PORT", "tcp://10.0.0.1:8268"),
+            ("PORT_8268_TCP_ADDR", "10.0.0.1"),
+            ("CONSOLE_SERVICE_HOST", "10.0.0.1"),
+        ];
+        let known = settings
+            .chain(TOKEN_VARIABLES.map(OsString::from))
+            .map(|name| (name, OsString::from("8268")))
+            .chain(service.map(|(end, value)| (format!("{PREFIX}{end}").into(), value.into())))
+            .chain([
+                ("PATH".into(), "/bin".into()),
+                ("BIGCHAT_SYNC".into(), "".into()),
+            ]);
+        assert_eq!(unknown_variables(known), None);
+        let port = [("BIGCHAT_SYNC_PORT".into(), "8268".into())];
+        assert!(unknown_variables(port).is_some(), "no service link");
+    }
 }

@@ -242,7 +242,7 @@ impl Context {
                 if breaker.failed(now, &self.settings.retry(), rand::random()) {
                     let Exchange {
                         request, response, ..
-                    } = error.exchange();
+                    } = error.exchange().logged();
                     tracing::warn!(
                         reason = error.headline(), request, response, url = %self.bigchat.http().base(),
                         "BigChat is down; what needs it waits"
@@ -251,7 +251,7 @@ impl Context {
                 if breaker.is_down() {
                     health.down(
                         error.headline(),
-                        &error.exchange().response,
+                        &error.exchange().logged().response,
                         breaker.since(),
                     );
                 }

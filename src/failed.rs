@@ -1,5 +1,6 @@
 //! `bigchat-sync failed`: what has failed and why, and what somebody decides about it.
 
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
 use crate::journal::{
@@ -7,7 +8,9 @@ use crate::journal::{
     Who,
 };
 use crate::screen::printable;
+use crate::settings::number;
 use crate::time::Millis;
+use crate::user;
 
 /// How many decisions about an event are shown, the latest ones.
 const SHOWN: i64 = 10;
@@ -18,18 +21,26 @@ pub enum Command {
     /// List them, the oldest first.
     List {
         /// How many at the most.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
         limit: u32,
     },
     /// Show one whole: what BigChat told, what was asked and answered.
     Show {
         /// Its id, as listed.
+        #[arg(value_parser = number::<i64>)]
         id: i64,
     },
     /// Have them tried again: as safe as the first try.
     Retry(Which),
-    /// Give them up: they are never tried again.
-    Discard(Which),
+    /// Give them up: they are never tried again. Asks before it discards by --reason or --all.
+    Discard {
+        /// Which ones.
+        #[command(flatten)]
+        which: Which,
+        /// Do not ask. Needed where there is no terminal to ask on.
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 /// Which failed events.
@@ -37,6 +48,7 @@ pub enum Command {
 #[group(required = true, multiple = false)]
 pub struct Which {
     /// Those of these ids.
+    #[arg(value_parser = number::<i64>)]
     ids: Vec<i64>,
     /// Those that failed for this reason, as listed.
     #[arg(long, value_name = "TEXT")]
@@ -70,7 +82,7 @@ impl From<Which> for Selection {
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
-        Command::Retry(_) | Command::Discard(_) => Store::open_beside(db)?,
+        Command::Retry(_) | Command::Discard { .. } => Store::open_beside(db)?,
     };
     Ok(match command {
         Command::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
@@ -82,13 +94,25 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
             show(&event, &store.failed_attempts(id)?, &decisions)
         }
         Command::Retry(which) => {
-            let count = decide(&mut store, which, Decision::Retry)?;
+            let count = decide(&mut store, &which.into(), Decision::Retry)?;
             format!(
                 "{count} to be tried again: by the daemon within a second, or when it next runs\n"
             )
         }
-        Command::Discard(which) => {
-            let count = decide(&mut store, which, Decision::Discard)?;
+        Command::Discard { which, yes } => {
+            let which = match which.into() {
+                // Whoever names ids knows how many there are.
+                Selection::By { reason, .. } if !yes => {
+                    let (count, failed_by) = store.failed_so_far(reason.as_deref())?;
+                    if count > 0 {
+                        confirm(count)?;
+                    }
+                    // An event that failed after the question is not meant.
+                    Selection::By { reason, failed_by }
+                }
+                which => which,
+            };
+            let count = decide(&mut store, &which, Decision::Discard)?;
             format!("{count} discarded\n")
         }
     })
@@ -111,6 +135,20 @@ pub enum FailedError {
         "no event has failed for exactly this reason, or they could not be understood and can only be discarded; `bigchat-sync failed list` tells the reasons"
     )]
     NoSuchReason,
+    /// There is nobody to ask.
+    #[error(
+        "this would discard {count} failed events, for good, and there is no terminal to ask on: add --yes"
+    )]
+    NoTerminal {
+        /// How many are meant.
+        count: u64,
+    },
+    /// The operator did not agree.
+    #[error("nothing was discarded")]
+    NotConfirmed,
+    /// The operator cannot be asked.
+    #[error("the terminal cannot be read: {0}")]
+    Terminal(#[from] io::Error),
     /// Some of those named are not failed, or could not be understood and so cannot be retried.
     #[error(
         "done for {done} of {asked}: the others are not failed events, or are events that could not be understood, which can only be discarded"
@@ -123,11 +161,27 @@ pub enum FailedError {
     },
 }
 
-fn decide(store: &mut Store, which: Which, decision: Decision) -> Result<usize, FailedError> {
-    let which = Selection::from(which);
+/// Asks on the terminal whether so many events are to be discarded.
+fn confirm(count: u64) -> Result<(), FailedError> {
+    let input = io::stdin();
+    if !input.is_terminal() {
+        return Err(FailedError::NoTerminal { count });
+    }
+    let events = if count == 1 { "event" } else { "events" };
+    eprint!("Discard {count} failed {events}, for good? [y/N] ");
+    let mut answer = String::new();
+    input.read_line(&mut answer)?;
+    match answer.trim().to_lowercase().as_str() {
+        "y" | "yes" => Ok(()),
+        _ => Err(FailedError::NotConfirmed),
+    }
+}
+
+fn decide(store: &mut Store, which: &Selection, decision: Decision) -> Result<usize, FailedError> {
+    let who = Who::Command(user::of_process());
     let (mut done, mut next) = (0, Some(0));
     while let Some(after) = next {
-        let decided = store.decide_failed(&which, decision, Who::Command, after, Millis::now())?;
+        let decided = store.decide_failed(which, decision, &who, after, Millis::now())?;
         done += decided.done;
         next = decided.next;
     }

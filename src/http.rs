@@ -21,6 +21,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use url::Url;
 
+use crate::log;
 use crate::metrics::ApiRequests;
 use crate::pulse;
 use crate::retry::RETRY_AFTER_MAX;
@@ -459,6 +460,22 @@ impl Exchange {
     }
 }
 
+/// A request as [`Exchange`] has it, without query and body: these hold messages, names and addresses.
+pub fn request_head(request: &str) -> &str {
+    let path = request.find(' ').map_or(0, |space| space + 1);
+    let end = request[path..].find([' ', '?']);
+    end.map_or(request, |end| &request[..path + end])
+}
+
+/// A response as [`Exchange`] has it, without its body, which may repeat what was sent: the status, or why there is none.
+pub fn response_head(response: &str) -> &str {
+    if response.starts_with(|c: char| c.is_ascii_digit()) {
+        response.split(' ').next().unwrap_or_default()
+    } else {
+        response
+    }
+}
+
 /// What is wrong, by the body of a 4xx: `{"detail": "…"}`, or a list of what is wrong with which field, as both services
 /// answer.
 fn complaint(body: &[u8]) -> Option<String> {
@@ -494,9 +511,23 @@ fn complaint(body: &[u8]) -> Option<String> {
     (!line.is_empty()).then(|| line.chars().take(MAX_COMPLAINT).collect())
 }
 
+impl Exchange {
+    /// What the log and the figures show of it, unless message text may be logged.
+    pub fn logged(&self) -> Self {
+        Self {
+            request: log::shown(&self.request, request_head).to_owned(),
+            response: log::shown(&self.response, response_head).to_owned(),
+            complaint: None,
+        }
+    }
+}
+
 impl fmt::Display for Exchange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} -> {}", self.request, self.response)
+        let Self {
+            request, response, ..
+        } = self.logged();
+        write!(f, "{request} -> {response}")
     }
 }
 
@@ -543,6 +574,32 @@ mod tests {
         );
         for nothing in ["", "{}", "<html>", r#"{"detail":""}"#, r#"{"detail":7}"#] {
             assert_eq!(of(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn heads_hold_nothing_of_bodies_and_queries() {
+        for (request, head) in [
+            (
+                "POST /chats/c1/messages {\"text\":\"secret\"}",
+                "POST /chats/c1/messages",
+            ),
+            ("GET /agents?email=ann%40x.test", "GET /agents"),
+            ("GET /agents?name=a b", "GET /agents"),
+            ("PATCH /chats/c1 {\"a\":\"x?y\"}", "PATCH /chats/c1"),
+            ("GET /chats", "GET /chats"),
+            ("", ""),
+        ] {
+            assert_eq!(request_head(request), head);
+        }
+        for (response, head) in [
+            ("422 {\"input\":\"secret\"}", "422"),
+            ("200 secret", "200"),
+            ("503", "503"),
+            ("no connection: refused", "no connection: refused"),
+            ("", ""),
+        ] {
+            assert_eq!(response_head(response), head);
         }
     }
 

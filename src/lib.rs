@@ -47,5 +47,6 @@ pub mod sim;
 pub mod status;
 pub mod summary;
 pub mod time;
+pub mod user;
 pub mod web;
 pub mod window;

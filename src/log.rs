@@ -8,6 +8,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use chrono::{SecondsFormat, Utc};
@@ -56,6 +57,24 @@ macro_rules! telling {
 }
 
 pub(crate) use telling;
+
+/// Whether requests and responses are logged whole (`--log-message-text`).
+static MESSAGE_TEXT: AtomicBool = AtomicBool::new(false);
+
+/// Logs requests and responses whole from now on, if so.
+pub fn show_message_text(so: bool) {
+    MESSAGE_TEXT.store(so, Ordering::Relaxed);
+}
+
+/// What the log shows of a request, a response or a reason: `whole`, if that is allowed, else only its `head`, in which
+/// neither customers' text nor advisors' names can be.
+pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -> &'a str {
+    if MESSAGE_TEXT.load(Ordering::Relaxed) {
+        whole
+    } else {
+        head(whole)
+    }
+}
 
 /// Starts the log, from a level on that RUST_LOG can change.
 pub fn start(format: LogFormat, level: &str, screen: &Screen) {

@@ -136,6 +136,7 @@ where
     if let Err(error) = tokens.allow(settings.listen) {
         return complain(screen, &error, BAD_SETTING);
     }
+    log::show_message_text(settings.log_message_text);
     log::start(settings.log_format(), level, screen);
     for file in &tokens.exposed_files {
         tracing::warn!(

@@ -17,7 +17,7 @@ use crate::journal::{
 };
 use crate::pace::Pace;
 use crate::screen::{Screen, styled};
-use crate::settings::{LiveTokens, Settings};
+use crate::settings::{LiveTokens, Settings, number};
 use crate::time::Millis;
 
 /// How often it is looked how far it is.
@@ -47,7 +47,7 @@ pub struct Args {
 #[group(required = true, multiple = false)]
 struct Which {
     /// The chat of this conversation, by BigChat's id; of each run of BigChat that had one.
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = number::<i64>, allow_hyphen_values = true)]
     conversation: Option<i64>,
 
     /// Every chat.

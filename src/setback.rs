@@ -2,7 +2,9 @@
 
 use crate::bigchat::BigChatError;
 use crate::conversation::Failure;
+use crate::http::{request_head, response_head};
 use crate::journal::JournalError;
+use crate::log;
 use crate::our_api::{OurApiError, Trouble};
 
 /// Why the delivery of a conversation stopped.
@@ -65,6 +67,21 @@ impl Setback {
     /// Whether the event may yet be carried out, long after nobody waits for it any more.
     pub fn is_late(&self) -> bool {
         matches!(self, Self::OurApi { error, .. } if error.trouble == Trouble::Late)
+    }
+
+    /// What the log shows of it, unless message text may be logged: nothing of what was sent, nor of what an API answered
+    /// to it in words.
+    pub fn logged(&self) -> Failure {
+        let failure = self.failure();
+        let reason = match self {
+            Self::OurApi { error, .. } => error.trouble.to_string(),
+            _ => failure.reason.clone(),
+        };
+        Failure {
+            reason: log::shown(&failure.reason, |_| &reason).to_owned(),
+            request: log::shown(&failure.request, request_head).to_owned(),
+            response: log::shown(&failure.response, response_head).to_owned(),
+        }
     }
 
     /// What is kept of it with the event.

@@ -10,6 +10,7 @@ use std::io::{IsTerminal, Read};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -45,47 +46,49 @@ pub struct Settings {
     pub db: Option<PathBuf>,
 
     /// How often BigChat is asked what happened.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_INTERVAL", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_INTERVAL", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub poll_interval: Duration,
 
     /// How far each poll reaches back before the last one, for what turned up late.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", default_value = "5s", value_parser = duration)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", allow_hyphen_values = true, default_value = "5s", value_parser = duration)]
     pub poll_overlap: Duration,
 
     /// How much time one poll covers at the most; after a downtime, polls follow one another without waiting.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", default_value = "1h", value_parser = at_least_a_second)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
     /// From when on events are asked for, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", value_parser = timestamp)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
-    /// How many requests OurAPI gets at once. More than 1 corrupts an OurAPI that keeps one database per thread.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    /// How many requests this process sends to OurAPI at once. All processes that use one OurAPI count together: two
+    /// daemons with 1 each send 2 at once. More than 1 in all corrupts an OurAPI that keeps one database per thread.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
 
-    /// What external ids begin with, where several BigChats write to one OurAPI; must not change afterwards.
+    /// What external ids begin with, where several BigChats write to one OurAPI; must not change afterwards. Their
+    /// daemons' requests add up: see --our-api-concurrency.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_EXTERNAL_ID_PREFIX", value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = prefix)]
     pub external_id_prefix: String,
 
     /// How long one request may take.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_REQUEST_TIMEOUT", value_name = "TIME", default_value = "10s", value_parser = positive)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_REQUEST_TIMEOUT", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub request_timeout: Duration,
 
     /// The longest wait after an event's first failure; doubled with each further one.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", default_value = "1s", value_parser = positive)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", allow_hyphen_values = true, default_value = "1s", value_parser = positive)]
     pub retry_initial: Duration,
 
     /// The longest wait after any failure.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_MAX", value_name = "TIME", default_value = "5m", value_parser = positive)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_MAX", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub retry_max: Duration,
 
     /// How often an event may fail while others get through, before it goes to the failed events.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_ATTEMPTS", value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_ATTEMPTS", value_name = "N", allow_hyphen_values = true, default_value_t = 10, value_parser = at_least_one)]
     pub max_attempts: u32,
 
     /// How long delivered events are kept. Waiting and failed ones are never dropped.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", default_value = "30d", value_parser = duration)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", allow_hyphen_values = true, default_value = "30d", value_parser = duration)]
     pub retention: Duration,
 
     /// Whom OurAPI is told a message is from: nobody (BigChat does not say), or always the chat's agent.
@@ -109,8 +112,13 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,
 
+    /// Whether the log shows what BigChat and OurAPI were sent and what they answered, whole. That holds the text of
+    /// customers' messages, and advisors' names and e-mail addresses.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_MESSAGE_TEXT", value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
+    pub log_message_text: bool,
+
     /// How often the log sums up what was done, if there is anything to say.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_SUMMARY", value_name = "TIME", default_value = "5m", value_parser = positive)]
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_SUMMARY", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub log_summary: Duration,
 }
 
@@ -180,6 +188,16 @@ impl Settings {
     }
 }
 
+/// The environment variables that are settings as well, though not flags.
+pub(crate) const TOKEN_VARIABLES: [&str; 6] = [
+    "BIGCHAT_SYNC_BIGCHAT_TOKEN",
+    "BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
+    "BIGCHAT_SYNC_OUR_API_TOKEN",
+    "BIGCHAT_SYNC_OUR_API_TOKEN_FILE",
+    "BIGCHAT_SYNC_CONSOLE_TOKEN",
+    "BIGCHAT_SYNC_CONSOLE_TOKEN_FILE",
+];
+
 /// The bearer tokens, one for each API and the console's, where the environment gives them.
 #[derive(Debug, Clone, Default)]
 pub struct Tokens {
@@ -200,7 +218,7 @@ pub enum TokenError {
     #[error("{0} and {0}_FILE are both set: unset one of them")]
     Both(String),
     /// The file cannot be read.
-    #[error("{variable}_FILE names {}, which cannot be read: {source}", shown(.path))]
+    #[error("{variable}_FILE names {}, which cannot be read: {source}", token_file(path))]
     File {
         /// The variable without `_FILE`.
         variable: String,
@@ -233,6 +251,15 @@ pub enum TokenError {
 const BIGCHAT_TOKEN: &str = "BIGCHAT_SYNC_BIGCHAT_TOKEN";
 const OUR_API_TOKEN: &str = "BIGCHAT_SYNC_OUR_API_TOKEN";
 const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
+
+/// The path of a token's file. One that is not absolute may be the token itself, set in the wrong variable.
+fn token_file(path: &Path) -> String {
+    if path.is_absolute() {
+        shown(path)
+    } else {
+        "a file by a relative path (not shown, since it may be the token itself)".into()
+    }
+}
 
 impl Tokens {
     /// Reads the tokens, `variable` being the environment.
@@ -383,20 +410,42 @@ fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     file.read_to_string(&mut text)?;
     Ok((text, is_exposed))
 }
+// What these say of a value that cannot be used does not repeat it: it may hold a secret.
 
 fn base_url(text: &str) -> Result<Url, String> {
+    // Anywhere: a password with a slash in it makes the user a host, and the password a path.
+    if text.contains('@') {
+        return Err("credentials do not belong in a URL: see --help on tokens".into());
+    }
     let url = Url::parse(text)
         .map_err(|error| format!("{error}; it should look like http://127.0.0.1:8266"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
         return Err("it should begin with http:// or https:// and name a host".into());
     }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err("credentials do not belong in a URL: see --help on tokens".into());
-    }
     if url.query().is_some() || url.fragment().is_some() {
         return Err("it should end with a host or a path, without ? or #".into());
     }
     Ok(url)
+}
+
+/// A whole number, for any argument.
+pub(crate) fn number<N: FromStr>(text: &str) -> Result<N, String> {
+    text.parse()
+        .map_err(|_| "it should be a whole number, such as 10".into())
+}
+
+fn up_to_256(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(count @ 1..=256) => Ok(count),
+        _ => Err("it should be a whole number from 1 to 256, such as 8".into()),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(count @ 1..) => Ok(count),
+        _ => Err("it should be a whole number from 1 to 4294967295, such as 10".into()),
+    }
 }
 
 fn listen(text: &str) -> Result<Listen, String> {
@@ -418,10 +467,14 @@ fn host(text: &str) -> Result<String, String> {
 /// The longest time that makes sense anywhere, far from what a point in time can hold.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text).map_err(|error| error.to_string())? {
-        duration if duration > LONGEST => Err("it must be at most 100 years".into()),
-        duration => Ok(duration),
+/// A length of time, for any argument.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration > LONGEST => Err("it must be at most 100 years".into()),
+        Ok(duration) => Ok(duration),
+        Err(_) => {
+            Err("it should be a time with its unit, such as 500ms, 10s, 5m, 1h or 30d".into())
+        }
     }
 }
 
@@ -441,7 +494,7 @@ fn at_least_a_second(text: &str) -> Result<Duration, String> {
 
 fn timestamp(text: &str) -> Result<Timestamp, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
-        .map_err(|error| format!("{error}; it should look like 2026-11-22T22:00:00Z"))?;
+        .map_err(|_| "it should be a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
     Timestamp::from_unix(time.timestamp()).ok_or_else(|| "it must lie between 1970 and 9999".into())
 }
 

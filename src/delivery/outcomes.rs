@@ -60,7 +60,7 @@ impl Delivery {
                 self.unchecked.remove(&conversation.id);
             }
             Some(Stopped { at: None, why }) => {
-                let failure = why.failure();
+                let failure = why.logged();
                 telling!(
                     !self.breaker.is_down(),
                     conversation = conversation.bigchat_id, chat = conversation.chat.id.map(tracing::field::display),
@@ -132,11 +132,12 @@ impl Delivery {
         let failure = setback.failure();
         // Once when it begins, once when it turns out to be the event's own; of an outage is told as such.
         let news = attempts.tries == 1 || event.attempts.counted == 0 && attempts.counted == 1;
+        let logged = setback.logged();
         telling!(
             failed || news && !self.is_told_of(setback),
             conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
             chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
-            reason = %failure.reason, request = %failure.request, response = %failure.response,
+            reason = %logged.reason, request = %logged.request, response = %logged.response,
             "{}", if failed { "failed again while others got through; decide with `bigchat-sync failed`" } else { "not delivered yet; it is tried again" }
         );
         if failed {
@@ -197,12 +198,13 @@ impl Delivery {
             }
         }
         let Some(error) = ill else { return };
+        let exchange = error.exchange.logged();
         if self
             .breaker
             .failed(now, &self.context.settings.retry(), rand::random())
         {
             tracing::error!(
-                reason = %error.trouble, request = %error.exchange.request, response = %error.exchange.response,
+                reason = %error.trouble, request = %exchange.request, response = %exchange.response,
                 url = %self.context.our_api.http().base(),
                 "OurAPI is down; everything waits, and one request at a time tells when it is back"
             );
@@ -210,7 +212,7 @@ impl Delivery {
         if self.breaker.is_down() {
             health.down(
                 &error.trouble.to_string(),
-                &error.exchange.response,
+                &exchange.response,
                 self.breaker.since(),
             );
         }
@@ -224,10 +226,11 @@ fn refused(conversation: &Conversation, event: &Waiting, refusal: &Setback) -> O
         tries: event.attempts.tries.saturating_add(1),
         ..event.attempts
     };
+    let logged = refusal.logged();
     tracing::warn!(
         conversation = conversation.bigchat_id, event = event.id, kind = %event.what.kind(),
         chat = conversation.chat.id.map(tracing::field::display), tries = attempts.tries,
-        reason = %failure.reason, request = %failure.request, response = %failure.response,
+        reason = %logged.reason, request = %logged.request, response = %logged.response,
         "failed for good; decide with `bigchat-sync failed`"
     );
     Outcome::Failed { attempts, failure }

@@ -32,7 +32,7 @@ use uuid::Uuid;
 use crate::daemon::{self, DaemonError, Onlookers};
 use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
 use crate::screen::{Screen, shown};
-use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens};
+use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens, duration, number};
 use crate::sim::bigchat::{self, BigChat, Log, Mode};
 use crate::sim::our_api::{self, OurApi};
 use crate::sim::{Happening, Sim, Watch};
@@ -81,11 +81,11 @@ const MENDING: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// How long it goes on; what is under way then is waited for [default: 30s].
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true)]
     pub duration: Option<Duration>,
 
     /// What the simulated services' random choices come from [default: a random number, which is shown].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number::<u64>, allow_hyphen_values = true)]
     pub seed: Option<u64>,
 
     /// How the simulated BigChat tells events.

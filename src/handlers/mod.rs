@@ -226,7 +226,7 @@ impl Handled {
                 Ok(_) => {}
                 // What is not to be changed keeps no message from its chat.
                 Err(setback) if setback.is_refusal() && self.conversation.chat.id.is_some() => {
-                    let failure = setback.failure();
+                    let failure = setback.logged();
                     tracing::warn!(
                         conversation = self.conversation.bigchat_id,
                         chat = self.conversation.chat.id.map(tracing::field::display),

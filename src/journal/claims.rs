@@ -352,8 +352,9 @@ fn read_waiting(row: &Row<'_>) -> Result<Waiting> {
     };
     let name = text(1)?.unwrap_or_default();
     let kind = written(Kind::from_name(name), name)?;
+    // The log has the reason: it must not quote what the data says.
     let what = What::from_data(kind, text(3)?)
-        .map_err(|error| JournalError::Corrupt(error.to_string()))?;
+        .map_err(|_| JournalError::Corrupt(format!("the data of a {name} cannot be read")))?;
     Ok(Waiting {
         id: row.get(0)?,
         at: Timestamp::clamped(row.get(2)?),

@@ -59,7 +59,7 @@ pub struct PastDecision {
     pub id: i64,
     /// When.
     pub at: Millis,
-    /// Where: `command` or `console`.
+    /// Who, as far as it is known, and by which way: `ann, command line`; without a user: `command` or `console`.
     pub by: String,
     /// What: `retry` or `discard`.
     pub decision: String,
@@ -109,22 +109,31 @@ impl Decision {
     }
 }
 
-/// Where somebody decides.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The user who resolves failed events, and by which way.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Who {
-    /// `bigchat-sync failed`.
-    Command,
-    /// The console.
-    Console,
+    /// By `bigchat-sync failed`.
+    Command(String),
+    /// In the console.
+    Console(String),
 }
 
 impl Who {
-    /// Its name in the journal.
-    pub fn name(self) -> &'static str {
+    /// The way, as the journal has it, and the user.
+    fn parts(&self) -> (&'static str, &str) {
         match self {
-            Self::Command => "command",
-            Self::Console => "console",
+            Self::Command(user) => ("command", user),
+            Self::Console(user) => ("console", user),
         }
+    }
+}
+
+/// Who resolved a failed event, in words, by what the journal has of it.
+fn by(way: String, user: Option<String>) -> String {
+    match (user, &*way) {
+        (Some(user), "command") => format!("{user}, command line"),
+        (Some(user), _) => format!("{user}, {way}"),
+        (None, _) => way,
     }
 }
 
@@ -212,7 +221,7 @@ impl Store {
             "?1 IS NULL"
         };
         let mut statement = self.connection.prepare_cached(&format!(
-            "SELECT d.id, d.decided_at, d.decided_by, d.decision, d.event, d.conversation, e.conversation, d.kind, d.reason
+            "SELECT d.id, d.decided_at, d.decided_by, d.decision, d.event, d.conversation, e.conversation, d.kind, d.reason, d.user
              FROM decisions d LEFT JOIN events e ON e.id = d.event
              WHERE {of} AND d.id < ?2 ORDER BY d.id DESC LIMIT ?3"
         ))?;
@@ -221,7 +230,7 @@ impl Store {
             Ok(PastDecision {
                 id: row.get(0)?,
                 at: Millis(row.get(1)?),
-                by: row.get(2)?,
+                by: by(row.get(2)?, row.get(9)?),
                 decision: row.get(3)?,
                 event: row.get(4)?,
                 conversation: row.get(5)?,
@@ -262,13 +271,27 @@ impl Store {
         Ok(events.collect::<rusqlite::Result<_>>()?)
     }
 
+    /// How many events have failed for this reason, or for any, and when the last one did.
+    pub fn failed_so_far(&mut self, reason: Option<&str>) -> Result<(u64, Millis)> {
+        let (count, last): (i64, Option<i64>) = self
+            .connection
+            .prepare_cached(&format!("SELECT count(*), max(e.settled_at) {MEANT}"))?
+            .query_row(params![0, reason, i64::MAX], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })?;
+        Ok((
+            u64::try_from(count).unwrap_or_default(),
+            Millis(last.unwrap_or_default()),
+        ))
+    }
+
     /// Carries a decision out, for some of the events that are meant: those after `after` (0 at first), by their ids. Each
     /// is noted, with who decided.
     pub fn decide_failed(
         &mut self,
         which: &Selection,
         decision: Decision,
-        who: Who,
+        who: &Who,
         after: i64,
         now: Millis,
     ) -> Result<Decided> {
@@ -291,6 +314,9 @@ impl Store {
 pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
     name == UNREADABLE || reason.starts_with(&Trouble::Refused.to_string())
 }
+/// The failed events after `?1` of the reason `?2`, or of any, that had failed by `?3`.
+const MEANT: &str = "FROM events e LEFT JOIN attempts a ON a.event = e.id
+    WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND e.settled_at <= ?3";
 
 /// The ids of the next events that are meant, in order.
 fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
@@ -301,13 +327,10 @@ fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Res
         }
         Selection::By { reason, failed_by } => (reason, failed_by),
     };
-    let mut statement = transaction.prepare_cached(
-        "SELECT e.id FROM events e LEFT JOIN attempts a ON a.event = e.id
-         WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND e.settled_at <= ?4
-         ORDER BY e.id LIMIT ?3",
-    )?;
+    let mut statement =
+        transaction.prepare_cached(&format!("SELECT e.id {MEANT} ORDER BY e.id LIMIT ?4"))?;
     let ids = statement.query_map(
-        params![after, reason, limit(DECIDED_AT_ONCE), failed_by.0],
+        params![after, reason, failed_by.0, limit(DECIDED_AT_ONCE)],
         |row| row.get(0),
     )?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
@@ -318,7 +341,7 @@ fn decide(
     transaction: &Transaction<'_>,
     id: i64,
     decision: Decision,
-    who: Who,
+    who: &Who,
     now: Millis,
 ) -> Result<bool> {
     let conversation: Option<Option<i64>> = transaction
@@ -349,13 +372,14 @@ fn decide(
                 .execute(params![id, now.0])?;
         }
     }
+    let (way, user) = who.parts();
     transaction
         .prepare_cached(
-            "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
-             SELECT ?2, ?3, ?4, e.id, c.bigchat_id, e.name, coalesce(a.reason, '')
+            "INSERT INTO decisions (decided_at, decided_by, user, decision, event, conversation, kind, reason)
+             SELECT ?2, ?3, ?4, ?5, e.id, c.bigchat_id, e.name, coalesce(a.reason, '')
              FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
              WHERE e.id = ?1",
         )?
-        .execute(params![id, now.0, who.name(), decision.name()])?;
+        .execute(params![id, now.0, way, user, decision.name()])?;
     Ok(true)
 }

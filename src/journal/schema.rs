@@ -20,6 +20,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("../../migrations/0002_rebuild.sql"),
     include_str!("../../migrations/0003_operation.sql"),
     include_str!("../../migrations/0004_checks.sql"),
+    include_str!("../../migrations/0005_users.sql"),
 ];
 
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,

@@ -177,7 +177,7 @@ impl Poller {
                 // That BigChat is down is said once, when it goes down.
                 let Exchange {
                     request, response, ..
-                } = error.exchange();
+                } = error.exchange().logged();
                 telling!(
                     !self.context.bigchat_is_down(),
                     reason = error.headline(),

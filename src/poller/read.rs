@@ -134,7 +134,7 @@ impl Poller {
                 Exchange {
                     request, response, ..
                 },
-            ) = (error.headline(), error.exchange());
+            ) = (error.headline(), error.exchange().logged());
             tracing::warn!(reason, request, response, "{what}");
         }
         is_lost

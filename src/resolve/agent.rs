@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::context::Context;
+use crate::http::Exchange;
 use crate::journal::{KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApiError, Trouble};
 use crate::resolve::details;
@@ -17,7 +18,7 @@ pub async fn resolve(context: &Context, epoch: i64, advisor: i64) -> Result<Opti
     let losses = context.losses();
     let agent = match details::advisor(context, epoch, advisor).await? {
         KnownAdvisor::Gone => None,
-        KnownAdvisor::Person { name, email } => of_person(context, &name, &email).await?,
+        KnownAdvisor::Person { name, email } => of_person(context, advisor, &name, &email).await?,
     };
     let mut known = context.known_agents();
     if losses == context.losses() {
@@ -26,7 +27,12 @@ pub async fn resolve(context: &Context, epoch: i64, advisor: i64) -> Result<Opti
     Ok(agent)
 }
 
-async fn of_person(context: &Context, name: &str, email: &str) -> Result<Option<Uuid>, Setback> {
+async fn of_person(
+    context: &Context,
+    advisor: i64,
+    name: &str,
+    email: &str,
+) -> Result<Option<Uuid>, Setback> {
     let address = email.to_owned();
     let known = match context
         .journal
@@ -35,12 +41,14 @@ async fn of_person(context: &Context, name: &str, email: &str) -> Result<Option<
     {
         Some(known) => known,
         None => {
-            let found = match find_or_create(context, name, email).await {
+            let found = match find_or_create(context, advisor, name, email).await {
                 Ok(agent) => KnownAgent::Agent(agent.agent_id),
                 Err(error) if error.trouble == Trouble::Refused => {
+                    let Exchange {
+                        request, response, ..
+                    } = error.exchange.logged();
                     tracing::warn!(
-                        %name, reason = %error.trouble,
-                        request = %error.exchange.request, response = %error.exchange.response,
+                        advisor, reason = %error.trouble, request, response,
                         "OurAPI refuses the agent for good: chats stay without one"
                     );
                     KnownAgent::Refused
@@ -61,38 +69,55 @@ async fn of_person(context: &Context, name: &str, email: &str) -> Result<Option<
     })
 }
 
-async fn find_or_create(context: &Context, name: &str, email: &str) -> Result<Agent, OurApiError> {
+async fn find_or_create(
+    context: &Context,
+    advisor: i64,
+    name: &str,
+    email: &str,
+) -> Result<Agent, OurApiError> {
     let our_api = &context.our_api;
-    if let Some(agent) = choose(our_api.agents_by_email(email).await?, name) {
+    if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
         return Ok(agent);
     }
-    let error = match create(context, name, email).await {
+    let error = match create(context, advisor, name, email).await {
         Err(error) if matches!(error.trouble, Trouble::ConflictOrOutage | Trouble::Conflict) => {
             error
         }
         outcome => return outcome,
     };
     // An outage, or the address is there by now, or somebody else has the name.
-    if let Some(agent) = choose(our_api.agents_by_email(email).await?, name) {
+    if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
         return Ok(agent);
     }
     if our_api.agents_by_name(name).await?.is_empty() {
         return Err(error);
     }
-    tracing::warn!(%name, "another agent has the name: the new one gets its e-mail address added");
-    create(context, &format!("{name} ({email})"), email).await
+    tracing::warn!(
+        advisor,
+        "another agent has the name: the new one gets its e-mail address added"
+    );
+    create(context, advisor, &format!("{name} ({email})"), email).await
 }
 
-async fn create(context: &Context, name: &str, email: &str) -> Result<Agent, OurApiError> {
+async fn create(
+    context: &Context,
+    advisor: i64,
+    name: &str,
+    email: &str,
+) -> Result<Agent, OurApiError> {
     let agent = context.our_api.create_agent(name, email).await?;
-    tracing::debug!(agent = %agent.agent_id, %name, "agent created");
+    tracing::debug!(agent = %agent.agent_id, advisor, "agent created");
     Ok(agent)
 }
 
 /// Of several agents the one whose name fits, else the first by id, so that it is always the same.
-fn choose(mut agents: Vec<Agent>, name: &str) -> Option<Agent> {
+fn choose(mut agents: Vec<Agent>, advisor: i64, name: &str) -> Option<Agent> {
     if agents.len() > 1 {
-        tracing::warn!(%name, agents = agents.len(), "several agents have the e-mail address");
+        tracing::warn!(
+            advisor,
+            agents = agents.len(),
+            "several agents have the e-mail address"
+        );
     }
     agents.sort_by_key(|agent| (agent.name.trim() != name, agent.agent_id));
     agents.into_iter().next()
@@ -188,7 +213,7 @@ mod tests {
             name: name.into(),
             email: "e".into(),
         };
-        let chosen = |agents| choose(agents, "Ann").map(|agent| agent.agent_id.as_u128());
+        let chosen = |agents| choose(agents, 7, "Ann").map(|agent| agent.agent_id.as_u128());
         assert_eq!(chosen(vec![]), None);
         assert_eq!(chosen(vec![agent(3, "Bob"), agent(2, "Cid")]), Some(2));
         assert_eq!(

@@ -5,14 +5,15 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::guard::Client;
 use super::{ReadError, Web, error};
 use crate::journal::{Decision, Selection, Wanted, Who};
 use crate::time::Millis;
@@ -167,30 +168,33 @@ impl Which {
 /// `POST /api/failed/retry`: lets failed events be tried again.
 pub(super) async fn retry(
     State(web): State<Arc<Web>>,
+    Extension(client): Extension<Client>,
     which: Result<Json<Which>, JsonRejection>,
 ) -> Answer {
-    decide(&web, which?.0, Decision::Retry).await
+    decide(&web, client, which?.0, Decision::Retry).await
 }
 
 /// `POST /api/failed/discard`: gives failed events up.
 pub(super) async fn discard(
     State(web): State<Arc<Web>>,
+    Extension(client): Extension<Client>,
     which: Result<Json<Which>, JsonRejection>,
 ) -> Answer {
-    decide(&web, which?.0, Decision::Discard).await
+    decide(&web, client, which?.0, Decision::Discard).await
 }
 
 /// Answers for how many it was done, and, where there is more to do than anybody waits for, after which it goes on.
-async fn decide(web: &Web, which: Which, decision: Decision) -> Answer {
+async fn decide(web: &Web, client: Client, which: Which, decision: Decision) -> Answer {
+    let who = Who::Console(client.0);
     let (selection, mut after) = which.selection()?;
     let (begun, mut done) = (Instant::now(), 0);
     let next = loop {
-        let selection = selection.clone();
+        let (selection, who) = (selection.clone(), who.clone());
         let decided = web
             .context
             .journal
             .with(move |store| {
-                store.decide_failed(&selection, decision, Who::Console, after, Millis::now())
+                store.decide_failed(&selection, decision, &who, after, Millis::now())
             })
             .await
             .map_err(ReadError::from)?;

@@ -124,12 +124,23 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
+/// The two ends of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ends {
+    /// The client's.
+    pub(super) peer: SocketAddr,
+    /// This side's; `None`: the operating system does not know it any more.
+    pub(super) local: Option<SocketAddr>,
+}
+
 async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place) {
     // Where it cannot be set answers are merely slower.
     stream.set_nodelay(true).ok();
+    let local = stream.local_addr().ok();
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
+        request.extensions_mut().insert(Ends { peer, local });
         request.extensions_mut().insert(place.clone());
         router.call(request)
     });

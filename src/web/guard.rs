@@ -6,24 +6,27 @@
 //!   own, down to the port; and what changes something needs a header and a type that no page can send elsewhere without
 //!   asking first, which nobody answers.
 //! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are refused.
+//! - Other users of this machine: without a token they may read, and change nothing.
 //! - What comes back is nobody else's: nothing is framed, sniffed, stored, or run but the console's own script.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Extension;
 use axum::body::{HttpBody, to_bytes};
-use axum::extract::{ConnectInfo, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use thiserror::Error;
+use tokio::task::spawn_blocking;
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
-use super::connections::Place;
+use super::connections::{Ends, Place};
 use super::{Web, error};
+use crate::user;
 
 /// What tells a request of the console from any other: `1`, or the key that a login gave.
 pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
@@ -80,6 +83,11 @@ pub(crate) enum Refusal {
     TooLarge,
     #[error("a token is needed: log in, or send it as `Authorization: Bearer …`")]
     Unidentified,
+    #[error(
+        "without a token only the daemon's own user and root may change anything here, and {} asks: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE, restart the daemon, and log in with the token",
+        .0.map_or_else(|| "an unknown user".to_owned(), user::name)
+    )]
+    ReadOnly(Option<u32>),
     #[error("too many wrong tokens: wait {0} s")]
     TooManyTries(u64),
     #[error("not answered in time")]
@@ -97,7 +105,7 @@ impl IntoResponse for Refusal {
         let status = match self {
             Self::Malformed => StatusCode::BAD_REQUEST,
             Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
-            Self::CrossSite | Self::NotOurs => StatusCode::FORBIDDEN,
+            Self::CrossSite | Self::NotOurs | Self::ReadOnly(_) => StatusCode::FORBIDDEN,
             Self::NoLength => StatusCode::LENGTH_REQUIRED,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -167,17 +175,49 @@ async fn whole(request: Request) -> Result<Request, Refusal> {
     Ok(Request::from_parts(head, body.into()))
 }
 
-/// Refuses who is not known, where a token is set.
+/// The client that changes something, in words: of a handler of such requests.
+#[derive(Debug, Clone)]
+pub(super) struct Client(pub(super) String);
+
+/// Refuses who is not known. Where a token is set, that is who does not have it. Where none is, everybody on this machine
+/// may read, but only the daemon's own user and root may change anything.
 pub(super) async fn identify(
     State(web): State<Arc<Web>>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    request: Request,
+    Extension(ends): Extension<Ends>,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    match web.login.identify(peer.ip(), request.headers()) {
-        Ok(()) => next.run(request).await,
+    let known = if web.login.is_needed() {
+        web.login
+            .identify(ends.peer.ip(), request.headers())
+            .map(|()| format!("token holder at {}", ends.peer.ip().to_canonical()))
+    } else if reads(request.method()) {
+        Ok(String::new())
+    } else {
+        trusted(ends).await
+    };
+    match known {
+        Ok(client) => {
+            request.extensions_mut().insert(Client(client));
+            next.run(request).await
+        }
         Err(refusal) => refusal.into_response(),
     }
+}
+
+/// The name of the user whose process asks, if that is one who may do whatever the daemon may.
+async fn trusted(ends: Ends) -> Result<String, Refusal> {
+    let owner = move || user::of_peer(ends.peer, ends.local?);
+    let uid = spawn_blocking(owner).await.ok().flatten();
+    match uid {
+        Some(uid) if user::is_trusted(uid) => Ok(user::name(uid)),
+        uid => Err(Refusal::ReadOnly(uid)),
+    }
+}
+
+/// Whether such a request changes nothing.
+fn reads(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD)
 }
 
 fn allow(names: &[String], method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
@@ -188,7 +228,7 @@ fn allow(names: &[String], method: &Method, uri: &Uri, headers: &HeaderMap) -> R
     if !is_ours(host, names) {
         return Err(Refusal::UnknownHost);
     }
-    let reads = matches!(*method, Method::GET | Method::HEAD);
+    let reads = reads(method);
     if let Some(origin) = only(headers, &header::ORIGIN)?
         && !is_of(origin, host)
     {

@@ -120,7 +120,7 @@ impl Login {
         }
     }
 
-    /// Whether a token is set. Else whoever can reach the console may do everything.
+    /// Whether a token is set.
     pub(super) fn is_needed(&self) -> bool {
         self.token.get().is_some()
     }

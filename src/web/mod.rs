@@ -48,6 +48,7 @@ pub(crate) struct Web {
     pub(crate) context: Arc<Context>,
     /// By which names it may be asked, besides addresses and localhost.
     names: Vec<String>,
+    /// Without a token everybody on this machine may read, and the daemon's own user and root may do everything.
     login: Login,
     /// Opened when it is first needed.
     reader: OnceCell<Journal>,

@@ -134,7 +134,9 @@ async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
     );
     let (_, log) = console.get("/api/decisions").await;
     assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
-    let latest = json!({"decision": "discard", "by": "console", "event": 11, "conversation": 42, "reason": "a & b"});
+    let own = rustix::process::geteuid().as_raw();
+    let by = format!("{}, console", bigchat_sync::user::name(own));
+    let latest = json!({"decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b"});
     for (name, value) in latest.as_object().expect("an object") {
         assert_eq!(&log["rows"][0][name], value, "{name}");
     }

@@ -855,7 +855,7 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
     ));
     scene.bench.until_events("discarded", 1).await;
     assert_eq!(answer(&["list"]), "no event has failed\n");
-    assert_eq!(answer(&["discard", "--all"]), "0 discarded\n");
+    assert_eq!(answer(&["discard", "--all", "--yes"]), "0 discarded\n");
     assert_eq!(answer(&["retry", "--all"]).split(' ').next(), Some("0"));
     daemon.stop().await;
 }
@@ -872,7 +872,7 @@ async fn a_decision_waits_for_whoever_is_writing() {
         std::thread::sleep(Duration::from_millis(200));
         writer.execute_batch("COMMIT").expect("it is written");
     });
-    let told = scene.bench.failed_command(&["discard", "--all"]);
+    let told = scene.bench.failed_command(&["discard", "--all", "--yes"]);
     assert_eq!(told.expect("it is done"), "1 discarded\n");
     written.join().expect("no panic");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bigchat_sync::sim::bigchat::{self, NextPage};
 use bigchat_sync::sim::faults::{Fault, When};
 use bigchat_sync::sim::our_api;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::daemon::{message, more_told, scripted, seconds, sim};
 use crate::harness::{Bench, until};
@@ -199,10 +199,7 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
     let line = lines(&log).into_iter().find(|line| line["message"] == down);
     let line = line.expect("a line");
     assert_eq!(line["level"], "ERROR");
-    assert_eq!(
-        line["response"],
-        json!("503 {\"detail\":\"Service Unavailable\"}")
-    );
+    assert_eq!(line["response"], "503");
     sim.our_api.faults.outage(None);
     until("some get through", async || bench.events("delivered") > 20).await;
     let log = daemon.log_file();

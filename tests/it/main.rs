@@ -1,6 +1,7 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
 
 mod api;
+mod bad_settings;
 mod browser;
 mod chaos;
 mod clocks;
@@ -24,9 +25,12 @@ mod paging;
 mod paths;
 mod poison;
 mod private;
+mod private_logs;
 mod process;
 mod readable;
 mod rebuild;
+mod resolutions;
+mod scaling_advice;
 mod service;
 mod signals;
 mod stalled;

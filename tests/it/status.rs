@@ -133,11 +133,11 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
     let text = String::from_utf8(text.stdout).expect("text");
     assert!(text.contains(&format!("1 × {reason}")), "{text}");
     bench
-        .failed_command(&["discard", "--reason", "another one"])
+        .failed_command(&["discard", "--yes", "--reason", "another one"])
         .expect_err("none is meant");
     assert_eq!(bench.events("failed"), 1);
     bench
-        .failed_command(&["discard", "--reason", reason])
+        .failed_command(&["discard", "--yes", "--reason", reason])
         .expect("it is done");
     until_troubles(&bench, &[]).await;
     daemon.stop().await;

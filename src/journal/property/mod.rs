@@ -194,7 +194,7 @@ impl Pair {
                     .decide_failed(
                         &Selection::Ids(ids.iter().copied().collect()),
                         Decision::Retry,
-                        Who::Command,
+                        &Who::Command("ann".into()),
                         0,
                         now,
                     )
@@ -216,7 +216,7 @@ impl Pair {
                     .decide_failed(
                         &Selection::Ids(ids.iter().copied().collect()),
                         Decision::Discard,
-                        Who::Console,
+                        &Who::Console("ann".into()),
                         0,
                         now,
                     )

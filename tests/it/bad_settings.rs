@@ -1,0 +1,156 @@
+//! Settings that cannot be used: exit code 2, what is wrong and what is expected instead, and no secret.
+
+use std::process::Command;
+
+/// What the program says on standard error, and its exit code. Nothing is in its environment but that.
+fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> (String, Option<i32>) {
+    let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        .args(arguments)
+        .env_clear()
+        .envs(environment.iter().copied())
+        .output()
+        .expect("a process");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = said + &String::from_utf8_lossy(&output.stderr);
+    (said, output.status.code())
+}
+
+/// URLs that are refused, each with a password in it.
+const URLS: [&str; 10] = [
+    "http://user:S3cret@host",
+    "https://S3cret@host/path",
+    "ftp://user:S3cret@host",
+    "user:S3cret@host",
+    "http://user:S3cret",
+    "http://user:80/S3cret@host",
+    "http:/user:S3cret@host",
+    "http://host/?key=S3cret",
+    "http://host/#S3cret",
+    "http://[S3cret",
+];
+
+#[test]
+fn no_refused_url_is_repeated() {
+    for (flag, variable) in [
+        ("--bigchat-url", "BIGCHAT_SYNC_BIGCHAT_URL"),
+        ("--our-api-url", "BIGCHAT_SYNC_OUR_API_URL"),
+    ] {
+        for (url, command) in URLS.into_iter().zip(
+            ["run", "once", "check", "status", "unit"]
+                .into_iter()
+                .cycle(),
+        ) {
+            let by_flag = refused(&[command, &format!("{flag}={url}")], &[]);
+            let by_variable = refused(&[command], &[(variable, url)]);
+            assert!(by_variable.0.contains(variable), "{}", by_variable.0);
+            for (said, code) in [by_flag, by_variable] {
+                assert_eq!(code, Some(2), "{url}: {said}");
+                assert!(!said.contains("S3cret"), "{url}: {said}");
+                assert!(said.contains(flag), "{url}: {said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_url_in_the_wrong_place_is_not_repeated() {
+    let url = "http://user:S3cret@host";
+    for arguments in [
+        &[url][..],
+        &["run", url],
+        &["--http://user:S3cret@host"],
+        &["--listen", url],
+        &["--poll-interval", url],
+        &["--console-host", url],
+        &["--bigchat-url=http://host", url],
+        &["status", "--log-format", url],
+        &["failed", "show", url],
+    ] {
+        let (said, code) = refused(arguments, &[]);
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        assert!(!said.contains("S3cret"), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn a_token_in_the_variable_for_its_file_is_not_repeated() {
+    for token in ["S3cret", "S3cret/with=slash", "a.S3cret"] {
+        for name in ["BIGCHAT", "OUR_API", "CONSOLE"] {
+            let variable = format!("BIGCHAT_SYNC_{name}_TOKEN_FILE");
+            let (said, code) = refused(&["run", "--db=/does/not/exist/db"], &[(&variable, token)]);
+            assert_eq!(code, Some(2), "{said}");
+            assert!(
+                said.contains(&variable) && !said.contains("S3cret"),
+                "{said}"
+            );
+        }
+    }
+}
+
+#[test]
+fn unknown_variables_are_refused_with_the_nearest_setting() {
+    for (variable, meant, command) in [
+        (
+            "BIGCHAT_SYNC_POL_INTERVAL",
+            "BIGCHAT_SYNC_POLL_INTERVAL",
+            "status",
+        ),
+        (
+            "BIGCHAT_SYNC_OURAPI_TOKEN",
+            "BIGCHAT_SYNC_OUR_API_TOKEN",
+            "man",
+        ),
+        ("BIGCHAT_SYNC_DB_FILE", "BIGCHAT_SYNC_DB", "status"),
+        ("BIGCHAT_SYNC_LISTENER", "BIGCHAT_SYNC_LISTEN", "unit"),
+        ("BIGCHAT_SYNC_XYZZY", "--help", "unit"),
+    ] {
+        let (said, code) = refused(&[command], &[(variable, "S3cret")]);
+        assert_eq!(code, Some(2), "{said}");
+        for part in [variable, meant] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert!(!said.contains("S3cret"), "{said}");
+    }
+    // Those of Kubernetes, for a service of this name.
+    let service = [
+        ("BIGCHAT_SYNC_SERVICE_HOST", "10.0.0.1"),
+        ("BIGCHAT_SYNC_PORT", "tcp://10.0.0.1:8268"),
+        ("BIGCHAT_SYNC_PORT_8268_TCP_PROTO", "tcp"),
+    ];
+    assert_eq!(refused(&["unit"], &service).1, Some(0));
+}
+
+#[test]
+fn each_bad_value_is_answered_with_the_form_expected() {
+    let (time, number) = ("such as 500ms, 10s", "a whole number");
+    for (arguments, expected) in [
+        (&["--poll-interval", "x"][..], time),
+        (&["--poll-interval", ""], time),
+        (&["--poll-interval", "10"], time),
+        (&["--poll-interval", "-5s"], time),
+        (&["--retention=30 days ago"], time),
+        (&["--request-timeout", "1.5"], time),
+        (&["--log-summary", "10 parsecs"], time),
+        (&["demo", "--duration", "soon"], time),
+        (&["--max-attempts", "many"], number),
+        (&["--max-attempts", "-1"], number),
+        (&["--max-attempts", ""], number),
+        (&["--our-api-concurrency", "257"], "from 1 to 256"),
+        (&["--our-api-concurrency", "x"], "from 1 to 256"),
+        (&["failed", "list", "--limit", "-1"], number),
+        (&["failed", "show", "x"], number),
+        (&["failed", "retry", "1", "x"], number),
+        (&["rebuild", "--conversation", "x"], number),
+        (&["demo", "--seed", "-1"], number),
+        (&["--since", "yesterday"], "such as 2026-11-22T22:00:00Z"),
+        (&["--since", "2026-11-22"], "such as 2026-11-22T22:00:00Z"),
+        (&["--listen", "8268"], "127.0.0.1:8268"),
+        (&["--listen", ""], "127.0.0.1:8268"),
+        (&["--log-format", "xml"], "text, json"),
+        (&["--rebuild", "maybe"], "true, false"),
+    ] {
+        let (said, code) = refused(arguments, &[]);
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+    }
+}

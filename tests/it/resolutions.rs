@@ -1,0 +1,241 @@
+//! Who may resolve failed events, who is asked first, and who is recorded.
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output, Stdio};
+
+use bigchat_sync::settings::Tokens;
+use bigchat_sync::user;
+use serde_json::{Value, json};
+
+use crate::harness::Bench;
+
+const TOKEN: &str = "0123456789abcdef-console";
+
+/// A journal with four failed events, two for each of two reasons; both APIs are away.
+async fn four_failed() -> Bench {
+    let nowhere = "http://127.0.0.1:9";
+    let bench = Bench::new(nowhere, nowhere);
+    bench.once().await;
+    bench.execute(
+        "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);
+         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 4)
+         INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
+         SELECT i, 100, 'MESSAGE', i, json_object('message', 'No ' || i), i, 'failed', 1000, 2000 FROM n;
+         INSERT INTO attempts (event, tries, reason)
+         SELECT id, 1, iif(id > 2, 'late', 'early') FROM events;",
+    );
+    bench
+}
+
+fn failed(bench: &Bench, arguments: &[&str]) -> Command {
+    let mut command = bench.program("failed");
+    command
+        .args(arguments)
+        .env_remove("SUDO_USER")
+        .env_remove("DOAS_USER");
+    command
+}
+
+fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test]
+async fn discarding_by_filter_needs_yes_without_a_terminal() {
+    let bench = four_failed().await;
+    for (arguments, count) in [
+        (&["discard", "--all"][..], 4),
+        (&["discard", "--reason", "late"], 2),
+        (&["discard", "--reason=early"], 2),
+    ] {
+        let output = failed(&bench, arguments).output().expect("a process");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains("--yes"), "{said}");
+        assert!(said.contains(&format!("discard {count} failed")), "{said}");
+        assert_eq!(bench.events("failed"), 4);
+    }
+    for (arguments, left) in [
+        (&["discard", "1"][..], 3),
+        (&["retry", "--reason", "early"], 2),
+        (&["discard", "--yes", "--all"], 0),
+        (&["discard", "--all"], 0),
+    ] {
+        done(&failed(&bench, arguments).output().expect("a process"));
+        assert_eq!(bench.events("failed"), left, "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_is_asked_with_the_count() {
+    let bench = four_failed().await;
+    for (arguments, answer, count, left) in [
+        ("discard --all", "n\n", 4, 4),
+        ("discard --all", "\n", 4, 4),
+        ("discard --reason late", "no\n", 2, 4),
+        ("discard --reason late", "y\n", 2, 2),
+        ("discard --all", "Yes\n", 2, 0),
+    ] {
+        // `script` gives the program a terminal.
+        let program = env!("CARGO_BIN_EXE_bigchat-sync");
+        let line = format!("{program} failed --db={} {arguments}", bench.db().display());
+        let mut script = Command::new("script");
+        script.args(["-qec", &line, "/dev/null"]);
+        let mut script = script
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("script, of Debian's bsdutils");
+        let mut stdin = script.stdin.take().expect("a pipe");
+        std::io::Write::write_all(&mut stdin, answer.as_bytes()).expect("it is read");
+        let output = script.wait_with_output().expect("it ends");
+        drop(stdin);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            said.contains(&format!("Discard {count} failed events")),
+            "{said}"
+        );
+        assert_eq!(bench.events("failed"), left, "{arguments} {answer}: {said}");
+        assert_eq!(
+            output.status.success(),
+            answer.to_lowercase().starts_with('y')
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_command_records_its_user() {
+    let bench = four_failed().await;
+    let own = user::name(rustix::process::getuid().as_raw());
+    for (id, variable, expected) in [
+        ("1", None, own.clone()),
+        (
+            "2",
+            Some(("SUDO_USER", "ann")),
+            format!("{own} (sudo by ann)"),
+        ),
+        (
+            "3",
+            Some(("DOAS_USER", "bob")),
+            format!("{own} (doas by bob)"),
+        ),
+        ("4", Some(("SUDO_USER", "")), own.clone()),
+    ] {
+        let mut retry = failed(&bench, &["retry", id]);
+        retry.envs(variable);
+        done(&retry.output().expect("a process"));
+        bench.execute(&format!(
+            "UPDATE events SET state = 'failed', settled_at = 3000 WHERE id = {id}"
+        ));
+        let shown = done(&failed(&bench, &["show", id]).output().expect("a process"));
+        let by = format!("retry by {expected}, command line\n");
+        assert!(shown.contains(&by), "{by}: {shown}");
+    }
+    // From before the user was recorded.
+    bench.execute("UPDATE decisions SET user = NULL WHERE event = 1");
+    let shown = done(&failed(&bench, &["show", "1"]).output().expect("a process"));
+    assert!(shown.contains("retry by command\n"), "{shown}");
+}
+
+/// What a process of that user is answered by the console.
+async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -> String {
+    let (host, port) = url
+        .strip_prefix("http://")
+        .and_then(|address| address.rsplit_once(':'))
+        .expect("an address");
+    let body = body.to_string();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nX-Bigchat-Sync: 1\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let mut bash = Command::new("/bin/bash");
+    bash.args([
+        "-c",
+        "exec 3<>/dev/tcp/$0/$1; printf %s \"$2\" >&3; cat <&3",
+        host,
+        port,
+        &request,
+    ])
+    .current_dir("/")
+    .env_clear()
+    .env("PATH", "/bin:/usr/bin")
+    .stdin(Stdio::null());
+    // Whoever is not root can only ask as himself.
+    if rustix::process::geteuid().is_root() {
+        bash.uid(uid).gid(uid);
+    }
+    let output = tokio::task::spawn_blocking(move || bash.output()).await;
+    let output = output.expect("no panic").expect("bash");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test]
+async fn without_a_token_only_the_daemons_user_resolves() {
+    let bench = four_failed().await;
+    let (daemon, url) = bench.start_listening(Tokens::default());
+    let own = rustix::process::geteuid();
+    // As another user only root can ask.
+    let others = if own.is_root() {
+        &[4242, 65_534, 1][..]
+    } else {
+        &[]
+    };
+    for uid in others.iter().copied() {
+        let read = asked_by(uid, &url, "GET", "/api/failed", &json!(null)).await;
+        assert!(read.starts_with("HTTP/1.1 200"), "{uid}: {read}");
+        for (path, which) in [
+            ("/api/failed/discard", json!({"all": true})),
+            ("/api/failed/discard", json!({"ids": [1]})),
+            ("/api/failed/retry", json!({"reason": "late"})),
+        ] {
+            let answer = asked_by(uid, &url, "POST", path, &which).await;
+            assert!(answer.starts_with("HTTP/1.1 403"), "{uid}: {answer}");
+            assert!(
+                answer.contains("BIGCHAT_SYNC_CONSOLE_TOKEN_FILE"),
+                "{answer}"
+            );
+            assert!(answer.contains(&user::name(uid)), "{answer}");
+        }
+    }
+    assert_eq!(bench.events("failed"), 4);
+    let which = json!({"ids": [1]});
+    let answer = asked_by(own.as_raw(), &url, "POST", "/api/failed/discard", &which).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let log = asked_by(own.as_raw(), &url, "GET", "/api/decisions", &json!(null)).await;
+    let by = format!("\"by\":\"{}, console\"", user::name(own.as_raw()));
+    assert!(log.contains(&by), "{by}: {log}");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn with_a_token_its_holder_and_address_are_recorded() {
+    let bench = four_failed().await;
+    let tokens = Tokens {
+        console: Some(TOKEN.into()),
+        ..Tokens::default()
+    };
+    let (daemon, url) = bench.start_listening(tokens);
+    let client = reqwest::Client::builder().no_proxy().build();
+    let client = client.expect("a client");
+    for (decision, which) in [
+        ("discard", json!({"ids": [1]})),
+        ("retry", json!({"reason": "late"})),
+        ("discard", json!({"all": true})),
+    ] {
+        let post = client.post(format!("{url}/api/failed/{decision}"));
+        let post = post.header("x-bigchat-sync", "1").json(&which);
+        let answer = post.bearer_auth(TOKEN).send().await.expect("an answer");
+        assert!(answer.status().is_success(), "{decision} {which}");
+    }
+    let log = client.get(format!("{url}/api/decisions"));
+    let log = log.bearer_auth(TOKEN).send().await.expect("an answer");
+    let log: Value = log.json().await.expect("JSON");
+    let rows = log["rows"].as_array().expect("rows");
+    assert!(rows.len() >= 4, "{log}");
+    for row in rows {
+        assert_eq!(row["by"], "token holder at 127.0.0.1, console");
+    }
+    daemon.stop().await;
+}
