@@ -1,6 +1,6 @@
 //! `bigchat-sync failed`: what has failed and why, and what somebody decides about it.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
 use crate::journal::{
@@ -168,7 +168,10 @@ fn confirm(count: u64) -> Result<(), FailedError> {
         return Err(FailedError::NoTerminal { count });
     }
     let events = if count == 1 { "event" } else { "events" };
-    eprint!("Discard {count} failed {events}, for good? [y/N] ");
+    write!(
+        io::stderr(),
+        "Discard {count} failed {events}, for good? [y/N] "
+    )?;
     let mut answer = String::new();
     input.read_line(&mut answer)?;
     match answer.trim().to_lowercase().as_str() {

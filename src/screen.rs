@@ -1,7 +1,7 @@
 //! Standard output, where commands that take long are watched: moving pictures on a terminal, plain lines anywhere else.
 //!
 //! On a terminal all else that is written, the log above all, goes above the picture and does not tear it. Elsewhere there
-//! is not one escape code. Nothing here blocks, whatever reads it: [`output`](crate::output) does the writing.
+//! is not one escape code. Nothing here blocks, whatever reads it: `output` does the writing.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;

@@ -218,7 +218,10 @@ pub enum TokenError {
     #[error("{0} and {0}_FILE are both set: unset one of them")]
     Both(String),
     /// The file cannot be read.
-    #[error("{variable}_FILE names {}, which cannot be read: {source}", token_file(path))]
+    #[error(
+        "{variable}_FILE names {}, which cannot be read: {source}",
+        token_file(path)
+    )]
     File {
         /// The variable without `_FILE`.
         variable: String,

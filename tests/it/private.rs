@@ -142,7 +142,7 @@ fn backups() -> Vec<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn documented_backups_are_private() {
     if Command::new("sqlite3").arg("-version").output().is_err() {
-        eprintln!("not tested: there is no sqlite3 on this machine");
+        println!("not tested: there is no sqlite3 on this machine");
         return;
     }
     for backup in backups() {

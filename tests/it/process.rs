@@ -107,7 +107,7 @@ pub(crate) fn in_own_mounts(prepare: &str, program: &Command) -> Option<Command>
         .args(["-m", "mount", "--bind", "/tmp", "/tmp"])
         .output();
     if !allowed.is_ok_and(|output| output.status.success()) {
-        eprintln!("not tested: mounting takes root and util-linux");
+        println!("not tested: mounting takes root and util-linux");
         return None;
     }
     let mut unshared = Command::new("unshare");

@@ -138,7 +138,7 @@ fn as_nobody(mut program: Command) -> Option<Command> {
     let mut probe = Command::new(program.get_program());
     let started = probe.arg("--version").uid(NOBODY).gid(NOBODY).output();
     if !started.is_ok_and(|output| output.status.success()) {
-        eprintln!(
+        println!(
             "not tested: only root can run this program as another account, and not from here"
         );
         return None;
