@@ -1,133 +1,260 @@
--- The journal: everything BigChat told, what became of it, and what is known of either side.
+-- The journal: an append-only log of BigChat's events, how far each conversation was delivered, and what is known of
+-- both APIs.
 --
--- Times that BigChat tells are whole Unix seconds by its clock. Times of this machine's clock (kept_at, settled_at,
--- due_at, next_at, the throttles) are Unix milliseconds.
+-- Times reported by BigChat are whole Unix seconds by its clock. All other times are Unix milliseconds by this machine's.
 
--- Reading BigChat: one row.
-CREATE TABLE source (
+-- How far BigChat was read, and the poll in progress: one row.
+CREATE TABLE poll_state (
     id           INTEGER PRIMARY KEY CHECK (id = 1),
-    cursor       INTEGER,                       -- up to which BigChat was read
-    window_start INTEGER,                       -- of the poll under way; NULL: none is
+    cursor       INTEGER,                        -- BigChat was read up to this time
+    window_start INTEGER,                        -- of the poll in progress; NULL: there is none
     window_end   INTEGER,
-    next_query   TEXT,                          -- its next page; NULL: its last page is kept
+    next_query   TEXT,                           -- its next page; NULL: its last page is stored
+    rescans_left INTEGER NOT NULL DEFAULT 0,     -- polls in which a window read again may bring nothing new
+    polled_at    INTEGER,                        -- when a poll last completed
+    clock_ahead  INTEGER,                        -- seconds BigChat's clock was ahead of this machine's then
+    newest_event INTEGER,                        -- the latest event_at ever received
     CHECK ((window_start IS NULL) = (window_end IS NULL)),
     CHECK (next_query IS NULL OR window_start IS NOT NULL)
 ) STRICT;
-INSERT INTO source (id) VALUES (1);
+INSERT INTO poll_state (id) VALUES (1);
 
--- BigChat's runs, from one restart to the next: after a restart, ids mean other conversations and advisors.
+-- What delivery as a whole has to remember: one row.
+CREATE TABLE control (
+    id                  INTEGER PRIMARY KEY CHECK (id = 1),
+    session             INTEGER NOT NULL DEFAULT 0, -- how often the daemon has started
+    writes_succeeded    INTEGER NOT NULL DEFAULT 0,
+    losses              INTEGER NOT NULL DEFAULT 0, -- how often OurAPI was found to have lost something
+    bigchat_retry_after INTEGER NOT NULL DEFAULT 0, -- no request to the API before then
+    our_api_retry_after INTEGER NOT NULL DEFAULT 0,
+    late_until          INTEGER NOT NULL DEFAULT 0, -- requests that timed out may be carried out until then
+    clean_end           INTEGER NOT NULL DEFAULT 1 CHECK (clean_end = 0 OR clean_end = 1)
+) STRICT;
+INSERT INTO control (id) VALUES (1);
+
+-- From one restart of BigChat to the next: in another epoch an id means another conversation or advisor.
 CREATE TABLE epochs (
     id       INTEGER PRIMARY KEY,
     began_at INTEGER NOT NULL
 ) STRICT;
 INSERT INTO epochs (id, began_at) VALUES (1, 0);
 
--- The pages of the poll under way, as they came. Their events are admitted once it is known which run told them; the
--- pages stay until all of them are, since an equal message on a later page is told apart by the earlier one.
-CREATE TABLE pages (
+-- The pages of the poll in progress, as they came. Their events are ingested once their epoch is known; the pages stay
+-- until the poll ends, since an equal message on a later page is told apart by the earlier one.
+CREATE TABLE inbox (
     id           INTEGER PRIMARY KEY,
     query        TEXT NOT NULL,
-    again_of     INTEGER REFERENCES pages (id), -- the page this one is, asked for again
-    served_at    INTEGER NOT NULL,              -- by BigChat's clock
+    again_of     INTEGER REFERENCES inbox (id),  -- the page this one is, requested again
+    served_at    INTEGER NOT NULL,               -- by BigChat's clock
     window_start INTEGER NOT NULL,
     body         TEXT NOT NULL,
-    admitted     INTEGER NOT NULL DEFAULT 0 CHECK (admitted IN (0, 1))
+    stored_in    INTEGER NOT NULL,               -- the latest known epoch when it was stored: it belongs to that or a later one
+    ingested     INTEGER NOT NULL DEFAULT 0 CHECK (ingested = 0 OR ingested = 1)
 ) STRICT;
 
 CREATE TABLE conversations (
     id               INTEGER PRIMARY KEY,
     epoch            INTEGER NOT NULL REFERENCES epochs (id),
     bigchat_id       INTEGER NOT NULL,
-    started_at       INTEGER,                   -- by its START or its details; NULL: neither is known
-    first_advisor    INTEGER,                   -- BigChat's id; who had it when its details were first read
-    details          TEXT NOT NULL DEFAULT 'unread' CHECK (details IN ('unread', 'read', 'gone')),
-    -- what its delivered events say
+    details          TEXT NOT NULL DEFAULT 'unread' CHECK (details = 'unread' OR details = 'read' OR details = 'gone'),
+    -- desired: the fold of its details and of its accepted events
+    started_at       INTEGER,                    -- by its START or its details; NULL: neither is known
+    first_advisor    INTEGER,                    -- of the details when they were first read
     ended_at         INTEGER,
     transfer_at      INTEGER,
     transfer_event   INTEGER,
     transfer_advisor INTEGER,
-    -- what OurAPI holds, as far as is known
-    external_id      TEXT,                      -- once chosen
-    chat_id          TEXT,                      -- NULL: no chat yet
-    chat_started_at  INTEGER,                   -- also while its creation is under way
+    -- observed: what OurAPI holds, as last written or read
+    external_id      TEXT,                       -- once chosen
+    chat_id          TEXT,                       -- NULL: no chat yet
+    chat_started_at  INTEGER,                    -- also while its creation is in progress
     chat_ended_at    INTEGER,
     chat_agent       TEXT,
-    chat_unsure      INTEGER NOT NULL DEFAULT 0 CHECK (chat_unsure IN (0, 1)), -- a change's outcome is unknown
-    chat_seen        INTEGER NOT NULL DEFAULT 0, -- how many losses of OurAPI there had been when it was last seen there
-    looked_up        INTEGER NOT NULL DEFAULT 0, -- the session in which its messages were last looked up; -1: found, not created
-    -- when there is something to do, and who does it
-    due_at           INTEGER,                   -- NULL: nothing waits, or it is claimed
-    claimed_through  INTEGER,                   -- the last event of the claim; NULL: it is not claimed
-    UNIQUE (epoch, bigchat_id),
-    CHECK (due_at IS NULL OR claimed_through IS NULL)
+    chat_advisor     INTEGER,                    -- whose agent that is; NULL: not known
+    -- whether what was observed can be relied on
+    stale_seq        INTEGER NOT NULL DEFAULT 0, -- raised by each doubt
+    fresh_seq        INTEGER NOT NULL DEFAULT 0, -- stale_seq as of the claim that last read the chat
+    verified_losses  INTEGER NOT NULL DEFAULT 0, -- control.losses as of that claim
+    read_in_session  INTEGER NOT NULL DEFAULT 0, -- the session that last read the chat's messages or created it
+    -- progress
+    offset           INTEGER NOT NULL DEFAULT 0, -- events up to this one are delivered, but for dead letters and redeliveries
+    restored_through INTEGER NOT NULL DEFAULT 0, -- events up to this one were delivered before, to a chat that is gone
+    waiting          INTEGER NOT NULL DEFAULT 0, -- events above the offset that are no dead letters, and redeliveries
+    waiting_since    INTEGER,                    -- when the oldest of those was received
+    due_at           INTEGER,                    -- when it is to be worked on; NULL: there is nothing to do
+    UNIQUE (epoch, bigchat_id)
 ) STRICT;
 CREATE INDEX conversations_due ON conversations (due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX conversations_claimed ON conversations (id) WHERE claimed_through IS NOT NULL;
+CREATE INDEX conversations_waiting ON conversations (waiting_since, waiting) WHERE waiting > 0;
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
-CREATE INDEX conversations_by_chat_seen ON conversations (chat_seen) WHERE external_id IS NOT NULL;
+CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses) WHERE external_id IS NOT NULL;
+CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;
+CREATE INDEX conversations_by_agent ON conversations (chat_agent) WHERE chat_agent IS NOT NULL;
 
+-- The log. A row is appended, never updated, and dropped by the retention.
 CREATE TABLE events (
-    id           INTEGER PRIMARY KEY AUTOINCREMENT, -- in order of arrival, never given twice
-    conversation INTEGER REFERENCES conversations (id), -- NULL: it could not be understood
-    name         TEXT NOT NULL CHECK (name IN ('START', 'END', 'MESSAGE', 'TRANSFER', 'UNREADABLE')),
+    id           INTEGER PRIMARY KEY AUTOINCREMENT, -- in order of arrival, never reused
+    conversation INTEGER REFERENCES conversations (id), -- NULL: the event could not be parsed
+    kind         TEXT NOT NULL,
     event_at     INTEGER NOT NULL,
-    data         TEXT,                          -- canonical JSON; of what could not be understood, all of it, raw
-    digest       INTEGER NOT NULL,              -- of name, time and data
-    state        TEXT NOT NULL CHECK (state IN ('waiting', 'delivered', 'failed', 'discarded')),
-    kept_at      INTEGER NOT NULL,
-    settled_at   INTEGER,
-    CHECK ((conversation IS NULL) = (name = 'UNREADABLE')),
-    CHECK ((state = 'waiting') = (settled_at IS NULL))
+    data         TEXT,                           -- canonical JSON; the whole raw event if it could not be parsed
+    fingerprint  INTEGER NOT NULL,               -- of kind, time and data
+    received_at  INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX events_identity ON events (conversation, digest);
-CREATE INDEX events_waiting ON events (conversation, id) WHERE state = 'waiting';
-CREATE INDEX events_failed ON events (id) WHERE state = 'failed';
-CREATE INDEX events_done ON events (settled_at) WHERE state IN ('delivered', 'discarded');
+CREATE INDEX events_of_conversation ON events (conversation, id);
+CREATE INDEX events_by_fingerprint ON events (conversation, fingerprint);
 
--- Events that have failed at least once.
-CREATE TABLE attempts (
-    event     INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
-    tries     INTEGER NOT NULL DEFAULT 0,       -- all failures, for the back-off
-    counted   INTEGER NOT NULL DEFAULT 0,       -- those while others got through
-    next_at   INTEGER,
-    successes INTEGER,                          -- how many writes had succeeded at the last failure
-    in_doubt  INTEGER NOT NULL DEFAULT 0 CHECK (in_doubt IN (0, 1)), -- it may have been carried out
-    reason    TEXT,
-    request   TEXT,
-    response  TEXT
+-- Events up to the offset that are to be sent again: retried, or missing in OurAPI.
+CREATE TABLE redeliveries (
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    event        INTEGER NOT NULL REFERENCES events (id) ON DELETE CASCADE,
+    restored     INTEGER NOT NULL CHECK (restored = 0 OR restored = 1), -- it was delivered before
+    PRIMARY KEY (conversation, event)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX redeliveries_by_event ON redeliveries (event);
+
+-- Messages that OurAPI holds and that no delivered event accounts for, as of the last read of the chat.
+CREATE TABLE credits (
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    sent_at      INTEGER NOT NULL,
+    text         TEXT NOT NULL,
+    count        INTEGER NOT NULL,
+    as_of        INTEGER NOT NULL,               -- the conversation's latest event before the read
+    PRIMARY KEY (conversation, sent_at, text)
+) STRICT, WITHOUT ROWID;
+
+-- The history of delivery: one row for consecutive events of a conversation with the same effect.
+CREATE TABLE deliveries (
+    id           INTEGER PRIMARY KEY,
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    from_event   INTEGER NOT NULL,
+    through      INTEGER NOT NULL,
+    delivered_at INTEGER NOT NULL,
+    effect       TEXT NOT NULL,
+    waited       INTEGER                         -- ms since the oldest of them was received; NULL: it was delivered before
 ) STRICT;
+CREATE INDEX deliveries_of_conversation ON deliveries (conversation, through);
+CREATE INDEX deliveries_by_time ON deliveries (delivered_at);
+
+-- Events that have failed at least once and are not delivered.
+CREATE TABLE attempts (
+    event           INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
+    conversation    INTEGER,
+    attempts        INTEGER NOT NULL,            -- all failures, for the back-off
+    counted         INTEGER NOT NULL,            -- those while other conversations got through
+    next_at         INTEGER,                     -- NULL: no attempt is scheduled
+    writes_then     INTEGER,                     -- control.writes_succeeded at the last failure
+    outcome_unknown INTEGER NOT NULL DEFAULT 0 CHECK (outcome_unknown = 0 OR outcome_unknown = 1),
+    reason          TEXT NOT NULL,
+    request         TEXT NOT NULL,
+    response        TEXT NOT NULL
+) STRICT;
+CREATE INDEX attempts_of_conversation ON attempts (conversation) WHERE conversation IS NOT NULL;
+
+-- The latest failures of an event, by how often it had failed by then.
+CREATE TABLE failures (
+    event     INTEGER NOT NULL REFERENCES attempts (event) ON DELETE CASCADE,
+    attempt   INTEGER NOT NULL,
+    failed_at INTEGER NOT NULL,
+    reason    TEXT NOT NULL,
+    request   TEXT NOT NULL,
+    response  TEXT NOT NULL,
+    PRIMARY KEY (event, attempt)
+) STRICT, WITHOUT ROWID;
+
+-- Events that are not delivered until somebody resolves them.
+CREATE TABLE dead_letters (
+    event        INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
+    conversation INTEGER,
+    failed_at    INTEGER NOT NULL,
+    discarded_at INTEGER                         -- NULL: open
+) STRICT;
+CREATE INDEX dead_letters_open ON dead_letters (event) WHERE discarded_at IS NULL;
+CREATE INDEX dead_letters_discarded ON dead_letters (discarded_at) WHERE discarded_at IS NOT NULL;
+CREATE INDEX dead_letters_of_conversation ON dead_letters (conversation, event);
+
+-- Who retried or discarded a dead letter, and when: kept for good.
+CREATE TABLE resolutions (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    resolved_at  INTEGER NOT NULL,
+    resolved_by  TEXT NOT NULL,                  -- by which way: 'command' or 'console'
+    user         TEXT,                           -- as far as it can be known
+    resolution   TEXT NOT NULL CHECK (resolution = 'retry' OR resolution = 'discard'),
+    event        INTEGER NOT NULL,               -- which the retention may have dropped since
+    conversation INTEGER,                        -- BigChat's id; NULL: the event could not be parsed
+    kind         TEXT NOT NULL,
+    reason       TEXT NOT NULL                   -- why it had failed
+) STRICT;
+CREATE INDEX resolutions_by_event ON resolutions (event);
+
+-- What the `verify` command has requested of whichever process delivers.
+CREATE TABLE verifications (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    requested_at INTEGER NOT NULL,
+    repair       INTEGER NOT NULL CHECK (repair = 0 OR repair = 1),
+    last_event   INTEGER NOT NULL                -- later events are not its concern
+) STRICT;
+
+-- The chats to be verified, and what was found.
+CREATE TABLE verified_chats (
+    verification INTEGER NOT NULL REFERENCES verifications (id) ON DELETE CASCADE,
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    chat         TEXT CHECK (chat = 'same' OR chat = 'differs' OR chat = 'missing'), -- NULL: not verified yet
+    messages     INTEGER,                        -- how many were missing
+    attempts     INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (verification, conversation),
+    CHECK ((chat IS NULL) = (messages IS NULL))
+) STRICT, WITHOUT ROWID;
+CREATE INDEX verified_chats_pending ON verified_chats (attempts, verification, conversation) WHERE chat IS NULL;
 
 CREATE TABLE advisors (
     epoch      INTEGER NOT NULL REFERENCES epochs (id),
     bigchat_id INTEGER NOT NULL,
-    name       TEXT,                            -- NULL: BigChat no longer knows it
+    name       TEXT,                             -- NULL: BigChat no longer knows the advisor
     email      TEXT,
     PRIMARY KEY (epoch, bigchat_id),
     CHECK ((name IS NULL) = (email IS NULL))
 ) STRICT, WITHOUT ROWID;
 
--- Which agent an e-mail address is.
+-- The agent of an e-mail address.
 CREATE TABLE agents (
     email    TEXT PRIMARY KEY,
-    agent_id TEXT                               -- NULL: OurAPI refuses it for good
+    agent_id TEXT                                -- NULL: OurAPI permanently rejects it
 ) STRICT, WITHOUT ROWID;
 
--- Messages that OurAPI was found to hold and that no journalled event accounts for yet.
-CREATE TABLE found (
-    conversation INTEGER NOT NULL REFERENCES conversations (id),
-    sent_at      INTEGER NOT NULL,
-    text         TEXT NOT NULL,
-    count        INTEGER NOT NULL CHECK (count > 0),
-    PRIMARY KEY (conversation, sent_at, text)
+-- How each API was when the daemon last asked it.
+CREATE TABLE api_status (
+    name     TEXT PRIMARY KEY CHECK (name = 'bigchat' OR name = 'our_api'),
+    up       INTEGER CHECK (up = 0 OR up = 1),   -- NULL: not known yet
+    since    INTEGER NOT NULL,                   -- up or down since then
+    asked_at INTEGER NOT NULL,                   -- the latest exchange
+    request  TEXT NOT NULL,
+    response TEXT NOT NULL,
+    problem  TEXT,                               -- while it is down: why
+    CHECK (problem IS NULL OR up = 0)
 ) STRICT, WITHOUT ROWID;
 
--- Delivery as a whole: one row.
-CREATE TABLE delivery (
-    id                INTEGER PRIMARY KEY CHECK (id = 1),
-    session           INTEGER NOT NULL DEFAULT 0, -- how often the daemon has started
-    successes         INTEGER NOT NULL DEFAULT 0, -- how many writes have succeeded
-    losses            INTEGER NOT NULL DEFAULT 0, -- how often OurAPI was found to have lost something
-    bigchat_throttled INTEGER NOT NULL DEFAULT 0, -- until when an API asked to be left alone
-    our_api_throttled INTEGER NOT NULL DEFAULT 0
-) STRICT;
-INSERT INTO delivery (id) VALUES (1);
+-- Events per minute of this machine's clock (Unix seconds / 60), for charts and rates.
+CREATE TABLE activity (
+    minute    INTEGER NOT NULL,
+    kind      TEXT NOT NULL,
+    received  INTEGER NOT NULL DEFAULT 0,
+    delivered INTEGER NOT NULL DEFAULT 0,
+    failed    INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (minute, kind)
+) STRICT, WITHOUT ROWID;
+
+-- Each event with its state, which follows from the offset of its conversation.
+CREATE VIEW event_states AS
+SELECT e.id, e.conversation, e.kind, e.event_at, e.data, e.fingerprint, e.received_at,
+    CASE
+        WHEN d.event IS NOT NULL AND d.discarded_at IS NULL THEN 'failed'
+        WHEN d.event IS NOT NULL THEN 'discarded'
+        WHEN e.id > c.offset OR r.event IS NOT NULL THEN 'waiting'
+        ELSE 'delivered'
+    END AS state,
+    d.failed_at, d.discarded_at
+FROM events e
+LEFT JOIN conversations c ON c.id = e.conversation
+LEFT JOIN dead_letters d ON d.event = e.id
+LEFT JOIN redeliveries r ON r.conversation = e.conversation AND r.event = e.id;

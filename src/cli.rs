@@ -9,9 +9,9 @@ use clap_complete::Shell;
 
 use crate::demo;
 use crate::failed;
-use crate::rebuild;
 use crate::settings::{Settings, TOKEN_VARIABLES};
 use crate::status;
+use crate::verify;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
@@ -53,12 +53,12 @@ pub enum Command {
     /// List, show, retry or discard the events that failed; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
-    /// Compare OurAPI with the journal, chat by chat, and build again what is missing; works while the daemon runs.
+    /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
     ///
-    /// Missing chats and agents are created again, chats that are otherwise than their events say are put right, and
-    /// messages that are missing are sent again, as far as the retention reaches. Where the daemon runs, it does all this;
-    /// else the command does, and delivers what is due meanwhile, but polls nothing.
-    Rebuild(rebuild::Args),
+    /// With --repair, chats, agents and messages that are missing are sent again, as far as the retention reaches, and
+    /// fields that differ are overwritten with what events say. The daemon does the work if one runs; otherwise the command
+    /// does, and polls nothing.
+    Verify(verify::Args),
     /// Watch the daemon at work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
     ///
     /// Ends by comparing what BigChat told with what OurAPI holds, chat by chat and message by message: exit code 1 on

@@ -1,6 +1,6 @@
 //! What polling and delivery share: both APIs, the journal, and what is known as of now.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::bigchat::{BigChat, BigChatError};
+use crate::domain::ids::{AdvisorId, Epoch, EventId};
 use crate::health::{Health, Service, Storage};
 use crate::http::Exchange;
 use crate::http::Http;
@@ -45,7 +46,7 @@ pub struct Context {
     /// Whether polling and delivery turn over.
     pub pulse: Pulse,
     /// Told when there is something new to deliver.
-    pub work: Notify,
+    pub work_available: Notify,
     /// Cancelled when BigChat was read up to now for the first time, or could not be.
     pub polled: CancellationToken,
     /// Cancelled when the daemon is to stop: no further request is begun.
@@ -54,12 +55,11 @@ pub struct Context {
     pub creating_agent: tokio::sync::Mutex<()>,
     bigchat_breaker: Mutex<Breaker>,
     health: [Health; 2],
-    /// The agents of advisors, by run of BigChat and BigChat's id; `None`: there is none to be had.
-    agents: Mutex<HashMap<(i64, i64), Option<Uuid>>>,
-    /// The agents looked for in a rebuild, by its id, and whether they were there.
-    looked_for: Mutex<HashMap<(i64, Uuid), bool>>,
-    looked_at_chats: Mutex<HashSet<i64>>,
-    look_up_through: Arc<AtomicI64>,
+    /// The agents of advisors; `None`: there is none.
+    agents: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
+    /// The agents that a verification has asked for, and whether they are gone.
+    verified_agents: Mutex<HashMap<(i64, Uuid), bool>>,
+    replay_until: Arc<AtomicI64>,
     /// The present run of BigChat; 0: not read from the journal yet.
     run: Arc<AtomicI64>,
     losses: AtomicI64,
@@ -79,10 +79,9 @@ impl Context {
         metrics: Metrics,
         stopping: CancellationToken,
     ) -> Self {
-        bigchat.http().throttle(session.throttles.bigchat);
-        our_api.http().throttle(session.throttles.our_api);
-        our_api.recall(session.slowest);
-        our_api.recall_late(session.throttles.late);
+        bigchat.http().throttle(session.rate_limits.bigchat);
+        our_api.http().throttle(session.rate_limits.our_api);
+        our_api.recall_late(session.rate_limits.late);
         let (losses, last_event) = (session.losses, session.last_event);
         let pulse = Pulse::new(settings.request_timeout, Instant::now());
         Self {
@@ -94,16 +93,15 @@ impl Context {
             storage: Storage::default(),
             metrics,
             pulse,
-            work: Notify::new(),
+            work_available: Notify::new(),
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
             bigchat_breaker: Mutex::new(Breaker::default()),
             health: Default::default(),
             agents: Mutex::new(HashMap::new()),
-            looked_for: Mutex::default(),
-            looked_at_chats: Mutex::new(HashSet::new()),
-            look_up_through: Arc::new(AtomicI64::new(last_event)),
+            verified_agents: Mutex::default(),
+            replay_until: Arc::new(AtomicI64::new(last_event.0)),
             run: Arc::default(),
             losses: AtomicI64::new(losses),
             confirmed_at: AtomicI64::new(0),
@@ -112,50 +110,42 @@ impl Context {
         }
     }
 
-    /// Whether an event may have been delivered by another copy of the database: it waited when the daemon started,
-    /// or came from a window that began before.
-    pub fn may_be_there(&self, event: i64) -> bool {
-        event <= self.look_up_through()
+    /// Whether an event may have been delivered by another copy of the database: it waited when the session started, or
+    /// came from a window that began before.
+    pub fn may_be_delivered(&self, event: EventId) -> bool {
+        event <= self.replay_until()
     }
 
-    /// The latest event of which [`Self::may_be_there`] is true.
-    pub fn look_up_through(&self) -> i64 {
-        self.look_up_through.load(Ordering::Relaxed)
+    /// The latest event of which [`Self::may_be_delivered`] is true.
+    pub fn replay_until(&self) -> EventId {
+        EventId(self.replay_until.load(Ordering::Relaxed))
     }
 
-    /// Where that stands, to be raised with the events of windows that began before the daemon did.
-    pub fn look_up_mark(&self) -> Arc<AtomicI64> {
-        Arc::clone(&self.look_up_through)
+    /// Where that is stored, to be raised with the events of windows that began before the session did.
+    pub fn replay_mark(&self) -> Arc<AtomicI64> {
+        Arc::clone(&self.replay_until)
     }
 
     /// The present run of BigChat. A handler asks for it whenever it uses what BigChat tells of a conversation, and waits
     /// for no commit to be told.
-    pub async fn run(&self) -> Result<i64, JournalError> {
+    pub async fn run(&self) -> Result<Epoch, JournalError> {
         match self.run.load(Ordering::Acquire) {
             0 => {
                 let mark = self.run_mark();
                 self.journal
                     .with(move |store| {
                         let run = store.epoch()?;
-                        Ok(mark.fetch_max(run, Ordering::AcqRel).max(run))
+                        Ok(Epoch(mark.fetch_max(run.0, Ordering::AcqRel).max(run.0)))
                     })
                     .await
             }
-            run => Ok(run),
+            run => Ok(Epoch(run)),
         }
     }
 
     /// Where it stands, to be raised by the operation that begins one: whatever the journal does after that finds it there.
     pub fn run_mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.run)
-    }
-
-    /// The conversations of whose chats it is known in this session how they stand, among those of which another copy
-    /// of the database may know more.
-    pub fn looked_at_chats(&self) -> MutexGuard<'_, HashSet<i64>> {
-        self.looked_at_chats
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many losses of OurAPI there have been.
@@ -165,20 +155,20 @@ impl Context {
 
     /// OurAPI has lost something: nothing that is known of it is relied on before it is looked for.
     pub async fn our_api_lost_data(&self) -> Result<(), JournalError> {
-        let losses = self.journal.with(|store| store.our_api_lost_data()).await?;
+        let losses = self.journal.with(|store| store.record_loss()).await?;
         self.losses.fetch_max(losses, Ordering::Relaxed);
         self.known_agents().clear();
         Ok(())
     }
 
-    /// The agents of advisors, as far as they were needed so far.
-    pub fn known_agents(&self) -> MutexGuard<'_, HashMap<(i64, i64), Option<Uuid>>> {
+    /// The agents of advisors that were needed so far.
+    pub fn known_agents(&self) -> MutexGuard<'_, HashMap<(Epoch, AdvisorId), Option<Uuid>>> {
         self.agents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The agents that were looked for in a rebuild so far, by its id, and whether they were there.
-    pub fn looked_for(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {
-        self.looked_for
+    /// The agents that a verification, by its id, has asked for, and whether they are gone.
+    pub fn verified_agents(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {
+        self.verified_agents
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }

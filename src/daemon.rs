@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::BigChat;
 use crate::context::Context;
-use crate::delivery::{self, Until};
+use crate::delivery::{self, Scope, Until};
 use crate::health::{self, Service};
 use crate::http::Http;
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
@@ -65,10 +65,10 @@ pub enum DaemonError {
 
 impl DaemonError {
     /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
-    fn may_pass(&self) -> bool {
+    fn is_transient(&self) -> bool {
         match self {
-            Self::Open(error) => error.may_pass(),
-            Self::Journal(error) => error.may_pass(),
+            Self::Open(error) => error.is_transient(),
+            Self::Journal(error) => error.is_transient(),
             _ => false,
         }
     }
@@ -175,7 +175,7 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
     let polling = until_stopped(&context, poller.run());
     let delivering = async {
         caught_up(&context).await;
-        delivery::run(Arc::clone(&context), Until::Stopped).await;
+        delivery::run(Arc::clone(&context), Scope::All, Until::Stopped).await;
     };
     let pulse = &context.pulse;
     tokio::join!(
@@ -200,7 +200,7 @@ pub async fn once(
     let work = async {
         let mut poller = Poller::new(Arc::clone(&context));
         let up_to_date = until_stopped(&context, poller.catch_up()).await;
-        delivery::run(Arc::clone(&context), Until::Done).await;
+        delivery::run(Arc::clone(&context), Scope::All, Until::Done).await;
         stopped(&context, &poller).await?;
         if context.stopping.is_cancelled() {
             return Ok(());
@@ -216,13 +216,13 @@ pub async fn once(
     health::keep(&context, onlookers.watch(&context, work)).await
 }
 
-/// Delivers nothing and polls nothing; only compares chats with the journal where that is asked for, or, unless
-/// `only_look`, delivers what is due as well: until `stopping` is cancelled.
+/// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
+/// is cancelled.
 ///
 /// # Errors
 ///
 /// [`OpenError::InUse`] where a daemon runs: it does so itself.
-pub async fn rebuild(
+pub async fn verify(
     settings: Settings,
     tokens: LiveTokens,
     stopping: CancellationToken,
@@ -230,11 +230,12 @@ pub async fn rebuild(
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens, stopping).await?;
     let work = async {
-        if only_look {
-            delivery::run_checks(Arc::clone(&context)).await;
+        let scope = if only_look {
+            Scope::Verifications
         } else {
-            delivery::run(Arc::clone(&context), Until::Stopped).await;
-        }
+            Scope::All
+        };
+        delivery::run(Arc::clone(&context), scope, Until::Stopped).await;
     };
     health::keep(&context, work).await;
     Ok(())
@@ -275,7 +276,7 @@ async fn start_when_possible(
     let mut refused = false;
     loop {
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
-            Err(error) if error.may_pass() => {
+            Err(error) if error.is_transient() => {
                 if !std::mem::replace(&mut refused, true) {
                     tracing::error!(reason = %error, "the database cannot be used yet: the daemon starts when it can");
                 }
@@ -313,21 +314,19 @@ pub(crate) async fn begin(
     our_api: Http,
     stopping: CancellationToken,
 ) -> Result<Arc<Context>, DaemonError> {
-    let pause = settings.retry_initial;
     let session = journal
-        .with(move |store| store.start_session(pause, Millis::now()))
+        .with(|store| store.start_session(Millis::now()))
         .await?;
     tracing::info!(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
     );
-    if !session.interrupted.is_empty() {
+    if !session.after_clean_end {
         tracing::warn!(
-            conversations = session.interrupted.len(),
-            "the last session ended in the middle of them: what may have been delivered is looked up"
+            "the last session did not end cleanly; what waits is verified before it is sent"
         );
-        // What was on its way may still be carried out, and OurAPI takes one request at a time.
-        our_api.throttle(Millis::now().plus(session.pause));
+        // A request may still be in flight, and OurAPI may take only one at a time.
+        our_api.throttle(Millis::now().plus(settings.request_timeout));
     }
     let metrics = Metrics::default();
     let bigchat = BigChat::new(bigchat.counted_by(metrics.requests_to(Service::BigChat)));

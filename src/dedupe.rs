@@ -78,7 +78,7 @@ impl Tally {
         let counts = count(events);
         for (key, count) in &counts {
             let told = self.told.entry(*key).or_default();
-            if key.kind != Kind::Message || told.count == 0 {
+            if !key.kind.is_message() || told.count == 0 {
                 told.count = told.count.max(*count);
             } else {
                 let pairs = self.explained.entry(*key).or_default();
@@ -107,7 +107,7 @@ impl Tally {
     /// `repeated` of it.
     pub fn give_up(&mut self, number: usize, repeated: &[Key]) {
         self.unclear.retain(|unclear| unclear.earlier != number);
-        for key in repeated.iter().filter(|key| key.kind == Kind::Message) {
+        for key in repeated.iter().filter(|key| key.kind.is_message()) {
             if let Some(told) = self.told.get_mut(key) {
                 told.count = told.count.saturating_sub(1);
             }
@@ -130,7 +130,7 @@ impl Tally {
             Again::Different => {
                 for (key, count) in &counts {
                     let told = &mut self.told.entry(*key).or_default().count;
-                    *told = if key.kind == Kind::Message {
+                    *told = if key.kind.is_message() {
                         *told + count
                     } else {
                         (*told).max(*count)
@@ -152,8 +152,8 @@ impl Tally {
                         .and_then(|next| self.pages[next].get(&key))
                         .copied()
                         .unwrap_or(0);
-                    *told = match key.kind {
-                        Kind::Message if moved > 0 => {
+                    *told = match key.kind.is_message() {
+                        true if moved > 0 => {
                             (told.saturating_sub(was) + is).max(told.saturating_sub(moved))
                         }
                         // What is new on it came late, or has moved on from the page before.

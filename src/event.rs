@@ -37,6 +37,14 @@ impl Kind {
         }
     }
 
+    /// Whether events of this kind are stored as messages of the chat; all others change the chat itself.
+    pub fn is_message(self) -> bool {
+        match self {
+            Self::Message => true,
+            Self::Start | Self::End | Self::Transfer => false,
+        }
+    }
+
     /// The kind BigChat calls `name`.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
@@ -76,6 +84,14 @@ impl What {
             Self::End => Kind::End,
             Self::Message { .. } => Kind::Message,
             Self::Transfer { .. } => Kind::Transfer,
+        }
+    }
+
+    /// The text of the message as which it is stored in OurAPI, if it is.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Message { text } => Some(text),
+            Self::Start | Self::End | Self::Transfer { .. } => None,
         }
     }
 

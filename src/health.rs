@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::http::{Http, Latest};
-use crate::journal::Api;
+use crate::journal::{Api, JournalError};
 use crate::time::Millis;
 
 /// How often it is looked whether there is something to keep.
@@ -140,6 +140,21 @@ pub struct Storage {
 }
 
 impl Storage {
+    /// Delivery could not use it.
+    pub fn delivery_failed(&self, error: &JournalError) {
+        if !self.delivery.swap(true, Ordering::Relaxed) {
+            tracing::error!(reason = %error, "the journal cannot be written; pausing deliveries until it can");
+        }
+    }
+
+    /// Delivery could use it.
+    pub fn recovered(&self) {
+        if self.delivery.load(Ordering::Relaxed) {
+            self.delivery.store(false, Ordering::Relaxed);
+            tracing::info!("the journal can be written again");
+        }
+    }
+
     /// Whether it refuses anybody.
     pub fn refuses(&self) -> bool {
         self.polling.load(Ordering::Relaxed) || self.delivery.load(Ordering::Relaxed)
@@ -158,7 +173,7 @@ async fn recall(context: &Context) {
                 .request
                 .as_ref()
                 .is_some_and(|asked| asked.contains(&here));
-            let is_asked = service == Service::BigChat || store.waiting_at_most(1)? > 0;
+            let is_asked = service == Service::BigChat || store.is_any_waiting()?;
             if is_this && (api.up == Some(true) || is_asked) {
                 return Ok(api);
             }

@@ -1,9 +1,20 @@
 //! bigchat-sync keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 //!
-//! Data goes one way: [`poller`] → [`journal`] → [`delivery`] → [`handlers`] → [`our_api`]. The poller keeps what
-//! BigChat tells, durably, before anything is done with it; delivery takes from the journal what is due and settles
-//! what came of it. Either goes on when the other cannot. Decisions are pure and stand by themselves: [`window`],
-//! [`dedupe`], [`messages`], [`conversation`], [`retry`].
+//! It is a reconciler over an append-only log. The log says what should be; what differs in OurAPI is sent.
+//!
+//! ```text
+//! poller ──pages──▶ inbox ──▶ events ──due conversations──▶ scheduler ──▶ reconcile (start, end, message, transfer) ──▶ OurAPI
+//!                               ▲                                             │
+//!                               └──── committer: offset, observed ◀──reports──┘
+//! ```
+//!
+//! - [`poller`] stores each page of BigChat's events, and ingests them into the [`journal`].
+//! - [`domain`] is pure: the events of a conversation add up to the *desired* chat; against the *observed* one, which the
+//!   journal remembers, that gives the difference. If what is remembered may be wrong, the conversation is *stale*, and its
+//!   chat is read back first.
+//! - [`delivery`] hands out what is due, sends the difference, and commits the conversation's *offset*: events up to it are
+//!   delivered, unless a *dead letter* says otherwise.
+//! - Further decisions are pure, too: [`window`], [`dedupe`], [`retry`].
 //!
 //! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
@@ -12,20 +23,18 @@ pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod context;
-pub mod conversation;
 pub mod daemon;
 pub mod dedupe;
 pub mod delivery;
 pub mod demo;
+pub mod domain;
 pub mod event;
 pub mod failed;
-pub mod handlers;
 pub mod health;
 pub mod http;
 pub mod journal;
 pub mod log;
 pub mod manual;
-pub mod messages;
 pub mod metrics;
 #[cfg(test)]
 mod model;
@@ -35,18 +44,17 @@ pub mod pace;
 pub mod poller;
 pub mod progress;
 pub mod pulse;
-pub mod rebuild;
 pub mod resolve;
 pub mod retry;
 pub mod route;
 pub mod screen;
 pub mod service;
-pub mod setback;
 pub mod settings;
 pub mod sim;
 pub mod status;
 pub mod summary;
 pub mod time;
 pub mod user;
+pub mod verify;
 pub mod web;
 pub mod window;

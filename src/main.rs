@@ -8,11 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::daemon::{self, Onlookers};
+use bigchat_sync::daemon::{self, DaemonError, Onlookers};
 use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::screen::{Screen, shown};
 use bigchat_sync::settings::{Listen, LiveTokens, LogFormat, Settings, Tokens};
-use bigchat_sync::{check, failed, log, manual, rebuild, service, status};
+use bigchat_sync::{check, failed, log, manual, service, status, verify};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
@@ -87,21 +87,37 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
         }
         None | Some(Command::Run) => {
             let onlookers = Onlookers::of_process(screen.clone());
-            work(settings, screen, "info", |settings, tokens, stopping| {
-                daemon::run(settings, tokens, onlookers, stopping)
-            })
+            work(
+                settings,
+                screen,
+                "info",
+                async |settings, tokens, stopping| {
+                    daemon::run(settings, tokens, onlookers, stopping).await?;
+                    Ok::<_, DaemonError>(ExitCode::SUCCESS)
+                },
+            )
         }
         Some(Command::Once) => {
             let onlookers = Onlookers::of_process(screen.clone());
-            work(settings, screen, "info", |settings, tokens, stopping| {
-                daemon::once(settings, tokens, onlookers, stopping)
-            })
+            work(
+                settings,
+                screen,
+                "info",
+                async |settings, tokens, stopping| {
+                    daemon::once(settings, tokens, onlookers, stopping).await?;
+                    Ok::<_, DaemonError>(ExitCode::SUCCESS)
+                },
+            )
         }
-        Some(Command::Rebuild(args)) => {
-            work(settings, screen, "warn", |settings, tokens, stopping| {
-                rebuild::run(args, settings, tokens, screen.clone(), stopping)
-            })
-        }
+        Some(Command::Verify(args)) => work(
+            settings,
+            screen,
+            "warn",
+            async |settings, tokens, stopping| {
+                let same = verify::run(args, settings, tokens, screen.clone(), stopping).await?;
+                Ok::<_, verify::VerifyError>(ExitCode::from(u8::from(!same)))
+            },
+        ),
         Some(Command::Unit) => match std::env::current_exe() {
             Ok(program) => match manual::unit(&program, &given) {
                 Ok(unit) => say(screen, unit.as_bytes(), ExitCode::SUCCESS),
@@ -119,14 +135,13 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
     }
 }
 
-fn work<F, E>(
+fn work<E>(
     settings: Settings,
     screen: &Screen,
     level: &str,
-    job: impl FnOnce(Settings, LiveTokens, CancellationToken) -> F,
+    job: impl AsyncFnOnce(Settings, LiveTokens, CancellationToken) -> Result<ExitCode, E>,
 ) -> ExitCode
 where
-    F: Future<Output = Result<(), E>>,
     E: std::error::Error + From<io::Error>,
 {
     let tokens = match Tokens::read(service::variable) {
@@ -149,10 +164,7 @@ where
     if let Err(error) = obey_signals(screen, &stopping, &tokens, settings.listen) {
         return complain(screen, &error, 1);
     }
-    let ended = block_on(screen, async {
-        job(settings, tokens, stopping).await?;
-        Ok::<_, E>(ExitCode::SUCCESS)
-    });
+    let ended = block_on(screen, async { job(settings, tokens, stopping).await });
     log::tell_left_out();
     ended
 }

@@ -240,7 +240,7 @@ async fn is_far_behind(context: &Context) -> Result<bool, JournalError> {
     if !unread(context).await?.is_zero() {
         return Ok(true);
     }
-    let waiting = |store: &mut Store| store.waiting_at_most(MANY);
+    let waiting = |store: &mut Store| store.waiting();
     Ok(context.journal.with(waiting).await? >= u64::from(MANY))
 }
 

@@ -95,7 +95,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
     pub message_author: MessageAuthor,
 
-    /// Whether what OurAPI has lost is built again whole, from the journal; else only what new events need.
+    /// Whether what OurAPI has lost is rebuilt from the journal; otherwise only what new events need.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub rebuild: bool,
 

@@ -289,7 +289,7 @@ fn text(status: &Status) -> String {
     if figures.rebuilding > 0 {
         line(
             "rebuilding",
-            format!("{} chats to be compared", figures.rebuilding),
+            format!("{} chats to be verified", figures.rebuilding),
         );
     }
     lines.push(String::new());

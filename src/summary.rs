@@ -193,7 +193,7 @@ struct Standing {
 async fn standing(context: &Context) -> Option<Standing> {
     let count = |store: &mut Store| {
         Ok(Standing {
-            waiting: store.waiting_at_most(COUNTED)?,
+            waiting: store.waiting()?,
             failed: store.failed_at_most(COUNTED)?,
         })
     };

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bigchat_sync::bigchat::page_events;
 use bigchat_sync::dedupe::Tally;
+use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::journal::{PageToKeep, Progress, Store};
 use bigchat_sync::time::{Millis, Timestamp};
 use tempfile::TempDir;
@@ -92,7 +93,7 @@ fn keep(store: &mut Store, told: &[String]) {
     page_events(&page.body, |_| count += 1);
     assert_eq!(count, told.len());
     store
-        .admit(&page, 1, &Tally::default(), Millis::now())
+        .admit(&page, Epoch(1), &Tally::default(), Millis::now())
         .expect("it is admitted");
     store.end_poll(None, 0, None).expect("it ends");
 }

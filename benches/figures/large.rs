@@ -37,32 +37,36 @@ pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
             number(n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM number WHERE n < {EVENTS} - 1)",
         first + conversations - 1
     );
-    let settled = match before {
+    let delivered_at = match before {
         Before::Waiting => "NULL",
         Before::Delivered => "unixepoch() * 1000",
         Before::Old => "unixepoch('now', '-1 year') * 1000",
     };
-    let (state, sent, due, chat) = match before {
-        Before::Waiting => ("waiting", "NULL", "1", "NULL"),
-        Before::Delivered | Before::Old => (
-            "delivered",
-            "'message added'",
-            "NULL",
-            "printf('00000000-0000-4000-8000-%012x', id)",
-        ),
-    };
+    let is_delivered = before != Before::Waiting;
+    // The id before the first event of a conversation.
+    let before_first = format!("base.event + (id - {first}) * {EVENTS}");
     connection
         .execute_batch(&format!(
             "BEGIN;
+             CREATE TEMP TABLE base AS SELECT coalesce(max(id), 0) AS event FROM events;
              {each} INSERT INTO conversations (id, epoch, bigchat_id, started_at, details, first_advisor, external_id, chat_id,
-                chat_started_at, due_at)
-             SELECT id, 1, id, {START}, 'read', 7, iif({chat} IS NULL, NULL, id), {chat}, {START}, {due} FROM conversation;
-             {each} INSERT INTO events (conversation, name, event_at, data, digest, state, kept_at, settled_at, sent)
-             SELECT id, CASE n WHEN 0 THEN 'START' WHEN {EVENTS} - 1 THEN 'END' ELSE 'MESSAGE' END, {START} + n * 10,
+                chat_started_at, offset, waiting, waiting_since, due_at)
+             SELECT id, 1, id, {START}, 'read', 7, iif({is_delivered}, id, NULL),
+                iif({is_delivered}, printf('00000000-0000-4000-8000-%012x', id), NULL), {START},
+                iif({is_delivered}, {before_first} + {EVENTS}, 0), iif({is_delivered}, 0, {EVENTS}),
+                iif({is_delivered}, NULL, 1), iif({is_delivered}, NULL, 1)
+             FROM conversation, base;
+             {each} INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+             SELECT {before_first} + n + 1, id,
+                CASE n WHEN 0 THEN 'START' WHEN {EVENTS} - 1 THEN 'END' ELSE 'MESSAGE' END, {START} + n * 10,
                 iif(n IN (0, {EVENTS} - 1), NULL,
                     printf('{{\"message\":\"Message %d of conversation %d, of a usual length for a chat.\"}}', n, id)),
-                random(), '{state}', unixepoch() * 1000, {settled}, {sent}
-             FROM conversation, number;
+                random(), unixepoch() * 1000
+             FROM conversation, number, base;
+             {each} INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect, waited)
+             SELECT id, {before_first} + 1, {before_first} + {EVENTS}, {delivered_at}, 'message added', 0
+             FROM conversation, base WHERE {is_delivered};
+             DROP TABLE base;
              COMMIT; PRAGMA wal_checkpoint(TRUNCATE);"
         ))
         .expect("they are added");

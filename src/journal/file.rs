@@ -228,10 +228,7 @@ impl DatabaseFile {
                 }
             }
         }
-        match self.is_locked_as_in_0_1() {
-            true => Err(OpenError::InUse(self.named.clone())),
-            false => Ok(()),
-        }
+        Ok(())
     }
 
     /// Undoes [`Self::lock`]. Closing would do it too, but not while a process just forked off has a copy.
@@ -245,7 +242,7 @@ impl DatabaseFile {
 
     /// Whether a daemon has it, or a command in its place. To find out takes the lock for a moment.
     pub(super) fn is_in_use(&self) -> bool {
-        let locked = match (self.lock, self.descriptor()) {
+        match (self.lock, self.descriptor()) {
             (Some(lock), _) => lock == Lock::Daemon,
             (None, Err(_)) => false,
             (None, Ok(file)) => match file.try_lock_shared() {
@@ -255,8 +252,7 @@ impl DatabaseFile {
                 }
                 Err(error) => matches!(error, TryLockError::WouldBlock),
             },
-        };
-        locked || self.is_locked_as_in_0_1()
+        }
     }
 
     /// Whether a daemon has it, and not by this name: its write-ahead log would be beside it. Another one made here would
@@ -271,12 +267,6 @@ impl DatabaseFile {
             std::thread::sleep(PROBED_WITHIN / 20);
         }
         false
-    }
-
-    /// Whether a daemon has it that was started before an upgrade: version 0.1 locked a file beside it.
-    fn is_locked_as_in_0_1(&self) -> bool {
-        File::open(self.beside(".lock"))
-            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// Why SQLite may not write it, or make files beside it.

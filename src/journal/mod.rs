@@ -6,21 +6,22 @@
 //! writes does so in one transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
 //! delivery or polling; it keeps what those decided.
 
-mod chats;
-mod claims;
+mod activity;
+mod commit;
 mod console;
-mod failed;
+mod dead_letters;
+mod directory;
 mod file;
-mod knowledge;
-mod minutes;
-mod pages;
+mod inbox;
+mod messages;
 #[cfg(test)]
 mod property;
-mod rebuild;
+mod queue;
+mod retention;
 mod schema;
 mod sessions;
-mod settlements;
 mod status;
+mod verification;
 
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
@@ -40,17 +41,19 @@ use crate::pulse;
 use crate::screen::shown;
 use file::DatabaseFile;
 
-pub use claims::{Claim, Claimable, Claimed};
 pub use console::{
     Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Wanted, WholeEvent,
 };
-pub use failed::{Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who};
-pub use knowledge::{KnownAdvisor, KnownAgent, Marker};
-pub use pages::{Admitted, KeptPage, PageToKeep, Progress, Source};
-pub use rebuild::{Lacking, RebuildProgress, Scope};
+pub use dead_letters::{
+    Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who,
+};
+pub use directory::{KnownAdvisor, KnownAgent, Marker};
+pub use inbox::{Admitted, KeptPage, PageToKeep, Progress, Source};
+pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{Session, Throttles};
 pub use status::{Api, DeliveryTimes, Figures, Group, Oldest};
+pub use verification::{Difference, Scope, VerificationProgress};
 
 /// Why an operation did not happen.
 #[derive(Debug, Error)]
@@ -71,8 +74,8 @@ pub enum JournalError {
 
 impl JournalError {
     /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
-    pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Sqlite(error) if schema::may_pass(error))
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Sqlite(error) if schema::is_transient(error))
     }
 }
 
@@ -276,6 +279,6 @@ fn limit(count: usize) -> i64 {
 }
 
 /// A column that must hold what this program wrote there.
-fn written<T>(value: Option<T>, what: &str) -> Result<T> {
+fn present<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| JournalError::Corrupt(what.to_owned()))
 }

@@ -11,17 +11,14 @@ use thiserror::Error;
 use super::file::{DatabaseFile, Lock};
 use crate::screen::shown;
 
-/// Marks a database as ours (`PRAGMA application_id`): "BCSY".
-const APPLICATION_ID: i32 = 0x4243_5359;
+/// Marks a database as ours (`PRAGMA application_id`): "BCS2".
+const APPLICATION_ID: i32 = 0x4243_5332;
+
+/// What version 0.1 marked its databases with: "BCSY".
+const APPLICATION_ID_0_1: i32 = 0x4243_5359;
 
 /// Each brings the schema from one version (`PRAGMA user_version`) to the next.
-const MIGRATIONS: &[&str] = &[
-    include_str!("../../migrations/0001_journal.sql"),
-    include_str!("../../migrations/0002_rebuild.sql"),
-    include_str!("../../migrations/0003_operation.sql"),
-    include_str!("../../migrations/0004_checks.sql"),
-    include_str!("../../migrations/0005_users.sql"),
-];
+const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
 
 /// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
 /// and must be able to stop.
@@ -68,6 +65,12 @@ pub enum OpenError {
         shown(.0)
     )]
     Older(PathBuf),
+    /// Written by version 0.1, whose journal cannot be read.
+    #[error(
+        "{} was written by bigchat-sync 0.1, and is left as it is; have that version deliver what waits (`bigchat-sync once`), then set another database with --db",
+        shown(.0)
+    )]
+    Version01(PathBuf),
     /// There is none, for a command that does not make one.
     #[error("there is no database {}; name the daemon's with --db", shown(.0))]
     Missing(PathBuf),
@@ -149,9 +152,9 @@ fn remedy(error: &std::io::Error) -> &'static str {
 
 impl OpenError {
     /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
-            Self::Sqlite { source, .. } => may_pass(source),
+            Self::Sqlite { source, .. } => is_transient(source),
             Self::Io { source, .. } | Self::Directory { source, .. } => {
                 source.kind() == std::io::ErrorKind::StorageFull
             }
@@ -161,7 +164,7 @@ impl OpenError {
 }
 
 /// Whether what SQLite refuses now it may do later.
-pub(super) fn may_pass(error: &rusqlite::Error) -> bool {
+pub(super) fn is_transient(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
     matches!(
         error.sqlite_error_code(),
@@ -327,6 +330,9 @@ fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
     if header.starts_with(MAGIC) && header.len() < HEADER {
         return Err(damaged(path));
     }
+    if header.starts_with(MAGIC) && field(68) == Some(APPLICATION_ID_0_1) {
+        return Err(OpenError::Version01(path.to_owned()));
+    }
     if !header.starts_with(MAGIC) || field(68) != Some(APPLICATION_ID) {
         return Err(OpenError::Foreign(path.to_owned()));
     }
@@ -472,6 +478,15 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Foreign(_)));
 
         std::fs::remove_file(&path).expect("the file");
+        let old = Connection::open(&path).expect("a database");
+        old.pragma_update(None, "application_id", APPLICATION_ID_0_1)
+            .expect("its mark");
+        old.pragma_update(None, "user_version", 4)
+            .expect("its version");
+        drop(old);
+        refused_untouched(|error| matches!(error, OpenError::Version01(_)));
+
+        std::fs::remove_file(&path).expect("the file");
         let (newer, _opened) = open_for_daemon(&path).expect("a new database");
         newer
             .pragma_update(None, "user_version", 99)
@@ -481,58 +496,6 @@ mod tests {
             .expect("one file only");
         drop((newer, _opened));
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
-    }
-
-    #[test]
-    fn what_is_checked_stays_checked_and_costs_no_table_of_its_own() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("a.db");
-        let mut old = made(&path);
-        for migration in &MIGRATIONS[..3] {
-            old.execute_batch(migration).expect("a schema");
-        }
-        old.pragma_update(None, "user_version", 3)
-            .expect("a version");
-        let insert = "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
-            VALUES ('UNREADABLE', 0, '?', 0, 'failed', 0, 0)";
-        old.execute(insert, []).expect("an event");
-        let beside = connect_to(&path).expect("another process");
-        let prepared = beside.prepare(insert).map(drop);
-        prepared.expect("it knows the tables");
-        upgrade(&mut old, 3).expect("it can be upgraded");
-        let (reopened, _opened) = open_beside(&path).expect("it is ours");
-        for connection in [old, beside, reopened] {
-            let sound: String = connection
-                .pragma_query_value(None, "integrity_check", |row| row.get(0))
-                .expect("an answer");
-            assert_eq!(sound, "ok");
-            for (table, column) in [
-                ("events", "name"),
-                ("events", "state"),
-                ("events", "sent"),
-                ("conversations", "details"),
-            ] {
-                connection
-                    .execute_batch(
-                        "INSERT OR IGNORE INTO conversations (epoch, bigchat_id) VALUES (1, 1)",
-                    )
-                    .expect("a conversation");
-                let update = format!("UPDATE {table} SET {column} = 'nonsense'");
-                let refused = connection.execute(&update, []);
-                let refused = refused.expect_err("it is no such thing").to_string();
-                assert!(refused.contains("CHECK"), "{column}: {refused}");
-                let mut plan = connection
-                    .prepare(&format!("EXPLAIN {update}"))
-                    .expect("a plan");
-                let steps = plan
-                    .query_map([], |row| row.get::<_, String>(1))
-                    .expect("steps");
-                assert!(
-                    !steps.flatten().any(|step| step == "OpenEphemeral"),
-                    "{column} costs a table"
-                );
-            }
-        }
     }
 
     #[test]

@@ -4,8 +4,8 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 
-use super::failed::is_permanent;
-use super::minutes::minute;
+use super::activity::minute;
+use super::dead_letters::is_permanent;
 use super::{Result, Store};
 use crate::time::Millis;
 
@@ -130,14 +130,14 @@ impl Store {
         let (waiting, oldest_waiting) = waiting(&transaction)?;
         let (told, delivered) = rates(&transaction, now)?;
         let failed = transaction
-            .prepare_cached("SELECT count(*) FROM events WHERE state = 'failed'")?
+            .prepare_cached("SELECT count(*) FROM dead_letters WHERE discarded_at IS NULL")?
             .query_row([], count)?;
         let (losses, restarts, rebuilding) = transaction
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
-                    (SELECT count(*) FROM checks WHERE chat IS NULL)
-                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND chat_seen < losses)
-                 FROM delivery",
+                    (SELECT count(*) FROM verified_chats WHERE chat IS NULL)
+                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND verified_losses < losses)
+                 FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
         Ok(Figures {
@@ -169,7 +169,7 @@ impl Store {
             };
             transaction
                 .prepare_cached(
-                    "INSERT OR REPLACE INTO apis (name, up, since, asked_at, request, response, trouble)
+                    "INSERT OR REPLACE INTO api_status (name, up, since, asked_at, request, response, problem)
                      VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
                 )?
                 .execute(params![
@@ -188,7 +188,7 @@ impl Store {
     /// How it was found says nothing any more.
     pub fn forget_api(&mut self, name: &str) -> Result<()> {
         self.connection
-            .execute("DELETE FROM apis WHERE name = ?1", [name])?;
+            .execute("DELETE FROM api_status WHERE name = ?1", [name])?;
         Ok(())
     }
 
@@ -201,7 +201,7 @@ impl Store {
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;
         let transaction = self.begin()?;
-        transaction.execute("UPDATE source SET id = id", [])?;
+        transaction.execute("UPDATE poll_state SET id = id", [])?;
         Ok(transaction.rollback()?)
     }
 }
@@ -209,7 +209,7 @@ impl Store {
 fn api(connection: &Connection, name: &str) -> Result<Api> {
     let api = connection
         .prepare_cached(
-            "SELECT up, since, asked_at, request, response, trouble FROM apis WHERE name = ?1",
+            "SELECT up, since, asked_at, request, response, problem FROM api_status WHERE name = ?1",
         )?
         .query_row([name], |row| {
             Ok(Api {
@@ -234,7 +234,7 @@ struct Read {
 
 fn source(connection: &Connection, now: Millis) -> Result<Read> {
     Ok(connection
-        .prepare_cached("SELECT polled_at, cursor, clock_ahead, newest_event FROM source")?
+        .prepare_cached("SELECT polled_at, cursor, clock_ahead, newest_event FROM poll_state")?
         .query_row([], |row| {
             let cursor: Option<i64> = row.get(1)?;
             let ahead: Option<i64> = row.get(2)?;
@@ -251,16 +251,24 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
 }
 
 fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
-    let (waiting, oldest) = connection
+    let waiting = connection
+        .prepare_cached("SELECT coalesce(sum(waiting), 0) FROM conversations WHERE waiting > 0")?
+        .query_row([], count)?;
+    let oldest: Option<i64> = connection
         .prepare_cached(
-            "SELECT count(*), min(id) FROM events WHERE state = 'waiting' AND conversation IS NOT NULL",
+            "SELECT id FROM conversations WHERE waiting > 0 AND waiting_since IS NOT NULL ORDER BY waiting_since LIMIT 1",
         )?
-        .query_row([], |row| Ok((unsigned(row, 0)?, row.get::<_, Option<i64>>(1)?)))?;
+        .query_row([], |row| row.get(0))
+        .optional()?;
     let oldest = connection
         .prepare_cached(
-            "SELECT e.id, c.bigchat_id, e.name, e.kept_at, coalesce(a.tries, 0), a.reason
-             FROM events e JOIN conversations c ON c.id = e.conversation LEFT JOIN attempts a ON a.event = e.id
-             WHERE e.id = ?1",
+            "SELECT e.id, c.bigchat_id, e.kind, c.waiting_since, coalesce(a.attempts, 0), a.reason
+             FROM conversations c JOIN events e ON e.id = coalesce(
+                (SELECT min(event) FROM redeliveries WHERE conversation = c.id),
+                (SELECT id FROM events w WHERE w.conversation = c.id AND w.id > c.offset
+                    AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = w.id) ORDER BY w.id LIMIT 1))
+             LEFT JOIN attempts a ON a.event = e.id
+             WHERE c.id = ?1",
         )?
         .query_row([oldest], |row| {
             Ok(Oldest {
@@ -279,9 +287,10 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
 fn groups(connection: &Connection) -> Result<Vec<Group>> {
     // The least name is UNREADABLE only where there is no other.
     let mut statement = connection.prepare_cached(
-        "SELECT reason, count(*), max(settled_at), min(name) FROM (
-            SELECT coalesce(a.reason, '') AS reason, e.settled_at, e.name FROM events e LEFT JOIN attempts a ON a.event = e.id
-            WHERE e.state = 'failed' ORDER BY e.id LIMIT ?1)
+        "SELECT reason, count(*), max(failed_at), min(kind) FROM (
+            SELECT coalesce(a.reason, '') AS reason, d.failed_at, e.kind FROM dead_letters d
+            JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = d.event
+            WHERE d.discarded_at IS NULL ORDER BY d.event LIMIT ?1)
          GROUP BY reason ORDER BY count(*) DESC, reason LIMIT ?2",
     )?;
     let groups = statement.query_map([GROUPED, GROUPS], |row| {
@@ -300,7 +309,7 @@ fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
     let from = minute(now) - RATE_MINUTES;
     let (told, delivered, first): (f64, f64, Option<i64>) = connection
         .prepare_cached(
-            "SELECT total(told), total(delivered), (SELECT min(minute) FROM minutes) FROM minutes WHERE minute >= ?1",
+            "SELECT total(received), total(delivered), (SELECT min(minute) FROM activity) FROM activity WHERE minute >= ?1",
         )?
         .query_row([from], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
     let begun = Millis(first.unwrap_or(from).max(from) * 60_000);
@@ -309,10 +318,8 @@ fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
 }
 
 fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {
-    // The first condition is that of the index.
     let mut statement = connection.prepare_cached(
-        "SELECT settled_at - kept_at FROM events
-         WHERE state IN ('delivered', 'discarded') AND state = 'delivered' AND settled_at > ?1 ORDER BY settled_at DESC LIMIT ?2",
+        "SELECT waited FROM deliveries WHERE delivered_at > ?1 AND waited IS NOT NULL ORDER BY delivered_at DESC LIMIT ?2",
     )?;
     let times = statement.query_map(
         params![now.0.saturating_sub(DELIVERIES_WITHIN), DELIVERIES],

@@ -17,7 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
-use crate::conversation::Outcome;
+use crate::domain::progress::Outcome;
 use crate::event::Kind;
 use crate::health::Service;
 use crate::http::NoAnswer;
@@ -324,8 +324,8 @@ impl Metrics {
         let counters = &self.counters;
         let (outcome, counter) = match outcome {
             Outcome::Delivered(_) => (delivered, &counters.delivered),
-            Outcome::Waiting { .. } => (waiting, &counters.attempts_failed),
-            Outcome::Failed { .. } => (failed, &counters.failed),
+            Outcome::Retry { .. } => (waiting, &counters.attempts_failed),
+            Outcome::DeadLetter { .. } => (failed, &counters.failed),
         };
         counter.add(1);
         let kind = kind.name();

@@ -271,7 +271,9 @@ impl Stage {
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
             Some(Strike::Rebuild) => {
-                let asked = inner.store.ask_rebuild(Scope::All, false, Millis::now());
+                let asked = inner
+                    .store
+                    .request_verification(Scope::All, true, Millis::now());
                 asked.expect("it is asked for");
             }
             Some(Strike::Stop) => inner.stopping.cancel(),
@@ -283,12 +285,12 @@ impl Stage {
 
 impl Inner {
     fn is_at_rest(&mut self) -> bool {
-        const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM events WHERE state = 'waiting')
-            AND NOT EXISTS (SELECT 1 FROM pages)
-            AND NOT EXISTS (SELECT 1 FROM checks WHERE chat IS NULL)
-            AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR claimed_through IS NOT NULL)
-            AND NOT EXISTS (SELECT 1 FROM conversations, delivery WHERE external_id IS NOT NULL AND chat_seen < losses)
-            AND (SELECT window_start IS NULL FROM source)";
+        const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
+            AND NOT EXISTS (SELECT 1 FROM inbox)
+            AND NOT EXISTS (SELECT 1 FROM verified_chats WHERE chat IS NULL)
+            AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR waiting > 0)
+            AND NOT EXISTS (SELECT 1 FROM conversations, control WHERE external_id IS NOT NULL AND verified_losses < losses)
+            AND (SELECT window_start IS NULL FROM poll_state)";
         let connection = self.store.connection();
         let nothing_left = connection.query_row(NOTHING_LEFT, [], |row| row.get(0));
         self.bigchat.has_told_all() && nothing_left.expect("an answer")
@@ -345,7 +347,7 @@ impl Inner {
     fn was_kept(&mut self) {
         let connection = self.store.connection();
         self.bigchat.arrived(|body| {
-            let is_kept = "SELECT EXISTS (SELECT 1 FROM pages WHERE body = ?1)";
+            let is_kept = "SELECT EXISTS (SELECT 1 FROM inbox WHERE body = ?1)";
             connection
                 .query_row(is_kept, [body], |row| row.get(0))
                 .expect("an answer")
@@ -354,8 +356,8 @@ impl Inner {
             return;
         }
         // In whichever chat: that none stands in another's is what [`Wrong::Extra`] is about.
-        const DELIVERED: &str = "SELECT event_at, data ->> 'message', count(*) FROM events
-             WHERE name = 'MESSAGE' AND state = 'delivered' GROUP BY event_at, data";
+        const DELIVERED: &str = "SELECT event_at, data ->> 'message', count(*) FROM event_states
+             WHERE kind = 'MESSAGE' AND state = 'delivered' GROUP BY event_at, data";
         let mut statement = connection.prepare_cached(DELIVERED).expect("a statement");
         let mut rows = statement.query([]).expect("rows");
         while let Some(row) = rows.next().expect("a row") {

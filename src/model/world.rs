@@ -138,7 +138,7 @@ const MILLISECONDS: i64 = 1_000_000_000_000;
 impl Canonical {
     fn journal(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let losses: i64 =
-            connection.query_row("SELECT losses FROM delivery", [], |row| row.get(0))?;
+            connection.query_row("SELECT losses FROM control", [], |row| row.get(0))?;
         let mut tables = connection.prepare(
             "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' ORDER BY name",
         )?;
@@ -164,13 +164,16 @@ impl Canonical {
         let number = value.as_i64().unwrap_or_default();
         match (table, column, value) {
             (_, _, ValueRef::Null) => self.push("- ".to_owned()),
-            ("attempts", "reason" | "request" | "response", _)
-            | ("events", "digest" | "settled_at", _)
-            | ("delivery", "session" | "successes" | "losses", _) => {}
-            ("attempts", "successes", _) => self.push("some ".to_owned()),
-            ("attempts", "tries", _) => self.push(format!("{} ", number.min(1))),
-            ("conversations", "looked_up", _) => self.push(format!("{} ", number.min(0))),
-            ("conversations", "chat_seen", _) => self.push(format!("{} ", number < losses)),
+            ("attempts" | "failures", "reason" | "request" | "response", _)
+            | ("events", "fingerprint", _)
+            | ("conversations", "read_in_session" | "stale_seq", _)
+            | ("deliveries" | "credits" | "activity", _, _)
+            | ("control", "session" | "writes_succeeded" | "losses", _) => {}
+            ("attempts", "writes_then", _) => self.push("some ".to_owned()),
+            ("attempts", "attempts", _) | ("failures", "attempt", _) => {
+                self.push(format!("{} ", number.min(1)));
+            }
+            ("conversations", "verified_losses", _) => self.push(format!("{} ", number < losses)),
             (_, "chat_id" | "chat_agent" | "agent_id", ValueRef::Text(id)) => {
                 self.id(Uuid::try_parse_ascii(id).expect("an id"));
             }

@@ -6,6 +6,7 @@ use tokio::task::yield_now;
 
 use super::pages::Pages;
 use super::{PollError, Poller};
+use crate::domain::ids::Epoch;
 use crate::event::Kind;
 use crate::journal::{JournalError, KeptPage};
 use crate::resolve::restart::{self, Seen};
@@ -29,10 +30,7 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             admitting.push((page.clone(), self.run_of(page).await?, before_start));
         }
-        let (tally, mark) = (
-            std::mem::take(&mut pages.tally),
-            self.context.look_up_mark(),
-        );
+        let (tally, mark) = (std::mem::take(&mut pages.tally), self.context.replay_mark());
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
         let (all, tally) = self
             .context
@@ -43,7 +41,7 @@ impl Poller {
                     let admitted = store.admit(&page, epoch, &tally, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
-                        mark.fetch_max(admitted.last_event, Ordering::Relaxed);
+                        mark.fetch_max(admitted.last_event.0, Ordering::Relaxed);
                     }
                     all.push((admitted, page.query));
                 }
@@ -64,7 +62,7 @@ impl Poller {
             }
             if admitted.new > 0 {
                 tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
-                self.context.work.notify_one();
+                self.context.work_available.notify_one();
                 // Its claims come first; what the poll still has to keep can wait.
                 yield_now().await;
             }
@@ -75,7 +73,7 @@ impl Poller {
 
     /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
     /// while.
-    async fn run_of(&mut self, page: &KeptPage) -> Result<i64, PollError> {
+    async fn run_of(&mut self, page: &KeptPage) -> Result<Epoch, PollError> {
         if let Some(epoch) = restart::run_of(&self.context, page).await? {
             self.undecided = 0;
             return Ok(epoch);

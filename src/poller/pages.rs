@@ -7,7 +7,7 @@ use super::{MAX_BYTES, MAX_PAGES};
 use crate::bigchat::{Page, page_events};
 use crate::context::Context;
 use crate::dedupe::{self, Key, Tally};
-use crate::event::{Event, Kind};
+use crate::event::Event;
 use crate::journal::{JournalError, KeptPage, Store};
 
 /// The pages of the poll under way.
@@ -131,8 +131,7 @@ impl Pages {
         let mut known = HashMap::new();
         for event in events {
             let key = Key::from(event);
-            if event.kind == Kind::Message && self.tally.told(&key) > 0 && !known.contains_key(&key)
-            {
+            if event.kind.is_message() && self.tally.told(&key) > 0 && !known.contains_key(&key) {
                 let event = event.clone();
                 known.insert(
                     key,

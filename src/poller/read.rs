@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
 use crate::bigchat::{BigChatError, Page, window_query};
+use crate::domain::ids::Epoch;
 use crate::http::Exchange;
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress};
 use crate::window::Window;
@@ -228,7 +229,10 @@ impl Poller {
     }
 
     /// Keeps the page that came last; where the disk refuses, it stays in memory. Returns its id and the run it is kept in.
-    pub(super) async fn keep(&mut self, page: Arc<PageToKeep>) -> Result<(i64, i64), JournalError> {
+    pub(super) async fn keep(
+        &mut self,
+        page: Arc<PageToKeep>,
+    ) -> Result<(i64, Epoch), JournalError> {
         self.unkept = Some(Arc::clone(&page));
         let kept = self
             .context

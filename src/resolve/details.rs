@@ -3,11 +3,12 @@
 
 use crate::bigchat::BigChatError;
 use crate::context::Context;
-use crate::conversation::{Conversation, DetailsState};
+use crate::delivery::AttemptError;
+use crate::domain::conversation::{Conversation, Details};
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::Exchange;
 use crate::journal::KnownAdvisor;
 use crate::resolve::restart::{self, Seen};
-use crate::setback::Setback;
 use crate::time::Timestamp;
 
 /// How often BigChat says that it does not know something before that is believed: for good, and one of several behind the
@@ -16,9 +17,9 @@ const NOT_FOUND_TRIES: u32 = 3;
 
 /// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
 /// knows nothing any more is left with what its events say.
-pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<(), Setback> {
+pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<(), AttemptError> {
     if !is_present(context, conversation.epoch).await? {
-        conversation.details = DetailsState::Gone;
+        conversation.details = Details::Gone;
         return Ok(());
     }
     let id = conversation.bigchat_id;
@@ -28,11 +29,11 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
                 conversation = conversation.bigchat_id,
                 "BigChat knows nothing of the conversation any more"
             );
-            conversation.details = DetailsState::Gone;
+            conversation.details = Details::Gone;
         }
-        Err(error) => return Err(Setback::BigChat(error)),
+        Err(error) => return Err(AttemptError::BigChat(error)),
         Ok(details) => {
-            let ours = match (conversation.started_at, details.started_at) {
+            let ours = match (conversation.desired.started_at, details.started_at) {
                 (Some(known), Some(told)) if known == told => true,
                 (Some(_), Some(told)) => {
                     restart::begin(context, conversation.epoch, told).await?;
@@ -45,16 +46,22 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
                 _ => is_same_run(context, conversation.epoch).await?,
             };
             if ours {
-                if conversation.started_at.is_none()
+                if conversation.desired.started_at.is_none()
                     && let Some(started_at) = details.started_at
                 {
-                    keep(context, conversation, started_at, details.advisor).await?;
-                    conversation.started_at = Some(started_at);
+                    store(
+                        context,
+                        conversation,
+                        started_at,
+                        AdvisorId(details.advisor),
+                    )
+                    .await?;
+                    conversation.desired.started_at = Some(started_at);
                 }
-                conversation.first_advisor = Some(details.advisor);
-                conversation.details = DetailsState::Read;
+                conversation.desired.first_advisor = Some(AdvisorId(details.advisor));
+                conversation.details = Details::Read;
             } else {
-                conversation.details = DetailsState::Gone;
+                conversation.details = Details::Gone;
             }
         }
     }
@@ -63,21 +70,25 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
 
 /// Keeps a start time that no START has told before a chat is created with it: if that is interrupted, and BigChat has
 /// forgotten the conversation by then, the chat is known for its own by nothing else.
-async fn keep(
+async fn store(
     context: &Context,
     conversation: &Conversation,
     started_at: Timestamp,
-    advisor: i64,
-) -> Result<(), Setback> {
+    advisor: AdvisorId,
+) -> Result<(), AttemptError> {
     let (epoch, id) = (conversation.epoch, conversation.bigchat_id);
-    let kept = context
+    let stored = context
         .journal
-        .with(move |store| store.note_details(epoch, id, started_at, advisor));
-    Ok(kept.await?)
+        .with(move |store| store.record_details(epoch, id, started_at, advisor));
+    Ok(stored.await?)
 }
 
 /// What an advisor of a run of BigChat is; asked for once.
-pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvisor, Setback> {
+pub async fn advisor(
+    context: &Context,
+    epoch: Epoch,
+    id: AdvisorId,
+) -> Result<KnownAdvisor, AttemptError> {
     if let Some(known) = context
         .journal
         .with(move |store| store.advisor(epoch, id))
@@ -88,40 +99,40 @@ pub async fn advisor(context: &Context, epoch: i64, id: i64) -> Result<KnownAdvi
     let known = if !is_present(context, epoch).await? {
         KnownAdvisor::Gone
     } else {
-        match ask(context, || context.bigchat.advisor(id)).await {
+        match ask(context, || context.bigchat.advisor(id.0)).await {
             Ok(advisor) if is_same_run(context, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
             Err(BigChatError::NotFound(_)) if context.tells_events() => KnownAdvisor::Gone,
-            Err(error) => return Err(Setback::BigChat(error)),
+            Err(error) => return Err(AttemptError::BigChat(error)),
         }
     };
     if known == KnownAdvisor::Gone {
         tracing::warn!(
-            advisor = id,
+            advisor = %id,
             "BigChat knows nothing of the advisor any more: chats stay without an agent"
         );
     }
     let noted = known.clone();
     context
         .journal
-        .with(move |store| store.note_advisor(epoch, id, &noted))
+        .with(move |store| store.record_advisor(epoch, id, &noted))
         .await?;
     Ok(known)
 }
 
-async fn is_present(context: &Context, epoch: i64) -> Result<bool, Setback> {
+async fn is_present(context: &Context, epoch: Epoch) -> Result<bool, AttemptError> {
     Ok(context.run().await? == epoch)
 }
 
 /// Whether what was just told was told by that run of BigChat.
-async fn is_same_run(context: &Context, epoch: i64) -> Result<bool, Setback> {
+async fn is_same_run(context: &Context, epoch: Epoch) -> Result<bool, AttemptError> {
     match restart::look(context).await? {
         Seen::Restarted => Ok(false),
         Seen::Same | Seen::Unknown => is_present(context, epoch).await,
-        Seen::Unanswered => Err(Setback::BigChat(no_answer(
+        Seen::Unanswered => Err(AttemptError::BigChat(no_answer(
             "whether it has restarted is not known",
         ))),
     }

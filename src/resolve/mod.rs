@@ -1,6 +1,4 @@
-//! Which chat a conversation is, which agent an advisor is, and whether BigChat is still the one that told of them.
+//! What BigChat knows of conversations and advisors, and whether it has restarted since.
 
-pub mod agent;
-pub mod chat;
 pub mod details;
 pub mod restart;

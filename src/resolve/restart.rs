@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use crate::bigchat::{BigChatError, Details};
 use crate::context::Context;
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::event::{Event, Kind};
 use crate::journal::{JournalError, KeptPage, Marker, Store};
 use crate::time::Timestamp;
@@ -82,13 +83,13 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
 /// that can be had: pages served before were told by the run before.
 pub async fn begin(
     context: &Context,
-    epoch: i64,
+    epoch: Epoch,
     started_at: Timestamp,
 ) -> Result<(), JournalError> {
     let (answer, _) = details(context, 1).await;
     let first = answer
         .ok()
-        .and_then(|details| Some((details.started_at?, details.advisor)));
+        .and_then(|details| Some((details.started_at?, AdvisorId(details.advisor))));
     let confirmed = context.confirmed_at();
     let began_at = match first {
         Some((first, _)) if first >= confirmed => first.min(started_at),
@@ -99,12 +100,12 @@ pub async fn begin(
         .journal
         .with(move |store| {
             let begun = store.begin_epoch(epoch, began_at, first)?;
-            mark.fetch_max(begun.unwrap_or_default(), Ordering::AcqRel);
+            mark.fetch_max(begun.unwrap_or_default().0, Ordering::AcqRel);
             Ok(begun)
         })
         .await?;
     if let Some(epoch) = begun {
-        tracing::warn!(run = epoch, since = %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+        tracing::warn!(epoch = epoch.0, since = %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
     }
     Ok(())
 }
@@ -112,7 +113,7 @@ pub async fn begin(
 /// Which run of BigChat told a page. Where no restart was noticed since it was kept, the present one. Where it was served
 /// about when BigChat restarted, its time does not tell: it was the run before if it tells of a conversation that the
 /// present run does not know, or that started at another time. `None`: BigChat gives no answer to that.
-pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, JournalError> {
+pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>, JournalError> {
     if page.told_by.is_some() {
         return Ok(page.told_by);
     }
@@ -132,11 +133,15 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, J
         let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
         let told = events.iter().find(is_start).map(|event| event.at);
         match details(context, id).await.0 {
-            Err(BigChatError::NotFound(_)) if context.tells_events() => return Ok(Some(epoch - 1)),
+            Err(BigChatError::NotFound(_)) if context.tells_events() => {
+                return Ok(Some(Epoch(epoch.0 - 1)));
+            }
             Err(BigChatError::NotFound(_)) => {}
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match told.zip(started_at) {
-                Some((told, started_at)) if told != started_at => return Ok(Some(epoch - 1)),
+                Some((told, started_at)) if told != started_at => {
+                    return Ok(Some(Epoch(epoch.0 - 1)));
+                }
                 Some(_) => break,
                 None => {}
             },
@@ -146,7 +151,7 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<i64>, J
 }
 
 /// Asks for the first conversation of a run, which tells it from the next better than any other.
-async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
+async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError> {
     if !context.asks_for_first_conversation() {
         return Ok(());
     }
@@ -158,7 +163,7 @@ async fn note_first(context: &Context, epoch: i64) -> Result<(), JournalError> {
         }) => {
             context
                 .journal
-                .with(move |store| store.note_details(epoch, 1, started_at, advisor))
+                .with(move |store| store.record_details(epoch, 1, started_at, AdvisorId(advisor)))
                 .await?;
             confirm(context, asked_at);
         }

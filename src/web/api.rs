@@ -211,7 +211,7 @@ async fn decide(web: &Web, client: Client, which: Which, decision: Decision) -> 
     );
     web.forget_status().await;
     if decision == Decision::Retry && done > 0 {
-        web.context.work.notify_one();
+        web.context.work_available.notify_one();
     }
     Ok(Json(json!({ "done": done, "next": next })).into_response())
 }

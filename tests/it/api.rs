@@ -6,7 +6,7 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 
 use crate::fakes::{Scene, message, start};
-use crate::harness::{Daemon, until};
+use crate::harness::{Daemon, dead_letter, until};
 
 /// A daemon, and a client of its console.
 struct Console {
@@ -54,14 +54,13 @@ impl Console {
 
 /// Failed messages of conversation 42, with ids from 1 on, every third of them for another reason.
 fn failed(count: u32) -> String {
-    format!(
-        "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);
-         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})
-         INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         SELECT i, 100, 'MESSAGE', i, json_object('message', 'No ' || i), i, 'failed', 1000, 2000 FROM n;
-         INSERT INTO attempts (event, tries, reason)
-         SELECT id, 1, iif(id % 3 = 0, 'another', 'a & b') FROM events;"
-    )
+    let failed = (1..=count).map(|id| {
+        let reason = if id % 3 == 0 { "another" } else { "a & b" };
+        let data = json!({"message": format!("No {id}")}).to_string();
+        dead_letter(id, 100, "MESSAGE", &data, reason, 1)
+    });
+    let failed: String = failed.collect();
+    format!("INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);{failed}")
 }
 
 fn ids(rows: &Value) -> Vec<i64> {

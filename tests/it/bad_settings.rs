@@ -140,7 +140,7 @@ fn each_bad_value_is_answered_with_the_form_expected() {
         (&["failed", "list", "--limit", "-1"], number),
         (&["failed", "show", "x"], number),
         (&["failed", "retry", "1", "x"], number),
-        (&["rebuild", "--conversation", "x"], number),
+        (&["verify", "--conversation", "x"], number),
         (&["demo", "--seed", "-1"], number),
         (&["--since", "yesterday"], "such as 2026-11-22T22:00:00Z"),
         (&["--since", "2026-11-22"], "such as 2026-11-22T22:00:00Z"),

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::browser::{Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, RIGHT, SPACE, TAB};
 use crate::fakes::{Scene, id, message, raw, start, status, transfer};
-use crate::harness::{Daemon, until};
+use crate::harness::{Daemon, dead_letter, until};
 
 /// What OurAPI says of a message that it never stores.
 const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"}]}"#;
@@ -68,8 +68,8 @@ impl Desk {
     /// What was decided: `retry 3`, say, the latest last.
     fn decided(&self) -> String {
         self.scene.bench.value(
-            "SELECT coalesce(group_concat(decision || ' ' || event || ' ' || decided_by, ', '), '')
-             FROM (SELECT * FROM decisions ORDER BY id)",
+            "SELECT coalesce(group_concat(resolution || ' ' || event || ' ' || resolved_by, ', '), '')
+             FROM (SELECT * FROM resolutions ORDER BY id)",
         )
     }
 
@@ -116,7 +116,7 @@ async fn a_failed_event_is_found_understood_and_retried() {
     assert_eq!(desk.decided(), "retry 3 console");
     browser.click(".tabs a", "Decisions").await;
     browser.until_text(".audit", "retried").await;
-    browser.until_text(".audit", "the console").await;
+    browser.until_text(".audit", ", console").await;
     desk.done(browser).await;
 }
 
@@ -156,8 +156,8 @@ async fn discarding_asks_first_and_concerns_what_is_selected() {
         desk.scene.our_api.messages().len() == 3
     })
     .await;
-    let discarded =
-        bench.value::<String>("SELECT group_concat(id) FROM events WHERE state = 'discarded'");
+    let discarded = bench
+        .value::<String>("SELECT group_concat(id) FROM (SELECT id FROM event_states WHERE state = 'discarded' ORDER BY id)");
     assert_eq!(discarded, "3,5");
     desk.done(browser).await;
 }
@@ -546,20 +546,22 @@ fn six_hours() -> String {
             };
             behind = behind + told - delivered.min(behind + told);
             sql += &format!(
-                "INSERT INTO minutes VALUES ({} - {ago}, '{kind}', {told}, {delivered}, {failed});",
+                "INSERT INTO activity VALUES ({} - {ago}, '{kind}', {told}, {delivered}, {failed});",
                 now / 60_000
             );
         }
     }
     sql += "INSERT INTO advisors (epoch, bigchat_id, name, email) VALUES (1, 3, 'Jane O''Hara', 'jane.ohara@example.com');
-        INSERT INTO conversations (id, epoch, bigchat_id, started_at, first_advisor, details, external_id)
-        VALUES (500, 1, 1288, 1, 3, 'read', '1288');";
+        INSERT INTO conversations (id, epoch, bigchat_id, started_at, first_advisor, details, external_id, offset)
+        VALUES (500, 1, 1288, 1, 3, 'read', '1288', 400);";
     for event in 1..=400 {
         let took = 18 + roll(60) + roll(20) * u64::from(roll(30) == 0) * 12;
         let at = now - 3_000_000 + event * 6_000;
         sql += &format!(
-            "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at, sent)
-             VALUES ({event}, 500, 'MESSAGE', {}, '{{\"message\":\"Hello\"}}', {event}, 'delivered', {at}, {at} + {took}, 'message added');",
+            "INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+             VALUES ({event}, 500, 'MESSAGE', {}, '{{\"message\":\"Hello\"}}', {event}, {at});
+             INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect, waited)
+             VALUES (500, {event}, {event}, {at} + {took}, 'message added', {took});",
             at / 1000
         );
     }
@@ -583,10 +585,9 @@ fn six_hours() -> String {
             event += 7;
             let at = now - 400_000 * number - 130_000;
             sql += &format!(
-                "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-                 VALUES ({event}, 500, 'MESSAGE', {}, '{{\"message\":\"k\"}}', {event}, 'failed', {at}, {at});
-                 INSERT INTO attempts (event, tries, reason) VALUES ({event}, 1, '{reason}');",
-                at / 1000
+                "{}UPDATE events SET event_at = {at} / 1000, received_at = {at} WHERE id = {event};
+                 UPDATE dead_letters SET failed_at = {at} WHERE event = {event};",
+                dead_letter(event, 500, "MESSAGE", r#"{"message":"k"}"#, reason, 1)
             );
         }
     }
@@ -597,14 +598,14 @@ fn six_hours() -> String {
         (640_000, "console", "discard", 377),
     ] {
         sql += &format!(
-            "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+            "INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
              VALUES ({}, '{by}', '{decision}', {event}, 1288, 'MESSAGE', 'OurAPI refuses it for good');",
             now - ago
         );
     }
     sql + &format!(
-        "UPDATE source SET newest_event = {now} / 1000 - 4;
-         INSERT OR REPLACE INTO apis VALUES ('bigchat', 1, {now} - 52000000, {now} - 2000, 'GET /events', '200', NULL),
+        "UPDATE poll_state SET newest_event = {now} / 1000 - 4;
+         INSERT OR REPLACE INTO api_status VALUES ('bigchat', 1, {now} - 52000000, {now} - 2000, 'GET /events', '200', NULL),
             ('our_api', 1, {now} - 9000000, {now} - 1000, 'POST /chats', '201', NULL);
          COMMIT;"
     )

@@ -173,10 +173,20 @@ async fn a_backfill_reads_the_past_in_windows() {
 #[tokio::test]
 async fn crashes_at_any_moment_lose_and_double_nothing() {
     let (sim, bench) = sim(log(6), our_api::Options::default()).await;
-    for crash in 0..12 {
+    // After each crash OurAPI is left alone for so long.
+    let bench = bench.set("--request-timeout", "200ms");
+    for crash in 0..12_u8 {
+        let asked = sim.our_api.traffic.total();
         let daemon = bench.start();
-        more_told(&sim, 10 + crash).await;
+        more_told(&sim, 10 + usize::from(crash)).await;
+        // What is told must be delivered in the end.
+        sim.bigchat.set_quiet(true);
+        until("requests", async || {
+            sim.our_api.traffic.total() > asked + u64::from(crash)
+        })
+        .await;
         daemon.crash(&bench).await;
+        sim.bigchat.set_quiet(false);
     }
     sim.bigchat.set_quiet(true);
     let daemon = bench.start();

@@ -73,8 +73,8 @@ async fn catch_up(sim: &Sim, bench: &Bench) {
     let now = seconds(sim) + 1;
     let daemon = bench.start();
     let caught_up = format!(
-        "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM pages)
-            AND NOT EXISTS (SELECT 1 FROM events WHERE state = 'waiting') FROM source"
+        "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM inbox)
+            AND NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting') FROM poll_state"
     );
     until("it has caught up", async || {
         bench.is_ready() && bench.value(&caught_up)
@@ -114,6 +114,8 @@ async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
     let (sim, bench) = sim(keeps_its_events(24), our_api::Options::default()).await;
+    // After each crash OurAPI is left alone for so long.
+    let bench = bench.set("--request-timeout", "500ms");
     for _ in 0..3 {
         let daemon = bench.start();
         more_told(&sim, 60).await;

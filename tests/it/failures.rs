@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use bigchat_sync::failed::FailedError;
-use serde_json::{Value, json};
+use serde_json::json;
 use wiremock::MockServer;
 
 use crate::fakes::{
@@ -37,7 +37,7 @@ fn heads(asked: &[String]) -> Vec<&str> {
 /// One column of what is known of the attempts of the latest event of that name.
 fn attempt<T: rusqlite::types::FromSql>(bench: &Bench, column: &str, name: &str) -> T {
     bench.value(&format!(
-        "SELECT {column} FROM attempts JOIN events ON event = id WHERE name = '{name}' ORDER BY id DESC"
+        "SELECT {column} FROM attempts JOIN events ON event = id WHERE kind = '{name}' ORDER BY id DESC"
     ))
 }
 
@@ -45,7 +45,7 @@ fn attempt<T: rusqlite::types::FromSql>(bench: &Bench, column: &str, name: &str)
 fn failed_once(bench: &Bench, name: &str, case: &str, reason: &str, request: &str, response: &str) {
     let text = |column| attempt::<String>(bench, column, name);
     let number = |column| attempt::<i64>(bench, column, name);
-    assert_eq!((number("tries"), number("counted")), (1, 0), "{case}");
+    assert_eq!((number("attempts"), number("counted")), (1, 0), "{case}");
     assert!(
         text("reason").starts_with(reason),
         "{case}: {}",
@@ -69,7 +69,7 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
     let redirect = status(307).header("location", &elsewhere.uri());
     let nobody = status(400).body(r#"{"detail":"That agent does not exist."}"#);
     let (no_agent, lost) = ("OurAPI does not know the agent", "no whole answer: ");
-    let (looked_up, not) = (&[POST, LOOK, POST][..], &[POST, POST][..]);
+    let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
     side_by_side(
         [
             ("500", status(500), looked_up, NO_ANSWER, "500"),
@@ -90,7 +90,7 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
             (
                 "404",
                 status(404),
-                &[POST, FIND, LOOK, POST],
+                &[POST, FIND, FIND, LOOK, POST],
                 NO_ANSWER,
                 "404",
             ),
@@ -209,7 +209,7 @@ async fn what_was_in_flight_when_the_daemon_died_is_looked_up() {
         scene.bench.until_events("delivered", 3).await;
         daemon.stop().await;
         let left = if carried_out { 1 } else { 2 };
-        let expected = [vec![POST, LOOK], vec![POST; left]].concat();
+        let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
         assert_eq!(heads(&scene.our_api.asked()), expected);
         assert_eq!(scene.our_api.messages(), ["one", "two"]);
     }
@@ -219,7 +219,6 @@ async fn what_was_in_flight_when_the_daemon_died_is_looked_up() {
 async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of() {
     let [create, change] = ["POST /chats", "PATCH /chats/c1"];
     let part = line(change, json!({"ended_at": time(9)}));
-    let look = "GET /chats?external_id=42";
     for carried_out in [false, true] {
         let upset = || {
             if carried_out {
@@ -238,8 +237,8 @@ async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of()
         let daemon = scene.bench.start();
         scene.bench.until_events("delivered", 1).await;
         let asked = scene.our_api.asked();
-        let created = if carried_out { &[][..] } else { &[create] };
-        assert_eq!(heads(&asked), [&[FIND], created].concat());
+        let conflict = if carried_out { &[FIND, LOOK][..] } else { &[] };
+        assert_eq!(heads(&asked), [&[create], conflict].concat());
 
         scene.our_api.upset(change, upset());
         scene.bigchat.tells([end(42, 9)]);
@@ -249,13 +248,16 @@ async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of()
         scene.bench.until_events("delivered", 2).await;
         daemon.stop().await;
         let again = if carried_out { &[][..] } else { &[&*part] };
-        assert_eq!(scene.our_api.asked(), [&[&*part, look], again].concat());
+        assert_eq!(
+            scene.our_api.asked(),
+            [&[&*part, FIND, LOOK], again].concat()
+        );
         assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
     }
 }
 
 #[tokio::test]
-async fn a_chat_whose_creation_may_have_been_carried_out_is_looked_for_first() {
+async fn a_chat_whose_creation_may_have_been_carried_out_is_found() {
     let create = "POST /chats";
     side_by_side(
         [
@@ -275,8 +277,12 @@ async fn a_chat_whose_creation_may_have_been_carried_out_is_looked_for_first() {
         async |(case, upset, in_doubt)| {
             for carried_out in [false, true] {
                 let (upset, expected) = match (in_doubt, carried_out) {
-                    (true, false) => (upset.clone(), vec![create, FIND, create]),
-                    (true, true) => (upset.clone().carried_out(), vec![create, FIND]),
+                    (true, false) => (upset.clone(), vec![create, create]),
+                    // The conflict shows that it was carried out.
+                    (true, true) => (
+                        upset.clone().carried_out(),
+                        vec![create, create, FIND, LOOK],
+                    ),
                     (false, _) => (upset.clone(), vec![create, create]),
                 };
                 let scene = Scene::new().await.set("--request-timeout", "1s");
@@ -307,29 +313,27 @@ async fn a_conflict_without_a_chat_is_no_our_api() {
 }
 
 #[tokio::test]
-async fn a_change_whose_outcome_is_unknown_is_sent_again_whole() {
-    let whole = json!({"agent_id": "a1", "ended_at": time(9), "started_at": time(0)});
-    let part = json!({"ended_at": time(9)});
-    let change = |change: &Value| line("PATCH /chats/c1", change.clone());
-    let (part, whole) = (change(&part), change(&whole));
+async fn a_change_whose_outcome_is_unknown_is_read_back() {
+    let part = &*line("PATCH /chats/c1", json!({"ended_at": time(9)}));
+    let (again, carried_out) = (vec![part, FIND, part], vec![part, FIND]);
     side_by_side(
         [
-            ("500", status(500), vec![&*part, &whole]),
+            ("500", status(500), again.clone()),
             (
                 "500, carried out",
                 status(500).carried_out(),
-                vec![&part, &whole],
+                carried_out.clone(),
             ),
-            ("dropped", dropped(), vec![&part, &whole]),
-            ("late", late().carried_out(), vec![&part, &whole]),
-            ("404", status(404), vec![&part, FIND, &whole]),
+            ("dropped", dropped(), again),
+            ("late", late().carried_out(), carried_out.clone()),
+            ("404", status(404), vec![part, FIND, FIND, part]),
             (
                 "503, and when",
                 status(503).header("retry-after", "0").carried_out(),
-                vec![&part, &whole],
+                carried_out,
             ),
-            ("429", status(429), vec![&part, &part]),
-            ("403", status(403), vec![&part, &part]),
+            ("429", status(429), vec![part, part]),
+            ("403", status(403), vec![part, part]),
         ],
         async |(case, upset, expected)| {
             let scene = Scene::new().await.set("--request-timeout", "1s");
@@ -441,7 +445,7 @@ async fn of_two_equal_messages_each_is_written_once() {
         scene.bigchat.tells([hi.clone(), hi]);
         scene.bench.until_events("delivered", 3).await;
         let left = usize::from(first) + usize::from(!carried_out);
-        let expected = [vec![POST, LOOK], vec![POST; left]].concat();
+        let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
         assert_eq!(
             heads(&scene.our_api.asked()),
             expected,
@@ -472,11 +476,11 @@ async fn where_there_is_no_connection_nothing_needs_to_be_looked_up() {
     until("three tries", async || {
         scene
             .bench
-            .value::<i64>("SELECT coalesce(max(tries), 0) FROM attempts")
+            .value::<i64>("SELECT coalesce(max(attempts), 0) FROM attempts")
             >= 3
     })
     .await;
-    assert_eq!((number("counted"), number("in_doubt")), (0, 0));
+    assert_eq!((number("counted"), number("outcome_unknown")), (0, 0));
     let text = |column| attempt::<String>(&scene.bench, column, "MESSAGE");
     assert_eq!(text("reason"), TURNED_AWAY);
     assert!(
@@ -569,12 +573,12 @@ async fn an_outage_spends_no_attempts() {
             until("tries", async || {
                 scene
                     .bench
-                    .value::<i64>("SELECT coalesce(sum(tries), 0) FROM attempts")
+                    .value::<i64>("SELECT coalesce(sum(attempts), 0) FROM attempts")
                     >= 8
             })
             .await;
             let of_attempts = |what: &str| {
-                let sql = format!("SELECT {what} FROM attempts WHERE tries > 0");
+                let sql = format!("SELECT {what} FROM attempts WHERE attempts > 0");
                 scene.bench.value::<i64>(&sql)
             };
             assert_eq!(of_attempts("max(counted)"), 0, "{case}");
@@ -613,7 +617,7 @@ fn in_a_second(upset: Upset) -> Upset {
 async fn retry_after_is_obeyed() {
     let past = "Sun, 22 Nov 2020 22:00:00 GMT";
     let after = |code, after: &str| status(code).header("retry-after", after);
-    let (again, looked_up) = (&[POST, POST][..], &[POST, LOOK, POST][..]);
+    let (again, looked_up) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
     side_by_side(
         [
             ("429, seconds", after(429, "1"), again, true),
@@ -646,7 +650,7 @@ async fn retry_after_is_obeyed() {
             assert_eq!(
                 scene
                     .bench
-                    .value::<i64>("SELECT our_api_throttled > 1000 FROM delivery"),
+                    .value::<i64>("SELECT our_api_retry_after > 1000 FROM control"),
                 i64::from(waits || case == "429, past"),
                 "{case}"
             );
@@ -666,7 +670,7 @@ async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
     let left = |bench: &Bench| {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let now = i64::try_from(now.expect("after 1970").as_millis()).expect("soon");
-        bench.value::<i64>("SELECT our_api_throttled FROM delivery") - now
+        bench.value::<i64>("SELECT our_api_retry_after FROM control") - now
     };
     until("it is kept", async || left(&scene.bench) > 0).await;
     assert!(left(&scene.bench) <= 3_600_000);
@@ -683,7 +687,7 @@ async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
     assert!(left(&scene.bench) > 3_500_000);
 
     let soon = left(&scene.bench) - 500;
-    let throttled = "UPDATE delivery SET our_api_throttled = our_api_throttled";
+    let throttled = "UPDATE control SET our_api_retry_after = our_api_retry_after";
     scene.bench.execute(&format!("{throttled} - {soon}"));
     let daemon = scene.bench.start();
     scene.bench.until_events("delivered", 4).await;
@@ -734,7 +738,7 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
             assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
             assert_eq!(scene.our_api.messages(), ["Hello"], "{case}");
             failed_once(&scene.bench, "START", case, reason, pattern, response);
-            assert_eq!(attempt::<i64>(&scene.bench, "in_doubt", "START"), 0);
+            assert_eq!(attempt::<i64>(&scene.bench, "outcome_unknown", "START"), 0);
             daemon.stop().await;
         },
     )
@@ -743,12 +747,12 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
 
 #[tokio::test]
 async fn while_bigchat_asks_to_be_left_alone_no_attempts_are_spent() {
-    let for_an_hour = "min(due_at) > max(kept_at) + 3500000";
+    let for_an_hour = "min(due_at) > max(received_at) + 3500000";
     for (upset, waits) in [
         (status(429).header("retry-after", "3600"), for_an_hour),
         (status(503).header("retry-after", "3600"), for_an_hour),
-        (status(401).always(), "max(tries) >= 3"),
-        (status(403).always(), "max(tries) >= 3"),
+        (status(401).always(), "max(attempts) >= 3"),
+        (status(403).always(), "max(attempts) >= 3"),
     ] {
         let scene = Scene::new().await.set("--max-attempts", "1");
         let daemon = scene.bench.start();
@@ -829,7 +833,8 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
 
     answer(&["retry", refused]);
     until("it is refused again", async || {
-        attempt::<i64>(&scene.bench, "tries", "MESSAGE") == 2 && scene.bench.events("failed") == 2
+        attempt::<i64>(&scene.bench, "attempts", "MESSAGE") == 2
+            && scene.bench.events("failed") == 2
     })
     .await;
     scene.our_api.upset(POST, status(200).body("{}"));
@@ -837,7 +842,7 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
     scene.bench.until_events("delivered", 2).await;
     assert_eq!(scene.our_api.count(POST), 3);
     // What was decided stays known, and how each attempt went.
-    let decided = "SELECT group_concat(decision || ' by ' || decided_by || ' of ' || event || ': ' || reason, '; ') FROM decisions";
+    let decided = "SELECT group_concat(resolution || ' by ' || resolved_by || ' of ' || event || ': ' || reason, '; ') FROM resolutions";
     let retried = format!("retry by command of {refused}: {}", events[0].reason);
     assert_eq!(
         scene.bench.value::<String>(decided),
@@ -908,7 +913,7 @@ async fn a_look_up_that_finds_everything_shows_our_api_to_be_well() {
     scene.our_api.upset(POST, status(503).carried_out());
     scene.bigchat.tells([message(42, 5, "one")]);
     let up = || {
-        let up = "SELECT coalesce((SELECT up FROM apis WHERE name = 'our_api'), 1)";
+        let up = "SELECT coalesce((SELECT up FROM api_status WHERE name = 'our_api'), 1)";
         scene.bench.value::<i64>(up)
     };
     until("it is down", async || up() == 0).await;

@@ -1,6 +1,7 @@
 //! One harness for all: a daemon that is run and stopped as a signal would stop it, over a database of its own, and
 //! conditions that are waited for instead of time.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -152,7 +153,7 @@ impl Bench {
     /// Up to which BigChat was read, in Unix seconds.
     pub(crate) fn cursor(&self) -> Option<i64> {
         self.is_ready()
-            .then(|| self.value("SELECT cursor FROM source"))
+            .then(|| self.value("SELECT cursor FROM poll_state"))
             .flatten()
     }
 
@@ -182,7 +183,7 @@ impl Bench {
     /// How many events are in a state: waiting, delivered, failed or discarded.
     pub(crate) fn events(&self, state: &str) -> i64 {
         self.value(&format!(
-            "SELECT count(*) FROM events WHERE state = '{state}'"
+            "SELECT count(*) FROM event_states WHERE state = '{state}'"
         ))
     }
 
@@ -197,7 +198,7 @@ impl Bench {
     /// Whether the daemon has made the database.
     pub(crate) fn is_ready(&self) -> bool {
         self.db().exists()
-            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'delivery'") == 1
+            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'control'") == 1
     }
 
     /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
@@ -222,6 +223,26 @@ impl Bench {
         let mut store = Store::open_beside(&self.db()).expect("a database");
         store.failed(1000).expect("the failed events")
     }
+}
+
+/// SQL for a dead letter: an event whose delivery has failed so often. Its conversation is SQL, too.
+pub(crate) fn dead_letter(
+    id: impl Display,
+    conversation: impl Display,
+    kind: &str,
+    data: &str,
+    reason: &str,
+    attempts: u32,
+) -> String {
+    let data = data.replace('\'', "''");
+    format!(
+        "INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+         VALUES ({id}, {conversation}, '{kind}', 1795384800, '{data}', {id}, 1000);
+         INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
+         SELECT id, conversation, {attempts}, 0, '{reason}', '', '' FROM events WHERE id = {id};
+         INSERT INTO dead_letters (event, conversation, failed_at)
+         SELECT id, conversation, 2000 FROM events WHERE id = {id};"
+    )
 }
 
 /// A process that does not outlive its test: dropped, it is killed. A daemon left behind would go on asking ports that

@@ -1,4 +1,4 @@
-//! SIGKILL of the real binary, at random moments and at every point between journal, request and settlement: nothing of
+//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of
 //! a page that was kept is lost, nothing is doubled.
 
 use std::time::Duration;
@@ -35,11 +35,13 @@ async fn killed_at_random_moments() {
         ..Options::default()
     };
     let (sim, bench) = sim(options, our_api::Options::default()).await;
+    // After each kill OurAPI is left alone for so long.
+    let bench = bench.set("--request-timeout", "300ms");
     let mut random = StdRng::seed_from_u64(seed);
     for _ in 0..kills {
         let daemon = bench.spawn();
         // From before the first poll to well into the work.
-        tokio::time::sleep(Duration::from_millis(random.random_range(20..400))).await;
+        tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
         drop(daemon);
     }
     sim.bigchat.set_quiet(true);
@@ -49,10 +51,11 @@ async fn killed_at_random_moments() {
     assert!(!sim.our_api.stumbled(), "never two requests at once");
 }
 
-/// Killed while many conversations are claimed ahead, and settled together.
+/// Killed while many conversations wait, and are committed together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_in_the_midst_of_a_backlog() {
     let (sim, bench) = scripted(our_api::Options::default()).await;
+    let bench = bench.set("--request-timeout", "1s");
     let now = seconds(&sim);
     let told = (10..210).flat_map(|conversation| {
         sim.bigchat.open(conversation, now - 100, 1);
@@ -66,11 +69,9 @@ async fn killed_in_the_midst_of_a_backlog() {
         let daemon = bench.spawn();
         until("requests", async || sim.our_api.traffic.total() >= asked).await;
         drop(daemon);
-        interrupted = interrupted.max(
-            bench.value("SELECT count(*) FROM conversations WHERE claimed_through IS NOT NULL"),
-        );
+        interrupted += usize::from(bench.events("waiting") > 32);
     }
-    assert!(interrupted > 32, "many were claimed: {interrupted}");
+    assert!(interrupted > 3, "in the midst of it: {interrupted} times");
     let daemon = bench.start();
     agrees(&sim, &bench).await;
     daemon.stop().await;
@@ -83,7 +84,7 @@ async fn killed_in_the_midst_of_a_backlog() {
 async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
     for moment in MOMENTS {
         let (sim, bench) = scripted(our_api::Options::default()).await;
-        let bench = bench.set("--request-timeout", "60s");
+        let bench = bench.set("--request-timeout", TIMEOUT);
         let now = seconds(&sim);
         sim.bigchat.open(10, now - 100, 1);
         let told = vec![message(10, now - 5, "hello")];
@@ -111,6 +112,9 @@ enum Moment {
     /// It is answered, and nothing of that can be kept: another process holds the database.
     Answered,
 }
+
+/// Longer than it takes to kill a daemon; OurAPI is left alone for as long afterwards.
+const TIMEOUT: &str = "8s";
 
 const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
 
@@ -152,7 +156,9 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
     let (sim, bench) = sim(options, our_api::Options::default()).await;
     let now = seconds(&sim);
     let since = Timestamp::clamped(now - 60).to_string();
-    let bench = bench.set("--request-timeout", "60s").set("--since", &since);
+    let bench = bench
+        .set("--request-timeout", TIMEOUT)
+        .set("--since", &since);
     sim.bigchat.open(10, now - 100, 1);
     let first = vec![
         message(10, now - 5, "hello"),

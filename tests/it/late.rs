@@ -86,7 +86,8 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
         .push_page(vec![message(10, now - 5, "hello")], NextPage::None);
     let daemon = bench.start();
     until("it was given up", async || {
-        bench.is_ready() && bench.value::<i64>("SELECT count(*) FROM attempts WHERE tries = 1") == 1
+        bench.is_ready()
+            && bench.value::<i64>("SELECT count(*) FROM attempts WHERE attempts = 1") == 1
     })
     .await;
     daemon.stop().await;

@@ -6,7 +6,7 @@ use reqwest::Client;
 use serde_json::{Value, json};
 
 use crate::fakes::{Scene, message, raw, start, status, transfer};
-use crate::harness::{Daemon, side_by_side, until};
+use crate::harness::{Daemon, dead_letter, side_by_side, until};
 
 /// A daemon, and a client of its console.
 struct Console {
@@ -61,12 +61,16 @@ impl Console {
 
 /// SQL for a failed message in conversation 100, by its text.
 pub(crate) fn failed_message(id: i64, text: &str, reason: &str) -> String {
-    let data = json!({ "message": text }).to_string().replace('\'', "''");
-    format!(
-        "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         VALUES ({id}, 100, 'MESSAGE', 1795384800, '{data}', {id}, 'failed', 1000, 2000);
-         INSERT INTO attempts (event, tries, reason) VALUES ({id}, 1, '{reason}');"
-    )
+    let data = json!({ "message": text }).to_string();
+    dead_letter(id, 100, "MESSAGE", &data, reason, 1)
+}
+
+/// SQL for a message of a known conversation that has failed after all its attempts.
+pub(crate) fn spent(id: i64, conversation: i64) -> String {
+    let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
+    let data = r#"{"message":"x"}"#;
+    let reason = "OurAPI gave no usable answer";
+    dead_letter(id, conversation, "MESSAGE", data, reason, 10)
 }
 
 pub(crate) const CONVERSATION: &str =
@@ -232,11 +236,7 @@ async fn it_is_known_whether_a_retry_can_succeed() {
     let Console { scene, daemon, .. } = console;
     daemon.stop().await;
     // What failed after all its attempts may succeed once whatever it was is over.
-    scene.bench.execute(
-        "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         SELECT 90, id, 'MESSAGE', 1, '{\"message\":\"x\"}', 1, 'failed', 1, 2 FROM conversations WHERE bigchat_id = 42;
-         INSERT INTO attempts (event, tries, reason) VALUES (90, 10, 'OurAPI gave no usable answer');",
-    );
+    scene.bench.execute(&spent(90, 42));
     let console = Console::new(scene);
     assert_eq!(console.conversation(42).await["permanent"], false);
     let failed = console.get("/api/failed", &[]).await;

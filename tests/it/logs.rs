@@ -113,7 +113,7 @@ async fn every_line_is_json_with_the_names_that_the_readme_gives() {
         "conversation",
         "event",
         "kind",
-        "tries",
+        "attempts",
         "reason",
         "request",
         "response",
@@ -192,8 +192,8 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
         messages.retain(|message, _| !message.contains("is running") && message != "catching up");
         messages
     };
-    let down = "OurAPI is down; everything waits, and one request at a time tells when it is back";
-    let first = "not delivered yet; it is tried again";
+    let down = "OurAPI is down; pausing deliveries and probing with one request at a time";
+    let first = "delivery failed; it will be retried";
     let expected = [(first, 1), (down, 1)].map(|(message, count)| (message.to_owned(), count));
     assert_eq!(of_the_outage(&log), expected.into(), "{log}");
     let line = lines(&log).into_iter().find(|line| line["message"] == down);
@@ -245,7 +245,7 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
     assert!(daemon.stop().await.success());
     let log = std::fs::read_to_string(log).expect("a log");
     let (lines, messages) = (lines(&log), messages(&log));
-    let for_good = "failed for good; decide with `bigchat-sync failed`";
+    let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
     assert_eq!(messages[for_good], IN_FULL, "{log}");
     assert!(
         messages.values().all(|count| *count <= IN_FULL),
@@ -273,7 +273,7 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
         "event",
         "kind",
         "chat",
-        "tries",
+        "attempts",
         "reason",
         "request",
         "response",

@@ -132,7 +132,7 @@ async fn a_loss_that_was_none_doubles_nothing() {
     agrees(&sim, &bench).await;
     daemon.stop().await;
     assert_eq!(
-        bench.value::<i64>("SELECT losses FROM delivery"),
+        bench.value::<i64>("SELECT losses FROM control"),
         1,
         "it was believed"
     );

@@ -111,7 +111,7 @@ async fn requests_and_events_are_those_there_were() {
     let text = measured.text().await;
     for (kind, told) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
         let told: i64 = bench.value(&format!(
-            "SELECT count(*) FROM events WHERE name = '{kind}'"
+            "SELECT count(*) FROM events WHERE kind = '{kind}'"
         ));
         (kind, told as f64)
     }) {
@@ -150,7 +150,7 @@ async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
     measured.until_signs("all is well", all_well).await;
 
     // Polls come back empty: nothing is wrong that could be seen but that BigChat has nothing new to tell.
-    bench.execute(&format!("UPDATE source SET newest_event = {old}"));
+    bench.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
     measured
         .until_signs("stale data", (true, false, true))
         .await;

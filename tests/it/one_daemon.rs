@@ -1,6 +1,5 @@
 //! One daemon for each database, whatever name it is opened by; and SQLite's own locks are left alone.
 
-use std::fs::File;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -128,29 +127,6 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
             .output()
             .expect("a process");
         assert!(!said(&by_link).contains("another"), "{}", said(&by_link));
-    }
-}
-
-/// Version 0.1 locked `NAME.lock`; a daemon started before an upgrade still does.
-#[test]
-fn daemon_of_version_0_1_is_noticed() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let path = directory.path();
-    program(path, "once", "journal.db")
-        .output()
-        .expect("a process");
-    let lock = File::create(path.join("journal.db.lock")).expect("a file");
-    symlink("journal.db", path.join("link.db")).expect("a link");
-    for (locked, refused) in [(true, true), (false, false)] {
-        match locked {
-            true => lock.try_lock().expect("it is free"),
-            false => lock.unlock().expect("it is locked"),
-        }
-        for name in ["journal.db", "./journal.db", "link.db"] {
-            let once = program(path, "once", name).output().expect("a process");
-            let is_refused = said(&once).contains("another bigchat-sync works on");
-            assert_eq!(is_refused, refused, "{name}: {}", said(&once));
-        }
     }
 }
 

@@ -25,7 +25,9 @@ fn texts(scene: &Scene) -> Vec<String> {
 }
 
 fn count(bench: &Bench, condition: &str) -> i64 {
-    bench.value(&format!("SELECT count(*) FROM events WHERE {condition}"))
+    bench.value(&format!(
+        "SELECT count(*) FROM event_states WHERE {condition}"
+    ))
 }
 
 #[tokio::test]
@@ -477,8 +479,8 @@ async fn an_end_or_transfer_repeated_on_the_next_page_is_one_and_needs_no_questi
     scene.bigchat.tells(repeated);
     scene.bench.once().await;
     assert_eq!(scene.bigchat.queries(), [&first_window(), "page=2"]);
-    assert_eq!(count(&scene.bench, "name = 'END'"), 1);
-    assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 1);
+    assert_eq!(count(&scene.bench, "kind = 'END'"), 1);
+    assert_eq!(count(&scene.bench, "kind = 'TRANSFER'"), 1);
     assert_eq!(count(&scene.bench, "state = 'delivered'"), 2);
 }
 
@@ -497,7 +499,7 @@ async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
         scene.bigchat.tells(again);
         scene.bench.once().await;
         assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
-        assert_eq!(count(&scene.bench, "name = 'TRANSFER'"), 2);
+        assert_eq!(count(&scene.bench, "kind = 'TRANSFER'"), 2);
     }
 }
 
@@ -676,7 +678,7 @@ async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
         scene.bigchat.tells([message(42, 1, "one")]);
         scene.bench.once().await;
         assert_eq!(scene.bigchat.count("GET /events"), 1, "{code} {after}");
-        let throttled = "SELECT bigchat_throttled FROM delivery";
+        let throttled = "SELECT bigchat_retry_after FROM control";
         let until: i64 = scene.bench.value(throttled);
         scene.bench.once().await;
         let asked = if waits { 1 } else { 2 };
@@ -687,7 +689,7 @@ async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
             assert!((3_500_000..=3_600_000).contains(&left), "{left}");
             scene
                 .bench
-                .execute("UPDATE delivery SET bigchat_throttled = 1");
+                .execute("UPDATE control SET bigchat_retry_after = 1");
             scene.bench.once().await;
         }
         assert_eq!(scene.our_api.messages(), ["one"], "{code} {after}");
@@ -790,7 +792,9 @@ async fn pages_asked_for_again_cost_bounded_memory() {
     until("the poll is over", async || {
         scene.bench.is_ready()
             && scene.bench.events("delivered") > 0
-            && scene.bench.value("SELECT window_start IS NULL FROM source")
+            && scene
+                .bench
+                .value("SELECT window_start IS NULL FROM poll_state")
     })
     .await;
     let peak = daemon.mebibytes("VmHWM");

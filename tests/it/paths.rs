@@ -69,7 +69,7 @@ fn any_file_name_works_again_and_again() {
                 assert_eq!(files(path), [name], "{said}");
                 let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
                 let counted: i64 = connection
-                    .query_row("SELECT session FROM delivery", [], |row| row.get(0))
+                    .query_row("SELECT session FROM control", [], |row| row.get(0))
                     .expect("a count");
                 assert_eq!(counted, sessions, "{name:?} is one database");
             }

@@ -71,7 +71,7 @@ async fn what_waits_for_bigchat_is_not_tried_without_pause() {
     let told = vec![message(10, now - 5, "hello"), transfer(10, now - 4, 7)];
     sim.bigchat.push_page(told, NextPage::None);
     let daemon = bench.start();
-    let tries = "SELECT coalesce(max(tries), 0) FROM attempts";
+    let tries = "SELECT coalesce(max(attempts), 0) FROM attempts";
     until("it is tried", async || {
         bench.cursor().is_some() && bench.value::<i64>(tries) > 0
     })

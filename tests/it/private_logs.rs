@@ -39,10 +39,10 @@ impl Case {
     /// What the log says then.
     fn line(self) -> &'static str {
         match self {
-            Self::MessageRefused => "failed for good",
-            Self::MessageFailsAgain => "not delivered yet",
+            Self::MessageRefused => "OurAPI permanently rejects an event",
+            Self::MessageFailsAgain => "delivery failed",
             Self::OurApiDown | Self::OurApiDenies => "OurAPI is down",
-            Self::AgentRefused => "OurAPI refuses the agent",
+            Self::AgentRefused => "OurAPI permanently rejects an agent",
             Self::BigChatUnusable => "BigChat is down",
         }
     }

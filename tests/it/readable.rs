@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use crate::browser::{Browser, DESK, PHONE};
 use crate::fakes::{Scene, raw, start, status};
-use crate::harness::Daemon;
-use crate::legible::{CONVERSATION, failed_message};
+use crate::harness::{Daemon, dead_letter};
+use crate::legible::{CONVERSATION, failed_message, spent};
 
 struct Desk {
     scene: Scene,
@@ -182,8 +182,8 @@ async fn characters_without_a_glyph_are_marked() {
         "{CONVERSATION}{events}
          INSERT INTO advisors VALUES (1, 7, 'Ann\u{202e}' || char(27) || 'nnA', 'a\u{2067}@x.test');
          UPDATE conversations SET first_advisor = 7, details = 'read', chat_agent = 'x', chat_id = 'y' WHERE id = 100;
-         INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         VALUES (50, NULL, 'UNREADABLE', 0, '{{\"message\":\"\\ud800\\u0000\u{202e}\"}}', 50, 'failed', 1, 2);"
+         {}",
+        dead_letter(50, "NULL", "UNREADABLE", "{\"message\":\"\\ud800\\u0000\u{202e}\"}", "", 0)
     ))
     .await;
     let expected: Vec<&str> = shown.iter().map(|(_, shown)| *shown).collect();
@@ -269,12 +269,11 @@ async fn ids_of_64_bits_are_shown_exactly() {
         sql += &format!(
             "INSERT INTO conversations (id, epoch, bigchat_id, first_advisor, transfer_advisor, transfer_at, details, external_id)
              VALUES ({key}, 1, {id}, {id}, {id}, 5, 'read', 'x');
-             INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-             VALUES ({key}, {key}, 'TRANSFER', 5, '{{\"new_advisor_id\":{id},\"old_advisor_id\":1.0}}', 1, 'failed', 1, 2);
-             INSERT INTO attempts (event, tries, reason) VALUES ({key}, 1, 'why');
-             INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+             INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
              VALUES (1, 'command', 'retry', {key}, {id}, 'TRANSFER', 'why');"
         );
+        let data = format!(r#"{{"new_advisor_id":{id},"old_advisor_id":1.0}}"#);
+        sql += &dead_letter(key, key, "TRANSFER", &data, "why", 1);
     }
     let desk = Desk::over(&sql).await;
     for (index, id) in ids.iter().enumerate() {
@@ -326,7 +325,7 @@ async fn ids_of_64_bits_are_shown_exactly() {
     let discarded: i64 = desk
         .scene
         .bench
-        .value("SELECT id FROM events WHERE state = 'discarded'");
+        .value("SELECT id FROM event_states WHERE state = 'discarded'");
     assert_eq!(discarded, second);
     desk.done().await;
 }
@@ -400,11 +399,11 @@ async fn a_phone_shows_who_resolved_what() {
     let mut sql = String::new();
     for (by, who) in [("command", "the command line"), ("console", "the console")] {
         sql += &format!(
-            "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+            "INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
              VALUES (1, '{by}', 'retry', 3, 42, 'MESSAGE', '{who}?');"
         );
     }
-    sql += "INSERT INTO decisions (decided_at, decided_by, decision, event, conversation, kind, reason)
+    sql += "INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
         VALUES (1, 'console', 'discard', 4, NULL, 'UNREADABLE', 'why');";
     let desk = Desk::over(&sql).await;
     for theme in ["light", "dark"] {
@@ -466,11 +465,7 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
     } = desk;
     browser.close().await;
     daemon.stop().await;
-    scene.bench.execute(
-        "INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         SELECT 90, id, 'MESSAGE', 1, '{\"message\":\"x\"}', 1, 'failed', 1, 2 FROM conversations WHERE bigchat_id = 43;
-         INSERT INTO attempts (event, tries, reason) VALUES (90, 10, 'OurAPI gave no usable answer');",
-    );
+    scene.bench.execute(&spent(90, 43));
     let desk = Desk::new(scene).await;
     let (rejected, unreadable, spent): (i64, i64, i64) = (
         desk.scene
@@ -478,7 +473,7 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
             .value("SELECT id FROM events WHERE data LIKE '%No%'"),
         desk.scene
             .bench
-            .value("SELECT id FROM events WHERE name = 'UNREADABLE'"),
+            .value("SELECT id FROM events WHERE kind = 'UNREADABLE'"),
         90,
     );
     for (event, highlighted) in [

@@ -7,7 +7,7 @@ use bigchat_sync::settings::Tokens;
 use bigchat_sync::user;
 use serde_json::{Value, json};
 
-use crate::harness::Bench;
+use crate::harness::{Bench, dead_letter};
 
 const TOKEN: &str = "0123456789abcdef-console";
 
@@ -16,14 +16,15 @@ async fn four_failed() -> Bench {
     let nowhere = "http://127.0.0.1:9";
     let bench = Bench::new(nowhere, nowhere);
     bench.once().await;
-    bench.execute(
-        "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);
-         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 4)
-         INSERT INTO events (id, conversation, name, event_at, data, digest, state, kept_at, settled_at)
-         SELECT i, 100, 'MESSAGE', i, json_object('message', 'No ' || i), i, 'failed', 1000, 2000 FROM n;
-         INSERT INTO attempts (event, tries, reason)
-         SELECT id, 1, iif(id > 2, 'late', 'early') FROM events;",
-    );
+    let failed = (1..=4).map(|id| {
+        let data = json!({"message": format!("No {id}")}).to_string();
+        let reason = if id > 2 { "late" } else { "early" };
+        dead_letter(id, 100, "MESSAGE", &data, reason, 1)
+    });
+    let failed: String = failed.collect();
+    bench.execute(&format!(
+        "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);{failed}"
+    ));
     bench
 }
 
@@ -126,14 +127,14 @@ async fn the_command_records_its_user() {
         retry.envs(variable);
         done(&retry.output().expect("a process"));
         bench.execute(&format!(
-            "UPDATE events SET state = 'failed', settled_at = 3000 WHERE id = {id}"
+            "INSERT INTO dead_letters (event, conversation, failed_at) VALUES ({id}, 100, 3000)"
         ));
         let shown = done(&failed(&bench, &["show", id]).output().expect("a process"));
         let by = format!("retry by {expected}, command line\n");
         assert!(shown.contains(&by), "{by}: {shown}");
     }
     // From before the user was recorded.
-    bench.execute("UPDATE decisions SET user = NULL WHERE event = 1");
+    bench.execute("UPDATE resolutions SET user = NULL WHERE event = 1");
     let shown = done(&failed(&bench, &["show", "1"]).output().expect("a process"));
     assert!(shown.contains("retry by command\n"), "{shown}");
 }

@@ -42,7 +42,7 @@ fn readme_recommends_no_daemons_side_by_side() {
             "How it scales",
             "do not run several daemons side by side on it",
         ),
-        ("How it scales", "`check`, `once` and `rebuild`"),
+        ("How it scales", "`check`, `once` and `verify`"),
     ] {
         assert!(section(title).contains(part), "{title}: {part}");
     }

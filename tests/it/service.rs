@@ -195,7 +195,7 @@ fn systemd_accepts_the_unit_and_finds_it_well_confined() {
 fn completions_are_there_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = printed(&["completions", shell]);
-        for known in ["rebuild", "discard", "our-api-url", "dry-run"] {
+        for known in ["verify", "discard", "our-api-url", "repair"] {
             assert!(script.contains(known), "{shell} does not know {known}");
         }
         // Those of these shells that are there must be able to read it.
@@ -237,7 +237,7 @@ fn the_manual_page_tells_of_every_command_and_setting() {
         "status",
         "failed retry",
         "failed discard",
-        "rebuild",
+        "verify",
         "unit",
         "man",
     ] {

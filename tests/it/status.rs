@@ -62,7 +62,7 @@ async fn until_troubles(bench: &Bench, expected: &[&str]) -> Value {
 
 async fn until_found_up(bench: &Bench) {
     until("what the daemon found is kept", async || {
-        bench.value::<i64>("SELECT count(*) FROM apis WHERE up = 1") == 2
+        bench.value::<i64>("SELECT count(*) FROM api_status WHERE up = 1") == 2
     })
     .await;
 }

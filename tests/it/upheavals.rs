@@ -198,7 +198,7 @@ async fn a_proxy_that_answers_404_to_everything_is_no_loss() {
     sim.bigchat.set_quiet(true);
     agrees(&sim, &bench).await;
     daemon.stop().await;
-    assert_eq!(bench.value::<i64>("SELECT losses FROM delivery"), 0);
+    assert_eq!(bench.value::<i64>("SELECT losses FROM control"), 0);
 }
 
 #[tokio::test]
@@ -335,7 +335,7 @@ async fn a_404_of_what_is_not_bigchat_is_not_believed() {
     faults.clear();
     faults.outage(Some(Fault::Status(404)));
     let daemon = bench.start();
-    let tries = "SELECT max(tries) FROM attempts";
+    let tries = "SELECT max(attempts) FROM attempts";
     until("it is tried", async || bench.value::<i64>(tries) > 3).await;
     faults.outage(None);
     agrees(&sim, &bench).await;

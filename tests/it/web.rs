@@ -445,7 +445,7 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
         }
         let daemon = Process::start_as(&bench, daemon);
         until(says, async || daemon.lines_with(says) == 1).await;
-        assert_eq!(daemon.stop().await.code(), Some(2));
+        assert_eq!(daemon.ended().await.code(), Some(2));
     }
     let mut daemon = bench.program("run");
     daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", TOKEN);
@@ -468,12 +468,10 @@ async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
     daemon.stop().await;
 
     sim.our_api.faults.outage(Some(Fault::Drop));
-    let mut rebuild = bench.program("rebuild");
-    rebuild.args(["--all", "--dry-run"]);
-    let rebuild = Process::start_as(&bench, rebuild);
-    let down = "SELECT count(*) FROM apis WHERE name = 'our_api' AND up = 0";
+    let verify = Process::start_as(&bench, bench.program("verify"));
+    let down = "SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 0";
     until("it is down", async || bench.value::<i64>(down) == 1).await;
-    rebuild.stop().await;
+    verify.stop().await;
     sim.our_api.faults.outage(None);
 
     let (daemon, url) = bench.start_listening(Tokens::default());

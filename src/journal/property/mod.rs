@@ -1,120 +1,202 @@
-//! Any sequence of operations against a plain model of the journal: what state each event is in, what is claimed and
-//! when the rest is due.
+//! Any sequence of operations on the journal, compared after each with a [plain model](plain) of it: the state of every
+//! event, what is claimed, and when the rest is due.
+//!
+//! Reports are built as `delivery` builds them, from a script that says what becomes of each event, so that more is tried
+//! than OurAPI would do. They wait for their commit, as in the committer's channel, while anything else happens.
 
 mod plain;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use rusqlite::Connection;
+use uuid::Uuid;
 
-use super::{Claim, Claimable, Decision, PageToKeep, Progress, Selection, Store, Who};
-use crate::conversation::{Failure, Outcome, Sent, Settlement, Waiting, Work};
+use super::{ClaimRequest, Decision, PageToKeep, Progress, Scope, Selection, Store, Who};
 use crate::dedupe::{Key, Tally};
-use crate::messages::{self, MessageKey};
+use crate::domain::account::{self, Accounting, MessageKey};
+use crate::domain::conversation::{Attempts, Pending};
+use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
+use crate::domain::progress::{
+    ChatState, Due, Effect, EventOutcome, Failure, Finding, Lost, Observation, Outcome, Report,
+    Work, advance,
+};
 use crate::time::{Millis, Timestamp};
-use plain::{Event, Plain, State};
+use plain::{Plain, State, ToVerify};
 
-/// How long an interrupted conversation is left alone.
-const PAUSE: Duration = Duration::from_millis(500);
+/// How long what is unknown is left alone, in milliseconds.
+const PAUSE: i64 = 500;
 
-/// How long what is done with is kept.
-const RETENTION: i64 = 2_000;
+const RETENTION: Duration = Duration::from_secs(100);
+const OVERLAP: Duration = Duration::from_secs(30);
 
-/// How many conversations there are, and texts.
-const CONVERSATIONS: usize = 3;
-const TEXTS: u8 = 2;
+const CONVERSATIONS: i64 = 3;
+
+/// When it all begins, in Unix seconds.
+const START: i64 = 1_000_000;
+
+/// An event that BigChat may report.
+struct Reported {
+    name: &'static str,
+    at: i64,
+    data: serde_json::Value,
+}
+
+impl Reported {
+    fn text(&self) -> Option<&str> {
+        self.data["message"].as_str()
+    }
+
+    fn key(&self) -> Option<MessageKey> {
+        let text = self.text()?;
+        Some(account::key(Timestamp::clamped(self.at), text))
+    }
+}
+
+/// All events that BigChat may report of a conversation. The last message fills a claim by itself.
+static EVENTS: LazyLock<Vec<Reported>> = LazyLock::new(|| {
+    let message = |text: &str| serde_json::json!({ "message": text });
+    [
+        ("MESSAGE", 1, message("a")),
+        ("MESSAGE", 40, message("b")),
+        ("START", 0, serde_json::Value::Null),
+        ("END", 90, serde_json::Value::Null),
+        ("TRANSFER", 50, serde_json::json!({ "new_advisor_id": 7 })),
+        ("MESSAGE", 2, message(&"x".repeat(256 << 10))),
+    ]
+    .into_iter()
+    .map(|(name, after, data)| Reported {
+        name,
+        at: START + after,
+        data,
+    })
+    .collect()
+});
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// A page tells that many equal messages of a conversation.
-    Tell {
-        conversation: usize,
-        text: u8,
-        count: usize,
-    },
-    /// Claims, without settling anything.
+    /// A page comes with events of conversations.
+    Ingest(Vec<(i64, usize)>),
+    /// Up to so many conversations are claimed.
     Claim(usize),
-    /// One of those in work is done: so many of its events are delivered, and the next one came to this.
-    Settle {
-        work: prop::sample::Index,
-        delivered: prop::sample::Index,
-        then: Then,
-        claim: usize,
-    },
-    /// One of those in work goes back.
+    Probe,
+    /// A worker is done with one of those that are claimed. Its report is not committed yet.
+    Report(prop::sample::Index, Script),
+    /// The worker of one of those that are claimed has panicked, which is an attempt at its first event.
+    Lose(prop::sample::Index, Fate),
+    /// One of those that are claimed is given back without having been worked on.
     Release(prop::sample::Index),
-    /// The handler of one of those in work has panicked.
-    Abandon(prop::sample::Index),
-    /// The daemon dies and starts again.
-    Restart,
-    /// What OurAPI holds of one of those in work is compared: so many of each text. In doubt are those that waited at
-    /// the start, if so.
-    LookUp {
-        work: prop::sample::Index,
-        held: [u8; 2],
-        from_start: bool,
-    },
-    /// An event of one in work is compared with what was found beyond.
-    TakeFound(prop::sample::Index),
-    /// The chat of one of those in work is gone, and another stands in its place, if so.
-    Lose(prop::sample::Index, bool),
-    /// Somebody decides about failed events.
+    /// The next reports are committed, so many at once.
+    Commit(usize),
+    /// All reports are to be committed, and the database refuses.
+    Refuse,
+    /// All that is due is worked on, and committed. Other things happen between claim and commit.
+    Deliver(Script, Vec<Step>),
+    /// The operator resolves one dead letter, or all.
     Retry(Option<prop::sample::Index>),
     Discard(Option<prop::sample::Index>),
+    /// OurAPI is found to have lost something.
+    Loss,
+    /// `verify` is requested.
+    Verify {
+        repair: bool,
+    },
+    /// The daemon dies and starts again.
+    Restart,
     Later(i64),
     SetBack(i64),
-    Prune,
+    /// Old events are dropped after a while.
+    Prune {
+        after: i64,
+        at_most: u32,
+    },
 }
 
-/// What an event that was not delivered came to.
+/// What becomes of the events of a claim.
+#[derive(Debug, Clone)]
+struct Script {
+    fates: Vec<Fate>,
+    found: Found,
+    /// Which of the delivered messages are missing.
+    missing: Vec<bool>,
+    /// What OurAPI holds beyond, of each event that is a message.
+    credits: [u32; 2],
+}
+
+/// What an attempt at an event comes to.
 #[derive(Debug, Clone, Copy)]
-enum Then {
+enum Fate {
+    Delivered,
+    /// It is permanently rejected, and the next is tried.
+    Rejected,
+    /// It fails, and nothing else is tried.
+    Retried {
+        pause: i64,
+        outcome_unknown: bool,
+    },
+    /// The same, and once too often.
+    GivenUp {
+        outcome_unknown: bool,
+    },
+    /// The database interrupts it.
+    Interrupted,
+    /// The daemon is to stop.
     NotTried,
-    Waits { pause: i64, in_doubt: bool },
-    Fails,
 }
 
-/// The journal and the plain one, side by side, and what is in work.
+/// What the chat is found to be.
+#[derive(Debug, Clone, Copy)]
+enum Found {
+    AsRemembered,
+    Read,
+    /// It is read, but for its messages: none may be delivered.
+    ReadWithoutMessages,
+    /// It is read, but its messages cannot be: those that may be delivered are dead letters.
+    UnreadableMessages,
+    /// It cannot be read.
+    Failed {
+        pause: i64,
+    },
+    Gone {
+        rebuild: bool,
+    },
+}
+
+/// The journal and the plain one, side by side, and what is in memory.
 struct Pair {
     store: Store,
     plain: Plain,
     work: Vec<Work>,
+    reports: Vec<std::result::Result<Report, Lost>>,
     session: i64,
-    up_to: i64,
-}
-
-fn index(conversation: i64) -> usize {
-    usize::try_from(conversation).expect("an id")
-}
-
-fn key_of(text: u8) -> MessageKey {
-    messages::key(Timestamp::clamped(1_000), &format!("text {text}"))
+    replay_until: i64,
+    writes: i64,
 }
 
 impl Pair {
     fn new() -> Self {
         let connection = Connection::open_in_memory().expect("a database in memory");
         let mut store = Store::in_memory(connection, true).expect("a journal");
-        for id in 1..=CONVERSATIONS as i64 {
-            store
-                .note_details(1, id, Timestamp::clamped(1), 1)
-                .expect("a conversation");
-        }
         let mut plain = Plain {
-            now: 1_000_000,
+            now: START * 1000,
             ..Plain::default()
         };
         for id in 1..=CONVERSATIONS {
+            store
+                .record_details(Epoch(1), id, Timestamp::clamped(START), AdvisorId(1))
+                .expect("a conversation");
             plain.conversation(id);
         }
         let mut pair = Self {
             store,
             plain,
             work: Vec::new(),
+            reports: Vec::new(),
             session: 0,
-            up_to: 0,
+            replay_until: 0,
+            writes: 0,
         };
         pair.restart();
         pair
@@ -125,368 +207,719 @@ impl Pair {
     }
 
     fn step(&mut self, step: Step) {
-        let now = self.now();
         match step {
-            Step::Tell {
-                conversation,
-                text,
-                count,
-            } => self.tell(conversation, text, count),
-            Step::Claim(at_most) => self.settle_and_claim(&[], at_most),
-            Step::Settle {
-                work,
-                delivered,
-                then,
-                claim,
-            } => {
-                if let Some(work) = self.take(work) {
-                    self.settle(work, delivered, then, claim);
+            Step::Ingest(page) => self.ingest(&page),
+            Step::Claim(at_most) => self.claim(at_most, false),
+            Step::Probe => self.claim(1, true),
+            Step::Report(which, script) => {
+                if let Some(work) = self.take_work(which) {
+                    let report = self.report(work, &script);
+                    self.reports.push(Ok(report));
                 }
             }
-            Step::Release(work) => {
-                if let Some(work) = self.take(work) {
-                    let id = work.conversation.id;
-                    self.store.release(&[id], now).expect("it goes back");
-                    self.plain.conversation(index(id)).claimed = None;
-                    self.plain.reschedule(index(id), None);
+            Step::Lose(which, fate) => {
+                if let Some(work) = self.take_work(which) {
+                    let first = work.events.first();
+                    let outcome =
+                        first.map(|event| EventOutcome::of(event, self.outcome(event, fate)));
+                    self.reports.push(Err(Lost {
+                        conversation: work.conversation.id,
+                        outcome,
+                        due_at: Millis(self.plain.now + PAUSE),
+                    }));
                 }
             }
-            Step::Abandon(work) => {
-                if let Some(work) = self.take(work) {
-                    let id = work.conversation.id;
-                    self.store.abandon(id, PAUSE, now).expect("it is given up");
-                    self.plain.abandon(index(id));
+            Step::Release(which) => {
+                if let Some(work) = self.take_work(which) {
+                    self.plain.conversation(work.conversation.id.0).claimed = None;
                 }
             }
-            Step::Restart => self.restart(),
-            Step::LookUp {
-                work,
-                held,
-                from_start,
-            } => {
-                if let Some(work) = self.pick(work) {
-                    let id = work.conversation.id;
-                    let up_to = if from_start { self.up_to } else { 0 };
-                    let keys = (0..TEXTS)
-                        .flat_map(|text| (0..held[usize::from(text)]).map(move |_| key_of(text)));
-                    let there =
-                        self.store
-                            .note_look_up(id, keys.collect(), up_to, self.session, now);
-                    let mut there: Vec<i64> = there.expect("a look-up").into_iter().collect();
-                    there.sort_unstable();
-                    let expected = self.plain.look_up(index(id), held, up_to);
-                    assert_eq!(there, expected, "what stands there");
+            Step::Commit(at_most) => self.commit(at_most),
+            Step::Refuse => self.refuse(),
+            Step::Deliver(script, meanwhile) => {
+                self.claim(3, false);
+                for work in std::mem::take(&mut self.work) {
+                    let report = self.report(work, &script);
+                    self.reports.push(Ok(report));
                 }
-            }
-            Step::TakeFound(work) => self.take_found(work),
-            Step::Lose(work, in_doubt) => {
-                if let Some(work) = self.pick(work) {
-                    let id = work.conversation.id;
-                    self.store
-                        .chat_replaced(id, true, in_doubt)
-                        .expect("it is noted");
-                    self.plain.lose(index(id), in_doubt);
-                }
+                meanwhile.into_iter().for_each(|step| self.step(step));
+                self.commit(usize::MAX);
             }
             Step::Retry(which) => {
-                let ids = self.failed(which);
-                self.store
-                    .decide_failed(
-                        &Selection::Ids(ids.iter().copied().collect()),
-                        Decision::Retry,
-                        &Who::Command("ann".into()),
-                        0,
-                        now,
-                    )
-                    .expect("a decision");
-                for id in ids {
-                    let event = self.plain.events.get_mut(&id).expect("an event");
-                    (event.state, event.settled_at, event.next_at) = (State::Waiting, None, None);
-                    event.attempts.counted = 0;
-                    let conversation = event.conversation;
-                    self.plain.wake(conversation);
-                    if self.plain.conversation(conversation).claimed.is_none() {
-                        self.plain.reschedule(conversation, None);
-                    }
-                }
+                let ids = self.resolve(which, Decision::Retry);
+                ids.into_iter().for_each(|id| self.plain.retry(id));
             }
             Step::Discard(which) => {
-                let ids = self.failed(which);
-                self.store
-                    .decide_failed(
-                        &Selection::Ids(ids.iter().copied().collect()),
-                        Decision::Discard,
-                        &Who::Console("ann".into()),
-                        0,
-                        now,
-                    )
-                    .expect("a decision");
-                for id in ids {
-                    let event = self.plain.events.get_mut(&id).expect("an event");
-                    (event.state, event.settled_at) = (State::Discarded, Some(now.0));
-                }
+                let ids = self.resolve(which, Decision::Discard);
+                ids.into_iter().for_each(|id| self.plain.discard(id));
             }
+            Step::Loss => {
+                self.plain.losses += 1;
+                let losses = self.store.record_loss().expect("a loss");
+                assert_eq!(losses, self.plain.losses, "losses");
+            }
+            Step::Verify { repair } => self.verify(repair),
+            Step::Restart => self.restart(),
             Step::Later(by) => self.plain.now += by,
             Step::SetBack(by) => {
                 self.plain.now -= by;
-                self.store
-                    .clock_set_back(Duration::ZERO, self.now())
-                    .expect("the clock is set back");
-                self.plain.nothing_later_than(self.plain.now);
+                self.plain.set_back(PAUSE);
+                let request = ClaimRequest {
+                    verifications_only: true,
+                    clock_set_back: Some(Duration::from_millis(PAUSE.unsigned_abs())),
+                    ..self.request(0, false)
+                };
+                let claimed = self.store.claim(&request, self.now()).expect("a claim");
+                assert!(claimed.work.is_empty(), "nothing is asked for");
             }
-            Step::Prune => {
-                let retention = Duration::from_millis(RETENTION.unsigned_abs());
-                self.store
-                    .prune(retention, Duration::ZERO, now, 100)
-                    .expect("old events go");
-                let old = |event: &Event| event.settled_at.is_some_and(|at| at < now.0 - RETENTION);
-                let undecided = self.plain.events.values();
-                let undecided: Vec<(usize, u8)> = undecided
-                    .filter(|event| matches!(event.state, State::Waiting | State::Failed))
-                    .map(|event| (event.conversation, event.text))
-                    .collect();
-                self.plain.events.retain(|_, event| {
-                    !old(event) || undecided.contains(&(event.conversation, event.text))
-                });
+            Step::Prune { after, at_most } => {
+                self.plain.now += after;
+                self.ingest(&[]);
+                self.prune(at_most);
             }
         }
         self.compare();
     }
 
-    fn pick(&self, which: prop::sample::Index) -> Option<Work> {
-        (!self.work.is_empty()).then(|| which.get(&self.work).clone())
-    }
-
-    fn take(&mut self, which: prop::sample::Index) -> Option<Work> {
+    fn take_work(&mut self, which: prop::sample::Index) -> Option<Work> {
         (!self.work.is_empty()).then(|| self.work.remove(which.index(self.work.len())))
     }
 
-    /// One of the failed events, or all.
-    fn failed(&self, which: Option<prop::sample::Index>) -> Vec<i64> {
-        let failed = self.plain.in_state(State::Failed);
-        match which {
-            Some(which) if !failed.is_empty() => vec![*which.get(&failed)],
-            _ => failed,
-        }
-    }
-
-    fn tell(&mut self, conversation: usize, text: u8, count: usize) {
-        let event = serde_json::json!({ "conversation_id": conversation, "event_name": "MESSAGE", "event_at": 1_000,
-            "data": { "message": format!("text {text}") } });
-        let at = Timestamp::clamped(1_000_000);
-        let page = PageToKeep {
+    fn ingest(&mut self, page: &[(i64, usize)]) {
+        let events: Vec<_> = page
+            .iter()
+            .map(|(conversation, what)| {
+                let Reported { name, at, data } = &EVENTS[*what];
+                serde_json::json!({ "conversation_id": conversation, "event_name": name, "event_at": at, "data": data })
+            })
+            .collect();
+        let at = Timestamp::clamped(self.plain.now / 1000);
+        let page_to_keep = PageToKeep {
             query: "page".into(),
             again_of: None,
             served_at: at,
             window: (at, at),
-            body: serde_json::json!({ "nextPageUrl": null, "events": vec![event; count] })
-                .to_string(),
-            events: count,
+            body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
+            events: events.len(),
             progress: Progress::Complete(at),
         };
-        self.store.keep_page(&page).expect("a page is kept");
-        let kept = self
-            .store
-            .kept_pages()
-            .expect("the pages")
-            .pop()
-            .expect("a page");
+        self.store.keep_page(&page_to_keep).expect("a stored page");
+        let pages = self.store.kept_pages().expect("the stored pages");
+        let kept = pages.last().expect("a page");
         let keys: Vec<Key> = kept.events().iter().map(Key::from).collect();
         let mut tally = Tally::default();
         tally.page(&keys, |_| 0);
         self.store
-            .admit(&kept, 1, &tally, self.now())
-            .expect("it is admitted");
+            .admit(kept, Epoch(1), &tally, self.now())
+            .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
-        self.plain.tell(conversation, text, count);
+        self.plain.ingest(page);
     }
 
-    fn settle_and_claim(&mut self, settlements: &[Settlement], at_most: usize) {
-        let now = self.now();
-        let claim = Claim {
-            probes: false,
-            what: Claimable::All,
+    fn request(&self, at_most: usize, probe: bool) -> ClaimRequest {
+        let in_memory = self.plain.conversations.iter();
+        let exclude = in_memory
+            .filter(|(_, conversation)| conversation.claimed.is_some())
+            .map(|(id, _)| ConversationId(*id));
+        ClaimRequest {
+            verifications_only: false,
+            probe,
             conversations: at_most,
             bytes: usize::MAX,
-            put_off: HashMap::new(),
-        };
-        let claimed = self
-            .store
-            .settle_and_claim(settlements, 0, Some(&claim), now)
-            .expect("a claim");
-        let expected = self.plain.claim(at_most);
-        let work = claimed.work.iter().map(|work| {
-            let events = work.events.iter().map(|event| (event.id, event.attempts));
-            (index(work.conversation.id), events.collect())
-        });
-        assert_eq!(work.collect::<Vec<_>>(), expected, "what is claimed");
-        let due = self
-            .plain
-            .conversations
-            .values()
-            .filter_map(|conversation| conversation.due)
-            .min();
-        assert_eq!(claimed.next_due, due.map(Millis), "what is due next");
-        self.work.extend(claimed.work);
+            exclude: exclude.collect(),
+            session: self.session,
+            clock_set_back: None,
+            rate_limits: None,
+        }
     }
 
-    fn settle(&mut self, work: Work, delivered: prop::sample::Index, then: Then, claim: usize) {
-        let delivered = delivered.index(work.events.len() + 1);
-        let (done, rest) = work.events.split_at(delivered);
-        let mut outcomes: Vec<_> = done
+    fn claim(&mut self, at_most: usize, probe: bool) {
+        let request = self.request(at_most, probe);
+        let claimed = self.store.claim(&request, self.now()).expect("a claim");
+        let due = self.plain.due(at_most, probe);
+        let mut lost = match probe && !due.is_empty() {
+            true => BTreeSet::new(),
+            false => self.plain.lost(),
+        };
+        let is_more = due.len() + lost.len() >= at_most;
+        assert_eq!(claimed.is_more, is_more, "whether more is due");
+        let next_due = self.plain.conversations.values();
+        let next_due = next_due.filter_map(|conversation| conversation.due);
+        let next_due = next_due.filter(|due| *due > self.plain.now).min();
+        assert_eq!(claimed.next_due, next_due.map(Millis), "what is due next");
+
+        let mut work = claimed.work.into_iter();
+        for id in due {
+            let work = work.next().expect("what is due is claimed");
+            assert_eq!(work.conversation.id.0, id, "what is due for longest");
+            self.claimed(work);
+        }
+        let room = at_most - (self.work_since(&request)).min(at_most);
+        for _ in 0..room.min(lost.len()) {
+            let work = work.next().expect("what is lost is claimed");
+            assert!(lost.remove(&work.conversation.id.0), "it may be lost");
+            self.claimed(work);
+        }
+        let room = at_most - self.work_since(&request).min(at_most);
+        for id in self.plain.to_verify().into_iter().take(room) {
+            let work = work.next().expect("what is to be verified is claimed");
+            assert_eq!(work.conversation.id.0, id, "what is to be verified");
+            assert!(work.verify.is_some(), "only that");
+            self.claimed(work);
+        }
+        assert!(work.next().is_none(), "nothing else is claimed");
+    }
+
+    /// How many conversations were claimed since a request was made.
+    fn work_since(&self, request: &ClaimRequest) -> usize {
+        let in_memory = self.plain.conversations.values();
+        let in_memory = in_memory.filter(|conversation| conversation.claimed.is_some());
+        in_memory.count() - request.exclude.len()
+    }
+
+    /// Compares what was claimed of a conversation.
+    fn claimed(&mut self, work: Work) {
+        let id = work.conversation.id.0;
+        let before = &self.plain.conversations[&id];
+        assert!(before.claimed.is_none(), "it is claimed once");
+        assert_eq!(work.claim.is_in_doubt, before.stale, "stale");
+        assert_eq!(work.claim.is_read, before.is_read, "read in this session");
+        let is_lost = before.verified_losses < self.plain.losses;
+        assert_eq!(work.claim.is_lost, is_lost, "may be lost");
+        let mut credits: BTreeMap<usize, (u32, i64)> = before.credits.clone();
+
+        let claimed = self.plain.claim(id, work.verify.is_none());
+        let expected: Vec<Pending> = claimed
+            .events
             .iter()
-            .map(|event| event.settled(Outcome::Delivered(Sent::Message)))
+            .map(|id| {
+                let event = &self.plain.events[id];
+                let credit = match credits.get_mut(&event.what) {
+                    Some((count, as_of)) if *count > 0 => {
+                        *count -= 1;
+                        Some(EventId(*as_of))
+                    }
+                    _ => None,
+                };
+                let found = work.events.iter().find(|found| found.id.0 == *id);
+                let found = found.unwrap_or_else(|| panic!("event {id} is not claimed"));
+                Pending {
+                    attempts: event.attempts,
+                    redelivery: event.passed,
+                    restored: event.is_restored(),
+                    credit,
+                    ..found.clone()
+                }
+            })
             .collect();
-        done.iter().for_each(|event| self.plain.deliver(event.id));
-        let mut not_before = None;
-        let waits = |event: &&Waiting| self.plain.in_state(State::Waiting).contains(&event.id);
-        if let Some(event) = rest.iter().find(waits) {
-            let now = self.plain.now;
-            let mut attempts = event.attempts;
-            attempts.tries += 1;
-            let plain = self.plain.events.get_mut(&event.id).expect("an event");
-            let failure = Failure::default();
-            match then {
-                Then::NotTried => {}
-                Then::Waits { pause, in_doubt } => {
-                    (attempts.counted, attempts.in_doubt) = (attempts.counted + 1, in_doubt);
-                    not_before = Some(now + pause);
-                    (plain.next_at, plain.attempts) = (not_before, attempts);
-                    let next_at = Millis(now + pause);
-                    outcomes.push(event.settled(Outcome::Waiting {
-                        attempts,
-                        next_at,
-                        failure,
-                    }));
-                }
-                Then::Fails => {
-                    (plain.state, plain.settled_at) = (State::Failed, Some(now));
-                    (plain.next_at, plain.attempts) = (None, attempts);
-                    outcomes.push(event.settled(Outcome::Failed { attempts, failure }));
-                }
-            }
-        }
-        let id = index(work.conversation.id);
-        self.plain.conversation(id).claimed = None;
-        self.plain.reschedule(id, not_before);
-        let settlement = Settlement {
-            conversation: work.conversation,
-            outcomes,
-            finding: None,
-        };
-        self.settle_and_claim(&[settlement], claim);
+        let order: Vec<i64> = work.events.iter().map(|event| event.id.0).collect();
+        assert_eq!(order, claimed.events, "what is sent, in order");
+        assert!(
+            work.events == expected,
+            "{:?}\nis claimed instead of {expected:?}",
+            work.events
+        );
+        let skipped = claimed.covered.iter();
+        let skipped = skipped.filter(|id| !claimed.events.contains(id)).copied();
+        let skipped: Vec<EventId> = skipped.map(EventId).collect();
+        assert_eq!(work.claim.skipped, skipped, "dead letters in between");
+        assert_eq!(work.claim.last_event.0, claimed.last_event, "the latest");
+        self.work.push(work);
     }
 
-    fn take_found(&mut self, which: prop::sample::Index) {
-        let Some(work) = self.pick(which) else { return };
-        for event in &work.events {
-            // What a look-up has found may have been pruned meanwhile.
-            let plain = self.plain.events.get(&event.id);
-            let Some(plain) = plain.filter(|plain| plain.state == State::Waiting) else {
-                continue;
+    /// What a worker reports, as `delivery` does.
+    fn report(&mut self, work: Work, script: &Script) -> Report {
+        let now = self.plain.now;
+        let Work {
+            mut conversation,
+            events,
+            claim,
+            verify,
+        } = work;
+        let id = conversation.id.0;
+        let mut outcomes: Vec<EventOutcome> = Vec::new();
+        let mut consumed = Vec::new();
+        let mut observation = Observation::None;
+        let (mut in_doubt, mut due) = (false, Due::IfWaiting);
+        let mut verified = None;
+        let has_chat = conversation.observed.chat.is_some();
+        let found = match script.found {
+            Found::ReadWithoutMessages | Found::UnreadableMessages | Found::Gone { .. }
+                if !has_chat =>
+            {
+                Found::AsRemembered
+            }
+            found => found,
+        };
+        if let Some(verify) = verify {
+            let missing = self.missing(id, script).len();
+            let (chat, repaired) = match found {
+                Found::Gone { .. } => (
+                    Some(ChatState::Missing),
+                    Observation::Gone { rebuild: true },
+                ),
+                Found::Failed { pause } => {
+                    due = Due::At(Millis(now + pause));
+                    (None, Observation::None)
+                }
+                _ => (Some(ChatState::Same), self.read(id, script)),
             };
-            let (id, key, text) = (work.conversation.id, key_of(plain.text), plain.text);
-            let taken = self
-                .store
-                .take_found(id, event.id, &key, self.now())
-                .expect("a look");
-            let left = &mut self.plain.conversation(index(id)).found[usize::from(text)];
-            assert_eq!(taken, *left > 0, "whether it was found");
-            if taken {
-                *left -= 1;
-                self.plain.deliver(event.id);
+            if verify.repair {
+                observation = repaired;
+            }
+            let messages = u32::try_from(missing).expect("a count");
+            verified = Some((verify, chat.map(|chat| Finding { chat, messages })));
+        } else {
+            match found {
+                Found::AsRemembered | Found::Gone { .. } => {
+                    if !has_chat && matches!(script.fates[0], Fate::Delivered) {
+                        observation = Observation::Created;
+                        conversation.observed.chat = Some(Uuid::from_u128(1));
+                        conversation.observed.external_id = Some(id.to_string());
+                    }
+                    let changes = events.iter().filter(|event| event.what.text().is_none());
+                    let messages = events.iter().filter(|event| event.what.text().is_some());
+                    let fates = script.fates.iter().cycle();
+                    for (event, fate) in changes.chain(messages).zip(fates) {
+                        match fate {
+                            Fate::NotTried => break,
+                            Fate::Interrupted => {
+                                due = Due::At(Millis(now + PAUSE));
+                                break;
+                            }
+                            _ => {}
+                        }
+                        let outcome = self.outcome(event, *fate);
+                        let text = event.what.text();
+                        if let (Outcome::Delivered(_), Some(_), Some(text)) =
+                            (&outcome, event.credit, text)
+                        {
+                            consumed.push(account::key(event.at, text));
+                        }
+                        if let Outcome::Retry { next_at, .. } = &outcome {
+                            due = Due::At(*next_at);
+                        }
+                        outcomes.push(EventOutcome::of(event, outcome));
+                        match fate {
+                            Fate::Delivered | Fate::Rejected => {}
+                            Fate::Retried {
+                                outcome_unknown, ..
+                            }
+                            | Fate::GivenUp { outcome_unknown } => {
+                                in_doubt = *outcome_unknown;
+                                break;
+                            }
+                            Fate::Interrupted | Fate::NotTried => {}
+                        }
+                    }
+                    if let Found::Gone { rebuild } = found {
+                        // Nothing failed but the request that told.
+                        outcomes.retain(|outcome| match outcome.outcome {
+                            Outcome::Delivered(_) => !rebuild,
+                            Outcome::DeadLetter { .. } => true,
+                            Outcome::Retry { .. } => false,
+                        });
+                        (due, in_doubt) = (Due::IfWaiting, false);
+                        observation = Observation::Gone { rebuild };
+                    }
+                }
+                Found::Read => {
+                    // One without a chat takes over the one that it finds.
+                    conversation.observed.chat = Some(Uuid::from_u128(1));
+                    conversation.observed.external_id = Some(id.to_string());
+                    observation = self.read(id, script);
+                }
+                Found::ReadWithoutMessages => observation = Observation::Read(None),
+                Found::UnreadableMessages => {
+                    let is_in_doubt = |event: &&Pending| {
+                        event.what.text().is_some()
+                            && (event.attempts.outcome_unknown || event.id.0 <= self.replay_until)
+                    };
+                    let fate = Fate::GivenUp {
+                        outcome_unknown: true,
+                    };
+                    let dead = events
+                        .iter()
+                        .filter(is_in_doubt)
+                        .map(|event| EventOutcome::of(event, self.outcome(event, fate)));
+                    outcomes.extend(dead);
+                    observation = Observation::Read(None);
+                }
+                Found::Failed { pause } => match events.first() {
+                    None => due = Due::At(Millis(now + pause)),
+                    Some(first) => {
+                        let fate = Fate::Retried {
+                            pause,
+                            outcome_unknown: false,
+                        };
+                        due = Due::At(Millis(now + pause));
+                        outcomes.push(EventOutcome::of(first, self.outcome(first, fate)));
+                    }
+                },
             }
         }
+        self.writes += 1;
+        Report {
+            advance: advance(&claim, &events, &outcomes),
+            conversation,
+            claim,
+            outcomes,
+            consumed,
+            observation,
+            in_doubt,
+            due,
+            writes_succeeded: self.writes,
+            verified,
+        }
+    }
+
+    /// What an attempt comes to: see `delivery::attempts`.
+    fn outcome(&self, event: &Pending, fate: Fate) -> Outcome {
+        let failure = Failure::default();
+        let attempts = |counts: bool, outcome_unknown: bool| Attempts {
+            failed: event.attempts.failed + 1,
+            counted: event.attempts.counted + u32::from(counts),
+            writes_then: Some(self.writes),
+            outcome_unknown: event.attempts.outcome_unknown || outcome_unknown,
+        };
+        match fate {
+            Fate::Delivered if event.credit.is_some() => Outcome::Delivered(Effect::Nothing),
+            Fate::Delivered if event.what.text().is_some() => {
+                Outcome::Delivered(Effect::MessageAdded)
+            }
+            Fate::Delivered => Outcome::Delivered(Effect::ChatChanged),
+            Fate::Rejected => Outcome::DeadLetter {
+                attempts: attempts(false, false),
+                failure,
+            },
+            Fate::GivenUp { outcome_unknown } => Outcome::DeadLetter {
+                attempts: attempts(true, outcome_unknown),
+                failure,
+            },
+            Fate::Retried {
+                pause,
+                outcome_unknown,
+            } => Outcome::Retry {
+                attempts: attempts(true, outcome_unknown),
+                next_at: Millis(self.plain.now + pause),
+                failure,
+            },
+            Fate::Interrupted | Fate::NotTried => unreachable!("it has no outcome"),
+        }
+    }
+
+    /// What reading the chat of a conversation tells.
+    fn read(&mut self, id: i64, script: &Script) -> Observation {
+        let messages = EVENTS.iter().filter_map(Reported::key);
+        let credits = messages.zip(script.credits);
+        Observation::Read(Some(Accounting {
+            missing: self.missing(id, script),
+            credits: credits.filter(|(_, count)| *count > 0).collect(),
+        }))
+    }
+
+    /// Those of the delivered messages that are missing.
+    fn missing(&mut self, id: i64, script: &Script) -> Vec<EventId> {
+        let (conversation, replay_until) = (ConversationId(id), EventId(self.replay_until));
+        let recorded = self.store.recorded_messages(conversation, replay_until);
+        let recorded = recorded.expect("the messages");
+        let standings: Vec<_> = recorded
+            .iter()
+            .map(|message| (message.id.0, message.standing))
+            .collect();
+        let expected = self.plain.standings(id, self.replay_until);
+        assert_eq!(standings, expected, "what is known of each message");
+        let is_missing = script.missing.iter().cycle();
+        let delivered = recorded
+            .iter()
+            .filter(|message| message.standing == account::Standing::Delivered);
+        delivered
+            .zip(is_missing)
+            .filter(|(_, is_missing)| **is_missing)
+            .map(|(message, _)| message.id)
+            .collect()
+    }
+
+    fn commit(&mut self, at_most: usize) {
+        let now = self.now();
+        let batch: Vec<_> = self
+            .reports
+            .drain(..at_most.min(self.reports.len()))
+            .collect();
+        let reports = batch.iter().map(std::result::Result::as_ref);
+        self.store
+            .commit(reports, self.session, now)
+            .expect("a commit");
+        for report in batch {
+            match report {
+                Ok(report) => self.plain.commit(&report),
+                Err(lost) => self.plain.commit_lost(&lost),
+            }
+        }
+    }
+
+    /// The last report of a batch cannot be committed, so that none is.
+    fn refuse(&mut self) {
+        let Some(Ok(first)) = self.reports.iter().find(|report| report.is_ok()) else {
+            return;
+        };
+        let mut impossible = first.clone();
+        impossible.conversation.id = ConversationId(99);
+        impossible.outcomes.clear();
+        impossible.advance.delivered.clear();
+        let now = self.now();
+        let reports = self.reports.iter().map(std::result::Result::as_ref);
+        let refused = self
+            .store
+            .commit(reports.chain([Ok(&impossible)]), self.session, now);
+        assert!(refused.is_err(), "there is no such conversation");
+    }
+
+    /// The operator resolves one of the dead letters, or all.
+    fn resolve(&mut self, which: Option<prop::sample::Index>, decision: Decision) -> Vec<i64> {
+        let mut ids = self.plain.ids(|event| event.state == State::Failed);
+        if let Some(which) = which
+            && !ids.is_empty()
+        {
+            ids = vec![*which.get(&ids)];
+        }
+        let which = Selection::Ids(ids.iter().copied().collect());
+        let decided =
+            self.store
+                .decide_failed(&which, decision, &Who::Command("ann".into()), 0, self.now());
+        assert_eq!(decided.expect("a decision").done, ids.len(), "resolved");
+        ids
+    }
+
+    fn verify(&mut self, repair: bool) {
+        let now = self.now();
+        let rows = self.rows("SELECT id FROM verifications", |row| row.get(0));
+        for verification in rows {
+            self.store
+                .withdraw_verification(verification)
+                .expect("it is withdrawn");
+        }
+        let verification = self.store.request_verification(Scope::All, repair, now);
+        self.plain.verification_id = verification.expect("a verification");
+        let chats = self.plain.conversations.iter();
+        self.plain.verification = chats
+            .filter(|(_, conversation)| conversation.has_chat)
+            .map(|(id, _)| ToVerify {
+                conversation: *id,
+                attempts: 0,
+            })
+            .collect();
     }
 
     fn restart(&mut self) {
         self.work.clear();
-        let session = self
-            .store
-            .start_session(PAUSE, self.now())
-            .expect("a session");
-        let claimed: Vec<usize> = self
-            .plain
-            .conversations
-            .iter()
-            .filter(|(_, conversation)| conversation.claimed.is_some())
-            .map(|(id, _)| *id)
-            .collect();
-        assert_eq!(session.interrupted.len(), claimed.len(), "what was in work");
-        claimed.into_iter().for_each(|id| self.plain.abandon(id));
-        self.plain
-            .nothing_later_than(self.plain.now + 24 * 3_600_000);
-        (self.session, self.up_to) = (session.id, session.last_event);
+        self.reports.clear();
+        let session = self.store.start_session(self.now()).expect("a session");
+        self.plain.restart();
+        (self.session, self.replay_until) = (session.id, session.last_event.0);
         let last = self.plain.events.keys().last().copied().unwrap_or(0);
-        assert_eq!(session.last_event, last, "the latest event");
+        assert_eq!(session.last_event.0, last, "the latest event");
     }
 
-    /// Whether both say the same, and what must hold of either whatever was done.
+    fn prune(&mut self, at_most: u32) {
+        let (may_be, must_be) = self.plain.droppable(RETENTION, OVERLAP);
+        let dropped = self
+            .store
+            .prune(RETENTION, OVERLAP, self.now(), at_most)
+            .expect("old events are dropped");
+        let left: HashSet<i64> = self
+            .rows("SELECT id FROM events", |row| row.get(0))
+            .into_iter()
+            .collect();
+        let gone = self.plain.ids(|_| true);
+        let gone: BTreeSet<i64> = gone.into_iter().filter(|id| !left.contains(id)).collect();
+        assert_eq!(gone.len(), dropped, "how many are dropped");
+        let kept: Vec<_> = gone.difference(&may_be).collect();
+        assert!(kept.is_empty(), "events {kept:?} must not be dropped");
+        assert!(
+            at_most < 100 || must_be.is_subset(&gone),
+            "{must_be:?} are to be dropped, and {gone:?} are"
+        );
+        self.plain.events.retain(|id, _| !gone.contains(id));
+    }
+
+    /// Whether both agree, and what must hold of either whatever was done.
     fn compare(&mut self) {
-        let events = "SELECT e.id, e.conversation, e.state, coalesce(a.in_doubt, 0), coalesce(a.tries, 0), a.next_at
-            FROM events e LEFT JOIN attempts a ON a.event = e.id ORDER BY e.id";
-        let events = self.rows(events, |row| {
+        self.compare_events();
+        self.compare_conversations();
+        let waiting = self.plain.ids(plain::Event::waits);
+        assert_eq!(self.store.waiting().expect("a count"), waiting.len() as u64);
+        let is_any = self.store.is_any_waiting().expect("an answer");
+        assert_eq!(is_any, !waiting.is_empty());
+        let failed = self.plain.ids(|event| event.state == State::Failed).len();
+        assert_eq!(self.store.count_failed().expect("a count"), failed as u64);
+        let counted = "SELECT coalesce(sum(received), 0), coalesce(sum(delivered), 0), coalesce(sum(failed), 0) FROM activity";
+        let counted = self.rows(counted, |row| {
+            Ok(plain::Counted {
+                received: row.get(0)?,
+                delivered: row.get(1)?,
+                failed: row.get(2)?,
+            })
+        });
+        assert_eq!(counted, [self.plain.counted], "what was counted");
+
+        let reported = self.reports.iter().flat_map(|report| match report {
+            Ok(report) => report.outcomes.iter(),
+            Err(lost) => lost.outcome.as_slice().iter(),
+        });
+        let reported = reported.map(|outcome| outcome.event);
+        let in_memory = self.work.iter().flat_map(|work| &work.events);
+        let mut handed_out = HashSet::new();
+        for event in in_memory.map(|event| event.id).chain(reported) {
+            assert!(
+                handed_out.insert(event),
+                "event {event} is handed out twice"
+            );
+            assert!(self.plain.events[&event.0].waits(), "event {event} waits");
+        }
+    }
+
+    fn compare_events(&mut self) {
+        let states = self.rows(
+            "SELECT id, conversation, state FROM event_states ORDER BY id",
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        );
+        let expected: Vec<(i64, i64, String)> = self
+            .plain
+            .events
+            .iter()
+            .map(|(id, event)| (*id, event.conversation, event.state.name().to_owned()))
+            .collect();
+        assert_eq!(states, expected, "events: id, conversation, state");
+
+        let attempts = "SELECT s.id, coalesce(a.attempts, 0), coalesce(a.counted, 0), coalesce(a.outcome_unknown, 0), a.next_at
+            FROM event_states s LEFT JOIN attempts a ON a.event = s.id WHERE s.state IN ('waiting', 'failed') ORDER BY s.id";
+        let attempts = self.rows(attempts, |row| {
             Ok((
                 row.get(0)?,
                 row.get(1)?,
                 row.get(2)?,
                 row.get(3)?,
                 row.get(4)?,
-                row.get(5)?,
             ))
         });
-        let expected: Vec<(i64, i64, String, bool, u32, Option<i64>)> = self
+        let open = self
             .plain
             .events
             .iter()
+            .filter(|(_, event)| matches!(event.state, State::Waiting | State::Failed));
+        let expected: Vec<(i64, u32, u32, bool, Option<i64>)> = open
             .map(|(id, event)| {
-                let state = format!("{:?}", event.state).to_lowercase();
-                (
-                    *id,
-                    event.conversation as i64,
-                    state,
-                    event.attempts.in_doubt,
-                    event.attempts.tries,
-                    event.next_at,
-                )
+                let Attempts {
+                    failed,
+                    counted,
+                    outcome_unknown,
+                    ..
+                } = event.attempts;
+                (*id, failed, counted, outcome_unknown, event.next_at)
             })
             .collect();
         assert_eq!(
-            events, expected,
-            "events: id, conversation, state, in doubt, tries, next"
+            attempts, expected,
+            "attempts: event, failed, counted, outcome unknown, next"
         );
-        let conversations = "SELECT id, due_at, claimed_through FROM conversations ORDER BY id";
+
+        let again = self.rows(
+            "SELECT event, conversation, restored FROM redeliveries ORDER BY event",
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        );
+        let expected: Vec<(i64, i64, bool)> = self
+            .plain
+            .events
+            .iter()
+            .filter(|(_, event)| event.waits() && event.passed)
+            .map(|(id, event)| (*id, event.conversation, event.lost))
+            .collect();
+        assert_eq!(
+            again, expected,
+            "redeliveries: event, conversation, restored"
+        );
+    }
+
+    fn compare_conversations(&mut self) {
+        let conversations = "SELECT id, waiting, due_at, stale_seq > fresh_seq, verified_losses, read_in_session = (SELECT session FROM control),
+                chat_id IS NOT NULL, external_id IS NOT NULL
+            FROM conversations ORDER BY id";
         let conversations = self.rows(conversations, |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            Ok((
+                (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?),
+                (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?),
+            ))
         });
-        let expected: Vec<(i64, Option<i64>, Option<i64>)> = self
+        type Row = ((i64, i64, Option<i64>, bool), (i64, bool, bool, bool));
+        let expected: Vec<Row> = self
             .plain
             .conversations
             .iter()
             .map(|(id, conversation)| {
-                let through = conversation
-                    .claimed
-                    .as_ref()
-                    .map(|claimed| claimed.last().copied().unwrap_or(0));
-                (*id as i64, conversation.due, through)
+                let plain::Conversation {
+                    due,
+                    stale,
+                    has_chat,
+                    is_known,
+                    verified_losses,
+                    is_read,
+                    ..
+                } = conversation;
+                let waiting = self.plain.waiting(*id).len() as i64;
+                (
+                    (*id, waiting, *due, *stale),
+                    (*verified_losses, *is_read, *has_chat, *is_known),
+                )
             })
             .collect();
-        assert_eq!(conversations, expected, "conversations: id, due, claimed");
-        for (id, due, claimed) in conversations {
-            let waits = !self.plain.of(index(id), State::Waiting).is_empty();
+        assert_eq!(
+            conversations, expected,
+            "conversations: id, waiting, due, stale; losses, read, chat, external id"
+        );
+        for ((id, waiting, due, _), _) in &expected {
             assert!(
-                claimed.is_some() || waits == due.is_some(),
-                "what waits is due some time, and nothing else is"
-            );
-            assert!(
-                claimed.is_none() || due.is_none(),
-                "what is in work is not due"
+                *waiting == 0 || due.is_some(),
+                "what waits of conversation {id} is due some time"
             );
         }
-        let waiting = self.plain.in_state(State::Waiting).len() as u64;
-        assert_eq!(self.store.waiting().expect("a count"), waiting);
-        let failed = self.plain.in_state(State::Failed).len() as u64;
-        assert_eq!(self.store.count_failed().expect("a count"), failed);
+
+        let since = "SELECT waiting > 0, waiting_since IS NOT NULL,
+                EXISTS (SELECT 1 FROM redeliveries r WHERE r.conversation = c.id AND NOT r.restored)
+                OR EXISTS (SELECT 1 FROM event_states e WHERE e.conversation = c.id AND e.state = 'waiting'
+                    AND e.id > max(c.offset, c.restored_through))
+            FROM conversations c";
+        for (waits, has_age, is_first) in
+            self.rows(since, |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        {
+            let (waits, has_age, is_first): (bool, bool, bool) = (waits, has_age, is_first);
+            assert!(
+                !is_first || has_age,
+                "what waits for its first delivery has an age"
+            );
+            assert!(waits || !has_age, "what does not wait has none");
+        }
+
+        let credits = self.rows(
+            "SELECT conversation, sent_at, text, count, as_of FROM credits ORDER BY conversation, sent_at, text",
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?)),
+        );
+        let mut expected: Vec<(i64, i64, String, u32, i64)> = self
+            .plain
+            .conversations
+            .iter()
+            .flat_map(|(id, conversation)| {
+                conversation.credits.iter().map(|(what, (count, as_of))| {
+                    let (at, text) = EVENTS[*what].key().expect("a message");
+                    (*id, at.unix(), text, *count, *as_of)
+                })
+            })
+            .collect();
+        expected.sort();
+        assert_eq!(
+            credits, expected,
+            "credits: conversation, time, text, count, as of"
+        );
     }
 
     fn rows<T>(
@@ -494,43 +927,130 @@ impl Pair {
         sql: &str,
         read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
     ) -> Vec<T> {
-        let mut statement = self.store.connection().prepare(sql).expect("a statement");
+        let mut statement = self
+            .store
+            .connection()
+            .prepare_cached(sql)
+            .expect("a statement");
         let rows = statement.query_map([], read).expect("rows");
         rows.collect::<rusqlite::Result<_>>().expect("rows")
     }
 }
 
-fn step() -> impl Strategy<Value = Step> {
-    let index = any::<prop::sample::Index>;
-    let then = prop_oneof![
-        Just(Then::NotTried),
-        (0_i64..2_000, any::<bool>()).prop_map(|(pause, in_doubt)| Then::Waits { pause, in_doubt }),
-        Just(Then::Fails),
-    ];
+fn pause() -> impl Strategy<Value = i64> {
+    prop_oneof![5 => 0_i64..500, 4 => 0_i64..60_000, 1 => 0_i64..10_000_000]
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
     prop_oneof![
-        4 => (1..=CONVERSATIONS, 0..TEXTS, 1_usize..4)
-            .prop_map(|(conversation, text, count)| Step::Tell { conversation, text, count }),
-        3 => (1_usize..4).prop_map(Step::Claim),
-        4 => (index(), index(), then, 0_usize..3)
-            .prop_map(|(work, delivered, then, claim)| Step::Settle { work, delivered, then, claim }),
-        1 => index().prop_map(Step::Release),
-        1 => index().prop_map(Step::Abandon),
-        1 => Just(Step::Restart),
-        2 => (index(), any::<[bool; 2]>(), any::<[u8; 2]>(), any::<bool>()).prop_map(|(work, some, held, from_start)| {
-            let held = [0, 1].map(|text| if some[text] { held[text] % 5 } else { 0 });
-            Step::LookUp { work, held, from_start }
-        }),
-        1 => index().prop_map(Step::TakeFound),
-        1 => (index(), any::<bool>()).prop_map(|(work, in_doubt)| Step::Lose(work, in_doubt)),
-        1 => proptest::option::of(index()).prop_map(Step::Retry),
-        1 => proptest::option::of(index()).prop_map(Step::Discard),
-        2 => (0_i64..3_000).prop_map(Step::Later),
-        1 => (0_i64..3_000).prop_map(Step::SetBack),
-        1 => Just(Step::Prune),
+        8 => Just(Fate::Delivered),
+        2 => Just(Fate::Rejected),
+        2 => (pause(), any::<bool>())
+            .prop_map(|(pause, outcome_unknown)| Fate::Retried { pause, outcome_unknown }),
+        2 => any::<bool>().prop_map(|outcome_unknown| Fate::GivenUp { outcome_unknown }),
+        1 => Just(Fate::Interrupted),
+        1 => Just(Fate::NotTried),
     ]
 }
 
+fn script() -> impl Strategy<Value = Script> {
+    let found = prop_oneof![
+        8 => Just(Found::AsRemembered),
+        3 => Just(Found::Read),
+        1 => Just(Found::ReadWithoutMessages),
+        1 => Just(Found::UnreadableMessages),
+        1 => pause().prop_map(|pause| Found::Failed { pause }),
+        2 => any::<bool>().prop_map(|rebuild| Found::Gone { rebuild }),
+    ];
+    let retried = (pause(), any::<bool>()).prop_map(|(pause, outcome_unknown)| Fate::Retried {
+        pause,
+        outcome_unknown,
+    });
+    // A change goes first and is done with, and a message before it waits.
+    let change = prop_oneof![Just(Fate::Delivered), Just(Fate::Rejected)];
+    let fates = prop_oneof![
+        3 => proptest::collection::vec(fate(), 1..5),
+        1 => (change, retried).prop_map(|(change, message)| vec![change, message]),
+    ];
+    (
+        fates,
+        found,
+        proptest::collection::vec(any::<bool>(), 1..4),
+        [0_u32..3, 0_u32..3],
+    )
+        .prop_map(|(fates, found, missing, credits)| Script {
+            fates,
+            found,
+            missing,
+            credits,
+        })
+}
+
+/// A page: some events, each so many times.
+fn page() -> impl Strategy<Value = Step> {
+    let last = EVENTS.len() - 1;
+    let conversation = prop_oneof![3 => Just(1), 2 => 2..=CONVERSATIONS];
+    let event = prop_oneof![60 => 0..2_usize, 60 => 2..last, 1 => Just(last)];
+    let events = (conversation, event, 1_usize..3)
+        .prop_map(|(conversation, what, count)| vec![(conversation, what); count]);
+    proptest::collection::vec(events, 1..4).prop_map(|events| Step::Ingest(events.concat()))
+}
+
+/// What others do, whatever is claimed.
+fn meanwhile() -> impl Strategy<Value = Step> {
+    let index = any::<prop::sample::Index>;
+    let after = prop_oneof![Just(0_i64), 0_i64..150_000];
+    prop_oneof![
+        6 => page(),
+        3 => proptest::option::of(index()).prop_map(Step::Retry),
+        2 => proptest::option::of(index()).prop_map(Step::Discard),
+        1 => Just(Step::Loss),
+        1 => any::<bool>().prop_map(|repair| Step::Verify { repair }),
+        2 => (0_i64..3_000).prop_map(Step::Later),
+        1 => (0_i64..200_000).prop_map(Step::Later),
+        3 => (after, prop_oneof![1 => 1_u32..3, 2 => Just(100)])
+            .prop_map(|(after, at_most)| Step::Prune { after, at_most }),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let index = any::<prop::sample::Index>;
+    let panicked = prop_oneof![
+        pause().prop_map(|pause| Fate::Retried {
+            pause,
+            outcome_unknown: false
+        }),
+        Just(Fate::GivenUp {
+            outcome_unknown: true
+        }),
+    ];
+    let while_claimed = proptest::collection::vec(meanwhile(), 0..3);
+    prop_oneof![
+        14 => meanwhile(),
+        3 => (1_usize..4).prop_map(Step::Claim),
+        1 => Just(Step::Probe),
+        4 => (index(), script()).prop_map(|(work, script)| Step::Report(work, script)),
+        1 => (index(), panicked).prop_map(|(work, fate)| Step::Lose(work, fate)),
+        1 => index().prop_map(Step::Release),
+        4 => (1_usize..4).prop_map(Step::Commit),
+        1 => Just(Step::Refuse),
+        10 => (script(), while_claimed)
+            .prop_map(|(script, meanwhile)| Step::Deliver(script, meanwhile)),
+        1 => Just(Step::Restart),
+        1 => (0_i64..3_000).prop_map(Step::SetBack),
+    ]
+}
+
+/// Few enough to take seconds, unless `PROPTEST_CASES` asks for more.
+fn config() -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(64),
+    }
+}
+
 proptest! {
+    #![proptest_config(config())]
     #[test]
     fn the_journal_does_as_a_plain_one_would(steps in proptest::collection::vec(step(), 1..60)) {
         let mut pair = Pair::new();

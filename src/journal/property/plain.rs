@@ -1,8 +1,21 @@
-//! The journal, as plainly as can be: no database, no conditions, one thing after the other.
+//! The journal as plainly as can be: no database, no offset, one flag for one fact.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-use crate::conversation::Attempts;
+use super::EVENTS;
+use crate::domain::account::{Accounting, Standing};
+use crate::domain::conversation::Attempts;
+use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report};
+
+/// What a claim may hold of messages: see `queue`.
+const BYTES_PER_CLAIM: usize = 256 << 10;
+
+/// Waits longer than this end with the session.
+const LONGEST_WAIT: i64 = 3_600_000;
+
+/// How much older than the next window an event is that can be dropped, in seconds.
+const MARGIN: i64 = 60;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
@@ -12,189 +25,528 @@ pub(super) enum State {
     Discarded,
 }
 
+impl State {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Delivered => "delivered",
+            Self::Failed => "failed",
+            Self::Discarded => "discarded",
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Event {
-    pub(super) conversation: usize,
-    pub(super) text: u8,
+    pub(super) conversation: i64,
+    /// Which of [`EVENTS`].
+    pub(super) what: usize,
     pub(super) state: State,
     pub(super) attempts: Attempts,
-    pub(super) kept_at: i64,
     pub(super) next_at: Option<i64>,
-    pub(super) settled_at: Option<i64>,
+    /// It had its turn, in order of arrival: if it waits, it is to be sent once more, and alone.
+    pub(super) passed: bool,
+    /// It waits since OurAPI has lost it.
+    pub(super) lost: bool,
+    /// It had its turn in a chat that is gone.
+    pub(super) rewound: bool,
+    /// When it was delivered or discarded last, and the latest such time: the clock may have been set back in between.
+    pub(super) settled_at: i64,
+    pub(super) latest: i64,
+}
+
+impl Event {
+    /// Its delivery counts as a restoration.
+    pub(super) fn is_restored(&self) -> bool {
+        if self.passed { self.lost } else { self.rewound }
+    }
+
+    pub(super) fn waits(&self) -> bool {
+        self.state == State::Waiting
+    }
+
+    fn settle(&mut self, state: State, now: i64) {
+        (self.state, self.lost) = (state, false);
+        (self.settled_at, self.latest) = (now, self.latest.max(now));
+    }
+}
+
+/// What is in memory of a claim.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Claimed {
+    /// What is to be sent, in order.
+    pub(super) events: Vec<i64>,
+    /// What had not had its turn and has it with this claim: what waits, and the dead letters in between.
+    pub(super) covered: Vec<i64>,
+    pub(super) last_event: i64,
+    pub(super) losses: i64,
+    /// A doubt arose since.
+    pub(super) doubted: bool,
 }
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Conversation {
     pub(super) due: Option<i64>,
-    pub(super) claimed: Option<Vec<i64>>,
-    pub(super) found: [u8; 2],
+    pub(super) claimed: Option<Claimed>,
+    pub(super) stale: bool,
+    pub(super) has_chat: bool,
+    /// It was created at some time.
+    pub(super) is_known: bool,
+    pub(super) verified_losses: i64,
+    pub(super) is_read: bool,
+    /// By [`EVENTS`]: how many, and as of which event.
+    pub(super) credits: BTreeMap<usize, (u32, i64)>,
 }
 
-/// The journal, as plainly as can be.
+/// A verification that was requested.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ToVerify {
+    pub(super) conversation: i64,
+    pub(super) attempts: u32,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    pub(super) received: i64,
+    pub(super) delivered: i64,
+    pub(super) failed: i64,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Plain {
     pub(super) now: i64,
+    pub(super) cursor: Option<i64>,
     pub(super) last_id: i64,
+    pub(super) losses: i64,
     pub(super) events: BTreeMap<i64, Event>,
-    pub(super) conversations: BTreeMap<usize, Conversation>,
+    pub(super) conversations: BTreeMap<i64, Conversation>,
+    /// Of the latest request; what was requested before is withdrawn.
+    pub(super) verification_id: Option<i64>,
+    pub(super) verification: Vec<ToVerify>,
+    pub(super) counted: Counted,
 }
 
 impl Plain {
-    pub(super) fn of(&mut self, conversation: usize, state: State) -> Vec<i64> {
-        let fits = |event: &Event| event.conversation == conversation && event.state == state;
+    pub(super) fn conversation(&mut self, id: i64) -> &mut Conversation {
+        self.conversations.entry(id).or_default()
+    }
+
+    pub(super) fn ids(&self, fits: impl Fn(&Event) -> bool) -> Vec<i64> {
         let events = self.events.iter().filter(|(_, event)| fits(event));
         events.map(|(id, _)| *id).collect()
     }
 
-    pub(super) fn in_state(&self, state: State) -> Vec<i64> {
-        let events = self.events.iter().filter(|(_, event)| event.state == state);
-        events.map(|(id, _)| *id).collect()
+    pub(super) fn waiting(&self, conversation: i64) -> Vec<i64> {
+        self.ids(|event| event.conversation == conversation && event.waits())
     }
 
-    pub(super) fn conversation(&mut self, id: usize) -> &mut Conversation {
-        self.conversations.entry(id).or_default()
+    fn each_of(&mut self, conversation: i64, mut change: impl FnMut(&mut Event)) {
+        let of = self.events.values_mut();
+        of.filter(|event| event.conversation == conversation)
+            .for_each(&mut change);
     }
 
-    pub(super) fn tell(&mut self, conversation: usize, text: u8, count: usize) {
-        let equal = |event: &&Event| event.conversation == conversation && event.text == text;
-        let known = self.events.values().filter(equal).count();
-        for _ in known..count {
+    /// A page: events of conversations, in order.
+    pub(super) fn ingest(&mut self, page: &[(i64, usize)]) {
+        for (conversation, what) in page {
+            let on_page = page
+                .iter()
+                .filter(|other| *other == &(*conversation, *what));
+            let received = match EVENTS[*what].name {
+                "MESSAGE" => on_page.count(),
+                _ => 1,
+            };
+            let equal = |event: &Event| (event.conversation, event.what) == (*conversation, *what);
+            if self.ids(equal).len() >= received {
+                continue;
+            }
             self.last_id += 1;
             let event = Event {
-                conversation,
-                text,
+                conversation: *conversation,
+                what: *what,
                 state: State::Waiting,
                 attempts: Attempts::default(),
-                kept_at: self.now,
                 next_at: None,
-                settled_at: None,
+                passed: false,
+                lost: false,
+                rewound: false,
+                settled_at: 0,
+                latest: 0,
             };
             self.events.insert(self.last_id, event);
-            self.wake(conversation);
+            self.counted.received += 1;
+            let now = self.now;
+            self.conversation(*conversation).due.get_or_insert(now);
         }
-        self.conversation(conversation);
+        self.cursor = Some(self.now / 1000);
     }
 
-    pub(super) fn wake(&mut self, id: usize) {
-        let now = self.now;
-        let conversation = self.conversation(id);
-        if conversation.claimed.is_none() {
-            conversation.due.get_or_insert(now);
-        }
-    }
-
-    pub(super) fn reschedule(&mut self, id: usize, not_before: Option<i64>) {
-        let first = self
-            .of(id, State::Waiting)
-            .first()
-            .map(|id| self.events[id].clone());
-        let due = first.map(|event| {
-            let due = event.next_at.unwrap_or(event.kept_at.min(self.now));
-            due.max(not_before.unwrap_or(0))
-        });
-        self.conversation(id).due = due;
-    }
-
-    /// What is to be claimed: those due for longest first, each with all that waits of it.
-    pub(super) fn claim(&mut self, at_most: usize) -> Vec<(usize, Vec<(i64, Attempts)>)> {
-        let mut due: Vec<(i64, usize)> = self
+    /// What is to be claimed because it is due, the longest first. A probe prefers what has never failed.
+    pub(super) fn due(&self, at_most: usize, probe: bool) -> Vec<i64> {
+        let mut due: Vec<(i64, i64)> = self
             .conversations
             .iter()
+            .filter(|(_, conversation)| conversation.claimed.is_none())
             .filter_map(|(id, conversation)| {
                 Some((conversation.due.filter(|due| *due <= self.now)?, *id))
             })
             .collect();
         due.sort_unstable();
-        let mut claimed = Vec::new();
-        for (_, id) in due.into_iter().take(at_most) {
-            let events = self.of(id, State::Waiting);
-            let attempts = events
-                .iter()
-                .map(|id| (*id, self.events[id].attempts))
-                .collect();
-            *self.conversation(id) = Conversation {
-                due: None,
-                claimed: Some(events),
-                ..self.conversation(id).clone()
-            };
-            claimed.push((id, attempts));
+        let has_failed = |id: i64| {
+            self.events.values().any(|event| {
+                event.conversation == id && event.next_at.is_some() && event.attempts.failed > 0
+            })
+        };
+        if probe && let Some((_, id)) = due.iter().find(|(_, id)| !has_failed(*id)) {
+            return vec![*id];
         }
+        due.into_iter().take(at_most).map(|(_, id)| id).collect()
+    }
+
+    /// What was not verified since the last loss, in any order.
+    pub(super) fn lost(&self) -> BTreeSet<i64> {
+        let lost = self.conversations.iter().filter(|(_, conversation)| {
+            conversation.is_known
+                && conversation.claimed.is_none()
+                && conversation.due.is_none()
+                && conversation.verified_losses < self.losses
+        });
+        lost.map(|(id, _)| *id).collect()
+    }
+
+    /// What is to be verified by hand, in order.
+    pub(super) fn to_verify(&self) -> Vec<i64> {
+        let mut pending: Vec<&ToVerify> = self
+            .verification
+            .iter()
+            .filter(|pending| {
+                let conversation = &self.conversations[&pending.conversation];
+                conversation.claimed.is_none() && conversation.due.is_none_or(|due| due <= self.now)
+            })
+            .collect();
+        pending.sort_by_key(|pending| (pending.attempts, pending.conversation));
+        pending
+            .into_iter()
+            .map(|pending| pending.conversation)
+            .collect()
+    }
+
+    /// Claims a conversation, with its events unless it is only to be verified.
+    pub(super) fn claim(&mut self, id: i64, with_events: bool) -> Claimed {
+        let mut claimed = Claimed {
+            losses: self.losses,
+            ..Claimed::default()
+        };
+        let mut bytes = 0;
+        let of = self
+            .events
+            .iter()
+            .filter(|(_, event)| event.conversation == id);
+        let (passed, others): (Vec<_>, Vec<_>) = of.partition(|(_, event)| event.passed);
+        claimed.last_event = passed
+            .iter()
+            .chain(&others)
+            .map(|(id, _)| **id)
+            .max()
+            .unwrap_or(0);
+        let again = passed.into_iter().filter(|(_, event)| event.waits());
+        for (id, event) in again.chain(others) {
+            if !with_events || bytes >= BYTES_PER_CLAIM {
+                break;
+            }
+            if !event.passed {
+                claimed.covered.push(*id);
+            }
+            if event.waits() {
+                claimed.events.push(*id);
+                bytes += EVENTS[event.what].text().map_or(0, str::len);
+            }
+        }
+        self.conversation(id).claimed = Some(claimed.clone());
         claimed
     }
 
-    pub(super) fn deliver(&mut self, id: i64) {
+    pub(super) fn doubt(&mut self, id: i64) {
+        let conversation = self.conversation(id);
+        conversation.stale = true;
+        if let Some(claimed) = &mut conversation.claimed {
+            claimed.doubted = true;
+        }
+    }
+
+    pub(super) fn commit_lost(&mut self, lost: &Lost) {
+        let id = lost.conversation.0;
+        if let Some(outcome) = &lost.outcome {
+            self.record(outcome);
+        }
+        self.doubt(id);
+        let conversation = self.conversation(id);
+        (conversation.claimed, conversation.due) = (None, Some(lost.due_at.0));
+    }
+
+    /// What became of an event, but for whether it had its turn.
+    fn record(&mut self, outcome: &EventOutcome) {
+        let event = self.events.get_mut(&outcome.event.0).expect("an event");
+        assert!(event.waits(), "nothing is done twice");
+        match &outcome.outcome {
+            Outcome::Delivered(_) if event.attempts == Attempts::default() => {}
+            Outcome::Delivered(_) => {
+                (event.attempts.outcome_unknown, event.next_at) = (false, None);
+            }
+            Outcome::Retry {
+                attempts, next_at, ..
+            } => (event.attempts, event.next_at) = (*attempts, Some(next_at.0)),
+            Outcome::DeadLetter { attempts, .. } => {
+                (event.attempts, event.next_at) = (*attempts, None);
+                event.settle(State::Failed, self.now);
+                self.counted.failed += 1;
+            }
+        }
+    }
+
+    /// What becomes of a report. Where it says that the offset is now, and how many events wait no longer, is not looked at.
+    pub(super) fn commit(&mut self, report: &Report) {
+        let id = report.conversation.id.0;
         let now = self.now;
-        if let Some(event) = self
-            .events
-            .get_mut(&id)
-            .filter(|event| event.state == State::Waiting)
-        {
-            (event.state, event.settled_at) = (State::Delivered, Some(now));
+        let claimed = self.conversation(id).claimed.take().expect("a claim");
+        let mut settled = BTreeSet::new();
+        let mut sent = Vec::new();
+        for outcome in &report.outcomes {
+            self.record(outcome);
+            match outcome.outcome {
+                Outcome::Delivered(_) => sent.push(outcome.event.0),
+                Outcome::Retry { .. } => continue,
+                Outcome::DeadLetter { .. } => {}
+            }
+            settled.insert(outcome.event.0);
         }
-    }
-
-    pub(super) fn abandon(&mut self, id: usize) {
-        let claimed = self.conversation(id).claimed.take().unwrap_or_default();
-        let last = claimed.last().copied().unwrap_or(0);
-        // One that was decided about meanwhile is taken for in doubt too, and costs a look-up.
-        for event in self
-            .of(id, State::Waiting)
-            .into_iter()
-            .filter(|event| *event <= last)
-        {
-            if let Some(event) = self.events.get_mut(&event) {
-                event.attempts.in_doubt = true;
+        // In order of arrival: what comes after the first one that still waits has not had its turn, be it sent or not.
+        let covered = claimed.covered.iter();
+        let had_turn: Vec<i64> = covered
+            .take_while(|id| settled.contains(id) || !claimed.events.contains(id))
+            .copied()
+            .collect();
+        for id in sent {
+            let event = self.events.get_mut(&id).expect("an event");
+            if event.passed || had_turn.contains(&id) {
+                self.counted.delivered += i64::from(!event.is_restored());
+                event.settle(State::Delivered, now);
             }
         }
-        let waits = !self.of(id, State::Waiting).is_empty();
-        self.conversation(id).due = waits.then_some(self.now + 500);
+        for id in had_turn {
+            if let Some(event) = self.events.get_mut(&id) {
+                event.passed = true;
+            }
+        }
+        for (sent_at, text) in &report.consumed {
+            let is_it = |what: &usize| {
+                EVENTS[*what].at == sent_at.unix() && EVENTS[*what].text() == Some(text)
+            };
+            let credits = &mut self.conversation(id).credits;
+            let what = credits.keys().copied().find(is_it).expect("a credit");
+            let credit = credits.get_mut(&what).expect("a credit");
+            credit.0 -= 1;
+            if credit.0 == 0 {
+                credits.remove(&what);
+            }
+        }
+        let observed = &report.conversation.observed;
+        let conversation = self.conversation(id);
+        conversation.has_chat = observed.chat.is_some();
+        conversation.is_known = observed.external_id.is_some();
+        let ends_claim = self.observe(id, &claimed, &report.observation);
+        if report.in_doubt {
+            self.doubt(id);
+        }
+        let waits = !self.waiting(id).is_empty();
+        let (due, is_certain) = match report.due {
+            Due::At(at) => (Some(at.0), true),
+            Due::IfWaiting => ((waits || ends_claim).then_some(now), ends_claim),
+        };
+        let conversation = self.conversation(id);
+        conversation.due = match conversation.due {
+            // A verification comes at any time, and puts nothing forward.
+            Some(before) if report.verified.is_some() => Some(due.unwrap_or(before).max(before)),
+            None if report.verified.is_some() => due.filter(|_| is_certain),
+            _ => due,
+        };
+        if let Some((verify, finding)) = &report.verified
+            && self.verification_id == Some(verify.verification)
+        {
+            let is_it = |pending: &ToVerify| pending.conversation == id;
+            match finding {
+                Some(_) => self.verification.retain(|pending| !is_it(pending)),
+                None => {
+                    let pending = self.verification.iter_mut();
+                    pending
+                        .filter(|pending| is_it(pending))
+                        .for_each(|pending| pending.attempts += 1);
+                }
+            }
+        }
     }
 
-    pub(super) fn nothing_later_than(&mut self, latest: i64) {
+    /// Returns whether new events are to be looked at afresh.
+    fn observe(&mut self, id: i64, claimed: &Claimed, observation: &Observation) -> bool {
+        let losses = self.losses;
+        let conversation = self.conversation(id);
+        if matches!(observation, Observation::Created | Observation::Read(_)) {
+            conversation.stale &= claimed.doubted;
+            conversation.verified_losses = claimed.losses;
+        }
+        if matches!(
+            observation,
+            Observation::Created | Observation::Read(Some(_))
+        ) {
+            conversation.is_read = true;
+        }
+        match observation {
+            Observation::None | Observation::Created => false,
+            Observation::Read(None) => true,
+            Observation::Read(Some(Accounting { missing, credits })) => {
+                conversation.credits = credits
+                    .iter()
+                    .map(|(key, count)| {
+                        let mut events = EVENTS.iter();
+                        let what = events.position(|event| event.key().as_ref() == Some(key));
+                        (what.expect("a message"), (*count, claimed.last_event))
+                    })
+                    .collect();
+                let doubted = claimed.doubted;
+                self.each_of(id, |event| {
+                    event.attempts.outcome_unknown &=
+                        doubted || matches!(event.state, State::Failed | State::Discarded);
+                });
+                for event in missing {
+                    // It may have been dropped meanwhile.
+                    if let Some(event) = self.events.get_mut(&event.0) {
+                        (event.state, event.lost) = (State::Waiting, true);
+                    }
+                }
+                true
+            }
+            Observation::Gone { rebuild } => {
+                conversation.has_chat = false;
+                conversation.verified_losses = losses;
+                conversation.credits.clear();
+                self.each_of(id, |event| {
+                    event.attempts.outcome_unknown = false;
+                    if *rebuild {
+                        event.rewound |= event.passed;
+                        (event.passed, event.lost, event.latest) = (false, false, 0);
+                        if event.state == State::Delivered {
+                            event.state = State::Waiting;
+                        }
+                    }
+                });
+                true
+            }
+        }
+    }
+
+    pub(super) fn retry(&mut self, id: i64) {
         let now = self.now;
-        let times = self
-            .conversations
-            .values_mut()
-            .map(|conversation| &mut conversation.due)
-            .chain(self.events.values_mut().map(|event| &mut event.next_at));
-        for time in times.flatten().filter(|time| **time > latest) {
-            *time = now;
+        let event = self.events.get_mut(&id).expect("an event");
+        (event.state, event.attempts.counted, event.next_at) = (State::Waiting, 0, None);
+        let (conversation, unknown) = (event.conversation, event.attempts.outcome_unknown);
+        let was_stale = self.conversation(conversation).stale;
+        if unknown {
+            self.doubt(conversation);
+        }
+        let due = &mut self.conversation(conversation).due;
+        // A write that may still be in flight goes on waiting.
+        *due = due.filter(|_| was_stale).or(Some(now));
+    }
+
+    pub(super) fn discard(&mut self, id: i64) {
+        let now = self.now;
+        let event = self.events.get_mut(&id).expect("an event");
+        event.settle(State::Discarded, now);
+        event.latest = now;
+    }
+
+    pub(super) fn restart(&mut self) {
+        let (now, latest) = (self.now, self.now + LONGEST_WAIT);
+        for conversation in self.conversations.values_mut() {
+            conversation.claimed = None;
+            conversation.is_read = false;
+            conversation.credits.clear();
+            if conversation.due.is_some_and(|due| due > latest) {
+                conversation.due = Some(now);
+            }
+        }
+        for event in self.events.values_mut() {
+            if event.next_at.is_some_and(|next| next > latest) {
+                event.next_at = Some(now);
+            }
         }
     }
 
-    pub(super) fn lose(&mut self, id: usize, in_doubt: bool) {
-        self.conversation(id).found = [0, 0];
-        let fits = |event: &&mut Event| event.conversation == id;
-        for event in self.events.values_mut().filter(fits) {
-            if event.state == State::Delivered {
-                (event.state, event.settled_at) = (State::Waiting, None);
+    pub(super) fn set_back(&mut self, pause: i64) {
+        let now = self.now;
+        let due = |at: &mut Option<i64>, in_doubt: bool| {
+            if at.is_some_and(|at| at > now) {
+                *at = Some(if in_doubt { now + pause } else { now });
             }
-            event.attempts.in_doubt |= in_doubt && event.state == State::Waiting;
+        };
+        for conversation in self.conversations.values_mut() {
+            due(&mut conversation.due, conversation.stale);
+        }
+        for event in self.events.values_mut() {
+            due(&mut event.next_at, event.attempts.outcome_unknown);
         }
     }
 
-    pub(super) fn look_up(&mut self, id: usize, held: [u8; 2], up_to: i64) -> Vec<i64> {
-        let mut left = held;
-        for event in self.of(id, State::Delivered) {
-            let left = &mut left[usize::from(self.events[&event].text)];
-            *left = left.saturating_sub(1);
-        }
-        let mut there = Vec::new();
-        for event in self.of(id, State::Waiting) {
-            let Event { text, attempts, .. } = self.events[&event];
-            if !attempts.in_doubt && event > up_to {
-                continue;
-            }
-            let left = &mut left[usize::from(text)];
-            if *left > 0 {
-                *left -= 1;
-                there.push(event);
-                self.deliver(event);
-            } else if let Some(event) = self.events.get_mut(&event) {
-                event.attempts.in_doubt = false;
-            }
-        }
-        self.conversation(id).found = left;
-        there
+    /// What may be dropped, and of that what must be.
+    pub(super) fn droppable(
+        &self,
+        retention: Duration,
+        overlap: Duration,
+    ) -> (BTreeSet<i64>, BTreeSet<i64>) {
+        let seconds = |duration: Duration| i64::try_from(duration.as_secs()).expect("seconds");
+        let Some(cursor) = self.cursor else {
+            return Default::default();
+        };
+        let happened_before = cursor - seconds(overlap) - MARGIN;
+        let settled_before = self.now - seconds(retention) * 1000;
+        let is_open = |event: &Event| matches!(event.state, State::Waiting | State::Failed);
+        let has_twin = |event: &Event| {
+            self.events.values().any(|twin| {
+                (twin.conversation, twin.what) == (event.conversation, event.what) && is_open(twin)
+            })
+        };
+        let may = |event: &Event| {
+            !is_open(event)
+                && EVENTS[event.what].at < happened_before
+                && event.settled_at < settled_before
+                && !has_twin(event)
+        };
+        let may_be: BTreeSet<i64> = self.ids(may).into_iter().collect();
+        let must_be = may_be
+            .iter()
+            .filter(|id| self.events[id].latest < settled_before);
+        let must_be = must_be.copied().collect();
+        (may_be, must_be)
+    }
+
+    /// What is known of whether OurAPI holds each message of a conversation.
+    pub(super) fn standings(&self, conversation: i64, replay_until: i64) -> Vec<(i64, Standing)> {
+        let messages = self.events.iter().filter(|(_, event)| {
+            event.conversation == conversation && EVENTS[event.what].text().is_some()
+        });
+        messages
+            .map(|(id, event)| {
+                let unknown = event.attempts.outcome_unknown;
+                let standing = match event.state {
+                    State::Delivered => Standing::Delivered,
+                    State::Failed if unknown => Standing::DeadOutcomeUnknown,
+                    State::Failed | State::Discarded => Standing::NotSent,
+                    State::Waiting if unknown => Standing::OutcomeUnknown,
+                    State::Waiting if *id <= replay_until => Standing::MaybeSent,
+                    State::Waiting => Standing::NotSent,
+                };
+                (*id, standing)
+            })
+            .collect()
     }
 }

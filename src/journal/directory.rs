@@ -1,9 +1,11 @@
-//! What is known of either side beside the events: BigChat's runs, its advisors, and the agents they are.
+//! Epochs of BigChat, its advisors, and the agents they are in OurAPI.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
-use super::{Result, Store, written};
+use super::queue::uuid;
+use super::{Result, Store};
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::time::Timestamp;
 
 /// A conversation by whose start time one run of BigChat is told from the next.
@@ -38,21 +40,21 @@ pub enum KnownAgent {
     Refused,
 }
 
-pub(super) fn current_epoch(connection: &Connection) -> Result<i64> {
+pub(super) fn current_epoch(connection: &Connection) -> Result<Epoch> {
     Ok(connection
         .prepare_cached("SELECT max(id) FROM epochs")?
         .query_row([], |row| row.get(0))?)
 }
 
 impl Store {
-    /// The present run of BigChat.
-    pub fn epoch(&mut self) -> Result<i64> {
+    /// The current epoch.
+    pub fn epoch(&mut self) -> Result<Epoch> {
         current_epoch(&self.connection)
     }
 
     /// The conversations of the present run with the lowest ids whose start time is known: after a restart these ids
     /// are given out first. Together with that run.
-    pub fn markers(&mut self, at_most: u32) -> Result<(i64, Vec<Marker>)> {
+    pub fn markers(&mut self, at_most: u32) -> Result<(Epoch, Vec<Marker>)> {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
             // Told apart, so that each is found by the index, however many there are.
@@ -80,20 +82,20 @@ impl Store {
             .prepare_cached(
                 "SELECT started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
             )?
-            .query_row([epoch, bigchat_id], |row| row.get(0))
+            .query_row(params![epoch, bigchat_id], |row| row.get(0))
             .optional()?;
         Ok(started_at.flatten().map(Timestamp::clamped))
     }
 
     /// Notes when a conversation of a run started, and who had it first.
-    pub fn note_details(
+    pub fn record_details(
         &mut self,
-        epoch: i64,
+        epoch: Epoch,
         bigchat_id: i64,
         started_at: Timestamp,
-        advisor: i64,
+        advisor: AdvisorId,
     ) -> Result<()> {
-        note_details(&self.connection, epoch, bigchat_id, started_at, advisor)
+        record_details(&self.connection, epoch, bigchat_id, started_at, advisor)
     }
 
     /// BigChat has restarted since run `epoch`, at `began_at` or before: from then on ids mean new conversations and
@@ -101,34 +103,36 @@ impl Store {
     /// one was begun already.
     pub fn begin_epoch(
         &mut self,
-        epoch: i64,
+        epoch: Epoch,
         began_at: Timestamp,
-        first: Option<(Timestamp, i64)>,
-    ) -> Result<Option<i64>> {
+        first: Option<(Timestamp, AdvisorId)>,
+    ) -> Result<Option<Epoch>> {
         let transaction = self.begin()?;
         if current_epoch(&transaction)? != epoch {
             return Ok(None);
         }
-        let epoch = epoch + 1;
+        let epoch = Epoch(epoch.0 + 1);
         transaction.execute(
             "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
-            [epoch, began_at.unix()],
+            params![epoch, began_at.unix()],
         )?;
         if let Some((started_at, advisor)) = first {
-            note_details(&transaction, epoch, 1, started_at, advisor)?;
+            record_details(&transaction, epoch, 1, started_at, advisor)?;
         }
         transaction.commit()?;
         Ok(Some(epoch))
     }
 
     /// An advisor, if anything is known of it.
-    pub fn advisor(&mut self, epoch: i64, bigchat_id: i64) -> Result<Option<KnownAdvisor>> {
+    pub fn advisor(&mut self, epoch: Epoch, bigchat_id: AdvisorId) -> Result<Option<KnownAdvisor>> {
         let row: Option<(Option<String>, Option<String>)> = self
             .connection
             .prepare_cached(
                 "SELECT name, email FROM advisors WHERE epoch = ?1 AND bigchat_id = ?2",
             )?
-            .query_row([epoch, bigchat_id], |row| Ok((row.get(0)?, row.get(1)?)))
+            .query_row(params![epoch, bigchat_id], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
             .optional()?;
         Ok(row.map(|row| match row {
             (Some(name), Some(email)) => KnownAdvisor::Person { name, email },
@@ -137,10 +141,10 @@ impl Store {
     }
 
     /// Notes what an advisor is.
-    pub fn note_advisor(
+    pub fn record_advisor(
         &mut self,
-        epoch: i64,
-        bigchat_id: i64,
+        epoch: Epoch,
+        bigchat_id: AdvisorId,
         advisor: &KnownAdvisor,
     ) -> Result<()> {
         let (name, email) = match advisor {
@@ -169,7 +173,7 @@ impl Store {
     }
 
     /// Notes which agent an e-mail address is.
-    pub fn note_agent(&mut self, email: &str, agent: KnownAgent) -> Result<()> {
+    pub fn record_agent(&mut self, email: &str, agent: KnownAgent) -> Result<()> {
         let id = match agent {
             KnownAgent::Agent(id) => Some(id.to_string()),
             KnownAgent::Refused => None,
@@ -191,11 +195,11 @@ impl Store {
 
     /// OurAPI has lost something: every agent and every chat is to be looked for again before it is relied on.
     /// Returns how many losses there have been.
-    pub fn our_api_lost_data(&mut self) -> Result<i64> {
+    pub fn record_loss(&mut self) -> Result<i64> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM agents", [])?;
         let losses = transaction.query_row(
-            "UPDATE delivery SET losses = losses + 1 RETURNING losses",
+            "UPDATE control SET losses = losses + 1 RETURNING losses",
             [],
             |row| row.get(0),
         )?;
@@ -211,12 +215,12 @@ impl Store {
     }
 }
 
-fn note_details(
+fn record_details(
     connection: &Connection,
-    epoch: i64,
+    epoch: Epoch,
     bigchat_id: i64,
     started_at: Timestamp,
-    advisor: i64,
+    advisor: AdvisorId,
 ) -> Result<()> {
     connection
         .prepare_cached(
@@ -228,8 +232,4 @@ fn note_details(
         )?
         .execute(params![epoch, bigchat_id, started_at.unix(), advisor])?;
     Ok(())
-}
-
-pub(super) fn uuid(text: &str) -> Result<Uuid> {
-    written(Uuid::parse_str(text).ok(), text)
 }

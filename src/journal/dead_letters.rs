@@ -1,12 +1,12 @@
-//! The failed events: kept until somebody decides.
+//! Dead letters: events that are not delivered until somebody resolves them.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::settlements::due_now;
 use super::{Result, Store, UNREADABLE, limit};
+use crate::domain::ids::{ConversationId, EventId};
 use crate::our_api::Trouble;
 use crate::time::{Millis, Timestamp};
 
@@ -153,7 +153,7 @@ impl Store {
     /// The failed events, the oldest first: at most `at_most` of them.
     pub fn failed(&mut self, at_most: u32) -> Result<Vec<FailedEvent>> {
         self.failed_where(
-            "e.state = 'failed' ORDER BY e.id LIMIT ?1",
+            "d.discarded_at IS NULL ORDER BY d.event LIMIT ?1",
             [i64::from(at_most)],
         )
     }
@@ -168,7 +168,7 @@ impl Store {
         let count: i64 = self
             .connection
             .prepare_cached(
-                "SELECT count(*) FROM (SELECT 1 FROM events WHERE state = 'failed' LIMIT ?1)",
+                "SELECT count(*) FROM (SELECT 1 FROM dead_letters WHERE discarded_at IS NULL LIMIT ?1)",
             )?
             .query_row([at_most], |row| row.get(0))?;
         Ok(u64::try_from(count).unwrap_or_default())
@@ -178,7 +178,7 @@ impl Store {
     pub fn count_decisions(&mut self, decision: Decision) -> Result<u64> {
         let count: i64 = self
             .connection
-            .prepare_cached("SELECT count(*) FROM decisions WHERE decision = ?1")?
+            .prepare_cached("SELECT count(*) FROM resolutions WHERE resolution = ?1")?
             .query_row([decision.name()], |row| row.get(0))?;
         Ok(u64::try_from(count).unwrap_or_default())
     }
@@ -186,14 +186,14 @@ impl Store {
     /// A failed event, if there is one of that id.
     pub fn failed_event(&mut self, id: i64) -> Result<Option<FailedEvent>> {
         Ok(self
-            .failed_where("e.state = 'failed' AND e.id = ?1", [id])?
+            .failed_where("d.discarded_at IS NULL AND d.event = ?1", [id])?
             .pop())
     }
 
     /// The latest failed attempts at an event, the last one first.
     pub fn failed_attempts(&mut self, event: i64) -> Result<Vec<FailedAttempt>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT number, failed_at, reason, request, response FROM failures WHERE event = ?1 ORDER BY number DESC",
+            "SELECT attempt, failed_at, reason, request, response FROM failures WHERE event = ?1 ORDER BY attempt DESC",
         )?;
         let attempts = statement.query_map([event], |row| {
             Ok(FailedAttempt {
@@ -221,8 +221,8 @@ impl Store {
             "?1 IS NULL"
         };
         let mut statement = self.connection.prepare_cached(&format!(
-            "SELECT d.id, d.decided_at, d.decided_by, d.decision, d.event, d.conversation, e.conversation, d.kind, d.reason, d.user
-             FROM decisions d LEFT JOIN events e ON e.id = d.event
+            "SELECT d.id, d.resolved_at, d.resolved_by, d.resolution, d.event, d.conversation, e.conversation, d.kind, d.reason, d.user
+             FROM resolutions d LEFT JOIN events e ON e.id = d.event
              WHERE {of} AND d.id < ?2 ORDER BY d.id DESC LIMIT ?3"
         ))?;
         let before = before.unwrap_or(i64::MAX);
@@ -248,9 +248,10 @@ impl Store {
         params: impl rusqlite::Params,
     ) -> Result<Vec<FailedEvent>> {
         let mut statement = self.connection.prepare_cached(&format!(
-            "SELECT e.id, c.bigchat_id, c.chat_id, e.name, e.event_at, e.data, e.settled_at, coalesce(a.tries, 0),
-                coalesce(a.reason, ''), a.request, a.response
-             FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+            "SELECT e.id, c.bigchat_id, c.chat_id, e.kind, e.event_at, e.data, d.failed_at, coalesce(a.attempts, 0),
+                coalesce(a.reason, ''), nullif(a.request, ''), nullif(a.response, '')
+             FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = e.id
+             LEFT JOIN conversations c ON c.id = e.conversation
              WHERE {condition}"
         ))?;
         let events = statement.query_map(params, |row| {
@@ -275,7 +276,7 @@ impl Store {
     pub fn failed_so_far(&mut self, reason: Option<&str>) -> Result<(u64, Millis)> {
         let (count, last): (i64, Option<i64>) = self
             .connection
-            .prepare_cached(&format!("SELECT count(*), max(e.settled_at) {MEANT}"))?
+            .prepare_cached(&format!("SELECT count(*), max(d.failed_at) {MEANT}"))?
             .query_row(params![0, reason, i64::MAX], |row| {
                 Ok((row.get(0)?, row.get(1)?))
             })?;
@@ -315,8 +316,8 @@ pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
     name == UNREADABLE || reason.starts_with(&Trouble::Refused.to_string())
 }
 /// The failed events after `?1` of the reason `?2`, or of any, that had failed by `?3`.
-const MEANT: &str = "FROM events e LEFT JOIN attempts a ON a.event = e.id
-    WHERE e.state = 'failed' AND e.id > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND e.settled_at <= ?3";
+const MEANT: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event
+    WHERE d.discarded_at IS NULL AND d.event > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND d.failed_at <= ?3";
 
 /// The ids of the next events that are meant, in order.
 fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
@@ -328,7 +329,7 @@ fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Res
         Selection::By { reason, failed_by } => (reason, failed_by),
     };
     let mut statement =
-        transaction.prepare_cached(&format!("SELECT e.id {MEANT} ORDER BY e.id LIMIT ?4"))?;
+        transaction.prepare_cached(&format!("SELECT d.event {MEANT} ORDER BY d.event LIMIT ?4"))?;
     let ids = statement.query_map(
         params![after, reason, failed_by.0, limit(DECIDED_AT_ONCE)],
         |row| row.get(0),
@@ -344,8 +345,10 @@ fn decide(
     who: &Who,
     now: Millis,
 ) -> Result<bool> {
-    let conversation: Option<Option<i64>> = transaction
-        .prepare_cached("SELECT conversation FROM events WHERE id = ?1 AND state = 'failed'")?
+    let conversation: Option<Option<ConversationId>> = transaction
+        .prepare_cached(
+            "SELECT conversation FROM dead_letters WHERE event = ?1 AND discarded_at IS NULL",
+        )?
         .query_row([id], |row| row.get(0))
         .optional()?;
     let Some(conversation) = conversation else {
@@ -354,32 +357,56 @@ fn decide(
     match (decision, conversation) {
         (Decision::Retry, None) => return Ok(false),
         (Decision::Retry, Some(conversation)) => {
-            transaction
-                .prepare_cached(
-                    "UPDATE events SET state = 'waiting', settled_at = NULL WHERE id = ?1",
-                )?
-                .execute([id])?;
-            transaction
-                .prepare_cached("UPDATE attempts SET counted = 0, next_at = NULL WHERE event = ?1")?
-                .execute([id])?;
-            due_now(transaction, conversation, now)?;
+            retry(transaction, EventId(id), conversation, now)?
         }
         (Decision::Discard, _) => {
             transaction
-                .prepare_cached(
-                    "UPDATE events SET state = 'discarded', settled_at = ?2 WHERE id = ?1",
-                )?
+                .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?
                 .execute(params![id, now.0])?;
         }
     }
     let (way, user) = who.parts();
     transaction
         .prepare_cached(
-            "INSERT INTO decisions (decided_at, decided_by, user, decision, event, conversation, kind, reason)
-             SELECT ?2, ?3, ?4, ?5, e.id, c.bigchat_id, e.name, coalesce(a.reason, '')
+            "INSERT INTO resolutions (resolved_at, resolved_by, user, resolution, event, conversation, kind, reason)
+             SELECT ?2, ?3, ?4, ?5, e.id, c.bigchat_id, e.kind, coalesce(a.reason, '')
              FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
              WHERE e.id = ?1",
         )?
         .execute(params![id, now.0, way, user, decision.name()])?;
     Ok(true)
+}
+
+/// Has a dead letter tried again, with all its attempts ahead of it. Above the offset it waits again by being no dead letter
+/// any more. If the outcome of an attempt is unknown, the chat is read back first.
+fn retry(
+    transaction: &Transaction<'_>,
+    event: EventId,
+    conversation: ConversationId,
+    now: Millis,
+) -> Result<()> {
+    transaction
+        .prepare_cached("DELETE FROM dead_letters WHERE event = ?1")?
+        .execute([event])?;
+    transaction
+        .prepare_cached("UPDATE attempts SET counted = 0, next_at = NULL WHERE event = ?1")?
+        .execute([event])?;
+    transaction
+        .prepare_cached(
+            "INSERT INTO redeliveries (conversation, event, restored)
+             SELECT id, ?2, 0 FROM conversations WHERE id = ?1 AND offset >= ?2",
+        )?
+        .execute(params![conversation, event])?;
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET waiting = waiting + 1,
+                -- A write that may still be in flight goes on waiting.
+                due_at = iif(stale_seq > fresh_seq, coalesce(due_at, ?3), ?3),
+                waiting_since = coalesce(waiting_since, (SELECT received_at FROM events WHERE id = ?2)),
+                stale_seq = stale_seq
+                    + EXISTS (SELECT 1 FROM attempts WHERE event = ?2 AND outcome_unknown)
+             WHERE id = ?1",
+        )?
+        .execute(params![conversation, event, now.0])?;
+    Ok(())
 }

@@ -1,19 +1,25 @@
-//! Which agent an advisor is: found by e-mail address, created where there is none.
+//! Which agent an advisor is: found by e-mail address, created if there is none.
 
 use uuid::Uuid;
 
+use super::attempts::AttemptError;
 use crate::context::Context;
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::Exchange;
 use crate::journal::{KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApiError, Trouble};
 use crate::resolve::details;
-use crate::setback::Setback;
 
-/// The agent of an advisor; `None` where BigChat no longer knows the advisor or OurAPI refuses the agent for good.
-pub async fn resolve(context: &Context, epoch: i64, advisor: i64) -> Result<Option<Uuid>, Setback> {
+/// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
+pub(super) async fn resolve(
+    context: &Context,
+    epoch: Epoch,
+    advisor: AdvisorId,
+) -> Result<Option<Uuid>, AttemptError> {
     if let Some(known) = context.known_agents().get(&(epoch, advisor)) {
         return Ok(*known);
     }
+    // Two conversations must not both create it.
     let _one_at_a_time = context.creating_agent.lock().await;
     let losses = context.losses();
     let agent = match details::advisor(context, epoch, advisor).await? {
@@ -29,10 +35,10 @@ pub async fn resolve(context: &Context, epoch: i64, advisor: i64) -> Result<Opti
 
 async fn of_person(
     context: &Context,
-    advisor: i64,
+    advisor: AdvisorId,
     name: &str,
     email: &str,
-) -> Result<Option<Uuid>, Setback> {
+) -> Result<Option<Uuid>, AttemptError> {
     let address = email.to_owned();
     let known = match context
         .journal
@@ -48,8 +54,8 @@ async fn of_person(
                         request, response, ..
                     } = error.exchange.logged();
                     tracing::warn!(
-                        advisor, reason = %error.trouble, request, response,
-                        "OurAPI refuses the agent for good: chats stay without one"
+                        %advisor, reason = %error.trouble, request, response,
+                        "OurAPI permanently rejects an agent; its chats stay without one"
                     );
                     KnownAgent::Refused
                 }
@@ -58,7 +64,7 @@ async fn of_person(
             let address = email.to_owned();
             context
                 .journal
-                .with(move |store| store.note_agent(&address, found))
+                .with(move |store| store.record_agent(&address, found))
                 .await?;
             found
         }
@@ -71,7 +77,7 @@ async fn of_person(
 
 async fn find_or_create(
     context: &Context,
-    advisor: i64,
+    advisor: AdvisorId,
     name: &str,
     email: &str,
 ) -> Result<Agent, OurApiError> {
@@ -85,95 +91,99 @@ async fn find_or_create(
         }
         outcome => return outcome,
     };
-    // An outage, or the address is there by now, or somebody else has the name.
+    // An outage, or the address is taken by now, or another agent has the name.
     if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
         return Ok(agent);
     }
     if our_api.agents_by_name(name).await?.is_empty() {
         return Err(error);
     }
-    tracing::warn!(
-        advisor,
-        "another agent has the name: the new one gets its e-mail address added"
-    );
+    tracing::warn!(%advisor, "another agent has the name; the e-mail address is added to the new one's");
     create(context, advisor, &format!("{name} ({email})"), email).await
 }
 
 async fn create(
     context: &Context,
-    advisor: i64,
+    advisor: AdvisorId,
     name: &str,
     email: &str,
 ) -> Result<Agent, OurApiError> {
     let agent = context.our_api.create_agent(name, email).await?;
-    tracing::debug!(agent = %agent.agent_id, advisor, "agent created");
+    tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
     Ok(agent)
 }
 
-/// Of several agents the one whose name fits, else the first by id, so that it is always the same.
-fn choose(mut agents: Vec<Agent>, advisor: i64, name: &str) -> Option<Agent> {
+/// Of several agents the one whose name matches, else the first by id, so that it is always the same.
+fn choose(mut agents: Vec<Agent>, advisor: AdvisorId, name: &str) -> Option<Agent> {
     if agents.len() > 1 {
-        tracing::warn!(
-            advisor,
-            agents = agents.len(),
-            "several agents have the e-mail address"
-        );
+        tracing::warn!(%advisor, agents = agents.len(), "several agents have the e-mail address");
     }
     agents.sort_by_key(|agent| (agent.name.trim() != name, agent.agent_id));
     agents.into_iter().next()
 }
 
-/// OurAPI says that an agent does not exist. Looks whether that is so, and has it built again.
-pub async fn missing(context: &Context, agent: Option<Uuid>, error: OurApiError) -> Setback {
+/// OurAPI says that an agent does not exist. If its list agrees, everything that it holds is read again before it is
+/// relied on, and the agent is created anew.
+pub(super) async fn missing(
+    context: &Context,
+    agent: Option<Uuid>,
+    error: OurApiError,
+) -> AttemptError {
     match forget_if_lost(context, agent).await {
-        Ok(true) => Setback::Rebuilding("OurAPI has lost an agent"),
-        // It is there, or was none of ours: nothing to be done but try again.
+        Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),
+        // It exists, or was none of ours: another attempt may succeed.
         Ok(false) => error.into(),
-        Err(setback) => setback,
+        Err(error) => error,
     }
 }
 
-/// Whether OurAPI holds an agent, if it is one of ours. In a rebuild it is asked once for each.
-pub async fn is_there(
+/// Whether OurAPI no longer has the agent of an advisor. Within a verification it is asked once for each.
+pub(super) async fn is_gone(
     context: &Context,
-    rebuild: i64,
+    verification: i64,
+    epoch: Epoch,
+    advisor: AdvisorId,
     agent: Option<Uuid>,
-) -> Result<bool, Setback> {
-    let Some(agent) = agent else { return Ok(true) };
-    if let Some(there) = context.looked_for().get(&(rebuild, agent)) {
-        return Ok(*there);
+) -> Result<bool, AttemptError> {
+    let Some(agent) = agent else { return Ok(false) };
+    if let Some(gone) = context.verified_agents().get(&(verification, agent)) {
+        return Ok(*gone);
     }
-    let there = match email_of(context, agent).await? {
-        Some(email) => our_api_holds(context, agent, &email).await?,
-        None => true,
+    let known = context
+        .journal
+        .with(move |store| store.advisor(epoch, advisor));
+    let gone = match known.await? {
+        Some(KnownAdvisor::Person { email, .. }) => !exists(context, agent, &email).await?,
+        Some(KnownAdvisor::Gone) | None => false,
     };
-    let mut looked_for = context.looked_for();
-    looked_for.retain(|(of, _), _| *of == rebuild);
-    looked_for.insert((rebuild, agent), there);
-    Ok(there)
+    let mut verified = context.verified_agents();
+    verified.retain(|(of, _), _| *of == verification);
+    verified.insert((verification, agent), gone);
+    Ok(gone)
 }
 
-/// The same; one that is not there is forgotten, so that it is built again.
-pub async fn forget_if_lost_in(
+async fn email_of(context: &Context, agent: Uuid) -> Result<Option<String>, AttemptError> {
+    let email = context.journal.with(move |store| store.email_of(agent));
+    Ok(email.await?)
+}
+
+async fn exists(context: &Context, agent: Uuid, email: &str) -> Result<bool, AttemptError> {
+    let agents = context.our_api.agents_by_email(email).await?;
+    Ok(agents.iter().any(|found| found.agent_id == agent))
+}
+
+/// Asks OurAPI whether it still has an agent, and forgets it if not. Returns whether it was lost.
+pub(super) async fn forget_if_lost(
     context: &Context,
-    rebuild: i64,
     agent: Option<Uuid>,
-) -> Result<(), Setback> {
-    if !is_there(context, rebuild, agent).await? {
-        forget_if_lost(context, agent).await?;
-    }
-    Ok(())
-}
-
-/// Looks whether OurAPI still has an agent, and forgets it if not. Returns whether it was lost.
-async fn forget_if_lost(context: &Context, agent: Option<Uuid>) -> Result<bool, Setback> {
+) -> Result<bool, AttemptError> {
     let Some(agent) = agent else { return Ok(false) };
     let Some(email) = email_of(context, agent).await? else {
-        // Forgotten meanwhile: it is looked for anyhow.
+        // Forgotten meanwhile: it is looked up again anyway.
         context.known_agents().clear();
         return Ok(true);
     };
-    if our_api_holds(context, agent, &email).await? {
+    if exists(context, agent, &email).await? {
         return Ok(false);
     }
     tracing::error!(%agent, rebuild = context.settings.rebuild, "OurAPI has lost an agent");
@@ -189,19 +199,6 @@ async fn forget_if_lost(context: &Context, agent: Option<Uuid>) -> Result<bool, 
     Ok(true)
 }
 
-async fn email_of(context: &Context, agent: Uuid) -> Result<Option<String>, Setback> {
-    let email = context
-        .journal
-        .with(move |store| store.email_of(agent))
-        .await?;
-    Ok(email)
-}
-
-async fn our_api_holds(context: &Context, agent: Uuid, email: &str) -> Result<bool, Setback> {
-    let agents = context.our_api.agents_by_email(email).await?;
-    Ok(agents.iter().any(|there| there.agent_id == agent))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,7 +210,8 @@ mod tests {
             name: name.into(),
             email: "e".into(),
         };
-        let chosen = |agents| choose(agents, 7, "Ann").map(|agent| agent.agent_id.as_u128());
+        let chosen =
+            |agents| choose(agents, AdvisorId(7), "Ann").map(|agent| agent.agent_id.as_u128());
         assert_eq!(chosen(vec![]), None);
         assert_eq!(chosen(vec![agent(3, "Bob"), agent(2, "Cid")]), Some(2));
         assert_eq!(

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
-use super::minutes::{self, Counts};
-use super::settlements::wake;
+use super::activity::Counts;
 use super::{Result, Store, UNREADABLE};
 use crate::bigchat::page_events;
 use crate::dedupe::{Key, Tally};
+use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::event::{Event, Kind, digest};
 use crate::http::shortened;
 use crate::time::{Millis, Timestamp};
@@ -16,10 +16,6 @@ use crate::time::{Millis, Timestamp};
 /// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
 /// seem to have been served before.
 const DATE_LAG: Duration = Duration::from_secs(2);
-
-/// What a window may bring again reaches back a little further than the window: its start is a matter of whole
-/// seconds, and a MESSAGE can be dated before its START.
-const PRUNING_MARGIN: Duration = Duration::from_secs(60);
 
 /// How many events that cannot be understood are kept of one page. That many are a mistake worth keeping whole; beyond,
 /// a page is hostile, and each of millions would be a row.
@@ -84,9 +80,9 @@ pub struct KeptPage {
     /// Whether its events were admitted.
     pub admitted: bool,
     /// The latest run of BigChat that was known of when it was kept.
-    pub kept_in: i64,
+    pub kept_in: Epoch,
     /// The run of BigChat that told it, once that is certain.
-    pub told_by: Option<i64>,
+    pub told_by: Option<Epoch>,
 }
 
 impl KeptPage {
@@ -108,14 +104,14 @@ pub struct Admitted {
     /// How many there were of each kind.
     pub told: Vec<(&'static str, u32)>,
     /// The latest event there is now.
-    pub last_event: i64,
+    pub last_event: EventId,
 }
 
 impl Store {
     /// How far BigChat was read.
     pub fn source(&mut self) -> Result<Source> {
         let row = self.connection.query_row(
-            "SELECT cursor, window_start, window_end, next_query, rereading FROM source",
+            "SELECT cursor, window_start, window_end, next_query, rescans_left FROM poll_state",
             [],
             |row| {
                 Ok((
@@ -142,7 +138,7 @@ impl Store {
     /// starts anew.
     pub fn set_cursor(&mut self, cursor: Timestamp) -> Result<()> {
         self.connection.execute(
-            "UPDATE source SET cursor = ?1, window_start = NULL, window_end = NULL, next_query = NULL",
+            "UPDATE poll_state SET cursor = ?1, window_start = NULL, window_end = NULL, next_query = NULL",
             [cursor.unix()],
         )?;
         Ok(())
@@ -151,7 +147,7 @@ impl Store {
     /// The pages of the poll under way, in order of arrival.
     pub fn kept_pages(&mut self) -> Result<Vec<KeptPage>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT id, query, again_of, served_at, window_start, body, admitted, kept_in FROM pages ORDER BY id",
+            "SELECT id, query, again_of, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
         )?;
         let pages = statement.query_map([], |row| {
             Ok(KeptPage {
@@ -171,13 +167,13 @@ impl Store {
 
     /// Keeps a page and how its poll goes on, durably and together. Returns its id, and the latest run of BigChat that
     /// is known of.
-    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<(i64, i64)> {
+    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<(i64, Epoch)> {
         self.in_place()?;
         let transaction = self.begin()?;
         let kept = transaction
             .prepare_cached(
-                "INSERT INTO pages (query, again_of, served_at, window_start, body, kept_in)
-                 VALUES (?1, ?2, ?3, ?4, ?5, (SELECT max(id) FROM epochs)) RETURNING id, kept_in",
+                "INSERT INTO inbox (query, again_of, served_at, window_start, body, stored_in)
+                 VALUES (?1, ?2, ?3, ?4, ?5, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
             )?
             .query_row(
                 params![
@@ -198,7 +194,7 @@ impl Store {
             }
         };
         transaction.execute(
-            "UPDATE source SET window_start = :start, window_end = :end, next_query = :next, cursor = coalesce(:cursor, cursor)",
+            "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next, cursor = coalesce(:cursor, cursor)",
             named_params! {
                 ":start": page.window.0.unix(), ":end": page.window.1.unix(), ":next": next, ":cursor": cursor,
             },
@@ -209,11 +205,11 @@ impl Store {
 
     /// How many events of that key the journal holds, told in the present run of BigChat.
     pub fn count_known(&mut self, event: &Event) -> Result<u32> {
-        let epoch = super::knowledge::current_epoch(&self.connection)?;
-        let conversation: Option<i64> = self
+        let epoch = super::directory::current_epoch(&self.connection)?;
+        let conversation: Option<ConversationId> = self
             .connection
             .prepare_cached("SELECT id FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2")?
-            .query_row([epoch, event.conversation], |row| row.get(0))
+            .query_row(params![epoch, event.conversation], |row| row.get(0))
             .optional()?;
         conversation.map_or(Ok(0), |conversation| {
             count_equal(&self.connection, conversation, event)
@@ -222,8 +218,8 @@ impl Store {
 
     /// Which run of BigChat told a page that was served then, and whether that is certain: where it is not, it may be
     /// the run before.
-    pub fn epoch_at(&mut self, served_at: Timestamp) -> Result<(i64, bool)> {
-        let (epoch, began_at): (i64, i64) = self
+    pub fn epoch_at(&mut self, served_at: Timestamp) -> Result<(Epoch, bool)> {
+        let (epoch, began_at): (Epoch, i64) = self
             .connection
             .prepare_cached(
                 "SELECT id, began_at FROM epochs WHERE began_at <= ?1 OR id = 1 ORDER BY id DESC LIMIT 1",
@@ -231,7 +227,7 @@ impl Store {
             .query_row([served_at.plus(DATE_LAG).unix()], |row| {
                 Ok((row.get(0)?, row.get(1)?))
             })?;
-        Ok((epoch, epoch == 1 || began_at < served_at.unix()))
+        Ok((epoch, epoch == Epoch(1) || began_at < served_at.unix()))
     }
 
     /// Whether the journal holds such an event, from whichever run of BigChat, admitted or not.
@@ -260,7 +256,7 @@ impl Store {
     pub fn admit(
         &mut self,
         page: &KeptPage,
-        epoch: i64,
+        epoch: Epoch,
         tally: &Tally,
         now: Millis,
     ) -> Result<Admitted> {
@@ -275,7 +271,7 @@ impl Store {
             outcome = match Event::parse(raw) {
                 Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
                     admitted.new += usize::from(new);
-                    counts.of(event.kind.name()).told += u32::from(new);
+                    counts.of(event.kind.name()).received += u32::from(new);
                     // What it says of a time to come says nothing of how old its news are.
                     newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
@@ -288,7 +284,7 @@ impl Store {
                         admitted.new += usize::from(new);
                         admitted.unreadable += usize::from(new);
                         let count = counts.of(UNREADABLE);
-                        count.told += u32::from(new);
+                        count.received += u32::from(new);
                         count.failed += u32::from(new);
                     })
                 }
@@ -300,18 +296,18 @@ impl Store {
             tracing::error!(events = beyond, query = %page.query, "a page is full of what cannot be understood: not all of it is kept");
         }
         transaction
-            .prepare_cached("UPDATE pages SET admitted = 1 WHERE id = ?1")?
+            .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
             .execute([page.id])?;
-        counts.keep(&transaction, now)?;
+        counts.store(&transaction, now)?;
         if let Some(newest) = newest {
             transaction
                 .prepare_cached(
-                    "UPDATE source SET newest_event = max(coalesce(newest_event, ?1), ?1)",
+                    "UPDATE poll_state SET newest_event = max(coalesce(newest_event, ?1), ?1)",
                 )?
                 .execute([newest.unix()])?;
         }
         admitted.last_event = last_event(&transaction)?;
-        admitted.told = counts.told();
+        admitted.told = counts.received();
         transaction.commit()?;
         Ok(admitted)
     }
@@ -326,10 +322,10 @@ impl Store {
         read: Option<(Millis, i64)>,
     ) -> Result<()> {
         let transaction = self.begin()?;
-        transaction.execute("DELETE FROM pages", [])?;
+        transaction.execute("DELETE FROM inbox", [])?;
         transaction.execute(
-            "UPDATE source SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL,
-                rereading = ?2, polled_at = coalesce(?3, polled_at), clock_ahead = coalesce(?4, clock_ahead)",
+            "UPDATE poll_state SET cursor = coalesce(?1, cursor), window_start = NULL, window_end = NULL, next_query = NULL,
+                rescans_left = ?2, polled_at = coalesce(?3, polled_at), clock_ahead = coalesce(?4, clock_ahead)",
             params![
                 cursor.map(Timestamp::unix),
                 rereading,
@@ -344,7 +340,7 @@ impl Store {
     /// One more poll has read on in a window that is read again.
     pub fn reread(&mut self) -> Result<()> {
         self.connection.execute(
-            "UPDATE source SET rereading = rereading - 1 WHERE rereading > 0",
+            "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
             [],
         )?;
         Ok(())
@@ -352,46 +348,17 @@ impl Store {
 
     /// Lets go of the pages that were kept: all of their events are admitted.
     pub fn forget_pages(&mut self) -> Result<()> {
-        self.connection.execute("DELETE FROM pages", [])?;
+        self.connection.execute("DELETE FROM inbox", [])?;
         Ok(())
     }
 
     /// Lets go of all but the last of them.
     pub fn forget_pages_but_the_last(&mut self) -> Result<()> {
         self.connection.execute(
-            "DELETE FROM pages WHERE id <> (SELECT max(id) FROM pages WHERE again_of IS NULL)",
+            "DELETE FROM inbox WHERE id <> (SELECT max(id) FROM inbox WHERE again_of IS NULL)",
             [],
         )?;
         Ok(())
-    }
-
-    /// Drops delivered and discarded events that were settled `retention` ago, unless the next window could bring
-    /// them again; some at a time, so that nobody waits. Returns how many.
-    pub fn prune(
-        &mut self,
-        retention: Duration,
-        overlap: Duration,
-        now: Millis,
-        at_most: u32,
-    ) -> Result<usize> {
-        minutes::forget(&self.connection, now)?;
-        let Some(cursor) = self.source()?.cursor else {
-            return Ok(0);
-        };
-        Ok(self.connection.execute(
-            "DELETE FROM events WHERE id IN (
-                SELECT id FROM events
-                WHERE state IN ('delivered', 'discarded') AND settled_at < ?1 AND event_at < ?2
-                    AND NOT EXISTS (
-                        SELECT 1 FROM events twin WHERE twin.conversation = events.conversation
-                            AND twin.digest = events.digest AND twin.state IN ('waiting', 'failed'))
-                ORDER BY settled_at LIMIT ?3)",
-            params![
-                now.minus(retention).0,
-                cursor.minus(overlap).minus(PRUNING_MARGIN).unix(),
-                at_most
-            ],
-        )?)
     }
 }
 
@@ -400,25 +367,32 @@ impl Store {
 /// latest of its second.
 fn admit(
     transaction: &Transaction<'_>,
-    epoch: i64,
+    epoch: Epoch,
     event: &Event,
     tally: &Tally,
     now: Millis,
 ) -> Result<bool> {
     let conversation = conversation(transaction, epoch, event)?;
-    let told = match event.kind {
-        Kind::Message => tally.told(&Key::from(event)).max(1),
-        Kind::Start | Kind::End | Kind::Transfer => 1,
+    let told = match event.kind.is_message() {
+        true => tally.told(&Key::from(event)).max(1),
+        false => 1,
     };
     if count_equal(transaction, conversation, event)? >= told {
         return Ok(false);
     }
     insert(transaction, conversation, event, now)?;
-    wake(transaction, conversation, now)?;
+    // Whoever works on the conversation looks again; one that waits for its next attempt goes on waiting.
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET waiting = waiting + 1, waiting_since = coalesce(waiting_since, ?2),
+                due_at = coalesce(due_at, ?2)
+             WHERE id = ?1",
+        )?
+        .execute(params![conversation, now.0])?;
     Ok(true)
 }
 
-fn last_event(connection: &rusqlite::Connection) -> Result<i64> {
+fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
     Ok(
         connection.query_row("SELECT coalesce(max(id), 0) FROM events", [], |row| {
             row.get(0)
@@ -427,13 +401,17 @@ fn last_event(connection: &rusqlite::Connection) -> Result<i64> {
 }
 
 /// The conversation an event belongs to, made known if it is not; its START gives it its start time.
-fn conversation(transaction: &Transaction<'_>, epoch: i64, event: &Event) -> Result<i64> {
+fn conversation(
+    transaction: &Transaction<'_>,
+    epoch: Epoch,
+    event: &Event,
+) -> Result<ConversationId> {
     let started_at = (event.kind == Kind::Start).then_some(event.at.unix());
-    let known: Option<(i64, Option<i64>)> = transaction
+    let known: Option<(ConversationId, Option<i64>)> = transaction
         .prepare_cached(
             "SELECT id, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
         )?
-        .query_row([epoch, event.conversation], |row| {
+        .query_row(params![epoch, event.conversation], |row| {
             Ok((row.get(0)?, row.get(1)?))
         })
         .optional()?;
@@ -444,7 +422,7 @@ fn conversation(transaction: &Transaction<'_>, epoch: i64, event: &Event) -> Res
                     "INSERT INTO conversations (epoch, bigchat_id, started_at) VALUES (?1, ?2, ?3)",
                 )?
                 .execute(params![epoch, event.conversation, started_at])?;
-            Ok(transaction.last_insert_rowid())
+            Ok(ConversationId(transaction.last_insert_rowid()))
         }
         Some((id, None)) if started_at.is_some() => {
             transaction
@@ -456,25 +434,29 @@ fn conversation(transaction: &Transaction<'_>, epoch: i64, event: &Event) -> Res
     }
 }
 
-fn count_equal(connection: &rusqlite::Connection, conversation: i64, event: &Event) -> Result<u32> {
+fn count_equal(
+    connection: &rusqlite::Connection,
+    conversation: ConversationId,
+    event: &Event,
+) -> Result<u32> {
     Ok(connection
         .prepare_cached(
             "SELECT count(*) FROM events
-             WHERE conversation = ?1 AND digest = ?2 AND name = ?3 AND event_at = ?4 AND data IS ?5",
+             WHERE conversation = ?1 AND fingerprint = ?2 AND kind = ?3 AND event_at = ?4 AND data IS ?5",
         )?
         .query_row(params![conversation, event.digest(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
 }
 
 fn insert(
     transaction: &Transaction<'_>,
-    conversation: i64,
+    conversation: ConversationId,
     event: &Event,
     now: Millis,
 ) -> Result<()> {
     transaction
         .prepare_cached(
-            "INSERT INTO events (conversation, name, event_at, data, digest, state, kept_at)
-             VALUES (?1, ?2, ?3, ?4, ?5, 'waiting', ?6)",
+            "INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         )?
         .execute(params![
             conversation,
@@ -495,19 +477,23 @@ fn insert_unreadable(
 ) -> Result<bool> {
     let digest = digest(&[raw.as_bytes()]);
     let known: bool = transaction
-        .prepare_cached("SELECT EXISTS (SELECT 1 FROM events WHERE conversation IS NULL AND digest = ?1 AND data = ?2)")?
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM events WHERE conversation IS NULL AND fingerprint = ?1 AND data = ?2)")?
         .query_row(params![digest, raw], |row| row.get(0))?;
     if known {
         return Ok(false);
     }
+    let event: EventId = transaction
+        .prepare_cached(
+            "INSERT INTO events (kind, event_at, data, fingerprint, received_at) VALUES (?1, 0, ?2, ?3, ?4) RETURNING id",
+        )?
+        .query_row(params![UNREADABLE, raw, digest, now.0], |row| row.get(0))?;
+    transaction
+        .prepare_cached("INSERT INTO dead_letters (event, failed_at) VALUES (?1, ?2)")?
+        .execute(params![event, now.0])?;
     transaction
         .prepare_cached(
-            "INSERT INTO events (name, event_at, data, digest, state, kept_at, settled_at)
-             VALUES (?4, 0, ?1, ?2, 'failed', ?3, ?3)",
+            "INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (?1, 0, 0, ?2, '', '')",
         )?
-        .execute(params![raw, digest, now.0, UNREADABLE])?;
-    transaction
-        .prepare_cached("INSERT INTO attempts (event, reason) VALUES (?1, ?2)")?
-        .execute(params![transaction.last_insert_rowid(), shortened(reason)])?;
+        .execute(params![event, shortened(reason)])?;
     Ok(true)
 }

@@ -1,2 +1,0 @@
--- Who resolved a failed event, as far as it could be known; NULL: before this was recorded.
-ALTER TABLE decisions ADD COLUMN user TEXT;

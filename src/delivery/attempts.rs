@@ -1,0 +1,436 @@
+//! What a failed attempt means for its event: pure decisions.
+//!
+//! A failed attempt is data. The event is tried again after a back-off, until it has failed so often while other
+//! conversations got through that the fault must be its own; then it is a dead letter. What OurAPI permanently rejects is
+//! one at once.
+
+use std::time::Duration;
+
+use crate::bigchat::BigChatError;
+use crate::domain::conversation::Attempts;
+use crate::domain::ids::ConversationId;
+use crate::domain::progress::{Failure, Outcome};
+use crate::http::{request_head, response_head};
+use crate::journal::JournalError;
+use crate::log;
+use crate::our_api::{OurApiError, Trouble};
+use crate::retry::Policy;
+use crate::time::Millis;
+
+/// Why an attempt to deliver an event failed.
+#[derive(Debug)]
+pub enum AttemptError {
+    /// A write to OurAPI failed.
+    Write(OurApiError),
+    /// A read of OurAPI that the write depends on failed: the write was not attempted.
+    Read(OurApiError),
+    /// BigChat did not answer what the write depends on.
+    BigChat(BigChatError),
+    /// The database failed.
+    Journal(JournalError),
+    /// OurAPI has lost something that has to be restored first.
+    DataLost(&'static str),
+    /// The handler has panicked, and whatever it did is unknown.
+    Panicked,
+}
+
+impl From<JournalError> for AttemptError {
+    fn from(error: JournalError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+impl From<OurApiError> for AttemptError {
+    fn from(error: OurApiError) -> Self {
+        Self::Read(match error.trouble {
+            // A rejected read says nothing about the event.
+            Trouble::Refused => error.but(Trouble::NotCarriedOut),
+            _ => error,
+        })
+    }
+}
+
+impl From<BigChatError> for AttemptError {
+    fn from(error: BigChatError) -> Self {
+        Self::BigChat(error)
+    }
+}
+
+impl AttemptError {
+    /// OurAPI will never accept the event.
+    pub fn is_rejection(&self) -> bool {
+        matches!(self, Self::Write(error) if error.trouble == Trouble::Refused)
+    }
+
+    /// The event may have been delivered all the same.
+    pub fn outcome_unknown(&self) -> bool {
+        match self {
+            Self::Write(error) => error.trouble.in_doubt(),
+            Self::Panicked => true,
+            _ => false,
+        }
+    }
+
+    /// The event may still be delivered after the request was given up.
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(self, Self::Write(error) if error.trouble == Trouble::Late)
+    }
+
+    /// As logged: without what was sent and what was answered to it in words, unless message text may be logged.
+    pub fn logged(&self) -> Failure {
+        let failure = self.failure();
+        let reason = match self {
+            Self::Write(error) | Self::Read(error) => error.trouble.to_string(),
+            _ => failure.reason.clone(),
+        };
+        Failure {
+            reason: log::shown(&failure.reason, |_| &reason).to_owned(),
+            request: log::shown(&failure.request, request_head).to_owned(),
+            response: log::shown(&failure.response, response_head).to_owned(),
+        }
+    }
+
+    /// As stored with the event.
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::Write(error) | Self::Read(error) => Failure {
+                reason: match (error.trouble, &error.exchange.complaint) {
+                    (Trouble::Refused, Some(complaint)) => {
+                        format!("{}: {complaint}", error.trouble)
+                    }
+                    _ => error.trouble.to_string(),
+                },
+                request: error.exchange.request.clone(),
+                response: error.exchange.response.clone(),
+            },
+            Self::BigChat(error) => {
+                let exchange = error.exchange();
+                Failure {
+                    reason: error.headline().to_owned(),
+                    request: exchange.request,
+                    response: exchange.response,
+                }
+            }
+            Self::Journal(error) => Failure {
+                reason: error.to_string(),
+                ..Failure::default()
+            },
+            Self::DataLost(what) => Failure {
+                reason: (*what).to_owned(),
+                ..Failure::default()
+            },
+            Self::Panicked => Failure {
+                reason: "the handler panicked; please report this with the log".to_owned(),
+                ..Failure::default()
+            },
+        }
+    }
+
+    /// Whether the fault may be the event's own, if others get through.
+    fn may_be_its_own(&self, bigchat_is_down: bool) -> bool {
+        match self {
+            Self::Write(error) | Self::Read(error) => {
+                !matches!(error.trouble, Trouble::Throttled { .. })
+            }
+            // That OurAPI accepts other writes says nothing about BigChat.
+            Self::BigChat(BigChatError::Throttled { .. } | BigChatError::Denied(_)) => false,
+            Self::BigChat(_) => !bigchat_is_down,
+            Self::Journal(_) | Self::DataLost(_) => false,
+            Self::Panicked => true,
+        }
+    }
+}
+
+/// What is known at the time of a failure, beside the failure itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Circumstances {
+    pub(super) now: Millis,
+    pub(super) bigchat_is_down: bool,
+    /// BigChat is not to be asked before then.
+    pub(super) bigchat_retry_after: Option<Millis>,
+    /// How long a request may be in flight, and as long again after it was given up.
+    pub(super) request_timeout: Duration,
+    /// Jitter: 0 to 1.
+    pub(super) fraction: f64,
+}
+
+/// What a failed attempt of an event comes to.
+pub(super) fn outcome(
+    before: Attempts,
+    error: &AttemptError,
+    conversation: ConversationId,
+    writes: &Writes,
+    policy: &Policy,
+    at: &Circumstances,
+) -> Outcome {
+    let failure = error.failure();
+    if error.is_rejection() {
+        let attempts = Attempts {
+            failed: before.failed.saturating_add(1),
+            ..before
+        };
+        return Outcome::DeadLetter { attempts, failure };
+    }
+    let attempts = attempts_after(before, error, conversation, writes, at.bigchat_is_down);
+    if attempts.counted >= policy.max_attempts {
+        return Outcome::DeadLetter { attempts, failure };
+    }
+    let next_at = at.now.plus(back_off(
+        error,
+        attempts.failed,
+        policy,
+        at.request_timeout,
+        at.fraction,
+    ));
+    let next_at = match error {
+        AttemptError::BigChat(_) => next_at.max(at.bigchat_retry_after.unwrap_or_default()),
+        // While OurAPI asks to be left alone nothing is attempted anyway.
+        _ => next_at,
+    };
+    Outcome::Retry {
+        attempts,
+        next_at,
+        failure,
+    }
+}
+
+fn attempts_after(
+    before: Attempts,
+    error: &AttemptError,
+    conversation: ConversationId,
+    writes: &Writes,
+    bigchat_is_down: bool,
+) -> Attempts {
+    let others_got_through = before
+        .writes_then
+        .is_some_and(|then| writes.another_conversation_succeeded_since(conversation, then));
+    let counts = others_got_through && error.may_be_its_own(bigchat_is_down);
+    Attempts {
+        failed: before.failed.saturating_add(1),
+        counted: before.counted + u32::from(counts),
+        writes_then: Some(writes.count),
+        outcome_unknown: before.outcome_unknown || error.outcome_unknown(),
+    }
+}
+
+/// How long an event waits after failure number `attempts`. If the write may have been carried out, it is not read back
+/// before it can have arrived.
+fn back_off(
+    error: &AttemptError,
+    attempts: u32,
+    policy: &Policy,
+    request_timeout: Duration,
+    fraction: f64,
+) -> Duration {
+    let arrival = match (error.outcome_unknown(), error.is_timeout()) {
+        (false, _) => Duration::ZERO,
+        (true, false) => policy.initial / 2,
+        (true, true) => request_timeout,
+    };
+    policy.backoff(attempts, fraction).max(arrival)
+}
+
+/// The writes that succeeded, as far as an event needs to know whether another conversation's did.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Writes {
+    pub(super) count: i64,
+    /// The conversation of the latest, and the count with it.
+    last: Option<(ConversationId, i64)>,
+    /// The count with the latest of another conversation than that.
+    last_of_another: Option<i64>,
+}
+
+impl Writes {
+    /// As of the beginning of a session.
+    pub(super) fn since(count: i64) -> Self {
+        Self {
+            count,
+            last: None,
+            last_of_another: None,
+        }
+    }
+
+    pub(super) fn record(&mut self, conversation: ConversationId, writes: u32) {
+        if writes == 0 {
+            return;
+        }
+        self.count += i64::from(writes);
+        if let Some((other, count)) = self.last
+            && other != conversation
+        {
+            self.last_of_another = Some(count);
+        }
+        self.last = Some((conversation, self.count));
+    }
+
+    fn another_conversation_succeeded_since(
+        &self,
+        conversation: ConversationId,
+        then: i64,
+    ) -> bool {
+        let latest = match self.last {
+            Some((other, count)) if other != conversation => Some(count),
+            _ => self.last_of_another,
+        };
+        latest.is_some_and(|latest| latest > then)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::Exchange;
+
+    const POLICY: Policy = Policy::DEFAULT;
+    const ONE: ConversationId = ConversationId(1);
+    const TWO: ConversationId = ConversationId(2);
+
+    fn our_api(trouble: Trouble) -> OurApiError {
+        OurApiError {
+            trouble,
+            exchange: Exchange::default(),
+        }
+    }
+
+    fn write(trouble: Trouble) -> AttemptError {
+        AttemptError::Write(our_api(trouble))
+    }
+
+    fn throttled(in_doubt: bool) -> AttemptError {
+        let until = Millis(1);
+        write(Trouble::Throttled { until, in_doubt })
+    }
+
+    fn bigchat(error: impl Fn(Exchange) -> BigChatError) -> AttemptError {
+        AttemptError::BigChat(error(Exchange::default()))
+    }
+
+    #[test]
+    fn writes_of_the_own_conversation_do_not_count() {
+        let mut writes = Writes::since(5);
+        let since = Writes::another_conversation_succeeded_since;
+        assert!(!since(&writes, ONE, 5));
+        writes.record(ONE, 2);
+        assert!(!since(&writes, ONE, 5));
+        assert!(since(&writes, TWO, 5));
+        writes.record(TWO, 1);
+        assert!(since(&writes, ONE, 5));
+        assert!(!since(&writes, ONE, 8));
+        assert!(since(&writes, TWO, 5), "that of the first one before");
+        assert!(!since(&writes, TWO, 7));
+        writes.record(ConversationId(3), 0);
+        assert_eq!(writes.count, 8);
+    }
+
+    #[test]
+    fn only_faults_of_the_event_itself_count() {
+        let mut writes = Writes::since(5);
+        let counted = |error: &AttemptError, writes: &Writes, down| {
+            let before = Attempts {
+                failed: 1,
+                counted: 3,
+                writes_then: Some(5),
+                outcome_unknown: false,
+            };
+            let after = attempts_after(before, error, ONE, writes, down);
+            assert_eq!((after.failed, after.writes_then), (2, Some(writes.count)));
+            after.counted - before.counted
+        };
+        let fails = write(Trouble::Unknown);
+        assert_eq!(counted(&fails, &writes, false), 0, "nobody got through");
+        writes.record(TWO, 1);
+        for (error, counts, while_bigchat_is_down) in [
+            (write(Trouble::Unknown), 1, 1),
+            (write(Trouble::NotCarriedOut), 1, 1),
+            (write(Trouble::Denied), 1, 1),
+            (AttemptError::from(our_api(Trouble::Refused)), 1, 1),
+            (throttled(false), 0, 0),
+            (throttled(true), 0, 0),
+            (bigchat(BigChatError::Unavailable), 1, 0),
+            (bigchat(BigChatError::Refused), 1, 0),
+            (bigchat(BigChatError::Denied), 0, 0),
+            (
+                bigchat(|_| BigChatError::Throttled { until: Millis(1) }),
+                0,
+                0,
+            ),
+            (AttemptError::Journal(JournalError::Closed), 0, 0),
+            (AttemptError::DataLost("its chat is gone"), 0, 0),
+        ] {
+            assert_eq!(counted(&error, &writes, false), counts, "{error:?}");
+            assert_eq!(
+                counted(&error, &writes, true),
+                while_bigchat_is_down,
+                "{error:?}, BigChat down"
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_failure_never_counts_and_a_doubt_stays() {
+        let mut writes = Writes::since(5);
+        writes.record(TWO, 1);
+        let after = |before, trouble, writes: &Writes| {
+            attempts_after(before, &write(trouble), ONE, writes, false)
+        };
+        let first = after(Attempts::default(), Trouble::Late, &writes);
+        assert_eq!(
+            (first.failed, first.counted, first.outcome_unknown),
+            (1, 0, true)
+        );
+        let second = after(first, Trouble::NotCarriedOut, &writes);
+        assert_eq!((second.counted, second.outcome_unknown), (0, true));
+        writes.record(TWO, 1);
+        let third = after(second, Trouble::NotCarriedOut, &writes);
+        assert_eq!(
+            (third.failed, third.counted, third.outcome_unknown),
+            (3, 1, true)
+        );
+    }
+
+    #[test]
+    fn a_rejected_event_and_one_without_attempts_left_are_dead_letters() {
+        let mut writes = Writes::since(0);
+        writes.record(TWO, 1);
+        let at = Circumstances {
+            now: Millis(0),
+            bigchat_is_down: false,
+            bigchat_retry_after: Some(Millis(9_000)),
+            request_timeout: Duration::from_secs(10),
+            fraction: 0.0,
+        };
+        let outcome = |counted, error: &AttemptError| {
+            let before = Attempts {
+                failed: 20,
+                counted,
+                writes_then: Some(0),
+                outcome_unknown: false,
+            };
+            outcome(before, error, ONE, &writes, &POLICY, &at)
+        };
+        let is_dead = |outcome: &Outcome| matches!(outcome, Outcome::DeadLetter { .. });
+        assert!(is_dead(&outcome(0, &write(Trouble::Refused))));
+        assert!(is_dead(&outcome(9, &write(Trouble::Unknown))));
+        assert!(!is_dead(&outcome(8, &write(Trouble::Unknown))));
+        assert!(!is_dead(&outcome(
+            0,
+            &AttemptError::from(our_api(Trouble::Refused))
+        )));
+        let Outcome::Retry { next_at, .. } = outcome(0, &bigchat(BigChatError::Unavailable)) else {
+            panic!("it is tried again");
+        };
+        assert_eq!(next_at, Millis(9_000), "as BigChat asked");
+    }
+
+    #[test]
+    fn a_write_that_may_be_in_flight_gets_time_to_arrive() {
+        let timeout = Duration::from_secs(30);
+        let wait = |trouble, attempts, fraction| {
+            back_off(&write(trouble), attempts, &POLICY, timeout, fraction).as_millis()
+        };
+        assert_eq!(wait(Trouble::NotCarriedOut, 1, 0.0), 0);
+        assert_eq!(wait(Trouble::Unknown, 1, 0.0), 500);
+        assert_eq!(wait(Trouble::Late, 1, 0.0), 30_000);
+        assert_eq!(wait(Trouble::Late, 9, 1.0), 256_000);
+    }
+}

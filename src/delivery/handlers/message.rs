@@ -1,0 +1,22 @@
+//! MESSAGE: the message is added to the chat.
+
+use uuid::Uuid;
+
+use crate::domain::conversation::Pending;
+use crate::our_api::{MessageTarget, NewMessage, OurApi, OurApiError};
+
+/// Adds a message to the chat that `target` names. `author`: the agent to credit it to.
+pub(in crate::delivery) async fn send(
+    our_api: &OurApi,
+    target: &MessageTarget,
+    event: &Pending,
+    text: &str,
+    author: Option<Uuid>,
+) -> Result<(), OurApiError> {
+    let message = NewMessage {
+        sent_at: event.at,
+        text,
+        agent_id: author,
+    };
+    our_api.add_message(target, &message).await
+}

@@ -1,0 +1,81 @@
+//! What each kind of event does. The four files are where a reader finds what START, END, MESSAGE and TRANSFER mean.
+//!
+//! Changes of the chat itself are folded into what is desired; what then differs is sent as one change. Messages are
+//! sent one by one, in order of arrival.
+
+pub(super) mod end;
+pub(super) mod message;
+pub(super) mod start;
+pub(super) mod transfer;
+
+use crate::domain::conversation::{Desired, Pending};
+use crate::event::What;
+
+/// Folds an event into what is desired of its chat.
+pub(super) fn fold(desired: &mut Desired, event: &Pending) {
+    match &event.what {
+        What::Start => start::fold(desired, event),
+        What::End => end::fold(desired, event),
+        What::Transfer { advisor } => transfer::fold(desired, event, *advisor),
+        What::Message { .. } => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::domain::conversation::{Attempts, Transfer};
+    use crate::domain::ids::{AdvisorId, EventId};
+    use crate::time::{Millis, Timestamp};
+
+    fn event(id: i64, at: i64, what: What) -> Pending {
+        Pending {
+            id: EventId(id),
+            at: Timestamp::clamped(at),
+            received_at: Millis(1),
+            what,
+            attempts: Attempts::default(),
+            redelivery: false,
+            restored: false,
+            credit: None,
+        }
+    }
+
+    fn what() -> impl Strategy<Value = What> {
+        prop_oneof![
+            Just(What::Start),
+            Just(What::End),
+            (0_i64..9).prop_map(|advisor| What::Transfer { advisor }),
+            Just(What::Message { text: "hi".into() }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_latest_counts_in_whatever_order_and_however_often_events_are_folded(
+            events in proptest::collection::vec((0_i64..4, what()), 1..8),
+            order in any::<prop::sample::Index>(),
+        ) {
+            let mut events: Vec<Pending> = events.into_iter().zip(1..).map(|((at, what), id)| event(id, at, what)).collect();
+            let ends = events.iter().filter(|event| event.what == What::End);
+            let expected_end = ends.map(|event| event.at).max();
+            let transfers = events.iter().filter_map(|event| match event.what {
+                What::Transfer { advisor } => Some(Transfer { at: event.at, event: event.id, advisor: AdvisorId(advisor) }),
+                _ => None,
+            });
+            let expected_transfer = transfers.max_by_key(|transfer| (transfer.at, transfer.event));
+            let first_start = events.iter().find(|event| event.what == What::Start).map(|event| event.at);
+            let mut desired = Desired { started_at: first_start, ..Desired::default() };
+            let length = events.len();
+            events.rotate_left(order.index(length));
+            for event in events.iter().chain(&events) {
+                fold(&mut desired, event);
+            }
+            prop_assert_eq!(desired.ended_at, expected_end);
+            prop_assert_eq!(desired.transfer, expected_transfer);
+            prop_assert_eq!(desired.started_at, first_start, "the first one received");
+        }
+    }
+}

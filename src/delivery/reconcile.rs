@@ -1,0 +1,617 @@
+//! Reconciling a conversation: its chat is brought to what its events say, and only what differs is sent.
+//!
+//! What the journal remembers of the chat may be wrong: after a write of unknown outcome, a crash, with an older copy of
+//! the database, after a loss in OurAPI. The conversation is *stale* then, and there is one cure: the chat is read back,
+//! and its messages are accounted for. That ends the claim; what is missing or waits goes on from what was read.
+
+use uuid::Uuid;
+
+use super::attempts::AttemptError;
+use super::handlers::{self, message};
+use super::{agents, chat};
+use crate::context::Context;
+use crate::domain::account::{self, MessageKey};
+use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
+use crate::domain::ids::EventId;
+use crate::domain::progress::{ChatState, Claim, Effect, Finding, Observation, Verify, Work};
+use crate::our_api::{self, Trouble};
+use crate::settings::MessageAuthor;
+
+/// What became of a piece of work.
+#[derive(Debug)]
+pub(super) struct Reconciled {
+    /// The conversation as it is now.
+    pub(super) conversation: Conversation,
+    pub(super) events: Vec<Pending>,
+    pub(super) claim: Claim,
+    /// The events that were delivered or permanently rejected. The others were not tried.
+    pub(super) done: Vec<(EventId, Result<Effect, AttemptError>)>,
+    /// What stopped the work before its end.
+    pub(super) stopped: Option<Stopped>,
+    pub(super) observation: Observation,
+    pub(super) consumed: Vec<MessageKey>,
+    /// How many writes OurAPI carried out.
+    pub(super) writes: u32,
+    pub(super) verified: Option<(Verify, Option<Finding>)>,
+}
+
+/// What stopped the work before its end.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    /// At which event; `None`: at the chat itself.
+    pub(super) at: Option<EventId>,
+    pub(super) error: AttemptError,
+    /// The chat's messages could not be read.
+    pub(super) reading_messages: bool,
+}
+
+impl Stopped {
+    fn at(event: Option<EventId>, error: AttemptError) -> Self {
+        Self {
+            at: event,
+            error,
+            reading_messages: false,
+        }
+    }
+}
+
+/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop.
+pub(super) async fn reconcile(context: &Context, work: Work) -> Reconciled {
+    let Work {
+        conversation,
+        events,
+        claim,
+        verify,
+    } = work;
+    let mut run = Reconciled {
+        conversation,
+        events,
+        claim,
+        done: Vec::new(),
+        stopped: None,
+        observation: Observation::None,
+        consumed: Vec::new(),
+        writes: 0,
+        verified: verify.map(|verify| (verify, None)),
+    };
+    let ended = match verify {
+        Some(verify) => run.verify(context, verify).await,
+        None => run.deliver(context).await,
+    };
+    run.stopped = ended.err();
+    run
+}
+
+/// When the chat's messages have to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needed {
+    /// Messages that the journal does not know may be among them.
+    Always,
+    /// Messages that were delivered may be missing.
+    IfAny,
+    /// Only those that wait may have been delivered.
+    IfWaiting,
+}
+
+/// Whether a message may be delivered though it waits.
+pub(super) fn is_in_doubt(context: &Context, event: &Pending) -> bool {
+    event.what.kind().is_message()
+        && (event.attempts.outcome_unknown || context.may_be_delivered(event.id))
+}
+
+/// What a chat was found to be.
+enum Refreshed {
+    /// As it was remembered, or changed.
+    Ours(our_api::Chat),
+    /// It is gone, or another one has its external id.
+    Gone,
+}
+
+impl Reconciled {
+    async fn deliver(&mut self, context: &Context) -> Result<(), Stopped> {
+        if self.is_stale(context) {
+            return self.read_back(context).await;
+        }
+        self.change_chat(context).await?;
+        if self.observation != Observation::None && self.observation != Observation::Created {
+            return Ok(());
+        }
+        self.send_messages(context).await
+    }
+
+    /// Whether what the journal remembers of the chat may be wrong.
+    fn is_stale(&self, context: &Context) -> bool {
+        self.conversation.observed.chat.is_some()
+            && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(context))
+    }
+
+    /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read since.
+    fn is_replayed(&self, context: &Context) -> bool {
+        let mut events = self.events.iter();
+        !self.claim.is_read && events.any(|event| context.may_be_delivered(event.id))
+    }
+
+    async fn read_back(&mut self, context: &Context) -> Result<(), Stopped> {
+        let first = self.events.first().map(|event| event.id);
+        let refreshed = self
+            .refresh(context)
+            .await
+            .map_err(|error| Stopped::at(first, error))?;
+        let Refreshed::Ours(found) = refreshed else {
+            return self
+                .gone(context, context.settings.rebuild)
+                .await
+                .map_err(|error| Stopped::at(first, error));
+        };
+        let unsure = self.unsure(context);
+        let written = self.conversation.observed.agent;
+        let drift = self.conversation.observed.merge(&found, unsure);
+        if !drift.is_none() {
+            tracing::warn!(
+                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
+                "a chat was changed in OurAPI by another client; it stays as it is"
+            );
+        }
+        self.agent_may_be_gone(context, written)
+            .await
+            .map_err(|error| Stopped::at(first, error))?;
+        let needed = if self.is_replayed(context) {
+            Needed::Always
+        } else if self.claim.is_lost && context.settings.rebuild {
+            Needed::IfAny
+        } else {
+            Needed::IfWaiting
+        };
+        self.account(context, found.chat_id, needed).await
+    }
+
+    /// The fields that may have been written without the journal knowing: those named by events whose outcome is unknown,
+    /// or which a newer copy of the journal may have delivered. Changes are written together.
+    fn unsure(&self, context: &Context) -> Unsure {
+        let is_unsure = |event: &&Pending| {
+            event.attempts.outcome_unknown
+                || self.is_replayed(context) && context.may_be_delivered(event.id)
+        };
+        let changes = || {
+            self.events
+                .iter()
+                .filter(|event| !event.what.kind().is_message())
+        };
+        if !self.claim.is_in_doubt || self.events.iter().any(|event| is_unsure(&event)) {
+            if changes().any(|event| event.attempts.outcome_unknown) {
+                return Unsure::named_by(changes());
+            }
+            return Unsure::named_by(changes().filter(is_unsure));
+        }
+        // What was being written is not known.
+        Unsure::ALL
+    }
+
+    /// After a loss the agent that was written may be gone: it is resolved again, and written if it is another one now.
+    async fn agent_may_be_gone(
+        &mut self,
+        context: &Context,
+        written: Option<Uuid>,
+    ) -> Result<(), AttemptError> {
+        let Conversation {
+            epoch,
+            desired,
+            observed,
+            ..
+        } = &mut self.conversation;
+        if let Some(advisor) = desired.advisor()
+            && self.claim.is_lost
+            && observed.advisor == Some(advisor)
+            && agents::resolve(context, *epoch, advisor).await? != written
+        {
+            observed.advisor = None;
+        }
+        Ok(())
+    }
+
+    /// Reads the chat by its external id.
+    async fn refresh(&self, context: &Context) -> Result<Refreshed, AttemptError> {
+        let observed = &self.conversation.observed;
+        let external_id = observed.external_id.as_deref().unwrap_or_default();
+        Ok(match context.our_api.chat(external_id).await? {
+            Some(found) if Some(found.chat_id) == observed.chat => Refreshed::Ours(found),
+            _ => Refreshed::Gone,
+        })
+    }
+
+    /// Reads the chat's messages, if that is needed, and accounts for them.
+    async fn account(
+        &mut self,
+        context: &Context,
+        chat: Uuid,
+        needed: Needed,
+    ) -> Result<(), Stopped> {
+        let is_message = |event: &Pending| event.what.kind().is_message();
+        if needed == Needed::IfWaiting && !self.events.iter().any(is_message) {
+            self.observation = Observation::Read(None);
+            return Ok(());
+        }
+        let id = self.conversation.id;
+        let replay_until = context.replay_until();
+        let recorded = context
+            .journal
+            .with(move |store| store.recorded_messages(id, replay_until))
+            .await
+            .map_err(|error| Stopped::at(self.first_in_doubt(context), error.into()))?;
+        if needed == Needed::IfAny && recorded.is_empty() {
+            self.observation = Observation::Read(None);
+            return Ok(());
+        }
+        let held = context
+            .our_api
+            .messages(chat)
+            .await
+            .map_err(|error| Stopped {
+                at: self.first_in_doubt(context),
+                error: error.into(),
+                reading_messages: true,
+            })?;
+        let mut accounting = account::account(account::keys(&held), &recorded);
+        if !context.settings.rebuild {
+            accounting.missing.clear();
+        }
+        if !accounting.missing.is_empty() {
+            tracing::error!(
+                conversation = self.conversation.bigchat_id, %chat, messages = accounting.missing.len(),
+                "OurAPI has lost messages of a chat; they are sent again"
+            );
+        }
+        self.observation = Observation::Read(Some(accounting));
+        Ok(())
+    }
+
+    /// The first message that may be delivered: the chat is read to find out.
+    fn first_in_doubt(&self, context: &Context) -> Option<EventId> {
+        let mut messages = self
+            .events
+            .iter()
+            .filter(|event| is_in_doubt(context, event));
+        messages.next().map(|event| event.id)
+    }
+
+    /// OurAPI has lost the chat, and with it probably more.
+    async fn gone(&mut self, context: &Context, rebuild: bool) -> Result<(), AttemptError> {
+        tracing::error!(
+            conversation = self.conversation.bigchat_id,
+            chat = self
+                .conversation
+                .observed
+                .chat
+                .map(tracing::field::display::<Uuid>),
+            rebuild,
+            "OurAPI has lost a chat"
+        );
+        let is_known = self.claim.is_lost && self.observation != Observation::Created
+            || context.losses() > self.claim.losses;
+        if !rebuild {
+            // The agents may be gone as well; to find out costs one request each.
+            context.known_agents().clear();
+        } else if !is_known {
+            context.our_api_lost_data().await?;
+        }
+        context.metrics.chat_was_missing();
+        self.observation = Observation::Gone { rebuild };
+        Ok(())
+    }
+
+    /// Brings the chat's fields to what the events say: all changes at once, or one by one if one of them has failed
+    /// before or OurAPI rejects them together.
+    async fn change_chat(&mut self, context: &Context) -> Result<(), Stopped> {
+        let changes: Vec<Pending> = self
+            .events
+            .iter()
+            .filter(|event| !event.what.kind().is_message())
+            .cloned()
+            .collect();
+        let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
+        if changes.len() < 2 || !has_failed {
+            match self.write_chat(context, &changes).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(effect)) => {
+                    self.done
+                        .extend(changes.iter().map(|event| (event.id, Ok(effect))));
+                    return Ok(());
+                }
+                Err(error) if !error.is_rejection() => {
+                    let first = changes.first().or(self.events.first());
+                    return Err(Stopped::at(first.map(|event| event.id), error));
+                }
+                Err(error) if changes.is_empty() => return self.unchangeable(error),
+                Err(error) if changes.len() == 1 => {
+                    self.done.push((changes[0].id, Err(error)));
+                    return Ok(());
+                }
+                Err(_) => {}
+            }
+        }
+        for event in changes {
+            if context.stopping.is_cancelled() {
+                return Ok(());
+            }
+            match self.write_chat(context, std::slice::from_ref(&event)).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(effect)) => self.done.push((event.id, Ok(effect))),
+                Err(error) if error.is_rejection() => self.done.push((event.id, Err(error))),
+                Err(error) => return Err(Stopped::at(Some(event.id), error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// OurAPI rejects the chat though no event asks for a change. A chat that exists stays as it is, and takes messages;
+    /// without one the first message fails.
+    fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
+        let Some(chat) = self.conversation.observed.chat else {
+            let Some(first) = self.events.first() else {
+                return Err(Stopped::at(None, error));
+            };
+            self.done.push((first.id, Err(error)));
+            return Ok(());
+        };
+        let failure = error.logged();
+        tracing::warn!(
+            conversation = self.conversation.bigchat_id, %chat,
+            reason = %failure.reason, request = %failure.request, response = %failure.response,
+            "OurAPI rejects a change of a chat; it stays as it is"
+        );
+        Ok(())
+    }
+
+    /// Writes what differs once `changes` are folded in. `None`: an existing chat was taken over, and nothing written.
+    async fn write_chat(
+        &mut self,
+        context: &Context,
+        changes: &[Pending],
+    ) -> Result<Option<Effect>, AttemptError> {
+        let observed = &self.conversation.observed;
+        let is_needed = !self.events.is_empty()
+            || observed.chat.is_some()
+            || observed.external_id.is_some()
+                && (context.settings.rebuild || self.claim.is_rewound);
+        if !is_needed {
+            return Ok(Some(Effect::Nothing));
+        }
+        chat::read_details(context, &mut self.conversation, changes).await?;
+        let mut desired = self.conversation.desired;
+        for event in changes {
+            handlers::fold(&mut desired, event);
+        }
+        let earliest = self.events.iter().map(|event| event.at).min();
+        let fields = chat::fields(context, &self.conversation, &desired, changes, earliest).await?;
+        let effect = match self.conversation.observed.chat {
+            Some(chat) => self.patch(context, chat, &desired, &fields).await?,
+            None => self.create(context, &desired, &fields).await?,
+        };
+        if effect.is_some() {
+            self.conversation.desired = desired;
+        }
+        Ok(effect)
+    }
+
+    async fn patch(
+        &mut self,
+        context: &Context,
+        chat: Uuid,
+        desired: &Desired,
+        fields: &Fields,
+    ) -> Result<Option<Effect>, AttemptError> {
+        let observed = &mut self.conversation.observed;
+        let change = observed.diff(fields);
+        if change.is_empty() {
+            observed.apply(fields, desired.advisor());
+            return Ok(Some(Effect::Nothing));
+        }
+        let Err(error) = context.our_api.change_chat(chat, &change).await else {
+            observed.apply(fields, desired.advisor());
+            self.writes += 1;
+            return Ok(Some(Effect::ChatChanged));
+        };
+        match error.trouble {
+            Trouble::NoSuchChat => self.chat_missing(context, error).await.map(|()| None),
+            Trouble::NoSuchAgent => Err(self.agent_missing(context, fields.agent, error).await),
+            _ => Err(AttemptError::Write(error)),
+        }
+    }
+
+    async fn create(
+        &mut self,
+        context: &Context,
+        desired: &Desired,
+        fields: &Fields,
+    ) -> Result<Option<Effect>, AttemptError> {
+        match chat::create(context, &mut self.conversation, desired, fields).await? {
+            chat::Created::New => {
+                self.writes += 1;
+                self.observation = Observation::Created;
+                Ok(Some(Effect::ChatCreated))
+            }
+            chat::Created::Adopted(chat) => {
+                self.account(context, chat, Needed::Always)
+                    .await
+                    .map_err(|stopped| stopped.error)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// OurAPI says that the chat does not exist. Believed only if its list answers without it.
+    async fn chat_missing(
+        &mut self,
+        context: &Context,
+        error: our_api::OurApiError,
+    ) -> Result<(), AttemptError> {
+        match self.refresh(context).await? {
+            Refreshed::Gone => self.gone(context, context.settings.rebuild).await,
+            // It exists all the same.
+            Refreshed::Ours(_) => Err(AttemptError::Write(error.but(Trouble::Unknown))),
+        }
+    }
+
+    /// OurAPI says that an agent does not exist. If so, the chat has none until it gets its own again.
+    async fn agent_missing(
+        &mut self,
+        context: &Context,
+        agent: Option<Uuid>,
+        error: our_api::OurApiError,
+    ) -> AttemptError {
+        let error = agents::missing(context, agent, error).await;
+        if matches!(error, AttemptError::DataLost(_)) {
+            self.conversation.observed.agent = None;
+            self.conversation.observed.advisor = None;
+        }
+        error
+    }
+
+    async fn send_messages(&mut self, context: &Context) -> Result<(), Stopped> {
+        let Some(chat) = self.conversation.observed.chat else {
+            return Ok(());
+        };
+        let target = context.our_api.message_target(chat);
+        let events = std::mem::take(&mut self.events);
+        let sent = self.send_all(context, &target, &events).await;
+        self.events = events;
+        sent
+    }
+
+    async fn send_all(
+        &mut self,
+        context: &Context,
+        target: &our_api::MessageTarget,
+        events: &[Pending],
+    ) -> Result<(), Stopped> {
+        let author = match context.settings.message_author {
+            MessageAuthor::None => None,
+            MessageAuthor::Agent => self.conversation.observed.agent,
+        };
+        for event in events {
+            let Some(text) = event.what.text() else {
+                continue;
+            };
+            if context.stopping.is_cancelled() {
+                return Ok(());
+            }
+            // Only a message that may have been sent before is the one that OurAPI holds.
+            if event
+                .credit
+                .is_some_and(|as_of| event.id <= as_of.max(context.replay_until()))
+            {
+                self.consumed.push(account::key(event.at, text));
+                self.done.push((event.id, Ok(Effect::Nothing)));
+                continue;
+            }
+            let sent = message::send(&context.our_api, target, event, text, author).await;
+            let Err(error) = sent else {
+                self.writes += 1;
+                self.done.push((event.id, Ok(Effect::MessageAdded)));
+                continue;
+            };
+            let error = match error.trouble {
+                Trouble::NoSuchChat => match self.chat_missing(context, error).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => error,
+                },
+                Trouble::NoSuchAgent => self.agent_missing(context, author, error).await,
+                _ => AttemptError::Write(error),
+            };
+            if error.is_rejection() {
+                self.done.push((event.id, Err(error)));
+            } else {
+                return Err(Stopped::at(Some(event.id), error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the chat with the journal. Repairing writes what events say, whatever is there.
+    async fn verify(&mut self, context: &Context, verify: Verify) -> Result<(), Stopped> {
+        let failed = |error| Stopped::at(None, error);
+        let id = self.conversation.id;
+        let replay_until = context.replay_until();
+        let recorded = context
+            .journal
+            .with(move |store| store.recorded_messages(id, replay_until))
+            .await
+            .map_err(|error| failed(error.into()))?;
+        let (chat, held) = match self.refresh(context).await.map_err(failed)? {
+            Refreshed::Ours(found) => {
+                let held = context.our_api.messages(found.chat_id).await;
+                let held = account::keys(&held.map_err(|error| failed(error.into()))?);
+                let differs = self
+                    .differs(context, verify, &found)
+                    .await
+                    .map_err(failed)?;
+                if verify.repair {
+                    self.conversation.observed.merge(
+                        &found,
+                        Unsure {
+                            // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
+                            agent: differs
+                                && (self.conversation.desired.transfer.is_some()
+                                    || found.agent_id.is_none()),
+                            ..Unsure::ALL
+                        },
+                    );
+                }
+                (
+                    if differs {
+                        ChatState::Differs
+                    } else {
+                        ChatState::Same
+                    },
+                    held,
+                )
+            }
+            Refreshed::Gone => (ChatState::Missing, Vec::new()),
+        };
+        let accounting = account::account(held, &recorded);
+        let messages = u32::try_from(accounting.missing.len()).unwrap_or(u32::MAX);
+        self.verified = Some((verify, Some(Finding { chat, messages })));
+        if !verify.repair {
+            return Ok(());
+        }
+        if chat == ChatState::Missing {
+            return self.gone(context, true).await.map_err(failed);
+        }
+        if chat == ChatState::Differs || messages > 0 {
+            context.metrics.chat_differed();
+        }
+        self.observation = Observation::Read(Some(accounting));
+        Ok(())
+    }
+
+    /// Whether a chat has other fields than were written, or an agent that is gone.
+    async fn differs(
+        &mut self,
+        context: &Context,
+        verify: Verify,
+        found: &our_api::Chat,
+    ) -> Result<bool, AttemptError> {
+        let Conversation {
+            epoch,
+            desired,
+            observed,
+            ..
+        } = &self.conversation;
+        let mut merged = observed.clone();
+        let drift = merged.merge(found, Unsure::default());
+        let end_is_gone = merged.ended_at != observed.ended_at && found.ended_at.is_none();
+        let agent = observed.agent;
+        let agent_is_gone = match desired.advisor() {
+            Some(advisor) if observed.advisor == Some(advisor) => {
+                agents::is_gone(context, verify.verification, *epoch, advisor, agent).await?
+            }
+            _ => false,
+        };
+        if agent_is_gone && verify.repair {
+            agents::forget_if_lost(context, agent).await?;
+            self.conversation.observed.advisor = None;
+            self.conversation.observed.agent = None;
+        }
+        Ok(!drift.is_none() || end_is_gone || agent_is_gone)
+    }
+}

@@ -1,0 +1,340 @@
+//! The report on a piece of work: what each attempt means for its event and for OurAPI's health, and what is logged.
+
+use super::attempts::{self, AttemptError, Circumstances};
+use super::reconcile::{Reconciled, is_in_doubt};
+use super::scheduler::{AtWork, Scheduler};
+use crate::domain::conversation::{Attempts, Conversation, Pending};
+use crate::domain::ids::EventId;
+use crate::domain::progress::{
+    Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, advance,
+};
+use crate::health::Service;
+use crate::journal::STORAGE_PAUSE;
+use crate::log::telling;
+use crate::our_api::Trouble;
+use crate::time::Millis;
+
+impl Scheduler {
+    /// Works out what became of a piece of work.
+    pub(super) fn report(&mut self, reconciled: Reconciled) -> Report {
+        let now = Millis::now();
+        let Reconciled {
+            conversation,
+            events,
+            claim,
+            done,
+            stopped,
+            mut observation,
+            consumed,
+            writes,
+            verified,
+        } = reconciled;
+        self.writes.record(conversation.id, writes);
+        self.record_health(
+            &done,
+            stopped.as_ref().map(|stopped| &stopped.error),
+            writes,
+            now,
+        );
+        let in_doubt = stopped
+            .as_ref()
+            .is_some_and(|stopped| stopped.error.outcome_unknown());
+        let mut outcomes = Vec::with_capacity(done.len() + 1);
+        for (id, result) in done {
+            if let Some(event) = events.iter().find(|event| event.id == id) {
+                let outcome = match result {
+                    Ok(effect) => delivered(&conversation, event, effect),
+                    Err(error) => self.failed(&conversation, event, &error, now),
+                };
+                outcomes.push(EventOutcome::of(event, outcome));
+            }
+        }
+        let mut due = Due::IfWaiting;
+        match stopped {
+            None => {
+                self.failed_reads.remove(&conversation.id);
+            }
+            Some(stopped) => {
+                if stopped.error.is_timeout() {
+                    self.leave_alone(conversation.id);
+                }
+                let event = stopped
+                    .at
+                    .and_then(|at| events.iter().find(|event| event.id == at));
+                match (event, &stopped.error) {
+                    (Some(event), AttemptError::Journal(error)) => {
+                        // The event itself has not failed.
+                        tracing::error!(
+                            conversation = conversation.bigchat_id, event = event.id.0, kind = %event.what.kind(),
+                            reason = %error, "the database interrupted a delivery"
+                        );
+                        due = Due::At(now.plus(STORAGE_PAUSE));
+                    }
+                    (Some(event), error) => match self.failed(&conversation, event, error, now) {
+                        Outcome::DeadLetter { failure, .. } if stopped.reading_messages => {
+                            observation = Observation::Read(None);
+                            outcomes.extend(self.unreadable(&events, &failure));
+                        }
+                        outcome => {
+                            if let Outcome::Retry { next_at, .. } = &outcome {
+                                due = Due::At(*next_at);
+                            }
+                            outcomes.push(EventOutcome::of(event, outcome));
+                        }
+                    },
+                    (None, error) => {
+                        let (failed, next_at) = self.read_failed(&conversation, error, now);
+                        due = Due::At(next_at);
+                        let max_attempts = self.context.settings.max_attempts;
+                        if stopped.reading_messages && failed >= max_attempts && verified.is_none()
+                        {
+                            // No message is in doubt: the chat is verified by its fields.
+                            observation = Observation::Read(None);
+                            due = Due::IfWaiting;
+                        }
+                    }
+                }
+            }
+        }
+        // What was sent to a chat that is gone is gone with it.
+        if observation == (Observation::Gone { rebuild: true }) {
+            outcomes.retain(|outcome| !matches!(outcome.outcome, Outcome::Delivered(_)));
+        }
+        let advance = advance(&claim, &events, &outcomes);
+        for outcome in &outcomes {
+            self.context
+                .metrics
+                .attempted(outcome.kind, &outcome.outcome);
+        }
+        if in_doubt {
+            self.context.metrics.unknown_outcome();
+        }
+        Report {
+            conversation,
+            claim,
+            outcomes,
+            advance,
+            consumed,
+            observation,
+            in_doubt,
+            due,
+            writes_succeeded: self.writes.count,
+            verified,
+        }
+    }
+
+    /// The chat's messages can never be read, so whether OurAPI holds those in doubt will not be known: all of them are
+    /// dead letters together.
+    fn unreadable(
+        &self,
+        events: &[Pending],
+        failure: &Failure,
+    ) -> impl Iterator<Item = EventOutcome> {
+        let in_doubt = events
+            .iter()
+            .filter(|event| is_in_doubt(&self.context, event));
+        in_doubt.map(|event| {
+            let attempts = Attempts {
+                failed: event.attempts.failed.saturating_add(1),
+                outcome_unknown: true,
+                ..event.attempts
+            };
+            let failure = failure.clone();
+            EventOutcome::of(event, Outcome::DeadLetter { attempts, failure })
+        })
+    }
+
+    /// The worker has panicked: an attempt of the first event that it was given.
+    pub(super) fn panicked(&self, at_work: AtWork) -> Lost {
+        let now = Millis::now();
+        let mut lost = Lost {
+            conversation: at_work.conversation,
+            outcome: None,
+            due_at: now.plus(self.context.settings.retry_initial),
+        };
+        if let Some(event) = at_work.first {
+            let circumstances = self.circumstances(now);
+            let policy = self.context.settings.retry();
+            let outcome = attempts::outcome(
+                event.attempts,
+                &AttemptError::Panicked,
+                at_work.conversation,
+                &self.writes,
+                &policy,
+                &circumstances,
+            );
+            if let Outcome::Retry { next_at, .. } = &outcome {
+                lost.due_at = lost.due_at.max(*next_at);
+            }
+            lost.outcome = Some(EventOutcome::of(&event, outcome));
+        }
+        lost
+    }
+
+    /// What a failed attempt means for its event.
+    fn failed(
+        &self,
+        conversation: &Conversation,
+        event: &Pending,
+        error: &AttemptError,
+        now: Millis,
+    ) -> Outcome {
+        let outcome = attempts::outcome(
+            event.attempts,
+            error,
+            conversation.id,
+            &self.writes,
+            &self.context.settings.retry(),
+            &self.circumstances(now),
+        );
+        let (Outcome::Retry { attempts, .. } | Outcome::DeadLetter { attempts, .. }) = &outcome
+        else {
+            return outcome;
+        };
+        let failure = error.logged();
+        // Of each message so many lines are logged in full.
+        macro_rules! log {
+            ($so:expr, $message:literal) => {
+                telling!(
+                    $so,
+                    conversation = conversation.bigchat_id, event = event.id.0, kind = %event.what.kind(),
+                    chat = conversation.observed.chat.map(tracing::field::display), attempts = attempts.failed,
+                    reason = %failure.reason, request = %failure.request, response = %failure.response,
+                    $message
+                )
+            };
+        }
+        match &outcome {
+            Outcome::DeadLetter { .. } if error.is_rejection() => {
+                log!(
+                    true,
+                    "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`"
+                );
+            }
+            Outcome::DeadLetter { .. } => {
+                log!(
+                    true,
+                    "an event failed again while others got through; resolve it with `bigchat-sync failed`"
+                );
+            }
+            _ => {
+                // When it begins, and when it turns out to be the event's own fault. An outage is logged as such.
+                let is_news =
+                    attempts.failed == 1 || event.attempts.counted == 0 && attempts.counted == 1;
+                log!(
+                    is_news && !self.is_logged_otherwise(error),
+                    "delivery failed; it will be retried"
+                );
+            }
+        }
+        outcome
+    }
+
+    fn circumstances(&self, now: Millis) -> Circumstances {
+        Circumstances {
+            now,
+            bigchat_is_down: self.context.bigchat_is_down(),
+            bigchat_retry_after: self.context.bigchat.http().throttled_until(now),
+            request_timeout: self.context.settings.request_timeout,
+            fraction: rand::random(),
+        }
+    }
+
+    /// Reading a chat failed that no event waits for. Returns how often it has while OurAPI was up, and when it is tried
+    /// again.
+    fn read_failed(
+        &mut self,
+        conversation: &Conversation,
+        error: &AttemptError,
+        now: Millis,
+    ) -> (u32, Millis) {
+        let failure = error.logged();
+        telling!(
+            !self.breaker.is_down(),
+            conversation = conversation.bigchat_id,
+            chat = conversation.observed.chat.map(tracing::field::display),
+            reason = %failure.reason, request = %failure.request, response = %failure.response,
+            "a chat could not be verified; it will be retried"
+        );
+        let is_up = !self.breaker.is_down();
+        let failed = self.failed_reads.entry(conversation.id).or_default();
+        *failed = failed.saturating_add(u32::from(is_up));
+        let policy = self.context.settings.retry();
+        // Half of the wait is fixed: no event waits for it.
+        let wait = policy.backoff((*failed).max(1), 0.5 + rand::random::<f64>() / 2.0);
+        (*failed, now.plus(wait))
+    }
+
+    /// Whether it follows from an outage or a loss, which is logged once.
+    fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
+        match error {
+            AttemptError::BigChat(_) => self.context.bigchat_is_down(),
+            AttemptError::DataLost(_) => true,
+            _ => self.breaker.is_down(),
+        }
+    }
+
+    fn record_health(
+        &mut self,
+        done: &[(EventId, Result<Effect, AttemptError>)],
+        error: Option<&AttemptError>,
+        writes: u32,
+        now: Millis,
+    ) {
+        let answers = self.context.our_api.answers();
+        let was_read = error.is_none() && answers > self.answers;
+        self.answers = answers;
+        let answered = was_read || writes > 0 || done.iter().any(|(_, result)| result.is_err());
+        let (is_up, outage) = match error {
+            Some(AttemptError::Write(error) | AttemptError::Read(error)) => {
+                match error.trouble.may_be_outage() {
+                    true => (false, Some(error)),
+                    false => (!matches!(error.trouble, Trouble::Throttled { .. }), None),
+                }
+            }
+            Some(AttemptError::DataLost(_)) => (true, None),
+            Some(AttemptError::BigChat(_) | AttemptError::Journal(_) | AttemptError::Panicked)
+            | None => (false, None),
+        };
+        let health = self.context.health(Service::OurApi);
+        let since = self.breaker.since();
+        if answered || is_up {
+            health.well(now);
+            if self.breaker.succeeded() {
+                tracing::info!(%since, "OurAPI is back");
+            }
+        }
+        let Some(error) = outage else { return };
+        let exchange = error.exchange.logged();
+        if self
+            .breaker
+            .failed(now, &self.context.settings.retry(), rand::random())
+        {
+            tracing::error!(
+                reason = %error.trouble, request = %exchange.request, response = %exchange.response,
+                url = %self.context.our_api.http().base(),
+                "OurAPI is down; pausing deliveries and probing with one request at a time"
+            );
+        }
+        if self.breaker.is_down() {
+            health.down(
+                &error.trouble.to_string(),
+                &exchange.response,
+                self.breaker.since(),
+            );
+        }
+    }
+}
+
+fn delivered(conversation: &Conversation, event: &Pending, effect: Effect) -> Outcome {
+    tracing::debug!(
+        conversation = conversation.bigchat_id,
+        event = event.id.0,
+        kind = %event.what.kind(),
+        at = %event.at,
+        chat = conversation.observed.chat.map(tracing::field::display),
+        effect = effect.name(),
+        "delivered"
+    );
+    Outcome::Delivered(effect)
+}

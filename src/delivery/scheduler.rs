@@ -1,0 +1,353 @@
+//! The scheduler: hands out due conversations, as many at a time as OurAPI may be asked, and none twice.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::{self, JoinError, JoinSet};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::attempts::Writes;
+use super::committer::{Released, ToCommit};
+use super::reconcile::{Reconciled, reconcile};
+use super::{Scope, Until};
+use crate::context::Context;
+use crate::domain::conversation::Pending;
+use crate::domain::ids::ConversationId;
+use crate::domain::progress::Work;
+use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Throttles};
+use crate::retry::{Allowance, Breaker};
+use crate::time::Millis;
+
+/// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
+/// that no worker waits for a commit that takes 20 ms.
+pub(super) const MAX_CLAIMED: usize = 1024;
+
+/// How many are loaded ahead of the workers.
+const AHEAD: usize = 256;
+
+/// And how many bytes of messages, so that long ones do not fill the memory.
+const BYTES_AHEAD: usize = 2 << 20;
+
+/// How often the journal is asked for due conversations if nothing else prompts it: commands write to it, too.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+type Fetch = Pin<Box<dyn Future<Output = (Millis, Result<Claimed, JournalError>)> + Send>>;
+
+/// What a task works on.
+pub(super) struct AtWork {
+    pub(super) conversation: ConversationId,
+    /// The first of its events.
+    pub(super) first: Option<Pending>,
+}
+
+/// See the [module](self).
+pub(super) struct Scheduler {
+    pub(super) context: Arc<Context>,
+    scope: Scope,
+    pub(super) breaker: Breaker,
+    /// Claimed and not at work yet.
+    ready: VecDeque<Work>,
+    /// Claimed: ready, at work, or reported and not committed yet.
+    claimed: HashSet<ConversationId>,
+    at_work: JoinSet<Reconciled>,
+    /// What each task works on.
+    tasks: HashMap<task::Id, AtWork>,
+    /// How many of those claimed are set aside until the next start.
+    set_aside: usize,
+    /// A write of them has timed out and may still be carried out until then.
+    timed_out: HashMap<ConversationId, Instant>,
+    reports: mpsc::Sender<ToCommit>,
+    released: mpsc::UnboundedReceiver<Released>,
+    fetch: Option<Fetch>,
+    /// There may be something due that is not claimed.
+    check: bool,
+    /// For how long nothing is due, unless something happens.
+    idle: Duration,
+    pub(super) writes: Writes,
+    /// How often reading a chat back failed that no event waits for.
+    pub(super) failed_reads: HashMap<ConversationId, u32>,
+    /// How many usable answers of OurAPI are known of.
+    pub(super) answers: u64,
+    last_check: Millis,
+    rate_limits: Throttles,
+}
+
+impl Scheduler {
+    pub(super) fn new(
+        context: Arc<Context>,
+        scope: Scope,
+        reports: mpsc::Sender<ToCommit>,
+        released: mpsc::UnboundedReceiver<Released>,
+    ) -> Self {
+        let writes = Writes::since(context.session.writes_succeeded);
+        let rate_limits = context.throttles();
+        Self {
+            context,
+            scope,
+            breaker: Breaker::default(),
+            ready: VecDeque::new(),
+            claimed: HashSet::new(),
+            at_work: JoinSet::new(),
+            tasks: HashMap::new(),
+            set_aside: 0,
+            timed_out: HashMap::new(),
+            reports,
+            released,
+            fetch: None,
+            check: true,
+            idle: CHECK_EVERY,
+            writes,
+            failed_reads: HashMap::new(),
+            answers: 0,
+            last_check: Millis::now(),
+            rate_limits,
+        }
+    }
+
+    pub(super) async fn run(&mut self, until: Until) {
+        while !self.context.stopping.is_cancelled() {
+            let now = Millis::now();
+            let allowance = self.allowance(now);
+            self.hand_out(allowance);
+            self.fetch(allowance, now);
+            if until == Until::Done && self.is_idle(allowance) {
+                break;
+            }
+            let rest = match allowance {
+                Allowance::NotBefore(then) => self.idle.min(then.since(now)),
+                Allowance::Full | Allowance::Probe => self.idle,
+            };
+            let context = Arc::clone(&self.context);
+            tokio::select! {
+                // Always in this order, so that a run can be reproduced exactly.
+                biased;
+                Some(done) = self.at_work.join_next_with_id() => self.finished(done),
+                Some(released) = self.released.recv() => self.release(released),
+                (asked_at, claimed) = fetched(&mut self.fetch) => self.fetched(asked_at, claimed),
+                () = context.work_available.notified() => self.check = true,
+                () = sleep(rest) => {
+                    self.check = true;
+                    self.idle = CHECK_EVERY;
+                }
+                () = context.stopping.cancelled() => {}
+            }
+            while let Some(done) = self.at_work.try_join_next_with_id() {
+                self.finished(done);
+            }
+            self.context.pulse.delivering.beat(CHECK_EVERY);
+            if self.at_work.is_empty() {
+                self.context.pulse.handling.rest();
+            }
+        }
+    }
+
+    /// Nothing more is due, or nothing can be delivered now.
+    fn is_idle(&self, allowance: Allowance) -> bool {
+        let is_done = !self.check && self.claimed.len() == self.set_aside;
+        self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(allowance) == 0)
+    }
+
+    /// How many conversations wait for the commit of their reports.
+    fn uncommitted(&self) -> usize {
+        self.claimed
+            .len()
+            .saturating_sub(self.ready.len() + self.at_work.len() + self.set_aside)
+    }
+
+    /// A write has timed out: the conversation is left alone for as long as it may still be carried out.
+    pub(super) fn leave_alone(&mut self, conversation: ConversationId) {
+        let until = Instant::now() + self.context.settings.request_timeout;
+        self.timed_out.insert(conversation, until);
+    }
+
+    fn allowance(&self, now: Millis) -> Allowance {
+        let our_api = &self.context.our_api;
+        match (our_api.http().throttled_until(now), our_api.room(now)) {
+            (Some(until), _) | (None, Err(until)) => Allowance::NotBefore(until),
+            (None, Ok(_)) => self.breaker.allowance(now),
+        }
+    }
+
+    /// How many conversations may be at work.
+    fn limit(&self, allowance: Allowance) -> usize {
+        // While the disk refuses what was done, nothing new is begun.
+        if self.uncommitted() > 0 && self.context.storage.delivery.load(Ordering::Relaxed) {
+            return 0;
+        }
+        match allowance {
+            Allowance::Full => {
+                usize::from(self.context.our_api.room(Millis::now()).unwrap_or_default())
+            }
+            Allowance::Probe => 1,
+            Allowance::NotBefore(_) => 0,
+        }
+    }
+
+    fn hand_out(&mut self, allowance: Allowance) {
+        if allowance != Allowance::Full && self.at_work.is_empty() {
+            // What to probe with is for the journal to choose.
+            let keeps = usize::from(allowance == Allowance::Probe && self.ready.len() == 1);
+            for work in self.ready.drain(keeps..) {
+                self.claimed.remove(&work.conversation.id);
+            }
+        }
+        while self.at_work.len() < self.limit(allowance)
+            && let Some(work) = self.ready.pop_front()
+        {
+            let context = Arc::clone(&self.context);
+            let at_work = AtWork {
+                conversation: work.conversation.id,
+                first: work.events.first().cloned(),
+            };
+            let task = self.at_work.spawn(async move {
+                let handling = &context.pulse.handling;
+                handling.beat_for_one(reconcile(&context, work)).await
+            });
+            self.tasks.insert(task.id(), at_work);
+        }
+    }
+
+    /// Asks the journal for what is due, if there is room for it.
+    fn fetch(&mut self, allowance: Allowance, now: Millis) {
+        let ahead = match allowance {
+            Allowance::Full => AHEAD,
+            Allowance::Probe | Allowance::NotBefore(_) => 0,
+        };
+        let wanted = self.limit(allowance) + ahead;
+        let room = wanted
+            .saturating_sub(self.ready.len() + self.at_work.len())
+            .min(MAX_CLAIMED - self.claimed.len());
+        let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
+        let runs_low = room * 2 > wanted && bytes * 2 > BYTES_AHEAD;
+        let wants_work = self.check && runs_low && self.limit(allowance) > 0;
+        let rate_limits = self.context.throttles();
+        let stores_limits = rate_limits != self.rate_limits;
+        if self.fetch.is_some() || !(wants_work || stores_limits) {
+            return;
+        }
+        self.check &= !wants_work;
+        self.idle = CHECK_EVERY;
+        let instant = Instant::now();
+        self.timed_out.retain(|_, until| instant < *until);
+        let mut exclude = self.claimed.clone();
+        exclude.extend(self.timed_out.keys());
+        let clock_set_back = now < self.last_check;
+        if clock_set_back {
+            tracing::warn!("this machine's clock was set back; what waits is tried now");
+        }
+        self.last_check = now;
+        let request = ClaimRequest {
+            verifications_only: self.scope == Scope::Verifications,
+            probe: allowance == Allowance::Probe,
+            conversations: if wants_work { room } else { 0 },
+            bytes,
+            exclude,
+            session: self.context.session.id,
+            clock_set_back: clock_set_back.then_some(self.context.settings.request_timeout),
+            rate_limits: stores_limits.then_some(rate_limits),
+        };
+        self.rate_limits = rate_limits;
+        let context = Arc::clone(&self.context);
+        self.fetch = Some(Box::pin(async move {
+            let claimed = context
+                .journal
+                .with(move |store| store.claim(&request, now));
+            (now, claimed.await)
+        }));
+    }
+
+    fn fetched(&mut self, asked_at: Millis, claimed: Result<Claimed, JournalError>) {
+        self.fetch = None;
+        match claimed {
+            Ok(Claimed {
+                work,
+                is_more,
+                next_due,
+            }) => {
+                if self.uncommitted() == 0 {
+                    self.context.storage.recovered();
+                }
+                self.check |= is_more;
+                self.idle =
+                    next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
+                for work in work {
+                    // Released meanwhile, it may be here twice.
+                    if self.claimed.insert(work.conversation.id) {
+                        self.ready.push_back(work);
+                    }
+                }
+            }
+            Err(error) => {
+                self.context.storage.delivery_failed(&error);
+                self.rate_limits = Throttles::default();
+                self.check = false;
+                self.idle = STORAGE_PAUSE;
+            }
+        }
+    }
+
+    fn release(&mut self, released: Released) {
+        for conversation in &released.committed {
+            self.claimed.remove(conversation);
+        }
+        self.set_aside += released.set_aside;
+        self.check = true;
+    }
+
+    fn finished(&mut self, done: Result<(task::Id, Reconciled), JoinError>) {
+        let to_commit = match done {
+            Ok((task, reconciled)) => {
+                self.tasks.remove(&task);
+                ToCommit::Report(Box::new(self.report(reconciled)))
+            }
+            Err(error) => {
+                tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
+                self.context.metrics.panicked();
+                let Some(at_work) = self.tasks.remove(&error.id()) else {
+                    return;
+                };
+                ToCommit::Lost(self.panicked(at_work))
+            }
+        };
+        // There is room for the reports of all that is claimed.
+        if self.reports.try_send(to_commit).is_err() {
+            tracing::error!(
+                "a report could not be committed; its conversation is read back at the next start"
+            );
+        }
+    }
+
+    /// Lets what is at work end, but not for longer than until `deadline`. Returns whether nothing was given up.
+    pub(super) async fn drain(mut self, deadline: Instant) -> bool {
+        while !self.at_work.is_empty() {
+            match timeout_at(deadline, self.at_work.join_next_with_id()).await {
+                Ok(Some(done)) => self.finished(done),
+                Ok(None) => break,
+                Err(_) => {
+                    let requests = self.at_work.len();
+                    tracing::warn!(
+                        conversations = requests,
+                        "OurAPI did not answer in time; in-flight requests will be verified at the next start"
+                    );
+                    self.context.our_api.give_up(requests);
+                    self.at_work.abort_all();
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+/// Waits for the journal's answer; for ever if nothing was asked.
+async fn fetched(fetch: &mut Option<Fetch>) -> (Millis, Result<Claimed, JournalError>) {
+    match fetch {
+        Some(fetch) => fetch.await,
+        None => pending().await,
+    }
+}

@@ -1,0 +1,244 @@
+//! Accounting: which of a chat's messages are those of the journal. There is no idempotency key, so messages are told
+//! apart by time and text, and equal ones are counted.
+
+use std::collections::HashMap;
+
+use super::ids::EventId;
+use crate::our_api;
+use crate::time::Timestamp;
+
+/// What makes two messages of a chat equal: when they were sent, and the text without the white space that OurAPI strips
+/// from both ends.
+pub type MessageKey = (Timestamp, String);
+
+/// The key of a message, as sent or as held.
+pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
+    // Python strips the separators 0x1c to 0x1f as well.
+    let stripped = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
+    (sent_at, stripped.to_owned())
+}
+
+/// The keys of messages as OurAPI holds them.
+pub fn keys(held: &[our_api::Message]) -> Vec<MessageKey> {
+    held.iter()
+        .map(|message| key(message.sent_at, &message.text))
+        .collect()
+}
+
+/// A message of the journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recorded {
+    pub id: EventId,
+    pub key: MessageKey,
+    pub standing: Standing,
+}
+
+/// What the journal knows of whether OurAPI holds a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It was delivered.
+    Delivered,
+    /// It waits and may have been sent: a later copy of the journal may know.
+    MaybeSent,
+    /// It waits, and the outcome of an attempt to send it is unknown.
+    OutcomeUnknown,
+    /// The same of a dead letter, which is not sent again.
+    DeadOutcomeUnknown,
+    /// It waits and was not sent, or it is a dead letter that was rejected.
+    NotSent,
+}
+
+/// What an accounting shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Accounting {
+    /// Delivered messages that OurAPI does not hold.
+    pub missing: Vec<EventId>,
+    /// What OurAPI holds beyond what is known to be delivered: a waiting message that matches need not be sent.
+    pub credits: HashMap<MessageKey, u32>,
+}
+
+/// Accounts for each message that OurAPI holds once: first exact matches of delivered messages, then of those that may
+/// have been sent. What is left over may be a message that OurAPI altered: one of the same second accounts for a delivered
+/// message or for one of unknown outcome. `recorded` is in order of arrival.
+pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]) -> Accounting {
+    let mut left = Left::default();
+    for key in held {
+        *left.0.entry(key).or_default() += 1;
+    }
+    let mut unmatched = Vec::new();
+    let mut credited = Vec::new();
+    for wanted in [
+        &[Standing::Delivered][..],
+        &[Standing::DeadOutcomeUnknown],
+        &[Standing::OutcomeUnknown, Standing::MaybeSent],
+    ] {
+        let of_standing = recorded
+            .iter()
+            .filter(|message| wanted.contains(&message.standing));
+        for message in of_standing {
+            if !left.take(&message.key) {
+                unmatched.push(message);
+            } else if matches!(
+                message.standing,
+                Standing::OutcomeUnknown | Standing::MaybeSent
+            ) {
+                credited.push(&message.key);
+            }
+        }
+    }
+    let mut missing = Vec::new();
+    for message in unmatched {
+        let altered = message.standing != Standing::MaybeSent && left.take_of_second(message.key.0);
+        match message.standing {
+            Standing::Delivered if !altered => missing.push(message.id),
+            Standing::OutcomeUnknown if altered => credited.push(&message.key),
+            _ => {}
+        }
+    }
+    let mut credits = left.0;
+    for key in credited {
+        *credits.entry(key.clone()).or_default() += 1;
+    }
+    credits.retain(|_, count| *count > 0);
+    Accounting { missing, credits }
+}
+
+/// What OurAPI holds and nothing accounts for yet.
+#[derive(Default)]
+struct Left(HashMap<MessageKey, u32>);
+
+impl Left {
+    fn take(&mut self, key: &MessageKey) -> bool {
+        match self.0.get_mut(key) {
+            Some(count) if *count > 0 => {
+                *count -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn take_of_second(&mut self, second: Timestamp) -> bool {
+        let of_second = self
+            .0
+            .iter_mut()
+            .filter(|((at, _), count)| *at == second && **count > 0)
+            .min_by(|(one, _), (other, _)| one.cmp(other));
+        match of_second {
+            Some((_, count)) => {
+                *count -= 1;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn of(second: i64, text: &str) -> MessageKey {
+        key(Timestamp::clamped(second), text)
+    }
+
+    fn recorded(id: i64, key: MessageKey, standing: Standing) -> Recorded {
+        Recorded {
+            id: EventId(id),
+            key,
+            standing,
+        }
+    }
+
+    #[test]
+    fn white_space_at_the_ends_makes_no_difference() {
+        assert_eq!(of(1, " a b\u{a0}\n"), of(1, "a b"));
+        assert_eq!(of(1, "\x1ca\x1f"), of(1, "a"));
+        assert_ne!(of(1, "a  b"), of(1, "a b"));
+        assert_ne!(of(1, "a"), of(2, "a"));
+    }
+
+    #[test]
+    fn delivered_messages_account_first() {
+        use Standing::{Delivered, MaybeSent};
+        let journal = [
+            recorded(1, of(1, "a"), Delivered),
+            recorded(2, of(1, "a"), MaybeSent),
+        ];
+        assert!(account([of(1, "a")], &journal).credits.is_empty());
+        let two = account([of(1, "a"), of(1, "a")], &journal);
+        assert_eq!(two.credits, HashMap::from([(of(1, "a"), 1)]));
+        let none = account([], &journal);
+        assert_eq!(none.missing, [EventId(1)]);
+    }
+
+    #[test]
+    fn an_altered_message_is_not_missing() {
+        use Standing::{Delivered, MaybeSent, OutcomeUnknown};
+        let other = || [of(1, "censored")];
+        let delivered = [recorded(1, of(1, "a"), Delivered)];
+        assert_eq!(account(other(), &delivered), Accounting::default());
+        // Sent or not is not known: the altered one may be it.
+        let unknown = [recorded(1, of(1, "a"), OutcomeUnknown)];
+        assert_eq!(
+            account(other(), &unknown).credits,
+            HashMap::from([(of(1, "a"), 1)])
+        );
+        // It matches no message, so it may be one that is received again.
+        let maybe = [recorded(1, of(1, "a"), MaybeSent)];
+        assert_eq!(
+            account(other(), &maybe).credits,
+            HashMap::from([(of(1, "censored"), 1)])
+        );
+        let elsewhere = [recorded(1, of(2, "a"), Delivered)];
+        assert_eq!(account(other(), &elsewhere).missing, [EventId(1)]);
+    }
+
+    #[test]
+    fn a_dead_letter_of_unknown_outcome_accounts_for_its_copy() {
+        use Standing::{DeadOutcomeUnknown, MaybeSent};
+        let journal = [
+            recorded(1, of(1, "a"), DeadOutcomeUnknown),
+            recorded(2, of(1, "a"), MaybeSent),
+        ];
+        assert!(account([of(1, "a")], &journal).credits.is_empty());
+    }
+
+    fn standing() -> impl Strategy<Value = Standing> {
+        prop_oneof![
+            Just(Standing::Delivered),
+            Just(Standing::MaybeSent),
+            Just(Standing::OutcomeUnknown),
+            Just(Standing::DeadOutcomeUnknown),
+            Just(Standing::NotSent),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn each_copy_is_accounted_for_once(
+            held in proptest::collection::vec((0_i64..3, 0_u8..3), 0..8),
+            messages in proptest::collection::vec((0_i64..3, 0_u8..3, standing()), 0..8),
+        ) {
+            let key_of = |second: i64, text: u8| of(second, &format!("text {text}"));
+            let journal: Vec<Recorded> = messages.iter().zip(1..)
+                .map(|((second, text, standing), id)| recorded(id, key_of(*second, *text), *standing))
+                .collect();
+            let count = held.len();
+            let result = account(held.iter().map(|(second, text)| key_of(*second, *text)), &journal);
+            let credits: u32 = result.credits.values().sum();
+            let delivered = messages.iter().filter(|(.., standing)| *standing == Standing::Delivered).count();
+            // A copy is a credit, or it accounts for a delivered message or a dead letter.
+            prop_assert!(credits as usize + (delivered - result.missing.len()) <= count);
+            // A message that OurAPI holds exactly is never missing while it holds as many as were delivered.
+            for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {
+                let same = |key: &MessageKey| *key == message.key;
+                let copies = held.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();
+                let sent = journal.iter().filter(|other| other.standing == Standing::Delivered && same(&other.key)).count();
+                prop_assert!(copies < sent);
+            }
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! A conversation: what its chat in OurAPI should look like (desired), what it looks like as far as the journal
+//! remembers (observed), and the difference, which is all that is ever sent.
+
+use std::fmt;
+
+use uuid::Uuid;
+
+use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
+use crate::event::{Kind, What};
+use crate::our_api::{self, ChatChange};
+use crate::time::{Millis, Timestamp};
+
+/// One conversation of one epoch of BigChat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conversation {
+    pub id: ConversationId,
+    pub epoch: Epoch,
+    /// BigChat's id, which another conversation may have in another epoch.
+    pub bigchat_id: i64,
+    pub details: Details,
+    pub desired: Desired,
+    pub observed: Observed,
+}
+
+/// Whether a conversation's details were read from BigChat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Details {
+    Unread,
+    /// Never read again: a usual vendor's details name the advisor of now.
+    Read,
+    /// BigChat no longer knows the conversation.
+    Gone,
+}
+
+/// The fold of a conversation's details and accepted events. The latest `event_at` counts, whatever order they come in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// Of its START or its details; `None`: neither is known.
+    pub started_at: Option<Timestamp>,
+    /// Of the details when they were first read.
+    pub first_advisor: Option<AdvisorId>,
+    /// Of the latest END.
+    pub ended_at: Option<Timestamp>,
+    /// The latest TRANSFER.
+    pub transfer: Option<Transfer>,
+}
+
+/// A TRANSFER, ordered by when it happened; ties go to the later arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Transfer {
+    pub at: Timestamp,
+    pub event: EventId,
+    pub advisor: AdvisorId,
+}
+
+impl Desired {
+    /// The advisor whose agent the chat should have. Details never undo a TRANSFER.
+    pub fn advisor(&self) -> Option<AdvisorId> {
+        self.transfer
+            .map(|transfer| transfer.advisor)
+            .or(self.first_advisor)
+    }
+}
+
+/// A conversation's chat in OurAPI, as last written or read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Once chosen; it cannot be changed afterwards.
+    pub external_id: Option<String>,
+    /// `None`: there is no chat yet.
+    pub chat: Option<Uuid>,
+    /// Also while its creation is in progress.
+    pub started_at: Option<Timestamp>,
+    pub ended_at: Option<Timestamp>,
+    pub agent: Option<Uuid>,
+    /// The advisor whose agent that is; `None`: not known, so that a desired agent is written.
+    pub advisor: Option<AdvisorId>,
+}
+
+/// The fields a chat should have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fields {
+    pub started_at: Timestamp,
+    pub ended_at: Option<Timestamp>,
+    pub agent: Option<Uuid>,
+}
+
+/// Fields that a chat has, and that neither we nor an event gave it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Drift {
+    pub started_at: bool,
+    pub ended_at: bool,
+    pub agent: bool,
+}
+
+impl Drift {
+    pub fn is_none(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// The names of the fields, as OurAPI has them.
+impl fmt::Display for Drift {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fields = [
+            (self.started_at, "started_at"),
+            (self.ended_at, "ended_at"),
+            (self.agent, "agent_id"),
+        ];
+        let names: Vec<&str> = fields
+            .into_iter()
+            .filter_map(|(differs, name)| differs.then_some(name))
+            .collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+impl Observed {
+    /// What to send so that the chat gets these fields: only what differs. An end time never goes back and is never
+    /// cleared.
+    pub fn diff(&self, fields: &Fields) -> ChatChange {
+        ChatChange {
+            started_at: (self.started_at != Some(fields.started_at)).then_some(fields.started_at),
+            ended_at: fields.ended_at.filter(|end| Some(*end) > self.ended_at),
+            agent_id: (self.agent != fields.agent).then_some(fields.agent),
+        }
+    }
+
+    /// The chat has these fields now, the agent being that of `advisor`.
+    pub fn apply(&mut self, fields: &Fields, advisor: Option<AdvisorId>) {
+        self.started_at = Some(fields.started_at);
+        self.ended_at = self.ended_at.max(fields.ended_at);
+        self.agent = fields.agent;
+        self.advisor = advisor;
+    }
+
+    /// Takes over a chat that was found under the conversation's external id. Its agent counts as the desired one,
+    /// unless a TRANSFER names another or it has none.
+    pub fn adopt(&mut self, external_id: String, found: &our_api::Chat, desired: &Desired) {
+        let keeps_agent = found.agent_id.is_some() && desired.transfer.is_none();
+        *self = Self {
+            external_id: Some(external_id),
+            chat: Some(found.chat_id),
+            started_at: Some(found.started_at),
+            ended_at: found.ended_at,
+            agent: found.agent_id,
+            advisor: desired.advisor().filter(|_| keeps_agent),
+        };
+    }
+
+    /// Merges what was read from OurAPI into what was remembered. A field that `unsure` names is as it was read, so that
+    /// it is written if something else is desired. Any other field that differs was changed by somebody else: it stays,
+    /// and is reported.
+    pub fn merge(&mut self, found: &our_api::Chat, unsure: Unsure) -> Drift {
+        let mut drift = Drift::default();
+        if unsure.started_at {
+            self.started_at = Some(found.started_at);
+        } else {
+            drift.started_at = self.started_at != Some(found.started_at);
+        }
+        // An end that is gone was lost: nothing clears one.
+        if unsure.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
+            self.ended_at = found.ended_at;
+        } else {
+            drift.ended_at = self.ended_at != found.ended_at;
+        }
+        if unsure.agent {
+            self.advisor = None;
+        } else {
+            drift.agent = self.agent != found.agent_id;
+        }
+        self.agent = found.agent_id;
+        drift
+    }
+}
+
+/// Which fields of a chat may have been written without the journal knowing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unsure {
+    pub started_at: bool,
+    pub ended_at: bool,
+    pub agent: bool,
+}
+
+impl Unsure {
+    pub const ALL: Self = Self {
+        started_at: true,
+        ended_at: true,
+        agent: true,
+    };
+
+    /// The fields that events name.
+    pub fn named_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
+        let mut unsure = Self::default();
+        for event in events {
+            match event.what.kind() {
+                Kind::Start => unsure.started_at = true,
+                Kind::End => unsure.ended_at = true,
+                Kind::Transfer => unsure.agent = true,
+                Kind::Message => {}
+            }
+        }
+        unsure
+    }
+}
+
+/// An event that waits to be delivered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    pub id: EventId,
+    pub at: Timestamp,
+    pub received_at: Millis,
+    pub what: What,
+    pub attempts: Attempts,
+    /// It is at or below the offset, and to be sent again.
+    pub redelivery: bool,
+    /// It was delivered before, to a chat that has lost it.
+    pub restored: bool,
+    /// OurAPI was found to hold such a message beyond those known to be delivered, when the conversation's latest event was
+    /// this one.
+    pub credit: Option<EventId>,
+}
+
+impl Pending {
+    /// Size of its message in bytes.
+    pub fn bytes(&self) -> usize {
+        self.what.text().map_or(0, str::len)
+    }
+}
+
+/// How the delivery of an event has failed so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Attempts {
+    /// All failures, for the back-off.
+    pub failed: u32,
+    /// Failures while other conversations got through.
+    pub counted: u32,
+    /// How many writes had succeeded at the last failure.
+    pub writes_then: Option<i64>,
+    /// It may have been carried out.
+    pub outcome_unknown: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::clamped(seconds)
+    }
+
+    fn chat() -> our_api::Chat {
+        our_api::Chat {
+            chat_id: Uuid::from_u128(9),
+            external_id: "42".into(),
+            agent_id: Some(Uuid::from_u128(2)),
+            started_at: at(2),
+            ended_at: Some(at(8)),
+        }
+    }
+
+    fn observed() -> Observed {
+        Observed {
+            external_id: Some("42".into()),
+            chat: Some(Uuid::from_u128(9)),
+            started_at: Some(at(1)),
+            ended_at: Some(at(9)),
+            agent: Some(Uuid::from_u128(1)),
+            advisor: Some(AdvisorId(1)),
+        }
+    }
+
+    #[test]
+    fn diff_names_only_what_differs() {
+        let same = Fields {
+            started_at: at(1),
+            ended_at: Some(at(9)),
+            agent: Some(Uuid::from_u128(1)),
+        };
+        let diff = |fields| observed().diff(&fields);
+        assert!(diff(same).is_empty());
+        for (end, written) in [(None, None), (Some(8), None), (Some(10), Some(10))] {
+            let change = diff(Fields {
+                ended_at: end.map(at),
+                ..same
+            });
+            assert_eq!(change.ended_at, written.map(at), "an end never goes back");
+        }
+        let without_agent = diff(Fields {
+            agent: None,
+            ..same
+        });
+        assert_eq!(without_agent.agent_id, Some(None));
+    }
+
+    #[test]
+    fn unsure_fields_are_as_read_and_others_drift() {
+        let mut merged = observed();
+        let drift = merged.merge(&chat(), Unsure::default());
+        assert!(drift.started_at && drift.ended_at && drift.agent);
+        assert_eq!(
+            (merged.started_at, merged.ended_at),
+            (observed().started_at, observed().ended_at)
+        );
+        assert_eq!(merged.advisor, Some(AdvisorId(1)), "not written again");
+
+        let mut merged = observed();
+        assert!(merged.merge(&chat(), Unsure::ALL).is_none());
+        assert_eq!(
+            (merged.started_at, merged.ended_at),
+            (Some(at(2)), Some(at(8)))
+        );
+        assert_eq!(merged.advisor, None, "written if another is desired");
+    }
+
+    #[test]
+    fn a_later_end_is_taken_over() {
+        let mut merged = observed();
+        let later = our_api::Chat {
+            ended_at: Some(at(20)),
+            started_at: at(1),
+            agent_id: merged.agent,
+            ..chat()
+        };
+        assert!(merged.merge(&later, Unsure::default()).is_none());
+        assert_eq!(merged.ended_at, Some(at(20)));
+    }
+
+    #[test]
+    fn adoption_keeps_an_agent_unless_a_transfer_names_one() {
+        let first = Desired {
+            first_advisor: Some(AdvisorId(1)),
+            ..Desired::default()
+        };
+        let transferred = Desired {
+            transfer: Some(Transfer {
+                at: at(3),
+                event: EventId(1),
+                advisor: AdvisorId(2),
+            }),
+            ..first
+        };
+        let agentless = our_api::Chat {
+            agent_id: None,
+            ..chat()
+        };
+        for (desired, found, advisor) in [
+            (first, chat(), Some(AdvisorId(1))),
+            (transferred, chat(), None),
+            (first, agentless, None),
+        ] {
+            let mut observed = Observed::default();
+            observed.adopt("42".into(), &found, &desired);
+            assert_eq!(observed.advisor, advisor);
+            assert_eq!(observed.agent, found.agent_id);
+        }
+    }
+}

@@ -1,0 +1,462 @@
+//! Commits: what became of claims, in one transaction.
+//!
+//! A commit writes differences, since others write meanwhile: ingest, `failed retry`, a loss, a verification.
+
+use rusqlite::{Connection, Transaction, named_params, params};
+
+use super::activity::Counts;
+use super::verification::record_finding;
+use super::{Result, Store};
+use crate::domain::account::{Accounting, MessageKey};
+use crate::domain::conversation::{Attempts, Conversation, Details};
+use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::progress::{Due, EventOutcome, Failure, Lost, Observation, Outcome, Report};
+use crate::time::{Millis, Timestamp};
+
+/// How many of its latest failures are stored with an event.
+const FAILURES_STORED: u32 = 10;
+
+impl Store {
+    /// Commits reports, and the loss of those that will not come.
+    pub fn commit<'a>(
+        &mut self,
+        reports: impl Iterator<Item = std::result::Result<&'a Report, &'a Lost>>,
+        session: i64,
+        now: Millis,
+    ) -> Result<()> {
+        let transaction = self.begin()?;
+        let mut counts = Counts::default();
+        let mut writes_succeeded = 0;
+        for report in reports {
+            match report {
+                Ok(report) => {
+                    commit(&transaction, report, session, &mut counts, now)?;
+                    writes_succeeded = report.writes_succeeded.max(writes_succeeded);
+                }
+                Err(lost) => commit_lost(&transaction, lost, &mut counts, now)?,
+            }
+        }
+        counts.store(&transaction, now)?;
+        transaction
+            .prepare_cached("UPDATE control SET writes_succeeded = max(writes_succeeded, ?1)")?
+            .execute([writes_succeeded])?;
+        Ok(transaction.commit()?)
+    }
+}
+
+fn commit(
+    transaction: &Transaction<'_>,
+    report: &Report,
+    session: i64,
+    counts: &mut Counts,
+    now: Millis,
+) -> Result<()> {
+    let id = report.conversation.id;
+    for outcome in &report.outcomes {
+        commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
+    }
+    for run in &report.advance.delivered {
+        let waited = (!run.restored).then(|| now.0.saturating_sub(run.received_at.0));
+        transaction
+            .prepare_cached(
+                "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect, waited)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            )?
+            .execute(params![id, run.from, run.through, now.0, run.effect.name(), waited])?;
+    }
+    for key in &report.consumed {
+        consume(transaction, id, key)?;
+    }
+    // Retried meanwhile, a dead letter that the offset passes is to be sent all the same.
+    for skipped in report
+        .claim
+        .skipped
+        .iter()
+        .filter(|event| **event <= report.advance.offset)
+    {
+        transaction
+            .prepare_cached(
+                "INSERT OR IGNORE INTO redeliveries (conversation, event, restored)
+                 SELECT conversation, id, 0 FROM events
+                 WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE event = ?1)",
+            )?
+            .execute([skipped])?;
+    }
+    let waiting = update(transaction, report, session)?;
+    let waiting = match &report.observation {
+        // Nothing that was thought to wait is there: it was deleted by hand.
+        Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
+            count_waiting(transaction, id)?
+        }
+        Observation::None | Observation::Created => waiting,
+        Observation::Read(None) => waiting,
+        Observation::Read(Some(accounting)) => waiting + read(transaction, report, accounting)?,
+        Observation::Gone { rebuild } => {
+            gone(transaction, id, *rebuild)?;
+            count_waiting(transaction, id)?
+        }
+    };
+    if let Some((verify, finding)) = &report.verified {
+        record_finding(transaction, id, *verify, finding.as_ref())?;
+    }
+    let ends_claim = matches!(
+        report.observation,
+        Observation::Read(_) | Observation::Gone { .. }
+    );
+    let due_at = match report.due {
+        Due::At(at) => Some(at),
+        Due::IfWaiting => (waiting > 0 || ends_claim).then_some(now),
+    };
+    // A verification comes at any time: what waits for its next attempt goes on waiting.
+    let keeps_due_at = report.verified.is_some();
+    transaction
+        .prepare_cached(
+            "UPDATE conversations SET waiting = ?2, waiting_since = ?3,
+                due_at = iif(?5, coalesce(max(due_at, ?4), due_at, iif(?6, ?4, NULL)), ?4)
+             WHERE id = ?1",
+        )?
+        .execute(params![
+            id,
+            waiting,
+            waiting_since(transaction, id, waiting)?,
+            due_at.map(|at| at.0),
+            keeps_due_at,
+            ends_claim || matches!(report.due, Due::At(_)),
+        ])?;
+    Ok(())
+}
+
+/// A worker has ended without a report: the chat is read back before anything is sent again.
+fn commit_lost(
+    transaction: &Transaction<'_>,
+    lost: &Lost,
+    counts: &mut Counts,
+    now: Millis,
+) -> Result<()> {
+    let mut settled = 0;
+    if let Some(outcome) = &lost.outcome {
+        commit_outcome(
+            transaction,
+            lost.conversation,
+            EventId(0),
+            outcome,
+            counts,
+            now,
+        )?;
+        settled = i64::from(matches!(outcome.outcome, Outcome::DeadLetter { .. }));
+    }
+    let waiting: i64 = transaction
+        .prepare_cached(
+            "UPDATE conversations SET stale_seq = stale_seq + 1, due_at = ?2, waiting = max(waiting - ?3, 0) WHERE id = ?1
+             RETURNING waiting",
+        )?
+        .query_row(params![lost.conversation, lost.due_at.0, settled], |row| row.get(0))?;
+    let since = waiting_since(transaction, lost.conversation, waiting)?;
+    transaction
+        .prepare_cached("UPDATE conversations SET waiting_since = ?2 WHERE id = ?1")?
+        .execute(params![lost.conversation, since])?;
+    Ok(())
+}
+
+/// Writes the conversation as it is now. Returns how many events wait.
+fn update(transaction: &Transaction<'_>, report: &Report, session: i64) -> Result<i64> {
+    let Conversation {
+        id,
+        details,
+        desired,
+        observed,
+        ..
+    } = &report.conversation;
+    let is_fresh = matches!(
+        report.observation,
+        Observation::Read(_) | Observation::Created
+    );
+    let is_read = matches!(
+        report.observation,
+        Observation::Read(Some(_)) | Observation::Created
+    );
+    let waiting = transaction
+        .prepare_cached(
+            // Its START may have arrived, or its details been read, meanwhile.
+            "UPDATE conversations SET
+                started_at = coalesce(started_at, :started_at),
+                first_advisor = coalesce(:first_advisor, first_advisor),
+                details = iif(:details = 'unread', details, :details),
+                ended_at = :ended_at, transfer_at = :transfer_at, transfer_event = :transfer_event,
+                transfer_advisor = :transfer_advisor, external_id = :external_id, chat_id = :chat_id,
+                chat_started_at = :chat_started_at, chat_ended_at = :chat_ended_at, chat_agent = :chat_agent,
+                chat_advisor = :chat_advisor,
+                stale_seq = stale_seq + :in_doubt,
+                fresh_seq = iif(:is_fresh, :stale_seq, fresh_seq),
+                verified_losses = iif(:is_fresh, :losses, verified_losses),
+                read_in_session = iif(:is_read, :session, read_in_session),
+                offset = :offset, waiting = max(waiting - :settled, 0)
+             WHERE id = :id RETURNING waiting",
+        )?
+        .query_row(
+            named_params! {
+                ":id": id,
+                ":started_at": desired.started_at.map(Timestamp::unix),
+                ":first_advisor": desired.first_advisor,
+                ":details": match details {
+                    Details::Unread => "unread",
+                    Details::Read => "read",
+                    Details::Gone => "gone",
+                },
+                ":ended_at": desired.ended_at.map(Timestamp::unix),
+                ":transfer_at": desired.transfer.map(|transfer| transfer.at.unix()),
+                ":transfer_event": desired.transfer.map(|transfer| transfer.event),
+                ":transfer_advisor": desired.transfer.map(|transfer| transfer.advisor),
+                ":external_id": observed.external_id,
+                ":chat_id": observed.chat.map(|id| id.to_string()),
+                ":chat_started_at": observed.started_at.map(Timestamp::unix),
+                ":chat_ended_at": observed.ended_at.map(Timestamp::unix),
+                ":chat_agent": observed.agent.map(|id| id.to_string()),
+                ":chat_advisor": observed.advisor,
+                ":in_doubt": report.in_doubt,
+                ":is_fresh": is_fresh,
+                ":is_read": is_read,
+                ":stale_seq": report.claim.stale_seq,
+                ":losses": report.claim.losses,
+                ":session": session,
+                ":offset": report.advance.offset,
+                ":settled": report.advance.settled,
+            },
+            |row| row.get(0),
+        )?;
+    Ok(waiting)
+}
+
+fn commit_outcome(
+    transaction: &Transaction<'_>,
+    conversation: ConversationId,
+    offset: EventId,
+    outcome: &EventOutcome,
+    counts: &mut Counts,
+    now: Millis,
+) -> Result<()> {
+    let EventOutcome {
+        event,
+        kind,
+        redelivery,
+        ..
+    } = *outcome;
+    match &outcome.outcome {
+        Outcome::Retry {
+            attempts,
+            next_at,
+            failure,
+        } => record_attempt(
+            transaction,
+            conversation,
+            event,
+            attempts,
+            Some(*next_at),
+            failure,
+            now,
+        )?,
+        Outcome::DeadLetter { attempts, failure } => {
+            record_attempt(
+                transaction,
+                conversation,
+                event,
+                attempts,
+                None,
+                failure,
+                now,
+            )?;
+            transaction
+                .prepare_cached(
+                    "INSERT OR IGNORE INTO dead_letters (event, conversation, failed_at)
+                     SELECT id, conversation, ?2 FROM events WHERE id = ?1",
+                )?
+                .execute(params![event, now.0])?;
+            counts.of(kind.name()).failed += 1;
+        }
+        Outcome::Delivered(_) => {
+            if outcome.had_failed {
+                transaction
+                    .prepare_cached(
+                        "UPDATE attempts SET next_at = NULL, outcome_unknown = 0 WHERE event = ?1",
+                    )?
+                    .execute([event])?;
+            }
+            if outcome.counts(offset) {
+                counts.of(kind.name()).delivered += 1;
+            }
+        }
+    }
+    if redelivery && !matches!(outcome.outcome, Outcome::Retry { .. }) {
+        transaction
+            .prepare_cached("DELETE FROM redeliveries WHERE conversation = ?1 AND event = ?2")?
+            .execute(params![conversation, event])?;
+    }
+    Ok(())
+}
+
+/// Records a failure, unless the event was deleted by hand: that must not keep the others from being committed.
+fn record_attempt(
+    transaction: &Transaction<'_>,
+    conversation: ConversationId,
+    event: EventId,
+    attempts: &Attempts,
+    next_at: Option<Millis>,
+    failure: &Failure,
+    now: Millis,
+) -> Result<()> {
+    let Failure {
+        reason,
+        request,
+        response,
+    } = failure;
+    let recorded = transaction
+        .prepare_cached(
+            "INSERT INTO attempts (event, conversation, attempts, counted, next_at, writes_then, outcome_unknown, reason,
+                request, response)
+             SELECT id, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM events WHERE id = ?1
+             ON CONFLICT (event) DO UPDATE SET attempts = excluded.attempts, counted = excluded.counted,
+                next_at = excluded.next_at, writes_then = excluded.writes_then,
+                outcome_unknown = excluded.outcome_unknown, reason = excluded.reason, request = excluded.request,
+                response = excluded.response",
+        )?
+        .execute(params![
+            event,
+            conversation,
+            attempts.failed,
+            attempts.counted,
+            next_at.map(|next| next.0),
+            attempts.writes_then,
+            attempts.outcome_unknown,
+            reason,
+            request,
+            response,
+        ])?;
+    if recorded == 0 {
+        return Ok(());
+    }
+    transaction
+        .prepare_cached(
+            "INSERT OR REPLACE INTO failures (event, attempt, failed_at, reason, request, response)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute(params![
+            event,
+            attempts.failed,
+            now.0,
+            reason,
+            request,
+            response
+        ])?;
+    transaction
+        .prepare_cached("DELETE FROM failures WHERE event = ?1 AND attempt <= ?2 - ?3")?
+        .execute(params![event, attempts.failed, FAILURES_STORED])?;
+    Ok(())
+}
+
+fn consume(
+    transaction: &Transaction<'_>,
+    conversation: ConversationId,
+    key: &MessageKey,
+) -> Result<()> {
+    let key = params![conversation, key.0.unix(), key.1];
+    transaction
+        .prepare_cached(
+            "UPDATE credits SET count = count - 1 WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
+        )?
+        .execute(key)?;
+    transaction
+        .prepare_cached(
+            "DELETE FROM credits WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3 AND count < 1",
+        )?
+        .execute(key)?;
+    Ok(())
+}
+
+/// The chat's messages were read. Returns how many of those delivered wait again.
+fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<i64> {
+    let Accounting { missing, credits } = accounting;
+    let id = report.conversation.id;
+    transaction
+        .prepare_cached("DELETE FROM credits WHERE conversation = ?1")?
+        .execute([id])?;
+    for ((sent_at, text), count) in credits {
+        transaction
+            .prepare_cached(
+                "INSERT INTO credits (conversation, sent_at, text, count, as_of) VALUES (?1, ?2, ?3, ?4, ?5)",
+            )?
+            .execute(params![id, sent_at.unix(), text, count, report.claim.last_event])?;
+    }
+    // Whether those that wait were sent is known now; but for what was retried meanwhile, which raised a doubt.
+    transaction
+        .prepare_cached(
+            "UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown
+                AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = attempts.event)
+                AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = ?1 AND stale_seq > ?2)",
+        )?
+        .execute(params![id, report.claim.stale_seq])?;
+    let mut again = 0;
+    for event in missing {
+        again += transaction
+            .prepare_cached(
+                "INSERT OR IGNORE INTO redeliveries (conversation, event, restored)
+                 SELECT conversation, id, 1 FROM events WHERE id = ?1",
+            )?
+            .execute([event])?;
+    }
+    Ok(i64::try_from(again).unwrap_or(i64::MAX))
+}
+
+/// The chat is gone. What identifies it is remembered, so that it is created under the same id.
+fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
+    transaction.execute(
+        "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,
+            verified_losses = (SELECT losses FROM control)
+         WHERE id = ?1",
+        [id],
+    )?;
+    transaction.execute("DELETE FROM credits WHERE conversation = ?1", [id])?;
+    transaction.execute(
+        "UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1",
+        [id],
+    )?;
+    if rebuild {
+        transaction.execute(
+            "UPDATE conversations SET restored_through = max(restored_through, offset), offset = 0 WHERE id = ?1",
+            [id],
+        )?;
+        transaction.execute("DELETE FROM redeliveries WHERE conversation = ?1", [id])?;
+        transaction.execute("DELETE FROM deliveries WHERE conversation = ?1", [id])?;
+    }
+    Ok(())
+}
+
+/// How many events of a conversation wait, counted.
+pub(super) fn count_waiting(connection: &Connection, id: ConversationId) -> Result<i64> {
+    Ok(connection.query_row(
+        "SELECT (SELECT count(*) FROM redeliveries WHERE conversation = ?1)
+            + (SELECT count(*) FROM events e WHERE e.conversation = ?1
+                AND e.id > (SELECT offset FROM conversations WHERE id = ?1)
+                AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id))",
+        [id],
+        |row| row.get(0),
+    )?)
+}
+
+/// When the oldest event was received that waits for its first delivery.
+fn waiting_since(connection: &Connection, id: ConversationId, waiting: i64) -> Result<Option<i64>> {
+    if waiting == 0 {
+        return Ok(None);
+    }
+    Ok(connection
+        .prepare_cached(
+            "SELECT min(received_at) FROM (
+                SELECT * FROM (SELECT e.received_at FROM redeliveries r JOIN events e ON e.id = r.event
+                    WHERE r.conversation = ?1 AND NOT r.restored ORDER BY r.event LIMIT 1)
+                UNION ALL
+                SELECT * FROM (SELECT e.received_at FROM events e JOIN conversations c ON c.id = e.conversation
+                    WHERE e.conversation = ?1 AND e.id > max(c.offset, c.restored_through)
+                        AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)
+                    ORDER BY e.id LIMIT 1))",
+        )?
+        .query_row([id], |row| row.get(0))?)
+}

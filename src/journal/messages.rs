@@ -1,0 +1,95 @@
+//! What the journal knows of a conversation's messages, and of the identity of its chat.
+
+use rusqlite::params;
+
+use super::{JournalError, Result, Store, present};
+use crate::domain::account::{self, Recorded, Standing};
+use crate::domain::ids::{ConversationId, Epoch, EventId};
+use crate::event::{Kind, What};
+use crate::time::Timestamp;
+
+impl Store {
+    /// The messages of a conversation in order of arrival, and whether OurAPI holds each, as far as is known. Those that wait
+    /// may have been sent up to `replay_until`.
+    pub fn recorded_messages(
+        &mut self,
+        conversation: ConversationId,
+        replay_until: EventId,
+    ) -> Result<Vec<Recorded>> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT e.id, e.kind, e.event_at, e.data, e.id > c.offset OR r.event IS NOT NULL, d.event IS NOT NULL,
+                d.discarded_at IS NOT NULL, coalesce(a.outcome_unknown, 0)
+             FROM events e JOIN conversations c ON c.id = e.conversation
+             LEFT JOIN redeliveries r ON r.conversation = e.conversation AND r.event = e.id
+             LEFT JOIN dead_letters d ON d.event = e.id LEFT JOIN attempts a ON a.event = e.id
+             WHERE e.conversation = ?1 ORDER BY e.id",
+        )?;
+        let mut rows = statement.query([conversation])?;
+        let mut messages = Vec::new();
+        while let Some(row) = rows.next()? {
+            let name = row.get_ref(1)?.as_str().unwrap_or_default();
+            let kind = present(Kind::from_name(name), name)?;
+            if !kind.is_message() {
+                continue;
+            }
+            let data: Option<String> = row.get(3)?;
+            let what = What::from_data(kind, data.as_deref()).map_err(|_| {
+                JournalError::Corrupt(format!("the data of a {name} cannot be read"))
+            })?;
+            let id: EventId = row.get(0)?;
+            let (waits, is_dead, is_discarded, outcome_unknown) =
+                (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);
+            let standing = match (is_dead, is_discarded, waits, outcome_unknown) {
+                (true, false, _, true) => Standing::DeadOutcomeUnknown,
+                (true, ..) => Standing::NotSent,
+                (false, _, false, _) => Standing::Delivered,
+                (false, _, true, true) => Standing::OutcomeUnknown,
+                (false, _, true, false) if id <= replay_until => Standing::MaybeSent,
+                (false, _, true, false) => Standing::NotSent,
+            };
+            messages.push(Recorded {
+                id,
+                key: account::key(
+                    Timestamp::clamped(row.get(2)?),
+                    what.text().unwrap_or_default(),
+                ),
+                standing,
+            });
+        }
+        Ok(messages)
+    }
+
+    /// The earliest time any event of a conversation names.
+    pub fn earliest_event(&mut self, conversation: ConversationId) -> Result<Option<Timestamp>> {
+        let earliest: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT min(event_at) FROM events WHERE conversation = ?1")?
+            .query_row([conversation], |row| row.get(0))?;
+        Ok(earliest.map(Timestamp::clamped))
+    }
+
+    /// Whether BigChat gave the id to another conversation in an earlier epoch.
+    pub fn id_was_used_before(&mut self, epoch: Epoch, bigchat_id: i64) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM conversations c WHERE c.bigchat_id = ?1 AND c.epoch < ?2
+                    AND (c.external_id IS NOT NULL OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = c.id)))",
+            )?
+            .query_row(params![bigchat_id, epoch], |row| row.get(0))?)
+    }
+
+    /// Records the external id and start time with which a chat is about to be created.
+    pub fn record_intent(
+        &mut self,
+        conversation: ConversationId,
+        external_id: &str,
+        started_at: Timestamp,
+    ) -> Result<()> {
+        self.connection.execute(
+            "UPDATE conversations SET external_id = ?2, chat_started_at = ?3 WHERE id = ?1",
+            params![conversation, external_id, started_at.unix()],
+        )?;
+        Ok(())
+    }
+}

@@ -1,0 +1,450 @@
+//! The queue: which conversations are due, and what of them waits.
+//!
+//! What waits of a conversation follows from its offset: the events above it that are no dead letters, and its
+//! redeliveries. Nothing is written when it is claimed.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use uuid::Uuid;
+
+use super::verification::claim_verifications;
+use super::{JournalError, Result, Store, Throttles, limit, present};
+use crate::domain::account::{self, MessageKey};
+use crate::domain::conversation::{
+    Attempts, Conversation, Desired, Details, Observed, Pending, Transfer,
+};
+use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::progress::{Claim, Work};
+use crate::event::{Kind, What};
+use crate::time::{Millis, Timestamp};
+
+/// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps others
+/// waiting.
+const EVENTS_PER_CLAIM: usize = 200;
+
+/// And how many bytes of messages; the one that exceeds it still belongs to it.
+const BYTES_PER_CLAIM: usize = 256 << 10;
+
+/// What the scheduler asks for.
+#[derive(Debug, Clone)]
+pub struct ClaimRequest {
+    /// No events are to be delivered.
+    pub verifications_only: bool,
+    /// It is to show whether OurAPI is back: what has never failed comes first, so that an event that always fails does not
+    /// keep others from being tried.
+    pub probe: bool,
+    /// How many conversations at most.
+    pub conversations: usize,
+    /// Up to how many bytes of messages; the conversation that exceeds it still belongs to it.
+    pub bytes: usize,
+    /// Those that are claimed already.
+    pub exclude: HashSet<ConversationId>,
+    pub session: i64,
+    /// This machine's clock was set back: everything is due now, and after this time what may still be in flight.
+    pub clock_set_back: Option<Duration>,
+    /// To be stored.
+    pub rate_limits: Option<Throttles>,
+}
+
+/// What is due.
+#[derive(Debug, Default)]
+pub struct Claimed {
+    pub work: Vec<Work>,
+    /// More is due than was asked for.
+    pub is_more: bool,
+    /// When something is due next, beside these.
+    pub next_due: Option<Millis>,
+}
+
+/// What is known when work is loaded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Loading {
+    session: i64,
+    losses: i64,
+}
+
+impl Store {
+    /// The conversations that have been due for longest, with what waits of them; then those not verified since OurAPI last
+    /// lost something, then those to be verified by hand.
+    pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
+        if let Some(rate_limits) = request.rate_limits {
+            self.record_rate_limits(rate_limits)?;
+        }
+        if let Some(pause) = request.clock_set_back {
+            self.make_due(pause, now)?;
+        }
+        if request.conversations == 0 {
+            return Ok(Claimed::default());
+        }
+        let transaction = self.connection.transaction()?;
+        let losses = transaction
+            .prepare_cached("SELECT losses FROM control")?
+            .query_row([], |row| row.get(0))?;
+        let loading = Loading {
+            session: request.session,
+            losses,
+        };
+        let mut claimed = Claimed::default();
+        let mut corrupt = Vec::new();
+        if !request.verifications_only {
+            let ids = due(&transaction, request, losses, now)?;
+            claimed.is_more = ids.len() >= request.conversations;
+            let mut bytes = 0;
+            for id in ids {
+                if bytes >= request.bytes {
+                    claimed.is_more = true;
+                    break;
+                }
+                match load(&transaction, id, loading, EVENTS_PER_CLAIM) {
+                    Ok(work) => {
+                        bytes += work.bytes();
+                        claimed.work.push(work);
+                    }
+                    Err(JournalError::Corrupt(what)) => corrupt.push((id, what)),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        let room = request.conversations.saturating_sub(claimed.work.len());
+        if room > 0 {
+            let mut exclude = request.exclude.clone();
+            exclude.extend(claimed.work.iter().map(|work| work.conversation.id));
+            let work = claim_verifications(&transaction, room, &exclude, loading, now)?;
+            claimed.work.extend(work);
+        }
+        claimed.next_due = next_due(&transaction, now)?;
+        drop(transaction);
+        for (id, what) in corrupt {
+            tracing::error!(row = id.0, reason = %what, "invalid row in the database; the conversation is set aside");
+            self.connection.execute(
+                "UPDATE conversations SET due_at = NULL, verified_losses = (SELECT losses FROM control) WHERE id = ?1",
+                [id],
+            )?;
+        }
+        Ok(claimed)
+    }
+
+    /// Makes everything due now that would be due later. What may have been delivered is due after `pause`: how long it has
+    /// waited already is not known.
+    fn make_due(&mut self, pause: Duration, now: Millis) -> Result<()> {
+        let transaction = self.begin()?;
+        transaction.execute(
+            "UPDATE conversations SET due_at = iif(stale_seq > fresh_seq, ?2, ?1) WHERE due_at > ?1",
+            [now.0, now.plus(pause).0],
+        )?;
+        transaction.execute(
+            "UPDATE attempts SET next_at = iif(outcome_unknown, ?2, ?1) WHERE next_at > ?1",
+            [now.0, now.plus(pause).0],
+        )?;
+        Ok(transaction.commit()?)
+    }
+
+    /// How many events wait.
+    pub fn waiting(&mut self) -> Result<u64> {
+        let count: i64 = self
+            .connection
+            .prepare_cached(
+                "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE waiting > 0",
+            )?
+            .query_row([], |row| row.get(0))?;
+        Ok(u64::try_from(count).unwrap_or_default())
+    }
+
+    /// Whether any event waits.
+    pub fn is_any_waiting(&mut self) -> Result<bool> {
+        Ok(self
+            .connection
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE waiting > 0)")?
+            .query_row([], |row| row.get(0))?)
+    }
+}
+
+fn due(
+    connection: &Connection,
+    request: &ClaimRequest,
+    losses: i64,
+    now: Millis,
+) -> Result<Vec<ConversationId>> {
+    if request.probe
+        && let Some(id) = never_failed(connection, request, now)?
+    {
+        return Ok(vec![id]);
+    }
+    // Those that are claimed may be among them.
+    let enough = request.conversations.saturating_add(request.exclude.len());
+    let is_free = |id: &ConversationId| !request.exclude.contains(id);
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM conversations WHERE due_at <= ?1 ORDER BY due_at, id LIMIT ?2",
+    )?;
+    let mut ids: Vec<ConversationId> = statement
+        .query_map(params![now.0, limit(enough)], |row| row.get(0))?
+        .collect::<rusqlite::Result<_>>()?;
+    ids.retain(is_free);
+    if ids.len() < request.conversations {
+        let mut statement = connection.prepare_cached(
+            "SELECT id FROM conversations
+             WHERE external_id IS NOT NULL AND verified_losses < ?1 AND due_at IS NULL LIMIT ?2",
+        )?;
+        let lost: Vec<ConversationId> = statement
+            .query_map(params![losses, limit(enough)], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        ids.extend(lost.into_iter().filter(is_free));
+    }
+    ids.truncate(request.conversations);
+    Ok(ids)
+}
+
+/// The conversation that has been due for longest and of which nothing that waits has failed.
+fn never_failed(
+    connection: &Connection,
+    request: &ClaimRequest,
+    now: Millis,
+) -> Result<Option<ConversationId>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id FROM conversations c WHERE due_at <= ?1 AND NOT EXISTS (
+            SELECT 1 FROM attempts a WHERE a.conversation = c.id AND a.next_at IS NOT NULL AND a.attempts > 0)
+         ORDER BY due_at, id LIMIT ?2",
+    )?;
+    let mut ids = statement.query_map(params![now.0, limit(request.exclude.len() + 1)], |row| {
+        row.get(0)
+    })?;
+    let free = ids.find(|id| id.as_ref().map_or(true, |id| !request.exclude.contains(id)));
+    Ok(free.transpose()?)
+}
+
+fn next_due(connection: &Connection, now: Millis) -> Result<Option<Millis>> {
+    let due: Option<i64> = connection
+        .prepare_cached("SELECT min(due_at) FROM conversations WHERE due_at > ?1")?
+        .query_row([now.0], |row| row.get(0))?;
+    Ok(due.map(Millis))
+}
+
+/// Loads a conversation with up to so many of its events that wait.
+pub(super) fn load(
+    connection: &Connection,
+    id: ConversationId,
+    loading: Loading,
+    at_most: usize,
+) -> Result<Work> {
+    let (conversation, mut claim, restored_through) = read_conversation(connection, id, loading)?;
+    let mut events = Vec::new();
+    let mut bytes = 0;
+    let attempts = read_attempts(connection, id)?;
+    let mut take = |row: &Row<'_>, redelivery: bool, restored: bool| -> Result<bool> {
+        let event = read_pending(row, &attempts, redelivery, restored)?;
+        bytes += event.bytes();
+        events.push(event);
+        Ok(bytes < BYTES_PER_CLAIM && events.len() < at_most)
+    };
+    let mut statement = connection.prepare_cached(
+        "SELECT e.id, e.kind, e.event_at, e.data, e.received_at, r.restored
+         FROM redeliveries r JOIN events e ON e.id = r.event WHERE r.conversation = ?1 ORDER BY r.event",
+    )?;
+    let mut rows = statement.query([id])?;
+    let mut is_room = at_most > 0;
+    while is_room && let Some(row) = rows.next()? {
+        is_room = take(row, true, row.get(5)?)?;
+    }
+    let dead = dead_letters(connection, id, claim.offset)?;
+    let mut statement = connection.prepare_cached(
+        "SELECT id, kind, event_at, data, received_at FROM events WHERE conversation = ?1 AND id > ?2 ORDER BY id",
+    )?;
+    let mut rows = statement.query(params![id, claim.offset])?;
+    while is_room && let Some(row) = rows.next()? {
+        let event: EventId = row.get(0)?;
+        claim.through = event;
+        if dead.contains(&event) {
+            claim.skipped.push(event);
+        } else {
+            is_room = take(row, false, event <= restored_through)?;
+        }
+    }
+    credit(connection, id, &mut events)?;
+    Ok(Work {
+        conversation,
+        events,
+        claim,
+        verify: None,
+    })
+}
+
+/// Loads a conversation without its events.
+pub(super) fn load_chat(
+    connection: &Connection,
+    id: ConversationId,
+    loading: Loading,
+) -> Result<Work> {
+    load(connection, id, loading, 0)
+}
+
+fn read_conversation(
+    connection: &Connection,
+    id: ConversationId,
+    loading: Loading,
+) -> Result<(Conversation, Claim, EventId)> {
+    connection
+        .prepare_cached(
+            "SELECT epoch, bigchat_id, details, started_at, first_advisor, ended_at, transfer_at, transfer_event,
+                transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_advisor,
+                stale_seq, fresh_seq, verified_losses, read_in_session, offset, restored_through,
+                (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1)
+             FROM conversations WHERE id = ?1",
+        )?
+        .query_row([id], |row| {
+            let time = |index| row.get::<_, Option<i64>>(index).map(|time| time.map(Timestamp::clamped));
+            let id_at = |index| -> rusqlite::Result<Result<Option<Uuid>>> {
+                let text: Option<String> = row.get(index)?;
+                Ok(text.map(|text| uuid(&text)).transpose())
+            };
+            let (chat, agent) = match (id_at(10)?, id_at(13)?) {
+                (Ok(chat), Ok(agent)) => (chat, agent),
+                (Err(error), _) | (_, Err(error)) => return Ok(Err(error)),
+            };
+            let transfer = match (time(6)?, row.get(7)?, row.get(8)?) {
+                (Some(at), Some(event), Some(advisor)) => Some(Transfer { at, event, advisor }),
+                _ => None,
+            };
+            let conversation = Conversation {
+                id,
+                epoch: row.get(0)?,
+                bigchat_id: row.get(1)?,
+                details: match row.get_ref(2)?.as_str().unwrap_or_default() {
+                    "unread" => Details::Unread,
+                    "read" => Details::Read,
+                    _ => Details::Gone,
+                },
+                desired: Desired {
+                    started_at: time(3)?,
+                    first_advisor: row.get(4)?,
+                    ended_at: time(5)?,
+                    transfer,
+                },
+                observed: Observed {
+                    external_id: row.get(9)?,
+                    chat,
+                    started_at: time(11)?,
+                    ended_at: time(12)?,
+                    agent,
+                    advisor: row.get(14)?,
+                },
+            };
+            let (stale_seq, fresh_seq): (i64, i64) = (row.get(15)?, row.get(16)?);
+            let offset = row.get(19)?;
+            let claim = Claim {
+                offset,
+                through: offset,
+                skipped: Vec::new(),
+                last_event: row.get(21)?,
+                stale_seq,
+                is_in_doubt: stale_seq > fresh_seq,
+                losses: loading.losses,
+                is_lost: row.get::<_, i64>(17)? < loading.losses,
+                is_read: row.get::<_, i64>(18)? == loading.session,
+                is_rewound: row.get::<_, EventId>(20)? > offset,
+            };
+            Ok(Ok((conversation, claim, row.get(20)?)))
+        })?
+}
+
+fn read_attempts(
+    connection: &Connection,
+    conversation: ConversationId,
+) -> Result<HashMap<EventId, Attempts>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT event, attempts, counted, writes_then, outcome_unknown FROM attempts WHERE conversation = ?1",
+    )?;
+    let attempts = statement.query_map([conversation], |row| {
+        let attempts = Attempts {
+            failed: row.get(1)?,
+            counted: row.get(2)?,
+            writes_then: row.get(3)?,
+            outcome_unknown: row.get(4)?,
+        };
+        Ok((row.get(0)?, attempts))
+    })?;
+    Ok(attempts.collect::<rusqlite::Result<_>>()?)
+}
+
+fn dead_letters(
+    connection: &Connection,
+    conversation: ConversationId,
+    above: EventId,
+) -> Result<BTreeSet<EventId>> {
+    let mut statement = connection
+        .prepare_cached("SELECT event FROM dead_letters WHERE conversation = ?1 AND event > ?2")?;
+    let dead = statement.query_map(params![conversation, above], |row| row.get(0))?;
+    Ok(dead.collect::<rusqlite::Result<_>>()?)
+}
+
+fn read_pending(
+    row: &Row<'_>,
+    attempts: &HashMap<EventId, Attempts>,
+    redelivery: bool,
+    restored: bool,
+) -> Result<Pending> {
+    let text = |column| -> Result<Option<&str>> {
+        let value = row.get_ref(column)?.as_str_or_null();
+        value.map_err(|error| JournalError::Corrupt(error.to_string()))
+    };
+    let name = text(1)?.unwrap_or_default();
+    let kind = present(Kind::from_name(name), name)?;
+    // The log has the reason: it must not quote what the data says.
+    let what = What::from_data(kind, text(3)?)
+        .map_err(|_| JournalError::Corrupt(format!("the data of a {name} cannot be read")))?;
+    let id = row.get(0)?;
+    Ok(Pending {
+        id,
+        at: Timestamp::clamped(row.get(2)?),
+        received_at: Millis(row.get(4)?),
+        what,
+        attempts: attempts.get(&id).copied().unwrap_or_default(),
+        redelivery,
+        restored,
+        credit: None,
+    })
+}
+
+/// Marks the messages that OurAPI was found to hold, each copy once.
+fn credit(
+    connection: &Connection,
+    conversation: ConversationId,
+    events: &mut [Pending],
+) -> Result<()> {
+    let has_credits: bool = connection
+        .prepare_cached("SELECT EXISTS (SELECT 1 FROM credits WHERE conversation = ?1)")?
+        .query_row([conversation], |row| row.get(0))?;
+    if !has_credits {
+        return Ok(());
+    }
+    let mut left: HashMap<MessageKey, (u32, EventId)> = HashMap::new();
+    for event in events {
+        let Some(text) = event.what.text() else {
+            continue;
+        };
+        let key = account::key(event.at, text);
+        if !left.contains_key(&key) {
+            let credit = connection
+                .prepare_cached(
+                    "SELECT count, as_of FROM credits WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
+                )?
+                .query_row(params![conversation, key.0.unix(), key.1], |row| {
+                    Ok((row.get(0)?, row.get(1)?))
+                })
+                .optional()?;
+            left.insert(key.clone(), credit.unwrap_or_default());
+        }
+        if let Some((count, as_of)) = left.get_mut(&key)
+            && *count > 0
+        {
+            *count -= 1;
+            event.credit = Some(*as_of);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn uuid(text: &str) -> Result<Uuid> {
+    present(Uuid::parse_str(text).ok(), text)
+}

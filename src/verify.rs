@@ -1,0 +1,283 @@
+//! `bigchat-sync verify`: requests, through the database, that chats be compared with the journal, and shows how far that
+//! is and what was found.
+//!
+//! The daemon asks OurAPI if one runs, since it bounds all requests to OurAPI. Otherwise this process takes its place until
+//! the work is done. The lock on the database tells which: its holder delivers.
+
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::daemon::{self, DaemonError};
+use crate::domain::progress::ChatState;
+use crate::journal::{
+    Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
+};
+use crate::pace::Pace;
+use crate::screen::{Screen, styled};
+use crate::settings::{LiveTokens, Settings, number};
+use crate::time::Millis;
+
+/// How often the progress is read.
+const FRAME: Duration = Duration::from_millis(200);
+
+/// How often a line is printed if there is no terminal for a bar.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// What the bar shows.
+const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
+
+/// How many chats that differ are listed.
+const LISTED: u32 = 100;
+
+/// Which chats to verify, and whether to repair them.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Only the chat of this conversation, by BigChat's id; of each epoch that had one [default: all chats].
+    #[arg(long, value_name = "ID", value_parser = number::<i64>, allow_hyphen_values = true)]
+    conversation: Option<i64>,
+
+    /// Send what is missing, and overwrite what differs from the events.
+    #[arg(long)]
+    repair: bool,
+
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why chats could not be verified.
+#[derive(Debug, Error)]
+pub enum VerifyError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// This process cannot take the daemon's place.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// The operating system refuses, or nothing can be shown.
+    #[error("the operating system refuses: {0}")]
+    System(#[from] std::io::Error),
+    /// The journal knows of no such chat.
+    #[error("no chat is known of conversation {0}: nothing was delivered for it yet")]
+    NoSuchChat(i64),
+    /// Interrupted.
+    #[error("{0}")]
+    Interrupted(&'static str),
+}
+
+/// Has chats verified, and repaired if asked for. Returns whether all were as they should be.
+pub async fn run(
+    args: Args,
+    settings: Settings,
+    tokens: LiveTokens,
+    screen: Screen,
+    stopping: CancellationToken,
+) -> Result<bool, VerifyError> {
+    let journal = Journal::start(Store::open_beside(&settings.db())?)?;
+    let repair = args.repair;
+    let scope = args.conversation.map_or(Scope::All, Scope::Conversation);
+    let requested = journal
+        .with(move |store| store.request_verification(scope, repair, Millis::now()))
+        .await?;
+    let verification = match (requested, scope) {
+        (Some(verification), _) => verification,
+        (None, Scope::Conversation(id)) => return Err(VerifyError::NoSuchChat(id)),
+        (None, Scope::All) => {
+            report(&args, &screen, &VerificationProgress::default(), &[]).await?;
+            return Ok(true);
+        }
+    };
+    let stop = stopping.child_token();
+    let working = async {
+        let worked = work(settings, tokens, &stop, !repair).await;
+        // Nobody else does the work.
+        stop.cancel();
+        worked
+    };
+    let watching = async {
+        let watched = watch(&journal, verification, &screen, args.json, &stop).await;
+        stop.cancel();
+        watched
+    };
+    let (worked, watched) = tokio::join!(working, watching);
+    worked?;
+    let progress = watched?;
+    if !progress.is_done() && repair {
+        return Err(VerifyError::Interrupted(
+            "interrupted; the daemon finishes the repair, now or when it next runs",
+        ));
+    }
+    let differences = journal
+        .with(move |store| {
+            let differences = store.differences(verification, LISTED)?;
+            store.withdraw_verification(verification)?;
+            Ok(differences)
+        })
+        .await?;
+    if !progress.is_done() {
+        return Err(VerifyError::Interrupted("interrupted; nothing was changed"));
+    }
+    report(&args, &screen, &progress, &differences).await?;
+    Ok(differences.is_empty())
+}
+
+/// Takes the daemon's place if none runs, also if one stops meanwhile.
+async fn work(
+    settings: Settings,
+    tokens: LiveTokens,
+    stop: &CancellationToken,
+    only_look: bool,
+) -> Result<(), DaemonError> {
+    while !stop.is_cancelled() {
+        match daemon::verify(settings.clone(), tokens.clone(), stop.clone(), only_look).await {
+            Err(DaemonError::Open(OpenError::InUse(_))) => {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = sleep(STORAGE_PAUSE) => {}
+                }
+            }
+            ended => return ended,
+        }
+    }
+    Ok(())
+}
+
+/// Shows the progress until all is done, or nobody works on it any more.
+async fn watch(
+    journal: &Journal,
+    verification: i64,
+    screen: &Screen,
+    json: bool,
+    stop: &CancellationToken,
+) -> Result<VerificationProgress, VerifyError> {
+    let bar = screen
+        .picture()
+        .filter(|_| !json)
+        .map(|picture| picture.add(styled(BAR)));
+    let mut last_line = Instant::now();
+    let mut pace: Option<Pace> = None;
+    loop {
+        let progress = journal
+            .with(move |store| store.verification_progress(verification))
+            .await?;
+        let left = (progress.chats - progress.verified) + progress.waiting;
+        let all = progress.chats + progress.messages.max(progress.waiting);
+        let (now, done) = (Instant::now(), all.saturating_sub(left));
+        let pace = pace.get_or_insert_with(|| Pace::new(now, done));
+        let rate = pace.now(now, done, Some(left));
+        if progress.is_done() || stop.is_cancelled() {
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+            return Ok(progress);
+        }
+        match &bar {
+            Some(bar) => {
+                bar.set_length(all);
+                bar.set_position(done);
+                bar.set_prefix(rate.to_string());
+                bar.set_message(sentence(&progress));
+            }
+            None if !json && last_line.elapsed() >= LINE_EVERY => {
+                screen
+                    .say(&format!("{}, {rate}", sentence(&progress)))
+                    .await?;
+                last_line = Instant::now();
+            }
+            None => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = sleep(FRAME) => {}
+        }
+    }
+}
+
+fn sentence(progress: &VerificationProgress) -> String {
+    format!(
+        "{} of {} chats verified, {} events to be sent again",
+        progress.verified, progress.chats, progress.waiting
+    )
+}
+
+async fn report(
+    args: &Args,
+    screen: &Screen,
+    progress: &VerificationProgress,
+    differences: &[Difference],
+) -> Result<(), VerifyError> {
+    let text = match args.json {
+        true => as_json(progress, differences, args.repair),
+        false => as_table(progress, differences, args.repair),
+    };
+    Ok(screen.say(&text).await?)
+}
+
+fn state(difference: &Difference) -> &'static str {
+    match difference.finding.chat {
+        ChatState::Same => "same",
+        ChatState::Differs => "differs",
+        ChatState::Missing => "missing",
+    }
+}
+
+fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
+    let differences: Vec<_> = differences
+        .iter()
+        .map(|difference| {
+            serde_json::json!({
+                "external_id": difference.external_id,
+                "chat": state(difference),
+                "messages_missing": difference.finding.messages,
+            })
+        })
+        .collect();
+    serde_json::json!({
+        "chats": progress.chats,
+        "chats_missing": progress.missing,
+        "chats_differing": progress.differing,
+        "messages_missing": progress.messages,
+        "repaired": repair,
+        "differences": differences,
+    })
+    .to_string()
+}
+
+fn as_table(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
+    let VerificationProgress {
+        chats,
+        missing,
+        differing,
+        messages,
+        ..
+    } = progress;
+    if differences.is_empty() {
+        return format!("{chats} chats verified: OurAPI holds everything that was delivered");
+    }
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["chat", "state", "messages missing"]);
+    for difference in differences {
+        let row = [
+            &difference.external_id,
+            state(difference),
+            &difference.finding.messages.to_string(),
+        ];
+        table.add_row(row);
+    }
+    let end = if repair {
+        "all of it was repaired"
+    } else {
+        "nothing was changed; --repair sends what is missing and overwrites what differs"
+    };
+    format!(
+        "{}\n\n{chats} chats verified: {missing} missing, {differing} differ, {messages} messages missing; {end}",
+        table.trim_fmt()
+    )
+}
