@@ -85,7 +85,8 @@ CREATE TABLE conversations (
     UNIQUE (epoch, bigchat_id)
 ) STRICT;
 CREATE INDEX conversations_due ON conversations (due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX conversations_waiting ON conversations (waiting_since, waiting) WHERE waiting > 0;
+-- Not of `waiting`, which changes with each event: whatever waits is due.
+CREATE INDEX conversations_waiting ON conversations (waiting_since) WHERE waiting_since IS NOT NULL;
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
 CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses) WHERE external_id IS NOT NULL;
 CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;

@@ -146,7 +146,7 @@ impl Store {
         let count: i64 = self
             .connection
             .prepare_cached(
-                "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE waiting > 0",
+                "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
             )?
             .query_row([], |row| row.get(0))?;
         Ok(u64::try_from(count).unwrap_or_default())
@@ -156,7 +156,7 @@ impl Store {
     pub fn is_any_waiting(&mut self) -> Result<bool> {
         Ok(self
             .connection
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE waiting > 0)")?
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL AND waiting > 0)")?
             .query_row([], |row| row.get(0))?)
     }
 }

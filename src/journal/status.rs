@@ -252,11 +252,13 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
 
 fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
     let waiting = connection
-        .prepare_cached("SELECT coalesce(sum(waiting), 0) FROM conversations WHERE waiting > 0")?
+        .prepare_cached(
+            "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
+        )?
         .query_row([], count)?;
     let oldest: Option<i64> = connection
         .prepare_cached(
-            "SELECT id FROM conversations WHERE waiting > 0 AND waiting_since IS NOT NULL ORDER BY waiting_since LIMIT 1",
+            "SELECT id FROM conversations WHERE waiting_since IS NOT NULL ORDER BY waiting_since LIMIT 1",
         )?
         .query_row([], |row| row.get(0))
         .optional()?;
