@@ -9,15 +9,15 @@ use crate::fakes::{Scene, message, start};
 use crate::harness::{Daemon, dead_letter, until};
 
 /// A daemon, and a client of its console.
-struct Console {
-    scene: Scene,
-    daemon: Daemon,
+pub(crate) struct Console {
+    pub(crate) scene: Scene,
+    pub(crate) daemon: Daemon,
     url: String,
     client: Client,
 }
 
 impl Console {
-    async fn new(scene: Scene, tokens: Tokens) -> Self {
+    pub(crate) async fn new(scene: Scene, tokens: Tokens) -> Self {
         let (daemon, url) = scene.bench.start_listening(tokens);
         let client = Client::builder().no_proxy().build().expect("a client");
         Self {
@@ -29,14 +29,14 @@ impl Console {
     }
 
     /// Over a journal with what some SQL adds to an empty one.
-    async fn over(sql: &str) -> Self {
+    pub(crate) async fn over(sql: &str) -> Self {
         let scene = Scene::new().await;
         scene.bench.once().await;
         scene.bench.execute(sql);
         Self::new(scene, Tokens::default()).await
     }
 
-    async fn get(&self, path: &str) -> (StatusCode, Value) {
+    pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
         let answer = self.client.get(format!("{}{path}", self.url)).send();
         let answer = answer.await.expect("an answer");
         let status = answer.status();

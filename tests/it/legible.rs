@@ -2,61 +2,35 @@
 //! retry can succeed.
 
 use bigchat_sync::settings::Tokens;
-use reqwest::Client;
 use serde_json::{Value, json};
 
+use crate::api::Console;
 use crate::fakes::{Scene, message, raw, start, status, transfer};
-use crate::harness::{Daemon, dead_letter, side_by_side, until};
+use crate::harness::{dead_letter, side_by_side, until};
 
-/// A daemon, and a client of its console.
-struct Console {
-    scene: Scene,
-    daemon: Daemon,
-    url: String,
-    client: Client,
+/// What the console answers; it must be a success.
+async fn get(console: &Console, path: &str, query: &[(&str, &str)]) -> Value {
+    let query = url::form_urlencoded::Serializer::new(String::new())
+        .extend_pairs(query)
+        .finish();
+    let (status, answer) = console.get(&format!("{path}?{query}")).await;
+    assert!(status.is_success(), "{path}: {status}");
+    answer
 }
 
-impl Console {
-    fn new(scene: Scene) -> Self {
-        let (daemon, url) = scene.bench.start_listening(Tokens::default());
-        let client = Client::builder().no_proxy().build().expect("a client");
-        Self {
-            scene,
-            daemon,
-            url,
-            client,
-        }
-    }
+/// A conversation as a search finds it.
+async fn found(console: &Console, id: i64) -> Value {
+    let mut found = get(console, "/api/search", &[("q", &id.to_string())]).await;
+    found["conversations"][0].take()
+}
 
-    /// Over a journal with what some SQL adds to an empty one.
-    async fn over(sql: &str) -> Self {
-        let scene = Scene::new().await;
-        scene.bench.once().await;
-        scene.bench.execute(sql);
-        Self::new(scene)
-    }
-
-    async fn get(&self, path: &str, query: &[(&str, &str)]) -> Value {
-        let url = reqwest::Url::parse_with_params(&format!("{}{path}", self.url), query);
-        let answer = self.client.get(url.expect("a URL")).send().await;
-        let answer = answer.expect("an answer").error_for_status();
-        answer.expect("a good answer").json().await.expect("JSON")
-    }
-
-    /// A conversation as a search finds it.
-    async fn found(&self, id: i64) -> Value {
-        let mut found = self.get("/api/search", &[("q", &id.to_string())]).await;
-        found["conversations"][0].take()
-    }
-
-    /// The same; it is the same by itself.
-    async fn conversation(&self, id: i64) -> Value {
-        let found = self.found(id).await;
-        let path = format!("/api/conversations/{}", found["key"]);
-        let itself = self.get(&path, &[]).await;
-        assert_eq!(itself["conversation"], found);
-        found
-    }
+/// The same; it is the same by itself.
+async fn conversation(console: &Console, id: i64) -> Value {
+    let found = found(console, id).await;
+    let path = format!("/api/conversations/{}", found["key"]);
+    let itself = get(console, &path, &[]).await;
+    assert_eq!(itself["conversation"], found);
+    found
 }
 
 /// SQL for a failed message in conversation 100, by its text.
@@ -96,12 +70,12 @@ async fn a_text_is_whole_whatever_characters_it_has() {
         rows.map(|row| row["says"].as_str().expect("a text").to_owned())
             .collect()
     };
-    let list = console.get("/api/failed", &[("reason", "why")]).await;
+    let list = get(&console, "/api/failed", &[("reason", "why")]).await;
     assert_eq!(said(&list["rows"]), texts);
-    let conversation = console.get("/api/conversations/100", &[]).await;
+    let conversation = get(&console, "/api/conversations/100", &[]).await;
     assert_eq!(said(&conversation["events"]), texts);
     for (id, text) in (1..).zip(texts) {
-        let event = console.get(&format!("/api/failed/{id}"), &[]).await;
+        let event = get(&console, &format!("/api/failed/{id}"), &[]).await;
         let raw: Value = serde_json::from_str(event["raw"].as_str().expect("JSON")).expect("JSON");
         assert_eq!(raw["data"]["message"], text);
     }
@@ -121,15 +95,15 @@ async fn a_long_text_is_cut_in_lists_only() {
         let events = failed_message(1, &text, "why");
         let console = Console::over(&format!("{CONVERSATION}{events}")).await;
         let of = |row: &Value| row["says"].as_str().expect("a text").chars().count();
-        let list = console.get("/api/failed", &[("reason", "why")]).await;
+        let list = get(&console, "/api/failed", &[("reason", "why")]).await;
         assert_eq!(of(&list["rows"][0]), in_list);
-        let conversation = console.get("/api/conversations/100", &[]).await;
+        let conversation = get(&console, "/api/conversations/100", &[]).await;
         let event = &conversation["events"][0];
         assert_eq!(
             (of(event), &event["says_cut"]),
             (in_conversation, &json!(in_conversation < length))
         );
-        let event = console.get("/api/failed/1", &[]).await;
+        let event = get(&console, "/api/failed/1", &[]).await;
         assert_eq!(event["raw_cut"], false);
         assert!(event["raw"].as_str().expect("JSON").contains(&text[1..]));
         console.daemon.stop().await;
@@ -157,9 +131,9 @@ async fn a_chat_without_an_agent_says_why() {
             }
             _ => (77, details, vec![message(77, 5, "Hello")]),
         };
-        let console = Console::new(scene);
+        let console = Console::new(scene, Tokens::default()).await;
         console.scene.delivers(events).await;
-        let conversation = console.conversation(id).await;
+        let conversation = conversation(&console, id).await;
         assert!(conversation["chat_id"].is_string(), "{case}");
         assert_eq!(conversation["chat_agent"], Value::Null, "{case}");
         assert_eq!(conversation["no_agent"], expected, "{case}");
@@ -183,20 +157,20 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
             let scene = Scene::new().await;
             scene.bigchat.upset(down, status(500).always());
             scene.our_api.upset(down, status(500).always());
-            let console = Console::new(scene);
+            let console = Console::new(scene, Tokens::default()).await;
             let scene = &console.scene;
             scene.bigchat.tells([start(42, 0)]);
             scene.bench.until_events("waiting", 1).await;
             let mut said = Value::Null;
             until("it says so", async || {
-                said = console.found(42).await["no_agent"].take();
+                said = found(&console, 42).await["no_agent"].take();
                 said == expected
             })
             .await;
             scene.bigchat.calm();
             scene.our_api.calm();
             scene.bench.until_events("delivered", 1).await;
-            let conversation = console.conversation(42).await;
+            let conversation = conversation(&console, 42).await;
             assert_eq!(conversation["no_agent"], Value::Null);
             assert_eq!(conversation["agent_email"], "ann@x.test");
             console.daemon.stop().await;
@@ -214,14 +188,14 @@ async fn it_is_known_whether_a_retry_can_succeed() {
     scene
         .our_api
         .upset("POST /chats/c1/messages*Spam", status(409).always());
-    let console = Console::new(scene);
+    let console = Console::new(scene, Tokens::default()).await;
     let scene = &console.scene;
     scene.delivers([start(42, 0), start(43, 1)]).await;
     scene
         .bigchat
         .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
     scene.bench.until_events("failed", 2).await;
-    assert_eq!(console.conversation(42).await["permanent"], true);
+    assert_eq!(conversation(&console, 42).await["permanent"], true);
     for unreadable in [
         r#"{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}"#,
         r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#,
@@ -237,20 +211,18 @@ async fn it_is_known_whether_a_retry_can_succeed() {
     daemon.stop().await;
     // What failed after all its attempts may succeed once whatever it was is over.
     scene.bench.execute(&spent(90, 42));
-    let console = Console::new(scene);
-    assert_eq!(console.conversation(42).await["permanent"], false);
-    let failed = console.get("/api/failed", &[]).await;
+    let console = Console::new(scene, Tokens::default()).await;
+    assert_eq!(conversation(&console, 42).await["permanent"], false);
+    let failed = get(&console, "/api/failed", &[]).await;
     let groups = failed["groups"].as_array().expect("groups");
     assert!(groups.len() >= 5, "{groups:#?}");
     for group in groups {
         let reason = group["reason"].as_str().expect("a reason");
         let may_succeed = reason == "OurAPI gave no usable answer";
         assert_eq!(group["permanent"], !may_succeed, "{reason}");
-        let list = console.get("/api/failed", &[("reason", reason)]).await;
+        let list = get(&console, "/api/failed", &[("reason", reason)]).await;
         for row in list["rows"].as_array().expect("rows") {
-            let event = console
-                .get(&format!("/api/failed/{}", row["id"]), &[])
-                .await;
+            let event = get(&console, &format!("/api/failed/{}", row["id"]), &[]).await;
             assert_eq!(event["permanent"], !may_succeed, "{reason}");
         }
     }

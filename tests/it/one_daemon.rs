@@ -2,29 +2,13 @@
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use bigchat_sync::journal::{OpenError, Store};
 use tempfile::TempDir;
 
 use crate::harness::until;
-use crate::process::in_own_mounts;
-
-fn program(directory: &Path, command: &str, db: &str) -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    program
-        .current_dir(directory)
-        .args(command.split(' '))
-        .args(["--db", db, "--listen", "off"])
-        .args(["--bigchat-url", "http://127.0.0.1:1"])
-        .args(["--our-api-url", "http://127.0.0.1:2"])
-        .stdin(Stdio::null());
-    program
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
-}
+use crate::process::{in_own_mounts, said, unreachable as program};
 
 /// A daemon that is killed when this is dropped.
 struct Daemon(std::process::Child);
@@ -53,6 +37,17 @@ async fn started_by_dangling_link() -> (TempDir, Daemon) {
     (directory, daemon)
 }
 
+/// A second daemon is refused, since the first one works on the database of that name.
+fn is_refused(mut second: Command, name: &str) {
+    let second = second.output().expect("a process");
+    assert_eq!(second.status.code(), Some(1), "{name}");
+    let said = said(&second);
+    assert!(
+        said.contains("another bigchat-sync works on"),
+        "{name}: {said}"
+    );
+}
+
 #[tokio::test]
 async fn second_daemon_is_refused_under_any_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
@@ -72,13 +67,7 @@ async fn second_daemon_is_refused_under_any_name() {
     ];
     for name in names {
         for command in ["once", "run"] {
-            let second = program(path, command, name).output().expect("a process");
-            assert_eq!(second.status.code(), Some(1), "{name}");
-            assert!(
-                said(&second).contains("another bigchat-sync works on"),
-                "{name}: {}",
-                said(&second)
-            );
+            is_refused(program(path, command, name), name);
         }
     }
 }
@@ -94,16 +83,10 @@ async fn second_daemon_is_refused_through_a_bind_mount() {
         ("mount --bind data/journal.db mounted.db", "mounted.db"),
         ("mount --bind . /mnt", "/mnt/link.db"),
     ] {
-        let Some(mut second) = in_own_mounts(mount, &program(path, "once", name)) else {
+        let Some(second) = in_own_mounts(mount, &program(path, "once", name)) else {
             return;
         };
-        let second = second.output().expect("a process");
-        assert_eq!(second.status.code(), Some(1), "{name}");
-        assert!(
-            said(&second).contains("another bigchat-sync works on"),
-            "{name}: {}",
-            said(&second)
-        );
+        is_refused(second, name);
     }
 }
 

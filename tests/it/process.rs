@@ -1,11 +1,29 @@
 //! The program as a process of its own, for what only a process shows: memory, limits of the operating system, exit codes.
 
 use std::fs::File;
-use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Bench, until};
+
+/// The program in a directory, with services that cannot be reached.
+pub(crate) fn unreachable(directory: &Path, command: &str, db: &str) -> Command {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    program
+        .current_dir(directory)
+        .args(command.split(' '))
+        .args(["--db", db, "--listen", "off"])
+        .args(["--bigchat-url", "http://127.0.0.1:1"])
+        .args(["--our-api-url", "http://127.0.0.1:2"])
+        .stdin(Stdio::null());
+    program
+}
+
+/// All that a program has printed.
+pub(crate) fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
 
 /// Within which time it must end once it is told to.
 pub(crate) const STOPS_WITHIN: Duration = Duration::from_secs(10);

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
@@ -13,29 +13,13 @@ use serde_json::Value;
 
 use crate::daemon::{message, scripted, seconds};
 use crate::harness::Bench;
-use crate::process::{Process, in_own_mounts};
+use crate::process::{Process, in_own_mounts, said, unreachable as program};
 
 /// An account without rights.
 const NOBODY: u32 = 65_534;
 
 /// Makes the directory read-only, for one process.
 const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind,ro \"$PWD\"";
-
-fn program(directory: &Path, command: &str, db: &str) -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    program
-        .current_dir(directory)
-        .args(command.split(' '))
-        .args(["--db", db, "--listen", "off"])
-        .args(["--bigchat-url", "http://127.0.0.1:1"])
-        .args(["--our-api-url", "http://127.0.0.1:2"])
-        .stdin(Stdio::null());
-    program
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
-}
 
 fn run(mut program: Command) -> (bool, String) {
     let output = program.output().expect("a process");
