@@ -85,30 +85,8 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
             log::start(LogFormat::Text, level, screen);
             block_on(screen, show(args, settings, screen))
         }
-        None | Some(Command::Run) => {
-            let onlookers = Onlookers::of_process(screen.clone());
-            work(
-                settings,
-                screen,
-                "info",
-                async |settings, tokens, stopping| {
-                    daemon::run(settings, tokens, onlookers, stopping).await?;
-                    Ok::<_, DaemonError>(ExitCode::SUCCESS)
-                },
-            )
-        }
-        Some(Command::Once) => {
-            let onlookers = Onlookers::of_process(screen.clone());
-            work(
-                settings,
-                screen,
-                "info",
-                async |settings, tokens, stopping| {
-                    daemon::once(settings, tokens, onlookers, stopping).await?;
-                    Ok::<_, DaemonError>(ExitCode::SUCCESS)
-                },
-            )
-        }
+        None | Some(Command::Run) => deliver(settings, screen, daemon::run),
+        Some(Command::Once) => deliver(settings, screen, daemon::once),
         Some(Command::Verify(args)) => work(
             settings,
             screen,
@@ -133,6 +111,24 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
             Err(error) => complain(screen, &error, 1),
         },
     }
+}
+
+/// Polls and delivers as `job` does.
+fn deliver(
+    settings: Settings,
+    screen: &Screen,
+    job: impl AsyncFnOnce(Settings, LiveTokens, Onlookers, CancellationToken) -> Result<(), DaemonError>,
+) -> ExitCode {
+    let onlookers = Onlookers::of_process(screen.clone());
+    work(
+        settings,
+        screen,
+        "info",
+        async |settings, tokens, stopping| {
+            job(settings, tokens, onlookers, stopping).await?;
+            Ok::<_, DaemonError>(ExitCode::SUCCESS)
+        },
+    )
 }
 
 fn work<E>(
