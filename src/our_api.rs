@@ -28,8 +28,6 @@ pub struct OurApi {
     late: Mutex<Vec<Late>>,
     /// How many requests were answered usably.
     answers: AtomicU64,
-    /// How long answers take, in ms: the slowest one, forgotten bit by bit.
-    slowest: AtomicU64,
 }
 
 /// Until when a request counts as in flight that was not answered in time.
@@ -236,7 +234,6 @@ impl OurApi {
             patience,
             late: Mutex::default(),
             answers: AtomicU64::new(0),
-            slowest: AtomicU64::new(0),
         }
     }
 
@@ -251,17 +248,6 @@ impl OurApi {
             (0, Some(first)) => Err(now.plus(first.until - instant)),
             (room, _) => Ok(room),
         }
-    }
-
-    /// How long answers take at the worst of late.
-    pub fn slowest(&self) -> Duration {
-        Duration::from_millis(self.slowest.load(Ordering::Relaxed))
-    }
-
-    /// Takes answers to have taken so long.
-    pub fn recall(&self, slowest: Duration) {
-        let slowest = u64::try_from(slowest.as_millis()).unwrap_or(u64::MAX);
-        self.slowest.store(slowest, Ordering::Relaxed);
     }
 
     /// How many requests were answered usably so far.
@@ -296,16 +282,6 @@ impl OurApi {
         };
         let mut all = self.late.lock().unwrap_or_else(PoisonError::into_inner);
         all.extend(std::iter::repeat_n(late, requests));
-    }
-
-    fn answered(&self, took: Duration, late: bool) {
-        let took = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-        let before = self.slowest.load(Ordering::Relaxed);
-        let slowest = took.max(before - before / 32);
-        self.slowest.store(slowest, Ordering::Relaxed);
-        if late {
-            self.give_up(1);
-        }
     }
 
     /// Base URL and throttle.
@@ -421,9 +397,10 @@ impl OurApi {
     ) -> Result<T> {
         let answer = {
             let _permit = self.in_flight.acquire().await;
-            let sent = Instant::now();
             let answer = self.http.send(target, body).await;
-            self.answered(sent.elapsed(), is_late(&answer));
+            if is_late(&answer) {
+                self.give_up(1);
+            }
             answer
         };
         let trouble = match &answer {
@@ -581,7 +558,7 @@ mod tests {
                 1,
                 patience,
             );
-            our_api.answered(patience, true);
+            our_api.give_up(1);
             let now = Millis::now();
             assert!(our_api.room(now).is_err(), "it may be under way");
             assert!(

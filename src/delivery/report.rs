@@ -41,7 +41,7 @@ impl Scheduler {
             .is_some_and(|stopped| stopped.error.outcome_unknown());
         let mut outcomes = Vec::with_capacity(done.len() + 1);
         for (id, result) in done {
-            if let Some(event) = events.iter().find(|event| event.id == id) {
+            if let Some(event) = find(&events, id) {
                 let outcome = match result {
                     Ok(effect) => delivered(&conversation, event, effect),
                     Err(error) => self.failed(&conversation, event, &error, now),
@@ -58,9 +58,7 @@ impl Scheduler {
                 if stopped.error.is_timeout() {
                     self.leave_alone(conversation.id);
                 }
-                let event = stopped
-                    .at
-                    .and_then(|at| events.iter().find(|event| event.id == at));
+                let event = stopped.at.and_then(|at| find(&events, at));
                 match (event, &stopped.error) {
                     (Some(event), AttemptError::Journal(error)) => {
                         // The event itself has not failed.
@@ -324,6 +322,12 @@ impl Scheduler {
             );
         }
     }
+}
+
+/// The event of that id. They are in order of arrival.
+fn find(events: &[Pending], id: EventId) -> Option<&Pending> {
+    let at = events.binary_search_by_key(&id, |event| event.id).ok()?;
+    events.get(at)
 }
 
 fn delivered(conversation: &Conversation, event: &Pending, effect: Effect) -> Outcome {

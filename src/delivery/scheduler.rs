@@ -196,7 +196,8 @@ impl Scheduler {
                 self.claimed.remove(&work.conversation.id);
             }
         }
-        while self.at_work.len() < self.limit(allowance)
+        let limit = self.limit(allowance);
+        while self.at_work.len() < limit
             && let Some(work) = self.ready.pop_front()
         {
             let context = Arc::clone(&self.context);
@@ -214,23 +215,17 @@ impl Scheduler {
 
     /// Asks the journal for what is due, if there is room for it.
     fn fetch(&mut self, allowance: Allowance, now: Millis) {
-        let ahead = match allowance {
-            Allowance::Full => AHEAD,
-            Allowance::Probe | Allowance::NotBefore(_) => 0,
-        };
-        let wanted = self.limit(allowance) + ahead;
-        let room = wanted
-            .saturating_sub(self.ready.len() + self.at_work.len())
-            .min(MAX_CLAIMED - self.claimed.len());
-        let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
-        let runs_low = room * 2 > wanted && bytes * 2 > BYTES_AHEAD;
-        let wants_work = self.check && runs_low && self.limit(allowance) > 0;
-        let rate_limits = self.context.throttles();
-        let stores_limits = rate_limits != self.rate_limits;
-        if self.fetch.is_some() || !(wants_work || stores_limits) {
+        if self.fetch.is_some() {
             return;
         }
-        self.check &= !wants_work;
+        let room = self.room(allowance);
+        let rate_limits = self.context.throttles();
+        let stores_limits = rate_limits != self.rate_limits;
+        if room.is_none() && !stores_limits {
+            return;
+        }
+        self.check &= room.is_none();
+        let (conversations, bytes) = room.unwrap_or_default();
         self.idle = CHECK_EVERY;
         let instant = Instant::now();
         self.timed_out.retain(|_, until| instant < *until);
@@ -244,7 +239,7 @@ impl Scheduler {
         let request = ClaimRequest {
             verifications_only: self.scope == Scope::Verifications,
             probe: allowance == Allowance::Probe,
-            conversations: if wants_work { room } else { 0 },
+            conversations,
             bytes,
             exclude,
             session: self.context.session.id,
@@ -259,6 +254,28 @@ impl Scheduler {
                 .with(move |store| store.claim(&request, now));
             (now, claimed.await)
         }));
+    }
+
+    /// How many conversations and bytes to ask for; `None`: none now. This is asked after each piece of work, so the sizes are
+    /// added up last.
+    fn room(&self, allowance: Allowance) -> Option<(usize, usize)> {
+        let limit = self.limit(allowance);
+        if !self.check || limit == 0 {
+            return None;
+        }
+        let ahead = match allowance {
+            Allowance::Full => AHEAD,
+            Allowance::Probe | Allowance::NotBefore(_) => 0,
+        };
+        let wanted = limit + ahead;
+        let room = wanted
+            .saturating_sub(self.ready.len() + self.at_work.len())
+            .min(MAX_CLAIMED - self.claimed.len());
+        if room * 2 <= wanted {
+            return None;
+        }
+        let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
+        (bytes * 2 > BYTES_AHEAD).then_some((room, bytes))
     }
 
     fn fetched(&mut self, asked_at: Millis, claimed: Result<Claimed, JournalError>) {

@@ -235,10 +235,12 @@ pub struct Lost {
 /// How far the outcomes move the offset of a claim: to its end, or to just before the first event that still waits. A
 /// change that is delivered above the new offset is folded again with the next claim, which changes nothing.
 pub fn advance(claim: &Claim, events: &[Pending], outcomes: &[EventOutcome]) -> Advance {
+    let mut in_order: Vec<&EventOutcome> = outcomes.iter().collect();
+    in_order.sort_by_key(|outcome| outcome.event);
     let is_settled = |event: &Pending| {
-        outcomes
-            .iter()
-            .any(|outcome| outcome.event == event.id && outcome.is_settled())
+        in_order
+            .binary_search_by_key(&event.id, |outcome| outcome.event)
+            .is_ok_and(|at| in_order[at].is_settled())
     };
     let first_waiting = events
         .iter()
@@ -259,8 +261,6 @@ pub fn advance(claim: &Claim, events: &[Pending], outcomes: &[EventOutcome]) -> 
         offset,
         ..Advance::default()
     };
-    let mut in_order: Vec<&EventOutcome> = outcomes.iter().collect();
-    in_order.sort_by_key(|outcome| outcome.event);
     let mut last_redelivery = true;
     for outcome in in_order {
         let EventOutcome {
