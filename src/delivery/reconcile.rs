@@ -10,7 +10,7 @@ use super::attempts::AttemptError;
 use super::handlers::{self, message};
 use super::{agents, chat};
 use crate::context::Context;
-use crate::domain::account::{self, MessageKey};
+use crate::domain::account::{self, MessageKey, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{ChatState, Claim, Effect, Finding, Observation, Verify, Work};
@@ -219,6 +219,16 @@ impl Reconciled {
         })
     }
 
+    /// The messages that the journal has of the conversation.
+    async fn recorded(&self, context: &Context) -> Result<Vec<Recorded>, AttemptError> {
+        let id = self.conversation.id;
+        let replay_until = context.replay_until();
+        let recorded = context
+            .journal
+            .with(move |store| store.recorded_messages(id, replay_until));
+        Ok(recorded.await?)
+    }
+
     /// Reads the chat's messages, if that is needed, and accounts for them.
     async fn account(
         &mut self,
@@ -231,13 +241,10 @@ impl Reconciled {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let id = self.conversation.id;
-        let replay_until = context.replay_until();
-        let recorded = context
-            .journal
-            .with(move |store| store.recorded_messages(id, replay_until))
+        let recorded = self
+            .recorded(context)
             .await
-            .map_err(|error| Stopped::at(self.first_in_doubt(context), error.into()))?;
+            .map_err(|error| Stopped::at(self.first_in_doubt(context), error))?;
         if needed == Needed::IfAny && recorded.is_empty() {
             self.observation = Observation::Read(None);
             return Ok(());
@@ -530,13 +537,7 @@ impl Reconciled {
     /// Compares the chat with the journal. Repairing writes what events say, whatever is there.
     async fn verify(&mut self, context: &Context, verify: Verify) -> Result<(), Stopped> {
         let failed = |error| Stopped::at(None, error);
-        let id = self.conversation.id;
-        let replay_until = context.replay_until();
-        let recorded = context
-            .journal
-            .with(move |store| store.recorded_messages(id, replay_until))
-            .await
-            .map_err(|error| failed(error.into()))?;
+        let recorded = self.recorded(context).await.map_err(failed)?;
         let (chat, held) = match self.refresh(context).await.map_err(failed)? {
             Refreshed::Ours(found) => {
                 let held = context.our_api.messages(found.chat_id).await;
