@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep};
 
 use crate::context::Context;
 use crate::domain::ids::ConversationId;
@@ -14,9 +14,12 @@ use crate::time::Millis;
 
 use super::scheduler::MAX_CLAIMED;
 
-/// How far apart commits are at least, so that many reports share one. It delays no request: as many conversations are
-/// claimed ahead.
-const COMMIT_EVERY: Duration = Duration::from_millis(5);
+/// A commit is followed by a pause of so many times as long as it took, so that it is shared by the reports of that time
+/// and the disk is left to others. It delays no request: as many conversations are claimed ahead.
+const PAUSE_FACTOR: u32 = 20;
+
+/// The longest pause: what a crash leaves to be read back stays small.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// What became of a claim.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ pub(super) async fn run(
         // A scheduler that has ended needs no release.
         release.send(commit(context, reports).await).ok();
         if !context.stopping.is_cancelled() {
-            sleep_until(began + COMMIT_EVERY).await;
+            sleep((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
         }
     }
 }

@@ -75,7 +75,7 @@ pub(super) async fn reconcile(context: &Context, work: Work) -> Reconciled {
         verified: verify.map(|verify| (verify, None)),
     };
     let ended = match verify {
-        Some(verify) => run.verify(context, verify).await,
+        Some(verify) => Box::pin(run.verify(context, verify)).await,
         None => run.deliver(context).await,
     };
     run.stopped = ended.err();
@@ -110,9 +110,10 @@ enum Refreshed {
 impl Reconciled {
     async fn deliver(&mut self, context: &Context) -> Result<(), Stopped> {
         if self.is_stale(context) {
-            return self.read_back(context).await;
+            return Box::pin(self.read_back(context)).await;
         }
-        self.change_chat(context).await?;
+        // Boxed, as what is rare is: what is polled for each message stays small.
+        Box::pin(self.change_chat(context)).await?;
         if self.observation != Observation::None && self.observation != Observation::Created {
             return Ok(());
         }
@@ -518,11 +519,11 @@ impl Reconciled {
                 continue;
             };
             let error = match error.trouble {
-                Trouble::NoSuchChat => match self.chat_missing(context, error).await {
+                Trouble::NoSuchChat => match Box::pin(self.chat_missing(context, error)).await {
                     Ok(()) => return Ok(()),
                     Err(error) => error,
                 },
-                Trouble::NoSuchAgent => self.agent_missing(context, author, error).await,
+                Trouble::NoSuchAgent => Box::pin(self.agent_missing(context, author, error)).await,
                 _ => AttemptError::Write(error),
             };
             if error.is_rejection() {

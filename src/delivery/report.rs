@@ -99,7 +99,8 @@ impl Scheduler {
             outcomes.retain(|outcome| !matches!(outcome.outcome, Outcome::Delivered(_)));
         }
         let advance = advance(&claim, &events, &outcomes);
-        for outcome in &outcomes {
+        let counted = outcomes.iter();
+        for outcome in counted.filter(|outcome| outcome.counts(advance.offset)) {
             self.context
                 .metrics
                 .attempted(outcome.kind, &outcome.outcome);

@@ -2,11 +2,11 @@
 //!
 //! A commit writes differences, since others write meanwhile: ingest, `failed retry`, a loss, a verification.
 
-use rusqlite::{Connection, Transaction, named_params, params};
+use rusqlite::{Transaction, named_params, params};
 
 use super::activity::Counts;
 use super::verification::record_finding;
-use super::{Result, Store};
+use super::{JournalError, Result, Store, limit};
 use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation, Details};
 use crate::domain::ids::{ConversationId, EventId};
@@ -15,6 +15,24 @@ use crate::time::{Millis, Timestamp};
 
 /// How many of its latest failures are stored with an event.
 const FAILURES_STORED: u32 = 10;
+
+/// When the oldest of a conversation's events was received that waits for its first delivery, as SQL, given its offset.
+macro_rules! waiting_since {
+    ($offset:literal) => {
+        concat!(
+            "SELECT min(received_at) FROM (
+                SELECT * FROM (SELECT e.received_at FROM redeliveries r JOIN events e ON e.id = r.event
+                    WHERE r.conversation = conversations.id AND NOT r.restored ORDER BY r.event LIMIT 1)
+                UNION ALL
+                SELECT * FROM (SELECT e.received_at FROM events e
+                    WHERE e.conversation = conversations.id AND e.id > max(",
+            $offset,
+            ", conversations.restored_through)
+                        AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)
+                    ORDER BY e.id LIMIT 1))"
+        )
+    };
+}
 
 impl Store {
     /// Commits reports, and the loss of those that will not come.
@@ -82,47 +100,28 @@ fn commit(
             )?
             .execute([skipped])?;
     }
-    let waiting = update(transaction, report, session)?;
-    let waiting = match &report.observation {
+    update(transaction, report, session, now)?;
+    match &report.observation {
         // Nothing that was thought to wait is there: it was deleted by hand.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
-            count_waiting(transaction, id)?
+            recount(transaction, id)?;
+            if report.verified.is_none() {
+                transaction.execute(
+                    "UPDATE conversations SET due_at = NULL WHERE id = ?1 AND waiting = 0",
+                    [id],
+                )?;
+            }
         }
-        Observation::None | Observation::Created => waiting,
-        Observation::Read(None) => waiting,
-        Observation::Read(Some(accounting)) => waiting + read(transaction, report, accounting)?,
+        Observation::None | Observation::Created | Observation::Read(None) => {}
+        Observation::Read(Some(accounting)) => read(transaction, report, accounting)?,
         Observation::Gone { rebuild } => {
             gone(transaction, id, *rebuild)?;
-            count_waiting(transaction, id)?
+            recount(transaction, id)?;
         }
-    };
+    }
     if let Some((verify, finding)) = &report.verified {
         record_finding(transaction, id, *verify, finding.as_ref())?;
     }
-    let ends_claim = matches!(
-        report.observation,
-        Observation::Read(_) | Observation::Gone { .. }
-    );
-    let due_at = match report.due {
-        Due::At(at) => Some(at),
-        Due::IfWaiting => (waiting > 0 || ends_claim).then_some(now),
-    };
-    // A verification comes at any time: what waits for its next attempt goes on waiting.
-    let keeps_due_at = report.verified.is_some();
-    transaction
-        .prepare_cached(
-            "UPDATE conversations SET waiting = ?2, waiting_since = ?3,
-                due_at = iif(?5, coalesce(max(due_at, ?4), due_at, iif(?6, ?4, NULL)), ?4)
-             WHERE id = ?1",
-        )?
-        .execute(params![
-            id,
-            waiting,
-            waiting_since(transaction, id, waiting)?,
-            due_at.map(|at| at.0),
-            keeps_due_at,
-            ends_claim || matches!(report.due, Due::At(_)),
-        ])?;
     Ok(())
 }
 
@@ -145,21 +144,20 @@ fn commit_lost(
         )?;
         settled = i64::from(matches!(outcome.outcome, Outcome::DeadLetter { .. }));
     }
-    let waiting: i64 = transaction
-        .prepare_cached(
-            "UPDATE conversations SET stale_seq = stale_seq + 1, due_at = ?2, waiting = max(waiting - ?3, 0) WHERE id = ?1
-             RETURNING waiting",
-        )?
-        .query_row(params![lost.conversation, lost.due_at.0, settled], |row| row.get(0))?;
-    let since = waiting_since(transaction, lost.conversation, waiting)?;
     transaction
-        .prepare_cached("UPDATE conversations SET waiting_since = ?2 WHERE id = ?1")?
-        .execute(params![lost.conversation, since])?;
+        .prepare_cached(concat!(
+            "UPDATE conversations SET stale_seq = stale_seq + 1, due_at = ?2, waiting = max(waiting - ?3, 0),
+                waiting_since = iif(waiting > ?3, (",
+            waiting_since!("conversations.offset"),
+            "), NULL)
+             WHERE id = ?1"
+        ))?
+        .execute(params![lost.conversation, lost.due_at.0, settled])?;
     Ok(())
 }
 
-/// Writes the conversation as it is now. Returns how many events wait.
-fn update(transaction: &Transaction<'_>, report: &Report, session: i64) -> Result<i64> {
+/// Writes the conversation as it is now: in one statement, since it is all that most commits change.
+fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Millis) -> Result<()> {
     let Conversation {
         id,
         details,
@@ -175,8 +173,16 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64) -> Resul
         report.observation,
         Observation::Read(Some(_)) | Observation::Created
     );
-    let waiting = transaction
-        .prepare_cached(
+    let ends_claim = matches!(
+        report.observation,
+        Observation::Read(_) | Observation::Gone { .. }
+    );
+    let due_at = match report.due {
+        Due::At(at) => Some(at.0),
+        Due::IfWaiting => ends_claim.then_some(now.0),
+    };
+    let updated = transaction
+        .prepare_cached(concat!(
             // Its START may have arrived, or its details been read, meanwhile.
             "UPDATE conversations SET
                 started_at = coalesce(started_at, :started_at),
@@ -190,11 +196,17 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64) -> Resul
                 fresh_seq = iif(:is_fresh, :stale_seq, fresh_seq),
                 verified_losses = iif(:is_fresh, :losses, verified_losses),
                 read_in_session = iif(:is_read, :session, read_in_session),
-                offset = :offset, waiting = max(waiting - :settled, 0)
-             WHERE id = :id RETURNING waiting",
-        )?
-        .query_row(
-            named_params! {
+                offset = :offset,
+                waiting = max(waiting - :settled, 0),
+                waiting_since = iif(waiting > :settled, (", waiting_since!(":offset"), "), NULL),
+                -- A verification comes at any time: what waits for its next attempt goes on waiting.
+                due_at = CASE
+                    WHEN NOT :is_verification THEN coalesce(:due_at, iif(waiting > :settled, :now, NULL))
+                    ELSE coalesce(max(coalesce(:due_at, iif(waiting > :settled, :now, due_at)), due_at), :due_at)
+                END
+             WHERE id = :id"
+        ))?
+        .execute(named_params! {
                 ":id": id,
                 ":started_at": desired.started_at.map(Timestamp::unix),
                 ":first_advisor": desired.first_advisor,
@@ -221,10 +233,14 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64) -> Resul
                 ":session": session,
                 ":offset": report.advance.offset,
                 ":settled": report.advance.settled,
-            },
-            |row| row.get(0),
-        )?;
-    Ok(waiting)
+                ":due_at": due_at,
+                ":now": now.0,
+                ":is_verification": report.verified.is_some(),
+            })?;
+    if updated == 0 {
+        return Err(JournalError::Corrupt(format!("no conversation {}", id.0)));
+    }
+    Ok(())
 }
 
 fn commit_outcome(
@@ -372,8 +388,8 @@ fn consume(
     Ok(())
 }
 
-/// The chat's messages were read. Returns how many of those delivered wait again.
-fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<i64> {
+/// The chat's messages were read: those that are missing wait again.
+fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<()> {
     let Accounting { missing, credits } = accounting;
     let id = report.conversation.id;
     transaction
@@ -403,7 +419,13 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
             )?
             .execute([event])?;
     }
-    Ok(i64::try_from(again).unwrap_or(i64::MAX))
+    if again > 0 {
+        transaction.execute(
+            "UPDATE conversations SET waiting = waiting + ?2 WHERE id = ?1",
+            params![id, limit(again)],
+        )?;
+    }
+    Ok(())
 }
 
 /// The chat is gone. What identifies it is remembered, so that it is created under the same id.
@@ -430,33 +452,19 @@ fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Res
     Ok(())
 }
 
-/// How many events of a conversation wait, counted.
-pub(super) fn count_waiting(connection: &Connection, id: ConversationId) -> Result<i64> {
-    Ok(connection.query_row(
-        "SELECT (SELECT count(*) FROM redeliveries WHERE conversation = ?1)
-            + (SELECT count(*) FROM events e WHERE e.conversation = ?1
-                AND e.id > (SELECT offset FROM conversations WHERE id = ?1)
-                AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id))",
-        [id],
-        |row| row.get(0),
-    )?)
-}
-
-/// When the oldest event was received that waits for its first delivery.
-fn waiting_since(connection: &Connection, id: ConversationId, waiting: i64) -> Result<Option<i64>> {
-    if waiting == 0 {
-        return Ok(None);
-    }
-    Ok(connection
-        .prepare_cached(
-            "SELECT min(received_at) FROM (
-                SELECT * FROM (SELECT e.received_at FROM redeliveries r JOIN events e ON e.id = r.event
-                    WHERE r.conversation = ?1 AND NOT r.restored ORDER BY r.event LIMIT 1)
-                UNION ALL
-                SELECT * FROM (SELECT e.received_at FROM events e JOIN conversations c ON c.id = e.conversation
-                    WHERE e.conversation = ?1 AND e.id > max(c.offset, c.restored_through)
-                        AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)
-                    ORDER BY e.id LIMIT 1))",
-        )?
-        .query_row([id], |row| row.get(0))?)
+/// Counts anew what waits of a conversation.
+fn recount(transaction: &Transaction<'_>, id: ConversationId) -> Result<()> {
+    transaction
+        .prepare_cached(concat!(
+            "UPDATE conversations SET
+                waiting = (SELECT count(*) FROM redeliveries WHERE conversation = ?1)
+                    + (SELECT count(*) FROM events e WHERE e.conversation = ?1 AND e.id > conversations.offset
+                        AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)),
+                waiting_since = (",
+            waiting_since!("conversations.offset"),
+            ")
+             WHERE id = ?1"
+        ))?
+        .execute([id])?;
+    Ok(())
 }
