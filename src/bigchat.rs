@@ -1,18 +1,17 @@
 //! The BigChat client: its three routes, typed after the contract.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
-use reqwest::StatusCode;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
-use thiserror::Error;
 
 use crate::clock::BigChatClock;
-use crate::http::{Answer, Exchange, Http, NoAnswer, Target, shortened};
-use crate::route::Route;
-use crate::time::{Millis, Timestamp};
+use crate::http::route::Route;
+use crate::http::{ApiError, Http, Response, Target, shortened};
+use crate::time::Timestamp;
 
 /// No server takes a longer query than this.
 const MAX_QUERY: usize = 16 << 10;
@@ -56,64 +55,7 @@ pub struct Advisor {
     pub email_address: String,
 }
 
-/// Why BigChat did not tell.
-#[derive(Debug, Error)]
-pub enum BigChatError {
-    /// 404: it does not know that conversation or advisor, perhaps no longer.
-    #[error("BigChat knows nothing of it: {0}")]
-    NotFound(Exchange),
-    /// 404 for its events: this is something else.
-    #[error("this does not seem to be BigChat; check --bigchat-url: {0}")]
-    NotBigChat(Exchange),
-    /// It asks to be left alone until then.
-    #[error("BigChat asks to be left alone until {until}")]
-    Throttled {
-        /// Until when.
-        until: Millis,
-    },
-    /// 401 or 403.
-    #[error("BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url: {0}")]
-    Denied(Exchange),
-    /// Any other 4xx: it does not accept the question.
-    #[error("BigChat does not accept the question: {0}")]
-    Refused(Exchange),
-    /// Any other answer that is not the one expected, or none.
-    #[error("BigChat gave no usable answer: {0}")]
-    Unavailable(Exchange),
-}
-
-impl BigChatError {
-    /// What it means, without what was asked and answered.
-    pub fn headline(&self) -> &'static str {
-        match self {
-            Self::NotFound(_) => "BigChat knows nothing of it",
-            Self::NotBigChat(_) => "this does not seem to be BigChat; check --bigchat-url",
-            Self::Throttled { .. } => "BigChat asks to be left alone",
-            Self::Denied(_) => {
-                "BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url"
-            }
-            Self::Refused(_) => "BigChat does not accept the question",
-            Self::Unavailable(_) => "BigChat gave no usable answer",
-        }
-    }
-
-    /// What was asked and answered.
-    pub fn exchange(&self) -> Exchange {
-        match self {
-            Self::NotFound(exchange)
-            | Self::NotBigChat(exchange)
-            | Self::Denied(exchange)
-            | Self::Refused(exchange)
-            | Self::Unavailable(exchange) => exchange.clone(),
-            Self::Throttled { .. } => Exchange {
-                response: self.to_string(),
-                ..Exchange::default()
-            },
-        }
-    }
-}
-
-type Result<T> = std::result::Result<T, BigChatError>;
+type Result<T> = std::result::Result<T, ApiError>;
 
 impl BigChat {
     /// BigChat behind `http`.
@@ -142,23 +84,31 @@ impl BigChat {
             next: Option<&'a RawValue>,
             events: Counted,
         }
-        self.get(self.http.target(Route::Events, "", Some(query)), |answer| {
-            let date = answer.date;
-            // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
-            let body = String::from_utf8(answer.body)
-                .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
-            let wire: Wire<'_> = serde_json::from_str(&body).ok()?;
-            let (next, events) = (
-                wire.next.and_then(|next| next_page(next.get())),
-                wire.events.0,
-            );
-            Some(Page {
-                body,
-                next,
-                events,
-                date,
-            })
-        })
+        self.get(
+            self.http.target(Route::Events, "", Some(query)),
+            |response| {
+                let date = response.date;
+                // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
+                let body = String::from_utf8_lossy(&response.body);
+                let wire: Wire<'_> = serde_json::from_str(&body).ok()?;
+                let (next, events) = (
+                    wire.next.and_then(|next| next_page(next.get())),
+                    wire.events.0,
+                );
+                let body = match body {
+                    Cow::Owned(body) => body,
+                    Cow::Borrowed(_) => {
+                        String::from_utf8(std::mem::take(&mut response.body)).unwrap_or_default()
+                    }
+                };
+                Some(Page {
+                    body,
+                    next,
+                    events,
+                    date,
+                })
+            },
+        )
         .await
     }
 
@@ -171,8 +121,8 @@ impl BigChat {
         }
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
-            |answer| {
-                let wire: Wire = serde_json::from_slice(&answer.body).ok()?;
+            |response| {
+                let wire: Wire = serde_json::from_slice(&response.body).ok()?;
                 let started_at = match wire.events {
                     Start::At(at) => Timestamp::from_unix(at),
                     Start::Unreadable => return None,
@@ -191,37 +141,20 @@ impl BigChat {
     pub async fn advisor(&self, id: i64) -> Result<Advisor> {
         self.get(
             self.http.target(Route::Advisor, &id.to_string(), None),
-            |answer| serde_json::from_slice(&answer.body).ok(),
+            |response| serde_json::from_slice(&response.body).ok(),
         )
         .await
     }
 
-    async fn get<T>(&self, target: Target, read: impl FnOnce(Answer) -> Option<T>) -> Result<T> {
-        let answer = self.http.send(&target, None::<&()>).await;
+    async fn get<T>(
+        &self,
+        target: Target,
+        read: impl FnOnce(&mut Response) -> Option<T>,
+    ) -> Result<T> {
+        let sent = self.http.send(&target, None::<&()>).await;
         self.clock
-            .observe(answer.as_ref().ok().and_then(|answer| answer.date));
-        let exchange = Exchange::new(&target, None::<&()>, answer.as_ref());
-        match answer {
-            Err(NoAnswer::Throttled(until)) => Err(BigChatError::Throttled { until }),
-            Err(NoAnswer::Impossible(_)) => Err(BigChatError::Refused(exchange)),
-            Err(_) => Err(BigChatError::Unavailable(exchange)),
-            Ok(answer) => match (answer.status, answer.retry_at) {
-                (_, Some(until)) => Err(BigChatError::Throttled { until }),
-                (StatusCode::OK, _) => read(answer).ok_or(BigChatError::Unavailable(exchange)),
-                (StatusCode::NOT_FOUND, _) => Err(BigChatError::NotFound(exchange)),
-                (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
-                    Err(BigChatError::Denied(exchange))
-                }
-                (
-                    StatusCode::REQUEST_TIMEOUT
-                    | StatusCode::TOO_EARLY
-                    | StatusCode::TOO_MANY_REQUESTS,
-                    _,
-                ) => Err(BigChatError::Unavailable(exchange)),
-                (status, _) if status.is_client_error() => Err(BigChatError::Refused(exchange)),
-                _ => Err(BigChatError::Unavailable(exchange)),
-            },
-        }
+            .observe(sent.as_ref().ok().and_then(|response| response.date));
+        self.http.conclude(&target, None::<&()>, sent, read)
     }
 }
 

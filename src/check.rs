@@ -9,12 +9,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::bigchat::{BigChat, BigChatError};
-use crate::health::Service;
-use crate::http::Http;
-use crate::journal::{Api, OpenError, Store};
+use crate::bigchat::BigChat;
+use crate::http::route::Route;
+use crate::http::{Api, ApiStatus, ErrorKind, Http, Network};
+use crate::journal::{OpenError, Store};
 use crate::our_api::OurApi;
-use crate::route::Route;
 use crate::screen::{printable, shown};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 
@@ -114,10 +113,10 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     match state {
         State::DaemonRuns(mut store) => {
             report.well("daemon", "runs: the APIs are as it last found them");
-            for service in Service::ALL {
-                match store.api(service.name()) {
-                    Ok(api) => last_exchange(&mut report, settings, service, &api),
-                    Err(error) => report.ill(service.title(), "cannot be told", error.to_string()),
+            for api in Api::ALL {
+                match store.api(api.name()) {
+                    Ok(status) => last_exchange(&mut report, settings, api, &status),
+                    Err(error) => report.ill(api.title(), "cannot be told", error.to_string()),
                 }
             }
         }
@@ -184,19 +183,19 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
     Some(state)
 }
 
-fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api: &Api) {
-    let (what, flag) = (service.title(), service.flag());
-    let url = match service {
-        Service::BigChat => &settings.bigchat_url,
-        Service::OurApi => &settings.our_api_url,
+fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &ApiStatus) {
+    let (what, flag) = (api.title(), api.url_setting());
+    let url = match api {
+        Api::BigChat => &settings.bigchat_url,
+        Api::OurApi => &settings.our_api_url,
     };
-    let Api {
+    let ApiStatus {
         up,
         asked_at: Some(asked_at),
         request: Some(request),
         response: Some(response),
         ..
-    } = api
+    } = status
     else {
         return report.well(what, "was not asked anything yet");
     };
@@ -208,7 +207,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api
     }
     match up {
         Some(false) => {
-            let why = api.trouble.as_deref().unwrap_or_default();
+            let why = status.trouble.as_deref().unwrap_or_default();
             let remedy = format!(
                 "nothing, if it is an outage; else see whether {flag} ({url} here) and its token are right"
             );
@@ -221,14 +220,15 @@ fn last_exchange(report: &mut Report, settings: &Settings, service: Service, api
 
 async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     let timeout = settings.request_timeout;
-    let clients = Http::new(settings.bigchat_url.clone(), tokens.bigchat.into(), timeout).and_then(
-        |bigchat| {
-            let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api.into(), timeout)?;
-            Ok((bigchat, our_api))
-        },
-    );
-    let (bigchat, our_api) = match clients {
-        Ok(clients) => clients,
+    let networks = Network::new(timeout).and_then(|one| Ok((one, Network::new(timeout)?)));
+    let (bigchat, our_api) = match networks {
+        Ok((bigchat, our_api)) => {
+            let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat.into());
+            let bigchat = Http::new(Api::BigChat, bigchat, url, token, settings.retry());
+            let (url, token) = (settings.our_api_url.clone(), tokens.our_api.into());
+            let our_api = Http::new(Api::OurApi, our_api, url, token, settings.retry());
+            (bigchat, our_api)
+        }
         Err(error) => {
             let remedy = "install CA certificates (Debian: ca-certificates)";
             return report.ill(
@@ -243,19 +243,19 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as it should"),
         // It need not know it any more; another server would not know it either.
-        Err(BigChatError::NotFound(_)) => {
+        Err(error) if matches!(error.kind, ErrorKind::NotFound(_)) => {
             Ok("answers; whether as BigChat does, the first poll tells")
         }
         Err(error) => Err(error.to_string()),
     };
-    tell(report, Service::BigChat, bigchat.http(), claim, answer);
+    tell(report, Api::BigChat, bigchat.http(), claim, answer);
     let claim = self::claim(&our_api, "/chats").await;
     let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer
         .map(|_| "answers as it should")
         .map_err(|error| error.to_string());
-    tell(report, Service::OurApi, our_api.http(), claim, answer);
+    tell(report, Api::OurApi, our_api.http(), claim, answer);
 }
 
 /// What an API says it is, if it says so.
@@ -280,12 +280,12 @@ async fn claim(http: &Http, route: &str) -> Option<Claim> {
 
 fn tell(
     report: &mut Report,
-    service: Service,
+    api: Api,
     http: &Http,
     claim: Option<Claim>,
     answer: Result<&str, String>,
 ) {
-    let (what, flag, url) = (service.title(), service.flag(), http.base());
+    let (what, flag, url) = (api.title(), api.url_setting(), http.base());
     let says = claim.as_ref().map_or_else(String::new, |claim| {
         format!(" and says it is {:?}", claim.name)
     });

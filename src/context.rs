@@ -9,16 +9,14 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::bigchat::{BigChat, BigChatError};
+use crate::bigchat::BigChat;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
-use crate::health::{Health, Service, Storage};
-use crate::http::Exchange;
-use crate::http::Http;
-use crate::journal::{Api, Journal, JournalError, Session, Throttles};
+use crate::health::Storage;
+use crate::http::{Api, ApiError, ApiStatus, Circuit, Http};
+use crate::journal::{Journal, JournalError, Session, Throttles};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::pulse::Pulse;
-use crate::retry::{Allowance, Breaker};
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
 
@@ -53,8 +51,6 @@ pub struct Context {
     pub stopping: CancellationToken,
     /// Held while an agent is looked for and created, so that two conversations do not both create it.
     pub creating_agent: tokio::sync::Mutex<()>,
-    bigchat_breaker: Mutex<Breaker>,
-    health: [Health; 2],
     /// The agents of advisors; `None`: there is none.
     agents: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
     /// The agents that a verification has asked for, and whether they are gone.
@@ -79,9 +75,9 @@ impl Context {
         metrics: Metrics,
         stopping: CancellationToken,
     ) -> Self {
-        bigchat.http().throttle(session.rate_limits.bigchat);
-        our_api.http().throttle(session.rate_limits.our_api);
-        our_api.recall_late(session.rate_limits.late);
+        bigchat.http().leave_alone(session.rate_limits.bigchat);
+        our_api.http().leave_alone(session.rate_limits.our_api);
+        our_api.recall_given_up(session.rate_limits.late);
         let (losses, last_event) = (session.losses, session.last_event);
         let pulse = Pulse::new(settings.request_timeout, Instant::now());
         Self {
@@ -97,8 +93,6 @@ impl Context {
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
-            bigchat_breaker: Mutex::new(Breaker::default()),
-            health: Default::default(),
             agents: Mutex::new(HashMap::new()),
             verified_agents: Mutex::default(),
             replay_until: Arc::new(AtomicI64::new(last_event.0)),
@@ -178,7 +172,7 @@ impl Context {
         Throttles {
             bigchat: self.bigchat.http().asked_until(),
             our_api: self.our_api.http().asked_until(),
-            late: self.our_api.late_until(),
+            late: self.our_api.held_until(),
         }
     }
 
@@ -192,69 +186,30 @@ impl Context {
         self.confirmed_at.store(at.unix(), Ordering::Relaxed);
     }
 
-    /// Asks BigChat, at most `tries` times at once if it gives no usable answer, and notes whether it is well.
+    /// Asks BigChat, at most `tries` times at once if it gives no usable answer.
     pub async fn ask_bigchat<T, F>(
         &self,
         tries: u32,
         question: impl Fn() -> F,
-    ) -> Result<T, BigChatError>
+    ) -> Result<T, ApiError>
     where
-        F: Future<Output = Result<T, BigChatError>>,
+        F: Future<Output = Result<T, ApiError>>,
     {
         let mut left = tries;
         loop {
-            let answer = question().await;
-            self.bigchat_answered(&answer);
             left = left.saturating_sub(1);
-            match answer {
-                Err(BigChatError::Unavailable(_)) if left > 0 && !self.stopping.is_cancelled() => {}
+            match question().await {
+                Err(error)
+                    if error.kind.is_transient() && left > 0 && !self.stopping.is_cancelled() => {}
                 answer => return answer,
-            }
-        }
-    }
-
-    /// Notes whether BigChat answered; logs when it goes down and when it is back.
-    pub fn bigchat_answered<T>(&self, answer: &Result<T, BigChatError>) {
-        let mut breaker = self.breaker();
-        let health = self.health(Service::BigChat);
-        match answer {
-            Ok(_) => {
-                health.well(Millis::now());
-                let since = breaker.since();
-                if breaker.succeeded() {
-                    tracing::info!(%since, "BigChat is back");
-                }
-            }
-            // Neither says whether it is well; a 404 not even whether it is BigChat.
-            Err(BigChatError::Throttled { .. } | BigChatError::NotFound(_)) => {}
-            Err(error) => {
-                let now = Millis::now();
-                if breaker.failed(now, &self.settings.retry(), rand::random()) {
-                    let Exchange {
-                        request, response, ..
-                    } = error.exchange().logged();
-                    tracing::warn!(
-                        reason = error.headline(), request, response, url = %self.bigchat.http().base(),
-                        "BigChat is down; what needs it waits"
-                    );
-                }
-                if breaker.is_down() {
-                    health.down(
-                        error.headline(),
-                        &error.exchange().logged().response,
-                        breaker.since(),
-                    );
-                }
             }
         }
     }
 
     /// Whether BigChat may be asked about a conversation or an advisor.
     pub fn may_ask_bigchat(&self) -> bool {
-        !matches!(
-            self.breaker().allowance(Millis::now()),
-            Allowance::NotBefore(_)
-        )
+        let circuit = self.bigchat.http().circuit(Millis::now());
+        !matches!(circuit, Circuit::Open { .. })
     }
 
     /// Whether what answered last for BigChat's events was BigChat: only then is its 404 for anything else believed.
@@ -286,35 +241,16 @@ impl Context {
         self.tells_events.store(tells, Ordering::Relaxed);
     }
 
-    /// Whether an API is up, as far as is known.
-    pub fn health(&self, service: Service) -> &Health {
-        match service {
-            Service::BigChat => &self.health[0],
-            Service::OurApi => &self.health[1],
-        }
-    }
-
-    /// What an API is asked through.
-    pub fn http(&self, service: Service) -> &Http {
-        match service {
-            Service::BigChat => self.bigchat.http(),
-            Service::OurApi => self.our_api.http(),
+    /// What carries the requests to an API.
+    pub fn http(&self, api: Api) -> &Http {
+        match api {
+            Api::BigChat => self.bigchat.http(),
+            Api::OurApi => self.our_api.http(),
         }
     }
 
     /// How an API is now, with the latest exchange.
-    pub fn api(&self, service: Service) -> Api {
-        self.health(service).api(self.http(service))
-    }
-
-    fn breaker(&self) -> MutexGuard<'_, Breaker> {
-        self.bigchat_breaker
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether BigChat counts as down.
-    pub fn bigchat_is_down(&self) -> bool {
-        self.breaker().is_down()
+    pub fn api(&self, api: Api) -> ApiStatus {
+        self.http(api).status()
     }
 }

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 use crate::bigchat::BigChat;
 use crate::context::Context;
 use crate::delivery::{self, Scope, Until};
-use crate::health::{self, Service};
-use crate::http::Http;
+use crate::health;
+use crate::http::{Api, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
@@ -300,20 +300,27 @@ async fn start(
         .await
         .map_err(std::io::Error::other)??;
     let journal = Journal::start(store)?;
-    let timeout = settings.request_timeout;
-    let bigchat = Http::new(settings.bigchat_url.clone(), tokens.bigchat, timeout)?;
-    let our_api = Http::new(settings.our_api_url.clone(), tokens.our_api, timeout)?;
-    begin(settings, journal, bigchat, our_api, stopping).await
+    let network = || Network::new(settings.request_timeout);
+    let (bigchat, our_api) = (network()?, network()?);
+    begin(settings, tokens, journal, bigchat, our_api, stopping).await
 }
 
-/// Begins a session over a journal and the two APIs.
+/// Begins a session over a journal and what carries requests to the two APIs.
 pub(crate) async fn begin(
     settings: Settings,
+    tokens: LiveTokens,
     journal: Journal,
-    bigchat: Http,
-    our_api: Http,
+    bigchat: impl Transport + 'static,
+    our_api: impl Transport + 'static,
     stopping: CancellationToken,
 ) -> Result<Arc<Context>, DaemonError> {
+    let metrics = Metrics::default();
+    let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat);
+    let bigchat = Http::new(Api::BigChat, bigchat, url, token, settings.retry())
+        .counted_by(metrics.requests_to(Api::BigChat));
+    let (url, token) = (settings.our_api_url.clone(), tokens.our_api);
+    let our_api = Http::new(Api::OurApi, our_api, url, token, settings.retry())
+        .counted_by(metrics.requests_to(Api::OurApi));
     let session = journal
         .with(|store| store.start_session(Millis::now()))
         .await?;
@@ -326,13 +333,11 @@ pub(crate) async fn begin(
             "the last session did not end cleanly; what waits is verified before it is sent"
         );
         // A request may still be in flight, and OurAPI may take only one at a time.
-        our_api.throttle(Millis::now().plus(settings.request_timeout));
+        our_api.leave_alone(Millis::now().plus(settings.request_timeout));
     }
-    let metrics = Metrics::default();
-    let bigchat = BigChat::new(bigchat.counted_by(metrics.requests_to(Service::BigChat)));
-    let our_api = our_api.counted_by(metrics.requests_to(Service::OurApi));
-    let patience = settings.request_timeout;
-    let our_api = OurApi::new(our_api, settings.our_api_concurrency, patience);
+    let bigchat = BigChat::new(bigchat);
+    let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
+    let our_api = OurApi::new(our_api, max_in_flight, timeout);
     Ok(Arc::new(Context::new(
         settings, bigchat, our_api, journal, session, metrics, stopping,
     )))

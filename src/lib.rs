@@ -46,7 +46,6 @@ pub mod progress;
 pub mod pulse;
 pub mod resolve;
 pub mod retry;
-pub mod route;
 pub mod screen;
 pub mod service;
 pub mod settings;

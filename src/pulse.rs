@@ -149,9 +149,9 @@ mod tests {
     use crate::cli::Cli;
     use crate::context::Context;
     use crate::daemon;
-    use crate::http::Http;
+    use crate::http::Network;
     use crate::journal::{Journal, Store};
-    use crate::settings::Token;
+    use crate::settings::LiveTokens;
     use crate::sim::faults::{Fault, When};
     use crate::sim::{self, Sim};
 
@@ -215,16 +215,20 @@ mod tests {
     }
 
     async fn begin(sim: &Sim, stopping: &CancellationToken) -> Arc<Context> {
-        let flags = ["bigchat-sync", "--poll-interval=20ms"];
+        let flags = [
+            "bigchat-sync".to_owned(),
+            "--poll-interval=20ms".to_owned(),
+            format!("--bigchat-url={}", sim.bigchat_url()),
+            format!("--our-api-url={}", sim.our_api_url()),
+        ];
         let settings = Cli::try_parse_from(flags).expect("good flags").settings;
         let connection = Connection::open_in_memory().expect("a database");
         let store = Store::in_memory(connection, true).expect("a schema");
         let journal = Journal::start(store).expect("a thread");
-        let http = |url: String| {
-            Http::new(url.parse().expect("a URL"), Token::default(), TIMEOUT).expect("a client")
-        };
-        let (bigchat, our_api) = (http(sim.bigchat_url()), http(sim.our_api_url()));
-        daemon::begin(settings, journal, bigchat, our_api, stopping.clone())
+        let network = || Network::new(TIMEOUT).expect("a client");
+        let tokens = LiveTokens::default();
+        let (bigchat, our_api, stopping) = (network(), network(), stopping.clone());
+        daemon::begin(settings, tokens, journal, bigchat, our_api, stopping)
             .await
             .expect("a session")
     }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-use crate::health::Service;
-use crate::journal::{Api, Figures, JournalError, OpenError, Store};
+use crate::http::{Api, ApiStatus};
+use crate::journal::{Figures, JournalError, OpenError, Store};
 use crate::screen::{printable, shown};
 use crate::time::{Millis, Timestamp};
 
@@ -146,12 +146,12 @@ fn troubles(
     }
     let down = [
         (
-            Service::BigChat,
+            Api::BigChat,
             &figures.bigchat,
             "an outage ends by itself, and what happened meanwhile is read then; if BigChat is up, check --bigchat-url and its token",
         ),
         (
-            Service::OurApi,
+            Api::OurApi,
             &figures.our_api,
             "an outage ends by itself, and everything waits meanwhile; if OurAPI is up, check --our-api-url and its token",
         ),
@@ -308,8 +308,8 @@ fn mega(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn api(api: &Api, ago: &impl Fn(Millis) -> String) -> String {
-    let Api {
+fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
+    let ApiStatus {
         up,
         since,
         asked_at,

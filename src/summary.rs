@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::context::Context;
-use crate::health::Service;
+use crate::http::Api;
 use crate::journal::Store;
 use crate::log;
 
@@ -134,9 +134,7 @@ impl Summary {
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
         (self.before, self.at) = (counts, Instant::now());
-        let down = Service::ALL
-            .iter()
-            .any(|api| context.health(*api).is_down());
+        let down = Api::ALL.iter().any(|api| context.http(*api).is_down());
         let standing = standing(context).await;
         let all_is_well =
             !down && !left_out && standing.is_some_and(|standing| standing.waiting == 0);
@@ -153,8 +151,8 @@ impl Summary {
             failed = done.failed,
             waiting = standing.map(|standing| standing.waiting),
             failed_in_all = standing.map(|standing| standing.failed),
-            bigchat = state(context, Service::BigChat),
-            our_api = state(context, Service::OurApi),
+            bigchat = state(context, Api::BigChat),
+            our_api = state(context, Api::OurApi),
             "summary"
         );
     }
@@ -164,8 +162,8 @@ impl Summary {
 pub async fn sentence(context: &Context) -> String {
     let mut text = format!(
         "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
-        state(context, Service::BigChat),
-        state(context, Service::OurApi),
+        state(context, Api::BigChat),
+        state(context, Api::OurApi),
         context.metrics.counters().told.get(),
         context.metrics.counters().delivered.get(),
     );
@@ -175,8 +173,8 @@ pub async fn sentence(context: &Context) -> String {
     text
 }
 
-fn state(context: &Context, api: Service) -> &'static str {
-    if context.health(api).is_down() {
+fn state(context: &Context, api: Api) -> &'static str {
+    if context.http(api).is_down() {
         "down"
     } else {
         "up"

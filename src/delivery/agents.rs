@@ -5,9 +5,10 @@ use uuid::Uuid;
 use super::attempts::AttemptError;
 use crate::context::Context;
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::http::Exchange;
+use crate::http::route::Route;
+use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{KnownAdvisor, KnownAgent};
-use crate::our_api::{Agent, OurApiError, Trouble};
+use crate::our_api::Agent;
 use crate::resolve::details;
 
 /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -49,12 +50,12 @@ async fn of_person(
         None => {
             let found = match find_or_create(context, advisor, name, email).await {
                 Ok(agent) => KnownAgent::Agent(agent.agent_id),
-                Err(error) if error.trouble == Trouble::Refused => {
+                Err(error) if error.kind == ErrorKind::Rejected => {
                     let Exchange {
                         request, response, ..
                     } = error.exchange.logged();
                     tracing::warn!(
-                        %advisor, reason = %error.trouble, request, response,
+                        %advisor, reason = error.summary(), request, response,
                         "OurAPI permanently rejects an agent; its chats stay without one"
                     );
                     KnownAgent::Refused
@@ -80,15 +81,13 @@ async fn find_or_create(
     advisor: AdvisorId,
     name: &str,
     email: &str,
-) -> Result<Agent, OurApiError> {
+) -> Result<Agent, ApiError> {
     let our_api = &context.our_api;
     if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
         return Ok(agent);
     }
     let error = match create(context, advisor, name, email).await {
-        Err(error) if matches!(error.trouble, Trouble::ConflictOrOutage | Trouble::Conflict) => {
-            error
-        }
+        Err(error) if error.kind == ErrorKind::Conflict => error,
         outcome => return outcome,
     };
     // An outage, or the address is taken by now, or another agent has the name.
@@ -96,7 +95,9 @@ async fn find_or_create(
         return Ok(agent);
     }
     if our_api.agents_by_name(name).await?.is_empty() {
-        return Err(error);
+        // It is an outage.
+        let kind = ErrorKind::OutcomeUnknown { timed_out: false };
+        return Err(our_api.http().reconsider(error, Route::CreateAgent, kind));
     }
     tracing::warn!(%advisor, "another agent has the name; the e-mail address is added to the new one's");
     create(context, advisor, &format!("{name} ({email})"), email).await
@@ -107,7 +108,7 @@ async fn create(
     advisor: AdvisorId,
     name: &str,
     email: &str,
-) -> Result<Agent, OurApiError> {
+) -> Result<Agent, ApiError> {
     let agent = context.our_api.create_agent(name, email).await?;
     tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
     Ok(agent)
@@ -127,7 +128,7 @@ fn choose(mut agents: Vec<Agent>, advisor: AdvisorId, name: &str) -> Option<Agen
 pub(super) async fn missing(
     context: &Context,
     agent: Option<Uuid>,
-    error: OurApiError,
+    error: ApiError,
 ) -> AttemptError {
     match forget_if_lost(context, agent).await {
         Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),

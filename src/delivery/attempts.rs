@@ -6,26 +6,22 @@
 
 use std::time::Duration;
 
-use crate::bigchat::BigChatError;
 use crate::domain::conversation::Attempts;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Failure, Outcome};
-use crate::http::{request_head, response_head};
+use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
 use crate::journal::JournalError;
 use crate::log;
-use crate::our_api::{OurApiError, Trouble};
 use crate::retry::Policy;
 use crate::time::Millis;
 
 /// Why an attempt to deliver an event failed.
 #[derive(Debug)]
 pub enum AttemptError {
-    /// A write to OurAPI failed.
-    Write(OurApiError),
-    /// A read of OurAPI that the write depends on failed: the write was not attempted.
-    Read(OurApiError),
-    /// BigChat did not answer what the write depends on.
-    BigChat(BigChatError),
+    /// A write failed.
+    Write(ApiError),
+    /// A read that the write depends on failed: the write was not attempted.
+    Read(ApiError),
     /// The database failed.
     Journal(JournalError),
     /// OurAPI has lost something that has to be restored first.
@@ -40,32 +36,23 @@ impl From<JournalError> for AttemptError {
     }
 }
 
-impl From<OurApiError> for AttemptError {
-    fn from(error: OurApiError) -> Self {
-        Self::Read(match error.trouble {
-            // A rejected read says nothing about the event.
-            Trouble::Refused => error.but(Trouble::NotCarriedOut),
-            _ => error,
-        })
-    }
-}
-
-impl From<BigChatError> for AttemptError {
-    fn from(error: BigChatError) -> Self {
-        Self::BigChat(error)
+/// Reads are the usual case: each write says so.
+impl From<ApiError> for AttemptError {
+    fn from(error: ApiError) -> Self {
+        Self::Read(error)
     }
 }
 
 impl AttemptError {
-    /// OurAPI will never accept the event.
+    /// OurAPI will never accept the event. A rejected read says nothing about it.
     pub fn is_rejection(&self) -> bool {
-        matches!(self, Self::Write(error) if error.trouble == Trouble::Refused)
+        matches!(self, Self::Write(error) if error.kind == ErrorKind::Rejected)
     }
 
     /// The event may have been delivered all the same.
     pub fn outcome_unknown(&self) -> bool {
         match self {
-            Self::Write(error) => error.trouble.in_doubt(),
+            Self::Write(error) => error.kind.outcome_unknown(),
             Self::Panicked => true,
             _ => false,
         }
@@ -73,14 +60,19 @@ impl AttemptError {
 
     /// The event may still be delivered after the request was given up.
     pub(super) fn is_timeout(&self) -> bool {
-        matches!(self, Self::Write(error) if error.trouble == Trouble::Late)
+        matches!(self, Self::Write(error) if error.kind.timed_out())
+    }
+
+    /// BigChat did not answer what the write depends on.
+    pub(super) fn is_of_bigchat(&self) -> bool {
+        matches!(self, Self::Read(error) if error.api == Api::BigChat)
     }
 
     /// As logged: without what was sent and what was answered to it in words, unless message text may be logged.
     pub fn logged(&self) -> Failure {
         let failure = self.failure();
         let reason = match self {
-            Self::Write(error) | Self::Read(error) => error.trouble.to_string(),
+            Self::Write(error) | Self::Read(error) => error.summary(),
             _ => failure.reason.clone(),
         };
         Failure {
@@ -92,49 +84,40 @@ impl AttemptError {
 
     /// As stored with the event.
     pub fn failure(&self) -> Failure {
-        match self {
-            Self::Write(error) | Self::Read(error) => Failure {
-                reason: match (error.trouble, &error.exchange.complaint) {
-                    (Trouble::Refused, Some(complaint)) => {
-                        format!("{}: {complaint}", error.trouble)
-                    }
-                    _ => error.trouble.to_string(),
-                },
-                request: error.exchange.request.clone(),
-                response: error.exchange.response.clone(),
-            },
-            Self::BigChat(error) => {
-                let exchange = error.exchange();
-                Failure {
-                    reason: error.headline().to_owned(),
-                    request: exchange.request,
-                    response: exchange.response,
-                }
+        let reason = match self {
+            Self::Write(error) | Self::Read(error) => {
+                let exchange = &error.exchange;
+                return Failure {
+                    reason: match &exchange.complaint {
+                        Some(complaint) if error.kind == ErrorKind::Rejected => {
+                            format!("{}: {complaint}", error.summary())
+                        }
+                        _ => error.summary(),
+                    },
+                    request: exchange.request.clone(),
+                    response: exchange.response.clone(),
+                };
             }
-            Self::Journal(error) => Failure {
-                reason: error.to_string(),
-                ..Failure::default()
-            },
-            Self::DataLost(what) => Failure {
-                reason: (*what).to_owned(),
-                ..Failure::default()
-            },
-            Self::Panicked => Failure {
-                reason: "the handler panicked; please report this with the log".to_owned(),
-                ..Failure::default()
-            },
+            Self::Journal(error) => error.to_string(),
+            Self::DataLost(what) => (*what).to_owned(),
+            Self::Panicked => "the handler panicked; please report this with the log".to_owned(),
+        };
+        Failure {
+            reason,
+            ..Failure::default()
         }
     }
 
     /// Whether the fault may be the event's own, if others get through.
-    fn may_be_its_own(&self, bigchat_is_down: bool) -> bool {
+    fn may_be_its_own(&self, bigchat_is_failing: bool) -> bool {
         match self {
-            Self::Write(error) | Self::Read(error) => {
-                !matches!(error.trouble, Trouble::Throttled { .. })
-            }
-            // That OurAPI accepts other writes says nothing about BigChat.
-            Self::BigChat(BigChatError::Throttled { .. } | BigChatError::Denied(_)) => false,
-            Self::BigChat(_) => !bigchat_is_down,
+            Self::Write(error) | Self::Read(error) => match (error.api, error.kind) {
+                (_, ErrorKind::RateLimited { .. }) => false,
+                // That OurAPI accepts other writes says nothing about BigChat.
+                (Api::BigChat, ErrorKind::Unauthorized) => false,
+                (Api::BigChat, _) => !bigchat_is_failing,
+                (Api::OurApi, _) => true,
+            },
             Self::Journal(_) | Self::DataLost(_) => false,
             Self::Panicked => true,
         }
@@ -145,7 +128,7 @@ impl AttemptError {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Circumstances {
     pub(super) now: Millis,
-    pub(super) bigchat_is_down: bool,
+    pub(super) bigchat_is_failing: bool,
     /// BigChat is not to be asked before then.
     pub(super) bigchat_retry_after: Option<Millis>,
     /// How long a request may be in flight, and as long again after it was given up.
@@ -171,7 +154,7 @@ pub(super) fn outcome(
         };
         return Outcome::DeadLetter { attempts, failure };
     }
-    let attempts = attempts_after(before, error, conversation, writes, at.bigchat_is_down);
+    let attempts = attempts_after(before, error, conversation, writes, at.bigchat_is_failing);
     if attempts.counted >= policy.max_attempts {
         return Outcome::DeadLetter { attempts, failure };
     }
@@ -183,7 +166,7 @@ pub(super) fn outcome(
         at.fraction,
     ));
     let next_at = match error {
-        AttemptError::BigChat(_) => next_at.max(at.bigchat_retry_after.unwrap_or_default()),
+        error if error.is_of_bigchat() => next_at.max(at.bigchat_retry_after.unwrap_or_default()),
         // While OurAPI asks to be left alone nothing is attempted anyway.
         _ => next_at,
     };
@@ -199,12 +182,12 @@ fn attempts_after(
     error: &AttemptError,
     conversation: ConversationId,
     writes: &Writes,
-    bigchat_is_down: bool,
+    bigchat_is_failing: bool,
 ) -> Attempts {
     let others_got_through = before
         .writes_then
         .is_some_and(|then| writes.another_conversation_succeeded_since(conversation, then));
-    let counts = others_got_through && error.may_be_its_own(bigchat_is_down);
+    let counts = others_got_through && error.may_be_its_own(bigchat_is_failing);
     Attempts {
         failed: before.failed.saturating_add(1),
         counted: before.counted + u32::from(counts),
@@ -279,30 +262,31 @@ impl Writes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::Exchange;
 
-    const POLICY: Policy = Policy::DEFAULT;
+    const POLICY: Policy = Policy {
+        initial: Duration::from_secs(1),
+        max: Duration::from_secs(300),
+        max_attempts: 10,
+    };
     const ONE: ConversationId = ConversationId(1);
     const TWO: ConversationId = ConversationId(2);
 
-    fn our_api(trouble: Trouble) -> OurApiError {
-        OurApiError {
-            trouble,
-            exchange: Exchange::default(),
+    const UNKNOWN: ErrorKind = ErrorKind::OutcomeUnknown { timed_out: false };
+    const TIMED_OUT: ErrorKind = ErrorKind::OutcomeUnknown { timed_out: true };
+
+    fn write(kind: ErrorKind) -> AttemptError {
+        AttemptError::Write(ApiError::not_sent(Api::OurApi, kind, ""))
+    }
+
+    fn read(api: Api, kind: ErrorKind) -> AttemptError {
+        AttemptError::from(ApiError::not_sent(api, kind, ""))
+    }
+
+    fn rate_limited(outcome_unknown: bool) -> ErrorKind {
+        ErrorKind::RateLimited {
+            until: Millis(1),
+            outcome_unknown,
         }
-    }
-
-    fn write(trouble: Trouble) -> AttemptError {
-        AttemptError::Write(our_api(trouble))
-    }
-
-    fn throttled(in_doubt: bool) -> AttemptError {
-        let until = Millis(1);
-        write(Trouble::Throttled { until, in_doubt })
-    }
-
-    fn bigchat(error: impl Fn(Exchange) -> BigChatError) -> AttemptError {
-        AttemptError::BigChat(error(Exchange::default()))
     }
 
     #[test]
@@ -336,31 +320,27 @@ mod tests {
             assert_eq!((after.failed, after.writes_then), (2, Some(writes.count)));
             after.counted - before.counted
         };
-        let fails = write(Trouble::Unknown);
+        let fails = write(UNKNOWN);
         assert_eq!(counted(&fails, &writes, false), 0, "nobody got through");
         writes.record(TWO, 1);
-        for (error, counts, while_bigchat_is_down) in [
-            (write(Trouble::Unknown), 1, 1),
-            (write(Trouble::NotCarriedOut), 1, 1),
-            (write(Trouble::Denied), 1, 1),
-            (AttemptError::from(our_api(Trouble::Refused)), 1, 1),
-            (throttled(false), 0, 0),
-            (throttled(true), 0, 0),
-            (bigchat(BigChatError::Unavailable), 1, 0),
-            (bigchat(BigChatError::Refused), 1, 0),
-            (bigchat(BigChatError::Denied), 0, 0),
-            (
-                bigchat(|_| BigChatError::Throttled { until: Millis(1) }),
-                0,
-                0,
-            ),
+        for (error, counts, while_bigchat_is_failing) in [
+            (write(UNKNOWN), 1, 1),
+            (write(ErrorKind::Unreachable), 1, 1),
+            (write(ErrorKind::Unauthorized), 1, 1),
+            (read(Api::OurApi, ErrorKind::Rejected), 1, 1),
+            (write(rate_limited(false)), 0, 0),
+            (write(rate_limited(true)), 0, 0),
+            (read(Api::BigChat, UNKNOWN), 1, 0),
+            (read(Api::BigChat, ErrorKind::Rejected), 1, 0),
+            (read(Api::BigChat, ErrorKind::Unauthorized), 0, 0),
+            (read(Api::BigChat, rate_limited(false)), 0, 0),
             (AttemptError::Journal(JournalError::Closed), 0, 0),
             (AttemptError::DataLost("its chat is gone"), 0, 0),
         ] {
             assert_eq!(counted(&error, &writes, false), counts, "{error:?}");
             assert_eq!(
                 counted(&error, &writes, true),
-                while_bigchat_is_down,
+                while_bigchat_is_failing,
                 "{error:?}, BigChat down"
             );
         }
@@ -370,18 +350,18 @@ mod tests {
     fn the_first_failure_never_counts_and_a_doubt_stays() {
         let mut writes = Writes::since(5);
         writes.record(TWO, 1);
-        let after = |before, trouble, writes: &Writes| {
-            attempts_after(before, &write(trouble), ONE, writes, false)
+        let after = |before, kind, writes: &Writes| {
+            attempts_after(before, &write(kind), ONE, writes, false)
         };
-        let first = after(Attempts::default(), Trouble::Late, &writes);
+        let first = after(Attempts::default(), TIMED_OUT, &writes);
         assert_eq!(
             (first.failed, first.counted, first.outcome_unknown),
             (1, 0, true)
         );
-        let second = after(first, Trouble::NotCarriedOut, &writes);
+        let second = after(first, ErrorKind::Unreachable, &writes);
         assert_eq!((second.counted, second.outcome_unknown), (0, true));
         writes.record(TWO, 1);
-        let third = after(second, Trouble::NotCarriedOut, &writes);
+        let third = after(second, ErrorKind::Unreachable, &writes);
         assert_eq!(
             (third.failed, third.counted, third.outcome_unknown),
             (3, 1, true)
@@ -394,7 +374,7 @@ mod tests {
         writes.record(TWO, 1);
         let at = Circumstances {
             now: Millis(0),
-            bigchat_is_down: false,
+            bigchat_is_failing: false,
             bigchat_retry_after: Some(Millis(9_000)),
             request_timeout: Duration::from_secs(10),
             fraction: 0.0,
@@ -409,14 +389,14 @@ mod tests {
             outcome(before, error, ONE, &writes, &POLICY, &at)
         };
         let is_dead = |outcome: &Outcome| matches!(outcome, Outcome::DeadLetter { .. });
-        assert!(is_dead(&outcome(0, &write(Trouble::Refused))));
-        assert!(is_dead(&outcome(9, &write(Trouble::Unknown))));
-        assert!(!is_dead(&outcome(8, &write(Trouble::Unknown))));
+        assert!(is_dead(&outcome(0, &write(ErrorKind::Rejected))));
+        assert!(is_dead(&outcome(9, &write(UNKNOWN))));
+        assert!(!is_dead(&outcome(8, &write(UNKNOWN))));
         assert!(!is_dead(&outcome(
             0,
-            &AttemptError::from(our_api(Trouble::Refused))
+            &read(Api::OurApi, ErrorKind::Rejected)
         )));
-        let Outcome::Retry { next_at, .. } = outcome(0, &bigchat(BigChatError::Unavailable)) else {
+        let Outcome::Retry { next_at, .. } = outcome(0, &read(Api::BigChat, UNKNOWN)) else {
             panic!("it is tried again");
         };
         assert_eq!(next_at, Millis(9_000), "as BigChat asked");
@@ -425,12 +405,12 @@ mod tests {
     #[test]
     fn a_write_that_may_be_in_flight_gets_time_to_arrive() {
         let timeout = Duration::from_secs(30);
-        let wait = |trouble, attempts, fraction| {
-            back_off(&write(trouble), attempts, &POLICY, timeout, fraction).as_millis()
+        let wait = |kind, attempts, fraction| {
+            back_off(&write(kind), attempts, &POLICY, timeout, fraction).as_millis()
         };
-        assert_eq!(wait(Trouble::NotCarriedOut, 1, 0.0), 0);
-        assert_eq!(wait(Trouble::Unknown, 1, 0.0), 500);
-        assert_eq!(wait(Trouble::Late, 1, 0.0), 30_000);
-        assert_eq!(wait(Trouble::Late, 9, 1.0), 256_000);
+        assert_eq!(wait(ErrorKind::Unreachable, 1, 0.0), 0);
+        assert_eq!(wait(UNKNOWN, 1, 0.0), 500);
+        assert_eq!(wait(TIMED_OUT, 1, 0.0), 30_000);
+        assert_eq!(wait(TIMED_OUT, 9, 1.0), 256_000);
     }
 }

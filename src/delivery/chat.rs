@@ -6,7 +6,9 @@ use super::attempts::AttemptError;
 use super::{agents, handlers};
 use crate::context::Context;
 use crate::domain::conversation::{Conversation, Desired, Details, Fields, Pending};
-use crate::our_api::{self, NewChat, Trouble};
+use crate::http::route::Route;
+use crate::http::{ErrorKind, Resource};
+use crate::our_api::{self, NewChat};
 use crate::resolve::details;
 use crate::time::Timestamp;
 
@@ -110,16 +112,20 @@ pub(super) async fn create(
             }
             Err(error) => error,
         };
-        match error.trouble {
-            Trouble::Conflict => {}
-            Trouble::NoSuchAgent => {
+        match error.kind {
+            ErrorKind::Conflict => {}
+            ErrorKind::NotFound(Resource::Agent) => {
                 return Err(agents::missing(context, fields.agent, error).await);
             }
             _ => return Err(AttemptError::Write(error)),
         }
         match context.our_api.chat(&external_id).await? {
             // Taken, yet not listed: what answers is not OurAPI, or not all of it.
-            None => return Err(error.but(Trouble::NotOurApi).into()),
+            None => {
+                let http = context.our_api.http();
+                let kind = ErrorKind::WrongService;
+                return Err(http.reconsider(error, Route::CreateChat, kind).into());
+            }
             Some(found) if is_ours(conversation, fields, &found) => {
                 conversation.observed.adopt(external_id, &found, desired);
                 return Ok(Created::Adopted(found.chat_id));
@@ -127,7 +133,7 @@ pub(super) async fn create(
             Some(found) => {
                 let longer = with_start(context, conversation, fields.started_at);
                 if longer == external_id {
-                    return Err(AttemptError::Write(error.but(Trouble::Refused)));
+                    return Err(AttemptError::Write(error.with_kind(ErrorKind::Rejected)));
                 }
                 tracing::warn!(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,

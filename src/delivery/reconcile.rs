@@ -14,7 +14,8 @@ use crate::domain::account::{self, MessageKey, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{ChatState, Claim, Effect, Finding, Observation, Verify, Work};
-use crate::our_api::{self, Trouble};
+use crate::http::{ApiError, ErrorKind, Resource};
+use crate::our_api;
 use crate::settings::MessageAuthor;
 
 /// What became of a piece of work.
@@ -419,9 +420,13 @@ impl Reconciled {
             self.writes += 1;
             return Ok(Some(Effect::ChatChanged));
         };
-        match error.trouble {
-            Trouble::NoSuchChat => self.chat_missing(context, error).await.map(|()| None),
-            Trouble::NoSuchAgent => Err(self.agent_missing(context, fields.agent, error).await),
+        match error.kind {
+            ErrorKind::NotFound(Resource::Chat) => {
+                self.chat_missing(context, error).await.map(|()| None)
+            }
+            ErrorKind::NotFound(Resource::Agent) => {
+                Err(self.agent_missing(context, fields.agent, error).await)
+            }
             _ => Err(AttemptError::Write(error)),
         }
     }
@@ -451,12 +456,14 @@ impl Reconciled {
     async fn chat_missing(
         &mut self,
         context: &Context,
-        error: our_api::OurApiError,
+        error: ApiError,
     ) -> Result<(), AttemptError> {
         match self.refresh(context).await? {
             Refreshed::Gone => self.gone(context, context.settings.rebuild).await,
             // It exists all the same.
-            Refreshed::Ours(_) => Err(AttemptError::Write(error.but(Trouble::Unknown))),
+            Refreshed::Ours(_) => Err(AttemptError::Write(
+                error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
+            )),
         }
     }
 
@@ -465,7 +472,7 @@ impl Reconciled {
         &mut self,
         context: &Context,
         agent: Option<Uuid>,
-        error: our_api::OurApiError,
+        error: ApiError,
     ) -> AttemptError {
         let error = agents::missing(context, agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
@@ -518,12 +525,16 @@ impl Reconciled {
                 self.done.push((event.id, Ok(Effect::MessageAdded)));
                 continue;
             };
-            let error = match error.trouble {
-                Trouble::NoSuchChat => match Box::pin(self.chat_missing(context, error)).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => error,
-                },
-                Trouble::NoSuchAgent => Box::pin(self.agent_missing(context, author, error)).await,
+            let error = match error.kind {
+                ErrorKind::NotFound(Resource::Chat) => {
+                    match Box::pin(self.chat_missing(context, error)).await {
+                        Ok(()) => return Ok(()),
+                        Err(error) => error,
+                    }
+                }
+                ErrorKind::NotFound(Resource::Agent) => {
+                    Box::pin(self.agent_missing(context, author, error)).await
+                }
                 _ => AttemptError::Write(error),
             };
             if error.is_rejection() {

@@ -8,10 +8,8 @@ use crate::domain::ids::EventId;
 use crate::domain::progress::{
     Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, advance,
 };
-use crate::health::Service;
 use crate::journal::STORAGE_PAUSE;
 use crate::log::telling;
-use crate::our_api::Trouble;
 use crate::time::Millis;
 
 impl Scheduler {
@@ -30,12 +28,6 @@ impl Scheduler {
             verified,
         } = reconciled;
         self.writes.record(conversation.id, writes);
-        self.record_health(
-            &done,
-            stopped.as_ref().map(|stopped| &stopped.error),
-            writes,
-            now,
-        );
         let in_doubt = stopped
             .as_ref()
             .is_some_and(|stopped| stopped.error.outcome_unknown());
@@ -232,8 +224,8 @@ impl Scheduler {
     fn circumstances(&self, now: Millis) -> Circumstances {
         Circumstances {
             now,
-            bigchat_is_down: self.context.bigchat_is_down(),
-            bigchat_retry_after: self.context.bigchat.http().throttled_until(now),
+            bigchat_is_failing: self.context.bigchat.http().is_failing(),
+            bigchat_retry_after: self.context.bigchat.http().rate_limited_until(now),
             request_timeout: self.context.settings.request_timeout,
             fraction: rand::random(),
         }
@@ -248,16 +240,16 @@ impl Scheduler {
         now: Millis,
     ) -> (u32, Millis) {
         let failure = error.logged();
+        let is_failing = self.context.our_api.http().is_failing();
         telling!(
-            !self.breaker.is_down(),
+            !is_failing,
             conversation = conversation.bigchat_id,
             chat = conversation.observed.chat.map(tracing::field::display),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "a chat could not be verified; it will be retried"
         );
-        let is_up = !self.breaker.is_down();
         let failed = self.failed_reads.entry(conversation.id).or_default();
-        *failed = failed.saturating_add(u32::from(is_up));
+        *failed = failed.saturating_add(u32::from(!is_failing));
         let policy = self.context.settings.retry();
         // Half of the wait is fixed: no event waits for it.
         let wait = policy.backoff((*failed).max(1), 0.5 + rand::random::<f64>() / 2.0);
@@ -267,60 +259,11 @@ impl Scheduler {
     /// Whether it follows from an outage or a loss, which is logged once.
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
-            AttemptError::BigChat(_) => self.context.bigchat_is_down(),
+            AttemptError::Read(error) | AttemptError::Write(error) => {
+                self.context.http(error.api).is_failing()
+            }
             AttemptError::DataLost(_) => true,
-            _ => self.breaker.is_down(),
-        }
-    }
-
-    fn record_health(
-        &mut self,
-        done: &[(EventId, Result<Effect, AttemptError>)],
-        error: Option<&AttemptError>,
-        writes: u32,
-        now: Millis,
-    ) {
-        let answers = self.context.our_api.answers();
-        let was_read = error.is_none() && answers > self.answers;
-        self.answers = answers;
-        let answered = was_read || writes > 0 || done.iter().any(|(_, result)| result.is_err());
-        let (is_up, outage) = match error {
-            Some(AttemptError::Write(error) | AttemptError::Read(error)) => {
-                match error.trouble.may_be_outage() {
-                    true => (false, Some(error)),
-                    false => (!matches!(error.trouble, Trouble::Throttled { .. }), None),
-                }
-            }
-            Some(AttemptError::DataLost(_)) => (true, None),
-            Some(AttemptError::BigChat(_) | AttemptError::Journal(_) | AttemptError::Panicked)
-            | None => (false, None),
-        };
-        let health = self.context.health(Service::OurApi);
-        let since = self.breaker.since();
-        if answered || is_up {
-            health.well(now);
-            if self.breaker.succeeded() {
-                tracing::info!(%since, "OurAPI is back");
-            }
-        }
-        let Some(error) = outage else { return };
-        let exchange = error.exchange.logged();
-        if self
-            .breaker
-            .failed(now, &self.context.settings.retry(), rand::random())
-        {
-            tracing::error!(
-                reason = %error.trouble, request = %exchange.request, response = %exchange.response,
-                url = %self.context.our_api.http().base(),
-                "OurAPI is down; pausing deliveries and probing with one request at a time"
-            );
-        }
-        if self.breaker.is_down() {
-            health.down(
-                &error.trouble.to_string(),
-                &exchange.response,
-                self.breaker.since(),
-            );
+            AttemptError::Journal(_) | AttemptError::Panicked => false,
         }
     }
 }

@@ -19,8 +19,8 @@ use crate::context::Context;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Work;
+use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Throttles};
-use crate::retry::{Allowance, Breaker};
 use crate::time::Millis;
 
 /// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
@@ -49,7 +49,6 @@ pub(super) struct AtWork {
 pub(super) struct Scheduler {
     pub(super) context: Arc<Context>,
     scope: Scope,
-    pub(super) breaker: Breaker,
     /// Claimed and not at work yet.
     ready: VecDeque<Work>,
     /// Claimed: ready, at work, or reported and not committed yet.
@@ -71,8 +70,6 @@ pub(super) struct Scheduler {
     pub(super) writes: Writes,
     /// How often reading a chat back failed that no event waits for.
     pub(super) failed_reads: HashMap<ConversationId, u32>,
-    /// How many usable answers of OurAPI are known of.
-    pub(super) answers: u64,
     last_check: Millis,
     rate_limits: Throttles,
 }
@@ -89,7 +86,6 @@ impl Scheduler {
         Self {
             context,
             scope,
-            breaker: Breaker::default(),
             ready: VecDeque::new(),
             claimed: HashSet::new(),
             at_work: JoinSet::new(),
@@ -103,7 +99,6 @@ impl Scheduler {
             idle: CHECK_EVERY,
             writes,
             failed_reads: HashMap::new(),
-            answers: 0,
             last_check: Millis::now(),
             rate_limits,
         }
@@ -112,15 +107,15 @@ impl Scheduler {
     pub(super) async fn run(&mut self, until: Until) {
         while !self.context.stopping.is_cancelled() {
             let now = Millis::now();
-            let allowance = self.allowance(now);
-            self.hand_out(allowance);
-            self.fetch(allowance, now);
-            if until == Until::Done && self.is_idle(allowance) {
+            let circuit = self.circuit(now);
+            self.hand_out(circuit);
+            self.fetch(circuit, now);
+            if until == Until::Done && self.is_idle(circuit) {
                 break;
             }
-            let rest = match allowance {
-                Allowance::NotBefore(then) => self.idle.min(then.since(now)),
-                Allowance::Full | Allowance::Probe => self.idle,
+            let rest = match circuit {
+                Circuit::Open { until } => self.idle.min(until.since(now)),
+                Circuit::Closed | Circuit::HalfOpen => self.idle,
             };
             let context = Arc::clone(&self.context);
             tokio::select! {
@@ -147,9 +142,9 @@ impl Scheduler {
     }
 
     /// Nothing more is due, or nothing can be delivered now.
-    fn is_idle(&self, allowance: Allowance) -> bool {
+    fn is_idle(&self, circuit: Circuit) -> bool {
         let is_done = !self.check && self.claimed.len() == self.set_aside;
-        self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(allowance) == 0)
+        self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(circuit) == 0)
     }
 
     /// How many conversations wait for the commit of their reports.
@@ -165,38 +160,38 @@ impl Scheduler {
         self.timed_out.insert(conversation, until);
     }
 
-    fn allowance(&self, now: Millis) -> Allowance {
+    fn circuit(&self, now: Millis) -> Circuit {
         let our_api = &self.context.our_api;
-        match (our_api.http().throttled_until(now), our_api.room(now)) {
-            (Some(until), _) | (None, Err(until)) => Allowance::NotBefore(until),
-            (None, Ok(_)) => self.breaker.allowance(now),
+        match (our_api.http().rate_limited_until(now), our_api.room(now)) {
+            (Some(until), _) | (None, Err(until)) => Circuit::Open { until },
+            (None, Ok(_)) => our_api.http().circuit(now),
         }
     }
 
     /// How many conversations may be at work.
-    fn limit(&self, allowance: Allowance) -> usize {
+    fn limit(&self, circuit: Circuit) -> usize {
         // While the disk refuses what was done, nothing new is begun.
         if self.uncommitted() > 0 && self.context.storage.delivery.load(Ordering::Relaxed) {
             return 0;
         }
-        match allowance {
-            Allowance::Full => {
+        match circuit {
+            Circuit::Closed => {
                 usize::from(self.context.our_api.room(Millis::now()).unwrap_or_default())
             }
-            Allowance::Probe => 1,
-            Allowance::NotBefore(_) => 0,
+            Circuit::HalfOpen => 1,
+            Circuit::Open { .. } => 0,
         }
     }
 
-    fn hand_out(&mut self, allowance: Allowance) {
-        if allowance != Allowance::Full && self.at_work.is_empty() {
+    fn hand_out(&mut self, circuit: Circuit) {
+        if circuit != Circuit::Closed && self.at_work.is_empty() {
             // What to probe with is for the journal to choose.
-            let keeps = usize::from(allowance == Allowance::Probe && self.ready.len() == 1);
+            let keeps = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for work in self.ready.drain(keeps..) {
                 self.claimed.remove(&work.conversation.id);
             }
         }
-        let limit = self.limit(allowance);
+        let limit = self.limit(circuit);
         while self.at_work.len() < limit
             && let Some(work) = self.ready.pop_front()
         {
@@ -214,11 +209,11 @@ impl Scheduler {
     }
 
     /// Asks the journal for what is due, if there is room for it.
-    fn fetch(&mut self, allowance: Allowance, now: Millis) {
+    fn fetch(&mut self, circuit: Circuit, now: Millis) {
         if self.fetch.is_some() {
             return;
         }
-        let room = self.room(allowance);
+        let room = self.room(circuit);
         let rate_limits = self.context.throttles();
         let stores_limits = rate_limits != self.rate_limits;
         if room.is_none() && !stores_limits {
@@ -238,7 +233,7 @@ impl Scheduler {
         self.last_check = now;
         let request = ClaimRequest {
             verifications_only: self.scope == Scope::Verifications,
-            probe: allowance == Allowance::Probe,
+            probe: circuit == Circuit::HalfOpen,
             conversations,
             bytes,
             exclude,
@@ -258,14 +253,14 @@ impl Scheduler {
 
     /// How many conversations and bytes to ask for; `None`: none now. This is asked after each piece of work, so the sizes are
     /// added up last.
-    fn room(&self, allowance: Allowance) -> Option<(usize, usize)> {
-        let limit = self.limit(allowance);
+    fn room(&self, circuit: Circuit) -> Option<(usize, usize)> {
+        let limit = self.limit(circuit);
         if !self.check || limit == 0 {
             return None;
         }
-        let ahead = match allowance {
-            Allowance::Full => AHEAD,
-            Allowance::Probe | Allowance::NotBefore(_) => 0,
+        let ahead = match circuit {
+            Circuit::Closed => AHEAD,
+            Circuit::HalfOpen | Circuit::Open { .. } => 0,
         };
         let wanted = limit + ahead;
         let room = wanted

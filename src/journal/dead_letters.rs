@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::{Result, Store, UNREADABLE, limit};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::our_api::Trouble;
+use crate::http::REJECTED_WRITE;
 use crate::time::{Millis, Timestamp};
 
 /// A failed event, with all that is known of it.
@@ -313,7 +313,7 @@ impl Store {
 /// Whether a retry can never succeed for an event that failed for `reason`: it could not be understood, or OurAPI
 /// permanently rejected it.
 pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
-    name == UNREADABLE || reason.starts_with(&Trouble::Refused.to_string())
+    name == UNREADABLE || reason.starts_with(REJECTED_WRITE)
 }
 /// The failed events after `?1` of the reason `?2`, or of any, that had failed by `?3`.
 const MEANT: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::activity::minute;
 use super::dead_letters::is_permanent;
 use super::{Result, Store};
+use crate::http::ApiStatus;
 use crate::time::Millis;
 
 /// Of how many deliveries, the latest ones, it is told how long they took.
@@ -23,23 +24,6 @@ const GROUPS: u32 = 100;
 
 /// Over how many minutes rates are taken, besides the present one; fewer, where the first event is not as long ago.
 const RATE_MINUTES: i64 = 5;
-
-/// One of the two APIs, as the daemon last found it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Api {
-    /// Whether it is up; `None`: nobody knows yet.
-    pub up: Option<bool>,
-    /// Since when it is up or down.
-    pub since: Option<Millis>,
-    /// When it was last asked anything.
-    pub asked_at: Option<Millis>,
-    /// What it was asked: method and path.
-    pub request: Option<String>,
-    /// What it answered: its status, or why there was no answer.
-    pub response: Option<String>,
-    /// While it is down: why.
-    pub trouble: Option<String>,
-}
 
 /// Failed events of one reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,9 +72,9 @@ pub struct DeliveryTimes {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
     /// BigChat.
-    pub bigchat: Api,
+    pub bigchat: ApiStatus,
     /// OurAPI.
-    pub our_api: Api,
+    pub our_api: ApiStatus,
     /// When BigChat was last read to the end of what was asked for.
     pub polled_at: Option<Millis>,
     /// Up to when it was read, by its own clock, in Unix seconds.
@@ -161,7 +145,7 @@ impl Store {
     }
 
     /// Keeps how the APIs were found, each by its name: those of them that were asked anything.
-    pub fn note_apis(&mut self, apis: &[(&'static str, Api)]) -> Result<()> {
+    pub fn note_apis(&mut self, apis: &[(&'static str, ApiStatus)]) -> Result<()> {
         let transaction = self.begin()?;
         for (name, api) in apis {
             let Some(asked_at) = api.asked_at else {
@@ -193,7 +177,7 @@ impl Store {
     }
 
     /// How an API was last found.
-    pub fn api(&mut self, name: &str) -> Result<Api> {
+    pub fn api(&mut self, name: &str) -> Result<ApiStatus> {
         api(&self.connection, name)
     }
 
@@ -206,13 +190,13 @@ impl Store {
     }
 }
 
-fn api(connection: &Connection, name: &str) -> Result<Api> {
+fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
     let api = connection
         .prepare_cached(
             "SELECT up, since, asked_at, request, response, problem FROM api_status WHERE name = ?1",
         )?
         .query_row([name], |row| {
-            Ok(Api {
+            Ok(ApiStatus {
                 up: row.get(0)?,
                 since: row.get::<_, Option<i64>>(1)?.map(Millis),
                 asked_at: row.get::<_, Option<i64>>(2)?.map(Millis),

@@ -19,10 +19,9 @@ use reqwest::StatusCode;
 
 use crate::domain::progress::Outcome;
 use crate::event::Kind;
-use crate::health::Service;
-use crate::http::NoAnswer;
+use crate::http::route::Route;
+use crate::http::{Api, ErrorKind};
 use crate::journal::UNREADABLE;
-use crate::route::Route;
 use crate::summary::Counters;
 
 /// What every name begins with.
@@ -137,14 +136,14 @@ pub struct ApiRequests {
 
 impl ApiRequests {
     /// A request was made, with this answer or none.
-    pub(crate) fn made(&self, route: Route, answer: Result<StatusCode, &NoAnswer>, took: Duration) {
+    pub(crate) fn made(&self, route: Route, answer: Result<StatusCode, ErrorKind>, took: Duration) {
         let status = match answer {
             Ok(status) => code(status),
-            Err(NoAnswer::NotSent(_)) => "not_sent",
-            Err(NoAnswer::Lost(_)) => "lost",
-            Err(NoAnswer::Late) => "late",
+            Err(ErrorKind::Unreachable) => "not_sent",
+            Err(ErrorKind::OutcomeUnknown { timed_out: true }) => "late",
+            Err(ErrorKind::OutcomeUnknown { .. }) => "lost",
             // Not made at all.
-            Err(NoAnswer::Impossible(_) | NoAnswer::Throttled(_)) => return,
+            Err(_) => return,
         };
         let (api, route) = (self.api, route.name());
         self.requests
@@ -286,7 +285,7 @@ impl Metrics {
     }
 
     /// What counts the requests to an API.
-    pub fn requests_to(&self, service: Service) -> ApiRequests {
+    pub fn requests_to(&self, service: Api) -> ApiRequests {
         ApiRequests {
             api: service.name(),
             requests: self.requests.clone(),
@@ -439,7 +438,7 @@ mod tests {
     #[test]
     fn a_server_that_invents_statuses_makes_no_more_series() {
         let metrics = Metrics::default();
-        let requests = metrics.requests_to(Service::OurApi);
+        let requests = metrics.requests_to(Api::OurApi);
         for status in 100..1000 {
             let status = StatusCode::from_u16(status).expect("a status");
             requests.made(Route::Chats, Ok(status), Duration::ZERO);
@@ -455,9 +454,9 @@ mod tests {
     fn counters_are_called_in_the_head_as_they_are_in_the_samples() {
         let metrics = Metrics::default();
         metrics.unknown_outcome();
-        let late = Err(&NoAnswer::Late);
+        let late = Err(ErrorKind::OutcomeUnknown { timed_out: true });
         metrics
-            .requests_to(Service::BigChat)
+            .requests_to(Api::BigChat)
             .made(Route::Events, late, Duration::from_millis(4));
         let mut now = Now::default();
         now.gauge("waiting_events", "Events that wait", 3.0);

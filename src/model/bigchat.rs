@@ -6,7 +6,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use url::Url;
 
-use crate::http::Answer;
+use crate::http::Response;
 use crate::sim::bigchat::{Advisor, Told};
 use crate::time::Timestamp;
 
@@ -190,8 +190,8 @@ impl BigChat {
         }
     }
 
-    /// Answers one request.
-    pub(super) fn answer(&mut self, url: &Url) -> Answer {
+    /// Responses one request.
+    pub(super) fn answer(&mut self, url: &Url) -> Response {
         let path: Vec<&str> = url.path().split('/').skip(1).collect();
         let body = match path.as_slice() {
             ["events"] => Some(self.events(url)),
@@ -199,7 +199,7 @@ impl BigChat {
             ["advisors", id] => id.parse().ok().map(|id| json!(self.advisor(self.run, id))),
             _ => None,
         };
-        Answer {
+        Response {
             status: body
                 .as_ref()
                 .map_or(StatusCode::NOT_FOUND, |_| StatusCode::OK),

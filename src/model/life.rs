@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::to_bytes;
-use axum::response::Response;
 use reqwest::{Method, StatusCode};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
@@ -20,9 +19,9 @@ use url::Url;
 use super::bigchat::BigChat;
 use super::world::World;
 use crate::daemon::{self, DaemonError};
-use crate::http::{Answer, Carried, Carrier, Http, NoAnswer};
+use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Journal, Operation, Scope, Store, Worker};
-use crate::settings::Settings;
+use crate::settings::{LiveTokens, Settings};
 use crate::sim::compare::{Report, Rules, compare, expected};
 use crate::sim::our_api::Database;
 use crate::time::Millis;
@@ -184,15 +183,10 @@ impl Stage {
             self.inner().stopping = stopping.clone();
             let context = daemon::begin(
                 settings.clone(),
+                LiveTokens::default(),
                 Journal::here(Arc::new(self.clone())),
-                Http::here(
-                    settings.bigchat_url.clone(),
-                    Arc::new(BigChatWire(self.clone())),
-                ),
-                Http::here(
-                    settings.our_api_url.clone(),
-                    Arc::new(OurApiWire(self.clone())),
-                ),
+                BigChatWire(self.clone()),
+                OurApiWire(self.clone()),
                 stopping.clone(),
             )
             .await
@@ -232,7 +226,13 @@ impl Stage {
     }
 
     /// OurAPI carries out what a step asks for.
-    fn carry_out(&self, number: usize, method: &Method, url: &Url, body: &[u8]) -> Response {
+    fn carry_out(
+        &self,
+        number: usize,
+        method: &Method,
+        url: &Url,
+        body: &[u8],
+    ) -> axum::response::Response {
         let mut inner = self.inner();
         let query = url.query().unwrap_or_default();
         let our_api = &mut inner.our_api;
@@ -377,8 +377,8 @@ impl Inner {
     }
 }
 
-fn answer(status: StatusCode, body: Vec<u8>) -> Answer {
-    Answer {
+fn answer(status: StatusCode, body: Vec<u8>) -> Response {
+    Response {
         status,
         date: None,
         retry_at: None,
@@ -386,8 +386,10 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Answer {
     }
 }
 
-impl Carrier for OurApiWire {
-    fn carry(&self, method: Method, url: Url, body: Vec<u8>) -> Carried {
+impl Transport for OurApiWire {
+    fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
+        let Request { method, body, .. } = request;
+        let (url, body) = (request.url.clone(), body.unwrap_or_default());
         let stage = self.0.clone();
         let kind = if method == Method::GET {
             Step::Look
@@ -400,7 +402,7 @@ impl Carrier for OurApiWire {
         );
         Box::pin(async move {
             match strike {
-                Some(Strike::Refused) => return Err(NoAnswer::NotSent("refused".into())),
+                Some(Strike::Refused) => return Err(NoResponse::unreachable("refused")),
                 Some(Strike::Failed) => {
                     return Ok(answer(StatusCode::INTERNAL_SERVER_ERROR, Vec::new()));
                 }
@@ -412,11 +414,11 @@ impl Carrier for OurApiWire {
                     stage.carry_out(number, &method, &url, &body);
                 });
                 sleep(TIMEOUT).await;
-                return Err(NoAnswer::Late);
+                return Err(NoResponse::timed_out());
             }
             let response = stage.carry_out(number, &method, &url, &body);
             match strike {
-                Some(Strike::Lost) => return Err(NoAnswer::Lost("lost".into())),
+                Some(Strike::Lost) => return Err(NoResponse::lost("lost")),
                 Some(Strike::Late) => sleep(WAIT).await,
                 _ => {}
             }
@@ -429,8 +431,9 @@ impl Carrier for OurApiWire {
     }
 }
 
-impl Carrier for BigChatWire {
-    fn carry(&self, _: Method, url: Url, _: Vec<u8>) -> Carried {
+impl Transport for BigChatWire {
+    fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
+        let url = request.url.clone();
         let stage = self.0.clone();
         let (number, strike) = stage.step(Step::Ask, url[url::Position::BeforePath..].to_owned());
         stage.inner().bigchat.is_asked(&url);

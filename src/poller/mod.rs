@@ -18,9 +18,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::pages::Pages;
 use self::read::Ended;
-use crate::bigchat::{BigChatError, window_query};
+use crate::bigchat::window_query;
 use crate::context::Context;
-use crate::http::Exchange;
+use crate::http::{ApiError, Exchange};
 use crate::journal::{JournalError, PageToKeep, STORAGE_PAUSE};
 use crate::log::telling;
 use crate::metrics;
@@ -80,7 +80,7 @@ enum Polled {
 #[derive(Debug, Error)]
 enum PollError {
     #[error(transparent)]
-    BigChat(#[from] BigChatError),
+    BigChat(#[from] ApiError),
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(
@@ -177,10 +177,10 @@ impl Poller {
                 // That BigChat is down is said once, when it goes down.
                 let Exchange {
                     request, response, ..
-                } = error.exchange().logged();
+                } = error.exchange.logged();
                 telling!(
-                    !self.context.bigchat_is_down(),
-                    reason = error.headline(),
+                    !self.context.bigchat.http().is_failing(),
+                    reason = error.summary(),
                     request,
                     response,
                     "the poll failed; the next one goes on from the same point"

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
-use crate::bigchat::{BigChatError, Page, window_query};
+use crate::bigchat::{Page, window_query};
 use crate::domain::ids::Epoch;
-use crate::http::Exchange;
+use crate::http::route::Route;
+use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress};
 use crate::window::Window;
 
@@ -92,7 +93,7 @@ impl Poller {
 
     /// Asks for a page. What fails for a moment is asked for again at once if the pages before it are fresh: later
     /// they may have shifted beyond recognition.
-    async fn ask(&self, query: &str, at_once: bool) -> Result<Page, BigChatError> {
+    async fn ask(&self, query: &str, at_once: bool) -> Result<Page, ApiError> {
         let tries = if at_once { PAGE_TRIES } else { 1 };
         let bigchat = &self.context.bigchat;
         let answer = self
@@ -104,11 +105,11 @@ impl Poller {
     }
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
-    fn page_failed(&mut self, error: BigChatError, further: bool) -> Result<Ended, PollError> {
-        if let (false, BigChatError::NotFound(exchange)) = (further, &error) {
-            let answer = Err(BigChatError::NotBigChat(exchange.clone()));
-            self.context.bigchat_answered(&answer);
-            return answer.map_err(Into::into);
+    fn page_failed(&mut self, error: ApiError, further: bool) -> Result<Ended, PollError> {
+        if !further && matches!(error.kind, ErrorKind::NotFound(_)) {
+            let http = self.context.bigchat.http();
+            let kind = ErrorKind::WrongService;
+            return Err(http.reconsider(error, Route::Events, kind).into());
         }
         if is_outage(&error) {
             return Err(error.into());
@@ -125,7 +126,7 @@ impl Poller {
     }
 
     /// Whether a page that could not be had again counts as lost from now on; then it is told `what` that means.
-    fn gives_up(&mut self, error: &BigChatError, what: &str) -> bool {
+    fn gives_up(&mut self, error: &ApiError, what: &str) -> bool {
         self.page_failures += 1;
         let is_lost = is_gone(error) || self.page_failures >= PAGE_FAILURES;
         if is_lost {
@@ -135,7 +136,7 @@ impl Poller {
                 Exchange {
                     request, response, ..
                 },
-            ) = (error.headline(), error.exchange().logged());
+            ) = (error.summary(), error.exchange.logged());
             tracing::warn!(reason, request, response, "{what}");
         }
         is_lost
@@ -164,7 +165,7 @@ impl Poller {
             let page = match self.ask(&query, true).await {
                 Ok(page) => page,
                 // Nothing is wrong with the page while BigChat answers nothing at all.
-                Err(error) if is_outage(&error) || self.context.bigchat_is_down() => {
+                Err(error) if is_outage(&error) || self.context.bigchat.http().is_failing() => {
                     return Err(error.into());
                 }
                 Err(error) => {
@@ -245,14 +246,14 @@ impl Poller {
 }
 
 /// Whether it is not the page's own fault.
-fn is_outage(error: &BigChatError) -> bool {
+fn is_outage(error: &ApiError) -> bool {
     matches!(
-        error,
-        BigChatError::Throttled { .. } | BigChatError::Denied(_)
+        error.kind,
+        ErrorKind::RateLimited { .. } | ErrorKind::Unauthorized
     )
 }
 
 /// Whether it is no use in asking for that page again.
-fn is_gone(error: &BigChatError) -> bool {
-    matches!(error, BigChatError::NotFound(_) | BigChatError::Refused(_))
+fn is_gone(error: &ApiError) -> bool {
+    matches!(error.kind, ErrorKind::NotFound(_) | ErrorKind::Rejected)
 }

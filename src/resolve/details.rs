@@ -1,12 +1,11 @@
 //! What BigChat knows of a conversation or an advisor, checked before it is used: an answer of a BigChat that has
 //! restarted since is about somebody else.
 
-use crate::bigchat::BigChatError;
 use crate::context::Context;
 use crate::delivery::AttemptError;
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::http::Exchange;
+use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::KnownAdvisor;
 use crate::resolve::restart::{self, Seen};
 use crate::time::Timestamp;
@@ -24,14 +23,14 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
     }
     let id = conversation.bigchat_id;
     match ask(context, || context.bigchat.conversation(id)).await {
-        Err(BigChatError::NotFound(_)) if context.tells_events() => {
+        Err(error) if error.is_not_found() && context.tells_events() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
                 "BigChat knows nothing of the conversation any more"
             );
             conversation.details = Details::Gone;
         }
-        Err(error) => return Err(AttemptError::BigChat(error)),
+        Err(error) => return Err(error.into()),
         Ok(details) => {
             let ours = match (conversation.desired.started_at, details.started_at) {
                 (Some(known), Some(told)) if known == told => true,
@@ -105,8 +104,8 @@ pub async fn advisor(
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
-            Err(BigChatError::NotFound(_)) if context.tells_events() => KnownAdvisor::Gone,
-            Err(error) => return Err(AttemptError::BigChat(error)),
+            Err(error) if error.is_not_found() && context.tells_events() => KnownAdvisor::Gone,
+            Err(error) => return Err(error.into()),
         }
     };
     if known == KnownAdvisor::Gone {
@@ -132,32 +131,25 @@ async fn is_same_run(context: &Context, epoch: Epoch) -> Result<bool, AttemptErr
     match restart::look(context).await? {
         Seen::Restarted => Ok(false),
         Seen::Same | Seen::Unknown => is_present(context, epoch).await,
-        Seen::Unanswered => Err(AttemptError::BigChat(no_answer(
-            "whether it has restarted is not known",
-        ))),
+        Seen::Unanswered => Err(not_asked("whether it has restarted is not known").into()),
     }
 }
 
-fn no_answer(why: &str) -> BigChatError {
-    BigChatError::Unavailable(Exchange {
-        response: why.to_owned(),
-        ..Exchange::default()
-    })
+fn not_asked(why: &str) -> ApiError {
+    ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, why)
 }
 
-async fn ask<T, F>(context: &Context, question: impl Fn() -> F) -> Result<T, BigChatError>
+async fn ask<T, F>(context: &Context, question: impl Fn() -> F) -> Result<T, ApiError>
 where
-    F: Future<Output = Result<T, BigChatError>>,
+    F: Future<Output = Result<T, ApiError>>,
 {
     if !context.may_ask_bigchat() {
-        return Err(no_answer(
-            "not asked: BigChat is down, and is asked again by and by",
-        ));
+        return Err(not_asked("BigChat is down, and is asked again later"));
     }
     let mut tries = 1;
     loop {
         match context.ask_bigchat(1, &question).await {
-            Err(BigChatError::NotFound(_)) if tries < NOT_FOUND_TRIES => tries += 1,
+            Err(error) if error.is_not_found() && tries < NOT_FOUND_TRIES => tries += 1,
             answer => return answer,
         }
     }

@@ -8,10 +8,11 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
-use crate::bigchat::{BigChatError, Details};
+use crate::bigchat::Details;
 use crate::context::Context;
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::event::{Event, Kind};
+use crate::http::ApiError;
 use crate::journal::{JournalError, KeptPage, Marker, Store};
 use crate::time::Timestamp;
 
@@ -71,7 +72,8 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
                 begin(context, epoch, started_at).await?;
                 return Ok(Seen::Restarted);
             }
-            Ok(_) | Err(BigChatError::NotFound(_)) => {}
+            Ok(_) => {}
+            Err(error) if error.is_not_found() => {}
             Err(_) => seen = Seen::Unanswered,
         }
     }
@@ -133,10 +135,10 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>,
         let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
         let told = events.iter().find(is_start).map(|event| event.at);
         match details(context, id).await.0 {
-            Err(BigChatError::NotFound(_)) if context.tells_events() => {
+            Err(error) if error.is_not_found() && context.tells_events() => {
                 return Ok(Some(Epoch(epoch.0 - 1)));
             }
-            Err(BigChatError::NotFound(_)) => {}
+            Err(error) if error.is_not_found() => {}
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match told.zip(started_at) {
                 Some((told, started_at)) if told != started_at => {
@@ -167,7 +169,7 @@ async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError>
                 .await?;
             confirm(context, asked_at);
         }
-        Err(BigChatError::NotFound(_)) if context.tells_events() => {
+        Err(error) if error.is_not_found() && context.tells_events() => {
             context.note_look_without_first_conversation();
         }
         _ => {}
@@ -182,7 +184,7 @@ fn confirm(context: &Context, at: Option<Timestamp>) {
 }
 
 /// The details of a conversation, and BigChat's time before it was asked.
-async fn details(context: &Context, id: i64) -> (Result<Details, BigChatError>, Option<Timestamp>) {
+async fn details(context: &Context, id: i64) -> (Result<Details, ApiError>, Option<Timestamp>) {
     let asked_at = context.bigchat.clock().now();
     let answer = context
         .ask_bigchat(TRIES, || context.bigchat.conversation(id))

@@ -255,7 +255,8 @@ mod tests {
     use super::*;
     use crate::cli::Cli;
     use crate::daemon;
-    use crate::http::Http;
+    use crate::http::Network;
+    use crate::settings::LiveTokens;
 
     fn journal() -> Journal {
         let connection = Connection::open_in_memory().expect("a database");
@@ -267,12 +268,10 @@ mod tests {
         let settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("good flags")
             .settings;
-        let http = || {
-            let url = "http://127.0.0.1:9".parse().expect("a URL");
-            Http::new(url, Token::default(), Duration::from_secs(1)).expect("a client")
-        };
-        let stopping = CancellationToken::new();
-        let context = daemon::begin(settings, journal(), http(), http(), stopping).await;
+        let network = || Network::new(Duration::from_secs(1)).expect("a client");
+        let (tokens, stopping) = (LiveTokens::default(), CancellationToken::new());
+        let context =
+            daemon::begin(settings, tokens, journal(), network(), network(), stopping).await;
         let web = Web {
             context: context.expect("a session"),
             names: Vec::new(),

@@ -9,8 +9,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::Web;
 use crate::context::Context;
-use crate::health::Service;
-use crate::http::Http;
+use crate::http::{Api, Http};
 use crate::metrics::Now;
 use crate::status::Status;
 use crate::time::Millis;
@@ -29,7 +28,7 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
 /// Whether events get through: both APIs answer, by the daemon's own last exchanges, and the journal takes them.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let context = &web.context;
-    let [bigchat, our_api] = Service::ALL.map(|service| context.api(service).up);
+    let [bigchat, our_api] = Api::ALL.map(|api| context.api(api).up);
     let why = [
         (bigchat.is_none(), "BigChat was not asked yet\n"),
         (bigchat == Some(false), "BigChat is down\n"),
@@ -78,7 +77,7 @@ pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
 
 /// What the daemon knows itself.
 fn of_daemon(now: &mut Now, context: &Context) {
-    let apis = Service::ALL.map(|service| (service.name(), context.api(service)));
+    let apis = Api::ALL.map(|api| (api.name(), context.api(api)));
     now.gauges(
         "api_up",
         "Whether an API answers, by the daemon's own exchanges with it; missing until it was asked",
@@ -95,7 +94,7 @@ fn of_daemon(now: &mut Now, context: &Context) {
     );
     let at = Millis::now();
     let left = |http: &Http| {
-        let until = http.throttled_until(at).unwrap_or_default();
+        let until = http.rate_limited_until(at).unwrap_or_default();
         until.since(at).as_secs_f64()
     };
     now.gauges(
@@ -103,8 +102,8 @@ fn of_daemon(now: &mut Now, context: &Context) {
         "For how much longer an API has asked to be left alone",
         "api",
         [
-            (Service::BigChat.name(), left(context.bigchat.http())),
-            (Service::OurApi.name(), left(context.our_api.http())),
+            (Api::BigChat.name(), left(context.bigchat.http())),
+            (Api::OurApi.name(), left(context.our_api.http())),
         ],
     );
     now.gauge(

@@ -89,7 +89,7 @@ async fn a_failed_event_is_found_understood_and_retried() {
         .await;
     browser.click("a.figure", "1").await;
     browser
-        .until_text("#group-title", "OurAPI refuses it for good")
+        .until_text("#group-title", "OurAPI permanently rejects it")
         .await;
     browser.click(".rows a", "MESSAGE").await;
     browser
@@ -100,7 +100,7 @@ async fn a_failed_event_is_found_understood_and_retried() {
         .until_text(".exchange", "String should have at least 2 characters")
         .await;
     browser
-        .until_text(".attempts", "OurAPI refuses it for good")
+        .until_text(".attempts", "OurAPI permanently rejects it")
         .await;
 
     desk.scene.our_api.calm();
@@ -178,7 +178,7 @@ async fn a_group_is_decided_on_by_itself_and_all_at_once() {
     browser.click("#ask button", "Discard").await;
     bench.until_events("discarded", 1).await;
     browser
-        .until_text(".groups", "OurAPI refuses it for good")
+        .until_text(".groups", "OurAPI permanently rejects it")
         .await;
     assert_eq!(bench.events("failed"), 2);
     browser.click(".head button", "Discard all").await;
@@ -567,17 +567,14 @@ fn six_hours() -> String {
     }
     let reasons = [
         (
-            "OurAPI refuses it for good: String should have at least 2 characters",
+            "OurAPI permanently rejects it: String should have at least 2 characters",
             9,
         ),
         (
-            "OurAPI refuses it for good: Message rejected by the spam filter",
+            "OurAPI permanently rejects it: Message rejected by the spam filter",
             4,
         ),
-        (
-            "OurAPI gave no usable answer, so that it is unknown whether the request was carried out",
-            1,
-        ),
+        ("OurAPI gave no usable answer", 1),
     ];
     let mut event = 1000;
     for (reason, count) in reasons {
@@ -599,7 +596,7 @@ fn six_hours() -> String {
     ] {
         sql += &format!(
             "INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
-             VALUES ({}, '{by}', '{decision}', {event}, 1288, 'MESSAGE', 'OurAPI refuses it for good');",
+             VALUES ({}, '{by}', '{decision}', {event}, 1288, 'MESSAGE', 'OurAPI permanently rejects it');",
             now - ago
         );
     }

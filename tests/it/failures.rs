@@ -14,8 +14,9 @@ use crate::harness::{Bench, Daemon, side_by_side, until};
 const NO_ANSWER: &str = "OurAPI gave no usable answer";
 const LATE: &str = "OurAPI did not answer in time";
 const TURNED_AWAY: &str = "OurAPI cannot be reached or turns requests away";
-const DENIED: &str = "OurAPI refuses us; check BIGCHAT_SYNC_OUR_API_TOKEN and --our-api-url";
-const REFUSED: &str = "OurAPI refuses it for good";
+const DENIED: &str =
+    "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
+const REFUSED: &str = "OurAPI permanently rejects it";
 
 const POST: &str = "POST /chats/c1/messages";
 const LOOK: &str = "GET /chats/c1/messages";
@@ -700,7 +701,8 @@ async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
 async fn what_bigchat_does_not_tell_is_asked_again() {
     let html = || status(200).body("<html>");
     let reason = "BigChat gave no usable answer";
-    let denied = "BigChat refuses us; check BIGCHAT_SYNC_BIGCHAT_TOKEN and --bigchat-url";
+    let denied =
+        "BigChat rejected the credentials; renew BIGCHAT_SYNC_BIGCHAT_TOKEN or check --bigchat-url";
     let (details, advisor) = ("GET /conversations/42", "GET /advisors/7");
     side_by_side(
         [
@@ -709,7 +711,7 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
                 "details: late",
                 details,
                 late(),
-                reason,
+                "BigChat did not answer in time",
                 "no answer in time",
             ),
             ("details: HTML", details, html(), reason, "200 <html>"),

@@ -192,13 +192,13 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
         messages.retain(|message, _| !message.contains("is running") && message != "catching up");
         messages
     };
-    let down = "OurAPI is down; pausing deliveries and probing with one request at a time";
+    let down = "OurAPI is down; requests to it wait, and one at a time probes it";
     let first = "delivery failed; it will be retried";
     let expected = [(first, 1), (down, 1)].map(|(message, count)| (message.to_owned(), count));
     assert_eq!(of_the_outage(&log), expected.into(), "{log}");
     let line = lines(&log).into_iter().find(|line| line["message"] == down);
     let line = line.expect("a line");
-    assert_eq!(line["level"], "ERROR");
+    assert_eq!(line["level"], "WARN");
     assert_eq!(line["response"], "503");
     sim.our_api.faults.outage(None);
     until("some get through", async || bench.events("delivered") > 20).await;

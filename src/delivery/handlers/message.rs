@@ -3,7 +3,8 @@
 use uuid::Uuid;
 
 use crate::domain::conversation::Pending;
-use crate::our_api::{MessageTarget, NewMessage, OurApi, OurApiError};
+use crate::http::ApiError;
+use crate::our_api::{MessageTarget, NewMessage, OurApi};
 
 /// Adds a message to the chat that `target` names. `author`: the agent to credit it to.
 pub(in crate::delivery) async fn send(
@@ -12,7 +13,7 @@ pub(in crate::delivery) async fn send(
     event: &Pending,
     text: &str,
     author: Option<Uuid>,
-) -> Result<(), OurApiError> {
+) -> Result<(), ApiError> {
     let message = NewMessage {
         sent_at: event.at,
         text,

@@ -124,9 +124,9 @@ const PERMANENT = "A retry fails again unless OurAPI, or this program, has chang
 
 // What a reason asks of the operator where a retry can succeed.
 const ADVICE = [
-  [/^OurAPI refuses us/, "Set the token right, then retry."],
+  [/rejected the credentials/, "Renew the token, then retry."],
   [/does not seem to be (OurAPI|BigChat)/, "Something else answers there. Set the URL right, then retry."],
-  [/unknown whether the request was carried out/, "Retry: OurAPI is checked first, and nothing is sent twice."],
+  [/no usable answer|did not answer in time/, "Retry: OurAPI is checked first, and nothing is sent twice."],
 ];
 
 const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try."));

@@ -56,6 +56,11 @@ impl Route {
         }
     }
 
+    /// Whether it changes nothing.
+    pub fn is_read(self) -> bool {
+        self.method().is_safe()
+    }
+
     /// The segments of its path, `id` in its place.
     pub fn path(self, id: &str) -> impl Iterator<Item = &str> {
         let segments = self.name().split('/').skip(1);

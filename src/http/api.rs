@@ -1,0 +1,53 @@
+//! The two APIs by name.
+
+use std::fmt;
+
+/// One of the two APIs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    BigChat,
+    OurApi,
+}
+
+impl Api {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::BigChat, Self::OurApi];
+
+    /// For people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::BigChat => "BigChat",
+            Self::OurApi => "OurAPI",
+        }
+    }
+
+    /// In the journal and as a label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BigChat => "bigchat",
+            Self::OurApi => "our_api",
+        }
+    }
+
+    /// The setting that says where it is.
+    pub fn url_setting(self) -> &'static str {
+        match self {
+            Self::BigChat => "--bigchat-url",
+            Self::OurApi => "--our-api-url",
+        }
+    }
+
+    /// The setting with its credentials.
+    pub fn token_setting(self) -> &'static str {
+        match self {
+            Self::BigChat => "BIGCHAT_SYNC_BIGCHAT_TOKEN",
+            Self::OurApi => "BIGCHAT_SYNC_OUR_API_TOKEN",
+        }
+    }
+}
+
+impl fmt::Display for Api {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.title())
+    }
+}

@@ -1,0 +1,287 @@
+//! Why a request did not succeed, as what the caller can do about it.
+
+use std::fmt;
+
+use thiserror::Error;
+
+use super::api::Api;
+use super::exchange::Exchange;
+use super::route::Route;
+use super::transport::Response;
+use crate::time::Millis;
+
+/// A request that did not succeed.
+#[derive(Debug, Clone, Error)]
+#[error("{}: {exchange}", self.summary())]
+pub struct ApiError {
+    pub api: Api,
+    pub kind: ErrorKind,
+    /// Boxed, since results travel through many futures.
+    pub exchange: Box<Exchange>,
+}
+
+/// What the caller can do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Never sent, or turned away unread. Try again later.
+    Unreachable,
+    /// It may have been carried out. Read back, then try again.
+    OutcomeUnknown {
+        /// It may still be carried out.
+        timed_out: bool,
+    },
+    /// Ask nothing before then.
+    RateLimited {
+        until: Millis,
+        /// It may have been carried out: a 503 does not say; a 429 does.
+        outcome_unknown: bool,
+    },
+    /// 401 or 403: nothing will succeed before the credentials are renewed.
+    Unauthorized,
+    /// What answers is not the API.
+    WrongService,
+    /// It names something that the API does not know. In OurAPI only a list tells whether it is gone.
+    NotFound(Resource),
+    /// There is one like it already, if this is OurAPI at all.
+    Conflict,
+    /// Never acceptable. Do not try again.
+    Rejected,
+}
+
+/// What a request can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resource {
+    Events,
+    Conversation,
+    Advisor,
+    Chat,
+    Agent,
+}
+
+impl fmt::Display for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Events => "events",
+            Self::Conversation => "conversation",
+            Self::Advisor => "advisor",
+            Self::Chat => "chat",
+            Self::Agent => "agent",
+        })
+    }
+}
+
+/// What a result says about the health of an API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sign {
+    Up,
+    Down,
+    Neither,
+}
+
+impl ErrorKind {
+    /// Whether the request may have been carried out.
+    pub fn outcome_unknown(self) -> bool {
+        matches!(
+            self,
+            Self::OutcomeUnknown { .. }
+                | Self::RateLimited {
+                    outcome_unknown: true,
+                    ..
+                }
+        )
+    }
+
+    /// Whether it may be carried out after the client has given up.
+    pub fn timed_out(self) -> bool {
+        self == Self::OutcomeUnknown { timed_out: true }
+    }
+
+    /// Whether an outage explains it, which ends without anybody's doing.
+    pub fn is_transient(self) -> bool {
+        matches!(self, Self::Unreachable | Self::OutcomeUnknown { .. })
+    }
+
+    /// What it says about the API. A rejected write shows that the API works, and a rejected read that it does not.
+    pub(super) fn sign(self, is_read: bool) -> Sign {
+        match self {
+            Self::Unreachable
+            | Self::OutcomeUnknown { .. }
+            | Self::Unauthorized
+            | Self::WrongService => Sign::Down,
+            Self::Rejected if is_read => Sign::Down,
+            Self::Rejected => Sign::Up,
+            Self::RateLimited { .. } | Self::NotFound(_) | Self::Conflict => Sign::Neither,
+        }
+    }
+
+    /// What a status means on a route; `None`: success.
+    pub(super) fn of(route: Route, response: &Response) -> Option<Self> {
+        use Route::*;
+        let Response { status, body, .. } = response;
+        Some(match (status.as_u16(), route) {
+            (200..=299, _) => return None,
+            (401 | 403, _) => Self::Unauthorized,
+            (429, _) => Self::Unreachable,
+            (404, ChangeChat | Messages | AddMessage) => Self::NotFound(Resource::Chat),
+            (404, Chats | Agents) => Self::WrongService,
+            (404 | 409, CreateChat | CreateAgent) => Self::Conflict,
+            // OurAPI answers so to a name or an address that is taken; the caller finds out.
+            (500, CreateAgent) => Self::Conflict,
+            (404, Events) => Self::NotFound(Resource::Events),
+            (404, Conversation) => Self::NotFound(Resource::Conversation),
+            (404, Advisor) => Self::NotFound(Resource::Advisor),
+            (400, CreateChat | ChangeChat | AddMessage) if names_no_agent(body) => {
+                Self::NotFound(Resource::Agent)
+            }
+            (504, _) => Self::OutcomeUnknown { timed_out: true },
+            (408 | 425, _) => Self::OutcomeUnknown { timed_out: false },
+            (405, _) => Self::WrongService,
+            (400..=499, _) if body.trim_ascii_start().starts_with(b"<") => Self::WrongService,
+            (400..=499, _) => Self::Rejected,
+            _ => Self::OutcomeUnknown { timed_out: false },
+        })
+    }
+}
+
+/// `That agent does not exist.`
+fn names_no_agent(body: &[u8]) -> bool {
+    const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
+    body.windows(NO_SUCH_AGENT.len())
+        .any(|part| part == NO_SUCH_AGENT)
+}
+
+impl ApiError {
+    /// A request that was not made.
+    pub fn not_sent(api: Api, kind: ErrorKind, why: impl Into<String>) -> Self {
+        let exchange = Exchange {
+            response: why.into(),
+            ..Exchange::default()
+        };
+        Self {
+            api,
+            kind,
+            exchange: Box::new(exchange),
+        }
+    }
+
+    /// Whether the API does not know what the request names.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self.kind, ErrorKind::NotFound(_))
+    }
+
+    /// The same exchange, understood otherwise.
+    pub fn with_kind(self, kind: ErrorKind) -> Self {
+        Self { kind, ..self }
+    }
+
+    /// What it means, without what was sent and answered.
+    pub fn summary(&self) -> String {
+        let api = self.api;
+        match self.kind {
+            ErrorKind::Unreachable => {
+                format!("{api} cannot be reached or turns requests away")
+            }
+            ErrorKind::OutcomeUnknown { timed_out: false } => {
+                format!("{api} gave no usable answer")
+            }
+            ErrorKind::OutcomeUnknown { timed_out: true } => {
+                format!("{api} did not answer in time")
+            }
+            ErrorKind::RateLimited { until, .. } => {
+                format!("{api} asks to be left alone until {until}")
+            }
+            ErrorKind::Unauthorized => format!(
+                "{api} rejected the credentials; renew {} or check {}",
+                api.token_setting(),
+                api.url_setting()
+            ),
+            ErrorKind::WrongService => format!(
+                "this does not seem to be {api}; check {}",
+                api.url_setting()
+            ),
+            ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
+            ErrorKind::Conflict => format!("{api} has one like it already"),
+            ErrorKind::Rejected if self.exchange.is_read => {
+                format!("{api} does not accept the query")
+            }
+            ErrorKind::Rejected => REJECTED_WRITE.to_owned(),
+        }
+    }
+}
+
+/// What the summary of each rejected write is.
+pub const REJECTED_WRITE: &str = "OurAPI permanently rejects it";
+
+#[cfg(test)]
+mod tests {
+    use reqwest::StatusCode;
+
+    use super::*;
+
+    #[test]
+    fn a_status_means_what_the_contract_says() {
+        use Route::*;
+        let unknown = ErrorKind::OutcomeUnknown { timed_out: false };
+        let no_chat = ErrorKind::NotFound(Resource::Chat);
+        let no_agent = r#"{"detail":"That agent does not exist."}"#;
+        for (status, body, route, expected) in [
+            (201, "{}", CreateChat, None),
+            (204, "", ChangeChat, None),
+            (404, "", CreateChat, Some(ErrorKind::Conflict)),
+            (409, "", CreateAgent, Some(ErrorKind::Conflict)),
+            (409, "", AddMessage, Some(ErrorKind::Rejected)),
+            (404, "", ChangeChat, Some(no_chat)),
+            (404, "", AddMessage, Some(no_chat)),
+            (404, "", Messages, Some(no_chat)),
+            (404, "", Chats, Some(ErrorKind::WrongService)),
+            (404, "", Agents, Some(ErrorKind::WrongService)),
+            (
+                404,
+                "",
+                Conversation,
+                Some(ErrorKind::NotFound(Resource::Conversation)),
+            ),
+            (
+                404,
+                "",
+                Advisor,
+                Some(ErrorKind::NotFound(Resource::Advisor)),
+            ),
+            (
+                400,
+                no_agent,
+                AddMessage,
+                Some(ErrorKind::NotFound(Resource::Agent)),
+            ),
+            (400, no_agent, Events, Some(ErrorKind::Rejected)),
+            (400, "", CreateChat, Some(ErrorKind::Rejected)),
+            (422, "", AddMessage, Some(ErrorKind::Rejected)),
+            (413, "<html>", AddMessage, Some(ErrorKind::WrongService)),
+            (405, "", CreateChat, Some(ErrorKind::WrongService)),
+            (500, "", CreateAgent, Some(ErrorKind::Conflict)),
+            (500, "", CreateChat, Some(unknown)),
+            (503, "", CreateAgent, Some(unknown)),
+            (
+                504,
+                "",
+                CreateAgent,
+                Some(ErrorKind::OutcomeUnknown { timed_out: true }),
+            ),
+            (302, "", Chats, Some(unknown)),
+            (408, "", AddMessage, Some(unknown)),
+            (425, "", Events, Some(unknown)),
+            (401, "", Chats, Some(ErrorKind::Unauthorized)),
+            (403, "", AddMessage, Some(ErrorKind::Unauthorized)),
+            (429, "", AddMessage, Some(ErrorKind::Unreachable)),
+        ] {
+            let response = Response {
+                status: StatusCode::from_u16(status).expect("a status"),
+                date: None,
+                retry_at: None,
+                body: body.into(),
+            };
+            let kind = ErrorKind::of(route, &response);
+            assert_eq!(kind, expected, "{route:?} {response:?}");
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! A request and its response as stored with a failed event and logged: bounded, and without credentials.
+
+use std::fmt;
+
+use serde::Deserialize;
+
+use super::Target;
+use super::transport::Response;
+use crate::log;
+
+/// How much of a request or a response goes into records and logs.
+const MAX_RECORD: usize = 2_000;
+
+/// How much of what a response says is wrong, in characters: failed events are grouped by it.
+const MAX_COMPLAINT: usize = 200;
+
+/// See the [module](self).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exchange {
+    /// Method, path, query and body.
+    pub request: String,
+    /// Status and body, or why there is no answer.
+    pub response: String,
+    /// What the response says is wrong with the request, if it says so: short, and on one line.
+    pub complaint: Option<String>,
+    /// The request changes nothing.
+    pub is_read: bool,
+}
+
+impl Exchange {
+    /// The record of a request that got this response, or none for this reason.
+    pub(super) fn new(
+        target: &Target,
+        body: Option<&impl serde::Serialize>,
+        response: Result<&Response, &str>,
+    ) -> Self {
+        let (method, path) = (target.route.method(), target.path());
+        let body = body
+            .and_then(|body| serde_json::to_string(body).ok())
+            .unwrap_or_default();
+        let complaint = response
+            .ok()
+            .filter(|answer| answer.status.is_client_error())
+            .and_then(|answer| complaint(&answer.body));
+        let response = match response {
+            Ok(answer) => format!(
+                "{} {}",
+                answer.status.as_u16(),
+                String::from_utf8_lossy(head(&answer.body))
+            ),
+            Err(why) => why.to_owned(),
+        };
+        Self {
+            is_read: method.is_safe(),
+            request: shortened(&format!("{method} {path} {body}")),
+            response: shortened(&response),
+            complaint,
+        }
+    }
+}
+
+/// A request as [`Exchange`] has it, without query and body: these hold messages, names and addresses.
+pub fn request_head(request: &str) -> &str {
+    let path = request.find(' ').map_or(0, |space| space + 1);
+    let end = request[path..].find([' ', '?']);
+    end.map_or(request, |end| &request[..path + end])
+}
+
+/// A response as [`Exchange`] has it, without its body, which may repeat what was sent: the status, or why there is none.
+pub fn response_head(response: &str) -> &str {
+    if response.starts_with(|c: char| c.is_ascii_digit()) {
+        response.split(' ').next().unwrap_or_default()
+    } else {
+        response
+    }
+}
+
+/// What is wrong, by the body of a 4xx: `{"detail": "…"}`, or a list of what is wrong with which field, as both services
+/// answer.
+fn complaint(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Wire {
+        detail: Detail,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Detail {
+        All(String),
+        Each(Vec<Wrong>),
+    }
+    #[derive(Deserialize)]
+    struct Wrong {
+        #[serde(default)]
+        loc: Vec<serde_json::Value>,
+        msg: String,
+    }
+    let text = match serde_json::from_slice::<Wire>(body).ok()?.detail {
+        Detail::All(text) => text,
+        Detail::Each(all) => {
+            let all = all.iter().map(|wrong| {
+                match wrong.loc.last().and_then(serde_json::Value::as_str) {
+                    Some(field) => format!("{field}: {}", wrong.msg),
+                    None => wrong.msg.clone(),
+                }
+            });
+            all.collect::<Vec<_>>().join("; ")
+        }
+    };
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    (!line.is_empty()).then(|| line.chars().take(MAX_COMPLAINT).collect())
+}
+
+impl Exchange {
+    /// What the log and the figures show of it, unless message text may be logged.
+    pub fn logged(&self) -> Self {
+        Self {
+            request: log::shown(&self.request, request_head).to_owned(),
+            response: log::shown(&self.response, response_head).to_owned(),
+            complaint: None,
+            is_read: self.is_read,
+        }
+    }
+}
+
+impl fmt::Display for Exchange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            request, response, ..
+        } = self.logged();
+        write!(f, "{request} -> {response}")
+    }
+}
+
+fn head(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(MAX_RECORD)]
+}
+
+/// `text`, without its end where it is long.
+pub fn shortened(text: &str) -> String {
+    let text = text.trim();
+    match text.char_indices().nth(MAX_RECORD) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_answer_says_is_wrong_is_put_in_short() {
+        let of = |body: &str| complaint(body.as_bytes());
+        let each = r#"{"detail":[{"loc":["body","text"],"msg":"too\n short","input":"k"},{"loc":["body",0],"msg":"no"}]}"#;
+        assert_eq!(of(each).as_deref(), Some("text: too short; no"));
+        assert_eq!(of(r#"{"detail":" gone "}"#).as_deref(), Some("gone"));
+        let long = format!(r#"{{"detail":"{}"}}"#, "ä".repeat(1000));
+        assert_eq!(
+            of(&long).map(|text| text.chars().count()),
+            Some(MAX_COMPLAINT)
+        );
+        for nothing in ["", "{}", "<html>", r#"{"detail":""}"#, r#"{"detail":7}"#] {
+            assert_eq!(of(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn heads_hold_nothing_of_bodies_and_queries() {
+        for (request, head) in [
+            (
+                "POST /chats/c1/messages {\"text\":\"secret\"}",
+                "POST /chats/c1/messages",
+            ),
+            ("GET /agents?email=ann%40x.test", "GET /agents"),
+            ("GET /agents?name=a b", "GET /agents"),
+            ("PATCH /chats/c1 {\"a\":\"x?y\"}", "PATCH /chats/c1"),
+            ("GET /chats", "GET /chats"),
+            ("", ""),
+        ] {
+            assert_eq!(request_head(request), head);
+        }
+        for (response, head) in [
+            ("422 {\"input\":\"secret\"}", "422"),
+            ("200 secret", "200"),
+            ("503", "503"),
+            ("no connection: refused", "no connection: refused"),
+            ("", ""),
+        ] {
+            assert_eq!(response_head(response), head);
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Carrying requests to the two APIs: one request, one response, within a time and a size, and nothing done behind the
+//! caller's back. The daemon's promises rest on knowing of each request whether it was sent.
+//!
+//! Each API has a client, [`Http`], which owns what is known of it: its circuit breaker, its rate limit, and whether it is
+//! up. No request and no credentials go to another host than the configured one. What is asked and what it means is left
+//! to [`crate::bigchat`] and [`crate::our_api`].
+
+mod api;
+mod breaker;
+mod error;
+mod exchange;
+mod health;
+mod rate_limit;
+pub mod route;
+mod transport;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use serde::Serialize;
+use url::Url;
+
+pub use self::api::Api;
+pub use self::breaker::Circuit;
+pub use self::error::{ApiError, ErrorKind, REJECTED_WRITE, Resource};
+pub use self::exchange::{Exchange, request_head, response_head, shortened};
+pub use self::health::ApiStatus;
+use self::health::{Health, Latest};
+use self::rate_limit::RateLimit;
+use self::route::Route;
+pub use self::transport::{Network, NoResponse, Request, Response, Sending, Transport};
+use crate::metrics::ApiRequests;
+use crate::pulse;
+use crate::retry::Policy;
+use crate::settings::Token;
+use crate::time::Millis;
+
+/// The client of one API at one base URL.
+#[derive(Debug)]
+pub struct Http {
+    api: Api,
+    transport: Box<dyn Transport>,
+    base: Url,
+    token: Token,
+    /// How probes are spaced.
+    policy: Policy,
+    rate_limit: RateLimit,
+    health: Mutex<Health>,
+    requests: Option<ApiRequests>,
+}
+
+/// A route and its URL. Made once, it can be asked for often.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub route: Route,
+    url: Arc<Url>,
+}
+
+impl Target {
+    /// Its path and query.
+    fn path(&self) -> &str {
+        &self.url[url::Position::BeforePath..]
+    }
+
+    /// Its method and URL, without its query: that may hold an e-mail address.
+    fn name(&self) -> String {
+        let Self { route, url } = self;
+        format!("{} {}", route.method(), &url[..url::Position::AfterPath])
+    }
+}
+
+impl Http {
+    /// A client of the API at `base`. While the API fails, probes are spaced by `policy`.
+    pub fn new(
+        api: Api,
+        transport: impl Transport + 'static,
+        base: Url,
+        token: Token,
+        policy: Policy,
+    ) -> Self {
+        Self {
+            api,
+            transport: Box::new(transport),
+            base,
+            token,
+            policy,
+            rate_limit: RateLimit::default(),
+            health: Mutex::default(),
+            requests: None,
+        }
+    }
+
+    /// The same, with its requests counted there.
+    pub fn counted_by(self, requests: ApiRequests) -> Self {
+        Self {
+            requests: Some(requests),
+            ..self
+        }
+    }
+
+    /// The configured base URL.
+    pub fn base(&self) -> &Url {
+        &self.base
+    }
+
+    /// Until when nothing may be asked, if the API asked for that.
+    pub fn rate_limited_until(&self, now: Millis) -> Option<Millis> {
+        self.rate_limit.until(now)
+    }
+
+    /// Until when the API asked to be left alone, whether that is over or not.
+    pub fn asked_until(&self) -> Millis {
+        self.rate_limit.asked_until()
+    }
+
+    /// Leaves the API alone until then.
+    pub fn leave_alone(&self, until: Millis) {
+        self.rate_limit.raise(until);
+    }
+
+    /// What may be asked now, apart from the rate limit.
+    pub fn circuit(&self, now: Millis) -> Circuit {
+        self.health().circuit(now)
+    }
+
+    /// Whether the API fails, and not only for one request.
+    pub fn is_failing(&self) -> bool {
+        self.health().breaker.is_failing()
+    }
+
+    /// Whether that is an outage, or it was one when the last session ended and nothing has shown its end.
+    pub fn is_down(&self) -> bool {
+        self.health().is_down()
+    }
+
+    /// Whether the API is up, with the latest exchange.
+    pub fn status(&self) -> ApiStatus {
+        self.health().status()
+    }
+
+    /// Takes over how the API was when the last session ended.
+    pub fn recall(&self, status: &ApiStatus) {
+        self.health().recall(status);
+    }
+
+    /// A route below the base URL, for what `id` names and with `query` (encoded already), if it takes them.
+    pub fn target(&self, route: Route, id: &str, query: Option<&str>) -> Target {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(route.path(id));
+        }
+        url.set_query(query);
+        Target {
+            route,
+            url: Arc::new(url),
+        }
+    }
+
+    /// Sends one request, with `body` as JSON, and reads the response with `read`, which may find it unusable.
+    pub async fn call<T>(
+        &self,
+        target: &Target,
+        body: Option<&impl Serialize>,
+        read: impl FnOnce(&mut Response) -> Option<T>,
+    ) -> Result<T, ApiError> {
+        let sent = self.send(target, body).await;
+        self.conclude(target, body, sent, read)
+    }
+
+    /// The first half of [`Self::call`].
+    pub async fn send(
+        &self,
+        target: &Target,
+        body: Option<&impl Serialize>,
+    ) -> Result<Response, NoResponse> {
+        if let Some(until) = self.rate_limit.until_now() {
+            return Err(NoResponse {
+                kind: ErrorKind::RateLimited {
+                    until,
+                    outcome_unknown: false,
+                },
+                why: format!("the API asked to be left alone until {until}"),
+            });
+        }
+        let body = body
+            .map(serde_json::to_vec)
+            .transpose()
+            .map_err(NoResponse::impossible)?;
+        self.exchange(target, body).await
+    }
+
+    async fn exchange(
+        &self,
+        target: &Target,
+        body: Option<Vec<u8>>,
+    ) -> Result<Response, NoResponse> {
+        let sent = Instant::now();
+        let request = Request {
+            method: target.route.method(),
+            url: &target.url,
+            token: self.token.get(),
+            body,
+        };
+        let response = self.transport.send(request).await;
+        let ended = Instant::now();
+        pulse::goes_on(ended);
+        let status = match &response {
+            Ok(response) => Ok(response.status),
+            Err(error) => Err(error.kind),
+        };
+        if let Some(requests) = &self.requests {
+            requests.made(target.route, status, ended - sent);
+        }
+        self.health().latest = Some(Latest {
+            at: ended,
+            target: target.clone(),
+            response: match &response {
+                Ok(response) => Ok(response.status),
+                Err(error) => Err(error.why.clone()),
+            },
+        });
+        if let Ok(response) = &response
+            && let Some(until) = response.retry_at
+        {
+            self.rate_limit.raise(until);
+        }
+        response
+    }
+
+    /// The second half of [`Self::call`]: what became of the request, which also shows how the API is.
+    pub fn conclude<T>(
+        &self,
+        target: &Target,
+        body: Option<&impl Serialize>,
+        sent: Result<Response, NoResponse>,
+        read: impl FnOnce(&mut Response) -> Option<T>,
+    ) -> Result<T, ApiError> {
+        let route = target.route;
+        let (kind, exchange) = match sent {
+            Ok(mut response) => {
+                let kind = match (ErrorKind::of(route, &response), response.retry_at) {
+                    (_, Some(until)) => ErrorKind::RateLimited {
+                        until,
+                        outcome_unknown: response.status.is_server_error(),
+                    },
+                    (Some(kind), None) => kind,
+                    (None, None) => match read(&mut response) {
+                        Some(value) => {
+                            self.health().succeeded(self.api, route);
+                            return Ok(value);
+                        }
+                        None => ErrorKind::OutcomeUnknown { timed_out: false },
+                    },
+                };
+                (kind, Exchange::new(target, body, Ok(&response)))
+            }
+            Err(NoResponse { kind, why }) => (kind, Exchange::new(target, body, Err(&why))),
+        };
+        let error = ApiError {
+            api: self.api,
+            kind,
+            exchange: Box::new(exchange),
+        };
+        self.failed(&error, route);
+        Err(error)
+    }
+
+    /// A result turned out to mean something else than it did by itself.
+    pub fn reconsider(&self, error: ApiError, route: Route, kind: ErrorKind) -> ApiError {
+        let error = error.with_kind(kind);
+        self.failed(&error, route);
+        error
+    }
+
+    fn failed(&self, error: &ApiError, route: Route) {
+        self.health().failed(error, route, &self.base, &self.policy);
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn http(base: &str) -> Http {
+        let policy = Policy {
+            initial: Duration::from_secs(1),
+            max: Duration::from_secs(300),
+            max_attempts: 10,
+        };
+        let network = Network::new(Duration::from_secs(1)).expect("a client");
+        let base = base.parse().expect("a URL");
+        Http::new(Api::OurApi, network, base, Token::default(), policy)
+    }
+
+    #[test]
+    fn paths_are_encoded_and_stay_below_the_base() {
+        let chats = http("http://h:1").target(Route::Chats, "", None);
+        assert_eq!(chats.url.as_str(), "http://h:1/chats");
+        let base = http("http://h/api/");
+        let odd = base.target(Route::ChangeChat, "a/../b?", Some("x=1"));
+        assert_eq!(odd.url.as_str(), "http://h/api/chats/a%2F..%2Fb%3F?x=1");
+    }
+}

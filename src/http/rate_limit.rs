@@ -1,0 +1,82 @@
+//! Until when an API asked to be left alone.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use crate::time::{Millis, Timestamp};
+
+/// The longest `Retry-After` that is honoured: a mistyped one must not stop the daemon for days.
+pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
+
+/// By this machine's clock; 0: it never asked.
+#[derive(Debug, Default)]
+pub(super) struct RateLimit(AtomicI64);
+
+impl RateLimit {
+    /// Until when it asked, whether that is over or not.
+    pub(super) fn asked_until(&self) -> Millis {
+        Millis(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Until when nothing may be asked.
+    pub(super) fn until(&self, now: Millis) -> Option<Millis> {
+        let until = self.asked_until();
+        // Further ahead than ever asked for, it is this machine's clock that was set back.
+        (now < until && until <= now.plus(RETRY_AFTER_MAX)).then_some(until)
+    }
+
+    /// The same as of now. Without a limit it costs no look at the clock.
+    pub(super) fn until_now(&self) -> Option<Millis> {
+        match self.asked_until() {
+            Millis(0) => None,
+            _ => self.until(Millis::now()),
+        }
+    }
+
+    /// Raises it.
+    pub(super) fn raise(&self, until: Millis) {
+        // One noted while this machine's clock was wrong must not outweigh this one.
+        let valid = self.until(Millis::now()).unwrap_or_default();
+        self.0.store(until.max(valid).0, Ordering::Relaxed);
+    }
+}
+
+/// How long `Retry-After` asks to wait: seconds, or an HTTP date by the server's own clock. Nonsense asks for nothing.
+pub(super) fn retry_after(value: &str, date: Option<Timestamp>) -> Option<Duration> {
+    let value = value.trim();
+    let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
+        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
+    } else {
+        let until = Timestamp::parse_http_date(value)?;
+        let now = date.unwrap_or_else(Timestamp::of_this_machine);
+        Duration::from_secs(u64::try_from(until.unix() - now.unix()).unwrap_or(0))
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_kept_within_an_hour_and_nonsense_is_no_request() {
+        let date = Timestamp::parse_http_date("Sun, 22 Nov 2026 22:00:00 GMT");
+        let wait = |value| retry_after(value, date).map(|wait| wait.as_secs());
+        assert_eq!(wait("7"), Some(7));
+        assert_eq!(wait("Sun, 22 Nov 2026 22:00:30 GMT"), Some(30));
+        assert_eq!(wait("Sun, 22 Nov 2026 21:00:00 GMT"), Some(0));
+        assert_eq!(wait("99999999999999999999999999"), Some(3600));
+        assert_eq!(wait("soon"), None);
+        assert_eq!(wait("-1"), None);
+        assert_eq!(wait(""), None);
+    }
+
+    #[test]
+    fn a_clock_set_back_does_not_prolong_a_rate_limit() {
+        let limit = RateLimit::default();
+        limit.raise(Millis(10_000_000));
+        assert_eq!(limit.until(Millis(9_000_000)), Some(Millis(10_000_000)));
+        assert_eq!(limit.until(Millis(10_000_000)), None);
+        assert_eq!(limit.until(Millis(1_000_000)), None);
+    }
+}

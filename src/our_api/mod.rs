@@ -1,0 +1,315 @@
+//! The OurAPI client, typed after the contract, with a bound on the requests in flight that holds for every caller.
+
+mod permits;
+
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Deserializer, Serialize};
+use uuid::Uuid;
+
+use self::permits::Permits;
+use crate::http::route::Route;
+use crate::http::{ApiError, Http, Response, Target};
+use crate::time::{Millis, Timestamp};
+
+#[derive(Debug)]
+pub struct OurApi {
+    http: Http,
+    permits: Permits,
+}
+
+/// A chat as OurAPI holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Chat {
+    /// OurAPI's id of it.
+    pub chat_id: Uuid,
+    /// The conversation it is.
+    pub external_id: String,
+    /// Who has it.
+    pub agent_id: Option<Uuid>,
+    /// When it started.
+    #[serde(deserialize_with = "time")]
+    pub started_at: Timestamp,
+    /// When it ended, as far as is known.
+    #[serde(default, deserialize_with = "optional_time")]
+    pub ended_at: Option<Timestamp>,
+}
+
+/// An agent as OurAPI holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Agent {
+    /// OurAPI's id of it.
+    pub agent_id: Uuid,
+    /// Unique.
+    pub name: String,
+    /// Unique, and the identity.
+    pub email: String,
+}
+
+/// A message as OurAPI holds it: its text stripped of white space at both ends.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Message {
+    /// The words.
+    pub text: String,
+    /// When they were sent.
+    #[serde(deserialize_with = "time")]
+    pub sent_at: Timestamp,
+}
+
+/// A chat to be created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NewChat<'a> {
+    /// Unique; cannot be changed afterwards.
+    pub external_id: &'a str,
+    /// When it started.
+    pub started_at: Timestamp,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// Who has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Uuid>,
+}
+
+/// What is to change of a chat: only what is named here is named to OurAPI, since what is named is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ChatChange {
+    /// The start time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// The end time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// The agent; `Some(None)` clears it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Option<Uuid>>,
+}
+
+impl ChatChange {
+    /// Whether there is nothing to change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A message to be added to a chat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NewMessage<'a> {
+    /// When it was sent.
+    pub sent_at: Timestamp,
+    /// The words.
+    pub text: &'a str,
+    /// Whom it is from, where that is to be said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Uuid>,
+}
+
+/// Where messages are added to a chat.
+#[derive(Debug, Clone)]
+pub struct MessageTarget(Target);
+
+type Result<T> = std::result::Result<T, ApiError>;
+
+impl OurApi {
+    /// OurAPI behind `http`, each request of which takes at most `request_timeout`.
+    pub fn new(http: Http, max_in_flight: u16, request_timeout: Duration) -> Self {
+        Self {
+            http,
+            permits: Permits::new(max_in_flight, request_timeout),
+        }
+    }
+
+    /// How many requests may be in flight beside those that timed out and may still be carried out. If none may: until
+    /// when.
+    pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
+        self.permits.room(now)
+    }
+
+    /// Until when requests may be in flight that nobody waits for any more, by this machine's clock.
+    pub fn held_until(&self) -> Millis {
+        self.permits.held_until()
+    }
+
+    /// So many requests are given up, and may still be in flight.
+    pub fn give_up(&self, requests: usize) {
+        self.permits
+            .give_up(u16::try_from(requests).unwrap_or(u16::MAX));
+    }
+
+    /// An earlier session gave up requests: none is sent before they can no longer be in flight.
+    pub fn recall_given_up(&self, until: Millis) {
+        self.permits.recall(until);
+    }
+
+    /// What carries the requests.
+    pub fn http(&self) -> &Http {
+        &self.http
+    }
+
+    /// The chat of that external id, if there is one.
+    pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
+        let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
+        // Another OurAPI may find parts of it too, or not know the filter.
+        Ok(chats
+            .into_iter()
+            .find(|chat| chat.external_id == external_id))
+    }
+
+    /// The agents of that e-mail address.
+    pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
+        let mut agents: Vec<Agent> = self.list(Route::Agents, "email", email).await?;
+        agents.retain(|agent| agent.email.eq_ignore_ascii_case(email));
+        // An OurAPI for which the case says nothing has one of them only.
+        if agents.iter().any(|agent| agent.email == email) {
+            agents.retain(|agent| agent.email == email);
+        }
+        Ok(agents)
+    }
+
+    /// The agents of that name.
+    pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
+        let agents: Vec<Agent> = self.list(Route::Agents, "name", name).await?;
+        Ok(agents
+            .into_iter()
+            .filter(|agent| agent.name == name)
+            .collect())
+    }
+
+    /// Creates a chat; [`ErrorKind::Conflict`](crate::http::ErrorKind) if its external id is taken.
+    pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
+        let chats = self.http.target(Route::CreateChat, "", None);
+        let created = |response: &mut Response| {
+            json(response).filter(|created: &Chat| created.external_id == chat.external_id)
+        };
+        self.send(&chats, Some(chat), created).await
+    }
+
+    /// Creates an agent; [`ErrorKind::Conflict`](crate::http::ErrorKind) if its name or address is taken, or if OurAPI
+    /// fails.
+    pub async fn create_agent(&self, name: &str, email: &str) -> Result<Agent> {
+        #[derive(Serialize)]
+        struct NewAgent<'a> {
+            name: &'a str,
+            email: &'a str,
+        }
+        let agents = self.http.target(Route::CreateAgent, "", None);
+        let agent = NewAgent { name, email };
+        let created = |response: &mut Response| {
+            json(response).filter(|created: &Agent| created.email.eq_ignore_ascii_case(email))
+        };
+        self.send(&agents, Some(&agent), created).await
+    }
+
+    /// Changes a chat.
+    pub async fn change_chat(&self, chat: Uuid, change: &ChatChange) -> Result<()> {
+        let chat = self.of_chat(Route::ChangeChat, chat);
+        self.send(&chat, Some(change), nothing_else).await
+    }
+
+    /// Where messages are added to a chat: worked out once for all of them.
+    pub fn message_target(&self, chat: Uuid) -> MessageTarget {
+        MessageTarget(self.of_chat(Route::AddMessage, chat))
+    }
+
+    /// Adds a message to a chat. The answer does not carry its id.
+    pub async fn add_message(
+        &self,
+        target: &MessageTarget,
+        message: &NewMessage<'_>,
+    ) -> Result<()> {
+        self.send(&target.0, Some(message), nothing_else).await
+    }
+
+    /// The messages of a chat.
+    pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {
+        let messages = self.of_chat(Route::Messages, chat);
+        self.send(&messages, None::<&()>, json).await
+    }
+
+    fn of_chat(&self, route: Route, chat: Uuid) -> Target {
+        self.http.target(route, &chat.to_string(), None)
+    }
+
+    async fn list<T: DeserializeOwned>(
+        &self,
+        route: Route,
+        filter: &str,
+        value: &str,
+    ) -> Result<Vec<T>> {
+        // An empty filter is no filter: it would list everything. Nothing has an empty name.
+        if value.is_empty() {
+            return Ok(Vec::new());
+        }
+        let query = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair(filter, value)
+            .finish();
+        let list = self.http.target(route, "", Some(&query));
+        self.send(&list, None::<&()>, json).await
+    }
+
+    async fn send<T>(
+        &self,
+        target: &Target,
+        body: Option<&impl Serialize>,
+        read: impl FnOnce(&mut Response) -> Option<T>,
+    ) -> Result<T> {
+        let permit = self.permits.acquire().await;
+        let result = self.http.call(target, body, read).await;
+        if let Err(error) = &result
+            && error.kind.timed_out()
+        {
+            permit.hold();
+        }
+        result
+    }
+}
+
+fn json<T: DeserializeOwned>(response: &mut Response) -> Option<T> {
+    serde_json::from_slice(&response.body).ok()
+}
+
+/// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
+fn nothing_else(response: &mut Response) -> Option<()> {
+    let is_empty = response.status == StatusCode::NO_CONTENT;
+    let is_object = response.body.trim_ascii_start().starts_with(b"{")
+        && json::<IgnoredAny>(response).is_some();
+    (is_empty || is_object).then_some(())
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time"))
+}
+
+fn optional_time<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<Timestamp>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| Timestamp::parse(&text).ok_or_else(|| serde::de::Error::custom("not a time")))
+        .transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_names_only_what_changes() {
+        let json = |change: &ChatChange| serde_json::to_string(change).expect("JSON");
+        assert_eq!(json(&ChatChange::default()), "{}");
+        assert_eq!(
+            json(&ChatChange {
+                agent_id: Some(None),
+                ..Default::default()
+            }),
+            r#"{"agent_id":null}"#
+        );
+        let ended = ChatChange {
+            ended_at: Some(Timestamp::clamped(0)),
+            ..Default::default()
+        };
+        assert_eq!(json(&ended), r#"{"ended_at":"1970-01-01T00:00:00Z"}"#);
+    }
+}

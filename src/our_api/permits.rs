@@ -1,0 +1,203 @@
+//! Which requests are in flight, so that OurAPI is never asked more at a time than the settings allow.
+//!
+//! A request that timed out may still be carried out, and keeps its permit as long again: an OurAPI that hung and goes on
+//! would be asked two things at once, and an OurAPI that takes one at a time falls over.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, sleep_until};
+
+use crate::time::Millis;
+
+#[derive(Debug)]
+pub(super) struct Permits {
+    max_in_flight: u16,
+    request_timeout: Duration,
+    free: Semaphore,
+    held: Mutex<Vec<Held>>,
+}
+
+/// Requests that nobody waits for any more.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    permits: u16,
+    /// Whatever happens to this machine's clock.
+    until: Instant,
+    /// By that clock, for a later session.
+    by_clock: Millis,
+}
+
+impl Permits {
+    pub(super) fn new(max_in_flight: u16, request_timeout: Duration) -> Self {
+        Self {
+            max_in_flight,
+            request_timeout,
+            free: Semaphore::new(usize::from(max_in_flight)),
+            held: Mutex::default(),
+        }
+    }
+
+    /// Waits for a permit.
+    pub(super) async fn acquire(&self) -> Permit<'_> {
+        loop {
+            if let Ok(permit) = self.free.try_acquire() {
+                return Permit {
+                    permits: self,
+                    permit,
+                };
+            }
+            match self.first_to_end() {
+                None => {
+                    // It fails only if it is closed, which it never is.
+                    if let Ok(permit) = self.free.acquire().await {
+                        return Permit {
+                            permits: self,
+                            permit,
+                        };
+                    }
+                }
+                Some(until) => tokio::select! {
+                    biased;
+                    Ok(permit) = self.free.acquire() => return Permit { permits: self, permit },
+                    () = sleep_until(until) => {}
+                },
+            }
+        }
+    }
+
+    /// How many requests may be in flight beside those that timed out. If none may: until when.
+    pub(super) fn room(&self, now: Millis) -> Result<u16, Millis> {
+        let first = self.first_to_end();
+        let held: u16 = self.held().iter().map(|held| held.permits).sum();
+        match (self.max_in_flight.saturating_sub(held), first) {
+            (0, Some(first)) => Err(now.plus(first.saturating_duration_since(Instant::now()))),
+            (room, _) => Ok(room),
+        }
+    }
+
+    /// Until when a request may be in flight that nobody waits for any more, by this machine's clock.
+    pub(super) fn held_until(&self) -> Millis {
+        let held = self.held();
+        let by_clock = held.iter().map(|held| held.by_clock);
+        by_clock.max().unwrap_or_default()
+    }
+
+    /// So many requests were given up.
+    pub(super) fn give_up(&self, requests: u16) {
+        self.hold_free(requests, self.request_timeout);
+    }
+
+    /// A session before gave up requests, how many is not known.
+    pub(super) fn recall(&self, until: Millis) {
+        let left = until.since(Millis::now()).min(self.request_timeout);
+        self.hold_free(self.max_in_flight, left);
+    }
+
+    fn hold_free(&self, permits: u16, time: Duration) {
+        // Those of requests in flight are on their way back; only the time counts then.
+        let free = self.free.try_acquire_many(u32::from(permits));
+        let permits = free.map_or(0, |free| {
+            free.forget();
+            permits
+        });
+        self.hold(permits, time);
+    }
+
+    fn hold(&self, permits: u16, time: Duration) {
+        self.held().push(Held {
+            permits,
+            until: Instant::now() + time,
+            by_clock: Millis::now().plus(time),
+        });
+    }
+
+    /// Frees what is held no longer, and returns when the next is.
+    fn first_to_end(&self) -> Option<Instant> {
+        let mut held = self.held();
+        if held.is_empty() {
+            return None;
+        }
+        let now = Instant::now();
+        held.retain(|held| {
+            let holds = now < held.until;
+            if !holds {
+                self.free.add_permits(usize::from(held.permits));
+            }
+            holds
+        });
+        held.iter().map(|held| held.until).min()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// To have one request in flight.
+pub(super) struct Permit<'a> {
+    permits: &'a Permits,
+    permit: SemaphorePermit<'a>,
+}
+
+impl Permit<'_> {
+    /// The request timed out.
+    pub(super) fn hold(self) {
+        self.permit.forget();
+        self.permits.hold(1, self.permits.request_timeout);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn a_clock_that_steps_frees_no_permit() {
+        for step in [-1_000, 40_000] {
+            let permits = Permits::new(1, TIMEOUT);
+            permits.acquire().await.hold();
+            let now = Millis::now();
+            assert!(permits.room(now).is_err(), "it may be in flight");
+            assert!(
+                permits.room(Millis(now.0 + step)).is_err(),
+                "the clock stepped by {step} ms"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_timed_out_keeps_its_permit_as_long_again() {
+        let permits = Permits::new(2, TIMEOUT);
+        permits.acquire().await.hold();
+        assert_eq!(permits.room(Millis::now()), Ok(1));
+        let other = permits.acquire().await;
+        let start = Instant::now();
+        let third = permits.acquire();
+        let third = timeout(TIMEOUT * 2, third).await.expect("it is freed");
+        assert_eq!(start.elapsed().as_secs(), TIMEOUT.as_secs());
+        drop((other, third));
+        assert_eq!(permits.room(Millis::now()), Ok(2));
+        assert_eq!(permits.free.available_permits(), 2, "none is lost");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_an_earlier_session_gave_up_holds_all_permits() {
+        let permits = Permits::new(3, TIMEOUT);
+        permits.recall(Millis::now().plus(TIMEOUT * 9));
+        assert!(permits.room(Millis::now()).is_err());
+        let start = Instant::now();
+        permits.acquire().await;
+        assert_eq!(
+            start.elapsed().as_secs(),
+            TIMEOUT.as_secs(),
+            "no longer than a request takes"
+        );
+        assert_eq!(permits.free.available_permits(), 3);
+    }
+}
