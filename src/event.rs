@@ -4,6 +4,7 @@ use std::fmt;
 use std::hash::Hasher;
 
 use serde::Deserialize;
+use serde_json::Value;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher13;
 use thiserror::Error;
@@ -201,6 +202,48 @@ impl Event {
     }
 }
 
+/// What can be read of an event that cannot be understood, for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Glimpse {
+    pub conversation: Option<i64>,
+    pub at: Option<Timestamp>,
+}
+
+impl Glimpse {
+    /// `raw` may be anything, and cut off.
+    pub fn of(raw: &str) -> Self {
+        let fields: Value = serde_json::from_str(raw).unwrap_or_default();
+        let field = |name: &str| match fields.get(name) {
+            Some(Value::String(text)) => Some(text.trim().to_owned()),
+            Some(value) => Some(value.to_string()),
+            None => bare_field(raw, name),
+        };
+        let integer = |text: &str| match text.split_once('.') {
+            Some((whole, fraction)) if fraction.bytes().all(|byte| byte.is_ascii_digit()) => {
+                whole.parse().ok()
+            }
+            _ => text.parse::<i64>().ok(),
+        };
+        let at = field("event_at");
+        Self {
+            conversation: field("conversation_id").and_then(|id| integer(&id)),
+            at: at.and_then(|at| match integer(&at) {
+                Some(seconds) => Timestamp::from_unix(seconds),
+                None => Timestamp::parse(&at),
+            }),
+        }
+    }
+}
+
+/// A field of what is no JSON as a whole: the text after its name, up to the next delimiter.
+fn bare_field(raw: &str, name: &str) -> Option<String> {
+    let (_, after) = raw.split_once(&format!("\"{name}\""))?;
+    let value = after.trim_start().strip_prefix(':')?.trim_start();
+    let value = value.strip_prefix('"').unwrap_or(value);
+    let end = value.find(['"', ',', '}', ' ', '\n'])?;
+    Some(value[..end].to_owned())
+}
+
 fn canonical(json: &str) -> Result<String, serde_json::Error> {
     // `Value` keeps object keys sorted.
     let value: serde_json::Value = serde_json::from_str(json)?;
@@ -282,5 +325,46 @@ mod tests {
         assert_eq!(event.digest(), -6_468_275_528_176_648_252);
         assert_eq!(digest(&[b"END"]), 1_109_980_383_522_413_077);
         assert_ne!(digest(&[b"a", b"b"]), digest(&[b"ab", b""]));
+    }
+
+    #[test]
+    fn of_what_cannot_be_understood_something_can_be_read() {
+        let at = Timestamp::from_unix(1_700_000_000);
+        let glimpse = |raw| {
+            let Glimpse { conversation, at } = Glimpse::of(raw);
+            (conversation, at)
+        };
+        for (raw, expected) in [
+            (
+                r#"{"conversation_id":42,"event_name":"NOTE","event_at":1700000000}"#,
+                (Some(42), at),
+            ),
+            (
+                r#"{"conversation_id":"42","event_name":"END","event_at":"1700000000"}"#,
+                (Some(42), at),
+            ),
+            (
+                r#"{"conversation_id":42.0,"event_at":1700000000.5}"#,
+                (Some(42), at),
+            ),
+            (
+                r#"{"event_at":"2023-11-14T22:13:20Z","conversation_id":null}"#,
+                (None, at),
+            ),
+            (
+                r#"{"conversation_id": 42, "event_at": 1700000000, "data": NaN}"#,
+                (Some(42), at),
+            ),
+            (
+                r#"{"event_at" : 1700000000, "conversation_id":42,"data":{"mess"#,
+                (Some(42), at),
+            ),
+            (r#"{"conversation_id":42,"event_at":-1}"#, (Some(42), None)),
+            (r#"{"conversation_id":4"#, (None, None)),
+            ("[]", (None, None)),
+            ("", (None, None)),
+        ] {
+            assert_eq!(glimpse(raw), expected, "{raw}");
+        }
     }
 }

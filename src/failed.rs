@@ -95,9 +95,8 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
         }
         Command::Retry(which) => {
             let count = decide(&mut store, &which.into(), Decision::Retry)?;
-            format!(
-                "{count} to be tried again: by the daemon within a second, or when it next runs\n"
-            )
+            let unreadable = store.count_unreadable()?;
+            retried(count, store.count_failed()?, unreadable)
         }
         Command::Discard { which, yes } => {
             let which = match which.into() {
@@ -200,6 +199,22 @@ fn decide(store: &mut Store, which: &Selection, decision: Decision) -> Result<us
     }
 }
 
+/// What a retry came to, and why some events are left.
+fn retried(count: usize, left: u64, unreadable: u64) -> String {
+    let mut text = format!("{count} to be tried again");
+    if count > 0 {
+        text += ": by the daemon within a second, or when it next runs";
+    } else if left == 0 {
+        text += ": no event has failed";
+    }
+    if unreadable > 0 {
+        text += &format!(
+            "; {unreadable} could not be understood and can only be discarded (`bigchat-sync failed list` shows them)"
+        );
+    }
+    text + "\n"
+}
+
 fn list(events: &[FailedEvent], count: u64) -> String {
     if events.is_empty() {
         return "no event has failed\n".to_owned();
@@ -223,7 +238,7 @@ fn list(events: &[FailedEvent], count: u64) -> String {
             event.id.to_string(),
             conversation,
             event.name.clone(),
-            event.at.to_string(),
+            event.at.map_or_else(|| "-".to_owned(), |at| at.to_string()),
             event.failed_at.to_string(),
             event.tries.to_string(),
             printable(&event.reason),
@@ -250,7 +265,10 @@ fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastDecisi
             event.conversation.map_or_else(unknown, |id| id.to_string()),
         ),
         ("chat", event.chat.clone().unwrap_or_else(unknown)),
-        ("happened at", event.at.to_string()),
+        (
+            "happened at",
+            event.at.map_or_else(unknown, |at| at.to_string()),
+        ),
         ("failed at", event.failed_at.to_string()),
         ("tries", event.tries.to_string()),
         ("reason", event.reason.clone()),

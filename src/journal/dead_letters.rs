@@ -7,6 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::{Result, Store, UNREADABLE, limit};
 use crate::domain::ids::{ConversationId, EventId};
+use crate::event::Glimpse;
 use crate::http::REJECTED_WRITE;
 use crate::time::{Millis, Timestamp};
 
@@ -21,8 +22,8 @@ pub struct FailedEvent {
     pub chat: Option<String>,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub name: String,
-    /// When it happened, by BigChat's clock.
-    pub at: Timestamp,
+    /// When it happened, by BigChat's clock; `None`: that could not be understood either.
+    pub at: Option<Timestamp>,
     /// Its data, as JSON; of one that could not be understood, all of it, raw.
     pub data: Option<String>,
     /// When it went to the failed events, by this machine's clock.
@@ -158,6 +159,18 @@ impl Store {
         )
     }
 
+    /// How many failed events could not be understood, and so cannot be retried.
+    pub fn count_unreadable(&mut self) -> Result<u64> {
+        let count: i64 = self
+            .connection
+            .prepare_cached(
+                "SELECT count(*) FROM dead_letters d JOIN events e ON e.id = d.event
+                 WHERE d.discarded_at IS NULL AND e.kind = ?1",
+            )?
+            .query_row([UNREADABLE], |row| row.get(0))?;
+        Ok(u64::try_from(count).unwrap_or_default())
+    }
+
     /// How many events have failed.
     pub fn count_failed(&mut self) -> Result<u64> {
         self.failed_at_most(u32::MAX)
@@ -255,13 +268,19 @@ impl Store {
              WHERE {condition}"
         ))?;
         let events = statement.query_map(params, |row| {
+            let (name, data): (String, Option<String>) = (row.get(3)?, row.get(5)?);
+            let known = Glimpse {
+                conversation: row.get(1)?,
+                at: Some(Timestamp::clamped(row.get(4)?)),
+            };
+            let Glimpse { conversation, at } = glimpse(&name, data.as_deref(), known);
             Ok(FailedEvent {
                 id: row.get(0)?,
-                conversation: row.get(1)?,
+                conversation,
                 chat: row.get(2)?,
-                name: row.get(3)?,
-                at: Timestamp::clamped(row.get(4)?),
-                data: row.get(5)?,
+                name,
+                at,
+                data,
                 failed_at: Millis(row.get::<_, Option<i64>>(6)?.unwrap_or_default()),
                 tries: row.get(7)?,
                 reason: row.get(8)?,
@@ -307,6 +326,14 @@ impl Store {
         }
         transaction.commit()?;
         Ok(decided)
+    }
+}
+
+/// Conversation and time of an event: of one that could not be understood, what can be read of it.
+pub(super) fn glimpse(name: &str, raw: Option<&str>, known: Glimpse) -> Glimpse {
+    match name {
+        UNREADABLE => Glimpse::of(raw.unwrap_or_default()),
+        _ => known,
     }
 }
 

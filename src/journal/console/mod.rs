@@ -10,9 +10,10 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::activity::minute;
-use super::dead_letters::{PastDecision, is_permanent};
+use super::dead_letters::{PastDecision, glimpse, is_permanent};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
-use crate::time::Millis;
+use crate::event::Glimpse;
+use crate::time::{Millis, Timestamp};
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
 
@@ -408,10 +409,15 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
 }
 
 fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
+    let (name, data): (String, Option<String>) = (row.get("kind")?, row.get("data")?);
+    let known = Glimpse {
+        conversation: row.get("bigchat_id")?,
+        at: None,
+    };
     Ok(FailedRow {
         id: row.get("id")?,
-        name: row.get("kind")?,
-        conversation: row.get("bigchat_id")?,
+        conversation: glimpse(&name, data.as_deref(), known).conversation,
+        name,
         says: says(row, IN_A_LIST)?.0,
         tries: row.get("tries")?,
         failed_at: Millis(row.get::<_, Option<i64>>("settled_at")?.unwrap_or_default()),
@@ -420,8 +426,12 @@ fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
 
 fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
     let (name, event_at_s): (String, i64) = (row.get("kind")?, row.get("event_at")?);
-    let conversation: Option<i64> = row.get("bigchat_id")?;
     let data: Option<String> = row.get("data")?;
+    let known = Glimpse {
+        conversation: row.get("bigchat_id")?,
+        at: Some(Timestamp::clamped(event_at_s)),
+    };
+    let Glimpse { conversation, at } = glimpse(&name, data.as_deref(), known);
     let raw = match conversation {
         Some(id) if name != UNREADABLE => format!(
             r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{event_at_s},"data":{}}}"#,
@@ -437,7 +447,7 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         conversation,
         conversation_key: row.get("conversation")?,
         chat_id: row.get("chat_id")?,
-        event_at_s,
+        event_at_s: at.map(Timestamp::unix),
         raw,
         raw_cut: row.get::<_, Option<bool>>("data_cut")?.unwrap_or_default(),
         state: row.get("state")?,

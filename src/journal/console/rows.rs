@@ -49,7 +49,7 @@ pub struct FailedRow {
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub name: String,
-    /// BigChat's id of its conversation; `None`: it could not be understood.
+    /// BigChat's id of its conversation; `None`: that could not be understood.
     pub conversation: Option<i64>,
     /// What it says, at least its beginning.
     pub says: Option<String>,
@@ -66,14 +66,14 @@ pub struct WholeEvent {
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub name: String,
-    /// BigChat's id of its conversation; `None`: it could not be understood.
+    /// BigChat's id of its conversation; `None`: that could not be understood.
     pub conversation: Option<i64>,
     /// The journal's id of it.
     pub conversation_key: Option<i64>,
     /// OurAPI's id of the chat, if there is one.
     pub chat_id: Option<String>,
-    /// When it happened, by BigChat's clock, in Unix seconds.
-    pub event_at_s: i64,
+    /// When it happened, by BigChat's clock, in Unix seconds; `None`: that could not be understood either.
+    pub event_at_s: Option<i64>,
     /// The event as BigChat told it; of one that was understood, put together again.
     pub raw: String,
     /// Whether that is not all of it.

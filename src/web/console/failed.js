@@ -165,8 +165,8 @@ export const event = {
           block(
             "About it",
             facts([
-              ["Conversation", event.conversation === null ? null : conversation(event.conversation_key, event.conversation)],
-              ["Happened", at(event.event_at_s * 1000)],
+              ["Conversation", event.conversation === null ? null : event.conversation_key === null ? String(event.conversation) : conversation(event.conversation_key, event.conversation)],
+              ["Happened", event.event_at_s === null ? null : at(event.event_at_s * 1000)],
               ["Told", at(event.kept_at)],
               ["Tried", event.tries === 0 ? "never" : some(event.tries, "time")],
               ["Chat", event.chat_id && copyable(event.chat_id)],
