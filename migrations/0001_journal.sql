@@ -220,6 +220,7 @@ CREATE TABLE advisors (
 -- The agent of an e-mail address.
 CREATE TABLE agents (
     email    TEXT PRIMARY KEY,
+    spelled  TEXT,                               -- by OurAPI
     agent_id TEXT                                -- NULL: OurAPI permanently rejects it
 ) STRICT, WITHOUT ROWID;
 
@@ -232,6 +233,7 @@ CREATE TABLE api_status (
     request  TEXT NOT NULL,
     response TEXT NOT NULL,
     problem  TEXT,                               -- while it is down: why
+    lasts    INTEGER CHECK (lasts = 0 OR lasts = 1), -- while it is down: until somebody acts
     CHECK (problem IS NULL OR up = 0)
 ) STRICT, WITHOUT ROWID;
 

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::clock::BigChatClock;
 use crate::http::route::Route;
-use crate::http::{ApiError, Http, Response, Target, shortened};
+use crate::http::{ApiError, Http, Response, Target, json, shortened, unreadable};
 use crate::time::Timestamp;
 
 /// No server takes a longer query than this.
@@ -90,7 +90,8 @@ impl BigChat {
                 let date = response.date;
                 // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
                 let body = String::from_utf8_lossy(&response.body);
-                let wire: Wire<'_> = serde_json::from_str(&body).ok()?;
+                let wire: Wire<'_> = serde_json::from_str(&body)
+                    .map_err(|error| unreadable(body.as_bytes(), &error))?;
                 let (next, events) = (
                     wire.next.and_then(|next| next_page(next.get())),
                     wire.events.0,
@@ -101,7 +102,7 @@ impl BigChat {
                         String::from_utf8(std::mem::take(&mut response.body)).unwrap_or_default()
                     }
                 };
-                Some(Page {
+                Ok(Page {
                     body,
                     next,
                     events,
@@ -122,13 +123,13 @@ impl BigChat {
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
             |response| {
-                let wire: Wire = serde_json::from_slice(&response.body).ok()?;
+                let wire: Wire = json(&response.body)?;
                 let started_at = match wire.events {
                     Start::At(at) => Timestamp::from_unix(at),
-                    Start::Unreadable => return None,
+                    Start::Unreadable => return Err("its START has no time".to_owned()),
                     Start::Missing => None,
                 };
-                Some(Details {
+                Ok(Details {
                     started_at,
                     advisor: wire.advisor_id,
                 })
@@ -141,7 +142,7 @@ impl BigChat {
     pub async fn advisor(&self, id: i64) -> Result<Advisor> {
         self.get(
             self.http.target(Route::Advisor, &id.to_string(), None),
-            |response| serde_json::from_slice(&response.body).ok(),
+            |response| json(&response.body),
         )
         .await
     }
@@ -149,7 +150,7 @@ impl BigChat {
     async fn get<T>(
         &self,
         target: Target,
-        read: impl FnOnce(&mut Response) -> Option<T>,
+        read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let sent = self.http.send(&target, None::<&()>).await;
         self.clock

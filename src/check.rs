@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::bigchat::BigChat;
 use crate::http::route::Route;
-use crate::http::{Api, ApiStatus, ErrorKind, Http, Network};
+use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network};
 use crate::journal::{OpenError, Store};
 use crate::our_api::OurApi;
 use crate::screen::{printable, shown};
@@ -208,9 +208,12 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     match up {
         Some(false) => {
             let why = status.trouble.as_deref().unwrap_or_default();
-            let remedy = format!(
-                "nothing, if it is an outage; else see whether {flag} ({url} here) and its token are right"
-            );
+            let remedy = match status.lasts {
+                true => format!("correct what the reason names ({flag} is {url} here)"),
+                false => format!(
+                    "nothing, if it is an outage; else see whether {flag} is right ({url} here)"
+                ),
+            };
             report.ill(what, format!("is down: {why} ({last})"), remedy);
         }
         Some(true) => report.well(what, format!("is up: {last}")),
@@ -220,7 +223,8 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
 
 async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     let timeout = settings.request_timeout;
-    let networks = Network::new(timeout).and_then(|one| Ok((one, Network::new(timeout)?)));
+    let networks = Network::new(&settings.bigchat_url, timeout)
+        .and_then(|bigchat| Ok((bigchat, Network::new(&settings.our_api_url, timeout)?)));
     let (bigchat, our_api) = match networks {
         Ok((bigchat, our_api)) => {
             let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat.into());
@@ -246,15 +250,13 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         Err(error) if matches!(error.kind, ErrorKind::NotFound(_)) => {
             Ok("answers; whether as BigChat does, the first poll tells")
         }
-        Err(error) => Err(error.to_string()),
+        Err(error) => Err(error),
     };
     tell(report, Api::BigChat, bigchat.http(), claim, answer);
     let claim = self::claim(&our_api, "/chats").await;
     let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
     let answer = our_api.chat(NO_CHAT).await;
-    let answer = answer
-        .map(|_| "answers as it should")
-        .map_err(|error| error.to_string());
+    let answer = answer.map(|_| "answers as it should");
     tell(report, Api::OurApi, our_api.http(), claim, answer);
 }
 
@@ -283,7 +285,7 @@ fn tell(
     api: Api,
     http: &Http,
     claim: Option<Claim>,
-    answer: Result<&str, String>,
+    answer: Result<&str, ApiError>,
 ) {
     let (what, flag, url) = (api.title(), api.url_setting(), http.base());
     let says = claim.as_ref().map_or_else(String::new, |claim| {
@@ -296,11 +298,7 @@ fn tell(
             format!("set {flag} to where {what} is; are the two URLs mixed up?"),
         ),
         Ok(answer) => report.well(what, format!("{url} {answer}{says}")),
-        Err(error) => report.ill(
-            what,
-            error,
-            format!("start {what}, or set {flag} to where it is"),
-        ),
+        Err(error) => report.ill(what, error.to_string(), error.remedy()),
     }
 }
 

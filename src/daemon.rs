@@ -300,8 +300,8 @@ async fn start(
         .await
         .map_err(std::io::Error::other)??;
     let journal = Journal::start(store)?;
-    let network = || Network::new(settings.request_timeout);
-    let (bigchat, our_api) = (network()?, network()?);
+    let bigchat = Network::new(&settings.bigchat_url, settings.request_timeout)?;
+    let our_api = Network::new(&settings.our_api_url, settings.request_timeout)?;
     begin(settings, tokens, journal, bigchat, our_api, stopping).await
 }
 

@@ -225,9 +225,10 @@ mod tests {
         let connection = Connection::open_in_memory().expect("a database");
         let store = Store::in_memory(connection, true).expect("a schema");
         let journal = Journal::start(store).expect("a thread");
-        let network = || Network::new(TIMEOUT).expect("a client");
-        let tokens = LiveTokens::default();
-        let (bigchat, our_api, stopping) = (network(), network(), stopping.clone());
+        let network = |url| Network::new(url, TIMEOUT).expect("a client");
+        let bigchat = network(&settings.bigchat_url);
+        let our_api = network(&settings.our_api_url);
+        let (tokens, stopping) = (LiveTokens::default(), stopping.clone());
         daemon::begin(settings, tokens, journal, bigchat, our_api, stopping)
             .await
             .expect("a session")

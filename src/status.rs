@@ -144,24 +144,27 @@ fn troubles(
             "start it (`systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db)",
         );
     }
-    let down = [
-        (
-            Api::BigChat,
-            &figures.bigchat,
-            "an outage ends by itself, and what happened meanwhile is read then; if BigChat is up, check --bigchat-url and its token",
-        ),
-        (
-            Api::OurApi,
-            &figures.our_api,
-            "an outage ends by itself, and everything waits meanwhile; if OurAPI is up, check --our-api-url and its token",
-        ),
-    ];
-    for (service, api, remedy) in down {
-        if api.up == Some(false) {
-            let since = api.since.unwrap_or_default();
-            let why = api.trouble.as_deref().unwrap_or("it does not answer");
-            let name = service.title();
-            trouble(format!("{name} is down since {since}: {why}"), remedy);
+    for (api, status) in [
+        (Api::BigChat, &figures.bigchat),
+        (Api::OurApi, &figures.our_api),
+    ] {
+        if status.up == Some(false) {
+            let since = status.since.unwrap_or_default();
+            let why = status.trouble.as_deref().unwrap_or("it does not answer");
+            let remedy = match (status.lasts, api) {
+                (true, _) => {
+                    "this does not end by itself: correct what the reason names; until then requests wait, and nothing is lost".to_owned()
+                }
+                (false, Api::BigChat) => format!(
+                    "an outage ends by itself, and what happened meanwhile is read then; if {api} is up, check {}",
+                    api.url_setting()
+                ),
+                (false, Api::OurApi) => format!(
+                    "an outage ends by itself, and everything waits meanwhile; if {api} is up, check {}",
+                    api.url_setting()
+                ),
+            };
+            trouble(format!("{api} is down since {since}: {why}"), &remedy);
         }
     }
     let stale = STALE.max(poll_interval.saturating_mul(INTERVALS));

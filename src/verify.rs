@@ -162,9 +162,13 @@ async fn watch(
         .map(|picture| picture.add(styled(BAR)));
     let mut last_line = Instant::now();
     let mut pace: Option<Pace> = None;
+    let mut waited_for = None;
     loop {
-        let progress = journal
-            .with(move |store| store.verification_progress(verification))
+        let (progress, waits_for) = journal
+            .with(move |store| {
+                let progress = store.verification_progress(verification)?;
+                Ok((progress, store.our_api_waits_for(Millis::now())?))
+            })
             .await?;
         let left = (progress.chats - progress.verified) + progress.waiting;
         let all = progress.chats + progress.messages.max(progress.waiting);
@@ -177,12 +181,24 @@ async fn watch(
             }
             return Ok(progress);
         }
+        if waits_for != waited_for {
+            match (&waits_for, &bar) {
+                (Some(reason), None) => tracing::warn!("nothing is verified for now: {reason}"),
+                (None, None) => tracing::warn!("OurAPI is asked again"),
+                // The bar says it.
+                (_, Some(_)) => {}
+            }
+            waited_for.clone_from(&waits_for);
+        }
         match &bar {
             Some(bar) => {
                 bar.set_length(all);
                 bar.set_position(done);
                 bar.set_prefix(rate.to_string());
-                bar.set_message(sentence(&progress));
+                bar.set_message(match &waits_for {
+                    Some(reason) => format!("{}; {reason}", sentence(&progress)),
+                    None => sentence(&progress),
+                });
             }
             None if !json && last_line.elapsed() >= LINE_EVERY => {
                 screen

@@ -8,7 +8,7 @@ use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{KnownAdvisor, KnownAgent};
-use crate::our_api::Agent;
+use crate::our_api::{Agent, is_alike};
 use crate::resolve::details;
 
 /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -48,9 +48,13 @@ async fn of_person(
     {
         Some(known) => known,
         None => {
+            let mut spelled = None;
             let found = match find_or_create(context, advisor, name, email).await {
-                Ok(agent) => KnownAgent::Agent(agent.agent_id),
-                Err(error) if error.kind == ErrorKind::Rejected => {
+                Ok(agent) => {
+                    spelled = Some(agent.email);
+                    KnownAgent::Agent(agent.agent_id)
+                }
+                Err(error) if matches!(error.kind, ErrorKind::Rejected | ErrorKind::Ambiguous) => {
                     let Exchange {
                         request, response, ..
                     } = error.exchange.logged();
@@ -65,7 +69,7 @@ async fn of_person(
             let address = email.to_owned();
             context
                 .journal
-                .with(move |store| store.record_agent(&address, found))
+                .with(move |store| store.record_agent(&address, spelled.as_deref(), found))
                 .await?;
             found
         }
@@ -76,6 +80,9 @@ async fn of_person(
     })
 }
 
+/// The agent of an e-mail address. What OurAPI takes for the same address or name is for it to say: in case, accents, normal
+/// forms and domains it may compare, and store, otherwise than this program would. If it refuses to create an agent, the
+/// one that it means is found by its lists.
 async fn find_or_create(
     context: &Context,
     advisor: AdvisorId,
@@ -83,24 +90,58 @@ async fn find_or_create(
     email: &str,
 ) -> Result<Agent, ApiError> {
     let our_api = &context.our_api;
-    if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
+    let listed = our_api.agents_by_email(email).await?;
+    if let Some(agent) = choose(alike(listed, email), advisor, name) {
         return Ok(agent);
     }
     let error = match create(context, advisor, name, email).await {
         Err(error) if error.kind == ErrorKind::Conflict => error,
         outcome => return outcome,
     };
-    // An outage, or the address is taken by now, or another agent has the name.
-    if let Some(agent) = choose(our_api.agents_by_email(email).await?, advisor, name) {
+    // The address is taken by now, or another agent has the name, or OurAPI takes other texts for the same ones.
+    let listed = our_api.agents_by_email(email).await?;
+    if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
         return Ok(agent);
     }
-    if our_api.agents_by_name(name).await?.is_empty() {
+    let namesakes = our_api.agents_by_name(name).await?;
+    let both = listed
+        .iter()
+        .filter(|agent| namesakes.contains(agent))
+        .cloned()
+        .collect::<Vec<_>>();
+    let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
+    if error.exchange.is_server_error() && !is_named && listed.is_empty() {
         // It is an outage.
         let kind = ErrorKind::OutcomeUnknown { timed_out: false };
         return Err(our_api.http().reconsider(error, Route::CreateAgent, kind));
     }
-    tracing::warn!(%advisor, "another agent has the name; the e-mail address is added to the new one's");
-    create(context, advisor, &format!("{name} ({email})"), email).await
+    // One that has both is no namesake.
+    let error = if both.len() == 1 || !is_named && listed.len() == 1 {
+        error
+    } else {
+        let full_name = format!("{name} ({email})");
+        match create(context, advisor, &full_name, email).await {
+            Err(error) if error.kind == ErrorKind::Conflict => error,
+            outcome => {
+                if outcome.is_ok() {
+                    tracing::warn!(%advisor, "another agent has the name; the e-mail address was added to the new one's");
+                }
+                return outcome;
+            }
+        }
+    };
+    // So it is the address that is taken.
+    let meant = if both.len() == 1 { both } else { listed };
+    match <[Agent; 1]>::try_from(meant) {
+        Ok([agent]) => {
+            tracing::warn!(
+                %advisor, agent = %agent.agent_id,
+                "OurAPI takes the e-mail address for that of an agent with another spelling; that agent is used"
+            );
+            Ok(agent)
+        }
+        Err(_) => Err(error.with_kind(ErrorKind::Ambiguous)),
+    }
 }
 
 async fn create(
@@ -112,6 +153,18 @@ async fn create(
     let agent = context.our_api.create_agent(name, email).await?;
     tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
     Ok(agent)
+}
+
+/// Those of that e-mail address: to the letter, if there are any, else but for the case.
+fn alike(agents: Vec<Agent>, email: &str) -> Vec<Agent> {
+    let (exact, others): (Vec<_>, Vec<_>) =
+        agents.into_iter().partition(|agent| agent.email == email);
+    if !exact.is_empty() {
+        return exact;
+    }
+    let mut alike = others;
+    alike.retain(|agent| is_alike(&agent.email, email));
+    alike
 }
 
 /// Of several agents the one whose name matches, else the first by id, so that it is always the same.
@@ -153,9 +206,11 @@ pub(super) async fn is_gone(
     let known = context
         .journal
         .with(move |store| store.advisor(epoch, advisor));
-    let gone = match known.await? {
-        Some(KnownAdvisor::Person { email, .. }) => !exists(context, agent, &email).await?,
-        Some(KnownAdvisor::Gone) | None => false,
+    let gone = match (known.await?, email_of(context, agent).await?) {
+        (Some(KnownAdvisor::Person { email, .. }), spelled) => {
+            !exists(context, agent, &spelled.unwrap_or(email)).await?
+        }
+        (Some(KnownAdvisor::Gone) | None, _) => false,
     };
     let mut verified = context.verified_agents();
     verified.retain(|(of, _), _| *of == verification);
@@ -193,7 +248,7 @@ pub(super) async fn forget_if_lost(
     } else {
         context
             .journal
-            .with(move |store| store.forget_agent(&email))
+            .with(move |store| store.forget_agent(agent))
             .await?;
         context.known_agents().clear();
     }

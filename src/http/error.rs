@@ -5,7 +5,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::api::Api;
-use super::exchange::Exchange;
+use super::exchange::{Cause, Exchange};
 use super::route::Route;
 use super::transport::Response;
 use crate::time::Millis;
@@ -44,6 +44,8 @@ pub enum ErrorKind {
     NotFound(Resource),
     /// There is one like it already, if this is OurAPI at all.
     Conflict,
+    /// There is one like it already, and which one is not to be found out. Do not try again.
+    Ambiguous,
     /// Never acceptable. Do not try again.
     Rejected,
 }
@@ -96,7 +98,7 @@ impl ErrorKind {
         self == Self::OutcomeUnknown { timed_out: true }
     }
 
-    /// Whether an outage explains it, which ends without anybody's doing.
+    /// Whether a moment's failure explains it.
     pub fn is_transient(self) -> bool {
         matches!(self, Self::Unreachable | Self::OutcomeUnknown { .. })
     }
@@ -110,7 +112,9 @@ impl ErrorKind {
             | Self::WrongService => Sign::Down,
             Self::Rejected if is_read => Sign::Down,
             Self::Rejected => Sign::Up,
-            Self::RateLimited { .. } | Self::NotFound(_) | Self::Conflict => Sign::Neither,
+            Self::RateLimited { .. } | Self::NotFound(_) | Self::Conflict | Self::Ambiguous => {
+                Sign::Neither
+            }
         }
     }
 
@@ -164,6 +168,33 @@ impl ApiError {
         }
     }
 
+    /// Whether the failure stays until somebody acts: it is no outage that ends by itself.
+    pub fn lasts(&self) -> bool {
+        self.exchange.cause.is_some() || !self.kind.is_transient()
+    }
+
+    /// What the operator can do about it.
+    pub fn remedy(&self) -> String {
+        let (api, url) = (self.api, self.api.url_setting());
+        match (&self.exchange.cause, self.kind) {
+            (Some(Cause::Firewall), _) => {
+                format!("let requests from this machine pass to {api}, or correct {url}")
+            }
+            (Some(_), _) | (None, ErrorKind::WrongService) => {
+                format!("set {url} to where {api} is")
+            }
+            (None, ErrorKind::Unauthorized) => {
+                format!("renew {} or correct {url}", api.token_setting())
+            }
+            (None, kind) if kind.is_transient() => {
+                format!("start {api}, or set {url} to where it is")
+            }
+            _ => format!(
+                "the response says what {api} does not accept; correct {url}, or update this program"
+            ),
+        }
+    }
+
     /// Whether the API does not know what the request names.
     pub fn is_not_found(&self) -> bool {
         matches!(self.kind, ErrorKind::NotFound(_))
@@ -177,6 +208,9 @@ impl ApiError {
     /// What it means, without what was sent and answered.
     pub fn summary(&self) -> String {
         let api = self.api;
+        if let Some(cause) = &self.exchange.cause {
+            return cause.with(api);
+        }
         match self.kind {
             ErrorKind::Unreachable => {
                 format!("{api} cannot be reached or turns requests away")
@@ -201,6 +235,9 @@ impl ApiError {
             ),
             ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
             ErrorKind::Conflict => format!("{api} has one like it already"),
+            ErrorKind::Ambiguous => format!(
+                "{api} has an agent of that name or address already, and its lists do not show which"
+            ),
             ErrorKind::Rejected if self.exchange.is_read => {
                 format!("{api} does not accept the query")
             }
@@ -278,6 +315,7 @@ mod tests {
                 status: StatusCode::from_u16(status).expect("a status"),
                 date: None,
                 retry_at: None,
+                location: None,
                 body: body.into(),
             };
             let kind = ErrorKind::of(route, &response);

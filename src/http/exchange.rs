@@ -3,8 +3,11 @@
 use std::fmt;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 
 use super::Target;
+use super::api::Api;
 use super::transport::Response;
 use crate::log;
 
@@ -25,9 +28,94 @@ pub struct Exchange {
     pub complaint: Option<String>,
     /// The request changes nothing.
     pub is_read: bool,
+    /// What is wrong with the response, where its status does not say.
+    pub cause: Option<Cause>,
+}
+
+/// What is wrong with a response. None of it holds customers' text or credentials.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    /// It redirects there, or to nowhere.
+    Redirect(Option<String>),
+    /// A 403 with a page of HTML, which no API sends.
+    Firewall,
+    /// A success that is not the expected JSON, and what is wrong with it.
+    Unreadable(String),
+}
+
+impl Cause {
+    /// What a response shows by itself.
+    pub(super) fn of(response: &Response) -> Option<Self> {
+        let is_html = || response.body.trim_ascii_start().starts_with(b"<");
+        match response.status.as_u16() {
+            300..=399 => Some(Self::Redirect(response.location.clone())),
+            403 if is_html() => Some(Self::Firewall),
+            _ => None,
+        }
+    }
+
+    /// In words, with the setting to correct.
+    pub(super) fn with(&self, api: Api) -> String {
+        let url = api.url_setting();
+        match self {
+            Self::Redirect(Some(location)) => {
+                format!("{api} redirects to {location}; check {url}")
+            }
+            Self::Redirect(None) => format!("{api} redirects to nowhere; check {url}"),
+            Self::Firewall => format!(
+                "a firewall or proxy in front of {api} refuses the request; check it and {url}"
+            ),
+            Self::Unreadable(why) => format!("{api} gave no usable answer: {why}"),
+        }
+    }
+}
+
+/// Where a redirect leads, as far as it is no secret: neither user and password, nor query.
+pub(super) fn location(value: &str) -> String {
+    let end = value.find(['?', '#']).unwrap_or(value.len());
+    let value = &value[..end];
+    let (scheme, rest) = match value.split_once("//") {
+        Some((scheme, rest)) => (format!("{scheme}//"), rest),
+        None => (String::new(), value),
+    };
+    let host_end = rest.find('/').unwrap_or(rest.len());
+    let host = rest[..host_end].rsplit('@').next().unwrap_or_default();
+    let text = format!("{scheme}{host}{}", &rest[host_end..]);
+    text.chars().take(MAX_COMPLAINT).collect()
+}
+
+/// Reads a body as JSON, or says what is wrong with it, without what it holds.
+pub fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(body).map_err(|error| unreadable(body, &error))
+}
+
+/// What is wrong with a body that is not the expected JSON, without what it holds.
+pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
+    let start = body.trim_ascii_start();
+    if start.is_empty() {
+        return "its body is empty".to_owned();
+    }
+    if start.starts_with(b"<") {
+        return "it is a page of HTML, not JSON".to_owned();
+    }
+    let text = error.to_string();
+    match error.classify() {
+        // The message quotes what is there instead.
+        Category::Data if !text.starts_with("missing field") => {
+            let expected = text.rfind("expected ").map_or("", |at| &text[at..]);
+            format!("its JSON is another: {expected}")
+        }
+        Category::Data => format!("its JSON is another: {text}"),
+        _ => format!("it is no JSON: {text}"),
+    }
 }
 
 impl Exchange {
+    /// The response was a 5xx.
+    pub fn is_server_error(&self) -> bool {
+        self.response.starts_with('5')
+    }
+
     /// The record of a request that got this response, or none for this reason.
     pub(super) fn new(
         target: &Target,
@@ -52,6 +140,7 @@ impl Exchange {
         };
         Self {
             is_read: method.is_safe(),
+            cause: None,
             request: shortened(&format!("{method} {path} {body}")),
             response: shortened(&response),
             complaint,
@@ -118,6 +207,7 @@ impl Exchange {
             response: log::shown(&self.response, response_head).to_owned(),
             complaint: None,
             is_read: self.is_read,
+            cause: self.cause.clone(),
         }
     }
 }

@@ -34,6 +34,8 @@ pub struct ApiStatus {
     pub response: Option<String>,
     /// While it is down: why.
     pub trouble: Option<String>,
+    /// And whether it stays so until somebody acts.
+    pub lasts: bool,
 }
 
 /// The latest exchange.
@@ -57,6 +59,7 @@ pub(super) struct Health {
     up: Option<bool>,
     since: Option<Millis>,
     problem: Option<String>,
+    lasts: bool,
     /// The outage was logged in this session, as one that ends without anybody's doing or not.
     logged: Option<Logged>,
     pub(super) latest: Option<Latest>,
@@ -83,6 +86,7 @@ impl Health {
         self.up = Some(true);
         self.since = Some(Millis::now());
         self.problem = None;
+        self.lasts = false;
     }
 
     /// A request failed.
@@ -105,13 +109,14 @@ impl Health {
         }
         self.up = Some(false);
         self.problem = Some(format!("{}: {response}", error.summary()));
+        self.lasts = error.lasts();
     }
 
     /// Logs an outage when it begins, and when it turns out that it does not end without anybody's doing.
     fn log(&mut self, error: &ApiError, base: &Url) {
-        let how = match error.kind.is_transient() {
-            true => Logged::Transient,
-            false => Logged::Lasting,
+        let how = match error.lasts() {
+            false => Logged::Transient,
+            true => Logged::Lasting,
         };
         if self.logged.is_some() && (self.logged == Some(how) || how == Logged::Transient) {
             return;
@@ -138,6 +143,7 @@ impl Health {
             up: self.up,
             since: self.since,
             trouble: self.problem.clone(),
+            lasts: self.lasts,
             asked_at: latest.map(|latest| Millis::now().minus(latest.at.elapsed())),
             request: latest.map(|latest| latest.target.name()),
             response: latest.map(|latest| match &latest.response {
@@ -152,5 +158,6 @@ impl Health {
         self.up = status.up;
         self.since = status.since;
         self.problem = status.trouble.clone();
+        self.lasts = status.lasts;
     }
 }

@@ -23,7 +23,9 @@ use url::Url;
 pub use self::api::Api;
 pub use self::breaker::Circuit;
 pub use self::error::{ApiError, ErrorKind, REJECTED_WRITE, Resource};
-pub use self::exchange::{Exchange, request_head, response_head, shortened};
+pub use self::exchange::{
+    Cause, Exchange, json, request_head, response_head, shortened, unreadable,
+};
 pub use self::health::ApiStatus;
 use self::health::{Health, Latest};
 use self::rate_limit::RateLimit;
@@ -156,12 +158,13 @@ impl Http {
         }
     }
 
-    /// Sends one request, with `body` as JSON, and reads the response with `read`, which may find it unusable.
+    /// Sends one request, with `body` as JSON, and reads the response with `read`, which says what is wrong with it if
+    /// it is unusable.
     pub async fn call<T>(
         &self,
         target: &Target,
         body: Option<&impl Serialize>,
-        read: impl FnOnce(&mut Response) -> Option<T>,
+        read: impl FnOnce(&mut Response) -> Result<T, String>,
     ) -> Result<T, ApiError> {
         let sent = self.send(target, body).await;
         self.conclude(target, body, sent, read)
@@ -198,6 +201,7 @@ impl Http {
         let request = Request {
             method: target.route.method(),
             url: &target.url,
+            at: sent,
             token: self.token.get(),
             body,
         };
@@ -233,11 +237,13 @@ impl Http {
         target: &Target,
         body: Option<&impl Serialize>,
         sent: Result<Response, NoResponse>,
-        read: impl FnOnce(&mut Response) -> Option<T>,
+        read: impl FnOnce(&mut Response) -> Result<T, String>,
     ) -> Result<T, ApiError> {
         let route = target.route;
-        let (kind, exchange) = match sent {
+        let mut cause = None;
+        let (kind, mut exchange) = match sent {
             Ok(mut response) => {
+                cause = Cause::of(&response);
                 let kind = match (ErrorKind::of(route, &response), response.retry_at) {
                     (_, Some(until)) => ErrorKind::RateLimited {
                         until,
@@ -245,17 +251,21 @@ impl Http {
                     },
                     (Some(kind), None) => kind,
                     (None, None) => match read(&mut response) {
-                        Some(value) => {
+                        Ok(value) => {
                             self.health().succeeded(self.api, route);
                             return Ok(value);
                         }
-                        None => ErrorKind::OutcomeUnknown { timed_out: false },
+                        Err(why) => {
+                            cause = Some(Cause::Unreadable(why));
+                            ErrorKind::OutcomeUnknown { timed_out: false }
+                        }
                     },
                 };
                 (kind, Exchange::new(target, body, Ok(&response)))
             }
             Err(NoResponse { kind, why }) => (kind, Exchange::new(target, body, Err(&why))),
         };
+        exchange.cause = cause;
         let error = ApiError {
             api: self.api,
             kind,
@@ -293,8 +303,8 @@ mod tests {
             max: Duration::from_secs(300),
             max_attempts: 10,
         };
-        let network = Network::new(Duration::from_secs(1)).expect("a client");
-        let base = base.parse().expect("a URL");
+        let base: Url = base.parse().expect("a URL");
+        let network = Network::new(&base, Duration::from_secs(1)).expect("a client");
         Http::new(Api::OurApi, network, base, Token::default(), policy)
     }
 

@@ -172,23 +172,30 @@ impl Store {
         .transpose()
     }
 
-    /// Notes which agent an e-mail address is.
-    pub fn record_agent(&mut self, email: &str, agent: KnownAgent) -> Result<()> {
+    /// Notes which agent an e-mail address is, and how OurAPI spells the address.
+    pub fn record_agent(
+        &mut self,
+        email: &str,
+        spelled: Option<&str>,
+        agent: KnownAgent,
+    ) -> Result<()> {
         let id = match agent {
             KnownAgent::Agent(id) => Some(id.to_string()),
             KnownAgent::Refused => None,
         };
         self.connection
-            .prepare_cached("INSERT OR REPLACE INTO agents (email, agent_id) VALUES (?1, ?2)")?
-            .execute(params![email, id])?;
+            .prepare_cached(
+                "INSERT OR REPLACE INTO agents (email, spelled, agent_id) VALUES (?1, ?2, ?3)",
+            )?
+            .execute(params![email, spelled, id])?;
         Ok(())
     }
 
-    /// The e-mail address of an agent, if it is one of ours.
+    /// The e-mail address of an agent as OurAPI spells it, if it is one of ours.
     pub fn email_of(&mut self, agent: Uuid) -> Result<Option<String>> {
         Ok(self
             .connection
-            .prepare_cached("SELECT email FROM agents WHERE agent_id = ?1")?
+            .prepare_cached("SELECT coalesce(spelled, email) FROM agents WHERE agent_id = ?1")?
             .query_row([agent.to_string()], |row| row.get(0))
             .optional()?)
     }
@@ -207,10 +214,12 @@ impl Store {
         Ok(losses)
     }
 
-    /// Forgets which agent an e-mail address is.
-    pub fn forget_agent(&mut self, email: &str) -> Result<()> {
-        self.connection
-            .execute("DELETE FROM agents WHERE email = ?1", [email])?;
+    /// Forgets whose agent that is.
+    pub fn forget_agent(&mut self, agent: Uuid) -> Result<()> {
+        self.connection.execute(
+            "DELETE FROM agents WHERE agent_id = ?1",
+            [agent.to_string()],
+        )?;
         Ok(())
     }
 }

@@ -153,8 +153,8 @@ impl Store {
             };
             transaction
                 .prepare_cached(
-                    "INSERT OR REPLACE INTO api_status (name, up, since, asked_at, request, response, problem)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                    "INSERT OR REPLACE INTO api_status (name, up, since, asked_at, request, response, problem, lasts)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
                 )?
                 .execute(params![
                     name,
@@ -164,6 +164,7 @@ impl Store {
                     api.request.as_deref().unwrap_or_default(),
                     api.response.as_deref().unwrap_or_default(),
                     api.trouble,
+                    api.lasts,
                 ])?;
         }
         Ok(transaction.commit()?)
@@ -193,7 +194,7 @@ impl Store {
 fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
     let api = connection
         .prepare_cached(
-            "SELECT up, since, asked_at, request, response, problem FROM api_status WHERE name = ?1",
+            "SELECT up, since, asked_at, request, response, problem, lasts FROM api_status WHERE name = ?1",
         )?
         .query_row([name], |row| {
             Ok(ApiStatus {
@@ -203,6 +204,7 @@ fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
                 request: row.get(3)?,
                 response: row.get(4)?,
                 trouble: row.get(5)?,
+                lasts: row.get::<_, Option<bool>>(6)?.unwrap_or_default(),
             })
         })
         .optional()?;

@@ -9,6 +9,7 @@ use super::queue::{Loading, load_chat};
 use super::{JournalError, Result, Store, limit, present};
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{ChatState, Finding, Verify, Work};
+use crate::http::Api;
 use crate::time::Millis;
 
 /// When a request that nobody waits for any more is dropped.
@@ -54,6 +55,22 @@ impl VerificationProgress {
 }
 
 impl Store {
+    /// Why nothing is asked of OurAPI now, as far as whoever delivers has stored it.
+    pub fn our_api_waits_for(&mut self, now: Millis) -> Result<Option<String>> {
+        let status = self.api(Api::OurApi.name())?;
+        if status.up == Some(false) {
+            let since = status.since.unwrap_or_default();
+            let problem = status.trouble.unwrap_or_default();
+            return Ok(Some(format!("OurAPI is down since {since}: {problem}")));
+        }
+        let until: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT our_api_retry_after FROM control")?
+            .query_row([], |row| row.get(0))?;
+        let until = Millis(until.unwrap_or_default());
+        Ok((now < until).then(|| format!("OurAPI asks to be left alone until {until}")))
+    }
+
     /// Requests that chats be compared with the journal, and repaired if so. Returns the request's id; `None`: there are no
     /// such chats.
     pub fn request_verification(

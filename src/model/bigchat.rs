@@ -205,6 +205,7 @@ impl BigChat {
                 .map_or(StatusCode::NOT_FOUND, |_| StatusCode::OK),
             date: Some(Timestamp::clamped(self.date())),
             retry_at: None,
+            location: None,
             body: body.unwrap_or_default().to_string().into_bytes(),
         }
     }

@@ -382,6 +382,7 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Response {
         status,
         date: None,
         retry_at: None,
+        location: None,
         body,
     }
 }

@@ -2,6 +2,7 @@
 
 mod permits;
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -11,7 +12,7 @@ use uuid::Uuid;
 
 use self::permits::Permits;
 use crate::http::route::Route;
-use crate::http::{ApiError, Http, Response, Target};
+use crate::http::{self, ApiError, Http, Response, Target};
 use crate::time::{Millis, Timestamp};
 
 #[derive(Debug)]
@@ -151,37 +152,37 @@ impl OurApi {
     /// The chat of that external id, if there is one.
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
         let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
-        // Another OurAPI may find parts of it too, or not know the filter.
-        Ok(chats
-            .into_iter()
-            .find(|chat| chat.external_id == external_id))
+        // Another OurAPI may find parts of it too, not know the filter, or compare without regard to case.
+        let exact = chats
+            .iter()
+            .position(|chat| chat.external_id == external_id);
+        let alike = || {
+            let mut ids = chats.iter().map(|chat| &chat.external_id);
+            ids.position(|id| is_alike(id, external_id))
+        };
+        let found = exact.or_else(alike);
+        Ok(found.and_then(|at| chats.into_iter().nth(at)))
     }
 
-    /// The agents of that e-mail address.
+    /// The agents that OurAPI finds by an e-mail address, whatever it takes for equal.
     pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
-        let mut agents: Vec<Agent> = self.list(Route::Agents, "email", email).await?;
-        agents.retain(|agent| agent.email.eq_ignore_ascii_case(email));
-        // An OurAPI for which the case says nothing has one of them only.
-        if agents.iter().any(|agent| agent.email == email) {
-            agents.retain(|agent| agent.email == email);
-        }
-        Ok(agents)
+        self.list(Route::Agents, "email", email).await
     }
 
-    /// The agents of that name.
+    /// The agents that OurAPI finds by a name, whatever it takes for equal.
     pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
-        let agents: Vec<Agent> = self.list(Route::Agents, "name", name).await?;
-        Ok(agents
-            .into_iter()
-            .filter(|agent| agent.name == name)
-            .collect())
+        self.list(Route::Agents, "name", name).await
     }
 
     /// Creates a chat; [`ErrorKind::Conflict`](crate::http::ErrorKind) if its external id is taken.
     pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
         let chats = self.http.target(Route::CreateChat, "", None);
         let created = |response: &mut Response| {
-            json(response).filter(|created: &Chat| created.external_id == chat.external_id)
+            let created: Chat = json(response)?;
+            match is_alike(&created.external_id, chat.external_id) {
+                true => Ok(created),
+                false => Err("it is another chat than the one sent".to_owned()),
+            }
         };
         self.send(&chats, Some(chat), created).await
     }
@@ -196,10 +197,8 @@ impl OurApi {
         }
         let agents = self.http.target(Route::CreateAgent, "", None);
         let agent = NewAgent { name, email };
-        let created = |response: &mut Response| {
-            json(response).filter(|created: &Agent| created.email.eq_ignore_ascii_case(email))
-        };
-        self.send(&agents, Some(&agent), created).await
+        // OurAPI may store name and address otherwise than they were sent.
+        self.send(&agents, Some(&agent), json).await
     }
 
     /// Changes a chat.
@@ -253,7 +252,7 @@ impl OurApi {
         &self,
         target: &Target,
         body: Option<&impl Serialize>,
-        read: impl FnOnce(&mut Response) -> Option<T>,
+        read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let permit = self.permits.acquire().await;
         let result = self.http.call(target, body, read).await;
@@ -266,16 +265,22 @@ impl OurApi {
     }
 }
 
-fn json<T: DeserializeOwned>(response: &mut Response) -> Option<T> {
-    serde_json::from_slice(&response.body).ok()
+/// Whether an OurAPI that compares without regard to case takes two texts for equal.
+pub fn is_alike(one: &str, other: &str) -> bool {
+    one == other || one.trim().to_lowercase() == other.trim().to_lowercase()
+}
+
+fn json<T: DeserializeOwned>(response: &mut Response) -> std::result::Result<T, String> {
+    http::json(&response.body)
 }
 
 /// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
-fn nothing_else(response: &mut Response) -> Option<()> {
+fn nothing_else(response: &mut Response) -> std::result::Result<(), String> {
     let is_empty = response.status == StatusCode::NO_CONTENT;
-    let is_object = response.body.trim_ascii_start().starts_with(b"{")
-        && json::<IgnoredAny>(response).is_some();
-    (is_empty || is_object).then_some(())
+    if !is_empty {
+        json::<HashMap<String, IgnoredAny>>(response)?;
+    }
+    Ok(())
 }
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Timestamp, D::Error> {

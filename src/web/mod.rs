@@ -268,7 +268,8 @@ mod tests {
         let settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("good flags")
             .settings;
-        let network = || Network::new(Duration::from_secs(1)).expect("a client");
+        let url = settings.our_api_url.clone();
+        let network = || Network::new(&url, Duration::from_secs(1)).expect("a client");
         let (tokens, stopping) = (LiveTokens::default(), CancellationToken::new());
         let context =
             daemon::begin(settings, tokens, journal(), network(), network(), stopping).await;

@@ -36,6 +36,7 @@ mod stalled;
 mod status;
 mod stopping;
 mod storage;
+mod strangers;
 mod unwritable;
 mod upheavals;
 mod verify;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bigchat_sync::journal::Store;
 use bigchat_sync::sim::Sim;
 use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::faults::{Fault, When};
+use bigchat_sync::sim::faults::{Fault, RetryAfter, When};
 use bigchat_sync::sim::our_api;
 use serde_json::{Value, json};
 
@@ -191,4 +191,45 @@ async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
     let ((said, _), _) = tokio::join!(first, second);
     assert!(said.contains("1 messages missing"), "{said}");
     daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_our_api_cannot_be_asked_it_says_so() {
+    let limited = Fault::RetryLater(429, RetryAfter::Seconds(3));
+    side_by_side(
+        [
+            ("no connection", None, false),
+            ("503", Some(Fault::Status(503)), false),
+            ("401, with a daemon", Some(Fault::Status(401)), true),
+            ("429, and when", Some(limited), true),
+        ],
+        async |(case, fault, daemon_runs)| {
+            let (sim, bench) = delivered().await;
+            let daemon = daemon_runs.then(|| bench.start());
+            match &fault {
+                Some(fault) => sim.our_api.faults.outage(Some(fault.clone())),
+                None => sim.our_api.down().await.expect("it is down"),
+            }
+            let log = bench.directory().join("verify.log");
+            let mut command = bench.program("verify");
+            let stderr = std::fs::File::create(&log).expect("a file");
+            let mut command = Process(command.stderr(stderr).spawn().expect("a process"));
+            let said = |what: &str| std::fs::read_to_string(&log).expect("a log").contains(what);
+            until(case, async || said("nothing is verified for now: OurAPI")).await;
+            let ended = command.0.try_wait().expect("a status");
+            assert!(ended.is_none(), "{case}: it waits");
+            match &fault {
+                Some(_) => sim.our_api.faults.outage(None),
+                None => sim.our_api.up().await.expect("it is up"),
+            }
+            until("it ends", async || {
+                command.0.try_wait().expect("a status").is_some()
+            })
+            .await;
+            if let Some(daemon) = daemon {
+                daemon.stop().await;
+            }
+        },
+    )
+    .await;
 }
