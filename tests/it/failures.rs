@@ -16,6 +16,7 @@ const LATE: &str = "OurAPI did not answer in time";
 const TURNED_AWAY: &str = "OurAPI cannot be reached or turns requests away";
 const DENIED: &str =
     "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
+const REDIRECT: &str = "OurAPI redirects to http://";
 const REFUSED: &str = "OurAPI permanently rejects it";
 
 const POST: &str = "POST /chats/c1/messages";
@@ -78,7 +79,7 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
             ("503", status(503), looked_up, NO_ANSWER, "503"),
             ("408", status(408), looked_up, NO_ANSWER, "408"),
             ("425", status(425), looked_up, NO_ANSWER, "425"),
-            ("a redirect", redirect, looked_up, NO_ANSWER, "307"),
+            ("a redirect", redirect, looked_up, REDIRECT, "307"),
             (
                 "HTML",
                 status(200).body("<p>"),

@@ -1,5 +1,6 @@
 //! What other services do that the two of the contract do not.
 
+use bigchat_sync::http::Api;
 use serde_json::{Value, json};
 
 use crate::fakes::{Scene, Upset, id, raw, start, status, time, unix};
@@ -117,25 +118,25 @@ async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
     .await;
 }
 
-/// What `status` says of an API that is down: why, and what to do.
-async fn until_down(bench: &Bench, api: &str) -> (String, String) {
-    let mut said = None;
-    until("it is down", async || {
-        if !bench.is_ready() {
-            return false;
-        }
-        let (status, _) = bench.status();
-        let troubles = status["troubles"].as_array().cloned().unwrap_or_default();
-        said = troubles.into_iter().find_map(|trouble| {
-            let what = trouble["what"].as_str()?.to_owned();
-            let remedy = trouble["remedy"].as_str()?.to_owned();
-            what.starts_with(&format!("{api} is down since"))
-                .then_some((what, remedy))
-        });
-        said.is_some()
+/// What `status` says of an API once it is down: why, and what to do.
+async fn until_down(bench: &Bench, case: &str, api: Api) -> (String, String) {
+    let down = format!(
+        "SELECT count(*) FROM api_status WHERE name = '{}' AND up = 0",
+        api.name()
+    );
+    until(&format!("{case}: {api} is down"), async || {
+        bench.is_ready() && bench.value::<i64>(&down) == 1
     })
     .await;
-    said.expect("it was said")
+    let (status, _) = bench.status();
+    let troubles = status["troubles"].as_array().expect("an array");
+    let begins = format!("{api} is down since");
+    let trouble = troubles.iter().find_map(|trouble| {
+        let (what, remedy) = (trouble["what"].as_str()?, trouble["remedy"].as_str()?);
+        what.starts_with(&begins)
+            .then(|| (what.to_owned(), remedy.to_owned()))
+    });
+    trouble.expect("it is said")
 }
 
 #[tokio::test]
@@ -190,7 +191,7 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
             ("empty", status(200), "its body is empty", false),
             (
                 "cut off",
-                status(200).body(r#"{"events": ["#),
+                status(200).body("["),
                 "it is no JSON: EOF while parsing",
                 false,
             ),
@@ -206,7 +207,7 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
             let scene = Scene::new().await;
             scene.bigchat.upset("GET /events", upset.clone().always());
             let daemon = scene.bench.start();
-            let (what, remedy) = until_down(&scene.bench, "BigChat").await;
+            let (what, remedy) = until_down(&scene.bench, case, Api::BigChat).await;
             assert!(what.contains(why), "{case}: {what}");
             assert!(
                 !what.contains("secret") && !what.contains("pass@"),
@@ -219,11 +220,15 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
             );
             daemon.stop().await;
 
+            if case == "400" {
+                // To OurAPI's list it says that it does not take the address.
+                return;
+            }
             let scene = Scene::new().await;
             scene.our_api.upset("GET /agents", upset.always());
             let daemon = scene.bench.start();
             scene.bigchat.tells([start(42, 0)]);
-            let (what, remedy) = until_down(&scene.bench, "OurAPI").await;
+            let (what, remedy) = until_down(&scene.bench, case, Api::OurApi).await;
             assert!(what.contains(why), "{case}: {what}");
             assert!(
                 !what.contains("secret") && !what.contains("pass@"),
