@@ -40,11 +40,10 @@ CREATE TABLE epochs (
 INSERT INTO epochs (id, began_at) VALUES (1, 0);
 
 -- The pages of the poll in progress, as they came. Their events are ingested once their epoch is known; the pages stay
--- until the poll ends, since an equal message on a later page is told apart by the earlier one.
+-- until the poll ends, since equal messages are counted over all of them.
 CREATE TABLE inbox (
     id           INTEGER PRIMARY KEY,
     query        TEXT NOT NULL,
-    again_of     INTEGER REFERENCES inbox (id),  -- the page this one is, requested again
     served_at    INTEGER NOT NULL,               -- by BigChat's clock
     window_start INTEGER NOT NULL,
     body         TEXT NOT NULL,

@@ -14,7 +14,7 @@
 //!   chat is read back first.
 //! - [`delivery`] hands out what is due, sends the difference, and commits the conversation's *offset*: events up to it are
 //!   delivered, unless a *dead letter* says otherwise.
-//! - Further decisions are pure, too: [`window`], [`dedupe`], [`retry`].
+//! - Further decisions are pure, too: [`window`], [`retry`].
 //!
 //! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
@@ -24,7 +24,6 @@ pub mod cli;
 pub mod clock;
 pub mod context;
 pub mod daemon;
-pub mod dedupe;
 pub mod delivery;
 pub mod demo;
 pub mod domain;

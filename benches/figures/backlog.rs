@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bigchat_sync::bigchat::page_events;
-use bigchat_sync::dedupe::Tally;
+use bigchat_sync::domain::dedupe::Counts;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::journal::{PageToKeep, Progress, Store};
 use bigchat_sync::time::{Millis, Timestamp};
@@ -80,7 +80,6 @@ fn keep(store: &mut Store, told: &[String]) {
     let at = Timestamp::clamped(START + 1000);
     let page = PageToKeep {
         query: "page=1".to_owned(),
-        again_of: None,
         served_at: at,
         window: (Timestamp::clamped(START), at),
         events: told.len(),
@@ -93,7 +92,7 @@ fn keep(store: &mut Store, told: &[String]) {
     page_events(&page.body, |_| count += 1);
     assert_eq!(count, told.len());
     store
-        .admit(&page, Epoch(1), &Tally::default(), Millis::now())
+        .admit(&page, Epoch(1), &Counts::default(), Millis::now())
         .expect("it is admitted");
     store.end_poll(None, 0, None).expect("it ends");
 }

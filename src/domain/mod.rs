@@ -5,5 +5,6 @@
 
 pub mod account;
 pub mod conversation;
+pub mod dedupe;
 pub mod ids;
 pub mod progress;

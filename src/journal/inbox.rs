@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, named_params, params};
 use super::activity::Counts;
 use super::{Result, Store, UNREADABLE};
 use crate::bigchat::page_events;
-use crate::dedupe::{Key, Tally};
+use crate::domain::dedupe::{Counts as Received, Key};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::event::{Event, Kind, digest};
 use crate::http::shortened;
@@ -37,8 +37,6 @@ pub struct Source {
 pub struct PageToKeep {
     /// What it was asked for with.
     pub query: String,
-    /// The page it is, asked for again.
-    pub again_of: Option<i64>,
     /// BigChat's clock when it came.
     pub served_at: Timestamp,
     /// The window of its poll.
@@ -58,8 +56,6 @@ pub enum Progress {
     Next(String),
     /// Not: this was the last one, and BigChat is read up to then.
     Complete(Timestamp),
-    /// As it would have without this page, which was asked for again.
-    Unchanged,
 }
 
 /// A page that was kept.
@@ -69,8 +65,6 @@ pub struct KeptPage {
     pub id: i64,
     /// What it was asked for with.
     pub query: String,
-    /// The page it is, asked for again.
-    pub again_of: Option<i64>,
     /// BigChat's clock when it came.
     pub served_at: Timestamp,
     /// When its window starts.
@@ -92,6 +86,23 @@ impl KeptPage {
         page_events(&self.body, |raw| events.extend(Event::parse(raw)));
         events
     }
+
+    /// The keys of all its events.
+    pub fn keys(&self) -> Vec<Key> {
+        keys(&self.body)
+    }
+}
+
+/// The keys of all events of a page, in their order.
+pub fn keys(body: &str) -> Vec<Key> {
+    let mut keys = Vec::new();
+    page_events(body, |raw| {
+        keys.push(match Event::parse(raw) {
+            Ok(event) => Key::from(&event),
+            Err(_) => Key::unparsed(digest(&[raw.as_bytes()])),
+        });
+    });
+    keys
 }
 
 /// What became of the events of a page.
@@ -147,18 +158,17 @@ impl Store {
     /// The pages of the poll under way, in order of arrival.
     pub fn kept_pages(&mut self) -> Result<Vec<KeptPage>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT id, query, again_of, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
+            "SELECT id, query, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
         )?;
         let pages = statement.query_map([], |row| {
             Ok(KeptPage {
                 id: row.get(0)?,
                 query: row.get(1)?,
-                again_of: row.get(2)?,
-                served_at: Timestamp::clamped(row.get(3)?),
-                window_start: Timestamp::clamped(row.get(4)?),
-                body: row.get(5)?,
-                admitted: row.get(6)?,
-                kept_in: row.get(7)?,
+                served_at: Timestamp::clamped(row.get(2)?),
+                window_start: Timestamp::clamped(row.get(3)?),
+                body: row.get(4)?,
+                admitted: row.get(5)?,
+                kept_in: row.get(6)?,
                 told_by: None,
             })
         })?;
@@ -172,13 +182,12 @@ impl Store {
         let transaction = self.begin()?;
         let kept = transaction
             .prepare_cached(
-                "INSERT INTO inbox (query, again_of, served_at, window_start, body, stored_in)
-                 VALUES (?1, ?2, ?3, ?4, ?5, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
+                "INSERT INTO inbox (query, served_at, window_start, body, stored_in)
+                 VALUES (?1, ?2, ?3, ?4, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
             )?
             .query_row(
                 params![
                     page.query,
-                    page.again_of,
                     page.served_at.unix(),
                     page.window.0.unix(),
                     page.body
@@ -188,10 +197,6 @@ impl Store {
         let (next, cursor) = match &page.progress {
             Progress::Next(query) => (Some(query), None),
             Progress::Complete(cursor) => (None, Some(cursor.unix())),
-            Progress::Unchanged => {
-                transaction.commit()?;
-                return Ok(kept);
-            }
         };
         transaction.execute(
             "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next, cursor = coalesce(:cursor, cursor)",
@@ -201,19 +206,6 @@ impl Store {
         )?;
         transaction.commit()?;
         Ok(kept)
-    }
-
-    /// How many events of that key the journal holds, told in the present run of BigChat.
-    pub fn count_known(&mut self, event: &Event) -> Result<u32> {
-        let epoch = super::directory::current_epoch(&self.connection)?;
-        let conversation: Option<ConversationId> = self
-            .connection
-            .prepare_cached("SELECT id FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2")?
-            .query_row(params![epoch, event.conversation], |row| row.get(0))
-            .optional()?;
-        conversation.map_or(Ok(0), |conversation| {
-            count_equal(&self.connection, conversation, event)
-        })
     }
 
     /// Which run of BigChat told a page that was served then, and whether that is certain: where it is not, it may be
@@ -252,12 +244,12 @@ impl Store {
     }
 
     /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
-    /// as the journal does not hold as many as `tally` says were told. From then on they are due.
+    /// as the journal does not hold as many as the poll has `received`. From then on they are due.
     pub fn admit(
         &mut self,
         page: &KeptPage,
         epoch: Epoch,
-        tally: &Tally,
+        received: &Received,
         now: Millis,
     ) -> Result<Admitted> {
         let transaction = self.begin()?;
@@ -269,7 +261,7 @@ impl Store {
                 return;
             }
             outcome = match Event::parse(raw) {
-                Ok(event) => admit(&transaction, epoch, &event, tally, now).map(|new| {
+                Ok(event) => admit(&transaction, epoch, &event, received, now).map(|new| {
                     admitted.new += usize::from(new);
                     counts.of(event.kind.name()).received += u32::from(new);
                     // What it says of a time to come says nothing of how old its news are.
@@ -355,29 +347,23 @@ impl Store {
     /// Lets go of all but the last of them.
     pub fn forget_pages_but_the_last(&mut self) -> Result<()> {
         self.connection.execute(
-            "DELETE FROM inbox WHERE id <> (SELECT max(id) FROM inbox WHERE again_of IS NULL)",
+            "DELETE FROM inbox WHERE id <> (SELECT max(id) FROM inbox)",
             [],
         )?;
         Ok(())
     }
 }
 
-/// Admits one event, unless the journal holds as many as were told. Returns whether it is new. Of the changes of a chat
-/// equal ones are one: another says nothing new, and told on pages that are cut otherwise it would come back as the
-/// latest of its second.
+/// Admits one event, unless the journal holds as many as were received. Returns whether it is new.
 fn admit(
     transaction: &Transaction<'_>,
     epoch: Epoch,
     event: &Event,
-    tally: &Tally,
+    received: &Received,
     now: Millis,
 ) -> Result<bool> {
     let conversation = conversation(transaction, epoch, event)?;
-    let told = match event.kind.is_message() {
-        true => tally.told(&Key::from(event)).max(1),
-        false => 1,
-    };
-    if count_equal(transaction, conversation, event)? >= told {
+    if count_equal(transaction, conversation, event)? >= received.get(&Key::from(event)).max(1) {
         return Ok(false);
     }
     insert(transaction, conversation, event, now)?;

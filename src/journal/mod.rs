@@ -48,7 +48,7 @@ pub use dead_letters::{
     Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who,
 };
 pub use directory::{KnownAdvisor, KnownAgent, Marker};
-pub use inbox::{Admitted, KeptPage, PageToKeep, Progress, Source};
+pub use inbox::{Admitted, KeptPage, PageToKeep, Progress, Source, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{Session, Throttles};

@@ -17,10 +17,10 @@ const UNANSWERED: u32 = 3;
 
 impl Poller {
     /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
-    /// Returns how many were new. Where it is unclear how many there are, the pages stay kept until it is known.
+    /// Returns how many were new.
     pub(super) async fn admit(&mut self, pages: &mut Pages) -> Result<usize, PollError> {
         self.look_for_restart(pages).await?;
-        if pages.kept.is_empty() || pages.tally.unclear().is_some() {
+        if !pages.are_new() {
             return Ok(0);
         }
         let mut admitting = Vec::new();
@@ -30,25 +30,24 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             admitting.push((page.clone(), self.run_of(page).await?, before_start));
         }
-        let (tally, mark) = (std::mem::take(&mut pages.tally), self.context.replay_mark());
+        let (counts, mark) = (pages.counts(), self.context.replay_mark());
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
-        let (all, tally) = self
+        let all = self
             .context
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
                 for (page, epoch, before_start) in admitting {
-                    let admitted = store.admit(&page, epoch, &tally, Millis::now())?;
+                    let admitted = store.admit(&page, epoch, &counts, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
                         mark.fetch_max(admitted.last_event.0, Ordering::Relaxed);
                     }
                     all.push((admitted, page.query));
                 }
-                Ok((all, tally))
+                Ok(all)
             })
             .await?;
-        pages.tally = tally;
         pages.kept.iter_mut().for_each(|page| page.admitted = true);
         for (admitted, query) in &all {
             for (kind, count) in &admitted.told {
@@ -130,18 +129,8 @@ impl Poller {
         Ok(())
     }
 
-    /// Whether BigChat has restarted since it told a page.
-    pub(super) async fn is_of_before(&self, page: &KeptPage) -> Result<bool, PollError> {
-        if restart::look(&self.context).await? == Seen::Unanswered {
-            return Err(PollError::Unanswered);
-        }
-        let present = self.context.run().await?;
-        let told_by = restart::run_of(&self.context, page).await?;
-        Ok(told_by.is_some_and(|epoch| epoch < present))
-    }
-
     /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
-    pub(super) async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
+    async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
         let seen = restart::look(&self.context).await?;
         if seen == Seen::Same {
             let present = self.context.run().await?;

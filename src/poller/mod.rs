@@ -223,7 +223,6 @@ impl Poller {
         // goes on with its earlier pages, by which equal messages on the next ones are told apart.
         let mut pages = Pages::load(&self.context).await?;
         if pages.are_new() {
-            self.clear_up(&mut pages).await?;
             self.admit(&mut pages).await?;
         }
         if self.context.stopping.is_cancelled() {

@@ -8,11 +8,8 @@ use crate::bigchat::{Page, window_query};
 use crate::domain::ids::Epoch;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress};
+use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, keys};
 use crate::window::Window;
-
-/// How much a poll may hold in memory with the pages that were asked for again: beyond, no more are.
-const MAX_BYTES_AGAIN: usize = 4 * MAX_BYTES;
 
 /// How often a further page is asked for at once if it cannot be had.
 const PAGE_TRIES: u32 = 3;
@@ -58,14 +55,17 @@ impl Poller {
             self.page_failures = 0;
             bytes += page.body.len();
             let now = self.context.bigchat.clock().now().unwrap_or(window.end);
-            let asked_before =
-                |next: &str| next == query || pages.kept.iter().any(|page| page.query == next);
+            let keys = keys(&page.body);
             next = page.next.filter(|next| {
-                let circle = asked_before(next);
-                if circle {
-                    tracing::warn!(%next, "BigChat's pages go in a circle; the poll is complete");
+                let end = if *next == query || pages.has(next) {
+                    Some("BigChat's pagination loops")
+                } else {
+                    pages.end_of(&keys)
+                };
+                if let Some(reason) = end {
+                    tracing::warn!(%next, reason, "no further page is requested; treating the poll as complete");
                 }
-                !circle
+                end.is_none()
             });
             let progress = match &next {
                 Some(next) => Progress::Next(next.clone()),
@@ -73,16 +73,13 @@ impl Poller {
             };
             let kept = PageToKeep {
                 query,
-                again_of: None,
                 served_at: page.date.unwrap_or(now),
                 window: (window.start, window.end),
                 body: page.body,
                 events: page.events,
                 progress,
             };
-            let kept = self.keep_page(kept).await?;
-            pages.add(&self.context, kept).await?;
-            self.clear_up(pages).await?;
+            pages.add(self.keep_page(kept).await?, keys);
         }
         Ok(if next.is_none() {
             Ended::Complete
@@ -114,94 +111,21 @@ impl Poller {
         if is_outage(&error) {
             return Err(error.into());
         }
-        if further
-            && self.gives_up(
-                &error,
-                "the next page cannot be had: the window is read again from its beginning",
-            )
-        {
-            return Ok(Ended::Stuck);
+        self.page_failures += u32::from(further);
+        if !further || !is_gone(&error) && self.page_failures < PAGE_FAILURES {
+            return Err(error.into());
         }
-        Err(error.into())
-    }
-
-    /// Whether a page that could not be had again counts as lost from now on; then it is told `what` that means.
-    fn gives_up(&mut self, error: &ApiError, what: &str) -> bool {
-        self.page_failures += 1;
-        let is_lost = is_gone(error) || self.page_failures >= PAGE_FAILURES;
-        if is_lost {
-            self.page_failures = 0;
-            let (
-                reason,
-                Exchange {
-                    request, response, ..
-                },
-            ) = (error.summary(), error.exchange.logged());
-            tracing::warn!(reason, request, response, "{what}");
-        }
-        is_lost
-    }
-
-    /// Where an equal message on two pages may be one or two: asks for the earlier page again.
-    pub(super) async fn clear_up(&mut self, pages: &mut Pages) -> Result<(), PollError> {
-        while let Some(number) = pages.tally.unclear()
-            && !self.context.stopping.is_cancelled()
-        {
-            if pages.bytes() > MAX_BYTES_AGAIN {
-                tracing::warn!(
-                    "pages that were asked for again are too large: equal messages on two pages count as two, unless they stand where the two meet"
-                );
-                pages.give_up(number);
-                continue;
-            }
-            // While it is certain which run told the pages so far.
-            self.look(pages).await?;
-            let Some(earlier) = pages.page(number) else {
-                return Ok(());
-            };
-            let (id, query, window_start) =
-                (earlier.id, earlier.query.clone(), earlier.window_start);
-            tracing::debug!(%query, "an equal message came on a later page; the earlier one is asked for again");
-            let page = match self.ask(&query, true).await {
-                Ok(page) => page,
-                // Nothing is wrong with the page while BigChat answers nothing at all.
-                Err(error) if is_outage(&error) || self.context.bigchat.http().is_failing() => {
-                    return Err(error.into());
-                }
-                Err(error) => {
-                    if !self.gives_up(&error, "an earlier page cannot be had again: equal messages on it and a later one count as two, unless they stand where the two meet") {
-                        return Err(error.into());
-                    }
-                    pages.give_up(number);
-                    continue;
-                }
-            };
-            let served_at = page.date.unwrap_or(earlier.served_at);
-            let (earlier, strange) = (earlier.clone(), !pages.has_some_of(number, &page));
-            let kept = PageToKeep {
-                query,
-                again_of: Some(id),
-                served_at,
-                window: (window_start, window_start),
-                body: page.body,
-                events: page.events,
-                progress: Progress::Unchanged,
-            };
-            let mut kept = self.keep_page(kept).await?;
-            let gone = strange && self.is_of_before(&earlier).await?;
-            if gone {
-                // It is a page like any other.
-                kept.again_of = None;
-            }
-            pages.add(&self.context, kept).await?;
-            if gone {
-                tracing::warn!(
-                    "BigChat has restarted in the middle of a poll: its earlier pages cannot be had again"
-                );
-                pages.give_up(number);
-            }
-        }
-        Ok(())
+        self.page_failures = 0;
+        let Exchange {
+            request, response, ..
+        } = error.exchange.logged();
+        tracing::warn!(
+            reason = error.summary(),
+            request,
+            response,
+            "the next page cannot be had: the window is read again from its beginning"
+        );
+        Ok(Ended::Stuck)
     }
 
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
@@ -210,7 +134,6 @@ impl Poller {
         tracing::debug!(events = page.events, query = %page.query, "a page was kept");
         let PageToKeep {
             query,
-            again_of,
             served_at,
             window,
             body,
@@ -219,7 +142,6 @@ impl Poller {
         Ok(KeptPage {
             id,
             query,
-            again_of,
             served_at,
             window_start: window.0,
             body,

@@ -10,7 +10,6 @@ use crate::fakes::{
     unix, window, with_header,
 };
 use crate::harness::{Bench, side_by_side, until};
-use crate::process::Process;
 
 /// The query of the first window there is.
 fn first_window() -> String {
@@ -396,21 +395,24 @@ fn messages(texts: &str) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn an_equal_message_on_a_later_page_is_told_apart_by_asking_for_the_earlier_one_again() {
-    for (case, again, expected) in [
-        ("it stands still: another", "aa kk", "aa bb kk kk"),
-        ("it shifted: the same", "late aa", "aa bb kk late"),
-        ("told once only: another", "xx yy", "aa bb kk kk xx yy"),
+async fn equal_messages_on_later_pages_are_others_but_for_an_overlap() {
+    for (case, first, second, expected) in [
+        ("not at an edge", "kk aa", "bb kk", "aa bb kk kk"),
+        ("the pages have shifted", "aa kk", "kk bb", "aa bb kk"),
+        ("by two", "aa kk bb", "kk bb cc", "aa bb cc kk"),
+        ("twins, and no shift", "kk kk", "aa kk", "aa kk kk kk"),
     ] {
         for fails in [false, true] {
             let scene = Scene::new().await;
-            scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
-            scene.bigchat.tells(messages("kk bb"));
-            scene.bigchat.tells(messages(again));
-            let mut asked = vec![first_window(), "page=2".into(), first_window()];
+            scene.bigchat.tells(page(messages(first), "?page=2"));
+            scene.bigchat.tells(messages(second));
+            let mut asked = vec![first_window(), "page=2".into()];
             if fails {
-                scene.bigchat.upset("GET /events?page=2", status(500));
-                asked.insert(1, "page=2".into());
+                scene
+                    .bigchat
+                    .upset("GET /events?page=2", status(500).times(3));
+                asked.extend(vec!["page=2".into(); 3]);
+                scene.bench.once().await;
             }
             scene.bench.once().await;
             assert_eq!(scene.bigchat.queries(), asked, "{case}, {fails}");
@@ -420,59 +422,46 @@ async fn an_equal_message_on_a_later_page_is_told_apart_by_asking_for_the_earlie
 }
 
 #[tokio::test]
-async fn what_comes_when_a_page_is_asked_for_again_is_kept_before_anything_else_is_asked() {
+async fn twins_at_a_page_edge_are_two_by_the_next_poll() {
     let scene = Scene::new().await;
-    scene.bigchat.tells(messages("first"));
-    scene.bench.once().await;
     scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
     scene.bigchat.tells(messages("kk bb"));
-    scene.bigchat.tells(messages("xx yy"));
-    // Whether BigChat has restarted is not to be had.
-    scene
-        .bigchat
-        .upset("GET /conversations/", status(500).always());
     scene.bench.once().await;
-    scene.bigchat.calm();
+    scene.bigchat.tells(messages("aa kk kk bb"));
     scene.bench.once().await;
-    let texts = texts(&scene);
-    for told in ["first", "aa", "kk", "bb", "xx", "yy"] {
-        assert!(texts.iter().any(|text| text == told), "{told}: {texts:?}");
+    assert_eq!(texts(&scene).join(" "), "aa bb kk kk");
+}
+
+/// The same page by URLs that cannot be known to be the same.
+#[tokio::test]
+async fn a_page_that_comes_again_by_another_url_completes_the_poll() {
+    for (case, pages, asked) in [
+        ("at once", vec!["aa bb", "aa bb", "aa bb"], 2),
+        ("with one event", vec!["aa", "aa", "aa"], 2),
+        ("in turns", vec!["aa bb", "cc dd", "aa bb", "cc dd"], 3),
+        ("after an empty one", vec!["aa bb", "", "aa bb", ""], 3),
+    ] {
+        let scene = Scene::new().await;
+        for (n, texts) in pages.iter().enumerate() {
+            let next = format!("?page={}&session={n}", n + 2);
+            scene.bigchat.tells(page(messages(texts), next));
+        }
+        scene.bench.once().await;
+        assert_eq!(scene.bigchat.queries().len(), asked, "{case}");
+        let mut once: Vec<_> = pages
+            .join(" ")
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        once.sort();
+        once.dedup();
+        assert_eq!(texts(&scene), once, "{case}");
+        assert_eq!(scene.bench.cursor(), Some(unix(NOW)), "{case}");
     }
 }
 
 #[tokio::test]
-async fn while_the_earlier_page_cannot_be_had_again_nothing_is_decided() {
-    let scene = Scene::new().await;
-    scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
-    scene.bigchat.tells(messages("kk bb"));
-    for _ in 0..3 {
-        scene.bigchat.tells(raw("<html>"));
-    }
-    scene.bench.once().await;
-    assert_eq!(scene.our_api.messages().len(), 0);
-    assert_eq!(scene.bigchat.queries().len(), 5);
-    scene.bigchat.tells(messages("late aa"));
-    scene.bench.once().await;
-    assert_eq!(scene.bigchat.queries()[0], first_window());
-    assert_eq!(texts(&scene), ["aa", "bb", "kk", "late"]);
-}
-
-#[tokio::test]
-async fn an_earlier_page_that_is_gone_for_good_holds_nothing_up() {
-    let scene = Scene::new().await;
-    scene.bigchat.tells(page(messages("aa kk"), "?page=2"));
-    scene.bigchat.tells(messages("kk bb"));
-    for _ in 0..9 {
-        scene.bigchat.tells(raw("<html>"));
-    }
-    let daemon = scene.bench.start();
-    scene.bench.until_events("delivered", 4).await;
-    daemon.stop().await;
-    assert_eq!(texts(&scene), ["aa", "bb", "kk", "kk"]);
-}
-
-#[tokio::test]
-async fn an_end_or_transfer_repeated_on_the_next_page_is_one_and_needs_no_question() {
+async fn an_end_or_transfer_repeated_on_the_next_page_is_one() {
     let scene = Scene::new().await;
     let repeated = [end(42, 5), transfer(42, 6, 8)];
     scene.bigchat.tells(page(repeated.clone(), "?page=2"));
@@ -610,8 +599,7 @@ async fn a_poll_without_end_pauses_and_goes_on_from_there() {
     );
     assert_eq!(scene.our_api.messages().len(), 203);
 
-    let scene = Scene::new().await;
-    tells(&scene, 203, |_| vec![]);
+    tells(&scene, 203, |n| vec![message(42, n, &format!("text {n}"))]);
     scene.bench.once().await;
     scene.bench.once().await;
     assert_eq!(
@@ -619,6 +607,28 @@ async fn a_poll_without_end_pauses_and_goes_on_from_there() {
         window(NOW - 5, NOW),
         "where a whole budget brings nothing new, that is all"
     );
+}
+
+#[tokio::test]
+async fn page_after_page_without_events_completes_the_poll() {
+    for (case, full, asked) in [
+        ("from the start", vec![], 10),
+        ("after full ones", vec![1, 2], 12),
+        ("with a full one among them", vec![9], 19),
+    ] {
+        let scene = Scene::new().await;
+        for n in 1..=250 {
+            let told = full
+                .contains(&n)
+                .then(|| message(42, n, &format!("text {n}")));
+            scene.bigchat.tells(page(told, format!("?page={}", n + 1)));
+        }
+        scene.bench.once().await;
+        assert_eq!(scene.bigchat.queries().len(), asked, "{case}");
+        scene.bench.once().await;
+        let next = &scene.bigchat.queries()[0];
+        assert_eq!(*next, window(NOW - 5, NOW), "{case}");
+    }
 }
 
 #[tokio::test]
@@ -753,51 +763,20 @@ async fn one_wrong_date_after_a_restart_mixes_nothing() {
 }
 
 #[tokio::test]
-async fn equal_messages_where_a_poll_pauses_are_two() {
+async fn pages_that_shift_where_a_poll_pauses_overlap() {
     let scene = Scene::new().await;
     for n in 1..200 {
         let told = vec![message(42, n, &format!("text {n}"))];
         scene.bigchat.tells(page(told, format!("?page={}", n + 1)));
     }
+    let twin = || message(42, 300, "twin");
     scene
         .bigchat
-        .tells(page(vec![message(42, 300, "twin")], "?page=201"));
-    scene
-        .bigchat
-        .tells(vec![message(42, 300, "twin"), message(42, 301, "last")]);
+        .tells(page([message(42, 200, "text 200"), twin()], "?page=201"));
+    scene.bigchat.tells([twin(), message(42, 301, "last")]);
     scene.bench.once().await;
     scene.bench.once().await;
     let texts = scene.our_api.messages();
     assert!(texts.contains(&"last".to_owned()));
-    assert_eq!(texts.iter().filter(|text| *text == "twin").count(), 2);
-}
-
-#[tokio::test]
-async fn pages_asked_for_again_cost_bounded_memory() {
-    let scene = Scene::new().await;
-    let event = json!({"conversation_id": 42, "event_name": "MESSAGE", "event_at": unix(1), "data": {"message": "twin"}});
-    let padding = "x".repeat(16 << 20);
-    for n in 2..22 {
-        scene
-            .bigchat
-            .tells(page(vec![event.clone()], format!("?page={n}")));
-        if n > 2 {
-            // The page before, asked for again.
-            scene.bigchat.tells(raw(
-                &json!({"events": [event], "nextPageUrl": null, "padding": padding}).to_string(),
-            ));
-        }
-    }
-    let daemon = Process::start(&scene.bench);
-    until("the poll is over", async || {
-        scene.bench.is_ready()
-            && scene.bench.events("delivered") > 0
-            && scene
-                .bench
-                .value("SELECT window_start IS NULL FROM poll_state")
-    })
-    .await;
-    let peak = daemon.mebibytes("VmHWM");
-    assert!(peak < 256, "{peak} MiB");
-    assert!(daemon.stop().await.success());
+    assert_eq!(texts.iter().filter(|text| *text == "twin").count(), 1);
 }

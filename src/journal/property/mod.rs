@@ -15,9 +15,9 @@ use rusqlite::Connection;
 use uuid::Uuid;
 
 use super::{ClaimRequest, Decision, PageToKeep, Progress, Scope, Selection, Store, Who};
-use crate::dedupe::{Key, Tally};
 use crate::domain::account::{self, Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Pending};
+use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::progress::{
     ChatState, Due, Effect, EventOutcome, Failure, Finding, Lost, Observation, Outcome, Report,
@@ -296,7 +296,6 @@ impl Pair {
         let at = Timestamp::clamped(self.plain.now / 1000);
         let page_to_keep = PageToKeep {
             query: "page".into(),
-            again_of: None,
             served_at: at,
             window: (at, at),
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
@@ -306,11 +305,8 @@ impl Pair {
         self.store.keep_page(&page_to_keep).expect("a stored page");
         let pages = self.store.kept_pages().expect("the stored pages");
         let kept = pages.last().expect("a page");
-        let keys: Vec<Key> = kept.events().iter().map(Key::from).collect();
-        let mut tally = Tally::default();
-        tally.page(&keys, |_| 0);
         self.store
-            .admit(kept, Epoch(1), &tally, self.now())
+            .admit(kept, Epoch(1), &Counts::of(&[kept.keys()]), self.now())
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);

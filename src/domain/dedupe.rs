@@ -1,0 +1,264 @@
+//! Counting events that carry no id.
+//!
+//! An event is known by its conversation, name, time and data ([`Key`]), and by how many equal ones one poll reports.
+//! Equal MESSAGEs are that many, on one page as on several, with one exception: a late event that came in before a page
+//! shifts the pages after it, so that the next page begins with what this one ended with. That overlap is the same.
+//! Of all other kinds equal events are one: BigChat repeats ENDs and TRANSFERs from page to page.
+//!
+//! Pure: pages in, numbers out. The journal afterwards stores as many as were counted, those of earlier polls included.
+
+use std::collections::HashMap;
+
+use crate::event::{Event, Kind};
+
+/// What makes events equal, as far as a poll needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// BigChat's id of the conversation; 0 if the event could not be parsed.
+    pub conversation: i64,
+    /// See [`Event::digest`].
+    pub digest: i64,
+    /// `None`: the event could not be parsed.
+    pub kind: Option<Kind>,
+}
+
+impl Key {
+    /// The key of what could not be parsed.
+    pub fn unparsed(digest: i64) -> Self {
+        Self {
+            conversation: 0,
+            digest,
+            kind: None,
+        }
+    }
+
+    fn is_message(&self) -> bool {
+        self.kind.is_some_and(Kind::is_message)
+    }
+
+    /// Whether BigChat repeats such an event on further pages of the same poll.
+    fn is_repeated(&self) -> bool {
+        matches!(self.kind, Some(Kind::End | Kind::Transfer))
+    }
+}
+
+impl From<&Event> for Key {
+    fn from(event: &Event) -> Self {
+        Self {
+            conversation: event.conversation,
+            digest: event.digest(),
+            kind: Some(event.kind),
+        }
+    }
+}
+
+/// How many events of each key the pages of one poll report.
+#[derive(Debug, Default)]
+pub struct Counts(HashMap<Key, u32>);
+
+impl Counts {
+    /// Counts the events of a poll, page by page.
+    pub fn of(pages: &[Vec<Key>]) -> Self {
+        let mut counts = HashMap::new();
+        for (number, page) in pages.iter().enumerate() {
+            for key in &page[repeated(&pages[..number], page)..] {
+                let count: &mut u32 = counts.entry(*key).or_default();
+                *count = if key.is_message() { *count + 1 } else { 1 };
+            }
+        }
+        Self(counts)
+    }
+
+    /// How many there are of that key.
+    pub fn get(&self, key: &Key) -> u32 {
+        self.0.get(key).copied().unwrap_or(0)
+    }
+}
+
+/// With how many of its first events a page repeats what the pages before it have reported.
+fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
+    if is_repetition(before, page) {
+        return page.len();
+    }
+    last(before).map_or(0, |last| overlap(last, page))
+}
+
+/// Whether a page is one of those before it once more, by another URL: the pages go in a circle. A page with only one
+/// event of its own is that only if it follows the other at once.
+pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
+    match page.iter().filter(|key| !key.is_repeated()).count() {
+        0 => false,
+        1 => last(before).is_some_and(|last| last == page),
+        _ => before.iter().any(|earlier| earlier == page),
+    }
+}
+
+/// The last page that has any events.
+fn last(pages: &[Vec<Key>]) -> Option<&[Key]> {
+    pages
+        .iter()
+        .rfind(|page| !page.is_empty())
+        .map(Vec::as_slice)
+}
+
+/// How many events the end of `page` and the beginning of `next` have in common, at most. Linear (Knuth, Morris and
+/// Pratt): a hostile page has a million equal events.
+fn overlap(page: &[Key], next: &[Key]) -> usize {
+    // Of each beginning of `next`, how long its longest own beginning is that it also ends with.
+    let mut borders = vec![0; next.len()];
+    let mut matched = 0;
+    for at in 1..next.len() {
+        matched = extended(next, &borders, matched, &next[at]);
+        borders[at] = matched;
+    }
+    let mut matched = 0;
+    for key in &page[page.len().saturating_sub(next.len())..] {
+        matched = extended(next, &borders, matched, key);
+    }
+    matched
+}
+
+/// The longest beginning of `next` that ends with `key`, after one of length `matched`.
+fn extended(next: &[Key], borders: &[usize], mut matched: usize, key: &Key) -> usize {
+    while matched > 0 && next[matched] != *key {
+        matched = borders[matched - 1];
+    }
+    matched + usize::from(next.get(matched) == Some(key))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Capitals are ENDs, digits STARTs, `?` cannot be parsed, all else are MESSAGEs.
+    fn keys(page: &str) -> Vec<Key> {
+        page.chars()
+            .map(|c| {
+                let kind = match c {
+                    '?' => None,
+                    'A'..='Z' => Some(Kind::End),
+                    '0'..='9' => Some(Kind::Start),
+                    _ => Some(Kind::Message),
+                };
+                Key {
+                    conversation: 1,
+                    digest: i64::from(u32::from(c)),
+                    kind,
+                }
+            })
+            .collect()
+    }
+
+    fn count(pages: &[&str], of: char) -> u32 {
+        let pages: Vec<_> = pages.iter().map(|page| keys(page)).collect();
+        Counts::of(&pages).get(&keys(&of.to_string())[0])
+    }
+
+    #[test]
+    fn equal_messages_on_one_page_are_that_many() {
+        assert_eq!(count(&["kkEa"], 'k'), 2);
+        assert_eq!(count(&["kkEa"], 'E'), 1);
+    }
+
+    #[test]
+    fn equal_messages_on_later_pages_are_others() {
+        assert_eq!(count(&["kab", "ckd"], 'k'), 2);
+        assert_eq!(count(&["kab", "kcd"], 'k'), 2, "it was not at the end");
+        assert_eq!(count(&["abk", "ckd"], 'k'), 2, "nor at the beginning");
+        assert_eq!(count(&["ak", "b", "k"], 'k'), 2, "nor on the page before");
+    }
+
+    #[test]
+    fn the_overlap_of_shifted_pages_is_the_same() {
+        assert_eq!(count(&["abk", "kcd"], 'k'), 1);
+        assert_eq!(count(&["akEb", "kEbc"], 'k'), 1, "and what was after it");
+        assert_eq!(count(&["kk", "kkk"], 'k'), 3, "two of three");
+        assert_eq!(count(&["akk", "kb"], 'k'), 2, "one of two");
+        assert_eq!(count(&["a?k", "?kb"], 'k'), 1, "unparsed events count");
+        assert_eq!(count(&["ak", "", "kb"], 'k'), 1, "across an empty page");
+    }
+
+    #[test]
+    fn equal_changes_are_one() {
+        assert_eq!(count(&["aE", "bE", "EE"], 'E'), 1);
+        assert_eq!(count(&["1a", "b1"], '1'), 1);
+    }
+
+    #[test]
+    fn a_page_that_comes_again_is_a_repetition() {
+        let is = |before: &[&str], page: &str| {
+            let before: Vec<_> = before.iter().map(|page| keys(page)).collect();
+            is_repetition(&before, &keys(page))
+        };
+        for (before, page) in [
+            (vec!["ab"], "ab"),
+            (vec!["k"], "k"),
+            (vec!["?"], "?"),
+            (vec!["ab", "cd"], "ab"),
+            (vec!["ab", ""], "ab"),
+        ] {
+            assert!(is(&before, page), "{before:?} {page}");
+        }
+        for (before, page) in [
+            (vec![], "ab"),
+            (vec!["ab"], "b"),
+            (vec!["ab"], "ba"),
+            (vec!["E"], "E"),
+            (vec![""], ""),
+            (vec!["k", "a"], "k"),
+        ] {
+            assert!(!is(&before, page), "{before:?} {page}");
+        }
+        assert_eq!(count(&["kab", "cd", "kab"], 'k'), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_overlap_is_the_longest(page in "[ab]{0,12}", next in "[ab]{0,12}") {
+            let (page, next) = (keys(&page), keys(&next));
+            let longest = (0..=page.len().min(next.len()))
+                .rev()
+                .find(|many| page[page.len() - many..] == next[..*many]);
+            prop_assert_eq!(Some(overlap(&page, &next)), longest);
+        }
+
+        /// A log in pages, into which late events come while it is read: no event counts as more than there are, nor as
+        /// fewer than one page has of it. If all differ, each is one.
+        #[test]
+        fn a_log_that_shifts_is_counted_once(
+            log in proptest::collection::vec(0_u8..4, 1..24),
+            size in 2_usize..6,
+            shifts in proptest::collection::vec(0_usize..3, 12),
+        ) {
+            // Distinct events but for one that is there often.
+            let mut log: Vec<char> = log
+                .iter()
+                .zip('\u{4e00}'..)
+                .map(|(twin, other)| if *twin == 0 { 'k' } else { other })
+                .collect();
+            let mut late = '\u{6e00}'..;
+            let mut pages: Vec<Vec<Key>> = Vec::new();
+            while pages.len() * size < log.len() {
+                let page: String = log.iter().skip(pages.len() * size).take(size).collect();
+                pages.push(keys(&page));
+                for _ in 0..shifts.get(pages.len()).copied().unwrap_or(0).min(size) {
+                    log.insert(0, late.next().expect("a character"));
+                }
+            }
+            let counts = Counts::of(&pages);
+            for c in &log {
+                let key = keys(&c.to_string())[0];
+                let held = log.iter().filter(|held| *held == c).count();
+                let on_one_page = pages
+                    .iter()
+                    .map(|page| page.iter().filter(|other| **other == key).count())
+                    .max();
+                let counted = counts.get(&key) as usize;
+                prop_assert!(counted <= held, "{c}: {counted} of {held}");
+                prop_assert!(Some(counted) >= on_one_page, "{c}: {counted}");
+            }
+        }
+    }
+}
