@@ -11,6 +11,7 @@ CREATE TABLE poll_state (
     window_end   INTEGER,
     next_query   TEXT,                           -- its next page; NULL: its last page is stored
     rescans_left INTEGER NOT NULL DEFAULT 0,     -- polls in which a window read again may bring nothing new
+    cursor_moved_at INTEGER,                     -- when the cursor last changed
     polled_at    INTEGER,                        -- when a poll last completed
     clock_ahead  INTEGER,                        -- seconds BigChat's clock was ahead of this machine's then
     newest_event INTEGER,                        -- the latest event_at ever received
@@ -18,6 +19,14 @@ CREATE TABLE poll_state (
     CHECK (next_query IS NULL OR window_start IS NOT NULL)
 ) STRICT;
 INSERT INTO poll_state (id) VALUES (1);
+
+-- Times of BigChat's of which it no longer reports anything, and which had not been read.
+CREATE TABLE gaps (
+    id        INTEGER PRIMARY KEY,
+    starts_at INTEGER NOT NULL,
+    ends_at   INTEGER NOT NULL,
+    found_at  INTEGER NOT NULL
+) STRICT;
 
 -- What delivery as a whole has to remember: one row.
 CREATE TABLE control (
@@ -167,7 +176,10 @@ CREATE TABLE dead_letters (
     event        INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
     conversation INTEGER,
     failed_at    INTEGER NOT NULL,
-    discarded_at INTEGER                         -- NULL: open
+    discarded_at INTEGER,                        -- NULL: open
+    -- of what could not be parsed, for when it can be:
+    epoch        INTEGER REFERENCES epochs (id),
+    received     INTEGER                         -- how many equal ones one poll reported
 ) STRICT;
 CREATE INDEX dead_letters_open ON dead_letters (event) WHERE discarded_at IS NULL;
 CREATE INDEX dead_letters_discarded ON dead_letters (discarded_at) WHERE discarded_at IS NOT NULL;

@@ -4,13 +4,17 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
-use serde::de::{SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer};
-use serde_json::value::RawValue;
+use chrono::DateTime;
+use reqwest::StatusCode;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use url::form_urlencoded;
 
 use crate::clock::BigChatClock;
+use crate::domain::json::{self, Integer, Malformed};
+use crate::event::Kind;
 use crate::http::route::Route;
-use crate::http::{ApiError, Http, Response, Target, json, shortened, unreadable};
+use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
 use crate::time::Timestamp;
 
 /// No server takes a longer query than this.
@@ -33,8 +37,6 @@ pub struct Page {
     pub next: Option<String>,
     /// How many events there are on it.
     pub events: usize,
-    /// BigChat's clock as it told it.
-    pub date: Option<Timestamp>,
 }
 
 /// What `/conversations/{id}` tells.
@@ -47,7 +49,7 @@ pub struct Details {
 }
 
 /// What `/advisors/{id}` tells.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisor {
     /// Not unique.
     pub name: String,
@@ -78,60 +80,39 @@ impl BigChat {
 
     /// One page of what happened; `query` comes from [`window_query`] or from the page before.
     pub async fn events(&self, query: &str) -> Result<Page> {
-        #[derive(Deserialize)]
-        struct Wire<'a> {
-            #[serde(borrow, rename = "nextPageUrl", default)]
-            next: Option<&'a RawValue>,
-            events: Counted,
-        }
-        self.get(
-            self.http.target(Route::Events, "", Some(query)),
-            |response| {
-                let date = response.date;
-                // A page is told once: what of it can be read is taken, whatever is wrong with the rest.
-                let body = String::from_utf8_lossy(&response.body);
-                let wire: Wire<'_> = serde_json::from_str(&body)
-                    .map_err(|error| unreadable(body.as_bytes(), &error))?;
-                let (next, events) = (
-                    wire.next.and_then(|next| next_page(next.get())),
-                    wire.events.0,
-                );
-                let body = match body {
-                    Cow::Owned(body) => body,
-                    Cow::Borrowed(_) => {
-                        String::from_utf8(std::mem::take(&mut response.body)).unwrap_or_default()
-                    }
-                };
-                Ok(Page {
-                    body,
-                    next,
-                    events,
-                    date,
-                })
-            },
-        )
+        let target = self.http.target(Route::Events, "", Some(query));
+        self.get(target, |response| {
+            if response.status == StatusCode::NO_CONTENT {
+                response.body = b"{}".to_vec();
+            }
+            let body = text(response)?;
+            let mut events = 0;
+            page_events(body, |_| events += 1).map_err(|error| not_a_page(body, &error))?;
+            let [next] = json::fields(body, ["nextPageUrl"]).map_err(text_of)?;
+            let next = next.and_then(next_page);
+            let body = String::from_utf8(std::mem::take(&mut response.body)).map_err(text_of)?;
+            Ok(Page { body, next, events })
+        })
         .await
     }
 
     /// The details of a conversation.
     pub async fn conversation(&self, id: i64) -> Result<Details> {
-        #[derive(Deserialize)]
-        struct Wire {
-            events: Start,
-            advisor_id: i64,
-        }
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
             |response| {
-                let wire: Wire = json(&response.body)?;
-                let started_at = match wire.events {
+                let body = text(response)?;
+                let [events, advisor] = fields(body, ["events", "advisor_id"])?;
+                let Integer(advisor) = read("advisor_id", advisor)?;
+                let events = events.ok_or("its JSON is another: missing field `events`")?;
+                let started_at = match Start::among(events).map_err(text_of)? {
                     Start::At(at) => Timestamp::from_unix(at),
                     Start::Unreadable => return Err("its START has no time".to_owned()),
                     Start::Missing => None,
                 };
                 Ok(Details {
                     started_at,
-                    advisor: wire.advisor_id,
+                    advisor,
                 })
             },
         )
@@ -142,7 +123,13 @@ impl BigChat {
     pub async fn advisor(&self, id: i64) -> Result<Advisor> {
         self.get(
             self.http.target(Route::Advisor, &id.to_string(), None),
-            |response| json(&response.body),
+            |response| {
+                let [name, email] = fields(text(response)?, ["name", "email_address"])?;
+                Ok(Advisor {
+                    name: read("name", name)?,
+                    email_address: read("email_address", email)?,
+                })
+            },
         )
         .await
     }
@@ -150,64 +137,79 @@ impl BigChat {
     async fn get<T>(
         &self,
         target: Target,
-        read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
+        parse: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let sent = self.http.send(&target, None::<&()>).await;
         self.clock
             .observe(sent.as_ref().ok().and_then(|response| response.date));
-        self.http.conclude(&target, None::<&()>, sent, read)
+        self.http.conclude(&target, None::<&()>, sent, parse)
     }
 }
 
 /// The query for the first page of what happened from `start` to `end`: whole seconds in UTC, with `Z`.
 pub fn window_query(start: Timestamp, end: Timestamp) -> String {
-    url::form_urlencoded::Serializer::new(String::new())
+    form_urlencoded::Serializer::new(String::new())
         .append_pair("start_at", &start.to_string())
         .append_pair("end_at", &end.to_string())
         .finish()
 }
 
-/// Hands over the events of a page that was kept, each as it came and one by one: a hostile page has millions.
-pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) {
+/// Hands over the events of a page, each as it came and one by one: a hostile page has millions.
+///
+/// # Errors
+///
+/// When it is no page. One without `events` is empty, if it says of the next page or nothing at all: an object of another
+/// kind may be an error report.
+pub fn page_events<'a>(
+    body: &'a str,
+    each: impl FnMut(&'a str),
+) -> std::result::Result<(), Malformed> {
+    let mut fields = 0;
+    json::all_fields(body, |_, _| fields += 1)?;
+    match json::fields(body, ["events", "nextPageUrl"])? {
+        [None | Some("null"), Some(_)] | [Some("null"), None] => Ok(()),
+        [None, None] if fields == 0 => Ok(()),
+        [events, _] => json::items(events.unwrap_or_default(), each),
+    }
+}
+
+/// A page that is none.
+fn not_a_page(body: &str, error: &Malformed) -> String {
     #[derive(Deserialize)]
-    struct Wire<'a> {
-        #[serde(borrow)]
-        events: &'a RawValue,
+    struct Wire {
+        #[serde(rename = "events")]
+        _events: Vec<IgnoredAny>,
     }
-    if let Ok(Wire { events }) = serde_json::from_str(body) {
-        let mut events = serde_json::Deserializer::from_str(events.get());
-        // That it is a list was seen when the page came.
-        events.deserialize_seq(Each(each)).ok();
-    }
-}
-
-/// Hands over what stands in a list.
-struct Each<F>(F);
-
-impl<'de, F: FnMut(&'de str)> Visitor<'de> for Each<F> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> std::result::Result<(), A::Error> {
-        while let Some(raw) = list.next_element::<&RawValue>()? {
-            (self.0)(raw.get());
-        }
-        Ok(())
+    match serde_json::from_str::<Wire>(body) {
+        Err(error) => unreadable(body.as_bytes(), &error),
+        Ok(_) => error.to_string(),
     }
 }
 
-/// How many stand in a list.
-struct Counted(usize);
+fn text(response: &Response) -> std::result::Result<&str, String> {
+    std::str::from_utf8(&response.body).map_err(text_of)
+}
 
-impl<'de> Deserialize<'de> for Counted {
-    fn deserialize<D: Deserializer<'de>>(list: D) -> std::result::Result<Self, D::Error> {
-        let mut count = 0;
-        list.deserialize_seq(Each(|_: &str| count += 1))?;
-        Ok(Self(count))
-    }
+fn text_of(error: impl fmt::Display) -> String {
+    error.to_string()
+}
+
+fn fields<'a, const N: usize>(
+    body: &'a str,
+    names: [&'static str; N],
+) -> std::result::Result<[Option<&'a str>; N], String> {
+    json::fields(body, names).map_err(|error| {
+        let json = serde_json::from_str::<HashMap<String, IgnoredAny>>(body);
+        json.err().map_or_else(
+            || text_of(error),
+            |error| unreadable(body.as_bytes(), &error),
+        )
+    })
+}
+
+fn read<T: DeserializeOwned>(name: &str, value: Option<&str>) -> std::result::Result<T, String> {
+    let value = value.ok_or_else(|| format!("its JSON is another: missing field `{name}`"))?;
+    serde_json::from_str(value).map_err(|error| unreadable(value.as_bytes(), &error))
 }
 
 /// What the first START in a list tells. What is wrong with other events is told where they are polled.
@@ -218,26 +220,22 @@ enum Start {
     Missing,
 }
 
-impl<'de> Deserialize<'de> for Start {
-    fn deserialize<D: Deserializer<'de>>(list: D) -> std::result::Result<Self, D::Error> {
+impl Start {
+    fn among(events: &str) -> std::result::Result<Self, Malformed> {
         let mut start = Self::Missing;
-        list.deserialize_seq(Each(|raw: &str| {
+        json::items(events, |raw| {
             if matches!(start, Self::Missing) {
                 start = Self::of(raw);
             }
-        }))?;
+        })?;
         Ok(start)
     }
-}
 
-impl Start {
     fn of(raw: &str) -> Self {
-        fn read<'a, T: Deserialize<'a>>(value: Option<&&'a RawValue>) -> Option<T> {
-            serde_json::from_str(value?.get()).ok()
-        }
-        let fields: HashMap<String, &RawValue> = serde_json::from_str(raw).unwrap_or_default();
-        match read::<String>(fields.get("event_name")).as_deref() {
-            Some("START") => read(fields.get("event_at")).map_or(Self::Unreadable, Self::At),
+        match json::fields(raw, ["event_name", "event_at"]) {
+            Ok([name, at]) if read::<String>("", name).as_deref() == Ok(Kind::Start.name()) => {
+                read("", at).map_or(Self::Unreadable, |Integer(at)| Self::At(at))
+            }
             _ => Self::Missing,
         }
     }
@@ -259,11 +257,55 @@ fn next_page(next: &str) -> Option<String> {
     query
 }
 
-/// The query of a `nextPageUrl`, which may be absolute or relative.
+/// The query of a `nextPageUrl`: absolute or relative, or the query alone, escaped for HTML or not.
 fn next_query(next: &str) -> Option<String> {
-    let (_, query) = next.split_once('?')?;
+    let next = next.trim().replace("&amp;", "&");
+    let query = match next.split_once('?') {
+        Some((_, query)) => query,
+        None if next.contains('=') && !next.contains(['/', ':']) => &next,
+        None => return None,
+    };
     let query = query.split('#').next().unwrap_or_default();
-    (!query.is_empty() && query.len() <= MAX_QUERY).then(|| query.to_owned())
+    if query.len() > MAX_QUERY {
+        return None;
+    }
+    let parameters = query.split('&').filter(|parameter| !parameter.is_empty());
+    let query = parameters
+        .map(with_encoded_plus)
+        .collect::<Vec<_>>()
+        .join("&");
+    (!query.is_empty()).then_some(query)
+}
+
+/// A parameter whose value is a time with a `+` that is not percent-encoded: it can only mean an offset, and not the
+/// space for which it stands in queries otherwise.
+fn with_encoded_plus(parameter: &str) -> Cow<'_, str> {
+    let encoded = parameter.replace('+', "%2B");
+    let is_time = || form_urlencoded::parse(encoded.as_bytes()).any(|(_, value)| is_time(&value));
+    if parameter.contains('+') && is_time() {
+        encoded.into()
+    } else {
+        parameter.into()
+    }
+}
+
+fn is_time(value: &str) -> bool {
+    DateTime::parse_from_rfc3339(value).is_ok()
+}
+
+/// A query in one spelling, whatever its order and encoding, and however it writes times: equal ones are the same page.
+pub fn canonical_query(query: &str) -> String {
+    let mut pairs: Vec<(String, String)> = form_urlencoded::parse(query.as_bytes())
+        .map(|(name, value)| {
+            let time = DateTime::parse_from_rfc3339(&value);
+            let value = time.map_or_else(|_| value.into_owned(), |time| time.to_utc().to_rfc3339());
+            (name.into_owned(), value)
+        })
+        .collect();
+    pairs.sort();
+    form_urlencoded::Serializer::new(String::new())
+        .extend_pairs(pairs)
+        .finish()
 }
 
 #[cfg(test)]
@@ -280,6 +322,94 @@ mod tests {
         assert_eq!(next_query("?page=1"), Some("page=1".into()));
         assert_eq!(next_query("http://evil.example/steal"), None);
         assert_eq!(next_query(""), None);
+    }
+
+    #[test]
+    fn a_sloppy_next_page_is_taken_where_it_can_only_mean_one_thing() {
+        for (next, query) in [
+            (" /events?page=1\n", "page=1"),
+            ("/events?a=b&amp;page=1", "a=b&page=1"),
+            ("page=1&a=b", "page=1&a=b"),
+            ("&page=1", "page=1"),
+            ("/events?&&page=1&", "page=1"),
+            (
+                "?t=2026-11-22T22:00:00+00:00&q=a+b",
+                "t=2026-11-22T22:00:00%2B00:00&q=a+b",
+            ),
+            (
+                "?t=2026-11-22T22%3A00%3A00+02%3A00",
+                "t=2026-11-22T22%3A00%3A00%2B02%3A00",
+            ),
+            ("?cursor=a b|c", "cursor=a b|c"),
+        ] {
+            assert_eq!(next_query(next).as_deref(), Some(query), "{next}");
+        }
+        for next in [
+            "?",
+            "?&",
+            "?#page=1",
+            "page",
+            "http://h/a=b",
+            "events/page=2",
+        ] {
+            assert_eq!(next_query(next), None, "{next}");
+        }
+    }
+
+    #[test]
+    fn the_same_page_is_known_in_any_spelling() {
+        let same = |a, b| canonical_query(a) == canonical_query(b);
+        for (a, b) in [
+            ("a=1&b=2", "b=2&a=1"),
+            ("a=x%20y", "a=x+y"),
+            ("a=x y", "a=x%20y"),
+            ("a=%7e", "a=~"),
+            (
+                "t=2026-11-22T22:00:00Z",
+                "t=2026-11-22T22%3A00%3A00%2B00%3A00",
+            ),
+            (
+                "t=2026-11-23T00:00:00%2B02:00",
+                "t=2026-11-22T22:00:00.000Z",
+            ),
+        ] {
+            assert!(same(a, b), "{a} {b}");
+        }
+        for (a, b) in [("a=1", "a=2"), ("a=1&a=1", "a=1"), ("a=1&b=2", "a=2&b=1")] {
+            assert!(!same(a, b), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn a_page_without_events_is_empty_and_an_error_report_is_no_page() {
+        let count = |body: &str| {
+            let mut count = 0;
+            page_events(body, |_| count += 1).map(|()| count)
+        };
+        for body in [
+            "{}",
+            r#"{"nextPageUrl":null}"#,
+            r#"{"events":null}"#,
+            r#"{"events":null,"nextPageUrl":"?page=2"}"#,
+            r#"{"nextPageUrl":"?page=2","total":0}"#,
+            r#"{"events":[]}"#,
+        ] {
+            assert_eq!(count(body), Ok(0), "{body}");
+        }
+        for body in [
+            "",
+            "null",
+            "[]",
+            "\"events\"",
+            r#"{"detail":"maintenance"}"#,
+            r#"{"events":{}}"#,
+            r#"{"events":7}"#,
+            r#"{"events":[]} <html>"#,
+            r#"{"events":[1,2"#,
+        ] {
+            assert!(count(body).is_err(), "{body}");
+        }
+        assert_eq!(count(r#"{"events":[NaN,{},]}"#), Ok(2));
     }
 
     #[test]

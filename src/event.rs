@@ -5,10 +5,11 @@ use std::hash::Hasher;
 
 use serde::Deserialize;
 use serde_json::Value;
-use serde_json::value::RawValue;
 use siphasher::sip::SipHasher13;
 use thiserror::Error;
 
+use crate::domain::json::{self, Integer, Malformed};
+use crate::domain::text::has_undecoded;
 use crate::time::Timestamp;
 
 /// The four things that happen to a conversation.
@@ -43,6 +44,15 @@ impl Kind {
         match self {
             Self::Message => true,
             Self::Start | Self::End | Self::Transfer => false,
+        }
+    }
+
+    /// The field of its data without which nothing can be done about it.
+    fn needed_field(self) -> Option<&'static str> {
+        match self {
+            Self::Message => Some("message"),
+            Self::Transfer => Some("new_advisor_id"),
+            Self::Start | Self::End => None,
         }
     }
 
@@ -104,7 +114,7 @@ impl What {
         }
         #[derive(Deserialize)]
         struct Transfer {
-            new_advisor_id: i64,
+            new_advisor_id: Integer,
         }
         let present = || data.ok_or(Unreadable::NoData(kind));
         let wrong = |source| Unreadable::Data { kind, source };
@@ -119,7 +129,8 @@ impl What {
             Kind::Transfer => Self::Transfer {
                 advisor: serde_json::from_str::<Transfer>(present()?)
                     .map_err(wrong)?
-                    .new_advisor_id,
+                    .new_advisor_id
+                    .0,
             },
         })
     }
@@ -141,9 +152,23 @@ pub struct Event {
 /// Why an event could not be understood. Such an event goes to the failed events with its raw JSON.
 #[derive(Debug, Error)]
 pub enum Unreadable {
-    /// Not an object with the fields and types the contract gives.
+    /// Not an object.
     #[error("it is not an event as BigChat describes them: {0}")]
-    Shape(#[source] serde_json::Error),
+    Shape(#[from] Malformed),
+    /// A field that every event has is missing.
+    #[error("it is not an event as BigChat describes them: missing field `{0}`")]
+    Missing(&'static str),
+    /// A field is not of the type that the contract gives.
+    #[error("it is not an event as BigChat describes them: {name}: {source}")]
+    Field {
+        /// Which one.
+        name: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// It has bytes that are not of the encoding that BigChat declares, or UTF-8 by default.
+    #[error("its text is not of the declared encoding: \\xNN is a byte that could not be decoded")]
+    Encoding,
     /// A name beside START, END, MESSAGE and TRANSFER.
     #[error("its name is unknown: {0:?}")]
     Name(String),
@@ -164,28 +189,38 @@ pub enum Unreadable {
 }
 
 impl Event {
-    /// Reads one event from its JSON.
+    /// What BigChat calls an event, whether or not the rest of it can be understood.
+    pub fn name(raw: &str) -> Option<String> {
+        let [name] = json::fields(raw, ["event_name"]).ok()?;
+        serde_json::from_str(name?).ok()
+    }
+
+    /// Reads one event from its JSON. What it holds beside what is needed may be anything.
     pub fn parse(raw: &str) -> Result<Self, Unreadable> {
-        #[derive(Deserialize)]
-        struct Wire<'a> {
-            conversation_id: i64,
-            event_name: String,
-            event_at: i64,
-            #[serde(borrow, default)]
-            data: Option<&'a RawValue>,
-        }
-        let wire: Wire<'_> = serde_json::from_str(raw).map_err(Unreadable::Shape)?;
-        let kind = Kind::from_name(&wire.event_name).ok_or(Unreadable::Name(wire.event_name))?;
-        let at = Timestamp::from_unix(wire.event_at).ok_or(Unreadable::Time(wire.event_at))?;
-        let data = match wire.data {
-            None => None,
-            Some(data) => {
-                Some(canonical(data.get()).map_err(|source| Unreadable::Data { kind, source })?)
+        Self::read(raw).map_err(|error| {
+            if has_undecoded(raw) {
+                Unreadable::Encoding
+            } else {
+                error
             }
+        })
+    }
+
+    fn read(raw: &str) -> Result<Self, Unreadable> {
+        const NAMES: [&str; 4] = ["conversation_id", "event_name", "event_at", "data"];
+        let [conversation, name, at, data] = json::fields(raw, NAMES)?;
+        let Integer(conversation) = field(NAMES[0], conversation)?;
+        let name: String = field(NAMES[1], name)?;
+        let Integer(at) = field(NAMES[2], at)?;
+        let kind = Kind::from_name(&name).ok_or(Unreadable::Name(name))?;
+        let at = Timestamp::from_unix(at).ok_or(Unreadable::Time(at))?;
+        let data = match data {
+            None | Some("null") => None,
+            Some(data) => canonical(kind, data)?,
         };
         What::from_data(kind, data.as_deref())?;
         Ok(Self {
-            conversation: wire.conversation_id,
+            conversation,
             at,
             kind,
             data,
@@ -244,10 +279,31 @@ fn bare_field(raw: &str, name: &str) -> Option<String> {
     Some(value[..end].to_owned())
 }
 
-fn canonical(json: &str) -> Result<String, serde_json::Error> {
+fn field<T: serde::de::DeserializeOwned>(
+    name: &'static str,
+    value: Option<&str>,
+) -> Result<T, Unreadable> {
+    let value = value.ok_or(Unreadable::Missing(name))?;
+    serde_json::from_str(value).map_err(|source| Unreadable::Field { name, source })
+}
+
+/// Data in one canonical form. Where that is impossible, since something in them is no JSON, only what is needed.
+fn canonical(kind: Kind, data: &str) -> Result<Option<String>, Unreadable> {
+    let wrong = |source| Unreadable::Data { kind, source };
     // `Value` keeps object keys sorted.
-    let value: serde_json::Value = serde_json::from_str(json)?;
-    serde_json::to_string(&value)
+    match serde_json::from_str::<serde_json::Value>(data) {
+        Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(wrong)?)),
+        Err(source) => {
+            let Some(needed) = kind.needed_field() else {
+                return Ok(None);
+            };
+            let Ok([Some(value)]) = json::fields(data, [needed]) else {
+                return Err(wrong(source));
+            };
+            let value: serde_json::Value = serde_json::from_str(value).map_err(wrong)?;
+            Ok(Some(serde_json::json!({ needed: value }).to_string()))
+        }
+    }
 }
 
 /// A 64-bit digest that stays the same from one release to the next, since the journal keeps it.
@@ -273,6 +329,29 @@ mod tests {
             r#"{ "event_at":5, "event_name":"TRANSFER","data":{"old_advisor_id":1, "new_advisor_id":2},"conversation_id":1}"#,
         );
         assert_eq!(one.expect("an event"), two.expect("an event"));
+    }
+
+    #[test]
+    fn what_nobody_needs_costs_no_event() {
+        for odd in [
+            "NaN",
+            "1e400",
+            r#""\ud800""#,
+            r#""\xE4""#,
+            "-Infinity",
+            &format!("{}{}", "[".repeat(1000), "]".repeat(1000)),
+        ] {
+            let message = format!(
+                r#"{{"meta":{odd},"conversation_id":1,"event_name":"MESSAGE","event_at":5.0,"data":{{"weight":{odd},"m\u0065ssage":"Hi"}}}}"#
+            );
+            let event = Event::parse(&message).expect("an event");
+            assert_eq!(event.data.as_deref(), Some(r#"{"message":"Hi"}"#), "{odd}");
+            assert_eq!(event.at, Timestamp::clamped(5));
+            let end = format!(
+                r#"{{"conversation_id":1,"event_name":"END","event_at":5,"data":{{"reason":{odd}}}}}"#
+            );
+            assert_eq!(Event::parse(&end).expect("an event").data, None, "{odd}");
+        }
     }
 
     #[test]
@@ -306,6 +385,14 @@ mod tests {
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"\ud800"}}"#,
                 "data are not those",
+            ),
+            (
+                r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"Gr\xFC"}}"#,
+                "not of the declared encoding",
+            ),
+            (
+                r#"{"conversation_id":NaN,"event_name":"END","event_at":5}"#,
+                "not an event",
             ),
         ] {
             let error = Event::parse(raw).expect_err(raw).to_string();

@@ -131,7 +131,7 @@ pub enum FailedError {
     NoSuchEvent(i64),
     /// None has failed for that reason.
     #[error(
-        "no event has failed for exactly this reason, or they could not be understood and can only be discarded; `bigchat-sync failed list` tells the reasons"
+        "no event has failed for exactly this reason, or those that did still cannot be understood; `bigchat-sync failed list` tells the reasons"
     )]
     NoSuchReason,
     /// There is nobody to ask.
@@ -150,7 +150,7 @@ pub enum FailedError {
     Terminal(#[from] io::Error),
     /// Some of those named are not failed, or could not be understood and so cannot be retried.
     #[error(
-        "done for {done} of {asked}: the others are not failed events, or are events that could not be understood, which can only be discarded"
+        "done for {done} of {asked}: the others are not failed events, or still cannot be understood; those can be discarded"
     )]
     Partly {
         /// How many it was done for.
@@ -209,7 +209,7 @@ fn retried(count: usize, left: u64, unreadable: u64) -> String {
     }
     if unreadable > 0 {
         text += &format!(
-            "; {unreadable} could not be understood and can only be discarded (`bigchat-sync failed list` shows them)"
+            "; {unreadable} still cannot be understood (`bigchat-sync failed list` shows them)"
         );
     }
     text + "\n"

@@ -61,6 +61,10 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
+    /// Kinds of events that are counted and dropped, by their names in BigChat; several, separated by commas.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_IGNORE_EVENTS", value_name = "NAME", value_delimiter = ',', value_parser = event_name)]
+    pub ignore_events: Vec<String>,
+
     /// How many requests this process sends to OurAPI at once. All processes that use one OurAPI count together: two
     /// daemons with 1 each send 2 at once. More than 1 in all corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
@@ -499,6 +503,13 @@ fn timestamp(text: &str) -> Result<Timestamp, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
         .map_err(|_| "it should be a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
     Timestamp::from_unix(time.timestamp()).ok_or_else(|| "it must lie between 1970 and 9999".into())
+}
+
+fn event_name(text: &str) -> Result<String, String> {
+    match text.trim() {
+        "" => Err("an event has a name".into()),
+        name => Ok(name.to_owned()),
+    }
 }
 
 fn prefix(text: &str) -> Result<String, String> {

@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 use thiserror::Error;
 
 use crate::http::{Api, ApiStatus};
-use crate::journal::{Figures, JournalError, OpenError, Store};
+use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
 use crate::screen::{printable, shown};
 use crate::time::{Millis, Timestamp};
 
@@ -18,7 +18,7 @@ use crate::time::{Millis, Timestamp};
 const INTERVALS: u32 = 6;
 
 /// How long no poll may have come to its end, BigChat's clock may be ahead of what was read, and an event may wait.
-const STALE: Duration = Duration::from_secs(120);
+pub(crate) const STALE: Duration = Duration::from_secs(120);
 
 /// What to show.
 #[derive(Debug, Clone, clap::Args)]
@@ -190,6 +190,20 @@ fn troubles(
                 "it catches up by itself; if that stops getting less, see BigChat's state",
             )
         }
+        Some(at)
+            if figures
+                .cursor_moved_at
+                .is_some_and(|moved| at.since(moved) > stale) =>
+        {
+            let moved = figures.cursor_moved_at.unwrap_or_default();
+            trouble(
+                format!(
+                    "BigChat's time has stood still for {} while polls complete",
+                    duration(at.since(moved))
+                ),
+                "a cache may answer in BigChat's place: have it pass on requests with `cache-control: no-cache`",
+            )
+        }
         Some(_) => {}
     }
     if let Some(oldest) = &figures.oldest_waiting
@@ -264,6 +278,12 @@ fn text(status: &Status) -> String {
         "newest event",
         newest.map_or_else(|| "none yet".into(), |at| at.to_string()),
     );
+    for Gap { from, until, .. } in &figures.gaps {
+        line(
+            "lost",
+            format!("what happened from {from} to {until}: BigChat no longer reports it"),
+        );
+    }
     let oldest = figures.oldest_waiting.as_ref();
     let since = oldest.map_or_else(String::new, |oldest| {
         format!(", the oldest for {}", duration(now.since(oldest.at)))

@@ -47,6 +47,12 @@ impl Timestamp {
         Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
     }
 
+    /// The time halfway to `later`, unless no second lies between them.
+    pub fn middle(self, later: Self) -> Option<Self> {
+        let middle = Self(self.0.midpoint(later.0));
+        (self < middle && middle < later).then_some(middle)
+    }
+
     /// Reads what OurAPI answers: RFC 3339, or the same without a zone, which it means as UTC. What it has from
     /// elsewhere may lie outside the years that can be represented: the nearest that can is taken.
     pub fn parse(text: &str) -> Option<Self> {

@@ -89,10 +89,10 @@ fn keep(store: &mut Store, told: &[String]) {
     store.keep_page(&page).expect("it is kept");
     let page = store.kept_pages().expect("pages").pop().expect("one");
     let mut count = 0;
-    page_events(&page.body, |_| count += 1);
+    page_events(&page.body, |_| count += 1).expect("a page");
     assert_eq!(count, told.len());
     store
-        .admit(&page, Epoch(1), &Counts::default(), Millis::now())
+        .admit(&page, Epoch(1), &Counts::default(), &[], Millis::now())
         .expect("it is admitted");
     store.end_poll(None, 0, None).expect("it ends");
 }

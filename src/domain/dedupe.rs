@@ -32,8 +32,9 @@ impl Key {
         }
     }
 
-    fn is_message(&self) -> bool {
-        self.kind.is_some_and(Kind::is_message)
+    /// Whether equal ones on one page are that many. What could not be parsed may be a message.
+    fn is_counted(&self) -> bool {
+        self.kind.is_none_or(Kind::is_message)
     }
 
     /// Whether BigChat repeats such an event on further pages of the same poll.
@@ -63,7 +64,7 @@ impl Counts {
         for (number, page) in pages.iter().enumerate() {
             for key in &page[repeated(&pages[..number], page)..] {
                 let count: &mut u32 = counts.entry(*key).or_default();
-                *count = if key.is_message() { *count + 1 } else { 1 };
+                *count = if key.is_counted() { *count + 1 } else { 1 };
             }
         }
         Self(counts)
@@ -160,6 +161,7 @@ mod tests {
     fn equal_messages_on_one_page_are_that_many() {
         assert_eq!(count(&["kkEa"], 'k'), 2);
         assert_eq!(count(&["kkEa"], 'E'), 1);
+        assert_eq!(count(&["?a?"], '?'), 2, "each may be a message");
     }
 
     #[test]

@@ -7,4 +7,6 @@ pub mod account;
 pub mod conversation;
 pub mod dedupe;
 pub mod ids;
+pub mod json;
 pub mod progress;
+pub mod text;

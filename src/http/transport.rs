@@ -13,10 +13,14 @@ use url::Url;
 use super::error::ErrorKind;
 use super::exchange::location;
 use super::rate_limit::retry_after;
+use crate::domain::text::{decoded, inflated};
 use crate::time::{Millis, Timestamp};
 
 /// Larger responses are not read to their end. A page of 100,000 events fits in.
 const MAX_BODY: usize = 32 << 20;
+
+/// A cache that says it has had an answer for longer than a year (in seconds) says nothing.
+const MAX_AGE: u64 = 366 * 86_400;
 
 /// Both servers close connections that were idle for 5 s; an older one breaks in mid-request.
 const POOL_IDLE: Duration = Duration::from_secs(4);
@@ -99,7 +103,8 @@ impl NoResponse {
 /// How long connections are used: an address may lead elsewhere by now, though what was there still answers.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// HTTP over the network: no redirects, no proxies, no decompression, and no retry but of a GET whose connection broke.
+/// HTTP over the network: no redirects, no proxies, no answers from a cache, and no retry but of a GET whose connection
+/// broke. What a server compresses unasked is inflated, and text is decoded as declared.
 ///
 /// After a response was lost, or the server failed, the connections that are open are not used again: they lead where the
 /// last one led, and a server that closes one without a word does so to the others.
@@ -191,7 +196,18 @@ impl Network {
         }
         .map_err(no_response)?;
         let status = response.status();
-        let date = text(response.headers(), header::DATE).and_then(Timestamp::parse_http_date);
+        // A cache says for how long it has had the answer.
+        let age = text(response.headers(), header::AGE).and_then(|age| age.trim().parse().ok());
+        let age = Duration::from_secs(age.unwrap_or(0).min(MAX_AGE));
+        let date = text(response.headers(), header::DATE)
+            .and_then(Timestamp::parse_http_date)
+            .map(|date| date.plus(age));
+        let [content_type, content_encoding] = [header::CONTENT_TYPE, header::CONTENT_ENCODING]
+            .map(|name| {
+                text(response.headers(), name)
+                    .unwrap_or_default()
+                    .to_owned()
+            });
         let asks_to_wait = matches!(
             status,
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
@@ -220,12 +236,13 @@ impl Network {
             }
             body.extend_from_slice(&chunk);
         }
+        let body = inflated(body, &content_encoding, MAX_BODY).map_err(NoResponse::lost)?;
         Ok(Response {
             status,
             date,
             retry_at,
             location,
-            body,
+            body: decoded(body, &content_type).into_bytes(),
         })
     }
 }
@@ -256,6 +273,12 @@ fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwest::Error> {
 
 fn encode(request: &Request<'_>, body: Option<Vec<u8>>) -> Result<reqwest::Request, NoResponse> {
     let mut encoded = reqwest::Request::new(request.method.clone(), Url::clone(request.url));
+    let headers = encoded.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(
+        header::ACCEPT_ENCODING,
+        HeaderValue::from_static("identity"),
+    );
     if let Some(body) = body {
         let json = HeaderValue::from_static("application/json");
         encoded.headers_mut().insert(header::CONTENT_TYPE, json);

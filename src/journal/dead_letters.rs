@@ -5,6 +5,7 @@ use std::ops::Bound;
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
+use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, limit};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::event::Glimpse;
@@ -94,7 +95,7 @@ pub enum Selection {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
     /// They are tried again, with all their attempts ahead of them. Whether one may have been carried out stays known,
-    /// so that it is looked for first. Those that could not be understood stay as they are.
+    /// so that it is looked for first. Those that could not be understood are parsed again, as after an upgrade.
     Retry,
     /// They are given up: never tried again.
     Discard,
@@ -382,7 +383,11 @@ fn decide(
         return Ok(false);
     };
     match (decision, conversation) {
-        (Decision::Retry, None) => return Ok(false),
+        (Decision::Retry, None) => {
+            if !ingest_dead_letter(transaction, EventId(id), now)? {
+                return Ok(false);
+            }
+        }
         (Decision::Retry, Some(conversation)) => {
             retry(transaction, EventId(id), conversation, now)?
         }
@@ -401,6 +406,12 @@ fn decide(
              WHERE e.id = ?1",
         )?
         .execute(params![id, now.0, way, user, decision.name()])?;
+    if (decision, conversation) == (Decision::Retry, None) {
+        // The event that was read from it stands in its place.
+        transaction
+            .prepare_cached("DELETE FROM events WHERE id = ?1")?
+            .execute([id])?;
+    }
     Ok(true)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
-use super::{Result, Store, UNREADABLE};
+use super::{JournalError, Result, Store, UNREADABLE};
 use crate::bigchat::page_events;
 use crate::domain::dedupe::{Counts as Received, Key};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
@@ -16,6 +16,9 @@ use crate::time::{Millis, Timestamp};
 /// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
 /// seem to have been served before.
 const DATE_LAG: Duration = Duration::from_secs(2);
+
+/// BigChat's limit may move on while the rest of a gap is looked for: that is no gap of its own, in seconds.
+const GAP_MARGIN: i64 = 60;
 
 /// How many events that cannot be understood are kept of one page. That many are a mistake worth keeping whole; beyond,
 /// a page is hostile, and each of millions would be a row.
@@ -83,7 +86,8 @@ impl KeptPage {
     /// Those of its events that can be understood.
     pub fn events(&self) -> Vec<Event> {
         let mut events = Vec::new();
-        page_events(&self.body, |raw| events.extend(Event::parse(raw)));
+        // That it is a page was seen when it came.
+        page_events(&self.body, |raw| events.extend(Event::parse(raw))).ok();
         events
     }
 
@@ -101,7 +105,8 @@ pub fn keys(body: &str) -> Vec<Key> {
             Ok(event) => Key::from(&event),
             Err(_) => Key::unparsed(digest(&[raw.as_bytes()])),
         });
-    });
+    })
+    .ok();
     keys
 }
 
@@ -112,6 +117,10 @@ pub struct Admitted {
     pub new: usize,
     /// How many of these could not be understood.
     pub unreadable: usize,
+    /// How many were dropped for their names.
+    pub ignored: usize,
+    /// Whether there was anything but what is known already. Of what was dropped or could not be understood nobody knows.
+    pub progress: bool,
     /// How many there were of each kind.
     pub told: Vec<(&'static str, u32)>,
     /// The latest event there is now.
@@ -147,12 +156,50 @@ impl Store {
 
     /// Moves the cursor where it is wrong: before the first poll, or ahead of BigChat's clock. Any poll under way
     /// starts anew.
-    pub fn set_cursor(&mut self, cursor: Timestamp) -> Result<()> {
+    pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
         self.connection.execute(
-            "UPDATE poll_state SET cursor = ?1, window_start = NULL, window_end = NULL, next_query = NULL",
-            [cursor.unix()],
+            "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
+                window_start = NULL, window_end = NULL, next_query = NULL",
+            [cursor.unix(), now.0],
         )?;
         Ok(())
+    }
+
+    /// BigChat reports nothing any more of what happened between the cursor and `ends_at`, where the next window is to
+    /// start: `cursor` less the overlap. Returns whether that is a gap of its own, and not the rest of one known.
+    pub fn skip_gap(&mut self, ends_at: Timestamp, cursor: Timestamp, now: Millis) -> Result<bool> {
+        let transaction = self.begin()?;
+        let starts_at: Option<i64> =
+            transaction.query_row("SELECT cursor FROM poll_state", [], |row| row.get(0))?;
+        let starts_at = starts_at.filter(|starts_at| *starts_at < ends_at.unix());
+        let is_new = match starts_at {
+            None => false,
+            Some(starts_at) => {
+                let extended = transaction.execute(
+                    "UPDATE gaps SET ends_at = ?2 WHERE ?1 - ends_at BETWEEN 0 AND ?3",
+                    params![
+                        starts_at,
+                        ends_at.unix(),
+                        cursor.unix() - ends_at.unix() + GAP_MARGIN
+                    ],
+                )?;
+                if extended == 0 {
+                    transaction.execute(
+                        "INSERT INTO gaps (starts_at, ends_at, found_at) VALUES (?1, ?2, ?3)",
+                        params![starts_at, ends_at.unix(), now.0],
+                    )?;
+                }
+                extended == 0
+            }
+        };
+        transaction.execute(
+            "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
+                window_start = NULL, window_end = NULL, next_query = NULL",
+            [cursor.unix(), now.0],
+        )?;
+        transaction.execute("DELETE FROM inbox", [])?;
+        transaction.commit()?;
+        Ok(is_new)
     }
 
     /// The pages of the poll under way, in order of arrival.
@@ -199,9 +246,12 @@ impl Store {
             Progress::Complete(cursor) => (None, Some(cursor.unix())),
         };
         transaction.execute(
-            "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next, cursor = coalesce(:cursor, cursor)",
+            "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next,
+                cursor_moved_at = iif(:cursor <> coalesce(cursor, -1), :now, cursor_moved_at),
+                cursor = coalesce(:cursor, cursor)",
             named_params! {
                 ":start": page.window.0.unix(), ":end": page.window.1.unix(), ":next": next, ":cursor": cursor,
+                ":now": Millis::now().0,
             },
         )?;
         transaction.commit()?;
@@ -250,6 +300,7 @@ impl Store {
         page: &KeptPage,
         epoch: Epoch,
         received: &Received,
+        ignore: &[String],
         now: Millis,
     ) -> Result<Admitted> {
         let transaction = self.begin()?;
@@ -257,11 +308,23 @@ impl Store {
         let (mut unreadable, mut outcome) = (0, Ok(()));
         let (mut counts, mut newest) = (Counts::default(), None);
         page_events(&page.body, |raw| {
+            let is_ignored = |name: String| ignore.contains(&name);
             if outcome.is_err() {
                 return;
             }
+            if !ignore.is_empty() && Event::name(raw).is_some_and(is_ignored) {
+                admitted.ignored += 1;
+                return;
+            }
             outcome = match Event::parse(raw) {
-                Ok(event) => admit(&transaction, epoch, &event, received, now).map(|new| {
+                Ok(event) => admit(
+                    &transaction,
+                    epoch,
+                    &event,
+                    received.get(&Key::from(&event)),
+                    now,
+                )
+                .map(|new| {
                     admitted.new += usize::from(new);
                     counts.of(event.kind.name()).received += u32::from(new);
                     // What it says of a time to come says nothing of how old its news are.
@@ -272,16 +335,19 @@ impl Store {
                     if unreadable > MAX_UNREADABLE {
                         return;
                     }
-                    insert_unreadable(&transaction, raw, &reason.to_string(), now).map(|new| {
-                        admitted.new += usize::from(new);
-                        admitted.unreadable += usize::from(new);
-                        let count = counts.of(UNREADABLE);
-                        count.received += u32::from(new);
-                        count.failed += u32::from(new);
-                    })
+                    let count = received.get(&Key::unparsed(digest(&[raw.as_bytes()])));
+                    insert_unreadable(&transaction, epoch, raw, &reason.to_string(), count, now)
+                        .map(|new| {
+                            admitted.new += usize::from(new);
+                            admitted.unreadable += usize::from(new);
+                            let count = counts.of(UNREADABLE);
+                            count.received += u32::from(new);
+                            count.failed += u32::from(new);
+                        })
                 }
             };
-        });
+        })
+        .map_err(|error| JournalError::Corrupt(format!("a page in the inbox: {error}")))?;
         outcome?;
         if unreadable > MAX_UNREADABLE {
             let beyond = unreadable - MAX_UNREADABLE;
@@ -298,6 +364,7 @@ impl Store {
                 )?
                 .execute([newest.unix()])?;
         }
+        admitted.progress = admitted.new + admitted.ignored + unreadable > 0;
         admitted.last_event = last_event(&transaction)?;
         admitted.told = counts.received();
         transaction.commit()?;
@@ -359,11 +426,11 @@ fn admit(
     transaction: &Transaction<'_>,
     epoch: Epoch,
     event: &Event,
-    received: &Received,
+    received: u32,
     now: Millis,
 ) -> Result<bool> {
     let conversation = conversation(transaction, epoch, event)?;
-    if count_equal(transaction, conversation, event)? >= received.get(&Key::from(event)).max(1) {
+    if count_equal(transaction, conversation, event)? >= received.max(1) {
         return Ok(false);
     }
     insert(transaction, conversation, event, now)?;
@@ -455,17 +522,31 @@ fn insert(
     Ok(())
 }
 
+/// Stores an event that cannot be understood as a dead letter, unless it is one already.
 fn insert_unreadable(
     transaction: &Transaction<'_>,
+    epoch: Epoch,
     raw: &str,
     reason: &str,
+    received: u32,
     now: Millis,
 ) -> Result<bool> {
     let digest = digest(&[raw.as_bytes()]);
-    let known: bool = transaction
-        .prepare_cached("SELECT EXISTS (SELECT 1 FROM events WHERE conversation IS NULL AND fingerprint = ?1 AND data = ?2)")?
-        .query_row(params![digest, raw], |row| row.get(0))?;
-    if known {
+    let known: Option<(EventId, u32)> = transaction
+        .prepare_cached(
+            "SELECT e.id, d.received FROM events e JOIN dead_letters d ON d.event = e.id
+             WHERE e.conversation IS NULL AND e.fingerprint = ?1 AND e.data = ?2 AND d.epoch = ?3",
+        )?
+        .query_row(params![digest, raw, epoch], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
+        .optional()?;
+    if let Some((event, known)) = known {
+        if known < received {
+            transaction
+                .prepare_cached("UPDATE dead_letters SET received = ?2 WHERE event = ?1")?
+                .execute(params![event, received])?;
+        }
         return Ok(false);
     }
     let event: EventId = transaction
@@ -474,12 +555,42 @@ fn insert_unreadable(
         )?
         .query_row(params![UNREADABLE, raw, digest, now.0], |row| row.get(0))?;
     transaction
-        .prepare_cached("INSERT INTO dead_letters (event, failed_at) VALUES (?1, ?2)")?
-        .execute(params![event, now.0])?;
+        .prepare_cached(
+            "INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (?1, ?2, ?3, ?4)",
+        )?
+        .execute(params![event, now.0, epoch, received.max(1)])?;
     transaction
         .prepare_cached(
             "INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (?1, 0, 0, ?2, '', '')",
         )?
         .execute(params![event, shortened(reason)])?;
+    Ok(true)
+}
+
+/// Parses a dead letter again that could not be understood, as after an upgrade of the program, and ingests it in place of
+/// it: to the conversation of its epoch, as often as it was received. Returns whether that was possible; if not, the
+/// reason is brought up to date.
+pub(super) fn ingest_dead_letter(
+    transaction: &Transaction<'_>,
+    id: EventId,
+    now: Millis,
+) -> Result<bool> {
+    let (raw, epoch, received): (String, Epoch, u32) = transaction
+        .prepare_cached(
+            "SELECT e.data, coalesce(d.epoch, (SELECT max(id) FROM epochs)), coalesce(d.received, 1)
+             FROM events e JOIN dead_letters d ON d.event = e.id WHERE e.id = ?1",
+        )?
+        .query_row([id], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+    let event = match Event::parse(&raw) {
+        Ok(event) => event,
+        Err(reason) => {
+            transaction
+                .prepare_cached("UPDATE attempts SET reason = ?2 WHERE event = ?1")?
+                .execute(params![id, shortened(&reason.to_string())])?;
+            return Ok(false);
+        }
+    };
+    let count = if event.kind.is_message() { received } else { 1 };
+    while admit(transaction, epoch, &event, count, now)? {}
     Ok(true)
 }

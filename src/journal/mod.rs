@@ -52,7 +52,7 @@ pub use inbox::{Admitted, KeptPage, PageToKeep, Progress, Source, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{Session, Throttles};
-pub use status::{DeliveryTimes, Figures, Group, Oldest};
+pub use status::{DeliveryTimes, Figures, Gap, Group, Oldest};
 pub use verification::{Difference, Scope, VerificationProgress};
 
 /// Why an operation did not happen.

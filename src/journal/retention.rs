@@ -22,8 +22,9 @@ struct Old {
 }
 
 impl Store {
-    /// Drops events that were delivered or discarded `retention` ago, unless the next window could bring them again; some at
-    /// a time, so that nothing waits for it. Returns how many.
+    /// Drops events that were delivered or discarded `retention` ago by this machine's clock and happened as long ago by
+    /// BigChat's, unless the next window could bring them again: neither clock alone decides, since either may be wrong.
+    /// Some at a time, so that nothing waits for it. Returns how many.
     pub fn prune(
         &mut self,
         retention: Duration,
@@ -37,7 +38,7 @@ impl Store {
         };
         let (delivered_before, happened_before) = (
             now.minus(retention).0,
-            cursor.minus(overlap).minus(MARGIN).unix(),
+            cursor.minus(retention.max(overlap + MARGIN)).unix(),
         );
         let transaction = self.begin()?;
         let old: Vec<Old> = transaction
@@ -136,3 +137,77 @@ const DROP_DISCARDED: &str = concat!(
     has_twin!(),
     " ORDER BY d.discarded_at LIMIT ?3)"
 );
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::domain::dedupe::Counts;
+    use crate::domain::ids::Epoch;
+    use crate::journal::{PageToKeep, Progress};
+    use crate::time::Timestamp;
+
+    const DAY: i64 = 86_400;
+    const RETENTION: Duration = Duration::from_secs(30 * 86_400);
+
+    /// A journal of one message, delivered when it happened, and read up to then; all of that at this time.
+    fn journal(at: i64, cursor: i64) -> Store {
+        let connection = Connection::open_in_memory().expect("a database");
+        let mut store = Store::in_memory(connection, true).expect("a journal");
+        let body = format!(
+            r#"{{"events":[{{"conversation_id":1,"event_name":"MESSAGE","event_at":{at},"data":{{"message":"Hi"}}}}]}}"#
+        );
+        let at = Timestamp::clamped(at);
+        let page = PageToKeep {
+            query: String::new(),
+            served_at: at,
+            window: (at, at),
+            body,
+            events: 1,
+            progress: Progress::Complete(Timestamp::clamped(cursor)),
+        };
+        store.keep_page(&page).expect("a stored page");
+        let now = Millis(at.unix() * 1000);
+        for page in store.kept_pages().expect("pages") {
+            let received = Counts::of(&[page.keys()]);
+            store
+                .admit(&page, Epoch(1), &received, &[], now)
+                .expect("events");
+        }
+        store.end_poll(None, 0, None).expect("the end of a poll");
+        let connection = store.connection();
+        connection
+            .execute(
+                "UPDATE conversations SET offset = 1, waiting = 0, waiting_since = NULL, due_at = NULL",
+                [],
+            )
+            .expect("an update");
+        connection
+            .execute(
+                "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect) VALUES (1, 1, 1, ?1, 'sent')",
+                [now.0],
+            )
+            .expect("a delivery");
+        store
+    }
+
+    #[test]
+    fn neither_clock_alone_drops_anything() {
+        let at = 100 * DAY;
+        let days = |days: i64| at + days * DAY;
+        for (here, cursor, dropped) in [
+            (days(40), days(0), 0),
+            (days(4000), days(29), 0),
+            (days(0), days(4000), 0),
+            (days(29), days(40), 0),
+            (days(31), days(31), 1),
+            (days(40), days(31), 1),
+        ] {
+            let mut store = journal(at, cursor);
+            let now = Millis(here * 1000);
+            let pruned = store.prune(RETENTION, Duration::from_secs(5), now, 10);
+            assert_eq!(pruned.expect("a number"), dropped, "{here} {cursor}");
+        }
+    }
+}

@@ -8,7 +8,7 @@ use super::activity::minute;
 use super::dead_letters::is_permanent;
 use super::{Result, Store};
 use crate::http::ApiStatus;
-use crate::time::Millis;
+use crate::time::{Millis, Timestamp};
 
 /// Of how many deliveries, the latest ones, it is told how long they took.
 const DELIVERIES: u32 = 1_000;
@@ -21,6 +21,9 @@ const GROUPED: u32 = 10_000;
 
 /// And of how many reasons.
 const GROUPS: u32 = 100;
+
+/// How many gaps are shown at the most.
+const GAPS: u32 = 10;
 
 /// Over how many minutes rates are taken, besides the present one; fewer, where the first event is not as long ago.
 const RATE_MINUTES: i64 = 5;
@@ -55,6 +58,17 @@ pub struct Oldest {
     pub reason: Option<String>,
 }
 
+/// A time of which BigChat reports nothing any more: what happened then is lost to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Gap {
+    /// By BigChat's clock.
+    pub from: Timestamp,
+    /// By BigChat's clock.
+    pub until: Timestamp,
+    /// When that was found out, by this machine's clock.
+    pub found_at: Millis,
+}
+
 /// How long deliveries took, from the page that told an event to its settlement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct DeliveryTimes {
@@ -81,6 +95,10 @@ pub struct Figures {
     pub cursor_s: Option<i64>,
     /// How far that is behind its clock, in seconds.
     pub behind_s: Option<i64>,
+    /// When that last changed, by this machine's clock.
+    pub cursor_moved_at: Option<Millis>,
+    /// The latest times of which it reports nothing any more and that had not been read, the latest first.
+    pub gaps: Vec<Gap>,
     /// When the latest event happened that it ever told, by its clock, in Unix seconds.
     pub newest_event_s: Option<i64>,
     /// How many events wait.
@@ -130,6 +148,8 @@ impl Store {
             polled_at: source.polled_at,
             cursor_s: source.cursor,
             behind_s: source.behind,
+            cursor_moved_at: source.cursor_moved_at,
+            gaps: gaps(&transaction)?,
             newest_event_s: source.newest_event,
             waiting,
             oldest_waiting,
@@ -215,12 +235,15 @@ struct Read {
     polled_at: Option<Millis>,
     cursor: Option<i64>,
     behind: Option<i64>,
+    cursor_moved_at: Option<Millis>,
     newest_event: Option<i64>,
 }
 
 fn source(connection: &Connection, now: Millis) -> Result<Read> {
     Ok(connection
-        .prepare_cached("SELECT polled_at, cursor, clock_ahead, newest_event FROM poll_state")?
+        .prepare_cached(
+            "SELECT polled_at, cursor, clock_ahead, newest_event, cursor_moved_at FROM poll_state",
+        )?
         .query_row([], |row| {
             let cursor: Option<i64> = row.get(1)?;
             let ahead: Option<i64> = row.get(2)?;
@@ -232,8 +255,23 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
                     .zip(cursor)
                     .map(|(there, cursor)| there.saturating_sub(cursor).max(0)),
                 newest_event: row.get(3)?,
+                cursor_moved_at: row.get::<_, Option<i64>>(4)?.map(Millis),
             })
         })?)
+}
+
+fn gaps(connection: &Connection) -> Result<Vec<Gap>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT starts_at, ends_at, found_at FROM gaps ORDER BY id DESC LIMIT ?1",
+    )?;
+    let gaps = statement.query_map([GAPS], |row| {
+        Ok(Gap {
+            from: Timestamp::clamped(row.get(0)?),
+            until: Timestamp::clamped(row.get(1)?),
+            found_at: Millis(row.get(2)?),
+        })
+    })?;
+    Ok(gaps.collect::<rusqlite::Result<_>>()?)
 }
 
 fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {

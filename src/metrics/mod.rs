@@ -39,6 +39,7 @@ pub struct Metrics {
     requests: Requests,
     polls: Family<PollLabels, Counter>,
     told: Family<KindLabels, Counter>,
+    ignored: Counter,
     attempts: Family<AttemptLabels, Counter>,
     unknown_outcomes: Counter,
     rebuilt: Family<RebuiltLabels, Counter>,
@@ -201,6 +202,7 @@ impl Default for Metrics {
             },
             polls: Family::default(),
             told: Family::default(),
+            ignored: Counter::default(),
             attempts: Family::default(),
             unknown_outcomes: Counter::default(),
             rebuilt: Family::default(),
@@ -257,6 +259,11 @@ impl Metrics {
             self.told.clone(),
         );
         registry.register(
+            "events_ignored",
+            "Events that were dropped for their names, as --ignore-events says",
+            self.ignored.clone(),
+        );
+        registry.register(
             "event_attempts",
             "Attempts to deliver an event, by kind and outcome; waiting: it is tried again",
             self.attempts.clone(),
@@ -304,6 +311,11 @@ impl Metrics {
     fn poll(&self, poll: Poll) -> Counter {
         let outcome = poll.name();
         self.polls.get_or_create_owned(&PollLabels { outcome })
+    }
+
+    /// So many events were dropped for their names.
+    pub fn ignored(&self, count: usize) {
+        self.ignored.inc_by(count as u64);
     }
 
     /// BigChat told so many new events of a kind.

@@ -17,11 +17,11 @@ const UNANSWERED: u32 = 3;
 
 impl Poller {
     /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
-    /// Returns how many were new.
-    pub(super) async fn admit(&mut self, pages: &mut Pages) -> Result<usize, PollError> {
+    /// Returns whether there was anything but what is known already.
+    pub(super) async fn admit(&mut self, pages: &mut Pages) -> Result<bool, PollError> {
         self.look_for_restart(pages).await?;
         if !pages.are_new() {
-            return Ok(0);
+            return Ok(false);
         }
         let mut admitting = Vec::new();
         for page in pages.kept.iter().filter(|page| !page.admitted) {
@@ -31,6 +31,7 @@ impl Poller {
             admitting.push((page.clone(), self.run_of(page).await?, before_start));
         }
         let (counts, mark) = (pages.counts(), self.context.replay_mark());
+        let ignore = self.context.settings.ignore_events.clone();
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
         let all = self
             .context
@@ -38,7 +39,7 @@ impl Poller {
             .with(move |store| {
                 let mut all = Vec::new();
                 for (page, epoch, before_start) in admitting {
-                    let admitted = store.admit(&page, epoch, &counts, Millis::now())?;
+                    let admitted = store.admit(&page, epoch, &counts, &ignore, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
                         mark.fetch_max(admitted.last_event.0, Ordering::Relaxed);
@@ -53,6 +54,7 @@ impl Poller {
             for (kind, count) in &admitted.told {
                 self.context.metrics.told(kind, *count);
             }
+            self.context.metrics.ignored(admitted.ignored);
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,
@@ -66,8 +68,7 @@ impl Poller {
                 yield_now().await;
             }
         }
-        let new = all.iter().map(|(admitted, _)| admitted.new).sum();
-        Ok(new)
+        Ok(all.iter().any(|(admitted, _)| admitted.progress))
     }
 
     /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a

@@ -8,6 +8,7 @@
 mod admit;
 mod pages;
 mod read;
+mod standstill;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +19,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::pages::Pages;
 use self::read::Ended;
+use self::standstill::Standstill;
 use crate::bigchat::window_query;
+use crate::clock::SteadyClock;
 use crate::context::Context;
 use crate::http::{ApiError, Exchange};
 use crate::journal::{JournalError, PageToKeep, STORAGE_PAUSE};
@@ -63,6 +66,9 @@ pub struct Poller {
     unanswered: u32,
     /// In how many polls it could not be told which run of BigChat told a page.
     undecided: u32,
+    /// This machine's clock, by which old events are dropped.
+    clock: SteadyClock,
+    standstill: Standstill,
 }
 
 /// What a poll came to.
@@ -100,6 +106,8 @@ impl Poller {
             page_failures: 0,
             unanswered: 0,
             undecided: 0,
+            clock: SteadyClock::new(Millis::now(), Instant::now()),
+            standstill: Standstill::default(),
         }
     }
 
@@ -205,6 +213,7 @@ impl Poller {
             self.keep(page).await?;
         }
         self.context.journal.with(|store| store.in_place()).await?;
+        self.context.bigchat.clock().poll_begins();
         for _ in 0..CLOCK_TRIES {
             if !self.context.bigchat.clock().is_sure() {
                 // The first answer of all tells BigChat's time, by which the first window goes.
@@ -229,20 +238,20 @@ impl Poller {
             return Ok(Polled::Incomplete);
         }
         let (window, next, rereading) = self.window(now).await?;
-        if next.is_none() {
+        let first = window_query(window.start, window.end);
+        if next.as_ref().is_none_or(|next| *next == first) {
             pages.forget(&self.context).await?;
         } else if pages.are_many() {
             pages.forget_but_the_last(&self.context).await?;
         }
-        let next = next.unwrap_or_else(|| window_query(window.start, window.end));
-        let read = self.read(&mut pages, window, next).await;
+        let read = self.read(&mut pages, window, next.unwrap_or(first)).await;
         if self.context.stopping.is_cancelled() {
             // What was kept is admitted at the next start.
             return Ok(Polled::Incomplete);
         }
         // A BigChat that tells nothing at all tells nothing of a restart either.
-        let new = if !pages.are_new() && read.is_err() {
-            0
+        let progress = if !pages.are_new() && read.is_err() {
+            false
         } else {
             self.admit(&mut pages).await?
         };
@@ -250,7 +259,8 @@ impl Poller {
             Ended::Complete if window.catching_up => (Polled::More, None),
             Ended::Complete => (Polled::UpToDate, None),
             Ended::Stuck => (Polled::Incomplete, None),
-            Ended::Budget if new > 0 || rereading > 0 => {
+            Ended::TooOld(oldest) => return self.skip_gap(oldest).await,
+            Ended::Budget if progress || rereading > 0 => {
                 self.context.journal.with(|store| store.reread()).await?;
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
@@ -274,11 +284,36 @@ impl Poller {
             let there = self.context.bigchat.clock().now().unwrap_or(here);
             (Millis::now(), there.unix() - here.unix())
         });
-        self.context
+        let source = self
+            .context
             .journal
-            .with(move |store| store.end_poll(cursor, rereading, read))
+            .with(move |store| {
+                store.end_poll(cursor, rereading, read)?;
+                store.source()
+            })
             .await?;
+        if let (Some(cursor), true) = (source.cursor, polled == Polled::UpToDate) {
+            self.standstill.observe(cursor, Instant::now());
+        }
         Ok(polled)
+    }
+
+    /// Goes on from where BigChat still answers.
+    async fn skip_gap(&self, oldest: Timestamp) -> Result<Polled, PollError> {
+        let cursor = oldest.plus(self.context.settings.poll_overlap);
+        let source = self.context.journal.with(|store| store.source()).await?;
+        let is_new = self
+            .context
+            .journal
+            .with(move |store| store.skip_gap(oldest, cursor, Millis::now()))
+            .await?;
+        if let (Some(from), true) = (source.cursor, is_new) {
+            tracing::error!(
+                %from, until = %oldest,
+                "BigChat no longer reports what happened then, and it had not been read: it is lost to us"
+            );
+        }
+        Ok(Polled::More)
     }
 
     /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
@@ -311,7 +346,7 @@ impl Poller {
         if source.cursor != Some(cursor) || source.poll.is_some() {
             self.context
                 .journal
-                .with(move |store| store.set_cursor(cursor))
+                .with(move |store| store.set_cursor(cursor, Millis::now()))
                 .await?;
         }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
@@ -329,10 +364,12 @@ impl Poller {
         } = self.context.settings;
         let until = next_poll.max(Instant::now() + poll_interval / 10);
         loop {
+            let bigchat = self.context.bigchat.clock().now();
+            let now = self.clock.read(Millis::now(), Instant::now(), bigchat);
             let pruned = self
                 .context
                 .journal
-                .with(move |store| store.prune(retention, overlap, Millis::now(), PRUNED_AT_ONCE))
+                .with(move |store| store.prune(retention, overlap, now, PRUNED_AT_ONCE))
                 .await;
             match pruned {
                 Ok(pruned)

@@ -1,6 +1,9 @@
 //! The pages of the poll in progress, in memory as in the journal: equal messages are counted over all of them.
 
+use std::collections::HashSet;
+
 use super::{MAX_BYTES, MAX_PAGES};
+use crate::bigchat::canonical_query;
 use crate::context::Context;
 use crate::domain::dedupe::{Counts, Key, is_repetition};
 use crate::journal::{JournalError, KeptPage, Store};
@@ -16,6 +19,8 @@ pub(super) struct Pages {
     pub(super) kept: Vec<KeptPage>,
     /// The keys of their events.
     keys: Vec<Vec<Key>>,
+    /// By which queries they were requested, in [one spelling](canonical_query).
+    queries: HashSet<String>,
 }
 
 impl Pages {
@@ -68,6 +73,7 @@ impl Pages {
     /// Adds a stored page with the keys of its events.
     pub(super) fn add(&mut self, page: KeptPage, keys: Vec<Key>) {
         self.keys.push(keys);
+        self.queries.insert(canonical_query(&page.query));
         self.kept.push(page);
     }
 
@@ -85,6 +91,6 @@ impl Pages {
 
     /// Whether the poll has requested a page by this query before.
     pub(super) fn has(&self, query: &str) -> bool {
-        self.kept.iter().any(|page| page.query == query)
+        self.queries.contains(&canonical_query(query))
     }
 }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
-use crate::bigchat::{Page, window_query};
+use crate::bigchat::{Page, canonical_query, window_query};
 use crate::domain::ids::Epoch;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, keys};
+use crate::time::Timestamp;
 use crate::window::Window;
 
 /// How often a further page is asked for at once if it cannot be had.
@@ -26,6 +27,8 @@ pub(super) enum Ended {
     Budget,
     /// With a page that cannot be had.
     Stuck,
+    /// At once: BigChat no longer answers for windows that start before then.
+    TooOld(Timestamp),
 }
 
 impl Poller {
@@ -48,8 +51,11 @@ impl Poller {
             let page = match self.ask(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
-                    let first = window_query(window.start, window.end);
-                    return self.page_failed(error, query != first);
+                    let is_first = query == window_query(window.start, window.end);
+                    if is_first && error.kind == ErrorKind::Rejected {
+                        return self.find_oldest(pages, window, error).await;
+                    }
+                    return self.page_failed(error, !is_first);
                 }
             };
             self.page_failures = 0;
@@ -57,7 +63,7 @@ impl Poller {
             let now = self.context.bigchat.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
             next = page.next.filter(|next| {
-                let end = if *next == query || pages.has(next) {
+                let end = if canonical_query(next) == canonical_query(&query) || pages.has(next) {
                     Some("BigChat's pagination loops")
                 } else {
                     pages.end_of(&keys)
@@ -73,7 +79,7 @@ impl Poller {
             };
             let kept = PageToKeep {
                 query,
-                served_at: page.date.unwrap_or(now),
+                served_at: now,
                 window: (window.start, window.end),
                 body: page.body,
                 events: page.events,
@@ -126,6 +132,71 @@ impl Poller {
             "the next page cannot be had: the window is read again from its beginning"
         );
         Ok(Ended::Stuck)
+    }
+
+    /// BigChat refuses a window. If it answers for a recent one, it has dropped what is older than some limit, which is
+    /// searched for here. Its answers on the way are ingested, each as a poll of its own: BigChat may report only once.
+    async fn find_oldest(
+        &mut self,
+        pages: &mut Pages,
+        window: Window,
+        error: ApiError,
+    ) -> Result<Ended, PollError> {
+        let now = self.context.bigchat.clock().now().unwrap_or(window.end);
+        let mut answered = now.minus(self.context.settings.poll_overlap);
+        let mut refused = window.start;
+        if answered <= refused || !self.is_answered(pages, window, answered).await? {
+            return Err(error.into());
+        }
+        while let Some(middle) = refused.middle(answered) {
+            if self.context.stopping.is_cancelled() {
+                return Err(error.into());
+            }
+            if self.is_answered(pages, window, middle).await? {
+                answered = middle;
+            } else {
+                refused = middle;
+            }
+        }
+        // A service that refuses now and then has no limit.
+        if self.is_answered(pages, window, refused).await? {
+            return Err(error.into());
+        }
+        Ok(Ended::TooOld(answered))
+    }
+
+    /// Whether BigChat answers for a window that starts then. If so, its first page is ingested.
+    async fn is_answered(
+        &mut self,
+        pages: &mut Pages,
+        window: Window,
+        start: Timestamp,
+    ) -> Result<bool, PollError> {
+        let now = self.context.bigchat.clock().now().unwrap_or(window.end);
+        let end = start
+            .plus(self.context.settings.max_window)
+            .min(now)
+            .max(start);
+        let query = window_query(start, end);
+        let page = match self.ask(&query, false).await {
+            Ok(page) => page,
+            Err(error) if error.kind == ErrorKind::Rejected => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let keys = keys(&page.body);
+        let page = PageToKeep {
+            query,
+            served_at: now,
+            window: (window.start, window.end),
+            body: page.body,
+            events: page.events,
+            // If that is all that becomes of it, the search begins anew.
+            progress: Progress::Next(window_query(window.start, window.end)),
+        };
+        pages.add(self.keep_page(page).await?, keys);
+        self.admit(pages).await?;
+        pages.forget(&self.context).await?;
+        Ok(true)
     }
 
     async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {

@@ -143,6 +143,13 @@ fn of_journal(now: &mut Now, status: &Status) {
             behind as f64,
         );
     }
+    if let Some(at) = figures.cursor_moved_at {
+        now.gauge(
+            "cursor_moved_timestamp_seconds",
+            "When the time up to which BigChat was read last changed",
+            at.0 as f64 / 1e3,
+        );
+    }
     // Its clock's time is the cursor, and as much as that is behind.
     if let (Some(cursor), Some(behind), Some(newest)) =
         (figures.cursor_s, figures.behind_s, figures.newest_event_s)

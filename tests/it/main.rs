@@ -20,6 +20,7 @@ mod legible;
 mod logs;
 mod losses;
 mod metrics;
+mod odd_answers;
 mod one_daemon;
 mod paging;
 mod paths;

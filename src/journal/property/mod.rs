@@ -306,7 +306,7 @@ impl Pair {
         let pages = self.store.kept_pages().expect("the stored pages");
         let kept = pages.last().expect("a page");
         self.store
-            .admit(kept, Epoch(1), &Counts::of(&[kept.keys()]), self.now())
+            .admit(kept, Epoch(1), &Counts::of(&[kept.keys()]), &[], self.now())
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);

@@ -507,7 +507,7 @@ impl Plain {
         let Some(cursor) = self.cursor else {
             return Default::default();
         };
-        let happened_before = cursor - seconds(overlap) - MARGIN;
+        let happened_before = cursor - seconds(retention).max(seconds(overlap) + MARGIN);
         let settled_before = self.now - seconds(retention) * 1000;
         let is_open = |event: &Event| matches!(event.state, State::Waiting | State::Failed);
         let has_twin = |event: &Event| {

@@ -1,0 +1,202 @@
+//! The bytes of a response as text, whatever it is compressed or encoded with.
+//!
+//! No byte is guessed at or replaced: one that is not of the declared encoding becomes `\xNN`, which no JSON string may
+//! hold. So it costs the value it stands in, and the byte is kept.
+
+use std::io::{self, Read};
+
+use encoding_rs::{Encoding, UTF_8};
+use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
+
+/// What gzip begins with.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+
+/// Inflates what a server or a proxy has compressed unasked. What is not compressed, whatever `content_encoding` says,
+/// stays as it is.
+///
+/// # Errors
+///
+/// When it is compressed in another way, broken, or larger than `limit` bytes.
+pub fn inflated(bytes: Vec<u8>, content_encoding: &str, limit: usize) -> io::Result<Vec<u8>> {
+    let encoding = content_encoding.trim().to_ascii_lowercase();
+    if bytes.starts_with(&GZIP) {
+        return read(MultiGzDecoder::new(&*bytes), limit);
+    }
+    match &*encoding {
+        "deflate" => match read(ZlibDecoder::new(&*bytes), limit) {
+            Err(error) if error.kind() != io::ErrorKind::FileTooLarge => {
+                Ok(read(DeflateDecoder::new(&*bytes), limit).unwrap_or(bytes))
+            }
+            inflated => inflated,
+        },
+        "" | "identity" | "gzip" | "x-gzip" => Ok(bytes),
+        _ if looks_like_json(&bytes) => Ok(bytes),
+        _ => Err(io::Error::other(format!(
+            "it is compressed ({encoding}), which was not asked for"
+        ))),
+    }
+}
+
+fn looks_like_json(bytes: &[u8]) -> bool {
+    matches!(bytes.trim_ascii_start().first(), None | Some(b'{' | b'['))
+}
+
+fn read(source: impl Read, limit: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let most = u64::try_from(limit).unwrap_or(u64::MAX);
+    source
+        .take(most.saturating_add(1))
+        .read_to_end(&mut bytes)?;
+    if bytes.len() > limit {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(bytes)
+}
+
+/// Decodes text as its byte order mark says, else as `content_type` declares, else as UTF-8.
+pub fn decoded(bytes: Vec<u8>, content_type: &str) -> String {
+    let (encoding, mark) = match Encoding::for_bom(&bytes) {
+        Some(found) => found,
+        None => (declared(content_type).unwrap_or(UTF_8), 0),
+    };
+    if encoding != UTF_8
+        && let Some(text) =
+            encoding.decode_without_bom_handling_and_without_replacement(&bytes[mark..])
+    {
+        return text.into_owned();
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) if mark == 0 => text,
+        Ok(text) => text[mark..].to_owned(),
+        Err(error) => escaped(&error.as_bytes()[mark..]),
+    }
+}
+
+/// Whether a text has bytes that could not be decoded.
+pub fn has_undecoded(text: &str) -> bool {
+    let is_hex = |digits: Option<&str>| {
+        digits.is_some_and(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
+    };
+    text.match_indices("\\x")
+        .any(|(at, _)| is_hex(text.get(at + 2..at + 4)))
+}
+
+fn declared(content_type: &str) -> Option<&'static Encoding> {
+    let charset = content_type.split(';').skip(1).find_map(|parameter| {
+        let (name, value) = parameter.split_once('=')?;
+        name.trim().eq_ignore_ascii_case("charset").then_some(value)
+    })?;
+    Encoding::for_label(charset.trim().trim_matches(['"', '\'']).as_bytes())
+}
+
+fn escaped(bytes: &[u8]) -> String {
+    let parts = bytes.utf8_chunks().map(|chunk| {
+        let invalid = chunk.invalid().iter().map(|byte| format!("\\x{byte:02X}"));
+        (chunk.valid(), invalid.collect::<String>())
+    });
+    parts.fold(
+        String::with_capacity(bytes.len()),
+        |text, (valid, invalid)| text + valid + &invalid,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn text_is_decoded_as_declared() {
+        let utf16 = |bytes: fn(u16) -> [u8; 2]| -> Vec<u8> {
+            "\u{feff}Grüße".encode_utf16().flat_map(bytes).collect()
+        };
+        for (bytes, content_type) in [
+            ("Grüße".as_bytes().to_vec(), ""),
+            (
+                "Grüße".as_bytes().to_vec(),
+                "application/json; charset=UTF-8",
+            ),
+            (
+                "Grüße".as_bytes().to_vec(),
+                "application/json; charset=nonsense",
+            ),
+            ("\u{feff}Grüße".as_bytes().to_vec(), "application/json"),
+            (
+                "\u{feff}Grüße".as_bytes().to_vec(),
+                "text/plain; charset=latin1",
+            ),
+            (
+                b"Gr\xfc\xdfe".to_vec(),
+                "application/json; charset=ISO-8859-1",
+            ),
+            (
+                b"Gr\xfc\xdfe".to_vec(),
+                "application/json;charset=\"windows-1252\"",
+            ),
+            (b"Gr\xfc\xdfe".to_vec(), "text/plain; a=b; Charset = latin1"),
+            (utf16(u16::to_le_bytes), "application/json"),
+            (utf16(u16::to_be_bytes), "application/json"),
+            (
+                utf16(u16::to_be_bytes)[2..].to_vec(),
+                "application/json; charset=utf-16be",
+            ),
+        ] {
+            assert_eq!(decoded(bytes, content_type), "Grüße", "{content_type}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_is_kept_and_replaced_by_nothing() {
+        for (bytes, text) in [
+            (&b"Gr\xfc\xdfe"[..], r"Gr\xFC\xDFe"),
+            (b"\xef\xbb\xbf\xff", r"\xFF"),
+            (b"a\xe2\x82", r"a\xE2\x82"),
+            (b"\xc0\x80", r"\xC0\x80"),
+        ] {
+            let decoded = decoded(bytes.to_vec(), "application/json");
+            assert_eq!(decoded, text);
+            assert!(has_undecoded(&decoded));
+        }
+        assert_eq!(
+            decoded(b"\x82\xff".to_vec(), "text/plain; charset=shift_jis"),
+            r"\x82\xFF"
+        );
+        assert!(!has_undecoded(r"a \u00e4 \\ \xyz \x"));
+    }
+
+    #[test]
+    fn what_is_compressed_unasked_is_inflated() {
+        let json = br#"{"events":[]}"#.to_vec();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&json).expect("bytes");
+        let gzip = gzip.finish().expect("bytes");
+        let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+        zlib.write_all(&json).expect("bytes");
+        let zlib = zlib.finish().expect("bytes");
+        let mut raw = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+        raw.write_all(&json).expect("bytes");
+        let raw = raw.finish().expect("bytes");
+        for (bytes, encoding) in [
+            (&gzip, "gzip"),
+            (&gzip, "x-gzip"),
+            (&gzip, ""),
+            (&zlib, "deflate"),
+            (&raw, "Deflate"),
+            (&json, "gzip"),
+            (&json, "deflate"),
+            (&json, "br"),
+            (&json, "identity"),
+        ] {
+            let inflated = inflated(bytes.clone(), encoding, 1000);
+            assert_eq!(inflated.expect("bytes"), json, "{encoding}");
+        }
+        assert!(inflated(b"\x0b\x06\x80".to_vec(), "br", 1000).is_err());
+        assert!(inflated(gzip[..gzip.len() - 3].to_vec(), "gzip", 1000).is_err());
+        let inflated = inflated(gzip, "gzip", 10);
+        assert_eq!(
+            inflated.map_err(|error| error.kind()),
+            Err(io::ErrorKind::FileTooLarge)
+        );
+    }
+}
