@@ -1,7 +1,7 @@
 //! What polling and delivery share: both APIs, the journal, and what is known as of now.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -17,12 +17,9 @@ use crate::journal::{Journal, JournalError, Session, Throttles};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::pulse::Pulse;
+use crate::resolve::epochs::Epochs;
 use crate::settings::Settings;
-use crate::time::{Millis, Timestamp};
-
-/// How many looks for a restart may go without BigChat's conversation 1 before it is asked for again: with a look every
-/// 10 s, some ten minutes.
-const FIRST_CONVERSATION_AGAIN: u32 = 64;
+use crate::time::Millis;
 
 /// Shared by the poller, delivery and the handlers.
 #[derive(Debug)]
@@ -31,6 +28,8 @@ pub struct Context {
     pub settings: Settings,
     /// The source of events.
     pub bigchat: BigChat,
+    /// From one restart of it to the next.
+    pub epochs: Epochs,
     /// Where they go.
     pub our_api: OurApi,
     /// Where both are kept.
@@ -56,12 +55,7 @@ pub struct Context {
     /// The agents that a verification has asked for, and whether they are gone.
     verified_agents: Mutex<HashMap<(i64, Uuid), bool>>,
     replay_until: Arc<AtomicI64>,
-    /// The present run of BigChat; 0: not read from the journal yet.
-    run: Arc<AtomicI64>,
     losses: AtomicI64,
-    confirmed_at: AtomicI64,
-    tells_events: AtomicBool,
-    looks_without_first_conversation: AtomicU32,
 }
 
 impl Context {
@@ -83,6 +77,7 @@ impl Context {
         Self {
             settings,
             bigchat,
+            epochs: Epochs::default(),
             our_api,
             journal,
             session,
@@ -96,11 +91,7 @@ impl Context {
             agents: Mutex::new(HashMap::new()),
             verified_agents: Mutex::default(),
             replay_until: Arc::new(AtomicI64::new(last_event.0)),
-            run: Arc::default(),
             losses: AtomicI64::new(losses),
-            confirmed_at: AtomicI64::new(0),
-            tells_events: AtomicBool::new(false),
-            looks_without_first_conversation: AtomicU32::new(0),
         }
     }
 
@@ -118,28 +109,6 @@ impl Context {
     /// Where that is stored, to be raised with the events of windows that began before the session did.
     pub fn replay_mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.replay_until)
-    }
-
-    /// The present run of BigChat. A handler asks for it whenever it uses what BigChat tells of a conversation, and waits
-    /// for no commit to be told.
-    pub async fn run(&self) -> Result<Epoch, JournalError> {
-        match self.run.load(Ordering::Acquire) {
-            0 => {
-                let mark = self.run_mark();
-                self.journal
-                    .with(move |store| {
-                        let run = store.epoch()?;
-                        Ok(Epoch(mark.fetch_max(run.0, Ordering::AcqRel).max(run.0)))
-                    })
-                    .await
-            }
-            run => Ok(Epoch(run)),
-        }
-    }
-
-    /// Where it stands, to be raised by the operation that begins one: whatever the journal does after that finds it there.
-    pub fn run_mark(&self) -> Arc<AtomicI64> {
-        Arc::clone(&self.run)
     }
 
     /// How many losses of OurAPI there have been.
@@ -176,16 +145,6 @@ impl Context {
         }
     }
 
-    /// Until when BigChat is known not to have restarted, by its own clock.
-    pub fn confirmed_at(&self) -> Timestamp {
-        Timestamp::clamped(self.confirmed_at.load(Ordering::Relaxed))
-    }
-
-    /// BigChat has not restarted until then. Not the latest time there ever was: its clock may have been ahead for a while.
-    pub fn confirm(&self, at: Timestamp) {
-        self.confirmed_at.store(at.unix(), Ordering::Relaxed);
-    }
-
     /// Asks BigChat, at most `tries` times at once if it gives no usable answer.
     pub async fn ask_bigchat<T, F>(
         &self,
@@ -210,35 +169,6 @@ impl Context {
     pub fn may_ask_bigchat(&self) -> bool {
         let circuit = self.bigchat.http().circuit(Millis::now());
         !matches!(circuit, Circuit::Open { .. })
-    }
-
-    /// Whether what answered last for BigChat's events was BigChat: only then is its 404 for anything else believed.
-    pub fn tells_events(&self) -> bool {
-        self.tells_events.load(Ordering::Relaxed)
-    }
-
-    /// Whether it is worth asking BigChat for its conversation 1: one that does not know it may not have come up yet, or be
-    /// without one for good. Then it is asked less and less often.
-    pub fn asks_for_first_conversation(&self) -> bool {
-        let looks = self
-            .looks_without_first_conversation
-            .load(Ordering::Relaxed);
-        let asks = looks.is_power_of_two() || looks.is_multiple_of(FIRST_CONVERSATION_AGAIN);
-        if !asks {
-            self.note_look_without_first_conversation();
-        }
-        asks
-    }
-
-    /// Counts a look for a restart that went without BigChat's conversation 1.
-    pub fn note_look_without_first_conversation(&self) {
-        let looks = &self.looks_without_first_conversation;
-        looks.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Notes whether what answered for BigChat's events was BigChat.
-    pub fn note_tells_events(&self, tells: bool) {
-        self.tells_events.store(tells, Ordering::Relaxed);
     }
 
     /// What carries the requests to an API.

@@ -134,7 +134,7 @@ impl Poller {
     async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
         let seen = restart::look(&self.context).await?;
         if seen == Seen::Same {
-            let present = self.context.run().await?;
+            let present = self.context.epochs.current(&self.context.journal).await?;
             let kept = pages.kept.iter_mut();
             for page in kept.filter(|page| page.kept_in == present) {
                 page.told_by = Some(present);

@@ -103,7 +103,7 @@ impl Poller {
             .context
             .ask_bigchat(tries, || bigchat.events(query))
             .await;
-        self.context.note_tells_events(answer.is_ok());
+        self.context.epochs.polled(answer.is_ok());
         answer
     }
 

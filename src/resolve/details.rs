@@ -23,7 +23,7 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
     }
     let id = conversation.bigchat_id;
     match ask(context, || context.bigchat.conversation(id)).await {
-        Err(error) if error.is_not_found() && context.tells_events() => {
+        Err(error) if error.is_not_found() && context.epochs.reports_events() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
                 "BigChat knows nothing of the conversation any more"
@@ -39,7 +39,7 @@ pub async fn read(context: &Context, conversation: &mut Conversation) -> Result<
                     false
                 }
                 // A run that began later cannot have a conversation that started before this one was confirmed.
-                (None, Some(told)) if told < context.confirmed_at() => {
+                (None, Some(told)) if told < context.epochs.verified_until() => {
                     is_present(context, conversation.epoch).await?
                 }
                 _ => is_same_run(context, conversation.epoch).await?,
@@ -104,7 +104,9 @@ pub async fn advisor(
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
-            Err(error) if error.is_not_found() && context.tells_events() => KnownAdvisor::Gone,
+            Err(error) if error.is_not_found() && context.epochs.reports_events() => {
+                KnownAdvisor::Gone
+            }
             Err(error) => return Err(error.into()),
         }
     };
@@ -123,7 +125,7 @@ pub async fn advisor(
 }
 
 async fn is_present(context: &Context, epoch: Epoch) -> Result<bool, AttemptError> {
-    Ok(context.run().await? == epoch)
+    Ok(context.epochs.current(&context.journal).await? == epoch)
 }
 
 /// Whether what was just told was told by that run of BigChat.

@@ -1,4 +1,5 @@
 //! What BigChat knows of conversations and advisors, and whether it has restarted since.
 
 pub mod details;
+pub mod epochs;
 pub mod restart;

@@ -92,12 +92,12 @@ pub async fn begin(
     let first = answer
         .ok()
         .and_then(|details| Some((details.started_at?, AdvisorId(details.advisor))));
-    let confirmed = context.confirmed_at();
+    let confirmed = context.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= confirmed => first.min(started_at),
         _ => started_at,
     };
-    let mark = context.run_mark();
+    let mark = context.epochs.mark();
     let begun = context
         .journal
         .with(move |store| {
@@ -135,7 +135,7 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>,
         let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
         let told = events.iter().find(is_start).map(|event| event.at);
         match details(context, id).await.0 {
-            Err(error) if error.is_not_found() && context.tells_events() => {
+            Err(error) if error.is_not_found() && context.epochs.reports_events() => {
                 return Ok(Some(Epoch(epoch.0 - 1)));
             }
             Err(error) if error.is_not_found() => {}
@@ -154,7 +154,7 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>,
 
 /// Asks for the first conversation of a run, which tells it from the next better than any other.
 async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError> {
-    if !context.asks_for_first_conversation() {
+    if !context.epochs.requests_first_conversation() {
         return Ok(());
     }
     let (answer, asked_at) = details(context, 1).await;
@@ -169,8 +169,8 @@ async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError>
                 .await?;
             confirm(context, asked_at);
         }
-        Err(error) if error.is_not_found() && context.tells_events() => {
-            context.note_look_without_first_conversation();
+        Err(error) if error.is_not_found() && context.epochs.reports_events() => {
+            context.epochs.probed_without_first();
         }
         _ => {}
     }
@@ -179,7 +179,7 @@ async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError>
 
 fn confirm(context: &Context, at: Option<Timestamp>) {
     if let Some(at) = at {
-        context.confirm(at);
+        context.epochs.verified(at);
     }
 }
 
