@@ -12,14 +12,14 @@ use uuid::Uuid;
 use crate::bigchat::BigChat;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
 use crate::health::Storage;
-use crate::http::{Api, ApiError, ApiStatus, Circuit, Http};
+use crate::http::{Api, ApiStatus, Http};
 use crate::journal::{Journal, JournalError, Session, Throttles};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
+use crate::poller::Signals;
 use crate::pulse::Pulse;
-use crate::resolve::epochs::Epochs;
+use crate::resolve::source::Source;
 use crate::settings::Settings;
-use crate::time::Millis;
 
 /// Shared by the poller, delivery and the handlers.
 #[derive(Debug)]
@@ -27,23 +27,21 @@ pub struct Context {
     /// The settings.
     pub settings: Settings,
     /// The source of events.
-    pub bigchat: BigChat,
-    /// From one restart of it to the next.
-    pub epochs: Epochs,
+    pub bigchat: Arc<Source>,
     /// Where they go.
     pub our_api: OurApi,
     /// Where both are kept.
-    pub journal: Journal,
+    pub journal: Arc<Journal>,
     /// This session of the daemon.
     pub session: Session,
     /// Whether the journal can be written.
-    pub storage: Storage,
+    pub storage: Arc<Storage>,
     /// What is counted and measured.
-    pub metrics: Metrics,
+    pub metrics: Arc<Metrics>,
     /// Whether polling and delivery turn over.
-    pub pulse: Pulse,
+    pub pulse: Arc<Pulse>,
     /// Told when there is something new to deliver.
-    pub work_available: Notify,
+    pub work_available: Arc<Notify>,
     /// Cancelled when BigChat was read up to now for the first time, or could not be.
     pub polled: CancellationToken,
     /// Cancelled when the daemon is to stop: no further request is begun.
@@ -64,7 +62,7 @@ impl Context {
         settings: Settings,
         bigchat: BigChat,
         our_api: OurApi,
-        journal: Journal,
+        journal: Arc<Journal>,
         session: Session,
         metrics: Metrics,
         stopping: CancellationToken,
@@ -76,15 +74,14 @@ impl Context {
         let pulse = Pulse::new(settings.request_timeout, Instant::now());
         Self {
             settings,
-            bigchat,
-            epochs: Epochs::default(),
+            bigchat: Arc::new(Source::new(bigchat, Arc::clone(&journal), stopping.clone())),
             our_api,
             journal,
             session,
-            storage: Storage::default(),
-            metrics,
-            pulse,
-            work_available: Notify::new(),
+            storage: Arc::default(),
+            metrics: Arc::new(metrics),
+            pulse: Arc::new(pulse),
+            work_available: Arc::default(),
             polled: CancellationToken::new(),
             stopping,
             creating_agent: tokio::sync::Mutex::new(()),
@@ -106,9 +103,17 @@ impl Context {
         EventId(self.replay_until.load(Ordering::Relaxed))
     }
 
-    /// Where that is stored, to be raised with the events of windows that began before the session did.
-    pub fn replay_mark(&self) -> Arc<AtomicI64> {
-        Arc::clone(&self.replay_until)
+    /// What the poller tells others and they tell it.
+    pub fn poller_signals(&self) -> Signals {
+        Signals {
+            metrics: Arc::clone(&self.metrics),
+            storage: Arc::clone(&self.storage),
+            pulse: Arc::clone(&self.pulse),
+            work_available: Arc::clone(&self.work_available),
+            caught_up: self.polled.clone(),
+            stopping: self.stopping.clone(),
+            replay_until: Arc::clone(&self.replay_until),
+        }
     }
 
     /// How many losses of OurAPI there have been.
@@ -143,32 +148,6 @@ impl Context {
             our_api: self.our_api.http().asked_until(),
             late: self.our_api.held_until(),
         }
-    }
-
-    /// Asks BigChat, at most `tries` times at once if it gives no usable answer.
-    pub async fn ask_bigchat<T, F>(
-        &self,
-        tries: u32,
-        question: impl Fn() -> F,
-    ) -> Result<T, ApiError>
-    where
-        F: Future<Output = Result<T, ApiError>>,
-    {
-        let mut left = tries;
-        loop {
-            left = left.saturating_sub(1);
-            match question().await {
-                Err(error)
-                    if error.kind.is_transient() && left > 0 && !self.stopping.is_cancelled() => {}
-                answer => return answer,
-            }
-        }
-    }
-
-    /// Whether BigChat may be asked about a conversation or an advisor.
-    pub fn may_ask_bigchat(&self) -> bool {
-        let circuit = self.bigchat.http().circuit(Millis::now());
-        !matches!(circuit, Circuit::Open { .. })
     }
 
     /// What carries the requests to an API.

@@ -171,7 +171,7 @@ impl Onlookers {
 
 /// The daemon between its start and its end.
 pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
-    let mut poller = Poller::new(Arc::clone(&context));
+    let mut poller = poller(&context);
     let polling = until_stopped(&context, poller.run());
     let delivering = async {
         caught_up(&context).await;
@@ -183,6 +183,15 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
         pulse.delivering.beat_for(delivering)
     );
     stopped(&context, &poller).await
+}
+
+fn poller(context: &Context) -> Poller {
+    Poller::new(
+        Arc::clone(&context.bigchat),
+        Arc::clone(&context.journal),
+        context.settings.clone(),
+        context.poller_signals(),
+    )
 }
 
 /// Polls once, as far as now, and delivers what is due.
@@ -198,7 +207,7 @@ pub async fn once(
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens.into(), stopping).await?;
     let work = async {
-        let mut poller = Poller::new(Arc::clone(&context));
+        let mut poller = poller(&context);
         let up_to_date = until_stopped(&context, poller.catch_up()).await;
         delivery::run(Arc::clone(&context), Scope::All, Until::Done).await;
         stopped(&context, &poller).await?;
@@ -338,6 +347,7 @@ pub(crate) async fn begin(
     let bigchat = BigChat::new(bigchat);
     let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
     let our_api = OurApi::new(our_api, max_in_flight, timeout);
+    let journal = Arc::new(journal);
     Ok(Arc::new(Context::new(
         settings, bigchat, our_api, journal, session, metrics, stopping,
     )))

@@ -18,7 +18,7 @@ use crate::time::{Millis, Timestamp};
 const INTERVALS: u32 = 6;
 
 /// How long no poll may have come to its end, BigChat's clock may be ahead of what was read, and an event may wait.
-pub(crate) const STALE: Duration = Duration::from_secs(120);
+const STALE: Duration = Duration::from_secs(120);
 
 /// What to show.
 #[derive(Debug, Clone, clap::Args)]

@@ -23,7 +23,7 @@ pub(super) async fn resolve(
     // Two conversations must not both create it.
     let _one_at_a_time = context.creating_agent.lock().await;
     let losses = context.losses();
-    let agent = match details::advisor(context, epoch, advisor).await? {
+    let agent = match details::advisor(&context.bigchat, epoch, advisor).await? {
         KnownAdvisor::Gone => None,
         KnownAdvisor::Person { name, email } => of_person(context, advisor, &name, &email).await?,
     };

@@ -12,6 +12,7 @@ use crate::domain::progress::{Failure, Outcome};
 use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
 use crate::journal::JournalError;
 use crate::log;
+use crate::resolve::source::SourceError;
 use crate::retry::Policy;
 use crate::time::Millis;
 
@@ -33,6 +34,15 @@ pub enum AttemptError {
 impl From<JournalError> for AttemptError {
     fn from(error: JournalError) -> Self {
         Self::Journal(error)
+    }
+}
+
+impl From<SourceError> for AttemptError {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::Api(error) => error.into(),
+            SourceError::Journal(error) => error.into(),
+        }
     }
 }
 

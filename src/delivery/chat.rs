@@ -28,7 +28,7 @@ pub(super) async fn read_details(
         && conversation.details == Details::Unread
         && !is_complete
     {
-        details::read(context, conversation).await?;
+        details::read(&context.bigchat, conversation).await?;
     }
     Ok(())
 }

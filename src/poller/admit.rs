@@ -1,5 +1,6 @@
 //! Admission: the events of the pages that were kept go to the journal, once it is known which run of BigChat told them.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::task::yield_now;
@@ -30,11 +31,10 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             admitting.push((page.clone(), self.run_of(page).await?, before_start));
         }
-        let (counts, mark) = (pages.counts(), self.context.replay_mark());
-        let ignore = self.context.settings.ignore_events.clone();
+        let (counts, mark) = (pages.counts(), Arc::clone(&self.signals.replay_until));
+        let ignore = self.settings.ignore_events.clone();
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
         let all = self
-            .context
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
@@ -52,9 +52,9 @@ impl Poller {
         pages.kept.iter_mut().for_each(|page| page.admitted = true);
         for (admitted, query) in &all {
             for (kind, count) in &admitted.told {
-                self.context.metrics.told(kind, *count);
+                self.signals.metrics.told(kind, *count);
             }
-            self.context.metrics.ignored(admitted.ignored);
+            self.signals.metrics.ignored(admitted.ignored);
             if admitted.unreadable > 0 {
                 tracing::warn!(
                     events = admitted.unreadable, %query,
@@ -63,7 +63,7 @@ impl Poller {
             }
             if admitted.new > 0 {
                 tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
-                self.context.work_available.notify_one();
+                self.signals.work_available.notify_one();
                 // Its claims come first; what the poll still has to keep can wait.
                 yield_now().await;
             }
@@ -74,7 +74,7 @@ impl Poller {
     /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
     /// while.
     async fn run_of(&mut self, page: &KeptPage) -> Result<Epoch, PollError> {
-        if let Some(epoch) = restart::run_of(&self.context, page).await? {
+        if let Some(epoch) = restart::run_of(&self.source, page).await? {
             self.undecided = 0;
             return Ok(epoch);
         }
@@ -83,10 +83,7 @@ impl Poller {
             return Err(PollError::Unanswered);
         }
         let served_at = page.served_at;
-        let by_time = self
-            .context
-            .journal
-            .with(move |store| store.epoch_at(served_at));
+        let by_time = self.journal.with(move |store| store.epoch_at(served_at));
         Ok(by_time.await?.0)
     }
 
@@ -106,12 +103,11 @@ impl Poller {
         }
         for (event, served_at) in starts {
             let (epoch, known) = self
-                .context
                 .journal
                 .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
                 .await?;
             if known.is_some_and(|known| known != event.at) {
-                restart::begin(&self.context, epoch, event.at.min(served_at)).await?;
+                restart::begin(&self.source, epoch, event.at.min(served_at)).await?;
                 self.unanswered = 0;
                 return Ok(());
             }
@@ -132,9 +128,9 @@ impl Poller {
 
     /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
     async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
-        let seen = restart::look(&self.context).await?;
+        let seen = restart::look(&self.source).await?;
         if seen == Seen::Same {
-            let present = self.context.epochs.current(&self.context.journal).await?;
+            let present = self.source.epochs.current(&self.journal).await?;
             let kept = pages.kept.iter_mut();
             for page in kept.filter(|page| page.kept_in == present) {
                 page.told_by = Some(present);

@@ -11,23 +11,27 @@ mod read;
 mod standstill;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use self::pages::Pages;
 use self::read::Ended;
 use self::standstill::Standstill;
 use crate::bigchat::window_query;
 use crate::clock::SteadyClock;
-use crate::context::Context;
+use crate::health::Storage;
 use crate::http::{ApiError, Exchange};
-use crate::journal::{JournalError, PageToKeep, STORAGE_PAUSE};
+use crate::journal::{Journal, JournalError, PageToKeep, STORAGE_PAUSE};
 use crate::log::telling;
-use crate::metrics;
-use crate::resolve::restart::{self};
+use crate::metrics::{self, Metrics};
+use crate::pulse::Pulse;
+use crate::resolve::restart;
+use crate::resolve::source::Source;
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
 use crate::window::Window;
@@ -50,10 +54,32 @@ const FIRST_WINDOW: Duration = Duration::from_secs(10);
 /// How many old events are dropped at once, so that nobody waits for it.
 const PRUNED_AT_ONCE: u32 = 500;
 
+/// What the poller tells others of its work, and they tell it.
+#[derive(Debug, Clone)]
+pub struct Signals {
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
+    /// Whether the journal refuses it.
+    pub storage: Arc<Storage>,
+    /// That it makes progress.
+    pub pulse: Arc<Pulse>,
+    /// Notified of events to be delivered.
+    pub work_available: Arc<Notify>,
+    /// Cancelled when BigChat was read up to now for the first time, or could not be.
+    pub caught_up: CancellationToken,
+    /// Cancelled when it is to stop: it begins no further request.
+    pub stopping: CancellationToken,
+    /// Raised with events of windows that began before the session did.
+    pub replay_until: Arc<AtomicI64>,
+}
+
 /// Polls BigChat.
 #[derive(Debug)]
 pub struct Poller {
-    context: Arc<Context>,
+    source: Arc<Source>,
+    journal: Arc<Journal>,
+    settings: Settings,
+    signals: Signals,
     /// A page that came and is not kept yet.
     unkept: Option<Arc<PageToKeep>>,
     /// When this daemon started, by BigChat's clock.
@@ -97,9 +123,17 @@ enum PollError {
 
 impl Poller {
     /// A poller that has not polled yet.
-    pub fn new(context: Arc<Context>) -> Self {
+    pub fn new(
+        source: Arc<Source>,
+        journal: Arc<Journal>,
+        settings: Settings,
+        signals: Signals,
+    ) -> Self {
         Self {
-            context,
+            source,
+            journal,
+            settings,
+            signals,
             unkept: None,
             started_at: None,
             without_clock: false,
@@ -118,18 +152,18 @@ impl Poller {
 
     /// Polls at every tick until the daemon is to stop.
     pub async fn run(&mut self) {
-        let interval = self.context.settings.poll_interval;
+        let interval = self.settings.poll_interval;
         let mut tick = Instant::now();
         loop {
             let polled = self.poll().await;
             if polled != Polled::More {
-                self.context.polled.cancel();
+                self.signals.caught_up.cancel();
             }
             let wait = match (polled, self.unkept.is_some()) {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (Polled::More, _) => Duration::ZERO,
                 _ => {
-                    if !self.context.storage.polling.load(Ordering::Relaxed) {
+                    if !self.signals.storage.polling.load(Ordering::Relaxed) {
                         self.prune(tick + interval).await;
                     }
                     interval
@@ -137,8 +171,8 @@ impl Poller {
             };
             // A slow poll delays the next one and piles up nothing.
             tick = (tick + wait).max(Instant::now());
-            self.context.pulse.polling.beat(wait);
-            let stopping = self.context.stopping.clone();
+            self.signals.pulse.polling.beat(wait);
+            let stopping = self.signals.stopping.clone();
             tokio::select! {
                 () = stopping.cancelled() => return,
                 () = sleep_until(tick) => {}
@@ -149,7 +183,7 @@ impl Poller {
     /// Polls until BigChat is read up to now, or cannot be read; what it told is kept. True if it is read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut polled = Polled::More;
-        while !self.context.stopping.is_cancelled() {
+        while !self.signals.stopping.is_cancelled() {
             polled = self.poll().await;
             match polled {
                 Polled::More => {}
@@ -164,9 +198,9 @@ impl Poller {
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
     async fn poll(&mut self) -> Polled {
         let polled = self.try_poll().await;
-        let Context {
+        let Signals {
             metrics, storage, ..
-        } = &*self.context;
+        } = &self.signals;
         metrics.polled(match &polled {
             Ok(Polled::Incomplete) => metrics::Poll::Incomplete,
             Ok(Polled::UpToDate | Polled::More) => metrics::Poll::Complete,
@@ -187,7 +221,7 @@ impl Poller {
                     request, response, ..
                 } = error.exchange.logged();
                 telling!(
-                    !self.context.bigchat.http().is_failing(),
+                    !self.source.http().is_failing(),
                     reason = error.summary(),
                     request,
                     response,
@@ -212,15 +246,15 @@ impl Poller {
         if let Some(page) = self.unkept.clone() {
             self.keep(page).await?;
         }
-        self.context.journal.with(|store| store.in_place()).await?;
-        self.context.bigchat.clock().poll_begins();
+        self.journal.with(|store| store.in_place()).await?;
+        self.source.clock().poll_begins();
         for _ in 0..CLOCK_TRIES {
-            if !self.context.bigchat.clock().is_sure() {
+            if !self.source.clock().is_sure() {
                 // The first answer of all tells BigChat's time, by which the first window goes.
-                restart::look(&self.context).await?;
+                restart::look(&self.source).await?;
             }
         }
-        let now = self.context.bigchat.clock().now().unwrap_or_else(|| {
+        let now = self.source.clock().now().unwrap_or_else(|| {
             let now = Timestamp::of_this_machine();
             if !std::mem::replace(&mut self.without_clock, true) {
                 tracing::warn!(date = %now, "BigChat does not tell its time: this machine's clock is taken for it");
@@ -230,22 +264,22 @@ impl Poller {
         self.started_at.get_or_insert(now);
         // What was kept and not admitted before: the daemon was stopped, or the journal refused. A poll that goes on
         // goes on with its earlier pages, by which equal messages on the next ones are told apart.
-        let mut pages = Pages::load(&self.context).await?;
+        let mut pages = Pages::load(&self.journal).await?;
         if pages.are_new() {
             self.admit(&mut pages).await?;
         }
-        if self.context.stopping.is_cancelled() {
+        if self.signals.stopping.is_cancelled() {
             return Ok(Polled::Incomplete);
         }
         let (window, next, rereading) = self.window(now).await?;
         let first = window_query(window.start, window.end);
         if next.as_ref().is_none_or(|next| *next == first) {
-            pages.forget(&self.context).await?;
+            pages.forget(&self.journal).await?;
         } else if pages.are_many() {
-            pages.forget_but_the_last(&self.context).await?;
+            pages.forget_but_the_last(&self.journal).await?;
         }
         let read = self.read(&mut pages, window, next.unwrap_or(first)).await;
-        if self.context.stopping.is_cancelled() {
+        if self.signals.stopping.is_cancelled() {
             // What was kept is admitted at the next start.
             return Ok(Polled::Incomplete);
         }
@@ -261,7 +295,7 @@ impl Poller {
             Ended::Stuck => (Polled::Incomplete, None),
             Ended::TooOld(oldest) => return self.skip_gap(oldest).await,
             Ended::Budget if progress || rereading > 0 => {
-                self.context.journal.with(|store| store.reread()).await?;
+                self.journal.with(|store| store.reread()).await?;
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
@@ -281,11 +315,10 @@ impl Poller {
         };
         let read = (polled != Polled::Incomplete).then(|| {
             let here = Timestamp::of_this_machine();
-            let there = self.context.bigchat.clock().now().unwrap_or(here);
+            let there = self.source.clock().now().unwrap_or(here);
             (Millis::now(), there.unix() - here.unix())
         });
         let source = self
-            .context
             .journal
             .with(move |store| {
                 store.end_poll(cursor, rereading, read)?;
@@ -300,10 +333,9 @@ impl Poller {
 
     /// Goes on from where BigChat still answers.
     async fn skip_gap(&self, oldest: Timestamp) -> Result<Polled, PollError> {
-        let cursor = oldest.plus(self.context.settings.poll_overlap);
-        let source = self.context.journal.with(|store| store.source()).await?;
+        let cursor = oldest.plus(self.settings.poll_overlap);
+        let source = self.journal.with(|store| store.source()).await?;
         let is_new = self
-            .context
             .journal
             .with(move |store| store.skip_gap(oldest, cursor, Millis::now()))
             .await?;
@@ -319,8 +351,8 @@ impl Poller {
     /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
     /// bring nothing new.
     async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
-        let settings = &self.context.settings;
-        let source = self.context.journal.with(|store| store.source()).await?;
+        let settings = &self.settings;
+        let source = self.journal.with(|store| store.source()).await?;
         if let Some(((start, end), Some(next))) = source.poll {
             let window = Window {
                 start,
@@ -344,8 +376,7 @@ impl Poller {
         };
         let cursor = cursor.min(now);
         if source.cursor != Some(cursor) || source.poll.is_some() {
-            self.context
-                .journal
+            self.journal
                 .with(move |store| store.set_cursor(cursor, Millis::now()))
                 .await?;
         }
@@ -361,13 +392,12 @@ impl Poller {
             poll_overlap: overlap,
             poll_interval,
             ..
-        } = self.context.settings;
+        } = self.settings;
         let until = next_poll.max(Instant::now() + poll_interval / 10);
         loop {
-            let bigchat = self.context.bigchat.clock().now();
+            let bigchat = self.source.clock().now();
             let now = self.clock.read(Millis::now(), Instant::now(), bigchat);
             let pruned = self
-                .context
                 .journal
                 .with(move |store| store.prune(retention, overlap, now, PRUNED_AT_ONCE))
                 .await;
@@ -375,7 +405,7 @@ impl Poller {
                 Ok(pruned)
                     if pruned == PRUNED_AT_ONCE as usize
                         && Instant::now() < until
-                        && !self.context.stopping.is_cancelled() => {}
+                        && !self.signals.stopping.is_cancelled() => {}
                 Ok(_) => return,
                 Err(error) => {
                     tracing::warn!(reason = %error, "old events could not be dropped");

@@ -4,9 +4,8 @@ use std::collections::HashSet;
 
 use super::{MAX_BYTES, MAX_PAGES};
 use crate::bigchat::canonical_query;
-use crate::context::Context;
 use crate::domain::dedupe::{Counts, Key, is_repetition};
-use crate::journal::{JournalError, KeptPage, Store};
+use crate::journal::{Journal, JournalError, KeptPage, Store};
 
 /// How many successive pages without events complete a poll: a service may name a further, empty page without end. An
 /// empty page among others is nothing unusual.
@@ -25,9 +24,9 @@ pub(super) struct Pages {
 
 impl Pages {
     /// The stored ones.
-    pub(super) async fn load(context: &Context) -> Result<Self, JournalError> {
+    pub(super) async fn load(journal: &Journal) -> Result<Self, JournalError> {
         let mut pages = Self::default();
-        for page in context.journal.with(|store| store.kept_pages()).await? {
+        for page in journal.with(|store| store.kept_pages()).await? {
             let keys = page.keys();
             pages.add(page, keys);
         }
@@ -35,9 +34,9 @@ impl Pages {
     }
 
     /// Drops them: what follows is counted anew.
-    pub(super) async fn forget(&mut self, context: &Context) -> Result<(), JournalError> {
+    pub(super) async fn forget(&mut self, journal: &Journal) -> Result<(), JournalError> {
         if !self.kept.is_empty() {
-            context.journal.with(|store| store.forget_pages()).await?;
+            journal.with(|store| store.forget_pages()).await?;
             *self = Self::default();
         }
         Ok(())
@@ -46,11 +45,11 @@ impl Pages {
     /// Drops all but the last, which the next one may overlap.
     pub(super) async fn forget_but_the_last(
         &mut self,
-        context: &Context,
+        journal: &Journal,
     ) -> Result<(), JournalError> {
         let forget = |store: &mut Store| store.forget_pages_but_the_last();
-        context.journal.with(forget).await?;
-        *self = Self::load(context).await?;
+        journal.with(forget).await?;
+        *self = Self::load(journal).await?;
         Ok(())
     }
 

@@ -42,7 +42,7 @@ impl Poller {
         let mut next = Some(first);
         let mut bytes = 0;
         for _ in 0..MAX_PAGES {
-            if bytes > MAX_BYTES || self.context.stopping.is_cancelled() {
+            if bytes > MAX_BYTES || self.signals.stopping.is_cancelled() {
                 break;
             }
             let Some(query) = next else {
@@ -60,7 +60,7 @@ impl Poller {
             };
             self.page_failures = 0;
             bytes += page.body.len();
-            let now = self.context.bigchat.clock().now().unwrap_or(window.end);
+            let now = self.source.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
             next = page.next.filter(|next| {
                 let end = if canonical_query(next) == canonical_query(&query) || pages.has(next) {
@@ -98,19 +98,16 @@ impl Poller {
     /// they may have shifted beyond recognition.
     async fn ask(&self, query: &str, at_once: bool) -> Result<Page, ApiError> {
         let tries = if at_once { PAGE_TRIES } else { 1 };
-        let bigchat = &self.context.bigchat;
-        let answer = self
-            .context
-            .ask_bigchat(tries, || bigchat.events(query))
-            .await;
-        self.context.epochs.polled(answer.is_ok());
+        let bigchat = &self.source.client;
+        let answer = self.source.ask(tries, || bigchat.events(query)).await;
+        self.source.epochs.polled(answer.is_ok());
         answer
     }
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
     fn page_failed(&mut self, error: ApiError, further: bool) -> Result<Ended, PollError> {
         if !further && matches!(error.kind, ErrorKind::NotFound(_)) {
-            let http = self.context.bigchat.http();
+            let http = self.source.http();
             let kind = ErrorKind::WrongService;
             return Err(http.reconsider(error, Route::Events, kind).into());
         }
@@ -142,14 +139,14 @@ impl Poller {
         window: Window,
         error: ApiError,
     ) -> Result<Ended, PollError> {
-        let now = self.context.bigchat.clock().now().unwrap_or(window.end);
-        let mut answered = now.minus(self.context.settings.poll_overlap);
+        let now = self.source.clock().now().unwrap_or(window.end);
+        let mut answered = now.minus(self.settings.poll_overlap);
         let mut refused = window.start;
         if answered <= refused || !self.is_answered(pages, window, answered).await? {
             return Err(error.into());
         }
         while let Some(middle) = refused.middle(answered) {
-            if self.context.stopping.is_cancelled() {
+            if self.signals.stopping.is_cancelled() {
                 return Err(error.into());
             }
             if self.is_answered(pages, window, middle).await? {
@@ -172,11 +169,8 @@ impl Poller {
         window: Window,
         start: Timestamp,
     ) -> Result<bool, PollError> {
-        let now = self.context.bigchat.clock().now().unwrap_or(window.end);
-        let end = start
-            .plus(self.context.settings.max_window)
-            .min(now)
-            .max(start);
+        let now = self.source.clock().now().unwrap_or(window.end);
+        let end = start.plus(self.settings.max_window).min(now).max(start);
         let query = window_query(start, end);
         let page = match self.ask(&query, false).await {
             Ok(page) => page,
@@ -195,7 +189,7 @@ impl Poller {
         };
         pages.add(self.keep_page(page).await?, keys);
         self.admit(pages).await?;
-        pages.forget(&self.context).await?;
+        pages.forget(&self.journal).await?;
         Ok(true)
     }
 
@@ -229,7 +223,6 @@ impl Poller {
     ) -> Result<(i64, Epoch), JournalError> {
         self.unkept = Some(Arc::clone(&page));
         let kept = self
-            .context
             .journal
             .with(move |store| store.keep_page(&page))
             .await?;

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::status::STALE;
 use crate::time::Timestamp;
+
+/// For how long a cursor may be the same.
+const USUAL: Duration = Duration::from_secs(120);
 
 /// A cursor, and since when it is the same.
 #[derive(Debug, Default)]
@@ -32,7 +34,7 @@ impl Standstill {
         match self.since {
             Some((same, since)) if same == cursor => {
                 let lasted = now.saturating_duration_since(since);
-                (lasted > STALE && !std::mem::replace(&mut self.is_reported, true))
+                (lasted > USUAL && !std::mem::replace(&mut self.is_reported, true))
                     .then_some((true, lasted))
             }
             _ => {

@@ -3,3 +3,4 @@
 pub mod details;
 pub mod epochs;
 pub mod restart;
+pub mod source;

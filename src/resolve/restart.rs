@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use crate::bigchat::Details;
-use crate::context::Context;
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::event::{Event, Kind};
 use crate::http::ApiError;
 use crate::journal::{JournalError, KeptPage, Marker, Store};
+use crate::resolve::source::Source;
 use crate::time::Timestamp;
 
 /// How many conversations are asked for, if those before are not known any more.
@@ -39,11 +39,11 @@ pub enum Seen {
 }
 
 /// Looks whether BigChat has restarted since the present run was last confirmed, and notes it in the journal.
-pub async fn look(context: &Context) -> Result<Seen, JournalError> {
-    let (epoch, markers) = context.journal.with(|store| store.markers(MARKERS)).await?;
+pub async fn look(source: &Source) -> Result<Seen, JournalError> {
+    let (epoch, markers) = source.journal.with(|store| store.markers(MARKERS)).await?;
     if markers.is_empty() {
         // Whatever it says of its first conversation is what the next answers are compared with.
-        note_first(context, epoch).await?;
+        note_first(source, epoch).await?;
         return Ok(Seen::Unknown);
     }
     let first_known = markers.iter().any(|marker| marker.bigchat_id == 1);
@@ -53,15 +53,15 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
         started_at: known,
     } in markers
     {
-        let (answer, asked_at) = details(context, bigchat_id).await;
+        let (answer, asked_at) = details(source, bigchat_id).await;
         match answer {
             Ok(Details {
                 started_at: Some(started_at),
                 ..
             }) if started_at == known => {
-                confirm(context, asked_at);
+                confirm(source, asked_at);
                 if !first_known {
-                    note_first(context, epoch).await?;
+                    note_first(source, epoch).await?;
                 }
                 return Ok(Seen::Same);
             }
@@ -69,7 +69,7 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
                 started_at: Some(started_at),
                 ..
             }) => {
-                begin(context, epoch, started_at).await?;
+                begin(source, epoch, started_at).await?;
                 return Ok(Seen::Restarted);
             }
             Ok(_) => {}
@@ -84,21 +84,21 @@ pub async fn look(context: &Context) -> Result<Seen, JournalError> {
 /// run. Begins that run in the journal, unless somebody else has, from the start of its first conversation on if
 /// that can be had: pages served before were told by the run before.
 pub async fn begin(
-    context: &Context,
+    source: &Source,
     epoch: Epoch,
     started_at: Timestamp,
 ) -> Result<(), JournalError> {
-    let (answer, _) = details(context, 1).await;
+    let (answer, _) = details(source, 1).await;
     let first = answer
         .ok()
         .and_then(|details| Some((details.started_at?, AdvisorId(details.advisor))));
-    let confirmed = context.epochs.verified_until();
+    let confirmed = source.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= confirmed => first.min(started_at),
         _ => started_at,
     };
-    let mark = context.epochs.mark();
-    let begun = context
+    let mark = source.epochs.mark();
+    let begun = source
         .journal
         .with(move |store| {
             let begun = store.begin_epoch(epoch, began_at, first)?;
@@ -115,13 +115,13 @@ pub async fn begin(
 /// Which run of BigChat told a page. Where no restart was noticed since it was kept, the present one. Where it was served
 /// about when BigChat restarted, its time does not tell: it was the run before if it tells of a conversation that the
 /// present run does not know, or that started at another time. `None`: BigChat gives no answer to that.
-pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>, JournalError> {
+pub async fn run_of(source: &Source, page: &KeptPage) -> Result<Option<Epoch>, JournalError> {
     if page.told_by.is_some() {
         return Ok(page.told_by);
     }
     let served_at = page.served_at;
     let by_time = move |store: &mut Store| store.epoch_at(served_at);
-    let (epoch, certain) = context.journal.with(by_time).await?;
+    let (epoch, certain) = source.journal.with(by_time).await?;
     if certain || epoch <= page.kept_in {
         return Ok(Some(epoch.max(page.kept_in)));
     }
@@ -134,8 +134,8 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>,
     for Reverse(id) in ids.into_iter().take(WITNESSES) {
         let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
         let told = events.iter().find(is_start).map(|event| event.at);
-        match details(context, id).await.0 {
-            Err(error) if error.is_not_found() && context.epochs.reports_events() => {
+        match details(source, id).await.0 {
+            Err(error) if error.is_not_found() && source.epochs.reports_events() => {
                 return Ok(Some(Epoch(epoch.0 - 1)));
             }
             Err(error) if error.is_not_found() => {}
@@ -153,41 +153,39 @@ pub async fn run_of(context: &Context, page: &KeptPage) -> Result<Option<Epoch>,
 }
 
 /// Asks for the first conversation of a run, which tells it from the next better than any other.
-async fn note_first(context: &Context, epoch: Epoch) -> Result<(), JournalError> {
-    if !context.epochs.requests_first_conversation() {
+async fn note_first(source: &Source, epoch: Epoch) -> Result<(), JournalError> {
+    if !source.epochs.requests_first_conversation() {
         return Ok(());
     }
-    let (answer, asked_at) = details(context, 1).await;
+    let (answer, asked_at) = details(source, 1).await;
     match answer {
         Ok(Details {
             started_at: Some(started_at),
             advisor,
         }) => {
-            context
+            source
                 .journal
                 .with(move |store| store.record_details(epoch, 1, started_at, AdvisorId(advisor)))
                 .await?;
-            confirm(context, asked_at);
+            confirm(source, asked_at);
         }
-        Err(error) if error.is_not_found() && context.epochs.reports_events() => {
-            context.epochs.probed_without_first();
+        Err(error) if error.is_not_found() && source.epochs.reports_events() => {
+            source.epochs.probed_without_first();
         }
         _ => {}
     }
     Ok(())
 }
 
-fn confirm(context: &Context, at: Option<Timestamp>) {
+fn confirm(source: &Source, at: Option<Timestamp>) {
     if let Some(at) = at {
-        context.epochs.verified(at);
+        source.epochs.verified(at);
     }
 }
 
 /// The details of a conversation, and BigChat's time before it was asked.
-async fn details(context: &Context, id: i64) -> (Result<Details, ApiError>, Option<Timestamp>) {
-    let asked_at = context.bigchat.clock().now();
-    let answer = context
-        .ask_bigchat(TRIES, || context.bigchat.conversation(id))
-        .await;
+async fn details(source: &Source, id: i64) -> (Result<Details, ApiError>, Option<Timestamp>) {
+    let asked_at = source.client.clock().now();
+    let answer = source.ask(TRIES, || source.client.conversation(id)).await;
     (answer, asked_at)
 }
