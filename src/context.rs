@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::bigchat::BigChat;
+use crate::bigchat::Source;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
 use crate::health::Storage;
 use crate::http::{Api, ApiStatus, Http};
@@ -18,7 +19,6 @@ use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Signals;
 use crate::pulse::Pulse;
-use crate::resolve::source::Source;
 use crate::settings::Settings;
 
 /// Shared by the poller, delivery and the handlers.

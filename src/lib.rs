@@ -14,20 +14,18 @@
 //!   chat is read back first.
 //! - [`delivery`] hands out what is due, sends the difference, and commits the conversation's *offset*: events up to it are
 //!   delivered, unless a *dead letter* says otherwise.
-//! - Further decisions are pure, too: [`window`], [`retry`].
+//! - Further decisions are pure, too: [`retry`].
 //!
 //! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
 pub mod bigchat;
 pub mod check;
 pub mod cli;
-pub mod clock;
 pub mod context;
 pub mod daemon;
 pub mod delivery;
 pub mod demo;
 pub mod domain;
-pub mod event;
 pub mod failed;
 pub mod health;
 pub mod http;
@@ -43,7 +41,6 @@ pub mod pace;
 pub mod poller;
 pub mod progress;
 pub mod pulse;
-pub mod resolve;
 pub mod retry;
 pub mod screen;
 pub mod service;
@@ -55,4 +52,3 @@ pub mod time;
 pub mod user;
 pub mod verify;
 pub mod web;
-pub mod window;

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bigchat_sync::bigchat::page_events;
 use bigchat_sync::domain::dedupe::Counts;
+use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::journal::{PageToKeep, Progress, Store};
 use bigchat_sync::time::{Millis, Timestamp};

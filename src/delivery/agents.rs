@@ -3,13 +3,13 @@
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
+use crate::bigchat::details;
 use crate::context::Context;
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, is_alike};
-use crate::resolve::details;
 
 /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
 pub(super) async fn resolve(

@@ -6,13 +6,13 @@
 
 use std::time::Duration;
 
+use crate::bigchat::SourceError;
 use crate::domain::conversation::Attempts;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Failure, Outcome};
 use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
 use crate::journal::JournalError;
 use crate::log;
-use crate::resolve::source::SourceError;
 use crate::retry::Policy;
 use crate::time::Millis;
 

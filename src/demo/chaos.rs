@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::DemoError;
 use super::tally::count;
-use crate::event::Event;
+use crate::domain::event::Event;
 use crate::journal::{Journal, Result, Store};
 use crate::sim::bigchat::BigChat;
 use crate::sim::chaos::{self, Plan, Strike};

@@ -6,7 +6,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
-use crate::event::{Kind, What};
+use crate::domain::event::{Kind, What};
 use crate::our_api::{self, ChatChange};
 use crate::time::{Millis, Timestamp};
 

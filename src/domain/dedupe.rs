@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 
-use crate::event::{Event, Kind};
+use crate::domain::event::{Event, Kind};
 
 /// What makes events equal, as far as a poll needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

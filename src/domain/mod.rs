@@ -6,7 +6,9 @@
 pub mod account;
 pub mod conversation;
 pub mod dedupe;
+pub mod event;
 pub mod ids;
 pub mod json;
 pub mod progress;
 pub mod text;
+pub mod window;

@@ -3,7 +3,7 @@
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Pending};
 use super::ids::{ConversationId, EventId};
-use crate::event::Kind;
+use crate::domain::event::Kind;
 use crate::time::Millis;
 
 /// What delivery works on at a time: a conversation and the next of its events that wait. Nobody else works on it until
@@ -304,7 +304,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::event::What;
+    use crate::domain::event::What;
     use crate::time::Timestamp;
 
     fn pending(id: i64, redelivery: bool) -> Pending {

@@ -4,7 +4,7 @@
 use rusqlite::{Connection, Transaction, params};
 
 use super::{Result, UNREADABLE};
-use crate::event::Kind;
+use crate::domain::event::Kind;
 use crate::time::Millis;
 
 /// For how many minutes they are kept: a week.

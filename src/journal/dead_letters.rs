@@ -7,8 +7,8 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, limit};
+use crate::domain::event::Glimpse;
 use crate::domain::ids::{ConversationId, EventId};
-use crate::event::Glimpse;
 use crate::http::REJECTED_WRITE;
 use crate::time::{Millis, Timestamp};
 

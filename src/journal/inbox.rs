@@ -6,10 +6,9 @@ use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
 use super::{JournalError, Result, Store, UNREADABLE};
-use crate::bigchat::page_events;
 use crate::domain::dedupe::{Counts as Received, Key};
+use crate::domain::event::{Event, Kind, digest, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
-use crate::event::{Event, Kind, digest};
 use crate::http::shortened;
 use crate::time::{Millis, Timestamp};
 

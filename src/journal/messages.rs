@@ -4,8 +4,8 @@ use rusqlite::params;
 
 use super::{JournalError, Result, Store, present};
 use crate::domain::account::{self, Recorded, Standing};
+use crate::domain::event::{Kind, What};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
-use crate::event::{Kind, What};
 use crate::time::Timestamp;
 
 impl Store {

@@ -15,9 +15,9 @@ use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, Observed, Pending, Transfer,
 };
+use crate::domain::event::{Kind, What};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, Work};
-use crate::event::{Kind, What};
 use crate::time::{Millis, Timestamp};
 
 /// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps others

@@ -17,8 +17,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
+use crate::domain::event::Kind;
 use crate::domain::progress::Outcome;
-use crate::event::Kind;
 use crate::http::route::Route;
 use crate::http::{Api, ErrorKind};
 use crate::journal::UNREADABLE;

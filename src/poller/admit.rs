@@ -7,10 +7,10 @@ use tokio::task::yield_now;
 
 use super::pages::Pages;
 use super::{PollError, Poller};
+use crate::bigchat::epoch::{self, Seen};
+use crate::domain::event::Kind;
 use crate::domain::ids::Epoch;
-use crate::event::Kind;
 use crate::journal::{JournalError, KeptPage};
-use crate::resolve::restart::{self, Seen};
 use crate::time::Millis;
 
 /// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
@@ -74,7 +74,7 @@ impl Poller {
     /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
     /// while.
     async fn run_of(&mut self, page: &KeptPage) -> Result<Epoch, PollError> {
-        if let Some(epoch) = restart::run_of(&self.source, page).await? {
+        if let Some(epoch) = epoch::run_of(&self.source, page).await? {
             self.undecided = 0;
             return Ok(epoch);
         }
@@ -107,7 +107,7 @@ impl Poller {
                 .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
                 .await?;
             if known.is_some_and(|known| known != event.at) {
-                restart::begin(&self.source, epoch, event.at.min(served_at)).await?;
+                epoch::begin(&self.source, epoch, event.at.min(served_at)).await?;
                 self.unanswered = 0;
                 return Ok(());
             }
@@ -128,7 +128,7 @@ impl Poller {
 
     /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
     async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
-        let seen = restart::look(&self.source).await?;
+        let seen = epoch::look(&self.source).await?;
         if seen == Seen::Same {
             let present = self.source.epochs.current(&self.journal).await?;
             let kept = pages.kept.iter_mut();

@@ -22,19 +22,19 @@ use tokio_util::sync::CancellationToken;
 use self::pages::Pages;
 use self::read::Ended;
 use self::standstill::Standstill;
+use crate::bigchat::Source;
+use crate::bigchat::clock::SteadyClock;
+use crate::bigchat::epoch;
 use crate::bigchat::window_query;
-use crate::clock::SteadyClock;
+use crate::domain::window::Window;
 use crate::health::Storage;
 use crate::http::{ApiError, Exchange};
 use crate::journal::{Journal, JournalError, PageToKeep, STORAGE_PAUSE};
 use crate::log::telling;
 use crate::metrics::{self, Metrics};
 use crate::pulse::Pulse;
-use crate::resolve::restart;
-use crate::resolve::source::Source;
 use crate::settings::Settings;
 use crate::time::{Millis, Timestamp};
-use crate::window::Window;
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
 const MAX_PAGES: usize = 200;
@@ -198,6 +198,9 @@ impl Poller {
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
     async fn poll(&mut self) -> Polled {
         let polled = self.try_poll().await;
+        if !matches!(polled, Ok(Polled::More)) {
+            self.source.clock().count_poll();
+        }
         let Signals {
             metrics, storage, ..
         } = &self.signals;
@@ -247,11 +250,10 @@ impl Poller {
             self.keep(page).await?;
         }
         self.journal.with(|store| store.in_place()).await?;
-        self.source.clock().poll_begins();
         for _ in 0..CLOCK_TRIES {
             if !self.source.clock().is_sure() {
                 // The first answer of all tells BigChat's time, by which the first window goes.
-                restart::look(&self.source).await?;
+                epoch::look(&self.source).await?;
             }
         }
         let now = self.source.clock().now().unwrap_or_else(|| {

@@ -9,7 +9,7 @@ pub(super) mod start;
 pub(super) mod transfer;
 
 use crate::domain::conversation::{Desired, Pending};
-use crate::event::What;
+use crate::domain::event::What;
 
 /// Folds an event into what is desired of its chat.
 pub(super) fn fold(desired: &mut Desired, event: &Pending) {

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::activity::minute;
 use super::dead_letters::{PastDecision, glimpse, is_permanent};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
-use crate::event::Glimpse;
+use crate::domain::event::Glimpse;
 use crate::time::{Millis, Timestamp};
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};

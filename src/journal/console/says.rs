@@ -1,6 +1,6 @@
 //! What the console says of an event and of a chat without an agent: pure, from what the journal holds.
 
-use crate::event::{Kind, What};
+use crate::domain::event::{Kind, What};
 use crate::journal::KnownAdvisor;
 
 /// What an event says, as people read it: its message whole, whatever characters are in it. SQLite's text functions would

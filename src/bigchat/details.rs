@@ -1,12 +1,12 @@
 //! What BigChat knows of a conversation or an advisor, checked before it is used: an answer of a BigChat that has
 //! restarted since is about somebody else.
 
+use super::epoch::{self, Seen};
+use super::{Source, SourceError};
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::KnownAdvisor;
-use crate::resolve::restart::{self, Seen};
-use crate::resolve::source::{Source, SourceError};
 use crate::time::Timestamp;
 
 /// How often BigChat says that it does not know something before that is believed: for good, and one of several behind the
@@ -34,7 +34,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
             let ours = match (conversation.desired.started_at, details.started_at) {
                 (Some(known), Some(told)) if known == told => true,
                 (Some(_), Some(told)) => {
-                    restart::begin(source, conversation.epoch, told).await?;
+                    epoch::begin(source, conversation.epoch, told).await?;
                     false
                 }
                 // A run that began later cannot have a conversation that started before this one was confirmed.
@@ -123,7 +123,7 @@ async fn is_present(source: &Source, epoch: Epoch) -> Result<bool, SourceError> 
 
 /// Whether what was just told was told by that run of BigChat.
 async fn is_same_run(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
-    match restart::look(source).await? {
+    match epoch::look(source).await? {
         Seen::Restarted => Ok(false),
         Seen::Same | Seen::Unknown => is_present(source, epoch).await,
         Seen::Unanswered => Err(not_asked("whether it has restarted is not known").into()),

@@ -10,9 +10,9 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use url::form_urlencoded;
 
-use crate::clock::BigChatClock;
+use super::clock::BigChatClock;
+use crate::domain::event::{Kind, page_events};
 use crate::domain::json::{self, Integer, Malformed};
-use crate::event::Kind;
 use crate::http::route::Route;
 use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
 use crate::time::Timestamp;
@@ -152,25 +152,6 @@ pub fn window_query(start: Timestamp, end: Timestamp) -> String {
         .append_pair("start_at", &start.to_string())
         .append_pair("end_at", &end.to_string())
         .finish()
-}
-
-/// Hands over the events of a page, each as it came and one by one: a hostile page has millions.
-///
-/// # Errors
-///
-/// When it is no page. One without `events` is empty, if it says of the next page or nothing at all: an object of another
-/// kind may be an error report.
-pub fn page_events<'a>(
-    body: &'a str,
-    each: impl FnMut(&'a str),
-) -> std::result::Result<(), Malformed> {
-    let mut fields = 0;
-    json::all_fields(body, |_, _| fields += 1)?;
-    match json::fields(body, ["events", "nextPageUrl"])? {
-        [None | Some("null"), Some(_)] | [Some("null"), None] => Ok(()),
-        [None, None] if fields == 0 => Ok(()),
-        [events, _] => json::items(events.unwrap_or_default(), each),
-    }
 }
 
 /// A page that is none.
@@ -378,38 +359,6 @@ mod tests {
         for (a, b) in [("a=1", "a=2"), ("a=1&a=1", "a=1"), ("a=1&b=2", "a=2&b=1")] {
             assert!(!same(a, b), "{a} {b}");
         }
-    }
-
-    #[test]
-    fn a_page_without_events_is_empty_and_an_error_report_is_no_page() {
-        let count = |body: &str| {
-            let mut count = 0;
-            page_events(body, |_| count += 1).map(|()| count)
-        };
-        for body in [
-            "{}",
-            r#"{"nextPageUrl":null}"#,
-            r#"{"events":null}"#,
-            r#"{"events":null,"nextPageUrl":"?page=2"}"#,
-            r#"{"nextPageUrl":"?page=2","total":0}"#,
-            r#"{"events":[]}"#,
-        ] {
-            assert_eq!(count(body), Ok(0), "{body}");
-        }
-        for body in [
-            "",
-            "null",
-            "[]",
-            "\"events\"",
-            r#"{"detail":"maintenance"}"#,
-            r#"{"events":{}}"#,
-            r#"{"events":7}"#,
-            r#"{"events":[]} <html>"#,
-            r#"{"events":[1,2"#,
-        ] {
-            assert!(count(body).is_err(), "{body}");
-        }
-        assert_eq!(count(r#"{"events":[NaN,{},]}"#), Ok(2));
     }
 
     #[test]

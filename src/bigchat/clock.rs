@@ -61,8 +61,8 @@ impl BigChatClock {
         }
     }
 
-    /// Begins another poll.
-    pub fn poll_begins(&self) {
+    /// Counts a poll. Those that follow one another without waiting are one.
+    pub fn count_poll(&self) {
         self.readings().polls += 1;
     }
 

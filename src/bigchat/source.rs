@@ -5,11 +5,10 @@ use std::sync::Arc;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
-use crate::bigchat::BigChat;
-use crate::clock::BigChatClock;
+use super::clock::BigChatClock;
+use super::{BigChat, Epochs};
 use crate::http::{ApiError, Circuit, Http};
 use crate::journal::{Journal, JournalError};
-use crate::resolve::epochs::Epochs;
 use crate::time::Millis;
 
 /// Why BigChat cannot be asked, or gave no answer.

@@ -8,12 +8,11 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
-use crate::bigchat::Details;
+use super::{Details, Source};
+use crate::domain::event::{Event, Kind};
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::event::{Event, Kind};
 use crate::http::ApiError;
 use crate::journal::{JournalError, KeptPage, Marker, Store};
-use crate::resolve::source::Source;
 use crate::time::Timestamp;
 
 /// How many conversations are asked for, if those before are not known any more.

@@ -279,6 +279,22 @@ fn bare_field(raw: &str, name: &str) -> Option<String> {
     Some(value[..end].to_owned())
 }
 
+/// Hands over the events of a page, each as it came and one by one: a hostile page has millions.
+///
+/// # Errors
+///
+/// When it is no page. One without `events` is empty, if it says of the next page or nothing at all: an object of another
+/// kind may be an error report.
+pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) -> Result<(), Malformed> {
+    let mut fields = 0;
+    json::all_fields(body, |_, _| fields += 1)?;
+    match json::fields(body, ["events", "nextPageUrl"])? {
+        [None | Some("null"), Some(_)] | [Some("null"), None] => Ok(()),
+        [None, None] if fields == 0 => Ok(()),
+        [events, _] => json::items(events.unwrap_or_default(), each),
+    }
+}
+
 fn field<T: serde::de::DeserializeOwned>(
     name: &'static str,
     value: Option<&str>,
@@ -453,5 +469,37 @@ mod tests {
         ] {
             assert_eq!(glimpse(raw), expected, "{raw}");
         }
+    }
+
+    #[test]
+    fn a_page_without_events_is_empty_and_an_error_report_is_no_page() {
+        let count = |body: &str| {
+            let mut count = 0;
+            page_events(body, |_| count += 1).map(|()| count)
+        };
+        for body in [
+            "{}",
+            r#"{"nextPageUrl":null}"#,
+            r#"{"events":null}"#,
+            r#"{"events":null,"nextPageUrl":"?page=2"}"#,
+            r#"{"nextPageUrl":"?page=2","total":0}"#,
+            r#"{"events":[]}"#,
+        ] {
+            assert_eq!(count(body), Ok(0), "{body}");
+        }
+        for body in [
+            "",
+            "null",
+            "[]",
+            "\"events\"",
+            r#"{"detail":"maintenance"}"#,
+            r#"{"events":{}}"#,
+            r#"{"events":7}"#,
+            r#"{"events":[]} <html>"#,
+            r#"{"events":[1,2"#,
+        ] {
+            assert!(count(body).is_err(), "{body}");
+        }
+        assert_eq!(count(r#"{"events":[NaN,{},]}"#), Ok(2));
     }
 }
