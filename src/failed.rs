@@ -209,7 +209,7 @@ fn retried(count: usize, left: u64, unreadable: u64) -> String {
     }
     if unreadable > 0 {
         text += &format!(
-            "; {unreadable} still cannot be understood (`bigchat-sync failed list` shows them)"
+            "; {unreadable} could not be understood, and still cannot (`bigchat-sync failed list` shows them)"
         );
     }
     text + "\n"
