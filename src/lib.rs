@@ -16,7 +16,7 @@
 //!   delivered, unless a *dead letter* says otherwise.
 //! - Further decisions are pure, too: [`retry`].
 //!
-//! [`sim`] stands in for both services, and [`demo`] shows the daemon at work between them.
+//! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
 pub mod bigchat;
 pub mod check;
@@ -45,7 +45,7 @@ pub mod retry;
 pub mod screen;
 pub mod service;
 pub mod settings;
-pub mod sim;
+pub mod simulator;
 pub mod status;
 pub mod summary;
 pub mod time;

@@ -152,8 +152,9 @@ mod tests {
     use crate::http::Network;
     use crate::journal::{Journal, Store};
     use crate::settings::LiveTokens;
-    use crate::sim::faults::{Fault, When};
-    use crate::sim::{self, Sim};
+    use crate::simulator::bigchat::Options;
+    use crate::simulator::fault::paused;
+    use crate::simulator::{BigChat, OurApi, Simulator};
 
     const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -214,12 +215,12 @@ mod tests {
         until(what, || due(heart) != before && due(heart) != AT_REST).await;
     }
 
-    async fn begin(sim: &Sim, stopping: &CancellationToken) -> Arc<Context> {
+    async fn begin(simulator: &Simulator, stopping: &CancellationToken) -> Arc<Context> {
         let flags = [
             "bigchat-sync".to_owned(),
             "--poll-interval=20ms".to_owned(),
-            format!("--bigchat-url={}", sim.bigchat_url()),
-            format!("--our-api-url={}", sim.our_api_url()),
+            format!("--bigchat-url={}", simulator.bigchat.url()),
+            format!("--our-api-url={}", simulator.our_api.url()),
         ];
         let settings = Cli::try_parse_from(flags).expect("good flags").settings;
         let connection = Connection::open_in_memory().expect("a database");
@@ -236,24 +237,25 @@ mod tests {
 
     #[tokio::test]
     async fn the_daemon_beats_while_it_turns_over_and_not_when_the_disk_hangs() {
-        let options = sim::Options::default();
-        let sim = Sim::start(options).await.expect("the services");
+        let bigchat = BigChat::new(Options::default());
+        let simulator = Simulator::start(bigchat, OurApi::new(1)).await;
+        let simulator = simulator.expect("the services");
         let stopping = CancellationToken::new();
-        let context = begin(&sim, &stopping).await;
+        let context = begin(&simulator, &stopping).await;
         let pulse = &context.pulse;
         let running = tokio::spawn(daemon::serve(Arc::clone(&context)));
         beats(&pulse.polling, "polling").await;
         beats(&pulse.delivering, "delivery").await;
 
         // A request that takes long is beaten for when it begins and when it ends.
-        let faults = &sim.our_api.faults;
-        faults.script("*", When::Before, Fault::Pause, 1);
-        until("a request waits", || faults.paused() == 1).await;
+        let our_api = &simulator.our_api;
+        our_api.upset("*", paused());
+        until("a request waits", || our_api.pausing() == 1).await;
         let during = due(&pulse.handling);
         assert_ne!(during, AT_REST, "somebody is in work");
-        faults.go_on();
+        our_api.resume();
         until("it goes on", || due(&pulse.handling) != during).await;
-        sim.bigchat.set_quiet(true);
+        simulator.bigchat.state().set_quiet(true);
         until("nobody is in work", || due(&pulse.handling) == AT_REST).await;
         beats(&pulse.polling, "polling goes on").await;
 

@@ -158,7 +158,7 @@ fn measure(scale: Scale, at_once: u16) {
         let directory = tempfile::tempdir().expect("a directory");
         let copy = directory.path().join("copy.db");
         std::fs::copy(&db, &copy).expect("a copy");
-        server.reset(round == 0);
+        server.restart(round == 0);
         let ours = deliver(&server, &copy, &flags);
         if round == 0 {
             made = server.made();

@@ -9,21 +9,26 @@ use std::time::Duration;
 use reqwest::{Client, Method, redirect};
 
 use crate::process::{self, Process};
-use crate::server::{Made, Server};
+use bigchat_sync::simulator::Request;
+
+use crate::server::Server;
 
 /// The argument that makes this program the bare client.
 pub(crate) const MODE: &str = "bare-client";
 
 /// Makes the requests again, so many at once, and tells how long that took, and how long on a processor.
-pub(crate) fn replay(server: &Server, made: &[Made], at_once: u16) -> (Duration, Duration) {
+pub(crate) fn replay(server: &Server, made: &[Request], at_once: u16) -> (Duration, Duration) {
     let directory = tempfile::tempdir().expect("a directory");
     let list = directory.path().join("requests");
     let lines: Vec<String> = made
         .iter()
-        .map(|made| format!("{} {} {}", made.method, made.target, made.body))
+        .map(|made| {
+            let body = String::from_utf8_lossy(&made.body);
+            format!("{} {} {body}", made.method, made.target())
+        })
         .collect();
     std::fs::write(&list, lines.join("\n")).expect("a file");
-    server.reset(false);
+    server.restart(false);
     let mut bare = Process::start(
         process::itself()
             .arg(MODE)
@@ -79,7 +84,8 @@ pub(crate) fn main(arguments: &[String]) {
                             .body(body.clone());
                     }
                     let answer = request.send().await.expect("an answer");
-                    assert!(answer.status().is_success());
+                    // With several in flight one may overtake the creation of its chat.
+                    assert!(!answer.status().is_server_error());
                     answer.bytes().await.expect("a body");
                 }
             })

@@ -94,7 +94,7 @@ pub(crate) fn measure(scale: Scale) {
             let directory = tempfile::tempdir().expect("a directory");
             let copy = directory.path().join("copy.db");
             std::fs::copy(db, &copy).expect("a copy");
-            server.reset(false);
+            server.restart(false);
             let delivered = deliver(&server, &copy, &[]);
             let requests = delivered.requests as f64;
             (

@@ -1,5 +1,5 @@
 //! `--chaos`: the daemon as a process of its own, which is killed, stopped and started again while both services fail in
-//! every way the plan ([`sim::chaos`](crate::sim::chaos)) has.
+//! every way the plan ([`simulator::chaos`](crate::simulator::chaos)) has.
 //!
 //! In the end all is calm, the daemon runs, and there is nothing to excuse a difference but one thing: what a BigChat
 //! that tells everything once had answered when the daemon was killed, before the daemon had kept it. Whether it had, is
@@ -16,7 +16,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -25,9 +24,9 @@ use super::DemoError;
 use super::tally::count;
 use crate::domain::event::Event;
 use crate::journal::{Journal, Result, Store};
-use crate::sim::bigchat::BigChat;
-use crate::sim::chaos::{self, Plan, Strike};
-use crate::sim::{Happening, Sim, Watch};
+use crate::simulator::chaos::{self, Plan, Strike};
+use crate::simulator::event::message;
+use crate::simulator::{BigChat, Happening, Simulator, Watch};
 
 /// A daemon that is asked to stop has promised to within 10 s; this machine may be busy besides.
 const STOPPED_WITHIN: Duration = Duration::from_secs(12);
@@ -99,17 +98,17 @@ impl fmt::Display for Score {
     }
 }
 
-/// Takes what the latest answer told out of what the daemon is to have, if the daemon, which was killed, had not kept
-/// it: of a page that was kept, all is there. Returns how many events that were.
+/// Takes what the latest answer reported out of what the daemon is to have, if the daemon, which was killed, had not stored
+/// it: of a page that was stored, all is there. Returns how many events that were.
 ///
 /// # Errors
 ///
 /// When the journal cannot be read.
-pub fn count_apart(bigchat: &BigChat, journal: &mut Store) -> Result<usize> {
+pub fn count_apart(bigchat: &mut BigChat, journal: &mut Store) -> Result<usize> {
     let latest = bigchat.latest();
-    for told in &latest {
-        // What cannot be understood is nobody's chat.
-        if let Ok(event) = Event::parse(&told.json().to_string())
+    for reported in &latest {
+        // What cannot be understood makes no chat.
+        if let Ok(event) = Event::parse(&reported.json().to_string())
             && journal.holds(&event)?
         {
             return Ok(0);
@@ -118,13 +117,13 @@ pub fn count_apart(bigchat: &BigChat, journal: &mut Store) -> Result<usize> {
     Ok(if latest.is_empty() {
         0
     } else {
-        bigchat.unsay_latest()
+        bigchat.lose_latest()
     })
 }
 
 /// All that strikes, and what it strikes.
 pub(super) struct Chaos {
-    pub(super) sim: Arc<Sim>,
+    pub(super) sim: Arc<Simulator>,
     pub(super) journal: Arc<Journal>,
     pub(super) daemon: Daemon,
     pub(super) seed: u64,
@@ -153,7 +152,7 @@ impl Chaos {
             if services_next <= daemon_next {
                 services_next = match struck.take() {
                     None => {
-                        self.begin(&strike.1).await?;
+                        self.begin(&strike.1).await;
                         struck = Some(());
                         Instant::now() + strike.2
                     }
@@ -201,7 +200,7 @@ impl Chaos {
     }
 
     fn say(&self, what: String) {
-        self.watch.tell(|| Happening::Struck(what));
+        self.watch.report(Some(Happening::Struck(what)));
     }
 
     /// Waits until then. False: there has been enough.
@@ -226,8 +225,8 @@ impl Chaos {
         }
     }
 
-    async fn begin(&self, strike: &Strike) -> io::Result<()> {
-        strike.begin(&self.sim).await?;
+    async fn begin(&self, strike: &Strike) {
+        strike.begin(&self.sim).await;
         self.say(strike.to_string());
         let mut score = self.score();
         match strike {
@@ -235,7 +234,6 @@ impl Chaos {
             Strike::BigChatRestarts => {}
             _ => score.losses += 1,
         }
-        Ok(())
     }
 
     async fn end(&self, strike: &Strike) -> io::Result<()> {
@@ -258,15 +256,14 @@ impl Chaos {
         self.score().up = false;
         self.score().kills += 1;
         // What was on its way when it was killed is answered, or given up, by now.
-        let traffic = &self.sim.bigchat.traffic;
         until("BigChat has nobody to answer", async || {
-            traffic.connected() == 0
+            self.sim.bigchat.connected() == 0
         })
         .await?;
         let sim = Arc::clone(&self.sim);
         let unkept = self
             .journal
-            .with(move |store| count_apart(&sim.bigchat, store))
+            .with(move |store| count_apart(&mut sim.bigchat.state(), store))
             .await?;
         self.score().unkept += unkept;
         self.say("the daemon is killed".to_owned());
@@ -287,33 +284,32 @@ impl Chaos {
     /// A loss of OurAPI is noticed once something touches what is lost, which may never happen again to what was lost
     /// last. So one more chat is lost, and touched: all that is known is looked for then.
     async fn touch(&self) -> io::Result<()> {
-        let first = json!({ "message": "the chat with this is lost" });
-        let second = json!({ "message": "this shows that it is" });
-        let holds = |text: &serde_json::Value| {
-            let held = self.sim.our_api.held();
-            let chat = held.messages.iter().find_map(|(chat, messages)| {
-                messages
-                    .iter()
-                    .any(|message| text["message"] == message.text)
-                    .then_some(*chat)
+        let [first, second] = ["the chat with this is lost", "this shows that it is"];
+        let chat_with = |text: &str| {
+            let our_api = self.sim.our_api.state();
+            let data = our_api.data();
+            let mut chats = data.chats.iter();
+            let chat = chats.find(|chat| {
+                let mut messages = data.messages.get(&chat.chat_id).into_iter().flatten();
+                messages.any(|message| message.text == text)
             })?;
-            let chat = held.chats.into_iter().find(|there| there.chat_id == chat)?;
-            Some(chat.external_id)
+            Some(chat.external_id.clone())
         };
-        let push = |message: &serde_json::Value| {
-            let now = self.sim.bigchat.clock.now().timestamp();
-            self.sim.bigchat.push(1, "MESSAGE", now, message.clone());
+        let push = |text: &str| {
+            let mut bigchat = self.sim.bigchat.state();
+            let now = bigchat.now();
+            bigchat.push(message(1, now, text));
         };
-        push(&first);
+        push(first);
         let mut chat = None;
         let deadline = Instant::now() + super::CHAOS_PATIENCE;
         while chat.is_none() && Instant::now() < deadline && !self.stop.is_cancelled() {
             sleep(LOOK * 10).await;
-            chat = holds(&first);
+            chat = chat_with(first);
         }
         if let Some(chat) = chat {
-            self.sim.our_api.forget_chat(&chat);
-            push(&second);
+            self.sim.our_api.state().lose_chat(&chat);
+            push(second);
         }
         Ok(())
     }
@@ -345,10 +341,15 @@ pub(super) struct Daemon {
 
 impl Daemon {
     /// This same program between these services, over a database; it logs to a file beside it.
-    pub(super) fn new(sim: &Sim, db: &Path, listen: SocketAddr, log: PathBuf) -> io::Result<Self> {
+    pub(super) fn new(
+        sim: &Simulator,
+        db: &Path,
+        listen: SocketAddr,
+        log: PathBuf,
+    ) -> io::Result<Self> {
         let mut arguments = SETTINGS.map(OsString::from).to_vec();
-        arguments.push(format!("--bigchat-url={}", sim.bigchat_url()).into());
-        arguments.push(format!("--our-api-url={}", sim.our_api_url()).into());
+        arguments.push(format!("--bigchat-url={}", sim.bigchat.url()).into());
+        arguments.push(format!("--our-api-url={}", sim.our_api.url()).into());
         arguments.extend(["--db".into(), db.into()]);
         arguments.push(format!("--listen={listen}").into());
         Ok(Self {

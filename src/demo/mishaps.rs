@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::sim::Sim;
-use crate::sim::faults::{Fault, When};
+use crate::simulator::Simulator;
+use crate::simulator::fault::{crashed, dropped};
 
 /// What the spam filter dislikes.
 const SPAM: &str = "refund";
@@ -31,7 +31,7 @@ enum Stage {
 
 /// The mishaps, one after another.
 pub(super) struct Mishaps {
-    sim: Arc<Sim>,
+    sim: Arc<Simulator>,
     stage: Stage,
     mended_at: Duration,
 }
@@ -66,14 +66,12 @@ fn shell_word(text: &str) -> String {
 
 impl Mishaps {
     /// Begins with what fails from the start. `duration`: of the demo.
-    pub(super) fn new(sim: Arc<Sim>, duration: Duration) -> Self {
-        sim.our_api.set_spam(Some(SPAM));
-        for faults in [&sim.bigchat.faults, &sim.our_api.faults] {
-            faults.rate(NOW_AND_THEN, When::Before, Fault::Status(500));
-        }
+    pub(super) fn new(sim: Arc<Simulator>, duration: Duration) -> Self {
+        sim.our_api.state().set_spam(Some(SPAM));
+        sim.bigchat.upset_at_random(NOW_AND_THEN, crashed());
+        sim.our_api.upset_at_random(NOW_AND_THEN, crashed());
         sim.our_api
-            .faults
-            .rate(NOW_AND_THEN, When::After, Fault::Drop);
+            .upset_at_random(NOW_AND_THEN, dropped().carried_out());
         Self {
             sim,
             stage: Stage::Begun,
@@ -85,7 +83,7 @@ impl Mishaps {
     pub(super) async fn go_on(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
         let (stage, news) = match self.stage {
             Stage::Begun if elapsed > self.mended_at / 3 => {
-                self.sim.our_api.down().await?;
+                self.sim.our_api.down().await;
                 (Stage::Down, "OurAPI goes down.")
             }
             Stage::Down if elapsed > self.mended_at / 2 => {
@@ -93,9 +91,9 @@ impl Mishaps {
                 (Stage::Up, "OurAPI is up again.")
             }
             Stage::Up if elapsed > self.mended_at => {
-                self.sim.our_api.set_spam(None);
+                self.sim.our_api.state().set_spam(None);
                 // What was mended stays so from now on, and nobody has to do it again and again.
-                self.sim.bigchat.set_awkward(false);
+                self.sim.bigchat.state().set_awkward(false);
                 self.calm();
                 let news = "Somebody has mended OurAPI: what it refused and should take it takes now, once it is tried again.";
                 (Stage::Mended, news)
@@ -116,9 +114,8 @@ impl Mishaps {
     }
 
     fn calm(&self) {
-        for faults in [&self.sim.bigchat.faults, &self.sim.our_api.faults] {
-            faults.clear();
-        }
+        self.sim.bigchat.calm();
+        self.sim.our_api.calm();
     }
 }
 

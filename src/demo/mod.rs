@@ -33,9 +33,8 @@ use crate::daemon::{self, DaemonError, Onlookers};
 use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
 use crate::screen::{Screen, shown};
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens, duration, number};
-use crate::sim::bigchat::{self, BigChat, Log, Mode};
-use crate::sim::our_api::{self, OurApi};
-use crate::sim::{Happening, Sim, Watch};
+use crate::simulator::bigchat::{self, Log, Mode};
+use crate::simulator::{BigChat, Happening, OurApi, Simulator, Starting, Watch};
 
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
@@ -202,10 +201,12 @@ async fn serve(
     screen.say(&format!(
         "{}\n\nTo try in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C ends it.",
         services(&sim, args.bigchat, seed),
-        sim.our_api_url()
+        sim.our_api.url()
     )).await?;
+    sim.bigchat.record(false);
+    sim.our_api.record(false);
     stopping.cancelled().await;
-    Ok(sim.shutdown().await?)
+    Ok(())
 }
 
 async fn perform(
@@ -254,8 +255,8 @@ async fn perform(
         }
         None => {
             let settings = Settings {
-                bigchat_url: Url::parse(&sim.bigchat_url()).map_err(io::Error::other)?,
-                our_api_url: Url::parse(&sim.our_api_url()).map_err(io::Error::other)?,
+                bigchat_url: Url::parse(&sim.bigchat.url()).map_err(io::Error::other)?,
+                our_api_url: Url::parse(&sim.our_api.url()).map_err(io::Error::other)?,
                 db: Some(db.clone()),
                 poll_interval: POLL_INTERVAL,
                 listen: Listen::At(listen),
@@ -310,7 +311,7 @@ type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 
 /// All that is there while the demo runs.
 struct Stage {
-    sim: Arc<Sim>,
+    sim: Arc<Simulator>,
     journal: Arc<Journal>,
     happenings: UnboundedReceiver<(Instant, Happening)>,
     tally: Tally,
@@ -344,13 +345,13 @@ impl Stage {
             mishaps.end().await?;
         }
         self.enough.cancel();
-        self.sim.bigchat.set_quiet(true);
+        self.sim.bigchat.state().set_quiet(true);
         self.show.finishing().await?;
         let patience = match self.score {
             Some(_) => CHAOS_PATIENCE,
             None => PATIENCE,
         };
-        let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.polls());
+        let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.state().polls());
         let (mut still_since, mut requests) = (quiet_since, 0);
         while quiet_since.elapsed() < patience && still_since.elapsed() < STILL {
             let looked = self.frame().await?;
@@ -358,12 +359,12 @@ impl Stage {
                 (still_since, requests) = (Instant::now(), self.tally.requests());
             }
             if looked.score.is_some_and(|score| !score.calm) {
-                (quiet_since, polls) = (Instant::now(), self.sim.bigchat.polls());
+                (quiet_since, polls) = (Instant::now(), self.sim.bigchat.state().polls());
                 still_since = quiet_since;
                 continue;
             }
             // What the poll told that was under way is kept, and waits, once there is another.
-            if self.sim.bigchat.polls() > polls && looked.waiting == 0 {
+            if self.sim.bigchat.state().polls() > polls && looked.waiting == 0 {
                 let report = self.sim.compare();
                 if report.is_clean() && looked.failed + looked.discarded == report.refused {
                     break;
@@ -382,13 +383,14 @@ impl Stage {
             waiting: looked.waiting,
             chaos: looked.score.map(|score| Struck {
                 score,
-                faults: self.sim.bigchat.faults.injected() + self.sim.our_api.faults.injected(),
+                faults: self.sim.bigchat.injected() + self.sim.our_api.injected(),
                 lost: self
                     .sim
                     .bigchat
-                    .told()
+                    .state()
+                    .reported()
                     .iter()
-                    .filter(|told| told.lost)
+                    .filter(|reported| reported.lost)
                     .count(),
             }),
         };
@@ -431,11 +433,15 @@ impl Stage {
         let counts = self.journal.with(in_journal).await?;
         let [waiting, failed, discarded] =
             counts.map(|count| usize::try_from(count).unwrap_or(usize::MAX));
+        let our_api = self.sim.our_api.state();
+        let (chats, agents) = (our_api.data().chats.len(), our_api.data().agents.len());
+        let messages = our_api.message_count();
+        drop(our_api);
         Ok(Looked {
-            chats: self.sim.our_api.chats().len(),
-            agents: self.sim.our_api.agents().len(),
-            messages: self.sim.our_api.message_count(),
-            at_once: self.sim.our_api.traffic.max_in_flight(),
+            chats,
+            agents,
+            messages,
+            at_once: self.sim.our_api.max_at_once(),
             waiting,
             failed,
             discarded,
@@ -488,7 +494,12 @@ fn seed(args: &Args) -> u64 {
     args.seed.unwrap_or_else(|| rand::random::<u16>().into())
 }
 
-async fn start(args: &Args, seed: u64, ports: [u16; 2], watch: Watch) -> Result<Sim, DemoError> {
+async fn start(
+    args: &Args,
+    seed: u64,
+    ports: [u16; 2],
+    watch: Watch,
+) -> Result<Simulator, DemoError> {
     let mode = match args.bigchat {
         Telling::Once => Mode::Once,
         // With many pages, which shift.
@@ -505,26 +516,16 @@ async fn start(args: &Args, seed: u64, ports: [u16; 2], watch: Watch) -> Result<
             ..Log::default()
         }),
     };
-    let bigchat = bigchat::Options {
+    let options = bigchat::Options {
         seed,
         mode,
-        watch: watch.clone(),
         ..bigchat::Options::default()
     };
-    let bigchat = if args.chaos {
-        bigchat::Options {
-            active: CHAOS_ACTIVE,
-            ..bigchat
-        }
-    } else {
-        bigchat
+    let (active, latency) = match args.chaos {
+        true => (CHAOS_ACTIVE, CHAOS_LATENCY),
+        false => (options.active, LATENCY),
     };
-    let our_api = our_api::Options {
-        seed,
-        latency: if args.chaos { CHAOS_LATENCY } else { LATENCY },
-        watch,
-        ..our_api::Options::default()
-    };
+    let bigchat = BigChat::new(bigchat::Options { active, ..options });
     let [bigchat_at, our_api_at] = ports.map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     let failed = |service, address| {
         move |source| DemoError::Listen {
@@ -533,23 +534,28 @@ async fn start(args: &Args, seed: u64, ports: [u16; 2], watch: Watch) -> Result<
             source,
         }
     };
-    let bigchat = BigChat::start(bigchat_at, bigchat).await;
-    let our_api = OurApi::start(our_api_at, our_api).await;
-    Ok(Sim {
+    let mut starting = Starting::new()?.seed(seed);
+    let bigchat = starting.listen(bigchat_at, bigchat).await;
+    let our_api = starting.listen(our_api_at, OurApi::new(seed)).await;
+    let sim = Simulator {
         bigchat: bigchat.map_err(failed("BigChat", bigchat_at))?,
         our_api: our_api.map_err(failed("OurAPI", our_api_at))?,
-    })
+    };
+    sim.bigchat.watched(watch.clone());
+    sim.our_api.watched(watch);
+    sim.our_api.set_latency(latency);
+    Ok(sim)
 }
 
 /// What the services are, for people.
-fn services(sim: &Sim, telling: Telling, seed: u64) -> String {
+fn services(sim: &Simulator, telling: Telling, seed: u64) -> String {
     let tells = match telling {
         Telling::Once => "tells each event once",
         Telling::Log => "tells from a log that stays",
     };
     format!(
         "BigChat at {} {tells} (--seed {seed}).\nOurAPI at {} stands one request at a time.",
-        sim.bigchat_url(),
-        sim.our_api_url()
+        sim.bigchat.url(),
+        sim.our_api.url()
     )
 }

@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use super::chaos::Score;
 use crate::screen::printable;
-use crate::sim::bigchat::Told;
-use crate::sim::{Answered, Happening};
+use crate::simulator::bigchat::Reported;
+use crate::simulator::{Answered, Happening};
 
 /// More of a message than this does not help to tell it from others, and a line is to fit 80 columns.
 const SHOWN: usize = 38;
@@ -72,7 +72,7 @@ impl Tally {
     /// Takes in what happened; returns what there is to say about it.
     pub(super) fn note(&mut self, at: Instant, happening: Happening) -> Option<Line> {
         match happening {
-            Happening::Told(told) => {
+            Happening::Reported(told) => {
                 told.iter().for_each(|told| self.told(at, told));
                 None
             }
@@ -106,7 +106,7 @@ impl Tally {
         self.requests
     }
 
-    fn told(&mut self, at: Instant, told: &Told) {
+    fn told(&mut self, at: Instant, told: &Reported) {
         *self.told.entry(told.name.clone()).or_default() += 1;
         let chat = told.conversation_id.to_string();
         if self.conversations.insert(told.conversation_id) {
@@ -315,25 +315,23 @@ mod tests {
 
     use super::*;
 
-    fn told(conversation_id: i64, name: &str, data: Value) -> Told {
-        Told {
-            run: 1,
-            over: false,
+    fn told(conversation_id: i64, name: &str, data: Value) -> Reported {
+        Reported {
+            epoch: 1,
+            forgotten: false,
             poll: 1,
-            page: 0,
-            request: 1,
             lost: false,
             conversation_id,
             name: name.to_owned(),
             event_at: 1_763_849_007, // 2025-11-22T22:03:27Z
             data,
-            started_at: 1_763_849_007,
+            started_at: Some(1_763_849_007),
             first_advisor: None,
             advisor: None,
         }
     }
 
-    fn message(text: &str) -> Told {
+    fn message(text: &str) -> Reported {
         told(4, "MESSAGE", json!({ "message": text }))
     }
 
@@ -371,10 +369,10 @@ mod tests {
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
         assert_eq!(
-            note(0, Happening::Told(vec![message("a"), message(" ok")])),
+            note(0, Happening::Reported(vec![message("a"), message(" ok")])),
             None
         );
-        assert_eq!(note(10, Happening::Told(vec![message(" ok")])), None);
+        assert_eq!(note(10, Happening::Reported(vec![message(" ok")])), None);
         assert_eq!(
             note(12, posted(" ok", 503)),
             line(None, "message “ ok” meets 503")
@@ -398,14 +396,14 @@ mod tests {
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
         let (time, agent) = ("2025-11-22T22:03:27Z", "its id");
-        note(0, Happening::Told(vec![told(4, "START", Value::Null)]));
+        note(0, Happening::Reported(vec![told(4, "START", Value::Null)]));
         let chat = json!({ "external_id": "4", "started_at": time, "agent_id": agent });
         assert_eq!(
             note(9, answered("POST", None, chat, 201)),
             line(Some(9), "new chat, started 22:03:27, with Zoë Ng")
         );
         let change = ["TRANSFER", "END"].map(|name| told(4, name, Value::Null));
-        note(1000, Happening::Told(change.into()));
+        note(1000, Happening::Reported(change.into()));
         let change = json!({ "ended_at": time, "agent_id": agent });
         assert_eq!(
             note(1007, answered("PATCH", Some("4"), change, 204)),

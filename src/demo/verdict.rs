@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use super::chaos::Score;
 use super::tally::{count, per_event};
-use crate::sim::compare::Report;
+use crate::simulator::compare::Report;
 
 /// What the comparison does not tell.
 #[derive(Clone, Copy, Debug, Default)]

@@ -10,20 +10,19 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::body::to_bytes;
 use reqwest::{Method, StatusCode};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::bigchat::BigChat;
+use super::script::Scripted;
 use super::world::World;
 use crate::daemon::{self, DaemonError};
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Journal, Operation, Scope, Store, Worker};
 use crate::settings::{LiveTokens, Settings};
-use crate::sim::compare::{Report, Rules, compare, expected};
-use crate::sim::our_api::Database;
+use crate::simulator::compare::{Report, Rules, compare, expected};
+use crate::simulator::{self, Api, OurApi, Reply};
 use crate::time::Millis;
 
 /// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
@@ -148,8 +147,8 @@ struct Stage(Arc<Mutex<Inner>>);
 
 struct Inner {
     store: Store,
-    our_api: Database,
-    bigchat: BigChat,
+    our_api: OurApi,
+    bigchat: Scripted,
     wipes: usize,
     fate: Vec<(usize, Strike)>,
     from: Option<usize>,
@@ -226,22 +225,16 @@ impl Stage {
     }
 
     /// OurAPI carries out what a step asks for.
-    fn carry_out(
-        &self,
-        number: usize,
-        method: &Method,
-        url: &Url,
-        body: &[u8],
-    ) -> axum::response::Response {
+    fn carry_out(&self, number: usize, method: &Method, url: &Url, body: &[u8]) -> Reply {
         let mut inner = self.inner();
-        let query = url.query().unwrap_or_default();
-        let our_api = &mut inner.our_api;
-        let response = our_api.respond(method.as_str(), url.path(), query, body, false);
+        let target = &url[url::Position::BeforePath..];
+        let request = simulator::Request::new(method.as_str(), target, body);
+        let reply = inner.our_api.answer(&request, 0);
         if method != Method::GET {
             inner.was_written();
             inner.is_durable(number);
         }
-        response
+        reply
     }
 
     /// Waits for as long as the strike says, before a step is carried out.
@@ -266,7 +259,7 @@ impl Stage {
             .map(|(_, strike)| *strike);
         match strike {
             Some(Strike::Wipe) => {
-                inner.our_api.wipe();
+                inner.our_api.lose_everything();
                 inner.wipes += 1;
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
@@ -293,16 +286,13 @@ impl Inner {
             AND (SELECT window_start IS NULL FROM poll_state)";
         let connection = self.store.connection();
         let nothing_left = connection.query_row(NOTHING_LEFT, [], |row| row.get(0));
-        self.bigchat.has_told_all() && nothing_left.expect("an answer")
+        self.bigchat.has_reported_all() && nothing_left.expect("an answer")
     }
 
-    fn report(&self) -> Report {
+    fn report(&mut self) -> Report {
         let rules = Rules::default();
-        compare(
-            &expected(&self.bigchat.told(), &rules),
-            &self.our_api.held,
-            &rules,
-        )
+        let expected = expected(&self.bigchat.reported(), &rules);
+        compare(&expected, self.our_api.data(), &rules)
     }
 
     fn wrong(&mut self, wrong: Wrong, what: String) {
@@ -364,7 +354,7 @@ impl Inner {
             let at: i64 = row.get(0).expect("a time");
             let text: String = row.get(1).expect("a text");
             let count: u32 = row.get(2).expect("a count");
-            let held = self.our_api.held.messages.values().flatten();
+            let held = self.our_api.data().messages.values().flatten();
             let held = held
                 .filter(|held| held.sent_at.and_utc().timestamp() == at && held.text == text.trim())
                 .count();
@@ -417,17 +407,14 @@ impl Transport for OurApiWire {
                 sleep(TIMEOUT).await;
                 return Err(NoResponse::timed_out());
             }
-            let response = stage.carry_out(number, &method, &url, &body);
+            let reply = stage.carry_out(number, &method, &url, &body);
             match strike {
                 Some(Strike::Lost) => return Err(NoResponse::lost("lost")),
                 Some(Strike::Late) => sleep(WAIT).await,
                 _ => {}
             }
-            let status = response.status();
-            let body = to_bytes(response.into_body(), usize::MAX)
-                .await
-                .expect("a whole body");
-            Ok(answer(status, body.into()))
+            let status = StatusCode::from_u16(reply.status).expect("a status");
+            Ok(answer(status, reply.body))
         })
     }
 }

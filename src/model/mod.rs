@@ -6,10 +6,10 @@
 //! the way and in the end: so from whatever can be reached, going on without further faults leads to exactly what should
 //! be there. From a state lead: one more strike at any later step of that life, and its end by death after any step that
 //! changed something, from where the next life begins. What should be there is worked out by
-//! [`compare`](crate::sim::compare), which shares no code with the daemon.
+//! [`compare`](crate::simulator::compare), which shares no code with the daemon.
 
-mod bigchat;
 mod life;
+mod script;
 mod world;
 
 use std::cell::Cell;
@@ -18,13 +18,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use serde_json::Value;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::cli::Cli;
 use crate::settings::Settings;
+use crate::simulator::event::{T0, end, message, start, transfer};
 use crate::time::Millis;
-use bigchat::{Event, Mode, Page, Run, Script, What};
 use life::{Life, Step, Strike, Wrong};
+use script::{Epoch, Page, Script};
 use world::World;
 
 thread_local! {
@@ -107,8 +109,8 @@ impl Case {
         (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
         settings.poll_interval = POLL_INTERVAL;
         settings.request_timeout = life::TIMEOUT;
-        if script.mode != Mode::Once {
-            settings.since = crate::time::Timestamp::from_unix(bigchat::T0);
+        if script.log.is_some() {
+            settings.since = crate::time::Timestamp::from_unix(T0);
         }
         Self {
             script: Arc::new(script),
@@ -309,42 +311,27 @@ const ORDERS: &[Strike] = &[
     Strike::Stop,
 ];
 
-fn page(events: impl IntoIterator<Item = Event>) -> Page {
+fn page(events: impl IntoIterator<Item = Value>) -> Page {
     Page {
         events: events.into_iter().collect(),
         more: false,
     }
 }
 
-fn start(conversation: i64, at: i64) -> Event {
-    (conversation, at, What::Start)
-}
-
-fn end(conversation: i64, at: i64) -> Event {
-    (conversation, at, What::End)
-}
-
-fn message(conversation: i64, at: i64, text: &str) -> Event {
-    (conversation, at, What::Message(text.to_owned()))
-}
-
-fn transfer(conversation: i64, at: i64, advisor: i64) -> Event {
-    (conversation, at, What::Transfer(advisor))
-}
-
-/// When each conversation began and who had it first, and what is told.
-fn run<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Run {
-    Run {
+/// When each conversation began and who had it first, and what is reported.
+fn epoch<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Epoch {
+    Epoch {
         conversations: conversations.to_vec(),
         pages: pages.into(),
     }
 }
 
-fn script<const N: usize>(mode: Mode, runs: [Run; N]) -> Script {
+/// In which each page is reported once.
+fn script<const N: usize>(epochs: [Epoch; N]) -> Script {
     Script {
-        mode,
+        log: None,
         gap: 100,
-        runs: runs.into(),
+        epochs: epochs.into(),
     }
 }
 
@@ -356,7 +343,7 @@ fn equal_messages_in_one_second() {
         message(2, 4, " hello "),
     ];
     let pages = [page(twins), page([message(2, 4, "hello again")])];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    let script = script([epoch(&[(0, 1), (3, 2)], pages)]);
     Case::new(script, depth(2), FAULTS).check("equal messages");
 }
 
@@ -367,7 +354,7 @@ fn equal_messages_on_two_pages() {
         ..page([start(2, 3), message(2, 4, "hello")])
     };
     let second = page([message(2, 4, "hello"), message(2, 5, "again")]);
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], [first, second])]);
+    let script = script([epoch(&[(0, 1), (3, 2)], [first, second])]);
     Case::new(script, depth(2), &[Strike::Failed]).check("equal messages on two pages");
 }
 
@@ -380,10 +367,7 @@ fn changes_of_a_chat_among_messages() {
         message(2, 7, "two"),
         end(2, 5),
     ];
-    let script = script(
-        Mode::Once,
-        [run(&[(0, 1), (3, 2)], [page(first), page(second)])],
-    );
+    let script = script([epoch(&[(0, 1), (3, 2)], [page(first), page(second)])]);
     Case::new(script, depth(2), &[Strike::Failed, Strike::Lost]).check("changes");
 }
 
@@ -392,7 +376,7 @@ fn a_change_that_is_taken_back() {
     let there = page([start(2, 3), transfer(2, 4, 3)]);
     let and_back = page([transfer(2, 24, 2), message(2, 25, "one")]);
     let pages = [page([message(2, 5, "two")]), there, and_back];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2)], pages)]);
+    let script = script([epoch(&[(0, 1), (3, 2)], pages)]);
     Case::new(script, depth(1), ORDERS).check("taken back");
 }
 
@@ -401,7 +385,7 @@ fn a_change_that_fails_for_good_and_was_carried_out() {
     let there = page([transfer(2, 14, 3), transfer(3, 14, 3)]);
     let and_back = page([transfer(2, 24, 2), transfer(3, 24, 2)]);
     let pages = [page([start(2, 3), start(3, 4)]), there, and_back];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2), (4, 2)], pages)]);
+    let script = script([epoch(&[(0, 1), (3, 2), (4, 2)], pages)]);
     let mut case = Case::new(script, depth(2), &[Strike::Overdue, Strike::Lost]);
     case.settings.max_attempts = 1;
     case.check("fails for good");
@@ -415,7 +399,7 @@ fn two_conversations_of_one_advisor() {
         message(2, 5, "one"),
         message(3, 5, "two"),
     ];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 2), (4, 2)], [page(told)])]);
+    let script = script([epoch(&[(0, 1), (3, 2), (4, 2)], [page(told)])]);
     let mut case = Case::new(script, depth(1), ORDERS);
     case.settings.our_api_concurrency = 2;
     case.check("two conversations");
@@ -427,7 +411,7 @@ fn a_message_is_the_first_thing_heard() {
         page([message(1, 4, "hello")]),
         page([message(2, 5, "too"), start(2, 6)]),
     ];
-    let script = script(Mode::Once, [run(&[(0, 1), (6, 2)], pages)]);
+    let script = script([epoch(&[(0, 1), (6, 2)], pages)]);
     Case::new(script, depth(1), ORDERS).check("first a message");
 }
 
@@ -442,29 +426,25 @@ fn bigchat_restarts() {
         page([message(1, 4, "after")]),
         page([start(2, 12), message(2, 13, "too")]),
     ];
-    let runs = [
-        run(&[(0, 1), (3, 2)], before),
-        run(&[(0, 1), (12, 3)], after),
+    let epochs = [
+        epoch(&[(0, 1), (3, 2)], before),
+        epoch(&[(0, 1), (12, 3)], after),
     ];
-    Case::new(
-        script(Mode::Once, runs),
-        depth(2),
-        &[Strike::Restart, Strike::Failed],
-    )
-    .check("BigChat restarts");
+    Case::new(script(epochs), depth(2), &[Strike::Restart, Strike::Failed])
+        .check("BigChat restarts");
 }
 
 #[test]
 fn bigchat_restarts_right_after_a_page() {
     let before = [page([start(3, 3), message(3, 4, "before")])];
     let after = [page([message(1, 4, "after")])];
-    let runs = [
-        run(&[(0, 1), (1, 2), (3, 2)], before),
-        run(&[(0, 1), (2, 3)], after),
+    let epochs = [
+        epoch(&[(0, 1), (1, 2), (3, 2)], before),
+        epoch(&[(0, 1), (2, 3)], after),
     ];
     let script = Script {
         gap: 1,
-        ..script(Mode::Once, runs)
+        ..script(epochs)
     };
     Case::new(script, depth(2), &[Strike::Restart, Strike::Failed]).check("restarts right after");
 }
@@ -477,13 +457,10 @@ fn our_api_loses_everything() {
         message(2, 4, "one"),
         end(2, 5),
     ];
-    let script = script(
-        Mode::Once,
-        [run(
-            &[(0, 1), (3, 1)],
-            [page(first), page([message(1, 14, "two")])],
-        )],
-    );
+    let script = script([epoch(
+        &[(0, 1), (3, 1)],
+        [page(first), page([message(1, 14, "two")])],
+    )]);
     Case::new(
         script,
         depth(2),
@@ -500,7 +477,7 @@ fn chats_are_compared_by_hand() {
         message(2, 4, "one"),
         end(2, 5),
     ];
-    let script = script(Mode::Once, [run(&[(0, 1), (3, 1)], [page(first)])]);
+    let script = script([epoch(&[(0, 1), (3, 1)], [page(first)])]);
     Case::new(
         script,
         depth(2),
@@ -518,10 +495,11 @@ fn log() -> Script {
         transfer(2, 8, 3),
     ];
     let second = [message(2, 16, "one"), message(1, 18, "two"), end(2, 19)];
-    script(
-        Mode::Log(2),
-        [run(&[(0, 1), (3, 2)], [page(first), page(second)])],
-    )
+    let pages = [page(first), page(second)];
+    Script {
+        log: Some(2),
+        ..script([epoch(&[(0, 1), (3, 2)], pages)])
+    }
 }
 
 #[test]

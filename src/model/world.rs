@@ -9,9 +9,9 @@ use rusqlite::Connection;
 use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
-use super::bigchat::{BigChat, Script};
+use super::script::{Script, Scripted};
 use crate::journal::Store;
-use crate::sim::our_api::Database;
+use crate::simulator::OurApi;
 use crate::time::Millis;
 
 /// All that outlasts the daemon.
@@ -19,8 +19,8 @@ use crate::time::Millis;
 pub(super) struct World {
     /// The journal, as SQLite keeps it.
     pub(super) journal: Arc<[u8]>,
-    pub(super) our_api: Database,
-    pub(super) bigchat: BigChat,
+    pub(super) our_api: OurApi,
+    pub(super) bigchat: Scripted,
     /// How often OurAPI has lost everything.
     pub(super) wipes: usize,
     /// This machine's clock.
@@ -59,8 +59,8 @@ impl World {
         let mut store = Store::in_memory(connection, true).expect("a journal");
         Self::of(
             &mut store,
-            Database::in_sequence(),
-            BigChat::new(script),
+            OurApi::new(1).in_order(),
+            Scripted::new(script),
             0,
             Millis(1_800_000_000_000),
         )
@@ -69,8 +69,8 @@ impl World {
     /// As it is now, and would be found by a daemon that starts then.
     pub(super) fn of(
         store: &mut Store,
-        our_api: Database,
-        mut bigchat: BigChat,
+        our_api: OurApi,
+        mut bigchat: Scripted,
         wipes: usize,
         now: Millis,
     ) -> Self {
@@ -188,14 +188,14 @@ impl Canonical {
         }
     }
 
-    fn our_api(&mut self, our_api: &Database) {
-        let held = &our_api.held;
+    fn our_api(&mut self, our_api: &OurApi) {
+        let data = our_api.data();
         self.push("OurAPI:\n".to_owned());
-        for agent in &held.agents {
+        for agent in &data.agents {
             self.push(format!("{} {} ", agent.name, agent.email));
             self.id(agent.agent_id);
         }
-        for chat in &held.chats {
+        for chat in &data.chats {
             self.push(format!(
                 "\n{} {} {:?} ",
                 chat.external_id, chat.started_at, chat.ended_at
@@ -204,7 +204,7 @@ impl Canonical {
             if let Some(agent) = chat.agent_id {
                 self.id(agent);
             }
-            let mut messages: Vec<_> = held
+            let mut messages: Vec<_> = data
                 .messages
                 .get(&chat.chat_id)
                 .into_iter()

@@ -1,27 +1,26 @@
 //! What the console asks over HTTP: pages that say where they go on, decisions that are noted, nonsense that is refused.
 
+use crate::harness::{Daemon, Test, dead_letter, run_test, until};
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::event::{message, start};
 use reqwest::{Client, StatusCode};
 use secrecy::SecretString;
 use serde_json::{Value, json};
 
-use crate::fakes::{Scene, message, start};
-use crate::harness::{Daemon, dead_letter, until};
-
 /// A daemon, and a client of its console.
-pub(crate) struct Console {
-    pub(crate) scene: Scene,
+pub(crate) struct Console<'a> {
+    pub(crate) t: &'a Test,
     pub(crate) daemon: Daemon,
     url: String,
     client: Client,
 }
 
-impl Console {
-    pub(crate) async fn new(scene: Scene, tokens: Tokens) -> Self {
-        let (daemon, url) = scene.bench.start_listening(tokens);
+impl<'a> Console<'a> {
+    pub(crate) async fn new(t: &'a Test, tokens: Tokens) -> Self {
+        let (daemon, url) = t.start_listening(tokens);
         let client = Client::builder().no_proxy().build().expect("a client");
         Self {
-            scene,
+            t,
             daemon,
             url,
             client,
@@ -29,11 +28,11 @@ impl Console {
     }
 
     /// Over a journal with what some SQL adds to an empty one.
-    pub(crate) async fn over(sql: &str) -> Self {
-        let scene = Scene::new().await;
-        scene.bench.once().await;
-        scene.bench.execute(sql);
-        Self::new(scene, Tokens::default()).await
+    pub(crate) async fn over(t: &'a Test, sql: &str) -> Self {
+        t.differs("the journal is filled by hand");
+        t.once().await;
+        t.execute(sql);
+        Self::new(t, Tokens::default()).await
     }
 
     pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
@@ -70,35 +69,38 @@ fn ids(rows: &Value) -> Vec<i64> {
 
 #[tokio::test]
 async fn failed_events_come_by_reason_and_a_page_at_a_time() {
-    let console = Console::over(&failed(180)).await;
-    let (_, groups) = console.get("/api/failed").await;
-    assert_eq!(
-        (&groups["total"], &groups["more"]),
-        (&json!(180), &json!(false))
-    );
-    assert_eq!(groups["groups"][0]["reason"], "a & b");
-    assert_eq!(groups["groups"][0]["count"], 120);
-    let (mut seen, mut after, mut sizes) = (Vec::new(), 0, Vec::new());
-    loop {
-        let path = format!("/api/failed?reason=a%20%26%20b&after={after}");
-        let (_, page) = console.get(&path).await;
-        sizes.push(ids(&page["rows"]).len());
-        seen.extend(ids(&page["rows"]));
-        match page["next"].as_i64() {
-            Some(next) => after = next,
-            None => break,
+    run_test(async |t| {
+        let console = Console::over(t, &failed(180)).await;
+        let (_, groups) = console.get("/api/failed").await;
+        assert_eq!(
+            (&groups["total"], &groups["more"]),
+            (&json!(180), &json!(false))
+        );
+        assert_eq!(groups["groups"][0]["reason"], "a & b");
+        assert_eq!(groups["groups"][0]["count"], 120);
+        let (mut seen, mut after, mut sizes) = (Vec::new(), 0, Vec::new());
+        loop {
+            let path = format!("/api/failed?reason=a%20%26%20b&after={after}");
+            let (_, page) = console.get(&path).await;
+            sizes.push(ids(&page["rows"]).len());
+            seen.extend(ids(&page["rows"]));
+            match page["next"].as_i64() {
+                Some(next) => after = next,
+                None => break,
+            }
         }
-    }
-    assert_eq!(sizes, [50, 50, 20]);
-    assert!(seen.iter().copied().eq((1..=180).filter(|id| id % 3 != 0)));
-    console.daemon.stop().await;
+        assert_eq!(sizes, [50, 50, 20]);
+        assert!(seen.iter().copied().eq((1..=180).filter(|id| id % 3 != 0)));
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
-    let console = Console::over(&failed(12)).await;
-    let bench = &console.scene.bench;
-    for nonsense in [
+    run_test(async |t| {
+let console = Console::over(t, &failed(12)).await;
+        for nonsense in [
         json!({}),
         json!({"all": false}),
         json!({"all": true, "ids": [1]}),
@@ -110,7 +112,7 @@ async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
         assert!(answer["error"].is_string(), "{nonsense}");
     }
-    assert_eq!(bench.events("failed"), 12);
+    assert_eq!(t.events("failed"), 12);
     let discard = async |which| console.decide("discard", which).await.1;
     assert_eq!(
         discard(json!({"ids": [1, 2, 2, 99]})).await,
@@ -150,92 +152,100 @@ async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
         console.decide("retry", json!({"all": true})).await.1["done"],
         5
     );
-    bench.until_events("delivered", 5).await;
+    t.until_events("delivered", 5).await;
     let (_, status) = console.get("/api/status").await;
     assert_eq!(
         (&status["failed"], &status["well"]),
         (&json!(0), &json!(true))
     );
     console.daemon.stop().await;
+})
+.await;
 }
 
 #[tokio::test]
 async fn a_conversation_tells_what_was_sent_when() {
-    let console = Console::new(Scene::new().await, Tokens::default()).await;
-    let long = "x".repeat(10_000);
-    let told = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
-    console.scene.delivers(told).await;
-    let (_, found) = console.get("/api/search?q=42").await;
-    let key = found["conversations"][0]["key"].as_i64().expect("a key");
-    let (_, answer) = console.get(&format!("/api/conversations/{key}")).await;
-    let conversation = &answer["conversation"];
-    assert_eq!(conversation["agent_email"], "ann@x.test");
-    assert_eq!(conversation["external_id"], "42");
-    let sent: Vec<_> = answer["events"]
-        .as_array()
-        .expect("events")
-        .iter()
-        .map(|event| &event["sent"])
-        .collect();
-    assert_eq!(sent, ["chat created", "message added", "message added"]);
-    assert_eq!(answer["events"][1]["says"], "Hello");
-    let cut = answer["events"][2]["says"].as_str().expect("text");
-    assert_eq!(
-        (cut.len(), &answer["events"][2]["says_cut"]),
-        (4_000, &json!(true))
-    );
-    for (text, expected) in [("ANN%40", 1), ("nn", 0), ("%25", 0), ("_nn", 0)] {
-        let (_, found) = console.get(&format!("/api/search?q={text}")).await;
-        let found = found["conversations"].as_array().expect("a list");
-        assert_eq!(found.len(), expected, "{text}");
-    }
-    let (_, page) = console
-        .get(&format!("/api/conversations/{key}?after=2"))
-        .await;
-    assert_eq!(ids(&page["events"]), [3]);
-    let (_, activity) = console.get("/api/activity?hours=1").await;
-    let total = |what: &str| -> i64 {
-        let minutes = activity["minutes"].as_array().expect("minutes");
-        minutes
+    run_test(async |t| {
+        let console = Console::new(t, Tokens::default()).await;
+        let long = "x".repeat(10_000);
+        let told = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
+        t.delivers(told).await;
+        let (_, found) = console.get("/api/search?q=42").await;
+        let key = found["conversations"][0]["key"].as_i64().expect("a key");
+        let (_, answer) = console.get(&format!("/api/conversations/{key}")).await;
+        let conversation = &answer["conversation"];
+        assert_eq!(conversation["agent_email"], "ann@x.test");
+        assert_eq!(conversation["external_id"], "42");
+        let sent: Vec<_> = answer["events"]
+            .as_array()
+            .expect("events")
             .iter()
-            .filter_map(|minute| minute[what].as_i64())
-            .sum()
-    };
-    assert_eq!(
-        (total("told"), total("delivered"), total("failed")),
-        (3, 3, 0)
-    );
-    console.daemon.stop().await;
+            .map(|event| &event["sent"])
+            .collect();
+        assert_eq!(sent, ["chat created", "message added", "message added"]);
+        assert_eq!(answer["events"][1]["says"], "Hello");
+        let cut = answer["events"][2]["says"].as_str().expect("text");
+        assert_eq!(
+            (cut.len(), &answer["events"][2]["says_cut"]),
+            (4_000, &json!(true))
+        );
+        for (text, expected) in [("ANN%40", 1), ("nn", 0), ("%25", 0), ("_nn", 0)] {
+            let (_, found) = console.get(&format!("/api/search?q={text}")).await;
+            let found = found["conversations"].as_array().expect("a list");
+            assert_eq!(found.len(), expected, "{text}");
+        }
+        let (_, page) = console
+            .get(&format!("/api/conversations/{key}?after=2"))
+            .await;
+        assert_eq!(ids(&page["events"]), [3]);
+        let (_, activity) = console.get("/api/activity?hours=1").await;
+        let total = |what: &str| -> i64 {
+            let minutes = activity["minutes"].as_array().expect("minutes");
+            minutes
+                .iter()
+                .filter_map(|minute| minute[what].as_i64())
+                .sum()
+        };
+        assert_eq!(
+            (total("told"), total("delivered"), total("failed")),
+            (3, 3, 0)
+        );
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn what_is_not_there_or_makes_no_sense_says_so() {
-    let console = Console::new(Scene::new().await, Tokens::default()).await;
-    until("there is something to read", async || {
-        console.get("/api/status").await.0 == StatusCode::OK
+    run_test(async |t| {
+        let console = Console::new(t, Tokens::default()).await;
+        until("there is something to read", async || {
+            console.get("/api/status").await.0 == StatusCode::OK
+        })
+        .await;
+        for (path, expected) in [
+            ("/api/failed/9", StatusCode::NOT_FOUND),
+            ("/api/conversations/9", StatusCode::NOT_FOUND),
+            ("/api/failed/nine", StatusCode::BAD_REQUEST),
+            ("/api/failed/99999999999999999999", StatusCode::BAD_REQUEST),
+            ("/api/failed?reason=x&after=last", StatusCode::BAD_REQUEST),
+            ("/api/activity?hours=-1", StatusCode::BAD_REQUEST),
+            ("/api/activity?hours=4000000000", StatusCode::OK),
+            ("/api/search?q=%25%5F%5C", StatusCode::OK),
+            ("/api/failed/-9223372036854775808", StatusCode::NOT_FOUND),
+            ("/api/nothing", StatusCode::NOT_FOUND),
+        ] {
+            let (status, answer) = console.get(path).await;
+            assert_eq!(status, expected, "{path}");
+            assert_eq!(
+                answer["error"].is_string(),
+                expected != StatusCode::OK,
+                "{path}"
+            );
+        }
+        console.daemon.stop().await;
     })
     .await;
-    for (path, expected) in [
-        ("/api/failed/9", StatusCode::NOT_FOUND),
-        ("/api/conversations/9", StatusCode::NOT_FOUND),
-        ("/api/failed/nine", StatusCode::BAD_REQUEST),
-        ("/api/failed/99999999999999999999", StatusCode::BAD_REQUEST),
-        ("/api/failed?reason=x&after=last", StatusCode::BAD_REQUEST),
-        ("/api/activity?hours=-1", StatusCode::BAD_REQUEST),
-        ("/api/activity?hours=4000000000", StatusCode::OK),
-        ("/api/search?q=%25%5F%5C", StatusCode::OK),
-        ("/api/failed/-9223372036854775808", StatusCode::NOT_FOUND),
-        ("/api/nothing", StatusCode::NOT_FOUND),
-    ] {
-        let (status, answer) = console.get(path).await;
-        assert_eq!(status, expected, "{path}");
-        assert_eq!(
-            answer["error"].is_string(),
-            expected != StatusCode::OK,
-            "{path}"
-        );
-    }
-    console.daemon.stop().await;
 }
 
 #[tokio::test]
@@ -244,28 +254,31 @@ async fn without_the_token_there_is_a_page_and_nothing_on_it() {
         console: Some(SecretString::from("a-token-that-nobody-guesses")),
         ..Tokens::default()
     };
-    let console = Console::new(Scene::new().await, tokens).await;
-    for path in ["/", "/console.css", "/console.js", "/theme.js", "/icon.svg"] {
-        assert_eq!(console.get(path).await.0, StatusCode::OK, "{path}");
-    }
-    for path in [
-        "/api/status",
-        "/api/activity",
-        "/api/failed",
-        "/api/failed/1",
-        "/api/search",
-        "/api/conversations/1",
-        "/api/decisions",
-    ] {
-        assert_eq!(
-            console.get(path).await.0,
-            StatusCode::UNAUTHORIZED,
-            "{path}"
-        );
-    }
-    for decision in ["retry", "discard"] {
-        let (status, _) = console.decide(decision, json!({"all": true})).await;
-        assert_eq!(status, StatusCode::UNAUTHORIZED, "{decision}");
-    }
-    console.daemon.stop().await;
+    run_test(async |t| {
+        let console = Console::new(t, tokens).await;
+        for path in ["/", "/console.css", "/console.js", "/theme.js", "/icon.svg"] {
+            assert_eq!(console.get(path).await.0, StatusCode::OK, "{path}");
+        }
+        for path in [
+            "/api/status",
+            "/api/activity",
+            "/api/failed",
+            "/api/failed/1",
+            "/api/search",
+            "/api/conversations/1",
+            "/api/decisions",
+        ] {
+            assert_eq!(
+                console.get(path).await.0,
+                StatusCode::UNAUTHORIZED,
+                "{path}"
+            );
+        }
+        for decision in ["retry", "discard"] {
+            let (status, _) = console.decide(decision, json!({"all": true})).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED, "{decision}");
+        }
+        console.daemon.stop().await;
+    })
+    .await;
 }

@@ -3,17 +3,14 @@
 //!
 //! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
 
+use crate::harness::{Test, run_live_test, until};
+use bigchat_sync::simulator::event::{end, message};
+use bigchat_sync::simulator::fault::{paused, status};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use bigchat_sync::demo::count_apart;
 use bigchat_sync::journal::Store;
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::faults::{Fault, When};
-use bigchat_sync::sim::our_api;
-
-use crate::daemon::{agrees, end, message, scripted, seconds};
-use crate::harness::until;
 
 /// How many seeds, and for how many seconds each, if the environment does not say otherwise.
 const SEEDS: u64 = 2;
@@ -69,78 +66,86 @@ async fn whatever_fails_nothing_is_lost_told_from_a_log() {
 
 #[tokio::test]
 async fn a_success_without_the_body_it_should_have_is_none() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    for (route, body) in [
-        ("POST /chats/{id}/messages", ""),
-        ("POST /chats/{id}/messages", "null"),
-        ("PATCH /chats/{id}", ""),
-    ] {
-        let fault = Fault::Body(body.to_owned());
-        sim.our_api.faults.script(route, When::Before, fault, 1);
-    }
-    let daemon = bench.start();
-    for (told, events) in [
-        (1, vec![message(10, now - 5, "one")]),
-        (3, vec![message(10, now - 5, "two"), end(10, now)]),
-    ] {
-        sim.bigchat.push_page(events, NextPage::None);
-        until("it is told", async || sim.bigchat.told().len() == told).await;
-        agrees(&sim, &bench).await;
-    }
-    daemon.stop().await;
-    assert_eq!(sim.our_api.faults.left(), 0);
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        for (route, body) in [
+            ("POST /chats/{id}/messages", ""),
+            ("POST /chats/{id}/messages", "null"),
+            ("PATCH /chats/{id}", ""),
+        ] {
+            let fault = status(200).body(body);
+            t.our_api.upset(route, fault);
+        }
+        let daemon = t.start();
+        for (told, events) in [
+            (1, vec![message(10, now - 5, "one")]),
+            (3, vec![message(10, now - 5, "two"), end(10, now)]),
+        ] {
+            t.bigchat.tells(events);
+            until("it is told", async || t.bigchat.reported().len() == told).await;
+            t.agrees().await;
+        }
+        daemon.stop().await;
+        assert_eq!(t.our_api.faults_left(), 0);
+    })
+    .await;
 }
 
 /// What is counted apart once a daemon was killed that had, or had not, kept a page it was told; and whether OurAPI,
 /// which is down, then holds all that is left.
-async fn after_a_kill(kept: bool) -> (usize, bool) {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    sim.our_api.down().await.expect("it goes down");
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    let mut daemon = bench
+async fn after_a_kill(t: &Test, kept: bool) -> (usize, bool) {
+    t.our_api.down().await;
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
+    let mut daemon = t
         .program("run")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("a process");
-    until("a poll", async || bench.cursor().is_some()).await;
-    let other = rusqlite::Connection::open(bench.db()).expect("the database");
-    let faults = &sim.bigchat.faults;
-    faults.script("GET /events", When::Before, Fault::Pause, 1);
-    until("a poll is under way", async || faults.paused() == 1).await;
+    until("a poll", async || t.cursor().is_some()).await;
+    let other = rusqlite::Connection::open(t.db()).expect("the database");
+    let faults = &t.bigchat;
+    faults.upset("GET /events", paused());
+    until("a poll is under way", async || faults.pausing() == 1).await;
     if !kept {
         until("the database is held", async || {
             other.execute_batch("BEGIN IMMEDIATE").is_ok()
         })
         .await;
     }
-    sim.bigchat
-        .push_page(vec![message(10, now - 5, "in hand")], NextPage::None);
-    faults.go_on();
+    t.bigchat.tells([message(10, now - 5, "in hand")]);
+    faults.resume();
     until("it is told", async || {
-        sim.bigchat.told().iter().any(|told| !told.lost)
+        t.bigchat.reported().iter().any(|told| !told.lost)
     })
     .await;
     if kept {
-        bench.until_events("waiting", 1).await;
+        t.until_events("waiting", 1).await;
     }
     daemon.kill().expect("it was running");
     daemon.wait().expect("it has ended");
     drop(other);
-    let mut journal = Store::open_beside(&bench.db()).expect("the database");
-    let apart = count_apart(&sim.bigchat, &mut journal).expect("the database can be read");
-    (apart, sim.compare().is_clean())
+    let mut journal = Store::open_beside(&t.db()).expect("the database");
+    let apart =
+        count_apart(&mut t.bigchat.state(), &mut journal).expect("the database can be read");
+    (apart, t.compare().is_clean())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_page_that_a_killed_daemon_had_not_kept_is_counted_apart() {
-    assert_eq!(after_a_kill(false).await, (1, true));
+    run_live_test(async |t| {
+        assert_eq!(after_a_kill(t, false).await, (1, true));
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_page_that_was_kept_is_a_difference_if_nothing_comes_of_it() {
-    assert_eq!(after_a_kill(true).await, (0, false));
+    run_live_test(async |t| {
+        t.differs("OurAPI is down to the end");
+        assert_eq!(after_a_kill(t, true).await, (0, false));
+    })
+    .await;
 }

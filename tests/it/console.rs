@@ -2,13 +2,16 @@
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
+use crate::harness::{Daemon, Test, dead_letter, run_test, until};
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{message, start, transfer};
+use bigchat_sync::simulator::fault::status;
+use bigchat_sync::simulator::id;
 use secrecy::SecretString;
 use serde_json::json;
 
 use crate::browser::{Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, RIGHT, SPACE, TAB};
-use crate::fakes::{Scene, id, message, raw, start, status, transfer};
-use crate::harness::{Daemon, dead_letter, until};
 
 /// What OurAPI says of a message that it never stores.
 const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"}]}"#;
@@ -17,28 +20,27 @@ const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"
 const REFUSED: &str = "#/failed?reason=OurAPI%20refuses%20it%20for%20good%3A%20String%20should%20have%20at%20least%202%20characters";
 
 /// A daemon with a console, and a conversation 42 whose chat stands in OurAPI.
-struct Desk {
-    scene: Scene,
+struct Desk<'a> {
+    t: &'a Test,
     daemon: Daemon,
     url: String,
 }
 
-impl Desk {
-    async fn new() -> Self {
-        Self::over(Scene::new().await, Tokens::default()).await
+impl<'a> Desk<'a> {
+    async fn new(t: &'a Test) -> Self {
+        Self::over(t, Tokens::default()).await
     }
 
-    async fn over(scene: Scene, tokens: Tokens) -> Self {
-        let (daemon, url) = scene.bench.start_listening(tokens);
-        scene
-            .delivers([start(42, 0), message(42, 5, "Hello, is anybody there?")])
+    async fn over(t: &'a Test, tokens: Tokens) -> Self {
+        let (daemon, url) = t.start_listening(tokens);
+        t.delivers([start(42, 0), message(42, 5, "Hello, is anybody there?")])
             .await;
-        Self { scene, daemon, url }
+        Self { t, daemon, url }
     }
 
     /// With messages in conversation 42 that OurAPI refuses, each by its text.
-    async fn with_failed(texts: &[&str]) -> Self {
-        let desk = Self::new().await;
+    async fn with_failed(t: &'a Test, texts: &[&str]) -> Self {
+        let desk = Self::new(t).await;
         desk.fail(texts).await;
         desk
     }
@@ -46,15 +48,14 @@ impl Desk {
     async fn fail(&self, texts: &[&str]) {
         for text in texts {
             let pattern = format!("POST /chats/c1/messages*{text}");
-            self.scene
+            self.t
                 .our_api
                 .upset(&pattern, status(422).body(NO).always());
         }
-        let bench = &self.scene.bench;
-        let failed = bench.events("failed") + i64::try_from(texts.len()).expect("few");
+        let failed = self.t.events("failed") + i64::try_from(texts.len()).expect("few");
         let told = (10..).zip(texts).map(|(at, text)| message(42, at, text));
-        self.scene.bigchat.tells(told.collect::<Vec<_>>());
-        bench.until_events("failed", failed).await;
+        self.t.bigchat.tells(told.collect::<Vec<_>>());
+        self.t.until_events("failed", failed).await;
     }
 
     async fn look(&self, view: &str) -> Browser {
@@ -67,7 +68,7 @@ impl Desk {
 
     /// What was decided: `retry 3`, say, the latest last.
     fn decided(&self) -> String {
-        self.scene.bench.value(
+        self.t.value(
             "SELECT coalesce(group_concat(resolution || ' ' || event || ' ' || resolved_by, ', '), '')
              FROM (SELECT * FROM resolutions ORDER BY id)",
         )
@@ -82,50 +83,53 @@ impl Desk {
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn a_failed_event_is_found_understood_and_retried() {
-    let desk = Desk::with_failed(&["Refused for now"]).await;
-    let browser = desk.look("").await;
-    browser
-        .until_text(".verdict h1", "One thing needs attention")
-        .await;
-    browser.click("a.figure", "1").await;
-    browser
-        .until_text("#group-title", "OurAPI permanently rejects it")
-        .await;
-    browser.click(".rows a", "MESSAGE").await;
-    browser
-        .until_text("#raw", "\"message\": \"Refused for now\"")
-        .await;
-    browser.until_text(".exchange", "POST /chats/").await;
-    browser
-        .until_text(".exchange", "String should have at least 2 characters")
-        .await;
-    browser
-        .until_text(".attempts", "OurAPI permanently rejects it")
-        .await;
+    run_test(async |t| {
+        let desk = Desk::with_failed(t, &["Refused for now"]).await;
+        let browser = desk.look("").await;
+        browser
+            .until_text(".verdict h1", "One thing needs attention")
+            .await;
+        browser.click("a.figure", "1").await;
+        browser
+            .until_text("#group-title", "OurAPI permanently rejects it")
+            .await;
+        browser.click(".rows a", "MESSAGE").await;
+        browser
+            .until_text("#raw", "\"message\": \"Refused for now\"")
+            .await;
+        browser.until_text(".exchange", "POST /chats/").await;
+        browser
+            .until_text(".exchange", "String should have at least 2 characters")
+            .await;
+        browser
+            .until_text(".attempts", "OurAPI permanently rejects it")
+            .await;
 
-    desk.scene.our_api.calm();
-    browser.click(".head button", "Retry").await;
-    browser.until_text(".verdict-line", "Delivered").await;
-    assert_eq!(
-        desk.scene.our_api.messages(),
-        ["Hello, is anybody there?", "Refused for now"]
-    );
-    browser
-        .until("document.querySelector('#failed-count').hidden")
-        .await;
-    assert_eq!(desk.decided(), "retry 3 console");
-    browser.click(".tabs a", "Decisions").await;
-    browser.until_text(".audit", "retried").await;
-    browser.until_text(".audit", ", console").await;
-    desk.done(browser).await;
+        t.our_api.calm();
+        browser.click(".head button", "Retry").await;
+        browser.until_text(".verdict-line", "Delivered").await;
+        assert_eq!(
+            t.our_api.messages(),
+            ["Hello, is anybody there?", "Refused for now"]
+        );
+        browser
+            .until("document.querySelector('#failed-count').hidden")
+            .await;
+        assert_eq!(desk.decided(), "retry 3 console");
+        browser.click(".tabs a", "Decisions").await;
+        browser.until_text(".audit", "retried").await;
+        browser.until_text(".audit", ", console").await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn discarding_asks_first_and_concerns_what_is_selected() {
-    let desk = Desk::with_failed(&["one", "two", "three", "four"]).await;
-    let bench = &desk.scene.bench;
-    let browser = desk.look("#/failed").await;
+    run_test(async |t| {
+let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
+        let browser = desk.look("#/failed").await;
     browser
         .until("document.querySelectorAll('.rows li').length === 4")
         .await;
@@ -139,191 +143,193 @@ async fn discarding_asks_first_and_concerns_what_is_selected() {
     browser.until_text("#ask", "Discard 2 events?").await;
     browser.click("#ask button", "Keep").await;
     browser.until("!document.querySelector('#ask').open").await;
-    assert_eq!((bench.events("failed"), desk.decided().as_str()), (4, ""));
+    assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
 
     browser.click(".chosen button", "Discard").await;
     browser.click("#ask button", "Discard 2").await;
-    bench.until_events("discarded", 2).await;
+    t.until_events("discarded", 2).await;
     browser
         .until("document.querySelectorAll('.rows li').length === 2")
         .await;
     assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
 
-    desk.scene.our_api.calm();
+    t.our_api.calm();
     browser.click(".group button", "Retry both").await;
     browser.until_text("main", "Nothing has failed").await;
     until("both are delivered", async || {
-        desk.scene.our_api.messages().len() == 3
+        t.our_api.message_count() == 3
     })
     .await;
-    let discarded = bench
-        .value::<String>("SELECT group_concat(id) FROM (SELECT id FROM event_states WHERE state = 'discarded' ORDER BY id)");
+    let discarded = t.value::<String>("SELECT group_concat(id) FROM (SELECT id FROM event_states WHERE state = 'discarded' ORDER BY id)");
     assert_eq!(discarded, "3,5");
     desk.done(browser).await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn a_group_is_decided_on_by_itself_and_all_at_once() {
-    let desk = Desk::with_failed(&["one", "two"]).await;
-    let bench = &desk.scene.bench;
-    desk.scene.bigchat.tells(raw(
+    run_test(async |t| {
+let desk = Desk::with_failed(t, &["one", "two"]).await;
+        t.bigchat.tells(raw(
         r#"{"nextPageUrl":null,"events":[{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}]}"#,
     ));
-    bench.until_events("failed", 3).await;
+    t.until_events("failed", 3).await;
     let browser = desk.look("#/failed").await;
     browser.click(".groups a", "Its name is unknown").await;
     browser.until_text(".rows", "PAUSE").await;
     browser.click(".group button", "Discard it").await;
     browser.click("#ask button", "Discard").await;
-    bench.until_events("discarded", 1).await;
+    t.until_events("discarded", 1).await;
     browser
         .until_text(".groups", "OurAPI permanently rejects it")
         .await;
-    assert_eq!(bench.events("failed"), 2);
+    assert_eq!(t.events("failed"), 2);
     browser.click(".head button", "Discard all").await;
     browser.click("#ask button", "Discard 2").await;
-    bench.until_events("discarded", 3).await;
+    t.until_events("discarded", 3).await;
     browser.until_text("main", "Nothing has failed").await;
     desk.done(browser).await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
-    let scene = Scene::new().await;
-    scene
-        .bigchat
-        .advisor(7, "Jane O'Hara", "jane.ohara@example.com");
-    scene.bigchat.advisor(8, "Wei Zhang", "wei@example.com");
-    let desk = Desk::over(scene, Tokens::default()).await;
-    let scene = &desk.scene;
-    scene.delivers([start(43, 20), transfer(43, 30, 8)]).await;
-    let browser = desk.look("#/search").await;
-    browser
-        .until("document.querySelectorAll('.found li').length === 2")
-        .await;
-    let chat = scene
-        .bench
-        .value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 43");
-    for (text, title) in [
-        ("42", "Conversation 42"),
-        (chat.as_str(), "Conversation 43"),
-        ("jane", "Conversation 42"),
-        ("wei@example.com", "Conversation 43"),
-    ] {
+    run_test(async |t| {
+        t.bigchat
+            .advisor(7, "Jane O'Hara", "jane.ohara@example.com");
+        t.bigchat.advisor(8, "Wei Zhang", "wei@example.com");
+        let desk = Desk::over(t, Tokens::default()).await;
+        t.delivers([start(43, 20), transfer(43, 30, 8)]).await;
+        let browser = desk.look("#/search").await;
+        browser
+            .until("document.querySelectorAll('.found li').length === 2")
+            .await;
+        let chat = t.value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 43");
+        for (text, title) in [
+            ("42", "Conversation 42"),
+            (chat.as_str(), "Conversation 43"),
+            ("jane", "Conversation 42"),
+            ("wei@example.com", "Conversation 43"),
+        ] {
+            browser.press("/").await;
+            browser.press(text).await;
+            browser.press(ENTER).await;
+            browser
+                .until_text(".under", &format!("1 conversation for “{text}”"))
+                .await;
+            assert!(browser.text(".found").await.starts_with(title), "{text}");
+        }
         browser.press("/").await;
-        browser.press(text).await;
+        browser.press("nobody@example.com").await;
         browser.press(ENTER).await;
         browser
-            .until_text(".under", &format!("1 conversation for “{text}”"))
+            .until_text("main", "Nothing for “nobody@example.com”")
             .await;
-        assert!(browser.text(".found").await.starts_with(title), "{text}");
-    }
-    browser.press("/").await;
-    browser.press("nobody@example.com").await;
-    browser.press(ENTER).await;
-    browser
-        .until_text("main", "Nothing for “nobody@example.com”")
-        .await;
 
-    browser.go(&desk.at("#/search?q=42")).await;
-    browser.click(".found a", "Conversation 42").await;
-    browser
-        .until("document.querySelectorAll('.entry').length === 2")
-        .await;
-    let entries = browser
-        .eval("[...document.querySelectorAll('.entry')].map((e) => e.innerText)")
-        .await;
-    let entry = |index: usize| entries[index].as_str().expect("text");
-    assert!(
-        entry(0).contains("START") && entry(0).contains("chat created"),
-        "{entries}"
-    );
-    assert!(
-        entry(1).contains("Hello, is anybody there?") && entry(1).contains("message added"),
-        "{entries}"
-    );
-    browser.until_text("aside", &id("c1")).await;
-    browser.until_text("aside", "Jane O'Hara").await;
-    browser.until_text("aside", "jane.ohara@example.com").await;
-    desk.done(browser).await;
+        browser.go(&desk.at("#/search?q=42")).await;
+        browser.click(".found a", "Conversation 42").await;
+        browser
+            .until("document.querySelectorAll('.entry').length === 2")
+            .await;
+        let entries = browser
+            .eval("[...document.querySelectorAll('.entry')].map((e) => e.innerText)")
+            .await;
+        let entry = |index: usize| entries[index].as_str().expect("text");
+        assert!(
+            entry(0).contains("START") && entry(0).contains("chat created"),
+            "{entries}"
+        );
+        assert!(
+            entry(1).contains("Hello, is anybody there?") && entry(1).contains("message added"),
+            "{entries}"
+        );
+        browser.until_text("aside", &id("c1")).await;
+        browser.until_text("aside", "Jane O'Hara").await;
+        browser.until_text("aside", "jane.ohara@example.com").await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
-    let desk = Desk::new().await;
-    let browser = desk.look("").await;
-    let is_dark =
-        "getComputedStyle(document.documentElement).backgroundColor === 'rgb(14, 17, 22)'";
-    let is_light =
-        "getComputedStyle(document.documentElement).backgroundColor === 'rgb(245, 246, 248)'";
-    browser.system_prefers("dark").await;
-    browser.until(is_dark).await;
-    browser.system_prefers("light").await;
-    browser.until(is_light).await;
-    for expected in [is_light, is_dark] {
+    run_test(async |t| {
+        let desk = Desk::new(t).await;
+        let browser = desk.look("").await;
+        let is_dark =
+            "getComputedStyle(document.documentElement).backgroundColor === 'rgb(14, 17, 22)'";
+        let is_light =
+            "getComputedStyle(document.documentElement).backgroundColor === 'rgb(245, 246, 248)'";
+        browser.system_prefers("dark").await;
+        browser.until(is_dark).await;
+        browser.system_prefers("light").await;
+        browser.until(is_light).await;
+        for expected in [is_light, is_dark] {
+            browser.click("#theme", "").await;
+            browser.until(expected).await;
+        }
+        browser.reload().await;
+        browser.until_text(".verdict h1", "All is well").await;
+        browser.until(is_dark).await;
         browser.click("#theme", "").await;
-        browser.until(expected).await;
-    }
-    browser.reload().await;
-    browser.until_text(".verdict h1", "All is well").await;
-    browser.until(is_dark).await;
-    browser.click("#theme", "").await;
-    browser.until(is_light).await;
-    desk.done(browser).await;
+        browser.until(is_light).await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
-    let desk = Desk::with_failed(&["Still to be seen"]).await;
-    let Desk { scene, daemon, url } = desk;
-    let browser = Browser::open(&format!("{url}/#/failed"), DESK).await;
-    browser.until_text(".rows", "Still to be seen").await;
-    daemon.stop().await;
-    browser
-        .until_text("#lost", "No connection to bigchat-sync")
-        .await;
-    browser.until_text("#live", "Offline").await;
-    browser.until_text(".rows", "Still to be seen").await;
-    browser.click(".group button", "Retry it").await;
-    browser.until_text("#toast", "no connection").await;
-    assert_eq!(scene.bench.events("failed"), 1);
+    run_test(async |t| {
+        let desk = Desk::with_failed(t, &["Still to be seen"]).await;
+        let Desk { t, daemon, url } = desk;
+        let browser = Browser::open(&format!("{url}/#/failed"), DESK).await;
+        browser.until_text(".rows", "Still to be seen").await;
+        daemon.stop().await;
+        browser
+            .until_text("#lost", "No connection to bigchat-sync")
+            .await;
+        browser.until_text("#live", "Offline").await;
+        browser.until_text(".rows", "Still to be seen").await;
+        browser.click(".group button", "Retry it").await;
+        browser.until_text("#toast", "no connection").await;
+        assert_eq!(t.events("failed"), 1);
 
-    let bench = scene
-        .bench
-        .set("--listen", url.trim_start_matches("http://"));
-    let daemon = bench.start();
-    browser.click("#lost button", "Try now").await;
-    browser
-        .until("document.querySelector('#lost').hidden")
-        .await;
-    browser.click(".group button", "Retry it").await;
-    browser
-        .until_text("#toast", "1 event will be tried again")
-        .await;
-    browser.close().await;
-    daemon.stop().await;
+        t.set("--listen", url.trim_start_matches("http://"));
+        t.start();
+        browser.click("#lost button", "Try now").await;
+        browser
+            .until("document.querySelector('#lost').hidden")
+            .await;
+        browser.click(".group button", "Retry it").await;
+        browser
+            .until_text("#toast", "1 event will be tried again")
+            .await;
+        browser.close().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn what_strangers_write_stays_text_wherever_it_is_shown() {
     const EVIL: &str = "<script>window.evil=1</script><img src=x onerror='window.evil=1'>";
-    let scene = Scene::new().await;
-    scene
-        .bigchat
+    run_test(async |t| {
+    t.bigchat
         .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
-    let desk = Desk::over(scene, Tokens::default()).await;
-    desk.scene
-        .delivers([message(42, 6, &format!("{EVIL} delivered"))])
+    let desk = Desk::over(t, Tokens::default()).await;
+    t.delivers([message(42, 6, &format!("{EVIL} delivered"))])
         .await;
     desk.fail(&[&format!("{EVIL} failed")]).await;
     let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
-    desk.scene.bigchat.tells(vec![unreadable]);
-    desk.scene.bench.until_events("failed", 2).await;
+    t.bigchat.tells(vec![unreadable]);
+    t.until_events("failed", 2).await;
 
     let browser = desk.look("").await;
     for (view, wherein) in [
@@ -349,82 +355,87 @@ async fn what_strangers_write_stays_text_wherever_it_is_shown() {
     let harm = browser.eval("[window.evil ?? null, document.querySelectorAll('main script, main img, main b[onclick]').length]").await;
     assert_eq!(harm, json!([null, 0]));
     desk.done(browser).await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn everything_is_done_with_keys_alone() {
-    let desk = Desk::with_failed(&["one", "two", "three"]).await;
-    let bench = &desk.scene.bench;
-    let browser = desk.look("").await;
-    browser.until_text(".verdict", "attention").await;
-    let focused = "document.activeElement";
-    browser.press(TAB).await;
-    browser
-        .until(&format!("{focused}.className === 'skip'"))
-        .await;
-    browser.press("?").await;
-    browser.until("document.querySelector('#help').open").await;
-    browser.press(ESCAPE).await;
-    browser.until("!document.querySelector('#help').open").await;
+    run_test(async |t| {
+        let desk = Desk::with_failed(t, &["one", "two", "three"]).await;
+        let browser = desk.look("").await;
+        browser.until_text(".verdict", "attention").await;
+        let focused = "document.activeElement";
+        browser.press(TAB).await;
+        browser
+            .until(&format!("{focused}.className === 'skip'"))
+            .await;
+        browser.press("?").await;
+        browser.until("document.querySelector('#help').open").await;
+        browser.press(ESCAPE).await;
+        browser.until("!document.querySelector('#help').open").await;
 
-    browser.press("gf").await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 3")
-        .await;
-    browser.press("j").await;
-    browser
-        .until(&format!(
-            "{focused}.closest('[data-event]')?.dataset.event === '3'"
-        ))
-        .await;
-    let outline = browser
-        .eval(&format!("getComputedStyle({focused}).outlineStyle"))
-        .await;
-    assert_eq!(outline, "solid", "the focus is to be seen");
-    browser.press("x").await;
-    browser.press(DOWN).await;
-    browser.press("x").await;
-    browser.until_text(".chosen", "2 selected").await;
-    browser.press("d").await;
-    browser.until_text("#ask", "Discard 2 events?").await;
-    browser.press(ESCAPE).await;
-    browser.until("!document.querySelector('#ask').open").await;
-    assert_eq!(bench.events("failed"), 3);
-    browser.press("d").await;
-    browser.until("document.querySelector('#ask').open").await;
-    browser.press(&format!("{TAB}{ENTER}")).await;
-    bench.until_events("discarded", 2).await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 1")
-        .await;
+        browser.press("gf").await;
+        browser
+            .until("document.querySelectorAll('.rows li').length === 3")
+            .await;
+        browser.press("j").await;
+        browser
+            .until(&format!(
+                "{focused}.closest('[data-event]')?.dataset.event === '3'"
+            ))
+            .await;
+        let outline = browser
+            .eval(&format!("getComputedStyle({focused}).outlineStyle"))
+            .await;
+        assert_eq!(outline, "solid", "the focus is to be seen");
+        browser.press("x").await;
+        browser.press(DOWN).await;
+        browser.press("x").await;
+        browser.until_text(".chosen", "2 selected").await;
+        browser.press("d").await;
+        browser.until_text("#ask", "Discard 2 events?").await;
+        browser.press(ESCAPE).await;
+        browser.until("!document.querySelector('#ask').open").await;
+        assert_eq!(t.events("failed"), 3);
+        browser.press("d").await;
+        browser.until("document.querySelector('#ask').open").await;
+        browser.press(&format!("{TAB}{ENTER}")).await;
+        t.until_events("discarded", 2).await;
+        browser
+            .until("document.querySelectorAll('.rows li').length === 1")
+            .await;
 
-    browser.press("j").await;
-    browser.press(ENTER).await;
-    browser.until("location.hash === '#/failed/5'").await;
-    browser.until_text(".head h1", "Event 5").await;
-    browser.until_text(".head", "Retry").await;
-    desk.scene.our_api.calm();
-    browser.press("r").await;
-    browser.until_text(".verdict-line", "Delivered").await;
-    browser.press(ESCAPE).await;
-    browser
-        .until("location.hash.startsWith('#/failed') && location.hash !== '#/failed/5'")
-        .await;
-    // A space on a checkbox, a letter in the search: not commands.
-    browser.press("/gd").await;
-    browser.press(SPACE).await;
-    browser
-        .until("document.querySelector('#q').value === 'gd '")
-        .await;
-    assert_ne!(browser.eval("location.hash").await, "#/decisions");
-    desk.done(browser).await;
+        browser.press("j").await;
+        browser.press(ENTER).await;
+        browser.until("location.hash === '#/failed/5'").await;
+        browser.until_text(".head h1", "Event 5").await;
+        browser.until_text(".head", "Retry").await;
+        t.our_api.calm();
+        browser.press("r").await;
+        browser.until_text(".verdict-line", "Delivered").await;
+        browser.press(ESCAPE).await;
+        browser
+            .until("location.hash.startsWith('#/failed') && location.hash !== '#/failed/5'")
+            .await;
+        // A space on a checkbox, a letter in the search: not commands.
+        browser.press("/gd").await;
+        browser.press(SPACE).await;
+        browser
+            .until("document.querySelector('#q').value === 'gd '")
+            .await;
+        assert_ne!(browser.eval("location.hash").await, "#/decisions");
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn it_fits_a_phone_in_both_themes() {
-    let desk = Desk::with_failed(&["A message that is far too long for a phone, since somebody wrote_it_all_in_one_word_and_did_not_stop_at_the_margin", "two"]).await;
+    run_test(async |t| {
+let desk = Desk::with_failed(t, &["A message that is far too long for a phone, since somebody wrote_it_all_in_one_word_and_did_not_stop_at_the_margin", "two"]).await;
     let browser = Browser::open(&desk.at(""), PHONE).await;
     for theme in ["light", "dark"] {
         browser.system_prefers(theme).await;
@@ -460,42 +471,47 @@ async fn it_fits_a_phone_in_both_themes() {
         .until("document.querySelector('.groups')?.checkVisibility()")
         .await;
     desk.done(browser).await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn the_chart_is_read_by_keys_and_as_a_table() {
-    let desk = Desk::new().await;
-    let browser = desk.look("#/?hours=1").await;
-    browser.until_text("#legend", "MESSAGE\n1").await;
-    browser.until_text("#legend", "delivered\n2").await;
-    let slider = "document.querySelector('#chart-slider')";
-    browser.eval(&format!("{slider}.focus()")).await;
-    browser
-        .until("!document.querySelector('#chart-tip').hidden")
-        .await;
-    let mut told = 0;
-    for _ in 0..60 {
-        let text = browser
-            .eval(&format!("{slider}.getAttribute('aria-valuetext')"))
+    run_test(async |t| {
+        let desk = Desk::new(t).await;
+        let browser = desk.look("#/?hours=1").await;
+        browser.until_text("#legend", "MESSAGE\n1").await;
+        browser.until_text("#legend", "delivered\n2").await;
+        let slider = "document.querySelector('#chart-slider')";
+        browser.eval(&format!("{slider}.focus()")).await;
+        browser
+            .until("!document.querySelector('#chart-tip').hidden")
             .await;
-        told += i32::from(text.as_str().expect("text").contains("1 START"));
-        browser.press(LEFT).await;
-    }
-    assert_eq!(told, 1);
-    browser.press(HOME).await;
-    browser
-        .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
-        .await;
-    browser.press(RIGHT).await;
-    browser
-        .until(&format!("{slider}.getAttribute('aria-valuenow') === '1'"))
-        .await;
-    browser.click("#chart-details summary", "As a table").await;
-    browser
-        .until("document.querySelectorAll('#chart-table tbody tr').length === 60")
-        .await;
-    desk.done(browser).await;
+        let mut told = 0;
+        for _ in 0..60 {
+            let text = browser
+                .eval(&format!("{slider}.getAttribute('aria-valuetext')"))
+                .await;
+            told += i32::from(text.as_str().expect("text").contains("1 START"));
+            browser.press(LEFT).await;
+        }
+        assert_eq!(told, 1);
+        browser.press(HOME).await;
+        browser
+            .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
+            .await;
+        browser.press(RIGHT).await;
+        browser
+            .until(&format!("{slider}.getAttribute('aria-valuenow') === '1'"))
+            .await;
+        browser.click("#chart-details summary", "As a table").await;
+        browser
+            .until("document.querySelectorAll('#chart-table tbody tr').length === 60")
+            .await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -505,22 +521,25 @@ async fn whoever_has_the_token_comes_in() {
         console: Some(SecretString::from("a-token-that-nobody-guesses")),
         ..Tokens::default()
     };
-    let desk = Desk::over(Scene::new().await, tokens).await;
-    let browser = desk.look("#/search").await;
-    browser.until_text("main", "Sign in").await;
-    browser.press("wrong").await;
-    browser.press(ENTER).await;
-    browser.until_text("#wrong", "That is not the token").await;
-    browser.press("a-token-that-nobody-guesses").await;
-    browser.press(ENTER).await;
-    browser.until_text(".found", "Conversation 42").await;
-    browser.reload().await;
-    browser.until_text(".found", "Conversation 42").await;
-    browser.click("#leave", "Sign out").await;
-    browser.until_text("main", "Sign in").await;
-    browser.reload().await;
-    browser.until_text("main", "Sign in").await;
-    desk.done(browser).await;
+    run_test(async |t| {
+        let desk = Desk::over(t, tokens).await;
+        let browser = desk.look("#/search").await;
+        browser.until_text("main", "Sign in").await;
+        browser.press("wrong").await;
+        browser.press(ENTER).await;
+        browser.until_text("#wrong", "That is not the token").await;
+        browser.press("a-token-that-nobody-guesses").await;
+        browser.press(ENTER).await;
+        browser.until_text(".found", "Conversation 42").await;
+        browser.reload().await;
+        browser.until_text(".found", "Conversation 42").await;
+        browser.click("#leave", "Sign out").await;
+        browser.until_text("main", "Sign in").await;
+        browser.reload().await;
+        browser.until_text("main", "Sign in").await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 /// What six busy hours leave in the journal, OurAPI being down for a while in the middle of them.
@@ -613,26 +632,27 @@ fn six_hours() -> String {
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {
-    let scene = Scene::new().await;
-    scene.bench.once().await;
-    scene.bench.execute(&six_hours());
-    let (daemon, url) = scene.bench.start_listening(Tokens::default());
-    let browser = Browser::open(&url, (1280, 1120)).await;
-    browser.until_text("#legend", "MESSAGE").await;
-    browser.until_text("#live", "Needs attention").await;
-    for theme in ["light", "dark"] {
-        browser.system_prefers(theme).await;
-        let picture = browser.picture().await;
-        assert!(
-            picture.starts_with(b"\x89PNG") && picture.len() < 200_000,
-            "{theme}: {}",
-            picture.len()
-        );
-        if std::env::var_os("BIGCHAT_SYNC_TEST_PICTURES").is_some() {
-            let path = format!("{}/src/web/console/{theme}.png", env!("CARGO_MANIFEST_DIR"));
-            std::fs::write(path, picture).expect("a file");
+    run_test(async |t| {
+        t.once().await;
+        t.execute(&six_hours());
+        let (_, url) = t.start_listening(Tokens::default());
+        let browser = Browser::open(&url, (1280, 1120)).await;
+        browser.until_text("#legend", "MESSAGE").await;
+        browser.until_text("#live", "Needs attention").await;
+        for theme in ["light", "dark"] {
+            browser.system_prefers(theme).await;
+            let picture = browser.picture().await;
+            assert!(
+                picture.starts_with(b"\x89PNG") && picture.len() < 200_000,
+                "{theme}: {}",
+                picture.len()
+            );
+            if std::env::var_os("BIGCHAT_SYNC_TEST_PICTURES").is_some() {
+                let path = format!("{}/src/web/console/{theme}.png", env!("CARGO_MANIFEST_DIR"));
+                std::fs::write(path, picture).expect("a file");
+            }
         }
-    }
-    browser.close().await;
-    daemon.stop().await;
+        browser.close().await;
+    })
+    .await;
 }

@@ -1,5 +1,10 @@
 //! The demo as somebody runs it: what it prints, what it leaves behind, and its exit code.
 
+use crate::harness::run_live_test;
+
+use bigchat_sync::simulator::compare::{Rules, compare, expected};
+use bigchat_sync::simulator::event::{message, start};
+use bigchat_sync::simulator::our_api::Data;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
@@ -7,12 +12,6 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 
 use bigchat_sync::demo::{Figures, Verdict};
-use bigchat_sync::sim::compare::{Rules, compare, expected};
-use bigchat_sync::sim::our_api::Held;
-use bigchat_sync::sim::{self, Sim, bigchat};
-use serde_json::{Value, json};
-
-use crate::harness::Bench;
 
 /// The demo, in surroundings that would stop a daemon, and with a temporary directory of its own.
 fn demo(temporary: &Path) -> Command {
@@ -168,30 +167,21 @@ fn a_port_that_is_taken_is_named() {
 
 #[tokio::test]
 async fn any_difference_is_exit_code_1() {
-    let options = sim::Options {
-        bigchat: bigchat::Options {
-            quiet: true,
-            ..bigchat::Options::default()
-        },
-        ..sim::Options::default()
-    };
-    let sim = Sim::start(options).await.expect("the services");
-    let now = sim.bigchat.clock.now().timestamp();
-    sim.bigchat.push(2, "START", now, Value::Null);
-    for text in ["a parcel", "k"] {
-        sim.bigchat
-            .push(2, "MESSAGE", now, json!({ "message": text }));
-    }
-    Bench::new(&sim.bigchat_url(), &sim.our_api_url())
-        .once()
-        .await;
-    let judge = |held: &Held, figures: &Figures| {
-        let rules = Rules::default();
-        let report = compare(&expected(&sim.bigchat.told(), &rules), held, &rules);
-        let verdict = Verdict::new(report, *figures);
-        (verdict.exit_code(), verdict.to_string())
-    };
-    let held = sim.our_api.held();
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(2, now, 1);
+        t.bigchat.tells_of(start(2, now));
+        for text in ["a parcel", "k"] {
+            t.bigchat.tells_of(message(2, now, text));
+        }
+        t.once().await;
+        let judge = |data: &Data, figures: &Figures| {
+            let rules = Rules::default();
+            let report = compare(&expected(&t.bigchat.reported(), &rules), data, &rules);
+            let verdict = Verdict::new(report, *figures);
+            (verdict.exit_code(), verdict.to_string())
+        };
+    let held = t.our_api.data();
     let figures = Figures {
         events: 3,
         requests: 6,
@@ -260,4 +250,7 @@ async fn any_difference_is_exit_code_1() {
         assert_eq!(code, ExitCode::from(1), "{text}");
         assert!(text.contains(why), "{text}");
     }
+
+    })
+    .await;
 }

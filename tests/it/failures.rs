@@ -1,15 +1,15 @@
 //! What goes wrong: what follows, what must not, and what the journal says of it.
 
+use crate::harness::{Bench, Daemon, Test, run_test, side_by_side, until};
+use crate::services::{NOW, line, time};
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::{Fault, dropped, late, status};
 use std::time::{Duration, SystemTime};
 
 use bigchat_sync::failed::FailedError;
 use serde_json::json;
 use wiremock::MockServer;
-
-use crate::fakes::{
-    NOW, Scene, Upset, dropped, end, late, line, message, raw, start, status, time, transfer,
-};
-use crate::harness::{Bench, Daemon, side_by_side, until};
 
 const NO_ANSWER: &str = "OurAPI gave no usable answer";
 const LATE: &str = "OurAPI did not answer in time";
@@ -24,10 +24,10 @@ const LOOK: &str = "GET /chats/c1/messages";
 const FIND: &str = "GET /chats?external_id=42";
 
 /// A running daemon that has written the chat of conversation 42 with its agent.
-async fn with_a_chat(scene: Scene) -> (Scene, Daemon) {
-    let daemon = scene.bench.start();
-    scene.delivers([start(42, 0)]).await;
-    (scene, daemon)
+async fn with_a_chat(t: &Test) -> Daemon {
+    let daemon = t.start();
+    t.delivers([start(42, 0)]).await;
+    daemon
 }
 
 /// What was asked, without the bodies.
@@ -37,16 +37,16 @@ fn heads(asked: &[String]) -> Vec<&str> {
 }
 
 /// One column of what is known of the attempts of the latest event of that name.
-fn attempt<T: rusqlite::types::FromSql>(bench: &Bench, column: &str, name: &str) -> T {
-    bench.value(&format!(
+fn attempt<T: rusqlite::types::FromSql>(t: &Bench, column: &str, name: &str) -> T {
+    t.value(&format!(
         "SELECT {column} FROM attempts JOIN events ON event = id WHERE kind = '{name}' ORDER BY id DESC"
     ))
 }
 
 /// Checks what the journal says of an event that failed once.
-fn failed_once(bench: &Bench, name: &str, case: &str, reason: &str, request: &str, response: &str) {
-    let text = |column| attempt::<String>(bench, column, name);
-    let number = |column| attempt::<i64>(bench, column, name);
+fn failed_once(t: &Bench, name: &str, case: &str, reason: &str, request: &str, response: &str) {
+    let text = |column| attempt::<String>(t, column, name);
+    let number = |column| attempt::<i64>(t, column, name);
     assert_eq!((number("attempts"), number("counted")), (1, 0), "{case}");
     assert!(
         text("reason").starts_with(reason),
@@ -107,21 +107,23 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
                 if carried_out && !may_be_there {
                     continue;
                 }
-                let scene = Scene::new().await.set("--request-timeout", "1s");
-                let (scene, daemon) = with_a_chat(scene).await;
-                let upset = upset.clone();
-                let (upset, asked) = if carried_out {
-                    (upset.carried_out(), &asked[..asked.len() - 1])
-                } else {
-                    (upset, asked)
-                };
-                scene.our_api.upset(POST, upset);
-                let delivered = scene.delivers([message(42, 5, "Hello")]).await;
-                assert_eq!(heads(&delivered), asked, "{case}");
-                assert_eq!(scene.our_api.messages(), ["Hello"], "{case}");
-                let request = "POST /chats/00000000-0000-0000-0000-0000000000c1/messages {";
-                failed_once(&scene.bench, "MESSAGE", case, reason, request, response);
-                daemon.stop().await;
+                run_test(async |t| {
+                    t.set("--request-timeout", "1s");
+                    with_a_chat(t).await;
+                    let upset = upset.clone();
+                    let (upset, asked) = if carried_out {
+                        (upset.carried_out(), &asked[..asked.len() - 1])
+                    } else {
+                        (upset, asked)
+                    };
+                    t.our_api.upset(POST, upset);
+                    let delivered = t.delivers([message(42, 5, "Hello")]).await;
+                    assert_eq!(heads(&delivered), asked, "{case}");
+                    assert_eq!(t.our_api.messages(), ["Hello"], "{case}");
+                    let request = "POST /chats/00000000-0000-0000-0000-0000000000c1/messages {";
+                    failed_once(t, "MESSAGE", case, reason, request, response);
+                })
+                .await;
             }
         },
     )
@@ -134,86 +136,91 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
 async fn what_is_refused_for_good_goes_to_the_failed_events_at_once_and_the_rest_goes_on() {
     for refusal in [400, 409, 410, 413, 422] {
         let upset = status(refusal).body(r#"{"detail":"No."}"#);
-        let (scene, daemon) = with_a_chat(Scene::new().await).await;
-        scene.our_api.asked();
-        scene
-            .our_api
-            .upset("POST /chats/c1/messages*bad", upset.clone());
-        scene.our_api.upset("PATCH /chats/c1", upset);
-        scene
-            .bigchat
-            .tells([message(42, 5, "bad"), end(42, 6), message(42, 7, "good")]);
-        scene.bench.until_events("failed", 2).await;
-        scene.bench.until_events("delivered", 2).await;
-        assert_eq!(scene.our_api.messages(), ["good"]);
-        let asked = scene.our_api.asked();
-        let patch = "PATCH /chats/c1";
-        assert_eq!(heads(&asked), [patch, POST, POST], "{refusal}");
-        let failed = scene.bench.failed();
-        assert_eq!([&failed[0].name, &failed[1].name], ["MESSAGE", "END"]);
-        for event in failed {
+        run_test(async |t| {
+            t.differs("OurAPI rejects what it could store");
+            with_a_chat(t).await;
+            t.our_api.asked();
+            t.our_api
+                .upset("POST /chats/c1/messages*bad", upset.clone());
+            t.our_api.upset("PATCH /chats/c1", upset);
+            t.bigchat
+                .tells([message(42, 5, "bad"), end(42, 6), message(42, 7, "good")]);
+            t.until_events("failed", 2).await;
+            t.until_events("delivered", 2).await;
+            assert_eq!(t.our_api.messages(), ["good"]);
+            let asked = t.our_api.asked();
+            let patch = "PATCH /chats/c1";
+            assert_eq!(heads(&asked), [patch, POST, POST], "{refusal}");
+            let failed = t.failed();
+            assert_eq!([&failed[0].name, &failed[1].name], ["MESSAGE", "END"]);
+            for event in failed {
+                assert_eq!(
+                    (event.tries, &*event.reason),
+                    (1, &*format!("{REFUSED}: No."))
+                );
+                assert_eq!(event.conversation, Some(42));
+                let (request, response) = (event.request, event.response);
+                assert!(request.is_some_and(|request| request.contains("/chats/")));
+                assert_eq!(response, Some(format!(r#"{refusal} {{"detail":"No."}}"#)));
+            }
             assert_eq!(
-                (event.tries, &*event.reason),
-                (1, &*format!("{REFUSED}: No."))
+                t.delivers([end(42, 8)]).await,
+                [line(patch, json!({"ended_at": time(8)}))],
+                "{refusal}: what was refused is not sent along"
             );
-            assert_eq!(event.conversation, Some(42));
-            let (request, response) = (event.request, event.response);
-            assert!(request.is_some_and(|request| request.contains("/chats/")));
-            assert_eq!(response, Some(format!(r#"{refusal} {{"detail":"No."}}"#)));
-        }
-        assert_eq!(
-            scene.delivers([end(42, 8)]).await,
-            [line(patch, json!({"ended_at": time(8)}))],
-            "{refusal}: what was refused is not sent along"
-        );
-        daemon.stop().await;
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn without_a_chat_every_event_fails_and_all_can_be_retried() {
-    let scene = Scene::new().await;
-    scene.our_api.upset("POST /chats", status(422).always());
-    let daemon = scene.bench.start();
-    scene.bigchat.tells([
-        start(42, 0),
-        message(42, 5, "one"),
-        end(42, 6),
-        message(42, 7, "two"),
-    ]);
-    scene.bench.until_events("failed", 4).await;
-    scene.our_api.calm();
-    let told = scene.bench.failed_command(&["retry", "--all"]);
-    assert!(told.expect("they are there").starts_with("4 "));
-    scene.bench.until_events("delivered", 4).await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:06 a1"]);
-    assert_eq!(scene.our_api.messages(), ["one", "two"]);
+    run_test(async |t| {
+        t.our_api.upset("POST /chats", status(422).always());
+        let daemon = t.start();
+        t.bigchat.tells([
+            start(42, 0),
+            message(42, 5, "one"),
+            end(42, 6),
+            message(42, 7, "two"),
+        ]);
+        t.until_events("failed", 4).await;
+        t.our_api.calm();
+        let told = t.failed_command(&["retry", "--all"]);
+        assert!(told.expect("they are there").starts_with("4 "));
+        t.until_events("delivered", 4).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:06 a1"]);
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn what_was_in_flight_when_the_daemon_died_is_looked_up() {
     for carried_out in [false, true] {
-        let (scene, daemon) = with_a_chat(Scene::new().await).await;
-        let upset = if carried_out {
-            late().carried_out()
-        } else {
-            late()
-        };
-        scene.our_api.upset(POST, upset);
-        scene.our_api.asked();
-        scene
-            .bigchat
-            .tells([message(42, 5, "one"), message(42, 6, "two")]);
-        until("it is sent", async || scene.our_api.count(POST) == 1).await;
-        daemon.crash(&scene.bench).await;
-        let daemon = scene.bench.start();
-        scene.bench.until_events("delivered", 3).await;
-        daemon.stop().await;
-        let left = if carried_out { 1 } else { 2 };
-        let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
-        assert_eq!(heads(&scene.our_api.asked()), expected);
-        assert_eq!(scene.our_api.messages(), ["one", "two"]);
+        run_test(async |t| {
+            let daemon = with_a_chat(t).await;
+            let upset = if carried_out {
+                late().carried_out()
+            } else {
+                late()
+            };
+            t.our_api.upset(POST, upset);
+            t.our_api.asked();
+            t.bigchat
+                .tells([message(42, 5, "one"), message(42, 6, "two")]);
+            until("it is sent", async || t.our_api.count(POST) == 1).await;
+            daemon.crash(t).await;
+            let daemon = t.start();
+            t.until_events("delivered", 3).await;
+            daemon.stop().await;
+            let left = if carried_out { 1 } else { 2 };
+            let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+            assert_eq!(heads(&t.our_api.asked()), expected);
+            assert_eq!(t.our_api.messages(), ["one", "two"]);
+        })
+        .await;
     }
 }
 
@@ -229,32 +236,31 @@ async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of()
                 late()
             }
         };
-        let scene = Scene::new().await;
-        scene.our_api.upset(create, upset());
-        let daemon = scene.bench.start();
-        scene.bigchat.tells([start(42, 0)]);
-        until("it is sent", async || scene.our_api.count(create) == 1).await;
-        daemon.crash(&scene.bench).await;
-        scene.our_api.asked();
-        let daemon = scene.bench.start();
-        scene.bench.until_events("delivered", 1).await;
-        let asked = scene.our_api.asked();
-        let conflict = if carried_out { &[FIND, LOOK][..] } else { &[] };
-        assert_eq!(heads(&asked), [&[create], conflict].concat());
+        run_test(async |t| {
+            t.our_api.upset(create, upset());
+            let daemon = t.start();
+            t.bigchat.tells([start(42, 0)]);
+            until("it is sent", async || t.our_api.count(create) == 1).await;
+            daemon.crash(t).await;
+            t.our_api.asked();
+            let daemon = t.start();
+            t.until_events("delivered", 1).await;
+            let asked = t.our_api.asked();
+            let conflict = if carried_out { &[FIND, LOOK][..] } else { &[] };
+            assert_eq!(heads(&asked), [&[create], conflict].concat());
 
-        scene.our_api.upset(change, upset());
-        scene.bigchat.tells([end(42, 9)]);
-        until("it is sent", async || scene.our_api.count(change) == 1).await;
-        daemon.crash(&scene.bench).await;
-        let daemon = scene.bench.start();
-        scene.bench.until_events("delivered", 2).await;
-        daemon.stop().await;
-        let again = if carried_out { &[][..] } else { &[&*part] };
-        assert_eq!(
-            scene.our_api.asked(),
-            [&[&*part, FIND, LOOK], again].concat()
-        );
-        assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
+            t.our_api.upset(change, upset());
+            t.bigchat.tells([end(42, 9)]);
+            until("it is sent", async || t.our_api.count(change) == 1).await;
+            daemon.crash(t).await;
+            let daemon = t.start();
+            t.until_events("delivered", 2).await;
+            daemon.stop().await;
+            let again = if carried_out { &[][..] } else { &[&*part] };
+            assert_eq!(t.our_api.asked(), [&[&*part, FIND, LOOK], again].concat());
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
+        })
+        .await;
     }
 }
 
@@ -287,14 +293,16 @@ async fn a_chat_whose_creation_may_have_been_carried_out_is_found() {
                     ),
                     (false, _) => (upset.clone(), vec![create, create]),
                 };
-                let scene = Scene::new().await.set("--request-timeout", "1s");
-                scene.our_api.has_agent("a1", "Ann", "ann@x.test");
-                scene.our_api.upset(create, upset);
-                let daemon = scene.bench.start();
-                let asked = scene.delivers([start(42, 0)]).await;
-                assert_eq!(heads(&asked)[1..], expected, "{case}");
-                assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
-                daemon.stop().await;
+                run_test(async |t| {
+                    t.set("--request-timeout", "1s");
+                    t.our_api.has_agent("a1", "Ann", "ann@x.test");
+                    t.our_api.upset(create, upset);
+                    t.start();
+                    let asked = t.delivers([start(42, 0)]).await;
+                    assert_eq!(heads(&asked)[1..], expected, "{case}");
+                    assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+                })
+                .await;
             }
         },
     )
@@ -303,15 +311,16 @@ async fn a_chat_whose_creation_may_have_been_carried_out_is_found() {
 
 #[tokio::test]
 async fn a_conflict_without_a_chat_is_no_our_api() {
-    let scene = Scene::new().await;
-    scene.our_api.has_agent("a1", "Ann", "ann@x.test");
-    scene.our_api.upset("POST /chats", status(404));
-    let daemon = scene.bench.start();
-    let asked = scene.delivers([start(42, 0)]).await;
-    assert_eq!(heads(&asked)[1..], ["POST /chats", FIND, "POST /chats"]);
-    let reason = "this does not seem to be OurAPI; check --our-api-url";
-    failed_once(&scene.bench, "START", "", reason, "POST /chats", "404");
-    daemon.stop().await;
+    run_test(async |t| {
+        t.our_api.has_agent("a1", "Ann", "ann@x.test");
+        t.our_api.upset("POST /chats", status(404));
+        t.start();
+        let asked = t.delivers([start(42, 0)]).await;
+        assert_eq!(heads(&asked)[1..], ["POST /chats", FIND, "POST /chats"]);
+        let reason = "this does not seem to be OurAPI; check --our-api-url";
+        failed_once(t, "START", "", reason, "POST /chats", "404");
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -338,13 +347,15 @@ async fn a_change_whose_outcome_is_unknown_is_read_back() {
             ("403", status(403), vec![part, part]),
         ],
         async |(case, upset, expected)| {
-            let scene = Scene::new().await.set("--request-timeout", "1s");
-            let (scene, daemon) = with_a_chat(scene).await;
-            scene.our_api.upset("PATCH", upset);
-            let asked = scene.delivers([end(42, 9)]).await;
-            assert_eq!(asked, expected, "{case}");
-            assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:09 a1"], "{case}");
-            daemon.stop().await;
+            run_test(async |t| {
+                t.set("--request-timeout", "1s");
+                with_a_chat(t).await;
+                t.our_api.upset("PATCH", upset);
+                let asked = t.delivers([end(42, 9)]).await;
+                assert_eq!(asked, expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:09 a1"], "{case}");
+            })
+            .await;
         },
     )
     .await;
@@ -416,14 +427,15 @@ async fn an_agent_is_created_once_whatever_goes_wrong() {
             ),
         ],
         async |(case, pattern, upset, expected)| {
-            let scene = Scene::new().await;
-            scene.our_api.upset(pattern, upset);
-            let daemon = scene.bench.start();
-            let asked = scene.delivers([start(42, 0)]).await;
-            let expected = [expected, vec!["POST /chats"]].concat();
-            assert_eq!(heads(&asked), expected, "{case}");
-            assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
-            daemon.stop().await;
+            run_test(async |t| {
+                t.our_api.upset(pattern, upset);
+                t.start();
+                let asked = t.delivers([start(42, 0)]).await;
+                let expected = [expected, vec!["POST /chats"]].concat();
+                assert_eq!(heads(&asked), expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+            })
+            .await;
         },
     )
     .await;
@@ -432,123 +444,121 @@ async fn an_agent_is_created_once_whatever_goes_wrong() {
 #[tokio::test]
 async fn of_two_equal_messages_each_is_written_once() {
     for (carried_out, first) in [(true, true), (true, false), (false, true), (false, false)] {
-        let (scene, daemon) = with_a_chat(Scene::new().await).await;
-        let hi = message(42, 5, "hi");
-        if !first {
-            scene.delivers([hi.clone()]).await;
-        }
-        let upset = if carried_out {
-            dropped().carried_out()
-        } else {
-            dropped()
-        };
-        scene.our_api.upset(POST, upset);
-        scene.our_api.asked();
-        scene.bigchat.tells([hi.clone(), hi]);
-        scene.bench.until_events("delivered", 3).await;
-        let left = usize::from(first) + usize::from(!carried_out);
-        let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
-        assert_eq!(
-            heads(&scene.our_api.asked()),
-            expected,
-            "carried out: {carried_out}, the first: {first}"
-        );
-        assert_eq!(scene.our_api.messages(), ["hi", "hi"]);
-        daemon.stop().await;
+        run_test(async |t| {
+            with_a_chat(t).await;
+            let hi = message(42, 5, "hi");
+            if !first {
+                t.delivers([hi.clone()]).await;
+            }
+            let upset = if carried_out {
+                dropped().carried_out()
+            } else {
+                dropped()
+            };
+            t.our_api.upset(POST, upset);
+            t.our_api.asked();
+            t.bigchat.tells([hi.clone(), hi]);
+            t.until_events("delivered", 3).await;
+            let left = usize::from(first) + usize::from(!carried_out);
+            let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+            assert_eq!(
+                heads(&t.our_api.asked()),
+                expected,
+                "carried out: {carried_out}, the first: {first}"
+            );
+            assert_eq!(t.our_api.messages(), ["hi", "hi"]);
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn where_there_is_no_connection_nothing_needs_to_be_looked_up() {
-    let (mut scene, daemon) = with_a_chat(Scene::new().await).await;
-    daemon.stop().await;
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("an address");
-    drop(listener);
-    scene = scene.set("--our-api-url", &format!("http://{address}"));
-    let daemon = scene.bench.start();
-    // The windows are to begin after the daemon did: what comes from before is looked up in any case.
-    scene.bigchat.further_polls(1).await;
-    scene.bigchat.clock(NOW + 60);
-    scene.bigchat.further_polls(3).await;
-    scene.our_api.asked();
-    scene.bigchat.tells([message(42, 5, "Hello")]);
-    let number = |column| attempt::<i64>(&scene.bench, column, "MESSAGE");
-    scene.bench.until_events("waiting", 1).await;
-    until("three tries", async || {
-        scene
-            .bench
-            .value::<i64>("SELECT coalesce(max(attempts), 0) FROM attempts")
-            >= 3
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        daemon.stop().await;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        drop(listener);
+        t.set("--our-api-url", &format!("http://{address}"));
+        t.start();
+        // The windows are to begin after the daemon did: what comes from before is looked up in any case.
+        t.bigchat.further_polls(1).await;
+        t.bigchat.clock(NOW + 60);
+        t.bigchat.further_polls(3).await;
+        t.our_api.asked();
+        t.bigchat.tells([message(42, 5, "Hello")]);
+        let number = |column| attempt::<i64>(t, column, "MESSAGE");
+        t.until_events("waiting", 1).await;
+        until("three tries", async || {
+            t.value::<i64>("SELECT coalesce(max(attempts), 0) FROM attempts") >= 3
+        })
+        .await;
+        assert_eq!((number("counted"), number("outcome_unknown")), (0, 0));
+        let text = |column| attempt::<String>(t, column, "MESSAGE");
+        assert_eq!(text("reason"), TURNED_AWAY);
+        assert!(
+            text("response").starts_with("no connection: "),
+            "{}",
+            text("response")
+        );
+        t.our_api.move_to(address).await;
+        t.until_events("delivered", 2).await;
+        assert_eq!(heads(&t.our_api.asked()), [POST]);
     })
     .await;
-    assert_eq!((number("counted"), number("outcome_unknown")), (0, 0));
-    let text = |column| attempt::<String>(&scene.bench, column, "MESSAGE");
-    assert_eq!(text("reason"), TURNED_AWAY);
-    assert!(
-        text("response").starts_with("no connection: "),
-        "{}",
-        text("response")
-    );
-    let listener = std::net::TcpListener::bind(address).expect("the port");
-    scene.our_api.move_to(listener).await;
-    scene.bench.until_events("delivered", 2).await;
-    assert_eq!(heads(&scene.our_api.asked()), [POST]);
-    daemon.stop().await;
 }
 
 #[tokio::test]
 async fn a_poison_event_fails_while_others_get_through_and_its_conversation_goes_on() {
-    let scene = Scene::new().await.set("--max-attempts", "3");
-    let (scene, daemon) = with_a_chat(scene).await;
-    scene.delivers([start(43, 1)]).await;
-    let poisoned = "POST /chats/c1/messages*poison";
-    scene.our_api.upset(poisoned, status(500).always());
-    scene
-        .bigchat
-        .tells([message(42, 5, "poison"), message(42, 6, "after")]);
-    let mut others = 0;
-    while scene.bench.events("failed") == 0 {
-        others += 1;
-        assert!(others < 300, "it never fails");
-        let text = format!("other {others}");
-        scene.bigchat.tells([message(43, others, &text)]);
-        scene.bigchat.further_polls(1).await;
-    }
-    scene.bench.until_events("delivered", others + 3).await;
-    let failed = &scene.bench.failed()[0];
-    assert!(failed.reason.starts_with(NO_ANSWER), "{}", failed.reason);
-    assert!(
-        failed
-            .request
-            .as_ref()
-            .is_some_and(|request| request.contains("poison"))
-    );
-    assert!(
-        failed
-            .response
-            .as_ref()
-            .is_some_and(|response| response.starts_with("500"))
-    );
-    assert_eq!(attempt::<i64>(&scene.bench, "counted", "MESSAGE"), 3);
-    let tries = scene.our_api.count(poisoned);
-    assert_eq!(usize::try_from(failed.tries), Ok(tries));
-    let mut messages = scene.our_api.messages();
-    messages.retain(|text| !text.starts_with("other"));
-    assert_eq!(messages, ["after"]);
+    run_test(async |t| {
+        t.set("--max-attempts", "3");
+        with_a_chat(t).await;
+        t.delivers([start(43, 1)]).await;
+        let poisoned = "POST /chats/c1/messages*poison";
+        t.our_api.upset(poisoned, status(500).always());
+        t.bigchat
+            .tells([message(42, 5, "poison"), message(42, 6, "after")]);
+        let mut others = 0;
+        while t.events("failed") == 0 {
+            others += 1;
+            assert!(others < 300, "it never fails");
+            let text = format!("other {others}");
+            t.bigchat.tells([message(43, others, &text)]);
+            t.bigchat.further_polls(1).await;
+        }
+        t.until_events("delivered", others + 3).await;
+        let failed = &t.failed()[0];
+        assert!(failed.reason.starts_with(NO_ANSWER), "{}", failed.reason);
+        assert!(
+            failed
+                .request
+                .as_ref()
+                .is_some_and(|request| request.contains("poison"))
+        );
+        assert!(
+            failed
+                .response
+                .as_ref()
+                .is_some_and(|response| response.starts_with("500"))
+        );
+        assert_eq!(attempt::<i64>(t, "counted", "MESSAGE"), 3);
+        let tries = t.our_api.count(poisoned);
+        assert_eq!(usize::try_from(failed.tries), Ok(tries));
+        let mut messages = t.our_api.messages();
+        messages.retain(|text| !text.starts_with("other"));
+        assert_eq!(messages, ["after"]);
 
-    // Sent once more, it may be there by now.
-    scene.our_api.has_message("c1", 5, "poison");
-    scene.our_api.calm();
-    let id = failed.id.to_string();
-    let told = scene
-        .bench
-        .failed_command(&["retry", &id])
-        .expect("it is there");
-    assert!(told.starts_with("1 to be tried again"), "{told}");
-    scene.bench.until_events("delivered", others + 4).await;
-    assert_eq!(scene.our_api.count(poisoned), tries, "it was looked up");
-    daemon.stop().await;
+        // Sent once more, it may be there by now.
+        t.our_api.has_message("c1", 5, "poison");
+        t.our_api.calm();
+        let id = failed.id.to_string();
+        let told = t.failed_command(&["retry", &id]).expect("it is there");
+        assert!(told.starts_with("1 to be tried again"), "{told}");
+        t.until_events("delivered", others + 4).await;
+        assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -561,53 +571,53 @@ async fn an_outage_spends_no_attempts() {
             ("429", status(429), TURNED_AWAY),
         ],
         async |(case, upset, reason)| {
-            let scene = Scene::new().await.set("--max-attempts", "1");
-            let (scene, daemon) = with_a_chat(scene).await;
-            scene.delivers([start(43, 1)]).await;
-            scene.our_api.upset("", upset.always());
-            let texts = ["one", "two", "three", "four"];
-            scene.bigchat.tells(
-                [42, 43, 42, 43]
-                    .iter()
-                    .zip(texts)
-                    .map(|(id, text)| message(*id, 5, text)),
-            );
-            until("tries", async || {
-                scene
-                    .bench
-                    .value::<i64>("SELECT coalesce(sum(attempts), 0) FROM attempts")
-                    >= 8
+            run_test(async |t| {
+                t.set("--max-attempts", "1");
+                let daemon = with_a_chat(t).await;
+                t.delivers([start(43, 1)]).await;
+                t.our_api.upset("", upset.always());
+                let texts = ["one", "two", "three", "four"];
+                t.bigchat.tells(
+                    [42, 43, 42, 43]
+                        .iter()
+                        .zip(texts)
+                        .map(|(id, text)| message(*id, 5, text)),
+                );
+                until("tries", async || {
+                    t.value::<i64>("SELECT coalesce(sum(attempts), 0) FROM attempts") >= 8
+                })
+                .await;
+                let of_attempts = |what: &str| {
+                    let sql = format!("SELECT {what} FROM attempts WHERE attempts > 0");
+                    t.value::<i64>(&sql)
+                };
+                assert_eq!(of_attempts("max(counted)"), 0, "{case}");
+                assert_eq!(
+                    of_attempts("count(*)"),
+                    2,
+                    "{case}: one of each conversation"
+                );
+                assert_eq!(
+                    of_attempts(&format!("sum(reason LIKE '{reason}%')")),
+                    2,
+                    "{case}"
+                );
+                assert_eq!(t.events("waiting"), 4, "{case}");
+                t.our_api.calm();
+                t.until_events("delivered", 6).await;
+                daemon.stop().await;
+                let mut held = t.our_api.messages();
+                held.sort();
+                assert_eq!(held, ["four", "one", "three", "two"], "{case}");
             })
             .await;
-            let of_attempts = |what: &str| {
-                let sql = format!("SELECT {what} FROM attempts WHERE attempts > 0");
-                scene.bench.value::<i64>(&sql)
-            };
-            assert_eq!(of_attempts("max(counted)"), 0, "{case}");
-            assert_eq!(
-                of_attempts("count(*)"),
-                2,
-                "{case}: one of each conversation"
-            );
-            assert_eq!(
-                of_attempts(&format!("sum(reason LIKE '{reason}%')")),
-                2,
-                "{case}"
-            );
-            assert_eq!(scene.bench.events("waiting"), 4, "{case}");
-            scene.our_api.calm();
-            scene.bench.until_events("delivered", 6).await;
-            daemon.stop().await;
-            let mut held = scene.our_api.messages();
-            held.sort();
-            assert_eq!(held, ["four", "one", "three", "two"], "{case}");
         },
     )
     .await;
 }
 
 /// `retry-after`, one second ahead of the `date` it comes with.
-fn in_a_second(upset: Upset) -> Upset {
+fn in_a_second(upset: Fault) -> Fault {
     let now = SystemTime::now();
     let date = |at| httpdate::fmt_http_date(at);
     upset
@@ -634,29 +644,29 @@ async fn retry_after_is_obeyed() {
             ("408", after(408, "3600"), looked_up, false),
         ],
         async |(case, upset, expected, waits)| {
-            let (scene, daemon) = with_a_chat(Scene::new().await).await;
-            scene.our_api.upset(POST, upset);
-            let asked = scene.delivers([message(42, 5, "Hello")]).await;
-            assert_eq!(heads(&asked), expected, "{case}");
-            let all = scene.our_api.ever_asked("");
-            let since = all.len() - expected.len();
-            let pause = all[since + 1].at.duration_since(all[since].at);
-            if waits {
-                assert!(pause >= Duration::from_millis(900), "{case}: {pause:?}");
-                let reason: String = attempt(&scene.bench, "reason", "MESSAGE");
-                assert!(
-                    reason.starts_with("OurAPI asks to be left alone until "),
-                    "{reason}"
+            run_test(async |t| {
+                with_a_chat(t).await;
+                t.our_api.upset(POST, upset);
+                let asked = t.delivers([message(42, 5, "Hello")]).await;
+                assert_eq!(heads(&asked), expected, "{case}");
+                let all = t.our_api.ever_asked("");
+                let since = all.len() - expected.len();
+                let pause = all[since + 1].at.duration_since(all[since].at);
+                if waits {
+                    assert!(pause >= Duration::from_millis(900), "{case}: {pause:?}");
+                    let reason: String = attempt(t, "reason", "MESSAGE");
+                    assert!(
+                        reason.starts_with("OurAPI asks to be left alone until "),
+                        "{reason}"
+                    );
+                }
+                assert_eq!(
+                    t.value::<i64>("SELECT our_api_retry_after > 1000 FROM control"),
+                    i64::from(waits || case == "429, past"),
+                    "{case}"
                 );
-            }
-            assert_eq!(
-                scene
-                    .bench
-                    .value::<i64>("SELECT our_api_retry_after > 1000 FROM control"),
-                i64::from(waits || case == "429, past"),
-                "{case}"
-            );
-            daemon.stop().await;
+            })
+            .await;
         },
     )
     .await;
@@ -664,38 +674,41 @@ async fn retry_after_is_obeyed() {
 
 #[tokio::test]
 async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
-    let (scene, daemon) = with_a_chat(Scene::new().await).await;
-    let upset = status(429).header("retry-after", "9999999");
-    scene.our_api.upset(POST, upset);
-    scene.our_api.asked();
-    scene.bigchat.tells([message(42, 5, "Hello")]);
-    let left = |bench: &Bench| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let now = i64::try_from(now.expect("after 1970").as_millis()).expect("soon");
-        bench.value::<i64>("SELECT our_api_retry_after FROM control") - now
-    };
-    until("it is kept", async || left(&scene.bench) > 0).await;
-    assert!(left(&scene.bench) <= 3_600_000);
-    daemon.stop().await;
-    assert_eq!(heads(&scene.our_api.asked()), [POST]);
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        let upset = status(429).header("retry-after", "9999999");
+        t.our_api.upset(POST, upset);
+        t.our_api.asked();
+        t.bigchat.tells([message(42, 5, "Hello")]);
+        let left = |t: &Bench| {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let now = i64::try_from(now.expect("after 1970").as_millis()).expect("soon");
+            t.value::<i64>("SELECT our_api_retry_after FROM control") - now
+        };
+        until("it is kept", async || left(t) > 0).await;
+        assert!(left(t) <= 3_600_000);
+        daemon.stop().await;
+        assert_eq!(heads(&t.our_api.asked()), [POST]);
 
-    let daemon = scene.bench.start();
-    scene.bigchat.tells([start(43, 1), message(42, 6, "more")]);
-    scene.bigchat.further_polls(5).await;
-    scene.bench.until_events("waiting", 3).await;
-    scene.bigchat.further_polls(3).await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.asked().len(), 0, "nothing is asked meanwhile");
-    assert!(left(&scene.bench) > 3_500_000);
+        let daemon = t.start();
+        t.bigchat.tells([start(43, 1), message(42, 6, "more")]);
+        t.bigchat.further_polls(5).await;
+        t.until_events("waiting", 3).await;
+        t.bigchat.further_polls(3).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.asked().len(), 0, "nothing is asked meanwhile");
+        assert!(left(t) > 3_500_000);
 
-    let soon = left(&scene.bench) - 500;
-    let throttled = "UPDATE control SET our_api_retry_after = our_api_retry_after";
-    scene.bench.execute(&format!("{throttled} - {soon}"));
-    let daemon = scene.bench.start();
-    scene.bench.until_events("delivered", 4).await;
-    daemon.stop().await;
-    assert!(left(&scene.bench) <= 0);
-    assert_eq!(scene.our_api.messages(), ["Hello", "more"]);
+        let soon = left(t) - 500;
+        let throttled = "UPDATE control SET our_api_retry_after = our_api_retry_after";
+        t.execute(&format!("{throttled} - {soon}"));
+        let daemon = t.start();
+        t.until_events("delivered", 4).await;
+        daemon.stop().await;
+        assert!(left(t) <= 0);
+        assert_eq!(t.our_api.messages(), ["Hello", "more"]);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -728,21 +741,21 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
             ),
         ],
         async |(case, pattern, upset, reason, response)| {
-            let scene = Scene::new().await.set("--request-timeout", "1s");
-            scene.bigchat.upset(pattern, upset);
-            let daemon = scene.bench.start();
-            scene
-                .delivers([start(42, 0), message(42, 5, "Hello")])
-                .await;
-            let mut expected = vec![details, advisor];
-            let again = expected.iter().position(|line| *line == pattern);
-            expected.insert(again.expect("one of them"), pattern);
-            assert_eq!(scene.bigchat.asked_besides(), expected, "{case}");
-            assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
-            assert_eq!(scene.our_api.messages(), ["Hello"], "{case}");
-            failed_once(&scene.bench, "START", case, reason, pattern, response);
-            assert_eq!(attempt::<i64>(&scene.bench, "outcome_unknown", "START"), 0);
-            daemon.stop().await;
+            run_test(async |t| {
+                t.set("--request-timeout", "1s");
+                t.bigchat.upset(pattern, upset);
+                t.start();
+                t.delivers([start(42, 0), message(42, 5, "Hello")]).await;
+                let mut expected = vec![details, advisor];
+                let again = expected.iter().position(|line| *line == pattern);
+                expected.insert(again.expect("one of them"), pattern);
+                assert_eq!(t.bigchat.asked_besides(), expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+                assert_eq!(t.our_api.messages(), ["Hello"], "{case}");
+                failed_once(t, "START", case, reason, pattern, response);
+                assert_eq!(attempt::<i64>(t, "outcome_unknown", "START"), 0);
+            })
+            .await;
         },
     )
     .await;
@@ -757,57 +770,62 @@ async fn while_bigchat_asks_to_be_left_alone_no_attempts_are_spent() {
         (status(401).always(), "max(attempts) >= 3"),
         (status(403).always(), "max(attempts) >= 3"),
     ] {
-        let scene = Scene::new().await.set("--max-attempts", "1");
-        let daemon = scene.bench.start();
-        scene.delivers([start(43, 1), transfer(43, 2, 8)]).await;
-        scene.bigchat.upset("GET /conversations/42", upset);
-        // These need nothing of BigChat, and get through between the tries of the first.
-        let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
-        scene
-            .bigchat
-            .tells(std::iter::once(start(42, 0)).chain(others));
-        scene.bench.until_events("delivered", 2 + 80).await;
-        until("it waits or fails", async || {
-            let sql = format!(
-                "SELECT coalesce({waits}, 0) FROM attempts JOIN events e ON e.id = event
+        run_test(async |t| {
+            t.differs("BigChat is left alone to the end");
+            t.set("--max-attempts", "1");
+            t.start();
+            t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
+            t.bigchat.upset("GET /conversations/42", upset);
+            // These need nothing of BigChat, and get through between the tries of the first.
+            let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
+            t.bigchat.tells(std::iter::once(start(42, 0)).chain(others));
+            t.until_events("delivered", 2 + 80).await;
+            until("it waits or fails", async || {
+                let sql = format!(
+                    "SELECT coalesce({waits}, 0) FROM attempts JOIN events e ON e.id = event
                  JOIN conversations c ON c.id = e.conversation"
-            );
-            scene.bench.value(&sql) || scene.bench.events("failed") > 0
+                );
+                t.value(&sql) || t.events("failed") > 0
+            })
+            .await;
+            assert_eq!(t.failed(), []);
+            assert_eq!(attempt::<i64>(t, "counted", "START"), 0);
         })
         .await;
-        assert_eq!(scene.bench.failed(), []);
-        assert_eq!(attempt::<i64>(&scene.bench, "counted", "START"), 0);
-        daemon.stop().await;
     }
 }
 
 #[tokio::test]
 async fn a_chat_is_lost_only_if_the_list_of_chats_says_so() {
-    let (scene, daemon) = with_a_chat(Scene::new().await).await;
-    scene.delivers([message(42, 5, "one")]).await;
-    scene.our_api.upset(POST, status(404));
-    scene.our_api.upset(FIND, status(500));
-    let asked = scene.delivers([message(42, 6, "two")]).await;
-    assert_eq!(heads(&asked), [POST, FIND, POST]);
-    assert_eq!(scene.our_api.messages(), ["one", "two"]);
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.delivers([message(42, 5, "one")]).await;
+        t.our_api.upset(POST, status(404));
+        t.our_api.upset(FIND, status(500));
+        let asked = t.delivers([message(42, 6, "two")]).await;
+        assert_eq!(heads(&asked), [POST, FIND, POST]);
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
 
-    scene.delivers([transfer(42, 7, 8), end(42, 8)]).await;
-    scene.our_api.loses_everything();
-    scene.bigchat.tells([message(42, 9, "three")]);
-    scene.bench.until_events("delivered", 6).await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 22:00:08 a1"]);
-    assert_eq!(scene.our_api.messages(), ["one", "two", "three"]);
+        t.delivers([transfer(42, 7, 8), end(42, 8)]).await;
+        t.our_api.loses_everything();
+        t.bigchat.tells([message(42, 9, "three")]);
+        t.until_events("delivered", 6).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:08 a3"]);
+        assert_eq!(t.our_api.messages(), ["one", "two", "three"]);
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
-    let (scene, daemon) = with_a_chat(Scene::new().await).await;
+    run_test(async |t| {
+with_a_chat(t).await;
     let garbled = "{\"event_name\":\"\\u001b[31mREOPEN\u{7f}\"}";
     let told = format!(r#"{{"events":[{},{garbled}]}}"#, message(42, 5, "k"));
-    scene.bigchat.tells(raw(&told));
-    scene.bench.until_events("failed", 2).await;
-    let command = |arguments: &[&str]| scene.bench.failed_command(arguments);
+    t.bigchat.tells(raw(&told));
+    t.until_events("failed", 2).await;
+    let command = |arguments: &[&str]| t.failed_command(arguments);
     let answer = |arguments: &[&str]| command(arguments).expect("it is done");
 
     let list = answer(&["list"]);
@@ -815,7 +833,7 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
         assert!(list.contains(part), "{part}: {list}");
     }
     assert!(answer(&["list", "--limit", "1"]).contains("2 failed, 1 shown."));
-    let events = scene.bench.failed();
+    let events = t.failed();
     let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
     let shown = answer(&["show", refused]);
     for part in [
@@ -836,22 +854,22 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
 
     answer(&["retry", refused]);
     until("it is refused again", async || {
-        attempt::<i64>(&scene.bench, "attempts", "MESSAGE") == 2
-            && scene.bench.events("failed") == 2
+        attempt::<i64>(t, "attempts", "MESSAGE") == 2
+            && t.events("failed") == 2
     })
     .await;
-    scene.our_api.upset(POST, status(200).body("{}"));
+    t.our_api.upset(POST, status(200).body("{}"));
     assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
-    scene.bench.until_events("delivered", 2).await;
-    assert_eq!(scene.our_api.count(POST), 3);
+    t.until_events("delivered", 2).await;
+    assert_eq!(t.our_api.count(POST), 3);
     // What was decided stays known, and how each attempt went.
     let decided = "SELECT group_concat(resolution || ' by ' || resolved_by || ' of ' || event || ': ' || reason, '; ') FROM resolutions";
     let retried = format!("retry by command of {refused}: {}", events[0].reason);
     assert_eq!(
-        scene.bench.value::<String>(decided),
+        t.value::<String>(decided),
         format!("{retried}; {retried}")
     );
-    assert_eq!(scene.bench.value::<i64>("SELECT count(*) FROM failures"), 2);
+    assert_eq!(t.value::<i64>("SELECT count(*) FROM failures"), 2);
 
     assert!(matches!(
         command(&["retry", unreadable]),
@@ -861,68 +879,75 @@ async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
         command(&["discard", unreadable, unreadable, refused]),
         Err(FailedError::Partly { done: 1, asked: 2 })
     ));
-    scene.bench.until_events("discarded", 1).await;
+    t.until_events("discarded", 1).await;
     assert_eq!(answer(&["list"]), "no event has failed\n");
     assert_eq!(answer(&["discard", "--all", "--yes"]), "0 discarded\n");
     assert_eq!(answer(&["retry", "--all"]).split(' ').next(), Some("0"));
-    daemon.stop().await;
+})
+.await;
 }
 
 #[tokio::test]
 async fn a_decision_waits_for_whoever_is_writing() {
-    let (scene, daemon) = with_a_chat(Scene::new().await).await;
-    scene.bigchat.tells([message(42, 5, "k")]);
-    scene.bench.until_events("failed", 1).await;
-    daemon.stop().await;
-    let writer = rusqlite::Connection::open(scene.bench.db()).expect("a database");
-    writer.execute_batch("BEGIN IMMEDIATE").expect("its turn");
-    let written = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(200));
-        writer.execute_batch("COMMIT").expect("it is written");
-    });
-    let told = scene.bench.failed_command(&["discard", "--all", "--yes"]);
-    assert_eq!(told.expect("it is done"), "1 discarded\n");
-    written.join().expect("no panic");
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.bigchat.tells([message(42, 5, "k")]);
+        t.until_events("failed", 1).await;
+        daemon.stop().await;
+        let writer = rusqlite::Connection::open(t.db()).expect("a database");
+        writer.execute_batch("BEGIN IMMEDIATE").expect("its turn");
+        let written = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            writer.execute_batch("COMMIT").expect("it is written");
+        });
+        let told = t.failed_command(&["discard", "--all", "--yes"]);
+        assert_eq!(told.expect("it is done"), "1 discarded\n");
+        written.join().expect("no panic");
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_twin_that_waits_for_longer_than_the_retention_is_not_taken_for_the_one_delivered() {
-    let scene = Scene::new().await.set("--retention", "1s");
-    let daemon = scene.bench.start();
-    let told = message(42, 10, "ok");
-    scene.delivers([start(42, 0), told.clone()]).await;
-    let failing = status(500).always();
-    scene.our_api.upset("POST /chats/*/messages", failing);
-    // On one page there are two of it: the other one is new.
-    scene.bigchat.tells([told.clone(), told]);
-    scene.bench.until_events("waiting", 1).await;
-    until("what is delivered and has no twin is dropped", async || {
-        scene.bench.events("delivered") == 1
+    run_test(async |t| {
+        t.set("--retention", "1s");
+        let daemon = t.start();
+        let told = message(42, 10, "ok");
+        t.delivers([start(42, 0), told.clone()]).await;
+        let failing = status(500).always();
+        t.our_api.upset("POST /chats/*/messages", failing);
+        // On one page there are two of it: the other one is new.
+        t.bigchat.tells([told.clone(), told]);
+        t.until_events("waiting", 1).await;
+        until("what is delivered and has no twin is dropped", async || {
+            t.events("delivered") == 1
+        })
+        .await;
+        t.our_api.calm();
+        until("it is delivered", async || t.events("waiting") == 0).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages(), ["ok", "ok"]);
     })
     .await;
-    scene.our_api.calm();
-    until("it is delivered", async || {
-        scene.bench.events("waiting") == 0
-    })
-    .await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.messages(), ["ok", "ok"]);
 }
 
 #[tokio::test]
 async fn a_look_up_that_finds_everything_shows_our_api_to_be_well() {
-    let (scene, daemon) = with_a_chat(Scene::new().await).await;
-    scene.our_api.upset(LOOK, status(503).always());
-    scene.our_api.upset(POST, status(503).carried_out());
-    scene.bigchat.tells([message(42, 5, "one")]);
-    let up = || {
-        let up = "SELECT coalesce((SELECT up FROM api_status WHERE name = 'our_api'), 1)";
-        scene.bench.value::<i64>(up)
-    };
-    until("it is down", async || up() == 0).await;
-    scene.our_api.calm();
-    scene.bench.until_events("delivered", 2).await;
-    until("it is up again", async || up() == 1).await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.messages(), ["one"]);
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.our_api.upset(LOOK, status(503).always());
+        t.our_api.upset(POST, status(503).carried_out());
+        t.bigchat.tells([message(42, 5, "one")]);
+        let up = || {
+            let up = "SELECT coalesce((SELECT up FROM api_status WHERE name = 'our_api'), 1)";
+            t.value::<i64>(up)
+        };
+        until("it is down", async || up() == 0).await;
+        t.our_api.calm();
+        t.until_events("delivered", 2).await;
+        until("it is up again", async || up() == 1).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages(), ["one"]);
+    })
+    .await;
 }

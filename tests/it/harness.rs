@@ -1,9 +1,18 @@
-//! One harness for all: a daemon that is run and stopped as a signal would stop it, over a database of its own, and
-//! conditions that are waited for instead of time.
+//! One harness for all: [`run_test`] owns both services, the database, the daemons that a test starts, and what must hold
+//! in the end.
+//!
+//! A test says what happens at BigChat, what goes wrong, and what OurAPI has. When it is over, daemons that still run are
+//! stopped as a signal would stop them, and OurAPI must have exactly what BigChat reported, with nothing waiting and nothing
+//! failed that OurAPI could have stored, unless the test says otherwise. A test that fails shows what was expected, what
+//! there was, and the daemon's log.
 
+use std::cell::RefCell;
 use std::fmt::Display;
+use std::io::Write;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
@@ -11,6 +20,11 @@ use bigchat_sync::daemon::{self, DaemonError, Onlookers};
 use bigchat_sync::failed::{self, FailedError};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
+use bigchat_sync::simulator::bigchat::{Clock, Options};
+use bigchat_sync::simulator::compare::{Report, Rules};
+use bigchat_sync::simulator::event::T0;
+use bigchat_sync::simulator::fault::Fault;
+use bigchat_sync::simulator::{self, ANY_PORT, Starting};
 use bigchat_sync::web::Door;
 use clap::Parser;
 use futures_util::future::join_all;
@@ -20,6 +34,9 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tracing::subscriber::DefaultGuard;
+
+use crate::services::{BigChat, NOW, OurApi};
 
 /// How long anything may take before the test fails. Long, since the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,19 +55,263 @@ pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: im
     join_all(cases.into_iter().map(|case| test(case))).await;
 }
 
+/// Runs a test in which nothing happens but what it says, BigChat's clock stands still at [`NOW`], and BigChat knows its
+/// first conversation, 42 and 43 with advisor 7 (Ann), and advisor 8 (Bob).
+pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
+    let options = Options {
+        quiet: true,
+        clock: Clock::Still(NOW),
+        ..Options::default()
+    };
+    let bigchat = simulator::BigChat::new(options);
+    let t = Test::new(bigchat, simulator::OurApi::new(1).in_order()).await;
+    {
+        let mut bigchat = t.bigchat.state();
+        bigchat.open(1, -3600, 7);
+        bigchat.open(42, 0, 7);
+        bigchat.open(43, 1, 7);
+        bigchat.set_advisor(7, "Ann", "ann@x.test");
+        bigchat.set_advisor(8, "Bob", "bob@x.test");
+    }
+    t.run(test).await;
+}
+
+/// The same where BigChat's clock is this machine's, and BigChat knows only its first conversation and its ten advisors.
+pub(crate) async fn run_live_test(test: impl AsyncFnOnce(&Test)) {
+    let options = Options {
+        quiet: true,
+        ..Options::default()
+    };
+    run_with(options, test).await;
+}
+
+/// Runs a test with another BigChat, and an OurAPI as fragile as the real one.
+pub(crate) async fn run_with(bigchat: Options, test: impl AsyncFnOnce(&Test)) {
+    let bigchat = simulator::BigChat::new(bigchat);
+    let t = Test::new(bigchat, simulator::OurApi::new(1)).await;
+    t.run(test).await;
+}
+
+/// Both services, a database, and the daemons between them.
+pub(crate) struct Test {
+    pub(crate) bigchat: BigChat,
+    pub(crate) our_api: OurApi,
+    bench: Bench,
+    rules: RefCell<Rules>,
+    /// Why what must hold in the end does not, if it need not.
+    differs: RefCell<Option<&'static str>>,
+    /// How many events may have failed that OurAPI could have stored.
+    failed: RefCell<usize>,
+}
+
+impl Deref for Test {
+    type Target = Bench;
+
+    fn deref(&self) -> &Bench {
+        &self.bench
+    }
+}
+
+impl Test {
+    pub(crate) async fn new(bigchat: simulator::BigChat, our_api: simulator::OurApi) -> Self {
+        let mut starting = Starting::new().expect("a thread");
+        let bigchat = starting.listen(ANY_PORT, bigchat).await.expect("a port");
+        let our_api = starting.listen(ANY_PORT, our_api).await.expect("a port");
+        Self {
+            bench: Bench::new(&bigchat.url(), &our_api.url()),
+            bigchat: BigChat(bigchat),
+            our_api: OurApi::new(our_api),
+            rules: RefCell::default(),
+            differs: RefCell::default(),
+            failed: RefCell::default(),
+        }
+    }
+
+    async fn run(self, test: impl AsyncFnOnce(&Self)) {
+        Log::begin();
+        test(&self).await;
+        if self.differs.borrow().is_none() {
+            // Of what a running daemon has still to do, it is waited for.
+            let deadline = Instant::now() + PATIENCE;
+            while self.is_running() && self.problem().is_some() && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        self.bench.stop_daemons().await;
+        if self.differs.borrow().is_none()
+            && let Some(problem) = self.problem()
+        {
+            panic!("{problem}");
+        }
+    }
+
+    /// What must hold in the end need not hold: why.
+    pub(crate) fn differs(&self, why: &'static str) {
+        self.differs.replace(Some(why));
+    }
+
+    /// So many events have failed in the end that OurAPI could have stored.
+    pub(crate) fn fails(&self, count: usize) {
+        self.failed.replace(count);
+    }
+
+    /// By which rules OurAPI's data are compared.
+    pub(crate) fn rules(&self, rules: Rules) {
+        self.rules.replace(rules);
+    }
+
+    /// Requests that fit the pattern meet this fault, whichever service they are to.
+    pub(crate) fn upset(&self, pattern: &str, fault: Fault) {
+        let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
+        match of_bigchat.iter().any(|route| pattern.starts_with(route)) {
+            true => self.bigchat.upset(pattern, fault),
+            false => self.our_api.upset(pattern, fault),
+        }
+    }
+
+    /// Both services answer as the contract says from now on.
+    pub(crate) fn calm(&self) {
+        self.bigchat.calm();
+        self.our_api.calm();
+    }
+
+    /// How many requests pause, or are overdue and not carried out yet.
+    pub(crate) fn pausing(&self) -> usize {
+        self.bigchat.pausing() + self.our_api.pausing()
+    }
+
+    /// Lets go on what pauses.
+    pub(crate) fn resume(&self) {
+        self.bigchat.resume();
+        self.our_api.resume();
+    }
+
+    /// BigChat's time, in seconds after 22:00:00.
+    pub(crate) fn now(&self) -> i64 {
+        self.bigchat.now()
+    }
+
+    /// What BigChat reported against what OurAPI has.
+    pub(crate) fn compare(&self) -> Report {
+        let before = self.our_api.before.lock();
+        let rules = Rules {
+            before: before.unwrap_or_else(PoisonError::into_inner).clone(),
+            ..self.rules.borrow().clone()
+        };
+        let expected = simulator::compare::expected(&self.bigchat.reported(), &rules);
+        simulator::compare::compare(&expected, &self.our_api.data(), &rules)
+    }
+
+    /// What does not hold that must hold in the end.
+    fn problem(&self) -> Option<String> {
+        let report = self.compare();
+        if !report.is_clean() {
+            return Some("OurAPI does not have what BigChat reported".to_owned());
+        }
+        if !self.is_ready() {
+            return None;
+        }
+        let (waiting, failed) = (self.events("waiting"), self.failed().len());
+        let discarded = usize::try_from(self.events("discarded")).unwrap_or_default();
+        let right = report.refused + *self.failed.borrow();
+        if waiting > 0 {
+            Some(format!("{waiting} events still wait"))
+        } else if !(failed..=failed + discarded).contains(&right) {
+            Some(format!(
+                "{failed} events failed, and not {right}: {:#?}",
+                self.failed()
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// Waits until OurAPI has what BigChat reported, and nothing else.
+    pub(crate) async fn agrees(&self) {
+        until("no difference", async || {
+            let report = self.compare();
+            report.is_clean() && report.chats() > 0
+        })
+        .await;
+    }
+
+    /// BigChat reports events, one page of them, which the running daemon is to deliver; returns what OurAPI was asked for
+    /// that.
+    pub(crate) async fn delivers(&self, events: impl IntoIterator<Item = Value>) -> Vec<String> {
+        let events: Vec<Value> = events.into_iter().collect();
+        let before = match self.is_ready() {
+            true => self.events("delivered"),
+            false => 0,
+        };
+        let count = before + i64::try_from(events.len()).expect("few");
+        self.our_api.asked();
+        self.bigchat.tells(events);
+        self.until_events("delivered", count).await;
+        self.our_api.asked()
+    }
+}
+
+impl Drop for Test {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read(self.directory().join("log")).unwrap_or_default();
+            println!("expected against actual:\n{}", self.compare());
+            println!("log:\n{}{}", Log::take(), String::from_utf8_lossy(&log));
+        }
+    }
+}
+
+/// What daemons have logged on this thread.
+#[derive(Clone, Copy)]
+struct Log;
+
+thread_local! {
+    static LOG: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static GUARD: RefCell<Option<DefaultGuard>> = const { RefCell::new(None) };
+}
+
+impl Log {
+    /// Logs here from now on.
+    fn begin() {
+        GUARD.with_borrow_mut(|guard| {
+            guard.get_or_insert_with(|| {
+                let subscriber = tracing_subscriber::fmt().with_ansi(false);
+                tracing::subscriber::set_default(subscriber.with_writer(|| Self).finish())
+            });
+        });
+    }
+
+    fn take() -> String {
+        let log = LOG.with_borrow_mut(std::mem::take);
+        String::from_utf8_lossy(&log).into_owned()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.with_borrow_mut(|log| log.write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Two URLs, a database, and the settings to run a daemon with.
 pub(crate) struct Bench {
     directory: TempDir,
-    flags: Vec<String>,
+    flags: Mutex<Vec<String>>,
+    daemons: Mutex<Vec<Daemon>>,
 }
 
 impl Bench {
     /// A fresh database, quick polls and retries.
     pub(crate) fn new(bigchat_url: &str, our_api_url: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut bench = Self {
+        let bench = Self {
             directory,
-            flags: Vec::new(),
+            flags: Mutex::default(),
+            daemons: Mutex::default(),
         };
         let db = bench.db().display().to_string();
         for (flag, value) in [
@@ -62,16 +323,17 @@ impl Bench {
             ("--retry-max", "200ms"),
             ("--listen", "off"),
         ] {
-            bench = bench.set(flag, value);
+            bench.set(flag, value);
         }
         bench
     }
 
     /// Sets one more flag, or sets it otherwise.
-    pub(crate) fn set(mut self, flag: &str, value: &str) -> Self {
-        self.flags
-            .retain(|set| !set.starts_with(&format!("{flag}=")));
-        self.flags.push(format!("{flag}={value}"));
+    pub(crate) fn set(&self, flag: &str, value: &str) -> &Self {
+        let mut flags = lock(&self.flags);
+        flags.retain(|set| !set.starts_with(&format!("{flag}=")));
+        flags.push(format!("{flag}={value}"));
+        drop(flags);
         self
     }
 
@@ -87,14 +349,20 @@ impl Bench {
 
     /// The settings.
     pub(crate) fn settings(&self) -> Settings {
-        let flags = std::iter::once("bigchat-sync").chain(self.flags.iter().map(String::as_str));
-        Cli::try_parse_from(flags).expect("good flags").settings
+        let flags = lock(&self.flags).clone();
+        let program = std::iter::once("bigchat-sync".to_owned());
+        Cli::try_parse_from(program.chain(flags))
+            .expect("good flags")
+            .settings
     }
 
     /// The program as a process of its own, with these settings.
     pub(crate) fn program(&self, command: &str) -> std::process::Command {
         let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-        program.arg(command).args(&self.flags).stdin(Stdio::null());
+        program
+            .arg(command)
+            .args(&*lock(&self.flags))
+            .stdin(Stdio::null());
         program
     }
 
@@ -119,7 +387,7 @@ impl Bench {
             Onlookers::default(),
             stopping.clone(),
         ));
-        Daemon { stopping, task }
+        self.daemon(stopping, task)
     }
 
     /// Starts a daemon that listens as well, on a free port, and tells where.
@@ -134,8 +402,34 @@ impl Bench {
             Onlookers::default(),
             stopping.clone(),
         );
-        let task = tokio::spawn(daemon);
-        (Daemon { stopping, task }, url)
+        let daemon = self.daemon(stopping, tokio::spawn(daemon));
+        (daemon, url)
+    }
+
+    fn daemon(&self, stopping: CancellationToken, task: Task) -> Daemon {
+        let daemon = Daemon {
+            stopping,
+            task: Arc::new(Mutex::new(Some(task))),
+        };
+        lock(&self.daemons).push(daemon.clone());
+        daemon
+    }
+
+    /// Whether a daemon runs that was started here.
+    fn is_running(&self) -> bool {
+        lock(&self.daemons)
+            .iter()
+            .any(|daemon| lock(&daemon.task).is_some())
+    }
+
+    /// Stops what still runs.
+    async fn stop_daemons(&self) {
+        let daemons = std::mem::take(&mut *lock(&self.daemons));
+        for daemon in daemons {
+            if lock(&daemon.task).is_some() {
+                daemon.stop().await;
+            }
+        }
     }
 
     /// Polls once, delivers what is due, and ends, in the background: with what stops it.
@@ -150,11 +444,13 @@ impl Bench {
         (stopping, tokio::spawn(once))
     }
 
-    /// Up to which BigChat was read, in Unix seconds.
+    /// Up to which BigChat was read, in seconds after 22:00:00.
     pub(crate) fn cursor(&self) -> Option<i64> {
-        self.is_ready()
+        let cursor: Option<i64> = self
+            .is_ready()
             .then(|| self.value("SELECT cursor FROM poll_state"))
-            .flatten()
+            .flatten();
+        cursor.map(|cursor| cursor - T0)
     }
 
     /// Polls once, delivers what is due, and ends, with all of it done or not.
@@ -257,10 +553,17 @@ impl Drop for Process {
     }
 }
 
-/// A running daemon.
+type Task = JoinHandle<Result<(), DaemonError>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A daemon, running until it is stopped, by its test or after it.
+#[derive(Clone)]
 pub(crate) struct Daemon {
     stopping: CancellationToken,
-    task: JoinHandle<Result<(), DaemonError>>,
+    task: Arc<Mutex<Option<Task>>>,
 }
 
 impl Daemon {
@@ -269,17 +572,22 @@ impl Daemon {
         self.outcome().await.expect("it stops well");
     }
 
+    fn task(&self) -> Task {
+        lock(&self.task).take().expect("it was running")
+    }
+
     /// Stops it as a signal would, and tells how it ended.
     pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
         self.stopping.cancel();
-        let ended = timeout(PATIENCE, self.task).await.expect("it ends");
+        let ended = timeout(PATIENCE, self.task()).await.expect("it ends");
         ended.expect("no panic")
     }
 
     /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.
     pub(crate) async fn crash(self, bench: &Bench) {
-        self.task.abort();
-        self.task.await.expect_err("it was running");
+        let task = self.task();
+        task.abort();
+        task.await.expect_err("it was running");
         until("the database is free", async || {
             Store::open(&bench.db()).is_ok()
         })

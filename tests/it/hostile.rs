@@ -1,19 +1,15 @@
 //! Answers that are hostile or broken: bounded time and memory, a warning, and nothing else lost.
 
+use crate::harness::{run_live_test, run_test, side_by_side, until};
+use crate::services::{NOW, Tampered, tampering, unix, window, with_header};
+use bigchat_sync::simulator::bigchat::{Page, page, raw};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::status;
 use std::time::Duration;
 
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::faults::{Fault, When};
-use bigchat_sync::sim::our_api;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use crate::daemon::{agrees, end, message, scripted, seconds, transfer};
-use crate::fakes::{
-    self, NOW, Page, Scene, Tampered, page, raw, start, status, tampering, unix, window,
-    with_header,
-};
-use crate::harness::{side_by_side, until};
 use crate::process::Process;
 
 /// More than the program ever needs for what it reads of one answer (32 MiB), in a debug build, in MiB.
@@ -21,7 +17,7 @@ const MEMORY: u64 = 256;
 
 /// In the scene of the fakes, somebody writes something.
 fn said(conversation: i64, at: i64, text: &str) -> Value {
-    fakes::message(conversation, at, text)
+    message(conversation, at, text)
 }
 
 fn deep(levels: usize) -> String {
@@ -68,43 +64,42 @@ async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
     ];
     side_by_side(routes, async |route| {
         for body in bodies() {
-            let (sim, bench) = scripted(our_api::Options::default()).await;
-            let now = seconds(&sim);
-            sim.bigchat.open(10, now - 100, 1);
-            let told = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
-            sim.bigchat.push_page(told, NextPage::None);
-            // Where it was carried out nobody may believe that it was not; where it was not, that it was.
-            let told_once = route.ends_with("events");
-            let json = body.trim_start_matches('\u{feff}');
-            let may_be_success =
-                json.is_empty() || serde_json::from_str::<IgnoredAny>(json).is_ok();
-            let faults = match route.starts_with("GET /events")
-                || route.contains("/conv")
-                || route.contains("/adv")
-            {
-                true => &sim.bigchat.faults,
-                false => &sim.our_api.faults,
-            };
-            let when = if told_once { When::Before } else { When::After };
-            faults.script(route, when, Fault::Body(body.clone()), 1);
-            if !may_be_success && !told_once {
-                faults.script(route, When::Before, Fault::Body(body.clone()), 1);
-            }
-            let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
-            let daemon = bench.start();
-            bench.until_events("delivered", 2).await;
-            let told = vec![
-                message(10, now - 8, "two"),
-                transfer(10, now - 7, 7),
-                end(10, now - 6),
-            ];
-            sim.bigchat.push_page(told, NextPage::None);
-            bench.until_events("delivered", 5).await;
-            agrees(&sim, &bench).await;
-            daemon.stop().await;
-            assert_eq!(sim.our_api.chats().len(), 1, "{case}");
-            assert_eq!(sim.our_api.agents().len(), 2, "{case}");
-            assert_eq!(bench.events("failed"), 0, "{case}");
+            run_live_test(async |t| {
+                let now = t.now();
+                t.bigchat.open(10, now - 100, 1);
+                let told = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
+                t.bigchat.tells(told);
+                // Where it was carried out nobody may believe that it was not; where it was not, that it was.
+                let told_once = route.ends_with("events");
+                let json = body.trim_start_matches('\u{feff}');
+                let may_be_success =
+                    json.is_empty() || serde_json::from_str::<IgnoredAny>(json).is_ok();
+                let fault = status(200).body(body.clone());
+                let first = match told_once {
+                    true => fault.clone(),
+                    false => fault.clone().carried_out(),
+                };
+                t.upset(route, first);
+                if !may_be_success && !told_once {
+                    t.upset(route, fault);
+                }
+                let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
+                let daemon = t.start();
+                t.until_events("delivered", 2).await;
+                let told = vec![
+                    message(10, now - 8, "two"),
+                    transfer(10, now - 7, 7),
+                    end(10, now - 6),
+                ];
+                t.bigchat.tells(told);
+                t.until_events("delivered", 5).await;
+                t.agrees().await;
+                daemon.stop().await;
+                assert_eq!(t.our_api.chats().len(), 1, "{case}");
+                assert_eq!(t.our_api.data().agents.len(), 2, "{case}");
+                assert_eq!(t.events("failed"), 0, "{case}");
+            })
+            .await;
         }
     })
     .await;
@@ -190,34 +185,37 @@ async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_o
     let first = said(42, 1, "the first").to_string();
     let last = said(42, 2, "the last").to_string();
     let body = format!(r#"{{"events":[{first},{},{last}]}}"#, events.join(","));
-    let scene = Scene::new().await;
-    scene.bigchat.tells(raw(&body));
-    scene.bench.once().await;
-    let kept = "SELECT count(*) FROM events";
-    let before: i64 = scene.bench.value(kept);
-    assert!(before > 200, "{before}");
-    assert_eq!(scene.bench.events("waiting"), 0);
-    let texts = scene.our_api.messages();
-    for text in ["the first", "the last"] {
-        assert_eq!(
-            texts.iter().filter(|held| *held == text).count(),
-            1,
+    run_test(async |t| {
+        t.differs("the comparison knows nothing of such events");
+        t.bigchat.tells(raw(&body));
+        t.once().await;
+        let kept = "SELECT count(*) FROM events";
+        let before: i64 = t.value(kept);
+        assert!(before > 200, "{before}");
+        assert_eq!(t.events("waiting"), 0);
+        let texts = t.our_api.messages();
+        for text in ["the first", "the last"] {
+            assert_eq!(
+                texts.iter().filter(|held| *held == text).count(),
+                1,
+                "{texts:?}"
+            );
+        }
+        assert!(
+            texts.iter().all(|text| !text.contains('\u{fffd}')),
             "{texts:?}"
         );
-    }
-    assert!(
-        texts.iter().all(|text| !text.contains('\u{fffd}')),
-        "{texts:?}"
-    );
-    assert_eq!(scene.bigchat.queries(), [window(NOW - 10, NOW)]);
-    // What is told again is known, understood or not.
-    scene.bigchat.tells(raw(&body));
-    scene.bench.once().await;
-    assert_eq!(scene.bench.value::<i64>(kept), before);
-    assert_eq!(scene.our_api.messages(), texts);
-    // A reason never has in it all that it complains of.
-    let longest = "SELECT max(length(reason)) FROM attempts";
-    assert!(scene.bench.value::<i64>(longest) < 3_000);
+        assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
+        // What is told again is known, understood or not.
+        t.bigchat.tells(raw(&body));
+        t.once().await;
+        assert_eq!(t.value::<i64>(kept), before);
+        assert_eq!(t.our_api.messages(), texts);
+        // A reason never has in it all that it complains of.
+        let longest = "SELECT max(length(reason)) FROM attempts";
+        assert!(t.value::<i64>(longest) < 3_000);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -250,28 +248,30 @@ async fn no_header_moves_the_cursor_or_hides_the_answer() {
             ),
         ],
         async |(case, header)| {
-            let scene = Scene::new().await;
-            scene.bench.once().await;
-            scene.bigchat.clock(NOW + 60);
-            scene.bigchat.queries();
-            let mut left = 1;
-            let name = header.split(':').next().expect("a name").to_owned();
-            let url = tampering(&scene.bigchat.url(), move |line, answer| {
-                if left == 0 || !line.starts_with("GET /events") {
-                    return answer;
-                }
-                left -= 1;
-                with_header(&answer, &name, &header)
+            run_test(async |t| {
+                t.once().await;
+                t.bigchat.clock(NOW + 60);
+                t.bigchat.queries();
+                let mut left = 1;
+                let name = header.split(':').next().expect("a name").to_owned();
+                let url = tampering(&t.bigchat.url(), move |line, answer| {
+                    if left == 0 || !line.starts_with("GET /events") {
+                        return answer;
+                    }
+                    left -= 1;
+                    with_header(&answer, &name, &header)
+                })
+                .await;
+                t.set("--bigchat-url", &url);
+                t.bigchat.tells([said(42, 1, "one")]);
+                t.once().await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{case}");
+                let queries = t.bigchat.queries();
+                assert_eq!(queries[0], window(NOW - 5, NOW + 60), "{case}");
+                assert_eq!(queries[1], window(NOW + 55, NOW + 60), "{case}");
             })
             .await;
-            let scene = scene.set("--bigchat-url", &url);
-            scene.bigchat.tells([said(42, 1, "one")]);
-            scene.bench.once().await;
-            scene.bench.once().await;
-            assert_eq!(scene.our_api.messages(), ["one"], "{case}");
-            let queries = scene.bigchat.queries();
-            assert_eq!(queries[0], window(NOW - 5, NOW + 60), "{case}");
-            assert_eq!(queries[1], window(NOW + 55, NOW + 60), "{case}");
         },
     )
     .await;
@@ -287,61 +287,63 @@ async fn a_length_that_is_not_that_of_the_body_is_no_page() {
         "many",
         "7\r\ncontent-length: 9",
     ] {
-        let scene = Scene::new().await;
-        let mut upset = true;
-        let header = format!("content-length: {length}");
-        let url = tampering(&scene.bigchat.url(), move |line, answer| {
-            if line.starts_with("GET /events") && std::mem::take(&mut upset) {
-                with_header(&answer, "content-length", &header)
-            } else {
-                answer
-            }
+        run_test(async |t| {
+            let mut upset = true;
+            let header = format!("content-length: {length}");
+            let url = tampering(&t.bigchat.url(), move |line, answer| {
+                if line.starts_with("GET /events") && std::mem::take(&mut upset) {
+                    with_header(&answer, "content-length", &header)
+                } else {
+                    answer
+                }
+            })
+            .await;
+            t.set("--bigchat-url", &url);
+            t.once().await;
+            t.bigchat.tells([said(42, 1, "one")]);
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"], "{length}");
+            let queries = t.bigchat.queries();
+            assert_eq!(
+                queries[..2],
+                [window(NOW - 10, NOW), window(NOW - 10, NOW)],
+                "{length}"
+            );
         })
         .await;
-        let scene = scene.set("--bigchat-url", &url);
-        scene.bench.once().await;
-        scene.bigchat.tells([said(42, 1, "one")]);
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["one"], "{length}");
-        let queries = scene.bigchat.queries();
-        assert_eq!(
-            queries[..2],
-            [window(NOW - 10, NOW), window(NOW - 10, NOW)],
-            "{length}"
-        );
     }
 }
 
 #[tokio::test]
 async fn of_an_answer_without_end_no_more_is_read_than_fits() {
-    let scene = Scene::new()
-        .await
-        .set("--request-timeout", "60s")
-        .set("--log-format", "text");
-    let (bigchat, our_api) = (
-        flooding(&scene.bigchat.url(), "GET /events").await,
-        flooding(&scene.our_api.url(), "POST /chats").await,
-    );
-    let scene = scene
-        .set("--bigchat-url", &bigchat)
-        .set("--our-api-url", &our_api);
-    let daemon = Process::start(&scene.bench);
-    until("three answers without end", async || {
-        scene.bigchat.count("GET /events") > 3
+    run_test(async |t| {
+        t.set("--request-timeout", "60s")
+            .set("--log-format", "text");
+        let (bigchat, our_api) = (
+            flooding(&t.bigchat.url(), "GET /events").await,
+            flooding(&t.our_api.url(), "POST /chats").await,
+        );
+        t.set("--bigchat-url", &bigchat)
+            .set("--our-api-url", &our_api);
+        let daemon = Process::start(t);
+        until("three answers without end", async || {
+            t.bigchat.count("GET /events") > 3
+        })
+        .await;
+        t.bigchat.tells([start(42, 0), said(42, 1, "one")]);
+        t.until_events("delivered", 2).await;
+        assert!(
+            daemon.lines_with("larger than 32 MiB") > 0,
+            "{}",
+            daemon.log()
+        );
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.our_api.messages(), ["one"]);
+        assert_eq!(t.our_api.chats().len(), 1);
     })
     .await;
-    scene.bigchat.tells([start(42, 0), said(42, 1, "one")]);
-    scene.bench.until_events("delivered", 2).await;
-    assert!(
-        daemon.lines_with("larger than 32 MiB") > 0,
-        "{}",
-        daemon.log()
-    );
-    let peak = daemon.mebibytes("VmHWM");
-    assert!(peak < MEMORY, "{peak} MiB");
-    assert!(daemon.stop().await.success());
-    assert_eq!(scene.our_api.messages(), ["one"]);
-    assert_eq!(scene.our_api.chats().len(), 1);
 }
 
 /// A server in front of another whose first three answers to those requests have no end. The last of them was carried
@@ -361,98 +363,99 @@ async fn flooding(url: &str, line: &'static str) -> String {
 
 #[tokio::test]
 async fn an_answer_that_trickles_is_not_waited_for() {
-    let scene = Scene::new().await.set("--request-timeout", "300ms");
-    let mut left = 1;
-    let url = tampering(&scene.bigchat.url(), move |line, answer| {
-        if left == 0 || !line.starts_with("GET /events") {
-            return Tampered::from(answer);
-        }
-        left -= 1;
-        let head = b"HTTP/1.1 200 OK\r\n\r\n";
-        Tampered::without_end(head, b" ", Duration::from_millis(20))
+    run_test(async |t| {
+        t.set("--request-timeout", "300ms");
+        let mut left = 1;
+        let url = tampering(&t.bigchat.url(), move |line, answer| {
+            if left == 0 || !line.starts_with("GET /events") {
+                return Tampered::from(answer);
+            }
+            left -= 1;
+            let head = b"HTTP/1.1 200 OK\r\n\r\n";
+            Tampered::without_end(head, b" ", Duration::from_millis(20))
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        t.start();
+        until("the next poll", async || t.bigchat.count("GET /events") > 1).await;
+        t.bigchat.tells([said(42, 1, "one")]);
+        t.until_events("delivered", 1).await;
     })
     .await;
-    let scene = scene.set("--bigchat-url", &url);
-    let daemon = scene.bench.start();
-    until("the next poll", async || {
-        scene.bigchat.count("GET /events") > 1
-    })
-    .await;
-    scene.bigchat.tells([said(42, 1, "one")]);
-    scene.bench.until_events("delivered", 1).await;
-    daemon.stop().await;
 }
 
 #[tokio::test]
 async fn a_chat_of_a_million_messages_costs_bounded_memory_and_holds_up_nobody_else() {
-    let scene = Scene::new().await.set("--max-attempts", "2");
-    let daemon = scene.bench.start();
-    scene.delivers([start(42, 0), start(43, 1)]).await;
-    daemon.stop().await;
-    let million = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(1_000_000);
-    let million = format!("[{}]", million.trim_end_matches(','));
-    let messages = "GET /chats/c1/messages";
-    scene
-        .our_api
-        .upset(messages, status(200).body(&million).always());
-    let daemon = Process::start(&scene.bench);
-    scene
-        .bigchat
-        .tells([said(42, 5, "hello"), said(43, 6, "other")]);
-    let mut n = 0;
-    until("it is given up", async || {
-        n += 1;
-        scene.bigchat.tells([said(43, 7, &format!("number {n}"))]);
-        scene.bench.events("failed") == 1
+    run_test(async |t| {
+        t.differs("a chat cannot be read back");
+        t.set("--max-attempts", "2");
+        let daemon = t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        daemon.stop().await;
+        let million = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(1_000_000);
+        let million = format!("[{}]", million.trim_end_matches(','));
+        let messages = "GET /chats/c1/messages";
+        t.our_api
+            .upset(messages, status(200).body(&million).always());
+        let daemon = Process::start(t);
+        t.bigchat
+            .tells([said(42, 5, "hello"), said(43, 6, "other")]);
+        let mut n = 0;
+        until("it is given up", async || {
+            n += 1;
+            t.bigchat.tells([said(43, 7, &format!("number {n}"))]);
+            t.events("failed") == 1
+        })
+        .await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert!(t.our_api.messages().contains(&"other".to_owned()));
+        let failed = t.failed();
+        assert!(
+            failed[0]
+                .response
+                .as_deref()
+                .is_some_and(|response| response.contains("32 MiB")),
+            "{failed:?}"
+        );
+        // Fewer fit in, and each is counted.
+        t.our_api.calm();
+        let many = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(500_000);
+        let many = format!("[{}]", many.trim_end_matches(','));
+        t.our_api.upset(messages, status(200).body(&many));
+        t.failed_command(&["retry", "--all"]).expect("a retry");
+        let daemon = Process::start(t);
+        until("it is found", async || {
+            t.events("failed") + t.events("waiting") == 0
+        })
+        .await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert!(!t.our_api.messages().contains(&"hello".to_owned()));
     })
     .await;
-    let peak = daemon.mebibytes("VmHWM");
-    assert!(peak < MEMORY, "{peak} MiB");
-    assert!(daemon.stop().await.success());
-    assert!(scene.our_api.messages().contains(&"other".to_owned()));
-    let failed = scene.bench.failed();
-    assert!(
-        failed[0]
-            .response
-            .as_deref()
-            .is_some_and(|response| response.contains("32 MiB")),
-        "{failed:?}"
-    );
-    // Fewer fit in, and each is counted.
-    scene.our_api.calm();
-    let many = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(500_000);
-    let many = format!("[{}]", many.trim_end_matches(','));
-    scene.our_api.upset(messages, status(200).body(&many));
-    scene
-        .bench
-        .failed_command(&["retry", "--all"])
-        .expect("a retry");
-    let daemon = Process::start(&scene.bench);
-    until("it is found", async || {
-        scene.bench.events("failed") + scene.bench.events("waiting") == 0
-    })
-    .await;
-    let peak = daemon.mebibytes("VmHWM");
-    assert!(peak < MEMORY, "{peak} MiB");
-    assert!(daemon.stop().await.success());
-    assert!(!scene.our_api.messages().contains(&"hello".to_owned()));
 }
 
 #[tokio::test]
 async fn a_page_of_millions_costs_bounded_memory_and_time() {
-    let scene = Scene::new().await;
-    let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
-    scene.bigchat.tells(raw(&body));
-    let daemon = Process::start(&scene.bench);
-    until("it is kept", async || {
-        scene.bench.is_ready() && scene.bench.events("failed") == 1
+    run_test(async |t| {
+        t.fails(1);
+        let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
+        t.bigchat.tells(raw(&body));
+        let daemon = Process::start(t);
+        until("it is kept", async || {
+            t.is_ready() && t.events("failed") == 1
+        })
+        .await;
+        t.bigchat.tells([said(42, 1, "one")]);
+        t.until_events("delivered", 1).await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY / 4, "{peak} MiB");
+        assert!(daemon.stop().await.success());
     })
     .await;
-    scene.bigchat.tells([said(42, 1, "one")]);
-    scene.bench.until_events("delivered", 1).await;
-    let peak = daemon.mebibytes("VmHWM");
-    assert!(peak < MEMORY / 4, "{peak} MiB");
-    assert!(daemon.stop().await.success());
 }
 
 #[tokio::test]
@@ -463,44 +466,50 @@ async fn a_next_page_that_nobody_could_ask_for_completes_the_poll() {
         "?".into(),
         "http://[/?".into(),
     ] {
-        let scene = Scene::new().await;
-        scene.bigchat.tells(page([said(42, 1, "one")], &*next));
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["one"]);
-        scene.bench.once().await;
-        let queries = scene.bigchat.queries();
-        assert_eq!(queries, [window(NOW - 10, NOW), window(NOW - 5, NOW)]);
+        run_test(async |t| {
+            t.bigchat.tells(page([said(42, 1, "one")], &*next));
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"]);
+            t.once().await;
+            let queries = t.bigchat.queries();
+            assert_eq!(queries, [window(NOW - 10, NOW), window(NOW - 5, NOW)]);
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn an_advisor_whom_nobody_could_ask_for_leaves_the_chat_without_an_agent() {
-    let scene = Scene::new().await;
-    scene
-        .bigchat
-        .advisor(7, "Ann", &format!("{}@x.test", "a".repeat(100_000)));
-    let daemon = scene.bench.start();
-    scene.delivers([start(42, 0), said(42, 1, "one")]).await;
-    daemon.stop().await;
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - -"]);
+    run_test(async |t| {
+        t.differs("the advisor cannot be asked for");
+        t.bigchat
+            .advisor(7, "Ann", &format!("{}@x.test", "a".repeat(100_000)));
+        let daemon = t.start();
+        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
-    let scene = Scene::new().await;
-    scene.our_api.has_chat("c1", "42", 0);
-    let held = |at: &str| json!({"text": "from elsewhere", "sent_at": at});
-    let body = json!([
-        held("0001-01-01T00:00:00"),
-        held("1969-12-31T23:59:59Z"),
-        held("9999-12-31T23:59:59.999999")
-    ]);
-    let upset = status(200).body(&body.to_string());
-    scene.our_api.upset("GET /chats/c1/messages", upset);
-    let daemon = scene.bench.start();
-    scene.delivers([start(42, 0), said(42, 1, "one")]).await;
-    daemon.stop().await;
-    assert_eq!(scene.bench.value::<i64>("SELECT count(*) FROM attempts"), 0);
+    run_test(async |t| {
+        t.our_api.has_chat("c1", "42", 0);
+        let held = |at: &str| json!({"text": "from elsewhere", "sent_at": at});
+        let body = json!([
+            held("0001-01-01T00:00:00"),
+            held("1969-12-31T23:59:59Z"),
+            held("9999-12-31T23:59:59.999999")
+        ]);
+        let upset = status(200).body(&body.to_string());
+        t.our_api.upset("GET /chats/c1/messages", upset);
+        let daemon = t.start();
+        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        daemon.stop().await;
+        assert_eq!(t.value::<i64>("SELECT count(*) FROM attempts"), 0);
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -522,49 +531,51 @@ async fn no_request_and_no_token_goes_to_another_host() {
         "GET /chats/c1/messages",
         "POST /chats/c1/messages",
     ];
-    let scene = Scene::new().await;
-    for (code, route) in [301, 302, 303, 307, 308]
-        .into_iter()
-        .cycle()
-        .zip(routes.into_iter().cycle().take(20))
-    {
-        let upset = status(code)
-            .header("location", &format!("{elsewhere}/{route}"))
-            .header("refresh", &format!("0; url={elsewhere}"))
-            .header("alt-svc", &format!("h2=\"{address}\"; ma=3600"))
-            .header("link", &format!("<{elsewhere}/events>; rel=next"))
-            .header("proxy-authenticate", "Basic");
-        scene.bigchat.upset(route, upset.clone());
-        scene.our_api.upset(route, upset);
-    }
-    scene.bigchat.tells(page(
-        [start(42, 0), said(42, 1, "one")],
-        format!("{elsewhere}/events?page=2"),
-    ));
-    scene.bigchat.tells(page(
-        [said(42, 2, "two")],
-        format!("//{address}/events?page=3"),
-    ));
-    scene.bigchat.tells(Page::from([fakes::end(42, 9)]));
-    let mut program = scene.bench.program("run");
-    for variable in [
-        "HTTP_PROXY",
-        "http_proxy",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "all_proxy",
-    ] {
-        program.env(variable, &elsewhere);
-    }
-    program
-        .env("BIGCHAT_SYNC_BIGCHAT_TOKEN", "t0ken")
-        .env("BIGCHAT_SYNC_OUR_API_TOKEN", "t0ken");
-    let daemon = Process::start_as(&scene.bench, program);
-    scene.bench.until_events("delivered", 4).await;
-    assert!(daemon.stop().await.success());
-    assert_eq!(scene.our_api.messages(), ["one", "two"]);
-    let heard = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
-    assert!(heard.is_err(), "{heard:?}");
+    run_test(async |t| {
+        for (code, route) in [301, 302, 303, 307, 308]
+            .into_iter()
+            .cycle()
+            .zip(routes.into_iter().cycle().take(20))
+        {
+            let upset = status(code)
+                .header("location", &format!("{elsewhere}/{route}"))
+                .header("refresh", &format!("0; url={elsewhere}"))
+                .header("alt-svc", &format!("h2=\"{address}\"; ma=3600"))
+                .header("link", &format!("<{elsewhere}/events>; rel=next"))
+                .header("proxy-authenticate", "Basic");
+            t.bigchat.upset(route, upset.clone());
+            t.our_api.upset(route, upset);
+        }
+        t.bigchat.tells(page(
+            [start(42, 0), said(42, 1, "one")],
+            format!("{elsewhere}/events?page=2"),
+        ));
+        t.bigchat.tells(page(
+            [said(42, 2, "two")],
+            format!("//{address}/events?page=3"),
+        ));
+        t.bigchat.tells(Page::from([end(42, 9)]));
+        let mut program = t.program("run");
+        for variable in [
+            "HTTP_PROXY",
+            "http_proxy",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+            "all_proxy",
+        ] {
+            program.env(variable, &elsewhere);
+        }
+        program
+            .env("BIGCHAT_SYNC_BIGCHAT_TOKEN", "t0ken")
+            .env("BIGCHAT_SYNC_OUR_API_TOKEN", "t0ken");
+        let daemon = Process::start_as(t, program);
+        t.until_events("delivered", 4).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+        let heard = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
+        assert!(heard.is_err(), "{heard:?}");
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -576,16 +587,19 @@ async fn an_odd_event_among_the_details_keeps_no_message_from_its_chat() {
         r#"["START"]"#,
         r#"["START", 5]"#,
     ] {
-        let scene = Scene::new().await;
-        let start = start(42, 0);
-        let details =
-            format!(r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#);
-        let told = status(200).body(&details).always();
-        scene.bigchat.upset("GET /conversations/42", told);
-        let daemon = scene.bench.start();
-        scene.delivers([fakes::message(42, 2, "hello")]).await;
-        daemon.stop().await;
-        assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"]);
-        assert_eq!(scene.our_api.messages(), ["hello"]);
+        run_test(async |t| {
+            let start = start(42, 0);
+            let details = format!(
+                r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#
+            );
+            let told = status(200).body(&details).always();
+            t.bigchat.upset("GET /conversations/42", told);
+            let daemon = t.start();
+            t.delivers([message(42, 2, "hello")]).await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
+            assert_eq!(t.our_api.messages(), ["hello"]);
+        })
+        .await;
     }
 }

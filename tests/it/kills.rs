@@ -1,18 +1,15 @@
 //! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of
 //! a page that was kept is lost, nothing is doubled.
 
+use crate::harness::{Bench, Process, Test, run_live_test, run_with, side_by_side, until};
+use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
+use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::fault::{Fault, crashed, paused};
 use std::time::Duration;
 
-use bigchat_sync::sim::Sim;
-use bigchat_sync::sim::bigchat::{Log, Mode, NextPage, Options};
-use bigchat_sync::sim::faults::{Fault, Faults, When};
-use bigchat_sync::sim::our_api;
 use bigchat_sync::time::Timestamp;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-
-use crate::daemon::{agrees, end, message, scripted, seconds, sim, transfer};
-use crate::harness::{Bench, Process, side_by_side, until};
 
 /// How many kills, if the environment does not say otherwise.
 const KILLS: u32 = 15;
@@ -34,48 +31,51 @@ async fn killed_at_random_moments() {
         mode: Mode::Log(log),
         ..Options::default()
     };
-    let (sim, bench) = sim(options, our_api::Options::default()).await;
-    // After each kill OurAPI is left alone for so long.
-    let bench = bench.set("--request-timeout", "300ms");
-    let mut random = StdRng::seed_from_u64(seed);
-    for _ in 0..kills {
-        let daemon = bench.spawn();
-        // From before the first poll to well into the work.
-        tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
-        drop(daemon);
-    }
-    sim.bigchat.set_quiet(true);
-    let daemon = bench.start();
-    agrees(&sim, &bench).await;
-    daemon.stop().await;
-    assert!(!sim.our_api.stumbled(), "never two requests at once");
+    run_with(options, async |t| {
+        // After each kill OurAPI is left alone for so long.
+        t.set("--request-timeout", "300ms");
+        let mut random = StdRng::seed_from_u64(seed);
+        for _ in 0..kills {
+            let daemon = t.spawn();
+            // From before the first poll to well into the work.
+            tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
+            drop(daemon);
+        }
+        t.bigchat.calms_down();
+        let daemon = t.start();
+        t.agrees().await;
+        daemon.stop().await;
+        assert!(!t.our_api.has_stumbled(), "never two requests at once");
+    })
+    .await;
 }
 
 /// Killed while many conversations wait, and are committed together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_in_the_midst_of_a_backlog() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let bench = bench.set("--request-timeout", "1s");
-    let now = seconds(&sim);
-    let told = (10..210).flat_map(|conversation| {
-        sim.bigchat.open(conversation, now - 100, 1);
-        ["hello", "hello", "goodbye"].map(|text| message(conversation, now, text))
-    });
-    sim.bigchat.push_page(told.collect(), NextPage::None);
-    let mut random = StdRng::seed_from_u64(1);
-    let mut interrupted = 0;
-    for _ in 0..12 {
-        let asked = sim.our_api.traffic.total() + random.random_range(1..60);
-        let daemon = bench.spawn();
-        until("requests", async || sim.our_api.traffic.total() >= asked).await;
-        drop(daemon);
-        interrupted += usize::from(bench.events("waiting") > 32);
-    }
-    assert!(interrupted > 3, "in the midst of it: {interrupted} times");
-    let daemon = bench.start();
-    agrees(&sim, &bench).await;
-    daemon.stop().await;
-    assert!(!sim.our_api.stumbled(), "never two requests at once");
+    run_live_test(async |t| {
+        t.set("--request-timeout", "1s");
+        let now = t.now();
+        let told = (10..210).flat_map(|conversation| {
+            t.bigchat.open(conversation, now - 100, 1);
+            ["hello", "hello", "goodbye"].map(|text| message(conversation, now, text))
+        });
+        t.bigchat.tells(told);
+        let mut random = StdRng::seed_from_u64(1);
+        let mut interrupted = 0;
+        for _ in 0..12 {
+            let asked = t.our_api.total() + random.random_range(1..60);
+            let daemon = t.spawn();
+            until("requests", async || t.our_api.total() >= asked).await;
+            drop(daemon);
+            interrupted += usize::from(t.events("waiting") > 32);
+        }
+        assert!(interrupted > 3, "in the midst of it: {interrupted} times");
+        t.start();
+        t.agrees().await;
+        assert!(!t.our_api.has_stumbled(), "never two requests at once");
+    })
+    .await;
 }
 
 /// A conversation whose START nobody told is known by its details alone, and BigChat forgets them: what was sent by them
@@ -83,22 +83,23 @@ async fn killed_in_the_midst_of_a_backlog() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
     for moment in MOMENTS {
-        let (sim, bench) = scripted(our_api::Options::default()).await;
-        let bench = bench.set("--request-timeout", TIMEOUT);
-        let now = seconds(&sim);
-        sim.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 5, "hello")];
-        sim.bigchat.push_page(told, NextPage::None);
-        let faults = &sim.our_api.faults;
-        faults.script("POST /chats", moment.when(), Fault::Pause, 1);
-        let daemon = bench.spawn();
-        until("it is being created", async || faults.paused() > 0).await;
-        kill_at(moment, daemon, &bench, faults).await;
-        sim.bigchat.restart();
-        let daemon = bench.start();
-        agrees(&sim, &bench).await;
-        daemon.stop().await;
-        assert_eq!(sim.our_api.chats().len(), 1, "{moment:?}");
+        run_live_test(async |t| {
+            t.set("--request-timeout", TIMEOUT);
+            let now = t.now();
+            t.bigchat.open(10, now - 100, 1);
+            let told = vec![message(10, now - 5, "hello")];
+            t.bigchat.tells(told);
+            t.upset("POST /chats", moment.pause());
+            let daemon = t.spawn();
+            until("it is being created", async || t.pausing() > 0).await;
+            kill_at(moment, daemon, t).await;
+            t.bigchat.restart();
+            let daemon = t.start();
+            t.agrees().await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.chats().len(), 1, "{moment:?}");
+        })
+        .await;
     }
 }
 
@@ -153,96 +154,86 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
         mode: Mode::Log(Log::default()),
         ..Options::default()
     };
-    let (sim, bench) = sim(options, our_api::Options::default()).await;
-    let now = seconds(&sim);
-    let since = Timestamp::clamped(now - 60).to_string();
-    let bench = bench
-        .set("--request-timeout", TIMEOUT)
-        .set("--since", &since);
-    sim.bigchat.open(10, now - 100, 1);
-    let first = vec![
-        message(10, now - 5, "hello"),
-        message(10, now - 5, "hello"),
-        message(10, now - 5, " hello"),
-    ];
-    sim.bigchat.push_page(first, NextPage::None);
-    if let Some(cause) = cause {
-        let lost = Fault::Status(500);
-        sim.our_api.faults.script(cause, When::After, lost, 1);
-    }
-    let (faults, when) = (asked(&sim, route), moment.when());
-    let mut more = Some(());
-    // What there is to do for a chat that is there already.
-    let mut tell_more = || {
-        let now = seconds(&sim);
-        if more.take().is_some() {
-            let told = vec![
-                end(10, now),
-                transfer(10, now, 2),
-                message(10, now, "goodbye"),
-            ];
-            sim.bigchat.push_page(told, NextPage::None);
+    run_with(options, async |t| {
+        let now = t.now();
+        let since = Timestamp::clamped(now - 60).to_string();
+        t.set("--request-timeout", TIMEOUT).set("--since", &since);
+        t.bigchat.open(10, now - 100, 1);
+        let first = vec![
+            message(10, now - 5, "hello"),
+            message(10, now - 5, "hello"),
+            message(10, now - 5, " hello"),
+        ];
+        t.bigchat.tells(first);
+        if let Some(cause) = cause {
+            let lost = crashed();
+            t.our_api.upset(cause, lost.carried_out());
         }
-    };
-    for round in 0..2 {
-        faults.script(route, when, Fault::Pause, 1);
-        let daemon = bench.spawn();
-        until(&format!("{moment:?} {route}"), async || {
-            if bench.is_ready() && bench.events("delivered") >= 3 {
-                tell_more();
+        let mut more = Some(());
+        // What there is to do for a chat that is there already.
+        let mut tell_more = || {
+            let now = t.now();
+            if more.take().is_some() {
+                let told = vec![
+                    end(10, now),
+                    transfer(10, now, 2),
+                    message(10, now, "goodbye"),
+                ];
+                t.bigchat.tells(told);
             }
-            // What was carried out the first time need not be asked for again.
-            let done = round > 0 && bench.events("delivered") == 6;
-            faults.paused() > 0 || done
-        })
-        .await;
-        kill_at(moment, daemon, &bench, faults).await;
-        until(&format!("nobody waits: {moment:?} {route}"), async || {
-            faults.paused() == 0
-        })
-        .await;
-    }
-    faults.clear();
-    tell_more();
-    let daemon = bench.start();
-    agrees(&sim, &bench).await;
-    daemon.stop().await;
-    let stumbled = sim.our_api.stumbled();
-    assert!(!stumbled, "two requests at once: {route}, {moment:?}");
+        };
+        for round in 0..2 {
+            t.upset(route, moment.pause());
+            let daemon = t.spawn();
+            until(&format!("{moment:?} {route}"), async || {
+                if t.is_ready() && t.events("delivered") >= 3 {
+                    tell_more();
+                }
+                // What was carried out the first time need not be asked for again.
+                let done = round > 0 && t.events("delivered") == 6;
+                t.pausing() > 0 || done
+            })
+            .await;
+            kill_at(moment, daemon, t).await;
+            until(&format!("nobody waits: {moment:?} {route}"), async || {
+                t.pausing() == 0
+            })
+            .await;
+        }
+        t.calm();
+        tell_more();
+        let daemon = t.start();
+        t.agrees().await;
+        daemon.stop().await;
+        let stumbled = t.our_api.has_stumbled();
+        assert!(!stumbled, "two requests at once: {route}, {moment:?}");
+    })
+    .await;
 }
 
 /// Kills the daemon, one request of which waits, once that has come as far as `moment`.
-async fn kill_at(moment: Moment, daemon: Process, bench: &Bench, faults: &Faults) {
-    let _held = (moment == Moment::Answered).then(|| hold_database(bench));
+async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
+    let _held = (moment == Moment::Answered).then(|| hold_database(t));
     if moment == Moment::Answered {
-        faults.go_on();
-        until("an answer", async || faults.paused() == 0).await;
+        t.resume();
+        until("an answer", async || t.pausing() == 0).await;
     }
     drop(daemon);
 }
 
 impl Moment {
-    fn when(self) -> When {
+    /// What holds a request there.
+    fn pause(self) -> Fault {
         match self {
-            Self::Sent | Self::Answered => When::Before,
-            Self::CarriedOut => When::After,
+            Self::Sent | Self::Answered => paused(),
+            Self::CarriedOut => paused().carried_out(),
         }
     }
 }
 
-/// The faults of the service that has that route.
-fn asked<'a>(sim: &'a Sim, route: &str) -> &'a Faults {
-    let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
-    if of_bigchat.iter().any(|prefix| route.starts_with(prefix)) {
-        &sim.bigchat.faults
-    } else {
-        &sim.our_api.faults
-    }
-}
-
 /// Keeps everybody else from writing to the database, until it is dropped.
-fn hold_database(bench: &Bench) -> rusqlite::Connection {
-    let other = rusqlite::Connection::open(bench.db()).expect("a database");
+fn hold_database(t: &Bench) -> rusqlite::Connection {
+    let other = rusqlite::Connection::open(t.db()).expect("a database");
     other
         .busy_timeout(Duration::from_secs(30))
         .expect("a busy timeout");

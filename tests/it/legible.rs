@@ -1,15 +1,17 @@
 //! What the console is given to show: texts whole whatever characters are in them, why a chat has no agent, and whether a
 //! retry can succeed.
 
+use crate::harness::{dead_letter, run_test, side_by_side, until};
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{message, start, transfer};
+use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
 use crate::api::Console;
-use crate::fakes::{Scene, message, raw, start, status, transfer};
-use crate::harness::{dead_letter, side_by_side, until};
 
 /// What the console answers; it must be a success.
-async fn get(console: &Console, path: &str, query: &[(&str, &str)]) -> Value {
+async fn get(console: &Console<'_>, path: &str, query: &[(&str, &str)]) -> Value {
     let query = url::form_urlencoded::Serializer::new(String::new())
         .extend_pairs(query)
         .finish();
@@ -19,13 +21,13 @@ async fn get(console: &Console, path: &str, query: &[(&str, &str)]) -> Value {
 }
 
 /// A conversation as a search finds it.
-async fn found(console: &Console, id: i64) -> Value {
+async fn found(console: &Console<'_>, id: i64) -> Value {
     let mut found = get(console, "/api/search", &[("q", &id.to_string())]).await;
     found["conversations"][0].take()
 }
 
 /// The same; it is the same by itself.
-async fn conversation(console: &Console, id: i64) -> Value {
+async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let found = found(console, id).await;
     let path = format!("/api/conversations/{}", found["key"]);
     let itself = get(console, &path, &[]).await;
@@ -64,22 +66,26 @@ async fn a_text_is_whole_whatever_characters_it_has() {
     let events: String = events
         .map(|(id, text)| failed_message(id, text, "why"))
         .collect();
-    let console = Console::over(&format!("{CONVERSATION}{events}")).await;
-    let said = |rows: &Value| -> Vec<String> {
-        let rows = rows.as_array().expect("rows").iter();
-        rows.map(|row| row["says"].as_str().expect("a text").to_owned())
-            .collect()
-    };
-    let list = get(&console, "/api/failed", &[("reason", "why")]).await;
-    assert_eq!(said(&list["rows"]), texts);
-    let conversation = get(&console, "/api/conversations/100", &[]).await;
-    assert_eq!(said(&conversation["events"]), texts);
-    for (id, text) in (1..).zip(texts) {
-        let event = get(&console, &format!("/api/failed/{id}"), &[]).await;
-        let raw: Value = serde_json::from_str(event["raw"].as_str().expect("JSON")).expect("JSON");
-        assert_eq!(raw["data"]["message"], text);
-    }
-    console.daemon.stop().await;
+    run_test(async |t| {
+        let console = Console::over(t, &format!("{CONVERSATION}{events}")).await;
+        let said = |rows: &Value| -> Vec<String> {
+            let rows = rows.as_array().expect("rows").iter();
+            rows.map(|row| row["says"].as_str().expect("a text").to_owned())
+                .collect()
+        };
+        let list = get(&console, "/api/failed", &[("reason", "why")]).await;
+        assert_eq!(said(&list["rows"]), texts);
+        let conversation = get(&console, "/api/conversations/100", &[]).await;
+        assert_eq!(said(&conversation["events"]), texts);
+        for (id, text) in (1..).zip(texts) {
+            let event = get(&console, &format!("/api/failed/{id}"), &[]).await;
+            let raw: Value =
+                serde_json::from_str(event["raw"].as_str().expect("JSON")).expect("JSON");
+            assert_eq!(raw["data"]["message"], text);
+        }
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -93,20 +99,23 @@ async fn a_long_text_is_cut_in_lists_only() {
         // Of two bytes each, and one that ends texts in C.
         let text = format!("\0{}", "é".repeat(length - 1));
         let events = failed_message(1, &text, "why");
-        let console = Console::over(&format!("{CONVERSATION}{events}")).await;
-        let of = |row: &Value| row["says"].as_str().expect("a text").chars().count();
-        let list = get(&console, "/api/failed", &[("reason", "why")]).await;
-        assert_eq!(of(&list["rows"][0]), in_list);
-        let conversation = get(&console, "/api/conversations/100", &[]).await;
-        let event = &conversation["events"][0];
-        assert_eq!(
-            (of(event), &event["says_cut"]),
-            (in_conversation, &json!(in_conversation < length))
-        );
-        let event = get(&console, "/api/failed/1", &[]).await;
-        assert_eq!(event["raw_cut"], false);
-        assert!(event["raw"].as_str().expect("JSON").contains(&text[1..]));
-        console.daemon.stop().await;
+        run_test(async |t| {
+            let console = Console::over(t, &format!("{CONVERSATION}{events}")).await;
+            let of = |row: &Value| row["says"].as_str().expect("a text").chars().count();
+            let list = get(&console, "/api/failed", &[("reason", "why")]).await;
+            assert_eq!(of(&list["rows"][0]), in_list);
+            let conversation = get(&console, "/api/conversations/100", &[]).await;
+            let event = &conversation["events"][0];
+            assert_eq!(
+                (of(event), &event["says_cut"]),
+                (in_conversation, &json!(in_conversation < length))
+            );
+            let event = get(&console, "/api/failed/1", &[]).await;
+            assert_eq!(event["raw_cut"], false);
+            assert!(event["raw"].as_str().expect("JSON").contains(&text[1..]));
+            console.daemon.stop().await;
+        })
+        .await;
     }
 }
 
@@ -116,28 +125,30 @@ async fn a_chat_without_an_agent_says_why() {
     let rejected = "OurAPI permanently rejected the agent Ann (ann@x.test)";
     let details = "no advisor is known, and BigChat no longer knows the conversation";
     side_by_side(["advisor", "agent", "details"], async |case| {
-        let scene = Scene::new().await;
-        let (id, expected, events) = match case {
-            "advisor" => (
-                42,
-                gone,
-                vec![start(42, 0), transfer(42, 5, 9_007_199_254_740_993)],
-            ),
-            "agent" => {
-                scene
-                    .our_api
-                    .upset("POST /agents", status(422).body("{}").always());
-                (42, rejected, vec![start(42, 0)])
-            }
-            _ => (77, details, vec![message(77, 5, "Hello")]),
-        };
-        let console = Console::new(scene, Tokens::default()).await;
-        console.scene.delivers(events).await;
-        let conversation = conversation(&console, id).await;
-        assert!(conversation["chat_id"].is_string(), "{case}");
-        assert_eq!(conversation["chat_agent"], Value::Null, "{case}");
-        assert_eq!(conversation["no_agent"], expected, "{case}");
-        console.daemon.stop().await;
+        run_test(async |t| {
+            t.differs("there is no agent to be had");
+            let (id, expected, events) = match case {
+                "advisor" => (
+                    42,
+                    gone,
+                    vec![start(42, 0), transfer(42, 5, 9_007_199_254_740_993)],
+                ),
+                "agent" => {
+                    t.our_api
+                        .upset("POST /agents", status(422).body("{}").always());
+                    (42, rejected, vec![start(42, 0)])
+                }
+                _ => (77, details, vec![message(77, 5, "Hello")]),
+            };
+            let console = Console::new(t, Tokens::default()).await;
+            t.delivers(events).await;
+            let conversation = conversation(&console, id).await;
+            assert!(conversation["chat_id"].is_string(), "{case}");
+            assert_eq!(conversation["chat_agent"], Value::Null, "{case}");
+            assert_eq!(conversation["no_agent"], expected, "{case}");
+            console.daemon.stop().await;
+        })
+        .await;
     })
     .await;
 }
@@ -154,26 +165,27 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
             ("GET /agents", agent),
         ],
         async |(down, expected)| {
-            let scene = Scene::new().await;
-            scene.bigchat.upset(down, status(500).always());
-            scene.our_api.upset(down, status(500).always());
-            let console = Console::new(scene, Tokens::default()).await;
-            let scene = &console.scene;
-            scene.bigchat.tells([start(42, 0)]);
-            scene.bench.until_events("waiting", 1).await;
-            let mut said = Value::Null;
-            until("it says so", async || {
-                said = found(&console, 42).await["no_agent"].take();
-                said == expected
+            run_test(async |t| {
+                t.bigchat.upset(down, status(500).always());
+                t.our_api.upset(down, status(500).always());
+                let console = Console::new(t, Tokens::default()).await;
+                t.bigchat.tells([start(42, 0)]);
+                t.until_events("waiting", 1).await;
+                let mut said = Value::Null;
+                until("it says so", async || {
+                    said = found(&console, 42).await["no_agent"].take();
+                    said == expected
+                })
+                .await;
+                t.bigchat.calm();
+                t.our_api.calm();
+                t.until_events("delivered", 1).await;
+                let conversation = conversation(&console, 42).await;
+                assert_eq!(conversation["no_agent"], Value::Null);
+                assert_eq!(conversation["agent_email"], "ann@x.test");
+                console.daemon.stop().await;
             })
             .await;
-            scene.bigchat.calm();
-            scene.our_api.calm();
-            scene.bench.until_events("delivered", 1).await;
-            let conversation = conversation(&console, 42).await;
-            assert_eq!(conversation["no_agent"], Value::Null);
-            assert_eq!(conversation["agent_email"], "ann@x.test");
-            console.daemon.stop().await;
         },
     )
     .await;
@@ -181,50 +193,49 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
 
 #[tokio::test]
 async fn it_is_known_whether_a_retry_can_succeed() {
-    let scene = Scene::new().await;
-    scene
-        .our_api
-        .upset("POST /chats/c1/messages*No", status(422).always());
-    scene
-        .our_api
-        .upset("POST /chats/c1/messages*Spam", status(409).always());
-    let console = Console::new(scene, Tokens::default()).await;
-    let scene = &console.scene;
-    scene.delivers([start(42, 0), start(43, 1)]).await;
-    scene
-        .bigchat
-        .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
-    scene.bench.until_events("failed", 2).await;
-    assert_eq!(conversation(&console, 42).await["permanent"], true);
-    for unreadable in [
-        r#"{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}"#,
-        r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#,
-        "{}",
-    ] {
-        let before = scene.bench.events("failed");
-        scene.bigchat.tells(raw(&format!(
-            r#"{{"nextPageUrl":null,"events":[{unreadable}]}}"#
-        )));
-        scene.bench.until_events("failed", before + 1).await;
-    }
-    let Console { scene, daemon, .. } = console;
-    daemon.stop().await;
-    // What failed after all its attempts may succeed once whatever it was is over.
-    scene.bench.execute(&spent(90, 42));
-    let console = Console::new(scene, Tokens::default()).await;
-    assert_eq!(conversation(&console, 42).await["permanent"], false);
-    let failed = get(&console, "/api/failed", &[]).await;
-    let groups = failed["groups"].as_array().expect("groups");
-    assert!(groups.len() >= 5, "{groups:#?}");
-    for group in groups {
-        let reason = group["reason"].as_str().expect("a reason");
-        let may_succeed = reason == "OurAPI gave no usable answer";
-        assert_eq!(group["permanent"], !may_succeed, "{reason}");
-        let list = get(&console, "/api/failed", &[("reason", reason)]).await;
-        for row in list["rows"].as_array().expect("rows") {
-            let event = get(&console, &format!("/api/failed/{}", row["id"]), &[]).await;
-            assert_eq!(event["permanent"], !may_succeed, "{reason}");
+    run_test(async |t| {
+        t.differs("OurAPI rejects what it could store");
+        t.our_api
+            .upset("POST /chats/c1/messages*No", status(422).always());
+        t.our_api
+            .upset("POST /chats/c1/messages*Spam", status(409).always());
+        let console = Console::new(t, Tokens::default()).await;
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        t.bigchat
+            .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
+        t.until_events("failed", 2).await;
+        assert_eq!(conversation(&console, 42).await["permanent"], true);
+        for unreadable in [
+            r#"{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}"#,
+            r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#,
+            "{}",
+        ] {
+            let before = t.events("failed");
+            t.bigchat.tells(raw(&format!(
+                r#"{{"nextPageUrl":null,"events":[{unreadable}]}}"#
+            )));
+            t.until_events("failed", before + 1).await;
         }
-    }
-    console.daemon.stop().await;
+        let Console { t, daemon, .. } = console;
+        daemon.stop().await;
+        // What failed after all its attempts may succeed once whatever it was is over.
+        t.execute(&spent(90, 42));
+        let console = Console::new(t, Tokens::default()).await;
+        assert_eq!(conversation(&console, 42).await["permanent"], false);
+        let failed = get(&console, "/api/failed", &[]).await;
+        let groups = failed["groups"].as_array().expect("groups");
+        assert!(groups.len() >= 5, "{groups:#?}");
+        for group in groups {
+            let reason = group["reason"].as_str().expect("a reason");
+            let may_succeed = reason == "OurAPI gave no usable answer";
+            assert_eq!(group["permanent"], !may_succeed, "{reason}");
+            let list = get(&console, "/api/failed", &[("reason", reason)]).await;
+            for row in list["rows"].as_array().expect("rows") {
+                let event = get(&console, &format!("/api/failed/{}", row["id"]), &[]).await;
+                assert_eq!(event["permanent"], !may_succeed, "{reason}");
+            }
+        }
+        console.daemon.stop().await;
+    })
+    .await;
 }

@@ -1,17 +1,16 @@
 //! What other services do: odd bytes in a page, pages that are empty in many ways, and URLs of all spellings. It costs an
 //! event at the most, and nothing is stored changed.
 
+use crate::harness::{Bench, Test, run_test, side_by_side, until};
+use crate::services::{NOW, tampering, time, unix, window, with_header};
+use bigchat_sync::simulator::bigchat::{Page, page, raw};
+use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::fault::status;
 use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
 use serde_json::json;
-
-use crate::fakes::{
-    NOW, Page, Scene, end, message, page, raw, status, tampering, time, transfer, unix, window,
-    with_header,
-};
-use crate::harness::{Bench, side_by_side, until};
 
 /// The answer with other headers and another body, but with its date.
 fn instead(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
@@ -30,32 +29,31 @@ fn instead(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
 }
 
 /// A scene whose next answer to a question for events is this one.
-async fn answering(headers: &'static str, body: Vec<u8>) -> Scene {
-    let scene = Scene::new().await;
+async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
     let mut body = Some(body);
-    let url = tampering(&scene.bigchat.url(), move |line, answer| {
+    let url = tampering(&t.bigchat.url(), move |line, answer| {
         match body.take_if(|_| line.starts_with("GET /events")) {
             Some(body) => instead(&answer, headers, &body),
             None => answer,
         }
     })
     .await;
-    scene.set("--bigchat-url", &url)
+    t.set("--bigchat-url", &url);
 }
 
 fn event(text: &str) -> String {
     message(42, 5, text).to_string()
 }
 
-fn sorted(scene: &Scene) -> Vec<String> {
-    let mut texts = scene.our_api.messages();
+fn sorted(t: &Test) -> Vec<String> {
+    let mut texts = t.our_api.messages();
     texts.sort();
     texts
 }
 
 /// The raw JSON of the dead letters.
-fn dead_letters(bench: &Bench) -> Vec<String> {
-    let failed = bench.failed().into_iter();
+fn dead_letters(t: &Bench) -> Vec<String> {
+    let failed = t.failed().into_iter();
     failed.filter_map(|failed| failed.data).collect()
 }
 
@@ -78,18 +76,21 @@ async fn one_odd_value_costs_its_event_and_no_other() {
         "undefined".to_owned(),
         "1e400".to_owned(),
     ] {
-        let scene = Scene::new().await;
-        let body = format!(
-            r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
-            event("one"),
-            event("two")
-        );
-        scene.bigchat.tells(raw(&body));
-        scene.bigchat.tells([message(42, 6, "three")]);
-        scene.bench.once().await;
-        assert_eq!(sorted(&scene), ["one", "three", "two"], "{bad}");
-        assert_eq!(dead_letters(&scene.bench), [bad]);
-        assert_eq!(scene.bench.cursor(), Some(unix(NOW)));
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            let body = format!(
+                r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
+                event("one"),
+                event("two")
+            );
+            t.bigchat.tells(raw(&body));
+            t.bigchat.tells([message(42, 6, "three")]);
+            t.once().await;
+            assert_eq!(sorted(t), ["one", "three", "two"], "{bad}");
+            assert_eq!(dead_letters(t), [bad]);
+            assert_eq!(t.cursor(), Some(NOW));
+        })
+        .await;
     }
 }
 
@@ -104,20 +105,21 @@ async fn what_nobody_needs_costs_no_message() {
         "\"a\tb\"",
         &format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ] {
-        let scene = Scene::new().await;
+        run_test(async |t| {
+t.differs("pages are changed on their way");
         let event = format!(
             r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE","event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
         );
-        scene
-            .bigchat
+        t.bigchat
             .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        scene
-            .bigchat
+        t.bigchat
             .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        scene.bench.once().await;
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["one"], "{odd}");
-        assert_eq!(scene.bench.events("failed"), 0, "{odd}");
+        t.once().await;
+        t.once().await;
+        assert_eq!(t.our_api.messages(), ["one"], "{odd}");
+        assert_eq!(t.events("failed"), 0, "{odd}");
+})
+.await;
     }
 }
 
@@ -143,9 +145,13 @@ async fn text_is_decoded_as_declared() {
             page.clone().into_bytes(),
         ),
     ] {
-        let scene = answering(headers, body).await;
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["Grüße"], "{headers}");
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, headers, body).await;
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
+        })
+        .await;
     }
 }
 
@@ -171,12 +177,16 @@ async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() 
             b"]}",
         ]
         .concat();
-        let scene = answering("", body).await;
-        scene.bench.once().await;
-        assert_eq!(sorted(&scene), ["one", "two"], "{shown}");
-        let failed = &scene.bench.failed()[0];
-        assert_eq!(failed.data, Some(format!("{head}{shown}{tail}")));
-        assert!(failed.reason.contains("declared encoding"), "{failed:?}");
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, "", body).await;
+            t.once().await;
+            assert_eq!(sorted(t), ["one", "two"], "{shown}");
+            let failed = &t.failed()[0];
+            assert_eq!(failed.data, Some(format!("{head}{shown}{tail}")));
+            assert!(failed.reason.contains("declared encoding"), "{failed:?}");
+        })
+        .await;
     }
 }
 
@@ -196,9 +206,13 @@ async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
         ("content-encoding: gzip\r\n", &page),
         ("content-encoding: br\r\n", &page),
     ] {
-        let scene = answering(headers, body.clone()).await;
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["one"], "{headers}");
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, headers, body.clone()).await;
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"], "{headers}");
+        })
+        .await;
     }
     // What expands without measure is read no further.
     let mut bomb = GzEncoder::new(Vec::new(), Compression::fast());
@@ -206,13 +220,16 @@ async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
         bomb.write_all(&[b' '; 1 << 20]).expect("bytes");
     }
     let bomb = bomb.finish().expect("bytes");
-    let scene = answering("content-encoding: gzip\r\n", bomb).await;
-    scene.bench.once().await;
-    scene.bigchat.tells([message(42, 1, "two")]);
-    scene.bench.once().await;
-    let first = window(NOW - 10, NOW);
-    assert_eq!(scene.bigchat.queries(), [&*first, &first]);
-    assert_eq!(scene.our_api.messages(), ["two"]);
+    run_test(async |t| {
+        answering(t, "content-encoding: gzip\r\n", bomb).await;
+        t.once().await;
+        t.bigchat.tells([message(42, 1, "two")]);
+        t.once().await;
+        let first = window(NOW - 10, NOW);
+        assert_eq!(t.bigchat.queries(), [&*first, &first]);
+        assert_eq!(t.our_api.messages(), ["two"]);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -231,14 +248,17 @@ async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
         }
         heads.0.send(String::from_utf8(request)).expect("a reader");
     });
-    let scene = Scene::new().await.set("--bigchat-url", &url);
-    scene.bench.once().await;
-    task.await.expect("a request came");
-    let head = heads.1.try_recv().expect("a request").expect("text");
-    let head = head.to_ascii_lowercase();
-    for header in ["cache-control: no-cache", "accept-encoding: identity"] {
-        assert!(head.contains(header), "{head}");
-    }
+    run_test(async |t| {
+        t.set("--bigchat-url", &url);
+        t.once().await;
+        task.await.expect("a request came");
+        let head = heads.1.try_recv().expect("a request").expect("text");
+        let head = head.to_ascii_lowercase();
+        for header in ["cache-control: no-cache", "accept-encoding: identity"] {
+            assert!(head.contains(header), "{head}");
+        }
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -255,17 +275,18 @@ async fn a_page_without_events_is_passed() {
         .enumerate(),
         async |(case, upset)| {
             // A quiet hour in a backlog.
-            let scene = Scene::new().await.set("--since", &time(-7200));
-            scene.bigchat.tells([message(42, 1, "one")]);
-            scene
-                .bigchat
-                .upset("GET /events?start_at=2026-11-22T21", upset);
-            scene.bench.once().await;
-            scene.bench.once().await;
-            let queries = scene.bigchat.queries();
-            assert_eq!(queries.len(), 4, "case {case}: {queries:?}");
-            assert_eq!(scene.our_api.messages(), ["one"], "case {case}");
-            assert_eq!(scene.bench.cursor(), Some(unix(NOW)), "case {case}");
+            run_test(async |t| {
+                t.set("--since", &time(-7200));
+                t.bigchat.tells([message(42, 1, "one")]);
+                t.bigchat.upset("GET /events?start_at=2026-11-22T21", upset);
+                t.once().await;
+                t.once().await;
+                let queries = t.bigchat.queries();
+                assert_eq!(queries.len(), 4, "case {case}: {queries:?}");
+                assert_eq!(t.our_api.messages(), ["one"], "case {case}");
+                assert_eq!(t.cursor(), Some(NOW), "case {case}");
+            })
+            .await;
         },
     )
     .await;
@@ -278,14 +299,14 @@ async fn an_empty_page_among_others_ends_nothing() {
         json!({"events": null, "nextPageUrl": "?page=3"}),
         json!({"nextPageUrl": "?page=3"}),
     ] {
-        let scene = Scene::new().await;
-        scene
-            .bigchat
-            .tells(page([message(42, 1, "one")], "?page=2"));
-        scene.bigchat.tells(raw(&empty.to_string()));
-        scene.bigchat.tells([message(42, 2, "two")]);
-        scene.bench.once().await;
-        assert_eq!(scene.our_api.messages(), ["one", "two"], "{empty}");
+        run_test(async |t| {
+            t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
+            t.bigchat.tells(raw(&empty.to_string()));
+            t.bigchat.tells([message(42, 2, "two")]);
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
+        })
+        .await;
     }
 }
 
@@ -302,16 +323,18 @@ async fn a_sloppy_url_of_the_next_page_is_followed_where_it_can_only_mean_one_th
             "start_at=2026-11-22T22:00:00%2B00:00&page=2",
         ),
     ] {
-        let scene = Scene::new().await;
-        scene.bigchat.tells(page([message(42, 1, "one")], next));
-        scene.bigchat.tells([message(42, 2, "two")]);
-        scene.bench.once().await;
-        assert_eq!(
-            scene.bigchat.queries(),
-            [&window(NOW - 10, NOW), asked],
-            "{next}"
-        );
-        assert_eq!(scene.our_api.messages(), ["one", "two"], "{next}");
+        run_test(async |t| {
+            t.bigchat.tells(page([message(42, 1, "one")], next));
+            t.bigchat.tells([message(42, 2, "two")]);
+            t.once().await;
+            assert_eq!(
+                t.bigchat.queries(),
+                [&window(NOW - 10, NOW), asked],
+                "{next}"
+            );
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+        })
+        .await;
     }
 }
 
@@ -328,26 +351,26 @@ async fn the_same_page_in_another_spelling_is_not_requested_again() {
         format!("?{}", first.replace('Z', ".000Z")),
         format!("?&{start}&amp;{end}"),
     ] {
-        let scene = Scene::new().await;
-        for _ in 0..3 {
-            scene
-                .bigchat
-                .tells(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
-        }
-        scene.bench.once().await;
-        assert_eq!(scene.bigchat.queries(), [&*first], "{next}");
-        assert_eq!(scene.our_api.messages(), ["one", "two"], "{next}");
+        run_test(async |t| {
+            for _ in 0..3 {
+                t.bigchat
+                    .tells(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
+            }
+            t.once().await;
+            assert_eq!(t.bigchat.queries(), [&*first], "{next}");
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+        })
+        .await;
     }
 }
 
 /// A scene whose answers to questions for events carry one more header.
-async fn with_one_more(header: &'static str) -> Scene {
-    let scene = Scene::new().await;
-    let url = tampering(&scene.bigchat.url(), move |_, answer| {
+async fn with_one_more(t: &Test, header: &'static str) {
+    let url = tampering(&t.bigchat.url(), move |_, answer| {
         with_header(&answer, "none", header)
     })
     .await;
-    scene.set("--bigchat-url", &url)
+    t.set("--bigchat-url", &url);
 }
 
 #[tokio::test]
@@ -359,42 +382,45 @@ async fn a_cached_answer_tells_how_old_its_date_is() {
         ("age: soon", 0),
         ("age: -5", 0),
     ] {
-        let scene = with_one_more(header).await;
-        scene.bench.once().await;
-        assert_eq!(
-            scene.bigchat.queries(),
-            [window(NOW + age - 10, NOW + age)],
-            "{header}"
-        );
+        run_test(async |t| {
+            with_one_more(t, header).await;
+            t.once().await;
+            assert_eq!(
+                t.bigchat.queries(),
+                [window(NOW + age - 10, NOW + age)],
+                "{header}"
+            );
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn a_cursor_that_stands_still_is_shown() {
-    let scene = Scene::new().await;
-    scene.bench.once().await;
-    let shown = || {
-        let (status, _) = scene.bench.status();
-        let troubles = status["troubles"].as_array().expect("a list").iter();
-        let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
-        whats.any(|what| what.contains("stood still"))
-    };
-    assert!(!shown());
-    scene
-        .bench
-        .execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
-    for what in ["at first", "after another poll"] {
-        assert!(shown(), "{what}");
-        scene.bench.once().await;
-    }
-    scene.bigchat.clock(NOW + 1);
-    scene.bench.once().await;
-    assert!(!shown(), "it moves on");
+    run_test(async |t| {
+        t.once().await;
+        let shown = || {
+            let (status, _) = t.status();
+            let troubles = status["troubles"].as_array().expect("a list").iter();
+            let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
+            whats.any(|what| what.contains("stood still"))
+        };
+        assert!(!shown());
+        t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
+        for what in ["at first", "after another poll"] {
+            assert!(shown(), "{what}");
+            t.once().await;
+        }
+        t.bigchat.clock(NOW + 1);
+        t.once().await;
+        assert!(!shown(), "it moves on");
+    })
+    .await;
 }
 
 /// The starts of the windows that were requested.
-fn starts(scene: &Scene) -> Vec<String> {
-    let asked = scene.bigchat.ever_asked("GET /events?start_at=");
+fn starts(t: &Test) -> Vec<String> {
+    let asked = t.bigchat.ever_asked("GET /events?start_at=");
     let starts = asked
         .iter()
         .filter_map(|asked| asked.line.split('&').next());
@@ -406,9 +432,9 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
-async fn until_read(scene: &Scene, at: i64) {
+async fn until_read(t: &Test, at: i64) {
     until("it is read up to then", async || {
-        scene.bench.is_ready() && scene.bench.cursor() == Some(unix(at))
+        t.is_ready() && t.cursor() == Some(at)
     })
     .await;
 }
@@ -416,22 +442,24 @@ async fn until_read(scene: &Scene, at: i64) {
 #[tokio::test]
 async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
-        let scene = Scene::new().await;
-        let daemon = scene.bench.start();
-        until_read(&scene, NOW).await;
-        scene.bigchat.clock(NOW + off);
-        scene.bigchat.further_polls(5).await;
-        scene.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
-        scene.bigchat.clock(NOW + 10);
-        until_read(&scene, NOW + 10).await;
-        scene.bench.until_events("delivered", 1).await;
-        daemon.stop().await;
-        let (earliest, latest) = (window(NOW - 10, 0), window(NOW + 5, 0));
-        for start in starts(&scene) {
-            let is_sane = start_of(&earliest) <= start && start <= start_of(&latest);
-            assert!(is_sane, "{off}: {start}");
-        }
-        assert_eq!(scene.our_api.messages(), ["meanwhile"], "{off}");
+        run_test(async |t| {
+            let daemon = t.start();
+            until_read(t, NOW).await;
+            t.bigchat.clock(NOW + off);
+            t.bigchat.further_polls(5).await;
+            t.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
+            t.bigchat.clock(NOW + 10);
+            until_read(t, NOW + 10).await;
+            t.until_events("delivered", 1).await;
+            daemon.stop().await;
+            let (earliest, latest) = (window(NOW - 10, 0), window(NOW + 5, 0));
+            for start in starts(t) {
+                let is_sane = start_of(&earliest) <= start && start <= start_of(&latest);
+                assert!(is_sane, "{off}: {start}");
+            }
+            assert_eq!(t.our_api.messages(), ["meanwhile"], "{off}");
+        })
+        .await;
     })
     .await;
 }
@@ -439,30 +467,31 @@ async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
 #[tokio::test]
 async fn a_date_that_stays_is_believed_after_ten_polls() {
     side_by_side([3600, -3600, 86_400], async |off| {
-        let scene = Scene::new().await.set("--max-window", "10d");
-        let daemon = scene.bench.start();
-        until_read(&scene, NOW).await;
-        let before = scene.bigchat.count("GET /events");
-        scene.bigchat.clock(NOW + off);
-        until_read(&scene, NOW + off).await;
-        let polls = scene.bigchat.count("GET /events") - before;
-        assert!((10..20).contains(&polls), "{off}: {polls}");
-        daemon.stop().await;
+        run_test(async |t| {
+            t.set("--max-window", "10d");
+            t.start();
+            until_read(t, NOW).await;
+            let before = t.bigchat.count("GET /events");
+            t.bigchat.clock(NOW + off);
+            until_read(t, NOW + off).await;
+            let polls = t.bigchat.count("GET /events") - before;
+            assert!((10..20).contains(&polls), "{off}: {polls}");
+        })
+        .await;
     })
     .await;
 }
 
 /// A BigChat of which something was asked since 20:00, and which refuses what starts with one of these.
-async fn refusing(code: u16, starts: &[&str]) -> Scene {
-    let scene = Scene::new().await.set("--since", &time(-7200));
+async fn refusing(t: &Test, code: u16, starts: &[&str]) {
+    t.set("--since", &time(-7200));
     for start in starts {
         let pattern = format!("GET /events?start_at=2026-11-22T{start}");
-        scene.bigchat.upset(&pattern, status(code).always());
+        t.bigchat.upset(&pattern, status(code).always());
     }
     for text in ["one", "two", "three"] {
-        scene.bigchat.tells([message(42, 5, text)]);
+        t.bigchat.tells([message(42, 5, text)]);
     }
-    scene
 }
 
 #[tokio::test]
@@ -476,28 +505,31 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
             (413, &quarters, -1800),
         ],
         async |(code, refused, oldest)| {
-            let scene = refusing(code, refused).await;
-            scene.bench.once().await;
-            let queries = scene.bigchat.queries();
-            assert!(
-                queries.len() < 40,
-                "a search of few requests: {}",
-                queries.len()
-            );
-            let read = queries
-                .iter()
-                .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
-            assert!(read.count() >= 1, "{code}: {queries:?}");
-            // What came in the search is kept, too.
-            assert_eq!(sorted(&scene), ["one", "three", "two"], "{code}");
-            assert_eq!(scene.bench.cursor(), Some(unix(NOW)), "{code}");
-            let (status, _) = scene.bench.status();
-            let gaps = status["gaps"].as_array().expect("a list");
-            assert_eq!(gaps.len(), 1, "{code}: {gaps:?}");
-            assert_eq!(gaps[0]["from"], time(-7195), "{code}");
-            assert_eq!(gaps[0]["until"], time(oldest), "{code}");
-            scene.bench.once().await;
-            assert_eq!(scene.bigchat.queries(), [window(NOW - 5, NOW)], "{code}");
+            run_test(async |t| {
+                refusing(t, code, refused).await;
+                t.once().await;
+                let queries = t.bigchat.queries();
+                assert!(
+                    queries.len() < 40,
+                    "a search of few requests: {}",
+                    queries.len()
+                );
+                let read = queries
+                    .iter()
+                    .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
+                assert!(read.count() >= 1, "{code}: {queries:?}");
+                // What came in the search is kept, too.
+                assert_eq!(sorted(t), ["one", "three", "two"], "{code}");
+                assert_eq!(t.cursor(), Some(NOW), "{code}");
+                let (status, _) = t.status();
+                let gaps = status["gaps"].as_array().expect("a list");
+                assert_eq!(gaps.len(), 1, "{code}: {gaps:?}");
+                assert_eq!(gaps[0]["from"], time(-7195), "{code}");
+                assert_eq!(gaps[0]["until"], time(oldest), "{code}");
+                t.once().await;
+                assert_eq!(t.bigchat.queries(), [window(NOW - 5, NOW)], "{code}");
+            })
+            .await;
         },
     )
     .await;
@@ -510,55 +542,63 @@ async fn a_refusal_that_says_nothing_of_age_is_no_gap() {
         ("now and then", status(410), NOW),
         ("once", status(422), NOW),
     ] {
-        let scene = refusing(400, &[]).await;
-        scene.bigchat.upset("GET /events", upset);
-        scene.bench.once().await;
-        scene.bench.once().await;
-        scene.bench.once().await;
-        let (status, _) = scene.bench.status();
-        assert_eq!(status["gaps"], json!([]), "{case}");
-        assert_eq!(scene.bench.cursor(), Some(unix(cursor)), "{case}");
+        run_test(async |t| {
+            refusing(t, 400, &[]).await;
+            t.bigchat.upset("GET /events", upset);
+            t.once().await;
+            t.once().await;
+            t.once().await;
+            let (status, _) = t.status();
+            assert_eq!(status["gaps"], json!([]), "{case}");
+            assert_eq!(t.cursor(), Some(cursor), "{case}");
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn ignored_kinds_are_dropped_and_hide_nothing() {
     let odd = |n: i64| json!({"conversation_id": 42, "event_name": "TYPING", "event_at": unix(n), "data": {"n": n}});
-    let scene = Scene::new().await.set("--ignore-events", "TYPING, END");
-    for n in 1..=200 {
-        let told = [odd(n), odd(n), end(42, n)];
-        scene.bigchat.tells(page(told, format!("?page={}", n + 1)));
-    }
-    scene.bigchat.tells([
-        odd(1),
-        message(42, 5, "one"),
-        json!({"event_name": "typing"}),
-    ]);
-    scene.bench.once().await;
-    scene.bench.once().await;
-    assert_eq!(scene.our_api.messages(), ["one"]);
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "no END");
-    let failed = scene.bench.failed();
-    assert_eq!(failed.len(), 1, "another name: {failed:?}");
+    run_test(async |t| {
+        t.differs("a kind of event is ignored");
+        t.set("--ignore-events", "TYPING, END");
+        for n in 1..=200 {
+            let told = [odd(n), odd(n), end(42, n)];
+            t.bigchat.tells(page(told, format!("?page={}", n + 1)));
+        }
+        t.bigchat.tells([
+            odd(1),
+            message(42, 5, "one"),
+            json!({"event_name": "typing"}),
+        ]);
+        t.once().await;
+        t.once().await;
+        assert_eq!(t.our_api.messages(), ["one"]);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "no END");
+        let failed = t.failed();
+        assert_eq!(failed.len(), 1, "another name: {failed:?}");
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
-    let scene = Scene::new().await;
-    let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
-    for last in ["", "one"] {
-        for n in 1..=200 {
-            scene
-                .bigchat
-                .tells(page([odd(n)], format!("?page={}", n + 1)));
+    run_test(async |t| {
+        t.fails(200);
+        let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
+        for last in ["", "one"] {
+            for n in 1..=200 {
+                t.bigchat.tells(page([odd(n)], format!("?page={}", n + 1)));
+            }
+            let last = (!last.is_empty()).then(|| message(42, 5, last));
+            t.bigchat.tells(Page::from(last));
+            t.once().await;
+            t.once().await;
         }
-        let last = (!last.is_empty()).then(|| message(42, 5, last));
-        scene.bigchat.tells(Page::from(last));
-        scene.bench.once().await;
-        scene.bench.once().await;
-    }
-    assert_eq!(scene.bench.events("failed"), 200);
-    assert_eq!(scene.our_api.messages(), ["one"]);
+        assert_eq!(t.events("failed"), 200);
+        assert_eq!(t.our_api.messages(), ["one"]);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -569,36 +609,39 @@ async fn a_dead_letter_that_can_be_understood_by_now_is_ingested() {
         (transfer(42, 5, 8), 1),
         (end(42, 5), 1),
     ] {
-        let scene = Scene::new().await;
-        scene.bigchat.tells(raw(&format!(
-            r#"{{"events":[{unknown},{unknown},{}]}}"#,
-            message(42, 1, "first")
-        )));
-        scene.bench.once().await;
-        assert_eq!(scene.bench.events("failed"), 1);
-        let retry = || scene.bench.failed_command(&["retry", "--all"]).ok();
-        retry();
-        assert_eq!(scene.bench.events("failed"), 1, "it is not understood yet");
-        // BigChat restarts: the id means another conversation by then.
-        scene.bigchat.restarts(42, NOW - 1);
-        scene.bigchat.tells([message(42, NOW, "of after")]);
-        scene.bench.once().await;
-        // As if this were a version that understands it.
-        let known = event.to_string().replace('\'', "''");
-        scene.bench.execute(&format!(
-            "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
-        ));
-        retry();
-        assert_eq!(scene.bench.events("failed"), 0, "{event}");
-        scene.bench.once().await;
-        let kind = event["event_name"].as_str().expect("a name");
-        let ingested = format!(
-            "SELECT count(*) FROM event_states e JOIN conversations c ON c.id = e.conversation
+        run_test(async |t| {
+            t.differs("the journal is changed by hand");
+            t.bigchat.tells(raw(&format!(
+                r#"{{"events":[{unknown},{unknown},{}]}}"#,
+                message(42, 1, "first")
+            )));
+            t.once().await;
+            assert_eq!(t.events("failed"), 1);
+            let retry = || t.failed_command(&["retry", "--all"]).ok();
+            retry();
+            assert_eq!(t.events("failed"), 1, "it is not understood yet");
+            // BigChat restarts: the id means another conversation by then.
+            t.bigchat.restarts(42, NOW - 1);
+            t.bigchat.tells([message(42, NOW, "of after")]);
+            t.once().await;
+            // As if this were a version that understands it.
+            let known = event.to_string().replace('\'', "''");
+            t.execute(&format!(
+                "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
+            ));
+            retry();
+            assert_eq!(t.events("failed"), 0, "{event}");
+            t.once().await;
+            let kind = event["event_name"].as_str().expect("a name");
+            let ingested = format!(
+                "SELECT count(*) FROM event_states e JOIN conversations c ON c.id = e.conversation
              WHERE c.epoch = 1 AND state = 'delivered' AND kind = '{kind}' AND event_at = {}",
-            unix(5)
-        );
-        assert_eq!(scene.bench.value::<i64>(&ingested), expected, "{event}");
-        let resolutions = "SELECT count(*) FROM resolutions WHERE resolution = 'retry'";
-        assert_eq!(scene.bench.value::<i64>(resolutions), 1, "{event}");
+                unix(5)
+            );
+            assert_eq!(t.value::<i64>(&ingested), expected, "{event}");
+            let resolutions = "SELECT count(*) FROM resolutions WHERE resolution = 'retry'";
+            assert_eq!(t.value::<i64>(resolutions), 1, "{event}");
+        })
+        .await;
     }
 }

@@ -1,14 +1,11 @@
 //! Customers' messages and tokens are for the daemon's account only, whoever starts it.
 
+use crate::harness::{Bench, run_live_test, until};
 use std::fs::{Permissions, metadata, set_permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use bigchat_sync::sim::our_api;
-
-use crate::daemon::scripted;
-use crate::harness::{Bench, until};
 use crate::process::Process;
 
 /// The database and what SQLite has beside it while the daemon runs.
@@ -23,8 +20,8 @@ fn chmod(path: &Path, mode: u32) {
 }
 
 /// The modes of all of a database's files.
-fn modes(bench: &Bench) -> Vec<(String, u32)> {
-    let entries = std::fs::read_dir(bench.directory()).expect("a directory");
+fn modes(t: &Bench) -> Vec<(String, u32)> {
+    let entries = std::fs::read_dir(t.directory()).expect("a directory");
     let mut modes: Vec<_> = entries
         .map(|entry| entry.expect("a file"))
         .map(|entry| (entry.file_name().into_string().expect("text"), entry.path()))
@@ -42,62 +39,66 @@ fn private() -> Vec<(String, u32)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_is_private_under_any_umask() {
     for umask in ["022", "000", "077", "0777"] {
-        let (_sim, bench) = scripted(our_api::Options::default()).await;
-        let program = bench.program("run");
-        let mut shell = Command::new("sh");
-        shell
-            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
-            .arg(program.get_program())
-            .args(program.get_args());
-        // The log is not the daemon's file.
-        std::fs::write(bench.directory().join("log"), "").expect("a log");
-        let daemon = Process::start_as(&bench, shell);
-        until("it polls", async || bench.cursor().is_some()).await;
-        assert_eq!(modes(&bench), private(), "umask {umask}");
-        assert!(daemon.stop().await.success());
-        assert_eq!(mode(&bench.db()), 0o600, "umask {umask}");
+        run_live_test(async |t| {
+            let program = t.program("run");
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+                .arg(program.get_program())
+                .args(program.get_args());
+            // The log is not the daemon's file.
+            std::fs::write(t.directory().join("log"), "").expect("a log");
+            let daemon = Process::start_as(t, shell);
+            until("it polls", async || t.cursor().is_some()).await;
+            assert_eq!(modes(t), private(), "umask {umask}");
+            assert!(daemon.stop().await.success());
+            assert_eq!(mode(&t.db()), 0o600, "umask {umask}");
+        })
+        .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn existing_database_is_made_private() {
     for open in [0o644, 0o666, 0o640] {
-        let (_sim, bench) = scripted(our_api::Options::default()).await;
-        let killed = Process::start(&bench);
-        until("it polls", async || bench.cursor().is_some()).await;
-        drop(killed);
-        for name in FILES {
-            chmod(&bench.directory().join(name), open);
-        }
-        let daemon = Process::start(&bench);
-        until("they are private", async || modes(&bench) == private()).await;
-        assert!(daemon.stop().await.success());
+        run_live_test(async |t| {
+            let killed = Process::start(t);
+            until("it polls", async || t.cursor().is_some()).await;
+            drop(killed);
+            for name in FILES {
+                chmod(&t.directory().join(name), open);
+            }
+            let daemon = Process::start(t);
+            until("they are private", async || modes(t) == private()).await;
+            assert!(daemon.stop().await.success());
+        })
+        .await;
     }
 }
 
 #[test]
 fn foreign_file_keeps_its_mode() {
-    let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
     for (content, mode_before) in [
         ("Dear diary", 0o644),
         ("SQLite format 3\0", 0o664),
         ("x", 0o755),
     ] {
-        std::fs::write(bench.db(), content).expect("a file");
-        chmod(&bench.db(), mode_before);
-        let refused = bench.program("once").output().expect("a process");
+        std::fs::write(t.db(), content).expect("a file");
+        chmod(&t.db(), mode_before);
+        let refused = t.program("once").output().expect("a process");
         assert_eq!(refused.status.code(), Some(1));
-        assert_eq!(mode(&bench.db()), mode_before, "{content:?}");
+        assert_eq!(mode(&t.db()), mode_before, "{content:?}");
     }
 }
 
 #[test]
 fn exposed_token_file_gets_a_warning() {
-    let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:2");
-    let file = bench.directory().join("token");
+    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:2");
+    let file = t.directory().join("token");
     std::fs::write(&file, "0123456789abcdef").expect("a file");
     let run = |command: &str, variable: &str| {
-        let mut program = bench.program(command);
+        let mut program = t.program(command);
         let output = program.env(variable, &file).output().expect("a process");
         let said = [output.stdout, output.stderr].concat();
         String::from_utf8(said).expect("text")
@@ -146,18 +147,20 @@ async fn documented_backups_are_private() {
         return;
     }
     for backup in backups() {
-        let (_sim, bench) = scripted(our_api::Options::default()).await;
-        bench.once().await;
-        let directory = bench.directory().display().to_string();
-        let db = bench.db().display().to_string();
-        let script = backup
-            .replace("/var/lib/bigchat-sync/bigchat-sync.db", &db)
-            .replace("/backup", &directory);
-        let copied = Command::new("sh")
-            .args(["-c", &format!("umask 022\n{script}")])
-            .status();
-        assert!(copied.expect("a shell").success(), "{script}");
-        let copy = bench.directory().join("bigchat-sync.db");
-        assert_eq!(mode(&copy), 0o600, "{script}");
+        run_live_test(async |t| {
+            t.once().await;
+            let directory = t.directory().display().to_string();
+            let db = t.db().display().to_string();
+            let script = backup
+                .replace("/var/lib/bigchat-sync/bigchat-sync.db", &db)
+                .replace("/backup", &directory);
+            let copied = Command::new("sh")
+                .args(["-c", &format!("umask 022\n{script}")])
+                .status();
+            assert!(copied.expect("a shell").success(), "{script}");
+            let copy = t.directory().join("bigchat-sync.db");
+            assert_eq!(mode(&copy), 0o600, "{script}");
+        })
+        .await;
     }
 }

@@ -1,36 +1,38 @@
 //! The console in a real browser: everything in it can be read, at any magnitude, whatever strangers write, on a phone too;
 //! and what is highlighted is what helps.
 
+use crate::harness::{Daemon, Test, dead_letter, run_test};
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{message, start};
+use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
 use crate::browser::{Browser, DESK, PHONE};
-use crate::fakes::{Scene, raw, start, status};
-use crate::harness::{Daemon, dead_letter};
 use crate::legible::{CONVERSATION, failed_message, spent};
 
-struct Desk {
-    scene: Scene,
+struct Desk<'a> {
+    t: &'a Test,
     daemon: Daemon,
     url: String,
     browser: Browser,
 }
 
-impl Desk {
+impl<'a> Desk<'a> {
     /// Over a journal with what some SQL adds to an empty one.
-    async fn over(sql: &str) -> Self {
-        let scene = Scene::new().await;
-        scene.bench.once().await;
-        scene.bench.execute(sql);
-        Self::new(scene).await
+    async fn over(t: &'a Test, sql: &str) -> Self {
+        t.differs("the journal is filled by hand");
+        t.once().await;
+        t.execute(sql);
+        Self::new(t).await
     }
 
-    async fn new(scene: Scene) -> Self {
-        let (daemon, url) = scene.bench.start_listening(Tokens::default());
+    async fn new(t: &'a Test) -> Self {
+        let (daemon, url) = t.start_listening(Tokens::default());
         let browser = Browser::open(&url, DESK).await;
         browser.until_text("h1", "").await;
         Self {
-            scene,
+            t,
             daemon,
             url,
             browser,
@@ -94,40 +96,44 @@ async fn axis(browser: &Browser, told: i64, delivered: i64) -> (Vec<String>, Val
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn the_axis_has_room_for_any_magnitude() {
-    let desk = Desk::over("").await;
-    desk.go("#/?hours=1", "#chart > svg").await;
-    for size in [DESK, PHONE] {
-        desk.browser.resize(size).await;
-        for (told, delivered, top) in [
-            (0, 0, "4"),
-            (1, 0, "1"),
-            (999, 0, "1,000"),
-            (1_000, 1_000, "1,000"),
-            (0, 5_000, "6,000"),
-            (12_345, 0, "16,000"),
-            (999_999, 0, "1M"),
-            (1_234_567, 0, "1.6M"),
-            (9_007_199_254_740_991, 0, "10,000T"),
-        ] {
-            let (labels, out) = axis(&desk.browser, told, delivered).await;
-            assert_eq!(out, json!([]), "{told} {size:?}");
-            assert_eq!(labels.last().expect("labels"), top, "{told}: {labels:?}");
-            // Each mark is one step above the one below, and none is rounded.
-            if told == 1 {
-                assert_eq!(labels, ["0", "0.25", "0.5", "0.75", "1"]);
-            }
-            if (told, size) == (12_345, PHONE) {
-                desk.picture("axis").await;
+    run_test(async |t| {
+        let desk = Desk::over(t, "").await;
+        desk.go("#/?hours=1", "#chart > svg").await;
+        for size in [DESK, PHONE] {
+            desk.browser.resize(size).await;
+            for (told, delivered, top) in [
+                (0, 0, "4"),
+                (1, 0, "1"),
+                (999, 0, "1,000"),
+                (1_000, 1_000, "1,000"),
+                (0, 5_000, "6,000"),
+                (12_345, 0, "16,000"),
+                (999_999, 0, "1M"),
+                (1_234_567, 0, "1.6M"),
+                (9_007_199_254_740_991, 0, "10,000T"),
+            ] {
+                let (labels, out) = axis(&desk.browser, told, delivered).await;
+                assert_eq!(out, json!([]), "{told} {size:?}");
+                assert_eq!(labels.last().expect("labels"), top, "{told}: {labels:?}");
+                // Each mark is one step above the one below, and none is rounded.
+                if told == 1 {
+                    assert_eq!(labels, ["0", "0.25", "0.5", "0.75", "1"]);
+                }
+                if (told, size) == (12_345, PHONE) {
+                    desk.picture("axis").await;
+                }
             }
         }
-    }
-    desk.done().await;
+        desk.done().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn figures_have_room_for_any_magnitude() {
-    let desk = Desk::over("").await;
+    run_test(async |t| {
+let desk = Desk::over(t, "").await;
     desk.go("", "#legend li").await;
     for size in [DESK, (900, 900), PHONE] {
         desk.browser.resize(size).await;
@@ -153,6 +159,8 @@ async fn figures_have_room_for_any_magnitude() {
         }
     }
     desk.done().await;
+})
+.await;
 }
 
 #[tokio::test]
@@ -178,7 +186,8 @@ async fn characters_without_a_glyph_are_marked() {
     let events: String = events
         .map(|(id, (text, _))| failed_message(id, text, "no\u{202e} good"))
         .collect();
-    let desk = Desk::over(&format!(
+    run_test(async |t| {
+let desk = Desk::over(t, &format!(
         "{CONVERSATION}{events}
          INSERT INTO advisors VALUES (1, 7, 'Ann\u{202e}' || char(27) || 'nnA', 'a\u{2067}@x.test');
          UPDATE conversations SET first_advisor = 7, details = 'read', chat_agent = 'x', chat_id = 'y' WHERE id = 100;
@@ -208,6 +217,8 @@ async fn characters_without_a_glyph_are_marked() {
         assert_eq!(desk.browser.eval(invisible).await, false, "{view}");
     }
     desk.done().await;
+})
+.await;
 }
 
 #[tokio::test]
@@ -224,19 +235,22 @@ async fn an_empty_message_says_so() {
     let events: String = events
         .map(|(id, text)| failed_message(id, text, "why"))
         .collect();
-    let desk = Desk::over(&format!("{CONVERSATION}{events}")).await;
-    let empty = "(empty message)";
-    let expected = json!([empty, empty, empty, empty, "not empty"]);
-    for (view, selector) in [
-        ("#/conversations/100", ".words"),
-        ("#/failed?reason=why", ".says"),
-    ] {
-        desk.go(view, selector).await;
-        assert_eq!(desk.texts(selector).await, expected, "{view}");
-        let muted = desk.texts(&format!("{selector} .muted")).await;
-        assert_eq!(muted, json!([empty, empty, empty, empty]), "{view}");
-    }
-    desk.done().await;
+    run_test(async |t| {
+        let desk = Desk::over(t, &format!("{CONVERSATION}{events}")).await;
+        let empty = "(empty message)";
+        let expected = json!([empty, empty, empty, empty, "not empty"]);
+        for (view, selector) in [
+            ("#/conversations/100", ".words"),
+            ("#/failed?reason=why", ".says"),
+        ] {
+            desk.go(view, selector).await;
+            assert_eq!(desk.texts(selector).await, expected, "{view}");
+            let muted = desk.texts(&format!("{selector} .muted")).await;
+            assert_eq!(muted, json!([empty, empty, empty, empty]), "{view}");
+        }
+        desk.done().await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -244,13 +258,16 @@ async fn an_empty_message_says_so() {
 async fn a_long_message_is_to_be_had_whole() {
     let text = format!("{}the end", "long ".repeat(40_000));
     let events = failed_message(1, &text, "why");
-    let desk = Desk::over(&format!("{CONVERSATION}{events}")).await;
-    desk.go("#/conversations/100", ".words").await;
-    desk.browser.click(".words a", "show all of it").await;
-    desk.browser
-        .until("document.querySelector('#raw')?.textContent.includes('long the end')")
-        .await;
-    desk.done().await;
+    run_test(async |t| {
+        let desk = Desk::over(t, &format!("{CONVERSATION}{events}")).await;
+        desk.go("#/conversations/100", ".words").await;
+        desk.browser.click(".words a", "show all of it").await;
+        desk.browser
+            .until("document.querySelector('#raw')?.textContent.includes('long the end')")
+            .await;
+        desk.done().await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -275,65 +292,68 @@ async fn ids_of_64_bits_are_shown_exactly() {
         let data = format!(r#"{{"new_advisor_id":{id},"old_advisor_id":1.0}}"#);
         sql += &dead_letter(key, key, "TRANSFER", &data, "why", 1);
     }
-    let desk = Desk::over(&sql).await;
-    for (index, id) in ids.iter().enumerate() {
-        let (key, id) = (9_007_199_254_740_993 + index, id.to_string());
-        desk.go(&format!("#/search?q={id}"), ".found a").await;
+    run_test(async |t| {
+        let desk = Desk::over(t, &sql).await;
+        for (index, id) in ids.iter().enumerate() {
+            let (key, id) = (9_007_199_254_740_993 + index, id.to_string());
+            desk.go(&format!("#/search?q={id}"), ".found a").await;
+            desk.browser
+                .click(".found a", &format!("Conversation {id}"))
+                .await;
+            desk.browser
+                .until_text("h1", &format!("Conversation {id}"))
+                .await;
+            desk.browser
+                .until_text(".change", &format!("to advisor {id}"))
+                .await;
+            desk.browser
+                .until_text("aside", &format!("{id}, by the TRANSFER"))
+                .await;
+            desk.browser.click(".fate a.bad", "failed").await;
+            desk.browser.until_text("h1", &format!("Event {key}")).await;
+            desk.browser
+                .until_text("#raw", &format!("\"new_advisor_id\": {id}"))
+                .await;
+            desk.browser
+                .until_text("#raw", &format!("\"conversation_id\": {id}"))
+                .await;
+            desk.browser
+                .until_text("#raw", "\"old_advisor_id\": 1.0")
+                .await;
+            desk.browser.until_text("aside", &id).await;
+        }
+        desk.go("#/decisions", ".audit").await;
+        for (index, id) in ids.iter().enumerate().rev() {
+            let key = 9_007_199_254_740_993 + index;
+            desk.browser.until_text(".audit", &format!("#{key}")).await;
+            desk.browser.until_text(".audit", &id.to_string()).await;
+        }
+        // One is meant, and no other.
+        let second = 9_007_199_254_740_994_i64;
+        desk.go("#/failed?reason=why", ".rows li").await;
         desk.browser
-            .click(".found a", &format!("Conversation {id}"))
+            .until_text(".rows", "conversation -9223372036854775808")
             .await;
         desk.browser
-            .until_text("h1", &format!("Conversation {id}"))
+            .click(&format!("[data-event='{second}'] input"), "")
             .await;
-        desk.browser
-            .until_text(".change", &format!("to advisor {id}"))
-            .await;
-        desk.browser
-            .until_text("aside", &format!("{id}, by the TRANSFER"))
-            .await;
-        desk.browser.click(".fate a.bad", "failed").await;
-        desk.browser.until_text("h1", &format!("Event {key}")).await;
-        desk.browser
-            .until_text("#raw", &format!("\"new_advisor_id\": {id}"))
-            .await;
-        desk.browser
-            .until_text("#raw", &format!("\"conversation_id\": {id}"))
-            .await;
-        desk.browser
-            .until_text("#raw", "\"old_advisor_id\": 1.0")
-            .await;
-        desk.browser.until_text("aside", &id).await;
-    }
-    desk.go("#/decisions", ".audit").await;
-    for (index, id) in ids.iter().enumerate().rev() {
-        let key = 9_007_199_254_740_993 + index;
-        desk.browser.until_text(".audit", &format!("#{key}")).await;
-        desk.browser.until_text(".audit", &id.to_string()).await;
-    }
-    // One is meant, and no other.
-    let second = 9_007_199_254_740_994_i64;
-    desk.go("#/failed?reason=why", ".rows li").await;
-    desk.browser
-        .until_text(".rows", "conversation -9223372036854775808")
-        .await;
-    desk.browser
-        .click(&format!("[data-event='{second}'] input"), "")
-        .await;
-    desk.browser.click(".chosen button", "Discard").await;
-    desk.browser.click("#ask button", "Discard").await;
-    desk.scene.bench.until_events("discarded", 1).await;
-    let discarded: i64 = desk
-        .scene
-        .bench
-        .value("SELECT id FROM event_states WHERE state = 'discarded'");
-    assert_eq!(discarded, second);
-    desk.done().await;
+        desk.browser.click(".chosen button", "Discard").await;
+        desk.browser.click("#ask button", "Discard").await;
+        t.until_events("discarded", 1).await;
+        let discarded: i64 = desk
+            .t
+            .value("SELECT id FROM event_states WHERE state = 'discarded'");
+        assert_eq!(discarded, second);
+        desk.done().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn json_is_shown_as_it_came() {
-    let desk = Desk::over("").await;
+    run_test(async |t| {
+let desk = Desk::over(t, "").await;
     for (raw, pretty) in [
         (
             r#"{"a":9007199254740993,"b":1e400,"c":-0.10}"#,
@@ -361,35 +381,39 @@ async fn json_is_shown_as_it_came() {
         assert_eq!(shown, pretty, "{raw}");
     }
     desk.done().await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn a_chat_without_an_agent_says_why_wherever_it_is_shown() {
     for case in ["advisor", "agent", "waits"] {
-        let scene = Scene::new().await;
-        let why = match case {
-            "advisor" => {
-                scene.bigchat.forgets_advisor(7);
-                "BigChat no longer knows advisor 7"
-            }
-            "agent" => {
-                scene.our_api.upset("POST /agents", status(422).always());
-                "OurAPI permanently rejected the agent Ann (ann@x.test)"
-            }
-            _ => {
-                scene.our_api.upset("GET /agents", status(500).always());
-                "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)"
-            }
-        };
-        scene.bigchat.tells([start(42, 0)]);
-        let desk = Desk::new(scene).await;
-        desk.go("#/search", ".found").await;
-        desk.browser.until_text(".who", why).await;
-        desk.picture(&format!("agentless-{case}")).await;
-        desk.browser.click(".found a", "Conversation 42").await;
-        desk.browser.until_text("aside", why).await;
-        desk.done().await;
+        run_test(async |t| {
+            let why = match case {
+                "advisor" => {
+                    t.bigchat.forgets_advisor(7);
+                    "BigChat no longer knows advisor 7"
+                }
+                "agent" => {
+                    t.our_api.upset("POST /agents", status(422).always());
+                    "OurAPI permanently rejected the agent Ann (ann@x.test)"
+                }
+                _ => {
+                    t.our_api.upset("GET /agents", status(500).always());
+                    "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)"
+                }
+            };
+            t.bigchat.tells([start(42, 0)]);
+            let desk = Desk::new(t).await;
+            desk.go("#/search", ".found").await;
+            desk.browser.until_text(".who", why).await;
+            desk.picture(&format!("agentless-{case}")).await;
+            desk.browser.click(".found a", "Conversation 42").await;
+            desk.browser.until_text("aside", why).await;
+            desk.done().await;
+        })
+        .await;
     }
 }
 
@@ -405,7 +429,8 @@ async fn a_phone_shows_who_resolved_what() {
     }
     sql += "INSERT INTO resolutions (resolved_at, resolved_by, resolution, event, conversation, kind, reason)
         VALUES (1, 'console', 'discard', 4, NULL, 'UNREADABLE', 'why');";
-    let desk = Desk::over(&sql).await;
+    run_test(async |t| {
+let desk = Desk::over(t, &sql).await;
     for theme in ["light", "dark"] {
         desk.browser.system_prefers(theme).await;
         for size in [PHONE, DESK] {
@@ -439,41 +464,35 @@ async fn a_phone_shows_who_resolved_what() {
         }
     }
     desk.done().await;
+})
+.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn a_retry_is_highlighted_only_where_it_can_succeed() {
-    let scene = Scene::new().await;
-    scene
-        .our_api
+    run_test(async |t| {
+    t.our_api
         .upset("POST /chats/c1/messages*No", status(422).always());
-    let desk = Desk::new(scene).await;
-    let scene = &desk.scene;
-    scene.delivers([start(42, 0), start(43, 1)]).await;
-    scene.bigchat.tells([crate::fakes::message(42, 5, "No")]);
-    scene.bench.until_events("failed", 1).await;
-    scene
-        .bigchat
+    let desk = Desk::new(t).await;
+    t.delivers([start(42, 0), start(43, 1)]).await;
+    t.bigchat.tells([message(42, 5, "No")]);
+    t.until_events("failed", 1).await;
+    t.bigchat
         .tells(raw(r#"{"nextPageUrl":null,"events":[{}]}"#));
-    scene.bench.until_events("failed", 2).await;
+    t.until_events("failed", 2).await;
     let Desk {
-        scene,
         daemon,
         browser,
         ..
     } = desk;
     browser.close().await;
     daemon.stop().await;
-    scene.bench.execute(&spent(90, 43));
-    let desk = Desk::new(scene).await;
+    t.execute(&spent(90, 43));
+    let desk = Desk::new(t).await;
     let (rejected, unreadable, spent): (i64, i64, i64) = (
-        desk.scene
-            .bench
-            .value("SELECT id FROM events WHERE data LIKE '%No%'"),
-        desk.scene
-            .bench
-            .value("SELECT id FROM events WHERE kind = 'UNREADABLE'"),
+        t.value("SELECT id FROM events WHERE data LIKE '%No%'"),
+        t.value("SELECT id FROM events WHERE kind = 'UNREADABLE'"),
         90,
     );
     for (event, highlighted) in [
@@ -525,7 +544,7 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
         );
         desk.browser.click(".chosen button", "Clear").await;
         if event != unreadable {
-            let key: i64 = desk.scene.bench.value(&format!(
+            let key: i64 = t.value(&format!(
                 "SELECT conversation FROM events WHERE id = {event}"
             ));
             desk.go(&format!("#/conversations/{key}"), ".head button")
@@ -539,4 +558,6 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
         }
     }
     desk.done().await;
+})
+.await;
 }

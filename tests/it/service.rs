@@ -1,15 +1,13 @@
 //! As a service: what systemd is told and prints about it, completions, and the manual page.
 
+use crate::harness::{Bench, run_live_test, until};
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use bigchat_sync::sim::our_api;
 use tempfile::TempDir;
 
-use crate::daemon::{scripted, seconds};
-use crate::harness::{Bench, until};
 use crate::process::Process;
 
 /// A service manager's socket, and all that was told there.
@@ -32,8 +30,8 @@ impl Manager {
     }
 
     /// Starts the daemon as systemd would.
-    fn start(&self, bench: &Bench, watchdog: Option<Duration>) -> Process {
-        let mut program = bench.program("run");
+    fn start(&self, t: &Bench, watchdog: Option<Duration>) -> Process {
+        let mut program = t.program("run");
         program
             .env("NOTIFY_SOCKET", self.directory.path().join("notify"))
             .env_remove("WATCHDOG_PID");
@@ -41,7 +39,7 @@ impl Manager {
             Some(watchdog) => program.env("WATCHDOG_USEC", watchdog.as_micros().to_string()),
             None => program.env_remove("WATCHDOG_USEC"),
         };
-        Process::start_as(bench, program)
+        Process::start_as(t, program)
     }
 
     fn listen(&mut self) -> &[String] {
@@ -61,72 +59,78 @@ impl Manager {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when_it_stops() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    let mut manager = Manager::new();
-    let daemon = manager.start(&bench, Some(Duration::from_millis(100)));
-    until("it is ready", async || manager.count("READY=1") == 1).await;
-    assert!(bench.is_ready(), "not before the session has begun");
-    until("it is alive", async || manager.count("WATCHDOG=1") > 3).await;
-    until("it tells how it fares", async || {
-        manager.count("STATUS=BigChat is up, OurAPI is up; ") > 0
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let mut manager = Manager::new();
+        let daemon = manager.start(t, Some(Duration::from_millis(100)));
+        until("it is ready", async || manager.count("READY=1") == 1).await;
+        assert!(t.is_ready(), "not before the session has begun");
+        until("it is alive", async || manager.count("WATCHDOG=1") > 3).await;
+        until("it tells how it fares", async || {
+            manager.count("STATUS=BigChat is up, OurAPI is up; ") > 0
+        })
+        .await;
+        assert_eq!(manager.count("STOPPING=1"), 0);
+        assert!(daemon.stop().await.success());
+        assert_eq!(manager.count("STOPPING=1"), 1);
+        assert_eq!(manager.count("READY=1"), 1);
     })
     .await;
-    assert_eq!(manager.count("STOPPING=1"), 0);
-    assert!(daemon.stop().await.success());
-    assert_eq!(manager.count("STOPPING=1"), 1);
-    assert_eq!(manager.count("READY=1"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
-    let (_sim, bench) = scripted(our_api::Options::default()).await;
-    bench.once().await;
-    let other = rusqlite::Connection::open(bench.db()).expect("the database");
-    other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
-    let mut manager = Manager::new();
-    let daemon = manager.start(&bench, None);
-    until("it waits", async || {
-        daemon.lines_with("the database cannot be used yet") == 1
+    run_live_test(async |t| {
+        t.once().await;
+        let other = rusqlite::Connection::open(t.db()).expect("the database");
+        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let mut manager = Manager::new();
+        let daemon = manager.start(t, None);
+        until("it waits", async || {
+            daemon.lines_with("the database cannot be used yet") == 1
+        })
+        .await;
+        assert!(manager.count("EXTEND_TIMEOUT_USEC=") > 0);
+        assert_eq!(manager.count("READY=1"), 0);
+        other.execute_batch("COMMIT").expect("it lets go");
+        until("it is ready", async || manager.count("READY=1") == 1).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
     })
     .await;
-    assert!(manager.count("EXTEND_TIMEOUT_USEC=") > 0);
-    assert_eq!(manager.count("READY=1"), 0);
-    other.execute_batch("COMMIT").expect("it lets go");
-    until("it is ready", async || manager.count("READY=1") == 1).await;
-    assert!(daemon.stop().await.success());
-    assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_that_systemd_hands_over_are_used() {
-    let (_sim, bench) = scripted(our_api::Options::default()).await;
-    let credentials = tempfile::tempdir().expect("a directory");
-    let token = |name: &str, text: &str| {
-        std::fs::write(credentials.path().join(name), text).expect("a file");
-    };
-    // An empty one is refused, which shows that it was looked at.
-    token("bigchat-sync.our-api-token", "");
-    let once = |variable: Option<&str>| {
-        let mut once = bench.program("once");
-        once.env("CREDENTIALS_DIRECTORY", credentials.path())
-            .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN_FILE")
-            .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN");
-        if let Some(token) = variable {
-            once.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
-        }
-        once.output().expect("a process")
-    };
-    let refused = once(None);
-    assert_eq!(refused.status.code(), Some(2));
-    assert!(text(&refused.stderr).contains("BIGCHAT_SYNC_OUR_API_TOKEN_FILE"));
-    assert!(
-        once(Some("t0ken")).status.success(),
-        "a variable counts more"
-    );
-    token("bigchat-sync.our-api-token", "t0ken\n");
-    assert!(once(None).status.success());
+    run_live_test(async |t| {
+        let credentials = tempfile::tempdir().expect("a directory");
+        let token = |name: &str, text: &str| {
+            std::fs::write(credentials.path().join(name), text).expect("a file");
+        };
+        // An empty one is refused, which shows that it was looked at.
+        token("bigchat-sync.our-api-token", "");
+        let once = |variable: Option<&str>| {
+            let mut once = t.program("once");
+            once.env("CREDENTIALS_DIRECTORY", credentials.path())
+                .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN_FILE")
+                .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN");
+            if let Some(token) = variable {
+                once.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
+            }
+            once.output().expect("a process")
+        };
+        let refused = once(None);
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(text(&refused.stderr).contains("BIGCHAT_SYNC_OUR_API_TOKEN_FILE"));
+        assert!(
+            once(Some("t0ken")).status.success(),
+            "a variable counts more"
+        );
+        token("bigchat-sync.our-api-token", "t0ken\n");
+        assert!(once(None).status.success());
+    })
+    .await;
 }
 
 fn text(bytes: &[u8]) -> String {

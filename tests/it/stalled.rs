@@ -1,6 +1,8 @@
 //! Standard error that nobody reads, and standard error that is broken: polling, delivery, `/healthz`, exit codes and
 //! time limits hold without any output.
 
+use crate::harness::{Bench, Process, run_live_test, side_by_side, until};
+use bigchat_sync::simulator::event::message;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
@@ -9,13 +11,9 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::our_api;
 use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 
-use crate::daemon::{message, scripted, seconds};
-use crate::harness::{Bench, Process, side_by_side, until};
 use crate::process::STOPS_WITHIN;
 
 /// How long an end may take that waits for nothing; the machine may be busy.
@@ -128,12 +126,12 @@ pub(crate) async fn ended(process: &mut Process, what: &str) -> (ExitStatus, Dur
 struct HangingDisk(Process);
 
 impl HangingDisk {
-    fn with(bench: &Bench) -> Self {
+    fn with(t: &Bench) -> Self {
         // 1024: F_SETLEASE; 1: F_WRLCK.
         let lease = "$SIG{IO} = 'IGNORE'; open(F, '+<', $ARGV[0]) or die; \
                      defined(fcntl(F, 1024, 1)) or die \"$!\"; $| = 1; print 'taken'; sleep 60";
         let mut perl = Command::new("perl");
-        perl.args(["-e", lease]).arg(bench.db());
+        perl.args(["-e", lease]).arg(t.db());
         perl.stdout(Stdio::piped());
         let mut holder = Process(perl.spawn().expect("perl, of any Debian"));
         let mut taken = [0; 5];
@@ -161,38 +159,38 @@ async fn a_log_that_nobody_reads_stops_nothing() {
     side_by_side(Sink::all(), async |sink| {
         let what = sink.what;
         // Enough to be caught up with, which is shown on a terminal.
-        let slow = our_api::Options {
-            latency: Duration::from_millis(2),
-            ..our_api::Options::default()
-        };
-        let (sim, bench) = scripted(slow).await;
-        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = free.local_addr().expect("its address").to_string();
-        drop(free);
-        let bench = bench.set("--listen", &address);
-        let now = seconds(&sim);
-        sim.bigchat.open(10, now - 100, 1);
-        let told = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
-        sim.bigchat.push_page(told.collect(), NextPage::None);
-        let mut daemon = sink.start(bench.program("run"));
-        until(&format!("{what}: it delivers"), async || {
-            sim.our_api.message_count() > 600
+        run_live_test(async |t| {
+            t.differs("it is stopped before all is delivered");
+            t.our_api.set_latency(Duration::from_millis(2));
+            let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let address = free.local_addr().expect("its address").to_string();
+            drop(free);
+            t.set("--listen", &address);
+            let now = t.now();
+            t.bigchat.open(10, now - 100, 1);
+            let told = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
+            t.bigchat.tells(told);
+            let mut daemon = sink.start(t.program("run"));
+            until(&format!("{what}: it delivers"), async || {
+                t.our_api.message_count() > 600
+            })
+            .await;
+            until(&format!("{what}: it is well"), async || {
+                let asked = reqwest::get(format!("http://{address}/healthz")).await;
+                asked.is_ok_and(|answer| answer.status().is_success())
+            })
+            .await;
+            let polls = t.bigchat.count("GET /events");
+            until(&format!("{what}: it polls"), async || {
+                t.bigchat.count("GET /events") > polls + 2
+            })
+            .await;
+            signal(&daemon, "TERM");
+            let (status, took) = ended(&mut daemon, what).await;
+            assert_eq!(status.code(), Some(0), "{what}");
+            assert!(took < STOPS_WITHIN, "{what}: {took:?}");
         })
         .await;
-        until(&format!("{what}: it is well"), async || {
-            let asked = reqwest::get(format!("http://{address}/healthz")).await;
-            asked.is_ok_and(|answer| answer.status().is_success())
-        })
-        .await;
-        let polls = sim.bigchat.traffic.count("GET /events");
-        until(&format!("{what}: it polls"), async || {
-            sim.bigchat.traffic.count("GET /events") > polls + 2
-        })
-        .await;
-        signal(&daemon, "TERM");
-        let (status, took) = ended(&mut daemon, what).await;
-        assert_eq!(status.code(), Some(0), "{what}");
-        assert!(took < STOPS_WITHIN, "{what}: {took:?}");
     })
     .await;
 }
@@ -200,17 +198,19 @@ async fn a_log_that_nobody_reads_stops_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_signal_ends_at_once_without_output() {
     side_by_side(Sink::all(), async |sink| {
-        let (sim, bench) = scripted(our_api::Options::default()).await;
-        let bench = bench.set("--request-timeout", "60s");
-        sim.bigchat.faults.hold(true);
-        let mut daemon = sink.start(bench.program("run"));
-        until("a request", async || sim.bigchat.traffic.open() > 0).await;
-        signal(&daemon, "TERM");
-        signal(&daemon, "INT");
-        let (status, took) = ended(&mut daemon, sink.what).await;
-        assert_eq!(status.code(), Some(1), "{}", sink.what);
-        assert!(took < AT_ONCE, "{}: {took:?}", sink.what);
-        sim.bigchat.faults.hold(false);
+        run_live_test(async |t| {
+            t.set("--request-timeout", "60s");
+            t.bigchat.hold(true);
+            let mut daemon = sink.start(t.program("run"));
+            until("a request", async || t.bigchat.open_requests() > 0).await;
+            signal(&daemon, "TERM");
+            signal(&daemon, "INT");
+            let (status, took) = ended(&mut daemon, sink.what).await;
+            assert_eq!(status.code(), Some(1), "{}", sink.what);
+            assert!(took < AT_ONCE, "{}: {took:?}", sink.what);
+            t.bigchat.hold(false);
+        })
+        .await;
     })
     .await;
 }
@@ -218,15 +218,17 @@ async fn a_second_signal_ends_at_once_without_output() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_hangs_is_outlasted_without_output() {
     side_by_side(Sink::all(), async |sink| {
-        let (_sim, bench) = scripted(our_api::Options::default()).await;
-        bench.once().await;
-        let disk = HangingDisk::with(&bench);
-        let mut daemon = sink.start(bench.program("run"));
-        disk.until_awaited().await;
-        signal(&daemon, "TERM");
-        let (status, took) = ended(&mut daemon, sink.what).await;
-        assert_eq!(status.code(), Some(1), "{}", sink.what);
-        assert!(took < STOPS_WITHIN, "{}: {took:?}", sink.what);
+        run_live_test(async |t| {
+            t.once().await;
+            let disk = HangingDisk::with(t);
+            let mut daemon = sink.start(t.program("run"));
+            disk.until_awaited().await;
+            signal(&daemon, "TERM");
+            let (status, took) = ended(&mut daemon, sink.what).await;
+            assert_eq!(status.code(), Some(1), "{}", sink.what);
+            assert!(took < STOPS_WITHIN, "{}: {took:?}", sink.what);
+        })
+        .await;
     })
     .await;
 }
@@ -234,59 +236,63 @@ async fn a_disk_that_hangs_is_outlasted_without_output() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bad_setting_is_exit_code_2_without_output() {
     side_by_side(Sink::all(), async |sink| {
-        let (_sim, bench) = scripted(our_api::Options::default()).await;
-        for (what, flag, token, code) in [
-            ("a bad token", None, "two words", 2),
-            ("a bad flag", Some("--poll-overlap=soon"), "t0ken", 2),
-            (
-                "no such directory",
-                Some("--db=/nowhere/journal.db"),
-                "t0ken",
-                1,
-            ),
-        ] {
-            let mut program = bench.program("once");
-            if let Some(flag) = flag {
-                program = Command::new(program.get_program());
-                program.arg("once").arg(flag);
+        run_live_test(async |t| {
+            for (what, flag, token, code) in [
+                ("a bad token", None, "two words", 2),
+                ("a bad flag", Some("--poll-overlap=soon"), "t0ken", 2),
+                (
+                    "no such directory",
+                    Some("--db=/nowhere/journal.db"),
+                    "t0ken",
+                    1,
+                ),
+            ] {
+                let mut program = t.program("once");
+                if let Some(flag) = flag {
+                    program = Command::new(program.get_program());
+                    program.arg("once").arg(flag);
+                }
+                program.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
+                let what = format!("{} on {}", what, sink.what);
+                let (status, took) = ended(&mut sink.start(program), &what).await;
+                assert_eq!(status.code(), Some(code), "{what}");
+                assert!(took < AT_ONCE, "{what}: {took:?}");
             }
-            program.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
-            let what = format!("{} on {}", what, sink.what);
-            let (status, took) = ended(&mut sink.start(program), &what).await;
-            assert_eq!(status.code(), Some(code), "{what}");
-            assert!(took < AT_ONCE, "{what}: {took:?}");
-        }
+        })
+        .await;
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_manager_that_does_not_listen_stops_nothing() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let socket = bench.directory().join("notify");
-    // It never reads.
-    let _manager = UnixDatagram::bind(&socket).expect("a socket");
-    let mut run = bench.program("run");
-    run.env("NOTIFY_SOCKET", &socket)
-        .env("WATCHDOG_USEC", "2000")
-        .env_remove("WATCHDOG_PID")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut daemon = Process(run.spawn().expect("a process"));
-    let full = UnixDatagram::unbound().expect("a socket");
-    full.set_nonblocking(true).expect("flags");
-    until("it takes no more", async || {
-        full.send_to(b"STATUS=", &socket)
-            .is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    run_live_test(async |t| {
+        let socket = t.directory().join("notify");
+        // It never reads.
+        let _manager = UnixDatagram::bind(&socket).expect("a socket");
+        let mut run = t.program("run");
+        run.env("NOTIFY_SOCKET", &socket)
+            .env("WATCHDOG_USEC", "2000")
+            .env_remove("WATCHDOG_PID")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut daemon = Process(run.spawn().expect("a process"));
+        let full = UnixDatagram::unbound().expect("a socket");
+        full.set_nonblocking(true).expect("flags");
+        until("it takes no more", async || {
+            full.send_to(b"STATUS=", &socket)
+                .is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+        })
+        .await;
+        let polls = t.bigchat.count("GET /events");
+        until("it polls", async || {
+            t.bigchat.count("GET /events") > polls + 5
+        })
+        .await;
+        signal(&daemon, "TERM");
+        let (status, took) = ended(&mut daemon, "it is stopped").await;
+        assert_eq!(status.code(), Some(0));
+        assert!(took < STOPS_WITHIN, "{took:?}");
     })
     .await;
-    let polls = sim.bigchat.traffic.count("GET /events");
-    until("it polls", async || {
-        sim.bigchat.traffic.count("GET /events") > polls + 5
-    })
-    .await;
-    signal(&daemon, "TERM");
-    let (status, took) = ended(&mut daemon, "it is stopped").await;
-    assert_eq!(status.code(), Some(0));
-    assert!(took < STOPS_WITHIN, "{took:?}");
 }

@@ -1,29 +1,24 @@
 //! `bigchat-sync status` and `bigchat-sync check`: what is wrong is said, and what to do about it; nothing is asked beside a
 //! daemon that runs.
 
+use crate::harness::{Bench, Daemon, Test, run_live_test, until};
+use bigchat_sync::simulator::event::{end, message};
 use std::process::{Command, Output};
 
-use bigchat_sync::sim::Sim;
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::our_api;
 use serde_json::{Value, json};
 use wiremock::matchers::{method, path};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
-use crate::daemon::{agrees, end, message, scripted, seconds};
-use crate::harness::{Bench, until};
-
 /// A conversation that was delivered, and the daemon that did it.
-async fn delivered() -> (Sim, Bench, crate::harness::Daemon) {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
+async fn delivered(t: &Test) -> Daemon {
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
     let told = vec![message(10, now - 5, "hello"), end(10, now - 4)];
-    sim.bigchat.push_page(told, NextPage::None);
-    let daemon = bench.start();
-    agrees(&sim, &bench).await;
-    bench.until_events("delivered", 2).await;
-    (sim, bench, daemon)
+    t.bigchat.tells(told);
+    let daemon = t.start();
+    t.agrees().await;
+    t.until_events("delivered", 2).await;
+    daemon
 }
 
 fn troubles(status: &Value) -> Vec<String> {
@@ -42,10 +37,10 @@ fn troubles(status: &Value) -> Vec<String> {
 }
 
 /// Waits until the status has these troubles and no others: what each of them begins with.
-async fn until_troubles(bench: &Bench, expected: &[&str]) -> Value {
+async fn until_troubles(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
-        let (status, well) = bench.status();
+        let (status, well) = t.status();
         assert_eq!(json!(well), status["well"]);
         let troubles = troubles(&status);
         let as_expected = troubles.len() == expected.len()
@@ -60,15 +55,15 @@ async fn until_troubles(bench: &Bench, expected: &[&str]) -> Value {
     last
 }
 
-async fn until_found_up(bench: &Bench) {
+async fn until_found_up(t: &Bench) {
     until("what the daemon found is kept", async || {
-        bench.value::<i64>("SELECT count(*) FROM api_status WHERE up = 1") == 2
+        t.value::<i64>("SELECT count(*) FROM api_status WHERE up = 1") == 2
     })
     .await;
 }
 
-async fn check(bench: &Bench) -> (bool, String) {
-    let mut command = bench.program("check");
+async fn check(t: &Bench) -> (bool, String) {
+    let mut command = t.program("check");
     let ended = tokio::task::spawn_blocking(move || command.output());
     let Output { status, stdout, .. } = ended.await.expect("no panic").expect("a process");
     (status.success(), String::from_utf8(stdout).expect("text"))
@@ -76,124 +71,121 @@ async fn check(bench: &Bench) -> (bool, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
-    let (sim, bench, daemon) = delivered().await;
-    until_found_up(&bench).await;
-    let status = until_troubles(&bench, &[]).await;
-    assert_eq!(status["daemon_runs"], json!(true));
-    assert_eq!(status["our_api"]["up"], json!(true));
-    assert_eq!(
-        (&status["waiting"], &status["failed"]),
-        (&json!(0), &json!(0))
-    );
-    assert_eq!(status["delivery_ms"]["of"], json!(2));
-    // Of a journal that is younger than what rates are taken over.
-    for rate in ["told_per_minute", "delivered_per_minute"] {
-        assert!(
-            status[rate].as_f64().is_some_and(|rate| rate > 0.9),
-            "{status}"
+    run_live_test(async |t| {
+        let daemon = delivered(t).await;
+        until_found_up(t).await;
+        let status = until_troubles(t, &[]).await;
+        assert_eq!(status["daemon_runs"], json!(true));
+        assert_eq!(status["our_api"]["up"], json!(true));
+        assert_eq!(
+            (&status["waiting"], &status["failed"]),
+            (&json!(0), &json!(0))
         );
-    }
-    assert!(
-        status["behind_s"]
-            .as_i64()
-            .is_some_and(|behind| behind < 60)
-    );
+        assert_eq!(status["delivery_ms"]["of"], json!(2));
+        // Of a journal that is younger than what rates are taken over.
+        for rate in ["told_per_minute", "delivered_per_minute"] {
+            assert!(
+                status[rate].as_f64().is_some_and(|rate| rate > 0.9),
+                "{status}"
+            );
+        }
+        assert!(
+            status["behind_s"]
+                .as_i64()
+                .is_some_and(|behind| behind < 60)
+        );
 
-    sim.our_api.down().await.expect("it is down");
-    let now = seconds(&sim);
-    sim.bigchat.push_page(
-        vec![message(10, now, "anybody?"), message(10, now, "k")],
-        NextPage::None,
-    );
-    let status = until_troubles(&bench, &["OurAPI is down since "]).await;
-    assert_eq!(status["waiting"], json!(2));
-    assert_eq!(status["oldest_waiting"]["conversation"], json!(10));
-    let since = status["our_api"]["since"].clone();
+        t.our_api.down().await;
+        let now = t.now();
+        t.bigchat
+            .tells([message(10, now, "anybody?"), message(10, now, "k")]);
+        let status = until_troubles(t, &["OurAPI is down since "]).await;
+        assert_eq!(status["waiting"], json!(2));
+        assert_eq!(status["oldest_waiting"]["conversation"], json!(10));
+        let since = status["our_api"]["since"].clone();
 
-    daemon.stop().await;
-    let stopped = ["no daemon works on this database", "OurAPI is down since "];
-    until_troubles(&bench, &stopped).await;
-    sim.bigchat.down().await.expect("it is down");
-    let daemon = bench.start();
-    let down = ["BigChat is down since ", "OurAPI is down since "];
-    let status = until_troubles(&bench, &down).await;
-    assert_eq!(
-        status["our_api"]["since"], since,
-        "a restart changes nothing about it"
-    );
+        daemon.stop().await;
+        let stopped = ["no daemon works on this database", "OurAPI is down since "];
+        until_troubles(t, &stopped).await;
+        t.bigchat.down().await;
+        t.start();
+        let down = ["BigChat is down since ", "OurAPI is down since "];
+        let status = until_troubles(t, &down).await;
+        assert_eq!(
+            status["our_api"]["since"], since,
+            "a restart changes nothing about it"
+        );
 
-    sim.our_api.up().await.expect("it is up");
-    sim.bigchat.up().await.expect("it is up");
-    let status = until_troubles(&bench, &["1 failed event waits"]).await;
-    let reasons = status["failed_by_reason"].as_array().expect("an array");
-    assert_eq!(reasons.len(), 1);
-    let reason = reasons[0]["reason"].as_str().expect("a reason");
-    assert_eq!(reasons[0]["count"], json!(1));
-    let text = bench.program("status").output().expect("a process");
-    let text = String::from_utf8(text.stdout).expect("text");
-    assert!(text.contains(&format!("1 × {reason}")), "{text}");
-    bench
-        .failed_command(&["discard", "--yes", "--reason", "another one"])
-        .expect_err("none is meant");
-    assert_eq!(bench.events("failed"), 1);
-    bench
-        .failed_command(&["discard", "--yes", "--reason", reason])
-        .expect("it is done");
-    until_troubles(&bench, &[]).await;
-    daemon.stop().await;
+        t.our_api.up().await.expect("it is up");
+        t.bigchat.up().await.expect("it is up");
+        let status = until_troubles(t, &["1 failed event waits"]).await;
+        let reasons = status["failed_by_reason"].as_array().expect("an array");
+        assert_eq!(reasons.len(), 1);
+        let reason = reasons[0]["reason"].as_str().expect("a reason");
+        assert_eq!(reasons[0]["count"], json!(1));
+        let text = t.program("status").output().expect("a process");
+        let text = String::from_utf8(text.stdout).expect("text");
+        assert!(text.contains(&format!("1 × {reason}")), "{text}");
+        t.failed_command(&["discard", "--yes", "--reason", "another one"])
+            .expect_err("none is meant");
+        assert_eq!(t.events("failed"), 1);
+        t.failed_command(&["discard", "--yes", "--reason", reason])
+            .expect("it is done");
+        until_troubles(t, &[]).await;
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
-    let (sim, bench, daemon) = delivered().await;
-    until_found_up(&bench).await;
-    let (polls, requests) = (sim.bigchat.polls(), sim.our_api.traffic.total());
-    let (well, report) = check(&bench).await;
-    assert!(well, "{report}");
-    assert!(
-        report.contains("the APIs are as it last found them"),
-        "{report}"
-    );
-    assert_eq!(
-        sim.our_api.traffic.total(),
-        requests,
-        "OurAPI is not asked beside it"
-    );
-    let db = bench.db();
-    let elsewhere = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
-        .args(["check", "--our-api-url", "http://127.0.0.1:9"])
-        .args(["--bigchat-url", &sim.bigchat_url(), "--db"])
-        .arg(&db)
-        .output()
-        .expect("a process");
-    let report = String::from_utf8_lossy(&elsewhere.stdout);
-    assert!(
-        !elsewhere.status.success() && report.contains("is asked elsewhere by the daemon"),
-        "{report}"
-    );
-    daemon.stop().await;
+    run_live_test(async |t| {
+        let daemon = delivered(t).await;
+        until_found_up(t).await;
+        let (polls, requests) = (t.bigchat.polls(), t.our_api.total());
+        let (well, report) = check(t).await;
+        assert!(well, "{report}");
+        assert!(
+            report.contains("the APIs are as it last found them"),
+            "{report}"
+        );
+        assert_eq!(t.our_api.total(), requests, "OurAPI is not asked beside it");
+        let db = t.db();
+        let elsewhere = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            .args(["check", "--our-api-url", "http://127.0.0.1:9"])
+            .args(["--bigchat-url", &t.bigchat.url(), "--db"])
+            .arg(&db)
+            .output()
+            .expect("a process");
+        let report = String::from_utf8_lossy(&elsewhere.stdout);
+        assert!(
+            !elsewhere.status.success() && report.contains("is asked elsewhere by the daemon"),
+            "{report}"
+        );
+        daemon.stop().await;
 
-    let polled = sim.bigchat.polls();
-    assert!(polled >= polls);
-    let (well, report) = check(&bench).await;
-    assert!(well, "{report}");
-    assert_eq!(
-        sim.our_api.traffic.total(),
-        requests + 2,
-        "what it is, and whether it answers"
-    );
-    assert_eq!(
-        sim.bigchat.polls(),
-        polled,
-        "BigChat tells everything only once"
-    );
+        let polled = t.bigchat.polls();
+        assert!(polled >= polls);
+        let (well, report) = check(t).await;
+        assert!(well, "{report}");
+        assert_eq!(
+            t.our_api.total(),
+            requests + 2,
+            "what it is, and whether it answers"
+        );
+        assert_eq!(
+            t.bigchat.polls(),
+            polled,
+            "BigChat tells everything only once"
+        );
 
-    sim.our_api.down().await.expect("it is down");
-    let (well, report) = check(&bench).await;
-    assert!(
-        !well && report.contains("FAIL  OurAPI") && report.contains("--our-api-url"),
-        "{report}"
-    );
+        t.our_api.down().await;
+        let (well, report) = check(t).await;
+        assert!(
+            !well && report.contains("FAIL  OurAPI") && report.contains("--our-api-url"),
+            "{report}"
+        );
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -237,7 +229,7 @@ async fn a_check_says_what_is_set_up_wrongly() {
         "{report}"
     );
 
-    let bench = bench.set("--listen", "0.0.0.0:8268");
+    bench.set("--listen", "0.0.0.0:8268");
     let (well, report) = check(&bench).await;
     assert!(
         !well && report.contains("BIGCHAT_SYNC_CONSOLE_TOKEN"),
@@ -254,33 +246,36 @@ async fn a_check_says_what_is_set_up_wrongly() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn once_tells_by_its_exit_code_what_it_left_undone() {
-    let (sim, bench, daemon) = delivered().await;
-    daemon.stop().await;
-    let once = async || {
-        let mut command = bench.program("once");
-        let ended = tokio::task::spawn_blocking(move || command.output()).await;
-        let ended = ended.expect("no panic").expect("a process");
-        let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-        (ended.status.code(), said)
-    };
-    assert_eq!(once().await.0, Some(0));
-    sim.our_api.down().await.expect("it is down");
-    let told = vec![message(10, seconds(&sim), "anybody?")];
-    sim.bigchat.push_page(told, NextPage::None);
-    let (code, said) = once().await;
-    assert!(
-        code == Some(1) && said.contains("1 events are not delivered yet"),
-        "{said}"
-    );
-    sim.bigchat.down().await.expect("it is down");
-    let (code, said) = once().await;
-    assert!(
-        code == Some(1) && said.contains("BigChat was not read"),
-        "{said}"
-    );
-    sim.bigchat.up().await.expect("it is up");
-    sim.our_api.up().await.expect("it is up");
-    let (code, said) = once().await;
-    assert_eq!(code, Some(0), "{said}");
-    bench.until_events("delivered", 3).await;
+    run_live_test(async |t| {
+        let daemon = delivered(t).await;
+        daemon.stop().await;
+        let once = async || {
+            let mut command = t.program("once");
+            let ended = tokio::task::spawn_blocking(move || command.output()).await;
+            let ended = ended.expect("no panic").expect("a process");
+            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+            (ended.status.code(), said)
+        };
+        assert_eq!(once().await.0, Some(0));
+        t.our_api.down().await;
+        let told = vec![message(10, t.now(), "anybody?")];
+        t.bigchat.tells(told);
+        let (code, said) = once().await;
+        assert!(
+            code == Some(1) && said.contains("1 events are not delivered yet"),
+            "{said}"
+        );
+        t.bigchat.down().await;
+        let (code, said) = once().await;
+        assert!(
+            code == Some(1) && said.contains("BigChat was not read"),
+            "{said}"
+        );
+        t.bigchat.up().await.expect("it is up");
+        t.our_api.up().await.expect("it is up");
+        let (code, said) = once().await;
+        assert_eq!(code, Some(0), "{said}");
+        t.until_events("delivered", 3).await;
+    })
+    .await;
 }

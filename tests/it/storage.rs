@@ -1,6 +1,10 @@
 //! A disk that refuses, a database that somebody else holds, reads, deletes or has damaged: polling pauses, the cursor
 //! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
 
+use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
+use crate::services::NOW;
+use bigchat_sync::simulator::event::{message, start};
+use bigchat_sync::simulator::fault::{paused, slow};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -9,16 +13,9 @@ use std::time::Duration;
 
 use bigchat_sync::journal::{OpenError, Store};
 use bigchat_sync::settings::Tokens;
-use bigchat_sync::sim::Sim;
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::faults::{Fault, When};
-use bigchat_sync::sim::our_api;
 
 use tokio::time::timeout;
 
-use crate::daemon::{agrees, message, scripted, seconds};
-use crate::fakes::{self, NOW, Scene};
-use crate::harness::{Bench, side_by_side, until};
 use crate::process::Process;
 
 /// More than any statement waits for a database that somebody else holds.
@@ -45,14 +42,12 @@ fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// A database with some events, as a daemon leaves it that was stopped.
-async fn with_events() -> (Sim, Bench) {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
+async fn with_events(t: &Test) {
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
     let told = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
-    sim.bigchat.push_page(told.collect(), NextPage::None);
-    bench.once().await;
-    (sim, bench)
+    t.bigchat.tells(told);
+    t.once().await;
 }
 
 #[tokio::test]
@@ -74,21 +69,25 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
         }),
     ];
     side_by_side(damages, async |(case, damage)| {
-        let (sim, bench) = with_events().await;
-        let mut bytes = std::fs::read(bench.db()).expect("a database");
-        damage(&mut bytes);
-        std::fs::write(bench.db(), bytes).expect("a database");
-        let before = files(bench.directory());
-        let requests = sim.bigchat.traffic.total();
-        let run = bench.program("once").output().expect("it runs");
-        let said = String::from_utf8_lossy(&run.stderr);
-        assert_eq!(run.status.code(), Some(1), "{case}: {said}");
-        assert!(
-            said.contains("is damaged") && said.contains("left as it is"),
-            "{case}: {said}"
-        );
-        assert!(files(bench.directory()) == before, "{case}: untouched");
-        assert_eq!(sim.bigchat.traffic.total(), requests, "{case}");
+        run_live_test(async |t| {
+            t.differs("the database is damaged");
+            with_events(t).await;
+            let mut bytes = std::fs::read(t.db()).expect("a database");
+            damage(&mut bytes);
+            std::fs::write(t.db(), bytes).expect("a database");
+            let before = files(t.directory());
+            let requests = t.bigchat.total();
+            let run = t.program("once").output().expect("it runs");
+            let said = String::from_utf8_lossy(&run.stderr);
+            assert_eq!(run.status.code(), Some(1), "{case}: {said}");
+            assert!(
+                said.contains("is damaged") && said.contains("left as it is"),
+                "{case}: {said}"
+            );
+            assert!(files(t.directory()) == before, "{case}: untouched");
+            assert_eq!(t.bigchat.total(), requests, "{case}");
+        })
+        .await;
     })
     .await;
 }
@@ -96,8 +95,9 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
 #[tokio::test]
 async fn a_place_where_no_database_can_be_is_said_at_once() {
     for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
-        let bench = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1").set("--db", db);
-        let run = bench.program("once").output().expect("it runs");
+        let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+        t.set("--db", db);
+        let run = t.program("once").output().expect("it runs");
         let said = String::from_utf8_lossy(&run.stderr);
         assert_eq!(run.status.code(), Some(1), "{said}");
         assert!(
@@ -109,28 +109,28 @@ async fn a_place_where_no_database_can_be_is_said_at_once() {
 
 #[tokio::test]
 async fn a_second_daemon_is_refused_and_the_first_goes_on() {
-    let (sim, bench) = with_events().await;
-    let first = bench.start();
-    let polls = sim.bigchat.polls();
-    until("it polls", async || sim.bigchat.polls() > polls).await;
-    for name in ["run", "once"] {
-        let second = bench.program(name).output().expect("it runs");
-        let said = String::from_utf8_lossy(&second.stderr);
-        assert_eq!(second.status.code(), Some(1), "{said}");
-        assert!(said.contains("another bigchat-sync works on"), "{said}");
-    }
-    sim.bigchat.push_page(
-        vec![message(10, seconds(&sim) - 1, "and on")],
-        NextPage::None,
-    );
-    bench.until_events("delivered", 51).await;
-    first.stop().await;
-    assert!(sim.compare().is_clean());
+    run_live_test(async |t| {
+        with_events(t).await;
+        let first = t.start();
+        let polls = t.bigchat.polls();
+        until("it polls", async || t.bigchat.polls() > polls).await;
+        for name in ["run", "once"] {
+            let second = t.program(name).output().expect("it runs");
+            let said = String::from_utf8_lossy(&second.stderr);
+            assert_eq!(second.status.code(), Some(1), "{said}");
+            assert!(said.contains("another bigchat-sync works on"), "{said}");
+        }
+        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.until_events("delivered", 51).await;
+        first.stop().await;
+        assert!(t.compare().is_clean());
+    })
+    .await;
 }
 
 /// The program with room for files of so many KiB only, until [`lift`]ed, as on a disk that is full.
-fn on_a_small_disk(bench: &Bench, kibibytes: u32) -> Process {
-    let program = bench.program("run");
+fn on_a_small_disk(t: &Bench, kibibytes: u32) -> Process {
+    let program = t.program("run");
     // Writing beyond the limit is then refused like any other write, instead of ending the process.
     let limited = format!(
         "trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"",
@@ -141,7 +141,7 @@ fn on_a_small_disk(bench: &Bench, kibibytes: u32) -> Process {
         .args(["-c", &limited])
         .arg(program.get_program())
         .args(program.get_args());
-    Process::start_as(bench, shell)
+    Process::start_as(t, shell)
 }
 
 /// Makes room.
@@ -155,247 +155,253 @@ fn lift(process: &Process) {
 const REFUSED: &str = "the journal cannot be written: polling pauses";
 
 /// A daemon that was told of three events on a page for which there is no room.
-async fn told_without_room() -> (Sim, Bench, Process, Option<i64>) {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    let daemon = on_a_small_disk(&bench, 1024);
-    sim.bigchat
-        .push_page(vec![message(10, now - 6, "before")], NextPage::None);
-    bench.until_events("delivered", 1).await;
+async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
+    let daemon = on_a_small_disk(t, 1024);
+    t.bigchat.tells([message(10, now - 6, "before")]);
+    t.until_events("delivered", 1).await;
     // A twin, so that it would show if the page were taken twice; and one that fills the page.
     let large = "x".repeat(2 << 20);
     let told = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
-    sim.bigchat.push_page(told.into(), NextPage::None);
+    t.bigchat.tells(told);
     until("it is refused", async || daemon.lines_with(REFUSED) > 0).await;
-    let cursor = bench.cursor();
-    (sim, bench, daemon, cursor)
+    let cursor = t.cursor();
+    (daemon, cursor)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
-    let (sim, bench, daemon, cursor) = told_without_room().await;
-    let polls = sim.bigchat.traffic.count("GET /events");
-    tokio::time::sleep(LONGER_THAN_A_STATEMENT).await;
-    assert_eq!(
-        sim.bigchat.traffic.count("GET /events"),
-        polls,
-        "nothing more is asked"
-    );
-    assert_eq!(bench.cursor(), cursor);
-    assert_eq!(daemon.lines_with("ERROR"), 1, "{}", daemon.log());
-    lift(&daemon);
-    agrees(&sim, &bench).await;
-    until("it goes on", async || {
-        sim.bigchat.traffic.count("GET /events") > polls + 2
+    run_live_test(async |t| {
+        let (daemon, cursor) = told_without_room(t).await;
+        let polls = t.bigchat.count("GET /events");
+        tokio::time::sleep(LONGER_THAN_A_STATEMENT).await;
+        assert_eq!(
+            t.bigchat.count("GET /events"),
+            polls,
+            "nothing more is asked"
+        );
+        assert_eq!(t.cursor(), cursor);
+        assert_eq!(daemon.lines_with("ERROR"), 1, "{}", daemon.log());
+        lift(&daemon);
+        t.agrees().await;
+        until("it goes on", async || {
+            t.bigchat.count("GET /events") > polls + 2
+        })
+        .await;
+        assert_eq!(daemon.lines_with("polling goes on"), 1, "{}", daemon.log());
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.events("delivered"), 4);
+        assert!(t.compare().is_clean());
     })
     .await;
-    assert_eq!(daemon.lines_with("polling goes on"), 1, "{}", daemon.log());
-    assert!(daemon.stop().await.success());
-    assert_eq!(bench.events("delivered"), 4);
-    assert!(sim.compare().is_clean());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
-    let (_sim, _bench, daemon, _) = told_without_room().await;
-    let log = daemon.log_file();
-    assert_eq!(daemon.stop().await.code(), Some(1));
-    let said = std::fs::read_to_string(log).expect("a log");
-    assert!(
-        said.contains("3 events that BigChat told are lost"),
-        "{said}"
-    );
+    run_live_test(async |t| {
+        t.differs("events are lost with the daemon");
+        let (daemon, _) = told_without_room(t).await;
+        let log = daemon.log_file();
+        assert_eq!(daemon.stop().await.code(), Some(1));
+        let said = std::fs::read_to_string(log).expect("a log");
+        assert!(
+            said.contains("3 events that BigChat told are lost"),
+            "{said}"
+        );
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_is_full_at_the_start_is_waited_for() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
-    sim.bigchat
-        .push_page(vec![message(10, now - 6, "hello")], NextPage::None);
-    let waits = "the database cannot be used yet";
-    let stopped = on_a_small_disk(&bench, 16);
-    until("it waits", async || stopped.lines_with(waits) == 1).await;
-    assert!(stopped.stop().await.success());
-    let daemon = on_a_small_disk(&bench, 16);
-    until("it waits", async || daemon.lines_with(waits) == 2).await;
-    assert_eq!(sim.bigchat.traffic.total(), 0);
-    lift(&daemon);
-    agrees(&sim, &bench).await;
-    assert!(daemon.stop().await.success());
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.tells([message(10, now - 6, "hello")]);
+        let waits = "the database cannot be used yet";
+        let stopped = on_a_small_disk(t, 16);
+        until("it waits", async || stopped.lines_with(waits) == 1).await;
+        assert!(stopped.stop().await.success());
+        let daemon = on_a_small_disk(t, 16);
+        until("it waits", async || daemon.lines_with(waits) == 2).await;
+        assert_eq!(t.bigchat.total(), 0);
+        lift(&daemon);
+        t.agrees().await;
+        assert!(daemon.stop().await.success());
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_is_locked_at_the_start_is_waited_for() {
-    let (sim, bench) = with_events().await;
-    let other = rusqlite::Connection::open(bench.db()).expect("the database");
-    other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
-    let daemon = Process::start(&bench);
-    until("it waits", async || {
-        daemon.lines_with("the database cannot be used yet") == 1
+    run_live_test(async |t| {
+        with_events(t).await;
+        let other = rusqlite::Connection::open(t.db()).expect("the database");
+        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let daemon = Process::start(t);
+        until("it waits", async || {
+            daemon.lines_with("the database cannot be used yet") == 1
+        })
+        .await;
+        other.execute_batch("COMMIT").expect("it lets go");
+        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.until_events("delivered", 51).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(daemon_errors(t), 1);
     })
     .await;
-    other.execute_batch("COMMIT").expect("it lets go");
-    sim.bigchat.push_page(
-        vec![message(10, seconds(&sim) - 1, "and on")],
-        NextPage::None,
-    );
-    bench.until_events("delivered", 51).await;
-    assert!(daemon.stop().await.success());
-    assert_eq!(daemon_errors(&bench), 1);
 }
 
 #[tokio::test]
 async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
     // As many as are claimed at once, and more messages each than are sent before the database is held.
     let conversations = 2..34;
-    let scene = Scene::new().await;
-    let daemon = scene.bench.start();
-    scene
-        .delivers(conversations.clone().map(|id| fakes::start(id, NOW)))
-        .await;
-    let messages = conversations
-        .flat_map(|id| (0..20).map(move |n| fakes::message(id, NOW, &format!("Message {n}"))));
-    let messages: Vec<_> = messages.collect();
-    let (count, sent) = (messages.len(), || scene.our_api.messages().len());
-    scene.bigchat.tells(messages);
-    until("the first is sent", async || sent() > 0).await;
-    let other = rusqlite::Connection::open(scene.bench.db()).expect("the database");
-    other.busy_timeout(PATIENCE).expect("a setting");
-    other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
-    // To wait for each conversation's settlement would take longer.
-    let all = until("all are sent", async || sent() == count);
-    timeout(PATIENCE, all).await.expect("nobody waits");
-    other.execute_batch("COMMIT").expect("it lets go");
-    scene
-        .bench
-        .until_events("delivered", i64::try_from(count + 32).expect("few"))
-        .await;
-    daemon.stop().await;
-    assert_eq!(sent(), count, "each once");
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers(conversations.clone().map(|id| start(id, NOW)))
+            .await;
+        let messages = conversations
+            .flat_map(|id| (0..20).map(move |n| message(id, NOW, &format!("Message {n}"))));
+        let messages: Vec<_> = messages.collect();
+        let (count, sent) = (messages.len(), || t.our_api.message_count());
+        t.bigchat.tells(messages);
+        until("the first is sent", async || sent() > 0).await;
+        let other = rusqlite::Connection::open(t.db()).expect("the database");
+        other.busy_timeout(PATIENCE).expect("a setting");
+        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        // To wait for each conversation's settlement would take longer.
+        let all = until("all are sent", async || sent() == count);
+        timeout(PATIENCE, all).await.expect("nobody waits");
+        other.execute_batch("COMMIT").expect("it lets go");
+        t.until_events("delivered", i64::try_from(count + 32).expect("few"))
+            .await;
+        daemon.stop().await;
+        assert_eq!(sent(), count, "each once");
+    })
+    .await;
 }
 
-fn daemon_errors(bench: &Bench) -> usize {
-    let log = std::fs::read_to_string(bench.directory().join("log")).expect("a log");
+fn daemon_errors(t: &Bench) -> usize {
+    let log = std::fs::read_to_string(t.directory().join("log")).expect("a log");
     log.lines().filter(|line| line.contains("ERROR")).count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
     const LIMIT: u64 = 8 << 20;
-    let (sim, bench) = with_events().await;
-    let log = bench.db().with_extension("db-wal");
-    let size = || std::fs::metadata(&log).map_or(0, |log| log.len());
-    let daemon = bench.start();
-    let polls = sim.bigchat.polls();
-    until("it polls", async || sim.bigchat.polls() > polls).await;
-    let reader = rusqlite::Connection::open(bench.db()).expect("the database");
-    reader.execute_batch("BEGIN").expect("a transaction");
-    let count = "SELECT count(*) FROM events";
-    let before: i64 = reader
-        .query_row(count, [], |row| row.get(0))
-        .expect("a count");
-    let text = "x".repeat(1 << 20);
-    let mut delivered = 50;
-    let tell = |what: &str| {
-        let told = message(10, seconds(&sim) - 1, &format!("{what} {text}"));
-        sim.bigchat.push_page(vec![told], NextPage::None);
-    };
-    while size() < 3 * LIMIT {
-        tell(&format!("number {delivered}"));
-        delivered += 1;
-        bench.until_events("delivered", delivered).await;
-    }
-    let still: i64 = reader
-        .query_row(count, [], |row| row.get(0))
-        .expect("a count");
-    assert_eq!(still, before, "it reads what it began with");
-    reader.execute_batch("COMMIT").expect("it ends");
-    until("the log is as small as it should be", async || {
-        tell(&format!("number {delivered}"));
-        delivered += 1;
-        bench.until_events("delivered", delivered).await;
-        size() <= LIMIT
+    run_live_test(async |t| {
+        with_events(t).await;
+        let log = t.db().with_extension("db-wal");
+        let size = || std::fs::metadata(&log).map_or(0, |log| log.len());
+        let daemon = t.start();
+        let polls = t.bigchat.polls();
+        until("it polls", async || t.bigchat.polls() > polls).await;
+        let reader = rusqlite::Connection::open(t.db()).expect("the database");
+        reader.execute_batch("BEGIN").expect("a transaction");
+        let count = "SELECT count(*) FROM events";
+        let before: i64 = reader
+            .query_row(count, [], |row| row.get(0))
+            .expect("a count");
+        let text = "x".repeat(1 << 20);
+        let mut delivered = 50;
+        let tell = |what: &str| {
+            let told = message(10, t.now() - 1, &format!("{what} {text}"));
+            t.bigchat.tells([told]);
+        };
+        while size() < 3 * LIMIT {
+            tell(&format!("number {delivered}"));
+            delivered += 1;
+            t.until_events("delivered", delivered).await;
+        }
+        let still: i64 = reader
+            .query_row(count, [], |row| row.get(0))
+            .expect("a count");
+        assert_eq!(still, before, "it reads what it began with");
+        reader.execute_batch("COMMIT").expect("it ends");
+        until("the log is as small as it should be", async || {
+            tell(&format!("number {delivered}"));
+            delivered += 1;
+            t.until_events("delivered", delivered).await;
+            size() <= LIMIT
+        })
+        .await;
+        daemon.stop().await;
+        assert!(t.compare().is_clean());
     })
     .await;
-    daemon.stop().await;
-    assert!(sim.compare().is_clean());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back() {
-    let (sim, bench) = with_events().await;
-    let elsewhere = bench.directory().join("elsewhere.db");
-    let daemon = Process::start(&bench);
-    let polls = sim.bigchat.traffic.count("GET /events");
-    until("it polls", async || {
-        sim.bigchat.traffic.count("GET /events") > polls
+    run_live_test(async |t| {
+        with_events(t).await;
+        let elsewhere = t.directory().join("elsewhere.db");
+        let daemon = Process::start(t);
+        let polls = t.bigchat.count("GET /events");
+        until("it polls", async || t.bigchat.count("GET /events") > polls).await;
+        std::fs::rename(t.db(), &elsewhere).expect("it moves");
+        until("it is noticed", async || {
+            daemon.lines_with("was deleted or replaced") > 0
+        })
+        .await;
+        let polls = t.bigchat.count("GET /events");
+        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        let other = "another database altogether";
+        std::fs::write(t.db(), other).expect("a file");
+        tokio::time::sleep(LONGER_THAN_A_STATEMENT / 5).await;
+        assert_eq!(t.bigchat.count("GET /events"), polls);
+        assert_eq!(
+            daemon.lines_with("was deleted or replaced"),
+            1,
+            "{}",
+            daemon.log()
+        );
+        assert_eq!(std::fs::read_to_string(t.db()).expect("a file"), other);
+        std::fs::rename(&elsewhere, t.db()).expect("it moves back");
+        t.until_events("delivered", 51).await;
+        assert!(daemon.stop().await.success());
+        assert!(t.compare().is_clean());
     })
     .await;
-    std::fs::rename(bench.db(), &elsewhere).expect("it moves");
-    until("it is noticed", async || {
-        daemon.lines_with("was deleted or replaced") > 0
-    })
-    .await;
-    let polls = sim.bigchat.traffic.count("GET /events");
-    sim.bigchat.push_page(
-        vec![message(10, seconds(&sim) - 1, "and on")],
-        NextPage::None,
-    );
-    let other = "another database altogether";
-    std::fs::write(bench.db(), other).expect("a file");
-    tokio::time::sleep(LONGER_THAN_A_STATEMENT / 5).await;
-    assert_eq!(sim.bigchat.traffic.count("GET /events"), polls);
-    assert_eq!(
-        daemon.lines_with("was deleted or replaced"),
-        1,
-        "{}",
-        daemon.log()
-    );
-    assert_eq!(std::fs::read_to_string(bench.db()).expect("a file"), other);
-    std::fs::rename(&elsewhere, bench.db()).expect("it moves back");
-    bench.until_events("delivered", 51).await;
-    assert!(daemon.stop().await.success());
-    assert!(sim.compare().is_clean());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
     for our_api_is_up in [true, false] {
-        let (sim, bench) = with_events().await;
-        sim.our_api.hang(true);
-        let mut program = bench.program("run");
-        program.env("RUST_LOG", "bigchat_sync=debug");
-        let daemon = Process::start_as(&bench, program);
-        sim.bigchat.push_page(
-            vec![message(10, seconds(&sim) - 1, "and on")],
-            NextPage::None,
-        );
-        bench.until_events("waiting", 1).await;
-        for end in ["", "-wal", "-shm"] {
-            std::fs::remove_file(format!("{}{end}", bench.db().display())).expect("a file");
-        }
-        until("it is noticed", async || {
-            daemon.lines_with("was deleted or replaced") > 0
-        })
-        .await;
-        let log = daemon.log_file();
-        if our_api_is_up {
-            sim.our_api.hang(false);
-            agrees(&sim, &bench).await;
-            until("it is settled", async || {
-                daemon.lines_with("\"delivered\"") > 0
+        run_live_test(async |t| {
+            t.differs("the database is deleted");
+            with_events(t).await;
+            t.our_api.hold(true);
+            let mut program = t.program("run");
+            program.env("RUST_LOG", "bigchat_sync=debug");
+            let daemon = Process::start_as(t, program);
+            t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+            t.until_events("waiting", 1).await;
+            for end in ["", "-wal", "-shm"] {
+                std::fs::remove_file(format!("{}{end}", t.db().display())).expect("a file");
+            }
+            until("it is noticed", async || {
+                daemon.lines_with("was deleted or replaced") > 0
             })
             .await;
-            assert!(daemon.stop().await.success());
-        } else {
-            assert_eq!(daemon.stop().await.code(), Some(1));
-            let said = std::fs::read_to_string(log).expect("a log");
-            assert!(said.contains("1 events in it are lost"), "{said}");
-        }
-        assert!(!bench.db().exists(), "none is made in its place");
+            let log = daemon.log_file();
+            if our_api_is_up {
+                t.our_api.hold(false);
+                t.agrees().await;
+                until("it is settled", async || {
+                    daemon.lines_with("\"delivered\"") > 0
+                })
+                .await;
+                assert!(daemon.stop().await.success());
+            } else {
+                assert_eq!(daemon.stop().await.code(), Some(1));
+                let said = std::fs::read_to_string(log).expect("a log");
+                assert!(said.contains("1 events in it are lost"), "{said}");
+            }
+            assert!(!t.db().exists(), "none is made in its place");
+        })
+        .await;
     }
 }
 
@@ -434,25 +440,27 @@ fn is_locked(db: &Path) -> bool {
 
 #[tokio::test]
 async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() {
-    let (_sim, bench) = scripted(our_api::Options::default()).await;
-    let (daemon, url) = bench.start_listening(Tokens::default());
-    let ready = async || {
-        let answer = reqwest::get(format!("{url}/readyz")).await;
-        answer.is_ok_and(|answer| answer.status().is_success())
-    };
-    until("it is ready", ready).await;
-    assert!(is_locked(&bench.db()), "SQLite locks what it has open");
-    let answer = reqwest::get(format!("{url}/api/status")).await;
-    assert!(answer.expect("an answer").status().is_success());
-    // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
-    assert!(is_locked(&bench.db()), "the lock is gone");
-    daemon.stop().await;
+    run_live_test(async |t| {
+        let (_, url) = t.start_listening(Tokens::default());
+        let ready = async || {
+            let answer = reqwest::get(format!("{url}/readyz")).await;
+            answer.is_ok_and(|answer| answer.status().is_success())
+        };
+        until("it is ready", ready).await;
+        assert!(is_locked(&t.db()), "SQLite locks what it has open");
+        let answer = reqwest::get(format!("{url}/api/status")).await;
+        assert!(answer.expect("an answer").status().is_success());
+        // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
+        assert!(is_locked(&t.db()), "the lock is gone");
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
-    let (sim, bench) = with_events().await;
-    bench.execute(
+    run_live_test(async |t| {
+        with_events(t).await;
+        t.execute(
         "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
          INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
          SELECT 1, 'MESSAGE', n, '{\"message\": \"long ago\"}', n, 1 FROM number;
@@ -460,40 +468,44 @@ async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
          SELECT 1, min(id), max(id), 1, 'message added', 0 FROM events WHERE received_at = 1;
          UPDATE conversations SET offset = (SELECT max(id) FROM events) WHERE id = 1",
     );
-    let slow = Fault::Hang(Duration::from_millis(1_200));
-    let faults = &sim.bigchat.faults;
-    faults.script("GET /events", When::Before, slow, u32::MAX);
-    let bench = bench.set("--poll-interval", "1s");
-    let daemon = bench.start();
-    let polls = || sim.bigchat.traffic.count("GET /events");
-    let before = polls();
-    until("they are gone", async || bench.events("delivered") == 50).await;
-    let after = polls() - before;
-    assert!(
-        after < 10,
-        "{after} polls, of which each drops 500 at least"
-    );
-    daemon.stop().await;
+        let slow = slow(Duration::from_millis(1_200));
+        let faults = &t.bigchat;
+        faults.upset("GET /events", slow.always());
+        t.set("--poll-interval", "1s");
+        t.start();
+        let polls = || t.bigchat.count("GET /events");
+        let before = polls();
+        until("they are gone", async || t.events("delivered") == 50).await;
+        let after = polls() - before;
+        assert!(
+            after < 10,
+            "{after} polls, of which each drops 500 at least"
+        );
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let bench = bench.set("--request-timeout", "2s");
-    let now = seconds(&sim);
-    let conversations = [10, 11];
-    for conversation in conversations {
-        sim.bigchat.open(conversation, now - 100, 1);
-    }
-    let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
-    sim.bigchat.push_page(told.to_vec(), NextPage::None);
-    let faults = &sim.our_api.faults;
-    let route = "POST /chats/{id}/messages";
-    faults.script(route, When::Before, Fault::Pause, 1);
-    let daemon = bench.start();
-    until("it is sent", async || faults.paused() > 0).await;
-    bench.execute("DELETE FROM events WHERE id = 1");
-    bench.until_events("delivered", 1).await;
-    daemon.stop().await;
-    assert_eq!(bench.events("waiting"), 0);
+    run_live_test(async |t| {
+        t.differs("an event is deleted by hand");
+        t.set("--request-timeout", "2s");
+        let now = t.now();
+        let conversations = [10, 11];
+        for conversation in conversations {
+            t.bigchat.open(conversation, now - 100, 1);
+        }
+        let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
+        t.bigchat.tells(told);
+        let faults = &t.our_api;
+        let route = "POST /chats/{id}/messages";
+        faults.upset(route, paused());
+        let daemon = t.start();
+        until("it is sent", async || faults.pausing() > 0).await;
+        t.execute("DELETE FROM events WHERE id = 1");
+        t.until_events("delivered", 1).await;
+        daemon.stop().await;
+        assert_eq!(t.events("waiting"), 0);
+    })
+    .await;
 }

@@ -1,13 +1,16 @@
 //! What other services do that the two of the contract do not.
 
+use crate::harness::{Bench, run_test, side_by_side, until};
+use crate::services::{time, unix};
 use bigchat_sync::http::Api;
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::start;
+use bigchat_sync::simulator::fault::{Fault, status};
+use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
-use crate::fakes::{Scene, Upset, id, raw, start, status, time, unix};
-use crate::harness::{Bench, side_by_side, until};
-
 /// An answer to a list of agents.
-fn agents(listed: &[(&str, &str, &str)]) -> Upset {
+fn agents(listed: &[(&str, &str, &str)]) -> Fault {
     let listed = listed
         .iter()
         .map(|(end, name, email)| json!({"agent_id": id(end), "name": name, "email": email}));
@@ -47,19 +50,21 @@ async fn agents_whom_our_api_takes_for_the_same() {
             ),
         ],
         async |(case, email, (end, name, spelled), refusal)| {
-            let scene = Scene::new().await;
-            scene.bigchat.advisor(7, "Ann", email);
-            scene.our_api.has_agent(end, name, spelled);
-            let found = agents(&[(end, name, spelled)]);
-            scene.our_api.upset("GET /agents?email=", found);
-            scene.our_api.upset("POST /agents", refusal);
-            let daemon = scene.bench.start();
-            scene.delivers([start(42, 0)]).await;
-            assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a9"], "{case}");
-            assert_eq!(scene.our_api.count("POST /agents"), 1, "{case}");
-            let stored: String = scene.bench.value("SELECT spelled FROM agents");
-            assert_eq!(stored, spelled, "{case}");
-            daemon.stop().await;
+            run_test(async |t| {
+                t.differs("OurAPI spells its agents otherwise");
+                t.bigchat.advisor(7, "Ann", email);
+                t.our_api.has_agent(end, name, spelled);
+                let found = agents(&[(end, name, spelled)]);
+                t.our_api.upset("GET /agents?email=", found);
+                t.our_api.upset("POST /agents", refusal);
+                t.start();
+                t.delivers([start(42, 0)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a9"], "{case}");
+                assert_eq!(t.our_api.count("POST /agents"), 1, "{case}");
+                let stored: String = t.value("SELECT spelled FROM agents");
+                assert_eq!(stored, spelled, "{case}");
+            })
+            .await;
         },
     )
     .await;
@@ -67,68 +72,72 @@ async fn agents_whom_our_api_takes_for_the_same() {
 
 #[tokio::test]
 async fn an_agent_with_the_name_in_another_case_is_another() {
-    let scene = Scene::new().await;
-    scene.our_api.has_agent("a3", "ANN", "other@x.test");
-    let namesake = agents(&[("a3", "ANN", "other@x.test")]);
-    scene.our_api.upset("GET /agents?name=", namesake);
-    scene.our_api.upset("POST /agents", status(409));
-    let daemon = scene.bench.start();
-    scene.delivers([start(42, 0)]).await;
-    assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a2"]);
-    let created = scene.our_api.ever_asked("POST /agents");
-    let named = created
-        .last()
-        .is_some_and(|asked| asked.line.contains("Ann (ann@x.test)"));
-    assert!(named, "the address tells them apart");
-    daemon.stop().await;
+    run_test(async |t| {
+        t.differs("OurAPI spells its agents otherwise");
+        t.our_api.has_agent("a3", "ANN", "other@x.test");
+        let namesake = agents(&[("a3", "ANN", "other@x.test")]);
+        t.our_api.upset("GET /agents?name=", namesake);
+        t.our_api.upset("POST /agents", status(409));
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a2"]);
+        let created = t.our_api.ever_asked("POST /agents");
+        let named = created
+            .last()
+            .is_some_and(|asked| asked.line.contains("Ann (ann@x.test)"));
+        assert!(named, "the address tells them apart");
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn an_agent_that_our_api_stores_otherwise_is_taken_as_it_is() {
     for spelled in ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"] {
-        let scene = Scene::new().await;
-        let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
-        let answer = status(201).body(&stored.to_string()).carried_out();
-        scene.our_api.upset("POST /agents", answer);
-        let daemon = scene.bench.start();
-        scene.delivers([start(42, 0)]).await;
-        assert_eq!(scene.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
-        assert_eq!(scene.our_api.count("POST /agents"), 1, "{spelled}");
-        daemon.stop().await;
+        run_test(async |t| {
+            t.differs("OurAPI spells its agents otherwise");
+            let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
+            let answer = status(201).body(&stored.to_string()).carried_out();
+            t.our_api.upset("POST /agents", answer);
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
+            assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
+        })
+        .await;
     }
 }
 
 #[tokio::test]
 async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
     side_by_side([404, 409], async |code| {
-        let scene = Scene::new().await;
-        scene.our_api.upset("POST /agents", status(code).always());
-        let daemon = scene.bench.start();
-        scene.delivers([start(42, 0)]).await;
-        assert_eq!(scene.our_api.chats(), ["42 22:00:00 - -"]);
-        until("it is known to be up", async || {
-            scene
-                .bench
-                .value::<i64>("SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 1")
-                == 1
+        run_test(async |t| {
+            t.differs("there is no agent to be had");
+            t.our_api.upset("POST /agents", status(code).always());
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+            until("it is known to be up", async || {
+                t.value::<i64>("SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 1")
+                    == 1
+            })
+            .await;
         })
         .await;
-        daemon.stop().await;
     })
     .await;
 }
 
 /// What `status` says of an API once it is down: why, and what to do.
-async fn until_down(bench: &Bench, case: &str, api: Api) -> (String, String) {
+async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
     let down = format!(
         "SELECT count(*) FROM api_status WHERE name = '{}' AND up = 0",
         api.name()
     );
     until(&format!("{case}: {api} is down"), async || {
-        bench.is_ready() && bench.value::<i64>(&down) == 1
+        t.is_ready() && t.value::<i64>(&down) == 1
     })
     .await;
-    let (status, _) = bench.status();
+    let (status, _) = t.status();
     let troubles = status["troubles"].as_array().expect("an array");
     let begins = format!("{api} is down since");
     let trouble = troubles.iter().find_map(|trouble| {
@@ -204,42 +213,46 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
             ("503", status(503), "gave no usable answer", true),
         ],
         async |(case, upset, why, ends)| {
-            let scene = Scene::new().await;
-            scene.bigchat.upset("GET /events", upset.clone().always());
-            let daemon = scene.bench.start();
-            let (what, remedy) = until_down(&scene.bench, case, Api::BigChat).await;
-            assert!(what.contains(why), "{case}: {what}");
-            assert!(
-                !what.contains("secret") && !what.contains("pass@"),
-                "{case}: {what}"
-            );
-            assert_eq!(
-                remedy.contains("an outage ends by itself"),
-                ends,
-                "{case}: {remedy}"
-            );
-            daemon.stop().await;
+            run_test(async |t| {
+                t.bigchat.upset("GET /events", upset.clone().always());
+                let daemon = t.start();
+                let (what, remedy) = until_down(t, case, Api::BigChat).await;
+                assert!(what.contains(why), "{case}: {what}");
+                assert!(
+                    !what.contains("secret") && !what.contains("pass@"),
+                    "{case}: {what}"
+                );
+                assert_eq!(
+                    remedy.contains("an outage ends by itself"),
+                    ends,
+                    "{case}: {remedy}"
+                );
+                daemon.stop().await;
 
-            if case == "400" {
-                // To OurAPI's list it says that it does not take the address.
-                return;
-            }
-            let scene = Scene::new().await;
-            scene.our_api.upset("GET /agents", upset.always());
-            let daemon = scene.bench.start();
-            scene.bigchat.tells([start(42, 0)]);
-            let (what, remedy) = until_down(&scene.bench, case, Api::OurApi).await;
-            assert!(what.contains(why), "{case}: {what}");
-            assert!(
-                !what.contains("secret") && !what.contains("pass@"),
-                "{case}: {what}"
-            );
-            assert_eq!(
-                remedy.contains("an outage ends by itself"),
-                ends,
-                "{case}: {remedy}"
-            );
-            daemon.stop().await;
+                if case == "400" {
+                    // To OurAPI's list it says that it does not take the address.
+                    return;
+                }
+                run_test(async |t| {
+                    t.differs("OurAPI is down to the end");
+                    t.our_api.upset("GET /agents", upset.always());
+                    t.start();
+                    t.bigchat.tells([start(42, 0)]);
+                    let (what, remedy) = until_down(t, case, Api::OurApi).await;
+                    assert!(what.contains(why), "{case}: {what}");
+                    assert!(
+                        !what.contains("secret") && !what.contains("pass@"),
+                        "{case}: {what}"
+                    );
+                    assert_eq!(
+                        remedy.contains("an outage ends by itself"),
+                        ends,
+                        "{case}: {remedy}"
+                    );
+                })
+                .await;
+            })
+            .await;
         },
     )
     .await;
@@ -254,18 +267,19 @@ async fn what_can_be_read_of_an_event_that_cannot_be_understood_is_shown() {
             json!({"conversation_id": 42.0, "event_name": "MESSAGE", "event_at": unix(5), "data": {}}),
         ],
         async |event| {
-            let scene = Scene::new().await;
-            scene.bigchat.tells(raw(
+            run_test(async |t| {
+t.fails(1);
+            t.bigchat.tells(raw(
                 &json!({"events": [event], "nextPageUrl": null}).to_string(),
             ));
-            let daemon = scene.bench.start();
-            scene.bench.until_events("failed", 1).await;
-            let failed = scene.bench.failed();
+            t.start();
+            t.until_events("failed", 1).await;
+            let failed = t.failed();
             assert_eq!(failed[0].conversation, Some(42), "{event}");
             let at = failed[0].at.expect("a time");
             assert_eq!(at.to_string(), time(5), "{event}");
             let said = |arguments: &[&str]| {
-                let said = scene.bench.failed_command(arguments);
+                let said = t.failed_command(arguments);
                 said.unwrap_or_else(|error| error.to_string())
             };
             let list = said(&["list"]);
@@ -275,8 +289,9 @@ async fn what_can_be_read_of_an_event_that_cannot_be_understood_is_shown() {
             assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
             let retried = said(&["retry", "--all"]);
             assert!(retried.contains("1 could not be understood"), "{retried}");
-            daemon.stop().await;
-        },
+})
+.await;
+},
     )
     .await;
 }

@@ -1,18 +1,15 @@
 //! A place that cannot be written: `check` and the daemon say what is wrong there, and what only reads still works.
 
+use crate::harness::{Test, run_live_test};
+use bigchat_sync::simulator::event::message;
 use std::ffi::OsString;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use bigchat_sync::sim::Sim;
-use bigchat_sync::sim::bigchat::NextPage;
-use bigchat_sync::sim::our_api;
 use serde_json::Value;
 
-use crate::daemon::{message, scripted, seconds};
-use crate::harness::Bench;
 use crate::process::{Process, in_own_mounts, said, unreachable as program};
 
 /// An account without rights.
@@ -164,87 +161,94 @@ fn account_without_rights_is_told_so() {
 }
 
 /// A database with a failed event, and whether the daemon was killed.
-async fn with_a_failed_event(killed: bool) -> (Sim, Bench) {
-    let (sim, bench) = scripted(our_api::Options::default()).await;
-    let now = seconds(&sim);
-    sim.bigchat.open(10, now - 100, 1);
+async fn with_a_failed_event(t: &Test, killed: bool) {
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
     let told = ["hello", "k"].map(|text| message(10, now - 5, text));
-    sim.bigchat.push_page(told.into(), NextPage::None);
-    let daemon = Process::start(&bench);
-    bench.until_events("failed", 1).await;
-    bench.until_events("delivered", 1).await;
+    t.bigchat.tells(told);
+    let daemon = Process::start(t);
+    t.until_events("failed", 1).await;
+    t.until_events("delivered", 1).await;
     match killed {
         true => drop(daemon),
         false => assert!(daemon.stop().await.success()),
     }
-    std::fs::remove_file(bench.directory().join("log")).expect("a log");
-    (sim, bench)
+    std::fs::remove_file(t.directory().join("log")).expect("a log");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reading_commands_work_on_a_read_only_file_system() {
     for killed in [false, true] {
-        let (_sim, bench) = with_a_failed_event(killed).await;
-        let before = files(bench.directory());
-        let read_only = |command: &str| {
-            let program = program(bench.directory(), command, "journal.db");
-            in_own_mounts(READ_ONLY, &program).map(run)
-        };
-        let Some((_, status)) = read_only("status --json") else {
-            return;
-        };
-        let status: Value = serde_json::from_str(&status).expect(&status);
-        assert_eq!(status["failed"], 1);
-        assert_eq!(status["daemon_runs"], false);
-        for command in ["failed list", "failed show 2"] {
-            let (well, text) = read_only(command).expect("it could be mounted");
-            assert!(well && text.contains("10"), "{command}: {text}");
-        }
-        for command in ["failed retry --all", "failed discard 2", "once"] {
-            let (well, text) = read_only(command).expect("it could be mounted");
-            assert!(!well && text.contains("Read-only file system"), "{text}");
-        }
-        assert_eq!(files(bench.directory()), before);
-        assert_eq!(bench.events("failed"), 1);
+        run_live_test(async |t| {
+            with_a_failed_event(t, killed).await;
+            let before = files(t.directory());
+            let read_only = |command: &str| {
+                let program = program(t.directory(), command, "journal.db");
+                in_own_mounts(READ_ONLY, &program).map(run)
+            };
+            let Some((_, status)) = read_only("status --json") else {
+                return;
+            };
+            let status: Value = serde_json::from_str(&status).expect(&status);
+            assert_eq!(status["failed"], 1);
+            assert_eq!(status["daemon_runs"], false);
+            for command in ["failed list", "failed show 2"] {
+                let (well, text) = read_only(command).expect("it could be mounted");
+                assert!(well && text.contains("10"), "{command}: {text}");
+            }
+            for command in ["failed retry --all", "failed discard 2", "once"] {
+                let (well, text) = read_only(command).expect("it could be mounted");
+                assert!(!well && text.contains("Read-only file system"), "{text}");
+            }
+            assert_eq!(files(t.directory()), before);
+            assert_eq!(t.events("failed"), 1);
+        })
+        .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
-    let (sim, bench) = with_a_failed_event(false).await;
-    let daemon = Process::start(&bench);
-    let told = vec![message(10, seconds(&sim) - 1, "and on")];
-    sim.bigchat.push_page(told, NextPage::None);
-    bench.until_events("delivered", 2).await;
-    for command in ["status", "failed list", "failed show 2"] {
-        let program = program(bench.directory(), command, "journal.db");
-        let Some(program) = in_own_mounts(READ_ONLY, &program) else {
-            return;
-        };
-        let (_, text) = run(program);
-        let expected = match command {
-            "status" => "daemon        runs",
-            _ => "10",
-        };
-        assert!(text.contains(expected), "{command}: {text}");
-    }
-    assert!(daemon.stop().await.success());
+    run_live_test(async |t| {
+        with_a_failed_event(t, false).await;
+        let daemon = Process::start(t);
+        let told = vec![message(10, t.now() - 1, "and on")];
+        t.bigchat.tells(told);
+        t.until_events("delivered", 2).await;
+        for command in ["status", "failed list", "failed show 2"] {
+            let program = program(t.directory(), command, "journal.db");
+            let Some(program) = in_own_mounts(READ_ONLY, &program) else {
+                return;
+            };
+            let (_, text) = run(program);
+            let expected = match command {
+                "status" => "daemon        runs",
+                _ => "10",
+            };
+            assert!(text.contains(expected), "{command}: {text}");
+        }
+        assert!(daemon.stop().await.success());
+    })
+    .await;
 }
 
 /// Without `-shm` SQLite cannot read the log, and without the log the latest changes would be missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_that_cannot_be_read_is_not_ignored() {
-    let (_sim, bench) = with_a_failed_event(true).await;
-    std::fs::remove_file(bench.directory().join("journal.db-shm")).expect("a file");
-    for command in ["status", "failed list", "failed show 2"] {
-        let program = program(bench.directory(), command, "journal.db");
-        let Some(program) = in_own_mounts(READ_ONLY, &program) else {
-            return;
-        };
-        let (well, text) = run(program);
-        assert!(!well && text.contains("only with a -shm file"), "{text}");
-    }
-    assert_eq!(bench.events("failed"), 1);
+    run_live_test(async |t| {
+        with_a_failed_event(t, true).await;
+        std::fs::remove_file(t.directory().join("journal.db-shm")).expect("a file");
+        for command in ["status", "failed list", "failed show 2"] {
+            let program = program(t.directory(), command, "journal.db");
+            let Some(program) = in_own_mounts(READ_ONLY, &program) else {
+                return;
+            };
+            let (well, text) = run(program);
+            assert!(!well && text.contains("only with a -shm file"), "{text}");
+        }
+        assert_eq!(t.events("failed"), 1);
+    })
+    .await;
 }
 
 /// A pipe would hang, and a device must keep its mode.

@@ -1,4 +1,4 @@
-//! What OurAPI should hold after what BigChat told, and how it differs from what OurAPI does hold.
+//! What OurAPI should hold after what BigChat reported, and how it differs from what OurAPI does hold.
 //!
 //! Worked out from the description of the result alone, without any of the daemon's code. Where BigChat restarted and no
 //! longer knows what only it could tell, more than one result is right; [`Report::fallbacks`] counts where that was made
@@ -15,8 +15,8 @@ use comfy_table::{Cell, Table, presets};
 use uuid::Uuid;
 
 use super::{
-    bigchat::{Advisor, Told},
-    our_api::{Agent, Chat, Held, Message},
+    bigchat::{Advisor, Reported},
+    our_api::{Agent, Chat, Data, Message},
 };
 
 /// The settings that bear on the result, and what there was before.
@@ -27,7 +27,7 @@ pub struct Rules {
     /// Messages may carry an agent.
     pub credited: bool,
     /// What OurAPI held before the daemon wrote to it.
-    pub before: Held,
+    pub before: Data,
 }
 
 /// What should be there.
@@ -147,25 +147,31 @@ fn address(advisor: &Advisor) -> Option<String> {
 }
 
 /// Whether an event says all that its kind is to say; others are nobody's chat.
-fn understood(told: &Told) -> bool {
-    let complete = match told.name.as_str() {
-        "MESSAGE" => told.data["message"].is_string(),
-        "TRANSFER" => told.data["new_advisor_id"].is_i64(),
+fn understood(reported: &Reported) -> bool {
+    let complete = match reported.name.as_str() {
+        "MESSAGE" => reported.data["message"].is_string(),
+        "TRANSFER" => reported.data["new_advisor_id"].is_i64(),
         _ => true,
     };
-    complete && time(told.event_at).is_some()
+    complete && reported.event_at >= 0 && time(reported.event_at).is_some()
 }
 
-/// What OurAPI should hold after what was told. What was lost on the way is left out.
-pub fn expected(told: &[Told], rules: &Rules) -> Expected {
-    let mut conversations = BTreeMap::<(u32, i64), Vec<&Told>>::new();
+/// What OurAPI should hold after what was reported. What was lost on the way is left out.
+pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
+    let mut conversations = BTreeMap::<(u32, i64), Vec<&Reported>>::new();
     let mut all = Expected::default();
-    for told in told.iter().filter(|told| !told.lost && understood(told)) {
+    for reported in reported
+        .iter()
+        .filter(|reported| !reported.lost && understood(reported))
+    {
         conversations
-            .entry((told.run, told.conversation_id))
+            .entry((reported.epoch, reported.conversation_id))
             .or_default()
-            .push(told);
-        for advisor in [&told.first_advisor, &told.advisor].into_iter().flatten() {
+            .push(reported);
+        for advisor in [&reported.first_advisor, &reported.advisor]
+            .into_iter()
+            .flatten()
+        {
             if let Some(address) = address(advisor) {
                 all.names
                     .entry(address)
@@ -174,14 +180,14 @@ pub fn expected(told: &[Told], rules: &Rules) -> Expected {
             }
         }
     }
-    // The details of a log tell who has a conversation now, by a TRANSFER too that the log forgot before it told of it.
+    // The details of a log tell who has a conversation now, by a TRANSFER too that the log forgot before it reported of it.
     let mut gone = HashMap::<(u32, i64), Vec<&Advisor>>::new();
-    for told in told
+    for reported in reported
         .iter()
-        .filter(|told| told.lost && told.over && told.poll == 0)
+        .filter(|reported| reported.lost && reported.forgotten && reported.poll == 0)
     {
-        if let Some(advisor) = &told.advisor {
-            gone.entry((told.run, told.conversation_id))
+        if let Some(advisor) = &reported.advisor {
+            gone.entry((reported.epoch, reported.conversation_id))
                 .or_default()
                 .push(advisor);
         }
@@ -194,10 +200,10 @@ pub fn expected(told: &[Told], rules: &Rules) -> Expected {
         .collect();
     for (identity @ (_, id), events) in &conversations {
         let mut chat = expected_chat(format!("{}{id}", rules.prefix), events, &used);
-        let by_events = events.iter().any(|told| told.name == "TRANSFER");
+        let by_events = events.iter().any(|reported| reported.name == "TRANSFER");
         for advisor in gone.get(identity).into_iter().flatten() {
             if let Some(address) = address(advisor) {
-                // An agent may be made even where a TRANSFER that was told has the last word.
+                // An agent may be made even where a TRANSFER that was reported has the last word.
                 let names = all.names.entry(address.clone()).or_default();
                 names.insert(advisor.name.trim().to_owned());
                 if !by_events {
@@ -214,33 +220,39 @@ pub fn expected(told: &[Told], rules: &Rules) -> Expected {
 
 fn expected_chat(
     plain: String,
-    events: &[&Told],
+    events: &[&Reported],
     used: &HashMap<String, Option<NaiveDateTime>>,
 ) -> ExpectedChat {
-    // The last to arrive of those at the latest time; told again it is the same, and does not arrive again.
+    // The last to arrive of those at the latest time; reported again it is the same, and does not arrive again.
     let last_at = |name: &str| {
-        let of_kind = || events.iter().filter(|told| told.name == name);
-        let latest = of_kind().map(|told| told.event_at).max()?;
-        let tied: Vec<_> = of_kind().filter(|told| told.event_at == latest).collect();
-        let arrives = |at: &usize| tied[..*at].iter().all(|told| told.data != tied[*at].data);
+        let of_kind = || events.iter().filter(|reported| reported.name == name);
+        let latest = of_kind().map(|reported| reported.event_at).max()?;
+        let tied: Vec<_> = of_kind()
+            .filter(|reported| reported.event_at == latest)
+            .collect();
+        let arrives = |at: &usize| {
+            tied[..*at]
+                .iter()
+                .all(|reported| reported.data != tied[*at].data)
+        };
         let last = (0..tied.len()).rev().find(arrives)?;
         Some(tied[last])
     };
-    let over = events.iter().any(|told| told.over);
+    let forgotten = events.iter().any(|reported| reported.forgotten);
     let known_start = events
         .iter()
-        .find(|told| told.name == "START")
-        .map(|told| told.event_at);
+        .find(|reported| reported.name == "START")
+        .map(|reported| reported.event_at);
     let mut started_at: Vec<_> = known_start
-        .or(events.first().map(|told| told.started_at))
+        .or(events.first().and_then(|reported| reported.started_at))
         .into_iter()
         .collect();
     // The start may be unknown when the chat is created, by whichever event came first; and it may remain so.
     let mut created_at = started_at.clone();
-    if over {
-        created_at.extend(events.iter().map(|told| told.event_at));
+    if forgotten {
+        created_at.extend(events.iter().map(|reported| reported.event_at));
         if known_start.is_none() {
-            started_at.extend(events.iter().map(|told| told.event_at).min());
+            started_at.extend(events.iter().map(|reported| reported.event_at).min());
         }
     }
     let started_at: Vec<_> = started_at.into_iter().filter_map(time).collect();
@@ -261,20 +273,22 @@ fn expected_chat(
     };
     let advisor = match last_at("TRANSFER") {
         Some(transfer) => transfer.advisor.as_ref(),
-        None => events.first().and_then(|told| told.first_advisor.as_ref()),
+        None => events
+            .first()
+            .and_then(|reported| reported.first_advisor.as_ref()),
     };
     let mut agents = vec![advisor.and_then(|advisor| address(advisor))];
-    if over {
+    if forgotten {
         agents.push(None);
     }
     // The same message in several polls is one; as often as in the poll that had it most often.
     let mut by_poll = BTreeMap::<(i64, &str), BTreeMap<u64, usize>>::new();
-    for told in events.iter().filter(|told| told.name == "MESSAGE") {
-        let text = told.data["message"].as_str().unwrap_or_default();
+    for reported in events.iter().filter(|reported| reported.name == "MESSAGE") {
+        let text = reported.data["message"].as_str().unwrap_or_default();
         *by_poll
-            .entry((told.event_at, text))
+            .entry((reported.event_at, text))
             .or_default()
-            .entry(told.poll)
+            .entry(reported.poll)
             .or_default() += 1;
     }
     let (mut messages, mut refused) = (BTreeMap::new(), 0);
@@ -285,7 +299,7 @@ fn expected_chat(
             None => refused += count,
         }
     }
-    let ended_at = last_at("END").and_then(|told| time(told.event_at));
+    let ended_at = last_at("END").and_then(|reported| time(reported.event_at));
     ExpectedChat {
         external_ids,
         started_at,
@@ -301,7 +315,7 @@ fn at_seconds(time: NaiveDateTime) -> impl fmt::Display {
 }
 
 /// Compares what should be there with what is.
-pub fn compare(expected: &Expected, held: &Held, rules: &Rules) -> Report {
+pub fn compare(expected: &Expected, held: &Data, rules: &Rules) -> Report {
     let agents: HashMap<Uuid, &Agent> = held
         .agents
         .iter()
@@ -363,7 +377,7 @@ fn line(
     wanted: &ExpectedChat,
     chats: &[&Chat],
     agents: &HashMap<Uuid, &Agent>,
-    held: &Held,
+    held: &Data,
     rules: &Rules,
 ) -> Line {
     let name = chats
@@ -454,7 +468,7 @@ fn line(
 }
 
 /// Agents that are there twice, under a wrong name, or out of nowhere.
-fn doubtful_agents(expected: &Expected, held: &Held, rules: &Rules) -> Vec<String> {
+fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<String> {
     let mut doubtful = Vec::new();
     let before: BTreeSet<Uuid> = rules
         .before

@@ -8,10 +8,8 @@ use std::{fmt, io, ops::Range, time::Duration};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use super::{
-    Sim,
-    faults::{Fault, Faults, RetryAfter, When},
-};
+use super::Simulator;
+use super::fault::{self, Fault};
 
 /// Longer than any client waits. One that gave up meanwhile gets nothing, and nothing is done for it.
 const FOR_EVER: Duration = Duration::from_secs(600);
@@ -140,46 +138,50 @@ fn millis(rng: &mut StdRng, range: Range<u64>) -> Duration {
 /// A fault that everything may meet for a while.
 fn outage(rng: &mut StdRng) -> Fault {
     match rng.random_range(0..8) {
-        0 => Fault::Drop,
-        1 => Fault::Hang(FOR_EVER),
-        2 => Fault::Status(401),
-        3 => Fault::Status(403),
-        4 => Fault::Status(502),
-        5 => Fault::Html,
-        6 => Fault::RetryLater(503, RetryAfter::Seconds(1)),
-        _ => Fault::Status(500),
+        0 => fault::dropped(),
+        1 => fault::slow(FOR_EVER),
+        2 => fault::status(401),
+        3 => fault::status(403),
+        4 => fault::status(502),
+        5 => fault::html(),
+        6 => fault::status(503).header("retry-after", "1"),
+        _ => fault::crashed(),
     }
 }
 
 /// Lets single requests to either service meet faults of all kinds, until [`calm`].
-pub fn weather(sim: &Sim) {
-    sim.bigchat.set_circles(CIRCLES);
-    for faults in [&sim.bigchat.faults, &sim.our_api.faults] {
-        for when in [When::Before, When::After] {
-            for fault in [
-                Fault::Drop,
-                Fault::CutOff,
-                Fault::Html,
-                Fault::Body(String::new()),
-                Fault::Body("null".to_owned()),
-                Fault::Status(302),
-                Fault::Status(408),
-                Fault::Status(500),
-                Fault::Status(503),
-                Fault::Hang(Duration::from_millis(300)),
-            ] {
-                faults.rate(OFTEN, when, fault);
-            }
-            faults.rate(SELDOM, when, Fault::Hang(FOR_EVER));
-            seldom(faults, when, 503, RetryAfter::Date(2));
+pub fn weather(simulator: &Simulator) {
+    simulator.bigchat.state().set_circles(CIRCLES);
+    let often = [
+        fault::dropped(),
+        fault::cut_off(),
+        fault::html(),
+        fault::status(200),
+        fault::status(200).body("null"),
+        fault::status(302),
+        fault::status(408),
+        fault::crashed(),
+        fault::status(503),
+        fault::slow(Duration::from_millis(300)),
+    ];
+    let seldom = [fault::slow(FOR_EVER), fault::status(503).retry_date(2)];
+    let often = often.into_iter().map(|fault| (OFTEN, fault));
+    let seldom = seldom.into_iter().map(|fault| (SELDOM, fault));
+    for (probability, fault) in often.chain(seldom) {
+        for fault in [fault.clone(), fault.carried_out()] {
+            upset(simulator, probability, fault);
         }
-        // Who says so has done nothing.
-        seldom(faults, When::Before, 429, RetryAfter::Seconds(1));
     }
+    // A service that says so has done nothing.
+    let too_many = fault::status(429).header("retry-after", "1");
+    upset(simulator, SELDOM, too_many);
 }
 
-fn seldom(faults: &Faults, when: When, status: u16, after: RetryAfter) {
-    faults.rate(SELDOM, when, Fault::RetryLater(status, after));
+fn upset(simulator: &Simulator, probability: f64, fault: Fault) {
+    simulator
+        .bigchat
+        .upset_at_random(probability, fault.clone());
+    simulator.our_api.upset_at_random(probability, fault);
 }
 
 /// Ends all faults, and has both services back.
@@ -187,62 +189,64 @@ fn seldom(faults: &Faults, when: When, status: u16, after: RetryAfter) {
 /// # Errors
 ///
 /// When a service cannot listen again where it did.
-pub async fn calm(sim: &Sim) -> io::Result<()> {
-    sim.bigchat.set_circles(0.0);
-    sim.bigchat.faults.clear();
-    sim.our_api.faults.clear();
-    sim.bigchat.up().await?;
-    sim.our_api.up().await
+pub async fn calm(simulator: &Simulator) -> io::Result<()> {
+    simulator.bigchat.state().set_circles(0.0);
+    simulator.bigchat.calm();
+    simulator.our_api.calm();
+    Service::BigChat.up(simulator).await?;
+    Service::OurApi.up(simulator).await
 }
 
 impl Service {
-    fn faults(self, sim: &Sim) -> &Faults {
+    fn outage(self, simulator: &Simulator, fault: Option<Fault>) {
         match self {
-            Self::BigChat => &sim.bigchat.faults,
-            Self::OurApi => &sim.our_api.faults,
+            Self::BigChat => simulator.bigchat.outage(fault),
+            Self::OurApi => simulator.our_api.outage(fault),
         }
     }
 
-    async fn down(self, sim: &Sim) -> io::Result<()> {
+    async fn down(self, simulator: &Simulator) {
         match self {
-            Self::BigChat => sim.bigchat.down().await,
-            Self::OurApi => sim.our_api.down().await,
+            Self::BigChat => {
+                simulator.bigchat.state().set_down(true);
+                simulator.bigchat.down().await;
+            }
+            Self::OurApi => simulator.our_api.down().await,
         }
     }
 
-    async fn up(self, sim: &Sim) -> io::Result<()> {
+    async fn up(self, simulator: &Simulator) -> io::Result<()> {
         match self {
-            Self::BigChat => sim.bigchat.up().await,
-            Self::OurApi => sim.our_api.up().await,
+            Self::BigChat => {
+                simulator.bigchat.state().set_down(false);
+                simulator.bigchat.up().await
+            }
+            Self::OurApi => simulator.our_api.up().await,
         }
     }
 }
 
 impl Strike {
     /// Strikes.
-    ///
-    /// # Errors
-    ///
-    /// When a service has not served well.
-    pub async fn begin(&self, sim: &Sim) -> io::Result<()> {
+    pub async fn begin(&self, simulator: &Simulator) {
+        let our_api = || simulator.our_api.state();
         match self {
-            Self::Outage(service, fault) => service.faults(sim).outage(Some(fault.clone())),
-            Self::Refuses(service) => service.down(sim).await?,
-            Self::BigChatRestarts => Service::BigChat.down(sim).await?,
-            Self::OurApiRestarts => Service::OurApi.down(sim).await?,
-            Self::OurApiLosesAll => sim.our_api.wipe(),
-            Self::OurApiLosesAgents => sim.our_api.wipe_agents(),
+            Self::Outage(service, fault) => service.outage(simulator, Some(fault.clone())),
+            Self::Refuses(service) => service.down(simulator).await,
+            Self::BigChatRestarts => Service::BigChat.down(simulator).await,
+            Self::OurApiRestarts => Service::OurApi.down(simulator).await,
+            Self::OurApiLosesAll => our_api().lose_everything(),
+            Self::OurApiLosesAgents => our_api().lose_agents(),
             Self::OurApiLosesChats(parts) => {
-                let chats = sim.our_api.chats();
+                let chats = our_api().data().chats.clone();
                 for part in parts {
                     // Of no chats none is lost.
                     if let Some(chat) = chats.get((part * chats.len() as f64) as usize) {
-                        sim.our_api.forget_chat(&chat.external_id);
+                        our_api().lose_chat(&chat.external_id);
                     }
                 }
             }
         }
-        Ok(())
     }
 
     /// It is over.
@@ -250,17 +254,17 @@ impl Strike {
     /// # Errors
     ///
     /// When a service cannot listen again where it did.
-    pub async fn end(&self, sim: &Sim) -> io::Result<()> {
+    pub async fn end(&self, simulator: &Simulator) -> io::Result<()> {
         match self {
-            Self::Outage(service, _) => service.faults(sim).outage(None),
-            Self::Refuses(service) => service.up(sim).await?,
+            Self::Outage(service, _) => service.outage(simulator, None),
+            Self::Refuses(service) => service.up(simulator).await?,
             Self::BigChatRestarts => {
-                sim.bigchat.restart();
-                Service::BigChat.up(sim).await?;
+                simulator.bigchat.state().restart();
+                Service::BigChat.up(simulator).await?;
             }
             Self::OurApiRestarts => {
-                sim.our_api.wipe();
-                Service::OurApi.up(sim).await?;
+                simulator.our_api.state().lose_everything();
+                Service::OurApi.up(simulator).await?;
             }
             Self::OurApiLosesAll | Self::OurApiLosesAgents | Self::OurApiLosesChats(_) => {}
         }
@@ -280,17 +284,7 @@ impl fmt::Display for Service {
 impl fmt::Display for Strike {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Outage(service, fault) => {
-                write!(f, "{service} ")?;
-                match fault {
-                    Fault::Drop => f.write_str("drops all connections"),
-                    Fault::Hang(_) | Fault::Pause | Fault::Late(_) => f.write_str("hangs"),
-                    Fault::Status(status) | Fault::RetryLater(status, _) => {
-                        write!(f, "answers {status} to everything")
-                    }
-                    Fault::Html | Fault::CutOff | Fault::Body(_) => f.write_str("answers nonsense"),
-                }
-            }
+            Self::Outage(service, fault) => write!(f, "{service} {}", fault.in_words()),
             Self::Refuses(service) => write!(f, "{service} is down"),
             Self::BigChatRestarts => f.write_str("BigChat restarts, its ids are others' now"),
             Self::OurApiRestarts => f.write_str("OurAPI restarts and has lost everything"),

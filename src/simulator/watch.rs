@@ -1,17 +1,17 @@
-//! What the simulated services do, as they do it, for whoever watches. Nobody has to.
+//! What the services do, as they do it, for an observer. There need not be one.
 
 use std::time::Instant;
 
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::bigchat::Told;
+use super::bigchat::Reported;
 
 /// What a service did.
 #[derive(Clone, Debug)]
 pub enum Happening {
-    /// BigChat told of these, each for the first time.
-    Told(Vec<Told>),
+    /// BigChat reported these, each for the first time.
+    Reported(Vec<Reported>),
     /// BigChat answered a request for events with an error of its own.
     Failed,
     /// OurAPI answered a request.
@@ -23,33 +23,34 @@ pub enum Happening {
 /// A request that OurAPI answered.
 #[derive(Clone, Debug)]
 pub struct Answered {
-    /// As [`Traffic`](super::Traffic) counts it.
+    /// Method and path, with `{id}` for each id.
     pub route: String,
     /// The `external_id` of the chat that it names, if there is such a chat.
     pub chat: Option<String>,
     /// The name of the agent that its body names, if there is such an agent.
     pub agent: Option<String>,
-    /// What it said.
     pub body: Value,
-    /// What became of it.
     pub status: u16,
 }
 
-/// Where a service tells what it does, and when that was.
+/// Where a service reports what it does, and when that was.
 #[derive(Clone, Debug, Default)]
 pub struct Watch(Option<UnboundedSender<(Instant, Happening)>>);
 
 impl Watch {
-    /// Tells it there.
-    pub fn to(watcher: UnboundedSender<(Instant, Happening)>) -> Self {
-        Self(Some(watcher))
+    pub fn to(observer: UnboundedSender<(Instant, Happening)>) -> Self {
+        Self(Some(observer))
     }
 
-    /// Tells what happened, if anybody watches; only then it is put together.
-    pub(crate) fn tell(&self, happening: impl FnOnce() -> Happening) {
-        if let Some(watcher) = &self.0 {
-            // Who has stopped watching misses nothing.
-            watcher.send((Instant::now(), happening())).ok();
+    pub(super) fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Reports what happened, if there is an observer.
+    pub fn report(&self, happening: Option<Happening>) {
+        if let (Some(observer), Some(happening)) = (&self.0, happening) {
+            // One that has stopped watching misses nothing.
+            observer.send((Instant::now(), happening)).ok();
         }
     }
 }

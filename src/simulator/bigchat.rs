@@ -1,0 +1,757 @@
+//! BigChat: conversations, advisors and events, scripted or made up by chance.
+//!
+//! In [`Mode::Once`] it behaves as the real one, which makes events up at each poll and reports each once; in [`Mode::Log`]
+//! as a usual vendor, whose log gives the same events for the same window. Either way it remembers what it reported, and
+//! whether the answer went out, which is what the comparison works from. What happens by chance is [`chance`](super::chance)'s.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::event::{T0, event_at};
+use super::exchange::{Api, Reply, Request, invalid, parse_time};
+use super::watch::Happening;
+
+/// How events come about and are reported.
+#[derive(Clone, Debug)]
+pub enum Mode {
+    /// As by the real one: events are made up when asked for, reported once, and forgotten.
+    Once,
+    /// As usual elsewhere: a log that grows with the clock. A window includes its start and excludes its end; a page is a
+    /// part of the window as the log is now, by `event_at` and then arrival, so that what is late shifts the pages.
+    Log(Log),
+}
+
+/// The settings of [`Mode::Log`].
+#[derive(Clone, Debug)]
+pub struct Log {
+    pub events_per_second: f64,
+    /// Events per page.
+    pub page_size: usize,
+    /// One event in ten turns up late by up to so many seconds.
+    pub max_late: u32,
+    /// How far the log reaches back at the start.
+    pub history: Duration,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            events_per_second: 1.0,
+            page_size: 100,
+            max_late: 2,
+            history: Duration::ZERO,
+        }
+    }
+}
+
+/// BigChat's own clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// The machine's, so many seconds ahead.
+    Ahead(i64),
+    /// It stands still, so many seconds after [`T0`].
+    Still(i64),
+}
+
+impl Clock {
+    fn now(self) -> DateTime<Utc> {
+        match self {
+            Self::Ahead(seconds) => Utc::now() + TimeDelta::seconds(seconds),
+            Self::Still(seconds) => DateTime::from_timestamp(T0 + seconds, 0).unwrap_or_default(),
+        }
+    }
+}
+
+/// The settings of a BigChat.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The same seed makes the same choices.
+    pub seed: u64,
+    pub mode: Mode,
+    /// Nothing happens by chance: no events, no errors, no second pages.
+    pub quiet: bool,
+    /// Some messages are short, padded, twins or otherwise awkward, and two advisors share a name.
+    pub awkward: bool,
+    /// So many of the latest conversations get events; the real one's all do.
+    pub active: usize,
+    pub clock: Clock,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            mode: Mode::Once,
+            quiet: false,
+            awkward: true,
+            active: 30,
+            clock: Clock::Ahead(0),
+        }
+    }
+}
+
+/// An advisor, as BigChat shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advisor {
+    /// From 1, in each epoch.
+    pub advisor_id: i64,
+    /// Two may share it.
+    pub name: String,
+    /// The identity.
+    pub email_address: String,
+}
+
+/// An event that was reported, with what only BigChat knows about it.
+#[derive(Clone, Debug)]
+pub struct Reported {
+    /// Counts BigChat's restarts, from 1.
+    pub epoch: u32,
+    /// BigChat knows nothing of its conversation any more, or never did.
+    pub forgotten: bool,
+    /// Which poll reported it; 0 in a log, which reports everything in every poll.
+    pub poll: u64,
+    /// The answer never went out, and will not again.
+    pub lost: bool,
+    pub conversation_id: i64,
+    pub name: String,
+    pub event_at: i64,
+    pub data: Value,
+    /// When the conversation really started, if BigChat knows.
+    pub started_at: Option<i64>,
+    /// Who had the conversation first, if BigChat knows.
+    pub first_advisor: Option<Arc<Advisor>>,
+    /// Who gets it, in a TRANSFER to an advisor whom BigChat knows.
+    pub advisor: Option<Arc<Advisor>>,
+}
+
+impl Reported {
+    /// The event, as BigChat shows it.
+    pub fn json(&self) -> Value {
+        event_at(
+            self.conversation_id,
+            &self.name,
+            self.event_at,
+            self.data.clone(),
+        )
+    }
+}
+
+/// What a scripted page says about the next one.
+#[derive(Clone, Debug)]
+pub enum NextPage {
+    None,
+    /// The usual address.
+    Usual,
+    /// That of this very page: A A.
+    Same,
+    /// That of the poll's first page: A B A B.
+    First,
+    /// This, whatever it is.
+    Is(Value),
+}
+
+/// What one request for events gets.
+#[derive(Clone, Debug)]
+pub enum Page {
+    Events(Vec<Value>, NextPage),
+    /// A body as it is, that of a page or not.
+    Raw(String),
+}
+
+impl<E: IntoIterator<Item = Value>> From<E> for Page {
+    fn from(events: E) -> Self {
+        Self::Events(events.into_iter().collect(), NextPage::None)
+    }
+}
+
+/// A page with what it says of the next one, whatever that is.
+pub fn page(events: impl IntoIterator<Item = Value>, next: impl Into<Value>) -> Page {
+    Page::Events(events.into_iter().collect(), NextPage::Is(next.into()))
+}
+
+/// A page that may be none.
+pub fn raw(body: &str) -> Page {
+    Page::Raw(body.to_owned())
+}
+
+/// What a larger body reports is not known.
+const MAX_PARSED: usize = 1 << 20;
+
+#[derive(Clone, Debug)]
+enum Item {
+    Event(usize),
+    Raw(Value),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Conversation {
+    pub(super) started_at: i64,
+    pub(super) first_advisor: i64,
+    /// What the log has of it.
+    events: Vec<usize>,
+}
+
+/// BigChat, without a wire.
+#[derive(Clone, Debug)]
+pub struct BigChat {
+    pub(super) options: Options,
+    pub(super) rng: Xoshiro256PlusPlus,
+    epoch: u32,
+    first_of_epoch: usize,
+    pub(super) last_start: i64,
+    /// The `date` header moves on once a second, at this part of it, as with the real one: it is up to a second behind.
+    phase: i64,
+    /// Sent instead of the date.
+    date: Option<String>,
+    advisors: BTreeMap<i64, Arc<Advisor>>,
+    pub(super) addresses: HashSet<String>,
+    pub(super) conversations: BTreeMap<i64, Conversation>,
+    reported: Vec<Reported>,
+    arrived: Vec<bool>,
+    poll: u64,
+    pushed: Vec<Value>,
+    pages: VecDeque<Page>,
+    /// The ENDs and TRANSFERs of the page before.
+    pub(super) repeatable: Vec<Value>,
+    log: BTreeMap<(i64, usize), Item>,
+    /// When the log grows next.
+    pub(super) next_arrival: f64,
+    restart_at_poll: bool,
+    /// It is not there: nothing happens.
+    pub(super) down: bool,
+    circles: f64,
+    /// What the latest request for events reported that was never reported before.
+    latest: Vec<usize>,
+}
+
+impl BigChat {
+    pub fn new(options: Options) -> Self {
+        let history = match &options.mode {
+            Mode::Log(log) => i64::try_from(log.history.as_secs()).unwrap_or(0),
+            Mode::Once => 0,
+        };
+        let start = options.clock.now().timestamp() - history;
+        let mut bigchat = Self {
+            rng: Xoshiro256PlusPlus::seed_from_u64(options.seed),
+            options,
+            epoch: 0,
+            first_of_epoch: 0,
+            last_start: 0,
+            phase: 0,
+            date: None,
+            advisors: BTreeMap::new(),
+            addresses: HashSet::new(),
+            conversations: BTreeMap::new(),
+            reported: Vec::new(),
+            arrived: Vec::new(),
+            poll: 0,
+            pushed: Vec::new(),
+            pages: VecDeque::new(),
+            repeatable: Vec::new(),
+            log: BTreeMap::new(),
+            next_arrival: 0.0,
+            restart_at_poll: false,
+            down: false,
+            circles: 0.0,
+            latest: Vec::new(),
+        };
+        bigchat.boot(start);
+        bigchat
+    }
+
+    pub(super) fn in_log(&self) -> bool {
+        matches!(self.options.mode, Mode::Log(_))
+    }
+
+    pub(super) fn unix_now(&self) -> i64 {
+        self.options.clock.now().timestamp()
+    }
+
+    /// Its time, in seconds after [`T0`].
+    pub fn now(&self) -> i64 {
+        self.unix_now() - T0
+    }
+
+    pub(super) fn now_in_seconds(&self) -> f64 {
+        self.options.clock.now().timestamp_millis() as f64 / 1000.0
+    }
+
+    pub fn set_clock(&mut self, clock: Clock) {
+        self.options.clock = clock;
+    }
+
+    /// Sends this instead of the date from now on.
+    pub fn set_date(&mut self, date: Option<&str>) {
+        self.date = date.map(str::to_owned);
+    }
+
+    /// Nothing, or again something, happens by chance from now on.
+    pub fn set_quiet(&mut self, quiet: bool) {
+        self.grow();
+        self.options.quiet = quiet;
+    }
+
+    /// Whether some messages are awkward from now on.
+    pub fn set_awkward(&mut self, awkward: bool) {
+        self.options.awkward = awkward;
+    }
+
+    /// It goes down, or is there again. Meanwhile nothing happens.
+    pub fn set_down(&mut self, down: bool) {
+        self.grow();
+        self.down = down;
+    }
+
+    /// So often (0 to 1) the last page of a poll names an earlier one as the next.
+    pub fn set_circles(&mut self, probability: f64) {
+        self.circles = probability;
+    }
+
+    /// The current epoch, from 1.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The number of the latest poll, as in [`Reported::poll`]; of a log, too. A poll is a request for a first page and those
+    /// for later pages up to the next first one.
+    pub fn polls(&self) -> u64 {
+        self.poll
+    }
+
+    /// Knows a conversation of which nothing has been reported; `started_at` in seconds after [`T0`].
+    pub fn open(&mut self, id: i64, started_at: i64, first_advisor: i64) {
+        let started_at = T0.saturating_add(started_at);
+        // It may be any number; the next epoch's are to be later only than those that can be.
+        self.last_start = self.last_start.max(started_at.min(self.unix_now()));
+        self.insert_conversation(id, started_at, first_advisor);
+    }
+
+    pub(super) fn insert_conversation(&mut self, id: i64, started_at: i64, first_advisor: i64) {
+        let conversation = Conversation {
+            started_at,
+            first_advisor,
+            events: Vec::new(),
+        };
+        self.conversations.insert(id, conversation);
+    }
+
+    /// Knows a conversation no longer.
+    pub fn forget_conversation(&mut self, id: i64) {
+        self.conversations.remove(&id);
+    }
+
+    /// An advisor of the current epoch.
+    pub fn advisor(&self, id: i64) -> Option<Arc<Advisor>> {
+        self.advisors.get(&id).cloned()
+    }
+
+    /// Knows an advisor by that name and address from now on.
+    pub fn set_advisor(&mut self, advisor_id: i64, name: &str, email_address: &str) {
+        let advisor = Advisor {
+            advisor_id,
+            name: name.to_owned(),
+            email_address: email_address.to_owned(),
+        };
+        self.advisors.insert(advisor_id, Arc::new(advisor));
+    }
+
+    /// Knows an advisor no longer.
+    pub fn forget_advisor(&mut self, id: i64) {
+        self.advisors.remove(&id);
+    }
+
+    /// An event: reported on the next page, or put in the log.
+    pub fn push(&mut self, event: Value) {
+        if self.in_log() {
+            self.log_item(event);
+        } else {
+            self.pushed.push(event);
+        }
+    }
+
+    /// A whole page: in [`Mode::Once`] exactly what the next request gets, in [`Mode::Log`] put in the log.
+    pub fn push_page(&mut self, page: impl Into<Page>) {
+        match page.into() {
+            Page::Events(events, _) if self.in_log() => {
+                events.into_iter().for_each(|event| self.log_item(event));
+            }
+            page => self.pages.push_back(page),
+        }
+    }
+
+    /// Restarts at once: everything is forgotten, and ids begin at 1 again, for others. What is scripted and not reported yet
+    /// belongs to the next epoch; in a log it is forgotten, too.
+    pub fn restart(&mut self) {
+        self.restart_at(self.now());
+    }
+
+    /// The same, its first conversation starting then, or as soon as is later than any before.
+    pub fn restart_at(&mut self, at: i64) {
+        self.grow();
+        let in_log = self.in_log();
+        let of_epoch = self.first_of_epoch..;
+        let arrived = &self.arrived[of_epoch.clone()];
+        for (reported, arrived) in self.reported[of_epoch].iter_mut().zip(arrived) {
+            reported.lost |= in_log && !arrived;
+        }
+        self.boot(T0 + at);
+    }
+
+    /// Restarts just before the next poll's first page, so that no poll is half of one epoch and half of the next.
+    pub fn restart_at_next_poll(&mut self) {
+        self.restart_at_poll = true;
+    }
+
+    /// Begins an epoch. Its first conversation starts later than any before, in whole seconds.
+    fn boot(&mut self, at: i64) {
+        self.epoch += 1;
+        self.first_of_epoch = self.reported.len();
+        self.restart_at_poll = false;
+        self.phase = self.rng.random_range(0..1000);
+        self.conversations.clear();
+        self.log.clear();
+        self.repeatable.clear();
+        self.advisors.clear();
+        for id in 1..=10 {
+            let (mut name, address) = self.make_up_advisor();
+            if self.options.awkward && id == 7 {
+                name = self.advisors[&3].name.clone();
+            }
+            self.set_advisor(id, &name, &address);
+        }
+        let at = at.max(self.last_start + 1);
+        self.last_start = at;
+        self.insert_conversation(1, at, 1);
+        self.next_arrival = at as f64;
+        if self.in_log() && !self.options.quiet {
+            self.log_item(event_at(1, "START", at, Value::Null));
+        }
+    }
+
+    /// Everything reported so far, in order; of a log, everything in it.
+    pub fn reported(&mut self) -> Vec<Reported> {
+        self.grow();
+        let in_log = self.in_log();
+        let with_fate = |(reported, arrived): (&Reported, &bool)| Reported {
+            lost: reported.lost || (!in_log && !arrived),
+            forgotten: reported.epoch < self.epoch
+                || !self.conversations.contains_key(&reported.conversation_id),
+            ..reported.clone()
+        };
+        self.reported
+            .iter()
+            .zip(&self.arrived)
+            .map(with_fate)
+            .collect()
+    }
+
+    /// What the latest request for events reported, as far as nothing equal was reported before: nobody can have it but from
+    /// that answer.
+    pub fn latest(&self) -> Vec<Reported> {
+        let key = |index: &usize| {
+            let reported = &self.reported[*index];
+            (
+                reported.conversation_id,
+                &reported.name,
+                reported.event_at,
+                &reported.data,
+            )
+        };
+        let is_new = |new: &&usize| {
+            let mut before = (0..self.reported.len()).filter(|index| !self.latest.contains(index));
+            !before.any(|index| self.arrived[index] && key(&index) == key(new))
+        };
+        let new = self.latest.iter().filter(is_new);
+        new.map(|index| self.reported[*index].clone()).collect()
+    }
+
+    /// What the latest request for events reported has reached nobody: its client was killed before it was stored. Of a log
+    /// that stays it will be reported again; else it is lost. Returns how many events that were.
+    pub fn lose_latest(&mut self) -> usize {
+        let latest = std::mem::take(&mut self.latest);
+        for index in &latest {
+            self.arrived[*index] = false;
+            // A log reports them again, unless it is gone.
+            let reported = &mut self.reported[*index];
+            reported.lost |= reported.epoch < self.epoch;
+        }
+        latest.len()
+    }
+
+    fn report(&mut self, conversation_id: i64, name: &str, event_at: i64, data: Value) -> usize {
+        let index = self.reported.len();
+        let conversation = self.conversations.get_mut(&conversation_id);
+        let conversation = conversation.map(|conversation| {
+            conversation.events.push(index);
+            (conversation.started_at, conversation.first_advisor)
+        });
+        let advisor = |id: Option<i64>| self.advisors.get(&id?).cloned();
+        self.reported.push(Reported {
+            epoch: self.epoch,
+            forgotten: false,
+            poll: if self.in_log() { 0 } else { self.poll },
+            lost: false,
+            conversation_id,
+            name: name.to_owned(),
+            event_at,
+            started_at: conversation.map(|(started_at, _)| started_at),
+            first_advisor: advisor(conversation.map(|(_, first)| first)),
+            advisor: advisor(data["new_advisor_id"].as_i64()),
+            data,
+        });
+        self.arrived.push(false);
+        index
+    }
+
+    /// Reports a scripted event, or, where it is none, just serves it.
+    fn item(&mut self, raw: Value) -> Item {
+        let id = raw["conversation_id"].as_i64();
+        match (id, raw["event_name"].as_str(), raw["event_at"].as_i64()) {
+            (Some(id), Some(name @ ("START" | "END" | "MESSAGE" | "TRANSFER")), Some(at)) => {
+                Item::Event(self.report(id, name, at, raw["data"].clone()))
+            }
+            _ => Item::Raw(raw),
+        }
+    }
+
+    pub(super) fn log_item(&mut self, raw: Value) {
+        let at = raw["event_at"].as_i64().unwrap_or_else(|| self.unix_now());
+        let item = self.item(raw);
+        let arrival = self.log.len();
+        self.log.insert((at, arrival), item);
+    }
+
+    /// What a request for a page gets; `None` is an error that loses it.
+    fn page(
+        &mut self,
+        window: (Option<i64>, Option<i64>),
+        number: i64,
+    ) -> Option<(Page, Vec<usize>)> {
+        if number <= 0 {
+            self.poll += 1;
+            if self.restart_at_poll {
+                self.restart();
+            }
+        }
+        self.latest.clear();
+        let (items, mut next) = if let Mode::Log(Log { page_size, .. }) = self.options.mode {
+            self.grow();
+            let skip = usize::try_from(number)
+                .unwrap_or(0)
+                .saturating_mul(page_size);
+            let start_at = window.0?;
+            let end_at = window.1.unwrap_or(i64::MAX).max(start_at);
+            let window = self.log.range((start_at, 0)..(end_at, 0)).skip(skip);
+            let mut window = window.map(|(_, item)| item.clone());
+            let items: Vec<Item> = window.by_ref().take(page_size).collect();
+            let more = window.next().is_some();
+            (
+                items,
+                if more {
+                    NextPage::Usual
+                } else {
+                    NextPage::None
+                },
+            )
+        } else {
+            match self.pages.pop_front() {
+                Some(Page::Raw(body)) => {
+                    let parsed = (body.len() <= MAX_PARSED).then(|| serde_json::from_str(&body));
+                    let mut parsed: Value = parsed.and_then(Result::ok).unwrap_or_default();
+                    let events = parsed["events"].as_array_mut().map(std::mem::take);
+                    let items = events.into_iter().flatten().map(|raw| self.item(raw));
+                    let events = items.filter_map(|item| match item {
+                        Item::Event(index) => Some(index),
+                        Item::Raw(_) => None,
+                    });
+                    return Some((Page::Raw(body), events.collect()));
+                }
+                Some(Page::Events(events, next)) => {
+                    (events.into_iter().map(|raw| self.item(raw)).collect(), next)
+                }
+                None => {
+                    let start_at = window.0?;
+                    let mut events = std::mem::take(&mut self.pushed);
+                    let more =
+                        !self.options.quiet && self.make_up(start_at, number, &mut events)?;
+                    let items = events.into_iter().map(|raw| self.item(raw)).collect();
+                    (
+                        items,
+                        if more {
+                            NextPage::Usual
+                        } else {
+                            NextPage::None
+                        },
+                    )
+                }
+            }
+        };
+        if matches!(next, NextPage::None)
+            && self.circles > 0.0
+            && self.rng.random_bool(self.circles)
+        {
+            next = if number > 0 && self.rng.random() {
+                NextPage::First
+            } else {
+                NextPage::Same
+            };
+        }
+        let mut reported = Vec::new();
+        let show = |item| match item {
+            Item::Event(index) => {
+                reported.push(index);
+                self.reported[index].json()
+            }
+            Item::Raw(raw) => raw,
+        };
+        let events = items.into_iter().map(show).collect();
+        Some((Page::Events(events, next), reported))
+    }
+
+    fn events(&mut self, request: &Request) -> Result<Reply, Reply> {
+        let time = |name: &str| {
+            let Some(text) = request.parameter(name) else {
+                return Ok(None);
+            };
+            let message = "Input should be a valid datetime or date";
+            let (time, offset) = parse_time(&text).ok_or_else(|| {
+                let place = ["query", name];
+                let error = invalid("datetime_from_date_parsing", place, message, &text.into());
+                Reply::detail(422, vec![error])
+            })?;
+            Ok(Some(time.and_utc().timestamp() - i64::from(offset)))
+        };
+        let window = (time("start_at")?, time("end_at")?);
+        let number = request.parameter("page");
+        let number = number.map_or(Ok(0), |text| integer(["query", "page"], &text))?;
+        let page = self.page(window, number);
+        let (page, reported) = page.ok_or_else(Reply::unhandled)?;
+        let (events, next) = match page {
+            Page::Events(events, next) => (events, next),
+            Page::Raw(body) => {
+                let reply = Reply::new(200).with("content-type", "application/json");
+                return Ok(Reply {
+                    body: body.into(),
+                    events: reported,
+                    ..reply
+                });
+            }
+        };
+        let query = &request.query;
+        let first = || {
+            let parts = query.split('&').filter(|part| !part.starts_with("page="));
+            parts.collect::<Vec<_>>().join("&")
+        };
+        let url = |query: &str| json!(format!("http://{}{}?{query}", request.host, request.path));
+        let next = match next {
+            NextPage::None => Value::Null,
+            NextPage::Is(next) => next,
+            NextPage::Same => url(query),
+            NextPage::First => url(&first()),
+            // The real one appends, even where there is a `page` already.
+            NextPage::Usual if !self.in_log() => url(&format!("{query}&page={}", number + 1)),
+            NextPage::Usual => url(&format!("{}&page={}", first(), number + 1)),
+        };
+        let reply = Reply::json(200, &json!({ "nextPageUrl": next, "events": events }));
+        Ok(Reply {
+            events: reported,
+            ..reply
+        })
+    }
+
+    /// A conversation's details.
+    fn details(&mut self, id: i64) -> Option<Value> {
+        self.grow();
+        let conversation = self.conversations.get(&id)?;
+        let start = event_at(id, "START", conversation.started_at, Value::Null);
+        let (mut events, mut advisor) = (vec![start], conversation.first_advisor);
+        if self.in_log() {
+            let all = conversation
+                .events
+                .iter()
+                .map(|index| &self.reported[*index]);
+            let others = all.clone().filter(|reported| reported.name != "START");
+            events.extend(others.map(Reported::json));
+            let transfers = all.filter_map(|reported| {
+                Some((reported.event_at, reported.data["new_advisor_id"].as_i64()?))
+            });
+            // The last of equals, as they arrived.
+            let last = transfers.max_by_key(|(at, _)| *at);
+            advisor = last.map_or(advisor, |(_, advisor)| advisor);
+        }
+        Some(json!({ "events": events, "conversation_id": id, "advisor_id": advisor }))
+    }
+
+    fn try_answer(&mut self, request: &Request) -> Result<Reply, Reply> {
+        match (&*request.method, &*request.segments()) {
+            ("GET", ["events"]) => self.events(request),
+            ("GET", ["conversations", id]) => {
+                let details = self.details(integer(["path", "conversation_id"], id)?);
+                let details = details.map(|details| Reply::json(200, &details));
+                details.ok_or_else(|| Reply::not_found("Conversation not found"))
+            }
+            ("GET", ["advisors", id]) => {
+                let advisor = self.advisors.get(&integer(["path", "advisor_id"], id)?);
+                let advisor = advisor.map(|advisor| Reply::json(200, advisor.as_ref()));
+                advisor.ok_or_else(|| Reply::not_found("Advisor not found"))
+            }
+            (_, ["events"] | ["conversations" | "advisors", _]) => Err(Reply::method_not_allowed()),
+            _ => Err(Reply::not_found("Not Found")),
+        }
+    }
+}
+
+impl Api for BigChat {
+    fn answer(&mut self, request: &Request, _: usize) -> Reply {
+        let reply = self.try_answer(request).unwrap_or_else(|refusal| refusal);
+        match &self.date {
+            None => reply,
+            Some(date) => reply.with("date", date),
+        }
+    }
+
+    fn date(&self) -> DateTime<Utc> {
+        let behind = match self.options {
+            Options {
+                mode: Mode::Once,
+                clock: Clock::Ahead(_),
+                ..
+            } => self.phase,
+            _ => 0,
+        };
+        self.options.clock.now() - TimeDelta::milliseconds(behind)
+    }
+
+    fn sent(&mut self, request: &Request, reply: &Reply) -> Option<Happening> {
+        if request.path != "/events" {
+            return None;
+        }
+        if reply.status >= 500 {
+            return Some(Happening::Failed);
+        }
+        let arrived = &mut self.arrived;
+        let new = reply.events.iter().copied();
+        let new = new.filter(|index| !std::mem::replace(&mut arrived[*index], true));
+        self.latest = new.collect();
+        let new = self
+            .latest
+            .iter()
+            .map(|index| self.reported[*index].clone());
+        (!self.latest.is_empty()).then(|| Happening::Reported(new.collect()))
+    }
+}
+
+fn integer(place: [&str; 2], text: &str) -> Result<i64, Reply> {
+    let message = "Input should be a valid integer, unable to parse string as an integer";
+    text.parse().map_err(|_| {
+        let error = invalid("int_parsing", place, message, &text.into());
+        Reply::detail(422, vec![error])
+    })
+}

@@ -1,0 +1,33 @@
+//! Events as BigChat shows them, in seconds after [`T0`], from which all scripts count.
+
+use serde_json::{Value, json};
+
+/// 2026-11-22T22:00:00Z, in Unix seconds.
+pub const T0: i64 = 1_795_384_800;
+
+/// An event at a time in Unix seconds.
+pub(super) fn event_at(conversation: i64, name: &str, at: i64, data: Value) -> Value {
+    json!({"conversation_id": conversation, "event_name": name, "event_at": at, "data": data})
+}
+
+pub fn event(conversation: i64, name: &str, at: i64, data: Value) -> Value {
+    event_at(conversation, name, T0 + at, data)
+}
+
+pub fn start(conversation: i64, at: i64) -> Value {
+    event(conversation, "START", at, Value::Null)
+}
+
+pub fn end(conversation: i64, at: i64) -> Value {
+    event(conversation, "END", at, Value::Null)
+}
+
+pub fn message(conversation: i64, at: i64, text: &str) -> Value {
+    event(conversation, "MESSAGE", at, json!({ "message": text }))
+}
+
+/// An advisor takes over.
+pub fn transfer(conversation: i64, at: i64, advisor: i64) -> Value {
+    let data = json!({"old_advisor_id": 1, "new_advisor_id": advisor});
+    event(conversation, "TRANSFER", at, data)
+}

@@ -1,0 +1,235 @@
+//! What goes wrong with a request, in one vocabulary: `status(503)`, `dropped().carried_out()`, `slow(SECOND).times(3)`.
+//!
+//! A fault is what is answered instead of the usual, how long that takes, and whether the request is carried out all the
+//! same. Which request it strikes is up to [`Service`](super::Service).
+
+use std::time::Duration;
+
+use super::exchange::Reply;
+
+/// Longer than any client waits.
+const TOO_LATE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Delay {
+    No,
+    For(Duration),
+    /// Until [`Service::resume`](super::Service::resume).
+    Paused,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Usual,
+    Instead(Reply),
+    /// The connection is closed without one.
+    None,
+    /// It breaks off halfway through its body.
+    CutOff,
+}
+
+/// What happens to a request instead of the usual.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub(super) answer: Answer,
+    pub(super) delay: Delay,
+    /// The delay and the answer come after it was carried out.
+    pub(super) carried_out: bool,
+    /// It is carried out even if the client has gone by then.
+    pub(super) detached: bool,
+    /// A `retry-after` of the date so many seconds from now, by the service's clock.
+    pub(super) retry_date: Option<i64>,
+    pub(super) times: usize,
+}
+
+const USUAL: Fault = Fault {
+    answer: Answer::Usual,
+    delay: Delay::No,
+    carried_out: false,
+    detached: false,
+    retry_date: None,
+    times: 1,
+};
+
+/// This status, without a body.
+pub fn status(status: u16) -> Fault {
+    Fault {
+        answer: Answer::Instead(Reply::new(status)),
+        ..USUAL
+    }
+}
+
+/// An unhandled error: 500, and the connection is closed.
+pub fn crashed() -> Fault {
+    Fault {
+        answer: Answer::Instead(Reply::unhandled()),
+        ..USUAL
+    }
+}
+
+/// The connection is closed without an answer.
+pub fn dropped() -> Fault {
+    Fault {
+        answer: Answer::None,
+        ..USUAL
+    }
+}
+
+/// An answer that breaks off halfway through its body.
+pub fn cut_off() -> Fault {
+    Fault {
+        answer: Answer::CutOff,
+        ..USUAL
+    }
+}
+
+/// A success with a page of HTML, as from a proxy's sign-in.
+pub fn html() -> Fault {
+    let page = "<!doctype html><title>Sign in</title><p>Please sign in.";
+    status(200).header("content-type", "text/html").body(page)
+}
+
+/// The usual answer after so long. Nothing is carried out for a client that has gone by then.
+pub fn slow(delay: Duration) -> Fault {
+    USUAL.after(delay)
+}
+
+/// An answer that nobody waits for.
+pub fn late() -> Fault {
+    status(200).after(TOO_LATE)
+}
+
+/// Carried out after so long even if the client has gone by then, as by the real services.
+pub fn overdue(delay: Duration) -> Fault {
+    Fault {
+        detached: true,
+        ..slow(delay)
+    }
+}
+
+/// The usual answer, once [`Service::resume`](super::Service::resume) is called.
+pub fn paused() -> Fault {
+    Fault {
+        delay: Delay::Paused,
+        ..USUAL
+    }
+}
+
+impl Fault {
+    /// With that body.
+    pub fn body(self, body: impl AsRef<[u8]>) -> Self {
+        self.change(|reply| reply.body = body.as_ref().to_vec())
+    }
+
+    /// With that header.
+    pub fn header(self, name: &str, value: &str) -> Self {
+        self.change(|reply| reply.headers.push((name.to_owned(), value.to_owned())))
+    }
+
+    /// With a `retry-after` of the date so many seconds from now, by the service's clock.
+    pub fn retry_date(mut self, seconds: i64) -> Self {
+        self.retry_date = Some(seconds);
+        self
+    }
+
+    /// After so long.
+    pub fn after(mut self, delay: Duration) -> Self {
+        self.delay = Delay::For(delay);
+        self
+    }
+
+    /// Having done what was asked all the same.
+    pub fn carried_out(mut self) -> Self {
+        self.carried_out = true;
+        self
+    }
+
+    /// So many times instead of once.
+    pub fn times(mut self, times: usize) -> Self {
+        self.times = times;
+        self
+    }
+
+    /// Until the service is calmed.
+    pub fn always(self) -> Self {
+        self.times(usize::MAX)
+    }
+
+    /// What it looks like where everything meets it, in words.
+    pub fn in_words(&self) -> String {
+        match &self.answer {
+            Answer::None => "drops all connections".to_owned(),
+            Answer::Usual => "hangs".to_owned(),
+            Answer::Instead(reply) if reply.status != 200 => {
+                format!("answers {} to everything", reply.status)
+            }
+            Answer::Instead(_) | Answer::CutOff => "answers nonsense".to_owned(),
+        }
+    }
+
+    fn change(mut self, change: impl FnOnce(&mut Reply)) -> Self {
+        if let Answer::Instead(reply) = &mut self.answer {
+            change(reply);
+        }
+        self
+    }
+}
+
+/// Whether a request's line fits a pattern: the beginning of a line, in which `*` stands for anything and `{id}` for one
+/// part of a path. Where a pattern without `*` ends in the path, the path has to end there, too.
+pub(super) fn fits(line: &str, pattern: &str) -> bool {
+    let mut rest = line;
+    for (number, part) in pattern.split("{id}").enumerate() {
+        if number > 0 {
+            rest = rest.trim_start_matches(|c| !matches!(c, '/' | '?' | ' '));
+        }
+        let mut parts = part.split('*');
+        let first = parts.next().and_then(|part| rest.strip_prefix(part));
+        let left = first.and_then(|rest| {
+            parts.try_fold(rest, |rest, part| {
+                rest.split_once(part).map(|(_, rest)| rest)
+            })
+        });
+        match left {
+            Some(left) => rest = left,
+            None => return false,
+        }
+    }
+    let in_path =
+        !pattern.is_empty() && !pattern.contains(['*', '?']) && pattern.split(' ').nth(2).is_none();
+    !in_path || rest.is_empty() || rest.starts_with(['?', ' '])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fits;
+
+    #[test]
+    fn pattern_ends_where_a_path_ends() {
+        let line = r#"POST /chats/c1/messages {"text":"bad"}"#;
+        for pattern in [
+            "",
+            "*",
+            "POST",
+            "POST *",
+            "POST /chats/c1/messages",
+            "POST /chats/{id}/messages",
+            "POST /chats/*",
+            "POST /chats/c1/messages {",
+            "POST /chats/{id}/messages*bad",
+        ] {
+            assert!(fits(line, pattern), "{pattern}");
+        }
+        for pattern in [
+            "POST /chats",
+            "POST /chats/{id}",
+            "POST /chats/c1/mess",
+            "GET",
+            "POST /chats/{id}/messages*good",
+        ] {
+            assert!(!fits(line, pattern), "{pattern}");
+        }
+        assert!(fits("GET /events?start_at=1", "GET /events"));
+        assert!(!fits("GET /conversations/12", "GET /conversations/1"));
+    }
+}

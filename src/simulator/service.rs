@@ -1,0 +1,403 @@
+//! A service at work: an [`Api`] with the faults that strike it and what it was asked. Who carries the requests,
+//! [`Server`](super::Server) or the caller itself, is no matter of its own.
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use chrono::TimeDelta;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::watch;
+
+use super::exchange::{Api, Reply, Request};
+use super::fault::{Answer, Delay, Fault, fits};
+use super::watch::Watch;
+
+/// How many are inside now, and were at most.
+#[derive(Debug, Default)]
+pub(super) struct Gauge {
+    now: AtomicUsize,
+    max: AtomicUsize,
+}
+
+/// Counts as inside until it is dropped.
+pub(super) struct Inside<'a>(&'a Gauge, usize);
+
+impl Gauge {
+    pub(super) fn enter(&self) -> Inside<'_> {
+        let before = self.now.fetch_add(1, Relaxed);
+        self.max.fetch_max(before + 1, Relaxed);
+        Inside(self, before)
+    }
+
+    pub(super) fn now(&self) -> usize {
+        self.now.load(Relaxed)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Relaxed);
+    }
+}
+
+/// One request that came.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// As [`Request::line`] has it.
+    pub line: String,
+    pub at: Instant,
+    pub request: Request,
+}
+
+struct Plans {
+    rng: Xoshiro256PlusPlus,
+    faults: Vec<(String, Fault)>,
+    rates: Vec<(f64, Fault)>,
+    outage: Option<Fault>,
+    injected: u64,
+    /// `None`: not recorded.
+    asked: Option<Vec<Asked>>,
+    /// How many of these were returned already.
+    returned: usize,
+    total: u64,
+    latency: Duration,
+    watch: Watch,
+}
+
+struct Shared<A> {
+    api: Mutex<A>,
+    plans: Mutex<Plans>,
+    held: watch::Sender<bool>,
+    /// Counts how often what pauses was told to go on; each that pauses listens.
+    resumed: watch::Sender<u64>,
+    open: Gauge,
+    carrying_out: Gauge,
+    connected: Gauge,
+}
+
+/// A service; a clone is another handle to the same.
+pub struct Service<A>(Arc<Shared<A>>);
+
+impl<A> Clone for Service<A> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+/// A panic elsewhere in a test must not hide behind a poisoned lock.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<A: Api> Service<A> {
+    /// `seed`: of the faults that strike by chance.
+    pub fn new(api: A, seed: u64) -> Self {
+        Self(Arc::new(Shared {
+            api: Mutex::new(api),
+            plans: Mutex::new(Plans {
+                rng: Xoshiro256PlusPlus::seed_from_u64(seed),
+                faults: Vec::new(),
+                rates: Vec::new(),
+                outage: None,
+                injected: 0,
+                asked: Some(Vec::new()),
+                returned: 0,
+                total: 0,
+                latency: Duration::ZERO,
+                watch: Watch::default(),
+            }),
+            held: watch::Sender::new(false),
+            resumed: watch::Sender::new(0),
+            open: Gauge::default(),
+            carrying_out: Gauge::default(),
+            connected: Gauge::default(),
+        }))
+    }
+
+    /// The service itself, to look at and to change. Nothing is answered meanwhile.
+    pub fn state(&self) -> MutexGuard<'_, A> {
+        lock(&self.0.api)
+    }
+
+    fn plans(&self) -> MutexGuard<'_, Plans> {
+        lock(&self.0.plans)
+    }
+
+    pub(super) fn connected_gauge(&self) -> &Gauge {
+        &self.0.connected
+    }
+
+    /// Reports to an observer from now on.
+    pub fn watched(&self, watch: Watch) {
+        self.plans().watch = watch;
+    }
+
+    /// How long it takes to carry out each request.
+    pub fn set_latency(&self, latency: Duration) {
+        self.plans().latency = latency;
+    }
+
+    /// Requests that fit the pattern meet this fault. Of several the first that is left counts. A pattern is the beginning of
+    /// a request's line, `GET /chats?external_id=42`, in which `*` stands for anything and `{id}` for one part of a path;
+    /// `POST /chats` is that path alone.
+    pub fn upset(&self, pattern: &str, fault: Fault) {
+        self.plans().faults.push((pattern.to_owned(), fault));
+    }
+
+    /// Each request meets this fault with this probability, on top of what was set before.
+    pub fn upset_at_random(&self, probability: f64, fault: Fault) {
+        self.plans().rates.push((probability, fault));
+    }
+
+    /// Every request meets this fault; `None` ends the outage.
+    pub fn outage(&self, fault: Option<Fault>) {
+        self.plans().outage = fault;
+    }
+
+    /// Holds every request, before anything else becomes of it, until let go.
+    pub fn hold(&self, hold: bool) {
+        self.0.held.send_replace(hold);
+    }
+
+    /// Lets go on what pauses.
+    pub fn resume(&self) {
+        self.0.resumed.send_modify(|times| *times += 1);
+    }
+
+    /// From now on answers as the contract says.
+    pub fn calm(&self) {
+        let mut plans = self.plans();
+        plans.faults.clear();
+        plans.rates.clear();
+        plans.outage = None;
+        drop(plans);
+        self.hold(false);
+        self.resume();
+    }
+
+    /// How many requests pause, or are overdue and not carried out yet.
+    pub fn pausing(&self) -> usize {
+        self.0.resumed.receiver_count()
+    }
+
+    /// How many faults have struck.
+    pub fn injected(&self) -> u64 {
+        self.plans().injected
+    }
+
+    /// How many faults have not struck yet, those by chance aside.
+    pub fn faults_left(&self) -> usize {
+        self.plans()
+            .faults
+            .iter()
+            .map(|(_, fault)| fault.times)
+            .sum()
+    }
+
+    /// Requests that wait for their answer now, held and pausing ones too.
+    pub fn open_requests(&self) -> usize {
+        self.0.open.now()
+    }
+
+    /// Connections that are open now.
+    pub fn connected(&self) -> usize {
+        self.0.connected.now()
+    }
+
+    /// The most requests that were ever carried out at once, without what they were held or delayed for.
+    pub fn max_at_once(&self) -> usize {
+        self.0.carrying_out.max.load(Relaxed)
+    }
+
+    /// How many requests there were.
+    pub fn total(&self) -> u64 {
+        self.plans().total
+    }
+
+    /// Whether requests are recorded from now on, for [`asked`](Self::asked) and [`count`](Self::count). Those before are
+    /// forgotten.
+    pub fn record(&self, record: bool) {
+        let mut plans = self.plans();
+        plans.asked = record.then(Vec::new);
+        (plans.returned, plans.total) = (0, 0);
+    }
+
+    /// The lines of the requests since this was last called.
+    pub fn asked(&self) -> Vec<String> {
+        let mut plans = self.plans();
+        let all = plans.asked.as_deref().unwrap_or_default();
+        let (new, count) = (&all[plans.returned..], all.len());
+        let lines = new.iter().map(|asked| asked.line.clone()).collect();
+        plans.returned = count;
+        lines
+    }
+
+    /// All requests that fit the pattern; see [`upset`](Self::upset).
+    pub fn ever_asked(&self, pattern: &str) -> Vec<Asked> {
+        let plans = self.plans();
+        let all = plans.asked.iter().flatten();
+        let fitting = all.filter(|asked| fits(&asked.line, pattern));
+        fitting.cloned().collect()
+    }
+
+    /// How many requests fit the pattern.
+    pub fn count(&self, pattern: &str) -> usize {
+        let plans = self.plans();
+        let all = plans.asked.iter().flatten();
+        all.filter(|asked| fits(&asked.line, pattern)).count()
+    }
+
+    /// Answers a request, or does what strikes it. `None`: the connection is to be closed. Dropped meanwhile, its client
+    /// has gone.
+    pub async fn answer(&self, request: Request) -> Option<Reply> {
+        let _open = self.0.open.enter();
+        let line = self.plans().record(&request);
+        if *self.0.held.borrow() {
+            // It only fails without a sender, and this is one.
+            self.0.held.subscribe().wait_for(|held| !held).await.ok();
+        }
+        let fault = self.plans().strikes(line, &request);
+        match fault {
+            None => Some(self.usual(&request).await),
+            Some(fault) if fault.detached => {
+                let (service, waits) = (self.clone(), self.0.resumed.subscribe());
+                let answer = tokio::spawn(async move {
+                    let reply = service.strike(&request, fault).await;
+                    drop(waits);
+                    reply
+                });
+                answer.await.ok().flatten()
+            }
+            Some(fault) => self.strike(&request, fault).await,
+        }
+    }
+
+    async fn strike(&self, request: &Request, fault: Fault) -> Option<Reply> {
+        let mut reply = None;
+        if fault.carried_out {
+            reply = Some(self.carry_out(request).await);
+        }
+        match fault.delay {
+            Delay::No => {}
+            Delay::For(delay) => tokio::time::sleep(delay).await,
+            // As above.
+            Delay::Paused => drop(self.0.resumed.subscribe().changed().await),
+        }
+        let retry = fault.retry_date.map(|seconds| {
+            let date = self.state().date() + TimeDelta::seconds(seconds);
+            httpdate::fmt_http_date(date.into())
+        });
+        Some(match fault.answer {
+            Answer::None => return None,
+            Answer::Usual => match reply {
+                Some(reply) => self.send(request, reply),
+                None => self.usual(request).await,
+            },
+            Answer::Instead(instead) => {
+                let headers = retry.map(|date| ("retry-after".to_owned(), date));
+                let mut instead = instead;
+                instead.headers.extend(headers);
+                self.send(request, instead)
+            }
+            Answer::CutOff => {
+                let whole =
+                    reply.map_or_else(|| br#"{"detail": "cut"}"#.to_vec(), |reply| reply.body);
+                // A body of which a part can be sent, even if the true one was empty.
+                let part = if whole.len() < 2 {
+                    b"{"
+                } else {
+                    &whole[..whole.len() / 2]
+                };
+                let cut = Reply {
+                    missing: (whole.len() - part.len().min(whole.len())).max(1),
+                    body: part.to_vec(),
+                    closes: true,
+                    ..Reply::new(200).with("content-type", "application/json")
+                };
+                self.send(request, cut)
+            }
+        })
+    }
+
+    async fn usual(&self, request: &Request) -> Reply {
+        let reply = self.carry_out(request).await;
+        self.send(request, reply)
+    }
+
+    async fn carry_out(&self, request: &Request) -> Reply {
+        let inside = self.0.carrying_out.enter();
+        let (latency, watch) = {
+            let plans = self.plans();
+            (
+                plans.latency,
+                plans.watch.is_on().then(|| plans.watch.clone()),
+            )
+        };
+        if latency.is_zero() {
+            // Lets whatever else has arrived get in, so that requests at once are seen as such.
+            tokio::task::yield_now().await;
+        } else {
+            tokio::time::sleep(latency).await;
+        }
+        let mut api = self.state();
+        let reply = api.answer(request, inside.1);
+        if let Some(watch) = watch {
+            watch.report(api.carried_out(request, &reply));
+        }
+        reply
+    }
+
+    /// A reply on its way out, dated.
+    fn send(&self, request: &Request, mut reply: Reply) -> Reply {
+        let mut api = self.state();
+        if reply.header("date").is_none() {
+            let date = httpdate::fmt_http_date(api.date().into());
+            reply.headers.push(("date".to_owned(), date));
+        }
+        let happening = api.sent(request, &reply);
+        drop(api);
+        if happening.is_some() {
+            self.plans().watch.report(happening);
+        }
+        reply
+    }
+}
+
+impl Plans {
+    /// Counts a request; returns its line if it is recorded.
+    fn record(&mut self, request: &Request) -> Option<String> {
+        self.total += 1;
+        let asked = self.asked.as_mut()?;
+        let line = request.line();
+        asked.push(Asked {
+            line: line.clone(),
+            at: Instant::now(),
+            request: request.clone(),
+        });
+        Some(line)
+    }
+
+    /// The fault that strikes a request, if one does.
+    fn strikes(&mut self, line: Option<String>, request: &Request) -> Option<Fault> {
+        let mut fault = self.outage.clone();
+        if fault.is_none() && !self.faults.is_empty() {
+            let line = line.unwrap_or_else(|| request.line());
+            let mut faults = self.faults.iter_mut();
+            let hit = faults.find(|(pattern, fault)| fault.times > 0 && fits(&line, pattern));
+            if let Some((_, hit)) = hit {
+                hit.times -= 1;
+                fault = Some(hit.clone());
+            }
+        }
+        if fault.is_none() {
+            let rng = &mut self.rng;
+            let mut rates = self.rates.iter();
+            let hit = rates.find(|(probability, _)| rng.random_bool(*probability));
+            fault = hit.map(|(_, fault)| fault.clone());
+        }
+        self.injected += u64::from(fault.is_some());
+        fault
+    }
+}
