@@ -14,41 +14,26 @@
 //!   chat is read back first.
 //! - [`delivery`] hands out what is due, sends the difference, and commits the conversation's *offset*: events up to it are
 //!   delivered, unless a *dead letter* says otherwise.
-//! - Further decisions are pure, too: [`retry`].
+//! - [`bigchat`] and [`our_api`] are the clients; [`http`] carries their requests, and knows of each API whether it is up.
+//! - [`daemon`] builds all that, runs it and stops it; [`console`] answers over HTTP, [`cli`] has a file for each command,
+//!   [`telemetry`] the log, the metrics and the signs of life.
 //!
 //! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
 pub mod bigchat;
-pub mod check;
 pub mod cli;
-pub mod context;
+pub mod console;
 pub mod daemon;
 pub mod delivery;
 pub mod demo;
 pub mod domain;
-pub mod failed;
-pub mod health;
 pub mod http;
 pub mod journal;
-pub mod log;
-pub mod manual;
-pub mod metrics;
 #[cfg(test)]
 mod model;
 pub mod our_api;
-mod output;
-pub mod pace;
 pub mod poller;
-pub mod progress;
-pub mod pulse;
-pub mod retry;
-pub mod screen;
-pub mod service;
 pub mod settings;
 pub mod simulator;
-pub mod status;
-pub mod summary;
-pub mod time;
+pub mod telemetry;
 pub mod user;
-pub mod verify;
-pub mod web;

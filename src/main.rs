@@ -8,11 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::cli::{check, failed, manual, status, verify};
+use bigchat_sync::daemon::service;
 use bigchat_sync::daemon::{self, DaemonError, Onlookers};
 use bigchat_sync::demo::{self, DemoError};
-use bigchat_sync::screen::{Screen, shown};
 use bigchat_sync::settings::{Listen, LiveTokens, LogFormat, Settings, Tokens};
-use bigchat_sync::{check, failed, log, manual, service, status, verify};
+use bigchat_sync::telemetry::log;
+use bigchat_sync::telemetry::screen::{Screen, shown};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;

@@ -19,9 +19,9 @@ use secrecy::{ExposeSecret, SecretString};
 use thiserror::Error;
 use url::Url;
 
-use crate::retry::Policy;
-use crate::screen::shown;
-use crate::time::Timestamp;
+use crate::domain::backoff::Policy;
+use crate::domain::time::Timestamp;
+use crate::telemetry::screen::shown;
 
 /// Where the console is served unless another address is set.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));

@@ -6,8 +6,8 @@ use std::time::Duration;
 use bigchat_sync::domain::dedupe::Counts;
 use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
+use bigchat_sync::domain::time::{Millis, Timestamp};
 use bigchat_sync::journal::{PageToKeep, Progress, Store};
-use bigchat_sync::time::{Millis, Timestamp};
 use tempfile::TempDir;
 
 use crate::process::{Process, daemon, until};

@@ -7,8 +7,8 @@ use std::time::Instant;
 use bigchat_sync::domain::progress::{
     Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
 };
+use bigchat_sync::domain::time::Millis;
 use bigchat_sync::journal::{ClaimRequest, Store};
-use bigchat_sync::time::Millis;
 
 use crate::backlog::{usual, waiting};
 use crate::{Scale, row};

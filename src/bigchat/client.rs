@@ -13,9 +13,9 @@ use url::form_urlencoded;
 use super::clock::BigChatClock;
 use crate::domain::event::{Kind, page_events};
 use crate::domain::json::{self, Integer, Malformed};
+use crate::domain::time::Timestamp;
 use crate::http::route::Route;
 use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
-use crate::time::Timestamp;
 
 /// No server takes a longer query than this.
 const MAX_QUERY: usize = 16 << 10;

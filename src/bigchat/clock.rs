@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 /// A date further than this from where the clock should be has jumped: a single wrong header must neither move the
 /// cursor past what was never read, nor back by years.

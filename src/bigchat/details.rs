@@ -5,9 +5,9 @@ use super::epoch::{self, Seen};
 use super::{Source, SourceError};
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::time::Timestamp;
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::KnownAdvisor;
-use crate::time::Timestamp;
 
 /// How often BigChat says that it does not know something before that is believed: for good, and one of several behind the
 /// same address may only not know it yet.

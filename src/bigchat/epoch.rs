@@ -11,9 +11,9 @@ use std::sync::atomic::Ordering;
 use super::{Details, Source};
 use crate::domain::event::{Event, Kind};
 use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, KeptPage, Marker, Store};
-use crate::time::Timestamp;
 
 /// How many conversations are asked for, if those before are not known any more.
 const MARKERS: u32 = 3;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
 use crate::domain::ids::Epoch;
+use crate::domain::time::Timestamp;
 use crate::journal::{Journal, JournalError};
-use crate::time::Timestamp;
 
 /// How many probes may go without BigChat's conversation 1 before it is requested again: with a probe every 10 s, some ten
 /// minutes.

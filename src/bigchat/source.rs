@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::clock::BigChatClock;
 use super::{BigChat, Epochs};
+use crate::domain::time::Millis;
 use crate::http::{ApiError, Circuit, Http};
 use crate::journal::{Journal, JournalError};
-use crate::time::Millis;
 
 /// Why BigChat cannot be asked, or gave no answer.
 #[derive(Debug, Error)]

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::attempts::AttemptError;
 use crate::bigchat::details;
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};

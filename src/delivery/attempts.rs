@@ -7,14 +7,14 @@
 use std::time::Duration;
 
 use crate::bigchat::SourceError;
+use crate::domain::backoff::Policy;
 use crate::domain::conversation::Attempts;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Failure, Outcome};
+use crate::domain::time::Millis;
 use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
 use crate::journal::JournalError;
-use crate::log;
-use crate::retry::Policy;
-use crate::time::Millis;
+use crate::telemetry::log;
 
 /// Why an attempt to deliver an event failed.
 #[derive(Debug)]

@@ -5,12 +5,12 @@ use uuid::Uuid;
 use super::attempts::AttemptError;
 use super::{agents, handlers};
 use crate::bigchat::details;
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::domain::conversation::{Conversation, Desired, Details, Fields, Pending};
+use crate::domain::time::Timestamp;
 use crate::http::route::Route;
 use crate::http::{ErrorKind, Resource};
 use crate::our_api::{self, NewChat};
-use crate::time::Timestamp;
 
 /// Reads the conversation's details before its chat is created, unless its events say all that they do: when it started
 /// and who has it.

@@ -6,11 +6,11 @@ use std::time::Duration;
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 use tokio::time::{Instant, sleep};
 
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Lost, Report};
+use crate::domain::time::Millis;
 use crate::journal::{JournalError, STORAGE_PAUSE};
-use crate::time::Millis;
 
 use super::scheduler::MAX_CLAIMED;
 

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::journal::STORAGE_PAUSE;
 
 pub use self::attempts::AttemptError;

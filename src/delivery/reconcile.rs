@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::attempts::AttemptError;
 use super::handlers::{self, message};
 use super::{agents, chat};
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::domain::account::{self, MessageKey, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;

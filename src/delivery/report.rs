@@ -8,9 +8,9 @@ use crate::domain::ids::EventId;
 use crate::domain::progress::{
     Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, advance,
 };
+use crate::domain::time::Millis;
 use crate::journal::STORAGE_PAUSE;
-use crate::log::telling;
-use crate::time::Millis;
+use crate::telemetry::log::telling;
 
 impl Scheduler {
     /// Works out what became of a piece of work.

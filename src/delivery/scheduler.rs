@@ -15,13 +15,13 @@ use super::attempts::Writes;
 use super::committer::{Released, ToCommit};
 use super::reconcile::{Reconciled, reconcile};
 use super::{Scope, Until};
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Work;
+use crate::domain::time::Millis;
 use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Throttles};
-use crate::time::Millis;
 
 /// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
 /// that no worker waits for a commit that takes 20 ms.

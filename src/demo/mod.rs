@@ -31,10 +31,10 @@ use uuid::Uuid;
 
 use crate::daemon::{self, DaemonError, Onlookers};
 use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
-use crate::screen::{Screen, shown};
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens, duration, number};
 use crate::simulator::bigchat::{self, Log, Mode};
 use crate::simulator::{BigChat, Happening, OurApi, Simulator, Starting, Watch};
+use crate::telemetry::screen::{Screen, shown};
 
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};

@@ -8,8 +8,8 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar};
 
 use super::tally::{Line, Looked, ROWS, Tally};
-use crate::pace::{Rate, in_words};
-use crate::screen::{Screen, styled};
+use crate::telemetry::pace::{Rate, in_words};
+use crate::telemetry::screen::{Screen, styled};
 
 /// How often the picture changes.
 pub(super) const FRAME: Duration = Duration::from_millis(100);

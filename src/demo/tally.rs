@@ -10,9 +10,9 @@ use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
-use crate::screen::printable;
 use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
+use crate::telemetry::screen::printable;
 
 /// More of a message than this does not help to tell it from others, and a line is to fit 80 columns.
 const SHOWN: usize = 38;

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use super::ids::EventId;
+use crate::domain::time::Timestamp;
 use crate::our_api;
-use crate::time::Timestamp;
 
 /// What makes two messages of a chat equal: when they were sent, and the text without the white space that OurAPI strips
 /// from both ends.

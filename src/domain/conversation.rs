@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::event::{Kind, What};
+use crate::domain::time::{Millis, Timestamp};
 use crate::our_api::{self, ChatChange};
-use crate::time::{Millis, Timestamp};
 
 /// One conversation of one epoch of BigChat.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::text::has_undecoded;
-use crate::time::Timestamp;
+use crate::domain::time::Timestamp;
 
 /// The four things that happen to a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -4,6 +4,7 @@
 //! [`delivery`](crate::delivery)'s.
 
 pub mod account;
+pub mod backoff;
 pub mod conversation;
 pub mod dedupe;
 pub mod event;
@@ -11,4 +12,5 @@ pub mod ids;
 pub mod json;
 pub mod progress;
 pub mod text;
+pub mod time;
 pub mod window;

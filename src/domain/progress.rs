@@ -4,7 +4,7 @@ use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Pending};
 use super::ids::{ConversationId, EventId};
 use crate::domain::event::Kind;
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 /// What delivery works on at a time: a conversation and the next of its events that wait. Nobody else works on it until
 /// the report is committed.
@@ -305,7 +305,7 @@ mod tests {
 
     use super::*;
     use crate::domain::event::What;
-    use crate::time::Timestamp;
+    use crate::domain::time::Timestamp;
 
     fn pending(id: i64, redelivery: bool) -> Pending {
         Pending {

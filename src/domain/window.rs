@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::time::Timestamp;
+use crate::domain::time::Timestamp;
 
 /// One window, to be asked for page by page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use super::route::Route;
-use crate::retry::Policy;
-use crate::time::Millis;
+use crate::domain::backoff::Policy;
+use crate::domain::time::Millis;
 
 /// The longest wait between two probes. An outage of hours must not be followed by minutes of waiting for the next probe,
 /// as `--retry-max` alone would allow.

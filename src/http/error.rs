@@ -8,7 +8,7 @@ use super::api::Api;
 use super::exchange::{Cause, Exchange};
 use super::route::Route;
 use super::transport::Response;
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 /// A request that did not succeed.
 #[derive(Debug, Clone, Error)]

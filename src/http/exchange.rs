@@ -9,7 +9,7 @@ use serde_json::error::Category;
 use super::Target;
 use super::api::Api;
 use super::transport::Response;
-use crate::log;
+use crate::telemetry::log;
 
 /// How much of a request or a response goes into records and logs.
 const MAX_RECORD: usize = 2_000;

@@ -13,8 +13,8 @@ use super::breaker::{Breaker, Circuit};
 use super::error::{ApiError, Sign};
 use super::route::Route;
 use super::{Api, Target};
-use crate::retry::Policy;
-use crate::time::Millis;
+use crate::domain::backoff::Policy;
+use crate::domain::time::Millis;
 
 /// How much of a response is stored along with the problem, in characters.
 const MAX_RESPONSE: usize = 200;

@@ -31,11 +31,11 @@ use self::health::{Health, Latest};
 use self::rate_limit::RateLimit;
 use self::route::Route;
 pub use self::transport::{Network, NoResponse, Request, Response, Sending, Transport};
-use crate::metrics::ApiRequests;
-use crate::pulse;
-use crate::retry::Policy;
+use crate::domain::backoff::Policy;
+use crate::domain::time::Millis;
 use crate::settings::Token;
-use crate::time::Millis;
+use crate::telemetry::liveness;
+use crate::telemetry::metrics::ApiRequests;
 
 /// The client of one API at one base URL.
 #[derive(Debug)]
@@ -207,7 +207,7 @@ impl Http {
         };
         let response = self.transport.send(request).await;
         let ended = Instant::now();
-        pulse::goes_on(ended);
+        liveness::goes_on(ended);
         let status = match &response {
             Ok(response) => Ok(response.status),
             Err(error) => Err(error.kind),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 /// The longest `Retry-After` that is honoured: a mistyped one must not stop the daemon for days.
 pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);

@@ -14,7 +14,7 @@ use super::error::ErrorKind;
 use super::exchange::location;
 use super::rate_limit::retry_after;
 use crate::domain::text::{decoded, inflated};
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 /// Larger responses are not read to their end. A page of 100,000 events fits in.
 const MAX_BODY: usize = 32 << 20;

@@ -5,7 +5,7 @@ use rusqlite::{Connection, Transaction, params};
 
 use super::{Result, UNREADABLE};
 use crate::domain::event::Kind;
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 /// For how many minutes they are kept: a week.
 const KEPT: i64 = 7 * 24 * 60;

@@ -11,7 +11,7 @@ use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation, Details};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Due, EventOutcome, Failure, Lost, Observation, Outcome, Report};
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 /// How many of its latest failures are stored with an event.
 const FAILURES_STORED: u32 = 10;

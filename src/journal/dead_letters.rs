@@ -9,8 +9,8 @@ use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, limit};
 use crate::domain::event::Glimpse;
 use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::REJECTED_WRITE;
-use crate::time::{Millis, Timestamp};
 
 /// A failed event, with all that is known of it.
 #[derive(Debug, Clone, PartialEq, Eq)]

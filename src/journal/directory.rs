@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::queue::uuid;
 use super::{Result, Store};
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::time::Timestamp;
+use crate::domain::time::Timestamp;
 
 /// A conversation by whose start time one run of BigChat is told from the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

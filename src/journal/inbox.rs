@@ -9,8 +9,8 @@ use super::{JournalError, Result, Store, UNREADABLE};
 use crate::domain::dedupe::{Counts as Received, Key};
 use crate::domain::event::{Event, Kind, digest, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
-use crate::time::{Millis, Timestamp};
 
 /// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
 /// seem to have been served before.

@@ -6,7 +6,7 @@ use super::{JournalError, Result, Store, present};
 use crate::domain::account::{self, Recorded, Standing};
 use crate::domain::event::{Kind, What};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
-use crate::time::Timestamp;
+use crate::domain::time::Timestamp;
 
 impl Store {
     /// The messages of a conversation in order of arrival, and whether OurAPI holds each, as far as is known. Those that wait

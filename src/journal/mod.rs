@@ -37,8 +37,8 @@ use rusqlite::Connection;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use crate::pulse;
-use crate::screen::shown;
+use crate::telemetry::liveness;
+use crate::telemetry::screen::shown;
 use file::DatabaseFile;
 
 pub use console::{
@@ -257,7 +257,7 @@ impl Journal {
             .and_then(|operations| operations.send(operation).ok())
             .ok_or(JournalError::Closed)?;
         let answer = answer.await;
-        pulse::goes_on(Instant::now());
+        liveness::goes_on(Instant::now());
         answer.map_err(|_| JournalError::Closed)?
     }
 }

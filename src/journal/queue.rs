@@ -18,7 +18,7 @@ use crate::domain::conversation::{
 use crate::domain::event::{Kind, What};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, Work};
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 /// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps others
 /// waiting.

@@ -7,7 +7,7 @@ use rusqlite::params;
 use super::activity;
 use super::{Result, Store};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 /// The next window may bring again what is a little older than its start, which is a matter of whole seconds: a MESSAGE can
 /// be dated before its START.
@@ -145,8 +145,8 @@ mod tests {
     use super::*;
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
+    use crate::domain::time::Timestamp;
     use crate::journal::{PageToKeep, Progress};
-    use crate::time::Timestamp;
 
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);

@@ -9,7 +9,7 @@ use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, ffi};
 use thiserror::Error;
 
 use super::file::{DatabaseFile, Lock};
-use crate::screen::shown;
+use crate::telemetry::screen::shown;
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCS2".
 const APPLICATION_ID: i32 = 0x4243_5332;

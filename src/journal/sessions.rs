@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Result, Store};
 use crate::domain::ids::EventId;
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 /// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
 /// ever.

@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::activity::minute;
 use super::dead_letters::is_permanent;
 use super::{Result, Store};
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::ApiStatus;
-use crate::time::{Millis, Timestamp};
 
 /// Of how many deliveries, the latest ones, it is told how long they took.
 const DELIVERIES: u32 = 1_000;

@@ -9,8 +9,8 @@ use super::queue::{Loading, load_chat};
 use super::{JournalError, Result, Store, limit, present};
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{ChatState, Finding, Verify, Work};
+use crate::domain::time::Millis;
 use crate::http::Api;
-use crate::time::Millis;
 
 /// When a request that nobody waits for any more is dropped.
 const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);

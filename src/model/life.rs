@@ -18,12 +18,12 @@ use url::Url;
 use super::script::Scripted;
 use super::world::World;
 use crate::daemon::{self, DaemonError};
+use crate::domain::time::Millis;
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Journal, Operation, Scope, Store, Worker};
 use crate::settings::{LiveTokens, Settings};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
-use crate::time::Millis;
 
 /// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
 const WAIT: Duration = Duration::from_millis(2500);

@@ -22,9 +22,9 @@ use serde_json::Value;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::cli::Cli;
+use crate::domain::time::Millis;
 use crate::settings::Settings;
 use crate::simulator::event::{T0, end, message, start, transfer};
-use crate::time::Millis;
 use life::{Life, Step, Strike, Wrong};
 use script::{Epoch, Page, Script};
 use world::World;
@@ -110,7 +110,7 @@ impl Case {
         settings.poll_interval = POLL_INTERVAL;
         settings.request_timeout = life::TIMEOUT;
         if script.log.is_some() {
-            settings.since = crate::time::Timestamp::from_unix(T0);
+            settings.since = crate::domain::time::Timestamp::from_unix(T0);
         }
         Self {
             script: Arc::new(script),

@@ -7,11 +7,11 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use url::{Position, Url};
 
+use crate::domain::time::Timestamp;
 use crate::http::Response;
 use crate::simulator::bigchat::{Clock, Log, Mode, NextPage, Options, Page as Shown, Reported};
 use crate::simulator::event::{T0, message};
 use crate::simulator::{Api, BigChat, Reply, Request};
-use crate::time::Timestamp;
 
 /// How far its clock moves on with each page or, in a log, with each poll, as long as there is more to report.
 const TICK: i64 = 10;

@@ -10,9 +10,9 @@ use rusqlite::types::ValueRef;
 use uuid::Uuid;
 
 use super::script::{Script, Scripted};
+use crate::domain::time::Millis;
 use crate::journal::Store;
 use crate::simulator::OurApi;
-use crate::time::Millis;
 
 /// All that outlasts the daemon.
 #[derive(Clone)]

@@ -11,9 +11,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use self::permits::Permits;
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::route::Route;
 use crate::http::{self, ApiError, Http, Response, Target};
-use crate::time::{Millis, Timestamp};
 
 #[derive(Debug)]
 pub struct OurApi {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep_until};
 
-use crate::time::Millis;
+use crate::domain::time::Millis;
 
 #[derive(Debug)]
 pub(super) struct Permits {

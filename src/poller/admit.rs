@@ -10,8 +10,8 @@ use super::{PollError, Poller};
 use crate::bigchat::epoch::{self, Seen};
 use crate::domain::event::Kind;
 use crate::domain::ids::Epoch;
+use crate::domain::time::Millis;
 use crate::journal::{JournalError, KeptPage};
-use crate::time::Millis;
 
 /// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
 const UNANSWERED: u32 = 3;

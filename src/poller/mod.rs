@@ -26,15 +26,15 @@ use crate::bigchat::Source;
 use crate::bigchat::clock::SteadyClock;
 use crate::bigchat::epoch;
 use crate::bigchat::window_query;
+use crate::daemon::health::Storage;
+use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
-use crate::health::Storage;
 use crate::http::{ApiError, Exchange};
 use crate::journal::{Journal, JournalError, PageToKeep, STORAGE_PAUSE};
-use crate::log::telling;
-use crate::metrics::{self, Metrics};
-use crate::pulse::Pulse;
 use crate::settings::Settings;
-use crate::time::{Millis, Timestamp};
+use crate::telemetry::liveness::Pulse;
+use crate::telemetry::log::telling;
+use crate::telemetry::metrics::{self, Metrics};
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
 const MAX_PAGES: usize = 200;

@@ -6,11 +6,11 @@ use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
 use crate::bigchat::{Page, canonical_query, window_query};
 use crate::domain::ids::Epoch;
+use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, keys};
-use crate::time::Timestamp;
 
 /// How often a further page is asked for at once if it cannot be had.
 const PAGE_TRIES: u32 = 3;

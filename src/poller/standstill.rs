@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::time::Timestamp;
+use crate::domain::time::Timestamp;
 
 /// For how long a cursor may be the same.
 const USUAL: Duration = Duration::from_secs(120);

@@ -648,7 +648,10 @@ async fn pictures_in_both_themes() {
                 picture.len()
             );
             if std::env::var_os("BIGCHAT_SYNC_TEST_PICTURES").is_some() {
-                let path = format!("{}/src/web/console/{theme}.png", env!("CARGO_MANIFEST_DIR"));
+                let path = format!(
+                    "{}/src/console/page/{theme}.png",
+                    env!("CARGO_MANIFEST_DIR")
+                );
                 std::fs::write(path, picture).expect("a file");
             }
         }

@@ -7,7 +7,7 @@ use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, dropped, late, status};
 use std::time::{Duration, SystemTime};
 
-use bigchat_sync::failed::FailedError;
+use bigchat_sync::cli::failed::FailedError;
 use serde_json::json;
 use wiremock::MockServer;
 

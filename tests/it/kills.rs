@@ -7,7 +7,7 @@ use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::{Fault, crashed, paused};
 use std::time::Duration;
 
-use bigchat_sync::time::Timestamp;
+use bigchat_sync::domain::time::Timestamp;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 

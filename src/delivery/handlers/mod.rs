@@ -28,7 +28,7 @@ mod tests {
     use super::*;
     use crate::domain::conversation::{Attempts, Transfer};
     use crate::domain::ids::{AdvisorId, EventId};
-    use crate::time::{Millis, Timestamp};
+    use crate::domain::time::{Millis, Timestamp};
 
     fn event(id: i64, at: i64, what: What) -> Pending {
         Pending {

@@ -13,7 +13,7 @@ use super::activity::minute;
 use super::dead_letters::{PastDecision, glimpse, is_permanent};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
 use crate::domain::event::Glimpse;
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
 

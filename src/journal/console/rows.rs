@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
+use crate::domain::time::Millis;
 use crate::journal::{FailedAttempt, PastDecision};
-use crate::time::Millis;
 
 /// What happened in each of some minutes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

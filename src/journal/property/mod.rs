@@ -23,7 +23,7 @@ use crate::domain::progress::{
     ChatState, Due, Effect, EventOutcome, Failure, Finding, Lost, Observation, Outcome, Report,
     Work, advance,
 };
-use crate::time::{Millis, Timestamp};
+use crate::domain::time::{Millis, Timestamp};
 use plain::{Plain, State, ToVerify};
 
 /// How long what is unknown is left alone, in milliseconds.

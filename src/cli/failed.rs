@@ -3,13 +3,13 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
+use crate::domain::time::Millis;
 use crate::journal::{
     Decision, FailedAttempt, FailedEvent, JournalError, OpenError, PastDecision, Selection, Store,
     Who,
 };
-use crate::screen::printable;
 use crate::settings::number;
-use crate::time::Millis;
+use crate::telemetry::screen::printable;
 use crate::user;
 
 /// How many decisions about an event are shown, the latest ones.

@@ -11,15 +11,15 @@ use uuid::Uuid;
 
 use crate::bigchat::BigChat;
 use crate::bigchat::Source;
+use crate::daemon::health::Storage;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
-use crate::health::Storage;
 use crate::http::{Api, ApiStatus, Http};
 use crate::journal::{Journal, JournalError, Session, Throttles};
-use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Signals;
-use crate::pulse::Pulse;
 use crate::settings::Settings;
+use crate::telemetry::liveness::Pulse;
+use crate::telemetry::metrics::Metrics;
 
 /// Shared by the poller, delivery and the handlers.
 #[derive(Debug)]

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::log;
 use crate::settings::LogFormat;
+use crate::telemetry::log;
 
 /// How many bytes may wait to be written: some thousand lines.
 const MAX_QUEUED: usize = 1 << 20;

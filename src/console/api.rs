@@ -15,8 +15,8 @@ use serde_json::json;
 
 use super::guard::Client;
 use super::{ReadError, Web, error};
+use crate::domain::time::Millis;
 use crate::journal::{Decision, Selection, Wanted, Who};
-use crate::time::Millis;
 
 /// The furthest that activity is kept back, in hours.
 const HOURS: u32 = 7 * 24;

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::http::Api;
 use crate::journal::Store;
-use crate::log;
+use crate::telemetry::log;
 
 /// So many events that wait or have failed are counted, and no more: nobody waits for the count.
 const COUNTED: u32 = 100_000;

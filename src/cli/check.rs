@@ -14,8 +14,8 @@ use crate::http::route::Route;
 use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network};
 use crate::journal::{OpenError, Store};
 use crate::our_api::OurApi;
-use crate::screen::{printable, shown};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
+use crate::telemetry::screen::{printable, shown};
 
 /// An external id that no chat has: whether OurAPI answers is all there is to learn.
 const NO_CHAT: &str = "bigchat-sync-check";

@@ -8,11 +8,11 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::Web;
-use crate::context::Context;
+use crate::cli::status::Status;
+use crate::daemon::context::Context;
+use crate::domain::time::Millis;
 use crate::http::{Api, Http};
-use crate::metrics::Now;
-use crate::status::Status;
-use crate::time::Millis;
+use crate::telemetry::metrics::Now;
 
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";

@@ -17,12 +17,12 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
+use crate::daemon::summary::Counters;
 use crate::domain::event::Kind;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
 use crate::http::{Api, ErrorKind};
 use crate::journal::UNREADABLE;
-use crate::summary::Counters;
 
 /// What every name begins with.
 const PREFIX: &str = "bigchat_sync";

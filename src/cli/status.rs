@@ -9,10 +9,10 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
+use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiStatus};
 use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
-use crate::screen::{printable, shown};
-use crate::time::{Millis, Timestamp};
+use crate::telemetry::screen::{printable, shown};
 
 /// How long no poll may have come to its end, in poll intervals; at least [`STALE`].
 const INTERVALS: u32 = 6;

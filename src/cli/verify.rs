@@ -12,13 +12,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::daemon::{self, DaemonError};
 use crate::domain::progress::ChatState;
+use crate::domain::time::Millis;
 use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
-use crate::pace::Pace;
-use crate::screen::{Screen, styled};
 use crate::settings::{LiveTokens, Settings, number};
-use crate::time::Millis;
+use crate::telemetry::pace::Pace;
+use crate::telemetry::screen::{Screen, styled};
 
 /// How often the progress is read.
 const FRAME: Duration = Duration::from_millis(200);

@@ -11,8 +11,8 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use rustix::termios::tcgetwinsize;
 
-use crate::output::Output;
 use crate::settings::LogFormat;
+use crate::telemetry::output::Output;
 
 /// How often the picture is drawn anew, at most.
 const FRAMES_PER_SECOND: u8 = 20;

@@ -11,16 +11,13 @@ const PICTURE: &str = "image/svg+xml";
 
 macro_rules! file {
     ($name:literal) => {
-        (
-            concat!("/", $name),
-            include_str!(concat!("console/", $name)),
-        )
+        (concat!("/", $name), include_str!(concat!("page/", $name)))
     };
 }
 
 /// What is served, and as what.
 const FILES: [((&str, &str), &str); 14] = [
-    (("/", include_str!("console/index.html")), HTML),
+    (("/", include_str!("page/index.html")), HTML),
     (file!("console.css"), STYLE),
     (file!("icon.svg"), PICTURE),
     (file!("theme.js"), SCRIPT),

@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
+use crate::daemon::context::Context;
+use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
 use crate::journal::JournalError;
-use crate::time::Millis;
 
 /// How often it is looked whether there is something to keep.
 const LOOK: Duration = Duration::from_secs(1);

@@ -147,8 +147,8 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
-    use crate::context::Context;
     use crate::daemon;
+    use crate::daemon::context::Context;
     use crate::http::Network;
     use crate::journal::{Journal, Store};
     use crate::settings::LiveTokens;

@@ -1,5 +1,11 @@
 //! The command line: what can be asked of the program, and what it answers with.
 
+pub mod check;
+pub mod failed;
+pub mod manual;
+pub mod status;
+pub mod verify;
+
 use std::ffi::OsString;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -8,10 +14,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand}
 use clap_complete::Shell;
 
 use crate::demo;
-use crate::failed;
 use crate::settings::{Settings, TOKEN_VARIABLES};
-use crate::status;
-use crate::verify;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///

@@ -9,10 +9,10 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar};
 use tokio::time::{Instant, sleep};
 
-use crate::context::Context;
+use crate::daemon::context::Context;
 use crate::journal::{JournalError, Store};
-use crate::pace::{Pace, Rate, in_words};
-use crate::screen::{Screen, styled};
+use crate::telemetry::pace::{Pace, Rate, in_words};
+use crate::telemetry::screen::{Screen, styled};
 
 /// How often it is looked whether there is much to be caught up with, and how far that is.
 const LOOK: Duration = Duration::from_secs(1);

@@ -28,11 +28,11 @@ use tokio::sync::{Mutex, OnceCell};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
+use crate::cli::status::Status;
+use crate::daemon::context::Context;
+use crate::domain::time::Millis;
 use crate::journal::{Journal, JournalError, OpenError, Store};
 use crate::settings::Token;
-use crate::status::Status;
-use crate::time::Millis;
 use login::Login;
 
 /// How long to wait before a port that was taken is tried again.

@@ -1,5 +1,11 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
+pub mod context;
+pub mod health;
+pub mod progress;
+pub mod service;
+pub mod summary;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,22 +14,20 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
+use self::context::Context;
+use self::service::Manager;
+use self::summary::Summary;
 use crate::bigchat::BigChat;
-use crate::context::Context;
+use crate::console::{self, Door};
 use crate::delivery::{self, Scope, Until};
-use crate::health;
+use crate::domain::time::Millis;
 use crate::http::{Api, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
-use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Poller;
-use crate::progress;
-use crate::screen::{Screen, shown};
-use crate::service::Manager;
 use crate::settings::{Listen, LiveTokens, Settings};
-use crate::summary::{self, Summary};
-use crate::time::Millis;
-use crate::web::{self, Door};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::screen::{Screen, shown};
 
 /// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
@@ -106,7 +110,7 @@ pub async fn run_at(
     // Whoever asks is answered until the daemon has stopped; dropped, it ends too.
     let (mut web, closing) = (JoinSet::new(), CancellationToken::new());
     if let Some(door) = door {
-        web.spawn(web::serve(
+        web.spawn(console::serve(
             Arc::clone(&context),
             door,
             token,

@@ -21,8 +21,8 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
-use crate::screen::Screen;
 use crate::settings::LogFormat;
+use crate::telemetry::screen::Screen;
 
 /// How many lines of a kind are written in full from one summary to the next.
 pub const IN_FULL: u32 = 10;
@@ -30,8 +30,8 @@ pub const IN_FULL: u32 = 10;
 /// Where the lines come from that stand for others.
 const NEVER_LEFT_OUT: [&str; 3] = [
     module_path!(),
-    "bigchat_sync::progress",
-    "bigchat_sync::summary",
+    "bigchat_sync::daemon::progress",
+    "bigchat_sync::daemon::summary",
 ];
 
 /// What this process has logged since the last summary.
