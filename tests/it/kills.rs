@@ -3,7 +3,7 @@
 
 use crate::harness::{Bench, Process, Test, run_live_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
-use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, crashed, paused};
 use std::time::Duration;
 
@@ -56,21 +56,31 @@ async fn killed_in_the_midst_of_a_backlog() {
     run_live_test(async |t| {
         t.set("--request-timeout", "1s");
         let now = t.now();
-        let told = (10..210).flat_map(|conversation| {
+        let told = (10..410).flat_map(|conversation| {
             t.bigchat.open(conversation, now - 100, 1);
-            ["hello", "hello", "goodbye"].map(|text| message(conversation, now, text))
+            let messages = ["hello", "hello", "goodbye"];
+            let messages = messages.map(|text| message(conversation, now, text));
+            std::iter::once(start(conversation, now - 100)).chain(messages)
         });
         t.bigchat.tells(told);
         let mut random = StdRng::seed_from_u64(1);
-        let mut interrupted = 0;
+        let (mut interrupted, mut uncommitted) = (0, 0);
         for _ in 0..12 {
             let asked = t.our_api.total() + random.random_range(1..60);
             let daemon = t.spawn();
             until("requests", async || t.our_api.total() >= asked).await;
             drop(daemon);
+            let delivered: u32 = t.value(
+                "SELECT count(*) FROM event_states WHERE state = 'delivered' AND kind = 'MESSAGE'",
+            );
             interrupted += usize::from(t.events("waiting") > 32);
+            uncommitted += usize::from(t.our_api.message_count() > delivered as usize);
         }
         assert!(interrupted > 3, "in the midst of it: {interrupted} times");
+        assert!(
+            uncommitted > 3,
+            "done and not committed: {uncommitted} times"
+        );
         t.start();
         t.agrees().await;
         assert!(!t.our_api.has_stumbled(), "never two requests at once");
@@ -94,9 +104,8 @@ async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
             until("it is being created", async || t.pausing() > 0).await;
             kill_at(moment, daemon, t).await;
             t.bigchat.restart();
-            let daemon = t.start();
+            t.start();
             t.agrees().await;
-            daemon.stop().await;
             assert_eq!(t.our_api.chats().len(), 1, "{moment:?}");
         })
         .await;

@@ -69,6 +69,8 @@ impl Deref for BigChat {
 impl BigChat {
     /// Answers the next question for events with this; the one after with what is told next.
     pub(crate) fn tells(&self, page: impl Into<Page>) {
+        // An iterator may ask this service for something.
+        let page = page.into();
         self.state().push_page(page);
     }
 
