@@ -351,7 +351,7 @@ fn equal_messages_in_one_second() {
 fn equal_messages_on_two_pages() {
     let first = Page {
         more: true,
-        ..page([start(2, 3), message(2, 4, "hello")])
+        ..page([start(2, 3), message(2, 4, "hello"), message(2, 4, "there")])
     };
     let second = page([message(2, 4, "hello"), message(2, 5, "again")]);
     let script = script([epoch(&[(0, 1), (3, 2)], [first, second])]);
@@ -487,6 +487,8 @@ fn chats_are_compared_by_hand() {
 }
 
 /// A log in pages of two, in which one of three equal messages turns up late.
+/// Its pages are so long that none of the equal messages stand on either side of a page's edge, where one poll takes them for
+/// one.
 fn log() -> Script {
     let first = [
         start(2, 3),
@@ -497,7 +499,7 @@ fn log() -> Script {
     let second = [message(2, 16, "one"), message(1, 18, "two"), end(2, 19)];
     let pages = [page(first), page(second)];
     Script {
-        log: Some(2),
+        log: Some(5),
         ..script([epoch(&[(0, 1), (3, 2)], pages)])
     }
 }
