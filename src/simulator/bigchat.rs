@@ -404,6 +404,11 @@ impl BigChat {
         self.boot(T0 + at);
     }
 
+    /// The latest start of a conversation that began an epoch, in seconds after [`T0`].
+    pub fn latest_start(&self) -> i64 {
+        self.last_start - T0
+    }
+
     /// Restarts just before the next poll's first page, so that no poll is half of one epoch and half of the next.
     pub fn restart_at_next_poll(&mut self) {
         self.restart_at_poll = true;
@@ -543,17 +548,20 @@ impl BigChat {
         self.latest.clear();
         let (items, mut next) = if let Mode::Log(Log { page_size, .. }) = self.options.mode {
             self.grow();
-            let skip = usize::try_from(number)
-                .unwrap_or(0)
-                .saturating_mul(page_size);
             let start_at = window.0?;
             let end_at = window.1.unwrap_or(i64::MAX).max(start_at);
-            let window = self.log.range((start_at, 0)..(end_at, 0)).skip(skip);
-            let mut window = window.map(|(_, item)| item.clone());
-            let items: Vec<Item> = window.by_ref().take(page_size).collect();
-            let more = window.next().is_some();
+            let window = self.log.range((start_at, 0)..(end_at, 0));
+            let window: Vec<&Item> = window.map(|(_, item)| item).collect();
+            let number = usize::try_from(number).unwrap_or(0);
+            let [from, to] =
+                [number, number.saturating_add(1)].map(|page| self.edge(&window, page, page_size));
+            let more = to < window.len();
             (
-                items,
+                window[from..to]
+                    .iter()
+                    .copied()
+                    .cloned()
+                    .collect::<Vec<Item>>(),
                 if more {
                     NextPage::Usual
                 } else {
@@ -611,8 +619,22 @@ impl BigChat {
             }
             Item::Raw(raw) => raw,
         };
-        let events = items.into_iter().map(show).collect();
+        let events = items.into_iter().map(show).collect::<Vec<Value>>();
         Some((Page::Events(events, next), reported))
+    }
+
+    /// Where a page of the log begins. Never between two equal events: there nobody could tell twins from pages that have
+    /// shifted, and a client need not.
+    fn edge(&self, window: &[&Item], page: usize, page_size: usize) -> usize {
+        let json = |at: usize| match window[at] {
+            Item::Event(index) => self.reported[*index].json(),
+            Item::Raw(raw) => raw.clone(),
+        };
+        let mut edge = page.saturating_mul(page_size).min(window.len());
+        while 0 < edge && edge < window.len() && json(edge) == json(edge - 1) {
+            edge += 1;
+        }
+        edge
     }
 
     fn events(&mut self, request: &Request) -> Result<Reply, Reply> {

@@ -2,7 +2,7 @@
 //! that keeps its events nothing is lost, and nothing that OurAPI holds is sent again.
 
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
-use crate::services::time;
+use crate::services::{time, unix};
 use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
 use bigchat_sync::simulator::event::{end, event, message, transfer};
 use bigchat_sync::simulator::fault::slow;
@@ -68,7 +68,7 @@ fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
 /// Lets a daemon read up to now and deliver all of it.
 async fn catch_up(t: &Test) {
     // Later than any cursor by now.
-    let now = t.now() + 1;
+    let now = unix(t.now() + 1);
     let daemon = t.start();
     let caught_up = format!(
         "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM inbox)

@@ -8,6 +8,7 @@
 
 use std::cell::RefCell;
 use std::fmt::Display;
+use std::fs::File;
 use std::io::Write;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -369,7 +370,11 @@ impl Bench {
     /// Starts a daemon as a process of its own.
     pub(crate) fn spawn(&self) -> Process {
         let mut daemon = self.program("run");
-        daemon.stdout(Stdio::null()).stderr(Stdio::null());
+        let log = File::options()
+            .append(true)
+            .create(true)
+            .open(self.directory().join("log"));
+        daemon.stdout(Stdio::null()).stderr(log.expect("a file"));
         Process(daemon.spawn().expect("a process"))
     }
 

@@ -2,12 +2,12 @@
 //! a page that was kept is lost, nothing is doubled.
 
 use crate::harness::{Bench, Process, Test, run_live_test, run_with, side_by_side, until};
+use crate::services::time;
 use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, crashed, paused};
 use std::time::Duration;
 
-use bigchat_sync::domain::time::Timestamp;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -165,7 +165,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
     };
     run_with(options, async |t| {
         let now = t.now();
-        let since = Timestamp::clamped(now - 60).to_string();
+        let since = time(now - 60);
         t.set("--request-timeout", TIMEOUT).set("--since", &since);
         t.bigchat.open(10, now - 100, 1);
         let first = vec![
@@ -212,7 +212,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
         t.calm();
         tell_more();
         let daemon = t.start();
-        t.agrees().await;
+        t.until_events("delivered", 6).await;
         daemon.stop().await;
         let stumbled = t.our_api.has_stumbled();
         assert!(!stumbled, "two requests at once: {route}, {moment:?}");

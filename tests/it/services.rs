@@ -130,8 +130,14 @@ impl BigChat {
         self.state().restart();
     }
 
-    /// Restarts before the next poll, and waits until it has.
+    /// Restarts before the next poll, and waits until it has. Its first conversation starts later than any before; no clock
+    /// is so far behind that this lies in its future.
     pub(crate) async fn restarts_between_polls(&self) {
+        until("a later second", async || {
+            let state = self.state();
+            state.now() > state.latest_start()
+        })
+        .await;
         let before = self.state().epoch();
         self.state().restart_at_next_poll();
         until("a restart", async || self.state().epoch() > before).await;
