@@ -17,7 +17,7 @@ const MAX_RECORD: usize = 2_000;
 /// How much of what a response says is wrong, in characters: failed events are grouped by it.
 const MAX_COMPLAINT: usize = 200;
 
-/// See the [module](self).
+/// A request and what came of it, as it is recorded: bounded, and never with a token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Method, path, query and body.

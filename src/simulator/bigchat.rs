@@ -2,7 +2,7 @@
 //!
 //! In [`Mode::Once`] it behaves as the real one, which makes events up at each poll and reports each once; in [`Mode::Log`]
 //! as a usual vendor, whose log gives the same events for the same window. Either way it remembers what it reported, and
-//! whether the answer went out, which is what the comparison works from. What happens by chance is [`chance`](super::chance)'s.
+//! whether the answer went out, which is what the comparison works from. What happens by chance is `chance`'s.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;

@@ -751,7 +751,7 @@ async fn a_created_chat_that_is_not_the_one_asked_for_is_not_believed() {
     let other = json!({
         "chat_id": id("c9"), "external_id": "99", "started_at": "2026-11-22T22:00:00", "agent_id": null,
     });
-    let answer = status(201).body(&other.to_string()).carried_out();
+    let answer = status(201).body(other.to_string()).carried_out();
     t.our_api.upset("POST /chats {", answer);
     let daemon = t.start();
     t.delivers([start(42, 0), message(42, 4, "hello")])
@@ -770,7 +770,7 @@ async fn an_agent_whose_address_our_api_writes_in_another_case_is_found() {
         t.bigchat.advisor(8, "Bob", "Bob@X.test");
         t.our_api.has_agent("a9", "Bob", "bob@x.test");
         let found = json!([{"agent_id": id("a9"), "name": "Bob", "email": "bob@x.test"}]);
-        let answer = status(200).body(&found.to_string()).always();
+        let answer = status(200).body(found.to_string()).always();
         t.our_api.upset("GET /agents?email=Bob", answer);
         let daemon = t.start();
         t.delivers([start(42, 0), transfer(42, 3, 8)]).await;

@@ -502,7 +502,7 @@ async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
             held("1969-12-31T23:59:59Z"),
             held("9999-12-31T23:59:59.999999")
         ]);
-        let upset = status(200).body(&body.to_string());
+        let upset = status(200).body(body.to_string());
         t.our_api.upset("GET /chats/c1/messages", upset);
         let daemon = t.start();
         t.delivers([start(42, 0), said(42, 1, "one")]).await;

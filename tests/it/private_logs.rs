@@ -14,7 +14,7 @@ const SECRET: &str = "S3cret";
 /// What OurAPI answers that repeats what it was sent, as validators do.
 fn echo(code: u16) -> Fault {
     let wrong = json!({"detail": [{"loc": ["body", "text"], "msg": "no: S3cret words", "input": "S3cret words"}]});
-    status(code).body(&wrong.to_string()).always()
+    status(code).body(wrong.to_string()).always()
 }
 
 /// One way in which something goes wrong with a secret in it.

@@ -15,7 +15,7 @@ fn agents(listed: &[(&str, &str, &str)]) -> Fault {
         .iter()
         .map(|(end, name, email)| json!({"agent_id": id(end), "name": name, "email": email}));
     status(200)
-        .body(&listed.collect::<Value>().to_string())
+        .body(listed.collect::<Value>().to_string())
         .always()
 }
 
@@ -96,7 +96,7 @@ async fn an_agent_that_our_api_stores_otherwise_is_taken_as_it_is() {
         run_test(async |t| {
             t.differs("OurAPI spells its agents otherwise");
             let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
-            let answer = status(201).body(&stored.to_string()).carried_out();
+            let answer = status(201).body(stored.to_string()).carried_out();
             t.our_api.upset("POST /agents", answer);
             t.start();
             t.delivers([start(42, 0)]).await;
