@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI refuses for good, and what could not be delivered after all its attempts, is kept here until you decide.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is kept here until you decide.")];
     return [
       head(
         "Failed events",
