@@ -11,10 +11,9 @@ use uuid::Uuid;
 
 use crate::bigchat::BigChat;
 use crate::bigchat::Source;
-use crate::daemon::health::Storage;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
 use crate::http::{Api, ApiStatus, Http};
-use crate::journal::{Journal, JournalError, Session, Throttles};
+use crate::journal::{Journal, JournalError, Session, Storage, Throttles};
 use crate::our_api::OurApi;
 use crate::poller::Signals;
 use crate::settings::Settings;

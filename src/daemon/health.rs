@@ -3,7 +3,6 @@
 //! The daemon says so here when it notices; what is here is kept in the journal by [`keep`], for whoever asks how things
 //! stand, whether the daemon runs or not.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::sleep;
@@ -12,44 +11,12 @@ use tokio_util::sync::CancellationToken;
 use crate::daemon::context::Context;
 use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
-use crate::journal::JournalError;
 
 /// How often it is looked whether there is something to keep.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// How often it is kept when an API was last asked, as long as nothing else changes.
 const KEPT_EVERY: Duration = Duration::from_secs(10);
-
-/// Whether the journal takes what those have for it who write to it again and again.
-#[derive(Debug, Default)]
-pub struct Storage {
-    /// It refuses the poller.
-    pub polling: AtomicBool,
-    /// It refuses delivery.
-    pub delivery: AtomicBool,
-}
-
-impl Storage {
-    /// Delivery could not use it.
-    pub fn delivery_failed(&self, error: &JournalError) {
-        if !self.delivery.swap(true, Ordering::Relaxed) {
-            tracing::error!(reason = %error, "the journal cannot be written; pausing deliveries until it can");
-        }
-    }
-
-    /// Delivery could use it.
-    pub fn recovered(&self) {
-        if self.delivery.load(Ordering::Relaxed) {
-            self.delivery.store(false, Ordering::Relaxed);
-            tracing::info!("the journal can be written again");
-        }
-    }
-
-    /// Whether it refuses anybody.
-    pub fn refuses(&self) -> bool {
-        self.polling.load(Ordering::Relaxed) || self.delivery.load(Ordering::Relaxed)
-    }
-}
 
 /// Takes over how both APIs were when the last session ended.
 ///

@@ -3,7 +3,6 @@
 //! It stands in place of a line for each poll and each event: when all is well and nothing happens, there is none.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -12,42 +11,10 @@ use crate::daemon::context::Context;
 use crate::http::Api;
 use crate::journal::Store;
 use crate::telemetry::log;
+use crate::telemetry::metrics::Counters;
 
 /// So many events that wait or have failed are counted, and no more: nobody waits for the count.
 const COUNTED: u32 = 100_000;
-
-/// What was done since the daemon started.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Polls, read to their end or not.
-    pub polls: Counter,
-    /// Those that were not, through BigChat's or the journal's fault.
-    pub polls_failed: Counter,
-    /// New events that BigChat told.
-    pub told: Counter,
-    /// Events that now stand in OurAPI.
-    pub delivered: Counter,
-    /// Attempts to deliver an event that have failed, and are made again.
-    pub attempts_failed: Counter,
-    /// Events that went to the failed events.
-    pub failed: Counter,
-}
-
-/// Only ever grows.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// So many more.
-    pub fn add(&self, more: u32) {
-        self.0.fetch_add(more.into(), Ordering::Relaxed);
-    }
-
-    /// How many so far.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Counts {
@@ -59,25 +26,18 @@ struct Counts {
     failed: u64,
 }
 
-impl Counters {
-    /// Events that need not be thought of any more.
-    pub fn settled(&self) -> u64 {
-        self.delivered.get() + self.failed.get()
-    }
-
-    fn counts(&self) -> Counts {
-        Counts {
-            polls: self.polls.get(),
-            polls_failed: self.polls_failed.get(),
-            told: self.told.get(),
-            delivered: self.delivered.get(),
-            attempts_failed: self.attempts_failed.get(),
-            failed: self.failed.get(),
+impl Counts {
+    fn of(counters: &Counters) -> Self {
+        Self {
+            polls: counters.polls.get(),
+            polls_failed: counters.polls_failed.get(),
+            told: counters.told.get(),
+            delivered: counters.delivered.get(),
+            attempts_failed: counters.attempts_failed.get(),
+            failed: counters.failed.get(),
         }
     }
-}
 
-impl Counts {
     fn since(&self, before: &Self) -> Self {
         Self {
             polls: self.polls - before.polls,
@@ -130,7 +90,7 @@ impl Summary {
     /// Logs it, if there is anything to say.
     pub async fn tell(&mut self, context: &Context) {
         let left_out = log::tell_left_out();
-        let counts = context.metrics.counters().counts();
+        let counts = Counts::of(context.metrics.counters());
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
         (self.before, self.at) = (counts, Instant::now());

@@ -21,6 +21,7 @@ mod retention;
 mod schema;
 mod sessions;
 mod status;
+mod storage;
 mod verification;
 
 use std::panic::{self, AssertUnwindSafe};
@@ -53,6 +54,7 @@ pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{Session, Throttles};
 pub use status::{DeliveryTimes, Figures, Gap, Group, Oldest};
+pub use storage::Storage;
 pub use verification::{Difference, Scope, VerificationProgress};
 
 /// Why an operation did not happen.

@@ -4,6 +4,8 @@
 //! (what waits, what failed, how far behind) is read from the journal when somebody asks, and never kept here too.
 //! There is no global registry: each daemon has its own.
 
+mod counters;
+
 use std::fmt::Write;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -17,7 +19,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
-use crate::daemon::summary::Counters;
+pub use self::counters::Counters;
 use crate::domain::event::Kind;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
