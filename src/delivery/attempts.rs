@@ -272,12 +272,8 @@ impl Writes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::backoff::tests::POLICY;
 
-    const POLICY: Policy = Policy {
-        initial: Duration::from_secs(1),
-        max: Duration::from_secs(300),
-        max_attempts: 10,
-    };
     const ONE: ConversationId = ConversationId(1);
     const TWO: ConversationId = ConversationId(2);
 

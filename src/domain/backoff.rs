@@ -29,12 +29,13 @@ impl Policy {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    const POLICY: Policy = Policy {
+    /// As the settings are by default.
+    pub(crate) const POLICY: Policy = Policy {
         initial: Duration::from_secs(1),
         max: Duration::from_secs(300),
         max_attempts: 10,

@@ -110,12 +110,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    const POLICY: Policy = Policy {
-        initial: Duration::from_secs(1),
-        max: Duration::from_secs(300),
-        max_attempts: 10,
-    };
+    use crate::domain::backoff::tests::POLICY;
 
     proptest! {
         #[test]

@@ -296,16 +296,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::domain::backoff::tests::POLICY;
 
     fn http(base: &str) -> Http {
-        let policy = Policy {
-            initial: Duration::from_secs(1),
-            max: Duration::from_secs(300),
-            max_attempts: 10,
-        };
         let base: Url = base.parse().expect("a URL");
         let network = Network::new(&base, Duration::from_secs(1)).expect("a client");
-        Http::new(Api::OurApi, network, base, Token::default(), policy)
+        Http::new(Api::OurApi, network, base, Token::default(), POLICY)
     }
 
     #[test]

@@ -418,6 +418,11 @@ mod tests {
         request == 0
     }
 
+    fn is_lost(sent: &Result<Response, NoResponse>) -> bool {
+        let unknown = ErrorKind::OutcomeUnknown { timed_out: false };
+        sent.as_ref().is_err_and(|error| error.kind == unknown)
+    }
+
     #[tokio::test]
     async fn a_fresh_connection_after_one_was_closed_without_a_word() {
         let serve: Serve = |_, request, stream| {
@@ -425,11 +430,7 @@ mod tests {
                 stream.shutdown(std::net::Shutdown::Both).ok();
             }
         };
-        let lost = |sent: &Result<Response, NoResponse>| {
-            let unknown = ErrorKind::OutcomeUnknown { timed_out: false };
-            sent.as_ref().is_err_and(|error| error.kind == unknown)
-        };
-        second_attempt_after(serve, lost).await;
+        second_attempt_after(serve, is_lost).await;
     }
 
     #[tokio::test]
@@ -465,11 +466,7 @@ mod tests {
                 stream.shutdown(std::net::Shutdown::Both).ok();
             }
         };
-        let lost = |sent: &Result<Response, NoResponse>| {
-            let unknown = ErrorKind::OutcomeUnknown { timed_out: false };
-            sent.as_ref().is_err_and(|error| error.kind == unknown)
-        };
-        second_attempt_after(serve, lost).await;
+        second_attempt_after(serve, is_lost).await;
     }
 
     #[tokio::test]
