@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::cli::{check, failed, manual, status, verify};
 use bigchat_sync::daemon::service;
-use bigchat_sync::daemon::{self, DaemonError, Onlookers};
+use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::settings::{Listen, LiveTokens, LogFormat, Settings, Tokens};
 use bigchat_sync::telemetry::log;
-use bigchat_sync::telemetry::screen::{Screen, shown};
+use bigchat_sync::telemetry::terminal::{Terminal, shown};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
 
 /// Whatever hangs, the process ends within 10 s of the signal.
-const STOPPED_WITHIN: Duration = Duration::from_millis(9_700);
+const STOPPED_WITHIN: Duration = Duration::from_millis(9_500);
 
 /// How long the end waits for the log to be written: less than what remains of [`STOPPED_WITHIN`] after an orderly stop.
-const FLUSHED_WITHIN: Duration = Duration::from_millis(500);
+const FLUSHED_WITHIN: Duration = Duration::from_millis(400);
 
 /// The same at an end that waits for nothing.
 const FLUSHED_AT_ONCE: Duration = Duration::from_millis(100);
@@ -32,8 +32,8 @@ const FLUSHED_AT_ONCE: Duration = Duration::from_millis(100);
 const BAD_SETTING: u8 = 2;
 
 fn main() -> ExitCode {
-    let screen = match Screen::detect() {
-        Ok(screen) => screen,
+    let terminal = match Terminal::detect() {
+        Ok(terminal) => terminal,
         Err(error) => {
             // It may be that nobody hears.
             writeln!(io::stderr(), "bigchat-sync: {error}").ok();
@@ -41,25 +41,25 @@ fn main() -> ExitCode {
         }
     };
     let code = match Cli::read() {
-        Ok(cli) => run(cli, &screen),
+        Ok(cli) => run(cli, &terminal),
         Err(error) if error.use_stderr() => {
             let text = error.render();
             let text = match io::stderr().is_terminal() {
                 true => text.ansi().to_string(),
                 false => text.to_string(),
             };
-            screen.complain(&text);
+            terminal.complain(&text);
             ExitCode::from(BAD_SETTING)
         }
         // Help or the version, which was asked for.
         Err(error) => error.exit(),
     };
-    screen.flush(FLUSHED_WITHIN);
+    terminal.flush(FLUSHED_WITHIN);
     code
 }
 
 /// Does what the command line says.
-fn run(cli: Cli, screen: &Screen) -> ExitCode {
+fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     let Cli {
         command,
         settings,
@@ -67,50 +67,54 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
     } = cli;
     match command {
         Some(Command::Failed(command)) => match failed::run(&settings.db(), command) {
-            Ok(text) => say(screen, text.as_bytes(), ExitCode::SUCCESS),
-            Err(error) => complain(screen, &error, 1),
+            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
+            Err(error) => complain(terminal, &error, 1),
         },
         Some(Command::Status(args)) => {
             match status::run(&args, &settings.db(), settings.poll_interval) {
-                Ok((text, well)) => say(screen, text.as_bytes(), ExitCode::from(u8::from(!well))),
-                Err(error) => complain(screen, &error, 1),
+                Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
+                Err(error) => complain(terminal, &error, 1),
             }
         }
-        Some(Command::Check) => block_on(screen, async {
+        Some(Command::Check) => block_on(terminal, async {
             let report = check::run(&settings, Tokens::read(service::variable)).await;
-            let code = ExitCode::from(u8::from(!report.is_well()));
-            Ok::<_, io::Error>(say(screen, report.to_string().as_bytes(), code))
+            let code = ExitCode::from(u8::from(!report.all_passed()));
+            Ok::<_, io::Error>(say(terminal, report.to_string().as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
             // What a warning would say is part of the picture.
-            let level = if screen.is_picture() { "error" } else { "warn" };
-            log::start(LogFormat::Text, level, screen);
-            block_on(screen, show(args, settings, screen))
+            let level = if terminal.is_interactive() {
+                "error"
+            } else {
+                "warn"
+            };
+            log::start(LogFormat::Text, level, terminal);
+            block_on(terminal, show(args, settings, terminal))
         }
-        None | Some(Command::Run) => deliver(settings, screen, daemon::run),
-        Some(Command::Once) => deliver(settings, screen, daemon::once),
+        None | Some(Command::Run) => deliver(settings, terminal, daemon::run),
+        Some(Command::Once) => deliver(settings, terminal, daemon::once),
         Some(Command::Verify(args)) => work(
             settings,
-            screen,
+            terminal,
             "warn",
             async |settings, tokens, stopping| {
-                let same = verify::run(args, settings, tokens, screen.clone(), stopping).await?;
+                let same = verify::run(args, settings, tokens, terminal.clone(), stopping).await?;
                 Ok::<_, verify::VerifyError>(ExitCode::from(u8::from(!same)))
             },
         ),
         Some(Command::Unit) => match std::env::current_exe() {
             Ok(program) => match manual::unit(&program, &given) {
-                Ok(unit) => say(screen, unit.as_bytes(), ExitCode::SUCCESS),
-                Err(error) => complain(screen, &error, 1),
+                Ok(unit) => say(terminal, unit.as_bytes(), ExitCode::SUCCESS),
+                Err(error) => complain(terminal, &error, 1),
             },
-            Err(error) => complain(screen, &error, 1),
+            Err(error) => complain(terminal, &error, 1),
         },
         Some(Command::Completions { shell }) => {
-            say(screen, &manual::completions(shell), ExitCode::SUCCESS)
+            say(terminal, &manual::completions(shell), ExitCode::SUCCESS)
         }
         Some(Command::Man) => match manual::man() {
-            Ok(page) => say(screen, &page, ExitCode::SUCCESS),
-            Err(error) => complain(screen, &error, 1),
+            Ok(page) => say(terminal, &page, ExitCode::SUCCESS),
+            Err(error) => complain(terminal, &error, 1),
         },
     }
 }
@@ -118,16 +122,16 @@ fn run(cli: Cli, screen: &Screen) -> ExitCode {
 /// Polls and delivers as `job` does.
 fn deliver(
     settings: Settings,
-    screen: &Screen,
-    job: impl AsyncFnOnce(Settings, LiveTokens, Onlookers, CancellationToken) -> Result<(), DaemonError>,
+    terminal: &Terminal,
+    job: impl AsyncFnOnce(Settings, LiveTokens, Observers, CancellationToken) -> Result<(), DaemonError>,
 ) -> ExitCode {
-    let onlookers = Onlookers::of_process(screen.clone());
+    let observers = Observers::of_process(terminal.clone());
     work(
         settings,
-        screen,
+        terminal,
         "info",
         async |settings, tokens, stopping| {
-            job(settings, tokens, onlookers, stopping).await?;
+            job(settings, tokens, observers, stopping).await?;
             Ok::<_, DaemonError>(ExitCode::SUCCESS)
         },
     )
@@ -135,7 +139,7 @@ fn deliver(
 
 fn work<E>(
     settings: Settings,
-    screen: &Screen,
+    terminal: &Terminal,
     level: &str,
     job: impl AsyncFnOnce(Settings, LiveTokens, CancellationToken) -> Result<ExitCode, E>,
 ) -> ExitCode
@@ -144,13 +148,13 @@ where
 {
     let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
-        Err(error) => return complain(screen, &error, BAD_SETTING),
+        Err(error) => return complain(terminal, &error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
-        return complain(screen, &error, BAD_SETTING);
+        return complain(terminal, &error, BAD_SETTING);
     }
     log::show_message_text(settings.log_message_text);
-    log::start(settings.log_format(), level, screen);
+    log::start(settings.log_format(), level, terminal);
     for file in &tokens.exposed_files {
         tracing::warn!(
             path = shown(file),
@@ -159,11 +163,11 @@ where
     }
     let tokens = LiveTokens::from(tokens);
     let stopping = CancellationToken::new();
-    if let Err(error) = obey_signals(screen, &stopping, &tokens, settings.listen) {
-        return complain(screen, &error, 1);
+    if let Err(error) = obey_signals(terminal, &stopping, &tokens, settings.listen) {
+        return complain(terminal, &error, 1);
     }
-    let ended = block_on(screen, async { job(settings, tokens, stopping).await });
-    log::tell_left_out();
+    let ended = block_on(terminal, async { job(settings, tokens, stopping).await });
+    log::report_left_out();
     ended
 }
 
@@ -171,13 +175,13 @@ where
 /// SIGHUP has the token files read again. All of this is done by threads that wait for nothing else: neither for the
 /// runtime nor for a disk, the log or a terminal.
 fn obey_signals(
-    screen: &Screen,
+    terminal: &Terminal,
     stopping: &CancellationToken,
     tokens: &LiveTokens,
     listen: Listen,
 ) -> io::Result<()> {
     let (stopped, deadline) = mpsc::sync_channel::<()>(1);
-    let at_the_deadline = screen.clone();
+    let at_the_deadline = terminal.clone();
     spawn("deadline", move || {
         if deadline.recv().is_ok() {
             thread::sleep(STOPPED_WITHIN);
@@ -194,7 +198,7 @@ fn obey_signals(
             read_again(&tokens, listen);
         }
     })?;
-    let (screen, stopping) = (screen.clone(), stopping.clone());
+    let (terminal, stopping) = (terminal.clone(), stopping.clone());
     on_signals(
         move || {
             // One that waits already reads what is there by then.
@@ -208,7 +212,7 @@ fn obey_signals(
         },
         move || {
             end(
-                &screen,
+                &terminal,
                 "a second signal: ended at once; what was in flight is looked up at the next start",
             )
         },
@@ -234,9 +238,9 @@ fn read_again(tokens: &LiveTokens, listen: Listen) {
 }
 
 /// Ends the process as a crash would: nothing is waited for that could hang.
-fn end(screen: &Screen, message: &str) -> ! {
-    screen.complain(&format!("bigchat-sync: {message}\n"));
-    screen.flush(FLUSHED_AT_ONCE);
+fn end(terminal: &Terminal, message: &str) -> ! {
+    terminal.complain(&format!("bigchat-sync: {message}\n"));
+    terminal.flush(FLUSHED_AT_ONCE);
     signal_hook::low_level::exit(1)
 }
 
@@ -248,7 +252,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 async fn show(
     args: demo::Args,
     settings: Settings,
-    screen: &Screen,
+    terminal: &Terminal,
 ) -> Result<ExitCode, DemoError> {
     let (stopping, at_once) = (CancellationToken::new(), CancellationToken::new());
     let (hangup, first, second) = (stopping.clone(), stopping.clone(), at_once.clone());
@@ -259,14 +263,14 @@ async fn show(
         move || second.cancel(),
     )?;
     tokio::select! {
-        outcome = demo::run(&args, settings, screen, &stopping) => outcome,
+        outcome = demo::run(&args, settings, terminal, &stopping) => outcome,
         () = at_once.cancelled() => Err(DemoError::Interrupted),
     }
 }
 
 /// Does the work of a command, and complains if it comes to nothing.
 fn block_on<E: std::error::Error>(
-    screen: &Screen,
+    terminal: &Terminal,
     work: impl Future<Output = Result<ExitCode, E>>,
 ) -> ExitCode {
     // One thread serves all: what takes long is waiting, or has a thread of its own (the journal). More would spend their
@@ -276,12 +280,12 @@ fn block_on<E: std::error::Error>(
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return complain(screen, &error, 1),
+        Err(error) => return complain(terminal, &error, 1),
     };
     let outcome = runtime.block_on(work);
     // A look-up of a host name may hang for longer than anybody waits.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| complain(screen, &error, 1))
+    outcome.unwrap_or_else(|error| complain(terminal, &error, 1))
 }
 
 /// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at another one after that; and
@@ -332,17 +336,17 @@ fn has_terminal() -> bool {
 }
 
 /// Writes a command's answer to standard output.
-fn say(screen: &Screen, answer: &[u8], code: ExitCode) -> ExitCode {
+fn say(terminal: &Terminal, answer: &[u8], code: ExitCode) -> ExitCode {
     let mut out = io::stdout();
     match out.write_all(answer).and_then(|()| out.flush()) {
         Ok(()) => code,
         // Who reads it has read enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
-        Err(error) => complain(screen, &error, 1),
+        Err(error) => complain(terminal, &error, 1),
     }
 }
 
-fn complain(screen: &Screen, error: &dyn std::error::Error, code: u8) -> ExitCode {
-    screen.complain(&format!("bigchat-sync: {error}\n"));
+fn complain(terminal: &Terminal, error: &dyn std::error::Error, code: u8) -> ExitCode {
+    terminal.complain(&format!("bigchat-sync: {error}\n"));
     ExitCode::from(code)
 }

@@ -21,7 +21,7 @@ use url::Url;
 
 use crate::domain::backoff::Policy;
 use crate::domain::time::Timestamp;
-use crate::telemetry::screen::shown;
+use crate::telemetry::terminal::shown;
 
 /// Where the console is served unless another address is set.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));

@@ -7,7 +7,7 @@ use bigchat_sync::domain::dedupe::Counts;
 use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::domain::time::{Millis, Timestamp};
-use bigchat_sync::journal::{PageToKeep, Progress, Store};
+use bigchat_sync::journal::{NewPage, Progress, Store};
 use tempfile::TempDir;
 
 use crate::process::{Process, daemon, until};
@@ -78,7 +78,7 @@ pub(crate) fn event(id: i64, name: &str, at: i64, data: &str) -> String {
 
 fn keep(store: &mut Store, told: &[String]) {
     let at = Timestamp::clamped(START + 1000);
-    let page = PageToKeep {
+    let page = NewPage {
         query: "page=1".to_owned(),
         served_at: at,
         window: (Timestamp::clamped(START), at),
@@ -86,13 +86,13 @@ fn keep(store: &mut Store, told: &[String]) {
         progress: Progress::Complete(at),
         body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, told.join(",")),
     };
-    store.keep_page(&page).expect("it is kept");
-    let page = store.kept_pages().expect("pages").pop().expect("one");
+    store.store_page(&page).expect("it is kept");
+    let page = store.stored_pages().expect("pages").pop().expect("one");
     let mut count = 0;
     page_events(&page.body, |_| count += 1).expect("a page");
     assert_eq!(count, told.len());
     store
-        .admit(&page, Epoch(1), &Counts::default(), &[], Millis::now())
+        .ingest(&page, Epoch(1), &Counts::default(), &[], Millis::now())
         .expect("it is admitted");
     store.end_poll(None, 0, None).expect("it ends");
 }
@@ -132,7 +132,7 @@ pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> De
         peak_kib: daemon.peak_kib(),
     };
     drop(daemon);
-    let mut store = Store::open_beside(db).expect("a database");
+    let mut store = Store::open_shared(db).expect("a database");
     assert_eq!(store.waiting().expect("a number"), 0);
     delivered
 }
@@ -228,7 +228,7 @@ pub(crate) fn measure_steady(scale: Scale) {
     until("a database", Duration::from_secs(10), || {
         server.polled().is_some()
     });
-    let mut store = Store::open_beside(&db).expect("a database");
+    let mut store = Store::open_shared(&db).expect("a database");
     let mut tell_all = |number: i64| {
         let told = (1..=conversations).filter_map(|id| {
             let (name, data) = usual(id, number)?;

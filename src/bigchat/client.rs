@@ -11,7 +11,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use url::form_urlencoded;
 
 use super::clock::BigChatClock;
-use crate::domain::event::{Kind, page_events};
+use crate::domain::event::{EventKind, page_events};
 use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::time::Timestamp;
 use crate::http::route::Route;
@@ -107,7 +107,7 @@ impl BigChat {
                 let events = events.ok_or("its JSON is another: missing field `events`")?;
                 let started_at = match Start::among(events).map_err(text_of)? {
                     Start::At(at) => Timestamp::from_unix(at),
-                    Start::Unreadable => return Err("its START has no time".to_owned()),
+                    Start::InvalidJson => return Err("its START has no time".to_owned()),
                     Start::Missing => None,
                 };
                 Ok(Details {
@@ -197,7 +197,7 @@ fn read<T: DeserializeOwned>(name: &str, value: Option<&str>) -> std::result::Re
 enum Start {
     At(i64),
     /// Its time is none.
-    Unreadable,
+    InvalidJson,
     Missing,
 }
 
@@ -214,8 +214,10 @@ impl Start {
 
     fn of(raw: &str) -> Self {
         match json::fields(raw, ["event_name", "event_at"]) {
-            Ok([name, at]) if read::<String>("", name).as_deref() == Ok(Kind::Start.name()) => {
-                read("", at).map_or(Self::Unreadable, |Integer(at)| Self::At(at))
+            Ok([name, at])
+                if read::<String>("", name).as_deref() == Ok(EventKind::Start.name()) =>
+            {
+                read("", at).map_or(Self::InvalidJson, |Integer(at)| Self::At(at))
             }
             _ => Self::Missing,
         }

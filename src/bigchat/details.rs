@@ -1,7 +1,7 @@
 //! What BigChat knows of a conversation or an advisor, checked before it is used: an answer of a BigChat that has
 //! restarted since is about somebody else.
 
-use super::epoch::{self, Seen};
+use super::epoch::{self, ProbeResult};
 use super::{Source, SourceError};
 use crate::domain::conversation::{Conversation, Details};
 use crate::domain::ids::{AdvisorId, Epoch};
@@ -41,7 +41,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                 (None, Some(told)) if told < source.epochs.verified_until() => {
                     is_present(source, conversation.epoch).await?
                 }
-                _ => is_same_run(source, conversation.epoch).await?,
+                _ => is_same_epoch(source, conversation.epoch).await?,
             };
             if ours {
                 if conversation.desired.started_at.is_none()
@@ -92,7 +92,7 @@ pub async fn advisor(
         KnownAdvisor::Gone
     } else {
         match ask(source, || source.client.advisor(id.0)).await {
-            Ok(advisor) if is_same_run(source, epoch).await? => KnownAdvisor::Person {
+            Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
@@ -122,11 +122,11 @@ async fn is_present(source: &Source, epoch: Epoch) -> Result<bool, SourceError> 
 }
 
 /// Whether what was just told was told by that run of BigChat.
-async fn is_same_run(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
+async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
     match epoch::look(source).await? {
-        Seen::Restarted => Ok(false),
-        Seen::Same | Seen::Unknown => is_present(source, epoch).await,
-        Seen::Unanswered => Err(not_asked("whether it has restarted is not known").into()),
+        ProbeResult::Restarted => Ok(false),
+        ProbeResult::Same | ProbeResult::Unknown => is_present(source, epoch).await,
+        ProbeResult::Unanswered => Err(not_asked("whether it has restarted is not known").into()),
     }
 }
 

@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use super::{Details, Source};
-use crate::domain::event::{Event, Kind};
+use crate::domain::event::{Event, EventKind};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Timestamp;
 use crate::http::ApiError;
-use crate::journal::{JournalError, KeptPage, Marker, Store};
+use crate::journal::{JournalError, Probe, Store, StoredPage};
 
 /// How many conversations are asked for, if those before are not known any more.
 const MARKERS: u32 = 3;
@@ -22,11 +22,11 @@ const MARKERS: u32 = 3;
 const TRIES: u32 = 3;
 
 /// How many conversations of a page are asked for, to tell which run told of them.
-const WITNESSES: usize = 5;
+const PROBES: usize = 5;
 
 /// What the look for a restart showed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum ProbeResult {
     /// It is the same run.
     Same,
     /// It has restarted; a new run was begun in the journal.
@@ -38,19 +38,19 @@ pub enum Seen {
 }
 
 /// Looks whether BigChat has restarted since the present run was last confirmed, and notes it in the journal.
-pub async fn look(source: &Source) -> Result<Seen, JournalError> {
-    let (epoch, markers) = source.journal.with(|store| store.markers(MARKERS)).await?;
-    if markers.is_empty() {
+pub async fn look(source: &Source) -> Result<ProbeResult, JournalError> {
+    let (epoch, probes) = source.journal.with(|store| store.probes(MARKERS)).await?;
+    if probes.is_empty() {
         // Whatever it says of its first conversation is what the next answers are compared with.
-        note_first(source, epoch).await?;
-        return Ok(Seen::Unknown);
+        record_first(source, epoch).await?;
+        return Ok(ProbeResult::Unknown);
     }
-    let first_known = markers.iter().any(|marker| marker.bigchat_id == 1);
-    let mut seen = Seen::Unknown;
-    for Marker {
+    let first_known = probes.iter().any(|marker| marker.bigchat_id == 1);
+    let mut seen = ProbeResult::Unknown;
+    for Probe {
         bigchat_id,
         started_at: known,
-    } in markers
+    } in probes
     {
         let (answer, asked_at) = details(source, bigchat_id).await;
         match answer {
@@ -60,20 +60,20 @@ pub async fn look(source: &Source) -> Result<Seen, JournalError> {
             }) if started_at == known => {
                 confirm(source, asked_at);
                 if !first_known {
-                    note_first(source, epoch).await?;
+                    record_first(source, epoch).await?;
                 }
-                return Ok(Seen::Same);
+                return Ok(ProbeResult::Same);
             }
             Ok(Details {
                 started_at: Some(started_at),
                 ..
             }) => {
                 begin(source, epoch, started_at).await?;
-                return Ok(Seen::Restarted);
+                return Ok(ProbeResult::Restarted);
             }
             Ok(_) => {}
             Err(error) if error.is_not_found() => {}
-            Err(_) => seen = Seen::Unanswered,
+            Err(_) => seen = ProbeResult::Unanswered,
         }
     }
     Ok(seen)
@@ -100,7 +100,7 @@ pub async fn begin(
     let begun = source
         .journal
         .with(move |store| {
-            let begun = store.begin_epoch(epoch, began_at, first)?;
+            let begun = store.start_epoch(epoch, began_at, first)?;
             mark.fetch_max(begun.unwrap_or_default().0, Ordering::AcqRel);
             Ok(begun)
         })
@@ -114,7 +114,7 @@ pub async fn begin(
 /// Which run of BigChat told a page. Where no restart was noticed since it was kept, the present one. Where it was served
 /// about when BigChat restarted, its time does not tell: it was the run before if it tells of a conversation that the
 /// present run does not know, or that started at another time. `None`: BigChat gives no answer to that.
-pub async fn run_of(source: &Source, page: &KeptPage) -> Result<Option<Epoch>, JournalError> {
+pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.told_by.is_some() {
         return Ok(page.told_by);
     }
@@ -130,8 +130,8 @@ pub async fn run_of(source: &Source, page: &KeptPage) -> Result<Option<Epoch>, J
         .iter()
         .map(|event| Reverse(event.conversation))
         .collect();
-    for Reverse(id) in ids.into_iter().take(WITNESSES) {
-        let is_start = |event: &&Event| event.kind == Kind::Start && event.conversation == id;
+    for Reverse(id) in ids.into_iter().take(PROBES) {
+        let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
         let told = events.iter().find(is_start).map(|event| event.at);
         match details(source, id).await.0 {
             Err(error) if error.is_not_found() && source.epochs.reports_events() => {
@@ -152,7 +152,7 @@ pub async fn run_of(source: &Source, page: &KeptPage) -> Result<Option<Epoch>, J
 }
 
 /// Asks for the first conversation of a run, which tells it from the next better than any other.
-async fn note_first(source: &Source, epoch: Epoch) -> Result<(), JournalError> {
+async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError> {
     if !source.epochs.requests_first_conversation() {
         return Ok(());
     }

@@ -15,7 +15,7 @@ use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network};
 use crate::journal::{OpenError, Store};
 use crate::our_api::OurApi;
 use crate::settings::{Listen, Settings, TokenError, Tokens};
-use crate::telemetry::screen::{printable, shown};
+use crate::telemetry::terminal::{printable, shown};
 
 /// An external id that no chat has: whether OurAPI answers is all there is to learn.
 const NO_CHAT: &str = "bigchat-sync-check";
@@ -25,7 +25,7 @@ const FIRST_CONVERSATION: i64 = 1;
 
 /// What was looked at, and how it was found.
 #[derive(Debug)]
-struct Finding {
+struct CheckItem {
     what: &'static str,
     text: String,
     /// What to do about it, if it is not well.
@@ -34,24 +34,24 @@ struct Finding {
 
 /// All that was found.
 #[derive(Debug, Default)]
-pub struct Report(Vec<Finding>);
+pub struct Report(Vec<CheckItem>);
 
 impl Report {
     /// Whether there is nothing to be done.
-    pub fn is_well(&self) -> bool {
+    pub fn all_passed(&self) -> bool {
         self.0.iter().all(|finding| finding.remedy.is_none())
     }
 
-    fn well(&mut self, what: &'static str, text: impl Into<String>) {
-        self.0.push(Finding {
+    fn pass(&mut self, what: &'static str, text: impl Into<String>) {
+        self.0.push(CheckItem {
             what,
             text: text.into(),
             remedy: None,
         });
     }
 
-    fn ill(&mut self, what: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
-        self.0.push(Finding {
+    fn fail(&mut self, what: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(CheckItem {
             what,
             text: text.into(),
             remedy: Some(remedy.into()),
@@ -61,7 +61,7 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Finding { what, text, remedy } in &self.0 {
+        for CheckItem { what, text, remedy } in &self.0 {
             let mark = if remedy.is_none() { "ok" } else { "FAIL" };
             writeln!(f, "{mark:<6}{what:<10}{}", printable(text))?;
             if let Some(remedy) = remedy {
@@ -69,7 +69,7 @@ impl fmt::Display for Report {
             }
         }
         f.write_char('\n')?;
-        f.write_str(match self.is_well() {
+        f.write_str(match self.all_passed() {
             true => "it can work\n",
             false => "it cannot work as it should\n",
         })
@@ -83,7 +83,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     let tokens = match tokens {
         Ok(tokens) if settings.bigchat_url == settings.our_api_url => {
             let text = "name the same place for both APIs";
-            report.ill(
+            report.fail(
                 "settings",
                 text,
                 "set --bigchat-url and --our-api-url apart",
@@ -91,11 +91,11 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             tokens
         }
         Ok(tokens) => {
-            report.well("settings", "can be used");
+            report.pass("settings", "can be used");
             tokens
         }
         Err(error) => {
-            report.ill("settings", "cannot be used", error.to_string());
+            report.fail("settings", "cannot be used", error.to_string());
             Tokens::default()
         }
     };
@@ -104,7 +104,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             "token file {}: other users of this machine have access to it",
             shown(file)
         );
-        report.ill("settings", text, format!("chmod 600 {}", shown(file)));
+        report.fail("settings", text, format!("chmod 600 {}", shown(file)));
     }
     let db = settings.db();
     let Some(state) = look_at_database(&mut report, &db) else {
@@ -112,16 +112,16 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     };
     match state {
         State::DaemonRuns(mut store) => {
-            report.well("daemon", "runs: the APIs are as it last found them");
+            report.pass("daemon", "runs: the APIs are as it last found them");
             for api in Api::ALL {
                 match store.api(api.name()) {
                     Ok(status) => last_exchange(&mut report, settings, api, &status),
-                    Err(error) => report.ill(api.title(), "cannot be told", error.to_string()),
+                    Err(error) => report.fail(api.title(), "cannot be told", error.to_string()),
                 }
             }
         }
         State::Free(_kept_for_now) => {
-            report.well("daemon", "does not run: the APIs are asked now");
+            report.pass("daemon", "does not run: the APIs are asked now");
             ask(&mut report, settings, tokens).await;
             look_at_console(&mut report, settings.listen);
         }
@@ -142,20 +142,20 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
         Ok(false) => match Store::can_be_made(db) {
             Ok(()) => {
                 let text = format!("{} is made at the first start", shown(db));
-                report.well("database", text);
+                report.pass("database", text);
                 return Some(State::Free(None));
             }
             Err(error) => Err(error),
         },
         _ => match Store::open(db) {
-            Err(OpenError::InUse(_)) => Store::open_beside(db).map(State::DaemonRuns),
+            Err(OpenError::InUse(_)) => Store::open_shared(db).map(State::DaemonRuns),
             opened => opened.map(|store| State::Free(Some(store))),
         },
     };
     let mut state = match opened {
         Ok(state) => state,
         Err(error) => {
-            report.ill("database", "cannot be opened", error.to_string());
+            report.fail("database", "cannot be opened", error.to_string());
             return None;
         }
     };
@@ -163,15 +163,15 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
         return Some(state);
     };
     match store.try_to_write() {
-        Ok(()) => report.well("database", format!("{} can be written", shown(db))),
-        Err(error) => report.ill(
+        Ok(()) => report.pass("database", format!("{} can be written", shown(db))),
+        Err(error) => report.fail(
             "database",
             format!("{} cannot be written: {error}", shown(db)),
             "free some disk, mend its permissions, or end whatever holds it; a daemon that runs goes on by itself then",
         ),
     }
     for file in store.exposed_files() {
-        report.ill(
+        report.fail(
             "database",
             format!(
                 "{} has customers' messages, and other users of this machine have access to it",
@@ -197,13 +197,13 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
         ..
     } = status
     else {
-        return report.well(what, "was not asked anything yet");
+        return report.pass(what, "was not asked anything yet");
     };
     let last = format!("at {asked_at}, {request} → {response}");
     if !request.contains(url.as_str()) {
         let text = format!("is asked elsewhere by the daemon: {last}");
         let remedy = format!("give this command the daemon's settings: {flag} says {url} here");
-        return report.ill(what, text, remedy);
+        return report.fail(what, text, remedy);
     }
     match up {
         Some(false) => {
@@ -214,10 +214,10 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
                     "nothing, if it is an outage; else see whether {flag} is right ({url} here)"
                 ),
             };
-            report.ill(what, format!("is down: {why} ({last})"), remedy);
+            report.fail(what, format!("is down: {why} ({last})"), remedy);
         }
-        Some(true) => report.well(what, format!("is up: {last}")),
-        None => report.well(what, format!("is not known to be down: {last}")),
+        Some(true) => report.pass(what, format!("is up: {last}")),
+        None => report.pass(what, format!("is not known to be down: {last}")),
     }
 }
 
@@ -235,7 +235,7 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         }
         Err(error) => {
             let remedy = "install CA certificates (Debian: ca-certificates)";
-            return report.ill(
+            return report.fail(
                 "HTTP",
                 format!("the client cannot be made: {error}"),
                 remedy,
@@ -292,23 +292,23 @@ fn tell(
         format!(" and says it is {:?}", claim.name)
     });
     match answer {
-        _ if claim.as_ref().is_some_and(|claim| !claim.fits) => report.ill(
+        _ if claim.as_ref().is_some_and(|claim| !claim.fits) => report.fail(
             what,
             format!("{url} answers{says}, which is not {what}"),
             format!("set {flag} to where {what} is; are the two URLs mixed up?"),
         ),
-        Ok(answer) => report.well(what, format!("{url} {answer}{says}")),
-        Err(error) => report.ill(what, error.to_string(), error.remedy()),
+        Ok(answer) => report.pass(what, format!("{url} {answer}{says}")),
+        Err(error) => report.fail(what, error.to_string(), error.remedy()),
     }
 }
 
 fn look_at_console(report: &mut Report, listen: Listen) {
     let Listen::At(address) = listen else {
-        return report.well("console", "is not served (--listen off)");
+        return report.pass("console", "is not served (--listen off)");
     };
     match TcpListener::bind(address) {
-        Ok(_) => report.well("console", format!("will be at http://{address}/")),
-        Err(error) => report.ill(
+        Ok(_) => report.pass("console", format!("will be at http://{address}/")),
+        Err(error) => report.fail(
             "console",
             format!("cannot be served at {address}: {error}"),
             "set --listen to another address, or to off; all else works without it",

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use crate::domain::time::Millis;
 use crate::journal::{
-    Decision, FailedAttempt, FailedEvent, JournalError, OpenError, PastDecision, Selection, Store,
-    Who,
+    FailedAttempt, FailedEvent, JournalError, OpenError, Operator, PastResolution, Resolution,
+    Selection, Store,
 };
 use crate::settings::number;
-use crate::telemetry::screen::printable;
+use crate::telemetry::terminal::printable;
 use crate::user;
 
 /// How many decisions about an event are shown, the latest ones.
@@ -82,7 +82,7 @@ impl From<Which> for Selection {
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
-        Command::Retry(_) | Command::Discard { .. } => Store::open_beside(db)?,
+        Command::Retry(_) | Command::Discard { .. } => Store::open_shared(db)?,
     };
     Ok(match command {
         Command::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
@@ -94,7 +94,7 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
             show(&event, &store.failed_attempts(id)?, &decisions)
         }
         Command::Retry(which) => {
-            let count = decide(&mut store, &which.into(), Decision::Retry)?;
+            let count = resolve(&mut store, &which.into(), Resolution::Retry)?;
             let unreadable = store.count_unreadable()?;
             retried(count, store.count_failed()?, unreadable)
         }
@@ -111,7 +111,7 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
                 }
                 which => which,
             };
-            let count = decide(&mut store, &which, Decision::Discard)?;
+            let count = resolve(&mut store, &which, Resolution::Discard)?;
             format!("{count} discarded\n")
         }
     })
@@ -179,11 +179,15 @@ fn confirm(count: u64) -> Result<(), FailedError> {
     }
 }
 
-fn decide(store: &mut Store, which: &Selection, decision: Decision) -> Result<usize, FailedError> {
-    let who = Who::Command(user::of_process());
+fn resolve(
+    store: &mut Store,
+    which: &Selection,
+    decision: Resolution,
+) -> Result<usize, FailedError> {
+    let who = Operator::Command(user::of_process());
     let (mut done, mut next) = (0, Some(0));
     while let Some(after) = next {
-        let decided = store.decide_failed(which, decision, &who, after, Millis::now())?;
+        let decided = store.resolve_failed(which, decision, &who, after, Millis::now())?;
         done += decided.done;
         next = decided.next;
     }
@@ -255,7 +259,7 @@ fn list(events: &[FailedEvent], count: u64) -> String {
     )
 }
 
-fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastDecision]) -> String {
+fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastResolution]) -> String {
     let unknown = || "-".to_owned();
     let lines = [
         ("event", event.id.to_string()),

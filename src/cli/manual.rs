@@ -13,7 +13,7 @@ use clap_mangen::roff::{Roff, bold, italic, roman};
 use thiserror::Error;
 
 use crate::cli::Cli;
-use crate::telemetry::screen::shown;
+use crate::telemetry::terminal::shown;
 
 const NAME: &str = "bigchat-sync";
 

@@ -1,6 +1,6 @@
 //! How things stand, and whether all is well: `bigchat-sync status`, and what the console and the metrics show of it.
 //!
-//! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. `troubles` decides what is
+//! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. `problems` decides what is
 //! not well and says what to do about it.
 
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiStatus};
 use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
-use crate::telemetry::screen::{printable, shown};
+use crate::telemetry::terminal::{printable, shown};
 
 /// How long no poll may have come to its end, in poll intervals; at least [`STALE`].
 const INTERVALS: u32 = 6;
@@ -40,7 +40,7 @@ pub struct Status {
     /// Whether there is nothing to be done by anybody.
     pub well: bool,
     /// What is not well, the gravest first.
-    pub troubles: Vec<Trouble>,
+    pub problems: Vec<Problem>,
     /// The database.
     pub database: Database,
     /// What the journal tells.
@@ -60,7 +60,7 @@ pub struct Database {
 
 /// Something that is not well.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Trouble {
+pub struct Problem {
     /// What it is.
     pub what: String,
     /// What to do about it.
@@ -103,13 +103,13 @@ impl Status {
     ) -> Result<Self, JournalError> {
         let figures = store.figures(now)?;
         let daemon_runs = store.is_in_use();
-        let troubles = troubles(&figures, daemon_runs, poll_interval, now);
+        let problems = problems(&figures, daemon_runs, poll_interval, now);
         Ok(Self {
             version: env!("CARGO_PKG_VERSION"),
             now,
             daemon_runs,
-            well: troubles.is_empty(),
-            troubles,
+            well: problems.is_empty(),
+            problems,
             database: Database {
                 path: db.to_owned(),
                 bytes: store.bytes(),
@@ -125,15 +125,15 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
 }
 
 /// What is not well, the gravest first.
-fn troubles(
+fn problems(
     figures: &Figures,
     daemon_runs: bool,
     poll_interval: Duration,
     now: Millis,
-) -> Vec<Trouble> {
-    let mut troubles = Vec::new();
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
     let mut trouble = |what: String, remedy: &str| {
-        troubles.push(Trouble {
+        problems.push(Problem {
             what,
             remedy: remedy.to_owned(),
         });
@@ -229,7 +229,7 @@ fn troubles(
             "see why with `bigchat-sync failed list` or in the console; then retry them, or discard them",
         );
     }
-    troubles
+    problems
 }
 
 fn seconds(count: i64) -> Duration {
@@ -319,7 +319,7 @@ fn text(status: &Status) -> String {
     if status.well {
         lines.push("all is well".into());
     }
-    for Trouble { what, remedy } in &status.troubles {
+    for Problem { what, remedy } in &status.problems {
         lines.push(format!("! {}\n  → {remedy}", printable(what)));
     }
     lines.push(String::new());

@@ -17,8 +17,8 @@ use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
 use crate::settings::{LiveTokens, Settings, number};
-use crate::telemetry::pace::Pace;
-use crate::telemetry::screen::{Screen, styled};
+use crate::telemetry::pace::RateEstimate;
+use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often the progress is read.
 const FRAME: Duration = Duration::from_millis(200);
@@ -76,10 +76,10 @@ pub async fn run(
     args: Args,
     settings: Settings,
     tokens: LiveTokens,
-    screen: Screen,
+    terminal: Terminal,
     stopping: CancellationToken,
 ) -> Result<bool, VerifyError> {
-    let journal = Journal::start(Store::open_beside(&settings.db())?)?;
+    let journal = Journal::start(Store::open_shared(&settings.db())?)?;
     let repair = args.repair;
     let scope = args.conversation.map_or(Scope::All, Scope::Conversation);
     let requested = journal
@@ -89,7 +89,7 @@ pub async fn run(
         (Some(verification), _) => verification,
         (None, Scope::Conversation(id)) => return Err(VerifyError::NoSuchChat(id)),
         (None, Scope::All) => {
-            report(&args, &screen, &VerificationProgress::default(), &[]).await?;
+            report(&args, &terminal, &VerificationProgress::default(), &[]).await?;
             return Ok(true);
         }
     };
@@ -101,7 +101,7 @@ pub async fn run(
         worked
     };
     let watching = async {
-        let watched = watch(&journal, verification, &screen, args.json, &stop).await;
+        let watched = watch(&journal, verification, &terminal, args.json, &stop).await;
         stop.cancel();
         watched
     };
@@ -123,7 +123,7 @@ pub async fn run(
     if !progress.is_done() {
         return Err(VerifyError::Interrupted("interrupted; nothing was changed"));
     }
-    report(&args, &screen, &progress, &differences).await?;
+    report(&args, &terminal, &progress, &differences).await?;
     Ok(differences.is_empty())
 }
 
@@ -152,16 +152,16 @@ async fn work(
 async fn watch(
     journal: &Journal,
     verification: i64,
-    screen: &Screen,
+    terminal: &Terminal,
     json: bool,
     stop: &CancellationToken,
 ) -> Result<VerificationProgress, VerifyError> {
-    let bar = screen
+    let bar = terminal
         .picture()
         .filter(|_| !json)
         .map(|picture| picture.add(styled(BAR)));
     let mut last_line = Instant::now();
-    let mut pace: Option<Pace> = None;
+    let mut pace: Option<RateEstimate> = None;
     let mut waited_for = None;
     loop {
         let (progress, waits_for) = journal
@@ -173,7 +173,7 @@ async fn watch(
         let left = (progress.chats - progress.verified) + progress.waiting;
         let all = progress.chats + progress.messages.max(progress.waiting);
         let (now, done) = (Instant::now(), all.saturating_sub(left));
-        let pace = pace.get_or_insert_with(|| Pace::new(now, done));
+        let pace = pace.get_or_insert_with(|| RateEstimate::new(now, done));
         let rate = pace.now(now, done, Some(left));
         if progress.is_done() || stop.is_cancelled() {
             if let Some(bar) = bar {
@@ -201,7 +201,7 @@ async fn watch(
                 });
             }
             None if !json && last_line.elapsed() >= LINE_EVERY => {
-                screen
+                terminal
                     .say(&format!("{}, {rate}", sentence(&progress)))
                     .await?;
                 last_line = Instant::now();
@@ -224,7 +224,7 @@ fn sentence(progress: &VerificationProgress) -> String {
 
 async fn report(
     args: &Args,
-    screen: &Screen,
+    terminal: &Terminal,
     progress: &VerificationProgress,
     differences: &[Difference],
 ) -> Result<(), VerifyError> {
@@ -232,7 +232,7 @@ async fn report(
         true => as_json(progress, differences, args.repair),
         false => as_table(progress, differences, args.repair),
     };
-    Ok(screen.say(&text).await?)
+    Ok(terminal.say(&text).await?)
 }
 
 fn state(difference: &Difference) -> &'static str {

@@ -16,7 +16,7 @@ use serde_json::json;
 use super::guard::Client;
 use super::{ReadError, Web, error};
 use crate::domain::time::Millis;
-use crate::journal::{Decision, Selection, Wanted, Who};
+use crate::journal::{Operator, Resolution, Search, Selection};
 
 /// The furthest that activity is kept back, in hours.
 const HOURS: u32 = 7 * 24;
@@ -36,7 +36,7 @@ pub(super) enum ApiError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("{0}")]
-    Unreadable(String),
+    ParseError(String),
     #[error("there is no {0} {1} any more, or there never was")]
     NotThere(&'static str, i64),
 }
@@ -45,7 +45,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         match self {
             Self::Read(error) => error.into_response(),
-            Self::Unreadable(what) => error(StatusCode::BAD_REQUEST, &what),
+            Self::ParseError(what) => error(StatusCode::BAD_REQUEST, &what),
             Self::NotThere(..) => error(StatusCode::NOT_FOUND, &self.to_string()),
         }
     }
@@ -53,19 +53,19 @@ impl IntoResponse for ApiError {
 
 impl From<QueryRejection> for ApiError {
     fn from(rejection: QueryRejection) -> Self {
-        Self::Unreadable(rejection.body_text())
+        Self::ParseError(rejection.body_text())
     }
 }
 
 impl From<PathRejection> for ApiError {
     fn from(rejection: PathRejection) -> Self {
-        Self::Unreadable(rejection.body_text())
+        Self::ParseError(rejection.body_text())
     }
 }
 
 impl From<JsonRejection> for ApiError {
     fn from(rejection: JsonRejection) -> Self {
-        Self::Unreadable(rejection.body_text())
+        Self::ParseError(rejection.body_text())
     }
 }
 
@@ -158,7 +158,7 @@ impl Which {
             }
             _ => {
                 let what = r#"exactly one of "ids", "reason" and "all": true is needed"#;
-                return Err(ApiError::Unreadable(what.to_owned()));
+                return Err(ApiError::ParseError(what.to_owned()));
             }
         };
         Ok((selection, after))
@@ -171,7 +171,7 @@ pub(super) async fn retry(
     Extension(client): Extension<Client>,
     which: Result<Json<Which>, JsonRejection>,
 ) -> Answer {
-    decide(&web, client, which?.0, Decision::Retry).await
+    resolve(&web, client, which?.0, Resolution::Retry).await
 }
 
 /// `POST /api/failed/discard`: gives failed events up.
@@ -180,12 +180,12 @@ pub(super) async fn discard(
     Extension(client): Extension<Client>,
     which: Result<Json<Which>, JsonRejection>,
 ) -> Answer {
-    decide(&web, client, which?.0, Decision::Discard).await
+    resolve(&web, client, which?.0, Resolution::Discard).await
 }
 
 /// Answers for how many it was done, and, where there is more to do than anybody waits for, after which it goes on.
-async fn decide(web: &Web, client: Client, which: Which, decision: Decision) -> Answer {
-    let who = Who::Console(client.0);
+async fn resolve(web: &Web, client: Client, which: Which, decision: Resolution) -> Answer {
+    let who = Operator::Console(client.0);
     let (selection, mut after) = which.selection()?;
     let (begun, mut done) = (Instant::now(), 0);
     let next = loop {
@@ -194,7 +194,7 @@ async fn decide(web: &Web, client: Client, which: Which, decision: Decision) -> 
             .context
             .journal
             .with(move |store| {
-                store.decide_failed(&selection, decision, &who, after, Millis::now())
+                store.resolve_failed(&selection, decision, &who, after, Millis::now())
             })
             .await
             .map_err(ReadError::from)?;
@@ -210,7 +210,7 @@ async fn decide(web: &Web, client: Client, which: Which, decision: Decision) -> 
         "decided in the console"
     );
     web.forget_status().await;
-    if decision == Decision::Retry && done > 0 {
+    if decision == Resolution::Retry && done > 0 {
         web.context.work_available.notify_one();
     }
     Ok(Json(json!({ "done": done, "next": next })).into_response())
@@ -228,7 +228,7 @@ pub(super) async fn search(
 ) -> Answer {
     let text = text?.0.q.unwrap_or_default();
     let text: String = text.chars().take(MAX_QUERY).collect();
-    let wanted = Wanted::read(&text, &web.context.settings.external_id_prefix);
+    let wanted = Search::read(&text, &web.context.settings.external_id_prefix);
     let (rows, more) = web
         .read(move |store| store.find_conversations(&wanted))
         .await?;

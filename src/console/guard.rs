@@ -64,7 +64,7 @@ const HEADERS: [(HeaderName, &str); 8] = [
 
 /// Why a request is not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub(crate) enum Refusal {
+pub(crate) enum Rejection {
     #[error("one Host header is needed, and a target that begins with a slash")]
     Malformed,
     #[error(
@@ -94,13 +94,13 @@ pub(crate) enum Refusal {
     TooSlow,
 }
 
-impl From<Elapsed> for Refusal {
+impl From<Elapsed> for Rejection {
     fn from(_: Elapsed) -> Self {
         Self::TooSlow
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for Rejection {
     fn into_response(self) -> Response {
         let status = match self {
             Self::Malformed => StatusCode::BAD_REQUEST,
@@ -133,7 +133,7 @@ impl IntoResponse for Refusal {
 }
 
 /// Refuses what must not be answered, and marks what is.
-pub(super) async fn guard(
+pub(super) async fn csrf_guard(
     State(web): State<Arc<Web>>,
     Extension(place): Extension<Place>,
     request: Request,
@@ -146,9 +146,9 @@ pub(super) async fn guard(
             request.uri(),
             request.headers(),
         )?;
-        let request = timeout(ANSWER, whole(request)).await??;
+        let request = timeout(ANSWER, buffer_body(request)).await??;
         let _kept = place.keep();
-        Ok::<_, Refusal>(timeout(ANSWER, next.run(request)).await?)
+        Ok::<_, Rejection>(timeout(ANSWER, next.run(request)).await?)
     };
     let mut response = answer.await.unwrap_or_else(IntoResponse::into_response);
     for (name, value) in HEADERS {
@@ -160,18 +160,18 @@ pub(super) async fn guard(
 }
 
 /// The request, once all of it has arrived.
-async fn whole(request: Request) -> Result<Request, Refusal> {
+async fn buffer_body(request: Request) -> Result<Request, Rejection> {
     let (head, body) = request.into_parts();
     if body
         .size_hint()
         .upper()
         .is_none_or(|size| size > MAX_BODY as u64)
     {
-        return Err(Refusal::TooLarge);
+        return Err(Rejection::TooLarge);
     }
     let body = to_bytes(body, MAX_BODY)
         .await
-        .map_err(|_| Refusal::Malformed)?;
+        .map_err(|_| Rejection::Malformed)?;
     Ok(Request::from_parts(head, body.into()))
 }
 
@@ -181,7 +181,7 @@ pub(super) struct Client(pub(super) String);
 
 /// Refuses who is not known. Where a token is set, that is who does not have it. Where none is, everybody on this machine
 /// may read, but only the daemon's own user and root may change anything.
-pub(super) async fn identify(
+pub(super) async fn authenticate(
     State(web): State<Arc<Web>>,
     Extension(ends): Extension<Ends>,
     mut request: Request,
@@ -189,7 +189,7 @@ pub(super) async fn identify(
 ) -> Response {
     let known = if web.login.is_needed() {
         web.login
-            .identify(ends.peer.ip(), request.headers())
+            .authenticate(ends.peer.ip(), request.headers())
             .map(|()| format!("token holder at {}", ends.peer.ip().to_canonical()))
     } else if reads(request.method()) {
         Ok(String::new())
@@ -206,12 +206,12 @@ pub(super) async fn identify(
 }
 
 /// The name of the user whose process asks, if that is one who may do whatever the daemon may.
-async fn trusted(ends: Ends) -> Result<String, Refusal> {
+async fn trusted(ends: Ends) -> Result<String, Rejection> {
     let owner = move || user::of_peer(ends.peer, ends.local?);
     let uid = spawn_blocking(owner).await.ok().flatten();
     match uid {
         Some(uid) if user::is_trusted(uid) => Ok(user::name(uid)),
-        uid => Err(Refusal::ReadOnly(uid)),
+        uid => Err(Rejection::ReadOnly(uid)),
     }
 }
 
@@ -220,19 +220,24 @@ fn reads(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD)
 }
 
-fn allow(names: &[String], method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
+fn allow(
+    names: &[String],
+    method: &Method,
+    uri: &Uri,
+    headers: &HeaderMap,
+) -> Result<(), Rejection> {
     if uri.authority().is_some() || !uri.path().starts_with('/') {
-        return Err(Refusal::Malformed);
+        return Err(Rejection::Malformed);
     }
-    let host = only(headers, &header::HOST)?.ok_or(Refusal::Malformed)?;
+    let host = single_header(headers, &header::HOST)?.ok_or(Rejection::Malformed)?;
     if !is_ours(host, names) {
-        return Err(Refusal::UnknownHost);
+        return Err(Rejection::UnknownHost);
     }
     let reads = reads(method);
-    if let Some(origin) = only(headers, &header::ORIGIN)?
+    if let Some(origin) = single_header(headers, &header::ORIGIN)?
         && !is_of(origin, host)
     {
-        return Err(Refusal::CrossSite);
+        return Err(Rejection::CrossSite);
     }
     match fetch(headers, "site")? {
         None | Some("same-origin" | "none") => {}
@@ -241,42 +246,46 @@ fn allow(names: &[String], method: &Method, uri: &Uri, headers: &HeaderMap) -> R
             if reads
                 && fetch(headers, "mode")? == Some("navigate")
                 && fetch(headers, "dest")? == Some("document") => {}
-        Some(_) => return Err(Refusal::CrossSite),
+        Some(_) => return Err(Rejection::CrossSite),
     }
     if headers.contains_key(header::TRANSFER_ENCODING) {
-        return Err(Refusal::NoLength);
+        return Err(Rejection::NoLength);
     }
     if reads {
         return Ok(());
     }
     if !headers.contains_key(KEY) {
-        return Err(Refusal::NotOurs);
+        return Err(Rejection::NotOurs);
     }
-    let kind = only(headers, &header::CONTENT_TYPE)?.and_then(|kind| kind.split(';').next());
+    let kind =
+        single_header(headers, &header::CONTENT_TYPE)?.and_then(|kind| kind.split(';').next());
     match kind {
         Some(kind) if kind.trim().eq_ignore_ascii_case("application/json") => Ok(()),
-        _ => Err(Refusal::NotJson),
+        _ => Err(Rejection::NotJson),
     }
 }
 
 /// The value of a header that must not be there twice.
-fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Refusal> {
+fn single_header<'a>(
+    headers: &'a HeaderMap,
+    name: &HeaderName,
+) -> Result<Option<&'a str>, Rejection> {
     let mut values = headers.get_all(name).iter();
     match (values.next(), values.next()) {
         (None, _) => Ok(None),
-        (Some(value), None) => value.to_str().map(Some).map_err(|_| Refusal::Malformed),
-        (Some(_), Some(_)) => Err(Refusal::Malformed),
+        (Some(value), None) => value.to_str().map(Some).map_err(|_| Rejection::Malformed),
+        (Some(_), Some(_)) => Err(Rejection::Malformed),
     }
 }
 
 /// What the browser says of the page that asks.
-fn fetch<'a>(headers: &'a HeaderMap, what: &str) -> Result<Option<&'a str>, Refusal> {
+fn fetch<'a>(headers: &'a HeaderMap, what: &str) -> Result<Option<&'a str>, Rejection> {
     let name = match what {
         "site" => HeaderName::from_static("sec-fetch-site"),
         "mode" => HeaderName::from_static("sec-fetch-mode"),
         _ => HeaderName::from_static("sec-fetch-dest"),
     };
-    only(headers, &name)
+    single_header(headers, &name)
 }
 
 /// Whether a `Host` is one that no stranger can have a browser send here.
@@ -316,7 +325,7 @@ mod tests {
     use super::*;
 
     /// What becomes of a request with this head.
-    fn ask(method: Method, target: &str, headers: &[(&str, &str)]) -> Result<(), Refusal> {
+    fn ask(method: Method, target: &str, headers: &[(&str, &str)]) -> Result<(), Rejection> {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             let name: HeaderName = name.parse().expect("a name");
@@ -361,7 +370,7 @@ mod tests {
         ] {
             assert_eq!(
                 ask(Method::GET, "/", &[("host", host)]),
-                Err(Refusal::UnknownHost),
+                Err(Rejection::UnknownHost),
                 "{host}"
             );
         }
@@ -372,17 +381,17 @@ mod tests {
         let host = ("host", "localhost");
         let length = ("transfer-encoding", "chunked");
         for (target, headers, refusal) in [
-            ("/", vec![], Refusal::Malformed),
+            ("/", vec![], Rejection::Malformed),
             (
                 "/",
                 vec![host, ("host", "evil.example")],
-                Refusal::Malformed,
+                Rejection::Malformed,
             ),
-            ("http://localhost/", vec![host], Refusal::Malformed),
-            ("http://evil.example/", vec![host], Refusal::Malformed),
-            ("*", vec![host], Refusal::Malformed),
-            ("localhost:80", vec![host], Refusal::Malformed),
-            ("/", vec![host, length], Refusal::NoLength),
+            ("http://localhost/", vec![host], Rejection::Malformed),
+            ("http://evil.example/", vec![host], Rejection::Malformed),
+            ("*", vec![host], Rejection::Malformed),
+            ("localhost:80", vec![host], Rejection::Malformed),
+            ("/", vec![host, length], Rejection::NoLength),
             (
                 "/",
                 vec![
@@ -390,7 +399,7 @@ mod tests {
                     ("origin", "http://localhost"),
                     ("origin", "http://localhost"),
                 ],
-                Refusal::Malformed,
+                Rejection::Malformed,
             ),
         ] {
             assert_eq!(
@@ -420,9 +429,9 @@ mod tests {
                 ("sec-fetch-mode", "navigate"),
                 ("sec-fetch-dest", "iframe"),
             ];
-            assert_eq!(get(&frame), Err(Refusal::CrossSite));
+            assert_eq!(get(&frame), Err(Rejection::CrossSite));
             let script = [("sec-fetch-site", site), ("sec-fetch-mode", "no-cors")];
-            assert_eq!(get(&script), Err(Refusal::CrossSite));
+            assert_eq!(get(&script), Err(Rejection::CrossSite));
         }
         for origin in [
             "null",
@@ -436,7 +445,7 @@ mod tests {
         ] {
             assert_eq!(
                 get(&[("origin", origin)]),
-                Err(Refusal::CrossSite),
+                Err(Rejection::CrossSite),
                 "{origin}"
             );
         }
@@ -466,8 +475,8 @@ mod tests {
             post(&[ours, json, origin, ("sec-fetch-site", "same-origin")]),
             Ok(())
         );
-        assert_eq!(post(&[json, origin]), Err(Refusal::NotOurs));
-        assert_eq!(post(&[ours, origin]), Err(Refusal::NotJson));
+        assert_eq!(post(&[json, origin]), Err(Rejection::NotOurs));
+        assert_eq!(post(&[ours, origin]), Err(Rejection::NotJson));
         for kind in [
             "text/plain",
             "application/x-www-form-urlencoded",
@@ -476,7 +485,7 @@ mod tests {
         ] {
             assert_eq!(
                 post(&[ours, ("content-type", kind)]),
-                Err(Refusal::NotJson),
+                Err(Rejection::NotJson),
                 "{kind}"
             );
         }
@@ -487,18 +496,18 @@ mod tests {
             ("sec-fetch-mode", "navigate"),
             ("sec-fetch-dest", "document"),
         ];
-        assert_eq!(post(&link), Err(Refusal::CrossSite), "a form");
+        assert_eq!(post(&link), Err(Rejection::CrossSite), "a form");
         assert_eq!(
             post(&[ours, json, ("origin", "http://localhost:3000")]),
-            Err(Refusal::CrossSite)
+            Err(Rejection::CrossSite)
         );
         assert_eq!(
             ask(Method::DELETE, "/", &[host, json]),
-            Err(Refusal::NotOurs)
+            Err(Rejection::NotOurs)
         );
         assert_eq!(
             ask(Method::OPTIONS, "/", &[host]),
-            Err(Refusal::NotOurs),
+            Err(Rejection::NotOurs),
             "nobody is told that he may"
         );
     }

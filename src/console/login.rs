@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::json;
 use subtle::{Choice, ConstantTimeEq};
 
-use super::guard::{KEY, Refusal};
+use super::guard::{KEY, Rejection};
 use super::{Web, error};
 use crate::settings::Token;
 
@@ -131,7 +131,7 @@ impl Login {
     }
 
     /// Whether a request comes from somebody known.
-    pub(super) fn identify(&self, peer: IpAddr, headers: &HeaderMap) -> Result<(), Refusal> {
+    pub(super) fn authenticate(&self, peer: IpAddr, headers: &HeaderMap) -> Result<(), Rejection> {
         if !self.is_needed() {
             return Ok(());
         }
@@ -147,11 +147,16 @@ impl Login {
         if known {
             Ok(())
         } else {
-            Err(Refusal::Unidentified)
+            Err(Rejection::Unidentified)
         }
     }
 
-    fn begin(&self, peer: IpAddr, token: &str, now: Instant) -> Result<(String, String), Refusal> {
+    fn begin(
+        &self,
+        peer: IpAddr,
+        token: &str,
+        now: Instant,
+    ) -> Result<(String, String), Rejection> {
         self.check(peer, token.as_bytes(), now)?;
         let session = Session {
             token: SecretString::from(token),
@@ -176,7 +181,7 @@ impl Login {
     }
 
     /// Whether that is the token. Too many wrong ones, and nobody of that network is told.
-    fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<(), Refusal> {
+    fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<(), Rejection> {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         tries.may_try(peer, now)?;
         let right = |right: SecretString| right.expose_secret().as_bytes().ct_eq(token).into();
@@ -185,7 +190,7 @@ impl Login {
         } else {
             tries.failed(peer, now);
             self.failures.fetch_add(1, Ordering::Relaxed);
-            Err(Refusal::Unidentified)
+            Err(Rejection::Unidentified)
         }
     }
 
@@ -261,7 +266,7 @@ impl Credit {
 }
 
 impl Tries {
-    fn may_try(&self, peer: IpAddr, now: Instant) -> Result<(), Refusal> {
+    fn may_try(&self, peer: IpAddr, now: Instant) -> Result<(), Rejection> {
         let left = self
             .networks
             .get(&self.network(peer))
@@ -271,7 +276,7 @@ impl Tries {
         }
         let wait = (1.0 - left) * TRY_EVERY.as_secs_f64();
         // At most `TRY_EVERY`.
-        Err(Refusal::TooManyTries(wait.ceil() as u64))
+        Err(Rejection::TooManyTries(wait.ceil() as u64))
     }
 
     fn failed(&mut self, peer: IpAddr, now: Instant) {
@@ -338,17 +343,21 @@ mod tests {
         let ask = |cookie: &str, key: &str| {
             let cookies = format!("a=b; bigchat_sync_8268=tossed; bigchat_sync_8268={cookie}");
             let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key.to_owned())]);
-            login.identify(peer(1), &headers)
+            login.authenticate(peer(1), &headers)
         };
         assert_eq!(ask(&cookie, &key), Ok(()));
-        assert_eq!(ask(&cookie, "1"), Err(Refusal::Unidentified));
-        assert_eq!(ask(&cookie, ""), Err(Refusal::Unidentified));
-        assert_eq!(ask("", &key), Err(Refusal::Unidentified));
-        assert_eq!(ask(&key, &cookie), Err(Refusal::Unidentified));
+        assert_eq!(ask(&cookie, "1"), Err(Rejection::Unidentified));
+        assert_eq!(ask(&cookie, ""), Err(Rejection::Unidentified));
+        assert_eq!(ask("", &key), Err(Rejection::Unidentified));
+        assert_eq!(ask(&key, &cookie), Err(Rejection::Unidentified));
         let (other, _) = login.begin(peer(1), TOKEN, now).expect("a session");
-        assert_eq!(ask(&other, &key), Err(Refusal::Unidentified), "another's");
+        assert_eq!(ask(&other, &key), Err(Rejection::Unidentified), "another's");
         assert!(login.sessions(now + SESSION).is_empty());
-        assert_eq!(ask(&cookie, &key), Err(Refusal::Unidentified), "it is over");
+        assert_eq!(
+            ask(&cookie, &key),
+            Err(Rejection::Unidentified),
+            "it is over"
+        );
     }
 
     #[test]
@@ -366,15 +375,15 @@ mod tests {
         let wrong = |who, at| login.check(who, b"wrong", at);
         let right = |who, at| login.check(who, TOKEN.as_bytes(), at);
         for _ in 0..10 {
-            assert_eq!(wrong(peer(1), now), Err(Refusal::Unidentified));
+            assert_eq!(wrong(peer(1), now), Err(Rejection::Unidentified));
         }
         assert_eq!(
             wrong(peer(1), now),
-            Err(Refusal::TooManyTries(TRY_EVERY.as_secs()))
+            Err(Rejection::TooManyTries(TRY_EVERY.as_secs()))
         );
         assert_eq!(
             right(peer(1), now),
-            Err(Refusal::TooManyTries(TRY_EVERY.as_secs())),
+            Err(Rejection::TooManyTries(TRY_EVERY.as_secs())),
             "else one would only have to ask on"
         );
         assert_eq!(right(peer(2), now), Ok(()));
@@ -384,7 +393,7 @@ mod tests {
         }
         let addresses = (0..20_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n]));
         let refused = addresses
-            .filter(|who| wrong(*who, now) != Err(Refusal::Unidentified))
+            .filter(|who| wrong(*who, now) != Err(Rejection::Unidentified))
             .count();
         assert_eq!(refused, 10, "a network is one");
     }
@@ -394,7 +403,7 @@ mod tests {
         let (login, now) = (login(), Instant::now());
         let everybody = (0..2_000_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, n, 0, 0, 0, 1]));
         let refused = everybody
-            .filter(|who| login.check(*who, b"wrong", now) != Err(Refusal::Unidentified))
+            .filter(|who| login.check(*who, b"wrong", now) != Err(Rejection::Unidentified))
             .count();
         assert_eq!(refused, 2_000 - MAX_NETWORKS - 10);
         let tries = login.tries.lock().expect("no panic");

@@ -122,7 +122,7 @@ impl Web {
 
 /// Where to listen.
 #[derive(Debug)]
-pub enum Door {
+pub enum Listener {
     /// There, as soon as nobody else does.
     At(SocketAddr),
     /// Here already.
@@ -132,11 +132,11 @@ pub enum Door {
 /// Serves until it is to close. Whoever has the token, or anybody if there is none, may do what the console can.
 pub(crate) async fn serve(
     context: Arc<Context>,
-    door: Door,
+    listener: Listener,
     token: Token,
     closing: CancellationToken,
 ) {
-    let Some(opened) = closing.run_until_cancelled(open(door)).await else {
+    let Some(opened) = closing.run_until_cancelled(open(listener)).await else {
         return;
     };
     let (listener, address) = match opened {
@@ -157,10 +157,10 @@ pub(crate) async fn serve(
     connections::accept(listener, router(web), closing).await;
 }
 
-async fn open(door: Door) -> io::Result<(TcpListener, SocketAddr)> {
-    let listener = match door {
-        Door::At(address) => bind(address).await,
-        Door::Open(listener) => {
+async fn open(listener: Listener) -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = match listener {
+        Listener::At(address) => bind(address).await,
+        Listener::Open(listener) => {
             listener.set_nonblocking(true)?;
             TcpListener::from_std(listener)?
         }
@@ -224,7 +224,7 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/decisions", get(api::decisions))
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&web),
-            guard::identify,
+            guard::authenticate,
         ));
     for_all
         .merge(for_known)
@@ -234,7 +234,7 @@ fn router(web: Arc<Web>) -> Router {
         })
         .layer(middleware::from_fn_with_state(
             Arc::clone(&web),
-            guard::guard,
+            guard::csrf_guard,
         ))
         .with_state(web)
 }

@@ -19,7 +19,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Whether the process turns over. While it does there is no use in starting it again, whatever is down.
 pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
-    match web.context.pulse.stuck(Instant::now()) {
+    match web.context.liveness.stuck(Instant::now()) {
         None => "ok\n".into_response(),
         Some(what) => (StatusCode::SERVICE_UNAVAILABLE, format!("{what}\n")).into_response(),
     }
@@ -114,7 +114,7 @@ fn of_daemon(now: &mut Now, context: &Context) {
     now.gauge(
         "stuck",
         "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
-        flag(context.pulse.stuck(Instant::now()).is_some()),
+        flag(context.liveness.stuck(Instant::now()).is_some()),
     );
     now.gauges(
         "build_info",

@@ -13,11 +13,11 @@ use crate::bigchat::BigChat;
 use crate::bigchat::Source;
 use crate::domain::ids::{AdvisorId, Epoch, EventId};
 use crate::http::{Api, ApiStatus, Http};
-use crate::journal::{Journal, JournalError, Session, Storage, Throttles};
+use crate::journal::{Journal, JournalError, RateLimits, Session, Storage};
 use crate::our_api::OurApi;
 use crate::poller::Signals;
 use crate::settings::Settings;
-use crate::telemetry::liveness::Pulse;
+use crate::telemetry::liveness::Liveness;
 use crate::telemetry::metrics::Metrics;
 
 /// Shared by the poller, delivery and the handlers.
@@ -38,7 +38,7 @@ pub struct Context {
     /// What is counted and measured.
     pub metrics: Arc<Metrics>,
     /// Whether polling and delivery turn over.
-    pub pulse: Arc<Pulse>,
+    pub liveness: Arc<Liveness>,
     /// Told when there is something new to deliver.
     pub work_available: Arc<Notify>,
     /// Cancelled when BigChat was read up to now for the first time, or could not be.
@@ -66,11 +66,11 @@ impl Context {
         metrics: Metrics,
         stopping: CancellationToken,
     ) -> Self {
-        bigchat.http().leave_alone(session.rate_limits.bigchat);
-        our_api.http().leave_alone(session.rate_limits.our_api);
-        our_api.recall_given_up(session.rate_limits.late);
+        bigchat.http().hold_until(session.rate_limits.bigchat);
+        our_api.http().hold_until(session.rate_limits.our_api);
+        our_api.restore_timed_out(session.rate_limits.late);
         let (losses, last_event) = (session.losses, session.last_event);
-        let pulse = Pulse::new(settings.request_timeout, Instant::now());
+        let liveness = Liveness::new(settings.request_timeout, Instant::now());
         Self {
             settings,
             bigchat: Arc::new(Source::new(bigchat, Arc::clone(&journal), stopping.clone())),
@@ -79,7 +79,7 @@ impl Context {
             session,
             storage: Arc::default(),
             metrics: Arc::new(metrics),
-            pulse: Arc::new(pulse),
+            liveness: Arc::new(liveness),
             work_available: Arc::default(),
             polled: CancellationToken::new(),
             stopping,
@@ -107,7 +107,7 @@ impl Context {
         Signals {
             metrics: Arc::clone(&self.metrics),
             storage: Arc::clone(&self.storage),
-            pulse: Arc::clone(&self.pulse),
+            liveness: Arc::clone(&self.liveness),
             work_available: Arc::clone(&self.work_available),
             caught_up: self.polled.clone(),
             stopping: self.stopping.clone(),
@@ -141,11 +141,11 @@ impl Context {
     }
 
     /// Until when the APIs asked to be left alone.
-    pub fn throttles(&self) -> Throttles {
-        Throttles {
-            bigchat: self.bigchat.http().asked_until(),
-            our_api: self.our_api.http().asked_until(),
-            late: self.our_api.held_until(),
+    pub fn rate_limits(&self) -> RateLimits {
+        RateLimits {
+            bigchat: self.bigchat.http().not_before(),
+            our_api: self.our_api.http().not_before(),
+            late: self.our_api.timed_out_until(),
         }
     }
 

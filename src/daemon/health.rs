@@ -67,7 +67,9 @@ async fn keep_until(context: &Context, done: &CancellationToken) {
             // Both at once: where the journal refuses, nobody waits for that twice.
             let names = Api::ALL.map(Api::name);
             let to_note: Vec<_> = names.into_iter().zip(now.clone()).collect();
-            let noted = context.journal.with(move |store| store.note_apis(&to_note));
+            let noted = context
+                .journal
+                .with(move |store| store.record_api_status(&to_note));
             if noted.await.is_ok() {
                 kept = now;
             }

@@ -15,10 +15,10 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use self::context::Context;
-use self::service::Manager;
+use self::service::SystemdNotifier;
 use self::summary::Summary;
 use crate::bigchat::BigChat;
-use crate::console::{self, Door};
+use crate::console::{self, Listener};
 use crate::delivery::{self, Scope, Until};
 use crate::domain::time::Millis;
 use crate::http::{Api, Http, Network, Transport};
@@ -27,7 +27,7 @@ use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
 use crate::telemetry::metrics::Metrics;
-use crate::telemetry::screen::{Screen, shown};
+use crate::telemetry::terminal::{Terminal, shown};
 
 /// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
@@ -51,10 +51,10 @@ pub enum DaemonError {
     #[error(
         "stopped while the database could not be written: {0} events that BigChat told are lost"
     )]
-    Unkept(usize),
+    Unstored(usize),
     /// The database was deleted or replaced under the daemon, and what waits in it goes with it.
     #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
-    Displaced(u64),
+    Replaced(u64),
     /// `once` could not read BigChat up to now.
     #[error(
         "BigChat was not read up to now; the log says why, and the next run goes on from there"
@@ -83,41 +83,41 @@ impl DaemonError {
 pub async fn run(
     settings: Settings,
     tokens: impl Into<LiveTokens>,
-    onlookers: Onlookers,
+    observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let door = match settings.listen {
+    let listener = match settings.listen {
         Listen::Off => None,
-        Listen::At(address) => Some(Door::At(address)),
+        Listen::At(address) => Some(Listener::At(address)),
     };
-    run_at(door, settings, tokens, onlookers, stopping).await
+    run_at(listener, settings, tokens, observers, stopping).await
 }
 
 /// The same, answering at that door, whatever the settings say of it.
 pub async fn run_at(
-    door: Option<Door>,
+    listener: Option<Listener>,
     settings: Settings,
     tokens: impl Into<LiveTokens>,
-    onlookers: Onlookers,
+    observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let tokens = tokens.into();
     let token = tokens.console.clone();
     let starting = start_when_possible(settings, tokens, stopping);
-    let Some(context) = onlookers.manager.during_start(starting).await? else {
+    let Some(context) = observers.manager.during_start(starting).await? else {
         return Ok(());
     };
     // Whoever asks is answered until the daemon has stopped; dropped, it ends too.
     let (mut web, closing) = (JoinSet::new(), CancellationToken::new());
-    if let Some(door) = door {
+    if let Some(listener) = listener {
         web.spawn(console::serve(
             Arc::clone(&context),
-            door,
+            listener,
             token,
             closing.clone(),
         ));
     }
-    let work = onlookers.watch(&context, serve(Arc::clone(&context)));
+    let work = observers.watch(&context, serve(Arc::clone(&context)));
     let served = health::keep(&context, work).await;
     closing.cancel();
     web.join_all().await;
@@ -126,19 +126,19 @@ pub async fn run_at(
 
 /// Who watches the daemon, besides those who read its log: nobody, unless it is all that the process does.
 #[derive(Debug, Clone, Default)]
-pub struct Onlookers {
+pub struct Observers {
     /// Whoever looks at the terminal.
-    pub screen: Option<Screen>,
+    pub terminal: Option<Terminal>,
     /// What has started the process.
-    pub manager: Manager,
+    pub manager: SystemdNotifier,
 }
 
-impl Onlookers {
+impl Observers {
     /// Those of this process.
-    pub fn of_process(screen: Screen) -> Self {
+    pub fn of_process(terminal: Terminal) -> Self {
         Self {
-            screen: Some(screen),
-            manager: Manager::detect(),
+            terminal: Some(terminal),
+            manager: SystemdNotifier::detect(),
         }
     }
 
@@ -151,10 +151,10 @@ impl Onlookers {
         let mut summary = Summary::begin();
         let watching = async {
             tokio::join!(
-                summary.keep_telling(context),
-                progress::show(context, self.screen.as_ref()),
-                self.manager.attend(
-                    || context.pulse.stuck(Instant::now()),
+                summary.run(context),
+                progress::show(context, self.terminal.as_ref()),
+                self.manager.run_watchdog(
+                    || context.liveness.stuck(Instant::now()),
                     || summary::sentence(context),
                     &context.stopping
                 ),
@@ -181,10 +181,10 @@ pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
         caught_up(&context).await;
         delivery::run(Arc::clone(&context), Scope::All, Until::Stopped).await;
     };
-    let pulse = &context.pulse;
+    let liveness = &context.liveness;
     tokio::join!(
-        pulse.polling.beat_for(polling),
-        pulse.delivering.beat_for(delivering)
+        liveness.polling.supervise(polling),
+        liveness.delivering.supervise(delivering)
     );
     stopped(&context, &poller).await
 }
@@ -206,7 +206,7 @@ fn poller(context: &Context) -> Poller {
 pub async fn once(
     settings: Settings,
     tokens: impl Into<LiveTokens>,
-    onlookers: Onlookers,
+    observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let context = start(settings, tokens.into(), stopping).await?;
@@ -226,7 +226,7 @@ pub async fn once(
             waiting => Err(DaemonError::Undelivered(waiting)),
         }
     };
-    health::keep(&context, onlookers.watch(&context, work)).await
+    health::keep(&context, observers.watch(&context, work)).await
 }
 
 /// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
@@ -346,7 +346,7 @@ pub(crate) async fn begin(
             "the last session did not end cleanly; what waits is verified before it is sent"
         );
         // A request may still be in flight, and OurAPI may take only one at a time.
-        our_api.leave_alone(Millis::now().plus(settings.request_timeout));
+        our_api.hold_until(Millis::now().plus(settings.request_timeout));
     }
     let bigchat = BigChat::new(bigchat);
     let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
@@ -358,8 +358,8 @@ pub(crate) async fn begin(
 }
 
 async fn stopped(context: &Context, poller: &Poller) -> Result<(), DaemonError> {
-    if poller.unkept() > 0 {
-        return Err(DaemonError::Unkept(poller.unkept()));
+    if poller.unstored() > 0 {
+        return Err(DaemonError::Unstored(poller.unstored()));
     }
     let left = context
         .journal
@@ -369,7 +369,7 @@ async fn stopped(context: &Context, poller: &Poller) -> Result<(), DaemonError> 
         })
         .await?;
     if left > 0 {
-        return Err(DaemonError::Displaced(left));
+        return Err(DaemonError::Replaced(left));
     }
     Ok(())
 }

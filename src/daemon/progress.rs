@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::daemon::context::Context;
 use crate::journal::{JournalError, Store};
-use crate::telemetry::pace::{Pace, Rate, in_words};
-use crate::telemetry::screen::{Screen, styled};
+use crate::telemetry::pace::{Rate, RateEstimate, in_words};
+use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often it is looked whether there is much to be caught up with, and how far that is.
 const LOOK: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ struct Course {
     began: Look,
     /// The longest there was to be read.
     to_read: Duration,
-    pace: Pace,
+    pace: RateEstimate,
 }
 
 /// What there is to be seen.
@@ -77,7 +77,7 @@ impl Course {
         Self {
             began,
             to_read: began.unread,
-            pace: Pace::new(began.at, began.settled),
+            pace: RateEstimate::new(began.at, began.settled),
         }
     }
 
@@ -127,22 +127,22 @@ impl View {
 }
 
 /// Shows it whenever there is much to be caught up with.
-pub async fn show(context: &Context, screen: Option<&Screen>) -> Infallible {
+pub async fn show(context: &Context, terminal: Option<&Terminal>) -> Infallible {
     loop {
         // A journal that refuses is told of by those who cannot work without it.
         if let Ok(true) = is_far_behind(context).await {
-            catch_up(context, screen).await.ok();
+            catch_up(context, terminal).await.ok();
         }
         sleep(LOOK).await;
     }
 }
 
 /// Shows it until little is left.
-async fn catch_up(context: &Context, screen: Option<&Screen>) -> Result<(), JournalError> {
+async fn catch_up(context: &Context, terminal: Option<&Terminal>) -> Result<(), JournalError> {
     let mut watch = Watch::new(context).await?;
     let began = watch.counted;
     let mut course = Course::new(began);
-    let mut shown = match screen.and_then(Screen::picture) {
+    let mut shown = match terminal.and_then(Terminal::picture) {
         Some(picture) => Shown::Bars(Bars::new(picture)),
         None => Shown::Lines(None, began.at),
     };

@@ -29,7 +29,7 @@ type Notify = dyn Fn(&[NotifyState<'_>]) -> io::Result<()> + Send + Sync;
 
 /// The service manager, if there is one.
 #[derive(Clone, Default)]
-pub struct Manager(Option<Arc<Present>>);
+pub struct SystemdNotifier(Option<Arc<Present>>);
 
 struct Present {
     notify: Box<Notify>,
@@ -37,14 +37,14 @@ struct Present {
     unheard: AtomicBool,
 }
 
-impl fmt::Debug for Manager {
+impl fmt::Debug for SystemdNotifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let watchdog = self.0.as_ref().map(|present| present.watchdog);
         f.debug_tuple("Manager").field(&watchdog).finish()
     }
 }
 
-impl Manager {
+impl SystemdNotifier {
     /// The one that has started this process.
     pub fn detect() -> Self {
         match std::env::var_os("NOTIFY_SOCKET") {
@@ -90,7 +90,7 @@ impl Manager {
     }
 
     /// Tells how the daemon fares, as long as nothing is `stuck`, and once when it is to stop.
-    pub async fn attend<F>(
+    pub async fn run_watchdog<F>(
         &self,
         stuck: impl Fn() -> Option<&'static str>,
         status: impl Fn() -> F,
@@ -123,13 +123,13 @@ impl Manager {
                 sleep(interval / 2).await;
             }
         };
-        let telling = async {
+        let log_at = async {
             loop {
                 self.tell(&[NotifyState::Status(&status().await)]);
                 sleep(STATUS_EVERY).await;
             }
         };
-        let both = async { tokio::join!(watching, telling) };
+        let both = async { tokio::join!(watching, log_at) };
         tokio::select! {
             (never, ()) = both => match never {},
             () = stopping.cancelled() => {}
@@ -185,11 +185,11 @@ mod tests {
     use super::*;
 
     /// A service manager, and what it was told.
-    fn manager(watchdog: Option<Duration>) -> (Manager, Arc<Mutex<Vec<String>>>) {
+    fn manager(watchdog: Option<Duration>) -> (SystemdNotifier, Arc<Mutex<Vec<String>>>) {
         let told = Arc::<Mutex<Vec<String>>>::default();
-        let telling = Arc::clone(&told);
-        let manager = Manager::new(watchdog, move |states| {
-            let mut told = telling.lock().expect("no panic");
+        let log_at = Arc::clone(&told);
+        let manager = SystemdNotifier::new(watchdog, move |states| {
+            let mut told = log_at.lock().expect("no panic");
             told.extend(states.iter().map(ToString::to_string));
             Ok(())
         });
@@ -205,7 +205,7 @@ mod tests {
             let told = told.lock().expect("no panic");
             told.iter().filter(|told| *told == "WATCHDOG=1").count()
         };
-        let attending = manager.attend(
+        let attending = manager.run_watchdog(
             || stuck.load(Ordering::Relaxed).then_some("delivery"),
             async || "fine".to_owned(),
             &stopping,

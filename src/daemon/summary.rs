@@ -80,7 +80,7 @@ impl Summary {
     }
 
     /// Logs it every so often.
-    pub async fn keep_telling(&mut self, context: &Context) -> Infallible {
+    pub async fn run(&mut self, context: &Context) -> Infallible {
         loop {
             sleep(context.settings.log_summary).await;
             self.tell(context).await;
@@ -89,7 +89,7 @@ impl Summary {
 
     /// Logs it, if there is anything to say.
     pub async fn tell(&mut self, context: &Context) {
-        let left_out = log::tell_left_out();
+        let left_out = log::report_left_out();
         let counts = Counts::of(context.metrics.counters());
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
@@ -127,7 +127,7 @@ pub async fn sentence(context: &Context) -> String {
         context.metrics.counters().told.get(),
         context.metrics.counters().delivered.get(),
     );
-    if let Some(Standing { waiting, failed }) = standing(context).await {
+    if let Some(MessageState { waiting, failed }) = standing(context).await {
         text += &format!(", {waiting} waiting, {failed} failed");
     }
     text
@@ -142,15 +142,15 @@ fn state(context: &Context, api: Api) -> &'static str {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Standing {
+struct MessageState {
     waiting: u64,
     failed: u64,
 }
 
 /// What waits and what has failed, up to so many; `None`: the journal does not tell.
-async fn standing(context: &Context) -> Option<Standing> {
+async fn standing(context: &Context) -> Option<MessageState> {
     let count = |store: &mut Store| {
-        Ok(Standing {
+        Ok(MessageState {
             waiting: store.waiting()?,
             failed: store.failed_at_most(COUNTED)?,
         })

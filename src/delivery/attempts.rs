@@ -98,9 +98,9 @@ impl AttemptError {
             Self::Write(error) | Self::Read(error) => {
                 let exchange = &error.exchange;
                 return Failure {
-                    reason: match &exchange.complaint {
-                        Some(complaint) if error.kind == ErrorKind::Rejected => {
-                            format!("{}: {complaint}", error.summary())
+                    reason: match &exchange.detail {
+                        Some(detail) if error.kind == ErrorKind::Rejected => {
+                            format!("{}: {detail}", error.summary())
                         }
                         _ => error.summary(),
                     },

@@ -80,7 +80,7 @@ pub async fn run(context: Arc<Context>, scope: Scope, until: Until) {
         }
     };
     let (nothing_given_up, committed) = tokio::join!(deliver, commit);
-    let (rate_limits, clean) = (context.throttles(), nothing_given_up && committed);
+    let (rate_limits, clean) = (context.rate_limits(), nothing_given_up && committed);
     let ended = context
         .journal
         .with(move |store| store.end_session(rate_limits, clean));

@@ -13,7 +13,9 @@ use crate::daemon::context::Context;
 use crate::domain::account::{self, MessageKey, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
-use crate::domain::progress::{ChatState, Claim, Effect, Finding, Observation, Verify, Work};
+use crate::domain::progress::{
+    ChatState, Claim, Effect, Observation, VerificationResult, Verify, Work,
+};
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::our_api;
 use crate::settings::MessageAuthor;
@@ -33,7 +35,7 @@ pub(super) struct Reconciled {
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
-    pub(super) verified: Option<(Verify, Option<Finding>)>,
+    pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
 }
 
 /// What stopped the work before its end.
@@ -583,7 +585,7 @@ impl Reconciled {
         };
         let accounting = account::account(held, &recorded);
         let messages = u32::try_from(accounting.missing.len()).unwrap_or(u32::MAX);
-        self.verified = Some((verify, Some(Finding { chat, messages })));
+        self.verified = Some((verify, Some(VerificationResult { chat, messages })));
         if !verify.repair {
             return Ok(());
         }

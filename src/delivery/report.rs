@@ -10,7 +10,7 @@ use crate::domain::progress::{
 };
 use crate::domain::time::Millis;
 use crate::journal::STORAGE_PAUSE;
-use crate::telemetry::log::telling;
+use crate::telemetry::log::log_at;
 
 impl Scheduler {
     /// Works out what became of a piece of work.
@@ -48,7 +48,7 @@ impl Scheduler {
             }
             Some(stopped) => {
                 if stopped.error.is_timeout() {
-                    self.leave_alone(conversation.id);
+                    self.hold_until(conversation.id);
                 }
                 let event = stopped.at.and_then(|at| find(&events, at));
                 match (event, &stopped.error) {
@@ -186,7 +186,7 @@ impl Scheduler {
         // Of each message so many lines are logged in full.
         macro_rules! log {
             ($so:expr, $message:literal) => {
-                telling!(
+                log_at!(
                     $so,
                     conversation = conversation.bigchat_id, event = event.id.0, kind = %event.what.kind(),
                     chat = conversation.observed.chat.map(tracing::field::display), attempts = attempts.failed,
@@ -241,7 +241,7 @@ impl Scheduler {
     ) -> (u32, Millis) {
         let failure = error.logged();
         let is_failing = self.context.our_api.http().is_failing();
-        telling!(
+        log_at!(
             !is_failing,
             conversation = conversation.bigchat_id,
             chat = conversation.observed.chat.map(tracing::field::display),

@@ -21,7 +21,7 @@ use crate::domain::ids::ConversationId;
 use crate::domain::progress::Work;
 use crate::domain::time::Millis;
 use crate::http::Circuit;
-use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Throttles};
+use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE};
 
 /// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
 /// that no worker waits for a commit that takes 20 ms.
@@ -71,7 +71,7 @@ pub(super) struct Scheduler {
     /// How often reading a chat back failed that no event waits for.
     pub(super) failed_reads: HashMap<ConversationId, u32>,
     last_check: Millis,
-    rate_limits: Throttles,
+    rate_limits: RateLimits,
 }
 
 impl Scheduler {
@@ -82,7 +82,7 @@ impl Scheduler {
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
         let writes = Writes::since(context.session.writes_succeeded);
-        let rate_limits = context.throttles();
+        let rate_limits = context.rate_limits();
         Self {
             context,
             scope,
@@ -134,9 +134,9 @@ impl Scheduler {
             while let Some(done) = self.at_work.try_join_next_with_id() {
                 self.finished(done);
             }
-            self.context.pulse.delivering.beat(CHECK_EVERY);
+            self.context.liveness.delivering.beat(CHECK_EVERY);
             if self.at_work.is_empty() {
-                self.context.pulse.handling.rest();
+                self.context.liveness.handling.rest();
             }
         }
     }
@@ -155,7 +155,7 @@ impl Scheduler {
     }
 
     /// A write has timed out: the conversation is left alone for as long as it may still be carried out.
-    pub(super) fn leave_alone(&mut self, conversation: ConversationId) {
+    pub(super) fn hold_until(&mut self, conversation: ConversationId) {
         let until = Instant::now() + self.context.settings.request_timeout;
         self.timed_out.insert(conversation, until);
     }
@@ -201,8 +201,8 @@ impl Scheduler {
                 first: work.events.first().cloned(),
             };
             let task = self.at_work.spawn(async move {
-                let handling = &context.pulse.handling;
-                handling.beat_for_one(reconcile(&context, work)).await
+                let handling = &context.liveness.handling;
+                handling.supervise_one(reconcile(&context, work)).await
             });
             self.tasks.insert(task.id(), at_work);
         }
@@ -214,7 +214,7 @@ impl Scheduler {
             return;
         }
         let room = self.room(circuit);
-        let rate_limits = self.context.throttles();
+        let rate_limits = self.context.rate_limits();
         let stores_limits = rate_limits != self.rate_limits;
         if room.is_none() && !stores_limits {
             return;
@@ -296,7 +296,7 @@ impl Scheduler {
             }
             Err(error) => {
                 self.context.storage.delivery_failed(&error);
-                self.rate_limits = Throttles::default();
+                self.rate_limits = RateLimits::default();
                 self.check = false;
                 self.idle = STORAGE_PAUSE;
             }
@@ -346,7 +346,7 @@ impl Scheduler {
                         conversations = requests,
                         "OurAPI did not answer in time; in-flight requests will be verified at the next start"
                     );
-                    self.context.our_api.give_up(requests);
+                    self.context.our_api.record_timeout(requests);
                     self.at_work.abort_all();
                     return false;
                 }

@@ -67,7 +67,7 @@ pub struct Score {
     /// How often either service was out of order for a while.
     pub outages: usize,
     /// Events told that never reached the journal, since the daemon was killed before it could keep them.
-    pub unkept: usize,
+    pub unstored: usize,
     /// All is calm, and every loss has been touched.
     pub calm: bool,
 }
@@ -221,7 +221,7 @@ impl Chaos {
         self.score().up = false;
         match timeout(AT_ONCE / 10, self.stopping.cancelled()).await {
             Ok(()) if status.success() => Ok(()),
-            _ => Err(DemoError::Ended(status)),
+            _ => Err(DemoError::FetchEnd(status)),
         }
     }
 
@@ -261,11 +261,11 @@ impl Chaos {
         })
         .await?;
         let sim = Arc::clone(&self.sim);
-        let unkept = self
+        let unstored = self
             .journal
             .with(move |store| count_apart(&mut sim.bigchat.state(), store))
             .await?;
-        self.score().unkept += unkept;
+        self.score().unstored += unstored;
         self.say("the daemon is killed".to_owned());
         Ok(())
     }
@@ -414,7 +414,7 @@ impl Daemon {
         }
         match timeout(STOPPED_WITHIN, child.wait()).await {
             Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(status) => Err(DemoError::Ended(status?)),
+            Ok(status) => Err(DemoError::FetchEnd(status?)),
             Err(_) => Err(DemoError::Never("the daemon stops when it is asked to")),
         }
     }

@@ -29,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 use uuid::Uuid;
 
-use crate::daemon::{self, DaemonError, Onlookers};
-use crate::journal::{Decision, Journal, JournalError, OpenError, Store};
+use crate::daemon::{self, DaemonError, Observers};
+use crate::journal::{Journal, JournalError, OpenError, Resolution, Store};
 use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens, duration, number};
 use crate::simulator::bigchat::{self, Log, Mode};
 use crate::simulator::{BigChat, Happening, OurApi, Simulator, Starting, Watch};
-use crate::telemetry::screen::{Screen, shown};
+use crate::telemetry::terminal::{Terminal, shown};
 
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
@@ -157,7 +157,7 @@ pub enum DemoError {
     Stopped,
     /// The same, of a daemon that is a process of its own, or it did not stop well.
     #[error("the daemon has ended with {0}")]
-    Ended(ExitStatus),
+    FetchEnd(ExitStatus),
     /// What should come about at once does not.
     #[error("waited for in vain: {0}")]
     Never(&'static str),
@@ -178,27 +178,27 @@ pub enum DemoError {
 pub async fn run(
     args: &Args,
     settings: Settings,
-    screen: &Screen,
+    terminal: &Terminal,
     stopping: &CancellationToken,
 ) -> Result<ExitCode, DemoError> {
     if args.serve {
-        serve(args, screen, stopping).await?;
+        serve(args, terminal, stopping).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let verdict = perform(args, settings, screen, stopping).await?;
-    screen.say(&verdict.to_string()).await?;
+    let verdict = perform(args, settings, terminal, stopping).await?;
+    terminal.say(&verdict.to_string()).await?;
     Ok(verdict.exit_code())
 }
 
 /// Serves both services where the real ones listen, until stopped.
 async fn serve(
     args: &Args,
-    screen: &Screen,
+    terminal: &Terminal,
     stopping: &CancellationToken,
 ) -> Result<(), DemoError> {
     let seed = seed(args);
     let sim = start(args, seed, PORTS, Watch::default()).await?;
-    screen.say(&format!(
+    terminal.say(&format!(
         "{}\n\nTo try in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C ends it.",
         services(&sim, args.bigchat, seed),
         sim.our_api.url()
@@ -212,7 +212,7 @@ async fn serve(
 async fn perform(
     args: &Args,
     settings: Settings,
-    screen: &Screen,
+    terminal: &Terminal,
     stopping: &CancellationToken,
 ) -> Result<Verdict, DemoError> {
     let seed = seed(args);
@@ -223,9 +223,9 @@ async fn perform(
     let db = scratch.0.join("journal.db");
     // The daemon finds it there, and so does who looks into it beside the daemon.
     drop(Store::open(&db)?);
-    let journal = Arc::new(Journal::start(Store::open_beside(&db)?)?);
+    let journal = Arc::new(Journal::start(Store::open_shared(&db)?)?);
     let duration = args.duration();
-    screen
+    terminal
         .say(&format!(
             "The daemon for {} between two simulated services.\n{}",
             humantime::format_duration(duration),
@@ -233,7 +233,7 @@ async fn perform(
         ))
         .await?;
     let listen = free_address()?;
-    screen
+    terminal
         .say(&format!("The console is at http://{listen}/\n"))
         .await?;
     let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
@@ -265,7 +265,7 @@ async fn perform(
             let daemon = tokio::spawn(daemon::run(
                 settings,
                 Tokens::default(),
-                Onlookers::default(),
+                Observers::default(),
                 stop.clone(),
             ));
             Box::pin(async move { Ok(daemon.await??) })
@@ -275,18 +275,18 @@ async fn perform(
         .faults
         .then(|| Mishaps::new(Arc::clone(&sim), duration));
     if args.faults {
-        screen
+        terminal
             .say(&mishaps::what_to_do(&std::env::current_exe()?, &db))
             .await?;
     }
     let stage = Stage {
         mishaps,
-        screen: screen.clone(),
+        terminal: terminal.clone(),
         sim,
         journal,
         happenings,
         tally: Tally::default(),
-        show: Show::new(screen, duration),
+        show: Show::new(terminal, duration),
         daemon,
         enough,
         stop,
@@ -296,7 +296,7 @@ async fn perform(
     let verdict = stage.perform(duration, stopping).await;
     if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
         let kept = scratch.keep();
-        screen
+        terminal
             .say(&format!(
                 "The daemon's database and log are kept in {}\n",
                 shown(&kept)
@@ -323,7 +323,7 @@ struct Stage {
     stop: CancellationToken,
     score: Option<Arc<Mutex<Score>>>,
     mishaps: Option<Mishaps>,
-    screen: Screen,
+    terminal: Terminal,
     begun: Instant,
 }
 
@@ -338,7 +338,7 @@ impl Stage {
             if let Some(mishaps) = &mut self.mishaps
                 && let Some(news) = mishaps.go_on(self.begun.elapsed()).await?
             {
-                self.screen.say(news).await?;
+                self.terminal.say(news).await?;
             }
         }
         if let Some(mishaps) = self.mishaps.take() {
@@ -427,7 +427,7 @@ impl Stage {
             Ok([
                 store.waiting()?,
                 store.count_failed()?,
-                store.count_decisions(Decision::Discard)?,
+                store.count_decisions(Resolution::Discard)?,
             ])
         };
         let counts = self.journal.with(in_journal).await?;
@@ -548,8 +548,8 @@ async fn start(
 }
 
 /// What the services are, for people.
-fn services(sim: &Simulator, telling: Telling, seed: u64) -> String {
-    let tells = match telling {
+fn services(sim: &Simulator, log_at: Telling, seed: u64) -> String {
+    let tells = match log_at {
         Telling::Once => "tells each event once",
         Telling::Log => "tells from a log that stays",
     };

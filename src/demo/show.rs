@@ -9,7 +9,7 @@ use indicatif::{MultiProgress, ProgressBar};
 
 use super::tally::{Line, Looked, ROWS, Tally};
 use crate::telemetry::pace::{Rate, in_words};
-use crate::telemetry::screen::{Screen, styled};
+use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often the picture changes.
 pub(super) const FRAME: Duration = Duration::from_millis(100);
@@ -28,7 +28,7 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Show {
     Picture(Picture),
     Lines {
-        screen: Screen,
+        terminal: Terminal,
         duration: Duration,
         next: Duration,
     },
@@ -36,11 +36,11 @@ pub(super) enum Show {
 
 impl Show {
     /// Begins to show what goes on.
-    pub(super) fn new(screen: &Screen, duration: Duration) -> Self {
-        match screen.picture() {
+    pub(super) fn new(terminal: &Terminal, duration: Duration) -> Self {
+        match terminal.picture() {
             Some(picture) => Self::Picture(Picture::new(picture, duration)),
             None => Self::Lines {
-                screen: screen.clone(),
+                terminal: terminal.clone(),
                 duration,
                 next: LINE_EVERY,
             },
@@ -64,12 +64,12 @@ impl Show {
         match self {
             Self::Picture(picture) => picture.draw(elapsed, tally, looked),
             Self::Lines {
-                screen,
+                terminal,
                 duration,
                 next,
             } if elapsed >= *next => {
                 *next = elapsed + LINE_EVERY;
-                screen
+                terminal
                     .say(&format!(
                         "{:>3} s of {}  {}",
                         elapsed.as_secs(),
@@ -88,7 +88,7 @@ impl Show {
         const WAITING: &str = "waiting for what is still on its way";
         match self {
             Self::Picture(picture) => picture.time.set_message(WAITING),
-            Self::Lines { screen, .. } => screen.say(WAITING).await?,
+            Self::Lines { terminal, .. } => terminal.say(WAITING).await?,
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::chaos::Score;
 use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
-use crate::telemetry::screen::printable;
+use crate::telemetry::terminal::printable;
 
 /// More of a message than this does not help to tell it from others, and a line is to fit 80 columns.
 const SHOWN: usize = 38;

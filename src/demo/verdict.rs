@@ -107,14 +107,14 @@ impl fmt::Display for Verdict {
             lost,
         }) = self.figures.chaos
         {
-            let unkept = score.unkept.min(lost);
+            let unstored = score.unstored.min(lost);
             writeln!(
                 f,
                 "{score}, {faults} faults injected\n\
-                 {} told that never reached the journal: {} in answers that were lost or with a BigChat that restarted, {unkept} that the daemon had not kept yet when it was killed\n\
+                 {} told that never reached the journal: {} in answers that were lost or with a BigChat that restarted, {unstored} that the daemon had not kept yet when it was killed\n\
                  {} whose start or agent nobody knew any more\n",
                 count(lost, "event"),
-                lost - unkept,
+                lost - unstored,
                 count(self.report.fallbacks(), "chat"),
             )?;
         }

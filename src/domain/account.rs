@@ -30,12 +30,12 @@ pub fn keys(held: &[our_api::Message]) -> Vec<MessageKey> {
 pub struct Recorded {
     pub id: EventId,
     pub key: MessageKey,
-    pub standing: Standing,
+    pub standing: MessageState,
 }
 
 /// What the journal knows of whether OurAPI holds a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum MessageState {
     /// It was delivered.
     Delivered,
     /// It waits and may have been sent: a later copy of the journal may know.
@@ -68,9 +68,9 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     let mut unmatched = Vec::new();
     let mut credited = Vec::new();
     for wanted in [
-        &[Standing::Delivered][..],
-        &[Standing::DeadOutcomeUnknown],
-        &[Standing::OutcomeUnknown, Standing::MaybeSent],
+        &[MessageState::Delivered][..],
+        &[MessageState::DeadOutcomeUnknown],
+        &[MessageState::OutcomeUnknown, MessageState::MaybeSent],
     ] {
         let of_standing = recorded
             .iter()
@@ -80,7 +80,7 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
                 unmatched.push(message);
             } else if matches!(
                 message.standing,
-                Standing::OutcomeUnknown | Standing::MaybeSent
+                MessageState::OutcomeUnknown | MessageState::MaybeSent
             ) {
                 credited.push(&message.key);
             }
@@ -88,10 +88,11 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     }
     let mut missing = Vec::new();
     for message in unmatched {
-        let altered = message.standing != Standing::MaybeSent && left.take_of_second(message.key.0);
+        let altered =
+            message.standing != MessageState::MaybeSent && left.take_of_second(message.key.0);
         match message.standing {
-            Standing::Delivered if !altered => missing.push(message.id),
-            Standing::OutcomeUnknown if altered => credited.push(&message.key),
+            MessageState::Delivered if !altered => missing.push(message.id),
+            MessageState::OutcomeUnknown if altered => credited.push(&message.key),
             _ => {}
         }
     }
@@ -144,7 +145,7 @@ mod tests {
         key(Timestamp::clamped(second), text)
     }
 
-    fn recorded(id: i64, key: MessageKey, standing: Standing) -> Recorded {
+    fn recorded(id: i64, key: MessageKey, standing: MessageState) -> Recorded {
         Recorded {
             id: EventId(id),
             key,
@@ -162,7 +163,7 @@ mod tests {
 
     #[test]
     fn delivered_messages_account_first() {
-        use Standing::{Delivered, MaybeSent};
+        use MessageState::{Delivered, MaybeSent};
         let journal = [
             recorded(1, of(1, "a"), Delivered),
             recorded(2, of(1, "a"), MaybeSent),
@@ -176,7 +177,7 @@ mod tests {
 
     #[test]
     fn an_altered_message_is_not_missing() {
-        use Standing::{Delivered, MaybeSent, OutcomeUnknown};
+        use MessageState::{Delivered, MaybeSent, OutcomeUnknown};
         let other = || [of(1, "censored")];
         let delivered = [recorded(1, of(1, "a"), Delivered)];
         assert_eq!(account(other(), &delivered), Accounting::default());
@@ -198,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_dead_letter_of_unknown_outcome_accounts_for_its_copy() {
-        use Standing::{DeadOutcomeUnknown, MaybeSent};
+        use MessageState::{DeadOutcomeUnknown, MaybeSent};
         let journal = [
             recorded(1, of(1, "a"), DeadOutcomeUnknown),
             recorded(2, of(1, "a"), MaybeSent),
@@ -206,13 +207,13 @@ mod tests {
         assert!(account([of(1, "a")], &journal).credits.is_empty());
     }
 
-    fn standing() -> impl Strategy<Value = Standing> {
+    fn standing() -> impl Strategy<Value = MessageState> {
         prop_oneof![
-            Just(Standing::Delivered),
-            Just(Standing::MaybeSent),
-            Just(Standing::OutcomeUnknown),
-            Just(Standing::DeadOutcomeUnknown),
-            Just(Standing::NotSent),
+            Just(MessageState::Delivered),
+            Just(MessageState::MaybeSent),
+            Just(MessageState::OutcomeUnknown),
+            Just(MessageState::DeadOutcomeUnknown),
+            Just(MessageState::NotSent),
         ]
     }
 
@@ -229,14 +230,14 @@ mod tests {
             let count = held.len();
             let result = account(held.iter().map(|(second, text)| key_of(*second, *text)), &journal);
             let credits: u32 = result.credits.values().sum();
-            let delivered = messages.iter().filter(|(.., standing)| *standing == Standing::Delivered).count();
+            let delivered = messages.iter().filter(|(.., standing)| *standing == MessageState::Delivered).count();
             // A copy is a credit, or it accounts for a delivered message or a dead letter.
             prop_assert!(credits as usize + (delivered - result.missing.len()) <= count);
             // A message that OurAPI holds exactly is never missing while it holds as many as were delivered.
             for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {
                 let same = |key: &MessageKey| *key == message.key;
                 let copies = held.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();
-                let sent = journal.iter().filter(|other| other.standing == Standing::Delivered && same(&other.key)).count();
+                let sent = journal.iter().filter(|other| other.standing == MessageState::Delivered && same(&other.key)).count();
                 prop_assert!(copies < sent);
             }
         }

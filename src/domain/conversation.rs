@@ -6,7 +6,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
-use crate::domain::event::{Kind, What};
+use crate::domain::event::{EventKind, Payload};
 use crate::domain::time::{Millis, Timestamp};
 use crate::our_api::{self, ChatChange};
 
@@ -194,10 +194,10 @@ impl Unsure {
         let mut unsure = Self::default();
         for event in events {
             match event.what.kind() {
-                Kind::Start => unsure.started_at = true,
-                Kind::End => unsure.ended_at = true,
-                Kind::Transfer => unsure.agent = true,
-                Kind::Message => {}
+                EventKind::Start => unsure.started_at = true,
+                EventKind::End => unsure.ended_at = true,
+                EventKind::Transfer => unsure.agent = true,
+                EventKind::Message => {}
             }
         }
         unsure
@@ -210,7 +210,7 @@ pub struct Pending {
     pub id: EventId,
     pub at: Timestamp,
     pub received_at: Millis,
-    pub what: What,
+    pub what: Payload,
     pub attempts: Attempts,
     /// It is at or below the offset, and to be sent again.
     pub redelivery: bool,

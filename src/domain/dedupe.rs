@@ -9,37 +9,37 @@
 
 use std::collections::HashMap;
 
-use crate::domain::event::{Event, Kind};
+use crate::domain::event::{Event, EventKind};
 
 /// What makes events equal, as far as a poll needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// BigChat's id of the conversation; 0 if the event could not be parsed.
     pub conversation: i64,
-    /// See [`Event::digest`].
-    pub digest: i64,
+    /// See [`Event::fingerprint`].
+    pub fingerprint: i64,
     /// `None`: the event could not be parsed.
-    pub kind: Option<Kind>,
+    pub kind: Option<EventKind>,
 }
 
 impl Key {
     /// The key of what could not be parsed.
-    pub fn unparsed(digest: i64) -> Self {
+    pub fn unparsed(fingerprint: i64) -> Self {
         Self {
             conversation: 0,
-            digest,
+            fingerprint,
             kind: None,
         }
     }
 
     /// Whether equal ones on one page are that many. What could not be parsed may be a message.
     fn is_counted(&self) -> bool {
-        self.kind.is_none_or(Kind::is_message)
+        self.kind.is_none_or(EventKind::is_message)
     }
 
     /// Whether BigChat repeats such an event on further pages of the same poll.
     fn is_repeated(&self) -> bool {
-        matches!(self.kind, Some(Kind::End | Kind::Transfer))
+        matches!(self.kind, Some(EventKind::End | EventKind::Transfer))
     }
 }
 
@@ -47,7 +47,7 @@ impl From<&Event> for Key {
     fn from(event: &Event) -> Self {
         Self {
             conversation: event.conversation,
-            digest: event.digest(),
+            fingerprint: event.fingerprint(),
             kind: Some(event.kind),
         }
     }
@@ -139,13 +139,13 @@ mod tests {
             .map(|c| {
                 let kind = match c {
                     '?' => None,
-                    'A'..='Z' => Some(Kind::End),
-                    '0'..='9' => Some(Kind::Start),
-                    _ => Some(Kind::Message),
+                    'A'..='Z' => Some(EventKind::End),
+                    '0'..='9' => Some(EventKind::Start),
+                    _ => Some(EventKind::Message),
                 };
                 Key {
                     conversation: 1,
-                    digest: i64::from(u32::from(c)),
+                    fingerprint: i64::from(u32::from(c)),
                     kind,
                 }
             })

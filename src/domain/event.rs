@@ -14,7 +14,7 @@ use crate::domain::time::Timestamp;
 
 /// The four things that happen to a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum EventKind {
     /// The conversation began.
     Start,
     /// The conversation ended; told again and again for the same one, the latest counts.
@@ -25,7 +25,7 @@ pub enum Kind {
     Transfer,
 }
 
-impl Kind {
+impl EventKind {
     /// All of them.
     pub const ALL: [Self; 4] = [Self::Start, Self::End, Self::Message, Self::Transfer];
 
@@ -62,7 +62,7 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -70,31 +70,31 @@ impl fmt::Display for Kind {
 
 /// What happened, with what is needed to do something about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum What {
-    /// See [`Kind::Start`].
+pub enum Payload {
+    /// See [`EventKind::Start`].
     Start,
-    /// See [`Kind::End`].
+    /// See [`EventKind::End`].
     End,
-    /// See [`Kind::Message`].
+    /// See [`EventKind::Message`].
     Message {
         /// The words as BigChat told them; OurAPI strips white space from both ends.
         text: String,
     },
-    /// See [`Kind::Transfer`].
+    /// See [`EventKind::Transfer`].
     Transfer {
         /// The advisor who has the conversation from then on, by BigChat's id.
         advisor: i64,
     },
 }
 
-impl What {
+impl Payload {
     /// Which of the four it is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> EventKind {
         match self {
-            Self::Start => Kind::Start,
-            Self::End => Kind::End,
-            Self::Message { .. } => Kind::Message,
-            Self::Transfer { .. } => Kind::Transfer,
+            Self::Start => EventKind::Start,
+            Self::End => EventKind::End,
+            Self::Message { .. } => EventKind::Message,
+            Self::Transfer { .. } => EventKind::Transfer,
         }
     }
 
@@ -107,7 +107,7 @@ impl What {
     }
 
     /// Reads the `data` of an event of that kind, as the journal keeps it.
-    pub fn from_data(kind: Kind, data: Option<&str>) -> Result<Self, Unreadable> {
+    pub fn from_data(kind: EventKind, data: Option<&str>) -> Result<Self, ParseError> {
         #[derive(Deserialize)]
         struct Message {
             message: String,
@@ -116,17 +116,17 @@ impl What {
         struct Transfer {
             new_advisor_id: Integer,
         }
-        let present = || data.ok_or(Unreadable::NoData(kind));
-        let wrong = |source| Unreadable::Data { kind, source };
+        let present = || data.ok_or(ParseError::NoData(kind));
+        let wrong = |source| ParseError::Data { kind, source };
         Ok(match kind {
-            Kind::Start => Self::Start,
-            Kind::End => Self::End,
-            Kind::Message => Self::Message {
+            EventKind::Start => Self::Start,
+            EventKind::End => Self::End,
+            EventKind::Message => Self::Message {
                 text: serde_json::from_str::<Message>(present()?)
                     .map_err(wrong)?
                     .message,
             },
-            Kind::Transfer => Self::Transfer {
+            EventKind::Transfer => Self::Transfer {
                 advisor: serde_json::from_str::<Transfer>(present()?)
                     .map_err(wrong)?
                     .new_advisor_id
@@ -144,14 +144,14 @@ pub struct Event {
     /// When it happened, by BigChat's clock.
     pub at: Timestamp,
     /// What happened.
-    pub kind: Kind,
+    pub kind: EventKind,
     /// `data` in one canonical form (keys sorted, no white space), so that equal data are equal text.
     pub data: Option<String>,
 }
 
 /// Why an event could not be understood. Such an event goes to the failed events with its raw JSON.
 #[derive(Debug, Error)]
-pub enum Unreadable {
+pub enum ParseError {
     /// Not an object.
     #[error("it is not an event as BigChat describes them: {0}")]
     Shape(#[from] Malformed),
@@ -177,12 +177,12 @@ pub enum Unreadable {
     Time(i64),
     /// MESSAGE or TRANSFER without `data`.
     #[error("it is a {0} without data")]
-    NoData(Kind),
+    NoData(EventKind),
     /// MESSAGE or TRANSFER whose `data` lacks what they need.
     #[error("its data are not those of a {kind}: {source}")]
     Data {
         /// Which kind of event it claims to be.
-        kind: Kind,
+        kind: EventKind,
         /// What is wrong with it.
         source: serde_json::Error,
     },
@@ -196,29 +196,29 @@ impl Event {
     }
 
     /// Reads one event from its JSON. What it holds beside what is needed may be anything.
-    pub fn parse(raw: &str) -> Result<Self, Unreadable> {
+    pub fn parse(raw: &str) -> Result<Self, ParseError> {
         Self::read(raw).map_err(|error| {
             if has_undecoded(raw) {
-                Unreadable::Encoding
+                ParseError::Encoding
             } else {
                 error
             }
         })
     }
 
-    fn read(raw: &str) -> Result<Self, Unreadable> {
+    fn read(raw: &str) -> Result<Self, ParseError> {
         const NAMES: [&str; 4] = ["conversation_id", "event_name", "event_at", "data"];
         let [conversation, name, at, data] = json::fields(raw, NAMES)?;
         let Integer(conversation) = field(NAMES[0], conversation)?;
         let name: String = field(NAMES[1], name)?;
         let Integer(at) = field(NAMES[2], at)?;
-        let kind = Kind::from_name(&name).ok_or(Unreadable::Name(name))?;
-        let at = Timestamp::from_unix(at).ok_or(Unreadable::Time(at))?;
+        let kind = EventKind::from_name(&name).ok_or(ParseError::Name(name))?;
+        let at = Timestamp::from_unix(at).ok_or(ParseError::Time(at))?;
         let data = match data {
             None | Some("null") => None,
             Some(data) => canonical(kind, data)?,
         };
-        What::from_data(kind, data.as_deref())?;
+        Payload::from_data(kind, data.as_deref())?;
         Ok(Self {
             conversation,
             at,
@@ -228,8 +228,8 @@ impl Event {
     }
 
     /// What an equal event has too, and hardly any other: the journal's index, never proof of equality by itself.
-    pub fn digest(&self) -> i64 {
-        digest(&[
+    pub fn fingerprint(&self) -> i64 {
+        fingerprint(&[
             self.kind.name().as_bytes(),
             &self.at.unix().to_le_bytes(),
             self.data.as_deref().unwrap_or("").as_bytes(),
@@ -239,12 +239,12 @@ impl Event {
 
 /// What can be read of an event that cannot be understood, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Glimpse {
+pub struct PartialEvent {
     pub conversation: Option<i64>,
     pub at: Option<Timestamp>,
 }
 
-impl Glimpse {
+impl PartialEvent {
     /// `raw` may be anything, and cut off.
     pub fn of(raw: &str) -> Self {
         let fields: Value = serde_json::from_str(raw).unwrap_or_default();
@@ -298,14 +298,14 @@ pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) -> Result<(), M
 fn field<T: serde::de::DeserializeOwned>(
     name: &'static str,
     value: Option<&str>,
-) -> Result<T, Unreadable> {
-    let value = value.ok_or(Unreadable::Missing(name))?;
-    serde_json::from_str(value).map_err(|source| Unreadable::Field { name, source })
+) -> Result<T, ParseError> {
+    let value = value.ok_or(ParseError::Missing(name))?;
+    serde_json::from_str(value).map_err(|source| ParseError::Field { name, source })
 }
 
 /// Data in one canonical form. Where that is impossible, since something in them is no JSON, only what is needed.
-fn canonical(kind: Kind, data: &str) -> Result<Option<String>, Unreadable> {
-    let wrong = |source| Unreadable::Data { kind, source };
+fn canonical(kind: EventKind, data: &str) -> Result<Option<String>, ParseError> {
+    let wrong = |source| ParseError::Data { kind, source };
     // `Value` keeps object keys sorted.
     match serde_json::from_str::<serde_json::Value>(data) {
         Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(wrong)?)),
@@ -323,7 +323,7 @@ fn canonical(kind: Kind, data: &str) -> Result<Option<String>, Unreadable> {
 }
 
 /// A 64-bit digest that stays the same from one release to the next, since the journal keeps it.
-pub fn digest(parts: &[&[u8]]) -> i64 {
+pub fn fingerprint(parts: &[&[u8]]) -> i64 {
     let mut hasher = SipHasher13::new();
     for part in parts {
         hasher.write_u64(part.len() as u64);
@@ -422,19 +422,19 @@ mod tests {
         let event = Event {
             conversation: 1,
             at: Timestamp::clamped(1),
-            kind: Kind::End,
+            kind: EventKind::End,
             data: None,
         };
-        assert_eq!(event.digest(), -6_468_275_528_176_648_252);
-        assert_eq!(digest(&[b"END"]), 1_109_980_383_522_413_077);
-        assert_ne!(digest(&[b"a", b"b"]), digest(&[b"ab", b""]));
+        assert_eq!(event.fingerprint(), -6_468_275_528_176_648_252);
+        assert_eq!(fingerprint(&[b"END"]), 1_109_980_383_522_413_077);
+        assert_ne!(fingerprint(&[b"a", b"b"]), fingerprint(&[b"ab", b""]));
     }
 
     #[test]
     fn of_what_cannot_be_understood_something_can_be_read() {
         let at = Timestamp::from_unix(1_700_000_000);
-        let glimpse = |raw| {
-            let Glimpse { conversation, at } = Glimpse::of(raw);
+        let partial_event = |raw| {
+            let PartialEvent { conversation, at } = PartialEvent::of(raw);
             (conversation, at)
         };
         for (raw, expected) in [
@@ -467,7 +467,7 @@ mod tests {
             ("[]", (None, None)),
             ("", (None, None)),
         ] {
-            assert_eq!(glimpse(raw), expected, "{raw}");
+            assert_eq!(partial_event(raw), expected, "{raw}");
         }
     }
 

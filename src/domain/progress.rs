@@ -3,7 +3,7 @@
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Pending};
 use super::ids::{ConversationId, EventId};
-use crate::domain::event::Kind;
+use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
 /// What delivery works on at a time: a conversation and the next of its events that wait. Nobody else works on it until
@@ -57,7 +57,7 @@ pub struct Verify {
 
 /// What a verification found of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Finding {
+pub struct VerificationResult {
     pub chat: ChatState,
     /// How many delivered messages are missing.
     pub messages: u32,
@@ -120,7 +120,7 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventOutcome {
     pub event: EventId,
-    pub kind: Kind,
+    pub kind: EventKind,
     pub redelivery: bool,
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
@@ -190,7 +190,7 @@ pub struct Report {
     /// How many writes have succeeded in all.
     pub writes_succeeded: i64,
     /// `None` in it: the verification failed.
-    pub verified: Option<(Verify, Option<Finding>)>,
+    pub verified: Option<(Verify, Option<VerificationResult>)>,
 }
 
 /// When a conversation is due after a report.
@@ -304,7 +304,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::domain::event::What;
+    use crate::domain::event::Payload;
     use crate::domain::time::Timestamp;
 
     fn pending(id: i64, redelivery: bool) -> Pending {
@@ -312,7 +312,7 @@ mod tests {
             id: EventId(id),
             at: Timestamp::clamped(1),
             received_at: Millis(1),
-            what: What::End,
+            what: Payload::End,
             attempts: Attempts::default(),
             redelivery,
             restored: false,

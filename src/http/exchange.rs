@@ -25,7 +25,7 @@ pub struct Exchange {
     /// Status and body, or why there is no answer.
     pub response: String,
     /// What the response says is wrong with the request, if it says so: short, and on one line.
-    pub complaint: Option<String>,
+    pub detail: Option<String>,
     /// The request changes nothing.
     pub is_read: bool,
     /// What is wrong with the response, where its status does not say.
@@ -40,7 +40,7 @@ pub enum Cause {
     /// A 403 with a page of HTML, which no API sends.
     Firewall,
     /// A success that is not the expected JSON, and what is wrong with it.
-    Unreadable(String),
+    InvalidJson(String),
 }
 
 impl Cause {
@@ -65,7 +65,7 @@ impl Cause {
             Self::Firewall => format!(
                 "a firewall or proxy in front of {api} refuses the request; check it and {url}"
             ),
-            Self::Unreadable(why) => format!("{api} gave no usable answer: {why}"),
+            Self::InvalidJson(why) => format!("{api} gave no usable answer: {why}"),
         }
     }
 }
@@ -126,10 +126,10 @@ impl Exchange {
         let body = body
             .and_then(|body| serde_json::to_string(body).ok())
             .unwrap_or_default();
-        let complaint = response
+        let detail = response
             .ok()
             .filter(|answer| answer.status.is_client_error())
-            .and_then(|answer| complaint(&answer.body));
+            .and_then(|answer| detail(&answer.body));
         let response = match response {
             Ok(answer) => format!(
                 "{} {}",
@@ -143,7 +143,7 @@ impl Exchange {
             cause: None,
             request: shortened(&format!("{method} {path} {body}")),
             response: shortened(&response),
-            complaint,
+            detail,
         }
     }
 }
@@ -166,7 +166,7 @@ pub fn response_head(response: &str) -> &str {
 
 /// What is wrong, by the body of a 4xx: `{"detail": "…"}`, or a list of what is wrong with which field, as both services
 /// answer.
-fn complaint(body: &[u8]) -> Option<String> {
+fn detail(body: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Wire {
         detail: Detail,
@@ -205,7 +205,7 @@ impl Exchange {
         Self {
             request: log::shown(&self.request, request_head).to_owned(),
             response: log::shown(&self.response, response_head).to_owned(),
-            complaint: None,
+            detail: None,
             is_read: self.is_read,
             cause: self.cause.clone(),
         }
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn what_an_answer_says_is_wrong_is_put_in_short() {
-        let of = |body: &str| complaint(body.as_bytes());
+        let of = |body: &str| detail(body.as_bytes());
         let each = r#"{"detail":[{"loc":["body","text"],"msg":"too\n short","input":"k"},{"loc":["body",0],"msg":"no"}]}"#;
         assert_eq!(of(each).as_deref(), Some("text: too short; no"));
         assert_eq!(of(r#"{"detail":" gone "}"#).as_deref(), Some("gone"));

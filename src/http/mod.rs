@@ -111,12 +111,12 @@ impl Http {
     }
 
     /// Until when the API asked to be left alone, whether that is over or not.
-    pub fn asked_until(&self) -> Millis {
-        self.rate_limit.asked_until()
+    pub fn not_before(&self) -> Millis {
+        self.rate_limit.not_before()
     }
 
     /// Leaves the API alone until then.
-    pub fn leave_alone(&self, until: Millis) {
+    pub fn hold_until(&self, until: Millis) {
         self.rate_limit.raise(until);
     }
 
@@ -256,7 +256,7 @@ impl Http {
                             return Ok(value);
                         }
                         Err(why) => {
-                            cause = Some(Cause::Unreadable(why));
+                            cause = Some(Cause::InvalidJson(why));
                             ErrorKind::OutcomeUnknown { timed_out: false }
                         }
                     },

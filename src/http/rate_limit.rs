@@ -14,20 +14,20 @@ pub(super) struct RateLimit(AtomicI64);
 
 impl RateLimit {
     /// Until when it asked, whether that is over or not.
-    pub(super) fn asked_until(&self) -> Millis {
+    pub(super) fn not_before(&self) -> Millis {
         Millis(self.0.load(Ordering::Relaxed))
     }
 
     /// Until when nothing may be asked.
     pub(super) fn until(&self, now: Millis) -> Option<Millis> {
-        let until = self.asked_until();
+        let until = self.not_before();
         // Further ahead than ever asked for, it is this machine's clock that was set back.
         (now < until && until <= now.plus(RETRY_AFTER_MAX)).then_some(until)
     }
 
     /// The same as of now. Without a limit it costs no look at the clock.
     pub(super) fn until_now(&self) -> Option<Millis> {
-        match self.asked_until() {
+        match self.not_before() {
             Millis(0) => None,
             _ => self.until(Millis::now()),
         }

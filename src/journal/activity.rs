@@ -4,7 +4,7 @@
 use rusqlite::{Connection, Transaction, params};
 
 use super::{Result, UNREADABLE};
-use crate::domain::event::Kind;
+use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
 /// For how many minutes they are kept: a week.
@@ -19,14 +19,17 @@ pub(super) struct Count {
 }
 
 /// All kinds of events, and those that could not be parsed.
-const KINDS: usize = Kind::ALL.len() + 1;
+const KINDS: usize = EventKind::ALL.len() + 1;
 
 /// What has happened in one transaction.
 #[derive(Debug, Default)]
 pub(super) struct Counts([Count; KINDS]);
 
 fn names() -> impl Iterator<Item = &'static str> {
-    Kind::ALL.into_iter().map(Kind::name).chain([UNREADABLE])
+    EventKind::ALL
+        .into_iter()
+        .map(EventKind::name)
+        .chain([UNREADABLE])
 }
 
 impl Counts {

@@ -238,7 +238,10 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Mil
                 ":is_verification": report.verified.is_some(),
             })?;
     if updated == 0 {
-        return Err(JournalError::Corrupt(format!("no conversation {}", id.0)));
+        return Err(JournalError::InvalidRow(format!(
+            "no conversation {}",
+            id.0
+        )));
     }
     Ok(())
 }

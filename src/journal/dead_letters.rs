@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, limit};
-use crate::domain::event::Glimpse;
+use crate::domain::event::PartialEvent;
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::REJECTED_WRITE;
@@ -56,7 +56,7 @@ pub struct FailedAttempt {
 
 /// What somebody decided about an event that had failed.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct PastDecision {
+pub struct PastResolution {
     /// Its own id, in order of time.
     pub id: i64,
     /// When.
@@ -93,7 +93,7 @@ pub enum Selection {
 
 /// What somebody decides about failed events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
+pub enum Resolution {
     /// They are tried again, with all their attempts ahead of them. Whether one may have been carried out stays known,
     /// so that it is looked for first. Those that could not be understood are parsed again, as after an upgrade.
     Retry,
@@ -101,7 +101,7 @@ pub enum Decision {
     Discard,
 }
 
-impl Decision {
+impl Resolution {
     /// Its name in the journal.
     pub fn name(self) -> &'static str {
         match self {
@@ -113,14 +113,14 @@ impl Decision {
 
 /// The user who resolves failed events, and by which way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Who {
+pub enum Operator {
     /// By `bigchat-sync failed`.
     Command(String),
     /// In the console.
     Console(String),
 }
 
-impl Who {
+impl Operator {
     /// The way, as the journal has it, and the user.
     fn parts(&self) -> (&'static str, &str) {
         match self {
@@ -141,7 +141,7 @@ fn by(way: String, user: Option<String>) -> String {
 
 /// How far a decision is carried out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Decided {
+pub struct Resolved {
     /// For how many events.
     pub done: usize,
     /// After which event it goes on; `None`: it is carried out.
@@ -149,7 +149,7 @@ pub struct Decided {
 }
 
 /// For how many events a decision is carried out at once: nobody waits long for the database.
-const DECIDED_AT_ONCE: usize = 500;
+const RESOLVED_AT_ONCE: usize = 500;
 
 impl Store {
     /// The failed events, the oldest first: at most `at_most` of them.
@@ -189,7 +189,7 @@ impl Store {
     }
 
     /// For how many events it was ever decided so.
-    pub fn count_decisions(&mut self, decision: Decision) -> Result<u64> {
+    pub fn count_decisions(&mut self, decision: Resolution) -> Result<u64> {
         let count: i64 = self
             .connection
             .prepare_cached("SELECT count(*) FROM resolutions WHERE resolution = ?1")?
@@ -228,7 +228,7 @@ impl Store {
         event: Option<i64>,
         before: Option<i64>,
         at_most: i64,
-    ) -> Result<Vec<PastDecision>> {
+    ) -> Result<Vec<PastResolution>> {
         let of = if event.is_some() {
             "d.event = ?1"
         } else {
@@ -241,7 +241,7 @@ impl Store {
         ))?;
         let before = before.unwrap_or(i64::MAX);
         let decisions = statement.query_map(params![event, before, at_most], |row| {
-            Ok(PastDecision {
+            Ok(PastResolution {
                 id: row.get(0)?,
                 at: Millis(row.get(1)?),
                 by: by(row.get(2)?, row.get(9)?),
@@ -270,11 +270,11 @@ impl Store {
         ))?;
         let events = statement.query_map(params, |row| {
             let (name, data): (String, Option<String>) = (row.get(3)?, row.get(5)?);
-            let known = Glimpse {
+            let known = PartialEvent {
                 conversation: row.get(1)?,
                 at: Some(Timestamp::clamped(row.get(4)?)),
             };
-            let Glimpse { conversation, at } = glimpse(&name, data.as_deref(), known);
+            let PartialEvent { conversation, at } = partial_event(&name, data.as_deref(), known);
             Ok(FailedEvent {
                 id: row.get(0)?,
                 conversation,
@@ -308,22 +308,25 @@ impl Store {
 
     /// Carries a decision out, for some of the events that are meant: those after `after` (0 at first), by their ids. Each
     /// is noted, with who decided.
-    pub fn decide_failed(
+    pub fn resolve_failed(
         &mut self,
         which: &Selection,
-        decision: Decision,
-        who: &Who,
+        decision: Resolution,
+        who: &Operator,
         after: i64,
         now: Millis,
-    ) -> Result<Decided> {
+    ) -> Result<Resolved> {
         let transaction = self.begin()?;
         let ids = selected(&transaction, which, after)?;
-        let mut decided = Decided {
+        let mut decided = Resolved {
             done: 0,
-            next: ids.last().copied().filter(|_| ids.len() == DECIDED_AT_ONCE),
+            next: ids
+                .last()
+                .copied()
+                .filter(|_| ids.len() == RESOLVED_AT_ONCE),
         };
         for id in ids {
-            decided.done += usize::from(decide(&transaction, id, decision, who, now)?);
+            decided.done += usize::from(resolve(&transaction, id, decision, who, now)?);
         }
         transaction.commit()?;
         Ok(decided)
@@ -331,9 +334,9 @@ impl Store {
 }
 
 /// Conversation and time of an event: of one that could not be understood, what can be read of it.
-pub(super) fn glimpse(name: &str, raw: Option<&str>, known: Glimpse) -> Glimpse {
+pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) -> PartialEvent {
     match name {
-        UNREADABLE => Glimpse::of(raw.unwrap_or_default()),
+        UNREADABLE => PartialEvent::of(raw.unwrap_or_default()),
         _ => known,
     }
 }
@@ -352,25 +355,25 @@ fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Res
     let (reason, failed_by) = match which {
         Selection::Ids(ids) => {
             let next = ids.range((Bound::Excluded(after), Bound::Unbounded));
-            return Ok(next.take(DECIDED_AT_ONCE).copied().collect());
+            return Ok(next.take(RESOLVED_AT_ONCE).copied().collect());
         }
         Selection::By { reason, failed_by } => (reason, failed_by),
     };
     let mut statement =
         transaction.prepare_cached(&format!("SELECT d.event {MEANT} ORDER BY d.event LIMIT ?4"))?;
     let ids = statement.query_map(
-        params![after, reason, failed_by.0, limit(DECIDED_AT_ONCE)],
+        params![after, reason, failed_by.0, limit(RESOLVED_AT_ONCE)],
         |row| row.get(0),
     )?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
 /// Carries a decision out for one event, if it has failed and can be decided so.
-fn decide(
+fn resolve(
     transaction: &Transaction<'_>,
     id: i64,
-    decision: Decision,
-    who: &Who,
+    decision: Resolution,
+    who: &Operator,
     now: Millis,
 ) -> Result<bool> {
     let conversation: Option<Option<ConversationId>> = transaction
@@ -383,15 +386,15 @@ fn decide(
         return Ok(false);
     };
     match (decision, conversation) {
-        (Decision::Retry, None) => {
+        (Resolution::Retry, None) => {
             if !ingest_dead_letter(transaction, EventId(id), now)? {
                 return Ok(false);
             }
         }
-        (Decision::Retry, Some(conversation)) => {
+        (Resolution::Retry, Some(conversation)) => {
             retry(transaction, EventId(id), conversation, now)?
         }
-        (Decision::Discard, _) => {
+        (Resolution::Discard, _) => {
             transaction
                 .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?
                 .execute(params![id, now.0])?;
@@ -406,7 +409,7 @@ fn decide(
              WHERE e.id = ?1",
         )?
         .execute(params![id, now.0, way, user, decision.name()])?;
-    if (decision, conversation) == (Decision::Retry, None) {
+    if (decision, conversation) == (Resolution::Retry, None) {
         // The event that was read from it stands in its place.
         transaction
             .prepare_cached("DELETE FROM events WHERE id = ?1")?

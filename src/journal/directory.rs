@@ -10,7 +10,7 @@ use crate::domain::time::Timestamp;
 
 /// A conversation by whose start time one run of BigChat is told from the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Marker {
+pub struct Probe {
     /// BigChat's id of it.
     pub bigchat_id: i64,
     /// When it started.
@@ -54,7 +54,7 @@ impl Store {
 
     /// The conversations of the present run with the lowest ids whose start time is known: after a restart these ids
     /// are given out first. Together with that run.
-    pub fn markers(&mut self, at_most: u32) -> Result<(Epoch, Vec<Marker>)> {
+    pub fn probes(&mut self, at_most: u32) -> Result<(Epoch, Vec<Probe>)> {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
             // Told apart, so that each is found by the index, however many there are.
@@ -65,13 +65,13 @@ impl Store {
                 WHERE epoch = ?1 AND bigchat_id <> 1 AND started_at IS NOT NULL ORDER BY bigchat_id LIMIT ?2)
              LIMIT ?2",
         )?;
-        let markers = statement.query_map(params![epoch, at_most], |row| {
-            Ok(Marker {
+        let probes = statement.query_map(params![epoch, at_most], |row| {
+            Ok(Probe {
                 bigchat_id: row.get(0)?,
                 started_at: Timestamp::clamped(row.get(1)?),
             })
         })?;
-        Ok((epoch, markers.collect::<rusqlite::Result<_>>()?))
+        Ok((epoch, probes.collect::<rusqlite::Result<_>>()?))
     }
 
     /// When a conversation of the present run started, if that is known.
@@ -101,7 +101,7 @@ impl Store {
     /// BigChat has restarted since run `epoch`, at `began_at` or before: from then on ids mean new conversations and
     /// new advisors. `first`: when its first conversation started, and who has it. Returns the new run; `None` if
     /// one was begun already.
-    pub fn begin_epoch(
+    pub fn start_epoch(
         &mut self,
         epoch: Epoch,
         began_at: Timestamp,

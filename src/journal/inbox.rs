@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, named_params, params};
 use super::activity::Counts;
 use super::{JournalError, Result, Store, UNREADABLE};
 use crate::domain::dedupe::{Counts as Received, Key};
-use crate::domain::event::{Event, Kind, digest, page_events};
+use crate::domain::event::{Event, EventKind, fingerprint, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
@@ -31,12 +31,12 @@ pub struct Source {
     /// The window of the poll under way, and the query of its next page; no query: its last page is kept.
     pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
     /// The window is read again from its beginning, where much is known already: in how many polls still.
-    pub rereading: u32,
+    pub rescans_left: u32,
 }
 
 /// A page as it came, to be kept before anything is done with it.
 #[derive(Debug, Clone)]
-pub struct PageToKeep {
+pub struct NewPage {
     /// What it was asked for with.
     pub query: String,
     /// BigChat's clock when it came.
@@ -62,7 +62,7 @@ pub enum Progress {
 
 /// A page that was kept.
 #[derive(Debug, Clone)]
-pub struct KeptPage {
+pub struct StoredPage {
     /// Its id, in order of arrival.
     pub id: i64,
     /// What it was asked for with.
@@ -74,14 +74,14 @@ pub struct KeptPage {
     /// The body.
     pub body: String,
     /// Whether its events were admitted.
-    pub admitted: bool,
+    pub ingested: bool,
     /// The latest run of BigChat that was known of when it was kept.
     pub kept_in: Epoch,
     /// The run of BigChat that told it, once that is certain.
     pub told_by: Option<Epoch>,
 }
 
-impl KeptPage {
+impl StoredPage {
     /// Those of its events that can be understood.
     pub fn events(&self) -> Vec<Event> {
         let mut events = Vec::new();
@@ -102,7 +102,7 @@ pub fn keys(body: &str) -> Vec<Key> {
     page_events(body, |raw| {
         keys.push(match Event::parse(raw) {
             Ok(event) => Key::from(&event),
-            Err(_) => Key::unparsed(digest(&[raw.as_bytes()])),
+            Err(_) => Key::unparsed(fingerprint(&[raw.as_bytes()])),
         });
     })
     .ok();
@@ -111,7 +111,7 @@ pub fn keys(body: &str) -> Vec<Key> {
 
 /// What became of the events of a page.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Admitted {
+pub struct Ingested {
     /// How many were new.
     pub new: usize,
     /// How many of these could not be understood.
@@ -142,14 +142,14 @@ impl Store {
                 ))
             },
         )?;
-        let (cursor, start, end, next, rereading) = row;
+        let (cursor, start, end, next, rescans_left) = row;
         let window = start
             .zip(end)
             .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
         Ok(Source {
             cursor: cursor.map(Timestamp::clamped),
             poll: window.map(|window| (window, next)),
-            rereading,
+            rescans_left,
         })
     }
 
@@ -202,18 +202,18 @@ impl Store {
     }
 
     /// The pages of the poll under way, in order of arrival.
-    pub fn kept_pages(&mut self) -> Result<Vec<KeptPage>> {
+    pub fn stored_pages(&mut self) -> Result<Vec<StoredPage>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT id, query, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
         )?;
         let pages = statement.query_map([], |row| {
-            Ok(KeptPage {
+            Ok(StoredPage {
                 id: row.get(0)?,
                 query: row.get(1)?,
                 served_at: Timestamp::clamped(row.get(2)?),
                 window_start: Timestamp::clamped(row.get(3)?),
                 body: row.get(4)?,
-                admitted: row.get(5)?,
+                ingested: row.get(5)?,
                 kept_in: row.get(6)?,
                 told_by: None,
             })
@@ -223,7 +223,7 @@ impl Store {
 
     /// Keeps a page and how its poll goes on, durably and together. Returns its id, and the latest run of BigChat that
     /// is known of.
-    pub fn keep_page(&mut self, page: &PageToKeep) -> Result<(i64, Epoch)> {
+    pub fn store_page(&mut self, page: &NewPage) -> Result<(i64, Epoch)> {
         self.in_place()?;
         let transaction = self.begin()?;
         let kept = transaction
@@ -274,7 +274,7 @@ impl Store {
     /// Whether the journal holds such an event, from whichever run of BigChat, admitted or not.
     pub fn holds(&mut self, event: &Event) -> Result<bool> {
         if self
-            .kept_pages()?
+            .stored_pages()?
             .iter()
             .any(|page| page.events().contains(event))
         {
@@ -294,16 +294,16 @@ impl Store {
 
     /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
     /// as the journal does not hold as many as the poll has `received`. From then on they are due.
-    pub fn admit(
+    pub fn ingest(
         &mut self,
-        page: &KeptPage,
+        page: &StoredPage,
         epoch: Epoch,
         received: &Received,
         ignore: &[String],
         now: Millis,
-    ) -> Result<Admitted> {
+    ) -> Result<Ingested> {
         let transaction = self.begin()?;
-        let mut admitted = Admitted::default();
+        let mut ingested = Ingested::default();
         let (mut unreadable, mut outcome) = (0, Ok(()));
         let (mut counts, mut newest) = (Counts::default(), None);
         page_events(&page.body, |raw| {
@@ -312,11 +312,11 @@ impl Store {
                 return;
             }
             if !ignore.is_empty() && Event::name(raw).is_some_and(is_ignored) {
-                admitted.ignored += 1;
+                ingested.ignored += 1;
                 return;
             }
             outcome = match Event::parse(raw) {
-                Ok(event) => admit(
+                Ok(event) => ingest(
                     &transaction,
                     epoch,
                     &event,
@@ -324,7 +324,7 @@ impl Store {
                     now,
                 )
                 .map(|new| {
-                    admitted.new += usize::from(new);
+                    ingested.new += usize::from(new);
                     counts.of(event.kind.name()).received += u32::from(new);
                     // What it says of a time to come says nothing of how old its news are.
                     newest = newest.max(Some(event.at.min(page.served_at)));
@@ -334,11 +334,11 @@ impl Store {
                     if unreadable > MAX_UNREADABLE {
                         return;
                     }
-                    let count = received.get(&Key::unparsed(digest(&[raw.as_bytes()])));
+                    let count = received.get(&Key::unparsed(fingerprint(&[raw.as_bytes()])));
                     insert_unreadable(&transaction, epoch, raw, &reason.to_string(), count, now)
                         .map(|new| {
-                            admitted.new += usize::from(new);
-                            admitted.unreadable += usize::from(new);
+                            ingested.new += usize::from(new);
+                            ingested.unreadable += usize::from(new);
                             let count = counts.of(UNREADABLE);
                             count.received += u32::from(new);
                             count.failed += u32::from(new);
@@ -346,7 +346,7 @@ impl Store {
                 }
             };
         })
-        .map_err(|error| JournalError::Corrupt(format!("a page in the inbox: {error}")))?;
+        .map_err(|error| JournalError::InvalidRow(format!("a page in the inbox: {error}")))?;
         outcome?;
         if unreadable > MAX_UNREADABLE {
             let beyond = unreadable - MAX_UNREADABLE;
@@ -363,20 +363,20 @@ impl Store {
                 )?
                 .execute([newest.unix()])?;
         }
-        admitted.progress = admitted.new + admitted.ignored + unreadable > 0;
-        admitted.last_event = last_event(&transaction)?;
-        admitted.told = counts.received();
+        ingested.progress = ingested.new + ingested.ignored + unreadable > 0;
+        ingested.last_event = last_event(&transaction)?;
+        ingested.told = counts.received();
         transaction.commit()?;
-        Ok(admitted)
+        Ok(ingested)
     }
 
-    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the last page has not said so; `rereading`:
+    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the last page has not said so; `rescans_left`:
     /// in how many polls the window is to be read again; `read`: when it was read to its end, and by how many seconds
     /// BigChat's clock was ahead of this machine's then.
     pub fn end_poll(
         &mut self,
         cursor: Option<Timestamp>,
-        rereading: u32,
+        rescans_left: u32,
         read: Option<(Millis, i64)>,
     ) -> Result<()> {
         let transaction = self.begin()?;
@@ -386,7 +386,7 @@ impl Store {
                 rescans_left = ?2, polled_at = coalesce(?3, polled_at), clock_ahead = coalesce(?4, clock_ahead)",
             params![
                 cursor.map(Timestamp::unix),
-                rereading,
+                rescans_left,
                 read.map(|(at, _)| at.0),
                 read.map(|(_, ahead)| ahead)
             ],
@@ -396,7 +396,7 @@ impl Store {
     }
 
     /// One more poll has read on in a window that is read again.
-    pub fn reread(&mut self) -> Result<()> {
+    pub fn rescan(&mut self) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
             [],
@@ -421,7 +421,7 @@ impl Store {
 }
 
 /// Admits one event, unless the journal holds as many as were received. Returns whether it is new.
-fn admit(
+fn ingest(
     transaction: &Transaction<'_>,
     epoch: Epoch,
     event: &Event,
@@ -458,7 +458,7 @@ fn conversation(
     epoch: Epoch,
     event: &Event,
 ) -> Result<ConversationId> {
-    let started_at = (event.kind == Kind::Start).then_some(event.at.unix());
+    let started_at = (event.kind == EventKind::Start).then_some(event.at.unix());
     let known: Option<(ConversationId, Option<i64>)> = transaction
         .prepare_cached(
             "SELECT id, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
@@ -496,7 +496,7 @@ fn count_equal(
             "SELECT count(*) FROM events
              WHERE conversation = ?1 AND fingerprint = ?2 AND kind = ?3 AND event_at = ?4 AND data IS ?5",
         )?
-        .query_row(params![conversation, event.digest(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
+        .query_row(params![conversation, event.fingerprint(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
 }
 
 fn insert(
@@ -515,7 +515,7 @@ fn insert(
             event.kind.name(),
             event.at.unix(),
             event.data,
-            event.digest(),
+            event.fingerprint(),
             now.0
         ])?;
     Ok(())
@@ -530,13 +530,13 @@ fn insert_unreadable(
     received: u32,
     now: Millis,
 ) -> Result<bool> {
-    let digest = digest(&[raw.as_bytes()]);
+    let fingerprint = fingerprint(&[raw.as_bytes()]);
     let known: Option<(EventId, u32)> = transaction
         .prepare_cached(
             "SELECT e.id, d.received FROM events e JOIN dead_letters d ON d.event = e.id
              WHERE e.conversation IS NULL AND e.fingerprint = ?1 AND e.data = ?2 AND d.epoch = ?3",
         )?
-        .query_row(params![digest, raw, epoch], |row| {
+        .query_row(params![fingerprint, raw, epoch], |row| {
             Ok((row.get(0)?, row.get(1)?))
         })
         .optional()?;
@@ -552,7 +552,7 @@ fn insert_unreadable(
         .prepare_cached(
             "INSERT INTO events (kind, event_at, data, fingerprint, received_at) VALUES (?1, 0, ?2, ?3, ?4) RETURNING id",
         )?
-        .query_row(params![UNREADABLE, raw, digest, now.0], |row| row.get(0))?;
+        .query_row(params![UNREADABLE, raw, fingerprint, now.0], |row| row.get(0))?;
     transaction
         .prepare_cached(
             "INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (?1, ?2, ?3, ?4)",
@@ -590,6 +590,6 @@ pub(super) fn ingest_dead_letter(
         }
     };
     let count = if event.kind.is_message() { received } else { 1 };
-    while admit(transaction, epoch, &event, count, now)? {}
+    while ingest(transaction, epoch, &event, count, now)? {}
     Ok(true)
 }

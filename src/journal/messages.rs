@@ -3,8 +3,8 @@
 use rusqlite::params;
 
 use super::{JournalError, Result, Store, present};
-use crate::domain::account::{self, Recorded, Standing};
-use crate::domain::event::{Kind, What};
+use crate::domain::account::{self, MessageState, Recorded};
+use crate::domain::event::{EventKind, Payload};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
 
@@ -28,24 +28,24 @@ impl Store {
         let mut messages = Vec::new();
         while let Some(row) = rows.next()? {
             let name = row.get_ref(1)?.as_str().unwrap_or_default();
-            let kind = present(Kind::from_name(name), name)?;
+            let kind = present(EventKind::from_name(name), name)?;
             if !kind.is_message() {
                 continue;
             }
             let data: Option<String> = row.get(3)?;
-            let what = What::from_data(kind, data.as_deref()).map_err(|_| {
-                JournalError::Corrupt(format!("the data of a {name} cannot be read"))
+            let what = Payload::from_data(kind, data.as_deref()).map_err(|_| {
+                JournalError::InvalidRow(format!("the data of a {name} cannot be read"))
             })?;
             let id: EventId = row.get(0)?;
             let (waits, is_dead, is_discarded, outcome_unknown) =
                 (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);
             let standing = match (is_dead, is_discarded, waits, outcome_unknown) {
-                (true, false, _, true) => Standing::DeadOutcomeUnknown,
-                (true, ..) => Standing::NotSent,
-                (false, _, false, _) => Standing::Delivered,
-                (false, _, true, true) => Standing::OutcomeUnknown,
-                (false, _, true, false) if id <= replay_until => Standing::MaybeSent,
-                (false, _, true, false) => Standing::NotSent,
+                (true, false, _, true) => MessageState::DeadOutcomeUnknown,
+                (true, ..) => MessageState::NotSent,
+                (false, _, false, _) => MessageState::Delivered,
+                (false, _, true, true) => MessageState::OutcomeUnknown,
+                (false, _, true, false) if id <= replay_until => MessageState::MaybeSent,
+                (false, _, true, false) => MessageState::NotSent,
             };
             messages.push(Recorded {
                 id,

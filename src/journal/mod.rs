@@ -39,20 +39,20 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 use crate::telemetry::liveness;
-use crate::telemetry::screen::shown;
+use crate::telemetry::terminal::shown;
 use file::DatabaseFile;
 
 pub use console::{
-    Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Wanted, WholeEvent,
+    Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Search, WholeEvent,
 };
 pub use dead_letters::{
-    Decided, Decision, FailedAttempt, FailedEvent, PastDecision, Selection, Who,
+    FailedAttempt, FailedEvent, Operator, PastResolution, Resolution, Resolved, Selection,
 };
-pub use directory::{KnownAdvisor, KnownAgent, Marker};
-pub use inbox::{Admitted, KeptPage, PageToKeep, Progress, Source, keys};
+pub use directory::{KnownAdvisor, KnownAgent, Probe};
+pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
-pub use sessions::{Session, Throttles};
+pub use sessions::{RateLimits, Session};
 pub use status::{DeliveryTimes, Figures, Gap, Group, Oldest};
 pub use storage::Storage;
 pub use verification::{Difference, Scope, VerificationProgress};
@@ -65,10 +65,10 @@ pub enum JournalError {
     Sqlite(#[from] rusqlite::Error),
     /// A row that this program never writes: somebody edited the database.
     #[error("the database holds what cannot be: {0}")]
-    Corrupt(String),
+    InvalidRow(String),
     /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
     #[error("{} was deleted or replaced: put it back, or restart to go on with what is there now", shown(.0))]
-    Displaced(PathBuf),
+    Replaced(PathBuf),
     /// The operation has panicked, or the journal's thread has ended.
     #[error("the journal is closed")]
     Closed,
@@ -130,8 +130,8 @@ impl Store {
     }
 
     /// Opens the database for a command beside the daemon.
-    pub fn open_beside(path: &Path) -> std::result::Result<Self, OpenError> {
-        schema::open_beside(path).map(Self::over)
+    pub fn open_shared(path: &Path) -> std::result::Result<Self, OpenError> {
+        schema::open_shared(path).map(Self::over)
     }
 
     /// Whether [`Self::open`] could make a database there.
@@ -191,7 +191,7 @@ impl Store {
         if file.is_in_place() {
             Ok(())
         } else {
-            Err(JournalError::Displaced(file.named().to_owned()))
+            Err(JournalError::Replaced(file.named().to_owned()))
         }
     }
 
@@ -282,5 +282,5 @@ fn limit(count: usize) -> i64 {
 
 /// A column that must hold what this program wrote there.
 fn present<T>(value: Option<T>, what: &str) -> Result<T> {
-    value.ok_or_else(|| JournalError::Corrupt(what.to_owned()))
+    value.ok_or_else(|| JournalError::InvalidRow(what.to_owned()))
 }

@@ -10,12 +10,12 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::verification::claim_verifications;
-use super::{JournalError, Result, Store, Throttles, limit, present};
+use super::{JournalError, RateLimits, Result, Store, limit, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, Observed, Pending, Transfer,
 };
-use crate::domain::event::{Kind, What};
+use crate::domain::event::{EventKind, Payload};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, Work};
 use crate::domain::time::{Millis, Timestamp};
@@ -45,7 +45,7 @@ pub struct ClaimRequest {
     /// This machine's clock was set back: everything is due now, and after this time what may still be in flight.
     pub clock_set_back: Option<Duration>,
     /// To be stored.
-    pub rate_limits: Option<Throttles>,
+    pub rate_limits: Option<RateLimits>,
 }
 
 /// What is due.
@@ -102,7 +102,7 @@ impl Store {
                         bytes += work.bytes();
                         claimed.work.push(work);
                     }
-                    Err(JournalError::Corrupt(what)) => corrupt.push((id, what)),
+                    Err(JournalError::InvalidRow(what)) => corrupt.push((id, what)),
                     Err(error) => return Err(error),
                 }
             }
@@ -386,13 +386,13 @@ fn read_pending(
 ) -> Result<Pending> {
     let text = |column| -> Result<Option<&str>> {
         let value = row.get_ref(column)?.as_str_or_null();
-        value.map_err(|error| JournalError::Corrupt(error.to_string()))
+        value.map_err(|error| JournalError::InvalidRow(error.to_string()))
     };
     let name = text(1)?.unwrap_or_default();
-    let kind = present(Kind::from_name(name), name)?;
+    let kind = present(EventKind::from_name(name), name)?;
     // The log has the reason: it must not quote what the data says.
-    let what = What::from_data(kind, text(3)?)
-        .map_err(|_| JournalError::Corrupt(format!("the data of a {name} cannot be read")))?;
+    let what = Payload::from_data(kind, text(3)?)
+        .map_err(|_| JournalError::InvalidRow(format!("the data of a {name} cannot be read")))?;
     let id = row.get(0)?;
     Ok(Pending {
         id,

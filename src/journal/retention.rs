@@ -146,7 +146,7 @@ mod tests {
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
     use crate::domain::time::Timestamp;
-    use crate::journal::{PageToKeep, Progress};
+    use crate::journal::{NewPage, Progress};
 
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);
@@ -159,7 +159,7 @@ mod tests {
             r#"{{"events":[{{"conversation_id":1,"event_name":"MESSAGE","event_at":{at},"data":{{"message":"Hi"}}}}]}}"#
         );
         let at = Timestamp::clamped(at);
-        let page = PageToKeep {
+        let page = NewPage {
             query: String::new(),
             served_at: at,
             window: (at, at),
@@ -167,12 +167,12 @@ mod tests {
             events: 1,
             progress: Progress::Complete(Timestamp::clamped(cursor)),
         };
-        store.keep_page(&page).expect("a stored page");
+        store.store_page(&page).expect("a stored page");
         let now = Millis(at.unix() * 1000);
-        for page in store.kept_pages().expect("pages") {
+        for page in store.stored_pages().expect("pages") {
             let received = Counts::of(&[page.keys()]);
             store
-                .admit(&page, Epoch(1), &received, &[], now)
+                .ingest(&page, Epoch(1), &received, &[], now)
                 .expect("events");
         }
         store.end_poll(None, 0, None).expect("the end of a poll");

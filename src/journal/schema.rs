@@ -9,7 +9,7 @@ use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, ffi};
 use thiserror::Error;
 
 use super::file::{DatabaseFile, Lock};
-use crate::telemetry::screen::shown;
+use crate::telemetry::terminal::shown;
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCS2".
 const APPLICATION_ID: i32 = 0x4243_5332;
@@ -194,7 +194,7 @@ pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
 }
 
 /// Opens the database for a command beside the daemon. It is brought up to date, unless an older daemon works on it.
-pub(super) fn open_beside(path: &Path) -> Result<Opened, OpenError> {
+pub(super) fn open_shared(path: &Path) -> Result<Opened, OpenError> {
     let mut file = open_existing(path)?;
     let mut connection = connect(&file)?;
     let found = known_version(&file, &connection)?;
@@ -211,7 +211,7 @@ pub(super) fn open_beside(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the database for reading, also where nothing can be written; one of an older version as [`open_beside`] does.
+/// Opens the database for reading, also where nothing can be written; one of an older version as [`open_shared`] does.
 pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
     let mut file = open_existing(path)?;
     let connection = match connect_to_read(file.path()) {
@@ -228,7 +228,7 @@ pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
     let connection = connection.map_err(|source| sqlite(path, source))?;
     if known_version(&file, &connection)? < MIGRATIONS.len() {
         drop((connection, file));
-        return open_beside(path);
+        return open_shared(path);
     }
     Ok((connection, file))
 }
@@ -514,11 +514,11 @@ mod tests {
             daemon.lock(Lock::Daemon).map(|()| daemon)
         };
         let daemon = lock().expect("the lock");
-        let refused = open_beside(&path).map(drop);
+        let refused = open_shared(&path).map(drop);
         assert!(matches!(refused, Err(OpenError::Older(_))), "{refused:?}");
         assert_eq!(version(&old).ok(), Some(newest - 1));
         drop(daemon);
-        let _opened = open_beside(&path).expect("nobody works on it");
+        let _opened = open_shared(&path).expect("nobody works on it");
         assert_eq!(version(&old).ok(), Some(newest));
         lock().expect("the command lets go of it");
     }
@@ -527,7 +527,7 @@ mod tests {
     fn a_command_makes_no_database() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
-        assert!(matches!(open_beside(&path), Err(OpenError::Missing(_))));
+        assert!(matches!(open_shared(&path), Err(OpenError::Missing(_))));
         assert!(!path.exists());
     }
 }

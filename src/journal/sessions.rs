@@ -22,12 +22,12 @@ pub struct Session {
     pub losses: i64,
     /// The session before gave nothing up and committed everything.
     pub after_clean_end: bool,
-    pub rate_limits: Throttles,
+    pub rate_limits: RateLimits,
 }
 
 /// Until when the APIs are to be left alone, by this machine's clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Throttles {
+pub struct RateLimits {
     pub bigchat: Millis,
     pub our_api: Millis,
     /// OurAPI, since requests that timed out may still be carried out.
@@ -55,7 +55,7 @@ impl Store {
                     id: row.get(0)?,
                     writes_succeeded: row.get(1)?,
                     losses: row.get(2)?,
-                    rate_limits: Throttles {
+                    rate_limits: RateLimits {
                         bigchat: Millis(row.get(3)?),
                         our_api: Millis(row.get(4)?),
                         late: Millis(row.get(5)?),
@@ -79,14 +79,14 @@ impl Store {
     }
 
     /// Ends the session.
-    pub fn end_session(&mut self, rate_limits: Throttles, clean: bool) -> Result<()> {
+    pub fn end_session(&mut self, rate_limits: RateLimits, clean: bool) -> Result<()> {
         self.record_rate_limits(rate_limits)?;
         self.connection
             .execute("UPDATE control SET clean_end = ?1", [clean])?;
         Ok(())
     }
 
-    pub(super) fn record_rate_limits(&mut self, rate_limits: Throttles) -> Result<()> {
+    pub(super) fn record_rate_limits(&mut self, rate_limits: RateLimits) -> Result<()> {
         self.connection.execute(
             "UPDATE control SET bigchat_retry_after = ?1, our_api_retry_after = ?2, late_until = ?3",
             [rate_limits.bigchat.0, rate_limits.our_api.0, rate_limits.late.0],

@@ -165,7 +165,7 @@ impl Store {
     }
 
     /// Keeps how the APIs were found, each by its name: those of them that were asked anything.
-    pub fn note_apis(&mut self, apis: &[(&'static str, ApiStatus)]) -> Result<()> {
+    pub fn record_api_status(&mut self, apis: &[(&'static str, ApiStatus)]) -> Result<()> {
         let transaction = self.begin()?;
         for (name, api) in apis {
             let Some(asked_at) = api.asked_at else {

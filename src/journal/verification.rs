@@ -8,7 +8,7 @@ use rusqlite::{Connection, params};
 use super::queue::{Loading, load_chat};
 use super::{JournalError, Result, Store, limit, present};
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{ChatState, Finding, Verify, Work};
+use crate::domain::progress::{ChatState, VerificationResult, Verify, Work};
 use crate::domain::time::Millis;
 use crate::http::Api;
 
@@ -44,7 +44,7 @@ pub struct VerificationProgress {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     pub external_id: String,
-    pub finding: Finding,
+    pub finding: VerificationResult,
 }
 
 impl VerificationProgress {
@@ -157,7 +157,7 @@ impl Store {
             let chat: String = row.get(1)?;
             differences.push(Difference {
                 external_id: row.get::<_, Option<String>>(0)?.unwrap_or_default(),
-                finding: Finding {
+                finding: VerificationResult {
                     chat: present(chat_state(&chat), &chat)?,
                     messages: row.get(2)?,
                 },
@@ -204,7 +204,7 @@ pub(super) fn claim_verifications(
                 verify: Some(verify),
                 ..chat
             }),
-            Err(JournalError::Corrupt(what)) => {
+            Err(JournalError::InvalidRow(what)) => {
                 tracing::error!(row = id.0, reason = %what, "invalid row in the database; its chat cannot be verified");
             }
             Err(error) => return Err(error),
@@ -218,7 +218,7 @@ pub(super) fn record_finding(
     connection: &Connection,
     conversation: ConversationId,
     verify: Verify,
-    finding: Option<&Finding>,
+    finding: Option<&VerificationResult>,
 ) -> Result<()> {
     match finding {
         None => connection

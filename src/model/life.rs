@@ -192,7 +192,7 @@ impl Stage {
             .expect("the daemon starts");
             match daemon::serve(context).await {
                 // A page that waited for the disk when the daemon had to end.
-                Ok(()) | Err(DaemonError::Unkept(_)) => self.inner().bigchat.forsaken(),
+                Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.forsaken(),
                 Err(error) => panic!("the daemon stops well: {error}"),
             }
             assert!(stopping.is_cancelled(), "it ends only when it is told to");

@@ -129,18 +129,18 @@ impl OurApi {
     }
 
     /// Until when requests may be in flight that nobody waits for any more, by this machine's clock.
-    pub fn held_until(&self) -> Millis {
-        self.permits.held_until()
+    pub fn timed_out_until(&self) -> Millis {
+        self.permits.timed_out_until()
     }
 
     /// So many requests are given up, and may still be in flight.
-    pub fn give_up(&self, requests: usize) {
+    pub fn record_timeout(&self, requests: usize) {
         self.permits
-            .give_up(u16::try_from(requests).unwrap_or(u16::MAX));
+            .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));
     }
 
     /// An earlier session gave up requests: none is sent before they can no longer be in flight.
-    pub fn recall_given_up(&self, until: Millis) {
+    pub fn restore_timed_out(&self, until: Millis) {
         self.permits.recall(until);
     }
 

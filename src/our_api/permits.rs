@@ -78,14 +78,14 @@ impl Permits {
     }
 
     /// Until when a request may be in flight that nobody waits for any more, by this machine's clock.
-    pub(super) fn held_until(&self) -> Millis {
+    pub(super) fn timed_out_until(&self) -> Millis {
         let held = self.held();
         let by_clock = held.iter().map(|held| held.by_clock);
         by_clock.max().unwrap_or_default()
     }
 
     /// So many requests were given up.
-    pub(super) fn give_up(&self, requests: u16) {
+    pub(super) fn record_timeout(&self, requests: u16) {
         self.hold_free(requests, self.request_timeout);
     }
 

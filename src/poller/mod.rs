@@ -5,7 +5,7 @@
 //! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
 //! poller knows nothing of OurAPI.
 
-mod admit;
+mod ingest;
 mod pages;
 mod read;
 mod standstill;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::pages::Pages;
-use self::read::Ended;
+use self::read::FetchEnd;
 use self::standstill::Standstill;
 use crate::bigchat::Source;
 use crate::bigchat::clock::SteadyClock;
@@ -29,10 +29,10 @@ use crate::bigchat::window_query;
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::{ApiError, Exchange};
-use crate::journal::{Journal, JournalError, PageToKeep, STORAGE_PAUSE, Storage};
+use crate::journal::{Journal, JournalError, NewPage, STORAGE_PAUSE, Storage};
 use crate::settings::Settings;
-use crate::telemetry::liveness::Pulse;
-use crate::telemetry::log::telling;
+use crate::telemetry::liveness::Liveness;
+use crate::telemetry::log::log_at;
 use crate::telemetry::metrics::{self, Metrics};
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
@@ -61,7 +61,7 @@ pub struct Signals {
     /// Whether the journal refuses it.
     pub storage: Arc<Storage>,
     /// That it makes progress.
-    pub pulse: Arc<Pulse>,
+    pub liveness: Arc<Liveness>,
     /// Notified of events to be delivered.
     pub work_available: Arc<Notify>,
     /// Cancelled when BigChat was read up to now for the first time, or could not be.
@@ -80,7 +80,7 @@ pub struct Poller {
     settings: Settings,
     signals: Signals,
     /// A page that came and is not kept yet.
-    unkept: Option<Arc<PageToKeep>>,
+    unstored: Option<Arc<NewPage>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
     /// BigChat has not told its time, which was logged.
@@ -98,7 +98,7 @@ pub struct Poller {
 
 /// What a poll came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Polled {
+enum PollOutcome {
     /// BigChat was read up to now.
     UpToDate,
     /// There is more to be read at once.
@@ -133,7 +133,7 @@ impl Poller {
             journal,
             settings,
             signals,
-            unkept: None,
+            unstored: None,
             started_at: None,
             without_clock: false,
             page_failures: 0,
@@ -145,8 +145,8 @@ impl Poller {
     }
 
     /// How many events were told and could not be kept so far.
-    pub fn unkept(&self) -> usize {
-        self.unkept.as_ref().map_or(0, |page| page.events)
+    pub fn unstored(&self) -> usize {
+        self.unstored.as_ref().map_or(0, |page| page.events)
     }
 
     /// Polls at every tick until the daemon is to stop.
@@ -155,12 +155,12 @@ impl Poller {
         let mut tick = Instant::now();
         loop {
             let polled = self.poll().await;
-            if polled != Polled::More {
+            if polled != PollOutcome::More {
                 self.signals.caught_up.cancel();
             }
-            let wait = match (polled, self.unkept.is_some()) {
+            let wait = match (polled, self.unstored.is_some()) {
                 (_, true) => STORAGE_PAUSE.min(interval),
-                (Polled::More, _) => Duration::ZERO,
+                (PollOutcome::More, _) => Duration::ZERO,
                 _ => {
                     if !self.signals.storage.polling.load(Ordering::Relaxed) {
                         self.prune(tick + interval).await;
@@ -170,7 +170,7 @@ impl Poller {
             };
             // A slow poll delays the next one and piles up nothing.
             tick = (tick + wait).max(Instant::now());
-            self.signals.pulse.polling.beat(wait);
+            self.signals.liveness.polling.beat(wait);
             let stopping = self.signals.stopping.clone();
             tokio::select! {
                 () = stopping.cancelled() => return,
@@ -181,31 +181,31 @@ impl Poller {
 
     /// Polls until BigChat is read up to now, or cannot be read; what it told is kept. True if it is read up to now.
     pub async fn catch_up(&mut self) -> bool {
-        let mut polled = Polled::More;
+        let mut polled = PollOutcome::More;
         while !self.signals.stopping.is_cancelled() {
             polled = self.poll().await;
             match polled {
-                Polled::More => {}
-                _ if self.unkept() > 0 => sleep(STORAGE_PAUSE).await,
-                Polled::UpToDate | Polled::Incomplete => break,
+                PollOutcome::More => {}
+                _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
+                PollOutcome::UpToDate | PollOutcome::Incomplete => break,
             }
         }
         self.prune(Instant::now()).await;
-        polled == Polled::UpToDate
+        polled == PollOutcome::UpToDate
     }
 
     /// One poll. What goes wrong is logged here, and the next one goes on from there.
-    async fn poll(&mut self) -> Polled {
+    async fn poll(&mut self) -> PollOutcome {
         let polled = self.try_poll().await;
-        if !matches!(polled, Ok(Polled::More)) {
+        if !matches!(polled, Ok(PollOutcome::More)) {
             self.source.clock().count_poll();
         }
         let Signals {
             metrics, storage, ..
         } = &self.signals;
         metrics.polled(match &polled {
-            Ok(Polled::Incomplete) => metrics::Poll::Incomplete,
-            Ok(Polled::UpToDate | Polled::More) => metrics::Poll::Complete,
+            Ok(PollOutcome::Incomplete) => metrics::Poll::Incomplete,
+            Ok(PollOutcome::UpToDate | PollOutcome::More) => metrics::Poll::Complete,
             Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
             Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
         });
@@ -222,30 +222,30 @@ impl Poller {
                 let Exchange {
                     request, response, ..
                 } = error.exchange.logged();
-                telling!(
+                log_at!(
                     !self.source.http().is_failing(),
                     reason = error.summary(),
                     request,
                     response,
                     "the poll failed; the next one goes on from the same point"
                 );
-                Polled::Incomplete
+                PollOutcome::Incomplete
             }
             Err(error @ PollError::Unanswered) => {
                 tracing::warn!("{error}");
-                Polled::Incomplete
+                PollOutcome::Incomplete
             }
             Err(PollError::Journal(error)) => {
                 if !refused.swap(true, Ordering::Relaxed) {
                     tracing::error!(reason = %error, "the journal cannot be written: polling pauses until it can");
                 }
-                Polled::Incomplete
+                PollOutcome::Incomplete
             }
         }
     }
 
-    async fn try_poll(&mut self) -> Result<Polled, PollError> {
-        if let Some(page) = self.unkept.clone() {
+    async fn try_poll(&mut self) -> Result<PollOutcome, PollError> {
+        if let Some(page) = self.unstored.clone() {
             self.keep(page).await?;
         }
         self.journal.with(|store| store.in_place()).await?;
@@ -267,12 +267,12 @@ impl Poller {
         // goes on with its earlier pages, by which equal messages on the next ones are told apart.
         let mut pages = Pages::load(&self.journal).await?;
         if pages.are_new() {
-            self.admit(&mut pages).await?;
+            self.ingest(&mut pages).await?;
         }
         if self.signals.stopping.is_cancelled() {
-            return Ok(Polled::Incomplete);
+            return Ok(PollOutcome::Incomplete);
         }
-        let (window, next, rereading) = self.window(now).await?;
+        let (window, next, rescans_left) = self.window(now).await?;
         let first = window_query(window.start, window.end);
         if next.as_ref().is_none_or(|next| *next == first) {
             pages.forget(&self.journal).await?;
@@ -282,39 +282,39 @@ impl Poller {
         let read = self.read(&mut pages, window, next.unwrap_or(first)).await;
         if self.signals.stopping.is_cancelled() {
             // What was kept is admitted at the next start.
-            return Ok(Polled::Incomplete);
+            return Ok(PollOutcome::Incomplete);
         }
         // A BigChat that tells nothing at all tells nothing of a restart either.
         let progress = if !pages.are_new() && read.is_err() {
             false
         } else {
-            self.admit(&mut pages).await?
+            self.ingest(&mut pages).await?
         };
         let (polled, cursor) = match read? {
-            Ended::Complete if window.catching_up => (Polled::More, None),
-            Ended::Complete => (Polled::UpToDate, None),
-            Ended::Stuck => (Polled::Incomplete, None),
-            Ended::TooOld(oldest) => return self.skip_gap(oldest).await,
-            Ended::Budget if progress || rereading > 0 => {
-                self.journal.with(|store| store.reread()).await?;
+            FetchEnd::Complete if window.catching_up => (PollOutcome::More, None),
+            FetchEnd::Complete => (PollOutcome::UpToDate, None),
+            FetchEnd::Stuck => (PollOutcome::Incomplete, None),
+            FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
+            FetchEnd::Budget if progress || rescans_left > 0 => {
+                self.journal.with(|store| store.rescan()).await?;
                 tracing::warn!(
                     "a poll had more pages than are asked for at once; the next one goes on from there"
                 );
-                return Ok(Polled::Incomplete);
+                return Ok(PollOutcome::Incomplete);
             }
-            Ended::Budget => {
+            FetchEnd::Budget => {
                 tracing::warn!(
                     "a poll went on and on and brought nothing new; it counts as complete"
                 );
-                (Polled::UpToDate, Some(window.end))
+                (PollOutcome::UpToDate, Some(window.end))
             }
         };
-        let rereading = if polled == Polled::Incomplete {
+        let rescans_left = if polled == PollOutcome::Incomplete {
             REREAD
         } else {
             0
         };
-        let read = (polled != Polled::Incomplete).then(|| {
+        let read = (polled != PollOutcome::Incomplete).then(|| {
             let here = Timestamp::of_this_machine();
             let there = self.source.clock().now().unwrap_or(here);
             (Millis::now(), there.unix() - here.unix())
@@ -322,18 +322,18 @@ impl Poller {
         let source = self
             .journal
             .with(move |store| {
-                store.end_poll(cursor, rereading, read)?;
+                store.end_poll(cursor, rescans_left, read)?;
                 store.source()
             })
             .await?;
-        if let (Some(cursor), true) = (source.cursor, polled == Polled::UpToDate) {
+        if let (Some(cursor), true) = (source.cursor, polled == PollOutcome::UpToDate) {
             self.standstill.observe(cursor, Instant::now());
         }
         Ok(polled)
     }
 
     /// Goes on from where BigChat still answers.
-    async fn skip_gap(&self, oldest: Timestamp) -> Result<Polled, PollError> {
+    async fn skip_gap(&self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
         let source = self.journal.with(|store| store.source()).await?;
         let is_new = self
@@ -346,7 +346,7 @@ impl Poller {
                 "BigChat no longer reports what happened then, and it had not been read: it is lost to us"
             );
         }
-        Ok(Polled::More)
+        Ok(PollOutcome::More)
     }
 
     /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
@@ -360,7 +360,7 @@ impl Poller {
                 end,
                 catching_up: end < now,
             };
-            return Ok((window, Some(next), source.rereading));
+            return Ok((window, Some(next), source.rescans_left));
         }
         let cursor = match source.cursor {
             Some(cursor) => cursor,
@@ -382,7 +382,7 @@ impl Poller {
                 .await?;
         }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
-        Ok((window, None, source.rereading))
+        Ok((window, None, source.rescans_left))
     }
 
     /// Drops old events, and stops for the next poll: the rest of them can wait. But a tenth of the interval is theirs:

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::{MAX_BYTES, MAX_PAGES};
 use crate::bigchat::canonical_query;
 use crate::domain::dedupe::{Counts, Key, is_repetition};
-use crate::journal::{Journal, JournalError, KeptPage, Store};
+use crate::journal::{Journal, JournalError, Store, StoredPage};
 
 /// How many successive pages without events complete a poll: a service may name a further, empty page without end. An
 /// empty page among others is nothing unusual.
@@ -15,7 +15,7 @@ const MAX_EMPTY_PAGES: usize = 10;
 #[derive(Debug, Default)]
 pub(super) struct Pages {
     /// As they came.
-    pub(super) kept: Vec<KeptPage>,
+    pub(super) kept: Vec<StoredPage>,
     /// The keys of their events.
     keys: Vec<Vec<Key>>,
     /// By which queries they were requested, in [one spelling](canonical_query).
@@ -26,7 +26,7 @@ impl Pages {
     /// The stored ones.
     pub(super) async fn load(journal: &Journal) -> Result<Self, JournalError> {
         let mut pages = Self::default();
-        for page in journal.with(|store| store.kept_pages()).await? {
+        for page in journal.with(|store| store.stored_pages()).await? {
             let keys = page.keys();
             pages.add(page, keys);
         }
@@ -55,7 +55,7 @@ impl Pages {
 
     /// Whether there are any that are not admitted yet.
     pub(super) fn are_new(&self) -> bool {
-        self.kept.iter().any(|page| !page.admitted)
+        self.kept.iter().any(|page| !page.ingested)
     }
 
     /// Whether they are as many as one poll requests, and too many to be held in memory for longer.
@@ -70,7 +70,7 @@ impl Pages {
     }
 
     /// Adds a stored page with the keys of its events.
-    pub(super) fn add(&mut self, page: KeptPage, keys: Vec<Key>) {
+    pub(super) fn add(&mut self, page: StoredPage, keys: Vec<Key>) {
         self.keys.push(keys);
         self.queries.insert(canonical_query(&page.query));
         self.kept.push(page);

@@ -10,7 +10,7 @@ use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{JournalError, KeptPage, PageToKeep, Progress, keys};
+use crate::journal::{JournalError, NewPage, Progress, StoredPage, keys};
 
 /// How often a further page is asked for at once if it cannot be had.
 const PAGE_TRIES: u32 = 3;
@@ -20,7 +20,7 @@ const PAGE_FAILURES: u32 = 3;
 
 /// How the reading of a window ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum FetchEnd {
     /// With the last page.
     Complete,
     /// With the last page that one poll asks for.
@@ -38,7 +38,7 @@ impl Poller {
         pages: &mut Pages,
         window: Window,
         first: String,
-    ) -> Result<Ended, PollError> {
+    ) -> Result<FetchEnd, PollError> {
         let mut next = Some(first);
         let mut bytes = 0;
         for _ in 0..MAX_PAGES {
@@ -46,7 +46,7 @@ impl Poller {
                 break;
             }
             let Some(query) = next else {
-                return Ok(Ended::Complete);
+                return Ok(FetchEnd::Complete);
             };
             let page = match self.ask(&query, bytes > 0).await {
                 Ok(page) => page,
@@ -77,7 +77,7 @@ impl Poller {
                 Some(next) => Progress::Next(next.clone()),
                 None => Progress::Complete(window.end.min(now)),
             };
-            let kept = PageToKeep {
+            let kept = NewPage {
                 query,
                 served_at: now,
                 window: (window.start, window.end),
@@ -85,12 +85,12 @@ impl Poller {
                 events: page.events,
                 progress,
             };
-            pages.add(self.keep_page(kept).await?, keys);
+            pages.add(self.store_page(kept).await?, keys);
         }
         Ok(if next.is_none() {
-            Ended::Complete
+            FetchEnd::Complete
         } else {
-            Ended::Budget
+            FetchEnd::Budget
         })
     }
 
@@ -105,7 +105,7 @@ impl Poller {
     }
 
     /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
-    fn page_failed(&mut self, error: ApiError, further: bool) -> Result<Ended, PollError> {
+    fn page_failed(&mut self, error: ApiError, further: bool) -> Result<FetchEnd, PollError> {
         if !further && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
             let kind = ErrorKind::WrongService;
@@ -128,7 +128,7 @@ impl Poller {
             response,
             "the next page cannot be had: the window is read again from its beginning"
         );
-        Ok(Ended::Stuck)
+        Ok(FetchEnd::Stuck)
     }
 
     /// BigChat refuses a window. If it answers for a recent one, it has dropped what is older than some limit, which is
@@ -138,7 +138,7 @@ impl Poller {
         pages: &mut Pages,
         window: Window,
         error: ApiError,
-    ) -> Result<Ended, PollError> {
+    ) -> Result<FetchEnd, PollError> {
         let now = self.source.clock().now().unwrap_or(window.end);
         let mut answered = now.minus(self.settings.poll_overlap);
         let mut refused = window.start;
@@ -159,7 +159,7 @@ impl Poller {
         if self.is_answered(pages, window, refused).await? {
             return Err(error.into());
         }
-        Ok(Ended::TooOld(answered))
+        Ok(FetchEnd::TooOld(answered))
     }
 
     /// Whether BigChat answers for a window that starts then. If so, its first page is ingested.
@@ -178,7 +178,7 @@ impl Poller {
             Err(error) => return Err(error.into()),
         };
         let keys = keys(&page.body);
-        let page = PageToKeep {
+        let page = NewPage {
             query,
             served_at: now,
             window: (window.start, window.end),
@@ -187,46 +187,43 @@ impl Poller {
             // If that is all that becomes of it, the search begins anew.
             progress: Progress::Next(window_query(window.start, window.end)),
         };
-        pages.add(self.keep_page(page).await?, keys);
-        self.admit(pages).await?;
+        pages.add(self.store_page(page).await?, keys);
+        self.ingest(pages).await?;
         pages.forget(&self.journal).await?;
         Ok(true)
     }
 
-    async fn keep_page(&mut self, page: PageToKeep) -> Result<KeptPage, PollError> {
+    async fn store_page(&mut self, page: NewPage) -> Result<StoredPage, PollError> {
         let page = Arc::new(page);
         let (id, kept_in) = self.keep(Arc::clone(&page)).await?;
         tracing::debug!(events = page.events, query = %page.query, "a page was kept");
-        let PageToKeep {
+        let NewPage {
             query,
             served_at,
             window,
             body,
             ..
         } = Arc::unwrap_or_clone(page);
-        Ok(KeptPage {
+        Ok(StoredPage {
             id,
             query,
             served_at,
             window_start: window.0,
             body,
-            admitted: false,
+            ingested: false,
             kept_in,
             told_by: None,
         })
     }
 
     /// Keeps the page that came last; where the disk refuses, it stays in memory. Returns its id and the run it is kept in.
-    pub(super) async fn keep(
-        &mut self,
-        page: Arc<PageToKeep>,
-    ) -> Result<(i64, Epoch), JournalError> {
-        self.unkept = Some(Arc::clone(&page));
+    pub(super) async fn keep(&mut self, page: Arc<NewPage>) -> Result<(i64, Epoch), JournalError> {
+        self.unstored = Some(Arc::clone(&page));
         let kept = self
             .journal
-            .with(move |store| store.keep_page(&page))
+            .with(move |store| store.store_page(&page))
             .await?;
-        self.unkept = None;
+        self.unstored = None;
         Ok(kept)
     }
 }

@@ -20,23 +20,23 @@ const AT_REST: u64 = u64::MAX;
 
 task_local! {
     /// Whose future runs here.
-    static HERE: Heart;
+    static HERE: Heartbeat;
 }
 
 /// The hearts of the daemon.
 #[derive(Debug)]
-pub struct Pulse {
+pub struct Liveness {
     /// The poller's: its polls, and the requests they are made of.
-    pub polling: Heart,
+    pub polling: Heartbeat,
     /// Delivery's, as far as it settles and claims.
-    pub delivering: Heart,
+    pub delivering: Heartbeat,
     /// The handlers', all in one: at rest while none is in work.
-    pub handling: Heart,
+    pub handling: Heartbeat,
 }
 
 /// Beats for one part of the daemon.
 #[derive(Debug, Clone)]
-pub struct Heart(Arc<Beats>);
+pub struct Heartbeat(Arc<Beats>);
 
 #[derive(Debug)]
 struct Beats {
@@ -47,15 +47,15 @@ struct Beats {
     due: AtomicU64,
 }
 
-impl Pulse {
+impl Liveness {
     /// All at rest; a request is over after `request_timeout`.
     pub fn new(request_timeout: Duration, now: Instant) -> Self {
         // A GET whose connection broke is sent twice.
         let at_the_most = request_timeout.saturating_mul(2);
         Self {
-            polling: Heart::new(at_the_most, now),
-            delivering: Heart::new(at_the_most, now),
-            handling: Heart::new(at_the_most, now),
+            polling: Heartbeat::new(at_the_most, now),
+            delivering: Heartbeat::new(at_the_most, now),
+            handling: Heartbeat::new(at_the_most, now),
         }
     }
 
@@ -76,7 +76,7 @@ impl Pulse {
     }
 }
 
-impl Heart {
+impl Heartbeat {
     fn new(at_the_most: Duration, began: Instant) -> Self {
         Self(Arc::new(Beats {
             began,
@@ -86,7 +86,7 @@ impl Heart {
     }
 
     /// Lets it beat for `work` until that ends: at once, and with whatever ends in it.
-    pub async fn beat_for<T>(&self, work: impl Future<Output = T>) -> T {
+    pub async fn supervise<T>(&self, work: impl Future<Output = T>) -> T {
         self.beat(Duration::ZERO);
         let done = HERE.scope(self.clone(), work).await;
         self.rest();
@@ -94,7 +94,7 @@ impl Heart {
     }
 
     /// The same for one of several pieces of work; that there is none any more is to be told by [`Self::rest`].
-    pub async fn beat_for_one<T>(&self, work: impl Future<Output = T>) -> T {
+    pub async fn supervise_one<T>(&self, work: impl Future<Output = T>) -> T {
         self.beat(Duration::ZERO);
         HERE.scope(self.clone(), work).await
     }
@@ -162,39 +162,39 @@ mod tests {
     async fn what_neither_sleeps_nor_ends_is_stuck() {
         let now = Instant::now();
         let after = |seconds| now + Duration::from_secs(seconds);
-        let pulse = Pulse::new(TIMEOUT, now);
-        assert_eq!(pulse.stuck(after(1_000_000)), None, "all at rest");
+        let liveness = Liveness::new(TIMEOUT, now);
+        assert_eq!(liveness.stuck(after(1_000_000)), None, "all at rest");
 
-        pulse.polling.beat(Duration::from_secs(60));
-        assert_eq!(pulse.stuck(after(105)), None);
-        assert_eq!(pulse.stuck(after(120)), Some("polling is stuck"));
+        liveness.polling.beat(Duration::from_secs(60));
+        assert_eq!(liveness.stuck(after(105)), None);
+        assert_eq!(liveness.stuck(after(120)), Some("polling is stuck"));
 
-        pulse.polling.rest();
-        pulse.handling.beat_for_one(async {}).await;
+        liveness.polling.rest();
+        liveness.handling.supervise_one(async {}).await;
         assert_eq!(
-            pulse.stuck(after(60)),
+            liveness.stuck(after(60)),
             Some("delivery is stuck: what is in work does not end"),
             "others may be in work"
         );
-        pulse.handling.rest();
-        pulse.delivering.beat_for(async {}).await;
-        assert_eq!(pulse.stuck(after(60)), None);
+        liveness.handling.rest();
+        liveness.delivering.supervise(async {}).await;
+        assert_eq!(liveness.stuck(after(60)), None);
     }
 
     #[tokio::test]
     async fn what_ends_in_it_beats_for_whoever_waits_for_it() {
         let now = Instant::now();
-        let pulse = Pulse::new(TIMEOUT, now);
-        let polling = pulse.polling.beat_for(async {
-            let before = due(&pulse.polling);
-            pulse.polling.0.due.store(0, Ordering::Relaxed);
+        let liveness = Liveness::new(TIMEOUT, now);
+        let polling = liveness.polling.supervise(async {
+            let before = due(&liveness.polling);
+            liveness.polling.0.due.store(0, Ordering::Relaxed);
             goes_on(Instant::now());
-            assert!(due(&pulse.polling) >= before);
-            assert_eq!(due(&pulse.handling), AT_REST, "not for others");
+            assert!(due(&liveness.polling) >= before);
+            assert_eq!(due(&liveness.handling), AT_REST, "not for others");
         });
         polling.await;
         goes_on(Instant::now());
-        assert_eq!(due(&pulse.polling), AT_REST);
+        assert_eq!(due(&liveness.polling), AT_REST);
     }
 
     async fn until(what: &str, condition: impl Fn() -> bool) {
@@ -205,12 +205,12 @@ mod tests {
         }
     }
 
-    fn due(heart: &Heart) -> u64 {
+    fn due(heart: &Heartbeat) -> u64 {
         heart.0.due.load(Ordering::Relaxed)
     }
 
     /// Waits until it beats again.
-    async fn beats(heart: &Heart, what: &str) {
+    async fn beats(heart: &Heartbeat, what: &str) {
         let before = due(heart);
         until(what, || due(heart) != before && due(heart) != AT_REST).await;
     }
@@ -242,22 +242,22 @@ mod tests {
         let simulator = simulator.expect("the services");
         let stopping = CancellationToken::new();
         let context = begin(&simulator, &stopping).await;
-        let pulse = &context.pulse;
+        let liveness = &context.liveness;
         let running = tokio::spawn(daemon::serve(Arc::clone(&context)));
-        beats(&pulse.polling, "polling").await;
-        beats(&pulse.delivering, "delivery").await;
+        beats(&liveness.polling, "polling").await;
+        beats(&liveness.delivering, "delivery").await;
 
         // A request that takes long is beaten for when it begins and when it ends.
         let our_api = &simulator.our_api;
         our_api.upset("*", paused());
         until("a request waits", || our_api.pausing() == 1).await;
-        let during = due(&pulse.handling);
+        let during = due(&liveness.handling);
         assert_ne!(during, AT_REST, "somebody is in work");
         our_api.resume();
-        until("it goes on", || due(&pulse.handling) != during).await;
+        until("it goes on", || due(&liveness.handling) != during).await;
         simulator.bigchat.state().set_quiet(true);
-        until("nobody is in work", || due(&pulse.handling) == AT_REST).await;
-        beats(&pulse.polling, "polling goes on").await;
+        until("nobody is in work", || due(&liveness.handling) == AT_REST).await;
+        beats(&liveness.polling, "polling goes on").await;
 
         let (go_on, waits) = mpsc::channel::<()>();
         let disk = context.journal.with(move |_| {
@@ -266,23 +266,23 @@ mod tests {
         });
         let hangs = async {
             // What was on its way when it began to hang has ended by then.
-            let (mut before, mut now) = (0, due(&pulse.polling));
+            let (mut before, mut now) = (0, due(&liveness.polling));
             while before != now {
                 sleep(Duration::from_millis(500)).await;
-                (before, now) = (now, due(&pulse.polling));
+                (before, now) = (now, due(&liveness.polling));
             }
             let later = Instant::now() + TIMEOUT * 2 + GRACE + Duration::from_secs(2);
-            assert_eq!(pulse.stuck(Instant::now()), None, "not at once");
-            assert_eq!(pulse.stuck(later), Some("polling is stuck"));
+            assert_eq!(liveness.stuck(Instant::now()), None, "not at once");
+            assert_eq!(liveness.stuck(later), Some("polling is stuck"));
             drop(go_on);
         };
         let (outcome, ()) = tokio::join!(disk, hangs);
         outcome.expect("it goes on");
-        beats(&pulse.polling, "polling goes on").await;
+        beats(&liveness.polling, "polling goes on").await;
 
         stopping.cancel();
         running.await.expect("no panic").expect("it stops well");
-        for heart in [&pulse.polling, &pulse.delivering] {
+        for heart in [&liveness.polling, &liveness.delivering] {
             assert_eq!(due(heart), AT_REST);
         }
     }

@@ -22,10 +22,10 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
 use crate::settings::LogFormat;
-use crate::telemetry::screen::Screen;
+use crate::telemetry::terminal::Terminal;
 
 /// How many lines of a kind are written in full from one summary to the next.
-pub const IN_FULL: u32 = 10;
+pub const BURST: u32 = 10;
 
 /// Where the lines come from that stand for others.
 const NEVER_LEFT_OUT: [&str; 3] = [
@@ -46,7 +46,7 @@ struct Lines {
 }
 
 /// A warning where that is so; else the same for who asks for details.
-macro_rules! telling {
+macro_rules! log_at {
     ($so:expr, $($line:tt)+) => {
         if $so {
             tracing::warn!($($line)+);
@@ -56,7 +56,7 @@ macro_rules! telling {
     };
 }
 
-pub(crate) use telling;
+pub(crate) use log_at;
 
 /// Whether requests and responses are logged whole (`--log-message-text`).
 static MESSAGE_TEXT: AtomicBool = AtomicBool::new(false);
@@ -77,11 +77,11 @@ pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -
 }
 
 /// Starts the log, from a level on that RUST_LOG can change.
-pub fn start(format: LogFormat, level: &str, screen: &Screen) {
+pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     // Who asks for details wants all of them.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
-    let lines = tracing_subscriber::fmt::layer().with_writer(screen.log(format));
+    let lines = tracing_subscriber::fmt::layer().with_writer(terminal.log(format));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
         LogFormat::Text => lines
             .with_target(false)
@@ -121,11 +121,11 @@ pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
 }
 
 /// Tells what was left out since this was last asked, and begins to count anew. True if anything was.
-pub fn tell_left_out() -> bool {
+pub fn report_left_out() -> bool {
     let mut left_out: Vec<Lines> = std::mem::take(&mut *lines()).into_values().collect();
-    left_out.retain(|lines| lines.count > IN_FULL);
+    left_out.retain(|lines| lines.count > BURST);
     for Lines { count, message } in &left_out {
-        tracing::warn!(lines = count - IN_FULL, like = %message, "left out of the log");
+        tracing::warn!(lines = count - BURST, like = %message, "left out of the log");
     }
     !left_out.is_empty()
 }
@@ -142,10 +142,10 @@ impl<S: Subscriber> Layer<S> for Bound {
         let mut lines = lines();
         let lines = lines.entry(metadata.callsite()).or_default();
         lines.count = lines.count.saturating_add(1);
-        if lines.count == IN_FULL + 1 {
+        if lines.count == BURST + 1 {
             event.record(&mut Message(&mut lines.message));
         }
-        lines.count <= IN_FULL
+        lines.count <= BURST
     }
 }
 

@@ -6,4 +6,4 @@ pub mod log;
 pub mod metrics;
 mod output;
 pub mod pace;
-pub mod screen;
+pub mod terminal;

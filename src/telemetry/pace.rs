@@ -10,9 +10,9 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 /// How much was done at some moments of late.
 #[derive(Debug)]
-pub struct Pace(VecDeque<(Instant, u64)>);
+pub struct RateEstimate(VecDeque<(Instant, u64)>);
 
-impl Pace {
+impl RateEstimate {
     /// So much is done when it begins.
     pub fn new(at: Instant, done: u64) -> Self {
         Self(VecDeque::from([(at, done)]))
@@ -74,7 +74,7 @@ mod tests {
     fn the_rate_is_that_of_late() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut pace = Pace::new(start, 5);
+        let mut pace = RateEstimate::new(start, 5);
         let shown = |rate: Rate| rate.to_string();
         assert_eq!(shown(pace.now(start, 5, Some(10))), "0.0/s, - left");
         assert_eq!(shown(pace.now(at(2), 45, Some(100))), "20/s, 5s left");

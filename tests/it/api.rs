@@ -42,7 +42,7 @@ impl<'a> Console<'a> {
         (status, answer.json().await.unwrap_or_default())
     }
 
-    async fn decide(&self, decision: &str, which: Value) -> (StatusCode, Value) {
+    async fn resolve(&self, decision: &str, which: Value) -> (StatusCode, Value) {
         let url = format!("{}/api/failed/{decision}", self.url);
         let request = self.client.post(url).header("x-bigchat-sync", "1");
         let answer = request.json(&which).send().await.expect("an answer");
@@ -108,12 +108,12 @@ let console = Console::over(t, &failed(12)).await;
         json!({"ids": ["1"]}),
         json!({"ids": [1], "conversation": 42}),
     ] {
-        let (status, answer) = console.decide("discard", nonsense.clone()).await;
+        let (status, answer) = console.resolve("discard", nonsense.clone()).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
         assert!(answer["error"].is_string(), "{nonsense}");
     }
     assert_eq!(t.events("failed"), 12);
-    let discard = async |which| console.decide("discard", which).await.1;
+    let discard = async |which| console.resolve("discard", which).await.1;
     assert_eq!(
         discard(json!({"ids": [1, 2, 2, 99]})).await,
         json!({"done": 2, "next": null})
@@ -149,7 +149,7 @@ let console = Console::over(t, &failed(12)).await;
 
     // The rest is tried again, at once, and reaches OurAPI.
     assert_eq!(
-        console.decide("retry", json!({"all": true})).await.1["done"],
+        console.resolve("retry", json!({"all": true})).await.1["done"],
         5
     );
     t.until_events("delivered", 5).await;
@@ -275,7 +275,7 @@ async fn without_the_token_there_is_a_page_and_nothing_on_it() {
             );
         }
         for decision in ["retry", "discard"] {
-            let (status, _) = console.decide(decision, json!({"all": true})).await;
+            let (status, _) = console.resolve(decision, json!({"all": true})).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{decision}");
         }
         console.daemon.stop().await;

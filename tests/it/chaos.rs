@@ -127,7 +127,7 @@ async fn after_a_kill(t: &Test, kept: bool) -> (usize, bool) {
     daemon.kill().expect("it was running");
     daemon.wait().expect("it has ended");
     drop(other);
-    let mut journal = Store::open_beside(&t.db()).expect("the database");
+    let mut journal = Store::open_shared(&t.db()).expect("the database");
     let apart =
         count_apart(&mut t.bigchat.state(), &mut journal).expect("the database can be read");
     (apart, t.compare().is_clean())

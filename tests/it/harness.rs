@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::failed::{self, FailedError};
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::console::Door;
-use bigchat_sync::daemon::{self, DaemonError, Onlookers};
+use bigchat_sync::console::Listener;
+use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::journal::{FailedEvent, Store};
 use bigchat_sync::settings::{Settings, Tokens};
 use bigchat_sync::simulator::bigchat::{Clock, Options};
@@ -390,7 +390,7 @@ impl Bench {
         let task = tokio::spawn(daemon::run(
             self.settings(),
             tokens,
-            Onlookers::default(),
+            Observers::default(),
             stopping.clone(),
         ));
         self.daemon(stopping, task)
@@ -400,12 +400,12 @@ impl Bench {
     pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("its address"));
-        let (stopping, door) = (CancellationToken::new(), Some(Door::Open(listener)));
+        let (stopping, listener) = (CancellationToken::new(), Some(Listener::Open(listener)));
         let daemon = daemon::run_at(
-            door,
+            listener,
             self.settings(),
             tokens,
-            Onlookers::default(),
+            Observers::default(),
             stopping.clone(),
         );
         let daemon = self.daemon(stopping, tokio::spawn(daemon));
@@ -444,7 +444,7 @@ impl Bench {
         let once = daemon::once(
             self.settings(),
             Tokens::default(),
-            Onlookers::default(),
+            Observers::default(),
             stopping.clone(),
         );
         (stopping, tokio::spawn(once))
@@ -522,7 +522,7 @@ impl Bench {
 
     /// The failed events.
     pub(crate) fn failed(&self) -> Vec<FailedEvent> {
-        let mut store = Store::open_beside(&self.db()).expect("a database");
+        let mut store = Store::open_shared(&self.db()).expect("a database");
         store.failed(1000).expect("the failed events")
     }
 }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::process::Process;
 
 /// How many lines of a kind are written in full between two summaries.
-const IN_FULL: usize = 10;
+const BURST: usize = 10;
 
 /// All that was logged, each line read as JSON.
 fn lines(log: &str) -> Vec<Value> {
@@ -245,9 +245,9 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
         let log = std::fs::read_to_string(log).expect("a log");
         let (lines, messages) = (lines(&log), messages(&log));
         let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
-        assert_eq!(messages[for_good], IN_FULL, "{log}");
+        assert_eq!(messages[for_good], BURST, "{log}");
         assert!(
-            messages.values().all(|count| *count <= IN_FULL),
+            messages.values().all(|count| *count <= BURST),
             "{messages:?}"
         );
         let left_out: BTreeMap<_, _> = lines

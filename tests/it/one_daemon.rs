@@ -135,7 +135,7 @@ fn sqlite_keeps_its_locks_while_others_open_and_close() {
     type Open = fn(&Path) -> Result<Store, OpenError>;
     let open: [(&str, Open); 3] = [
         ("daemon", Store::open),
-        ("command", Store::open_beside),
+        ("command", Store::open_shared),
         ("reader", Store::open_reader),
     ];
     for name in [&db, &link] {

@@ -11,13 +11,13 @@ use tempfile::TempDir;
 use crate::process::Process;
 
 /// A service manager's socket, and all that was told there.
-struct Manager {
+struct SystemdNotifier {
     socket: UnixDatagram,
     directory: TempDir,
     told: Vec<String>,
 }
 
-impl Manager {
+impl SystemdNotifier {
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let socket = UnixDatagram::bind(directory.path().join("notify")).expect("a socket");
@@ -62,7 +62,7 @@ async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let mut manager = Manager::new();
+        let mut manager = SystemdNotifier::new();
         let daemon = manager.start(t, Some(Duration::from_millis(100)));
         until("it is ready", async || manager.count("READY=1") == 1).await;
         assert!(t.is_ready(), "not before the session has begun");
@@ -85,7 +85,7 @@ async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
         t.once().await;
         let other = rusqlite::Connection::open(t.db()).expect("the database");
         other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
-        let mut manager = Manager::new();
+        let mut manager = SystemdNotifier::new();
         let daemon = manager.start(t, None);
         until("it waits", async || {
             daemon.lines_with("the database cannot be used yet") == 1

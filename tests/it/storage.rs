@@ -414,7 +414,7 @@ fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
             let path = path.clone();
             std::thread::spawn(move || {
                 loop {
-                    match Store::open_beside(&path) {
+                    match Store::open_shared(&path) {
                         Err(OpenError::Missing(_)) => {}
                         opened => return opened.map(drop),
                     }

@@ -62,7 +62,7 @@ delivered(t).await;
         let daemon = daemon_runs.then(|| t.start());
         // Else the command takes the database first, and the daemon is refused it.
         until("it is whose it is to be", async || {
-            Store::open_beside(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
+            Store::open_shared(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
         })
         .await;
         let (said, clean) = verify(t, &[]).await;
@@ -151,8 +151,8 @@ async fn of_what_is_not_known_nothing_can_be_built() {
         delivered(t).await;
         let refused = outcome(t, &["--conversation", "99"]).await;
         assert_eq!(refused.status.code(), Some(1));
-        let complaint = String::from_utf8_lossy(&refused.stderr);
-        assert!(complaint.contains("conversation 99"), "{complaint}");
+        let detail = String::from_utf8_lossy(&refused.stderr);
+        assert!(detail.contains("conversation 99"), "{detail}");
     })
     .await;
 }

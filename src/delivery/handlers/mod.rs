@@ -9,15 +9,15 @@ pub(super) mod start;
 pub(super) mod transfer;
 
 use crate::domain::conversation::{Desired, Pending};
-use crate::domain::event::What;
+use crate::domain::event::Payload;
 
 /// Folds an event into what is desired of its chat.
 pub(super) fn fold(desired: &mut Desired, event: &Pending) {
     match &event.what {
-        What::Start => start::fold(desired, event),
-        What::End => end::fold(desired, event),
-        What::Transfer { advisor } => transfer::fold(desired, event, *advisor),
-        What::Message { .. } => {}
+        Payload::Start => start::fold(desired, event),
+        Payload::End => end::fold(desired, event),
+        Payload::Transfer { advisor } => transfer::fold(desired, event, *advisor),
+        Payload::Message { .. } => {}
     }
 }
 
@@ -30,7 +30,7 @@ mod tests {
     use crate::domain::ids::{AdvisorId, EventId};
     use crate::domain::time::{Millis, Timestamp};
 
-    fn event(id: i64, at: i64, what: What) -> Pending {
+    fn event(id: i64, at: i64, what: Payload) -> Pending {
         Pending {
             id: EventId(id),
             at: Timestamp::clamped(at),
@@ -43,12 +43,12 @@ mod tests {
         }
     }
 
-    fn what() -> impl Strategy<Value = What> {
+    fn what() -> impl Strategy<Value = Payload> {
         prop_oneof![
-            Just(What::Start),
-            Just(What::End),
-            (0_i64..9).prop_map(|advisor| What::Transfer { advisor }),
-            Just(What::Message { text: "hi".into() }),
+            Just(Payload::Start),
+            Just(Payload::End),
+            (0_i64..9).prop_map(|advisor| Payload::Transfer { advisor }),
+            Just(Payload::Message { text: "hi".into() }),
         ]
     }
 
@@ -59,14 +59,14 @@ mod tests {
             order in any::<prop::sample::Index>(),
         ) {
             let mut events: Vec<Pending> = events.into_iter().zip(1..).map(|((at, what), id)| event(id, at, what)).collect();
-            let ends = events.iter().filter(|event| event.what == What::End);
+            let ends = events.iter().filter(|event| event.what == Payload::End);
             let expected_end = ends.map(|event| event.at).max();
             let transfers = events.iter().filter_map(|event| match event.what {
-                What::Transfer { advisor } => Some(Transfer { at: event.at, event: event.id, advisor: AdvisorId(advisor) }),
+                Payload::Transfer { advisor } => Some(Transfer { at: event.at, event: event.id, advisor: AdvisorId(advisor) }),
                 _ => None,
             });
             let expected_transfer = transfers.max_by_key(|transfer| (transfer.at, transfer.event));
-            let first_start = events.iter().find(|event| event.what == What::Start).map(|event| event.at);
+            let first_start = events.iter().find(|event| event.what == Payload::Start).map(|event| event.at);
             let mut desired = Desired { started_at: first_start, ..Desired::default() };
             let length = events.len();
             events.rotate_left(order.index(length));

@@ -10,9 +10,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::activity::minute;
-use super::dead_letters::{PastDecision, glimpse, is_permanent};
+use super::dead_letters::{PastResolution, is_permanent, partial_event};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
-use crate::domain::event::Glimpse;
+use crate::domain::event::PartialEvent;
 use crate::domain::time::{Millis, Timestamp};
 
 pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
@@ -40,7 +40,7 @@ const DATA: &str =
 
 /// What a search is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wanted {
+pub enum Search {
     /// The latest conversations.
     Latest,
     /// BigChat's id of a conversation.
@@ -53,7 +53,7 @@ pub enum Wanted {
     Email(String),
 }
 
-impl Wanted {
+impl Search {
     /// What somebody means who writes `text`; external ids begin with `prefix`.
     pub fn read(text: &str, prefix: &str) -> Self {
         let text = text.trim();
@@ -150,24 +150,24 @@ impl Store {
     }
 
     /// The conversations that are wanted, the latest first, and whether there are more than these.
-    pub fn find_conversations(&mut self, wanted: &Wanted) -> Result<(Vec<ConversationRow>, bool)> {
+    pub fn find_conversations(&mut self, wanted: &Search) -> Result<(Vec<ConversationRow>, bool)> {
         let transaction = self.connection.transaction()?;
         let more_than_enough = limit(PAGE + 1);
         let mut keys = match wanted {
-            Wanted::Latest => keys(&transaction, LATEST, params![more_than_enough])?,
-            Wanted::Conversation(id) => keys(&transaction, BY_ID, params![id, more_than_enough])?,
-            Wanted::ExternalId(text, id) => keys(
+            Search::Latest => keys(&transaction, LATEST, params![more_than_enough])?,
+            Search::Conversation(id) => keys(&transaction, BY_ID, params![id, more_than_enough])?,
+            Search::ExternalId(text, id) => keys(
                 &transaction,
                 BY_EXTERNAL_ID,
                 params![id, text, more_than_enough],
             )?,
-            Wanted::Id(id) => {
+            Search::Id(id) => {
                 let id = id.to_string();
                 let mut chat = keys(&transaction, BY_CHAT, params![id, more_than_enough])?;
                 chat.extend(keys(&transaction, BY_AGENT, params![id, more_than_enough])?);
                 chat
             }
-            Wanted::Email(text) => {
+            Search::Email(text) => {
                 let beginning = beginning(text);
                 let mut found = Vec::new();
                 for agent in agents(&transaction, &beginning)? {
@@ -219,7 +219,7 @@ impl Store {
     }
 
     /// What was decided before the decision `before`, the latest first.
-    pub fn decisions_before(&mut self, before: Option<i64>) -> Result<Page<PastDecision>> {
+    pub fn decisions_before(&mut self, before: Option<i64>) -> Result<Page<PastResolution>> {
         let rows = self.decisions(None, before, limit(PAGE + 1))?;
         Ok(paged(rows, |row| row.id))
     }
@@ -410,13 +410,13 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
 
 fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
     let (name, data): (String, Option<String>) = (row.get("kind")?, row.get("data")?);
-    let known = Glimpse {
+    let known = PartialEvent {
         conversation: row.get("bigchat_id")?,
         at: None,
     };
     Ok(FailedRow {
         id: row.get("id")?,
-        conversation: glimpse(&name, data.as_deref(), known).conversation,
+        conversation: partial_event(&name, data.as_deref(), known).conversation,
         name,
         says: says(row, IN_A_LIST)?.0,
         tries: row.get("tries")?,
@@ -427,11 +427,11 @@ fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
 fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
     let (name, event_at_s): (String, i64) = (row.get("kind")?, row.get("event_at")?);
     let data: Option<String> = row.get("data")?;
-    let known = Glimpse {
+    let known = PartialEvent {
         conversation: row.get("bigchat_id")?,
         at: Some(Timestamp::clamped(event_at_s)),
     };
-    let Glimpse { conversation, at } = glimpse(&name, data.as_deref(), known);
+    let PartialEvent { conversation, at } = partial_event(&name, data.as_deref(), known);
     let raw = match conversation {
         Some(id) if name != UNREADABLE => format!(
             r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{event_at_s},"data":{}}}"#,
@@ -528,23 +528,23 @@ mod tests {
     fn a_search_means_what_somebody_writes() {
         let id = Uuid::from_u128(7);
         for (text, wanted) in [
-            ("  ", Wanted::Latest),
-            (" 42 ", Wanted::Conversation(42)),
-            ("#42", Wanted::Conversation(42)),
-            ("a-42", Wanted::ExternalId("a-42".into(), 42)),
+            ("  ", Search::Latest),
+            (" 42 ", Search::Conversation(42)),
+            ("#42", Search::Conversation(42)),
+            ("a-42", Search::ExternalId("a-42".into(), 42)),
             (
                 "a-42@2026-11-22T22:03:27Z",
-                Wanted::ExternalId("a-42@2026-11-22T22:03:27Z".into(), 42),
+                Search::ExternalId("a-42@2026-11-22T22:03:27Z".into(), 42),
             ),
-            (&id.to_string().to_uppercase(), Wanted::Id(id)),
-            ("jane@", Wanted::Email("jane@".into())),
-            ("42@", Wanted::Email("42@".into())),
+            (&id.to_string().to_uppercase(), Search::Id(id)),
+            ("jane@", Search::Email("jane@".into())),
+            ("42@", Search::Email("42@".into())),
             (
                 "99999999999999999999",
-                Wanted::Email("99999999999999999999".into()),
+                Search::Email("99999999999999999999".into()),
             ),
         ] {
-            assert_eq!(Wanted::read(text, "a-"), wanted, "{text}");
+            assert_eq!(Search::read(text, "a-"), wanted, "{text}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::domain::time::Millis;
-use crate::journal::{FailedAttempt, PastDecision};
+use crate::journal::{FailedAttempt, PastResolution};
 
 /// What happened in each of some minutes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -99,7 +99,7 @@ pub struct WholeEvent {
     /// The latest failed attempts, the last one first.
     pub attempts: Vec<FailedAttempt>,
     /// What was decided about it, the latest first.
-    pub decisions: Vec<PastDecision>,
+    pub decisions: Vec<PastResolution>,
 }
 
 /// A conversation, the chat it is, and how it stands.

@@ -1,18 +1,18 @@
 //! What the console says of an event and of a chat without an agent: pure, from what the journal holds.
 
-use crate::domain::event::{Kind, What};
+use crate::domain::event::{EventKind, Payload};
 use crate::journal::KnownAdvisor;
 
 /// What an event says, as people read it: its message whole, whatever characters are in it. SQLite's text functions would
 /// end it at the first NUL.
 pub(super) fn event(name: &str, data: Option<String>) -> Option<String> {
-    let Some(kind) = Kind::from_name(name) else {
+    let Some(kind) = EventKind::from_name(name) else {
         return data;
     };
-    match What::from_data(kind, data.as_deref()) {
-        Ok(What::Start | What::End) => None,
-        Ok(What::Message { text }) => Some(text),
-        Ok(What::Transfer { advisor }) => Some(format!("to advisor {advisor}")),
+    match Payload::from_data(kind, data.as_deref()) {
+        Ok(Payload::Start | Payload::End) => None,
+        Ok(Payload::Message { text }) => Some(text),
+        Ok(Payload::Transfer { advisor }) => Some(format!("to advisor {advisor}")),
         Err(_) => data,
     }
 }

@@ -14,14 +14,14 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::{ClaimRequest, Decision, PageToKeep, Progress, Scope, Selection, Store, Who};
+use super::{ClaimRequest, NewPage, Operator, Progress, Resolution, Scope, Selection, Store};
 use crate::domain::account::{self, Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::progress::{
-    ChatState, Due, Effect, EventOutcome, Failure, Finding, Lost, Observation, Outcome, Report,
-    Work, advance,
+    ChatState, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
+    VerificationResult, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
 use plain::{Plain, State, ToVerify};
@@ -246,11 +246,11 @@ impl Pair {
                 self.commit(usize::MAX);
             }
             Step::Retry(which) => {
-                let ids = self.resolve(which, Decision::Retry);
+                let ids = self.resolve(which, Resolution::Retry);
                 ids.into_iter().for_each(|id| self.plain.retry(id));
             }
             Step::Discard(which) => {
-                let ids = self.resolve(which, Decision::Discard);
+                let ids = self.resolve(which, Resolution::Discard);
                 ids.into_iter().for_each(|id| self.plain.discard(id));
             }
             Step::Loss => {
@@ -294,7 +294,7 @@ impl Pair {
             })
             .collect();
         let at = Timestamp::clamped(self.plain.now / 1000);
-        let page_to_keep = PageToKeep {
+        let page_to_keep = NewPage {
             query: "page".into(),
             served_at: at,
             window: (at, at),
@@ -302,11 +302,11 @@ impl Pair {
             events: events.len(),
             progress: Progress::Complete(at),
         };
-        self.store.keep_page(&page_to_keep).expect("a stored page");
-        let pages = self.store.kept_pages().expect("the stored pages");
+        self.store.store_page(&page_to_keep).expect("a stored page");
+        let pages = self.store.stored_pages().expect("the stored pages");
         let kept = pages.last().expect("a page");
         self.store
-            .admit(kept, Epoch(1), &Counts::of(&[kept.keys()]), &[], self.now())
+            .ingest(kept, Epoch(1), &Counts::of(&[kept.keys()]), &[], self.now())
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);
@@ -464,7 +464,10 @@ impl Pair {
                 observation = repaired;
             }
             let messages = u32::try_from(missing).expect("a count");
-            verified = Some((verify, chat.map(|chat| Finding { chat, messages })));
+            verified = Some((
+                verify,
+                chat.map(|chat| VerificationResult { chat, messages }),
+            ));
         } else {
             match found {
                 Found::AsRemembered | Found::Gone { .. } => {
@@ -628,7 +631,7 @@ impl Pair {
         let is_missing = script.missing.iter().cycle();
         let delivered = recorded
             .iter()
-            .filter(|message| message.standing == account::Standing::Delivered);
+            .filter(|message| message.standing == account::MessageState::Delivered);
         delivered
             .zip(is_missing)
             .filter(|(_, is_missing)| **is_missing)
@@ -672,7 +675,7 @@ impl Pair {
     }
 
     /// The operator resolves one of the dead letters, or all.
-    fn resolve(&mut self, which: Option<prop::sample::Index>, decision: Decision) -> Vec<i64> {
+    fn resolve(&mut self, which: Option<prop::sample::Index>, decision: Resolution) -> Vec<i64> {
         let mut ids = self.plain.ids(|event| event.state == State::Failed);
         if let Some(which) = which
             && !ids.is_empty()
@@ -680,9 +683,13 @@ impl Pair {
             ids = vec![*which.get(&ids)];
         }
         let which = Selection::Ids(ids.iter().copied().collect());
-        let decided =
-            self.store
-                .decide_failed(&which, decision, &Who::Command("ann".into()), 0, self.now());
+        let decided = self.store.resolve_failed(
+            &which,
+            decision,
+            &Operator::Command("ann".into()),
+            0,
+            self.now(),
+        );
         assert_eq!(decided.expect("a decision").done, ids.len(), "resolved");
         ids
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::EVENTS;
-use crate::domain::account::{Accounting, Standing};
+use crate::domain::account::{Accounting, MessageState};
 use crate::domain::conversation::Attempts;
 use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report};
 
@@ -530,7 +530,11 @@ impl Plain {
     }
 
     /// What is known of whether OurAPI holds each message of a conversation.
-    pub(super) fn standings(&self, conversation: i64, replay_until: i64) -> Vec<(i64, Standing)> {
+    pub(super) fn standings(
+        &self,
+        conversation: i64,
+        replay_until: i64,
+    ) -> Vec<(i64, MessageState)> {
         let messages = self.events.iter().filter(|(_, event)| {
             event.conversation == conversation && EVENTS[event.what].text().is_some()
         });
@@ -538,12 +542,12 @@ impl Plain {
             .map(|(id, event)| {
                 let unknown = event.attempts.outcome_unknown;
                 let standing = match event.state {
-                    State::Delivered => Standing::Delivered,
-                    State::Failed if unknown => Standing::DeadOutcomeUnknown,
-                    State::Failed | State::Discarded => Standing::NotSent,
-                    State::Waiting if unknown => Standing::OutcomeUnknown,
-                    State::Waiting if *id <= replay_until => Standing::MaybeSent,
-                    State::Waiting => Standing::NotSent,
+                    State::Delivered => MessageState::Delivered,
+                    State::Failed if unknown => MessageState::DeadOutcomeUnknown,
+                    State::Failed | State::Discarded => MessageState::NotSent,
+                    State::Waiting if unknown => MessageState::OutcomeUnknown,
+                    State::Waiting if *id <= replay_until => MessageState::MaybeSent,
+                    State::Waiting => MessageState::NotSent,
                 };
                 (*id, standing)
             })

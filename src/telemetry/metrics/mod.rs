@@ -20,7 +20,7 @@ use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
 pub use self::counters::Counters;
-use crate::domain::event::Kind;
+use crate::domain::event::EventKind;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
 use crate::http::{Api, ErrorKind};
@@ -216,7 +216,7 @@ impl Default for Metrics {
             metrics.poll(poll).inc_by(0);
         }
         metrics.told(UNREADABLE, 0);
-        for kind in Kind::ALL.map(Kind::name) {
+        for kind in EventKind::ALL.map(EventKind::name) {
             metrics.told(kind, 0);
             for outcome in OUTCOMES {
                 let labels = AttemptLabels { kind, outcome };
@@ -332,7 +332,7 @@ impl Metrics {
     }
 
     /// An event was tried.
-    pub fn attempted(&self, kind: Kind, outcome: &Outcome) {
+    pub fn attempted(&self, kind: EventKind, outcome: &Outcome) {
         let [delivered, waiting, failed] = OUTCOMES;
         let counters = &self.counters;
         let (outcome, counter) = match outcome {

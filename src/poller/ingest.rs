@@ -7,11 +7,11 @@ use tokio::task::yield_now;
 
 use super::pages::Pages;
 use super::{PollError, Poller};
-use crate::bigchat::epoch::{self, Seen};
-use crate::domain::event::Kind;
+use crate::bigchat::epoch::{self, ProbeResult};
+use crate::domain::event::EventKind;
 use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
-use crate::journal::{JournalError, KeptPage};
+use crate::journal::{JournalError, StoredPage};
 
 /// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
 const UNANSWERED: u32 = 3;
@@ -19,17 +19,17 @@ const UNANSWERED: u32 = 3;
 impl Poller {
     /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
     /// Returns whether there was anything but what is known already.
-    pub(super) async fn admit(&mut self, pages: &mut Pages) -> Result<bool, PollError> {
+    pub(super) async fn ingest(&mut self, pages: &mut Pages) -> Result<bool, PollError> {
         self.look_for_restart(pages).await?;
         if !pages.are_new() {
             return Ok(false);
         }
         let mut admitting = Vec::new();
-        for page in pages.kept.iter().filter(|page| !page.admitted) {
+        for page in pages.kept.iter().filter(|page| !page.ingested) {
             let before_start = self
                 .started_at
                 .is_none_or(|started_at| page.window_start < started_at);
-            admitting.push((page.clone(), self.run_of(page).await?, before_start));
+            admitting.push((page.clone(), self.epoch_of(page).await?, before_start));
         }
         let (counts, mark) = (pages.counts(), Arc::clone(&self.signals.replay_until));
         let ignore = self.settings.ignore_events.clone();
@@ -39,42 +39,42 @@ impl Poller {
             .with(move |store| {
                 let mut all = Vec::new();
                 for (page, epoch, before_start) in admitting {
-                    let admitted = store.admit(&page, epoch, &counts, &ignore, Millis::now())?;
+                    let ingested = store.ingest(&page, epoch, &counts, &ignore, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
-                        mark.fetch_max(admitted.last_event.0, Ordering::Relaxed);
+                        mark.fetch_max(ingested.last_event.0, Ordering::Relaxed);
                     }
-                    all.push((admitted, page.query));
+                    all.push((ingested, page.query));
                 }
                 Ok(all)
             })
             .await?;
-        pages.kept.iter_mut().for_each(|page| page.admitted = true);
-        for (admitted, query) in &all {
-            for (kind, count) in &admitted.told {
+        pages.kept.iter_mut().for_each(|page| page.ingested = true);
+        for (ingested, query) in &all {
+            for (kind, count) in &ingested.told {
                 self.signals.metrics.told(kind, *count);
             }
-            self.signals.metrics.ignored(admitted.ignored);
-            if admitted.unreadable > 0 {
+            self.signals.metrics.ignored(ingested.ignored);
+            if ingested.unreadable > 0 {
                 tracing::warn!(
-                    events = admitted.unreadable, %query,
+                    events = ingested.unreadable, %query,
                     "events that cannot be understood; see `bigchat-sync failed`"
                 );
             }
-            if admitted.new > 0 {
-                tracing::debug!(events = admitted.new, query = %query, "told by BigChat");
+            if ingested.new > 0 {
+                tracing::debug!(events = ingested.new, query = %query, "told by BigChat");
                 self.signals.work_available.notify_one();
                 // Its claims come first; what the poll still has to keep can wait.
                 yield_now().await;
             }
         }
-        Ok(all.iter().any(|(admitted, _)| admitted.progress))
+        Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
     /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
     /// while.
-    async fn run_of(&mut self, page: &KeptPage) -> Result<Epoch, PollError> {
-        if let Some(epoch) = epoch::run_of(&self.source, page).await? {
+    async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
+        if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
             self.undecided = 0;
             return Ok(epoch);
         }
@@ -92,12 +92,12 @@ impl Poller {
     async fn look_for_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let seen = self.look(pages).await?;
         let mut starts = Vec::new();
-        if matches!(seen, Seen::Unknown | Seen::Unanswered) {
-            for page in pages.kept.iter().filter(|page| !page.admitted) {
+        if matches!(seen, ProbeResult::Unknown | ProbeResult::Unanswered) {
+            for page in pages.kept.iter().filter(|page| !page.ingested) {
                 let events = page
                     .events()
                     .into_iter()
-                    .filter(|event| event.kind == Kind::Start);
+                    .filter(|event| event.kind == EventKind::Start);
                 starts.extend(events.map(|event| (event, page.served_at)));
             }
         }
@@ -112,7 +112,7 @@ impl Poller {
                 return Ok(());
             }
         }
-        if seen != Seen::Unanswered || !pages.are_new() {
+        if seen != ProbeResult::Unanswered || !pages.are_new() {
             self.unanswered = 0;
             return Ok(());
         }
@@ -127,9 +127,9 @@ impl Poller {
     }
 
     /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
-    async fn look(&self, pages: &mut Pages) -> Result<Seen, JournalError> {
+    async fn look(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let seen = epoch::look(&self.source).await?;
-        if seen == Seen::Same {
+        if seen == ProbeResult::Same {
             let present = self.source.epochs.current(&self.journal).await?;
             let kept = pages.kept.iter_mut();
             for page in kept.filter(|page| page.kept_in == present) {

@@ -22,12 +22,12 @@ const USUAL_SIZE: (u16, u16) = (24, 80);
 
 /// Standard output and standard error, as what they are.
 #[derive(Debug, Clone)]
-pub struct Screen {
+pub struct Terminal {
     picture: Option<MultiProgress>,
     output: Arc<Output>,
 }
 
-impl Screen {
+impl Terminal {
     /// Finds out whether anybody sees pictures, and starts to write.
     ///
     /// # Errors
@@ -37,7 +37,7 @@ impl Screen {
         let output = Output::start(io::stdout(), io::stderr())?;
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         let picture = (io::stdout().is_terminal() && !dumb).then(|| {
-            let terminal = Box::new(Terminal {
+            let terminal = Box::new(Frames {
                 output: Arc::clone(&output),
                 frame: Mutex::default(),
             });
@@ -48,15 +48,15 @@ impl Screen {
     }
 
     /// Whether the picture tells the most of what a log would say as a warning.
-    pub fn is_picture(&self) -> bool {
+    pub fn is_interactive(&self) -> bool {
         self.picture.is_some()
     }
 
     /// Standard error for a log of that format that does not tear the picture.
     pub fn log(&self, format: LogFormat) -> impl Fn() -> Log + Send + Sync + use<> {
         self.output.set_format(format);
-        let screen = self.clone();
-        move || Log(screen.clone())
+        let terminal = self.clone();
+        move || Log(terminal.clone())
     }
 
     /// Writes something that stays, and waits until it is written.
@@ -91,7 +91,7 @@ impl Screen {
 
 /// One line of the log, on its way.
 #[derive(Debug)]
-pub struct Log(Screen);
+pub struct Log(Terminal);
 
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
@@ -106,12 +106,12 @@ impl Write for Log {
 
 /// The terminal as the picture is drawn on it: frame by frame, none of which blocks.
 #[derive(Debug)]
-struct Terminal {
+struct Frames {
     output: Arc<Output>,
     frame: Mutex<String>,
 }
 
-impl Terminal {
+impl Frames {
     fn size(&self) -> (u16, u16) {
         match tcgetwinsize(io::stdout()) {
             Ok(size) if size.ws_row > 0 && size.ws_col > 0 => (size.ws_row, size.ws_col),
@@ -134,7 +134,7 @@ impl Terminal {
     }
 }
 
-impl TermLike for Terminal {
+impl TermLike for Frames {
     fn width(&self) -> u16 {
         self.size().1
     }
