@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use chrono::DateTime;
 use reqwest::StatusCode;
@@ -23,7 +24,7 @@ const MAX_QUERY: usize = 16 << 10;
 /// BigChat, as far as it is asked anything.
 #[derive(Debug)]
 pub struct BigChat {
-    http: Http,
+    http: Arc<Http>,
     clock: BigChatClock,
 }
 
@@ -61,7 +62,7 @@ type Result<T> = std::result::Result<T, ApiError>;
 
 impl BigChat {
     /// BigChat behind `http`.
-    pub fn new(http: Http) -> Self {
+    pub fn new(http: Arc<Http>) -> Self {
         Self {
             http,
             clock: BigChatClock::default(),

@@ -6,6 +6,7 @@
 use std::fmt::{self, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -243,7 +244,7 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         }
     };
     let claim = claim(&bigchat, "/events").await;
-    let bigchat = BigChat::new(bigchat);
+    let bigchat = BigChat::new(Arc::new(bigchat));
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as it should"),
         // It need not know it any more; another server would not know it either.
@@ -254,7 +255,7 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     };
     tell(report, Api::BigChat, bigchat.http(), claim, answer);
     let claim = self::claim(&our_api, "/chats").await;
-    let our_api = OurApi::new(our_api, settings.our_api_concurrency, timeout);
+    let our_api = OurApi::new(Arc::new(our_api), settings.our_api_concurrency, timeout);
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as it should");
     tell(report, Api::OurApi, our_api.http(), claim, answer);

@@ -191,7 +191,7 @@ async fn resolve(web: &Web, client: Client, which: Which, decision: Resolution) 
     let next = loop {
         let (selection, who) = (selection.clone(), who.clone());
         let decided = web
-            .context
+            .console
             .journal
             .with(move |store| {
                 store.resolve_failed(&selection, decision, &who, after, Millis::now())
@@ -211,7 +211,7 @@ async fn resolve(web: &Web, client: Client, which: Which, decision: Resolution) 
     );
     web.forget_status().await;
     if decision == Resolution::Retry && done > 0 {
-        web.context.work_available.notify_one();
+        web.console.work_available.notify_one();
     }
     Ok(Json(json!({ "done": done, "next": next })).into_response())
 }
@@ -228,7 +228,7 @@ pub(super) async fn search(
 ) -> Answer {
     let text = text?.0.q.unwrap_or_default();
     let text: String = text.chars().take(MAX_QUERY).collect();
-    let wanted = Search::read(&text, &web.context.settings.external_id_prefix);
+    let wanted = Search::read(&text, &web.console.settings.external_id_prefix);
     let (rows, more) = web
         .read(move |store| store.find_conversations(&wanted))
         .await?;

@@ -24,15 +24,17 @@ use axum::{Json, Router, middleware};
 use serde_json::json;
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::{Mutex, Notify, OnceCell};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::status::Status;
-use crate::daemon::context::Context;
 use crate::domain::time::Millis;
-use crate::journal::{Journal, JournalError, OpenError, Store};
-use crate::settings::Token;
+use crate::http::Apis;
+use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
+use crate::settings::{Settings, Token};
+use crate::telemetry::liveness::Liveness;
+use crate::telemetry::metrics::Metrics;
 use login::Login;
 
 /// How long to wait before a port that was taken is tried again.
@@ -41,11 +43,24 @@ const TAKEN: Duration = Duration::from_secs(30);
 /// For how long a status is as good as a new one.
 const FRESH: Duration = Duration::from_millis(500);
 
+/// What the console shows of the daemon, and whom it notifies.
+#[derive(Debug)]
+pub struct Console {
+    pub settings: Settings,
+    pub apis: Apis,
+    /// What changes something goes through the daemon's own connection.
+    pub journal: Arc<Journal>,
+    pub storage: Arc<Storage>,
+    pub metrics: Arc<Metrics>,
+    pub liveness: Arc<Liveness>,
+    /// Notified of events to be delivered again.
+    pub work_available: Arc<Notify>,
+}
+
 /// What the answers are made from.
 #[derive(Debug)]
 pub(crate) struct Web {
-    /// The daemon's.
-    pub(crate) context: Arc<Context>,
+    pub(crate) console: Console,
     /// By which names it may be asked, besides addresses and localhost.
     names: Vec<String>,
     /// Without a token everybody on this machine may read, and the daemon's own user and root may do everything.
@@ -92,7 +107,7 @@ impl Web {
     }
 
     async fn open_reader(&self) -> Result<Journal, ReadError> {
-        let db = self.context.settings.db();
+        let db = self.console.settings.db();
         let store = tokio::task::spawn_blocking(move || Store::open_reader(&db));
         Ok(Journal::start(store.await.map_err(io::Error::other)??)?)
     }
@@ -106,7 +121,7 @@ impl Web {
         {
             return Ok(Arc::clone(status));
         }
-        let settings = &self.context.settings;
+        let settings = &self.console.settings;
         let (db, interval) = (settings.db(), settings.poll_interval);
         let read = move |store: &mut Store| Status::read(store, &db, interval, Millis::now());
         let read = Arc::new(self.read(read).await?);
@@ -131,7 +146,7 @@ pub enum Listener {
 
 /// Serves until it is to close. Whoever has the token, or anybody if there is none, may do what the console can.
 pub(crate) async fn serve(
-    context: Arc<Context>,
+    console: Console,
     listener: Listener,
     token: Token,
     closing: CancellationToken,
@@ -148,8 +163,8 @@ pub(crate) async fn serve(
     };
     tracing::info!(%address, "console at http://{address}/");
     let web = Arc::new(Web {
-        names: context.settings.console_host.clone(),
-        context,
+        names: console.settings.console_host.clone(),
+        console,
         login: Login::new(token, address.port()),
         reader: OnceCell::new(),
         status: Mutex::default(),
@@ -251,12 +266,11 @@ mod tests {
     use clap::Parser;
     use rusqlite::Connection;
     use tokio::time::timeout;
+    use url::Url;
 
     use super::*;
     use crate::cli::Cli;
-    use crate::daemon;
-    use crate::http::Network;
-    use crate::settings::LiveTokens;
+    use crate::http::{Api, Http, Network};
 
     fn journal() -> Journal {
         let connection = Connection::open_in_memory().expect("a database");
@@ -268,13 +282,31 @@ mod tests {
         let settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("good flags")
             .settings;
-        let url = settings.our_api_url.clone();
-        let network = || Network::new(&url, Duration::from_secs(1)).expect("a client");
-        let (tokens, stopping) = (LiveTokens::default(), CancellationToken::new());
-        let context =
-            daemon::begin(settings, tokens, journal(), network(), network(), stopping).await;
+        let http = |api, url: &Url| {
+            let network = Network::new(url, Duration::from_secs(1)).expect("a client");
+            let retry = settings.retry();
+            Arc::new(Http::new(
+                api,
+                network,
+                url.clone(),
+                Token::default(),
+                retry,
+            ))
+        };
+        let console = Console {
+            apis: Apis {
+                bigchat: http(Api::BigChat, &settings.bigchat_url),
+                our_api: http(Api::OurApi, &settings.our_api_url),
+            },
+            journal: Arc::new(journal()),
+            liveness: Arc::new(Liveness::new(settings.request_timeout, Instant::now())),
+            storage: Arc::default(),
+            metrics: Arc::default(),
+            work_available: Arc::default(),
+            settings,
+        };
         let web = Web {
-            context: context.expect("a session"),
+            console,
             names: Vec::new(),
             login: Login::new(Token::default(), 0),
             reader: OnceCell::new_with(Some(journal())),

@@ -7,9 +7,9 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
+use super::Console;
 use super::Web;
 use crate::cli::status::Status;
-use crate::daemon::context::Context;
 use crate::domain::time::Millis;
 use crate::http::{Api, Http};
 use crate::telemetry::metrics::Now;
@@ -19,7 +19,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Whether the process turns over. While it does there is no use in starting it again, whatever is down.
 pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
-    match web.context.liveness.stuck(Instant::now()) {
+    match web.console.liveness.stuck(Instant::now()) {
         None => "ok\n".into_response(),
         Some(what) => (StatusCode::SERVICE_UNAVAILABLE, format!("{what}\n")).into_response(),
     }
@@ -27,14 +27,14 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
 
 /// Whether events get through: both APIs answer, by the daemon's own last exchanges, and the journal takes them.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
-    let context = &web.context;
-    let [bigchat, our_api] = Api::ALL.map(|api| context.api(api).up);
+    let console = &web.console;
+    let [bigchat, our_api] = Api::ALL.map(|api| console.apis.status(api).up);
     let why = [
         (bigchat.is_none(), "BigChat was not asked yet\n"),
         (bigchat == Some(false), "BigChat is down\n"),
         // It is asked only once there is something to deliver.
         (our_api == Some(false), "OurAPI is down\n"),
-        (context.storage.refuses(), "the journal cannot be written\n"),
+        (console.storage.refuses(), "the journal cannot be written\n"),
     ];
     let why: String = why
         .iter()
@@ -53,7 +53,7 @@ pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
     // Without the journal there is still what this process knows, and that the journal is missing.
     let status = web.status().await;
     let mut now = Now::default();
-    of_daemon(&mut now, &web.context);
+    of_daemon(&mut now, &web.console);
     now.gauge(
         "journal_readable",
         "Whether the journal could be read for this: if not, what comes from it is missing here",
@@ -69,15 +69,15 @@ pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
     if let Ok(status) = status {
         of_journal(&mut now, &status);
     }
-    match web.context.metrics.text(&now) {
+    match web.console.metrics.text(&now) {
         Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
         Err(error) => super::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
 }
 
 /// What the daemon knows itself.
-fn of_daemon(now: &mut Now, context: &Context) {
-    let apis = Api::ALL.map(|api| (api.name(), context.api(api)));
+fn of_daemon(now: &mut Now, console: &Console) {
+    let apis = Api::ALL.map(|api| (api.name(), console.apis.status(api)));
     now.gauges(
         "api_up",
         "Whether an API answers, by the daemon's own exchanges with it; missing until it was asked",
@@ -102,19 +102,19 @@ fn of_daemon(now: &mut Now, context: &Context) {
         "For how much longer an API has asked to be left alone",
         "api",
         [
-            (Api::BigChat.name(), left(context.bigchat.http())),
-            (Api::OurApi.name(), left(context.our_api.http())),
+            (Api::BigChat.name(), left(&console.apis.bigchat)),
+            (Api::OurApi.name(), left(&console.apis.our_api)),
         ],
     );
     now.gauge(
         "journal_writable",
         "Whether the journal took what the daemon last had for it",
-        flag(!context.storage.refuses()),
+        flag(!console.storage.refuses()),
     );
     now.gauge(
         "stuck",
         "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
-        flag(context.liveness.stuck(Instant::now()).is_some()),
+        flag(console.liveness.stuck(Instant::now()).is_some()),
     );
     now.gauges(
         "build_info",

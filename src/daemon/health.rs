@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::daemon::context::Context;
+use super::parts::Parts;
 use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
 
@@ -21,10 +21,10 @@ const KEPT_EVERY: Duration = Duration::from_secs(10);
 /// Takes over how both APIs were when the last session ended.
 ///
 /// What was down is not known to be down where nothing will ask it, or where something else is asked now.
-async fn recall(context: &Context) {
+async fn recall(parts: &Parts) {
     for api in Api::ALL {
-        let here = context.http(api).base().to_string();
-        let recalled = context.journal.with(move |store| {
+        let here = parts.apis.of(api).base().to_string();
+        let recalled = parts.journal.with(move |store| {
             let status = store.api(api.name())?;
             let is_this = status
                 .request
@@ -39,35 +39,35 @@ async fn recall(context: &Context) {
         });
         // A disk that refuses is told of by those who cannot work without it.
         if let Ok(status) = recalled.await {
-            context.http(api).recall(&status);
+            parts.apis.of(api).recall(&status);
         }
     }
 }
 
 /// Keeps how both APIs are, whenever that changes, until `work` is done.
-pub async fn keep<T>(context: &Context, work: impl Future<Output = T>) -> T {
-    recall(context).await;
+pub(super) async fn keep<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
+    recall(parts).await;
     let done = CancellationToken::new();
     let work = async {
         let outcome = work.await;
         done.cancel();
         outcome
     };
-    let (outcome, ()) = tokio::join!(work, keep_until(context, &done));
+    let (outcome, ()) = tokio::join!(work, keep_until(parts, &done));
     outcome
 }
 
-async fn keep_until(context: &Context, done: &CancellationToken) {
+async fn keep_until(parts: &Parts, done: &CancellationToken) {
     let mut kept = Api::ALL.map(|_| ApiStatus::default());
     loop {
         let last = done.is_cancelled();
-        let now = Api::ALL.map(|api| context.api(api));
+        let now = Api::ALL.map(|api| parts.apis.status(api));
         let news = now.iter().zip(&kept).any(|(now, kept)| !is_as(now, kept));
         if news || last {
             // Both at once: where the journal refuses, nobody waits for that twice.
             let names = Api::ALL.map(Api::name);
             let to_note: Vec<_> = names.into_iter().zip(now.clone()).collect();
-            let noted = context
+            let noted = parts
                 .journal
                 .with(move |store| store.record_api_status(&to_note));
             if noted.await.is_ok() {

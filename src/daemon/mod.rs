@@ -1,10 +1,10 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
-pub mod context;
-pub mod health;
-pub mod progress;
+mod health;
+mod parts;
+mod progress;
 pub mod service;
-pub mod summary;
+mod summary;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,18 +14,19 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use self::context::Context;
+pub(crate) use self::parts::Parts;
 use self::service::SystemdNotifier;
 use self::summary::Summary;
-use crate::bigchat::BigChat;
+use crate::bigchat::{BigChat, Source};
 use crate::console::{self, Listener};
 use crate::delivery::{self, Scope, Until};
 use crate::domain::time::Millis;
-use crate::http::{Api, Http, Network, Transport};
+use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
+use crate::telemetry::liveness::Liveness;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::terminal::{Terminal, shown};
 
@@ -104,21 +105,21 @@ pub async fn run_at(
     let tokens = tokens.into();
     let token = tokens.console.clone();
     let starting = start_when_possible(settings, tokens, stopping);
-    let Some(context) = observers.manager.during_start(starting).await? else {
+    let Some(parts) = observers.manager.during_start(starting).await? else {
         return Ok(());
     };
     // Whoever asks is answered until the daemon has stopped; dropped, it ends too.
     let (mut web, closing) = (JoinSet::new(), CancellationToken::new());
     if let Some(listener) = listener {
         web.spawn(console::serve(
-            Arc::clone(&context),
+            parts.console(),
             listener,
             token,
             closing.clone(),
         ));
     }
-    let work = observers.watch(&context, serve(Arc::clone(&context)));
-    let served = health::keep(&context, work).await;
+    let work = observers.watch(&parts, serve(&parts));
+    let served = health::keep(&parts, work).await;
     closing.cancel();
     web.join_all().await;
     served
@@ -145,18 +146,18 @@ impl Observers {
     /// Shows all of them how the daemon fares, until `work` is done.
     async fn watch(
         &self,
-        context: &Context,
+        parts: &Parts,
         work: impl Future<Output = Result<(), DaemonError>>,
     ) -> Result<(), DaemonError> {
         let mut summary = Summary::begin();
         let watching = async {
             tokio::join!(
-                summary.run(context),
-                progress::show(context, self.terminal.as_ref()),
+                summary.run(parts),
+                progress::show(parts, self.terminal.as_ref()),
                 self.manager.run_watchdog(
-                    || context.liveness.stuck(Instant::now()),
-                    || summary::sentence(context),
-                    &context.stopping
+                    || parts.liveness.stuck(Instant::now()),
+                    || summary::sentence(parts),
+                    &parts.stopping
                 ),
             )
         };
@@ -165,7 +166,7 @@ impl Observers {
             done = work => done,
             (never, ..) = watching => match never {},
         };
-        summary.tell(context).await;
+        summary.tell(parts).await;
         if done.is_ok() {
             tracing::info!("stopped; nothing is forgotten");
         }
@@ -174,28 +175,19 @@ impl Observers {
 }
 
 /// The daemon between its start and its end.
-pub(crate) async fn serve(context: Arc<Context>) -> Result<(), DaemonError> {
-    let mut poller = poller(&context);
-    let polling = until_stopped(&context, poller.run());
+pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
+    let mut poller = parts.poller();
+    let polling = until_stopped(parts, poller.run());
     let delivering = async {
-        caught_up(&context).await;
-        delivery::run(Arc::clone(&context), Scope::All, Until::Stopped).await;
+        caught_up(parts).await;
+        parts.delivery().run(Scope::All, Until::Stopped).await;
     };
-    let liveness = &context.liveness;
+    let liveness = &parts.liveness;
     tokio::join!(
         liveness.polling.supervise(polling),
         liveness.delivering.supervise(delivering)
     );
-    stopped(&context, &poller).await
-}
-
-fn poller(context: &Context) -> Poller {
-    Poller::new(
-        Arc::clone(&context.bigchat),
-        Arc::clone(&context.journal),
-        context.settings.clone(),
-        context.poller_signals(),
-    )
+    stopped(parts, &poller).await
 }
 
 /// Polls once, as far as now, and delivers what is due.
@@ -209,24 +201,24 @@ pub async fn once(
     observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let context = start(settings, tokens.into(), stopping).await?;
+    let parts = start(settings, tokens.into(), stopping).await?;
     let work = async {
-        let mut poller = poller(&context);
-        let up_to_date = until_stopped(&context, poller.catch_up()).await;
-        delivery::run(Arc::clone(&context), Scope::All, Until::Done).await;
-        stopped(&context, &poller).await?;
-        if context.stopping.is_cancelled() {
+        let mut poller = parts.poller();
+        let up_to_date = until_stopped(&parts, poller.catch_up()).await;
+        parts.delivery().run(Scope::All, Until::Done).await;
+        stopped(&parts, &poller).await?;
+        if parts.stopping.is_cancelled() {
             return Ok(());
         }
         if up_to_date != Some(true) {
             return Err(DaemonError::Unread);
         }
-        match context.journal.with(Store::waiting).await? {
+        match parts.journal.with(Store::waiting).await? {
             0 => Ok(()),
             waiting => Err(DaemonError::Undelivered(waiting)),
         }
     };
-    health::keep(&context, observers.watch(&context, work)).await
+    health::keep(&parts, observers.watch(&parts, work)).await
 }
 
 /// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
@@ -241,33 +233,33 @@ pub async fn verify(
     stopping: CancellationToken,
     only_look: bool,
 ) -> Result<(), DaemonError> {
-    let context = start(settings, tokens, stopping).await?;
+    let parts = start(settings, tokens, stopping).await?;
     let work = async {
         let scope = if only_look {
             Scope::Verifications
         } else {
             Scope::All
         };
-        delivery::run(Arc::clone(&context), scope, Until::Stopped).await;
+        parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::keep(&context, work).await;
+    health::keep(&parts, work).await;
     Ok(())
 }
 
 /// Waits until BigChat was read up to now, within a bound. The database may be an older copy: what waits in it of a chat
 /// is delivered together with what happened since, and sets nothing back.
-async fn caught_up(context: &Context) {
+async fn caught_up(parts: &Parts) {
     tokio::select! {
-        () = context.polled.cancelled() => {}
-        () = context.stopping.cancelled() => {}
+        () = parts.caught_up.cancelled() => {}
+        () = parts.stopping.cancelled() => {}
         () = sleep(FIRST_POLL_WITHIN) => {}
     }
 }
 
 /// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long. `None`: it did not end.
-async fn until_stopped<T>(context: &Context, polling: impl Future<Output = T>) -> Option<T> {
+async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Option<T> {
     let last_poll = async {
-        context.stopping.cancelled().await;
+        parts.stopping.cancelled().await;
         sleep(delivery::DRAIN).await;
     };
     tokio::select! {
@@ -285,7 +277,7 @@ async fn start_when_possible(
     settings: Settings,
     tokens: LiveTokens,
     stopping: CancellationToken,
-) -> Result<Option<Arc<Context>>, DaemonError> {
+) -> Result<Option<Parts>, DaemonError> {
     let mut refused = false;
     loop {
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
@@ -307,7 +299,7 @@ async fn start(
     settings: Settings,
     tokens: LiveTokens,
     stopping: CancellationToken,
-) -> Result<Arc<Context>, DaemonError> {
+) -> Result<Parts, DaemonError> {
     let db = settings.db();
     let store = tokio::task::spawn_blocking(move || Store::open(&db))
         .await
@@ -326,7 +318,7 @@ pub(crate) async fn begin(
     bigchat: impl Transport + 'static,
     our_api: impl Transport + 'static,
     stopping: CancellationToken,
-) -> Result<Arc<Context>, DaemonError> {
+) -> Result<Parts, DaemonError> {
     let metrics = Metrics::default();
     let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat);
     let bigchat = Http::new(Api::BigChat, bigchat, url, token, settings.retry())
@@ -348,20 +340,40 @@ pub(crate) async fn begin(
         // A request may still be in flight, and OurAPI may take only one at a time.
         our_api.hold_until(Millis::now().plus(settings.request_timeout));
     }
-    let bigchat = BigChat::new(bigchat);
-    let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
-    let our_api = OurApi::new(our_api, max_in_flight, timeout);
+    bigchat.hold_until(session.rate_limits.bigchat);
+    our_api.hold_until(session.rate_limits.our_api);
+    let apis = Apis {
+        bigchat: Arc::new(bigchat),
+        our_api: Arc::new(our_api),
+    };
     let journal = Arc::new(journal);
-    Ok(Arc::new(Context::new(
-        settings, bigchat, our_api, journal, session, metrics, stopping,
-    )))
+    let bigchat = BigChat::new(Arc::clone(&apis.bigchat));
+    let source = Source::new(bigchat, Arc::clone(&journal), stopping.clone());
+    let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
+    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout);
+    our_api.restore_timed_out(session.rate_limits.late);
+    let liveness = Liveness::new(settings.request_timeout, Instant::now());
+    Ok(Parts {
+        settings,
+        apis,
+        source: Arc::new(source),
+        our_api: Arc::new(our_api),
+        journal,
+        session,
+        storage: Arc::default(),
+        metrics: Arc::new(metrics),
+        liveness: Arc::new(liveness),
+        work_available: Arc::default(),
+        caught_up: CancellationToken::new(),
+        stopping,
+    })
 }
 
-async fn stopped(context: &Context, poller: &Poller) -> Result<(), DaemonError> {
+async fn stopped(parts: &Parts, poller: &Poller) -> Result<(), DaemonError> {
     if poller.unstored() > 0 {
         return Err(DaemonError::Unstored(poller.unstored()));
     }
-    let left = context
+    let left = parts
         .journal
         .with(|store| match store.in_place() {
             Ok(()) => Ok(0),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar};
 use tokio::time::{Instant, sleep};
 
-use crate::daemon::context::Context;
+use super::parts::Parts;
 use crate::journal::{JournalError, Store};
 use crate::telemetry::pace::{Rate, RateEstimate, in_words};
 use crate::telemetry::terminal::{Terminal, styled};
@@ -127,19 +127,19 @@ impl View {
 }
 
 /// Shows it whenever there is much to be caught up with.
-pub async fn show(context: &Context, terminal: Option<&Terminal>) -> Infallible {
+pub(super) async fn show(parts: &Parts, terminal: Option<&Terminal>) -> Infallible {
     loop {
         // A journal that refuses is told of by those who cannot work without it.
-        if let Ok(true) = is_far_behind(context).await {
-            catch_up(context, terminal).await.ok();
+        if let Ok(true) = is_far_behind(parts).await {
+            catch_up(parts, terminal).await.ok();
         }
         sleep(LOOK).await;
     }
 }
 
 /// Shows it until little is left.
-async fn catch_up(context: &Context, terminal: Option<&Terminal>) -> Result<(), JournalError> {
-    let mut watch = Watch::new(context).await?;
+async fn catch_up(parts: &Parts, terminal: Option<&Terminal>) -> Result<(), JournalError> {
+    let mut watch = Watch::new(parts).await?;
     let began = watch.counted;
     let mut course = Course::new(began);
     let mut shown = match terminal.and_then(Terminal::picture) {
@@ -236,23 +236,23 @@ impl Drop for Bars {
     }
 }
 
-async fn is_far_behind(context: &Context) -> Result<bool, JournalError> {
-    if !unread(context).await?.is_zero() {
+async fn is_far_behind(parts: &Parts) -> Result<bool, JournalError> {
+    if !unread(parts).await?.is_zero() {
         return Ok(true);
     }
     let waiting = |store: &mut Store| store.waiting();
-    Ok(context.journal.with(waiting).await? >= u64::from(MANY))
+    Ok(parts.journal.with(waiting).await? >= u64::from(MANY))
 }
 
 /// How much of the past is still to be read, beyond what is so between two polls.
-async fn unread(context: &Context) -> Result<Duration, JournalError> {
-    let cursor = context.journal.with(|store| store.source()).await?.cursor;
-    let seconds = match (context.bigchat.clock().now(), cursor) {
+async fn unread(parts: &Parts) -> Result<Duration, JournalError> {
+    let cursor = parts.journal.with(|store| store.source()).await?.cursor;
+    let seconds = match (parts.source.clock().now(), cursor) {
         (Some(now), Some(cursor)) => u64::try_from(now.unix() - cursor.unix()).unwrap_or(0),
         _ => 0,
     };
     let unread = Duration::from_secs(seconds);
-    let usual = BEHIND.max(context.settings.poll_interval * 2);
+    let usual = BEHIND.max(parts.settings.poll_interval * 2);
     Ok(if unread < usual {
         Duration::ZERO
     } else {
@@ -262,19 +262,19 @@ async fn unread(context: &Context) -> Result<Duration, JournalError> {
 
 /// Looks where it stands, without having the journal count all that waits each time.
 struct Watch<'a> {
-    context: &'a Context,
+    parts: &'a Parts,
     /// When all was counted last.
     counted: Look,
 }
 
 impl<'a> Watch<'a> {
-    async fn new(context: &'a Context) -> Result<Self, JournalError> {
-        let counted = count(context).await?;
-        Ok(Self { context, counted })
+    async fn new(parts: &'a Parts) -> Result<Self, JournalError> {
+        let counted = count(parts).await?;
+        Ok(Self { parts, counted })
     }
 
     async fn look(&mut self) -> Result<Look, JournalError> {
-        let counters = self.context.metrics.counters();
+        let counters = self.parts.metrics.counters();
         let (told, settled) = (counters.told.get(), counters.settled());
         let Look {
             told: told_before,
@@ -285,12 +285,12 @@ impl<'a> Watch<'a> {
         } = self.counted;
         let waiting = (waiting + (told - told_before)).saturating_sub(settled - settled_before);
         if waiting < FEW || at.elapsed() >= COUNT_EVERY {
-            self.counted = count(self.context).await?;
+            self.counted = count(self.parts).await?;
             return Ok(self.counted);
         }
         Ok(Look {
             at: Instant::now(),
-            unread: unread(self.context).await?,
+            unread: unread(self.parts).await?,
             told,
             settled,
             waiting,
@@ -298,14 +298,14 @@ impl<'a> Watch<'a> {
     }
 }
 
-async fn count(context: &Context) -> Result<Look, JournalError> {
-    let unread = unread(context).await?;
-    let waiting = context.journal.with(|store| store.waiting()).await?;
+async fn count(parts: &Parts) -> Result<Look, JournalError> {
+    let unread = unread(parts).await?;
+    let waiting = parts.journal.with(|store| store.waiting()).await?;
     Ok(Look {
         at: Instant::now(),
         unread,
-        told: context.metrics.counters().told.get(),
-        settled: context.metrics.counters().settled(),
+        told: parts.metrics.counters().told.get(),
+        settled: parts.metrics.counters().settled(),
         waiting,
     })
 }

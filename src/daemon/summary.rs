@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::daemon::context::Context;
+use super::parts::Parts;
 use crate::http::Api;
 use crate::journal::Store;
 use crate::telemetry::log;
@@ -65,14 +65,14 @@ impl Counts {
 
 /// Sums up what was done since it last did.
 #[derive(Debug)]
-pub struct Summary {
+pub(super) struct Summary {
     before: Counts,
     at: Instant,
 }
 
 impl Summary {
     /// From now on.
-    pub fn begin() -> Self {
+    pub(super) fn begin() -> Self {
         Self {
             before: Counts::default(),
             at: Instant::now(),
@@ -80,24 +80,23 @@ impl Summary {
     }
 
     /// Logs it every so often.
-    pub async fn run(&mut self, context: &Context) -> Infallible {
+    pub(super) async fn run(&mut self, parts: &Parts) -> Infallible {
         loop {
-            sleep(context.settings.log_summary).await;
-            self.tell(context).await;
+            sleep(parts.settings.log_summary).await;
+            self.tell(parts).await;
         }
     }
 
     /// Logs it, if there is anything to say.
-    pub async fn tell(&mut self, context: &Context) {
+    pub(super) async fn tell(&mut self, parts: &Parts) {
         let left_out = log::report_left_out();
-        let counts = Counts::of(context.metrics.counters());
+        let counts = Counts::of(parts.metrics.counters());
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
         (self.before, self.at) = (counts, Instant::now());
-        let down = Api::ALL.iter().any(|api| context.http(*api).is_down());
-        let standing = standing(context).await;
-        let all_is_well =
-            !down && !left_out && standing.is_some_and(|standing| standing.waiting == 0);
+        let down = Api::ALL.iter().any(|api| parts.apis.of(*api).is_down());
+        let queue = queue(parts).await;
+        let all_is_well = !down && !left_out && queue.is_some_and(|queue| queue.waiting == 0);
         if all_is_well && !done.something_happened() {
             return;
         }
@@ -109,32 +108,32 @@ impl Summary {
             delivered = done.delivered,
             attempts_failed = done.attempts_failed,
             failed = done.failed,
-            waiting = standing.map(|standing| standing.waiting),
-            failed_in_all = standing.map(|standing| standing.failed),
-            bigchat = state(context, Api::BigChat),
-            our_api = state(context, Api::OurApi),
+            waiting = queue.map(|queue| queue.waiting),
+            failed_in_all = queue.map(|queue| queue.failed),
+            bigchat = state(parts, Api::BigChat),
+            our_api = state(parts, Api::OurApi),
             "summary"
         );
     }
 }
 
 /// How the daemon fares, in a sentence.
-pub async fn sentence(context: &Context) -> String {
+pub(super) async fn sentence(parts: &Parts) -> String {
     let mut text = format!(
         "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
-        state(context, Api::BigChat),
-        state(context, Api::OurApi),
-        context.metrics.counters().told.get(),
-        context.metrics.counters().delivered.get(),
+        state(parts, Api::BigChat),
+        state(parts, Api::OurApi),
+        parts.metrics.counters().told.get(),
+        parts.metrics.counters().delivered.get(),
     );
-    if let Some(MessageState { waiting, failed }) = standing(context).await {
+    if let Some(Queue { waiting, failed }) = queue(parts).await {
         text += &format!(", {waiting} waiting, {failed} failed");
     }
     text
 }
 
-fn state(context: &Context, api: Api) -> &'static str {
-    if context.http(api).is_down() {
+fn state(parts: &Parts, api: Api) -> &'static str {
+    if parts.apis.of(api).is_down() {
         "down"
     } else {
         "up"
@@ -142,20 +141,20 @@ fn state(context: &Context, api: Api) -> &'static str {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct MessageState {
+struct Queue {
     waiting: u64,
     failed: u64,
 }
 
 /// What waits and what has failed, up to so many; `None`: the journal does not tell.
-async fn standing(context: &Context) -> Option<MessageState> {
+async fn queue(parts: &Parts) -> Option<Queue> {
     let count = |store: &mut Store| {
-        Ok(MessageState {
+        Ok(Queue {
             waiting: store.waiting()?,
             failed: store.failed_at_most(COUNTED)?,
         })
     };
-    context.journal.with(count).await.ok()
+    parts.journal.with(count).await.ok()
 }
 
 fn rounded(period: Duration) -> u64 {

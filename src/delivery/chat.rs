@@ -3,9 +3,9 @@
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
-use super::{agents, handlers};
+use super::handlers;
+use super::worker::Worker;
 use crate::bigchat::details;
-use crate::daemon::context::Context;
 use crate::domain::conversation::{Conversation, Desired, Details, Fields, Pending};
 use crate::domain::time::Timestamp;
 use crate::http::route::Route;
@@ -15,7 +15,7 @@ use crate::our_api::{self, NewChat};
 /// Reads the conversation's details before its chat is created, unless its events say all that they do: when it started
 /// and who has it.
 pub(super) async fn read_details(
-    context: &Context,
+    worker: &Worker,
     conversation: &mut Conversation,
     changes: &[Pending],
 ) -> Result<(), AttemptError> {
@@ -28,14 +28,14 @@ pub(super) async fn read_details(
         && conversation.details == Details::Unread
         && !is_complete
     {
-        details::read(&context.bigchat, conversation).await?;
+        details::read(&worker.source, conversation).await?;
     }
     Ok(())
 }
 
 /// The fields that the chat should have. `changes` are folded into what is desired; `earliest`: of all events at hand.
 pub(super) async fn fields(
-    context: &Context,
+    worker: &Worker,
     conversation: &Conversation,
     desired: &Desired,
     changes: &[Pending],
@@ -48,7 +48,7 @@ pub(super) async fn fields(
         (None, Some(before)) => earliest.map_or(before, |earliest| before.min(earliest)),
         (None, None) => {
             let id = conversation.id;
-            let known = context
+            let known = worker
                 .journal
                 .with(move |store| store.earliest_event(id))
                 .await?;
@@ -68,7 +68,7 @@ pub(super) async fn fields(
         advisor if observed.agent.is_some() && observed.advisor == advisor && !is_named => {
             observed.agent
         }
-        Some(advisor) => agents::resolve(context, conversation.epoch, advisor).await?,
+        Some(advisor) => worker.agents.resolve(conversation.epoch, advisor).await?,
         None => observed.agent,
     };
     Ok(Fields {
@@ -87,13 +87,13 @@ pub(super) enum Created {
 
 /// Creates the chat with these fields, or takes over the one that exists.
 pub(super) async fn create(
-    context: &Context,
+    worker: &Worker,
     conversation: &mut Conversation,
     desired: &Desired,
     fields: &Fields,
 ) -> Result<Created, AttemptError> {
     let mut external_id =
-        choose_external_id(context, conversation, desired, fields.started_at).await?;
+        choose_external_id(worker, conversation, desired, fields.started_at).await?;
     loop {
         let new = NewChat {
             external_id: &external_id,
@@ -101,7 +101,7 @@ pub(super) async fn create(
             ended_at: fields.ended_at,
             agent_id: fields.agent,
         };
-        let error = match context.our_api.create_chat(&new).await {
+        let error = match worker.our_api.create_chat(&new).await {
             Ok(created) => {
                 let observed = &mut conversation.observed;
                 observed.external_id = Some(external_id);
@@ -115,14 +115,14 @@ pub(super) async fn create(
         match error.kind {
             ErrorKind::Conflict => {}
             ErrorKind::NotFound(Resource::Agent) => {
-                return Err(agents::missing(context, fields.agent, error).await);
+                return Err(worker.agents.missing(fields.agent, error).await);
             }
             _ => return Err(AttemptError::Write(error)),
         }
-        match context.our_api.chat(&external_id).await? {
+        match worker.our_api.chat(&external_id).await? {
             // Taken, yet not listed: what answers is not OurAPI, or not all of it.
             None => {
-                let http = context.our_api.http();
+                let http = worker.our_api.http();
                 let kind = ErrorKind::WrongService;
                 return Err(http.reconsider(error, Route::CreateChat, kind).into());
             }
@@ -131,7 +131,7 @@ pub(super) async fn create(
                 return Ok(Created::Adopted(found.chat_id));
             }
             Some(found) => {
-                let longer = with_start(context, conversation, fields.started_at);
+                let longer = with_start(worker, conversation, fields.started_at);
                 if longer == external_id {
                     return Err(AttemptError::Write(error.with_kind(ErrorKind::Rejected)));
                 }
@@ -139,7 +139,7 @@ pub(super) async fn create(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
                     "OurAPI has a chat of another conversation with this id; the start time is added to it"
                 );
-                record_intent(context, conversation, &longer, fields.started_at).await?;
+                record_intent(worker, conversation, &longer, fields.started_at).await?;
                 external_id = longer;
             }
         }
@@ -155,55 +155,55 @@ fn is_ours(conversation: &Conversation, fields: &Fields, found: &our_api::Chat) 
 
 /// The conversation's id, after the prefix; with its start time if the id was used before.
 async fn choose_external_id(
-    context: &Context,
+    worker: &Worker,
     conversation: &mut Conversation,
     desired: &Desired,
     started_at: Timestamp,
 ) -> Result<String, AttemptError> {
     if let Some(chosen) = conversation.observed.external_id.clone() {
         if desired.started_at.is_none() && conversation.observed.started_at != Some(started_at) {
-            record_intent(context, conversation, &chosen, started_at).await?;
+            record_intent(worker, conversation, &chosen, started_at).await?;
         }
         return Ok(chosen);
     }
     let (epoch, bigchat_id) = (conversation.epoch, conversation.bigchat_id);
     let used = epoch.0 > 1
-        && context
+        && worker
             .journal
             .with(move |store| store.id_was_used_before(epoch, bigchat_id))
             .await?;
     let chosen = if used {
-        with_start(context, conversation, started_at)
+        with_start(worker, conversation, started_at)
     } else {
-        plain(context, conversation)
+        plain(worker, conversation)
     };
     if used || desired.started_at.is_none() {
-        record_intent(context, conversation, &chosen, started_at).await?;
+        record_intent(worker, conversation, &chosen, started_at).await?;
     }
     Ok(chosen)
 }
 
-fn plain(context: &Context, conversation: &Conversation) -> String {
+fn plain(worker: &Worker, conversation: &Conversation) -> String {
     format!(
         "{}{}",
-        context.settings.external_id_prefix, conversation.bigchat_id
+        worker.settings.external_id_prefix, conversation.bigchat_id
     )
 }
 
-fn with_start(context: &Context, conversation: &Conversation, started_at: Timestamp) -> String {
-    format!("{}@{started_at}", plain(context, conversation))
+fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestamp) -> String {
+    format!("{}@{started_at}", plain(worker, conversation))
 }
 
 /// Stores the identity with which a chat is about to be created, if it could not be worked out again: after a lost answer
 /// nothing else tells whose the chat is.
 async fn record_intent(
-    context: &Context,
+    worker: &Worker,
     conversation: &mut Conversation,
     external_id: &str,
     started_at: Timestamp,
 ) -> Result<(), AttemptError> {
     let (id, stored) = (conversation.id, external_id.to_owned());
-    context
+    worker
         .journal
         .with(move |store| store.record_intent(id, &stored, started_at))
         .await?;

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
-use crate::daemon::context::Context;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Lost, Report};
 use crate::domain::time::Millis;
-use crate::journal::{JournalError, STORAGE_PAUSE};
+use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 
+use super::Delivery;
 use super::scheduler::MAX_CLAIMED;
 
 /// A commit is followed by a pause of so many times as long as it took, so that it is shared by the reports of that time
@@ -47,78 +48,99 @@ impl ToCommit {
     }
 }
 
-/// Commits until the last report. While the disk refuses, the same batch is tried again and nothing is forgotten.
-pub(super) async fn run(
-    context: &Context,
-    mut reported: Receiver<ToCommit>,
-    release: UnboundedSender<Released>,
-) {
-    let mut batch = Vec::new();
-    while reported.recv_many(&mut batch, MAX_CLAIMED).await > 0 {
-        let began = Instant::now();
-        let reports = Arc::new(std::mem::take(&mut batch));
-        // A scheduler that has ended needs no release.
-        release.send(commit(context, reports).await).ok();
-        if !context.stopping.is_cancelled() {
-            sleep((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
-        }
-    }
+/// See the [module](self).
+#[derive(Debug)]
+pub(super) struct Committer {
+    journal: Arc<Journal>,
+    storage: Arc<Storage>,
+    /// The id of the daemon's session.
+    session: i64,
+    stopping: CancellationToken,
 }
 
-async fn commit(context: &Context, batch: Arc<Vec<ToCommit>>) -> Released {
-    let mut released = Released::default();
-    loop {
-        match try_commit(context, Arc::clone(&batch), 0..batch.len()).await {
-            Ok(()) => {
-                released.committed = batch.iter().map(ToCommit::conversation).collect();
-                return released;
-            }
-            Err(error) if error.is_transient() => refused(context, &error).await,
-            // One row is at fault: the others are committed without it.
-            Err(_) => break,
+impl Committer {
+    pub(super) fn new(delivery: &Delivery) -> Self {
+        Self {
+            journal: Arc::clone(&delivery.journal),
+            storage: Arc::clone(&delivery.storage),
+            session: delivery.session.id,
+            stopping: delivery.stopping.clone(),
         }
     }
-    let mut next = 0;
-    while next < batch.len() {
-        let conversation = batch[next].conversation();
-        match try_commit(context, Arc::clone(&batch), next..next + 1).await {
-            Err(error) if error.is_transient() => {
-                refused(context, &error).await;
-                continue;
+
+    /// Commits until the last report. While the disk refuses, the same batch is tried again and nothing is forgotten.
+    pub(super) async fn run(
+        &self,
+        mut reported: Receiver<ToCommit>,
+        release: UnboundedSender<Released>,
+    ) {
+        let mut batch = Vec::new();
+        while reported.recv_many(&mut batch, MAX_CLAIMED).await > 0 {
+            let began = Instant::now();
+            let reports = Arc::new(std::mem::take(&mut batch));
+            // A scheduler that has ended needs no release.
+            release.send(self.commit(reports).await).ok();
+            if !self.stopping.is_cancelled() {
+                sleep((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
             }
-            Err(error) => {
-                released.set_aside += 1;
-                tracing::error!(
-                    row = conversation.0, reason = %error,
-                    "a delivery could not be committed; the conversation is set aside until the next start"
-                );
-            }
-            Ok(()) => released.committed.push(conversation),
         }
-        next += 1;
     }
-    released
-}
 
-async fn refused(context: &Context, error: &JournalError) {
-    context.storage.delivery_failed(error);
-    sleep(STORAGE_PAUSE).await;
-}
+    async fn commit(&self, batch: Arc<Vec<ToCommit>>) -> Released {
+        let mut released = Released::default();
+        loop {
+            match self.try_commit(Arc::clone(&batch), 0..batch.len()).await {
+                Ok(()) => {
+                    released.committed = batch.iter().map(ToCommit::conversation).collect();
+                    return released;
+                }
+                Err(error) if error.is_transient() => self.refused(&error).await,
+                // One row is at fault: the others are committed without it.
+                Err(_) => break,
+            }
+        }
+        let mut next = 0;
+        while next < batch.len() {
+            let conversation = batch[next].conversation();
+            match self.try_commit(Arc::clone(&batch), next..next + 1).await {
+                Err(error) if error.is_transient() => {
+                    self.refused(&error).await;
+                    continue;
+                }
+                Err(error) => {
+                    released.set_aside += 1;
+                    tracing::error!(
+                        row = conversation.0, reason = %error,
+                        "a delivery could not be committed; the conversation is set aside until the next start"
+                    );
+                }
+                Ok(()) => released.committed.push(conversation),
+            }
+            next += 1;
+        }
+        released
+    }
 
-async fn try_commit(
-    context: &Context,
-    batch: Arc<Vec<ToCommit>>,
-    rows: std::ops::Range<usize>,
-) -> Result<(), JournalError> {
-    let session = context.session.id;
-    let committed = context.journal.with(move |store| {
-        let reports = batch[rows].iter().map(|row| match row {
-            ToCommit::Report(report) => Ok(report.as_ref()),
-            ToCommit::Lost(lost) => Err(lost),
+    async fn refused(&self, error: &JournalError) {
+        self.storage.delivery_failed(error);
+        sleep(STORAGE_PAUSE).await;
+    }
+
+    async fn try_commit(
+        &self,
+        batch: Arc<Vec<ToCommit>>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<(), JournalError> {
+        let session = self.session;
+        let committed = self.journal.with(move |store| {
+            let reports = batch[rows].iter().map(|row| match row {
+                ToCommit::Report(report) => Ok(report.as_ref()),
+                ToCommit::Lost(lost) => Err(lost),
+            });
+            store.commit(reports, session, Millis::now())
         });
-        store.commit(reports, session, Millis::now())
-    });
-    committed.await?;
-    context.storage.recovered();
-    Ok(())
+        committed.await?;
+        self.storage.recovered();
+        Ok(())
+    }
 }

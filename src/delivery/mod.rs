@@ -19,19 +19,27 @@ mod handlers;
 mod reconcile;
 mod report;
 mod scheduler;
+mod worker;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::daemon::context::Context;
-use crate::journal::STORAGE_PAUSE;
+use crate::bigchat::Source;
+use crate::http::Apis;
+use crate::journal::{Journal, STORAGE_PAUSE, Session, Storage};
+use crate::our_api::OurApi;
+use crate::settings::Settings;
+use crate::telemetry::liveness::Liveness;
+use crate::telemetry::metrics::Metrics;
 
 pub use self::attempts::AttemptError;
+use self::committer::Committer;
 use self::scheduler::Scheduler;
+use self::worker::Worker;
 
 /// How long requests in flight may take once the daemon is to stop.
 pub const DRAIN: Duration = Duration::from_secs(8);
@@ -53,38 +61,61 @@ pub enum Scope {
     Verifications,
 }
 
-/// Delivers until then. After a clean end nothing is in flight and everything is committed, which the journal remembers.
-pub async fn run(context: Arc<Context>, scope: Scope, until: Until) {
-    let (reports, reported) = mpsc::channel(scheduler::MAX_CLAIMED);
-    let (release, released) = mpsc::unbounded_channel();
-    let drained = CancellationToken::new();
-    let deliver = async {
-        let mut scheduler = Scheduler::new(Arc::clone(&context), scope, reports, released);
-        scheduler.run(until).await;
-        // With the scheduler the channel of reports is closed, and the committer ends.
-        let nothing_given_up = scheduler.drain(Instant::now() + DRAIN).await;
-        drained.cancel();
-        nothing_given_up
-    };
-    let commit = async {
-        let too_late = async {
-            drained.cancelled().await;
-            sleep(STORAGE_PAUSE).await;
+/// What delivery is made of.
+#[derive(Debug)]
+pub struct Delivery {
+    pub settings: Settings,
+    pub apis: Apis,
+    pub source: Arc<Source>,
+    pub our_api: Arc<OurApi>,
+    pub journal: Arc<Journal>,
+    pub session: Session,
+    pub storage: Arc<Storage>,
+    pub metrics: Arc<Metrics>,
+    pub liveness: Arc<Liveness>,
+    /// Notified of events to be delivered.
+    pub work_available: Arc<Notify>,
+    /// Cancelled when no further request is to be begun.
+    pub stopping: CancellationToken,
+}
+
+impl Delivery {
+    /// Delivers until then. After a clean end nothing is in flight and everything is committed, which the journal
+    /// remembers.
+    pub async fn run(self, scope: Scope, until: Until) {
+        let (reports, reported) = mpsc::channel(scheduler::MAX_CLAIMED);
+        let (release, released) = mpsc::unbounded_channel();
+        let worker = Arc::new(Worker::new(&self));
+        let committer = Committer::new(&self);
+        let mut scheduler = Scheduler::new(&self, Arc::clone(&worker), scope, reports, released);
+        let drained = CancellationToken::new();
+        let deliver = async {
+            scheduler.run(until).await;
+            // With the scheduler the channel of reports is closed, and the committer ends.
+            let nothing_given_up = scheduler.drain(Instant::now() + DRAIN).await;
+            drained.cancel();
+            nothing_given_up
         };
-        tokio::select! {
-            () = committer::run(&context, reported, release) => true,
-            () = too_late => {
-                tracing::error!("the last deliveries could not be committed; they will be verified at the next start");
-                false
+        let commit = async {
+            let too_late = async {
+                drained.cancelled().await;
+                sleep(STORAGE_PAUSE).await;
+            };
+            tokio::select! {
+                () = committer.run(reported, release) => true,
+                () = too_late => {
+                    tracing::error!("the last deliveries could not be committed; they will be verified at the next start");
+                    false
+                }
             }
+        };
+        let (nothing_given_up, committed) = tokio::join!(deliver, commit);
+        let (rate_limits, clean) = (worker.rate_limits(), nothing_given_up && committed);
+        let ended = self
+            .journal
+            .with(move |store| store.end_session(rate_limits, clean));
+        if let Ok(Err(error)) = timeout(STORAGE_PAUSE, ended).await {
+            tracing::error!(reason = %error, "the end of the session could not be recorded");
         }
-    };
-    let (nothing_given_up, committed) = tokio::join!(deliver, commit);
-    let (rate_limits, clean) = (context.rate_limits(), nothing_given_up && committed);
-    let ended = context
-        .journal
-        .with(move |store| store.end_session(rate_limits, clean));
-    if let Ok(Err(error)) = timeout(STORAGE_PAUSE, ended).await {
-        tracing::error!(reason = %error, "the end of the session could not be recorded");
     }
 }

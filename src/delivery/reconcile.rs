@@ -7,9 +7,9 @@
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
+use super::chat;
 use super::handlers::{self, message};
-use super::{agents, chat};
-use crate::daemon::context::Context;
+use super::worker::Worker;
 use crate::domain::account::{self, MessageKey, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
@@ -59,7 +59,7 @@ impl Stopped {
 }
 
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop.
-pub(super) async fn reconcile(context: &Context, work: Work) -> Reconciled {
+pub(super) async fn reconcile(worker: &Worker, work: Work) -> Reconciled {
     let Work {
         conversation,
         events,
@@ -78,8 +78,8 @@ pub(super) async fn reconcile(context: &Context, work: Work) -> Reconciled {
         verified: verify.map(|verify| (verify, None)),
     };
     let ended = match verify {
-        Some(verify) => Box::pin(run.verify(context, verify)).await,
-        None => run.deliver(context).await,
+        Some(verify) => Box::pin(run.verify(worker, verify)).await,
+        None => run.deliver(worker).await,
     };
     run.stopped = ended.err();
     run
@@ -97,9 +97,9 @@ enum Needed {
 }
 
 /// Whether a message may be delivered though it waits.
-pub(super) fn is_in_doubt(context: &Context, event: &Pending) -> bool {
+pub(super) fn is_in_doubt(worker: &Worker, event: &Pending) -> bool {
     event.what.kind().is_message()
-        && (event.attempts.outcome_unknown || context.may_be_delivered(event.id))
+        && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
 }
 
 /// What a chat was found to be.
@@ -111,43 +111,43 @@ enum Refreshed {
 }
 
 impl Reconciled {
-    async fn deliver(&mut self, context: &Context) -> Result<(), Stopped> {
-        if self.is_stale(context) {
-            return Box::pin(self.read_back(context)).await;
+    async fn deliver(&mut self, worker: &Worker) -> Result<(), Stopped> {
+        if self.is_stale(worker) {
+            return Box::pin(self.read_back(worker)).await;
         }
         // Boxed, as what is rare is: what is polled for each message stays small.
-        Box::pin(self.change_chat(context)).await?;
+        Box::pin(self.change_chat(worker)).await?;
         if self.observation != Observation::None && self.observation != Observation::Created {
             return Ok(());
         }
-        self.send_messages(context).await
+        self.send_messages(worker).await
     }
 
     /// Whether what the journal remembers of the chat may be wrong.
-    fn is_stale(&self, context: &Context) -> bool {
+    fn is_stale(&self, worker: &Worker) -> bool {
         self.conversation.observed.chat.is_some()
-            && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(context))
+            && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(worker))
     }
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read since.
-    fn is_replayed(&self, context: &Context) -> bool {
+    fn is_replayed(&self, worker: &Worker) -> bool {
         let mut events = self.events.iter();
-        !self.claim.is_read && events.any(|event| context.may_be_delivered(event.id))
+        !self.claim.is_read && events.any(|event| worker.may_be_delivered(event.id))
     }
 
-    async fn read_back(&mut self, context: &Context) -> Result<(), Stopped> {
+    async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let first = self.events.first().map(|event| event.id);
         let refreshed = self
-            .refresh(context)
+            .refresh(worker)
             .await
             .map_err(|error| Stopped::at(first, error))?;
         let Refreshed::Ours(found) = refreshed else {
             return self
-                .gone(context, context.settings.rebuild)
+                .gone(worker, worker.settings.rebuild)
                 .await
                 .map_err(|error| Stopped::at(first, error));
         };
-        let unsure = self.unsure(context);
+        let unsure = self.unsure(worker);
         let written = self.conversation.observed.agent;
         let drift = self.conversation.observed.merge(&found, unsure);
         if !drift.is_none() {
@@ -156,25 +156,25 @@ impl Reconciled {
                 "a chat was changed in OurAPI by another client; it stays as it is"
             );
         }
-        self.agent_may_be_gone(context, written)
+        self.agent_may_be_gone(worker, written)
             .await
             .map_err(|error| Stopped::at(first, error))?;
-        let needed = if self.is_replayed(context) {
+        let needed = if self.is_replayed(worker) {
             Needed::Always
-        } else if self.claim.is_lost && context.settings.rebuild {
+        } else if self.claim.is_lost && worker.settings.rebuild {
             Needed::IfAny
         } else {
             Needed::IfWaiting
         };
-        self.account(context, found.chat_id, needed).await
+        self.account(worker, found.chat_id, needed).await
     }
 
     /// The fields that may have been written without the journal knowing: those named by events whose outcome is unknown,
     /// or which a newer copy of the journal may have delivered. Changes are written together.
-    fn unsure(&self, context: &Context) -> Unsure {
+    fn unsure(&self, worker: &Worker) -> Unsure {
         let is_unsure = |event: &&Pending| {
             event.attempts.outcome_unknown
-                || self.is_replayed(context) && context.may_be_delivered(event.id)
+                || self.is_replayed(worker) && worker.may_be_delivered(event.id)
         };
         let changes = || {
             self.events
@@ -194,7 +194,7 @@ impl Reconciled {
     /// After a loss the agent that was written may be gone: it is resolved again, and written if it is another one now.
     async fn agent_may_be_gone(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         written: Option<Uuid>,
     ) -> Result<(), AttemptError> {
         let Conversation {
@@ -206,7 +206,7 @@ impl Reconciled {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && agents::resolve(context, *epoch, advisor).await? != written
+            && worker.agents.resolve(*epoch, advisor).await? != written
         {
             observed.advisor = None;
         }
@@ -214,20 +214,20 @@ impl Reconciled {
     }
 
     /// Reads the chat by its external id.
-    async fn refresh(&self, context: &Context) -> Result<Refreshed, AttemptError> {
+    async fn refresh(&self, worker: &Worker) -> Result<Refreshed, AttemptError> {
         let observed = &self.conversation.observed;
         let external_id = observed.external_id.as_deref().unwrap_or_default();
-        Ok(match context.our_api.chat(external_id).await? {
+        Ok(match worker.our_api.chat(external_id).await? {
             Some(found) if Some(found.chat_id) == observed.chat => Refreshed::Ours(found),
             _ => Refreshed::Gone,
         })
     }
 
     /// The messages that the journal has of the conversation.
-    async fn recorded(&self, context: &Context) -> Result<Vec<Recorded>, AttemptError> {
+    async fn recorded(&self, worker: &Worker) -> Result<Vec<Recorded>, AttemptError> {
         let id = self.conversation.id;
-        let replay_until = context.replay_until();
-        let recorded = context
+        let replay_until = worker.session.replay_until.get();
+        let recorded = worker
             .journal
             .with(move |store| store.recorded_messages(id, replay_until));
         Ok(recorded.await?)
@@ -236,7 +236,7 @@ impl Reconciled {
     /// Reads the chat's messages, if that is needed, and accounts for them.
     async fn account(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         chat: Uuid,
         needed: Needed,
     ) -> Result<(), Stopped> {
@@ -246,24 +246,24 @@ impl Reconciled {
             return Ok(());
         }
         let recorded = self
-            .recorded(context)
+            .recorded(worker)
             .await
-            .map_err(|error| Stopped::at(self.first_in_doubt(context), error))?;
+            .map_err(|error| Stopped::at(self.first_in_doubt(worker), error))?;
         if needed == Needed::IfAny && recorded.is_empty() {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = context
+        let held = worker
             .our_api
             .messages(chat)
             .await
             .map_err(|error| Stopped {
-                at: self.first_in_doubt(context),
+                at: self.first_in_doubt(worker),
                 error: error.into(),
                 reading_messages: true,
             })?;
         let mut accounting = account::account(account::keys(&held), &recorded);
-        if !context.settings.rebuild {
+        if !worker.settings.rebuild {
             accounting.missing.clear();
         }
         if !accounting.missing.is_empty() {
@@ -277,16 +277,16 @@ impl Reconciled {
     }
 
     /// The first message that may be delivered: the chat is read to find out.
-    fn first_in_doubt(&self, context: &Context) -> Option<EventId> {
+    fn first_in_doubt(&self, worker: &Worker) -> Option<EventId> {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| is_in_doubt(context, event));
+            .filter(|event| is_in_doubt(worker, event));
         messages.next().map(|event| event.id)
     }
 
     /// OurAPI has lost the chat, and with it probably more.
-    async fn gone(&mut self, context: &Context, rebuild: bool) -> Result<(), AttemptError> {
+    async fn gone(&mut self, worker: &Worker, rebuild: bool) -> Result<(), AttemptError> {
         tracing::error!(
             conversation = self.conversation.bigchat_id,
             chat = self
@@ -298,21 +298,21 @@ impl Reconciled {
             "OurAPI has lost a chat"
         );
         let is_known = self.claim.is_lost && self.observation != Observation::Created
-            || context.losses() > self.claim.losses;
+            || worker.agents.losses() > self.claim.losses;
         if !rebuild {
             // The agents may be gone as well; to find out costs one request each.
-            context.known_agents().clear();
+            worker.agents.forget();
         } else if !is_known {
-            context.our_api_lost_data().await?;
+            worker.agents.record_loss().await?;
         }
-        context.metrics.chat_was_missing();
+        worker.metrics.chat_was_missing();
         self.observation = Observation::Gone { rebuild };
         Ok(())
     }
 
     /// Brings the chat's fields to what the events say: all changes at once, or one by one if one of them has failed
     /// before or OurAPI rejects them together.
-    async fn change_chat(&mut self, context: &Context) -> Result<(), Stopped> {
+    async fn change_chat(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let changes: Vec<Pending> = self
             .events
             .iter()
@@ -321,7 +321,7 @@ impl Reconciled {
             .collect();
         let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
         if changes.len() < 2 || !has_failed {
-            match self.write_chat(context, &changes).await {
+            match self.write_chat(worker, &changes).await {
                 Ok(None) => return Ok(()),
                 Ok(Some(effect)) => {
                     self.done
@@ -341,10 +341,10 @@ impl Reconciled {
             }
         }
         for event in changes {
-            if context.stopping.is_cancelled() {
+            if worker.stopping.is_cancelled() {
                 return Ok(());
             }
-            match self.write_chat(context, std::slice::from_ref(&event)).await {
+            match self.write_chat(worker, std::slice::from_ref(&event)).await {
                 Ok(None) => return Ok(()),
                 Ok(Some(effect)) => self.done.push((event.id, Ok(effect))),
                 Err(error) if error.is_rejection() => self.done.push((event.id, Err(error))),
@@ -376,27 +376,26 @@ impl Reconciled {
     /// Writes what differs once `changes` are folded in. `None`: an existing chat was taken over, and nothing written.
     async fn write_chat(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         changes: &[Pending],
     ) -> Result<Option<Effect>, AttemptError> {
         let observed = &self.conversation.observed;
         let is_needed = !self.events.is_empty()
             || observed.chat.is_some()
-            || observed.external_id.is_some()
-                && (context.settings.rebuild || self.claim.is_rewound);
+            || observed.external_id.is_some() && (worker.settings.rebuild || self.claim.is_rewound);
         if !is_needed {
             return Ok(Some(Effect::Nothing));
         }
-        chat::read_details(context, &mut self.conversation, changes).await?;
+        chat::read_details(worker, &mut self.conversation, changes).await?;
         let mut desired = self.conversation.desired;
         for event in changes {
             handlers::fold(&mut desired, event);
         }
         let earliest = self.events.iter().map(|event| event.at).min();
-        let fields = chat::fields(context, &self.conversation, &desired, changes, earliest).await?;
+        let fields = chat::fields(worker, &self.conversation, &desired, changes, earliest).await?;
         let effect = match self.conversation.observed.chat {
-            Some(chat) => self.patch(context, chat, &desired, &fields).await?,
-            None => self.create(context, &desired, &fields).await?,
+            Some(chat) => self.patch(worker, chat, &desired, &fields).await?,
+            None => self.create(worker, &desired, &fields).await?,
         };
         if effect.is_some() {
             self.conversation.desired = desired;
@@ -406,7 +405,7 @@ impl Reconciled {
 
     async fn patch(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         chat: Uuid,
         desired: &Desired,
         fields: &Fields,
@@ -417,17 +416,17 @@ impl Reconciled {
             observed.apply(fields, desired.advisor());
             return Ok(Some(Effect::Nothing));
         }
-        let Err(error) = context.our_api.change_chat(chat, &change).await else {
+        let Err(error) = worker.our_api.change_chat(chat, &change).await else {
             observed.apply(fields, desired.advisor());
             self.writes += 1;
             return Ok(Some(Effect::ChatChanged));
         };
         match error.kind {
             ErrorKind::NotFound(Resource::Chat) => {
-                self.chat_missing(context, error).await.map(|()| None)
+                self.chat_missing(worker, error).await.map(|()| None)
             }
             ErrorKind::NotFound(Resource::Agent) => {
-                Err(self.agent_missing(context, fields.agent, error).await)
+                Err(self.agent_missing(worker, fields.agent, error).await)
             }
             _ => Err(AttemptError::Write(error)),
         }
@@ -435,18 +434,18 @@ impl Reconciled {
 
     async fn create(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         desired: &Desired,
         fields: &Fields,
     ) -> Result<Option<Effect>, AttemptError> {
-        match chat::create(context, &mut self.conversation, desired, fields).await? {
+        match chat::create(worker, &mut self.conversation, desired, fields).await? {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
                 Ok(Some(Effect::ChatCreated))
             }
             chat::Created::Adopted(chat) => {
-                self.account(context, chat, Needed::Always)
+                self.account(worker, chat, Needed::Always)
                     .await
                     .map_err(|stopped| stopped.error)?;
                 Ok(None)
@@ -455,13 +454,9 @@ impl Reconciled {
     }
 
     /// OurAPI says that the chat does not exist. Believed only if its list answers without it.
-    async fn chat_missing(
-        &mut self,
-        context: &Context,
-        error: ApiError,
-    ) -> Result<(), AttemptError> {
-        match self.refresh(context).await? {
-            Refreshed::Gone => self.gone(context, context.settings.rebuild).await,
+    async fn chat_missing(&mut self, worker: &Worker, error: ApiError) -> Result<(), AttemptError> {
+        match self.refresh(worker).await? {
+            Refreshed::Gone => self.gone(worker, worker.settings.rebuild).await,
             // It exists all the same.
             Refreshed::Ours(_) => Err(AttemptError::Write(
                 error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
@@ -472,11 +467,11 @@ impl Reconciled {
     /// OurAPI says that an agent does not exist. If so, the chat has none until it gets its own again.
     async fn agent_missing(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         agent: Option<Uuid>,
         error: ApiError,
     ) -> AttemptError {
-        let error = agents::missing(context, agent, error).await;
+        let error = worker.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
             self.conversation.observed.agent = None;
             self.conversation.observed.advisor = None;
@@ -484,24 +479,24 @@ impl Reconciled {
         error
     }
 
-    async fn send_messages(&mut self, context: &Context) -> Result<(), Stopped> {
+    async fn send_messages(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let Some(chat) = self.conversation.observed.chat else {
             return Ok(());
         };
-        let target = context.our_api.message_target(chat);
+        let target = worker.our_api.message_target(chat);
         let events = std::mem::take(&mut self.events);
-        let sent = self.send_all(context, &target, &events).await;
+        let sent = self.send_all(worker, &target, &events).await;
         self.events = events;
         sent
     }
 
     async fn send_all(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         target: &our_api::MessageTarget,
         events: &[Pending],
     ) -> Result<(), Stopped> {
-        let author = match context.settings.message_author {
+        let author = match worker.settings.message_author {
             MessageAuthor::None => None,
             MessageAuthor::Agent => self.conversation.observed.agent,
         };
@@ -509,19 +504,19 @@ impl Reconciled {
             let Some(text) = event.what.text() else {
                 continue;
             };
-            if context.stopping.is_cancelled() {
+            if worker.stopping.is_cancelled() {
                 return Ok(());
             }
             // Only a message that may have been sent before is the one that OurAPI holds.
             if event
                 .credit
-                .is_some_and(|as_of| event.id <= as_of.max(context.replay_until()))
+                .is_some_and(|as_of| event.id <= as_of.max(worker.session.replay_until.get()))
             {
                 self.consumed.push(account::key(event.at, text));
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }
-            let sent = message::send(&context.our_api, target, event, text, author).await;
+            let sent = message::send(&worker.our_api, target, event, text, author).await;
             let Err(error) = sent else {
                 self.writes += 1;
                 self.done.push((event.id, Ok(Effect::MessageAdded)));
@@ -529,13 +524,13 @@ impl Reconciled {
             };
             let error = match error.kind {
                 ErrorKind::NotFound(Resource::Chat) => {
-                    match Box::pin(self.chat_missing(context, error)).await {
+                    match Box::pin(self.chat_missing(worker, error)).await {
                         Ok(()) => return Ok(()),
                         Err(error) => error,
                     }
                 }
                 ErrorKind::NotFound(Resource::Agent) => {
-                    Box::pin(self.agent_missing(context, author, error)).await
+                    Box::pin(self.agent_missing(worker, author, error)).await
                 }
                 _ => AttemptError::Write(error),
             };
@@ -549,17 +544,14 @@ impl Reconciled {
     }
 
     /// Compares the chat with the journal. Repairing writes what events say, whatever is there.
-    async fn verify(&mut self, context: &Context, verify: Verify) -> Result<(), Stopped> {
+    async fn verify(&mut self, worker: &Worker, verify: Verify) -> Result<(), Stopped> {
         let failed = |error| Stopped::at(None, error);
-        let recorded = self.recorded(context).await.map_err(failed)?;
-        let (chat, held) = match self.refresh(context).await.map_err(failed)? {
+        let recorded = self.recorded(worker).await.map_err(failed)?;
+        let (chat, held) = match self.refresh(worker).await.map_err(failed)? {
             Refreshed::Ours(found) => {
-                let held = context.our_api.messages(found.chat_id).await;
+                let held = worker.our_api.messages(found.chat_id).await;
                 let held = account::keys(&held.map_err(|error| failed(error.into()))?);
-                let differs = self
-                    .differs(context, verify, &found)
-                    .await
-                    .map_err(failed)?;
+                let differs = self.differs(worker, verify, &found).await.map_err(failed)?;
                 if verify.repair {
                     self.conversation.observed.merge(
                         &found,
@@ -590,10 +582,10 @@ impl Reconciled {
             return Ok(());
         }
         if chat == ChatState::Missing {
-            return self.gone(context, true).await.map_err(failed);
+            return self.gone(worker, true).await.map_err(failed);
         }
         if chat == ChatState::Differs || messages > 0 {
-            context.metrics.chat_differed();
+            worker.metrics.chat_differed();
         }
         self.observation = Observation::Read(Some(accounting));
         Ok(())
@@ -602,7 +594,7 @@ impl Reconciled {
     /// Whether a chat has other fields than were written, or an agent that is gone.
     async fn differs(
         &mut self,
-        context: &Context,
+        worker: &Worker,
         verify: Verify,
         found: &our_api::Chat,
     ) -> Result<bool, AttemptError> {
@@ -618,12 +610,15 @@ impl Reconciled {
         let agent = observed.agent;
         let agent_is_gone = match desired.advisor() {
             Some(advisor) if observed.advisor == Some(advisor) => {
-                agents::is_gone(context, verify.verification, *epoch, advisor, agent).await?
+                worker
+                    .agents
+                    .is_gone(verify.verification, *epoch, advisor, agent)
+                    .await?
             }
             _ => false,
         };
         if agent_is_gone && verify.repair {
-            agents::forget_if_lost(context, agent).await?;
+            worker.agents.forget_if_lost(agent).await?;
             self.conversation.observed.advisor = None;
             self.conversation.observed.agent = None;
         }

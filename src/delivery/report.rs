@@ -75,7 +75,7 @@ impl Scheduler {
                     (None, error) => {
                         let (failed, next_at) = self.read_failed(&conversation, error, now);
                         due = Due::At(next_at);
-                        let max_attempts = self.context.settings.max_attempts;
+                        let max_attempts = self.worker.settings.max_attempts;
                         if stopped.reading_messages && failed >= max_attempts && verified.is_none()
                         {
                             // No message is in doubt: the chat is verified by its fields.
@@ -93,12 +93,12 @@ impl Scheduler {
         let advance = advance(&claim, &events, &outcomes);
         let counted = outcomes.iter();
         for outcome in counted.filter(|outcome| outcome.counts(advance.offset)) {
-            self.context
+            self.worker
                 .metrics
                 .attempted(outcome.kind, &outcome.outcome);
         }
         if in_doubt {
-            self.context.metrics.unknown_outcome();
+            self.worker.metrics.unknown_outcome();
         }
         Report {
             conversation,
@@ -123,7 +123,7 @@ impl Scheduler {
     ) -> impl Iterator<Item = EventOutcome> {
         let in_doubt = events
             .iter()
-            .filter(|event| is_in_doubt(&self.context, event));
+            .filter(|event| is_in_doubt(&self.worker, event));
         in_doubt.map(|event| {
             let attempts = Attempts {
                 failed: event.attempts.failed.saturating_add(1),
@@ -141,11 +141,11 @@ impl Scheduler {
         let mut lost = Lost {
             conversation: at_work.conversation,
             outcome: None,
-            due_at: now.plus(self.context.settings.retry_initial),
+            due_at: now.plus(self.worker.settings.retry_initial),
         };
         if let Some(event) = at_work.first {
             let circumstances = self.circumstances(now);
-            let policy = self.context.settings.retry();
+            let policy = self.worker.settings.retry();
             let outcome = attempts::outcome(
                 event.attempts,
                 &AttemptError::Panicked,
@@ -175,7 +175,7 @@ impl Scheduler {
             error,
             conversation.id,
             &self.writes,
-            &self.context.settings.retry(),
+            &self.worker.settings.retry(),
             &self.circumstances(now),
         );
         let (Outcome::Retry { attempts, .. } | Outcome::DeadLetter { attempts, .. }) = &outcome
@@ -224,9 +224,9 @@ impl Scheduler {
     fn circumstances(&self, now: Millis) -> Circumstances {
         Circumstances {
             now,
-            bigchat_is_failing: self.context.bigchat.http().is_failing(),
-            bigchat_retry_after: self.context.bigchat.http().rate_limited_until(now),
-            request_timeout: self.context.settings.request_timeout,
+            bigchat_is_failing: self.worker.source.http().is_failing(),
+            bigchat_retry_after: self.worker.source.http().rate_limited_until(now),
+            request_timeout: self.worker.settings.request_timeout,
             fraction: rand::random(),
         }
     }
@@ -240,7 +240,7 @@ impl Scheduler {
         now: Millis,
     ) -> (u32, Millis) {
         let failure = error.logged();
-        let is_failing = self.context.our_api.http().is_failing();
+        let is_failing = self.worker.our_api.http().is_failing();
         log_at!(
             !is_failing,
             conversation = conversation.bigchat_id,
@@ -250,7 +250,7 @@ impl Scheduler {
         );
         let failed = self.failed_reads.entry(conversation.id).or_default();
         *failed = failed.saturating_add(u32::from(!is_failing));
-        let policy = self.context.settings.retry();
+        let policy = self.worker.settings.retry();
         // Half of the wait is fixed: no event waits for it.
         let wait = policy.backoff((*failed).max(1), 0.5 + rand::random::<f64>() / 2.0);
         (*failed, now.plus(wait))
@@ -260,7 +260,7 @@ impl Scheduler {
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
             AttemptError::Read(error) | AttemptError::Write(error) => {
-                self.context.http(error.api).is_failing()
+                self.worker.apis.of(error.api).is_failing()
             }
             AttemptError::DataLost(_) => true,
             AttemptError::Journal(_) | AttemptError::Panicked => false,

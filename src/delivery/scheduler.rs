@@ -7,21 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::attempts::Writes;
 use super::committer::{Released, ToCommit};
 use super::reconcile::{Reconciled, reconcile};
-use super::{Scope, Until};
-use crate::daemon::context::Context;
+use super::worker::Worker;
+use super::{Delivery, Scope, Until};
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Work;
 use crate::domain::time::Millis;
 use crate::http::Circuit;
-use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE};
+use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE, Storage};
+use crate::telemetry::liveness::Liveness;
 
 /// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
 /// that no worker waits for a commit that takes 20 ms.
@@ -47,7 +48,10 @@ pub(super) struct AtWork {
 
 /// See the [module](self).
 pub(super) struct Scheduler {
-    pub(super) context: Arc<Context>,
+    pub(super) worker: Arc<Worker>,
+    storage: Arc<Storage>,
+    liveness: Arc<Liveness>,
+    work_available: Arc<Notify>,
     scope: Scope,
     /// Claimed and not at work yet.
     ready: VecDeque<Work>,
@@ -76,15 +80,19 @@ pub(super) struct Scheduler {
 
 impl Scheduler {
     pub(super) fn new(
-        context: Arc<Context>,
+        delivery: &Delivery,
+        worker: Arc<Worker>,
         scope: Scope,
         reports: mpsc::Sender<ToCommit>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
-        let writes = Writes::since(context.session.writes_succeeded);
-        let rate_limits = context.rate_limits();
+        let writes = Writes::since(worker.session.writes_succeeded);
+        let rate_limits = worker.rate_limits();
         Self {
-            context,
+            worker,
+            storage: Arc::clone(&delivery.storage),
+            liveness: Arc::clone(&delivery.liveness),
+            work_available: Arc::clone(&delivery.work_available),
             scope,
             ready: VecDeque::new(),
             claimed: HashSet::new(),
@@ -105,7 +113,7 @@ impl Scheduler {
     }
 
     pub(super) async fn run(&mut self, until: Until) {
-        while !self.context.stopping.is_cancelled() {
+        while !self.worker.stopping.is_cancelled() {
             let now = Millis::now();
             let circuit = self.circuit(now);
             self.hand_out(circuit);
@@ -117,26 +125,27 @@ impl Scheduler {
                 Circuit::Open { until } => self.idle.min(until.since(now)),
                 Circuit::Closed | Circuit::HalfOpen => self.idle,
             };
-            let context = Arc::clone(&self.context);
+            let worker = Arc::clone(&self.worker);
+            let work_available = Arc::clone(&self.work_available);
             tokio::select! {
                 // Always in this order, so that a run can be reproduced exactly.
                 biased;
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
                 (asked_at, claimed) = fetched(&mut self.fetch) => self.fetched(asked_at, claimed),
-                () = context.work_available.notified() => self.check = true,
+                () = work_available.notified() => self.check = true,
                 () = sleep(rest) => {
                     self.check = true;
                     self.idle = CHECK_EVERY;
                 }
-                () = context.stopping.cancelled() => {}
+                () = worker.stopping.cancelled() => {}
             }
             while let Some(done) = self.at_work.try_join_next_with_id() {
                 self.finished(done);
             }
-            self.context.liveness.delivering.beat(CHECK_EVERY);
+            self.liveness.delivering.beat(CHECK_EVERY);
             if self.at_work.is_empty() {
-                self.context.liveness.handling.rest();
+                self.liveness.handling.rest();
             }
         }
     }
@@ -156,12 +165,12 @@ impl Scheduler {
 
     /// A write has timed out: the conversation is left alone for as long as it may still be carried out.
     pub(super) fn hold_until(&mut self, conversation: ConversationId) {
-        let until = Instant::now() + self.context.settings.request_timeout;
+        let until = Instant::now() + self.worker.settings.request_timeout;
         self.timed_out.insert(conversation, until);
     }
 
     fn circuit(&self, now: Millis) -> Circuit {
-        let our_api = &self.context.our_api;
+        let our_api = &self.worker.our_api;
         match (our_api.http().rate_limited_until(now), our_api.room(now)) {
             (Some(until), _) | (None, Err(until)) => Circuit::Open { until },
             (None, Ok(_)) => our_api.http().circuit(now),
@@ -171,12 +180,12 @@ impl Scheduler {
     /// How many conversations may be at work.
     fn limit(&self, circuit: Circuit) -> usize {
         // While the disk refuses what was done, nothing new is begun.
-        if self.uncommitted() > 0 && self.context.storage.delivery.load(Ordering::Relaxed) {
+        if self.uncommitted() > 0 && self.storage.delivery.load(Ordering::Relaxed) {
             return 0;
         }
         match circuit {
             Circuit::Closed => {
-                usize::from(self.context.our_api.room(Millis::now()).unwrap_or_default())
+                usize::from(self.worker.our_api.room(Millis::now()).unwrap_or_default())
             }
             Circuit::HalfOpen => 1,
             Circuit::Open { .. } => 0,
@@ -195,14 +204,15 @@ impl Scheduler {
         while self.at_work.len() < limit
             && let Some(work) = self.ready.pop_front()
         {
-            let context = Arc::clone(&self.context);
+            let worker = Arc::clone(&self.worker);
+            let liveness = Arc::clone(&self.liveness);
             let at_work = AtWork {
                 conversation: work.conversation.id,
                 first: work.events.first().cloned(),
             };
             let task = self.at_work.spawn(async move {
-                let handling = &context.liveness.handling;
-                handling.supervise_one(reconcile(&context, work)).await
+                let handling = &liveness.handling;
+                handling.supervise_one(reconcile(&worker, work)).await
             });
             self.tasks.insert(task.id(), at_work);
         }
@@ -214,7 +224,7 @@ impl Scheduler {
             return;
         }
         let room = self.room(circuit);
-        let rate_limits = self.context.rate_limits();
+        let rate_limits = self.worker.rate_limits();
         let stores_limits = rate_limits != self.rate_limits;
         if room.is_none() && !stores_limits {
             return;
@@ -237,16 +247,14 @@ impl Scheduler {
             conversations,
             bytes,
             exclude,
-            session: self.context.session.id,
-            clock_set_back: clock_set_back.then_some(self.context.settings.request_timeout),
+            session: self.worker.session.id,
+            clock_set_back: clock_set_back.then_some(self.worker.settings.request_timeout),
             rate_limits: stores_limits.then_some(rate_limits),
         };
         self.rate_limits = rate_limits;
-        let context = Arc::clone(&self.context);
+        let journal = Arc::clone(&self.worker.journal);
         self.fetch = Some(Box::pin(async move {
-            let claimed = context
-                .journal
-                .with(move |store| store.claim(&request, now));
+            let claimed = journal.with(move |store| store.claim(&request, now));
             (now, claimed.await)
         }));
     }
@@ -282,7 +290,7 @@ impl Scheduler {
                 next_due,
             }) => {
                 if self.uncommitted() == 0 {
-                    self.context.storage.recovered();
+                    self.storage.recovered();
                 }
                 self.check |= is_more;
                 self.idle =
@@ -295,7 +303,7 @@ impl Scheduler {
                 }
             }
             Err(error) => {
-                self.context.storage.delivery_failed(&error);
+                self.storage.delivery_failed(&error);
                 self.rate_limits = RateLimits::default();
                 self.check = false;
                 self.idle = STORAGE_PAUSE;
@@ -319,7 +327,7 @@ impl Scheduler {
             }
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
-                self.context.metrics.panicked();
+                self.worker.metrics.panicked();
                 let Some(at_work) = self.tasks.remove(&error.id()) else {
                     return;
                 };
@@ -346,7 +354,7 @@ impl Scheduler {
                         conversations = requests,
                         "OurAPI did not answer in time; in-flight requests will be verified at the next start"
                     );
-                    self.context.our_api.record_timeout(requests);
+                    self.worker.our_api.record_timeout(requests);
                     self.at_work.abort_all();
                     return false;
                 }

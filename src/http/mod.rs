@@ -58,6 +58,28 @@ pub struct Target {
     url: Arc<Url>,
 }
 
+/// The clients of both APIs.
+#[derive(Debug, Clone)]
+pub struct Apis {
+    pub bigchat: Arc<Http>,
+    pub our_api: Arc<Http>,
+}
+
+impl Apis {
+    /// The client of one of them.
+    pub fn of(&self, api: Api) -> &Http {
+        match api {
+            Api::BigChat => &self.bigchat,
+            Api::OurApi => &self.our_api,
+        }
+    }
+
+    /// Whether an API is up, with the latest exchange.
+    pub fn status(&self, api: Api) -> ApiStatus {
+        self.of(api).status()
+    }
+}
+
 impl Target {
     /// Its path and query.
     fn path(&self) -> &str {

@@ -26,10 +26,7 @@ mod verification;
 
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
-#[cfg(test)]
 use std::pin::Pin;
-#[cfg(test)]
-use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -52,7 +49,7 @@ pub use directory::{KnownAdvisor, KnownAgent, Probe};
 pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
-pub use sessions::{RateLimits, Session};
+pub use sessions::{RateLimits, ReplayUntil, Session};
 pub use status::{DeliveryTimes, Figures, Gap, Group, Oldest};
 pub use storage::Storage;
 pub use verification::{Difference, Scope, VerificationProgress};
@@ -90,23 +87,26 @@ pub const UNREADABLE: &str = "UNREADABLE";
 /// How long a database that refuses is left alone.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
-/// What the journal's thread is handed.
+/// An operation on the database, and its answer's way back.
 pub(crate) type Operation = Box<dyn FnOnce(&mut Store) + Send>;
+
+/// What carries operations out, one after the other.
+pub(crate) trait Executor: std::fmt::Debug + Send + Sync {
+    /// Takes one over. It may be carried out before or after this ends, or never.
+    fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
 
 /// The journal, to be shared by all that use it. Dropping it waits for the operation under way.
 #[derive(Debug)]
 pub struct Journal {
-    operations: Option<mpsc::Sender<Operation>>,
-    thread: Option<JoinHandle<()>>,
-    #[cfg(test)]
-    here: Option<Arc<dyn Worker>>,
+    executor: Box<dyn Executor>,
 }
 
-/// Does the operations in place of the journal's thread, on the thread that asks for them.
-#[cfg(test)]
-pub(crate) trait Worker: std::fmt::Debug + Send + Sync {
-    /// Does one.
-    fn work(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+/// A thread of its own for a database, so that no async thread waits for a disk.
+#[derive(Debug)]
+struct Thread {
+    operations: Option<mpsc::Sender<Operation>>,
+    handle: Option<JoinHandle<()>>,
 }
 
 /// The database, as seen from the journal's thread.
@@ -163,26 +163,6 @@ impl Store {
         file.map(DatabaseFile::exposed).unwrap_or_default()
     }
 
-    /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
-    #[cfg(test)]
-    pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
-        connection.set_prepared_statement_cache_capacity(64);
-        connection.pragma_update(None, "foreign_keys", true)?;
-        if new {
-            schema::upgrade(&mut connection, 0)?;
-        }
-        Ok(Self {
-            connection,
-            file: None,
-        })
-    }
-
-    /// The database itself, to look at.
-    #[cfg(test)]
-    pub(crate) fn connection(&mut self) -> &mut Connection {
-        &mut self.connection
-    }
-
     /// Whether the database is still the file of its name. If not, nothing is taken on that can be had only once.
     pub fn in_place(&self) -> Result<()> {
         let Some(file) = &self.file else {
@@ -209,33 +189,13 @@ impl Journal {
     /// # Errors
     ///
     /// When the operating system gives no thread.
-    pub fn start(mut store: Store) -> std::io::Result<Self> {
-        let (operations, queue) = mpsc::channel::<Operation>();
-        let thread = std::thread::Builder::new()
-            .name("journal".into())
-            .spawn(move || {
-                for operation in queue {
-                    // Its transaction is rolled back, and whoever asked is told; the others go on.
-                    if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
-                        tracing::error!("an operation on the journal has panicked");
-                    }
-                }
-            })?;
-        Ok(Self {
-            operations: Some(operations),
-            thread: Some(thread),
-            #[cfg(test)]
-            here: None,
-        })
+    pub fn start(store: Store) -> std::io::Result<Self> {
+        Ok(Self::over(Thread::start(store)?))
     }
 
-    /// A journal without a thread of its own.
-    #[cfg(test)]
-    pub(crate) fn here(worker: Arc<dyn Worker>) -> Self {
+    pub(crate) fn over(executor: impl Executor + 'static) -> Self {
         Self {
-            operations: None,
-            thread: None,
-            here: Some(worker),
+            executor: Box::new(executor),
         }
     }
 
@@ -246,31 +206,52 @@ impl Journal {
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let operation: Operation = Box::new(move |store| {
-            // Whoever asked may have gone; what was done is done.
+            // The caller may have gone; what was done is done.
             drop(reply.send(operation(store)));
         });
-        #[cfg(test)]
-        if let Some(worker) = &self.here {
-            worker.work(operation).await;
-            return answer.await.map_err(|_| JournalError::Closed)?;
-        }
-        self.operations
-            .as_ref()
-            .and_then(|operations| operations.send(operation).ok())
-            .ok_or(JournalError::Closed)?;
+        self.executor.execute(operation).await;
         let answer = answer.await;
         liveness::goes_on(Instant::now());
         answer.map_err(|_| JournalError::Closed)?
     }
 }
 
-impl Drop for Journal {
+impl Thread {
+    fn start(mut store: Store) -> std::io::Result<Self> {
+        let (operations, queue) = mpsc::channel::<Operation>();
+        let thread = std::thread::Builder::new().name("journal".into());
+        let handle = thread.spawn(move || {
+            for operation in queue {
+                // Its transaction is rolled back, and the caller receives an error; the others go on.
+                if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
+                    tracing::error!("an operation on the journal panicked");
+                }
+            }
+        })?;
+        Ok(Self {
+            operations: Some(operations),
+            handle: Some(handle),
+        })
+    }
+}
+
+impl Executor for Thread {
+    fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        // A thread that has ended drops the operation, and the caller receives an error.
+        if let Some(operations) = &self.operations {
+            operations.send(operation).ok();
+        }
+        Box::pin(std::future::ready(()))
+    }
+}
+
+impl Drop for Thread {
     fn drop(&mut self) {
         self.operations = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
+        if let Some(handle) = self.handle.take()
+            && handle.join().is_err()
         {
-            tracing::error!("the journal's thread has panicked");
+            tracing::error!("the journal's thread panicked");
         }
     }
 }
@@ -283,4 +264,29 @@ fn limit(count: usize) -> i64 {
 /// A column that must hold what this program wrote there.
 fn present<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| JournalError::InvalidRow(what.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Store {
+        /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
+        pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
+            connection.set_prepared_statement_cache_capacity(64);
+            connection.pragma_update(None, "foreign_keys", true)?;
+            if new {
+                schema::upgrade(&mut connection, 0)?;
+            }
+            Ok(Self {
+                connection,
+                file: None,
+            })
+        }
+
+        /// The database itself, to look at.
+        pub(crate) fn connection(&mut self) -> &mut Connection {
+            &mut self.connection
+        }
+    }
 }

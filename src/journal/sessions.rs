@@ -1,5 +1,7 @@
 //! Sessions: from one start of the daemon to its end, and what one hands on to the next.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use super::{Result, Store};
@@ -11,11 +13,10 @@ use crate::domain::time::Millis;
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// What delivery starts with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Session {
     pub id: i64,
-    /// The latest event: another copy of the database may have delivered those up to it.
-    pub last_event: EventId,
+    pub replay_until: ReplayUntil,
     /// How many writes have succeeded so far.
     pub writes_succeeded: i64,
     /// How many losses of OurAPI there have been.
@@ -23,6 +24,26 @@ pub struct Session {
     /// The session before gave nothing up and committed everything.
     pub after_clean_end: bool,
     pub rate_limits: RateLimits,
+}
+
+/// The latest event that another copy of the database may have delivered: it waited when the session started, or its
+/// window began before that. Shared: polling raises it, delivery reads it.
+#[derive(Debug, Clone, Default)]
+pub struct ReplayUntil(Arc<AtomicI64>);
+
+impl ReplayUntil {
+    pub fn new(event: EventId) -> Self {
+        Self(Arc::new(AtomicI64::new(event.0)))
+    }
+
+    pub fn get(&self) -> EventId {
+        EventId(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Before the event is visible to delivery.
+    pub fn raise(&self, event: EventId) {
+        self.0.fetch_max(event.0, Ordering::Relaxed);
+    }
 }
 
 /// Until when the APIs are to be left alone, by this machine's clock.
@@ -60,7 +81,7 @@ impl Store {
                         our_api: Millis(row.get(4)?),
                         late: Millis(row.get(5)?),
                     },
-                    last_event: row.get(6)?,
+                    replay_until: ReplayUntil::new(row.get(6)?),
                     after_clean_end,
                 })
             },

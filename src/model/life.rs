@@ -20,7 +20,7 @@ use super::world::World;
 use crate::daemon::{self, DaemonError};
 use crate::domain::time::Millis;
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
-use crate::journal::{Journal, Operation, Scope, Store, Worker};
+use crate::journal::{Executor, Journal, Operation, Scope, Store};
 use crate::settings::{LiveTokens, Settings};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
@@ -180,17 +180,17 @@ impl Stage {
         loop {
             let stopping = CancellationToken::new();
             self.inner().stopping = stopping.clone();
-            let context = daemon::begin(
+            let parts = daemon::begin(
                 settings.clone(),
                 LiveTokens::default(),
-                Journal::here(Arc::new(self.clone())),
+                Journal::over(self.clone()),
                 BigChatWire(self.clone()),
                 OurApiWire(self.clone()),
                 stopping.clone(),
             )
             .await
             .expect("the daemon starts");
-            match daemon::serve(context).await {
+            match daemon::serve(&parts).await {
                 // A page that waited for the disk when the daemon had to end.
                 Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.forsaken(),
                 Err(error) => panic!("the daemon stops well: {error}"),
@@ -448,8 +448,8 @@ impl Transport for BigChatWire {
     }
 }
 
-impl Worker for Stage {
-    fn work(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+impl Executor for Stage {
+    fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         let (number, strike) = self.step(Step::Read, String::new());
         Box::pin(async move {
             Self::wait(number, strike).await;

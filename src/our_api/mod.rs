@@ -3,6 +3,7 @@
 mod permits;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -17,7 +18,7 @@ use crate::http::{self, ApiError, Http, Response, Target};
 
 #[derive(Debug)]
 pub struct OurApi {
-    http: Http,
+    http: Arc<Http>,
     permits: Permits,
 }
 
@@ -115,7 +116,7 @@ type Result<T> = std::result::Result<T, ApiError>;
 
 impl OurApi {
     /// OurAPI behind `http`, each request of which takes at most `request_timeout`.
-    pub fn new(http: Http, max_in_flight: u16, request_timeout: Duration) -> Self {
+    pub fn new(http: Arc<Http>, max_in_flight: u16, request_timeout: Duration) -> Self {
         Self {
             http,
             permits: Permits::new(max_in_flight, request_timeout),

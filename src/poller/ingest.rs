@@ -1,8 +1,5 @@
 //! Admission: the events of the pages that were kept go to the journal, once it is known which run of BigChat told them.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
 use tokio::task::yield_now;
 
 use super::pages::Pages;
@@ -31,7 +28,7 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             admitting.push((page.clone(), self.epoch_of(page).await?, before_start));
         }
-        let (counts, mark) = (pages.counts(), Arc::clone(&self.signals.replay_until));
+        let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let ignore = self.settings.ignore_events.clone();
         // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
         let all = self
@@ -42,7 +39,7 @@ impl Poller {
                     let ingested = store.ingest(&page, epoch, &counts, &ignore, Millis::now())?;
                     if before_start {
                         // Before anybody can take these events on.
-                        mark.fetch_max(ingested.last_event.0, Ordering::Relaxed);
+                        mark.raise(ingested.last_event);
                     }
                     all.push((ingested, page.query));
                 }

@@ -11,7 +11,7 @@ mod read;
 mod standstill;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -29,7 +29,7 @@ use crate::bigchat::window_query;
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::{ApiError, Exchange};
-use crate::journal::{Journal, JournalError, NewPage, STORAGE_PAUSE, Storage};
+use crate::journal::{Journal, JournalError, NewPage, ReplayUntil, STORAGE_PAUSE, Storage};
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
@@ -69,7 +69,7 @@ pub struct Signals {
     /// Cancelled when it is to stop: it begins no further request.
     pub stopping: CancellationToken,
     /// Raised with events of windows that began before the session did.
-    pub replay_until: Arc<AtomicI64>,
+    pub replay_until: ReplayUntil,
 }
 
 /// Polls BigChat.

@@ -147,8 +147,7 @@ mod tests {
 
     use super::*;
     use crate::cli::Cli;
-    use crate::daemon;
-    use crate::daemon::context::Context;
+    use crate::daemon::{self, Parts};
     use crate::http::Network;
     use crate::journal::{Journal, Store};
     use crate::settings::LiveTokens;
@@ -215,7 +214,7 @@ mod tests {
         until(what, || due(heart) != before && due(heart) != AT_REST).await;
     }
 
-    async fn begin(simulator: &Simulator, stopping: &CancellationToken) -> Arc<Context> {
+    async fn begin(simulator: &Simulator, stopping: &CancellationToken) -> Arc<Parts> {
         let flags = [
             "bigchat-sync".to_owned(),
             "--poll-interval=20ms".to_owned(),
@@ -230,9 +229,8 @@ mod tests {
         let bigchat = network(&settings.bigchat_url);
         let our_api = network(&settings.our_api_url);
         let (tokens, stopping) = (LiveTokens::default(), stopping.clone());
-        daemon::begin(settings, tokens, journal, bigchat, our_api, stopping)
-            .await
-            .expect("a session")
+        let parts = daemon::begin(settings, tokens, journal, bigchat, our_api, stopping).await;
+        Arc::new(parts.expect("a session"))
     }
 
     #[tokio::test]
@@ -241,9 +239,10 @@ mod tests {
         let simulator = Simulator::start(bigchat, OurApi::new(1)).await;
         let simulator = simulator.expect("the services");
         let stopping = CancellationToken::new();
-        let context = begin(&simulator, &stopping).await;
-        let liveness = &context.liveness;
-        let running = tokio::spawn(daemon::serve(Arc::clone(&context)));
+        let parts = begin(&simulator, &stopping).await;
+        let liveness = &parts.liveness;
+        let served = Arc::clone(&parts);
+        let running = tokio::spawn(async move { daemon::serve(&served).await });
         beats(&liveness.polling, "polling").await;
         beats(&liveness.delivering, "delivery").await;
 
@@ -260,7 +259,7 @@ mod tests {
         beats(&liveness.polling, "polling goes on").await;
 
         let (go_on, waits) = mpsc::channel::<()>();
-        let disk = context.journal.with(move |_| {
+        let disk = parts.journal.with(move |_| {
             waits.recv().ok();
             Ok(())
         });

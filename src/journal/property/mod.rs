@@ -719,9 +719,9 @@ impl Pair {
         self.reports.clear();
         let session = self.store.start_session(self.now()).expect("a session");
         self.plain.restart();
-        (self.session, self.replay_until) = (session.id, session.last_event.0);
+        (self.session, self.replay_until) = (session.id, session.replay_until.get().0);
         let last = self.plain.events.keys().last().copied().unwrap_or(0);
-        assert_eq!(session.last_event.0, last, "the latest event");
+        assert_eq!(session.replay_until.get().0, last, "the latest event");
     }
 
     fn prune(&mut self, at_most: u32) {

@@ -1,0 +1,67 @@
+//! What the workers share.
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Delivery;
+use super::agents::Agents;
+use crate::bigchat::Source;
+use crate::domain::ids::EventId;
+use crate::http::Apis;
+use crate::journal::{Journal, RateLimits, Session};
+use crate::our_api::OurApi;
+use crate::settings::Settings;
+use crate::telemetry::metrics::Metrics;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) settings: Settings,
+    pub(super) apis: Apis,
+    pub(super) source: Arc<Source>,
+    pub(super) our_api: Arc<OurApi>,
+    pub(super) journal: Arc<Journal>,
+    pub(super) session: Session,
+    pub(super) agents: Agents,
+    pub(super) metrics: Arc<Metrics>,
+    /// Cancelled when no further request is to be begun.
+    pub(super) stopping: CancellationToken,
+}
+
+impl Worker {
+    pub(super) fn new(delivery: &Delivery) -> Self {
+        let agents = Agents::new(
+            Arc::clone(&delivery.source),
+            Arc::clone(&delivery.our_api),
+            Arc::clone(&delivery.journal),
+            delivery.settings.rebuild,
+            delivery.session.losses,
+        );
+        Self {
+            settings: delivery.settings.clone(),
+            apis: delivery.apis.clone(),
+            source: Arc::clone(&delivery.source),
+            our_api: Arc::clone(&delivery.our_api),
+            journal: Arc::clone(&delivery.journal),
+            session: delivery.session.clone(),
+            agents,
+            metrics: Arc::clone(&delivery.metrics),
+            stopping: delivery.stopping.clone(),
+        }
+    }
+
+    /// Whether another copy of the database may have delivered an event.
+    pub(super) fn may_be_delivered(&self, event: EventId) -> bool {
+        event <= self.session.replay_until.get()
+    }
+
+    /// Until when the APIs are to be left alone.
+    pub(super) fn rate_limits(&self) -> RateLimits {
+        RateLimits {
+            bigchat: self.apis.bigchat.not_before(),
+            our_api: self.apis.our_api.not_before(),
+            late: self.our_api.timed_out_until(),
+        }
+    }
+}
