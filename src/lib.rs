@@ -16,7 +16,7 @@
 //!   delivered, unless a *dead letter* says otherwise.
 //! - [`bigchat`] and [`our_api`] are the clients; [`http`] carries their requests, and knows of each API whether it is up.
 //! - [`daemon`] builds all that, runs it and stops it; [`console`] answers over HTTP, [`cli`] has a file for each command,
-//!   [`telemetry`] the log, the metrics and the signs of life.
+//!   [`metrics`] what is measured, [`telemetry`] the log and the signs of life.
 //!
 //! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
 
@@ -29,6 +29,7 @@ pub mod demo;
 pub mod domain;
 pub mod http;
 pub mod journal;
+pub mod metrics;
 #[cfg(test)]
 mod model;
 pub mod our_api;

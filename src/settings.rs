@@ -21,6 +21,7 @@ use url::Url;
 
 use crate::domain::backoff::Policy;
 use crate::domain::time::Timestamp;
+use crate::telemetry::log::LogFormat;
 use crate::telemetry::terminal::shown;
 
 /// Where the console is served unless another address is set.
@@ -142,15 +143,6 @@ pub enum MessageAuthor {
     None,
     /// Messages carry the agent the chat has when they are sent.
     Agent,
-}
-
-/// `--log-format`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// Lines for people.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 impl fmt::Display for Listen {

@@ -32,9 +32,9 @@ use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::Apis;
 use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
+use crate::metrics::Metrics;
 use crate::settings::{Settings, Token};
 use crate::telemetry::liveness::Liveness;
-use crate::telemetry::metrics::Metrics;
 use login::Login;
 
 /// How long to wait before a port that was taken is tried again.

@@ -12,7 +12,7 @@ use super::Web;
 use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::{Api, Http};
-use crate::telemetry::metrics::Now;
+use crate::metrics::Now;
 
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";

@@ -23,11 +23,11 @@ use crate::delivery::{self, Scope, Until};
 use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
 use crate::telemetry::liveness::Liveness;
-use crate::telemetry::metrics::Metrics;
 use crate::telemetry::terminal::{Terminal, shown};
 
 /// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
@@ -322,10 +322,10 @@ pub(crate) async fn begin(
     let metrics = Metrics::default();
     let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat);
     let bigchat = Http::new(Api::BigChat, bigchat, url, token, settings.retry())
-        .counted_by(metrics.requests_to(Api::BigChat));
+        .observed_by(metrics.requests_to(Api::BigChat));
     let (url, token) = (settings.our_api_url.clone(), tokens.our_api);
     let our_api = Http::new(Api::OurApi, our_api, url, token, settings.retry())
-        .counted_by(metrics.requests_to(Api::OurApi));
+        .observed_by(metrics.requests_to(Api::OurApi));
     let session = journal
         .with(|store| store.start_session(Millis::now()))
         .await?;

@@ -10,11 +10,11 @@ use crate::console::Console;
 use crate::delivery::Delivery;
 use crate::http::Apis;
 use crate::journal::{Journal, Session, Storage};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::poller::{Poller, Signals};
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
-use crate::telemetry::metrics::Metrics;
 
 /// See the [module](self). Only the daemon itself has all of them.
 #[derive(Debug)]

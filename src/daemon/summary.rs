@@ -10,8 +10,8 @@ use tokio::time::{Instant, sleep};
 use super::parts::Parts;
 use crate::http::Api;
 use crate::journal::Store;
+use crate::metrics::Counters;
 use crate::telemetry::log;
-use crate::telemetry::metrics::Counters;
 
 /// So many events that wait or have failed are counted, and no more: nobody waits for the count.
 const COUNTED: u32 = 100_000;

@@ -127,7 +127,8 @@ pub(super) async fn create(
                 return Err(http.reconsider(error, Route::CreateChat, kind).into());
             }
             Some(found) if is_ours(conversation, fields, &found) => {
-                conversation.observed.adopt(external_id, &found, desired);
+                let observed = &mut conversation.observed;
+                observed.adopt(external_id, found.chat_id, &found.fields(), desired);
                 return Ok(Created::Adopted(found.chat_id));
             }
             Some(found) => {

@@ -31,10 +31,10 @@ use tokio_util::sync::CancellationToken;
 use crate::bigchat::Source;
 use crate::http::Apis;
 use crate::journal::{Journal, STORAGE_PAUSE, Session, Storage};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
-use crate::telemetry::metrics::Metrics;
 
 pub use self::attempts::AttemptError;
 use self::committer::Committer;

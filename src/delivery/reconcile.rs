@@ -17,7 +17,7 @@ use crate::domain::progress::{
     ChatState, Claim, Effect, Observation, VerificationResult, Verify, Work,
 };
 use crate::http::{ApiError, ErrorKind, Resource};
-use crate::our_api;
+use crate::our_api::{self, Message};
 use crate::settings::MessageAuthor;
 
 /// What became of a piece of work.
@@ -149,7 +149,7 @@ impl Reconciled {
         };
         let unsure = self.unsure(worker);
         let written = self.conversation.observed.agent;
-        let drift = self.conversation.observed.merge(&found, unsure);
+        let drift = self.conversation.observed.merge(&found.fields(), unsure);
         if !drift.is_none() {
             tracing::warn!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
@@ -262,7 +262,7 @@ impl Reconciled {
                 error: error.into(),
                 reading_messages: true,
             })?;
-        let mut accounting = account::account(account::keys(&held), &recorded);
+        let mut accounting = account::account(held.iter().map(Message::key), &recorded);
         if !worker.settings.rebuild {
             accounting.missing.clear();
         }
@@ -550,11 +550,12 @@ impl Reconciled {
         let (chat, held) = match self.refresh(worker).await.map_err(failed)? {
             Refreshed::Ours(found) => {
                 let held = worker.our_api.messages(found.chat_id).await;
-                let held = account::keys(&held.map_err(|error| failed(error.into()))?);
+                let held = held.map_err(|error| failed(error.into()))?;
+                let held: Vec<_> = held.iter().map(Message::key).collect();
                 let differs = self.differs(worker, verify, &found).await.map_err(failed)?;
                 if verify.repair {
                     self.conversation.observed.merge(
-                        &found,
+                        &found.fields(),
                         Unsure {
                             // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
                             agent: differs
@@ -605,7 +606,7 @@ impl Reconciled {
             ..
         } = &self.conversation;
         let mut merged = observed.clone();
-        let drift = merged.merge(found, Unsure::default());
+        let drift = merged.merge(&found.fields(), Unsure::default());
         let end_is_gone = merged.ended_at != observed.ended_at && found.ended_at.is_none();
         let agent = observed.agent;
         let agent_is_gone = match desired.advisor() {

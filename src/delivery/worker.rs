@@ -10,9 +10,9 @@ use crate::bigchat::Source;
 use crate::domain::ids::EventId;
 use crate::http::Apis;
 use crate::journal::{Journal, RateLimits, Session};
+use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
-use crate::telemetry::metrics::Metrics;
 
 /// See the [module](self).
 #[derive(Debug)]

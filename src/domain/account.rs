@@ -5,7 +5,6 @@ use std::collections::HashMap;
 
 use super::ids::EventId;
 use crate::domain::time::Timestamp;
-use crate::our_api;
 
 /// What makes two messages of a chat equal: when they were sent, and the text without the white space that OurAPI strips
 /// from both ends.
@@ -16,13 +15,6 @@ pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
     // Python strips the separators 0x1c to 0x1f as well.
     let stripped = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
     (sent_at, stripped.to_owned())
-}
-
-/// The keys of messages as OurAPI holds them.
-pub fn keys(held: &[our_api::Message]) -> Vec<MessageKey> {
-    held.iter()
-        .map(|message| key(message.sent_at, &message.text))
-        .collect()
 }
 
 /// A message of the journal.

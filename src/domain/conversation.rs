@@ -3,12 +3,12 @@
 
 use std::fmt;
 
+use serde::Serialize;
 use uuid::Uuid;
 
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::event::{EventKind, Payload};
 use crate::domain::time::{Millis, Timestamp};
-use crate::our_api::{self, ChatChange};
 
 /// One conversation of one epoch of BigChat.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +85,27 @@ pub struct Fields {
     pub agent: Option<Uuid>,
 }
 
+/// What is to change of a chat: only what is named here is named to OurAPI, since what is named is set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ChatChange {
+    /// The start time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// The end time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Timestamp>,
+    /// The agent; `Some(None)` clears it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Option<Uuid>>,
+}
+
+impl ChatChange {
+    /// Whether there is nothing to change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// Fields that a chat has, and that neither we nor an event gave it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drift {
@@ -136,14 +157,14 @@ impl Observed {
 
     /// Takes over a chat that was found under the conversation's external id. Its agent counts as the desired one,
     /// unless a TRANSFER names another or it has none.
-    pub fn adopt(&mut self, external_id: String, found: &our_api::Chat, desired: &Desired) {
-        let keeps_agent = found.agent_id.is_some() && desired.transfer.is_none();
+    pub fn adopt(&mut self, external_id: String, chat: Uuid, found: &Fields, desired: &Desired) {
+        let keeps_agent = found.agent.is_some() && desired.transfer.is_none();
         *self = Self {
             external_id: Some(external_id),
-            chat: Some(found.chat_id),
+            chat: Some(chat),
             started_at: Some(found.started_at),
             ended_at: found.ended_at,
-            agent: found.agent_id,
+            agent: found.agent,
             advisor: desired.advisor().filter(|_| keeps_agent),
         };
     }
@@ -151,7 +172,7 @@ impl Observed {
     /// Merges what was read from OurAPI into what was remembered. A field that `unsure` names is as it was read, so that
     /// it is written if something else is desired. Any other field that differs was changed by somebody else: it stays,
     /// and is reported.
-    pub fn merge(&mut self, found: &our_api::Chat, unsure: Unsure) -> Drift {
+    pub fn merge(&mut self, found: &Fields, unsure: Unsure) -> Drift {
         let mut drift = Drift::default();
         if unsure.started_at {
             self.started_at = Some(found.started_at);
@@ -167,9 +188,9 @@ impl Observed {
         if unsure.agent {
             self.advisor = None;
         } else {
-            drift.agent = self.agent != found.agent_id;
+            drift.agent = self.agent != found.agent;
         }
-        self.agent = found.agent_id;
+        self.agent = found.agent;
         drift
     }
 }
@@ -249,13 +270,11 @@ mod tests {
         Timestamp::clamped(seconds)
     }
 
-    fn chat() -> our_api::Chat {
-        our_api::Chat {
-            chat_id: Uuid::from_u128(9),
-            external_id: "42".into(),
-            agent_id: Some(Uuid::from_u128(2)),
+    fn found() -> Fields {
+        Fields {
             started_at: at(2),
             ended_at: Some(at(8)),
+            agent: Some(Uuid::from_u128(2)),
         }
     }
 
@@ -296,7 +315,7 @@ mod tests {
     #[test]
     fn unsure_fields_are_as_read_and_others_drift() {
         let mut merged = observed();
-        let drift = merged.merge(&chat(), Unsure::default());
+        let drift = merged.merge(&found(), Unsure::default());
         assert!(drift.started_at && drift.ended_at && drift.agent);
         assert_eq!(
             (merged.started_at, merged.ended_at),
@@ -305,7 +324,7 @@ mod tests {
         assert_eq!(merged.advisor, Some(AdvisorId(1)), "not written again");
 
         let mut merged = observed();
-        assert!(merged.merge(&chat(), Unsure::ALL).is_none());
+        assert!(merged.merge(&found(), Unsure::ALL).is_none());
         assert_eq!(
             (merged.started_at, merged.ended_at),
             (Some(at(2)), Some(at(8)))
@@ -316,11 +335,10 @@ mod tests {
     #[test]
     fn a_later_end_is_taken_over() {
         let mut merged = observed();
-        let later = our_api::Chat {
+        let later = Fields {
             ended_at: Some(at(20)),
             started_at: at(1),
-            agent_id: merged.agent,
-            ..chat()
+            agent: merged.agent,
         };
         assert!(merged.merge(&later, Unsure::default()).is_none());
         assert_eq!(merged.ended_at, Some(at(20)));
@@ -340,19 +358,19 @@ mod tests {
             }),
             ..first
         };
-        let agentless = our_api::Chat {
-            agent_id: None,
-            ..chat()
+        let agentless = Fields {
+            agent: None,
+            ..found()
         };
         for (desired, found, advisor) in [
-            (first, chat(), Some(AdvisorId(1))),
-            (transferred, chat(), None),
+            (first, found(), Some(AdvisorId(1))),
+            (transferred, found(), None),
             (first, agentless, None),
         ] {
             let mut observed = Observed::default();
-            observed.adopt("42".into(), &found, &desired);
+            observed.adopt("42".into(), Uuid::from_u128(9), &found, &desired);
             assert_eq!(observed.advisor, advisor);
-            assert_eq!(observed.agent, found.agent_id);
+            assert_eq!(observed.agent, found.agent);
         }
     }
 }

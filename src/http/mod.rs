@@ -15,8 +15,9 @@ pub mod route;
 mod transport;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use reqwest::StatusCode;
 use serde::Serialize;
 use url::Url;
 
@@ -35,7 +36,6 @@ use crate::domain::backoff::Policy;
 use crate::domain::time::Millis;
 use crate::settings::Token;
 use crate::telemetry::liveness;
-use crate::telemetry::metrics::ApiRequests;
 
 /// The client of one API at one base URL.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ pub struct Http {
     policy: Policy,
     rate_limit: RateLimit,
     health: Mutex<Health>,
-    requests: Option<ApiRequests>,
+    observer: Option<Box<dyn RequestObserver>>,
 }
 
 /// A route and its URL. Made once, it can be asked for often.
@@ -56,6 +56,12 @@ pub struct Http {
 pub struct Target {
     pub route: Route,
     url: Arc<Url>,
+}
+
+/// Who is told of each request.
+pub trait RequestObserver: std::fmt::Debug + Send + Sync {
+    /// A request was made: the status of its response or the reason why there was none, and how long that took.
+    fn request_made(&self, route: Route, outcome: Result<StatusCode, ErrorKind>, took: Duration);
 }
 
 /// The clients of both APIs.
@@ -110,14 +116,14 @@ impl Http {
             policy,
             rate_limit: RateLimit::default(),
             health: Mutex::default(),
-            requests: None,
+            observer: None,
         }
     }
 
-    /// The same, with its requests counted there.
-    pub fn counted_by(self, requests: ApiRequests) -> Self {
+    /// The same, with its requests reported to an observer.
+    pub fn observed_by(self, observer: impl RequestObserver + 'static) -> Self {
         Self {
-            requests: Some(requests),
+            observer: Some(Box::new(observer)),
             ..self
         }
     }
@@ -234,8 +240,8 @@ impl Http {
             Ok(response) => Ok(response.status),
             Err(error) => Err(error.kind),
         };
-        if let Some(requests) = &self.requests {
-            requests.made(target.route, status, ended - sent);
+        if let Some(observer) = &self.observer {
+            observer.request_made(target.route, status, ended - sent);
         }
         self.health().latest = Some(Latest {
             at: ended,
@@ -315,8 +321,6 @@ impl Http {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::domain::backoff::tests::POLICY;
 

@@ -12,6 +12,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use self::permits::Permits;
+use crate::domain::account::{self, MessageKey};
+use crate::domain::conversation::{ChatChange, Fields};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::route::Route;
 use crate::http::{self, ApiError, Http, Response, Target};
@@ -39,6 +41,16 @@ pub struct Chat {
     pub ended_at: Option<Timestamp>,
 }
 
+impl Chat {
+    pub fn fields(&self) -> Fields {
+        Fields {
+            started_at: self.started_at,
+            ended_at: self.ended_at,
+            agent: self.agent_id,
+        }
+    }
+}
+
 /// An agent as OurAPI holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Agent {
@@ -60,6 +72,13 @@ pub struct Message {
     pub sent_at: Timestamp,
 }
 
+impl Message {
+    /// What tells it from the chat's other messages.
+    pub fn key(&self) -> MessageKey {
+        account::key(self.sent_at, &self.text)
+    }
+}
+
 /// A chat to be created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NewChat<'a> {
@@ -73,27 +92,6 @@ pub struct NewChat<'a> {
     /// Who has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<Uuid>,
-}
-
-/// What is to change of a chat: only what is named here is named to OurAPI, since what is named is set.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct ChatChange {
-    /// The start time.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub started_at: Option<Timestamp>,
-    /// The end time.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ended_at: Option<Timestamp>,
-    /// The agent; `Some(None)` clears it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub agent_id: Option<Option<Uuid>>,
-}
-
-impl ChatChange {
-    /// Whether there is nothing to change.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
 }
 
 /// A message to be added to a chat.

@@ -30,10 +30,10 @@ use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::{ApiError, Exchange};
 use crate::journal::{Journal, JournalError, NewPage, ReplayUntil, STORAGE_PAUSE, Storage};
+use crate::metrics::{self, Metrics};
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
-use crate::telemetry::metrics::{self, Metrics};
 
 /// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
 const MAX_PAGES: usize = 200;

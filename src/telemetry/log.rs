@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use chrono::{SecondsFormat, Utc};
+use clap::ValueEnum;
 use serde_json::json;
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
@@ -21,7 +22,6 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
-use crate::settings::LogFormat;
 use crate::telemetry::terminal::Terminal;
 
 /// How many lines of a kind are written in full from one summary to the next.
@@ -36,6 +36,15 @@ const NEVER_LEFT_OUT: [&str; 3] = [
 
 /// What this process has logged since the last summary.
 static LINES: LazyLock<Mutex<HashMap<Identifier, Lines>>> = LazyLock::new(Mutex::default);
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
 
 /// The lines of one kind.
 #[derive(Debug, Default)]

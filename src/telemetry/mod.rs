@@ -1,9 +1,8 @@
-//! What the program shows of itself while it works: the log, the metrics, signs of life, and what is written to a terminal.
+//! What the program shows of itself while it works: the log, signs of life, and what is written to a terminal.
 //! What it means is left to [`daemon`](crate::daemon), [`console`](crate::console) and [`cli`](crate::cli).
 
 pub mod liveness;
 pub mod log;
-pub mod metrics;
 mod output;
 pub mod pace;
 pub mod terminal;

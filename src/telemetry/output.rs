@@ -13,8 +13,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::settings::LogFormat;
-use crate::telemetry::log;
+use crate::telemetry::log::{self, LogFormat};
 
 /// How many bytes may wait to be written: some thousand lines.
 const MAX_QUEUED: usize = 1 << 20;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use rustix::termios::tcgetwinsize;
 
-use crate::settings::LogFormat;
+use crate::telemetry::log::LogFormat;
 use crate::telemetry::output::Output;
 
 /// How often the picture is drawn anew, at most.

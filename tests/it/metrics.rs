@@ -265,10 +265,7 @@ async fn without_the_journal_there_is_still_what_the_process_knows() {
 fn promtool(arguments: &[&str], input: &str) {
     let mut promtool = Command::new("promtool")
         .args(arguments)
-        .current_dir(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/src/telemetry/metrics"
-        ))
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/metrics"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -304,7 +301,7 @@ async fn promtool_accepts_the_metrics_and_alerts_go_off_by_them() {
         promtool(&["check", "metrics"], &text);
         promtool(&["check", "rules", "alerts.yml"], "");
         promtool(&["test", "rules", "alerts_test.yml"], "");
-        let rules = include_str!("../../src/telemetry/metrics/alerts.yml");
+        let rules = include_str!("../../src/metrics/alerts.yml");
         let names = rules
             .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
             .filter(|word| word.starts_with("bigchat_sync_"));

@@ -23,7 +23,7 @@ pub use self::counters::Counters;
 use crate::domain::event::EventKind;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
-use crate::http::{Api, ErrorKind};
+use crate::http::{Api, ErrorKind, RequestObserver};
 use crate::journal::UNREADABLE;
 
 /// What every name begins with.
@@ -137,9 +137,8 @@ pub struct ApiRequests {
     requests: Requests,
 }
 
-impl ApiRequests {
-    /// A request was made, with this answer or none.
-    pub(crate) fn made(&self, route: Route, answer: Result<StatusCode, ErrorKind>, took: Duration) {
+impl RequestObserver for ApiRequests {
+    fn request_made(&self, route: Route, answer: Result<StatusCode, ErrorKind>, took: Duration) {
         let status = match answer {
             Ok(status) => code(status),
             Err(ErrorKind::Unreachable) => "not_sent",
@@ -455,7 +454,7 @@ mod tests {
         let requests = metrics.requests_to(Api::OurApi);
         for status in 100..1000 {
             let status = StatusCode::from_u16(status).expect("a status");
-            requests.made(Route::Chats, Ok(status), Duration::ZERO);
+            requests.request_made(Route::Chats, Ok(status), Duration::ZERO);
         }
         let text = metrics.text(&Now::default()).expect("a text");
         let series = text
@@ -469,9 +468,11 @@ mod tests {
         let metrics = Metrics::default();
         metrics.unknown_outcome();
         let late = Err(ErrorKind::OutcomeUnknown { timed_out: true });
-        metrics
-            .requests_to(Api::BigChat)
-            .made(Route::Events, late, Duration::from_millis(4));
+        metrics.requests_to(Api::BigChat).request_made(
+            Route::Events,
+            late,
+            Duration::from_millis(4),
+        );
         let mut now = Now::default();
         now.gauge("waiting_events", "Events that wait", 3.0);
         now.gauges("up", "Up", "api", [("a\"b", 1.0)]);
