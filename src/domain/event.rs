@@ -26,8 +26,8 @@ pub enum EventKind {
 }
 
 impl EventKind {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Start, Self::End, Self::Message, Self::Transfer];
+    /// All of them, in the order in which charts stack them.
+    pub const ALL: [Self; 4] = [Self::Message, Self::Start, Self::Transfer, Self::End];
 
     /// The name BigChat gives it.
     pub fn name(self) -> &'static str {

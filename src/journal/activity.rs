@@ -25,7 +25,8 @@ const KINDS: usize = EventKind::ALL.len() + 1;
 #[derive(Debug, Default)]
 pub(super) struct Counts([Count; KINDS]);
 
-fn names() -> impl Iterator<Item = &'static str> {
+/// The names of all kinds, as the journal has them.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
     EventKind::ALL
         .into_iter()
         .map(EventKind::name)

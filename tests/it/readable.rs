@@ -69,7 +69,7 @@ impl<'a> Desk<'a> {
 
 /// The labels of the chart's vertical axis for so many events a minute, and how many of all its labels stick out.
 async fn axis(browser: &Browser, told: i64, delivered: i64) -> (Vec<String>, Value) {
-    let activity = json!({"from": 0, "to": 59, "step": 1, "minutes": [
+    let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"], "minutes": [
         {"minute": 7, "kind": "MESSAGE", "told": told, "delivered": delivered, "failed": 0},
     ]});
     let drawn = browser

@@ -3,9 +3,6 @@
 import { byId, el, show, svg } from "./dom.js";
 import { axisText, clockText, count, now, perMinute, some, timeText } from "./format.js";
 
-/** From the bottom up. */
-export const KINDS = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
-
 const HEIGHT = 232;
 const EDGE = { top: 10, right: 4, bottom: 38 };
 /** Between the labels of the axis and the bars. */
@@ -40,7 +37,7 @@ const span = (bucket, step) => (step === 1 ? clockText(start(bucket)).slice(0, 5
 
 /** What a bucket holds, in words. */
 function words(bucket, step) {
-  const kinds = KINDS.filter((kind) => bucket.told[kind]).map((kind) => `${count(bucket.told[kind])} ${kind}`);
+  const kinds = Object.entries(bucket.told).filter(([, told]) => told).map(([kind, told]) => `${count(told)} ${kind}`);
   const parts = [`${span(bucket, step)}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
   if (bucket.failed) parts.push(`${count(bucket.failed)} failed`);
   return parts.join(", ");
@@ -83,7 +80,7 @@ export function draw(activity) {
   const line = [];
   all.forEach((bucket, index) => {
     let below = 0;
-    for (const kind of KINDS) {
+    for (const kind of activity.kinds) {
       const value = (bucket.told[kind] ?? 0) / bucket.length;
       if (value === 0) continue;
       const [bottom, top] = [y(below), y(below + value)];
@@ -99,7 +96,8 @@ export function draw(activity) {
     picture.append(svg("line.mark", { x1: middle, x2: middle, y1: base + 14, y2: base + 18 }), svg("text.axis", { x: middle, y: base + 31, "text-anchor": anchor }, label));
   }
 
-  const kinds = KINDS.filter((kind) => kind !== "UNREADABLE" || all.some((bucket) => bucket.told[kind]));
+  // The last kind are events that could not be understood: usually there are none.
+  const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.told[kind]));
   const toldOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
   const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
   show(
@@ -111,7 +109,7 @@ export function draw(activity) {
   show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "BigChat has told nothing in this time."));
   host.querySelector("svg")?.remove();
   host.prepend(picture);
-  drawn = { all, step, pointer };
+  drawn = { all, step, kinds, pointer };
   place = { x, gap, wide, width, edge };
   point(pointed);
   table(all, step, kinds);
@@ -193,7 +191,7 @@ function point(back) {
     el(
       "dl",
       null,
-      KINDS.toReversed().filter((kind) => bucket.told[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.told[kind])),
+      drawn.kinds.toReversed().filter((kind) => bucket.told[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.told[kind])),
       el("div.sum", null, el("dt", null, "told"), el("dd", null, count(bucket.sum))),
       row("line", "delivered", bucket.delivered),
       bucket.failed > 0 && row("fell", "failed", bucket.failed),

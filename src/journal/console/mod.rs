@@ -9,7 +9,7 @@ mod says;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
-use super::activity::minute;
+use super::activity::{minute, names};
 use super::dead_letters::{PastResolution, is_permanent, partial_event};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
 use crate::domain::event::PartialEvent;
@@ -101,6 +101,7 @@ impl Store {
             from,
             to,
             step,
+            kinds: names().collect(),
             minutes: minutes.collect::<rusqlite::Result<_>>()?,
         })
     }

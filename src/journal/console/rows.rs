@@ -14,6 +14,8 @@ pub struct Activity {
     pub to: i64,
     /// How many minutes are taken together.
     pub step: i64,
+    /// The names of all kinds of events, and of those that could not be understood, which come last.
+    pub kinds: Vec<&'static str>,
     /// What happened, where anything did.
     pub minutes: Vec<Minutes>,
 }
