@@ -401,7 +401,7 @@ async fn a_cursor_that_stands_still_is_shown() {
         t.once().await;
         let shown = || {
             let (status, _) = t.status();
-            let troubles = status["troubles"].as_array().expect("a list").iter();
+            let troubles = status["problems"].as_array().expect("a list").iter();
             let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
             whats.any(|what| what.contains("stood still"))
         };

@@ -22,7 +22,7 @@ async fn delivered(t: &Test) -> Daemon {
 }
 
 fn troubles(status: &Value) -> Vec<String> {
-    let troubles = status["troubles"].as_array().expect("an array");
+    let troubles = status["problems"].as_array().expect("an array");
     for trouble in troubles {
         assert!(
             trouble["remedy"]

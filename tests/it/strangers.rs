@@ -138,7 +138,7 @@ async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
     })
     .await;
     let (status, _) = t.status();
-    let troubles = status["troubles"].as_array().expect("an array");
+    let troubles = status["problems"].as_array().expect("an array");
     let begins = format!("{api} is down since");
     let trouble = troubles.iter().find_map(|trouble| {
         let (what, remedy) = (trouble["what"].as_str()?, trouble["remedy"].as_str()?);

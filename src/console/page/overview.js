@@ -26,8 +26,8 @@ export const overview = {
 };
 
 function verdict(status) {
-  const troubles = status.troubles;
-  const title = status.well ? "All is well" : troubles.length > 1 ? `${troubles.length} things need attention` : "One thing needs attention";
+  const problems = status.problems;
+  const title = status.well ? "All is well" : problems.length > 1 ? `${problems.length} things need attention` : "One thing needs attention";
   return el(
     "section.verdict",
     { "data-well": status.well ? "yes" : "no", "aria-labelledby": "title" },
@@ -37,11 +37,11 @@ function verdict(status) {
       null,
       status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_s === null ? "; it has told nothing yet." : ["; its newest event is of ", at(status.newest_event_s * 1000), "."]],
     ),
-    troubles.length > 0 &&
+    problems.length > 0 &&
       el(
-        "ul.troubles",
+        "ul.problems",
         null,
-        troubles.map(({ what, remedy }) => el("li", null, el("strong", null, sentence(what)), remedy && el("span", null, commands(sentence(remedy))))),
+        problems.map(({ what, remedy }) => el("li", null, el("strong", null, sentence(what)), remedy && el("span", null, commands(sentence(remedy))))),
       ),
   );
 }
