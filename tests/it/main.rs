@@ -1,44 +1,11 @@
 //! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
+//!
+//! Each folder holds what its tests show; `harness` has what they share.
 
-mod api;
-mod bad_settings;
-mod browser;
-mod chaos;
-mod clocks;
 mod console;
-mod daemon;
-mod demo;
-mod failover;
-mod failures;
-mod handlers;
+mod delivery;
 mod harness;
 mod hostile;
-mod kills;
-mod late;
-mod legible;
-mod logs;
-mod losses;
-mod metrics;
-mod odd_answers;
-mod one_daemon;
-mod paging;
-mod paths;
-mod poison;
-mod private;
-mod private_logs;
-mod process;
-mod readable;
-mod resolutions;
-mod scaling_advice;
-mod service;
-mod services;
-mod signals;
-mod stalled;
-mod status;
-mod stopping;
-mod storage;
-mod strangers;
-mod unwritable;
-mod upheavals;
-mod verify;
-mod web;
+mod operations;
+mod polling;
+mod restart;

@@ -1,0 +1,507 @@
+//! The daemon over HTTP: who is answered, what the probes tell, and that nobody is kept out or kept waiting by others.
+
+use crate::harness::{Daemon, Test, run_live_test, until};
+use bigchat_sync::simulator::event::message;
+use bigchat_sync::simulator::fault::{dropped, status};
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bigchat_sync::settings::Tokens;
+use reqwest::header::{
+    AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, HeaderMap, ORIGIN, RETRY_AFTER, SET_COOKIE,
+};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::harness::process::Process;
+
+const TOKEN: &str = "0123456789abcdef-console";
+
+/// How long anything may take that is to be answered at once.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A client that has opened no connection yet.
+fn client() -> Client {
+    Client::builder().no_proxy().build().expect("a client")
+}
+
+async fn sent(request: RequestBuilder) -> Response {
+    request.send().await.expect("an answer")
+}
+
+/// What is answered to these bytes, until the connection is closed.
+async fn raw(url: &str, request: &str) -> String {
+    let mut stream = connect(url).await;
+    stream.write_all(request.as_bytes()).await.expect("written");
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer))
+        .await
+        .expect("an end")
+        .ok();
+    answer
+}
+
+async fn connect(url: &str) -> TcpStream {
+    let address = url.strip_prefix("http://").expect("an address");
+    TcpStream::connect(address).await.expect("a connection")
+}
+
+fn console_token() -> Tokens {
+    Tokens {
+        console: Some(TOKEN.into()),
+        ..Tokens::default()
+    }
+}
+
+async fn listening(t: &Test, tokens: Tokens) -> (Daemon, String) {
+    let (daemon, url) = t.start_listening(tokens);
+    (daemon, url)
+}
+
+#[tokio::test]
+async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, Tokens::default()).await;
+        let client = client();
+        let ask = async |path: &str| {
+            let answer = sent(client.get(format!("{url}{path}"))).await;
+            let status = answer.status();
+            (status, answer.text().await.expect("a text"))
+        };
+        let ready = async || ask("/readyz").await.0 == StatusCode::OK;
+        until("it is ready before it had to ask OurAPI", ready).await;
+
+        t.bigchat.outage(Some(dropped()));
+        let down = (StatusCode::SERVICE_UNAVAILABLE, "BigChat is down\n".into());
+        until("BigChat is down", async || ask("/readyz").await == down).await;
+        assert_eq!(ask("/healthz").await, (StatusCode::OK, "ok\n".into()));
+        t.bigchat.outage(None);
+        until("BigChat is back", ready).await;
+
+        t.our_api.outage(Some(status(503)));
+        let at = t.now() - 1;
+        t.bigchat.open(2, at, 1);
+        t.bigchat.tells_of(message(2, at, "Hello"));
+        let down = (StatusCode::SERVICE_UNAVAILABLE, "OurAPI is down\n".into());
+        until("OurAPI is down", async || ask("/readyz").await == down).await;
+        t.our_api.outage(None);
+        until("OurAPI is back", ready).await;
+
+        let away = t.directory().join("away.db");
+        std::fs::rename(t.db(), &away).expect("it is moved");
+        let refuses = "the journal cannot be written\n";
+        until("the journal refuses", async || {
+            ask("/readyz").await == (StatusCode::SERVICE_UNAVAILABLE, refuses.into())
+        })
+        .await;
+        assert_eq!(ask("/healthz").await.0, StatusCode::OK);
+        std::fs::rename(away, t.db()).expect("it is moved back");
+        until("the journal takes it again", ready).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_answer_tells_the_browser_to_trust_nothing_else() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let host = ("host", "evil.example");
+        for (path, header, status) in [
+            ("/healthz", None, StatusCode::OK),
+            ("/metrics", None, StatusCode::UNAUTHORIZED),
+            ("/nothing", None, StatusCode::NOT_FOUND),
+            ("/healthz", Some(host), StatusCode::MISDIRECTED_REQUEST),
+        ] {
+            let mut request = client().get(format!("{url}{path}"));
+            if let Some((name, value)) = header {
+                request = request.header(name, value);
+            }
+            let answer = sent(request).await;
+            assert_eq!(answer.status(), status, "{path}");
+            let is = |name: &str, part: &str| {
+                let value = answer.headers().get(name);
+                assert!(
+                    value.is_some_and(|value| value.to_str().is_ok_and(|it| it.contains(part))),
+                    "{path} {name}: {value:?}"
+                );
+            };
+            is("content-security-policy", "default-src 'none'");
+            is("content-security-policy", "frame-ancestors 'none'");
+            is("x-content-type-options", "nosniff");
+            is("referrer-policy", "no-referrer");
+            is("cache-control", "no-store");
+            is("cross-origin-resource-policy", "same-origin");
+            let policy = answer.headers()["content-security-policy"].to_str();
+            assert!(!policy.expect("a policy").contains("unsafe"));
+            assert!(!answer.headers().contains_key("access-control-allow-origin"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_the_token_nobody_is_told_more_than_the_probes_tell() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let get = |path: &str| client().get(format!("{url}{path}"));
+        assert_eq!(sent(get("/healthz")).await.status(), StatusCode::OK);
+        assert_eq!(
+            sent(get("/metrics")).await.status(),
+            StatusCode::UNAUTHORIZED
+        );
+        for (token, expected) in [
+            (format!("Bearer {TOKEN}"), StatusCode::OK),
+            (format!("bearer {TOKEN}"), StatusCode::OK),
+            (format!("Bearer {TOKEN} "), StatusCode::OK),
+            (format!("Bearer {TOKEN}x"), StatusCode::UNAUTHORIZED),
+            (format!("Bearer {}", &TOKEN[1..]), StatusCode::UNAUTHORIZED),
+            ("Bearer ".into(), StatusCode::UNAUTHORIZED),
+            (format!("Basic {TOKEN}"), StatusCode::UNAUTHORIZED),
+            (TOKEN.into(), StatusCode::UNAUTHORIZED),
+        ] {
+            let answer = sent(get("/metrics").header(AUTHORIZATION, &token)).await;
+            assert_eq!(answer.status(), expected, "{token}");
+        }
+        let metrics = sent(get("/metrics").bearer_auth(TOKEN)).await;
+        let text = metrics.text().await.expect("a text");
+        assert!(
+            text.contains("\nbigchat_sync_console_wrong_tokens_total 2\n"),
+            "{text}"
+        );
+    })
+    .await;
+}
+
+/// A login as the console does it.
+async fn log_in(url: &str, token: &str) -> Response {
+    let login = client()
+        .post(format!("{url}/api/login"))
+        .header(ORIGIN, url)
+        .header("x-bigchat-sync", "1")
+        .json(&json!({ "token": token }));
+    sent(login).await
+}
+
+#[tokio::test]
+async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let answer = log_in(&url, TOKEN).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
+        assert!(
+            set.contains("HttpOnly") && set.contains("SameSite=Strict"),
+            "{set}"
+        );
+        let cookie = set.split(';').next().expect("its value").to_owned();
+        let told: Value = answer.json().await.expect("JSON");
+        let key = told["key"].as_str().expect("a key").to_owned();
+        assert!(!cookie.contains(&key), "two secrets");
+        let ask = async |cookie: &str, key: &str| {
+            let get = client().get(format!("{url}/metrics"));
+            let asked = get.header(COOKIE, cookie).header("x-bigchat-sync", key);
+            sent(asked).await.status()
+        };
+        assert_eq!(ask(&cookie, &key).await, StatusCode::OK);
+        assert_eq!(
+            ask(&cookie, "1").await,
+            StatusCode::UNAUTHORIZED,
+            "the cookie alone"
+        );
+        assert_eq!(
+            ask("", &key).await,
+            StatusCode::UNAUTHORIZED,
+            "the key alone"
+        );
+        let logout = client()
+            .post(format!("{url}/api/logout"))
+            .header(COOKIE, &cookie)
+            .header("x-bigchat-sync", &key)
+            .header(CONTENT_TYPE, "application/json");
+        let answer = sent(logout).await;
+        assert_eq!(answer.status(), StatusCode::NO_CONTENT);
+        let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
+        assert!(set.contains("Max-Age=0"), "{set}");
+        assert_eq!(ask(&cookie, &key).await, StatusCode::UNAUTHORIZED);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn guessing_tokens_is_slowed() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let mut statuses = HashMap::new();
+        for _ in 0..14 {
+            let status = log_in(&url, "wrong").await.status();
+            *statuses.entry(status).or_insert(0) += 1;
+        }
+        // One or two more may be let through while this takes its time.
+        assert!(
+            (10..14).contains(&statuses[&StatusCode::UNAUTHORIZED]),
+            "{statuses:?}"
+        );
+        let refused = client().get(format!("{url}/metrics")).bearer_auth("wrong");
+        let refused = sent(refused).await;
+        assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert!(refused.headers().contains_key(RETRY_AFTER));
+        let probe = client().get(format!("{url}/healthz"));
+        assert_eq!(sent(probe).await.status(), StatusCode::OK);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, Tokens::default()).await;
+        let mut ours = HeaderMap::new();
+        ours.insert("x-bigchat-sync", "1".parse().expect("a value"));
+        ours.insert(CONTENT_TYPE, "application/json".parse().expect("a value"));
+        let post = || client().post(format!("{url}/api/logout"));
+        let status = async |request: RequestBuilder| sent(request).await.status();
+        assert_eq!(
+            status(post().headers(ours.clone())).await,
+            StatusCode::NO_CONTENT
+        );
+        assert_eq!(status(post()).await, StatusCode::FORBIDDEN);
+        for origin in ["http://evil.example", "http://localhost:1", "null"] {
+            let request = post().headers(ours.clone()).header(ORIGIN, origin);
+            assert_eq!(status(request).await, StatusCode::FORBIDDEN, "{origin}");
+            let read = client()
+                .get(format!("{url}/metrics"))
+                .header(ORIGIN, origin);
+            assert_eq!(status(read).await, StatusCode::FORBIDDEN, "{origin}");
+        }
+        let read = client().get(format!("{url}/metrics"));
+        let read = read.header("sec-fetch-site", "cross-site");
+        assert_eq!(status(read).await, StatusCode::FORBIDDEN);
+        for host in ["evil.example", "127.0.0.1.evil.example:80"] {
+            let rebound = client().get(format!("{url}/metrics")).header(HOST, host);
+            assert_eq!(status(rebound).await, StatusCode::MISDIRECTED_REQUEST);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_that_two_servers_could_read_differently_are_refused() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, Tokens::default()).await;
+        let ours = "Host: localhost\r\nX-Bigchat-Sync: 1\r\nContent-Type: application/json\r\n";
+        let post = |headers: &str, body: &str| {
+            format!("POST /api/logout HTTP/1.1\r\n{ours}{headers}\r\n{body}")
+        };
+        // Refused before it is understood, another request that it carries must not be answered either.
+        let smuggled = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let long = format!("X: {}\r\n", "x".repeat(20_000));
+        for (request, status) in [
+            ("GET /healthz HTTP/1.1\r\n\r\n".into(), "400"),
+            ("GET /healthz HTTP/1.0\r\n\r\n".into(), "400"),
+            (
+                "GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n".into(),
+                "400",
+            ),
+            (
+                "GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n".into(),
+                "400",
+            ),
+            (
+                post(
+                    &format!(
+                        "Content-Length: {}\r\nTransfer-Encoding: chunked\r\n",
+                        smuggled.len() + 5
+                    ),
+                    &format!("0\r\n\r\n{smuggled}"),
+                ),
+                "411",
+            ),
+            (post("Transfer-Encoding: chunked\r\n", "0\r\n\r\n"), "411"),
+            (
+                post("Transfer-Encoding: chunked, identity\r\n", smuggled),
+                "400",
+            ),
+            (
+                post("Content-Length: 5\r\nContent-Length: 6\r\n", smuggled),
+                "400",
+            ),
+            (post("Content-Length: +5\r\n", smuggled), "400"),
+            (
+                format!("GET /healthz HTTP/1.1\r\nHost: localhost\r\n{long}\r\n"),
+                "431",
+            ),
+        ] {
+            let answer = raw(&url, &request).await;
+            let head = request.lines().take(2).collect::<Vec<_>>();
+            assert!(
+                answer.starts_with(&format!("HTTP/1.1 {status}"))
+                    || answer.starts_with(&format!("HTTP/1.0 {status}")),
+                "{head:?}: {answer}"
+            );
+            assert_eq!(answer.matches("HTTP/1.").count(), 1, "{head:?}: {answer}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_large_body_is_refused() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let token = "x".repeat(100_000);
+        let status = log_in(&url, &token).await.status();
+        assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn those_who_connect_and_say_nothing_keep_nobody_out() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let mut silent = Vec::new();
+        for kind in 0..200 {
+            let mut stream = connect(&url).await;
+            let begun = match kind % 3 {
+                0 => "",
+                1 => "GET /healthz HTTP/1.1\r\nHost: loc",
+                // Answered long ago, and open still.
+                _ => "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            };
+            stream.write_all(begun.as_bytes()).await.expect("written");
+            silent.push(stream);
+            if kind % 20 == 19 {
+                let probe = sent(client().get(format!("{url}/healthz")));
+                let answer = timeout(Duration::from_secs(10), probe).await;
+                assert_eq!(answer.expect("at once").status(), StatusCode::OK);
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn those_who_never_end_what_they_say_keep_nobody_out() {
+    run_live_test(async |t| {
+        let (_, url) = listening(t, console_token()).await;
+        let head = "POST /api/login HTTP/1.1\r\nHost: localhost\r\nX-Bigchat-Sync: 1\r\n\
+        Content-Type: application/json\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n";
+        let mut slow = Vec::new();
+        for _ in 0..64 {
+            let mut stream = connect(&url).await;
+            stream.write_all(head.as_bytes()).await.expect("written");
+            let mut go_on = [0; 12];
+            // It waits for the body from then on.
+            stream.read_exact(&mut go_on).await.expect("an answer");
+            assert_eq!(&go_on, b"HTTP/1.1 100");
+            stream.write_all(b"{").await.expect("written");
+            slow.push(stream);
+        }
+        let probe = sent(client().get(format!("{url}/healthz")));
+        let answer = timeout(Duration::from_secs(5), probe).await;
+        assert_eq!(
+            answer.expect("before they are over").status(),
+            StatusCode::OK
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
+    run_live_test(async |t| {
+        let (daemon, url) = listening(t, Tokens::default()).await;
+        let client = client();
+        until("it is ready", async || {
+            let answer = sent(client.get(format!("{url}/readyz"))).await;
+            answer.status() == StatusCode::OK
+        })
+        .await;
+        let metrics = sent(client.get(format!("{url}/metrics"))).await;
+        assert_eq!(metrics.status(), StatusCode::OK);
+        let _idle = connect(&url).await;
+        daemon.stop().await;
+        let store = bigchat_sync::journal::Store::open(&t.db());
+        store.expect("nobody has it any more");
+        let refused = client.get(format!("{url}/healthz")).send().await;
+        refused.expect_err("nobody listens");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
+    run_live_test(async |t| {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = taken.local_addr().expect("its address").to_string();
+        t.set("--listen", &address);
+        let at = t.now() - 1;
+        t.bigchat.open(2, at, 1);
+        t.bigchat.tells_of(message(2, at, "Hello"));
+        let daemon = Process::start(t);
+        t.until_events("delivered", 1).await;
+        until("it says so", async || {
+            daemon.lines_with("set another address with --listen") == 1
+        })
+        .await;
+        assert_eq!(daemon.lines_with(&address), 1, "{}", daemon.log());
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
+    run_live_test(async |t| {
+        t.set("--listen", "0.0.0.0:0");
+        for (token, says) in [
+            (None, "would let anybody into the console"),
+            (Some("secret"), "fewer than 16 characters"),
+        ] {
+            let mut daemon = t.program("run");
+            daemon.env_remove("BIGCHAT_SYNC_CONSOLE_TOKEN");
+            if let Some(token) = token {
+                daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", token);
+            }
+            let daemon = Process::start_as(t, daemon);
+            until(says, async || daemon.lines_with(says) == 1).await;
+            assert_eq!(daemon.ended().await.code(), Some(2));
+        }
+        let mut daemon = t.program("run");
+        daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", TOKEN);
+        let daemon = Process::start_as(t, daemon);
+        until("it listens", async || daemon.lines_with("console at") == 1).await;
+        assert!(!daemon.log().contains(TOKEN));
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
+    run_live_test(async |t| {
+        let (daemon, url) = listening(t, Tokens::default()).await;
+        let is_ready = async |url: &str| {
+            let answer = sent(client().get(format!("{url}/readyz"))).await;
+            answer.status() == StatusCode::OK
+        };
+        until("it is ready", async || is_ready(&url).await).await;
+        t.bigchat.tells_of(message(2, t.now(), "Hello"));
+        until("it is delivered", async || t.events("delivered") == 1).await;
+        daemon.stop().await;
+
+        t.our_api.outage(Some(dropped()));
+        let verify = Process::start_as(t, t.program("verify"));
+        let down = "SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 0";
+        until("it is down", async || t.value::<i64>(down) == 1).await;
+        verify.stop().await;
+        t.our_api.outage(None);
+
+        let (_, url) = t.start_listening(Tokens::default());
+        until("it is ready again", async || is_ready(&url).await).await;
+    })
+    .await;
+}

@@ -1,0 +1,953 @@
+//! What goes wrong: what follows, what must not, and what the journal says of it.
+
+use crate::harness::services::{NOW, line, time};
+use crate::harness::{Bench, Daemon, Test, run_test, side_by_side, until};
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::{Fault, dropped, late, status};
+use std::time::{Duration, SystemTime};
+
+use bigchat_sync::cli::failed::FailedError;
+use serde_json::json;
+use wiremock::MockServer;
+
+const NO_ANSWER: &str = "OurAPI gave no usable answer";
+const LATE: &str = "OurAPI did not answer in time";
+const TURNED_AWAY: &str = "OurAPI cannot be reached or turns requests away";
+const DENIED: &str =
+    "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
+const REDIRECT: &str = "OurAPI redirects to http://";
+const REFUSED: &str = "OurAPI permanently rejects it";
+
+const POST: &str = "POST /chats/c1/messages";
+const LOOK: &str = "GET /chats/c1/messages";
+const FIND: &str = "GET /chats?external_id=42";
+
+/// A running daemon that has written the chat of conversation 42 with its agent.
+async fn with_a_chat(t: &Test) -> Daemon {
+    let daemon = t.start();
+    t.delivers([start(42, 0)]).await;
+    daemon
+}
+
+/// What was asked, without the bodies.
+fn heads(asked: &[String]) -> Vec<&str> {
+    let head = |line: &'_ String| line.find(" {").unwrap_or(line.len());
+    asked.iter().map(|line| &line[..head(line)]).collect()
+}
+
+/// One column of what is known of the attempts of the latest event of that name.
+fn attempt<T: rusqlite::types::FromSql>(t: &Bench, column: &str, name: &str) -> T {
+    t.value(&format!(
+        "SELECT {column} FROM attempts JOIN events ON event = id WHERE kind = '{name}' ORDER BY id DESC"
+    ))
+}
+
+/// Checks what the journal says of an event that failed once.
+fn failed_once(t: &Bench, name: &str, case: &str, reason: &str, request: &str, response: &str) {
+    let text = |column| attempt::<String>(t, column, name);
+    let number = |column| attempt::<i64>(t, column, name);
+    assert_eq!((number("attempts"), number("counted")), (1, 0), "{case}");
+    assert!(
+        text("reason").starts_with(reason),
+        "{case}: {}",
+        text("reason")
+    );
+    assert!(
+        text("request").starts_with(request),
+        "{case}: {}",
+        text("request")
+    );
+    assert!(
+        text("response").starts_with(response),
+        "{case}: {}",
+        text("response")
+    );
+}
+
+#[tokio::test]
+async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_may_be_there() {
+    let elsewhere = MockServer::start().await;
+    let redirect = status(307).header("location", &elsewhere.uri());
+    let nobody = status(400).body(r#"{"detail":"That agent does not exist."}"#);
+    let (no_agent, lost) = ("OurAPI does not know the agent", "no whole answer: ");
+    let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
+    side_by_side(
+        [
+            ("500", status(500), looked_up, NO_ANSWER, "500"),
+            ("502", status(502), looked_up, NO_ANSWER, "502"),
+            ("503", status(503), looked_up, NO_ANSWER, "503"),
+            ("408", status(408), looked_up, NO_ANSWER, "408"),
+            ("425", status(425), looked_up, NO_ANSWER, "425"),
+            ("a redirect", redirect, looked_up, REDIRECT, "307"),
+            (
+                "HTML",
+                status(200).body("<p>"),
+                looked_up,
+                NO_ANSWER,
+                "200 <p>",
+            ),
+            ("dropped", dropped(), looked_up, NO_ANSWER, lost),
+            ("late", late(), looked_up, LATE, "no answer in time"),
+            (
+                "404",
+                status(404),
+                &[POST, FIND, FIND, LOOK, POST],
+                NO_ANSWER,
+                "404",
+            ),
+            ("429", status(429), not, TURNED_AWAY, "429"),
+            ("401", status(401), not, DENIED, "401"),
+            ("403", status(403), not, DENIED, "403"),
+            ("400", nobody, not, no_agent, "400 {"),
+        ],
+        async |(case, upset, asked, reason, response)| {
+            let may_be_there = asked.contains(&LOOK);
+            for carried_out in [false, true] {
+                if carried_out && !may_be_there {
+                    continue;
+                }
+                run_test(async |t| {
+                    t.set("--request-timeout", "1s");
+                    with_a_chat(t).await;
+                    let upset = upset.clone();
+                    let (upset, asked) = if carried_out {
+                        (upset.carried_out(), &asked[..asked.len() - 1])
+                    } else {
+                        (upset, asked)
+                    };
+                    t.our_api.upset(POST, upset);
+                    let delivered = t.delivers([message(42, 5, "Hello")]).await;
+                    assert_eq!(heads(&delivered), asked, "{case}");
+                    assert_eq!(t.our_api.messages(), ["Hello"], "{case}");
+                    let request = "POST /chats/00000000-0000-0000-0000-0000000000c1/messages {";
+                    failed_once(t, "MESSAGE", case, reason, request, response);
+                })
+                .await;
+            }
+        },
+    )
+    .await;
+    let received = elsewhere.received_requests().await;
+    assert_eq!(received.expect("it records").len(), 0);
+}
+
+#[tokio::test]
+async fn what_is_refused_for_good_goes_to_the_failed_events_at_once_and_the_rest_goes_on() {
+    for refusal in [400, 409, 410, 413, 422] {
+        let upset = status(refusal).body(r#"{"detail":"No."}"#);
+        run_test(async |t| {
+            t.differs("OurAPI rejects what it could store");
+            with_a_chat(t).await;
+            t.our_api.asked();
+            t.our_api
+                .upset("POST /chats/c1/messages*bad", upset.clone());
+            t.our_api.upset("PATCH /chats/c1", upset);
+            t.bigchat
+                .tells([message(42, 5, "bad"), end(42, 6), message(42, 7, "good")]);
+            t.until_events("failed", 2).await;
+            t.until_events("delivered", 2).await;
+            assert_eq!(t.our_api.messages(), ["good"]);
+            let asked = t.our_api.asked();
+            let patch = "PATCH /chats/c1";
+            assert_eq!(heads(&asked), [patch, POST, POST], "{refusal}");
+            let failed = t.failed();
+            assert_eq!([&failed[0].name, &failed[1].name], ["MESSAGE", "END"]);
+            for event in failed {
+                assert_eq!(
+                    (event.tries, &*event.reason),
+                    (1, &*format!("{REFUSED}: No."))
+                );
+                assert_eq!(event.conversation, Some(42));
+                let (request, response) = (event.request, event.response);
+                assert!(request.is_some_and(|request| request.contains("/chats/")));
+                assert_eq!(response, Some(format!(r#"{refusal} {{"detail":"No."}}"#)));
+            }
+            assert_eq!(
+                t.delivers([end(42, 8)]).await,
+                [line(patch, json!({"ended_at": time(8)}))],
+                "{refusal}: what was refused is not sent along"
+            );
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn without_a_chat_every_event_fails_and_all_can_be_retried() {
+    run_test(async |t| {
+        t.our_api.upset("POST /chats", status(422).always());
+        let daemon = t.start();
+        t.bigchat.tells([
+            start(42, 0),
+            message(42, 5, "one"),
+            end(42, 6),
+            message(42, 7, "two"),
+        ]);
+        t.until_events("failed", 4).await;
+        t.our_api.calm();
+        let told = t.failed_command(&["retry", "--all"]);
+        assert!(told.expect("they are there").starts_with("4 "));
+        t.until_events("delivered", 4).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:06 a1"]);
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_in_flight_when_the_daemon_died_is_looked_up() {
+    for carried_out in [false, true] {
+        run_test(async |t| {
+            let daemon = with_a_chat(t).await;
+            let upset = if carried_out {
+                late().carried_out()
+            } else {
+                late()
+            };
+            t.our_api.upset(POST, upset);
+            t.our_api.asked();
+            t.bigchat
+                .tells([message(42, 5, "one"), message(42, 6, "two")]);
+            until("it is sent", async || t.our_api.count(POST) == 1).await;
+            daemon.crash(t).await;
+            let daemon = t.start();
+            t.until_events("delivered", 3).await;
+            daemon.stop().await;
+            let left = if carried_out { 1 } else { 2 };
+            let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+            assert_eq!(heads(&t.our_api.asked()), expected);
+            assert_eq!(t.our_api.messages(), ["one", "two"]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_being_written_of_a_chat_when_the_daemon_died_is_made_sure_of() {
+    let [create, change] = ["POST /chats", "PATCH /chats/c1"];
+    let part = line(change, json!({"ended_at": time(9)}));
+    for carried_out in [false, true] {
+        let upset = || {
+            if carried_out {
+                late().carried_out()
+            } else {
+                late()
+            }
+        };
+        run_test(async |t| {
+            t.our_api.upset(create, upset());
+            let daemon = t.start();
+            t.bigchat.tells([start(42, 0)]);
+            until("it is sent", async || t.our_api.count(create) == 1).await;
+            daemon.crash(t).await;
+            t.our_api.asked();
+            let daemon = t.start();
+            t.until_events("delivered", 1).await;
+            let asked = t.our_api.asked();
+            let conflict = if carried_out { &[FIND, LOOK][..] } else { &[] };
+            assert_eq!(heads(&asked), [&[create], conflict].concat());
+
+            t.our_api.upset(change, upset());
+            t.bigchat.tells([end(42, 9)]);
+            until("it is sent", async || t.our_api.count(change) == 1).await;
+            daemon.crash(t).await;
+            let daemon = t.start();
+            t.until_events("delivered", 2).await;
+            daemon.stop().await;
+            let again = if carried_out { &[][..] } else { &[&*part] };
+            assert_eq!(t.our_api.asked(), [&[&*part, FIND, LOOK], again].concat());
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_chat_whose_creation_may_have_been_carried_out_is_found() {
+    let create = "POST /chats";
+    side_by_side(
+        [
+            ("500", status(500), true),
+            ("503", status(503), true),
+            (
+                "503, and when",
+                status(503).header("retry-after", "0"),
+                true,
+            ),
+            ("HTML", status(201).body("<p>"), true),
+            ("dropped", dropped(), true),
+            ("late", late(), true),
+            ("429", status(429), false),
+            ("401", status(401), false),
+        ],
+        async |(case, upset, in_doubt)| {
+            for carried_out in [false, true] {
+                let (upset, expected) = match (in_doubt, carried_out) {
+                    (true, false) => (upset.clone(), vec![create, create]),
+                    // The conflict shows that it was carried out.
+                    (true, true) => (
+                        upset.clone().carried_out(),
+                        vec![create, create, FIND, LOOK],
+                    ),
+                    (false, _) => (upset.clone(), vec![create, create]),
+                };
+                run_test(async |t| {
+                    t.set("--request-timeout", "1s");
+                    t.our_api.has_agent("a1", "Ann", "ann@x.test");
+                    t.our_api.upset(create, upset);
+                    t.start();
+                    let asked = t.delivers([start(42, 0)]).await;
+                    assert_eq!(heads(&asked)[1..], expected, "{case}");
+                    assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+                })
+                .await;
+            }
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_conflict_without_a_chat_is_no_our_api() {
+    run_test(async |t| {
+        t.our_api.has_agent("a1", "Ann", "ann@x.test");
+        t.our_api.upset("POST /chats", status(404));
+        t.start();
+        let asked = t.delivers([start(42, 0)]).await;
+        assert_eq!(heads(&asked)[1..], ["POST /chats", FIND, "POST /chats"]);
+        let reason = "this does not seem to be OurAPI; check --our-api-url";
+        failed_once(t, "START", "", reason, "POST /chats", "404");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_change_whose_outcome_is_unknown_is_read_back() {
+    let part = &*line("PATCH /chats/c1", json!({"ended_at": time(9)}));
+    let (again, carried_out) = (vec![part, FIND, part], vec![part, FIND]);
+    side_by_side(
+        [
+            ("500", status(500), again.clone()),
+            (
+                "500, carried out",
+                status(500).carried_out(),
+                carried_out.clone(),
+            ),
+            ("dropped", dropped(), again),
+            ("late", late().carried_out(), carried_out.clone()),
+            ("404", status(404), vec![part, FIND, FIND, part]),
+            (
+                "503, and when",
+                status(503).header("retry-after", "0").carried_out(),
+                carried_out,
+            ),
+            ("429", status(429), vec![part, part]),
+            ("403", status(403), vec![part, part]),
+        ],
+        async |(case, upset, expected)| {
+            run_test(async |t| {
+                t.set("--request-timeout", "1s");
+                with_a_chat(t).await;
+                t.our_api.upset("PATCH", upset);
+                let asked = t.delivers([end(42, 9)]).await;
+                assert_eq!(asked, expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:09 a1"], "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_is_created_once_whatever_goes_wrong() {
+    let [list, create, by_name] = [
+        "GET /agents?email=ann%40x.test",
+        "POST /agents",
+        "GET /agents?name=Ann",
+    ];
+    side_by_side(
+        [
+            (
+                "list: 500",
+                "GET /agents",
+                status(500),
+                vec![list, list, create],
+            ),
+            (
+                "list: no JSON",
+                "GET /agents",
+                status(200),
+                vec![list, list, create],
+            ),
+            (
+                "list: 404",
+                "GET /agents",
+                status(404),
+                vec![list, list, create],
+            ),
+            (
+                "list: dropped",
+                "GET /agents",
+                dropped(),
+                vec![list, list, create],
+            ),
+            (
+                "500",
+                create,
+                status(500),
+                vec![list, create, list, by_name, list, create],
+            ),
+            (
+                "500, done",
+                create,
+                status(500).carried_out(),
+                vec![list, create, list],
+            ),
+            ("429", create, status(429), vec![list, create, list, create]),
+            (
+                "dropped",
+                create,
+                dropped(),
+                vec![list, create, list, create],
+            ),
+            (
+                "dropped, done",
+                create,
+                dropped().carried_out(),
+                vec![list, create, list],
+            ),
+            (
+                "409, done",
+                create,
+                status(409).carried_out(),
+                vec![list, create, list],
+            ),
+        ],
+        async |(case, pattern, upset, expected)| {
+            run_test(async |t| {
+                t.our_api.upset(pattern, upset);
+                t.start();
+                let asked = t.delivers([start(42, 0)]).await;
+                let expected = [expected, vec!["POST /chats"]].concat();
+                assert_eq!(heads(&asked), expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn of_two_equal_messages_each_is_written_once() {
+    for (carried_out, first) in [(true, true), (true, false), (false, true), (false, false)] {
+        run_test(async |t| {
+            with_a_chat(t).await;
+            let hi = message(42, 5, "hi");
+            if !first {
+                t.delivers([hi.clone()]).await;
+            }
+            let upset = if carried_out {
+                dropped().carried_out()
+            } else {
+                dropped()
+            };
+            t.our_api.upset(POST, upset);
+            t.our_api.asked();
+            t.bigchat.tells([hi.clone(), hi]);
+            t.until_events("delivered", 3).await;
+            let left = usize::from(first) + usize::from(!carried_out);
+            let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+            assert_eq!(
+                heads(&t.our_api.asked()),
+                expected,
+                "carried out: {carried_out}, the first: {first}"
+            );
+            assert_eq!(t.our_api.messages(), ["hi", "hi"]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn where_there_is_no_connection_nothing_needs_to_be_looked_up() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        daemon.stop().await;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        drop(listener);
+        t.set("--our-api-url", &format!("http://{address}"));
+        t.start();
+        // The windows are to begin after the daemon did: what comes from before is looked up in any case.
+        t.bigchat.further_polls(1).await;
+        t.bigchat.clock(NOW + 60);
+        t.bigchat.further_polls(3).await;
+        t.our_api.asked();
+        t.bigchat.tells([message(42, 5, "Hello")]);
+        let number = |column| attempt::<i64>(t, column, "MESSAGE");
+        t.until_events("waiting", 1).await;
+        until("three tries", async || {
+            t.value::<i64>("SELECT coalesce(max(attempts), 0) FROM attempts") >= 3
+        })
+        .await;
+        assert_eq!((number("counted"), number("outcome_unknown")), (0, 0));
+        let text = |column| attempt::<String>(t, column, "MESSAGE");
+        assert_eq!(text("reason"), TURNED_AWAY);
+        assert!(
+            text("response").starts_with("no connection: "),
+            "{}",
+            text("response")
+        );
+        t.our_api.move_to(address).await;
+        t.until_events("delivered", 2).await;
+        assert_eq!(heads(&t.our_api.asked()), [POST]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_poison_event_fails_while_others_get_through_and_its_conversation_goes_on() {
+    run_test(async |t| {
+        t.set("--max-attempts", "3");
+        with_a_chat(t).await;
+        t.delivers([start(43, 1)]).await;
+        let poisoned = "POST /chats/c1/messages*poison";
+        t.our_api.upset(poisoned, status(500).always());
+        t.bigchat
+            .tells([message(42, 5, "poison"), message(42, 6, "after")]);
+        let mut others = 0;
+        while t.events("failed") == 0 {
+            others += 1;
+            assert!(others < 300, "it never fails");
+            let text = format!("other {others}");
+            t.bigchat.tells([message(43, others, &text)]);
+            t.bigchat.further_polls(1).await;
+        }
+        t.until_events("delivered", others + 3).await;
+        let failed = &t.failed()[0];
+        assert!(failed.reason.starts_with(NO_ANSWER), "{}", failed.reason);
+        assert!(
+            failed
+                .request
+                .as_ref()
+                .is_some_and(|request| request.contains("poison"))
+        );
+        assert!(
+            failed
+                .response
+                .as_ref()
+                .is_some_and(|response| response.starts_with("500"))
+        );
+        assert_eq!(attempt::<i64>(t, "counted", "MESSAGE"), 3);
+        let tries = t.our_api.count(poisoned);
+        assert_eq!(usize::try_from(failed.tries), Ok(tries));
+        let mut messages = t.our_api.messages();
+        messages.retain(|text| !text.starts_with("other"));
+        assert_eq!(messages, ["after"]);
+
+        // Sent once more, it may be there by now.
+        t.our_api.has_message("c1", 5, "poison");
+        t.our_api.calm();
+        let id = failed.id.to_string();
+        let told = t.failed_command(&["retry", &id]).expect("it is there");
+        assert!(told.starts_with("1 to be tried again"), "{told}");
+        t.until_events("delivered", others + 4).await;
+        assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_outage_spends_no_attempts() {
+    side_by_side(
+        [
+            ("503", status(503), NO_ANSWER),
+            ("dropped", dropped(), NO_ANSWER),
+            ("401", status(401), DENIED),
+            ("429", status(429), TURNED_AWAY),
+        ],
+        async |(case, upset, reason)| {
+            run_test(async |t| {
+                t.set("--max-attempts", "1");
+                let daemon = with_a_chat(t).await;
+                t.delivers([start(43, 1)]).await;
+                t.our_api.upset("", upset.always());
+                let texts = ["one", "two", "three", "four"];
+                t.bigchat.tells(
+                    [42, 43, 42, 43]
+                        .iter()
+                        .zip(texts)
+                        .map(|(id, text)| message(*id, 5, text)),
+                );
+                until("tries", async || {
+                    t.value::<i64>("SELECT coalesce(sum(attempts), 0) FROM attempts") >= 8
+                })
+                .await;
+                let of_attempts = |what: &str| {
+                    let sql = format!("SELECT {what} FROM attempts WHERE attempts > 0");
+                    t.value::<i64>(&sql)
+                };
+                assert_eq!(of_attempts("max(counted)"), 0, "{case}");
+                assert_eq!(
+                    of_attempts("count(*)"),
+                    2,
+                    "{case}: one of each conversation"
+                );
+                assert_eq!(
+                    of_attempts(&format!("sum(reason LIKE '{reason}%')")),
+                    2,
+                    "{case}"
+                );
+                assert_eq!(t.events("waiting"), 4, "{case}");
+                t.our_api.calm();
+                t.until_events("delivered", 6).await;
+                daemon.stop().await;
+                let mut held = t.our_api.messages();
+                held.sort();
+                assert_eq!(held, ["four", "one", "three", "two"], "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+/// `retry-after`, one second ahead of the `date` it comes with.
+fn in_a_second(upset: Fault) -> Fault {
+    let now = SystemTime::now();
+    let date = |at| httpdate::fmt_http_date(at);
+    upset
+        .header("date", &date(now))
+        .header("retry-after", &date(now + Duration::from_secs(1)))
+}
+
+#[tokio::test]
+async fn retry_after_is_obeyed() {
+    let past = "Sun, 22 Nov 2020 22:00:00 GMT";
+    let after = |code, after: &str| status(code).header("retry-after", after);
+    let (again, looked_up) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
+    side_by_side(
+        [
+            ("429, seconds", after(429, "1"), again, true),
+            ("429, a date", in_a_second(status(429)), again, true),
+            ("503, seconds", after(503, "1"), looked_up, true),
+            ("503, a date", in_a_second(status(503)), looked_up, true),
+            ("429, nonsense", after(429, "in a while"), again, false),
+            ("429, negative", after(429, "-1"), again, false),
+            ("429, past", after(429, past), again, false),
+            ("503, nonsense", after(503, "1.5"), looked_up, false),
+            ("500", after(500, "3600"), looked_up, false),
+            ("408", after(408, "3600"), looked_up, false),
+        ],
+        async |(case, upset, expected, waits)| {
+            run_test(async |t| {
+                with_a_chat(t).await;
+                t.our_api.upset(POST, upset);
+                let asked = t.delivers([message(42, 5, "Hello")]).await;
+                assert_eq!(heads(&asked), expected, "{case}");
+                let all = t.our_api.ever_asked("");
+                let since = all.len() - expected.len();
+                let pause = all[since + 1].at.duration_since(all[since].at);
+                if waits {
+                    assert!(pause >= Duration::from_millis(900), "{case}: {pause:?}");
+                    let reason: String = attempt(t, "reason", "MESSAGE");
+                    assert!(
+                        reason.starts_with("OurAPI asks to be left alone until "),
+                        "{reason}"
+                    );
+                }
+                assert_eq!(
+                    t.value::<i64>("SELECT our_api_retry_after > 1000 FROM control"),
+                    i64::from(waits || case == "429, past"),
+                    "{case}"
+                );
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        let upset = status(429).header("retry-after", "9999999");
+        t.our_api.upset(POST, upset);
+        t.our_api.asked();
+        t.bigchat.tells([message(42, 5, "Hello")]);
+        let left = |t: &Bench| {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let now = i64::try_from(now.expect("after 1970").as_millis()).expect("soon");
+            t.value::<i64>("SELECT our_api_retry_after FROM control") - now
+        };
+        until("it is kept", async || left(t) > 0).await;
+        assert!(left(t) <= 3_600_000);
+        daemon.stop().await;
+        assert_eq!(heads(&t.our_api.asked()), [POST]);
+
+        let daemon = t.start();
+        t.bigchat.tells([start(43, 1), message(42, 6, "more")]);
+        t.bigchat.further_polls(5).await;
+        t.until_events("waiting", 3).await;
+        t.bigchat.further_polls(3).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.asked().len(), 0, "nothing is asked meanwhile");
+        assert!(left(t) > 3_500_000);
+
+        let soon = left(t) - 500;
+        let throttled = "UPDATE control SET our_api_retry_after = our_api_retry_after";
+        t.execute(&format!("{throttled} - {soon}"));
+        let daemon = t.start();
+        t.until_events("delivered", 4).await;
+        daemon.stop().await;
+        assert!(left(t) <= 0);
+        assert_eq!(t.our_api.messages(), ["Hello", "more"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_bigchat_does_not_tell_is_asked_again() {
+    let html = || status(200).body("<html>");
+    let reason = "BigChat gave no usable answer";
+    let denied =
+        "BigChat rejected the credentials; renew BIGCHAT_SYNC_BIGCHAT_TOKEN or check --bigchat-url";
+    let (details, advisor) = ("GET /conversations/42", "GET /advisors/7");
+    side_by_side(
+        [
+            ("details: 500", details, status(500), reason, "500"),
+            (
+                "details: late",
+                details,
+                late(),
+                "BigChat did not answer in time",
+                "no answer in time",
+            ),
+            ("details: HTML", details, html(), reason, "200 <html>"),
+            ("details: 401", details, status(401), denied, "401"),
+            ("advisor: 500", advisor, status(500), reason, "500"),
+            ("advisor: 403", advisor, status(403), denied, "403"),
+            (
+                "advisor: no name",
+                advisor,
+                status(200).body("{}"),
+                reason,
+                "200 {}",
+            ),
+        ],
+        async |(case, pattern, upset, reason, response)| {
+            run_test(async |t| {
+                t.set("--request-timeout", "1s");
+                t.bigchat.upset(pattern, upset);
+                t.start();
+                t.delivers([start(42, 0), message(42, 5, "Hello")]).await;
+                let mut expected = vec![details, advisor];
+                let again = expected.iter().position(|line| *line == pattern);
+                expected.insert(again.expect("one of them"), pattern);
+                assert_eq!(t.bigchat.asked_besides(), expected, "{case}");
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
+                assert_eq!(t.our_api.messages(), ["Hello"], "{case}");
+                failed_once(t, "START", case, reason, pattern, response);
+                assert_eq!(attempt::<i64>(t, "outcome_unknown", "START"), 0);
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn while_bigchat_asks_to_be_left_alone_no_attempts_are_spent() {
+    let for_an_hour = "min(due_at) > max(received_at) + 3500000";
+    for (upset, waits) in [
+        (status(429).header("retry-after", "3600"), for_an_hour),
+        (status(503).header("retry-after", "3600"), for_an_hour),
+        (status(401).always(), "max(attempts) >= 3"),
+        (status(403).always(), "max(attempts) >= 3"),
+    ] {
+        run_test(async |t| {
+            t.differs("BigChat is left alone to the end");
+            t.set("--max-attempts", "1");
+            t.start();
+            t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
+            t.bigchat.upset("GET /conversations/42", upset);
+            // These need nothing of BigChat, and get through between the tries of the first.
+            let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
+            t.bigchat.tells(std::iter::once(start(42, 0)).chain(others));
+            t.until_events("delivered", 2 + 80).await;
+            until("it waits or fails", async || {
+                let sql = format!(
+                    "SELECT coalesce({waits}, 0) FROM attempts JOIN events e ON e.id = event
+                 JOIN conversations c ON c.id = e.conversation"
+                );
+                t.value(&sql) || t.events("failed") > 0
+            })
+            .await;
+            assert_eq!(t.failed(), []);
+            assert_eq!(attempt::<i64>(t, "counted", "START"), 0);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_chat_is_lost_only_if_the_list_of_chats_says_so() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.delivers([message(42, 5, "one")]).await;
+        t.our_api.upset(POST, status(404));
+        t.our_api.upset(FIND, status(500));
+        let asked = t.delivers([message(42, 6, "two")]).await;
+        assert_eq!(heads(&asked), [POST, FIND, POST]);
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+
+        t.delivers([transfer(42, 7, 8), end(42, 8)]).await;
+        t.our_api.loses_everything();
+        t.bigchat.tells([message(42, 9, "three")]);
+        t.until_events("delivered", 6).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:08 a3"]);
+        assert_eq!(t.our_api.messages(), ["one", "two", "three"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
+    run_test(async |t| {
+with_a_chat(t).await;
+    let garbled = "{\"event_name\":\"\\u001b[31mREOPEN\u{7f}\"}";
+    let told = format!(r#"{{"events":[{},{garbled}]}}"#, message(42, 5, "k"));
+    t.bigchat.tells(raw(&told));
+    t.until_events("failed", 2).await;
+    let command = |arguments: &[&str]| t.failed_command(arguments);
+    let answer = |arguments: &[&str]| command(arguments).expect("it is done");
+
+    let list = answer(&["list"]);
+    for part in ["MESSAGE", "UNREADABLE", REFUSED, "2 failed."] {
+        assert!(list.contains(part), "{part}: {list}");
+    }
+    assert!(answer(&["list", "--limit", "1"]).contains("2 failed, 1 shown."));
+    let events = t.failed();
+    let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
+    let shown = answer(&["show", refused]);
+    for part in [
+        "request      POST /chats/00000000-0000-0000-0000-0000000000c1/messages {",
+        "response     422 {\"detail\":",
+        "happened at  2026-11-22T22:00:05Z",
+        "data         {\"message\":\"k\"}",
+        "conversation 42\n",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let shown = answer(&["show", unreadable]);
+    assert!(shown.contains("REOPEN\u{fffd}"), "{shown}");
+    assert!(matches!(
+        command(&["show", "99"]),
+        Err(FailedError::NoSuchEvent(99))
+    ));
+
+    answer(&["retry", refused]);
+    until("it is refused again", async || {
+        attempt::<i64>(t, "attempts", "MESSAGE") == 2
+            && t.events("failed") == 2
+    })
+    .await;
+    t.our_api.upset(POST, status(200).body("{}"));
+    assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
+    t.until_events("delivered", 2).await;
+    assert_eq!(t.our_api.count(POST), 3);
+    // What was decided stays known, and how each attempt went.
+    let decided = "SELECT group_concat(resolution || ' by ' || resolved_by || ' of ' || event || ': ' || reason, '; ') FROM resolutions";
+    let retried = format!("retry by command of {refused}: {}", events[0].reason);
+    assert_eq!(
+        t.value::<String>(decided),
+        format!("{retried}; {retried}")
+    );
+    assert_eq!(t.value::<i64>("SELECT count(*) FROM failures"), 2);
+
+    assert!(matches!(
+        command(&["retry", unreadable]),
+        Err(FailedError::Partly { done: 0, asked: 1 })
+    ));
+    assert!(matches!(
+        command(&["discard", unreadable, unreadable, refused]),
+        Err(FailedError::Partly { done: 1, asked: 2 })
+    ));
+    t.until_events("discarded", 1).await;
+    assert_eq!(answer(&["list"]), "no event has failed\n");
+    assert_eq!(answer(&["discard", "--all", "--yes"]), "0 discarded\n");
+    assert_eq!(answer(&["retry", "--all"]).split(' ').next(), Some("0"));
+})
+.await;
+}
+
+#[tokio::test]
+async fn a_decision_waits_for_whoever_is_writing() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.bigchat.tells([message(42, 5, "k")]);
+        t.until_events("failed", 1).await;
+        daemon.stop().await;
+        let writer = rusqlite::Connection::open(t.db()).expect("a database");
+        writer.execute_batch("BEGIN IMMEDIATE").expect("its turn");
+        let written = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            writer.execute_batch("COMMIT").expect("it is written");
+        });
+        let told = t.failed_command(&["discard", "--all", "--yes"]);
+        assert_eq!(told.expect("it is done"), "1 discarded\n");
+        written.join().expect("no panic");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_twin_that_waits_for_longer_than_the_retention_is_not_taken_for_the_one_delivered() {
+    run_test(async |t| {
+        t.set("--retention", "1s");
+        let daemon = t.start();
+        let told = message(42, 10, "ok");
+        t.delivers([start(42, 0), told.clone()]).await;
+        let failing = status(500).always();
+        t.our_api.upset("POST /chats/*/messages", failing);
+        // On one page there are two of it: the other one is new.
+        t.bigchat.tells([told.clone(), told]);
+        t.until_events("waiting", 1).await;
+        until("what is delivered and has no twin is dropped", async || {
+            t.events("delivered") == 1
+        })
+        .await;
+        t.our_api.calm();
+        until("it is delivered", async || t.events("waiting") == 0).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages(), ["ok", "ok"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_look_up_that_finds_everything_shows_our_api_to_be_well() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        t.our_api.upset(LOOK, status(503).always());
+        t.our_api.upset(POST, status(503).carried_out());
+        t.bigchat.tells([message(42, 5, "one")]);
+        let up = || {
+            let up = "SELECT coalesce((SELECT up FROM api_status WHERE name = 'our_api'), 1)";
+            t.value::<i64>(up)
+        };
+        until("it is down", async || up() == 0).await;
+        t.our_api.calm();
+        t.until_events("delivered", 2).await;
+        until("it is up again", async || up() == 1).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.messages(), ["one"]);
+    })
+    .await;
+}

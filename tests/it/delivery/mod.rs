@@ -1,0 +1,8 @@
+//! What is sent to OurAPI, what is sent again, and what is not.
+
+mod failures;
+mod handlers;
+mod late;
+mod losses;
+mod poison;
+mod verify;

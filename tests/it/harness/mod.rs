@@ -1,0 +1,606 @@
+//! One harness for all: [`run_test`] owns both services, the database, the daemons that a test starts, and what must hold
+//! in the end.
+//!
+//! A test says what happens at BigChat, what goes wrong, and what OurAPI has. When it is over, daemons that still run are
+//! stopped as a signal would stop them, and OurAPI must have exactly what BigChat reported, with nothing waiting and nothing
+//! failed that OurAPI could have stored, unless the test says otherwise. A test that fails shows what was expected, what
+//! there was, and the daemon's log.
+
+pub(crate) mod browser;
+pub(crate) mod process;
+pub(crate) mod services;
+
+use std::cell::RefCell;
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Write;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bigchat_sync::cli::failed::{self, FailedError};
+use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::console::Listener;
+use bigchat_sync::daemon::{self, DaemonError, Observers};
+use bigchat_sync::journal::{FailedEvent, Store};
+use bigchat_sync::settings::{Settings, Tokens};
+use bigchat_sync::simulator::bigchat::{Clock, Options};
+use bigchat_sync::simulator::compare::{Report, Rules};
+use bigchat_sync::simulator::event::T0;
+use bigchat_sync::simulator::fault::Fault;
+use bigchat_sync::simulator::{self, ANY_PORT, Starting};
+use clap::Parser;
+use futures_util::future::join_all;
+use rusqlite::types::FromSql;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::subscriber::DefaultGuard;
+
+use self::services::{BigChat, NOW, OurApi};
+
+/// How long anything may take before the test fails. Long, since the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds.
+pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Runs a test for each case, all of them side by side.
+pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: impl AsyncFn(C)) {
+    join_all(cases.into_iter().map(|case| test(case))).await;
+}
+
+/// Runs a test in which nothing happens but what it says, BigChat's clock stands still at [`NOW`], and BigChat knows its
+/// first conversation, 42 and 43 with advisor 7 (Ann), and advisor 8 (Bob).
+pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
+    let options = Options {
+        quiet: true,
+        clock: Clock::Still(NOW),
+        ..Options::default()
+    };
+    let bigchat = simulator::BigChat::new(options);
+    let t = Test::new(bigchat, simulator::OurApi::new(1).in_order()).await;
+    {
+        let mut bigchat = t.bigchat.state();
+        bigchat.open(1, -3600, 7);
+        bigchat.open(42, 0, 7);
+        bigchat.open(43, 1, 7);
+        bigchat.set_advisor(7, "Ann", "ann@x.test");
+        bigchat.set_advisor(8, "Bob", "bob@x.test");
+    }
+    t.run(test).await;
+}
+
+/// The same where BigChat's clock is this machine's, and BigChat knows only its first conversation and its ten advisors.
+pub(crate) async fn run_live_test(test: impl AsyncFnOnce(&Test)) {
+    let options = Options {
+        quiet: true,
+        ..Options::default()
+    };
+    run_with(options, test).await;
+}
+
+/// Runs a test with another BigChat, and an OurAPI as fragile as the real one.
+pub(crate) async fn run_with(bigchat: Options, test: impl AsyncFnOnce(&Test)) {
+    let bigchat = simulator::BigChat::new(bigchat);
+    let t = Test::new(bigchat, simulator::OurApi::new(1)).await;
+    t.run(test).await;
+}
+
+/// Both services, a database, and the daemons between them.
+pub(crate) struct Test {
+    pub(crate) bigchat: BigChat,
+    pub(crate) our_api: OurApi,
+    bench: Bench,
+    rules: RefCell<Rules>,
+    /// Why what must hold in the end does not, if it need not.
+    differs: RefCell<Option<&'static str>>,
+    /// How many events may have failed that OurAPI could have stored.
+    failed: RefCell<usize>,
+}
+
+impl Deref for Test {
+    type Target = Bench;
+
+    fn deref(&self) -> &Bench {
+        &self.bench
+    }
+}
+
+impl Test {
+    pub(crate) async fn new(bigchat: simulator::BigChat, our_api: simulator::OurApi) -> Self {
+        let mut starting = Starting::new().expect("a thread");
+        let bigchat = starting.listen(ANY_PORT, bigchat).await.expect("a port");
+        let our_api = starting.listen(ANY_PORT, our_api).await.expect("a port");
+        Self {
+            bench: Bench::new(&bigchat.url(), &our_api.url()),
+            bigchat: BigChat(bigchat),
+            our_api: OurApi::new(our_api),
+            rules: RefCell::default(),
+            differs: RefCell::default(),
+            failed: RefCell::default(),
+        }
+    }
+
+    async fn run(self, test: impl AsyncFnOnce(&Self)) {
+        Log::begin();
+        test(&self).await;
+        if self.differs.borrow().is_none() {
+            // Of what a running daemon has still to do, it is waited for.
+            let deadline = Instant::now() + PATIENCE;
+            while self.is_running() && self.problem().is_some() && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        self.bench.stop_daemons().await;
+        if self.differs.borrow().is_none()
+            && let Some(problem) = self.problem()
+        {
+            panic!("{problem}");
+        }
+    }
+
+    /// What must hold in the end need not hold: why.
+    pub(crate) fn differs(&self, why: &'static str) {
+        self.differs.replace(Some(why));
+    }
+
+    /// So many events have failed in the end that OurAPI could have stored.
+    pub(crate) fn fails(&self, count: usize) {
+        self.failed.replace(count);
+    }
+
+    /// By which rules OurAPI's data are compared.
+    pub(crate) fn rules(&self, rules: Rules) {
+        self.rules.replace(rules);
+    }
+
+    /// Requests that fit the pattern meet this fault, whichever service they are to.
+    pub(crate) fn upset(&self, pattern: &str, fault: Fault) {
+        let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
+        match of_bigchat.iter().any(|route| pattern.starts_with(route)) {
+            true => self.bigchat.upset(pattern, fault),
+            false => self.our_api.upset(pattern, fault),
+        }
+    }
+
+    /// Both services answer as the contract says from now on.
+    pub(crate) fn calm(&self) {
+        self.bigchat.calm();
+        self.our_api.calm();
+    }
+
+    /// How many requests pause, or are overdue and not carried out yet.
+    pub(crate) fn pausing(&self) -> usize {
+        self.bigchat.pausing() + self.our_api.pausing()
+    }
+
+    /// Lets go on what pauses.
+    pub(crate) fn resume(&self) {
+        self.bigchat.resume();
+        self.our_api.resume();
+    }
+
+    /// BigChat's time, in seconds after 22:00:00.
+    pub(crate) fn now(&self) -> i64 {
+        self.bigchat.now()
+    }
+
+    /// What BigChat reported against what OurAPI has.
+    pub(crate) fn compare(&self) -> Report {
+        let before = self.our_api.before.lock();
+        let rules = Rules {
+            before: before.unwrap_or_else(PoisonError::into_inner).clone(),
+            ..self.rules.borrow().clone()
+        };
+        let expected = simulator::compare::expected(&self.bigchat.reported(), &rules);
+        simulator::compare::compare(&expected, &self.our_api.data(), &rules)
+    }
+
+    /// What does not hold that must hold in the end.
+    fn problem(&self) -> Option<String> {
+        let report = self.compare();
+        if !report.is_clean() {
+            return Some("OurAPI does not have what BigChat reported".to_owned());
+        }
+        if !self.is_ready() {
+            return None;
+        }
+        let (waiting, failed) = (self.events("waiting"), self.failed().len());
+        let discarded = usize::try_from(self.events("discarded")).unwrap_or_default();
+        let right = report.refused + *self.failed.borrow();
+        if waiting > 0 {
+            Some(format!("{waiting} events still wait"))
+        } else if !(failed..=failed + discarded).contains(&right) {
+            Some(format!(
+                "{failed} events failed, and not {right}: {:#?}",
+                self.failed()
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// Waits until OurAPI has what BigChat reported, and nothing else, and no event waits: the last ones may change nothing.
+    pub(crate) async fn agrees(&self) {
+        until("no difference", async || {
+            let report = self.compare();
+            let waits = || self.is_ready() && self.events("waiting") > 0;
+            report.is_clean() && report.chats() > 0 && !waits()
+        })
+        .await;
+    }
+
+    /// BigChat reports events, one page of them, which the running daemon is to deliver; returns what OurAPI was asked for
+    /// that.
+    pub(crate) async fn delivers(&self, events: impl IntoIterator<Item = Value>) -> Vec<String> {
+        let events: Vec<Value> = events.into_iter().collect();
+        let before = match self.is_ready() {
+            true => self.events("delivered"),
+            false => 0,
+        };
+        let count = before + i64::try_from(events.len()).expect("few");
+        self.our_api.asked();
+        self.bigchat.tells(events);
+        self.until_events("delivered", count).await;
+        self.our_api.asked()
+    }
+}
+
+impl Drop for Test {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = std::fs::read(self.directory().join("log")).unwrap_or_default();
+            println!("expected against actual:\n{}", self.compare());
+            println!("log:\n{}{}", Log::take(), String::from_utf8_lossy(&log));
+        }
+    }
+}
+
+/// What daemons have logged on this thread.
+#[derive(Clone, Copy)]
+struct Log;
+
+thread_local! {
+    static LOG: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static GUARD: RefCell<Option<DefaultGuard>> = const { RefCell::new(None) };
+}
+
+impl Log {
+    /// Logs here from now on.
+    fn begin() {
+        GUARD.with_borrow_mut(|guard| {
+            guard.get_or_insert_with(|| {
+                let subscriber = tracing_subscriber::fmt().with_ansi(false);
+                tracing::subscriber::set_default(subscriber.with_writer(|| Self).finish())
+            });
+        });
+    }
+
+    fn take() -> String {
+        let log = LOG.with_borrow_mut(std::mem::take);
+        String::from_utf8_lossy(&log).into_owned()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOG.with_borrow_mut(|log| log.write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Two URLs, a database, and the settings to run a daemon with.
+pub(crate) struct Bench {
+    directory: TempDir,
+    flags: Mutex<Vec<String>>,
+    daemons: Mutex<Vec<Daemon>>,
+}
+
+impl Bench {
+    /// A fresh database, quick polls and retries.
+    pub(crate) fn new(bigchat_url: &str, our_api_url: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let bench = Self {
+            directory,
+            flags: Mutex::default(),
+            daemons: Mutex::default(),
+        };
+        let db = bench.db().display().to_string();
+        for (flag, value) in [
+            ("--bigchat-url", bigchat_url),
+            ("--our-api-url", our_api_url),
+            ("--db", &db),
+            ("--poll-interval", "50ms"),
+            ("--retry-initial", "20ms"),
+            ("--retry-max", "200ms"),
+            ("--listen", "off"),
+        ] {
+            bench.set(flag, value);
+        }
+        bench
+    }
+
+    /// Sets one more flag, or sets it otherwise.
+    pub(crate) fn set(&self, flag: &str, value: &str) -> &Self {
+        let mut flags = lock(&self.flags);
+        flags.retain(|set| !set.starts_with(&format!("{flag}=")));
+        flags.push(format!("{flag}={value}"));
+        drop(flags);
+        self
+    }
+
+    /// Where the database is.
+    pub(crate) fn db(&self) -> PathBuf {
+        self.directory.path().join("journal.db")
+    }
+
+    /// Where the database and all its files are.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The settings.
+    pub(crate) fn settings(&self) -> Settings {
+        let flags = lock(&self.flags).clone();
+        let program = std::iter::once("bigchat-sync".to_owned());
+        Cli::try_parse_from(program.chain(flags))
+            .expect("good flags")
+            .settings
+    }
+
+    /// The program as a process of its own, with these settings.
+    pub(crate) fn program(&self, command: &str) -> std::process::Command {
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+        program
+            .arg(command)
+            .args(&*lock(&self.flags))
+            .stdin(Stdio::null());
+        program
+    }
+
+    /// Starts a daemon as a process of its own.
+    pub(crate) fn spawn(&self) -> Process {
+        let mut daemon = self.program("run");
+        let log = File::options()
+            .append(true)
+            .create(true)
+            .open(self.directory().join("log"));
+        daemon.stdout(Stdio::null()).stderr(log.expect("a file"));
+        Process(daemon.spawn().expect("a process"))
+    }
+
+    /// Starts a daemon.
+    pub(crate) fn start(&self) -> Daemon {
+        self.start_with(Tokens::default())
+    }
+
+    /// Starts a daemon with bearer tokens.
+    pub(crate) fn start_with(&self, tokens: Tokens) -> Daemon {
+        let stopping = CancellationToken::new();
+        let task = tokio::spawn(daemon::run(
+            self.settings(),
+            tokens,
+            Observers::default(),
+            stopping.clone(),
+        ));
+        self.daemon(stopping, task)
+    }
+
+    /// Starts a daemon that listens as well, on a free port, and tells where.
+    pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("its address"));
+        let (stopping, listener) = (CancellationToken::new(), Some(Listener::Open(listener)));
+        let daemon = daemon::run_at(
+            listener,
+            self.settings(),
+            tokens,
+            Observers::default(),
+            stopping.clone(),
+        );
+        let daemon = self.daemon(stopping, tokio::spawn(daemon));
+        (daemon, url)
+    }
+
+    fn daemon(&self, stopping: CancellationToken, task: Task) -> Daemon {
+        let daemon = Daemon {
+            stopping,
+            task: Arc::new(Mutex::new(Some(task))),
+        };
+        lock(&self.daemons).push(daemon.clone());
+        daemon
+    }
+
+    /// Whether a daemon runs that was started here.
+    fn is_running(&self) -> bool {
+        lock(&self.daemons)
+            .iter()
+            .any(|daemon| lock(&daemon.task).is_some())
+    }
+
+    /// Stops what still runs.
+    async fn stop_daemons(&self) {
+        let daemons = std::mem::take(&mut *lock(&self.daemons));
+        for daemon in daemons {
+            if lock(&daemon.task).is_some() {
+                daemon.stop().await;
+            }
+        }
+    }
+
+    /// Polls once, delivers what is due, and ends, in the background: with what stops it.
+    pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
+        let stopping = CancellationToken::new();
+        let once = daemon::once(
+            self.settings(),
+            Tokens::default(),
+            Observers::default(),
+            stopping.clone(),
+        );
+        (stopping, tokio::spawn(once))
+    }
+
+    /// Up to which BigChat was read, in seconds after 22:00:00.
+    pub(crate) fn cursor(&self) -> Option<i64> {
+        let cursor: Option<i64> = self
+            .is_ready()
+            .then(|| self.value("SELECT cursor FROM poll_state"))
+            .flatten();
+        cursor.map(|cursor| cursor - T0)
+    }
+
+    /// Polls once, delivers what is due, and ends, with all of it done or not.
+    pub(crate) async fn once(&self) {
+        let (_stopping, once) = self.start_once();
+        let ended = timeout(PATIENCE, once).await.expect("it ends");
+        match ended.expect("no panic") {
+            Ok(()) | Err(DaemonError::Unread | DaemonError::Undelivered(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// One value from the database, by SQL.
+    pub(crate) fn value<T: FromSql>(&self, sql: &str) -> T {
+        let connection = rusqlite::Connection::open(self.db()).expect("a database");
+        connection.busy_timeout(PATIENCE).expect("a busy timeout");
+        connection.query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    /// Changes the database, by SQL, while no daemon runs.
+    pub(crate) fn execute(&self, sql: &str) {
+        let connection = rusqlite::Connection::open(self.db()).expect("a database");
+        connection.execute_batch(sql).expect(sql);
+    }
+
+    /// How many events are in a state: waiting, delivered, failed or discarded.
+    pub(crate) fn events(&self, state: &str) -> i64 {
+        self.value(&format!(
+            "SELECT count(*) FROM event_states WHERE state = '{state}'"
+        ))
+    }
+
+    /// Waits until so many events are in a state.
+    pub(crate) async fn until_events(&self, state: &str, count: i64) {
+        until(&format!("{count} events {state}"), async || {
+            self.is_ready() && self.events(state) == count
+        })
+        .await;
+    }
+
+    /// Whether the daemon has made the database.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.db().exists()
+            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'control'") == 1
+    }
+
+    /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
+    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
+        let line = ["bigchat-sync", "failed"].iter().chain(arguments);
+        match Cli::try_parse_from(line).expect("a good command").command {
+            Some(Command::Failed(command)) => failed::run(&self.db(), command),
+            other => panic!("not about failed events: {other:?}"),
+        }
+    }
+
+    /// How things stand, as `bigchat-sync status --json` tells, and whether it says that all is well by its exit code.
+    pub(crate) fn status(&self) -> (Value, bool) {
+        let output = self.program("status").arg("--json").output();
+        let output = output.expect("a process");
+        let status = serde_json::from_slice(&output.stdout);
+        (status.expect("JSON"), output.status.success())
+    }
+
+    /// The failed events.
+    pub(crate) fn failed(&self) -> Vec<FailedEvent> {
+        let mut store = Store::open_shared(&self.db()).expect("a database");
+        store.failed(1000).expect("the failed events")
+    }
+}
+
+/// SQL for a dead letter: an event whose delivery has failed so often. Its conversation is SQL, too.
+pub(crate) fn dead_letter(
+    id: impl Display,
+    conversation: impl Display,
+    kind: &str,
+    data: &str,
+    reason: &str,
+    attempts: u32,
+) -> String {
+    let data = data.replace('\'', "''");
+    format!(
+        "INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+         VALUES ({id}, {conversation}, '{kind}', 1795384800, '{data}', {id}, 1000);
+         INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
+         SELECT id, conversation, {attempts}, 0, '{reason}', '', '' FROM events WHERE id = {id};
+         INSERT INTO dead_letters (event, conversation, failed_at)
+         SELECT id, conversation, 2000 FROM events WHERE id = {id};"
+    )
+}
+
+/// A process that does not outlive its test: dropped, it is killed. A daemon left behind would go on asking ports that
+/// belong to other tests by then.
+pub(crate) struct Process(pub(crate) Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+type Task = JoinHandle<Result<(), DaemonError>>;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A daemon, running until it is stopped, by its test or after it.
+#[derive(Clone)]
+pub(crate) struct Daemon {
+    stopping: CancellationToken,
+    task: Arc<Mutex<Option<Task>>>,
+}
+
+impl Daemon {
+    /// Stops it as a signal would, and expects it to end well.
+    pub(crate) async fn stop(self) {
+        self.outcome().await.expect("it stops well");
+    }
+
+    fn task(&self) -> Task {
+        lock(&self.task).take().expect("it was running")
+    }
+
+    /// Stops it as a signal would, and tells how it ended.
+    pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
+        self.stopping.cancel();
+        let ended = timeout(PATIENCE, self.task()).await.expect("it ends");
+        ended.expect("no panic")
+    }
+
+    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.
+    pub(crate) async fn crash(self, bench: &Bench) {
+        let task = self.task();
+        task.abort();
+        task.await.expect_err("it was running");
+        until("the database is free", async || {
+            Store::open(&bench.db()).is_ok()
+        })
+        .await;
+    }
+}

@@ -1,0 +1,605 @@
+//! Answers that are hostile or broken: bounded time and memory, a warning, and nothing else lost.
+
+use crate::harness::services::{NOW, Tampered, tampering, unix, window, with_header};
+use crate::harness::{run_live_test, run_test, side_by_side, until};
+use bigchat_sync::simulator::bigchat::{Page, page, raw};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::status;
+use std::time::Duration;
+
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+
+use crate::harness::process::Process;
+
+/// More than the program ever needs for what it reads of one answer (32 MiB), in a debug build, in MiB.
+const MEMORY: u64 = 256;
+
+/// In the scene of the fakes, somebody writes something.
+fn said(conversation: i64, at: i64, text: &str) -> Value {
+    message(conversation, at, text)
+}
+
+fn deep(levels: usize) -> String {
+    format!("{}{}", "[".repeat(levels), "]".repeat(levels))
+}
+
+/// Bodies that are not what was asked for, whatever that was. Of the lists, none could be meant.
+fn bodies() -> Vec<String> {
+    let id = "\"chat_id\":\"7\",\"agent_id\":\"7\",\"message_id\":\"7\"";
+    vec![
+        String::new(),
+        "<!doctype html><p>Please sign in.".into(),
+        "\u{feff}{}".into(),
+        "{\"events\":[".into(),
+        "not json at all \u{0}".into(),
+        deep(100_000),
+        "[".repeat(1 << 20),
+        "[null]".into(),
+        "[{}]".into(),
+        "[[[]]]".into(),
+        format!(
+            "[{{{id},\"external_id\":10,\"started_at\":7,\"name\":7,\"email\":[],\"text\":7,\"sent_at\":{{}}}}]"
+        ),
+        format!(
+            "[{{{id},\"external_id\":\"10\",\"started_at\":\"soon\",\"text\":\"one\",\"sent_at\":\"soon\"}}]"
+        ),
+        "x".repeat(1 << 20),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
+    let routes = [
+        "GET /events",
+        "GET /conversations/{id}",
+        "GET /advisors/{id}",
+        "GET /agents",
+        "POST /agents",
+        "GET /chats",
+        "POST /chats",
+        "PATCH /chats/{id}",
+        "GET /chats/{id}/messages",
+        "POST /chats/{id}/messages",
+    ];
+    side_by_side(routes, async |route| {
+        for body in bodies() {
+            run_live_test(async |t| {
+                let now = t.now();
+                t.bigchat.open(10, now - 100, 1);
+                let told = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
+                t.bigchat.tells(told);
+                // Where it was carried out nobody may believe that it was not; where it was not, that it was.
+                let told_once = route.ends_with("events");
+                let json = body.trim_start_matches('\u{feff}');
+                let may_be_success =
+                    json.is_empty() || serde_json::from_str::<IgnoredAny>(json).is_ok();
+                let fault = status(200).body(body.clone());
+                let first = match told_once {
+                    true => fault.clone(),
+                    false => fault.clone().carried_out(),
+                };
+                t.upset(route, first);
+                if !may_be_success && !told_once {
+                    t.upset(route, fault);
+                }
+                let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
+                let daemon = t.start();
+                t.until_events("delivered", 2).await;
+                let told = vec![
+                    message(10, now - 8, "two"),
+                    transfer(10, now - 7, 7),
+                    end(10, now - 6),
+                ];
+                t.bigchat.tells(told);
+                t.until_events("delivered", 5).await;
+                t.agrees().await;
+                daemon.stop().await;
+                assert_eq!(t.our_api.chats().len(), 1, "{case}");
+                assert_eq!(t.our_api.data().agents.len(), 2, "{case}");
+                assert_eq!(t.events("failed"), 0, "{case}");
+            })
+            .await;
+        }
+    })
+    .await;
+}
+
+/// JSON that stands where something else should, or is more than can be.
+fn values() -> Vec<String> {
+    let mut values: Vec<String> = [
+        "null",
+        "true",
+        "-1",
+        "0",
+        "1.5",
+        "1e400",
+        "-0",
+        "\"\"",
+        "\"7\"",
+        "[]",
+        "{}",
+        "[7]",
+        "9223372036854775807",
+        "-9223372036854775808",
+        "9223372036854775808",
+        "253402300799",
+        "253402300800",
+        "99999999999999999999999999999999999999",
+        r#""\ud800""#,
+        r#""\udc00\ud800""#,
+        r#""a\u0000b""#,
+        r#"{"message":7}"#,
+        r#"{"message":"one","message":"two"}"#,
+        r#"{"new_advisor_id":1.5}"#,
+        r#"{"new_advisor_id":9223372036854775808}"#,
+    ]
+    .map(str::to_owned)
+    .into();
+    values.push(deep(200));
+    values.push(deep(100_000));
+    values
+}
+
+#[tokio::test]
+async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_on() {
+    let mut events = Vec::new();
+    for name in ["START", "END", "MESSAGE", "TRANSFER", "message", "REOPEN"] {
+        for value in values() {
+            let at = unix(5);
+            for (id, at, data) in [
+                (
+                    value.clone(),
+                    at.to_string(),
+                    r#"{"message":"one","new_advisor_id":8}"#.to_owned(),
+                ),
+                (
+                    "42".into(),
+                    value.clone(),
+                    r#"{"message":"two","new_advisor_id":8}"#.into(),
+                ),
+                ("42".into(), at.to_string(), value.clone()),
+                (
+                    "42".into(),
+                    at.to_string(),
+                    format!(r#"{{"message":{value},"new_advisor_id":{value}}}"#),
+                ),
+            ] {
+                events.push(format!(
+                    r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{at},"data":{data}}}"#
+                ));
+            }
+        }
+    }
+    for value in values() {
+        events.push(format!(
+            r#"{{"conversation_id":42,"event_name":{value},"event_at":{},"data":null}}"#,
+            unix(5)
+        ));
+        events.push(value);
+    }
+    events.push(format!(
+        r#"{{"conversation_id":42,"conversation_id":43,"event_name":"END","event_at":{},"data":null}}"#,
+        unix(5)
+    ));
+    let first = said(42, 1, "the first").to_string();
+    let last = said(42, 2, "the last").to_string();
+    let body = format!(r#"{{"events":[{first},{},{last}]}}"#, events.join(","));
+    run_test(async |t| {
+        t.differs("the comparison knows nothing of such events");
+        t.bigchat.tells(raw(&body));
+        t.once().await;
+        let kept = "SELECT count(*) FROM events";
+        let before: i64 = t.value(kept);
+        assert!(before > 200, "{before}");
+        assert_eq!(t.events("waiting"), 0);
+        let texts = t.our_api.messages();
+        for text in ["the first", "the last"] {
+            assert_eq!(
+                texts.iter().filter(|held| *held == text).count(),
+                1,
+                "{texts:?}"
+            );
+        }
+        assert!(
+            texts.iter().all(|text| !text.contains('\u{fffd}')),
+            "{texts:?}"
+        );
+        assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
+        // What is told again is known, understood or not.
+        t.bigchat.tells(raw(&body));
+        t.once().await;
+        assert_eq!(t.value::<i64>(kept), before);
+        assert_eq!(t.our_api.messages(), texts);
+        // A reason never has in it all that it complains of.
+        let longest = "SELECT max(length(reason)) FROM attempts";
+        assert!(t.value::<i64>(longest) < 3_000);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn no_header_moves_the_cursor_or_hides_the_answer() {
+    let long = "x".repeat(50_000);
+    side_by_side(
+        [
+            (
+                "a date of long ago",
+                "date: Thu, 01 Jan 1970 00:00:00 GMT".to_owned(),
+            ),
+            (
+                "the year 9999",
+                "date: Fri, 31 Dec 9999 23:59:59 GMT".into(),
+            ),
+            (
+                "a date before all time",
+                "date: Mon, 01 Jan 0001 00:00:00 GMT".into(),
+            ),
+            ("no date at all", "date: soon".into()),
+            ("an empty date", "date:".into()),
+            ("a date without end", format!("date: {long}")),
+            ("a date that is no text", "date: \u{fc}\u{fc}".into()),
+            ("two dates", "date: soon\r\ndate: later".into()),
+            ("a long stranger", format!("x-stranger: {long}")),
+            ("Retry-After with a success", "retry-after: 3600".into()),
+            (
+                "elsewhere",
+                "location: http://bigchat.test/\r\nrefresh: 0;url=http://bigchat.test/".into(),
+            ),
+        ],
+        async |(case, header)| {
+            run_test(async |t| {
+                t.once().await;
+                t.bigchat.clock(NOW + 60);
+                t.bigchat.queries();
+                let mut left = 1;
+                let name = header.split(':').next().expect("a name").to_owned();
+                let url = tampering(&t.bigchat.url(), move |line, answer| {
+                    if left == 0 || !line.starts_with("GET /events") {
+                        return answer;
+                    }
+                    left -= 1;
+                    with_header(&answer, &name, &header)
+                })
+                .await;
+                t.set("--bigchat-url", &url);
+                t.bigchat.tells([said(42, 1, "one")]);
+                t.once().await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{case}");
+                let queries = t.bigchat.queries();
+                assert_eq!(queries[0], window(NOW - 5, NOW + 60), "{case}");
+                assert_eq!(queries[1], window(NOW + 55, NOW + 60), "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_length_that_is_not_that_of_the_body_is_no_page() {
+    for length in [
+        "1",
+        "1000000",
+        "-1",
+        "99999999999999999999999",
+        "many",
+        "7\r\ncontent-length: 9",
+    ] {
+        run_test(async |t| {
+            let mut upset = true;
+            let header = format!("content-length: {length}");
+            let url = tampering(&t.bigchat.url(), move |line, answer| {
+                if line.starts_with("GET /events") && std::mem::take(&mut upset) {
+                    with_header(&answer, "content-length", &header)
+                } else {
+                    answer
+                }
+            })
+            .await;
+            t.set("--bigchat-url", &url);
+            t.once().await;
+            t.bigchat.tells([said(42, 1, "one")]);
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"], "{length}");
+            let queries = t.bigchat.queries();
+            assert_eq!(
+                queries[..2],
+                [window(NOW - 10, NOW), window(NOW - 10, NOW)],
+                "{length}"
+            );
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn of_an_answer_without_end_no_more_is_read_than_fits() {
+    run_test(async |t| {
+        t.set("--request-timeout", "60s")
+            .set("--log-format", "text");
+        let (bigchat, our_api) = (
+            flooding(&t.bigchat.url(), "GET /events").await,
+            flooding(&t.our_api.url(), "POST /chats").await,
+        );
+        t.set("--bigchat-url", &bigchat)
+            .set("--our-api-url", &our_api);
+        let daemon = Process::start(t);
+        until("three answers without end", async || {
+            t.bigchat.count("GET /events") > 3
+        })
+        .await;
+        t.bigchat.tells([start(42, 0), said(42, 1, "one")]);
+        t.until_events("delivered", 2).await;
+        assert!(
+            daemon.lines_with("larger than 32 MiB") > 0,
+            "{}",
+            daemon.log()
+        );
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.our_api.messages(), ["one"]);
+        assert_eq!(t.our_api.chats().len(), 1);
+    })
+    .await;
+}
+
+/// A server in front of another whose first three answers to those requests have no end. The last of them was carried
+/// out.
+async fn flooding(url: &str, line: &'static str) -> String {
+    let mut left = 3;
+    tampering(url, move |asked, answer| {
+        if left == 0 || !asked.starts_with(line) {
+            return Tampered::from(answer);
+        }
+        left -= 1;
+        let head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n{\"events\":[";
+        Tampered::without_end(head, &[b' '; 1 << 16], Duration::ZERO)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_answer_that_trickles_is_not_waited_for() {
+    run_test(async |t| {
+        t.set("--request-timeout", "300ms");
+        let mut left = 1;
+        let url = tampering(&t.bigchat.url(), move |line, answer| {
+            if left == 0 || !line.starts_with("GET /events") {
+                return Tampered::from(answer);
+            }
+            left -= 1;
+            let head = b"HTTP/1.1 200 OK\r\n\r\n";
+            Tampered::without_end(head, b" ", Duration::from_millis(20))
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        t.start();
+        until("the next poll", async || t.bigchat.count("GET /events") > 1).await;
+        t.bigchat.tells([said(42, 1, "one")]);
+        t.until_events("delivered", 1).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_of_a_million_messages_costs_bounded_memory_and_holds_up_nobody_else() {
+    run_test(async |t| {
+        t.differs("a chat cannot be read back");
+        t.set("--max-attempts", "2");
+        let daemon = t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        daemon.stop().await;
+        let million = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(1_000_000);
+        let million = format!("[{}]", million.trim_end_matches(','));
+        let messages = "GET /chats/c1/messages";
+        t.our_api
+            .upset(messages, status(200).body(&million).always());
+        let daemon = Process::start(t);
+        t.bigchat
+            .tells([said(42, 5, "hello"), said(43, 6, "other")]);
+        let mut n = 0;
+        until("it is given up", async || {
+            n += 1;
+            t.bigchat.tells([said(43, 7, &format!("number {n}"))]);
+            t.events("failed") == 1
+        })
+        .await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert!(t.our_api.messages().contains(&"other".to_owned()));
+        let failed = t.failed();
+        assert!(
+            failed[0]
+                .response
+                .as_deref()
+                .is_some_and(|response| response.contains("32 MiB")),
+            "{failed:?}"
+        );
+        // Fewer fit in, and each is counted.
+        t.our_api.calm();
+        let many = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(500_000);
+        let many = format!("[{}]", many.trim_end_matches(','));
+        t.our_api.upset(messages, status(200).body(&many));
+        t.failed_command(&["retry", "--all"]).expect("a retry");
+        let daemon = Process::start(t);
+        until("it is found", async || {
+            t.events("failed") + t.events("waiting") == 0
+        })
+        .await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+        assert!(!t.our_api.messages().contains(&"hello".to_owned()));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_page_of_millions_costs_bounded_memory_and_time() {
+    run_test(async |t| {
+        t.fails(1);
+        let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
+        t.bigchat.tells(raw(&body));
+        let daemon = Process::start(t);
+        until("it is kept", async || {
+            t.is_ready() && t.events("failed") == 1
+        })
+        .await;
+        t.bigchat.tells([said(42, 1, "one")]);
+        t.until_events("delivered", 1).await;
+        let peak = daemon.mebibytes("VmHWM");
+        assert!(peak < MEMORY / 4, "{peak} MiB");
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_next_page_that_nobody_could_ask_for_completes_the_poll() {
+    for next in [
+        format!("?page={}", "2".repeat(100_000)),
+        "\u{0}".into(),
+        "?".into(),
+        "http://[/?".into(),
+    ] {
+        run_test(async |t| {
+            t.bigchat.tells(page([said(42, 1, "one")], &*next));
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"]);
+            t.once().await;
+            let queries = t.bigchat.queries();
+            assert_eq!(queries, [window(NOW - 10, NOW), window(NOW - 5, NOW)]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_advisor_whom_nobody_could_ask_for_leaves_the_chat_without_an_agent() {
+    run_test(async |t| {
+        t.differs("the advisor cannot be asked for");
+        t.bigchat
+            .advisor(7, "Ann", &format!("{}@x.test", "a".repeat(100_000)));
+        let daemon = t.start();
+        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
+    run_test(async |t| {
+        t.our_api.has_chat("c1", "42", 0);
+        let held = |at: &str| json!({"text": "from elsewhere", "sent_at": at});
+        let body = json!([
+            held("0001-01-01T00:00:00"),
+            held("1969-12-31T23:59:59Z"),
+            held("9999-12-31T23:59:59.999999")
+        ]);
+        let upset = status(200).body(body.to_string());
+        t.our_api.upset("GET /chats/c1/messages", upset);
+        let daemon = t.start();
+        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        daemon.stop().await;
+        assert_eq!(t.value::<i64>("SELECT count(*) FROM attempts"), 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_and_no_token_goes_to_another_host() {
+    let trap = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    let address = trap.local_addr().expect("an address");
+    let elsewhere = format!("http://{address}");
+    let routes = [
+        "GET /events",
+        "GET /conversations",
+        "GET /advisors",
+        "GET /agents",
+        "POST /agents",
+        "GET /chats",
+        "POST /chats",
+        "PATCH /chats/c1",
+        "GET /chats/c1/messages",
+        "POST /chats/c1/messages",
+    ];
+    run_test(async |t| {
+        for (code, route) in [301, 302, 303, 307, 308]
+            .into_iter()
+            .cycle()
+            .zip(routes.into_iter().cycle().take(20))
+        {
+            let upset = status(code)
+                .header("location", &format!("{elsewhere}/{route}"))
+                .header("refresh", &format!("0; url={elsewhere}"))
+                .header("alt-svc", &format!("h2=\"{address}\"; ma=3600"))
+                .header("link", &format!("<{elsewhere}/events>; rel=next"))
+                .header("proxy-authenticate", "Basic");
+            t.bigchat.upset(route, upset.clone());
+            t.our_api.upset(route, upset);
+        }
+        t.bigchat.tells(page(
+            [start(42, 0), said(42, 1, "one")],
+            format!("{elsewhere}/events?page=2"),
+        ));
+        t.bigchat.tells(page(
+            [said(42, 2, "two")],
+            format!("//{address}/events?page=3"),
+        ));
+        t.bigchat.tells(Page::from([end(42, 9)]));
+        let mut program = t.program("run");
+        for variable in [
+            "HTTP_PROXY",
+            "http_proxy",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+            "all_proxy",
+        ] {
+            program.env(variable, &elsewhere);
+        }
+        program
+            .env("BIGCHAT_SYNC_BIGCHAT_TOKEN", "t0ken")
+            .env("BIGCHAT_SYNC_OUR_API_TOKEN", "t0ken");
+        let daemon = Process::start_as(t, program);
+        t.until_events("delivered", 4).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+        let heard = tokio::time::timeout(Duration::from_millis(50), trap.accept()).await;
+        assert!(heard.is_err(), "{heard:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_odd_event_among_the_details_keeps_no_message_from_its_chat() {
+    for odd in [
+        r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805.5, "data": {"message": "?"}}"#,
+        r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805, "data": {"message": "\ud800"}}"#,
+        r#"{"conversation_id": 42, "event_name": "NOTE", "event_at": null}"#,
+        r#"["START"]"#,
+        r#"["START", 5]"#,
+    ] {
+        run_test(async |t| {
+            let start = start(42, 0);
+            let details = format!(
+                r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#
+            );
+            let told = status(200).body(&details).always();
+            t.bigchat.upset("GET /conversations/42", told);
+            let daemon = t.start();
+            t.delivers([message(42, 2, "hello")]).await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
+            assert_eq!(t.our_api.messages(), ["hello"]);
+        })
+        .await;
+    }
+}

@@ -1,0 +1,647 @@
+//! What other services do: odd bytes in a page, pages that are empty in many ways, and URLs of all spellings. It costs an
+//! event at the most, and nothing is stored changed.
+
+use crate::harness::services::{NOW, tampering, time, unix, window, with_header};
+use crate::harness::{Bench, Test, run_test, side_by_side, until};
+use bigchat_sync::simulator::bigchat::{Page, page, raw};
+use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::fault::status;
+use std::io::Write;
+
+use flate2::Compression;
+use flate2::write::{GzEncoder, ZlibEncoder};
+use serde_json::json;
+
+/// The answer with other headers and another body, but with its date.
+fn instead(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(answer);
+    let date = text
+        .lines()
+        .find(|line| line.to_ascii_lowercase().starts_with("date:"))
+        .expect("a date");
+    let length = body.len();
+    let mut answer = format!(
+        "HTTP/1.1 200 OK\r\n{date}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
+    )
+    .into_bytes();
+    answer.extend(body);
+    answer
+}
+
+/// A scene whose next answer to a question for events is this one.
+async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
+    let mut body = Some(body);
+    let url = tampering(&t.bigchat.url(), move |line, answer| {
+        match body.take_if(|_| line.starts_with("GET /events")) {
+            Some(body) => instead(&answer, headers, &body),
+            None => answer,
+        }
+    })
+    .await;
+    t.set("--bigchat-url", &url);
+}
+
+fn event(text: &str) -> String {
+    message(42, 5, text).to_string()
+}
+
+fn sorted(t: &Test) -> Vec<String> {
+    let mut texts = t.our_api.messages();
+    texts.sort();
+    texts
+}
+
+/// The raw JSON of the dead letters.
+fn dead_letters(t: &Bench) -> Vec<String> {
+    let failed = t.failed().into_iter();
+    failed.filter_map(|failed| failed.data).collect()
+}
+
+#[tokio::test]
+async fn one_odd_value_costs_its_event_and_no_other() {
+    let at = unix(5);
+    let odd = |id: &str, data: &str| {
+        format!(
+            r#"{{"conversation_id":{id},"event_name":"MESSAGE","event_at":{at},"data":{data}}}"#
+        )
+    };
+    for bad in [
+        odd("NaN", r#"{"message":"bad"}"#),
+        odd("42", "NaN"),
+        odd("42", r#"{"message":NaN}"#),
+        odd("42", r#"{"message":"bad\q"}"#),
+        odd("42", "{\"message\":\"a\tb\"}"),
+        odd("42", r#"{"message":'bad'}"#),
+        "NaN".to_owned(),
+        "undefined".to_owned(),
+        "1e400".to_owned(),
+    ] {
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            let body = format!(
+                r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
+                event("one"),
+                event("two")
+            );
+            t.bigchat.tells(raw(&body));
+            t.bigchat.tells([message(42, 6, "three")]);
+            t.once().await;
+            assert_eq!(sorted(t), ["one", "three", "two"], "{bad}");
+            assert_eq!(dead_letters(t), [bad]);
+            assert_eq!(t.cursor(), Some(NOW));
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_needs_costs_no_message() {
+    let at = unix(5);
+    for odd in [
+        "NaN",
+        "-Infinity",
+        "1e400",
+        r#""\ud800""#,
+        "\"a\tb\"",
+        &format!("{}{}", "[".repeat(300), "]".repeat(300)),
+    ] {
+        run_test(async |t| {
+t.differs("pages are changed on their way");
+        let event = format!(
+            r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE","event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
+        );
+        t.bigchat
+            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
+        t.bigchat
+            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
+        t.once().await;
+        t.once().await;
+        assert_eq!(t.our_api.messages(), ["one"], "{odd}");
+        assert_eq!(t.events("failed"), 0, "{odd}");
+})
+.await;
+    }
+}
+
+#[tokio::test]
+async fn text_is_decoded_as_declared() {
+    let page = format!(r#"{{"events":[{}]}}"#, event("Grüße"));
+    let latin: Vec<u8> = page.chars().map(|c| c as u8).collect();
+    let utf16: Vec<u8> = page.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (headers, body) in [
+        ("", [b"\xef\xbb\xbf", page.as_bytes()].concat()),
+        (
+            "content-type: application/json; charset=ISO-8859-1\r\n",
+            latin.clone(),
+        ),
+        (
+            "content-type: application/json; charset=\"Windows-1252\"\r\n",
+            latin,
+        ),
+        ("", [b"\xff\xfe", &*utf16].concat()),
+        ("content-type: text/plain; charset=utf-16le\r\n", utf16),
+        (
+            "content-type: application/json; charset=nonsense\r\n",
+            page.clone().into_bytes(),
+        ),
+    ] {
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, headers, body).await;
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() {
+    for (bad, shown) in [
+        (&b"Gr\xfc\xdfe"[..], r"Gr\xFC\xDFe"),
+        (b"cut off \xe2\x82", r"cut off \xE2\x82"),
+        (b"overlong \xc0\x80", r"overlong \xC0\x80"),
+        (b"a surrogate \xed\xa0\x80", r"a surrogate \xED\xA0\x80"),
+    ] {
+        let (before, after) = (event("one"), event("two"));
+        let marked = event("HERE");
+        let (head, tail) = marked.split_once("HERE").expect("the mark");
+        let odd = [head.as_bytes(), bad, tail.as_bytes()].concat();
+        let body = [
+            br#"{"events":["#,
+            before.as_bytes(),
+            b",",
+            &odd,
+            b",",
+            after.as_bytes(),
+            b"]}",
+        ]
+        .concat();
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, "", body).await;
+            t.once().await;
+            assert_eq!(sorted(t), ["one", "two"], "{shown}");
+            let failed = &t.failed()[0];
+            assert_eq!(failed.data, Some(format!("{head}{shown}{tail}")));
+            assert!(failed.reason.contains("declared encoding"), "{failed:?}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
+    let page = format!(r#"{{"events":[{}]}}"#, event("one")).into_bytes();
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
+    gzip.write_all(&page).expect("bytes");
+    let gzip = gzip.finish().expect("bytes");
+    let mut zlib = ZlibEncoder::new(Vec::new(), Compression::fast());
+    zlib.write_all(&page).expect("bytes");
+    let zlib = zlib.finish().expect("bytes");
+    for (headers, body) in [
+        ("content-encoding: gzip\r\n", &gzip),
+        ("", &gzip),
+        ("content-encoding: deflate\r\n", &zlib),
+        ("content-encoding: gzip\r\n", &page),
+        ("content-encoding: br\r\n", &page),
+    ] {
+        run_test(async |t| {
+            t.differs("pages are changed on their way");
+            answering(t, headers, body.clone()).await;
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"], "{headers}");
+        })
+        .await;
+    }
+    // What expands without measure is read no further.
+    let mut bomb = GzEncoder::new(Vec::new(), Compression::fast());
+    for _ in 0..64 {
+        bomb.write_all(&[b' '; 1 << 20]).expect("bytes");
+    }
+    let bomb = bomb.finish().expect("bytes");
+    run_test(async |t| {
+        answering(t, "content-encoding: gzip\r\n", bomb).await;
+        t.once().await;
+        t.bigchat.tells([message(42, 1, "two")]);
+        t.once().await;
+        let first = window(NOW - 10, NOW);
+        assert_eq!(t.bigchat.queries(), [&*first, &first]);
+        assert_eq!(t.our_api.messages(), ["two"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
+    let heads = std::sync::mpsc::channel();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let task = tokio::spawn(async move {
+        use tokio::io::AsyncReadExt;
+        let (mut stream, _) = listener.accept().await.expect("a connection");
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\n") {
+            stream.read_buf(&mut request).await.expect("a request");
+        }
+        heads.0.send(String::from_utf8(request)).expect("a reader");
+    });
+    run_test(async |t| {
+        t.set("--bigchat-url", &url);
+        t.once().await;
+        task.await.expect("a request came");
+        let head = heads.1.try_recv().expect("a request").expect("text");
+        let head = head.to_ascii_lowercase();
+        for header in ["cache-control: no-cache", "accept-encoding: identity"] {
+            assert!(head.contains(header), "{head}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_page_without_events_is_passed() {
+    side_by_side(
+        [
+            status(204),
+            status(200).body(r#"{"events":null,"nextPageUrl":null}"#),
+            status(200).body(r#"{"events":null}"#),
+            status(200).body(r#"{"nextPageUrl":null,"total":0}"#),
+            status(200).body("{}"),
+        ]
+        .into_iter()
+        .enumerate(),
+        async |(case, upset)| {
+            // A quiet hour in a backlog.
+            run_test(async |t| {
+                t.set("--since", &time(-7200));
+                t.bigchat.tells([message(42, 1, "one")]);
+                t.bigchat.upset("GET /events?start_at=2026-11-22T21", upset);
+                t.once().await;
+                t.once().await;
+                let queries = t.bigchat.queries();
+                assert_eq!(queries.len(), 4, "case {case}: {queries:?}");
+                assert_eq!(t.our_api.messages(), ["one"], "case {case}");
+                assert_eq!(t.cursor(), Some(NOW), "case {case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_empty_page_among_others_ends_nothing() {
+    for empty in [
+        json!({"events": [], "nextPageUrl": "?page=3"}),
+        json!({"events": null, "nextPageUrl": "?page=3"}),
+        json!({"nextPageUrl": "?page=3"}),
+    ] {
+        run_test(async |t| {
+            t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
+            t.bigchat.tells(raw(&empty.to_string()));
+            t.bigchat.tells([message(42, 2, "two")]);
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_sloppy_url_of_the_next_page_is_followed_where_it_can_only_mean_one_thing() {
+    for (next, asked) in [
+        ("page=2", "page=2"),
+        (" /events?page=2\n", "page=2"),
+        ("/events?limit=9&amp;page=2", "limit=9&page=2"),
+        ("events?cursor=a b|\"c\"", "cursor=a%20b|%22c%22"),
+        ("?cursor=ü", "cursor=%C3%BC"),
+        (
+            "?start_at=2026-11-22T22:00:00+00:00&page=2",
+            "start_at=2026-11-22T22:00:00%2B00:00&page=2",
+        ),
+    ] {
+        run_test(async |t| {
+            t.bigchat.tells(page([message(42, 1, "one")], next));
+            t.bigchat.tells([message(42, 2, "two")]);
+            t.once().await;
+            assert_eq!(
+                t.bigchat.queries(),
+                [&window(NOW - 10, NOW), asked],
+                "{next}"
+            );
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn the_same_page_in_another_spelling_is_not_requested_again() {
+    let first = window(NOW - 10, NOW);
+    let (start, end) = first.split_once('&').expect("two parameters");
+    for next in [
+        format!("?{end}&{start}"),
+        format!("?{}", first.replace("%3A", ":")),
+        format!("?{}", first.replace("%3A", "%3a")),
+        format!("?{}", first.replace('Z', "%2B00:00")),
+        format!("?{}", first.replace('Z', "+00:00")),
+        format!("?{}", first.replace('Z', ".000Z")),
+        format!("?&{start}&amp;{end}"),
+    ] {
+        run_test(async |t| {
+            for _ in 0..3 {
+                t.bigchat
+                    .tells(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
+            }
+            t.once().await;
+            assert_eq!(t.bigchat.queries(), [&*first], "{next}");
+            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+        })
+        .await;
+    }
+}
+
+/// A scene whose answers to questions for events carry one more header.
+async fn with_one_more(t: &Test, header: &'static str) {
+    let url = tampering(&t.bigchat.url(), move |_, answer| {
+        with_header(&answer, "none", header)
+    })
+    .await;
+    t.set("--bigchat-url", &url);
+}
+
+#[tokio::test]
+async fn a_cached_answer_tells_how_old_its_date_is() {
+    for (header, age) in [
+        ("age: 60", 60),
+        ("Age:  30 ", 30),
+        ("age: 0", 0),
+        ("age: soon", 0),
+        ("age: -5", 0),
+    ] {
+        run_test(async |t| {
+            with_one_more(t, header).await;
+            t.once().await;
+            assert_eq!(
+                t.bigchat.queries(),
+                [window(NOW + age - 10, NOW + age)],
+                "{header}"
+            );
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_cursor_that_stands_still_is_shown() {
+    run_test(async |t| {
+        t.once().await;
+        let shown = || {
+            let (status, _) = t.status();
+            let troubles = status["problems"].as_array().expect("a list").iter();
+            let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
+            whats.any(|what| what.contains("stood still"))
+        };
+        assert!(!shown());
+        t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
+        for what in ["at first", "after another poll"] {
+            assert!(shown(), "{what}");
+            t.once().await;
+        }
+        t.bigchat.clock(NOW + 1);
+        t.once().await;
+        assert!(!shown(), "it moves on");
+    })
+    .await;
+}
+
+/// The starts of the windows that were requested.
+fn starts(t: &Test) -> Vec<String> {
+    let asked = t.bigchat.ever_asked("GET /events?start_at=");
+    let starts = asked
+        .iter()
+        .filter_map(|asked| asked.line.split('&').next());
+    starts.map(str::to_owned).collect()
+}
+
+fn start_of(window: &str) -> String {
+    let start = window.split('&').next().expect("a start");
+    format!("GET /events?{start}")
+}
+
+async fn until_read(t: &Test, at: i64) {
+    until("it is read up to then", async || {
+        t.is_ready() && t.cursor() == Some(at)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
+    side_by_side([3600, 86_400, -7200, 700], async |off| {
+        run_test(async |t| {
+            let daemon = t.start();
+            until_read(t, NOW).await;
+            t.bigchat.clock(NOW + off);
+            t.bigchat.further_polls(5).await;
+            t.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
+            t.bigchat.clock(NOW + 10);
+            until_read(t, NOW + 10).await;
+            t.until_events("delivered", 1).await;
+            daemon.stop().await;
+            let (earliest, latest) = (window(NOW - 10, 0), window(NOW + 5, 0));
+            for start in starts(t) {
+                let is_sane = start_of(&earliest) <= start && start <= start_of(&latest);
+                assert!(is_sane, "{off}: {start}");
+            }
+            assert_eq!(t.our_api.messages(), ["meanwhile"], "{off}");
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_date_that_stays_is_believed_after_ten_polls() {
+    side_by_side([3600, -3600, 86_400], async |off| {
+        run_test(async |t| {
+            t.set("--max-window", "10d");
+            t.start();
+            until_read(t, NOW).await;
+            let before = t.bigchat.count("GET /events");
+            t.bigchat.clock(NOW + off);
+            until_read(t, NOW + off).await;
+            let polls = t.bigchat.count("GET /events") - before;
+            assert!((10..20).contains(&polls), "{off}: {polls}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A BigChat of which something was asked since 20:00, and which refuses what starts with one of these.
+async fn refusing(t: &Test, code: u16, starts: &[&str]) {
+    t.set("--since", &time(-7200));
+    for start in starts {
+        let pattern = format!("GET /events?start_at=2026-11-22T{start}");
+        t.bigchat.upset(&pattern, status(code).always());
+    }
+    for text in ["one", "two", "three"] {
+        t.bigchat.tells([message(42, 5, text)]);
+    }
+}
+
+#[tokio::test]
+async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read() {
+    let quarters = ["20", "21%3A0", "21%3A1", "21%3A2"];
+    side_by_side(
+        [
+            (410, &["20", "21"][..], 0),
+            (400, &["20", "21"], 0),
+            (422, &["20"], -3600),
+            (413, &quarters, -1800),
+        ],
+        async |(code, refused, oldest)| {
+            run_test(async |t| {
+                refusing(t, code, refused).await;
+                t.once().await;
+                let queries = t.bigchat.queries();
+                assert!(
+                    queries.len() < 40,
+                    "a search of few requests: {}",
+                    queries.len()
+                );
+                let read = queries
+                    .iter()
+                    .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
+                assert!(read.count() >= 1, "{code}: {queries:?}");
+                // What came in the search is kept, too.
+                assert_eq!(sorted(t), ["one", "three", "two"], "{code}");
+                assert_eq!(t.cursor(), Some(NOW), "{code}");
+                let (status, _) = t.status();
+                let gaps = status["gaps"].as_array().expect("a list");
+                assert_eq!(gaps.len(), 1, "{code}: {gaps:?}");
+                assert_eq!(gaps[0]["from"], time(-7195), "{code}");
+                assert_eq!(gaps[0]["until"], time(oldest), "{code}");
+                t.once().await;
+                assert_eq!(t.bigchat.queries(), [window(NOW - 5, NOW)], "{code}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_refusal_that_says_nothing_of_age_is_no_gap() {
+    for (case, upset, cursor) in [
+        ("of everything", status(400).always(), -7195),
+        ("now and then", status(410), NOW),
+        ("once", status(422), NOW),
+    ] {
+        run_test(async |t| {
+            refusing(t, 400, &[]).await;
+            t.bigchat.upset("GET /events", upset);
+            t.once().await;
+            t.once().await;
+            t.once().await;
+            let (status, _) = t.status();
+            assert_eq!(status["gaps"], json!([]), "{case}");
+            assert_eq!(t.cursor(), Some(cursor), "{case}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn ignored_kinds_are_dropped_and_hide_nothing() {
+    let odd = |n: i64| json!({"conversation_id": 42, "event_name": "TYPING", "event_at": unix(n), "data": {"n": n}});
+    run_test(async |t| {
+        t.differs("a kind of event is ignored");
+        t.set("--ignore-events", "TYPING, END");
+        for n in 1..=200 {
+            let told = [odd(n), odd(n), end(42, n)];
+            t.bigchat.tells(page(told, format!("?page={}", n + 1)));
+        }
+        t.bigchat.tells([
+            odd(1),
+            message(42, 5, "one"),
+            json!({"event_name": "typing"}),
+        ]);
+        t.once().await;
+        t.once().await;
+        assert_eq!(t.our_api.messages(), ["one"]);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "no END");
+        let failed = t.failed();
+        assert_eq!(failed.len(), 1, "another name: {failed:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
+    run_test(async |t| {
+        t.fails(200);
+        let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
+        for last in ["", "one"] {
+            for n in 1..=200 {
+                t.bigchat.tells(page([odd(n)], format!("?page={}", n + 1)));
+            }
+            let last = (!last.is_empty()).then(|| message(42, 5, last));
+            t.bigchat.tells(Page::from(last));
+            t.once().await;
+            t.once().await;
+        }
+        assert_eq!(t.events("failed"), 200);
+        assert_eq!(t.our_api.messages(), ["one"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_can_be_understood_by_now_is_ingested() {
+    let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
+    for (event, expected) in [
+        (message(42, 5, "twin"), 2),
+        (transfer(42, 5, 8), 1),
+        (end(42, 5), 1),
+    ] {
+        run_test(async |t| {
+            t.differs("the journal is changed by hand");
+            t.bigchat.tells(raw(&format!(
+                r#"{{"events":[{unknown},{unknown},{}]}}"#,
+                message(42, 1, "first")
+            )));
+            t.once().await;
+            assert_eq!(t.events("failed"), 1);
+            let retry = || t.failed_command(&["retry", "--all"]).ok();
+            retry();
+            assert_eq!(t.events("failed"), 1, "it is not understood yet");
+            // BigChat restarts: the id means another conversation by then.
+            t.bigchat.restarts(42, NOW - 1);
+            t.bigchat.tells([message(42, NOW, "of after")]);
+            t.once().await;
+            // As if this were a version that understands it.
+            let known = event.to_string().replace('\'', "''");
+            t.execute(&format!(
+                "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
+            ));
+            retry();
+            assert_eq!(t.events("failed"), 0, "{event}");
+            t.once().await;
+            let kind = event["event_name"].as_str().expect("a name");
+            let ingested = format!(
+                "SELECT count(*) FROM event_states e JOIN conversations c ON c.id = e.conversation
+             WHERE c.epoch = 1 AND state = 'delivered' AND kind = '{kind}' AND event_at = {}",
+                unix(5)
+            );
+            assert_eq!(t.value::<i64>(&ingested), expected, "{event}");
+            let resolutions = "SELECT count(*) FROM resolutions WHERE resolution = 'retry'";
+            assert_eq!(t.value::<i64>(resolutions), 1, "{event}");
+        })
+        .await;
+    }
+}

@@ -1,0 +1,291 @@
+//! What other services do that the two of the contract do not.
+
+use crate::harness::services::{time, unix};
+use crate::harness::{Bench, run_test, side_by_side, until};
+use bigchat_sync::http::Api;
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::start;
+use bigchat_sync::simulator::fault::{Fault, status};
+use bigchat_sync::simulator::id;
+use serde_json::{Value, json};
+
+/// An answer to a list of agents.
+fn agents(listed: &[(&str, &str, &str)]) -> Fault {
+    let listed = listed
+        .iter()
+        .map(|(end, name, email)| json!({"agent_id": id(end), "name": name, "email": email}));
+    status(200)
+        .body(listed.collect::<Value>().to_string())
+        .always()
+}
+
+#[tokio::test]
+async fn agents_whom_our_api_takes_for_the_same() {
+    let taken = |code| status(code).body("{}").always();
+    side_by_side(
+        [
+            (
+                "accents",
+                "josé@x.test",
+                ("a9", "Josef", "jose@x.test"),
+                taken(409),
+            ),
+            (
+                "a domain in its other form",
+                "ann@bücher.example",
+                ("a9", "Anna", "ann@xn--bcher-kva.example"),
+                taken(500),
+            ),
+            (
+                "another normal form",
+                "andr\u{e9}@x.test",
+                ("a9", "Andre", "andre\u{301}@x.test"),
+                taken(404),
+            ),
+            (
+                "a dot that counts for nothing, and the same name",
+                "a.nn@x.test",
+                ("a9", "Ann", "ann@x.test"),
+                taken(500),
+            ),
+        ],
+        async |(case, email, (end, name, spelled), refusal)| {
+            run_test(async |t| {
+                t.differs("OurAPI spells its agents otherwise");
+                t.bigchat.advisor(7, "Ann", email);
+                t.our_api.has_agent(end, name, spelled);
+                let found = agents(&[(end, name, spelled)]);
+                t.our_api.upset("GET /agents?email=", found);
+                t.our_api.upset("POST /agents", refusal);
+                t.start();
+                t.delivers([start(42, 0)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a9"], "{case}");
+                assert_eq!(t.our_api.count("POST /agents"), 1, "{case}");
+                let stored: String = t.value("SELECT spelled FROM agents");
+                assert_eq!(stored, spelled, "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_with_the_name_in_another_case_is_another() {
+    run_test(async |t| {
+        t.differs("OurAPI spells its agents otherwise");
+        t.our_api.has_agent("a3", "ANN", "other@x.test");
+        let namesake = agents(&[("a3", "ANN", "other@x.test")]);
+        t.our_api.upset("GET /agents?name=", namesake);
+        t.our_api.upset("POST /agents", status(409));
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a2"]);
+        let created = t.our_api.ever_asked("POST /agents");
+        let named = created
+            .last()
+            .is_some_and(|asked| asked.line.contains("Ann (ann@x.test)"));
+        assert!(named, "the address tells them apart");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_that_our_api_stores_otherwise_is_taken_as_it_is() {
+    for spelled in ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"] {
+        run_test(async |t| {
+            t.differs("OurAPI spells its agents otherwise");
+            let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
+            let answer = status(201).body(stored.to_string()).carried_out();
+            t.our_api.upset("POST /agents", answer);
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
+            assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
+    side_by_side([404, 409], async |code| {
+        run_test(async |t| {
+            t.differs("there is no agent to be had");
+            t.our_api.upset("POST /agents", status(code).always());
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+            until("it is known to be up", async || {
+                t.value::<i64>("SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 1")
+                    == 1
+            })
+            .await;
+        })
+        .await;
+    })
+    .await;
+}
+
+/// What `status` says of an API once it is down: why, and what to do.
+async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
+    let down = format!(
+        "SELECT count(*) FROM api_status WHERE name = '{}' AND up = 0",
+        api.name()
+    );
+    until(&format!("{case}: {api} is down"), async || {
+        t.is_ready() && t.value::<i64>(&down) == 1
+    })
+    .await;
+    let (status, _) = t.status();
+    let troubles = status["problems"].as_array().expect("an array");
+    let begins = format!("{api} is down since");
+    let trouble = troubles.iter().find_map(|trouble| {
+        let (what, remedy) = (trouble["what"].as_str()?, trouble["remedy"].as_str()?);
+        what.starts_with(&begins)
+            .then(|| (what.to_owned(), remedy.to_owned()))
+    });
+    trouble.expect("it is said")
+}
+
+#[tokio::test]
+async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
+    let html = "<html>secret</html>";
+    let moved = |to: &str| status(308).header("location", to);
+    let elsewhere = moved("https://user:pass@new.example/v2/?key=secret");
+    side_by_side(
+        [
+            (
+                "401",
+                status(401),
+                "rejected the credentials; renew BIGCHAT_SYNC_",
+                false,
+            ),
+            (
+                "403",
+                status(403).body("{}"),
+                "rejected the credentials; renew BIGCHAT_SYNC_",
+                false,
+            ),
+            (
+                "403 of a firewall",
+                status(403).body(html),
+                "a firewall or proxy in front of",
+                false,
+            ),
+            (
+                "a redirect",
+                elsewhere,
+                "redirects to https://new.example/v2/; check --",
+                false,
+            ),
+            (
+                "a relative redirect",
+                moved("/login?next=secret"),
+                "redirects to /login; check --",
+                false,
+            ),
+            (
+                "400",
+                status(400).body("{}"),
+                "does not accept the query",
+                false,
+            ),
+            (
+                "HTML",
+                status(200).body(html),
+                "it is a page of HTML, not JSON",
+                false,
+            ),
+            ("empty", status(200), "its body is empty", false),
+            (
+                "cut off",
+                status(200).body("["),
+                "it is no JSON: EOF while parsing",
+                false,
+            ),
+            (
+                "another JSON",
+                status(200).body(r#""secret""#),
+                "its JSON is another: expected ",
+                false,
+            ),
+            ("503", status(503), "gave no usable answer", true),
+        ],
+        async |(case, upset, why, ends)| {
+            let says = |what: String, remedy: String| {
+                assert!(what.contains(why), "{case}: {what}");
+                assert!(
+                    !what.contains("secret") && !what.contains("pass@"),
+                    "{case}: {what}"
+                );
+                assert_eq!(
+                    remedy.contains("an outage ends by itself"),
+                    ends,
+                    "{case}: {remedy}"
+                );
+            };
+            run_test(async |t| {
+                t.bigchat.upset("GET /events", upset.clone().always());
+                let daemon = t.start();
+                let (what, remedy) = until_down(t, case, Api::BigChat).await;
+                says(what, remedy);
+                daemon.stop().await;
+
+                if case == "400" {
+                    // To OurAPI's list it says that it does not take the address.
+                    return;
+                }
+                run_test(async |t| {
+                    t.differs("OurAPI is down to the end");
+                    t.our_api.upset("GET /agents", upset.always());
+                    t.start();
+                    t.bigchat.tells([start(42, 0)]);
+                    let (what, remedy) = until_down(t, case, Api::OurApi).await;
+                    says(what, remedy);
+                })
+                .await;
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn what_can_be_read_of_an_event_that_cannot_be_understood_is_shown() {
+    side_by_side(
+        [
+            json!({"conversation_id": 42, "event_name": "NOTE", "event_at": unix(5), "data": null}),
+            json!({"conversation_id": "42", "event_name": "END", "event_at": unix(5).to_string()}),
+            json!({"conversation_id": 42.0, "event_name": "MESSAGE", "event_at": unix(5), "data": {}}),
+        ],
+        async |event| {
+            run_test(async |t| {
+t.fails(1);
+            t.bigchat.tells(raw(
+                &json!({"events": [event], "nextPageUrl": null}).to_string(),
+            ));
+            t.start();
+            t.until_events("failed", 1).await;
+            let failed = t.failed();
+            assert_eq!(failed[0].conversation, Some(42), "{event}");
+            let at = failed[0].at.expect("a time");
+            assert_eq!(at.to_string(), time(5), "{event}");
+            let said = |arguments: &[&str]| {
+                let said = t.failed_command(arguments);
+                said.unwrap_or_else(|error| error.to_string())
+            };
+            let list = said(&["list"]);
+            assert!(list.contains(" 42 ") && list.contains(&time(5)), "{list}");
+            assert!(!list.contains("1970"), "{list}");
+            let show = said(&["show", &failed[0].id.to_string()]);
+            assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
+            let retried = said(&["retry", "--all"]);
+            assert!(retried.contains("1 could not be understood"), "{retried}");
+})
+.await;
+},
+    )
+    .await;
+}

@@ -1,0 +1,336 @@
+//! The log of the real process: JSON with the names that the README gives, a line for each failure, none for what is
+//! routine, and no flood.
+
+use crate::harness::{Bench, run_live_test, run_with, until};
+use bigchat_sync::simulator::bigchat::Options;
+use bigchat_sync::simulator::event::message;
+use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::process::Process;
+
+/// How many lines of a kind are written in full between two summaries.
+const BURST: usize = 10;
+
+/// All that was logged, each line read as JSON.
+fn lines(log: &str) -> Vec<Value> {
+    let lines = log.lines();
+    lines
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+/// How many lines there are of each message.
+fn messages(log: &str) -> BTreeMap<String, usize> {
+    let mut messages = BTreeMap::new();
+    for line in lines(log) {
+        let message = line["message"].as_str().expect("a message").to_owned();
+        *messages.entry(message).or_default() += 1;
+    }
+    messages
+}
+
+/// The sum of a figure over all summaries.
+fn summed(log: &str, figure: &str) -> u64 {
+    let summaries = lines(log)
+        .into_iter()
+        .filter(|line| line["message"] == "summary");
+    summaries.filter_map(|line| line[figure].as_u64()).sum()
+}
+
+/// The names that the README gives, in its section on the log.
+fn documented() -> BTreeSet<String> {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
+    let readme = readme.expect("a README");
+    let section = readme
+        .split("\n## ")
+        .find(|part| part.starts_with("The log\n"));
+    let rows = section
+        .expect("a section on the log")
+        .lines()
+        .filter(|line| line.starts_with("| `"));
+    let cells = rows.map(|row| row.split('|').nth(1).unwrap_or_default());
+    let names = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    names.map(str::to_owned).collect()
+}
+
+async fn with_log(t: &Bench, summary: &str) -> Process {
+    t.set("--log-summary", summary);
+    let daemon = Process::start(t);
+    until("it runs", async || daemon.lines_with("is running") > 0).await;
+    daemon
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_line_is_json_with_the_names_that_the_readme_gives() {
+    let options = Options {
+        seed: 31,
+        ..Options::default()
+    };
+    run_with(options, async |t| {
+        t.differs("it is stopped before all is delivered");
+        let daemon = with_log(t, "100ms").await;
+        t.bigchat.reports_more(100).await;
+        for fault in [dropped(), status(503), html(), status(401)] {
+            t.our_api.upset_at_random(0.05, fault.clone().carried_out());
+            t.bigchat.upset_at_random(0.05, fault);
+        }
+        t.bigchat.reports_more(100).await;
+        t.our_api.loses_everything();
+        t.bigchat.restart();
+        t.bigchat.reports_more(100).await;
+        t.our_api.calm();
+        t.bigchat.calm();
+        let log = daemon.log_file();
+        assert!(daemon.stop().await.success());
+        let log = std::fs::read_to_string(log).expect("a log");
+        let documented = documented();
+        let (mut names, mut kinds) = (BTreeSet::new(), BTreeMap::new());
+        for line in lines(&log) {
+            let line = line.as_object().expect("an object");
+            for name in ["timestamp", "level", "target", "message"] {
+                assert!(line[name].is_string(), "{name}: {line:?}");
+            }
+            for (name, value) in line {
+                assert!(
+                    documented.contains(name),
+                    "{name} is not in the README: {line:?}"
+                );
+                let kind = std::mem::discriminant(value);
+                assert_eq!(*kinds.entry(name.clone()).or_insert(kind), kind, "{name}");
+                names.insert(name.clone());
+            }
+        }
+        for name in [
+            "conversation",
+            "event",
+            "kind",
+            "attempts",
+            "reason",
+            "request",
+            "response",
+            "since",
+        ] {
+            assert!(names.contains(name), "{name}: {log}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let daemon = with_log(t, "100ms").await;
+        for n in 0..20 {
+            let told = vec![message(10, now - 5, &format!("message {n}"))];
+            t.bigchat.tells(told);
+            t.until_events("delivered", n + 1).await;
+        }
+        until("it is summed up", async || {
+            summed(&daemon.log(), "delivered") == 20
+        })
+        .await;
+        let before = daemon.log();
+        let polls = t.bigchat.polls();
+        until("polls that bring nothing", async || {
+            t.bigchat.polls() > polls + 20
+        })
+        .await;
+        assert_eq!(daemon.log(), before);
+        let log = daemon.log_file();
+        assert!(daemon.stop().await.success());
+        let log = std::fs::read_to_string(log).expect("a log");
+        assert_eq!((summed(&log, "told"), summed(&log, "delivered")), (20, 20));
+        let mut messages = messages(&log);
+        assert!(messages.remove("summary").is_some_and(|count| count <= 21));
+        let said: Vec<_> = messages
+            .iter()
+            .map(|(message, count)| (message.as_str(), *count))
+            .collect();
+        assert_eq!(
+            said,
+            [
+                (
+                    concat!("bigchat-sync ", env!("CARGO_PKG_VERSION"), " is running"),
+                    1
+                ),
+                ("stopped; nothing is forgotten", 1),
+                ("stopping: what is in flight is finished first", 1),
+            ]
+        );
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginning_and_one_at_its_end()
+ {
+    run_live_test(async |t| {
+        t.differs("it is stopped before all is delivered");
+        let now = t.now();
+        let told = (10..1010).map(|id| message(id, now - 5, "hello"));
+        for id in 10..1010 {
+            t.bigchat.open(id, now - 100, 1);
+        }
+        t.bigchat.tells(told);
+        t.our_api.outage(Some(status(503)));
+        let daemon = with_log(t, "1h").await;
+        t.until_events("waiting", 1000).await;
+        let asked = t.our_api.total();
+        until("many attempts", async || t.our_api.total() > asked + 30).await;
+        let log = daemon.log();
+        let of_the_outage = |log: &str| {
+            let mut messages = messages(log);
+            messages
+                .retain(|message, _| !message.contains("is running") && message != "catching up");
+            messages
+        };
+        let down = "OurAPI is down; requests to it wait, and one at a time probes it";
+        let first = "delivery failed; it will be retried";
+        let expected = [(first, 1), (down, 1)].map(|(message, count)| (message.to_owned(), count));
+        assert_eq!(of_the_outage(&log), expected.into(), "{log}");
+        let line = lines(&log).into_iter().find(|line| line["message"] == down);
+        let line = line.expect("a line");
+        assert_eq!(line["level"], "WARN");
+        assert_eq!(line["response"], "503");
+        t.our_api.outage(None);
+        until("some get through", async || t.events("delivered") > 20).await;
+        let log = daemon.log_file();
+        assert!(daemon.stop().await.success());
+        let log = std::fs::read_to_string(log).expect("a log");
+        let messages = of_the_outage(&log);
+        assert_eq!(messages["OurAPI is back"], 1);
+        assert_eq!((messages[down], messages[first]), (1, 1), "{log}");
+        assert!(summed(&log, "attempts_failed") > 30);
+        assert!(summed(&log, "waiting") > 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_others_counted() {
+    run_live_test(async |t| {
+        t.differs("OurAPI fails at random, and two attempts are too few");
+        t.our_api.state().be_good();
+        t.set("--our-api-concurrency", "8")
+            .set("--max-attempts", "2");
+        let now = t.now();
+        let mut told = Vec::new();
+        for id in 10..110 {
+            t.bigchat.open(id, now - 100, 1);
+            // OurAPI never takes the first one.
+            told.push(message(id, now - 6, "k"));
+            told.push(message(id, now - 5, "hello"));
+        }
+        t.bigchat.tells(told);
+        let daemon = with_log(t, "1h").await;
+        t.until_events("failed", 100).await;
+        t.until_events("delivered", 100).await;
+        // Now every other message meets a 500: some are tried again and again while others get through.
+        t.our_api.upset_at_random(0.5, crashed());
+        let told = (10..110).map(|id| message(id, now - 4, "and on"));
+        t.bigchat.tells(told);
+        until("all have been tried", async || {
+            t.events("waiting") == 0 && t.events("delivered") + t.events("failed") == 300
+        })
+        .await;
+        let failed = t.events("failed");
+        let log = daemon.log_file();
+        assert!(daemon.stop().await.success());
+        let log = std::fs::read_to_string(log).expect("a log");
+        let (lines, messages) = (lines(&log), messages(&log));
+        let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
+        assert_eq!(messages[for_good], BURST, "{log}");
+        assert!(
+            messages.values().all(|count| *count <= BURST),
+            "{messages:?}"
+        );
+        let left_out: BTreeMap<_, _> = lines
+            .iter()
+            .filter(|line| line["message"] == "left out of the log")
+            .map(|line| {
+                (
+                    line["like"].as_str().expect("a line"),
+                    line["lines"].as_u64(),
+                )
+            })
+            .collect();
+        assert_eq!(left_out[for_good], Some(90));
+        assert_eq!(summed(&log, "failed"), u64::try_from(failed).expect("few"));
+        assert!(summed(&log, "attempts_failed") > 50);
+        let full = lines
+            .iter()
+            .find(|line| line["message"] == for_good)
+            .expect("a line");
+        for name in [
+            "conversation",
+            "event",
+            "kind",
+            "chat",
+            "attempts",
+            "reason",
+            "request",
+            "response",
+        ] {
+            assert!(!full[name].is_null(), "{name}: {full}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn once_sums_up_what_it_did() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.tells([message(10, now - 5, "hello")]);
+        let mut once = t.program("once");
+        let output = tokio::task::spawn_blocking(move || once.output());
+        let output = output.await.expect("no panic").expect("a process");
+        assert!(output.status.success());
+        let log = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(
+            (summed(&log, "told"), summed(&log, "delivered")),
+            (1, 1),
+            "{log}"
+        );
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn catching_up_is_told_of_with_rate_and_time_left() {
+    run_live_test(async |t| {
+        t.differs("it is stopped before all is delivered");
+        t.our_api.set_latency(Duration::from_millis(50));
+        let now = t.now();
+        for id in 10..40 {
+            t.bigchat.open(id, now - 100, 1);
+        }
+        let told = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
+        t.bigchat.tells(told);
+        let daemon = with_log(t, "1h").await;
+        until("it is told of", async || {
+            daemon.lines_with("catching up") > 0
+        })
+        .await;
+        let line = lines(&daemon.log())
+            .into_iter()
+            .find(|line| line["message"] == "catching up");
+        let line = line.expect("a line");
+        let [delivered, left, seconds_left] = ["delivered", "left", "seconds_left"]
+            .map(|name| line[name].as_u64().expect("a number"));
+        assert!(delivered > 0 && delivered + left <= 1500, "{line}");
+        assert!(
+            seconds_left > 0 && line["per_second"].as_f64().expect("a rate") > 0.0,
+            "{line}"
+        );
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}

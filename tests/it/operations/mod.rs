@@ -1,0 +1,18 @@
+//! What an operator sets, runs, reads and finds on the disk.
+
+mod bad_settings;
+mod demo;
+mod logs;
+mod metrics;
+mod one_daemon;
+mod paths;
+mod private;
+mod private_logs;
+mod resolutions;
+mod scaling_advice;
+mod service;
+mod signals;
+mod stalled;
+mod status;
+mod storage;
+mod unwritable;

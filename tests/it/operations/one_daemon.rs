@@ -1,0 +1,154 @@
+//! One daemon for each database, whatever name it is opened by; and SQLite's own locks are left alone.
+
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bigchat_sync::journal::{OpenError, Store};
+use tempfile::TempDir;
+
+use crate::harness::process::{in_own_mounts, said, unreachable as program};
+use crate::harness::until;
+
+/// A daemon that is killed when this is dropped.
+struct Daemon(std::process::Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// A directory with a daemon that has made its database through a symbolic link that dangled.
+async fn started_by_dangling_link() -> (TempDir, Daemon) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    std::fs::create_dir(path.join("data")).expect("a directory");
+    symlink("data/journal.db", path.join("link.db")).expect("a link");
+    let mut daemon = program(path, "run", "link.db");
+    let daemon = daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let daemon = Daemon(daemon.expect("a process"));
+    until("it works", async || {
+        let status = program(path, "status", "link.db").output();
+        said(&status.expect("a process")).contains("daemon        runs")
+    })
+    .await;
+    (directory, daemon)
+}
+
+/// A second daemon is refused, since the first one works on the database of that name.
+fn is_refused(mut second: Command, name: &str) {
+    let second = second.output().expect("a process");
+    assert_eq!(second.status.code(), Some(1), "{name}");
+    let said = said(&second);
+    assert!(
+        said.contains("another bigchat-sync works on"),
+        "{name}: {said}"
+    );
+}
+
+#[tokio::test]
+async fn second_daemon_is_refused_under_any_name() {
+    let (directory, _daemon) = started_by_dangling_link().await;
+    let path = directory.path();
+    symlink("link.db", path.join("link to link.db")).expect("a link");
+    symlink("data", path.join("other data")).expect("a link");
+    std::fs::hard_link(path.join("data/journal.db"), path.join("hard.db")).expect("a link");
+    let absolute = path.join("data/journal.db");
+    let names = [
+        "link.db",
+        "link to link.db",
+        "data/journal.db",
+        "./data/../link.db",
+        "other data/journal.db",
+        "hard.db",
+        absolute.to_str().expect("text"),
+    ];
+    for name in names {
+        for command in ["once", "run"] {
+            is_refused(program(path, command, name), name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn second_daemon_is_refused_through_a_bind_mount() {
+    let (directory, _daemon) = started_by_dangling_link().await;
+    let path = directory.path();
+    std::fs::create_dir(path.join("mounted")).expect("a directory");
+    std::fs::write(path.join("mounted.db"), "").expect("a file");
+    for (mount, name) in [
+        ("mount --bind data mounted", "mounted/journal.db"),
+        ("mount --bind data/journal.db mounted.db", "mounted.db"),
+        ("mount --bind . /mnt", "/mnt/link.db"),
+    ] {
+        let Some(second) = in_own_mounts(mount, &program(path, "once", name)) else {
+            return;
+        };
+        is_refused(second, name);
+    }
+}
+
+/// SQLite names the write-ahead log after the database: by another name a command would make a second one.
+#[tokio::test]
+async fn command_by_another_name_is_refused_beside_a_daemon() {
+    let (directory, _daemon) = started_by_dangling_link().await;
+    let path = directory.path();
+    std::fs::hard_link(path.join("data/journal.db"), path.join("hard.db")).expect("a link");
+    for command in ["status", "failed list", "failed retry --all"] {
+        let refused = program(path, command, "hard.db")
+            .output()
+            .expect("a process");
+        let text = said(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{command}");
+        assert!(text.contains("by another name"), "{command}: {text}");
+        for end in ["-wal", "-shm"] {
+            assert!(!path.join(format!("hard.db{end}")).exists(), "{command}");
+        }
+        let by_link = program(path, command, "link.db")
+            .output()
+            .expect("a process");
+        assert!(!said(&by_link).contains("another"), "{}", said(&by_link));
+    }
+}
+
+/// Whether this process holds SQLite's lock on the database.
+fn has_posix_lock(db: &Path) -> bool {
+    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
+    let process = format!(" {} ", std::process::id());
+    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
+    locks
+        .lines()
+        .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
+}
+
+/// Closing any descriptor of a file drops the POSIX locks of the whole process on it.
+#[test]
+fn sqlite_keeps_its_locks_while_others_open_and_close() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let db = directory.path().join("a.db");
+    let link = directory.path().join("link.db");
+    symlink(&db, &link).expect("a link");
+    let daemon = Store::open(&db).expect("a database");
+    assert!(has_posix_lock(&db));
+    type Open = fn(&Path) -> Result<Store, OpenError>;
+    let open: [(&str, Open); 3] = [
+        ("daemon", Store::open),
+        ("command", Store::open_shared),
+        ("reader", Store::open_reader),
+    ];
+    for name in [&db, &link] {
+        for (who, open) in open {
+            let opened = open(name).map(|store| assert!(store.is_in_use()));
+            assert_eq!(opened.is_err(), who == "daemon", "{who}: {opened:?}");
+            assert!(has_posix_lock(&db), "{who} by {}", name.display());
+        }
+    }
+    let reader = Store::open_reader(&link).expect("it is there");
+    drop(daemon);
+    assert!(!reader.is_in_use());
+    assert!(has_posix_lock(&db), "the reader's");
+    drop(reader);
+    assert!(Store::open(&PathBuf::from(&link)).is_ok(), "it is free");
+}

@@ -1,0 +1,166 @@
+//! Customers' messages and tokens are for the daemon's account only, whoever starts it.
+
+use crate::harness::{Bench, run_live_test, until};
+use std::fs::{Permissions, metadata, set_permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use crate::harness::process::Process;
+
+/// The database and what SQLite has beside it while the daemon runs.
+const FILES: [&str; 3] = ["journal.db", "journal.db-shm", "journal.db-wal"];
+
+fn mode(path: &Path) -> u32 {
+    metadata(path).expect("a file").permissions().mode() & 0o777
+}
+
+fn chmod(path: &Path, mode: u32) {
+    set_permissions(path, Permissions::from_mode(mode)).expect("a file of ours");
+}
+
+/// The modes of all of a database's files.
+fn modes(t: &Bench) -> Vec<(String, u32)> {
+    let entries = std::fs::read_dir(t.directory()).expect("a directory");
+    let mut modes: Vec<_> = entries
+        .map(|entry| entry.expect("a file"))
+        .map(|entry| (entry.file_name().into_string().expect("text"), entry.path()))
+        .filter(|(name, _)| name.starts_with("journal.db"))
+        .map(|(name, path)| (name, mode(&path)))
+        .collect();
+    modes.sort();
+    modes
+}
+
+fn private() -> Vec<(String, u32)> {
+    FILES.map(|name| (name.to_owned(), 0o600)).into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn database_is_private_under_any_umask() {
+    for umask in ["022", "000", "077", "0777"] {
+        run_live_test(async |t| {
+            let program = t.program("run");
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+                .arg(program.get_program())
+                .args(program.get_args());
+            // The log is not the daemon's file.
+            std::fs::write(t.directory().join("log"), "").expect("a log");
+            let daemon = Process::start_as(t, shell);
+            until("it polls", async || t.cursor().is_some()).await;
+            assert_eq!(modes(t), private(), "umask {umask}");
+            assert!(daemon.stop().await.success());
+            assert_eq!(mode(&t.db()), 0o600, "umask {umask}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn existing_database_is_made_private() {
+    for open in [0o644, 0o666, 0o640] {
+        run_live_test(async |t| {
+            let killed = Process::start(t);
+            until("it polls", async || t.cursor().is_some()).await;
+            drop(killed);
+            for name in FILES {
+                chmod(&t.directory().join(name), open);
+            }
+            let daemon = Process::start(t);
+            until("they are private", async || modes(t) == private()).await;
+            assert!(daemon.stop().await.success());
+        })
+        .await;
+    }
+}
+
+#[test]
+fn foreign_file_keeps_its_mode() {
+    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+    for (content, mode_before) in [
+        ("Dear diary", 0o644),
+        ("SQLite format 3\0", 0o664),
+        ("x", 0o755),
+    ] {
+        std::fs::write(t.db(), content).expect("a file");
+        chmod(&t.db(), mode_before);
+        let refused = t.program("once").output().expect("a process");
+        assert_eq!(refused.status.code(), Some(1));
+        assert_eq!(mode(&t.db()), mode_before, "{content:?}");
+    }
+}
+
+#[test]
+fn exposed_token_file_gets_a_warning() {
+    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:2");
+    let file = t.directory().join("token");
+    std::fs::write(&file, "0123456789abcdef").expect("a file");
+    let run = |command: &str, variable: &str| {
+        let mut program = t.program(command);
+        let output = program.env(variable, &file).output().expect("a process");
+        let said = [output.stdout, output.stderr].concat();
+        String::from_utf8(said).expect("text")
+    };
+    for (open, warns) in [
+        (0o644, true),
+        (0o604, true),
+        (0o602, true),
+        (0o600, false),
+        (0o640, false),
+    ] {
+        chmod(&file, open);
+        for variable in ["BIGCHAT", "OUR_API", "CONSOLE"] {
+            let variable = format!("BIGCHAT_SYNC_{variable}_TOKEN_FILE");
+            for command in ["once", "check"] {
+                let said = run(command, &variable);
+                let warned = said
+                    .lines()
+                    .any(|line| line.contains("chmod 600") || line.contains("have access to"));
+                assert_eq!(warned, warns, "{open:o} {variable} {command}: {said}");
+            }
+        }
+    }
+}
+
+/// The README's commands that copy a database.
+fn backups() -> Vec<String> {
+    let readme = include_str!("../../../README.md");
+    let blocks = readme.split("```").skip(1).step_by(2);
+    let vacuum = blocks.filter(|block| block.contains("VACUUM INTO"));
+    let vacuum: Vec<&str> = vacuum
+        .map(|block| block.trim_start_matches("sh\n"))
+        .collect();
+    assert_eq!(vacuum.len(), 1);
+    let (before, _) = vacuum[0].split_once("sqlite3").expect("a command");
+    let backup =
+        r#"sqlite3 /var/lib/bigchat-sync/bigchat-sync.db ".backup /backup/bigchat-sync.db""#;
+    assert!(readme.contains(r#"".backup /backup/bigchat-sync.db""#));
+    vec![vacuum[0].to_owned(), format!("{before}{backup}")]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documented_backups_are_private() {
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        println!("not tested: there is no sqlite3 on this machine");
+        return;
+    }
+    for backup in backups() {
+        run_live_test(async |t| {
+            t.once().await;
+            let directory = t.directory().display().to_string();
+            let db = t.db().display().to_string();
+            let script = backup
+                .replace("/var/lib/bigchat-sync/bigchat-sync.db", &db)
+                .replace("/backup", &directory);
+            let copied = Command::new("sh")
+                .args(["-c", &format!("umask 022\n{script}")])
+                .status();
+            assert!(copied.expect("a shell").success(), "{script}");
+            let copy = t.directory().join("bigchat-sync.db");
+            assert_eq!(mode(&copy), 0o600, "{script}");
+        })
+        .await;
+    }
+}

@@ -1,0 +1,112 @@
+//! What customers wrote, and who advisors are, stays out of the log and the status, unless a setting allows it.
+
+use crate::harness::{Test, run_test, side_by_side, until};
+use bigchat_sync::simulator::bigchat::raw;
+use bigchat_sync::simulator::event::{message, start};
+use bigchat_sync::simulator::fault::{Fault, status};
+use serde_json::json;
+
+use crate::harness::process::Process;
+
+/// In each text, name and address.
+const SECRET: &str = "S3cret";
+
+/// What OurAPI answers that repeats what it was sent, as validators do.
+fn echo(code: u16) -> Fault {
+    let wrong = json!({"detail": [{"loc": ["body", "text"], "msg": "no: S3cret words", "input": "S3cret words"}]});
+    status(code).body(wrong.to_string()).always()
+}
+
+/// One way in which something goes wrong with a secret in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Case {
+    MessageRefused,
+    MessageFailsAgain,
+    OurApiDown,
+    OurApiDenies,
+    AgentRefused,
+    BigChatUnusable,
+}
+
+impl Case {
+    const ALL: [Self; 6] = [
+        Self::MessageRefused,
+        Self::MessageFailsAgain,
+        Self::OurApiDown,
+        Self::OurApiDenies,
+        Self::AgentRefused,
+        Self::BigChatUnusable,
+    ];
+
+    /// What the log says then.
+    fn line(self) -> &'static str {
+        match self {
+            Self::MessageRefused => "OurAPI permanently rejects an event",
+            Self::MessageFailsAgain => "delivery failed",
+            Self::OurApiDown | Self::OurApiDenies => "OurAPI is down",
+            Self::AgentRefused => "OurAPI permanently rejects an agent",
+            Self::BigChatUnusable => "BigChat is down",
+        }
+    }
+
+    fn begin(self, t: &Test) {
+        t.bigchat.advisor(1, "Ann S3cret", "ann.S3cret@x.test");
+        let told = [start(42, 0), message(42, 5, "S3cret words")];
+        match self {
+            Self::MessageRefused => t.our_api.upset("POST /chats/c1/messages*", echo(422)),
+            Self::MessageFailsAgain => t.our_api.upset("POST /chats/c1/messages*", echo(500)),
+            Self::OurApiDown => t.our_api.upset("*", echo(503)),
+            Self::OurApiDenies => t.our_api.upset("*", echo(401)),
+            Self::AgentRefused => t.our_api.upset("POST /agents*", echo(422)),
+            Self::BigChatUnusable => {
+                let broken = r#"{"events":[{"message":"S3cret words"}"#;
+                return (0..100).for_each(|_| t.bigchat.tells(raw(broken)));
+            }
+        }
+        t.bigchat.tells(told);
+    }
+}
+
+/// The log and the status, once that has happened.
+async fn said(t: &Test, case: Case, allowed: &str) -> String {
+    t.set("--log-message-text", allowed);
+    case.begin(t);
+    let mut program = t.program("run");
+    program.env("RUST_LOG", "bigchat_sync=debug");
+    let daemon = Process::start_as(t, program);
+    until("it is logged", async || daemon.lines_with(case.line()) > 0).await;
+    let mut status = String::new();
+    if !matches!(case, Case::MessageRefused) {
+        // The reasons of failed events are as OurAPI words them.
+        status = t.status().0.to_string();
+    }
+    let log = daemon.log();
+    assert!(daemon.stop().await.success());
+    log + &status
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn neither_log_nor_status_holds_text_names_or_addresses() {
+    side_by_side(Case::ALL, async |case| {
+        run_test(async |t| {
+            t.differs("nothing gets well again");
+            let said = said(t, case, "false").await;
+            assert!(!said.contains(SECRET), "{case:?}: {said}");
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_setting_has_requests_and_responses_logged_whole() {
+    side_by_side(Case::ALL, async |case| {
+        run_test(async |t| {
+            t.differs("nothing gets well again");
+            let said = said(t, case, "true").await;
+            assert!(said.contains("S3cret words"), "{case:?}: {said}");
+        })
+        .await;
+    })
+    .await;
+}

@@ -1,0 +1,290 @@
+//! As a service: what systemd is told and prints about it, completions, and the manual page.
+
+use crate::harness::{Bench, run_live_test, until};
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::harness::process::Process;
+
+/// A service manager's socket, and all that was told there.
+struct SystemdNotifier {
+    socket: UnixDatagram,
+    directory: TempDir,
+    told: Vec<String>,
+}
+
+impl SystemdNotifier {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = UnixDatagram::bind(directory.path().join("notify")).expect("a socket");
+        socket.set_nonblocking(true).expect("a socket");
+        Self {
+            socket,
+            directory,
+            told: Vec::new(),
+        }
+    }
+
+    /// Starts the daemon as systemd would.
+    fn start(&self, t: &Bench, watchdog: Option<Duration>) -> Process {
+        let mut program = t.program("run");
+        program
+            .env("NOTIFY_SOCKET", self.directory.path().join("notify"))
+            .env_remove("WATCHDOG_PID");
+        match watchdog {
+            Some(watchdog) => program.env("WATCHDOG_USEC", watchdog.as_micros().to_string()),
+            None => program.env_remove("WATCHDOG_USEC"),
+        };
+        Process::start_as(t, program)
+    }
+
+    fn listen(&mut self) -> &[String] {
+        let mut datagram = [0; 4096];
+        while let Ok(length) = self.socket.recv(&mut datagram) {
+            let text = std::str::from_utf8(&datagram[..length]).expect("text");
+            self.told.extend(text.lines().map(str::to_owned));
+        }
+        &self.told
+    }
+
+    fn count(&mut self, what: &str) -> usize {
+        let told = self.listen().iter();
+        told.filter(|told| told.starts_with(what)).count()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when_it_stops() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let mut manager = SystemdNotifier::new();
+        let daemon = manager.start(t, Some(Duration::from_millis(100)));
+        until("it is ready", async || manager.count("READY=1") == 1).await;
+        assert!(t.is_ready(), "not before the session has begun");
+        until("it is alive", async || manager.count("WATCHDOG=1") > 3).await;
+        until("it tells how it fares", async || {
+            manager.count("STATUS=BigChat is up, OurAPI is up; ") > 0
+        })
+        .await;
+        assert_eq!(manager.count("STOPPING=1"), 0);
+        assert!(daemon.stop().await.success());
+        assert_eq!(manager.count("STOPPING=1"), 1);
+        assert_eq!(manager.count("READY=1"), 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
+    run_live_test(async |t| {
+        t.once().await;
+        let other = rusqlite::Connection::open(t.db()).expect("the database");
+        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let mut manager = SystemdNotifier::new();
+        let daemon = manager.start(t, None);
+        until("it waits", async || {
+            daemon.lines_with("the database cannot be used yet") == 1
+        })
+        .await;
+        assert!(manager.count("EXTEND_TIMEOUT_USEC=") > 0);
+        assert_eq!(manager.count("READY=1"), 0);
+        other.execute_batch("COMMIT").expect("it lets go");
+        until("it is ready", async || manager.count("READY=1") == 1).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_that_systemd_hands_over_are_used() {
+    run_live_test(async |t| {
+        let credentials = tempfile::tempdir().expect("a directory");
+        let token = |name: &str, text: &str| {
+            std::fs::write(credentials.path().join(name), text).expect("a file");
+        };
+        // An empty one is refused, which shows that it was looked at.
+        token("bigchat-sync.our-api-token", "");
+        let once = |variable: Option<&str>| {
+            let mut once = t.program("once");
+            once.env("CREDENTIALS_DIRECTORY", credentials.path())
+                .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN_FILE")
+                .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN");
+            if let Some(token) = variable {
+                once.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
+            }
+            once.output().expect("a process")
+        };
+        let refused = once(None);
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(text(&refused.stderr).contains("BIGCHAT_SYNC_OUR_API_TOKEN_FILE"));
+        assert!(
+            once(Some("t0ken")).status.success(),
+            "a variable counts more"
+        );
+        token("bigchat-sync.our-api-token", "t0ken\n");
+        assert!(once(None).status.success());
+    })
+    .await;
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn program(arguments: &[&str]) -> Output {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let output = program
+        .args(arguments)
+        .env_remove("BIGCHAT_SYNC_DB")
+        .output();
+    output.expect("a process")
+}
+
+fn printed(arguments: &[&str]) -> String {
+    let output = program(arguments);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn the_unit_has_the_settings_given() {
+    let unit = printed(&[
+        "unit",
+        "--our-api-url=https://our-api.example/a%20b",
+        "--external-id-prefix",
+        "a'$\"",
+    ]);
+    let line = unit.lines().find(|line| line.starts_with("ExecStart="));
+    assert_eq!(
+        line.expect("a command"),
+        format!(
+            "ExecStart={} run --our-api-url=https://our-api.example/a%%20b \"--external-id-prefix=a'$$\\\"\"",
+            env!("CARGO_BIN_EXE_bigchat-sync")
+        )
+    );
+    let refused = program(&["unit", "--db", "elsewhere.db"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("--db would have no effect"));
+}
+
+#[test]
+#[ignore = "needs systemd"]
+fn systemd_accepts_the_unit_and_finds_it_well_confined() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("bigchat-sync.service");
+    let unit = printed(&["unit", "--external-id-prefix=50%", "--max-window=30m"]);
+    std::fs::write(&path, unit).expect("a file");
+    let analyze = |arguments: &[&str]| {
+        let analyzed = Command::new("systemd-analyze")
+            .args(arguments)
+            .arg(&path)
+            .output();
+        let analyzed = analyzed.expect("systemd-analyze, of Debian's systemd");
+        let said = text(&analyzed.stdout) + &text(&analyzed.stderr);
+        assert!(analyzed.status.success(), "{said}");
+        said
+    };
+    assert_eq!(analyze(&["verify"]), "", "not even a warning");
+    // Of 10; the unit of most services is above 9.
+    analyze(&["security", "--offline=true", "--threshold=15"]);
+}
+
+#[test]
+fn completions_are_there_for_every_shell() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = printed(&["completions", shell]);
+        for known in ["verify", "discard", "our-api-url", "repair"] {
+            assert!(script.contains(known), "{shell} does not know {known}");
+        }
+        // Those of these shells that are there must be able to read it.
+        if let "bash" | "fish" | "zsh" = shell
+            && let Some(read) = fed(Command::new(shell).arg("-n"), &script)
+        {
+            assert!(read.status.success(), "{shell}: {}", text(&read.stderr));
+        }
+    }
+    let script = printed(&["completions", "bash"]);
+    let ask = "COMP_WORDS=(bigchat-sync failed re); COMP_CWORD=2
+        _bigchat__sync bigchat-sync re failed; echo \"${COMPREPLY[@]}\"";
+    let completed = fed(&mut Command::new("bash"), &format!("{script}\n{ask}\n"));
+    let completed = completed.expect("bash");
+    assert_eq!(
+        text(&completed.stdout),
+        "retry\n",
+        "{}",
+        text(&completed.stderr)
+    );
+}
+
+#[test]
+fn the_manual_page_tells_of_every_command_and_setting() {
+    let page = printed(&["man"]);
+    let help = printed(&["--help"]);
+    let flags = help
+        .split_whitespace()
+        .filter(|word| word.starts_with("--"));
+    let flags: Vec<&str> = flags.filter(|word| word.len() > 2).collect();
+    assert!(flags.len() > 15, "{flags:?}");
+    for flag in flags {
+        let flag = flag.trim_end_matches(|c: char| !c.is_ascii_lowercase());
+        let written = flag.replace('-', "\\-");
+        assert!(page.contains(&written), "{flag}");
+    }
+    for command in [
+        "once",
+        "status",
+        "failed retry",
+        "failed discard",
+        "verify",
+        "unit",
+        "man",
+    ] {
+        assert!(
+            page.contains(&format!(".SS \"{command}")) || page.contains(&format!(".SS {command}")),
+            "{command}"
+        );
+    }
+    // As `man` would show it, where it is there.
+    let mut groff = Command::new("groff");
+    groff.args(["-man", "-Tascii", "-P-cbu", "-ww"]);
+    let Some(rendered) = fed(&mut groff, &page) else {
+        return;
+    };
+    assert_eq!(text(&rendered.stderr), "", "it is well formed");
+    let rendered = text(&rendered.stdout);
+    for section in [
+        "NAME",
+        "SYNOPSIS",
+        "COMMANDS",
+        "OPTIONS",
+        "EXIT STATUS",
+        "FILES",
+    ] {
+        assert!(
+            rendered.lines().any(|line| line.contains(section)),
+            "{section}: {rendered}"
+        );
+    }
+}
+
+/// Runs a program with that on standard input; `None`: there is no such program.
+fn fed(program: &mut Command, input: &str) -> Option<Output> {
+    let program = program
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut program = program.ok()?;
+    let mut stdin = program.stdin.take().expect("a pipe");
+    let input = input.to_owned();
+    let writing = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
+    let output = program.wait_with_output().expect("it ends");
+    writing.join().expect("no panic").expect("it is read");
+    Some(output)
+}

@@ -1,0 +1,320 @@
+//! Signals: SIGHUP reads the token files again, a terminal that is closed stops the daemon in good order, and a
+//! SIGTERM that `timeout` sends twice counts once.
+
+use crate::harness::{self, Bench, Test, run_live_test, run_test, until};
+use bigchat_sync::simulator::event::message;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::harness::process::{Process, STOPS_WITHIN};
+use crate::operations::stalled::{ended, signal, terminal};
+
+const OLD: &str = "the-old-token-of-the-test";
+const NEW: &str = "the-new-token-of-the-test";
+
+const APIS: [(&str, &str); 2] = [("BIGCHAT", "bigchat"), ("OUR_API", "our-api")];
+
+fn write(directory: &Path, name: &str, token: &str) {
+    std::fs::write(directory.join(name), token).expect("a file");
+}
+
+fn hangup(daemon: &Process) {
+    let sent = Command::new("sh")
+        .args(["-c", "kill -HUP $0", &daemon.id()])
+        .status();
+    assert!(sent.expect("a shell").success());
+}
+
+/// The tokens of the latest requests to both.
+fn sent(t: &Test) -> BTreeSet<Option<String>> {
+    let bigchat = t.bigchat.ever_asked("");
+    let our_api = t.our_api.ever_asked("");
+    let latest = [bigchat.last(), our_api.last()].into_iter().flatten();
+    latest
+        .map(|asked| asked.request.authorization.clone())
+        .collect()
+}
+
+fn only(token: &str) -> BTreeSet<Option<String>> {
+    BTreeSet::from([Some(format!("Bearer {token}"))])
+}
+
+/// Has BigChat tell of another message, and waits until it is delivered, each with that token.
+async fn delivers_with(t: &Test, token: &str) {
+    let delivered = t.our_api.message_count();
+    let text = format!("message {delivered}");
+    t.bigchat.tells([message(
+        42,
+        5 + i64::try_from(delivered).expect("few"),
+        &text,
+    )]);
+    until(&format!("{text} is delivered with {token}"), async || {
+        t.our_api.message_count() > delivered && sent(t) == only(token)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rotated_token_files_are_used_without_a_restart() {
+    // As variables name them, and as systemd hands them over.
+    harness::side_by_side([false, true], async |systemd| {
+        run_test(async |t| {
+            let tokens = tempfile::tempdir().expect("a directory");
+            let tokens = tokens.path();
+            let mut run = t.program("run");
+            let names: Vec<String> = APIS
+                .iter()
+                .map(|(variable, credential)| {
+                    let name = format!("bigchat-sync.{credential}-token");
+                    write(tokens, &name, OLD);
+                    run.env_remove(format!("BIGCHAT_SYNC_{variable}_TOKEN"));
+                    if !systemd {
+                        let variable = format!("BIGCHAT_SYNC_{variable}_TOKEN_FILE");
+                        run.env(variable, tokens.join(&name));
+                    }
+                    name
+                })
+                .collect();
+            if systemd {
+                run.env("CREDENTIALS_DIRECTORY", tokens);
+            }
+            let daemon = Process::start_as(t, run);
+            delivers_with(t, OLD).await;
+
+            // Bad ones are refused, each with an error, and the old ones stay.
+            for (bad, reloads) in [("", 1), ("two words", 2), ("\u{e4}", 3)] {
+                for name in &names {
+                    write(tokens, name, bad);
+                }
+                hangup(&daemon);
+                until("it says so", async || {
+                    daemon.lines_with("the old one stays in use") == reloads * names.len()
+                })
+                .await;
+                delivers_with(t, OLD).await;
+            }
+            for name in &names {
+                std::fs::remove_file(tokens.join(name)).expect("a file");
+            }
+            hangup(&daemon);
+            until("it says so", async || {
+                daemon.lines_with("the old one stays in use") == 4 * names.len()
+            })
+            .await;
+            delivers_with(t, OLD).await;
+
+            for name in &names {
+                write(tokens, name, &format!("{NEW}\n"));
+            }
+            hangup(&daemon);
+            until("it says so", async || {
+                daemon.lines_with("the new one is in use") == names.len()
+            })
+            .await;
+            delivers_with(t, NEW).await;
+            let log = daemon.log();
+            assert!(!log.contains(OLD) && !log.contains(NEW), "{log}");
+            assert!(daemon.stop().await.success());
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_of_the_environment_stay_and_nothing_ends() {
+    run_test(async |t| {
+        let mut run = t.program("run");
+        run.env("BIGCHAT_SYNC_BIGCHAT_TOKEN", OLD)
+            .env("BIGCHAT_SYNC_OUR_API_TOKEN", OLD);
+        let daemon = Process::start_as(t, run);
+        delivers_with(t, OLD).await;
+        for times in 1..4 {
+            hangup(&daemon);
+            until("it says so", async || {
+                daemon.lines_with("no token has changed") == times
+            })
+            .await;
+            delivers_with(t, OLD).await;
+        }
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
+    run_live_test(async |t| {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = free.local_addr().expect("its address").to_string();
+        drop(free);
+        t.set("--listen", &address);
+        write(t.directory(), "console", OLD);
+        let mut run = t.program("run");
+        let file = t.directory().join("console");
+        run.env("BIGCHAT_SYNC_CONSOLE_TOKEN_FILE", &file)
+            .env_remove("BIGCHAT_SYNC_CONSOLE_TOKEN");
+        let daemon = Process::start_as(t, run);
+        let client = reqwest::Client::new();
+        let status = async |header: [(&str, String); 2]| {
+            let mut request = client.get(format!("http://{address}/api/status"));
+            for (name, value) in header {
+                request = request.header(name, value);
+            }
+            request
+                .send()
+                .await
+                .map_or(0, |answer| answer.status().as_u16())
+        };
+        let bearer = |token: &str| {
+            [
+                ("authorization", format!("Bearer {token}")),
+                ("x-bigchat-sync", "1".into()),
+            ]
+        };
+        until("it answers", async || status(bearer(OLD)).await == 200).await;
+        let login = client
+            .post(format!("http://{address}/api/login"))
+            .header("x-bigchat-sync", "1")
+            .json(&serde_json::json!({ "token": OLD }))
+            .send();
+        let login = login.await.expect("an answer");
+        let cookie = login.headers()["set-cookie"].to_str().expect("text");
+        let cookie = cookie.split(';').next().expect("a cookie").to_owned();
+        let key: serde_json::Value = login.json().await.expect("JSON");
+        let key = key["key"].as_str().expect("a key").to_owned();
+        let session = || [("cookie", cookie.clone()), ("x-bigchat-sync", key.clone())];
+        assert_eq!(status(session()).await, 200);
+
+        // One that can be guessed is refused.
+        write(t.directory(), "console", "short");
+        hangup(&daemon);
+        until("it says so", async || {
+            daemon.lines_with("the old one stays in use") == 1
+        })
+        .await;
+        assert_eq!(status(session()).await, 200);
+
+        write(t.directory(), "console", NEW);
+        hangup(&daemon);
+        until("it says so", async || {
+            daemon.lines_with("the new one is in use") == 1
+        })
+        .await;
+        assert_eq!(status(bearer(NEW)).await, 200);
+        assert_eq!(status(bearer(OLD)).await, 401);
+        assert_eq!(status(session()).await, 401);
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
+    run_live_test(async |t| {
+        write(t.directory(), "token", OLD);
+        let file = t.directory().join("token");
+        let mut run = t.program("run");
+        run.env("BIGCHAT_SYNC_OUR_API_TOKEN_FILE", &file)
+            .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN");
+        let daemon = Process::start_as(t, run);
+        until("it polls", async || t.cursor().is_some()).await;
+        std::fs::remove_file(&file).expect("a file");
+        // Whoever opens it waits for a writer.
+        let made = Command::new("mkfifo").arg(&file).status();
+        assert!(made.expect("mkfifo").success());
+        hangup(&daemon);
+        let cursor = t.cursor();
+        until("it goes on", async || t.cursor() > cursor).await;
+        assert!(daemon.stop().await.success());
+    })
+    .await;
+}
+
+/// Starts a daemon that has a terminal of its own: what it logs, and the other end of the terminal.
+fn start_on_a_terminal(t: &Bench, command: &str) -> (harness::Process, File) {
+    let (master, slave) = terminal();
+    let log = File::create(t.directory().join("log")).expect("a log");
+    let program = t.program(command);
+    // It makes standard input its terminal, and becomes the program.
+    let mut setsid = Command::new("setsid");
+    setsid.arg("--ctty").arg(program.get_program());
+    setsid.args(program.get_args());
+    setsid
+        .stdin(Stdio::from(slave.try_clone().expect("a descriptor")))
+        .stdout(Stdio::from(slave))
+        .stderr(log);
+    let daemon = setsid.spawn().expect("setsid, of util-linux");
+    (harness::Process(daemon), master)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closed_terminal_stops_it_in_good_order() {
+    harness::side_by_side(["run", "once"], async |command| {
+        run_live_test(async |t| {
+            t.bigchat.hold(true);
+            t.set("--request-timeout", "60s");
+            let (mut daemon, terminal) = start_on_a_terminal(t, command);
+            until("a request", async || t.bigchat.open_requests() > 0).await;
+            let log = || std::fs::read_to_string(t.directory().join("log")).expect("a log");
+            // As long as the terminal is there, SIGHUP is about the tokens.
+            signal(&daemon, "HUP");
+            until("it goes on", async || {
+                log().contains("no token has changed")
+            })
+            .await;
+            assert!(!log().contains("stopping"));
+            drop(terminal);
+            until("it stops", async || log().contains("stopping")).await;
+            t.bigchat.hold(false);
+            let (status, took) = ended(&mut daemon, command).await;
+            assert_eq!(status.code(), Some(0), "{command}: {}", log());
+            assert!(took < STOPS_WITHIN, "{command}: {took:?}");
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_signal_within_a_second_counts_once_and_any_other_ends_it() {
+    let cases = [
+        (["TERM", "TERM"], 0, 0),
+        (["TERM", "HUP"], 0, 0),
+        (["TERM", "INT"], 0, 1),
+        (["INT", "TERM"], 0, 1),
+        (["TERM", "TERM"], 1100, 1),
+        (["INT", "INT"], 300, 1),
+    ];
+    harness::side_by_side(cases, async |(signals, pause, code)| {
+        run_live_test(async |t| {
+            t.set("--request-timeout", "60s");
+            let daemon = Process::start(t);
+            until("it polls", async || t.cursor().is_some()).await;
+            t.bigchat.hold(true);
+            until("a request", async || t.bigchat.open_requests() > 0).await;
+            let kill = |name: &str| {
+                let script = format!("kill -{name} {}", daemon.id());
+                let sent = Command::new("sh").args(["-c", &script]).status();
+                assert!(sent.expect("a shell").success());
+            };
+            kill(signals[0]);
+            until("it stops", async || daemon.lines_with("stopping") > 0).await;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            kill(signals[1]);
+            if code == 1 {
+                until("it ends", async || daemon.lines_with("a second signal") > 0).await;
+            } else {
+                t.bigchat.hold(false);
+            }
+            let status = daemon.ended().await;
+            assert_eq!(status.code(), Some(code), "{signals:?} {pause}");
+        })
+        .await;
+    })
+    .await;
+}

@@ -1,0 +1,298 @@
+//! Standard error that nobody reads, and standard error that is broken: polling, delivery, `/healthz`, exit codes and
+//! time limits hold without any output.
+
+use crate::harness::{Bench, Process, run_live_test, side_by_side, until};
+use bigchat_sync::simulator::event::message;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
+use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
+
+use crate::harness::process::STOPS_WITHIN;
+
+/// How long an end may take that waits for nothing; the machine may be busy.
+const AT_ONCE: Duration = Duration::from_secs(4);
+
+/// A terminal: its other end, and the end for the program.
+pub(crate) fn terminal() -> (File, File) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
+    let master = master.expect("a terminal");
+    unlockpt(&master).expect("a terminal");
+    let name = ptsname(&master, Vec::new()).expect("a name");
+    // It must not become the terminal of the test.
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let slave = open(name, flags, Mode::empty()).expect("a terminal");
+    (File::from(master), File::from(slave))
+}
+
+/// Where output goes, and what must stay open for it to be so.
+struct Sink {
+    what: &'static str,
+    to: OwnedFd,
+    _open: Option<OwnedFd>,
+}
+
+impl Sink {
+    /// Those that take nothing more and say nothing.
+    fn stalled() -> [Self; 3] {
+        let (reader, mut pipe) = std::io::pipe().expect("a pipe");
+        fcntl_setfl(&pipe, OFlags::NONBLOCK).expect("flags");
+        fill(&mut pipe);
+        fcntl_setfl(&pipe, OFlags::empty()).expect("flags");
+        let (other, mut socket) = UnixStream::pair().expect("sockets");
+        socket.set_nonblocking(true).expect("flags");
+        fill(&mut socket);
+        socket.set_nonblocking(false).expect("flags");
+        let (mut master, slave) = terminal();
+        // Ctrl-S.
+        master.write_all(b"\x13").expect("a terminal");
+        [
+            Self::new("a full pipe", pipe, Some(reader.into())),
+            Self::new("a full socket", socket, Some(other.into())),
+            Self::new("a terminal after Ctrl-S", slave, Some(master.into())),
+        ]
+    }
+
+    /// Those that fail.
+    fn broken() -> [Self; 3] {
+        let (_, pipe) = std::io::pipe().expect("a pipe");
+        let full = File::options().write(true).open("/dev/full");
+        let (_, slave) = terminal();
+        [
+            Self::new("a pipe without a reader", pipe, None),
+            Self::new("a full disk", full.expect("a device"), None),
+            Self::new("a closed terminal", slave, None),
+        ]
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        Self::stalled().into_iter().chain(Self::broken())
+    }
+
+    fn new(what: &'static str, to: impl Into<OwnedFd>, open: Option<OwnedFd>) -> Self {
+        Self {
+            what,
+            to: to.into(),
+            _open: open,
+        }
+    }
+
+    /// Starts a command that writes all it has to say there.
+    fn start(&self, mut command: Command) -> Process {
+        let to = || Stdio::from(self.to.try_clone().expect("a descriptor"));
+        command.stdin(Stdio::null()).stdout(to()).stderr(to());
+        command.env("RUST_LOG", "debug");
+        Process(command.spawn().expect("a process"))
+    }
+}
+
+fn fill(sink: &mut impl Write) {
+    loop {
+        match sink.write(&[b'x'; 4096]) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+pub(crate) fn signal(process: &Process, signal: &str) {
+    let id = process.0.id().to_string();
+    let sent = Command::new("sh")
+        .args(["-c", "kill -$0 $1", signal, &id])
+        .status();
+    assert!(sent.expect("a shell").success());
+}
+
+/// How it ends, and after which time.
+pub(crate) async fn ended(process: &mut Process, what: &str) -> (ExitStatus, Duration) {
+    let begun = Instant::now();
+    let mut status = None;
+    until(&format!("{what}: it ends"), async || {
+        status = process.0.try_wait().expect("a child");
+        status.is_some()
+    })
+    .await;
+    (status.expect("it has ended"), begun.elapsed())
+}
+
+/// A disk that does not answer: whoever opens that file waits for a lease on it to be given back, for 45 s.
+struct HangingDisk(Process);
+
+impl HangingDisk {
+    fn with(t: &Bench) -> Self {
+        // 1024: F_SETLEASE; 1: F_WRLCK.
+        let lease = "$SIG{IO} = 'IGNORE'; open(F, '+<', $ARGV[0]) or die; \
+                     defined(fcntl(F, 1024, 1)) or die \"$!\"; $| = 1; print 'taken'; sleep 60";
+        let mut perl = Command::new("perl");
+        perl.args(["-e", lease]).arg(t.db());
+        perl.stdout(Stdio::piped());
+        let mut holder = Process(perl.spawn().expect("perl, of any Debian"));
+        let mut taken = [0; 5];
+        let output = holder.0.stdout.as_mut().expect("a pipe");
+        output.read_exact(&mut taken).expect("the lease");
+        Self(holder)
+    }
+
+    /// Waits until somebody waits for it.
+    async fn until_awaited(&self) {
+        let id = self.0.0.id().to_string();
+        until("the database is opened", async || {
+            let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
+            locks.lines().any(|lock| {
+                let words: Vec<&str> = lock.split_whitespace().collect();
+                words.contains(&"LEASE") && words.contains(&"BREAKING") && words.contains(&&*id)
+            })
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_nobody_reads_stops_nothing() {
+    side_by_side(Sink::all(), async |sink| {
+        let what = sink.what;
+        // Enough to be caught up with, which is shown on a terminal.
+        run_live_test(async |t| {
+            t.differs("it is stopped before all is delivered");
+            t.our_api.set_latency(Duration::from_millis(2));
+            let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let address = free.local_addr().expect("its address").to_string();
+            drop(free);
+            t.set("--listen", &address);
+            let now = t.now();
+            t.bigchat.open(10, now - 100, 1);
+            let told = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
+            t.bigchat.tells(told);
+            let mut daemon = sink.start(t.program("run"));
+            until(&format!("{what}: it delivers"), async || {
+                t.our_api.message_count() > 600
+            })
+            .await;
+            until(&format!("{what}: it is well"), async || {
+                let asked = reqwest::get(format!("http://{address}/healthz")).await;
+                asked.is_ok_and(|answer| answer.status().is_success())
+            })
+            .await;
+            let polls = t.bigchat.count("GET /events");
+            until(&format!("{what}: it polls"), async || {
+                t.bigchat.count("GET /events") > polls + 2
+            })
+            .await;
+            signal(&daemon, "TERM");
+            let (status, took) = ended(&mut daemon, what).await;
+            assert_eq!(status.code(), Some(0), "{what}");
+            assert!(took < STOPS_WITHIN, "{what}: {took:?}");
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_at_once_without_output() {
+    side_by_side(Sink::all(), async |sink| {
+        run_live_test(async |t| {
+            t.set("--request-timeout", "60s");
+            t.bigchat.hold(true);
+            let mut daemon = sink.start(t.program("run"));
+            until("a request", async || t.bigchat.open_requests() > 0).await;
+            signal(&daemon, "TERM");
+            signal(&daemon, "INT");
+            let (status, took) = ended(&mut daemon, sink.what).await;
+            assert_eq!(status.code(), Some(1), "{}", sink.what);
+            assert!(took < AT_ONCE, "{}: {took:?}", sink.what);
+            t.bigchat.hold(false);
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_hangs_is_outlasted_without_output() {
+    side_by_side(Sink::all(), async |sink| {
+        run_live_test(async |t| {
+            t.once().await;
+            let disk = HangingDisk::with(t);
+            let mut daemon = sink.start(t.program("run"));
+            disk.until_awaited().await;
+            signal(&daemon, "TERM");
+            let (status, took) = ended(&mut daemon, sink.what).await;
+            assert_eq!(status.code(), Some(1), "{}", sink.what);
+            assert!(took < STOPS_WITHIN, "{}: {took:?}", sink.what);
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_setting_is_exit_code_2_without_output() {
+    side_by_side(Sink::all(), async |sink| {
+        run_live_test(async |t| {
+            for (what, flag, token, code) in [
+                ("a bad token", None, "two words", 2),
+                ("a bad flag", Some("--poll-overlap=soon"), "t0ken", 2),
+                (
+                    "no such directory",
+                    Some("--db=/nowhere/journal.db"),
+                    "t0ken",
+                    1,
+                ),
+            ] {
+                let mut program = t.program("once");
+                if let Some(flag) = flag {
+                    program = Command::new(program.get_program());
+                    program.arg("once").arg(flag);
+                }
+                program.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
+                let what = format!("{} on {}", what, sink.what);
+                let (status, took) = ended(&mut sink.start(program), &what).await;
+                assert_eq!(status.code(), Some(code), "{what}");
+                assert!(took < AT_ONCE, "{what}: {took:?}");
+            }
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_manager_that_does_not_listen_stops_nothing() {
+    run_live_test(async |t| {
+        let socket = t.directory().join("notify");
+        // It never reads.
+        let _manager = UnixDatagram::bind(&socket).expect("a socket");
+        let mut run = t.program("run");
+        run.env("NOTIFY_SOCKET", &socket)
+            .env("WATCHDOG_USEC", "2000")
+            .env_remove("WATCHDOG_PID")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut daemon = Process(run.spawn().expect("a process"));
+        let full = UnixDatagram::unbound().expect("a socket");
+        full.set_nonblocking(true).expect("flags");
+        until("it takes no more", async || {
+            full.send_to(b"STATUS=", &socket)
+                .is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+        })
+        .await;
+        let polls = t.bigchat.count("GET /events");
+        until("it polls", async || {
+            t.bigchat.count("GET /events") > polls + 5
+        })
+        .await;
+        signal(&daemon, "TERM");
+        let (status, took) = ended(&mut daemon, "it is stopped").await;
+        assert_eq!(status.code(), Some(0));
+        assert!(took < STOPS_WITHIN, "{took:?}");
+    })
+    .await;
+}

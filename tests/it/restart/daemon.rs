@@ -1,0 +1,182 @@
+//! The whole daemon against the simulated services, with restarts and crashes in between.
+
+use crate::harness::services::time;
+use crate::harness::{run_with, until};
+use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
+use bigchat_sync::simulator::event::event;
+use std::time::Duration;
+
+use serde_json::json;
+
+fn log(seed: u64) -> Options {
+    Options {
+        seed,
+        mode: Mode::Log(Log {
+            events_per_second: 60.0,
+            page_size: 7,
+            ..Log::default()
+        }),
+        ..Options::default()
+    }
+}
+
+#[tokio::test]
+async fn what_happened_stands_in_our_api_across_restarts() {
+    run_with(
+        Options {
+            seed: 7,
+            ..Options::default()
+        },
+        async |t| {
+            for _ in 0..5 {
+                let daemon = t.start();
+                t.bigchat.reports_more(40).await;
+                daemon.stop().await;
+            }
+            t.bigchat.calms_down();
+            let daemon = t.start();
+            t.agrees().await;
+            daemon.stop().await;
+            assert_eq!(t.our_api.max_at_once(), 1, "one request at a time");
+            assert_eq!(t.compare().fallbacks(), 0);
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
+    run_with(log(3), async |t| {
+        for _ in 0..4 {
+            let daemon = t.start();
+            t.bigchat.reports_more(60).await;
+            daemon.stop().await;
+        }
+        t.bigchat.calms_down();
+        t.start();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn several_at_once_where_our_api_takes_them() {
+    run_with(log(4), async |t| {
+        t.our_api.set_latency(Duration::from_millis(20));
+        t.our_api.state().be_good();
+        t.set("--our-api-concurrency", "8");
+        let daemon = t.start();
+        t.bigchat.reports_more(200).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        let at_once = t.our_api.max_at_once();
+        assert!((2..=8).contains(&at_once), "{at_once} at once");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_backfill_reads_the_past_in_windows() {
+    let options = Options {
+        seed: 5,
+        mode: Mode::Log(Log {
+            events_per_second: 0.5,
+            page_size: 7,
+            history: Duration::from_secs(600),
+            ..Log::default()
+        }),
+        ..Options::default()
+    };
+    run_with(options, async |t| {
+        let since = time(t.now() - 700);
+        t.set("--since", &since).set("--max-window", "60s");
+        t.once().await;
+        t.bigchat.calms_down();
+        assert!(t.bigchat.reported().len() > 100);
+        until("no difference", async || {
+            // What happened in the second the window ended in is told by the next.
+            t.once().await;
+            t.compare().is_clean()
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn crashes_at_any_moment_lose_and_double_nothing() {
+    run_with(log(6), async |t| {
+        // After each crash OurAPI is left alone for so long.
+        t.set("--request-timeout", "200ms");
+        for crash in 0..12_u8 {
+            let asked = t.our_api.total();
+            let daemon = t.start();
+            t.bigchat.reports_more(10 + usize::from(crash)).await;
+            // What is told must be delivered in the end.
+            t.bigchat.calms_down();
+            until("requests", async || {
+                t.our_api.total() > asked + u64::from(crash)
+            })
+            .await;
+            daemon.crash(t).await;
+            t.bigchat.state().set_quiet(false);
+        }
+        t.bigchat.calms_down();
+        t.start();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn steady_state_costs_one_request_per_event() {
+    run_with(
+        Options {
+            seed: 9,
+            awkward: false,
+            active: 10,
+            ..Options::default()
+        },
+        async |t| {
+            let daemon = t.start();
+            t.bigchat.reports_more(300).await;
+            t.bigchat.calms_down();
+            t.agrees().await;
+            daemon.stop().await;
+            let (requests, events) = (t.our_api.total(), t.events("delivered"));
+            // Each of the ten agents costs one request to look it up and one to create it.
+            let agents = 20;
+            assert!(
+                requests <= u64::try_from(events).expect("few") + agents + 10,
+                "{requests} requests for {events} events"
+            );
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn two_transfers_of_one_second_are_two_however_often_a_log_tells_them() {
+    let quiet = Options {
+        quiet: true,
+        mode: Mode::Log(Log::default()),
+        ..Options::default()
+    };
+    run_with(quiet, async |t| {
+        let at = t.now() - 1;
+        t.bigchat.open(2, at, 1);
+        for to in [2, 3] {
+            let data = json!({ "old_advisor_id": 1, "new_advisor_id": to });
+            t.bigchat.tells_of(event(2, "TRANSFER", at, data));
+        }
+        let daemon = t.start();
+        t.agrees().await;
+        let polls = t.bigchat.polls();
+        until("the same told again", async || {
+            t.bigchat.polls() > polls + 5
+        })
+        .await;
+        daemon.stop().await;
+        assert_eq!(t.value::<i64>("SELECT count(*) FROM events"), 2);
+    })
+    .await;
+}

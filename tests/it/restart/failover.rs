@@ -1,0 +1,287 @@
+//! Going on with an older database (a copy, a replica), or with none and `--since`, as on another machine: with a BigChat
+//! that keeps its events nothing is lost, and nothing that OurAPI holds is sent again.
+
+use crate::harness::services::{time, unix};
+use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
+use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
+use bigchat_sync::simulator::event::{end, event, message, transfer};
+use bigchat_sync::simulator::fault::slow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::json;
+
+/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. Nothing in it is
+/// refused: what OurAPI does not hold would be sent again.
+fn keeps_its_events(seed: u64) -> Options {
+    Options {
+        seed,
+        active: 6,
+        awkward: false,
+        mode: Mode::Log(Log {
+            events_per_second: 60.0,
+            page_size: 15,
+            ..Log::default()
+        }),
+        ..Options::default()
+    }
+}
+
+/// Takes a copy as a backup does that does not stop the daemon.
+fn copy(t: &Bench) -> PathBuf {
+    let copy = t.directory().join("copy.db");
+    t.execute(&format!("VACUUM INTO '{}'", copy.display()));
+    copy
+}
+
+/// Puts a copy in the place of the database.
+fn restore(t: &Bench, copy: &PathBuf) {
+    lose(t);
+    std::fs::copy(copy, t.db()).expect("a copy");
+}
+
+/// Loses the database.
+fn lose(t: &Bench) {
+    for end in ["", "-wal", "-shm"] {
+        // Of a daemon that was stopped well only the first is there.
+        std::fs::remove_file(format!("{}{end}", t.db().display())).ok();
+    }
+}
+
+/// The requests that changed something, or would have. (The creation of a chat that is there is refused, and harmless.)
+fn writes(t: &Test) -> [usize; 3] {
+    let routes = [
+        "POST /agents",
+        "PATCH /chats/{id}",
+        "POST /chats/{id}/messages",
+    ];
+    routes.map(|route| t.our_api.count(route))
+}
+
+/// All that OurAPI holds, to be compared.
+fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
+    let held = t.our_api.data();
+    let messages: std::collections::BTreeMap<_, _> = held.messages.into_iter().collect();
+    (held.chats, held.agents, messages)
+}
+
+/// Lets a daemon read up to now and deliver all of it.
+async fn catch_up(t: &Test) {
+    // Later than any cursor by now.
+    let now = unix(t.now() + 1);
+    let daemon = t.start();
+    let caught_up = format!(
+        "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM inbox)
+            AND NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting') FROM poll_state"
+    );
+    until("it has caught up", async || {
+        t.is_ready() && t.value(&caught_up)
+    })
+    .await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
+    side_by_side([21, 22, 23], async |seed| {
+        run_with(keeps_its_events(seed), async |t| {
+            let daemon = t.start();
+            t.bigchat.reports_more(120).await;
+            // In the middle of whatever it is doing.
+            let copy = copy(t);
+            t.bigchat.reports_more(150).await;
+            t.bigchat.calms_down();
+            t.agrees().await;
+            daemon.crash(t).await;
+            let (before, sent) = (held(t), writes(t));
+            restore(t, &copy);
+            catch_up(t).await;
+            assert!(held(t) == before, "seed {seed}: {}", t.compare());
+            assert_eq!(writes(t), sent, "seed {seed}");
+            // And it goes on as if nothing had been.
+            t.bigchat.state().set_quiet(false);
+            t.start();
+            t.bigchat.reports_more(60).await;
+            t.bigchat.calms_down();
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
+    run_with(keeps_its_events(24), async |t| {
+        // After each crash OurAPI is left alone for so long.
+        t.set("--request-timeout", "500ms");
+        for _ in 0..3 {
+            let daemon = t.start();
+            t.bigchat.reports_more(60).await;
+            let copy = copy(t);
+            t.bigchat.reports_more(60).await;
+            daemon.crash(t).await;
+            restore(t, &copy);
+            std::fs::remove_file(copy).expect("the copy");
+        }
+        t.bigchat.calms_down();
+        t.start();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
+    side_by_side([25, 26], async |seed| {
+        run_with(keeps_its_events(seed), async |t| {
+            let since = time(t.now() - 60);
+            let daemon = t.start();
+            t.bigchat.reports_more(200).await;
+            t.bigchat.calms_down();
+            t.agrees().await;
+            daemon.stop().await;
+            let (before, sent) = (held(t), writes(t));
+            lose(t);
+            t.set("--since", &since);
+            catch_up(t).await;
+            assert_eq!(held(t), before, "seed {seed}");
+            assert_eq!(writes(t), sent, "seed {seed}");
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn equal_messages_of_one_second_are_as_many_as_before() {
+    let quiet = Options {
+        quiet: true,
+        mode: Mode::Log(Log {
+            page_size: 3,
+            ..Log::default()
+        }),
+        ..Options::default()
+    };
+    run_with(quiet, async |t| {
+        let at = t.now() - 2;
+        t.bigchat.open(10, at - 100, 1);
+        let twin = || {
+            t.bigchat
+                .tells_of(event(10, "MESSAGE", at, json!({"message": "twin"})))
+        };
+        twin();
+        catch_up(t).await;
+        let copy = copy(t);
+        // One more of what the copy knows, and others.
+        (0..4).for_each(|_| twin());
+        (0..3).for_each(|n| {
+            t.bigchat.tells_of(event(
+                10,
+                "MESSAGE",
+                at,
+                json!({"message": format!("number {n}")}),
+            ))
+        });
+        let daemon = t.start();
+        t.agrees().await;
+        daemon.stop().await;
+        let (before, sent) = (held(t), writes(t));
+        restore(t, &copy);
+        catch_up(t).await;
+        assert_eq!(t.events("delivered"), 8, "all of them were told again");
+        assert_eq!(held(t), before);
+        assert_eq!(writes(t), sent);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_end_that_the_copy_does_not_know_is_not_set_back() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let tell = |events| t.bigchat.tells(events);
+        tell(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
+        t.once().await;
+        let copy = copy(t);
+        tell(vec![end(10, now - 5), transfer(10, now - 5, 7)]);
+        t.once().await;
+        let (before, sent) = (held(t), writes(t));
+        restore(t, &copy);
+        tell(vec![end(10, now - 10)]);
+        t.once().await;
+        assert_eq!(held(t), before);
+        assert_eq!(writes(t), sent);
+        // What it did not know it knows now: a later one counts.
+        tell(vec![end(10, now - 7), end(10, now - 4)]);
+        t.once().await;
+        assert!(t.compare().is_clean(), "{}", t.compare());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart() {
+    run_with(keeps_its_events(27), async |t| {
+        let daemon = t.start();
+        t.bigchat.reports_more(80).await;
+        // Nothing waits in the copy: a BigChat that restarts keeps nothing of before.
+        t.bigchat.calms_down();
+        t.agrees().await;
+        t.until_events("waiting", 0).await;
+        let copy = copy(t);
+        t.bigchat.state().set_quiet(false);
+        t.bigchat.reports_more(80).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        // By BigChat's `date`, to whole seconds and a little late, pages of just before are not told from those of after.
+        let restart = t.now() + 3;
+        until("some seconds", async || t.now() > restart).await;
+        t.bigchat.restarts_between_polls().await;
+        t.bigchat.state().set_quiet(false);
+        t.bigchat.reports_more(120).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        let (before, sent) = (held(t), writes(t));
+        restore(t, &copy);
+        catch_up(t).await;
+        assert!(held(t) == before, "{}", t.compare());
+        assert_eq!(writes(t), sent);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_was_copied() {
+    run_live_test(async |t| {
+        t.set("--poll-overlap", "0s");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let tell = |events| t.bigchat.tells(events);
+        tell(vec![message(10, now - 20, "hello")]);
+        let daemon = t.start();
+        t.until_events("delivered", 1).await;
+        let faults = &t.our_api;
+        let slow = slow(Duration::from_secs(2));
+        faults.upset("POST /chats/{id}/messages", slow.carried_out());
+        tell(vec![message(10, now - 19, "in work")]);
+        until("it is in work", async || t.our_api.message_count() == 2).await;
+        let copy = copy(t);
+        tell(vec![transfer(10, now - 5, 7)]);
+        t.until_events("delivered", 3).await;
+        daemon.stop().await;
+        let agent = t.our_api.data().chats[0].agent_id;
+        restore(t, &copy);
+        let daemon = t.start();
+        t.until_events("delivered", 2).await;
+        let started = t.now();
+        until("a later window", async || t.cursor() > Some(started + 1)).await;
+        let at = t.now();
+        tell(vec![end(10, at)]);
+        t.until_events("delivered", 3).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.message_count(), 2);
+        assert_eq!(t.our_api.data().chats[0].agent_id, agent, "{}", t.compare());
+    })
+    .await;
+}

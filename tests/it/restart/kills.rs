@@ -1,0 +1,253 @@
+//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of
+//! a page that was kept is lost, nothing is doubled.
+
+use crate::harness::services::time;
+use crate::harness::{Bench, Process, Test, run_live_test, run_with, side_by_side, until};
+use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::{Fault, crashed, paused};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+/// How many kills, if the environment does not say otherwise.
+const KILLS: u32 = 15;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_at_random_moments() {
+    let variable = |name: &str| std::env::var(name).ok();
+    let kills =
+        variable("BIGCHAT_SYNC_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
+    let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
+    // With a stable log nothing at all may be lost, not even what was answered and not kept.
+    let log = Log {
+        events_per_second: 40.0,
+        page_size: 20,
+        ..Log::default()
+    };
+    let options = Options {
+        seed,
+        mode: Mode::Log(log),
+        ..Options::default()
+    };
+    run_with(options, async |t| {
+        // After each kill OurAPI is left alone for so long.
+        t.set("--request-timeout", "300ms");
+        let mut random = StdRng::seed_from_u64(seed);
+        for _ in 0..kills {
+            let daemon = t.spawn();
+            // From before the first poll to well into the work.
+            tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
+            drop(daemon);
+        }
+        t.bigchat.calms_down();
+        let daemon = t.start();
+        t.agrees().await;
+        daemon.stop().await;
+        assert!(!t.our_api.has_stumbled(), "never two requests at once");
+    })
+    .await;
+}
+
+/// Killed while many conversations wait, and are committed together.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_in_the_midst_of_a_backlog() {
+    run_live_test(async |t| {
+        t.set("--request-timeout", "1s");
+        let now = t.now();
+        let told = (10..410).flat_map(|conversation| {
+            t.bigchat.open(conversation, now - 100, 1);
+            let messages = ["hello", "hello", "goodbye"];
+            let messages = messages.map(|text| message(conversation, now, text));
+            std::iter::once(start(conversation, now - 100)).chain(messages)
+        });
+        t.bigchat.tells(told);
+        let mut random = StdRng::seed_from_u64(1);
+        let (mut interrupted, mut uncommitted) = (0, 0);
+        for _ in 0..12 {
+            let asked = t.our_api.total() + random.random_range(1..60);
+            let daemon = t.spawn();
+            until("requests", async || t.our_api.total() >= asked).await;
+            drop(daemon);
+            let delivered: u32 = t.value(
+                "SELECT count(*) FROM event_states WHERE state = 'delivered' AND kind = 'MESSAGE'",
+            );
+            interrupted += usize::from(t.events("waiting") > 32);
+            uncommitted += usize::from(t.our_api.message_count() > delivered as usize);
+        }
+        assert!(interrupted > 3, "in the midst of it: {interrupted} times");
+        assert!(
+            uncommitted > 3,
+            "done and not committed: {uncommitted} times"
+        );
+        t.start();
+        t.agrees().await;
+        assert!(!t.our_api.has_stumbled(), "never two requests at once");
+    })
+    .await;
+}
+
+/// A conversation whose START nobody told is known by its details alone, and BigChat forgets them: what was sent by them
+/// must be known again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
+    for moment in MOMENTS {
+        run_live_test(async |t| {
+            t.set("--request-timeout", TIMEOUT);
+            let now = t.now();
+            t.bigchat.open(10, now - 100, 1);
+            let told = vec![message(10, now - 5, "hello")];
+            t.bigchat.tells(told);
+            t.upset("POST /chats", moment.pause());
+            let daemon = t.spawn();
+            until("it is being created", async || t.pausing() > 0).await;
+            kill_at(moment, daemon, t).await;
+            t.bigchat.restart();
+            t.start();
+            t.agrees().await;
+            assert_eq!(t.our_api.chats().len(), 1, "{moment:?}");
+        })
+        .await;
+    }
+}
+
+/// How far a request has come when the daemon is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// It has arrived, and is not carried out.
+    Sent,
+    /// It is carried out, and not answered.
+    CarriedOut,
+    /// It is answered, and nothing of that can be kept: another process holds the database.
+    Answered,
+}
+
+/// Longer than it takes to kill a daemon; OurAPI is left alone for as long afterwards.
+const TIMEOUT: &str = "8s";
+
+const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
+
+/// Every request there is, and what brings it about where nothing else does.
+const REQUESTS: [(&str, Option<&str>); 10] = [
+    ("GET /events", None),
+    ("GET /conversations/{id}", None),
+    ("GET /advisors/{id}", None),
+    ("GET /agents", None),
+    ("POST /agents", None),
+    ("POST /chats", None),
+    ("GET /chats", Some("POST /chats")),
+    ("PATCH /chats/{id}", None),
+    ("POST /chats/{id}/messages", None),
+    (
+        "GET /chats/{id}/messages",
+        Some("POST /chats/{id}/messages"),
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_at_every_point() {
+    let points = REQUESTS
+        .iter()
+        .flat_map(|request| MOMENTS.map(|moment| (*request, moment)));
+    side_by_side(points, async |((route, cause), moment)| {
+        killed_at(route, cause, moment).await;
+    })
+    .await;
+}
+
+/// Kills the daemon twice at a request of that route.
+async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
+    let options = Options {
+        quiet: true,
+        mode: Mode::Log(Log::default()),
+        ..Options::default()
+    };
+    run_with(options, async |t| {
+        let now = t.now();
+        let since = time(now - 60);
+        t.set("--request-timeout", TIMEOUT).set("--since", &since);
+        t.bigchat.open(10, now - 100, 1);
+        let first = vec![
+            message(10, now - 5, "hello"),
+            message(10, now - 5, "hello"),
+            message(10, now - 5, " hello"),
+        ];
+        t.bigchat.tells(first);
+        if let Some(cause) = cause {
+            let lost = crashed();
+            t.our_api.upset(cause, lost.carried_out());
+        }
+        let mut more = Some(());
+        // What there is to do for a chat that is there already.
+        let mut tell_more = || {
+            let now = t.now();
+            if more.take().is_some() {
+                let told = vec![
+                    end(10, now),
+                    transfer(10, now, 2),
+                    message(10, now, "goodbye"),
+                ];
+                t.bigchat.tells(told);
+            }
+        };
+        for round in 0..2 {
+            t.upset(route, moment.pause());
+            let daemon = t.spawn();
+            until(&format!("{moment:?} {route}"), async || {
+                if t.is_ready() && t.events("delivered") >= 3 {
+                    tell_more();
+                }
+                // What was carried out the first time need not be asked for again.
+                let done = round > 0 && t.events("delivered") == 6;
+                t.pausing() > 0 || done
+            })
+            .await;
+            kill_at(moment, daemon, t).await;
+            until(&format!("nobody waits: {moment:?} {route}"), async || {
+                t.pausing() == 0
+            })
+            .await;
+        }
+        t.calm();
+        tell_more();
+        let daemon = t.start();
+        t.until_events("delivered", 6).await;
+        daemon.stop().await;
+        let stumbled = t.our_api.has_stumbled();
+        assert!(!stumbled, "two requests at once: {route}, {moment:?}");
+    })
+    .await;
+}
+
+/// Kills the daemon, one request of which waits, once that has come as far as `moment`.
+async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
+    let _held = (moment == Moment::Answered).then(|| hold_database(t));
+    if moment == Moment::Answered {
+        t.resume();
+        until("an answer", async || t.pausing() == 0).await;
+    }
+    drop(daemon);
+}
+
+impl Moment {
+    /// What holds a request there.
+    fn pause(self) -> Fault {
+        match self {
+            Self::Sent | Self::Answered => paused(),
+            Self::CarriedOut => paused().carried_out(),
+        }
+    }
+}
+
+/// Keeps everybody else from writing to the database, until it is dropped.
+fn hold_database(t: &Bench) -> rusqlite::Connection {
+    let other = rusqlite::Connection::open(t.db()).expect("a database");
+    other
+        .busy_timeout(Duration::from_secs(30))
+        .expect("a busy timeout");
+    other
+        .execute_batch("BEGIN IMMEDIATE")
+        .expect("nobody holds it for long");
+    other
+}

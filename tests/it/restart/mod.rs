@@ -1,0 +1,7 @@
+//! The daemon, BigChat or OurAPI stops and starts again, and nothing is lost or duplicated.
+
+mod daemon;
+mod failover;
+mod kills;
+mod stopping;
+mod upheavals;

@@ -1,0 +1,420 @@
+//! What either side does to us: BigChat restarts and gives its ids to others, OurAPI loses its data, goes away, and
+//! comes back.
+
+use crate::harness::services::BigChat;
+use crate::harness::{Test, run_live_test, run_test, run_with, until};
+use bigchat_sync::simulator::bigchat::{NextPage, Options, Page};
+use bigchat_sync::simulator::event::{event, message, start, transfer};
+use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::harness::process::Process;
+
+fn quiet() -> Options {
+    Options {
+        quiet: true,
+        ..Options::default()
+    }
+}
+
+#[tokio::test]
+async fn a_restart_of_bigchat_mixes_nothing() {
+    run_with(
+        Options {
+            seed: 11,
+            ..Options::default()
+        },
+        async |t| {
+            let daemon = t.start();
+            for _ in 0..3 {
+                t.bigchat.reports_more(40).await;
+                t.bigchat.restarts_between_polls().await;
+            }
+            t.bigchat.reports_more(40).await;
+            t.bigchat.calms_down();
+            t.agrees().await;
+            daemon.stop().await;
+            assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 4);
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
+    run_with(quiet(), async |t| {
+        let now = t.now();
+        t.bigchat
+            .tells_of(event(1, "MESSAGE", now, json!({"message": "of before"})));
+        t.once().await;
+        t.bigchat.restart();
+        let now = t.now();
+        t.bigchat
+            .tells_of(event(1, "MESSAGE", now, json!({"message": "of after"})));
+        t.once().await;
+        let report = t.compare();
+        assert!(report.is_clean(), "{report}");
+        assert_eq!(report.fallbacks(), 0);
+        assert_eq!(t.our_api.chats().len(), 2);
+    })
+    .await;
+}
+
+/// Lets so many questions for events pass, and has the next one wait until it is told to go on.
+fn pause_after(faults: &BigChat, passing: usize) {
+    let as_ever = slow(Duration::ZERO);
+    faults.upset("GET /events", as_ever.times(passing));
+    faults.upset("GET /events", paused());
+}
+
+#[tokio::test]
+async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
+    run_with(quiet(), async |t| {
+        t.start();
+        until("a poll", async || t.cursor().is_some()).await;
+        // The first page is told as ever; before the second one BigChat restarts.
+        let faults = &t.bigchat;
+        faults.hold(true);
+        pause_after(faults, 1);
+        let now = t.now();
+        t.bigchat.open(2, now - 100, 1);
+        t.bigchat.open(3, now - 100, 2);
+        let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
+        let next = NextPage::Usual;
+        t.bigchat.tells(Page::Events(of_before, next));
+        faults.hold(false);
+        until("half a poll", async || faults.pausing() == 1).await;
+        t.bigchat.restart();
+        let now = t.now();
+        // The ids of the new run are given out anew, so far up to 2.
+        t.bigchat.open(2, now, 1);
+        let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+        t.bigchat.tells(of_after);
+        faults.resume();
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 4);
+    })
+    .await;
+}
+
+/// Tells of a conversation on two pages, the second of which begins as the first one ended: they have shifted. BigChat
+/// restarts before the next poll.
+async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
+    let faults = &t.bigchat;
+    faults.hold(true);
+    pause_after(faults, 2);
+    let now = t.now();
+    let say = |text| message(conversation, now, text);
+    t.bigchat
+        .tells(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
+    t.bigchat.tells([say("two"), say("three")]);
+    faults.hold(false);
+    until("the third question", async || faults.pausing() == 1).await;
+    t.bigchat.restart();
+    faults.resume();
+}
+
+#[tokio::test]
+async fn pages_that_shift_before_a_restart_make_no_message_two() {
+    run_with(quiet(), async |t| {
+        t.differs("scripted pages imitate a log that shifts");
+        t.start();
+        until("a poll", async || t.cursor().is_some()).await;
+        t.bigchat.open(3, t.now() - 100, 2);
+        restart_among_shifted_pages(t, 3).await;
+        t.until_events("delivered", 3).await;
+        let held: Vec<_> = t.our_api.data().messages.into_values().collect();
+        let texts: Vec<_> = held.iter().flatten().map(|message| &message.text).collect();
+        assert_eq!(texts, ["one", "two", "three"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_page_is_of_the_run_that_was_seen_after_it() {
+    run_with(quiet(), async |t| {
+t.differs("scripted pages imitate a log that shifts");
+    t.start();
+    until("a poll", async || t.cursor().is_some()).await;
+    t.bigchat.restart();
+    until("it is noticed", async || {
+        t.value::<i64>("SELECT max(id) FROM epochs") == 2
+    })
+    .await;
+    // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
+    restart_among_shifted_pages(t, 1).await;
+    t.until_events("delivered", 3).await;
+    until("it is noticed", async || {
+        t.value::<i64>("SELECT max(id) FROM epochs") == 3
+    })
+    .await;
+    let of: i64 = t.value(
+        "SELECT min(c.epoch) * max(c.epoch) FROM events e JOIN conversations c ON c.id = e.conversation",
+    );
+    assert_eq!(of, 4, "all of them of the second run");
+})
+.await;
+}
+
+#[tokio::test]
+async fn what_our_api_loses_is_built_again() {
+    run_with(
+        Options {
+            seed: 13,
+            active: 8,
+            ..Options::default()
+        },
+        async |t| {
+            t.start();
+            t.bigchat.reports_more(80).await;
+            t.our_api.loses_everything();
+            t.bigchat.reports_more(40).await;
+            t.our_api.loses_agents();
+            t.bigchat.reports_more(40).await;
+            t.our_api.loses_chat("1");
+            let now = t.now();
+            let touched = json!({"message": "are you there?"});
+            t.bigchat.tells_of(event(1, "MESSAGE", now, touched));
+            t.bigchat.reports_more(80).await;
+            t.bigchat.calms_down();
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_answers_404_to_everything_is_no_loss() {
+    run_with(
+        Options {
+            seed: 14,
+            ..Options::default()
+        },
+        async |t| {
+            let daemon = t.start();
+            t.bigchat.reports_more(40).await;
+            t.our_api.outage(Some(status(404)));
+            t.bigchat.reports_more(40).await;
+            t.our_api.outage(None);
+            t.bigchat.calms_down();
+            t.agrees().await;
+            daemon.stop().await;
+            assert_eq!(t.value::<i64>("SELECT losses FROM control"), 0);
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
+    for (fault, what) in [
+        (dropped(), "connections dropped"),
+        (crashed(), "500"),
+        (status(401), "401"),
+        (status(503), "503"),
+        (html(), "HTML"),
+    ] {
+        run_with(
+            Options {
+                seed: 15,
+                awkward: false,
+                ..Options::default()
+            },
+            async |t| {
+                t.set("--max-attempts", "1").set("--retry-max", "40ms");
+                let daemon = t.start();
+                t.bigchat.reports_more(30).await;
+                t.our_api.outage(Some(fault));
+                let before = t.our_api.total();
+                until("probes", async || t.our_api.total() > before + 20).await;
+                t.bigchat.reports_more(30).await;
+                t.our_api.outage(None);
+                t.bigchat.calms_down();
+                t.agrees().await;
+                daemon.stop().await;
+                assert_eq!(t.events("failed"), 0, "{what}");
+                assert_eq!(t.our_api.max_at_once(), 1, "{what}");
+            },
+        )
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
+    run_live_test(async |t| {
+        t.set("--retry-max", "1s");
+        let now = t.now();
+        t.our_api.outage(Some(status(503)));
+        let daemon = Process::start(t);
+        let tell = |poll: i64, count: i64| {
+            let event = |n: i64| {
+                let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
+                message(10 + n, now - 5, &text)
+            };
+            t.bigchat.tells((0..count).map(event));
+        };
+        (10..30).for_each(|id| t.bigchat.open(id, now - 100, 1));
+        tell(0, 20);
+        t.until_events("waiting", 20).await;
+        let before = daemon.mebibytes("VmRSS");
+        for poll in 1..=40 {
+            tell(poll, 20);
+        }
+        t.until_events("waiting", 41 * 20).await;
+        let probes = t.our_api.total();
+        until("more probes", async || t.our_api.total() > probes + 3).await;
+        let grown = daemon.mebibytes("VmRSS").saturating_sub(before);
+        assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
+        assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
+        assert_eq!(
+            t.value::<i64>("SELECT coalesce(max(counted), 0) FROM attempts"),
+            0
+        );
+        // At most one more than the probe that found it well: what waits is not tried all at once.
+        t.our_api.outage(None);
+        t.agrees().await;
+        assert_eq!(t.our_api.max_at_once(), 1);
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.events("failed"), 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn faults_of_all_kinds_lose_and_double_nothing() {
+    run_with(
+        Options {
+            seed: 16,
+            ..Options::default()
+        },
+        async |t| {
+            t.set("--request-timeout", "300ms");
+            let often = [dropped(), crashed(), cut_off(), html()].map(|fault| (0.02, fault));
+            let seldom = (0.003, slow(Duration::from_millis(600)));
+            for (probability, fault) in often.into_iter().chain([seldom]) {
+                t.our_api.upset_at_random(probability, fault.clone());
+                t.our_api.upset_at_random(probability, fault.carried_out());
+            }
+            t.our_api
+                .upset_at_random(0.01, status(429).header("retry-after", "0"));
+            t.bigchat.upset_at_random(0.05, crashed());
+            t.bigchat.upset_at_random(0.05, dropped());
+            let daemon = t.start();
+            t.bigchat.reports_more(400).await;
+            t.bigchat.calms_down();
+            t.our_api.calm();
+            t.bigchat.calm();
+            t.agrees().await;
+            daemon.stop().await;
+            assert!(t.our_api.injected() > 20);
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_404_of_what_is_not_bigchat_is_not_believed() {
+    run_live_test(async |t| {
+        let faults = &t.bigchat;
+        let (now, route) = (t.now(), "GET /conversations/{id}");
+        faults.upset(route, crashed().times(1_000));
+        t.bigchat.open(10, now - 100, 7);
+        t.bigchat
+            .tells_of(event(10, "MESSAGE", now - 5, json!({"message": "hello"})));
+        t.once().await;
+        assert_eq!(t.events("waiting"), 1);
+        faults.calm();
+        faults.outage(Some(status(404)));
+        let daemon = t.start();
+        let tries = "SELECT max(attempts) FROM attempts";
+        until("it is tried", async || t.value::<i64>(tries) > 3).await;
+        faults.outage(None);
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.compare().fallbacks(), 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_of_bigchat_that_is_set_back_after_a_restart_mixes_nothing() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.tells([message(10, now, "of before")]);
+        t.start();
+        t.agrees().await;
+        t.bigchat.clock_runs(60);
+        t.bigchat.restart();
+        t.bigchat.open(10, t.now(), 2);
+        let told = vec![message(10, t.now(), "of after")];
+        t.bigchat.tells(told);
+        t.until_events("delivered", 2).await;
+        t.agrees().await;
+        assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 2);
+        t.bigchat.clock_runs(-3600);
+        let told = vec![message(10, t.now(), "after the step")];
+        t.bigchat.tells(told);
+        t.until_events("delivered", 3).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_stray_404_of_bigchat_is_not_believed() {
+    run_test(async |t| {
+        t.bigchat.upset("GET /advisors/8", status(404));
+        t.bigchat.upset("GET /conversations/43", status(404));
+        let daemon = t.start();
+        t.delivers([start(42, 0), transfer(42, 3, 8)]).await;
+        t.delivers([message(43, 30, "first")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - a2"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_advisor_whom_bigchat_did_not_know_is_asked_for_again_by_the_next_session() {
+    run_test(async |t| {
+        t.differs("BigChat does not know the advisor at first");
+        t.bigchat.upset("GET /advisors/8", status(404).always());
+        let daemon = t.start();
+        t.delivers([start(42, 0), transfer(42, 3, 8)]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+        t.bigchat.calm();
+        let daemon = t.start();
+        t.delivers([start(43, 1), transfer(43, 4, 8)]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats()[1], "43 22:00:01 - a1");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn stray_404s_for_the_first_conversation_do_not_blind_it_to_a_restart() {
+    run_test(async |t| {
+        let first = status(404).times(3);
+        t.bigchat.upset("GET /conversations/1", first);
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 2, "of before")])
+            .await;
+        until("it is known", async || {
+            t.bigchat.further_polls(1).await;
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1") > 0
+        })
+        .await;
+        // Conversation 1 starts anew, nobody knows 42, and advisor 7 is somebody else.
+        t.bigchat.restarts(2, 100);
+        t.bigchat.advisor(7, "Carl", "carl@x.test");
+        t.delivers([start(2, 100), message(2, 101, "of after")])
+            .await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.count("POST /agents"), 2);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "2 22:01:40 - a2"]);
+    })
+    .await;
+}
