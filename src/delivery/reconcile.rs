@@ -98,7 +98,7 @@ enum Needed {
 
 /// Whether a message may be delivered though it waits.
 pub(super) fn is_in_doubt(worker: &Worker, event: &Pending) -> bool {
-    event.what.kind().is_message()
+    event.payload.kind().is_message()
         && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
 }
 
@@ -179,7 +179,7 @@ impl Reconciled {
         let changes = || {
             self.events
                 .iter()
-                .filter(|event| !event.what.kind().is_message())
+                .filter(|event| !event.payload.kind().is_message())
         };
         if !self.claim.is_in_doubt || self.events.iter().any(|event| is_unsure(&event)) {
             if changes().any(|event| event.attempts.outcome_unknown) {
@@ -240,7 +240,7 @@ impl Reconciled {
         chat: Uuid,
         needed: Needed,
     ) -> Result<(), Stopped> {
-        let is_message = |event: &Pending| event.what.kind().is_message();
+        let is_message = |event: &Pending| event.payload.kind().is_message();
         if needed == Needed::IfWaiting && !self.events.iter().any(is_message) {
             self.observation = Observation::Read(None);
             return Ok(());
@@ -316,7 +316,7 @@ impl Reconciled {
         let changes: Vec<Pending> = self
             .events
             .iter()
-            .filter(|event| !event.what.kind().is_message())
+            .filter(|event| !event.payload.kind().is_message())
             .cloned()
             .collect();
         let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
@@ -501,7 +501,7 @@ impl Reconciled {
             MessageAuthor::Agent => self.conversation.observed.agent,
         };
         for event in events {
-            let Some(text) = event.what.text() else {
+            let Some(text) = event.payload.text() else {
                 continue;
             };
             if worker.stopping.is_cancelled() {

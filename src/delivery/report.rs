@@ -55,7 +55,7 @@ impl Scheduler {
                     (Some(event), AttemptError::Journal(error)) => {
                         // The event itself has not failed.
                         tracing::error!(
-                            conversation = conversation.bigchat_id, event = event.id.0, kind = %event.what.kind(),
+                            conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
                             reason = %error, "the database interrupted a delivery"
                         );
                         due = Due::At(now.plus(STORAGE_PAUSE));
@@ -188,7 +188,7 @@ impl Scheduler {
             ($so:expr, $message:literal) => {
                 log_at!(
                     $so,
-                    conversation = conversation.bigchat_id, event = event.id.0, kind = %event.what.kind(),
+                    conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
                     chat = conversation.observed.chat.map(tracing::field::display), attempts = attempts.failed,
                     reason = %failure.reason, request = %failure.request, response = %failure.response,
                     $message
@@ -278,7 +278,7 @@ fn delivered(conversation: &Conversation, event: &Pending, effect: Effect) -> Ou
     tracing::debug!(
         conversation = conversation.bigchat_id,
         event = event.id.0,
-        kind = %event.what.kind(),
+        kind = %event.payload.kind(),
         at = %event.at,
         chat = conversation.observed.chat.map(tracing::field::display),
         effect = effect.name(),

@@ -1,18 +1,17 @@
-//! Accounting: which of a chat's messages are those of the journal. There is no idempotency key, so messages are told
-//! apart by time and text, and equal ones are counted.
+//! Accounting: matching a chat's messages with those of the journal. OurAPI has no idempotency key, so time and text
+//! identify a message, and equal ones are counted.
 
 use std::collections::HashMap;
 
 use super::ids::EventId;
 use crate::domain::time::Timestamp;
 
-/// What makes two messages of a chat equal: when they were sent, and the text without the white space that OurAPI strips
-/// from both ends.
+/// Equal for equal messages of a chat: the time of sending, and the text without the white space that OurAPI strips from
+/// both ends.
 pub type MessageKey = (Timestamp, String);
 
-/// The key of a message, as sent or as held.
 pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
-    // Python strips the separators 0x1c to 0x1f as well.
+    // Python strips the separators 0x1c to 0x1f, too.
     let stripped = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
     (sent_at, stripped.to_owned())
 }
@@ -22,36 +21,34 @@ pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
 pub struct Recorded {
     pub id: EventId,
     pub key: MessageKey,
-    pub standing: MessageState,
+    pub state: MessageState,
 }
 
-/// What the journal knows of whether OurAPI holds a message.
+/// Whether OurAPI has a message, as far as the journal knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageState {
-    /// It was delivered.
     Delivered,
-    /// It waits and may have been sent: a later copy of the journal may know.
+    /// It waits, and a newer copy of the journal may have sent it.
     MaybeSent,
-    /// It waits, and the outcome of an attempt to send it is unknown.
+    /// It waits, and the outcome of an attempt is unknown.
     OutcomeUnknown,
-    /// The same of a dead letter, which is not sent again.
+    /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
-    /// It waits and was not sent, or it is a dead letter that was rejected.
+    /// It waits and was not sent, or it is a rejected dead letter.
     NotSent,
 }
 
-/// What an accounting shows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Accounting {
-    /// Delivered messages that OurAPI does not hold.
+    /// Delivered messages that OurAPI does not have.
     pub missing: Vec<EventId>,
-    /// What OurAPI holds beyond what is known to be delivered: a waiting message that matches need not be sent.
+    /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
 }
 
-/// Accounts for each message that OurAPI holds once: first exact matches of delivered messages, then of those that may
-/// have been sent. What is left over may be a message that OurAPI altered: one of the same second accounts for a delivered
-/// message or for one of unknown outcome. `recorded` is in order of arrival.
+/// Accounts once for each message in OurAPI: first for exact matches of delivered messages, then of those that may have
+/// been sent. OurAPI may have altered a message, so an unmatched one then accounts for a delivered message, or one of
+/// unknown outcome, of the same second. `recorded` is in order of arrival.
 pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]) -> Accounting {
     let mut left = Left::default();
     for key in held {
@@ -59,19 +56,19 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     }
     let mut unmatched = Vec::new();
     let mut credited = Vec::new();
-    for wanted in [
+    for states in [
         &[MessageState::Delivered][..],
         &[MessageState::DeadOutcomeUnknown],
         &[MessageState::OutcomeUnknown, MessageState::MaybeSent],
     ] {
-        let of_standing = recorded
+        let matching = recorded
             .iter()
-            .filter(|message| wanted.contains(&message.standing));
-        for message in of_standing {
+            .filter(|message| states.contains(&message.state));
+        for message in matching {
             if !left.take(&message.key) {
                 unmatched.push(message);
             } else if matches!(
-                message.standing,
+                message.state,
                 MessageState::OutcomeUnknown | MessageState::MaybeSent
             ) {
                 credited.push(&message.key);
@@ -81,8 +78,8 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     let mut missing = Vec::new();
     for message in unmatched {
         let altered =
-            message.standing != MessageState::MaybeSent && left.take_of_second(message.key.0);
-        match message.standing {
+            message.state != MessageState::MaybeSent && left.take_of_second(message.key.0);
+        match message.state {
             MessageState::Delivered if !altered => missing.push(message.id),
             MessageState::OutcomeUnknown if altered => credited.push(&message.key),
             _ => {}
@@ -96,7 +93,7 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     Accounting { missing, credits }
 }
 
-/// What OurAPI holds and nothing accounts for yet.
+/// Messages in OurAPI that are not accounted for yet.
 #[derive(Default)]
 struct Left(HashMap<MessageKey, u32>);
 
@@ -137,16 +134,16 @@ mod tests {
         key(Timestamp::clamped(second), text)
     }
 
-    fn recorded(id: i64, key: MessageKey, standing: MessageState) -> Recorded {
+    fn recorded(id: i64, key: MessageKey, state: MessageState) -> Recorded {
         Recorded {
             id: EventId(id),
             key,
-            standing,
+            state,
         }
     }
 
     #[test]
-    fn white_space_at_the_ends_makes_no_difference() {
+    fn white_space_at_both_ends_stripped() {
         assert_eq!(of(1, " a b\u{a0}\n"), of(1, "a b"));
         assert_eq!(of(1, "\x1ca\x1f"), of(1, "a"));
         assert_ne!(of(1, "a  b"), of(1, "a b"));
@@ -170,27 +167,26 @@ mod tests {
     #[test]
     fn an_altered_message_is_not_missing() {
         use MessageState::{Delivered, MaybeSent, OutcomeUnknown};
-        let other = || [of(1, "censored")];
+        let altered = || [of(1, "censored")];
         let delivered = [recorded(1, of(1, "a"), Delivered)];
-        assert_eq!(account(other(), &delivered), Accounting::default());
-        // Sent or not is not known: the altered one may be it.
+        assert_eq!(account(altered(), &delivered), Accounting::default());
         let unknown = [recorded(1, of(1, "a"), OutcomeUnknown)];
         assert_eq!(
-            account(other(), &unknown).credits,
+            account(altered(), &unknown).credits,
             HashMap::from([(of(1, "a"), 1)])
         );
-        // It matches no message, so it may be one that is received again.
+        // Without an attempt, the message in OurAPI may be one that BigChat will report again.
         let maybe = [recorded(1, of(1, "a"), MaybeSent)];
         assert_eq!(
-            account(other(), &maybe).credits,
+            account(altered(), &maybe).credits,
             HashMap::from([(of(1, "censored"), 1)])
         );
         let elsewhere = [recorded(1, of(2, "a"), Delivered)];
-        assert_eq!(account(other(), &elsewhere).missing, [EventId(1)]);
+        assert_eq!(account(altered(), &elsewhere).missing, [EventId(1)]);
     }
 
     #[test]
-    fn a_dead_letter_of_unknown_outcome_accounts_for_its_copy() {
+    fn dead_letter_of_unknown_outcome_accounts() {
         use MessageState::{DeadOutcomeUnknown, MaybeSent};
         let journal = [
             recorded(1, of(1, "a"), DeadOutcomeUnknown),
@@ -199,7 +195,7 @@ mod tests {
         assert!(account([of(1, "a")], &journal).credits.is_empty());
     }
 
-    fn standing() -> impl Strategy<Value = MessageState> {
+    fn state() -> impl Strategy<Value = MessageState> {
         prop_oneof![
             Just(MessageState::Delivered),
             Just(MessageState::MaybeSent),
@@ -213,23 +209,23 @@ mod tests {
         #[test]
         fn each_copy_is_accounted_for_once(
             held in proptest::collection::vec((0_i64..3, 0_u8..3), 0..8),
-            messages in proptest::collection::vec((0_i64..3, 0_u8..3, standing()), 0..8),
+            messages in proptest::collection::vec((0_i64..3, 0_u8..3, state()), 0..8),
         ) {
             let key_of = |second: i64, text: u8| of(second, &format!("text {text}"));
             let journal: Vec<Recorded> = messages.iter().zip(1..)
-                .map(|((second, text, standing), id)| recorded(id, key_of(*second, *text), *standing))
+                .map(|((second, text, state), id)| recorded(id, key_of(*second, *text), *state))
                 .collect();
             let count = held.len();
             let result = account(held.iter().map(|(second, text)| key_of(*second, *text)), &journal);
             let credits: u32 = result.credits.values().sum();
-            let delivered = messages.iter().filter(|(.., standing)| *standing == MessageState::Delivered).count();
+            let delivered = messages.iter().filter(|(.., state)| *state == MessageState::Delivered).count();
             // A copy is a credit, or it accounts for a delivered message or a dead letter.
             prop_assert!(credits as usize + (delivered - result.missing.len()) <= count);
-            // A message that OurAPI holds exactly is never missing while it holds as many as were delivered.
+            // No message is missing of which OurAPI has as many exact copies as were delivered.
             for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {
                 let same = |key: &MessageKey| *key == message.key;
                 let copies = held.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();
-                let sent = journal.iter().filter(|other| other.standing == MessageState::Delivered && same(&other.key)).count();
+                let sent = journal.iter().filter(|other| other.state == MessageState::Delivered && same(&other.key)).count();
                 prop_assert!(copies < sent);
             }
         }

@@ -1,29 +1,25 @@
-//! When to try again: pure decisions, given the time and a random number.
-//!
-//! A failed attempt is data: the event waits, with exponential back-off and full jitter. When its attempts are spent is
-//! for delivery to say.
+//! Exponential back-off with full jitter. Pure. Delivery decides when an event has no attempts left.
 
 use std::time::Duration;
 
-/// How long and how often to try again (`--retry-initial`, `--retry-max`, `--max-attempts`).
+/// `--retry-initial`, `--retry-max` and `--max-attempts`.
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
-    /// The longest wait after the first failure.
+    /// First back-off.
     pub initial: Duration,
-    /// The longest wait ever.
+    /// Maximum back-off.
     pub max: Duration,
-    /// How many counted attempts an event has.
+    /// Counted attempts before an event becomes a dead letter.
     pub max_attempts: u32,
 }
 
 impl Policy {
-    /// How long to wait after failure number `tries` (from 1): anything from nothing to `initial` doubled with each
-    /// failure, at most `max`, chosen by `fraction` (0 to 1). Full jitter, so that what failed together does not
-    /// come back together.
-    pub fn backoff(&self, tries: u32, fraction: f64) -> Duration {
+    /// The wait after failure number `attempts` (from 1): `fraction` (0 to 1) of `initial`, doubled with each further
+    /// failure up to `max`. A random fraction spreads requests that failed together.
+    pub fn backoff(&self, attempts: u32, fraction: f64) -> Duration {
         let doubled = self
             .initial
-            .saturating_mul(2_u32.saturating_pow(tries.saturating_sub(1).min(31)));
+            .saturating_mul(2_u32.saturating_pow(attempts.saturating_sub(1).min(31)));
         doubled.min(self.max).mul_f64(fraction.clamp(0.0, 1.0))
     }
 }
@@ -34,7 +30,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// As the settings are by default.
+    /// The default settings.
     pub(crate) const POLICY: Policy = Policy {
         initial: Duration::from_secs(1),
         max: Duration::from_secs(300),
@@ -43,7 +39,7 @@ pub(crate) mod tests {
 
     #[test]
     fn backoff_doubles_up_to_its_maximum() {
-        let longest = |tries| POLICY.backoff(tries, 1.0).as_secs();
+        let longest = |attempts| POLICY.backoff(attempts, 1.0).as_secs();
         assert_eq!(
             [1, 2, 3, 9, 10, u32::MAX].map(longest),
             [1, 2, 4, 256, 300, 300]
@@ -53,12 +49,12 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn backoff_stays_within_its_bounds(tries: u32, fraction in 0.0..=1.0_f64, initial in 0_u64..10_000, max in 0_u64..1_000_000) {
+        fn backoff_stays_within_its_bounds(attempts: u32, fraction in 0.0..=1.0_f64, initial in 0_u64..10_000, max in 0_u64..1_000_000) {
             let policy = Policy { initial: Duration::from_millis(initial), max: Duration::from_millis(max), max_attempts: 1 };
-            let delay = policy.backoff(tries, fraction);
+            let delay = policy.backoff(attempts, fraction);
             prop_assert!(delay <= policy.max);
-            prop_assert!(policy.backoff(tries, 1.0) >= delay, "the longest wait is that of the largest fraction");
-            prop_assert!(policy.backoff(tries.saturating_add(1), fraction) >= delay, "waits never get shorter");
+            prop_assert!(policy.backoff(attempts, 1.0) >= delay, "the longest wait is that of the largest fraction");
+            prop_assert!(policy.backoff(attempts.saturating_add(1), fraction) >= delay, "waits never get shorter");
         }
     }
 }

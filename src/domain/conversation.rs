@@ -1,5 +1,5 @@
-//! A conversation: what its chat in OurAPI should look like (desired), what it looks like as far as the journal
-//! remembers (observed), and the difference, which is all that is ever sent.
+//! A conversation: its chat in OurAPI as it should be (desired), as the journal remembers it (observed), and the
+//! difference. Only the difference is sent.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::event::{EventKind, Payload};
 use crate::domain::time::{Millis, Timestamp};
 
-/// One conversation of one epoch of BigChat.
+/// A conversation of one epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversation {
     pub id: ConversationId,
@@ -26,26 +26,26 @@ pub struct Conversation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Details {
     Unread,
-    /// Never read again: a usual vendor's details name the advisor of now.
+    /// Never read again, since most vendors' details name the current advisor.
     Read,
     /// BigChat no longer knows the conversation.
     Gone,
 }
 
-/// The fold of a conversation's details and accepted events. The latest `event_at` counts, whatever order they come in.
+/// The fold of a conversation's details and accepted events. The latest `event_at` counts, in any order of arrival.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// Of its START or its details; `None`: neither is known.
+    /// From the START or the details; `None` if neither is known.
     pub started_at: Option<Timestamp>,
-    /// Of the details when they were first read.
+    /// From the details when they were first read.
     pub first_advisor: Option<AdvisorId>,
-    /// Of the latest END.
+    /// From the latest END.
     pub ended_at: Option<Timestamp>,
-    /// The latest TRANSFER.
+    /// The latest.
     pub transfer: Option<Transfer>,
 }
 
-/// A TRANSFER, ordered by when it happened; ties go to the later arrival.
+/// A TRANSFER, ordered by event time; ties go to the later arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Transfer {
     pub at: Timestamp,
@@ -65,19 +65,19 @@ impl Desired {
 /// A conversation's chat in OurAPI, as last written or read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Once chosen; it cannot be changed afterwards.
+    /// Set when it is chosen, never changed afterwards.
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
-    /// Also while its creation is in progress.
+    /// Set already while the chat is being created.
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,
-    /// The advisor whose agent that is; `None`: not known, so that a desired agent is written.
+    /// The advisor whose agent that is; `None`: unknown, so that the desired agent is written.
     pub advisor: Option<AdvisorId>,
 }
 
-/// The fields a chat should have.
+/// The fields of a chat that events determine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fields {
     pub started_at: Timestamp,
@@ -85,28 +85,25 @@ pub struct Fields {
     pub agent: Option<Uuid>,
 }
 
-/// What is to change of a chat: only what is named here is named to OurAPI, since what is named is set.
+/// A change of a chat. OurAPI sets every field that a request names, so only changed fields are serialized.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ChatChange {
-    /// The start time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Timestamp>,
-    /// The end time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<Timestamp>,
-    /// The agent; `Some(None)` clears it.
+    /// `Some(None)` clears it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<Option<Uuid>>,
 }
 
 impl ChatChange {
-    /// Whether there is nothing to change.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Fields that a chat has, and that neither we nor an event gave it.
+/// The fields of a chat that another client changed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drift {
     pub started_at: bool,
@@ -120,7 +117,7 @@ impl Drift {
     }
 }
 
-/// The names of the fields, as OurAPI has them.
+/// OurAPI's names of the fields.
 impl fmt::Display for Drift {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let fields = [
@@ -137,8 +134,7 @@ impl fmt::Display for Drift {
 }
 
 impl Observed {
-    /// What to send so that the chat gets these fields: only what differs. An end time never goes back and is never
-    /// cleared.
+    /// The change that gives the chat these fields. An end time never moves back and is never cleared.
     pub fn diff(&self, fields: &Fields) -> ChatChange {
         ChatChange {
             started_at: (self.started_at != Some(fields.started_at)).then_some(fields.started_at),
@@ -147,7 +143,7 @@ impl Observed {
         }
     }
 
-    /// The chat has these fields now, the agent being that of `advisor`.
+    /// Records that the chat has these fields now. The agent is that of `advisor`.
     pub fn apply(&mut self, fields: &Fields, advisor: Option<AdvisorId>) {
         self.started_at = Some(fields.started_at);
         self.ended_at = self.ended_at.max(fields.ended_at);
@@ -155,23 +151,22 @@ impl Observed {
         self.advisor = advisor;
     }
 
-    /// Takes over a chat that was found under the conversation's external id. Its agent counts as the desired one,
-    /// unless a TRANSFER names another or it has none.
+    /// Adopts an existing chat with the conversation's external id. Its agent counts as the desired one, unless it has none
+    /// or a TRANSFER names one.
     pub fn adopt(&mut self, external_id: String, chat: Uuid, found: &Fields, desired: &Desired) {
-        let keeps_agent = found.agent.is_some() && desired.transfer.is_none();
+        let agent_counts = found.agent.is_some() && desired.transfer.is_none();
         *self = Self {
             external_id: Some(external_id),
             chat: Some(chat),
             started_at: Some(found.started_at),
             ended_at: found.ended_at,
             agent: found.agent,
-            advisor: desired.advisor().filter(|_| keeps_agent),
+            advisor: desired.advisor().filter(|_| agent_counts),
         };
     }
 
-    /// Merges what was read from OurAPI into what was remembered. A field that `unsure` names is as it was read, so that
-    /// it is written if something else is desired. Any other field that differs was changed by somebody else: it stays,
-    /// and is reported.
+    /// Merges the fields read from OurAPI. A field in `unsure` takes the value read, so that it is written if another value
+    /// is desired. Any other field that differs was changed by another client: it stays in OurAPI and is returned as drift.
     pub fn merge(&mut self, found: &Fields, unsure: Unsure) -> Drift {
         let mut drift = Drift::default();
         if unsure.started_at {
@@ -179,7 +174,7 @@ impl Observed {
         } else {
             drift.started_at = self.started_at != Some(found.started_at);
         }
-        // An end that is gone was lost: nothing clears one.
+        // A missing end was lost, since nothing clears one.
         if unsure.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
             self.ended_at = found.ended_at;
         } else {
@@ -195,7 +190,7 @@ impl Observed {
     }
 }
 
-/// Which fields of a chat may have been written without the journal knowing.
+/// Fields of a chat that may have been written although the journal does not record it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unsure {
     pub started_at: bool,
@@ -210,11 +205,11 @@ impl Unsure {
         agent: true,
     };
 
-    /// The fields that events name.
+    /// The fields that these events change.
     pub fn named_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
         let mut unsure = Self::default();
         for event in events {
-            match event.what.kind() {
+            match event.payload.kind() {
                 EventKind::Start => unsure.started_at = true,
                 EventKind::End => unsure.ended_at = true,
                 EventKind::Transfer => unsure.agent = true,
@@ -225,40 +220,40 @@ impl Unsure {
     }
 }
 
-/// An event that waits to be delivered.
+/// A waiting event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pending {
     pub id: EventId,
     pub at: Timestamp,
     pub received_at: Millis,
-    pub what: Payload,
+    pub payload: Payload,
     pub attempts: Attempts,
-    /// It is at or below the offset, and to be sent again.
+    /// It is at or below the offset and is to be sent again.
     pub redelivery: bool,
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
-    /// OurAPI was found to hold such a message beyond those known to be delivered, when the conversation's latest event was
-    /// this one.
+    /// OurAPI had an equal message that no delivered event accounts for. The value is the conversation's latest event when
+    /// the chat was read.
     pub credit: Option<EventId>,
 }
 
 impl Pending {
-    /// Size of its message in bytes.
+    /// Size of the message text in bytes.
     pub fn bytes(&self) -> usize {
-        self.what.text().map_or(0, str::len)
+        self.payload.text().map_or(0, str::len)
     }
 }
 
-/// How the delivery of an event has failed so far.
+/// The failed attempts of an event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attempts {
-    /// All failures, for the back-off.
+    /// All of them, for the back-off.
     pub failed: u32,
-    /// Failures while other conversations got through.
+    /// Those while writes of other conversations succeeded.
     pub counted: u32,
     /// How many writes had succeeded at the last failure.
     pub writes_then: Option<i64>,
-    /// It may have been carried out.
+    /// OurAPI may have carried out one of them.
     pub outcome_unknown: bool,
 }
 
@@ -303,7 +298,7 @@ mod tests {
                 ended_at: end.map(at),
                 ..same
             });
-            assert_eq!(change.ended_at, written.map(at), "an end never goes back");
+            assert_eq!(change.ended_at, written.map(at), "an end never moves back");
         }
         let without_agent = diff(Fields {
             agent: None,
@@ -313,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn unsure_fields_are_as_read_and_others_drift() {
+    fn only_certain_fields_drift() {
         let mut merged = observed();
         let drift = merged.merge(&found(), Unsure::default());
         assert!(drift.started_at && drift.ended_at && drift.agent);
@@ -333,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_end_is_taken_over() {
+    fn later_end_is_no_drift() {
         let mut merged = observed();
         let later = Fields {
             ended_at: Some(at(20)),
@@ -345,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn adoption_keeps_an_agent_unless_a_transfer_names_one() {
+    fn adopted_agent_with_and_without_transfer() {
         let first = Desired {
             first_advisor: Some(AdvisorId(1)),
             ..Desired::default()

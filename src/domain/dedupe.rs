@@ -1,17 +1,17 @@
 //! Counting events that carry no id.
 //!
-//! An event is known by its conversation, name, time and data ([`Key`]), and by how many equal ones one poll reports.
-//! Equal MESSAGEs are that many, on one page as on several, with one exception: a late event that came in before a page
-//! shifts the pages after it, so that the next page begins with what this one ended with. That overlap is the same.
-//! Of all other kinds equal events are one: BigChat repeats ENDs and TRANSFERs from page to page.
+//! Conversation, name, time and data identify an event ([`Key`]), together with how many equal ones a poll reports.
+//! Each equal MESSAGE counts, on one page or on several, with one exception. A late event that is inserted before a page
+//! shifts the following pages, so that the next page begins with the end of this one. Events in that overlap count once.
+//! Equal events of all other kinds count once, since BigChat repeats ENDs and TRANSFERs on several pages.
 //!
-//! Pure: pages in, numbers out. The journal afterwards stores as many as were counted, those of earlier polls included.
+//! Pure. The journal then stores only those that earlier polls have not reported.
 
 use std::collections::HashMap;
 
 use crate::domain::event::{Event, EventKind};
 
-/// What makes events equal, as far as a poll needs it.
+/// Equal for equal events of a poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// BigChat's id of the conversation; 0 if the event could not be parsed.
@@ -23,7 +23,6 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key of what could not be parsed.
     pub fn unparsed(fingerprint: i64) -> Self {
         Self {
             conversation: 0,
@@ -32,12 +31,12 @@ impl Key {
         }
     }
 
-    /// Whether equal ones on one page are that many. What could not be parsed may be a message.
+    /// Whether each of several equal events on a page counts. An event that could not be parsed may be a message.
     fn is_counted(&self) -> bool {
         self.kind.is_none_or(EventKind::is_message)
     }
 
-    /// Whether BigChat repeats such an event on further pages of the same poll.
+    /// Whether BigChat repeats such an event on later pages of the same poll.
     fn is_repeated(&self) -> bool {
         matches!(self.kind, Some(EventKind::End | EventKind::Transfer))
     }
@@ -58,7 +57,7 @@ impl From<&Event> for Key {
 pub struct Counts(HashMap<Key, u32>);
 
 impl Counts {
-    /// Counts the events of a poll, page by page.
+    /// Counts the events of the pages of one poll.
     pub fn of(pages: &[Vec<Key>]) -> Self {
         let mut counts = HashMap::new();
         for (number, page) in pages.iter().enumerate() {
@@ -70,13 +69,12 @@ impl Counts {
         Self(counts)
     }
 
-    /// How many there are of that key.
     pub fn get(&self, key: &Key) -> u32 {
         self.0.get(key).copied().unwrap_or(0)
     }
 }
 
-/// With how many of its first events a page repeats what the pages before it have reported.
+/// How many of the first events of a page repeat earlier pages.
 fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
     if is_repetition(before, page) {
         return page.len();
@@ -84,8 +82,8 @@ fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
     last(before).map_or(0, |last| overlap(last, page))
 }
 
-/// Whether a page is one of those before it once more, by another URL: the pages go in a circle. A page with only one
-/// event of its own is that only if it follows the other at once.
+/// Whether a page repeats an earlier one under another URL, so that the pagination loops. ENDs and TRANSFERs repeat anyway;
+/// a page with a single other event counts only if it repeats the page just before it.
 pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
     match page.iter().filter(|key| !key.is_repeated()).count() {
         0 => false,
@@ -94,7 +92,7 @@ pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
     }
 }
 
-/// The last page that has any events.
+/// The last page that is not empty.
 fn last(pages: &[Vec<Key>]) -> Option<&[Key]> {
     pages
         .iter()
@@ -102,10 +100,10 @@ fn last(pages: &[Vec<Key>]) -> Option<&[Key]> {
         .map(Vec::as_slice)
 }
 
-/// How many events the end of `page` and the beginning of `next` have in common, at most. Linear (Knuth, Morris and
-/// Pratt): a hostile page has a million equal events.
+/// Length of the longest suffix of `page` that is a prefix of `next`. Linear (Knuth-Morris-Pratt), since a hostile page
+/// has a million equal events.
 fn overlap(page: &[Key], next: &[Key]) -> usize {
-    // Of each beginning of `next`, how long its longest own beginning is that it also ends with.
+    // For each prefix of `next`, the length of its longest proper prefix that is also its suffix.
     let mut borders = vec![0; next.len()];
     let mut matched = 0;
     for at in 1..next.len() {
@@ -119,7 +117,7 @@ fn overlap(page: &[Key], next: &[Key]) -> usize {
     matched
 }
 
-/// The longest beginning of `next` that ends with `key`, after one of length `matched`.
+/// Length of the longest prefix of `next` that ends with `key`, given that the prefix of length `matched` precedes it.
 fn extended(next: &[Key], borders: &[usize], mut matched: usize, key: &Key) -> usize {
     while matched > 0 && next[matched] != *key {
         matched = borders[matched - 1];
@@ -158,14 +156,14 @@ mod tests {
     }
 
     #[test]
-    fn equal_messages_on_one_page_are_that_many() {
+    fn equal_messages_on_one_page() {
         assert_eq!(count(&["kkEa"], 'k'), 2);
         assert_eq!(count(&["kkEa"], 'E'), 1);
         assert_eq!(count(&["?a?"], '?'), 2, "each may be a message");
     }
 
     #[test]
-    fn equal_messages_on_later_pages_are_others() {
+    fn equal_messages_on_later_pages() {
         assert_eq!(count(&["kab", "ckd"], 'k'), 2);
         assert_eq!(count(&["kab", "kcd"], 'k'), 2, "it was not at the end");
         assert_eq!(count(&["abk", "ckd"], 'k'), 2, "nor at the beginning");
@@ -173,9 +171,9 @@ mod tests {
     }
 
     #[test]
-    fn the_overlap_of_shifted_pages_is_the_same() {
+    fn overlap_of_shifted_pages_counts_once() {
         assert_eq!(count(&["abk", "kcd"], 'k'), 1);
-        assert_eq!(count(&["akEb", "kEbc"], 'k'), 1, "and what was after it");
+        assert_eq!(count(&["akEb", "kEbc"], 'k'), 1, "a longer overlap");
         assert_eq!(count(&["kk", "kkk"], 'k'), 3, "two of three");
         assert_eq!(count(&["akk", "kb"], 'k'), 2, "one of two");
         assert_eq!(count(&["a?k", "?kb"], 'k'), 1, "unparsed events count");
@@ -183,13 +181,13 @@ mod tests {
     }
 
     #[test]
-    fn equal_changes_are_one() {
+    fn equal_changes_count_once() {
         assert_eq!(count(&["aE", "bE", "EE"], 'E'), 1);
         assert_eq!(count(&["1a", "b1"], '1'), 1);
     }
 
     #[test]
-    fn a_page_that_comes_again_is_a_repetition() {
+    fn repeated_page_under_another_url() {
         let is = |before: &[&str], page: &str| {
             let before: Vec<_> = before.iter().map(|page| keys(page)).collect();
             is_repetition(&before, &keys(page))
@@ -226,15 +224,15 @@ mod tests {
             prop_assert_eq!(Some(overlap(&page, &next)), longest);
         }
 
-        /// A log in pages, into which late events come while it is read: no event counts as more than there are, nor as
-        /// fewer than one page has of it. If all differ, each is one.
+        /// Late events are inserted into a log while it is read page by page. An event counts at most as often as it is
+        /// in the log, and at least as often as on one page.
         #[test]
-        fn a_log_that_shifts_is_counted_once(
+        fn a_shifting_log_is_counted_once(
             log in proptest::collection::vec(0_u8..4, 1..24),
             size in 2_usize..6,
             shifts in proptest::collection::vec(0_usize..3, 12),
         ) {
-            // Distinct events but for one that is there often.
+            // All events are distinct except `k`, which may repeat.
             let mut log: Vec<char> = log
                 .iter()
                 .zip('\u{4e00}'..)
@@ -252,13 +250,13 @@ mod tests {
             let counts = Counts::of(&pages);
             for c in &log {
                 let key = keys(&c.to_string())[0];
-                let held = log.iter().filter(|held| *held == c).count();
+                let in_log = log.iter().filter(|other| *other == c).count();
                 let on_one_page = pages
                     .iter()
                     .map(|page| page.iter().filter(|other| **other == key).count())
                     .max();
                 let counted = counts.get(&key) as usize;
-                prop_assert!(counted <= held, "{c}: {counted} of {held}");
+                prop_assert!(counted <= in_log, "{c}: {counted} of {in_log}");
                 prop_assert!(Some(counted) >= on_one_page, "{c}: {counted}");
             }
         }

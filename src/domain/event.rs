@@ -1,4 +1,4 @@
-//! What BigChat tells: events, read one by one, so that one that cannot be understood does not hurt its page.
+//! BigChat's events. Each is parsed separately, so that a malformed one does not cost the rest of its page.
 
 use std::fmt;
 use std::hash::Hasher;
@@ -12,24 +12,23 @@ use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::text::has_undecoded;
 use crate::domain::time::Timestamp;
 
-/// The four things that happen to a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EventKind {
     /// The conversation began.
     Start,
-    /// The conversation ended; told again and again for the same one, the latest counts.
+    /// The conversation ended. BigChat reports it repeatedly; the latest counts.
     End,
-    /// Somebody wrote something; BigChat does not say who.
+    /// A message was written. BigChat does not report the author.
     Message,
     /// Another advisor took over, or the same one again.
     Transfer,
 }
 
 impl EventKind {
-    /// All of them, in the order in which charts stack them.
+    /// In the order in which charts stack them.
     pub const ALL: [Self; 4] = [Self::Message, Self::Start, Self::Transfer, Self::End];
 
-    /// The name BigChat gives it.
+    /// BigChat's name of the kind.
     pub fn name(self) -> &'static str {
         match self {
             Self::Start => "START",
@@ -47,7 +46,7 @@ impl EventKind {
         }
     }
 
-    /// The field of its data without which nothing can be done about it.
+    /// The field of `data` that delivery needs.
     fn needed_field(self) -> Option<&'static str> {
         match self {
             Self::Message => Some("message"),
@@ -56,7 +55,6 @@ impl EventKind {
         }
     }
 
-    /// The kind BigChat calls `name`.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
     }
@@ -68,27 +66,22 @@ impl fmt::Display for EventKind {
     }
 }
 
-/// What happened, with what is needed to do something about it.
+/// The kind of an event, with the part of its data that delivery needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
-    /// See [`EventKind::Start`].
     Start,
-    /// See [`EventKind::End`].
     End,
-    /// See [`EventKind::Message`].
     Message {
-        /// The words as BigChat told them; OurAPI strips white space from both ends.
+        /// As received; OurAPI strips white space from both ends.
         text: String,
     },
-    /// See [`EventKind::Transfer`].
     Transfer {
-        /// The advisor who has the conversation from then on, by BigChat's id.
+        /// The new advisor, by BigChat's id.
         advisor: i64,
     },
 }
 
 impl Payload {
-    /// Which of the four it is.
     pub fn kind(&self) -> EventKind {
         match self {
             Self::Start => EventKind::Start,
@@ -98,7 +91,7 @@ impl Payload {
         }
     }
 
-    /// The text of the message as which it is stored in OurAPI, if it is.
+    /// The text, if the event is stored as a message in OurAPI.
     pub fn text(&self) -> Option<&str> {
         match self {
             Self::Message { text } => Some(text),
@@ -106,7 +99,7 @@ impl Payload {
         }
     }
 
-    /// Reads the `data` of an event of that kind, as the journal keeps it.
+    /// Parses the `data` of an event, as the journal stores it.
     pub fn from_data(kind: EventKind, data: Option<&str>) -> Result<Self, ParseError> {
         #[derive(Deserialize)]
         struct Message {
@@ -117,18 +110,18 @@ impl Payload {
             new_advisor_id: Integer,
         }
         let present = || data.ok_or(ParseError::NoData(kind));
-        let wrong = |source| ParseError::Data { kind, source };
+        let invalid = |source| ParseError::Data { kind, source };
         Ok(match kind {
             EventKind::Start => Self::Start,
             EventKind::End => Self::End,
             EventKind::Message => Self::Message {
                 text: serde_json::from_str::<Message>(present()?)
-                    .map_err(wrong)?
+                    .map_err(invalid)?
                     .message,
             },
             EventKind::Transfer => Self::Transfer {
                 advisor: serde_json::from_str::<Transfer>(present()?)
-                    .map_err(wrong)?
+                    .map_err(invalid)?
                     .new_advisor_id
                     .0,
             },
@@ -136,68 +129,58 @@ impl Payload {
     }
 }
 
-/// One event that was understood.
+/// An event that could be parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// BigChat's id of the conversation: an identity only together with the run of BigChat it was told in.
+    /// BigChat's id of the conversation, which identifies it only within an epoch.
     pub conversation: i64,
-    /// When it happened, by BigChat's clock.
+    /// By BigChat's clock.
     pub at: Timestamp,
-    /// What happened.
     pub kind: EventKind,
-    /// `data` in one canonical form (keys sorted, no white space), so that equal data are equal text.
+    /// `data` in canonical form (keys sorted, no white space), so that equal data are equal text.
     pub data: Option<String>,
 }
 
-/// Why an event could not be understood. Such an event goes to the failed events with its raw JSON.
+/// Why an event could not be parsed. Such an event becomes a dead letter with its raw JSON.
 #[derive(Debug, Error)]
 pub enum ParseError {
-    /// Not an object.
-    #[error("it is not an event as BigChat describes them: {0}")]
+    #[error("not a BigChat event: {0}")]
     Shape(#[from] Malformed),
-    /// A field that every event has is missing.
-    #[error("it is not an event as BigChat describes them: missing field `{0}`")]
+    #[error("not a BigChat event: missing field `{0}`")]
     Missing(&'static str),
     /// A field is not of the type that the contract gives.
-    #[error("it is not an event as BigChat describes them: {name}: {source}")]
+    #[error("not a BigChat event: {name}: {source}")]
     Field {
-        /// Which one.
         name: &'static str,
-        /// What is wrong with it.
         source: serde_json::Error,
     },
-    /// It has bytes that are not of the encoding that BigChat declares, or UTF-8 by default.
-    #[error("its text is not of the declared encoding: \\xNN is a byte that could not be decoded")]
+    /// Some bytes are not in the encoding that BigChat declares, or UTF-8 by default.
+    #[error("text not in the declared encoding: \\xNN is a byte that could not be decoded")]
     Encoding,
-    /// A name beside START, END, MESSAGE and TRANSFER.
-    #[error("its name is unknown: {0:?}")]
+    #[error("unknown event name: {0:?}")]
     Name(String),
-    /// A time that RFC 3339 cannot write.
-    #[error("its time is out of range: {0}")]
+    /// RFC 3339 cannot represent the time.
+    #[error("event time out of range: {0}")]
     Time(i64),
-    /// MESSAGE or TRANSFER without `data`.
-    #[error("it is a {0} without data")]
+    #[error("{0} without data")]
     NoData(EventKind),
-    /// MESSAGE or TRANSFER whose `data` lacks what they need.
-    #[error("its data are not those of a {kind}: {source}")]
+    #[error("invalid data of a {kind}: {source}")]
     Data {
-        /// Which kind of event it claims to be.
         kind: EventKind,
-        /// What is wrong with it.
         source: serde_json::Error,
     },
 }
 
 impl Event {
-    /// What BigChat calls an event, whether or not the rest of it can be understood.
+    /// BigChat's name of an event, even if the rest of it cannot be parsed.
     pub fn name(raw: &str) -> Option<String> {
         let [name] = json::fields(raw, ["event_name"]).ok()?;
         serde_json::from_str(name?).ok()
     }
 
-    /// Reads one event from its JSON. What it holds beside what is needed may be anything.
+    /// Parses one event. Fields that are not needed may hold anything.
     pub fn parse(raw: &str) -> Result<Self, ParseError> {
-        Self::read(raw).map_err(|error| {
+        Self::parse_fields(raw).map_err(|error| {
             if has_undecoded(raw) {
                 ParseError::Encoding
             } else {
@@ -206,7 +189,7 @@ impl Event {
         })
     }
 
-    fn read(raw: &str) -> Result<Self, ParseError> {
+    fn parse_fields(raw: &str) -> Result<Self, ParseError> {
         const NAMES: [&str; 4] = ["conversation_id", "event_name", "event_at", "data"];
         let [conversation, name, at, data] = json::fields(raw, NAMES)?;
         let Integer(conversation) = field(NAMES[0], conversation)?;
@@ -227,7 +210,7 @@ impl Event {
         })
     }
 
-    /// What an equal event has too, and hardly any other: the journal's index, never proof of equality by itself.
+    /// The same for equal events. Others may share it, so it serves as an index and is no proof of equality.
     pub fn fingerprint(&self) -> i64 {
         fingerprint(&[
             self.kind.name().as_bytes(),
@@ -237,7 +220,7 @@ impl Event {
     }
 }
 
-/// What can be read of an event that cannot be understood, for the operator.
+/// The readable parts of an event that could not be parsed, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PartialEvent {
     pub conversation: Option<i64>,
@@ -245,7 +228,7 @@ pub struct PartialEvent {
 }
 
 impl PartialEvent {
-    /// `raw` may be anything, and cut off.
+    /// `raw` may be any text, and truncated.
     pub fn of(raw: &str) -> Self {
         let fields: Value = serde_json::from_str(raw).unwrap_or_default();
         let field = |name: &str| match fields.get(name) {
@@ -270,7 +253,7 @@ impl PartialEvent {
     }
 }
 
-/// A field of what is no JSON as a whole: the text after its name, up to the next delimiter.
+/// A field of malformed JSON: the text from its name to the next delimiter.
 fn bare_field(raw: &str, name: &str) -> Option<String> {
     let (_, after) = raw.split_once(&format!("\"{name}\""))?;
     let value = after.trim_start().strip_prefix(':')?.trim_start();
@@ -279,12 +262,12 @@ fn bare_field(raw: &str, name: &str) -> Option<String> {
     Some(value[..end].to_owned())
 }
 
-/// Hands over the events of a page, each as it came and one by one: a hostile page has millions.
+/// Calls `each` with the raw JSON of every event of a page. It collects none of them, since a hostile page has millions.
 ///
 /// # Errors
 ///
-/// When it is no page. One without `events` is empty, if it says of the next page or nothing at all: an object of another
-/// kind may be an error report.
+/// If the body is not a page. Without `events` it is an empty page only if it has `nextPageUrl` or no fields at all. Any
+/// other object may be an error report.
 pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) -> Result<(), Malformed> {
     let mut fields = 0;
     json::all_fields(body, |_, _| fields += 1)?;
@@ -303,26 +286,26 @@ fn field<T: serde::de::DeserializeOwned>(
     serde_json::from_str(value).map_err(|source| ParseError::Field { name, source })
 }
 
-/// Data in one canonical form. Where that is impossible, since something in them is no JSON, only what is needed.
+/// `data` in canonical form. If part of it is invalid JSON, only the needed field.
 fn canonical(kind: EventKind, data: &str) -> Result<Option<String>, ParseError> {
-    let wrong = |source| ParseError::Data { kind, source };
+    let invalid = |source| ParseError::Data { kind, source };
     // `Value` keeps object keys sorted.
     match serde_json::from_str::<serde_json::Value>(data) {
-        Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(wrong)?)),
+        Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(invalid)?)),
         Err(source) => {
             let Some(needed) = kind.needed_field() else {
                 return Ok(None);
             };
             let Ok([Some(value)]) = json::fields(data, [needed]) else {
-                return Err(wrong(source));
+                return Err(invalid(source));
             };
-            let value: serde_json::Value = serde_json::from_str(value).map_err(wrong)?;
+            let value: serde_json::Value = serde_json::from_str(value).map_err(invalid)?;
             Ok(Some(serde_json::json!({ needed: value }).to_string()))
         }
     }
 }
 
-/// A 64-bit digest that stays the same from one release to the next, since the journal keeps it.
+/// A 64-bit hash. The journal stores it, so it must not change between releases.
 pub fn fingerprint(parts: &[&[u8]]) -> i64 {
     let mut hasher = SipHasher13::new();
     for part in parts {
@@ -337,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_are_compared_by_what_they_say() {
+    fn data_equal_despite_key_order() {
         let one = Event::parse(
             r#"{"conversation_id":1,"event_name":"TRANSFER","event_at":5,"data":{"new_advisor_id":2,"old_advisor_id":1}}"#,
         );
@@ -348,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_needs_costs_no_event() {
+    fn invalid_unneeded_field() {
         for odd in [
             "NaN",
             "1e400",
@@ -371,16 +354,16 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_understood_says_why() {
+    fn unparsable_events_give_the_reason() {
         for (raw, why) in [
-            ("[]", "not an event"),
+            ("[]", "not a BigChat event"),
             (
                 r#"{"conversation_id":"1","event_name":"END","event_at":5}"#,
-                "not an event",
+                "not a BigChat event",
             ),
             (
                 r#"{"conversation_id":1,"event_name":"PAUSE","event_at":5}"#,
-                "name is unknown",
+                "unknown event name",
             ),
             (
                 r#"{"conversation_id":1,"event_name":"END","event_at":-5}"#,
@@ -404,11 +387,11 @@ mod tests {
             ),
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"Gr\xFC"}}"#,
-                "not of the declared encoding",
+                "not in the declared encoding",
             ),
             (
                 r#"{"conversation_id":NaN,"event_name":"END","event_at":5}"#,
-                "not an event",
+                "not a BigChat event",
             ),
         ] {
             let error = Event::parse(raw).expect_err(raw).to_string();
@@ -417,8 +400,8 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_never_changes() {
-        // The journal keeps it: another value here would make every event of an existing journal unknown.
+    fn fingerprint_is_stable_across_releases() {
+        // With another value, no event of an existing journal would be recognised.
         let event = Event {
             conversation: 1,
             at: Timestamp::clamped(1),
@@ -431,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_cannot_be_understood_something_can_be_read() {
+    fn partial_event_of_malformed_json() {
         let at = Timestamp::from_unix(1_700_000_000);
         let partial_event = |raw| {
             let PartialEvent { conversation, at } = PartialEvent::of(raw);
@@ -472,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_without_events_is_empty_and_an_error_report_is_no_page() {
+    fn page_without_events_or_error_report() {
         let count = |body: &str| {
             let mut count = 0;
             page_events(body, |_| count += 1).map(|()| count)

@@ -1,4 +1,4 @@
-//! Ids, each a type of its own, so that one cannot be passed for another.
+//! Ids, each a separate type, so that one cannot be passed as another.
 
 use std::fmt;
 
@@ -36,14 +36,14 @@ id! {
     EventId
 }
 id! {
-    /// A conversation in the journal: BigChat's id of it may mean another one in another epoch.
+    /// A conversation in the journal. BigChat's own id may mean another conversation in another epoch.
     ConversationId
 }
 id! {
-    /// An advisor, by BigChat's id: it may mean another one in another epoch.
+    /// An advisor, by BigChat's id, which may mean another advisor in another epoch.
     AdvisorId
 }
 id! {
-    /// From one restart of BigChat to the next.
+    /// The period from one restart of BigChat to the next.
     Epoch
 }

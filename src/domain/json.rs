@@ -1,6 +1,6 @@
-//! JSON as strangers write it, taken apart without looking into the parts: whatever one of them holds, the others can be
-//! read. `NaN`, a number beyond all bounds, half of a surrogate pair or a byte of another encoding costs the value it
-//! stands in.
+//! A lenient JSON splitter: it separates the values of an object or list without parsing them, so that an invalid value
+//! does not affect the others. `NaN`, a number out of range, an unpaired surrogate or a byte in another encoding costs only
+//! the value that contains it.
 
 use std::borrow::Cow;
 
@@ -8,26 +8,24 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 
-/// Why JSON cannot even be taken apart.
+/// Why JSON cannot be split.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// Something else begins where an object or a list should.
     #[error("expected {0}")]
     Expected(&'static str),
-    /// A bracket, colon or comma is missing, at that byte.
-    #[error("it is malformed at byte {0}")]
+    /// A bracket, colon or comma is missing.
+    #[error("malformed at byte {0}")]
     At(usize),
-    /// It ends before it is complete.
-    #[error("it is cut off")]
-    CutOff,
-    /// A field that is needed is there twice.
+    #[error("truncated")]
+    Truncated,
+    /// Only of a needed field.
     #[error("duplicate field `{0}`")]
     Duplicate(&'static str),
 }
 
 type Result<T> = std::result::Result<T, Malformed>;
 
-/// The values of those fields of an object that are needed, each as it came.
+/// The raw values of the named fields of an object.
 pub fn fields<'a, const N: usize>(
     object: &'a str,
     names: [&'static str; N],
@@ -44,33 +42,33 @@ pub fn fields<'a, const N: usize>(
     duplicate.map_or(Ok(values), Err)
 }
 
-/// Hands over each field of an object: its name, and its value as it came.
+/// Calls `each` with the name and the raw value of every field of an object.
 pub fn all_fields<'a>(object: &'a str, mut each: impl FnMut(&str, &'a str)) -> Result<()> {
     let mut scanner = Scanner::open(object, b'{', "an object")?;
     while !scanner.closes(b'}')? {
-        let name = scanner.part()?;
+        let name = scanner.value()?;
         scanner.expect(b':')?;
-        each(&unescaped(name), scanner.part()?);
+        each(&unescaped(name), scanner.value()?);
     }
     scanner.end()
 }
 
-/// Hands over each item of a list as it came, one by one: a hostile one has millions.
+/// Calls `each` with the raw JSON of every item of a list. It collects none of them, since a hostile list has millions.
 pub fn items<'a>(list: &'a str, mut each: impl FnMut(&'a str)) -> Result<()> {
     let mut scanner = Scanner::open(list, b'[', "a list")?;
     while !scanner.closes(b']')? {
-        each(scanner.part()?);
+        each(scanner.value()?);
     }
     scanner.end()
 }
 
-/// An integer of 64 bits in any spelling: `5.0` and `5e0` are 5, too.
+/// A 64-bit integer in any JSON spelling: `5.0` and `5e0` are 5, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Integer(pub i64);
 
 impl<'de> Deserialize<'de> for Integer {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        /// Beyond, a float no longer tells one integer from the next.
+        /// From here on, floats skip integers.
         const EXACT: f64 = (1_u64 << 53) as f64;
         let number = serde_json::Number::deserialize(deserializer)?;
         let whole = |float: &f64| float.fract() == 0.0 && float.abs() < EXACT;
@@ -79,7 +77,7 @@ impl<'de> Deserialize<'de> for Integer {
             .as_i64()
             .or_else(from_float)
             .map(Self)
-            .ok_or_else(|| D::Error::custom(format!("{number} is not an integer of 64 bits")))
+            .ok_or_else(|| D::Error::custom(format!("{number} is not a 64-bit integer")))
     }
 }
 
@@ -89,12 +87,11 @@ fn unescaped(name: &str) -> Cow<'_, str> {
         .and_then(|name| name.strip_suffix('"'));
     match plain {
         Some(plain) if !plain.contains('\\') => Cow::Borrowed(plain),
-        // A name that is none is nobody's.
+        // An invalid name matches no field.
         _ => serde_json::from_str(name).map_or(Cow::Borrowed(name), Cow::Owned),
     }
 }
 
-/// Reads the parts of an object or a list.
 struct Scanner<'a> {
     text: &'a str,
     at: usize,
@@ -102,7 +99,7 @@ struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    fn open(text: &'a str, bracket: u8, what: &'static str) -> Result<Self> {
+    fn open(text: &'a str, bracket: u8, expected: &'static str) -> Result<Self> {
         let mut scanner = Self {
             text,
             at: 0,
@@ -114,11 +111,11 @@ impl<'a> Scanner<'a> {
                 scanner.at += 1;
                 Ok(scanner)
             }
-            _ => Err(Malformed::Expected(what)),
+            _ => Err(Malformed::Expected(expected)),
         }
     }
 
-    /// Whether there are no more parts. A comma before the end is none.
+    /// Whether the bracket closes here. A trailing comma is accepted.
     fn closes(&mut self, bracket: u8) -> Result<bool> {
         self.skip_space();
         if !std::mem::take(&mut self.first) && self.peek() != Some(bracket) {
@@ -138,7 +135,7 @@ impl<'a> Scanner<'a> {
                 Ok(())
             }
             Some(_) => Err(Malformed::At(self.at)),
-            None => Err(Malformed::CutOff),
+            None => Err(Malformed::Truncated),
         }
     }
 
@@ -147,8 +144,8 @@ impl<'a> Scanner<'a> {
         self.peek().map_or(Ok(()), |_| Err(Malformed::At(self.at)))
     }
 
-    /// The next value, or whatever stands in its place.
-    fn part(&mut self) -> Result<&'a str> {
+    /// The raw text of the next value, valid or not.
+    fn value(&mut self) -> Result<&'a str> {
         self.skip_space();
         let start = self.at;
         match self.peek() {
@@ -164,7 +161,7 @@ impl<'a> Scanner<'a> {
         let end = rest
             .iter()
             .position(|byte| matches!(byte, b',' | b']' | b'}' | b':' | b'"' | b'[' | b'{'));
-        self.at += end.ok_or(Malformed::CutOff)?;
+        self.at += end.ok_or(Malformed::Truncated)?;
         Ok(())
     }
 
@@ -175,7 +172,7 @@ impl<'a> Scanner<'a> {
                 Some(b'"') => break,
                 Some(b'\\') => self.at += 2,
                 Some(_) => self.at += 1,
-                None => return Err(Malformed::CutOff),
+                None => return Err(Malformed::Truncated),
             }
         }
         self.at += 1;
@@ -198,7 +195,7 @@ impl<'a> Scanner<'a> {
                     }
                 }
                 Some(_) => {}
-                None => return Err(Malformed::CutOff),
+                None => return Err(Malformed::Truncated),
             }
             self.at += 1;
             if open.is_empty() {
@@ -232,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_value_costs_no_other() {
+    fn an_invalid_value_costs_no_other() {
         for odd in [
             "NaN",
             "-Infinity",
@@ -258,14 +255,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_taken_apart_says_why() {
+    fn malformed_json_gives_the_reason() {
         for (text, why) in [
             ("", Malformed::Expected("a list")),
             ("{}", Malformed::Expected("a list")),
-            ("[1", Malformed::CutOff),
-            ("[1,", Malformed::CutOff),
-            ("[\"1]", Malformed::CutOff),
-            ("[\"1\\", Malformed::CutOff),
+            ("[1", Malformed::Truncated),
+            ("[1,", Malformed::Truncated),
+            ("[\"1]", Malformed::Truncated),
+            ("[\"1\\", Malformed::Truncated),
             ("[{]]", Malformed::At(2)),
             ("[1 \"2\"]", Malformed::At(3)),
             ("[1] 2", Malformed::At(4)),
@@ -280,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn integers_are_read_in_any_spelling() {
+    fn integers_in_any_spelling() {
         let read = |text: &str| serde_json::from_str(text).ok().map(|Integer(value)| value);
         for (text, value) in [
             ("5", Some(5)),
@@ -301,7 +298,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn good_json_is_read_as_ever(
+        fn valid_json_is_split_correctly(
             values in proptest::collection::vec(("[a-z\"\\\\{}\\[\\],: ]{0,6}", any::<i64>()), 0..6),
             pretty in any::<bool>(),
         ) {
@@ -324,7 +321,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_panics(text in "[\\[\\]{}\",:\\\\ a1é]{0,24}") {
+        fn arbitrary_text_never_panics(text in "[\\[\\]{}\",:\\\\ a1é]{0,24}") {
             let list: Vec<_> = list(&text).unwrap_or_default();
             prop_assert!(list.len() <= text.len());
             if let Ok([Some(value)]) = fields(&text, ["a"]) {

@@ -1,7 +1,7 @@
 //! The pure core: what a conversation should look like in OurAPI, what differs, and what has been delivered.
 //!
-//! Nothing here performs I/O or reads a clock. Where the data comes from is the journal's business, what is sent is
-//! [`delivery`](crate::delivery)'s.
+//! Nothing here performs I/O or reads a clock. The [`journal`](crate::journal) supplies the data, and
+//! [`delivery`](crate::delivery) sends the difference.
 
 pub mod account;
 pub mod backoff;

@@ -1,4 +1,4 @@
-//! Progress: what became of the events of a claim, and how far the conversation's offset moves.
+//! Progress: the outcomes of a claim's events, and how far they move the conversation's offset.
 
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Pending};
@@ -6,56 +6,54 @@ use super::ids::{ConversationId, EventId};
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
-/// What delivery works on at a time: a conversation and the next of its events that wait. Nobody else works on it until
-/// the report is committed.
+/// A claimed conversation with the next of its waiting events. No other worker gets it before its report is committed.
 #[derive(Debug, Clone)]
 pub struct Work {
     pub conversation: Conversation,
     /// In order of arrival, redeliveries first.
     pub events: Vec<Pending>,
     pub claim: Claim,
-    /// The chat is to be verified, and nothing else.
+    /// Only verify the chat.
     pub verify: Option<Verify>,
 }
 
 impl Work {
-    /// Size of its messages in bytes.
+    /// Size of the message texts in bytes.
     pub fn bytes(&self) -> usize {
         self.events.iter().map(Pending::bytes).sum()
     }
 }
 
-/// What a claim covers, and what was known when it was made.
+/// The events that a claim covers, and the state of the conversation at the claim.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Claim {
     pub offset: EventId,
-    /// The last event it covers.
+    /// The last event covered.
     pub through: EventId,
-    /// Dead letters above the offset that it covers.
+    /// Dead letters above the offset, up to `through`.
     pub skipped: Vec<EventId>,
     /// The conversation's latest event.
     pub last_event: EventId,
     pub stale_seq: i64,
-    /// Something is not known since the chat was last read: the outcome of a write, or all of it.
+    /// The chat became stale after it was last read.
     pub is_in_doubt: bool,
-    /// How many losses of OurAPI there had been.
+    /// The loss counter of OurAPI.
     pub losses: i64,
-    /// There was a loss since the chat was last read or created.
+    /// OurAPI lost data after the chat was last read or created.
     pub is_lost: bool,
-    /// The chat's messages were read in this session, or the chat was created in it.
+    /// In this session, the chat's messages were read or the chat was created.
     pub is_read: bool,
-    /// The chat was lost, and has not been built again yet.
+    /// The chat was lost and is not rebuilt yet.
     pub is_rewound: bool,
 }
 
-/// A verification by hand.
+/// A verification requested by the operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verify {
     pub verification: i64,
     pub repair: bool,
 }
 
-/// What a verification found of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VerificationResult {
     pub chat: ChatState,
@@ -66,23 +64,23 @@ pub struct VerificationResult {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChatState {
     Same,
-    /// Its agent, start or end is not what was written, or its agent is gone.
+    /// Its agent, start or end was changed, or its agent is gone.
     Differs,
     Missing,
 }
 
-/// What delivering an event changed in OurAPI. Several events may share one change of their chat.
+/// The change of OurAPI by a delivery. Several events may share one change of their chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     ChatCreated,
     ChatChanged,
     MessageAdded,
-    /// OurAPI had it already, or a later event overrides it.
+    /// OurAPI had the event already, or a later event overrides it.
     Nothing,
 }
 
 impl Effect {
-    /// As stored.
+    /// As stored in the journal.
     pub fn name(self) -> &'static str {
         match self {
             Self::ChatCreated => "chat created",
@@ -93,7 +91,7 @@ impl Effect {
     }
 }
 
-/// Why an attempt failed, as stored with the event.
+/// The record of a failed attempt, as stored with the event.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Failure {
     pub reason: String,
@@ -101,7 +99,6 @@ pub struct Failure {
     pub response: String,
 }
 
-/// What became of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Delivered(Effect),
@@ -116,7 +113,6 @@ pub enum Outcome {
     },
 }
 
-/// An event, and what became of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventOutcome {
     pub event: EventId,
@@ -125,7 +121,7 @@ pub struct EventOutcome {
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
     pub received_at: Millis,
-    /// It had failed before.
+    /// An earlier attempt failed.
     pub had_failed: bool,
     pub outcome: Outcome,
 }
@@ -134,7 +130,7 @@ impl EventOutcome {
     pub fn of(event: &Pending, outcome: Outcome) -> Self {
         Self {
             event: event.id,
-            kind: event.what.kind(),
+            kind: event.payload.kind(),
             redelivery: event.redelivery,
             restored: event.restored,
             received_at: event.received_at,
@@ -143,8 +139,8 @@ impl EventOutcome {
         }
     }
 
-    /// Whether it counts in figures: what is delivered above the offset is delivered again with the next claim, and what was
-    /// delivered before is restored.
+    /// Whether the metrics count it. An event delivered above the offset is delivered again with the next claim, and a
+    /// restored one was counted before.
     pub fn counts(&self, offset: EventId) -> bool {
         match self.outcome {
             Outcome::Delivered(_) => !self.restored && (self.redelivery || self.event <= offset),
@@ -152,61 +148,60 @@ impl EventOutcome {
         }
     }
 
-    /// Whether it is done with: there is nothing to wait for.
+    /// Whether the event no longer waits.
     fn is_settled(&self) -> bool {
         !matches!(self.outcome, Outcome::Retry { .. })
     }
 }
 
-/// What was learnt of the chat itself.
+/// What a claim observed of the chat, apart from its own writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Observation {
-    /// Nothing but what was written.
     None,
-    /// It was created: there is nothing in it that could be duplicated.
+    /// The chat was created, so it cannot have messages that would be duplicated.
     Created,
-    /// It was read; `None`: but not its messages.
+    /// The chat was read; `None`: without its messages.
     Read(Option<Accounting>),
-    /// OurAPI has lost it. `rebuild`: all of its events are delivered again.
-    Gone { rebuild: bool },
+    /// OurAPI has lost the chat. `rebuild`: all of its events are delivered again.
+    Gone {
+        rebuild: bool,
+    },
 }
 
-/// What became of a claim, to be committed.
+/// The result of a claim, to be committed.
 #[derive(Debug, Clone)]
 pub struct Report {
     pub conversation: Conversation,
     pub claim: Claim,
-    /// Of the events that were tried; the others wait as before.
+    /// Of the attempted events; the others still wait.
     pub outcomes: Vec<EventOutcome>,
-    /// Where the offset is now, and how many events wait no longer.
     pub advance: Advance,
-    /// The credits that were consumed.
+    /// The credits consumed.
     pub consumed: Vec<MessageKey>,
     pub observation: Observation,
     /// The outcome of a write is unknown.
     pub in_doubt: bool,
-    /// When it is due, if something is still to be done.
     pub due: Due,
-    /// How many writes have succeeded in all.
+    /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
-    /// `None` in it: the verification failed.
+    /// The inner `None`: the verification failed.
     pub verified: Option<(Verify, Option<VerificationResult>)>,
 }
 
 /// When a conversation is due after a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Due {
-    /// As soon as possible, if anything waits.
+    /// As soon as possible, if an event waits.
     IfWaiting,
-    /// Then, and not before.
+    /// Not before this time.
     At(Millis),
 }
 
-/// How far a conversation got.
+/// The new offset, and the events settled with it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Advance {
     pub offset: EventId,
-    /// How many events wait no longer.
+    /// How many events no longer wait.
     pub settled: u32,
     pub delivered: Vec<Delivered>,
 }
@@ -217,23 +212,23 @@ pub struct Delivered {
     pub from: EventId,
     pub through: EventId,
     pub effect: Effect,
-    /// When the first of them was received.
+    /// Of the first of them.
     pub received_at: Millis,
     /// They were delivered before, to a chat that has lost them.
     pub restored: bool,
 }
 
-/// The report on a worker that ended without one: whatever it did is unknown.
+/// The result of a claim whose worker panicked. The outcome of its last request is unknown.
 #[derive(Debug, Clone)]
 pub struct Lost {
     pub conversation: ConversationId,
-    /// Of the first event that it was given.
+    /// Of the first event of the claim.
     pub outcome: Option<EventOutcome>,
     pub due_at: Millis,
 }
 
-/// How far the outcomes move the offset of a claim: to its end, or to just before the first event that still waits. A
-/// change that is delivered above the new offset is folded again with the next claim, which changes nothing.
+/// Moves the offset to the end of the claim, or to just before the first event that still waits. A change delivered above
+/// the new offset is folded again with the next claim, which has no effect.
 pub fn advance(claim: &Claim, events: &[Pending], outcomes: &[EventOutcome]) -> Advance {
     let mut in_order: Vec<&EventOutcome> = outcomes.iter().collect();
     in_order.sort_by_key(|outcome| outcome.event);
@@ -276,12 +271,12 @@ pub fn advance(claim: &Claim, events: &[Pending], outcomes: &[EventOutcome]) -> 
             Outcome::Delivered(effect) if redelivery || event <= offset => {
                 advance.settled += 1;
                 match advance.delivered.last_mut() {
-                    Some(run)
-                        if (run.effect, run.restored) == (effect, restored)
+                    Some(last)
+                        if (last.effect, last.restored) == (effect, restored)
                             && !redelivery
                             && !last_redelivery =>
                     {
-                        run.through = event;
+                        last.through = event;
                     }
                     _ => advance.delivered.push(Delivered {
                         from: event,
@@ -312,7 +307,7 @@ mod tests {
             id: EventId(id),
             at: Timestamp::clamped(1),
             received_at: Millis(1),
-            what: Payload::End,
+            payload: Payload::End,
             attempts: Attempts::default(),
             redelivery,
             restored: false,
@@ -338,7 +333,7 @@ mod tests {
     const ADDED: Outcome = Outcome::Delivered(Effect::MessageAdded);
     const CHANGED: Outcome = Outcome::Delivered(Effect::ChatChanged);
 
-    /// Advances a claim of events 10, 20, 30 with a dead letter 15 in between, from offset 5.
+    /// Advances a claim of events 10, 20 and 30 from offset 5, with dead letter 15 between them.
     fn advanced(outcomes: &[(i64, Outcome)]) -> Advance {
         let claim = Claim {
             offset: EventId(5),
@@ -355,15 +350,15 @@ mod tests {
     }
 
     #[test]
-    fn the_offset_stops_before_the_first_event_that_waits() {
+    fn offset_stops_before_a_waiting_event() {
         for (outcomes, offset, settled) in [
             (vec![], 5, 0),
             (vec![(10, retry())], 5, 0),
             (vec![(10, ADDED), (20, retry())], 15, 1),
             (vec![(10, dead()), (20, ADDED), (30, ADDED)], 30, 3),
-            // Changes go first: 30 is delivered and waits all the same.
+            // Changes go first: 30 is delivered and still waits.
             (vec![(30, CHANGED), (10, retry())], 5, 0),
-            // It is a dead letter from now on.
+            // A dead letter no longer waits.
             (vec![(30, dead()), (10, retry())], 5, 1),
         ] {
             let advance = advanced(&outcomes);
@@ -376,15 +371,15 @@ mod tests {
     }
 
     #[test]
-    fn consecutive_events_of_one_effect_are_one_delivery() {
+    fn consecutive_events_of_the_same_effect() {
         let advance = advanced(&[(20, ADDED), (30, ADDED), (10, CHANGED)]);
-        let runs: Vec<_> = advance
+        let delivered: Vec<_> = advance
             .delivered
             .iter()
-            .map(|run| (run.from.0, run.through.0, run.effect))
+            .map(|delivered| (delivered.from.0, delivered.through.0, delivered.effect))
             .collect();
         assert_eq!(
-            runs,
+            delivered,
             [
                 (10, 10, Effect::ChatChanged),
                 (20, 30, Effect::MessageAdded)
@@ -393,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_redelivery_settles_below_the_offset() {
+    fn redelivery_settles_below_the_offset() {
         let claim = Claim {
             offset: EventId(30),
             through: EventId(30),
@@ -414,7 +409,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_offset_passes_only_what_is_settled(
+        fn offset_passes_only_settled_events(
             states in proptest::collection::vec((0_u8..4, any::<bool>()), 0..12),
             skipped in proptest::collection::btree_set(1_i64..24, 0..4),
         ) {
@@ -432,12 +427,12 @@ mod tests {
             for event in events.iter().filter(|event| !event.redelivery) {
                 prop_assert!(event.id > advance.offset || settled(event), "{} is passed", event.id);
             }
-            let still: Vec<_> = events.iter().filter(|event| match event.redelivery {
+            let waiting: Vec<_> = events.iter().filter(|event| match event.redelivery {
                 true => !settled(event),
                 false => event.id > advance.offset
                     && !outcomes.iter().any(|outcome| outcome.event == event.id && matches!(outcome.outcome, Outcome::DeadLetter { .. })),
             }).collect();
-            prop_assert_eq!(still.len() + advance.settled as usize, events.len());
+            prop_assert_eq!(waiting.len() + advance.settled as usize, events.len());
         }
     }
 }

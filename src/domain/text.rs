@@ -1,22 +1,22 @@
-//! The bytes of a response as text, whatever it is compressed or encoded with.
+//! Decoding the body of a response: compression and character encoding.
 //!
-//! No byte is guessed at or replaced: one that is not of the declared encoding becomes `\xNN`, which no JSON string may
-//! hold. So it costs the value it stands in, and the byte is kept.
+//! No byte is guessed or replaced. A byte that is not in the declared encoding becomes `\xNN`, which is invalid in a JSON
+//! string: it costs only the value that contains it, and the dead letter shows the byte.
 
 use std::io::{self, Read};
 
 use encoding_rs::{Encoding, UTF_8};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 
-/// What gzip begins with.
+/// The magic number.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
-/// Inflates what a server or a proxy has compressed unasked. What is not compressed, whatever `content_encoding` says,
-/// stays as it is.
+/// Inflates a body that a server or a proxy compressed although the request did not accept that. A body that is not
+/// compressed is returned unchanged, whatever `content_encoding` says.
 ///
 /// # Errors
 ///
-/// When it is compressed in another way, broken, or larger than `limit` bytes.
+/// If the compression is unknown, the body is corrupt, or it is larger than `limit` bytes.
 pub fn inflated(bytes: Vec<u8>, content_encoding: &str, limit: usize) -> io::Result<Vec<u8>> {
     let encoding = content_encoding.trim().to_ascii_lowercase();
     if bytes.starts_with(&GZIP) {
@@ -32,7 +32,7 @@ pub fn inflated(bytes: Vec<u8>, content_encoding: &str, limit: usize) -> io::Res
         "" | "identity" | "gzip" | "x-gzip" => Ok(bytes),
         _ if looks_like_json(&bytes) => Ok(bytes),
         _ => Err(io::Error::other(format!(
-            "it is compressed ({encoding}), which was not asked for"
+            "unsupported compression: {encoding}"
         ))),
     }
 }
@@ -53,7 +53,7 @@ fn read(source: impl Read, limit: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Decodes text as its byte order mark says, else as `content_type` declares, else as UTF-8.
+/// Decodes text by its byte order mark, else by `content_type`, else as UTF-8.
 pub fn decoded(bytes: Vec<u8>, content_type: &str) -> String {
     let (encoding, mark) = match Encoding::for_bom(&bytes) {
         Some(found) => found,
@@ -72,7 +72,7 @@ pub fn decoded(bytes: Vec<u8>, content_type: &str) -> String {
     }
 }
 
-/// Whether a text has bytes that could not be decoded.
+/// Whether `text` has bytes that could not be decoded (`\xNN`).
 pub fn has_undecoded(text: &str) -> bool {
     let is_hex = |digits: Option<&str>| {
         digits.is_some_and(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_decoded_as_declared() {
+    fn text_in_the_declared_encoding() {
         let utf16 = |bytes: fn(u16) -> [u8; 2]| -> Vec<u8> {
             "\u{feff}Grüße".encode_utf16().flat_map(bytes).collect()
         };
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_decoded_is_kept_and_replaced_by_nothing() {
+    fn undecodable_bytes_are_escaped() {
         for (bytes, text) in [
             (&b"Gr\xfc\xdfe"[..], r"Gr\xFC\xDFe"),
             (b"\xef\xbb\xbf\xff", r"\xFF"),
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_compressed_unasked_is_inflated() {
+    fn unrequested_compression() {
         let json = br#"{"events":[]}"#.to_vec();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&json).expect("bytes");

@@ -1,23 +1,23 @@
-//! Points in time, as the two APIs and the journal speak of them.
+//! Points in time.
 //!
-//! BigChat tells times as whole Unix seconds ([`Timestamp`]); OurAPI takes RFC 3339 and drops any offset, so only
-//! UTC with `Z` is ever sent. This machine's own clock ([`Millis`]) is for the journal's own times: retries, retention,
-//! status. It stands in for BigChat's only where that was never told.
+//! BigChat reports whole Unix seconds ([`Timestamp`]). OurAPI takes RFC 3339 and ignores the offset, so times are sent in
+//! UTC with `Z`. This machine's clock ([`Millis`]) serves for the journal's own times: retries, retention, status. It
+//! replaces BigChat's clock only as long as that is unknown.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chrono::{DateTime, NaiveDateTime, SecondsFormat, Utc};
 
-/// A point in time in whole Unix seconds, between the years 1970 and 9999 (what RFC 3339 can write).
+/// A point in time in whole Unix seconds, in the years 1970 to 9999: RFC 3339 can represent no later ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// 9999-12-31T23:59:59Z, the last second RFC 3339 can write.
+    /// 9999-12-31T23:59:59Z.
     const MAX: i64 = 253_402_300_799;
 
-    /// The time `seconds` after 1970-01-01T00:00:00Z; `None` outside the years 1970 to 9999.
+    /// `None` outside the years 1970 to 9999.
     pub fn from_unix(seconds: i64) -> Option<Self> {
         (0..=Self::MAX).contains(&seconds).then_some(Self(seconds))
     }
@@ -27,34 +27,33 @@ impl Timestamp {
         Self(seconds.clamp(0, Self::MAX))
     }
 
-    /// Seconds since 1970-01-01T00:00:00Z.
     pub fn unix(self) -> i64 {
         self.0
     }
 
-    /// This machine's clock, for want of BigChat's.
+    /// Now, by this machine's clock, where BigChat's is unknown.
     pub fn of_this_machine() -> Self {
         Self::clamped(Millis::now().0 / 1000)
     }
 
-    /// `self` and `duration` later, in whole seconds.
+    /// `duration` counts in whole seconds.
     pub fn plus(self, duration: Duration) -> Self {
         Self::clamped(self.0.saturating_add(whole_seconds(duration)))
     }
 
-    /// `self` less `duration`, in whole seconds.
+    /// `duration` counts in whole seconds.
     pub fn minus(self, duration: Duration) -> Self {
         Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
     }
 
-    /// The time halfway to `later`, unless no second lies between them.
+    /// The time halfway to `later`; `None` if no second is between them.
     pub fn middle(self, later: Self) -> Option<Self> {
         let middle = Self(self.0.midpoint(later.0));
         (self < middle && middle < later).then_some(middle)
     }
 
-    /// Reads what OurAPI answers: RFC 3339, or the same without a zone, which it means as UTC. What it has from
-    /// elsewhere may lie outside the years that can be represented: the nearest that can is taken.
+    /// Parses a time from OurAPI: RFC 3339, or the same without an offset, which means UTC. Other clients may have stored a
+    /// year outside the range of `Timestamp`; the nearest time in range is returned.
     pub fn parse(text: &str) -> Option<Self> {
         let seconds = match DateTime::parse_from_rfc3339(text) {
             Ok(time) => time.timestamp(),
@@ -63,7 +62,7 @@ impl Timestamp {
         Some(Self::clamped(seconds))
     }
 
-    /// Reads an HTTP date (`date`, `retry-after`).
+    /// Parses an HTTP date (`date`, `retry-after`).
     pub fn parse_http_date(text: &str) -> Option<Self> {
         let time = httpdate::parse_http_date(text).ok()?;
         let seconds = time.duration_since(UNIX_EPOCH).ok()?.as_secs();
@@ -75,8 +74,8 @@ fn whole_seconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// RFC 3339 in UTC with `Z`, the one form both APIs read rightly (a `+00:00` gets 422 from BigChat, and OurAPI
-/// drops offsets).
+/// RFC 3339 in UTC with `Z`, the one form that both APIs read correctly: BigChat answers 422 to `+00:00`, and OurAPI
+/// ignores offsets.
 impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let time = DateTime::<Utc>::from_timestamp(self.0, 0).unwrap_or_default();
@@ -90,12 +89,11 @@ impl serde::Serialize for Timestamp {
     }
 }
 
-/// A reading of this machine's clock, in milliseconds since 1970. It may be wrong and it may step.
+/// A reading of this machine's clock, in Unix milliseconds. The clock may be wrong and may step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Millis(pub i64);
 
 impl Millis {
-    /// This machine's clock, now.
     pub fn now() -> Self {
         #[cfg(test)]
         if let Some(now) = crate::model::clock() {
@@ -107,7 +105,6 @@ impl Millis {
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
-    /// `self` less `duration`.
     pub fn minus(self, duration: Duration) -> Self {
         Self(
             self.0
@@ -115,7 +112,6 @@ impl Millis {
         )
     }
 
-    /// `self` and `duration` later.
     pub fn plus(self, duration: Duration) -> Self {
         Self(
             self.0
@@ -123,7 +119,7 @@ impl Millis {
         )
     }
 
-    /// How long it is from `earlier` to `self`; nothing if that lies ahead.
+    /// The time from `earlier` to `self`; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
     }
@@ -146,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_api_answers_times_without_a_zone_and_means_utc() {
+    fn times_from_our_api_without_offset() {
         let expected = Timestamp::from_unix(1_763_849_007);
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27"), expected);
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27Z"), expected);
@@ -165,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_written_in_utc_with_z() {
+    fn times_are_sent_in_utc() {
         assert_eq!(
             Timestamp::clamped(1_763_849_007).to_string(),
             "2025-11-22T22:03:27Z"

@@ -1,25 +1,21 @@
-//! Which window of time to ask BigChat for next.
-//!
-//! Pure: cursor, BigChat's clock and the settings in, the window out.
+//! The next window of time to request from BigChat. Pure.
 
 use std::time::Duration;
 
 use crate::domain::time::Timestamp;
 
-/// One window, to be asked for page by page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
-    /// From when on.
     pub start: Timestamp,
-    /// Until when; the cursor, once all of it was read.
+    /// The cursor, once the window was read.
     pub end: Timestamp,
-    /// Whether it ends before now, so that another one follows at once.
+    /// The window ends before now, so the next one follows at once.
     pub catching_up: bool,
 }
 
 impl Window {
-    /// The window after `cursor`: it reaches back by `overlap`, for what turned up late, and forward to `now`, but
-    /// covers at most `max` of new time. Never ends in BigChat's future; a cursor ahead of `now` counts as `now`.
+    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It covers at most `max`
+    /// of new time. A cursor ahead of `now` counts as `now`.
     pub fn next(cursor: Timestamp, now: Timestamp, overlap: Duration, max: Duration) -> Self {
         let cursor = cursor.min(now);
         let end = cursor.plus(max).min(now);
@@ -39,7 +35,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn windows_leave_nothing_out_and_end_at_now(
+        fn windows_without_gaps_up_to_now(
             cursor in 0_i64..1_000_000, now in 0_i64..1_000_000, overlap in 0_u64..100, max in 1_u64..100_000,
         ) {
             let (overlap, max) = (Duration::from_secs(overlap), Duration::from_secs(max));
@@ -48,7 +44,7 @@ mod tests {
             let mut windows = 0;
             loop {
                 let window = Window::next(cursor, now, overlap, max);
-                prop_assert!(window.start <= cursor.min(now), "no gap after what was read");
+                prop_assert!(window.start <= cursor.min(now), "no gap after the previous window");
                 prop_assert!(window.start <= window.end && window.end <= now, "never in BigChat's future");
                 prop_assert!(cursor.min(now).unix() - window.start.unix() <= overlap.as_secs().cast_signed());
                 prop_assert!(window.end.unix() - cursor.min(now).unix() <= max.as_secs().cast_signed());

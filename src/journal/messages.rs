@@ -33,13 +33,13 @@ impl Store {
                 continue;
             }
             let data: Option<String> = row.get(3)?;
-            let what = Payload::from_data(kind, data.as_deref()).map_err(|_| {
+            let payload = Payload::from_data(kind, data.as_deref()).map_err(|_| {
                 JournalError::InvalidRow(format!("the data of a {name} cannot be read"))
             })?;
             let id: EventId = row.get(0)?;
             let (waits, is_dead, is_discarded, outcome_unknown) =
                 (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);
-            let standing = match (is_dead, is_discarded, waits, outcome_unknown) {
+            let state = match (is_dead, is_discarded, waits, outcome_unknown) {
                 (true, false, _, true) => MessageState::DeadOutcomeUnknown,
                 (true, ..) => MessageState::NotSent,
                 (false, _, false, _) => MessageState::Delivered,
@@ -51,9 +51,9 @@ impl Store {
                 id,
                 key: account::key(
                     Timestamp::clamped(row.get(2)?),
-                    what.text().unwrap_or_default(),
+                    payload.text().unwrap_or_default(),
                 ),
-                standing,
+                state,
             });
         }
         Ok(messages)

@@ -391,14 +391,14 @@ fn read_pending(
     let name = text(1)?.unwrap_or_default();
     let kind = present(EventKind::from_name(name), name)?;
     // The log has the reason: it must not quote what the data says.
-    let what = Payload::from_data(kind, text(3)?)
+    let payload = Payload::from_data(kind, text(3)?)
         .map_err(|_| JournalError::InvalidRow(format!("the data of a {name} cannot be read")))?;
     let id = row.get(0)?;
     Ok(Pending {
         id,
         at: Timestamp::clamped(row.get(2)?),
         received_at: Millis(row.get(4)?),
-        what,
+        payload,
         attempts: attempts.get(&id).copied().unwrap_or_default(),
         redelivery,
         restored,
@@ -420,7 +420,7 @@ fn credit(
     }
     let mut left: HashMap<MessageKey, (u32, EventId)> = HashMap::new();
     for event in events {
-        let Some(text) = event.what.text() else {
+        let Some(text) = event.payload.text() else {
             continue;
         };
         let key = account::key(event.at, text);

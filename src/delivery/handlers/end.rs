@@ -1,5 +1,5 @@
-//! END: the chat gets its end time. BigChat reports it again and again for the same conversation: the latest counts, and
-//! nothing after it is dropped.
+//! END: the chat gets its end time. BigChat reports several for the same conversation; the latest counts, and later
+//! messages are delivered all the same.
 
 use crate::domain::conversation::{Desired, Pending};
 

@@ -6,7 +6,7 @@ use crate::domain::conversation::Pending;
 use crate::http::ApiError;
 use crate::our_api::{MessageTarget, NewMessage, OurApi};
 
-/// Adds a message to the chat that `target` names. `author`: the agent to credit it to.
+/// `author`: the agent credited with the message.
 pub(in crate::delivery) async fn send(
     our_api: &OurApi,
     target: &MessageTarget,

@@ -1,7 +1,7 @@
-//! What each kind of event does. The four files are where a reader finds what START, END, MESSAGE and TRANSFER mean.
+//! The handlers: one file for each of START, END, MESSAGE and TRANSFER.
 //!
-//! Changes of the chat itself are folded into what is desired; what then differs is sent as one change. Messages are
-//! sent one by one, in order of arrival.
+//! Changes of the chat itself are folded into the desired chat, and the difference is sent as one change. Messages are sent
+//! one by one, in order of arrival.
 
 pub(super) mod end;
 pub(super) mod message;
@@ -11,9 +11,9 @@ pub(super) mod transfer;
 use crate::domain::conversation::{Desired, Pending};
 use crate::domain::event::Payload;
 
-/// Folds an event into what is desired of its chat.
+/// Folds an event into the desired chat.
 pub(super) fn fold(desired: &mut Desired, event: &Pending) {
-    match &event.what {
+    match &event.payload {
         Payload::Start => start::fold(desired, event),
         Payload::End => end::fold(desired, event),
         Payload::Transfer { advisor } => transfer::fold(desired, event, *advisor),
@@ -30,12 +30,12 @@ mod tests {
     use crate::domain::ids::{AdvisorId, EventId};
     use crate::domain::time::{Millis, Timestamp};
 
-    fn event(id: i64, at: i64, what: Payload) -> Pending {
+    fn event(id: i64, at: i64, payload: Payload) -> Pending {
         Pending {
             id: EventId(id),
             at: Timestamp::clamped(at),
             received_at: Millis(1),
-            what,
+            payload,
             attempts: Attempts::default(),
             redelivery: false,
             restored: false,
@@ -43,7 +43,7 @@ mod tests {
         }
     }
 
-    fn what() -> impl Strategy<Value = Payload> {
+    fn payload() -> impl Strategy<Value = Payload> {
         prop_oneof![
             Just(Payload::Start),
             Just(Payload::End),
@@ -54,19 +54,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_latest_counts_in_whatever_order_and_however_often_events_are_folded(
-            events in proptest::collection::vec((0_i64..4, what()), 1..8),
+        fn fold_is_idempotent_and_order_independent(
+            events in proptest::collection::vec((0_i64..4, payload()), 1..8),
             order in any::<prop::sample::Index>(),
         ) {
-            let mut events: Vec<Pending> = events.into_iter().zip(1..).map(|((at, what), id)| event(id, at, what)).collect();
-            let ends = events.iter().filter(|event| event.what == Payload::End);
+            let mut events: Vec<Pending> = events.into_iter().zip(1..).map(|((at, payload), id)| event(id, at, payload)).collect();
+            let ends = events.iter().filter(|event| event.payload == Payload::End);
             let expected_end = ends.map(|event| event.at).max();
-            let transfers = events.iter().filter_map(|event| match event.what {
+            let transfers = events.iter().filter_map(|event| match event.payload {
                 Payload::Transfer { advisor } => Some(Transfer { at: event.at, event: event.id, advisor: AdvisorId(advisor) }),
                 _ => None,
             });
             let expected_transfer = transfers.max_by_key(|transfer| (transfer.at, transfer.event));
-            let first_start = events.iter().find(|event| event.what == Payload::Start).map(|event| event.at);
+            let first_start = events.iter().find(|event| event.payload == Payload::Start).map(|event| event.at);
             let mut desired = Desired { started_at: first_start, ..Desired::default() };
             let length = events.len();
             events.rotate_left(order.index(length));

@@ -1,4 +1,4 @@
-//! START: the chat gets its start time. BigChat tells in the conversation's details who had it first.
+//! START: the chat gets its start time. The first advisor is in the conversation's details.
 
 use crate::domain::conversation::{Desired, Pending};
 

@@ -1,5 +1,5 @@
-//! TRANSFER: the chat gets the agent of the new advisor. The latest by time counts; ties go to the later arrival. To the
-//! advisor who has the conversation already, there is nothing to write.
+//! TRANSFER: the chat gets the agent of the new advisor. The latest by time counts; ties go to the later arrival. A
+//! transfer to the current advisor has no effect.
 
 use crate::domain::conversation::{Desired, Pending, Transfer};
 use crate::domain::ids::AdvisorId;

@@ -476,8 +476,8 @@ impl Pair {
                         conversation.observed.chat = Some(Uuid::from_u128(1));
                         conversation.observed.external_id = Some(id.to_string());
                     }
-                    let changes = events.iter().filter(|event| event.what.text().is_none());
-                    let messages = events.iter().filter(|event| event.what.text().is_some());
+                    let changes = events.iter().filter(|event| event.payload.text().is_none());
+                    let messages = events.iter().filter(|event| event.payload.text().is_some());
                     let fates = script.fates.iter().cycle();
                     for (event, fate) in changes.chain(messages).zip(fates) {
                         match fate {
@@ -489,7 +489,7 @@ impl Pair {
                             _ => {}
                         }
                         let outcome = self.outcome(event, *fate);
-                        let text = event.what.text();
+                        let text = event.payload.text();
                         if let (Outcome::Delivered(_), Some(_), Some(text)) =
                             (&outcome, event.credit, text)
                         {
@@ -531,7 +531,7 @@ impl Pair {
                 Found::ReadWithoutMessages => observation = Observation::Read(None),
                 Found::UnreadableMessages => {
                     let is_in_doubt = |event: &&Pending| {
-                        event.what.text().is_some()
+                        event.payload.text().is_some()
                             && (event.attempts.outcome_unknown || event.id.0 <= self.replay_until)
                     };
                     let fate = Fate::GivenUp {
@@ -583,7 +583,7 @@ impl Pair {
         };
         match fate {
             Fate::Delivered if event.credit.is_some() => Outcome::Delivered(Effect::Nothing),
-            Fate::Delivered if event.what.text().is_some() => {
+            Fate::Delivered if event.payload.text().is_some() => {
                 Outcome::Delivered(Effect::MessageAdded)
             }
             Fate::Delivered => Outcome::Delivered(Effect::ChatChanged),
@@ -624,14 +624,14 @@ impl Pair {
         let recorded = recorded.expect("the messages");
         let standings: Vec<_> = recorded
             .iter()
-            .map(|message| (message.id.0, message.standing))
+            .map(|message| (message.id.0, message.state))
             .collect();
         let expected = self.plain.standings(id, self.replay_until);
         assert_eq!(standings, expected, "what is known of each message");
         let is_missing = script.missing.iter().cycle();
         let delivered = recorded
             .iter()
-            .filter(|message| message.standing == account::MessageState::Delivered);
+            .filter(|message| message.state == account::MessageState::Delivered);
         delivered
             .zip(is_missing)
             .filter(|(_, is_missing)| **is_missing)

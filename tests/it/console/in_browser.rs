@@ -181,7 +181,7 @@ let desk = Desk::with_failed(t, &["one", "two"]).await;
     ));
     t.until_events("failed", 3).await;
     let browser = desk.look("#/failed").await;
-    browser.click(".groups a", "Its name is unknown").await;
+    browser.click(".groups a", "Unknown event name").await;
     browser.until_text(".rows", "PAUSE").await;
     browser.click(".group button", "Discard it").await;
     browser.click("#ask button", "Discard").await;

@@ -203,19 +203,19 @@ async fn what_cannot_be_understood_is_kept_with_its_reason_and_the_others_go_on(
             format!(
                 r#"{{ "conversation_id":42, "event_name":"REOPEN","event_at":{at},"data":null}}"#
             ),
-            "its name is unknown: \"REOPEN\"",
+            "unknown event name: \"REOPEN\"",
         ),
         (
             format!(r#"{{"conversation_id":"42","event_name":"END","event_at":{at}}}"#),
-            "not an event",
+            "not a BigChat event",
         ),
         (
             r#"{"conversation_id":42,"event_name":"END","event_at":17.5}"#.into(),
-            "not an event",
+            "not a BigChat event",
         ),
         (
             r#"{"conversation_id":42,"event_name":"END","event_at":99999999999999999999}"#.into(),
-            "not an event",
+            "not a BigChat event",
         ),
         (
             r#"{"conversation_id":42,"event_name":"END"}"#.into(),
@@ -223,27 +223,27 @@ async fn what_cannot_be_understood_is_kept_with_its_reason_and_the_others_go_on(
         ),
         (
             r#"{"conversation_id":42,"event_name":"END","event_at":-1}"#.into(),
-            "its time is out of range: -1",
+            "event time out of range: -1",
         ),
         (
             format!(r#"{{"conversation_id":42,"event_name":"MESSAGE","event_at":{at}}}"#),
-            "it is a MESSAGE without data",
+            "MESSAGE without data",
         ),
         (
             format!(
                 r#"{{"conversation_id":42,"event_name":"MESSAGE","event_at":{at},"data":{{"text":"Hi"}}}}"#
             ),
-            "its data are not those of a MESSAGE",
+            "invalid data of a MESSAGE",
         ),
         (
             format!(
                 r#"{{"conversation_id":42,"event_name":"TRANSFER","event_at":{at},"data":{{"new_advisor_id":"8"}}}}"#
             ),
-            "its data are not those of a TRANSFER",
+            "invalid data of a TRANSFER",
         ),
-        (r#""END""#.into(), "not an event"),
-        ("null".into(), "not an event"),
-        ("[]".into(), "not an event"),
+        (r#""END""#.into(), "not a BigChat event"),
+        ("null".into(), "not a BigChat event"),
+        ("[]".into(), "not a BigChat event"),
     ];
     run_test(async |t| {
         t.fails(12);
