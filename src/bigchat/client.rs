@@ -1,4 +1,4 @@
-//! The BigChat client: its three routes, typed after the contract.
+//! The client of BigChat's three routes, typed after the contract.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -18,50 +18,48 @@ use crate::domain::time::Timestamp;
 use crate::http::route::Route;
 use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
 
-/// No server takes a longer query than this.
+/// In bytes. No server accepts a longer query.
 const MAX_QUERY: usize = 16 << 10;
 
-/// BigChat, as far as it is asked anything.
 #[derive(Debug)]
 pub struct BigChat {
     http: Arc<Http>,
     clock: BigChatClock,
 }
 
-/// One page of `/events`.
+/// A page of `/events`.
 #[derive(Debug)]
 pub struct Page {
-    /// The body, as it came: what is kept.
+    /// As received.
     pub body: String,
-    /// The query of the next page, if there is one. Only the query of `nextPageUrl` is of use: its scheme, host and
-    /// path are what a proxy made of them, or name another host altogether.
+    /// The query of `nextPageUrl`. Its scheme, host and path are not used: a proxy may have changed them, or they name
+    /// another host.
     pub next: Option<String>,
-    /// How many events there are on it.
+    /// How many events the page has.
     pub events: usize,
 }
 
-/// What `/conversations/{id}` tells.
+/// The response of `/conversations/{id}`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Details {
-    /// When the conversation started; `None` if its START is not among the events.
+    /// `None` if its START is not among the events.
     pub started_at: Option<Timestamp>,
-    /// Who has it: at BigChat the first advisor for ever, at a usual vendor the one of now.
+    /// Always the first advisor at BigChat, the current one at most vendors.
     pub advisor: i64,
 }
 
-/// What `/advisors/{id}` tells.
+/// The response of `/advisors/{id}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advisor {
     /// Not unique.
     pub name: String,
-    /// The identity; made from another name.
+    /// The identity. It may not resemble the name.
     pub email_address: String,
 }
 
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl BigChat {
-    /// BigChat behind `http`.
     pub fn new(http: Arc<Http>) -> Self {
         Self {
             http,
@@ -69,17 +67,15 @@ impl BigChat {
         }
     }
 
-    /// Base URL and throttle.
     pub fn http(&self) -> &Http {
         &self.http
     }
 
-    /// BigChat's clock.
     pub fn clock(&self) -> &BigChatClock {
         &self.clock
     }
 
-    /// One page of what happened; `query` comes from [`window_query`] or from the page before.
+    /// Requests a page of events. `query` comes from [`window_query`] or from the previous page.
     pub async fn events(&self, query: &str) -> Result<Page> {
         let target = self.http.target(Route::Events, "", Some(query));
         self.get(target, |response| {
@@ -97,7 +93,6 @@ impl BigChat {
         .await
     }
 
-    /// The details of a conversation.
     pub async fn conversation(&self, id: i64) -> Result<Details> {
         self.get(
             self.http.target(Route::Conversation, &id.to_string(), None),
@@ -105,10 +100,10 @@ impl BigChat {
                 let body = text(response)?;
                 let [events, advisor] = fields(body, ["events", "advisor_id"])?;
                 let Integer(advisor) = read("advisor_id", advisor)?;
-                let events = events.ok_or("its JSON is another: missing field `events`")?;
+                let events = events.ok_or("unexpected JSON: missing field `events`")?;
                 let started_at = match Start::among(events).map_err(text_of)? {
                     Start::At(at) => Timestamp::from_unix(at),
-                    Start::InvalidJson => return Err("its START has no time".to_owned()),
+                    Start::InvalidTime => return Err("the START has no valid time".to_owned()),
                     Start::Missing => None,
                 };
                 Ok(Details {
@@ -120,7 +115,6 @@ impl BigChat {
         .await
     }
 
-    /// The name and address of an advisor.
     pub async fn advisor(&self, id: i64) -> Result<Advisor> {
         self.get(
             self.http.target(Route::Advisor, &id.to_string(), None),
@@ -147,7 +141,7 @@ impl BigChat {
     }
 }
 
-/// The query for the first page of what happened from `start` to `end`: whole seconds in UTC, with `Z`.
+/// The query of the first page of a window.
 pub fn window_query(start: Timestamp, end: Timestamp) -> String {
     form_urlencoded::Serializer::new(String::new())
         .append_pair("start_at", &start.to_string())
@@ -155,7 +149,7 @@ pub fn window_query(start: Timestamp, end: Timestamp) -> String {
         .finish()
 }
 
-/// A page that is none.
+/// Why a body is not a page.
 fn not_a_page(body: &str, error: &Malformed) -> String {
     #[derive(Deserialize)]
     struct Wire {
@@ -190,15 +184,14 @@ fn fields<'a, const N: usize>(
 }
 
 fn read<T: DeserializeOwned>(name: &str, value: Option<&str>) -> std::result::Result<T, String> {
-    let value = value.ok_or_else(|| format!("its JSON is another: missing field `{name}`"))?;
+    let value = value.ok_or_else(|| format!("unexpected JSON: missing field `{name}`"))?;
     serde_json::from_str(value).map_err(|error| unreadable(value.as_bytes(), &error))
 }
 
-/// What the first START in a list tells. What is wrong with other events is told where they are polled.
+/// The first START in a list. Malformed events are reported when they are polled, not here.
 enum Start {
     At(i64),
-    /// Its time is none.
-    InvalidJson,
+    InvalidTime,
     Missing,
 }
 
@@ -218,15 +211,14 @@ impl Start {
             Ok([name, at])
                 if read::<String>("", name).as_deref() == Ok(EventKind::Start.name()) =>
             {
-                read("", at).map_or(Self::InvalidJson, |Integer(at)| Self::At(at))
+                read("", at).map_or(Self::InvalidTime, |Integer(at)| Self::At(at))
             }
             _ => Self::Missing,
         }
     }
 }
 
-/// The query of the next page, where `nextPageUrl` (as JSON) tells one that can be asked for. What it tells else is
-/// taken for the end: there is nothing to go on with.
+/// The query of the next page, from `nextPageUrl` as JSON. Without a usable query, the page is the last one.
 fn next_page(next: &str) -> Option<String> {
     if next == "null" {
         return None;
@@ -234,14 +226,14 @@ fn next_page(next: &str) -> Option<String> {
     let url: Option<String> = serde_json::from_str(next).ok();
     let query = url.as_deref().and_then(next_query);
     if query.is_none() {
-        // Whatever precedes an @ may be a user and a password.
+        // Text before an @ may be a user and a password.
         let next = next.rsplit('@').next().unwrap_or_default();
-        tracing::warn!(next = %shortened(next), "BigChat names a next page that cannot be asked for; the poll is complete");
+        tracing::warn!(next = %shortened(next), "BigChat sent an unusable nextPageUrl; treating the poll as complete");
     }
     query
 }
 
-/// The query of a `nextPageUrl`: absolute or relative, or the query alone, escaped for HTML or not.
+/// The query of a `nextPageUrl`: an absolute or relative URL, or the query alone, possibly HTML-escaped.
 fn next_query(next: &str) -> Option<String> {
     let next = next.trim().replace("&amp;", "&");
     let query = match next.split_once('?') {
@@ -261,8 +253,7 @@ fn next_query(next: &str) -> Option<String> {
     (!query.is_empty()).then_some(query)
 }
 
-/// A parameter whose value is a time with a `+` that is not percent-encoded: it can only mean an offset, and not the
-/// space for which it stands in queries otherwise.
+/// Percent-encodes a `+` in a time. Elsewhere in a query it means a space; in a time it can only mean an offset.
 fn with_encoded_plus(parameter: &str) -> Cow<'_, str> {
     let encoded = parameter.replace('+', "%2B");
     let is_time = || form_urlencoded::parse(encoded.as_bytes()).any(|(_, value)| is_time(&value));
@@ -277,7 +268,7 @@ fn is_time(value: &str) -> bool {
     DateTime::parse_from_rfc3339(value).is_ok()
 }
 
-/// A query in one spelling, whatever its order and encoding, and however it writes times: equal ones are the same page.
+/// A query in canonical form: sorted, with one encoding, and times in UTC. Equal ones are the same page.
 pub fn canonical_query(query: &str) -> String {
     let mut pairs: Vec<(String, String)> = form_urlencoded::parse(query.as_bytes())
         .map(|(name, value)| {
@@ -297,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_query_of_the_next_page_is_taken() {
+    fn only_the_query_counts() {
         assert_eq!(
             next_query("http://evil.example/steal?page=1&a=b#x"),
             Some("page=1&a=b".into())
@@ -309,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sloppy_next_page_is_taken_where_it_can_only_mean_one_thing() {
+    fn sloppy_but_unambiguous_next_page() {
         for (next, query) in [
             (" /events?page=1\n", "page=1"),
             ("/events?a=b&amp;page=1", "a=b&page=1"),
@@ -341,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_page_is_known_in_any_spelling() {
+    fn same_page_in_any_spelling() {
         let same = |a, b| canonical_query(a) == canonical_query(b);
         for (a, b) in [
             ("a=1&b=2", "b=2&a=1"),
@@ -365,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_are_asked_for_in_utc_with_z() {
+    fn windows_are_requested_in_utc() {
         let query = window_query(Timestamp::clamped(0), Timestamp::clamped(60));
         assert_eq!(
             query,

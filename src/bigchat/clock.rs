@@ -1,7 +1,7 @@
-//! BigChat's clock, as its `date` headers tell it, and this machine's, as far as it can be relied on.
+//! BigChat's clock, from its `date` headers, and this machine's clock without its steps.
 //!
-//! Windows and the cursor go by BigChat's clock and not by this machine's, which may be an hour off, unless BigChat has
-//! never told its time: a window in BigChat's future makes it report events that have not happened.
+//! Windows and the cursor use BigChat's clock: for a window in its future, BigChat reports events that have not happened.
+//! This machine's clock, which may be an hour off, replaces it only as long as BigChat's time is unknown.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,15 +10,14 @@ use tokio::time::Instant;
 
 use crate::domain::time::{Millis, Timestamp};
 
-/// A date further than this from where the clock should be has jumped: a single wrong header must neither move the
-/// cursor past what was never read, nor back by years.
+/// A date that differs from the expected one by more than this has jumped. A single wrong header must neither move the
+/// cursor past unread events, nor back by years.
 const JUMP: Duration = Duration::from_secs(600);
 
-/// In how many polls a date that has jumped must be seen before it is believed. Until then the old time goes on, so that
-/// what happens during an error of minutes is read.
+/// How many polls a jump must last before it is believed. Until then the old time continues, so that no events are skipped
+/// while BigChat's date is wrong for some minutes.
 const POLLS: u64 = 10;
 
-/// What is known of BigChat's clock.
 #[derive(Debug, Default)]
 pub struct BigChatClock {
     readings: Mutex<Readings>,
@@ -27,12 +26,12 @@ pub struct BigChatClock {
 #[derive(Debug, Default)]
 struct Readings {
     believed: Option<Reading>,
-    /// A date that has jumped, and the poll in which it was first seen.
+    /// A date that has jumped, and the number of the poll that first saw it.
     doubted: Option<(Reading, u64)>,
     polls: u64,
 }
 
-/// A date, and when it was read.
+/// A date, and when it was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Reading {
     date: Timestamp,
@@ -40,7 +39,6 @@ struct Reading {
 }
 
 impl Reading {
-    /// The time it is now by this reading.
     fn now(self, now: Instant) -> Timestamp {
         self.date.plus(now.saturating_duration_since(self.at))
     }
@@ -52,7 +50,7 @@ impl Reading {
 }
 
 impl BigChatClock {
-    /// Takes in the date of an answer, if it had one that can be read.
+    /// Records the date of a response; `None` if it had no valid one.
     pub fn observe(&self, date: Option<Timestamp>) {
         if let Some(date) = date {
             let at = Instant::now();
@@ -61,17 +59,17 @@ impl BigChatClock {
         }
     }
 
-    /// Counts a poll. Those that follow one another without waiting are one.
+    /// Counts a poll. Polls back to back count once.
     pub fn count_poll(&self) {
         self.readings().polls += 1;
     }
 
-    /// Whether what it says is to be relied on. If not, another answer tells.
+    /// Whether a date is believed. If not, a further response is needed.
     pub fn is_sure(&self) -> bool {
         self.readings().believed.is_some()
     }
 
-    /// BigChat's time now: the last date it gave, plus the time since by a monotonic clock. `None`: it never gave one.
+    /// BigChat's time: its last date plus the monotonic time since; `None` if there was no date yet.
     pub fn now(&self) -> Option<Timestamp> {
         self.readings().now(Instant::now())
     }
@@ -87,8 +85,7 @@ impl Readings {
         Some(self.believed.or(doubted)?.now(now))
     }
 
-    /// The first date of all is held against this machine's clock, which may be as wrong: if they differ, the next one
-    /// decides.
+    /// The first date is compared with this machine's clock. Either may be wrong; if they differ, the next date decides.
     fn observe(&mut self, reading: Reading, this_machine: Timestamp) {
         let here = Reading {
             date: this_machine,
@@ -111,14 +108,14 @@ impl Readings {
         } else if seen_before.is_none() {
             tracing::warn!(
                 date = %reading.date,
-                "the date of BigChat's answer has jumped, or is far from this machine's: not believed unless it lasts"
+                "BigChat's date has jumped, or differs from this machine's clock; ignoring it unless it lasts"
             );
             self.doubted = Some((reading, self.polls));
         }
     }
 }
 
-/// This machine's clock for what cannot be undone: a step ahead is not followed, unless BigChat's clock agrees with it.
+/// This machine's clock for actions that cannot be undone. It ignores a step ahead, unless BigChat's clock agrees.
 #[derive(Debug)]
 pub struct SteadyClock {
     now: Millis,
@@ -126,12 +123,11 @@ pub struct SteadyClock {
 }
 
 impl SteadyClock {
-    /// A clock that was read then.
     pub fn new(now: Millis, at: Instant) -> Self {
         Self { now, at }
     }
 
-    /// The time by a further reading, BigChat's clock being there.
+    /// The time after a further `reading` of this machine's clock, given BigChat's time.
     pub fn read(&mut self, reading: Millis, at: Instant, bigchat: Option<Timestamp>) -> Millis {
         let agrees = |there: Timestamp| {
             let here = Timestamp::clamped(reading.0 / 1000);
@@ -156,7 +152,7 @@ mod tests {
         Timestamp::clamped(seconds)
     }
 
-    /// A clock that has seen dates in one poll each, ten seconds apart, beside a machine that is right.
+    /// Observes one date per poll, every ten seconds, on a machine whose clock is right. Dates are relative to that.
     fn polled(dates: &[i64]) -> (Readings, Instant) {
         let start = Instant::now();
         let mut readings = Readings::default();
@@ -170,14 +166,14 @@ mod tests {
         (readings, now)
     }
 
-    fn seen(dates: &[i64]) -> i64 {
+    fn offset_after(dates: &[i64]) -> i64 {
         let (readings, now) = polled(dates);
         let elapsed = 10 * (dates.len() as i64 - 1);
         readings.now(now).expect("a time").unix() - elapsed
     }
 
     #[test]
-    fn it_goes_on_by_itself_between_answers() {
+    fn it_advances_between_responses() {
         let start = Instant::now();
         let mut readings = Readings::default();
         assert_eq!(readings.now(start), None);
@@ -193,37 +189,38 @@ mod tests {
         assert_eq!(observe(900, 1000), Some(at(902)), "it may be set back");
     }
 
+    /// It is believed if this machine's clock or the next date agrees.
     #[test]
-    fn the_first_date_is_believed_if_this_machine_or_the_next_one_says_the_same() {
-        assert_eq!(seen(&[1_000_000]), 1_000_000, "for want of better");
+    fn first_date_needs_a_second_source() {
+        assert_eq!(offset_after(&[1_000_000]), 1_000_000, "the only one");
         assert!(polled(&[1_000_000]).0.believed.is_none());
-        assert_eq!(seen(&[1_000_000, 1]), 1);
+        assert_eq!(offset_after(&[1_000_000, 1]), 1);
         assert!(polled(&[1_000_000, 1_000_001]).0.believed.is_some());
     }
 
     #[test]
-    fn a_jump_is_believed_at_once_if_this_machine_agrees() {
+    fn jump_to_the_time_of_this_machine() {
         let off = 1_000_000;
-        assert_eq!(seen(&[off, off, 0]), 0, "it was wrong, and is right now");
-        assert_eq!(seen(&[off, off, 500]), 500);
+        assert_eq!(offset_after(&[off, off, 0]), 0, "believed at once");
+        assert_eq!(offset_after(&[off, off, 500]), 500);
     }
 
     #[test]
-    fn another_jump_is_believed_once_it_has_lasted_ten_polls() {
+    fn jump_must_last_ten_polls() {
         for off in [3600, 86_400 * 365, 601] {
             let lasting = |polls| [&[0, 0][..], &vec![off; polls]].concat();
-            assert_eq!(seen(&lasting(1)), 0, "{off}");
-            assert_eq!(seen(&lasting(10)), 0, "{off}");
-            assert_eq!(seen(&lasting(11)), off, "{off}");
+            assert_eq!(offset_after(&lasting(1)), 0, "{off}");
+            assert_eq!(offset_after(&lasting(10)), 0, "{off}");
+            assert_eq!(offset_after(&lasting(11)), off, "{off}");
             let interrupted = [&lasting(9)[..], &[0], &[off; 9]].concat();
-            assert_eq!(seen(&interrupted), 0, "{off}: it was wrong each time");
+            assert_eq!(offset_after(&interrupted), 0, "{off}: interrupted");
             let another = [&lasting(9)[..], &[2 * off + 601; 2]].concat();
-            assert_eq!(seen(&another), 0, "{off}: not the same");
+            assert_eq!(offset_after(&another), 0, "{off}: another jump");
         }
     }
 
     #[test]
-    fn a_step_of_this_machine_ahead_is_not_followed() {
+    fn machine_step_ahead_is_ignored() {
         const DAYS: i64 = 40 * 86_400_000;
         let (start, after) = (Instant::now(), Duration::from_secs(10));
         for (reading, bigchat, expected) in [
@@ -240,7 +237,7 @@ mod tests {
             let read = clock.read(Millis(reading), start + after, bigchat);
             assert_eq!(read, Millis(expected), "{reading} {bigchat:?}");
         }
-        // It comes back, and nothing is left of it.
+        // A step that is reverted leaves no trace.
         let mut clock = SteadyClock::new(Millis(0), start);
         clock.read(Millis(DAYS), start + after, None);
         let later = clock.read(Millis(20_000), start + 2 * after, None);

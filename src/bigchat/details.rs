@@ -1,5 +1,5 @@
-//! What BigChat knows of a conversation or an advisor, checked before it is used: an answer of a BigChat that has
-//! restarted since is about somebody else.
+//! Details of conversations and advisors. The epoch is checked before they are used, since after a restart of BigChat an
+//! id means another conversation or advisor.
 
 use super::epoch::{self, ProbeResult};
 use super::{Source, SourceError};
@@ -9,45 +9,45 @@ use crate::domain::time::Timestamp;
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::KnownAdvisor;
 
-/// How often BigChat says that it does not know something before that is believed: for good, and one of several behind the
-/// same address may only not know it yet.
-const NOT_FOUND_TRIES: u32 = 3;
+/// How many 404s in a row are believed. The result is final, and one of several instances behind the same address may only
+/// lag.
+const NOT_FOUND_ATTEMPTS: u32 = 3;
 
-/// Reads a conversation's details into it: its start time and who had it first. A conversation of which BigChat
-/// knows nothing any more is left with what its events say.
+/// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the conversation,
+/// only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
-    if !is_present(source, conversation.epoch).await? {
+    if !is_current(source, conversation.epoch).await? {
         conversation.details = Details::Gone;
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    match ask(source, || source.client.conversation(id)).await {
+    match request(source, || source.client.conversation(id)).await {
         Err(error) if error.is_not_found() && source.epochs.reports_events() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
-                "BigChat knows nothing of the conversation any more"
+                "BigChat no longer knows the conversation"
             );
             conversation.details = Details::Gone;
         }
         Err(error) => return Err(error.into()),
         Ok(details) => {
-            let ours = match (conversation.desired.started_at, details.started_at) {
-                (Some(known), Some(told)) if known == told => true,
-                (Some(_), Some(told)) => {
-                    epoch::begin(source, conversation.epoch, told).await?;
+            let is_same = match (conversation.desired.started_at, details.started_at) {
+                (Some(known), Some(reported)) if known == reported => true,
+                (Some(_), Some(reported)) => {
+                    epoch::begin(source, conversation.epoch, reported).await?;
                     false
                 }
-                // A run that began later cannot have a conversation that started before this one was confirmed.
-                (None, Some(told)) if told < source.epochs.verified_until() => {
-                    is_present(source, conversation.epoch).await?
+                // A later epoch has no conversation that started while this one was still verified.
+                (None, Some(reported)) if reported < source.epochs.verified_until() => {
+                    is_current(source, conversation.epoch).await?
                 }
                 _ => is_same_epoch(source, conversation.epoch).await?,
             };
-            if ours {
+            if is_same {
                 if conversation.desired.started_at.is_none()
                     && let Some(started_at) = details.started_at
                 {
-                    store(source, conversation, started_at, AdvisorId(details.advisor)).await?;
+                    record(source, conversation, started_at, AdvisorId(details.advisor)).await?;
                     conversation.desired.started_at = Some(started_at);
                 }
                 conversation.desired.first_advisor = Some(AdvisorId(details.advisor));
@@ -60,22 +60,22 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
     Ok(())
 }
 
-/// Keeps a start time that no START has told before a chat is created with it: if that is interrupted, and BigChat has
-/// forgotten the conversation by then, the chat is known for its own by nothing else.
-async fn store(
+/// Stores a start time that no START has reported before a chat is created with it. If the creation is interrupted and
+/// BigChat then no longer knows the conversation, only this start time identifies the chat.
+async fn record(
     source: &Source,
     conversation: &Conversation,
     started_at: Timestamp,
     advisor: AdvisorId,
 ) -> Result<(), SourceError> {
     let (epoch, id) = (conversation.epoch, conversation.bigchat_id);
-    let stored = source
+    let recorded = source
         .journal
         .with(move |store| store.record_details(epoch, id, started_at, advisor));
-    Ok(stored.await?)
+    Ok(recorded.await?)
 }
 
-/// What an advisor of a run of BigChat is; asked for once.
+/// An advisor of an epoch. The journal stores the response, so that each is requested once.
 pub async fn advisor(
     source: &Source,
     epoch: Epoch,
@@ -88,10 +88,10 @@ pub async fn advisor(
     {
         return Ok(known);
     }
-    let known = if !is_present(source, epoch).await? {
+    let known = if !is_current(source, epoch).await? {
         KnownAdvisor::Gone
     } else {
-        match ask(source, || source.client.advisor(id.0)).await {
+        match request(source, || source.client.advisor(id.0)).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
@@ -106,46 +106,48 @@ pub async fn advisor(
     if known == KnownAdvisor::Gone {
         tracing::warn!(
             advisor = %id,
-            "BigChat knows nothing of the advisor any more: chats stay without an agent"
+            "BigChat no longer knows the advisor; chats stay without an agent"
         );
     }
-    let noted = known.clone();
+    let recorded = known.clone();
     source
         .journal
-        .with(move |store| store.record_advisor(epoch, id, &noted))
+        .with(move |store| store.record_advisor(epoch, id, &recorded))
         .await?;
     Ok(known)
 }
 
-async fn is_present(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
+async fn is_current(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
     Ok(source.epochs.current(&source.journal).await? == epoch)
 }
 
-/// Whether what was just told was told by that run of BigChat.
+/// Whether a response just received belongs to the epoch.
 async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
-    match epoch::look(source).await? {
+    match epoch::probe(source).await? {
         ProbeResult::Restarted => Ok(false),
-        ProbeResult::Same | ProbeResult::Unknown => is_present(source, epoch).await,
-        ProbeResult::Unanswered => Err(not_asked("whether it has restarted is not known").into()),
+        ProbeResult::Same | ProbeResult::Unknown => is_current(source, epoch).await,
+        ProbeResult::Unanswered => {
+            Err(not_sent("BigChat did not answer whether it has restarted").into())
+        }
     }
 }
 
-fn not_asked(why: &str) -> ApiError {
-    ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, why)
+fn not_sent(reason: &str) -> ApiError {
+    ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
 
-async fn ask<T, F>(source: &Source, question: impl Fn() -> F) -> Result<T, ApiError>
+async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
-    if !source.may_be_asked() {
-        return Err(not_asked("BigChat is down, and is asked again later"));
+    if !source.accepts_requests() {
+        return Err(not_sent("BigChat is down; the request waits"));
     }
-    let mut tries = 1;
+    let mut attempts = 1;
     loop {
-        match source.ask(1, &question).await {
-            Err(error) if error.is_not_found() && tries < NOT_FOUND_TRIES => tries += 1,
-            answer => return answer,
+        match source.request(1, &send).await {
+            Err(error) if error.is_not_found() && attempts < NOT_FOUND_ATTEMPTS => attempts += 1,
+            result => return result,
         }
     }
 }

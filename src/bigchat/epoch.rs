@@ -1,8 +1,8 @@
-//! Noticing that BigChat has restarted.
+//! Detecting a restart of BigChat.
 //!
-//! It forgets everything and gives out its ids anew, so an id alone is no identity: (id, start time) is. A known
-//! conversation with another start time tells a restart; a 404 or an error tells nothing. Conversation 1 exists from
-//! BigChat's start on and so is the best one to ask for, known or not.
+//! A restarted BigChat has lost its data and reuses its ids, so only id and start time together identify a conversation. A
+//! known conversation with another start time proves a restart; a 404 or an error proves nothing. Conversation 1 exists
+//! from BigChat's start on, which makes it the best probe, whether the journal knows it or not.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -15,50 +15,52 @@ use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, Probe, Store, StoredPage};
 
-/// How many conversations are asked for, if those before are not known any more.
-const MARKERS: u32 = 3;
+/// How many conversations a probe requests while BigChat no longer knows the earlier ones.
+const PROBE_CONVERSATIONS: u32 = 3;
 
-/// How often an answer that tells nothing is asked for again: about one call in twenty fails at BigChat.
-const TRIES: u32 = 3;
+/// How often a request is made in a row while it fails transiently: about one in twenty fails at BigChat.
+const ATTEMPTS: u32 = 3;
 
-/// How many conversations of a page are asked for, to tell which run told of them.
-const PROBES: usize = 5;
+/// How many conversations of a page are requested to determine its epoch.
+const PAGE_CONVERSATIONS: usize = 5;
 
-/// What the look for a restart showed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeResult {
-    /// It is the same run.
+    /// The same epoch.
     Same,
-    /// It has restarted; a new run was begun in the journal.
+    /// BigChat has restarted; the journal has a new epoch.
     Restarted,
-    /// Nothing is known by which it could be told.
+    /// BigChat knows no conversation to compare.
     Unknown,
-    /// BigChat gave no answer.
+    /// BigChat did not answer.
     Unanswered,
 }
 
-/// Looks whether BigChat has restarted since the present run was last confirmed, and notes it in the journal.
-pub async fn look(source: &Source) -> Result<ProbeResult, JournalError> {
-    let (epoch, probes) = source.journal.with(|store| store.probes(MARKERS)).await?;
+/// Checks whether BigChat has restarted since the current epoch was last verified. If so, begins a new epoch.
+pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
+    let (epoch, probes) = source
+        .journal
+        .with(|store| store.probes(PROBE_CONVERSATIONS))
+        .await?;
     if probes.is_empty() {
-        // Whatever it says of its first conversation is what the next answers are compared with.
+        // The next probes compare with conversation 1 as it is now.
         record_first(source, epoch).await?;
         return Ok(ProbeResult::Unknown);
     }
-    let first_known = probes.iter().any(|marker| marker.bigchat_id == 1);
-    let mut seen = ProbeResult::Unknown;
+    let first_known = probes.iter().any(|probe| probe.bigchat_id == 1);
+    let mut result = ProbeResult::Unknown;
     for Probe {
         bigchat_id,
         started_at: known,
     } in probes
     {
-        let (answer, asked_at) = details(source, bigchat_id).await;
-        match answer {
+        let (details, requested_at) = details(source, bigchat_id).await;
+        match details {
             Ok(Details {
                 started_at: Some(started_at),
                 ..
             }) if started_at == known => {
-                confirm(source, asked_at);
+                record_verified(source, requested_at);
                 if !first_known {
                     record_first(source, epoch).await?;
                 }
@@ -73,27 +75,27 @@ pub async fn look(source: &Source) -> Result<ProbeResult, JournalError> {
             }
             Ok(_) => {}
             Err(error) if error.is_not_found() => {}
-            Err(_) => seen = ProbeResult::Unanswered,
+            Err(_) => result = ProbeResult::Unanswered,
         }
     }
-    Ok(seen)
+    Ok(result)
 }
 
-/// BigChat has restarted since run `epoch`: a conversation is known by now that started at `started_at` in the new
-/// run. Begins that run in the journal, unless somebody else has, from the start of its first conversation on if
-/// that can be had: pages served before were told by the run before.
+/// Begins the epoch after `epoch` in the journal, unless it exists already. BigChat has restarted: it reports a
+/// conversation that started at `started_at` in the new epoch. The new epoch begins with the start of its conversation 1,
+/// if that is known; pages served before belong to the old one.
 pub async fn begin(
     source: &Source,
     epoch: Epoch,
     started_at: Timestamp,
 ) -> Result<(), JournalError> {
-    let (answer, _) = details(source, 1).await;
-    let first = answer
+    let (details, _) = details(source, 1).await;
+    let first = details
         .ok()
         .and_then(|details| Some((details.started_at?, AdvisorId(details.advisor))));
-    let confirmed = source.epochs.verified_until();
+    let verified_until = source.epochs.verified_until();
     let began_at = match first {
-        Some((first, _)) if first >= confirmed => first.min(started_at),
+        Some((first, _)) if first >= verified_until => first.min(started_at),
         _ => started_at,
     };
     let mark = source.epochs.mark();
@@ -106,41 +108,41 @@ pub async fn begin(
         })
         .await?;
     if let Some(epoch) = begun {
-        tracing::warn!(epoch = epoch.0, since = %began_at, "BigChat has restarted: from now on its ids mean other conversations and advisors");
+        tracing::warn!(epoch = epoch.0, since = %began_at, "BigChat restarted and reuses its ids; starting a new epoch");
     }
     Ok(())
 }
 
-/// Which run of BigChat told a page. Where no restart was noticed since it was kept, the present one. Where it was served
-/// about when BigChat restarted, its time does not tell: it was the run before if it tells of a conversation that the
-/// present run does not know, or that started at another time. `None`: BigChat gives no answer to that.
+/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was stored, it is the current
+/// one. If the page was served at about the time of the restart, its time does not decide: it belongs to the previous epoch
+/// if it reports a conversation that BigChat no longer knows, or that now has another start time.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
-    if page.told_by.is_some() {
-        return Ok(page.told_by);
+    if page.epoch.is_some() {
+        return Ok(page.epoch);
     }
     let served_at = page.served_at;
     let by_time = move |store: &mut Store| store.epoch_at(served_at);
     let (epoch, certain) = source.journal.with(by_time).await?;
-    if certain || epoch <= page.kept_in {
-        return Ok(Some(epoch.max(page.kept_in)));
+    if certain || epoch <= page.stored_in {
+        return Ok(Some(epoch.max(page.stored_in)));
     }
     let events = page.events();
-    // The present run has given out few ids, and those are the lowest.
+    // The highest first: the new epoch has used only few ids yet, the lowest ones.
     let ids: BTreeSet<_> = events
         .iter()
         .map(|event| Reverse(event.conversation))
         .collect();
-    for Reverse(id) in ids.into_iter().take(PROBES) {
+    for Reverse(id) in ids.into_iter().take(PAGE_CONVERSATIONS) {
         let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
-        let told = events.iter().find(is_start).map(|event| event.at);
+        let reported = events.iter().find(is_start).map(|event| event.at);
         match details(source, id).await.0 {
             Err(error) if error.is_not_found() && source.epochs.reports_events() => {
                 return Ok(Some(Epoch(epoch.0 - 1)));
             }
             Err(error) if error.is_not_found() => {}
             Err(_) => return Ok(None),
-            Ok(Details { started_at, .. }) => match told.zip(started_at) {
-                Some((told, started_at)) if told != started_at => {
+            Ok(Details { started_at, .. }) => match reported.zip(started_at) {
+                Some((reported, started_at)) if reported != started_at => {
                     return Ok(Some(Epoch(epoch.0 - 1)));
                 }
                 Some(_) => break,
@@ -151,13 +153,13 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     Ok(Some(epoch))
 }
 
-/// Asks for the first conversation of a run, which tells it from the next better than any other.
+/// Records conversation 1 of an epoch as a probe.
 async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError> {
     if !source.epochs.requests_first_conversation() {
         return Ok(());
     }
-    let (answer, asked_at) = details(source, 1).await;
-    match answer {
+    let (details, requested_at) = details(source, 1).await;
+    match details {
         Ok(Details {
             started_at: Some(started_at),
             advisor,
@@ -166,7 +168,7 @@ async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError>
                 .journal
                 .with(move |store| store.record_details(epoch, 1, started_at, AdvisorId(advisor)))
                 .await?;
-            confirm(source, asked_at);
+            record_verified(source, requested_at);
         }
         Err(error) if error.is_not_found() && source.epochs.reports_events() => {
             source.epochs.probed_without_first();
@@ -176,15 +178,17 @@ async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError>
     Ok(())
 }
 
-fn confirm(source: &Source, at: Option<Timestamp>) {
+fn record_verified(source: &Source, at: Option<Timestamp>) {
     if let Some(at) = at {
         source.epochs.verified(at);
     }
 }
 
-/// The details of a conversation, and BigChat's time before it was asked.
+/// The details of a conversation, and BigChat's time before the request.
 async fn details(source: &Source, id: i64) -> (Result<Details, ApiError>, Option<Timestamp>) {
-    let asked_at = source.client.clock().now();
-    let answer = source.ask(TRIES, || source.client.conversation(id)).await;
-    (answer, asked_at)
+    let requested_at = source.client.clock().now();
+    let details = source
+        .request(ATTEMPTS, || source.client.conversation(id))
+        .await;
+    (details, requested_at)
 }

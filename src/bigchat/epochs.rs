@@ -1,4 +1,4 @@
-//! BigChat's present epoch, as far as it is known just now.
+//! The state of BigChat's current epoch, in memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
@@ -7,11 +7,9 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::journal::{Journal, JournalError};
 
-/// How many probes may go without BigChat's conversation 1 before it is requested again: with a probe every 10 s, some ten
-/// minutes.
+/// After so many probes, a missing conversation 1 is requested again: with a probe every 10 s, some ten minutes.
 const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
-/// What is known of the present epoch.
 #[derive(Debug, Default)]
 pub struct Epochs {
     /// 0: not read from the journal yet.
@@ -22,7 +20,7 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    /// The present epoch. Delivery asks for it with each use of what BigChat reports, and waits for no commit to be told.
+    /// The current epoch. In memory, since delivery checks it for each use of details and must not wait for a commit.
     pub async fn current(&self, journal: &Journal) -> Result<Epoch, JournalError> {
         match self.current.load(Ordering::Acquire) {
             0 => {
@@ -39,33 +37,33 @@ impl Epochs {
         }
     }
 
-    /// Where it is, to be raised by the operation that begins one: every later operation of the journal finds it there.
+    /// The current epoch, to be raised inside the journal operation that begins an epoch, so that every later operation
+    /// sees it.
     pub fn mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.current)
     }
 
-    /// Latest BigChat time at which the present epoch was verified.
+    /// Latest BigChat time at which the current epoch was verified.
     pub fn verified_until(&self) -> Timestamp {
         Timestamp::clamped(self.verified_until.load(Ordering::Relaxed))
     }
 
-    /// BigChat had not restarted by then. Not the latest time there ever was: its clock may have been ahead for a while.
+    /// BigChat had not restarted by `at`. May move back, since BigChat's clock may have been ahead for a while.
     pub fn verified(&self, at: Timestamp) {
         self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
-    /// Whether BigChat answered when it was last polled: only then is its 404 for anything else believed.
+    /// Whether the latest request for events succeeded. Only then is a 404 on another route believed.
     pub fn reports_events(&self) -> bool {
         self.reports_events.load(Ordering::Relaxed)
     }
 
-    /// BigChat was polled, with an answer or not.
-    pub fn polled(&self, answered: bool) {
-        self.reports_events.store(answered, Ordering::Relaxed);
+    pub fn polled(&self, succeeded: bool) {
+        self.reports_events.store(succeeded, Ordering::Relaxed);
     }
 
-    /// Whether to request BigChat's conversation 1: a BigChat that does not know it may not have come up yet, or be without
-    /// one for good. Then it is requested less and less often.
+    /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none at
+    /// all, so it is requested less and less often.
     pub fn requests_first_conversation(&self) -> bool {
         let probes = self.probes_without_first.load(Ordering::Relaxed);
         let requests = probes.is_power_of_two() || probes.is_multiple_of(FIRST_CONVERSATION_AGAIN);
@@ -75,7 +73,7 @@ impl Epochs {
         requests
     }
 
-    /// A probe had to do without conversation 1.
+    /// Counts a probe without conversation 1.
     pub fn probed_without_first(&self) {
         self.probes_without_first.fetch_add(1, Ordering::Relaxed);
     }

@@ -1,5 +1,5 @@
-//! BigChat: its client and its clock, its epochs (from one restart to the next), and what it knows of conversations and
-//! advisors: an answer is always about the epoch asked for. Which windows are requested is left to [`crate::poller`].
+//! BigChat: the client, the clock, the epochs (from one restart to the next), and the details of conversations and
+//! advisors, always of the requested epoch. The [`poller`](crate::poller) chooses the windows.
 
 mod client;
 pub mod clock;

@@ -1,4 +1,4 @@
-//! BigChat as the poller and delivery ask it: what it answers is about the epoch that was asked for, or no answer.
+//! BigChat as the poller and delivery use it.
 
 use std::sync::Arc;
 
@@ -11,7 +11,6 @@ use crate::domain::time::Millis;
 use crate::http::{ApiError, Circuit, Http};
 use crate::journal::{Journal, JournalError};
 
-/// Why BigChat cannot be asked, or gave no answer.
 #[derive(Debug, Error)]
 pub enum SourceError {
     #[error(transparent)]
@@ -20,7 +19,6 @@ pub enum SourceError {
     Journal(#[from] JournalError),
 }
 
-/// BigChat, and what is known of its epochs.
 #[derive(Debug)]
 pub struct Source {
     pub client: BigChat,
@@ -30,7 +28,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// BigChat behind a client; its epochs are kept in the journal. Once `stopping` is cancelled, nothing is asked twice.
+    /// The journal stores the epochs. Once `stopping` is cancelled, no request is retried.
     pub fn new(client: BigChat, journal: Arc<Journal>, stopping: CancellationToken) -> Self {
         Self {
             client,
@@ -40,34 +38,32 @@ impl Source {
         }
     }
 
-    /// What carries its requests.
     pub fn http(&self) -> &Http {
         self.client.http()
     }
 
-    /// Its clock.
     pub fn clock(&self) -> &BigChatClock {
         self.client.clock()
     }
 
-    /// Asks, at most `tries` times at once if there is no usable answer.
-    pub async fn ask<T, F>(&self, tries: u32, question: impl Fn() -> F) -> Result<T, ApiError>
+    /// Makes a request, at most `attempts` times in a row while it fails transiently.
+    pub async fn request<T, F>(&self, attempts: u32, send: impl Fn() -> F) -> Result<T, ApiError>
     where
         F: Future<Output = Result<T, ApiError>>,
     {
-        let mut left = tries;
+        let mut left = attempts;
         loop {
             left = left.saturating_sub(1);
-            match question().await {
+            match send().await {
                 Err(error)
                     if error.kind.is_transient() && left > 0 && !self.stopping.is_cancelled() => {}
-                answer => return answer,
+                result => return result,
             }
         }
     }
 
-    /// Whether it may be asked about a conversation or an advisor.
-    pub fn may_be_asked(&self) -> bool {
+    /// Whether the circuit breaker lets requests for details pass.
+    pub fn accepts_requests(&self) -> bool {
         let circuit = self.http().circuit(Millis::now());
         !matches!(circuit, Circuit::Open { .. })
     }

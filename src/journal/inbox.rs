@@ -75,10 +75,10 @@ pub struct StoredPage {
     pub body: String,
     /// Whether its events were admitted.
     pub ingested: bool,
-    /// The latest run of BigChat that was known of when it was kept.
-    pub kept_in: Epoch,
-    /// The run of BigChat that told it, once that is certain.
-    pub told_by: Option<Epoch>,
+    /// The latest known epoch when it was stored.
+    pub stored_in: Epoch,
+    /// Its epoch, once that is certain.
+    pub epoch: Option<Epoch>,
 }
 
 impl StoredPage {
@@ -121,7 +121,7 @@ pub struct Ingested {
     /// Whether there was anything but what is known already. Of what was dropped or could not be understood nobody knows.
     pub progress: bool,
     /// How many there were of each kind.
-    pub told: Vec<(&'static str, u32)>,
+    pub received: Vec<(&'static str, u32)>,
     /// The latest event there is now.
     pub last_event: EventId,
 }
@@ -214,8 +214,8 @@ impl Store {
                 window_start: Timestamp::clamped(row.get(3)?),
                 body: row.get(4)?,
                 ingested: row.get(5)?,
-                kept_in: row.get(6)?,
-                told_by: None,
+                stored_in: row.get(6)?,
+                epoch: None,
             })
         })?;
         Ok(pages.collect::<rusqlite::Result<_>>()?)
@@ -365,7 +365,7 @@ impl Store {
         }
         ingested.progress = ingested.new + ingested.ignored + unreadable > 0;
         ingested.last_event = last_event(&transaction)?;
-        ingested.told = counts.received();
+        ingested.received = counts.received();
         transaction.commit()?;
         Ok(ingested)
     }

@@ -214,9 +214,9 @@ impl Default for Metrics {
         for poll in Poll::ALL {
             metrics.poll(poll).inc_by(0);
         }
-        metrics.told(UNREADABLE, 0);
+        metrics.received(UNREADABLE, 0);
         for kind in EventKind::ALL.map(EventKind::name) {
-            metrics.told(kind, 0);
+            metrics.received(kind, 0);
             for outcome in OUTCOMES {
                 let labels = AttemptLabels { kind, outcome };
                 metrics.attempts.get_or_create(&labels).inc_by(0);
@@ -319,8 +319,8 @@ impl Metrics {
         self.ignored.inc_by(count as u64);
     }
 
-    /// BigChat told so many new events of a kind.
-    pub fn told(&self, kind: &'static str, count: u32) {
+    /// BigChat reported so many new events of a kind.
+    pub fn received(&self, kind: &'static str, count: u32) {
         self.told
             .get_or_create(&KindLabels { kind })
             .inc_by(count.into());

@@ -1,4 +1,4 @@
-//! Admission: the events of the pages that were kept go to the journal, once it is known which run of BigChat told them.
+//! Ingestion: appends the events of stored pages to the journal, once their epoch is known.
 
 use tokio::task::yield_now;
 
@@ -10,35 +10,34 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, StoredPage};
 
-/// In how many polls it may be unknown whether BigChat has restarted, before it is taken to be the same.
-const UNANSWERED: u32 = 3;
+/// After so many polls without a response to the probe, BigChat counts as not restarted.
+const MAX_FAILED_PROBES: u32 = 3;
 
 impl Poller {
-    /// Admits the events of the pages that were kept, now that it can be known which run of BigChat told them.
-    /// Returns whether there was anything but what is known already.
+    /// Ingests the stored pages. Returns whether there was an event that was not known already.
     pub(super) async fn ingest(&mut self, pages: &mut Pages) -> Result<bool, PollError> {
-        self.look_for_restart(pages).await?;
-        if !pages.are_new() {
+        self.detect_restart(pages).await?;
+        if !pages.has_new() {
             return Ok(false);
         }
-        let mut admitting = Vec::new();
-        for page in pages.kept.iter().filter(|page| !page.ingested) {
+        let mut new_pages = Vec::new();
+        for page in pages.stored.iter().filter(|page| !page.ingested) {
             let before_start = self
                 .started_at
                 .is_none_or(|started_at| page.window_start < started_at);
-            admitting.push((page.clone(), self.epoch_of(page).await?, before_start));
+            new_pages.push((page.clone(), self.epoch_of(page).await?, before_start));
         }
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let ignore = self.settings.ignore_events.clone();
-        // All at once, before delivery takes any of it on: what a later page says of a chat overrides an earlier one.
+        // All in one operation: delivery must see the last page's changes of a chat together with the earlier ones.
         let all = self
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
-                for (page, epoch, before_start) in admitting {
+                for (page, epoch, before_start) in new_pages {
                     let ingested = store.ingest(&page, epoch, &counts, &ignore, Millis::now())?;
                     if before_start {
-                        // Before anybody can take these events on.
+                        // Before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }
                     all.push((ingested, page.query));
@@ -46,37 +45,37 @@ impl Poller {
                 Ok(all)
             })
             .await?;
-        pages.kept.iter_mut().for_each(|page| page.ingested = true);
+        let stored = pages.stored.iter_mut();
+        stored.for_each(|page| page.ingested = true);
         for (ingested, query) in &all {
-            for (kind, count) in &ingested.told {
-                self.signals.metrics.told(kind, *count);
+            for (kind, count) in &ingested.received {
+                self.signals.metrics.received(kind, *count);
             }
             self.signals.metrics.ignored(ingested.ignored);
             if ingested.unreadable > 0 {
                 tracing::warn!(
                     events = ingested.unreadable, %query,
-                    "events that cannot be understood; see `bigchat-sync failed`"
+                    "some events cannot be parsed; see `bigchat-sync failed`"
                 );
             }
             if ingested.new > 0 {
-                tracing::debug!(events = ingested.new, query = %query, "told by BigChat");
+                tracing::debug!(events = ingested.new, query = %query, "events ingested");
                 self.signals.work_available.notify_one();
-                // Its claims come first; what the poll still has to keep can wait.
+                // Delivery's claim comes before the next operation of the poll.
                 yield_now().await;
             }
         }
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// Which run of BigChat told a page. Where BigChat gives no answer to that, the page stays kept until it does, for a
-    /// while.
+    /// The epoch of a page. If BigChat does not answer, the page waits, for a few polls.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
-            self.undecided = 0;
+            self.failed_page_probes = 0;
             return Ok(epoch);
         }
-        self.undecided += 1;
-        if self.undecided < UNANSWERED {
+        self.failed_page_probes += 1;
+        if self.failed_page_probes < MAX_FAILED_PROBES {
             return Err(PollError::Unanswered);
         }
         let served_at = page.served_at;
@@ -84,13 +83,13 @@ impl Poller {
         Ok(by_time.await?.0)
     }
 
-    /// Looks once a poll whether BigChat has restarted: a START of a known conversation tells it too. Where BigChat
-    /// gives no answer to that, its pages stay kept until it does, for a while.
-    async fn look_for_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
-        let seen = self.look(pages).await?;
+    /// Checks once a poll whether BigChat has restarted: by a probe, else by a START that differs from that of the known
+    /// conversation. If BigChat does not answer, its pages wait, for a few polls.
+    async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
+        let probed = self.probe(pages).await?;
         let mut starts = Vec::new();
-        if matches!(seen, ProbeResult::Unknown | ProbeResult::Unanswered) {
-            for page in pages.kept.iter().filter(|page| !page.ingested) {
+        if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
+            for page in pages.stored.iter().filter(|page| !page.ingested) {
                 let events = page
                     .events()
                     .into_iter()
@@ -105,34 +104,32 @@ impl Poller {
                 .await?;
             if known.is_some_and(|known| known != event.at) {
                 epoch::begin(&self.source, epoch, event.at.min(served_at)).await?;
-                self.unanswered = 0;
+                self.failed_probes = 0;
                 return Ok(());
             }
         }
-        if seen != ProbeResult::Unanswered || !pages.are_new() {
-            self.unanswered = 0;
+        if probed != ProbeResult::Unanswered || !pages.has_new() {
+            self.failed_probes = 0;
             return Ok(());
         }
-        self.unanswered += 1;
-        if self.unanswered < UNANSWERED {
+        self.failed_probes += 1;
+        if self.failed_probes < MAX_FAILED_PROBES {
             return Err(PollError::Unanswered);
         }
-        tracing::warn!(
-            "BigChat does not tell whether it has restarted; it is taken to be the same"
-        );
+        tracing::warn!("BigChat did not answer whether it has restarted; assuming that it has not");
         Ok(())
     }
 
-    /// Looks whether BigChat has restarted. If not, that is certain of the pages as well.
-    async fn look(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
-        let seen = epoch::look(&self.source).await?;
-        if seen == ProbeResult::Same {
-            let present = self.source.epochs.current(&self.journal).await?;
-            let kept = pages.kept.iter_mut();
-            for page in kept.filter(|page| page.kept_in == present) {
-                page.told_by = Some(present);
+    /// Probes BigChat for a restart. Without one, pages stored in the current epoch also belong to it.
+    async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
+        let probed = epoch::probe(&self.source).await?;
+        if probed == ProbeResult::Same {
+            let current = self.source.epochs.current(&self.journal).await?;
+            let stored = pages.stored.iter_mut();
+            for page in stored.filter(|page| page.stored_in == current) {
+                page.epoch = Some(current);
             }
         }
-        Ok(seen)
+        Ok(probed)
     }
 }

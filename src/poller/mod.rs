@@ -1,9 +1,8 @@
-//! The poller: asks BigChat what happened and keeps it, page by page, before anything else is done.
+//! The poller: fetches new events from BigChat and stores each page before anything else happens to it.
 //!
-//! BigChat tells everything once, so a page is kept durably before the next is asked for, and a page that the disk
-//! refuses stays in memory until the disk takes it. Once the pages of a poll are kept it is looked whether BigChat
-//! has restarted meanwhile; then their events are admitted to the journal, from where delivery takes them. The
-//! poller knows nothing of OurAPI.
+//! BigChat reports each event once, so a page is stored durably before the next is requested. A page that the disk refuses
+//! stays in memory until it can be stored. After the last page, the poller checks whether BigChat has restarted, then
+//! ingests the events into the journal. The poller does not use OurAPI.
 
 mod ingest;
 mod pages;
@@ -35,79 +34,73 @@ use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
-/// How many pages one poll asks for before what it brought is delivered: a `nextPageUrl` may go on for ever.
+/// Page budget of a poll. A `nextPageUrl` may lead on for ever; the pages so far are delivered first.
 const MAX_PAGES: usize = 200;
 
-/// How much one poll reads before what it brought is delivered, in bytes: so much is held in memory.
+/// Size budget of a poll in bytes, all of which are in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How many answers may tell BigChat's time before the first poll: one that is wrong, and two that agree.
-const CLOCK_TRIES: u32 = 3;
+/// How many responses may set BigChat's clock before the first poll: a wrong one, and two that agree.
+const CLOCK_ATTEMPTS: u32 = 3;
 
-/// In how many polls at the most a window that is read again may bring nothing new before it counts as read.
-const REREAD: u32 = 100;
+/// In how many polls a window that is read again may have no new events before it counts as read.
+const MAX_RESCANS: u32 = 100;
 
-/// How far back the first poll ever reaches, if no `--since` says otherwise.
+/// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
-/// How many old events are dropped at once, so that nobody waits for it.
-const PRUNED_AT_ONCE: u32 = 500;
+/// How many old events are dropped in one transaction, which other writers wait for.
+const PRUNE_BATCH: u32 = 500;
 
-/// What the poller tells others of its work, and they tell it.
+/// What the poller shares with the rest of the daemon.
 #[derive(Debug, Clone)]
 pub struct Signals {
-    /// What it counts.
     pub metrics: Arc<Metrics>,
-    /// Whether the journal refuses it.
     pub storage: Arc<Storage>,
-    /// That it makes progress.
     pub liveness: Arc<Liveness>,
     /// Notified of events to be delivered.
     pub work_available: Arc<Notify>,
-    /// Cancelled when BigChat was read up to now for the first time, or could not be.
+    /// Cancelled after the first poll that read BigChat up to now, or failed.
     pub caught_up: CancellationToken,
-    /// Cancelled when it is to stop: it begins no further request.
+    /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
-    /// Raised with events of windows that began before the session did.
+    /// Raised with events of windows that began before the session.
     pub replay_until: ReplayUntil,
 }
 
-/// Polls BigChat.
 #[derive(Debug)]
 pub struct Poller {
     source: Arc<Source>,
     journal: Arc<Journal>,
     settings: Settings,
     signals: Signals,
-    /// A page that came and is not kept yet.
+    /// A page that was received and is not stored yet.
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
-    /// BigChat has not told its time, which was logged.
+    /// It was logged that BigChat's time is unknown.
     without_clock: bool,
-    /// In how many polls the same further page could not be had.
+    /// In how many polls the same page after the first could not be fetched.
     page_failures: u32,
-    /// In how many polls it could not be told whether BigChat has restarted.
-    unanswered: u32,
-    /// In how many polls it could not be told which run of BigChat told a page.
-    undecided: u32,
-    /// This machine's clock, by which old events are dropped.
+    /// In how many polls the probe for a restart had no response.
+    failed_probes: u32,
+    /// In how many polls the epoch of a page could not be determined.
+    failed_page_probes: u32,
+    /// For retention.
     clock: SteadyClock,
     standstill: Standstill,
 }
 
-/// What a poll came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PollOutcome {
     /// BigChat was read up to now.
     UpToDate,
-    /// There is more to be read at once.
+    /// The next poll follows at once.
     More,
-    /// It could not be read to the end; the next poll goes on from where it got.
+    /// The poll could not finish; the next one continues from its last page.
     Incomplete,
 }
 
-/// Why a poll could not be made.
 #[derive(Debug, Error)]
 enum PollError {
     #[error(transparent)]
@@ -115,13 +108,12 @@ enum PollError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(
-        "BigChat does not tell whether it has restarted: what it told stays kept until it does"
+        "BigChat did not answer whether it has restarted; stored pages will be ingested when it does"
     )]
     Unanswered,
 }
 
 impl Poller {
-    /// A poller that has not polled yet.
     pub fn new(
         source: Arc<Source>,
         journal: Arc<Journal>,
@@ -137,28 +129,28 @@ impl Poller {
             started_at: None,
             without_clock: false,
             page_failures: 0,
-            unanswered: 0,
-            undecided: 0,
+            failed_probes: 0,
+            failed_page_probes: 0,
             clock: SteadyClock::new(Millis::now(), Instant::now()),
             standstill: Standstill::default(),
         }
     }
 
-    /// How many events were told and could not be kept so far.
+    /// How many events were received and are not stored yet.
     pub fn unstored(&self) -> usize {
         self.unstored.as_ref().map_or(0, |page| page.events)
     }
 
-    /// Polls at every tick until the daemon is to stop.
+    /// Polls at every tick until shutdown.
     pub async fn run(&mut self) {
         let interval = self.settings.poll_interval;
         let mut tick = Instant::now();
         loop {
-            let polled = self.poll().await;
-            if polled != PollOutcome::More {
+            let outcome = self.poll().await;
+            if outcome != PollOutcome::More {
                 self.signals.caught_up.cancel();
             }
-            let wait = match (polled, self.unstored.is_some()) {
+            let wait = match (outcome, self.unstored.is_some()) {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (PollOutcome::More, _) => Duration::ZERO,
                 _ => {
@@ -168,7 +160,7 @@ impl Poller {
                     interval
                 }
             };
-            // A slow poll delays the next one and piles up nothing.
+            // A slow poll delays the next one; ticks do not queue.
             tick = (tick + wait).max(Instant::now());
             self.signals.liveness.polling.beat(wait);
             let stopping = self.signals.stopping.clone();
@@ -179,46 +171,47 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now, or cannot be read; what it told is kept. True if it is read up to now.
+    /// Polls until BigChat is read up to now, or a poll fails, and all received pages are stored. Returns whether BigChat
+    /// is read up to now.
     pub async fn catch_up(&mut self) -> bool {
-        let mut polled = PollOutcome::More;
+        let mut outcome = PollOutcome::More;
         while !self.signals.stopping.is_cancelled() {
-            polled = self.poll().await;
-            match polled {
+            outcome = self.poll().await;
+            match outcome {
                 PollOutcome::More => {}
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
                 PollOutcome::UpToDate | PollOutcome::Incomplete => break,
             }
         }
         self.prune(Instant::now()).await;
-        polled == PollOutcome::UpToDate
+        outcome == PollOutcome::UpToDate
     }
 
-    /// One poll. What goes wrong is logged here, and the next one goes on from there.
+    /// One poll. Errors are logged here, and the next poll continues from the last stored page.
     async fn poll(&mut self) -> PollOutcome {
-        let polled = self.try_poll().await;
-        if !matches!(polled, Ok(PollOutcome::More)) {
+        let result = self.try_poll().await;
+        if !matches!(result, Ok(PollOutcome::More)) {
             self.source.clock().count_poll();
         }
         let Signals {
             metrics, storage, ..
         } = &self.signals;
-        metrics.polled(match &polled {
+        metrics.polled(match &result {
             Ok(PollOutcome::Incomplete) => metrics::Poll::Incomplete,
             Ok(PollOutcome::UpToDate | PollOutcome::More) => metrics::Poll::Complete,
             Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
             Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
         });
         let refused = &storage.polling;
-        match polled {
-            Ok(polled) => {
+        match result {
+            Ok(outcome) => {
                 if refused.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the journal can be written again: polling goes on");
+                    tracing::info!("the journal is writable again; polling continues");
                 }
-                polled
+                outcome
             }
             Err(PollError::BigChat(error)) => {
-                // That BigChat is down is said once, when it goes down.
+                // An outage is logged once, when it begins.
                 let Exchange {
                     request, response, ..
                 } = error.exchange.logged();
@@ -227,7 +220,7 @@ impl Poller {
                     reason = error.summary(),
                     request,
                     response,
-                    "the poll failed; the next one goes on from the same point"
+                    "the poll failed; the next one continues from the same point"
                 );
                 PollOutcome::Incomplete
             }
@@ -237,7 +230,7 @@ impl Poller {
             }
             Err(PollError::Journal(error)) => {
                 if !refused.swap(true, Ordering::Relaxed) {
-                    tracing::error!(reason = %error, "the journal cannot be written: polling pauses until it can");
+                    tracing::error!(reason = %error, "the journal cannot be written; polling pauses until it can");
                 }
                 PollOutcome::Incomplete
             }
@@ -246,27 +239,27 @@ impl Poller {
 
     async fn try_poll(&mut self) -> Result<PollOutcome, PollError> {
         if let Some(page) = self.unstored.clone() {
-            self.keep(page).await?;
+            self.store(page).await?;
         }
         self.journal.with(|store| store.in_place()).await?;
-        for _ in 0..CLOCK_TRIES {
+        for _ in 0..CLOCK_ATTEMPTS {
             if !self.source.clock().is_sure() {
-                // The first answer of all tells BigChat's time, by which the first window goes.
-                epoch::look(&self.source).await?;
+                // The first window needs BigChat's time, which the first response has.
+                epoch::probe(&self.source).await?;
             }
         }
         let now = self.source.clock().now().unwrap_or_else(|| {
             let now = Timestamp::of_this_machine();
             if !std::mem::replace(&mut self.without_clock, true) {
-                tracing::warn!(date = %now, "BigChat does not tell its time: this machine's clock is taken for it");
+                tracing::warn!(date = %now, "BigChat sends no usable date; using this machine's clock instead");
             }
             now
         });
         self.started_at.get_or_insert(now);
-        // What was kept and not admitted before: the daemon was stopped, or the journal refused. A poll that goes on
-        // goes on with its earlier pages, by which equal messages on the next ones are told apart.
+        // Pages stored and not yet ingested: the daemon was stopped, or the journal refused. The earlier pages of an
+        // unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
-        if pages.are_new() {
+        if pages.has_new() {
             self.ingest(&mut pages).await?;
         }
         if self.signals.stopping.is_cancelled() {
@@ -275,22 +268,22 @@ impl Poller {
         let (window, next, rescans_left) = self.window(now).await?;
         let first = window_query(window.start, window.end);
         if next.as_ref().is_none_or(|next| *next == first) {
-            pages.forget(&self.journal).await?;
-        } else if pages.are_many() {
-            pages.forget_but_the_last(&self.journal).await?;
+            pages.clear(&self.journal).await?;
+        } else if pages.exceed_budget() {
+            pages.retain_last(&self.journal).await?;
         }
-        let read = self.read(&mut pages, window, next.unwrap_or(first)).await;
+        let fetched = self.fetch(&mut pages, window, next.unwrap_or(first)).await;
         if self.signals.stopping.is_cancelled() {
-            // What was kept is admitted at the next start.
+            // The stored pages are ingested at the next start.
             return Ok(PollOutcome::Incomplete);
         }
-        // A BigChat that tells nothing at all tells nothing of a restart either.
-        let progress = if !pages.are_new() && read.is_err() {
+        // If BigChat failed, a probe for a restart would fail, too.
+        let progress = if !pages.has_new() && fetched.is_err() {
             false
         } else {
             self.ingest(&mut pages).await?
         };
-        let (polled, cursor) = match read? {
+        let (outcome, cursor) = match fetched? {
             FetchEnd::Complete if window.catching_up => (PollOutcome::More, None),
             FetchEnd::Complete => (PollOutcome::UpToDate, None),
             FetchEnd::Stuck => (PollOutcome::Incomplete, None),
@@ -298,23 +291,23 @@ impl Poller {
             FetchEnd::Budget if progress || rescans_left > 0 => {
                 self.journal.with(|store| store.rescan()).await?;
                 tracing::warn!(
-                    "a poll had more pages than are asked for at once; the next one goes on from there"
+                    "a poll has used up its page budget; the next one continues from the page reached"
                 );
                 return Ok(PollOutcome::Incomplete);
             }
             FetchEnd::Budget => {
                 tracing::warn!(
-                    "a poll went on and on and brought nothing new; it counts as complete"
+                    "a poll has used up its page budget without a new event; treating it as complete"
                 );
                 (PollOutcome::UpToDate, Some(window.end))
             }
         };
-        let rescans_left = if polled == PollOutcome::Incomplete {
-            REREAD
+        let rescans_left = if outcome == PollOutcome::Incomplete {
+            MAX_RESCANS
         } else {
             0
         };
-        let read = (polled != PollOutcome::Incomplete).then(|| {
+        let read = (outcome != PollOutcome::Incomplete).then(|| {
             let here = Timestamp::of_this_machine();
             let there = self.source.clock().now().unwrap_or(here);
             (Millis::now(), there.unix() - here.unix())
@@ -326,13 +319,13 @@ impl Poller {
                 store.source()
             })
             .await?;
-        if let (Some(cursor), true) = (source.cursor, polled == PollOutcome::UpToDate) {
+        if let (Some(cursor), true) = (source.cursor, outcome == PollOutcome::UpToDate) {
             self.standstill.observe(cursor, Instant::now());
         }
-        Ok(polled)
+        Ok(outcome)
     }
 
-    /// Goes on from where BigChat still answers.
+    /// Moves the cursor to the oldest time for which BigChat still answers.
     async fn skip_gap(&self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
         let source = self.journal.with(|store| store.source()).await?;
@@ -343,14 +336,13 @@ impl Poller {
         if let (Some(from), true) = (source.cursor, is_new) {
             tracing::error!(
                 %from, until = %oldest,
-                "BigChat no longer reports what happened then, and it had not been read: it is lost to us"
+                "BigChat no longer reports events of this period, and they had not been read; they are lost"
             );
         }
         Ok(PollOutcome::More)
     }
 
-    /// The window of the poll under way and its next page, else the next window; and in how many polls it may still
-    /// bring nothing new.
+    /// The window and the next page of the poll in progress, else the next window, with the rescans left.
     async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
         let settings = &self.settings;
         let source = self.journal.with(|store| store.source()).await?;
@@ -364,10 +356,10 @@ impl Poller {
         }
         let cursor = match source.cursor {
             Some(cursor) => cursor,
-            // The first window, too, begins at the cursor less the overlap.
+            // A window begins before the cursor, by the overlap.
             None => {
                 if let Some(since) = settings.since.filter(|since| *since > now) {
-                    tracing::warn!(%since, date = %now, "--since is in the future: BigChat is read from now on");
+                    tracing::warn!(%since, date = %now, "--since is in the future; BigChat is read from now on");
                 }
                 settings
                     .since
@@ -385,8 +377,8 @@ impl Poller {
         Ok((window, None, source.rescans_left))
     }
 
-    /// Drops old events, and stops for the next poll: the rest of them can wait. But a tenth of the interval is theirs:
-    /// slow polls must not let the journal grow.
+    /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal
+    /// must not grow without bound.
     async fn prune(&mut self, next_poll: Instant) {
         let Settings {
             retention,
@@ -400,11 +392,11 @@ impl Poller {
             let now = self.clock.read(Millis::now(), Instant::now(), bigchat);
             let pruned = self
                 .journal
-                .with(move |store| store.prune(retention, overlap, now, PRUNED_AT_ONCE))
+                .with(move |store| store.prune(retention, overlap, now, PRUNE_BATCH))
                 .await;
             match pruned {
                 Ok(pruned)
-                    if pruned == PRUNED_AT_ONCE as usize
+                    if pruned == PRUNE_BATCH as usize
                         && Instant::now() < until
                         && !self.signals.stopping.is_cancelled() => {}
                 Ok(_) => return,

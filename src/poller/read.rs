@@ -1,4 +1,4 @@
-//! Reading: the pages of a window, one after the other, each kept before the next is asked for.
+//! Fetching the pages of a window. Each page is stored before the next is requested.
 
 use std::sync::Arc;
 
@@ -12,28 +12,27 @@ use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, NewPage, Progress, StoredPage, keys};
 
-/// How often a further page is asked for at once if it cannot be had.
-const PAGE_TRIES: u32 = 3;
+/// How often a page after the first is requested in a row.
+const PAGE_ATTEMPTS: u32 = 3;
 
-/// In how many polls the same further page may fail before its window is read again from the beginning.
-const PAGE_FAILURES: u32 = 3;
+/// In how many polls the same page after the first may fail before its window is read again from the beginning.
+const MAX_PAGE_FAILURES: u32 = 3;
 
-/// How the reading of a window ended.
+/// How the fetch of a window ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FetchEnd {
     /// With the last page.
     Complete,
-    /// With the last page that one poll asks for.
+    /// With the last page in the budget of a poll.
     Budget,
-    /// With a page that cannot be had.
+    /// With a page that cannot be fetched.
     Stuck,
-    /// At once: BigChat no longer answers for windows that start before then.
+    /// With the first page: BigChat no longer answers for windows that start before this time.
     TooOld(Timestamp),
 }
 
 impl Poller {
-    /// Asks for the pages of the window, one after the other, each kept before the next.
-    pub(super) async fn read(
+    pub(super) async fn fetch(
         &mut self,
         pages: &mut Pages,
         window: Window,
@@ -48,7 +47,7 @@ impl Poller {
             let Some(query) = next else {
                 return Ok(FetchEnd::Complete);
             };
-            let page = match self.ask(&query, bytes > 0).await {
+            let page = match self.request(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
                     let is_first = query == window_query(window.start, window.end);
@@ -69,7 +68,7 @@ impl Poller {
                     pages.end_of(&keys)
                 };
                 if let Some(reason) = end {
-                    tracing::warn!(%next, reason, "no further page is requested; treating the poll as complete");
+                    tracing::warn!(%next, reason, "the next page is not requested; treating the poll as complete");
                 }
                 end.is_none()
             });
@@ -77,7 +76,7 @@ impl Poller {
                 Some(next) => Progress::Next(next.clone()),
                 None => Progress::Complete(window.end.min(now)),
             };
-            let kept = NewPage {
+            let page = NewPage {
                 query,
                 served_at: now,
                 window: (window.start, window.end),
@@ -85,7 +84,7 @@ impl Poller {
                 events: page.events,
                 progress,
             };
-            pages.add(self.store_page(kept).await?, keys);
+            pages.add(self.store_new(page).await?, keys);
         }
         Ok(if next.is_none() {
             FetchEnd::Complete
@@ -94,19 +93,23 @@ impl Poller {
         })
     }
 
-    /// Asks for a page. What fails for a moment is asked for again at once if the pages before it are fresh: later
-    /// they may have shifted beyond recognition.
-    async fn ask(&self, query: &str, at_once: bool) -> Result<Page, ApiError> {
-        let tries = if at_once { PAGE_TRIES } else { 1 };
+    /// Requests a page. With `retry`, a transient failure is retried at once: this poll has just read the pages before it,
+    /// and later they may have shifted beyond recognition.
+    async fn request(&self, query: &str, retry: bool) -> Result<Page, ApiError> {
+        let attempts = if retry { PAGE_ATTEMPTS } else { 1 };
         let bigchat = &self.source.client;
-        let answer = self.source.ask(tries, || bigchat.events(query)).await;
-        self.source.epochs.polled(answer.is_ok());
-        answer
+        let page = self
+            .source
+            .request(attempts, || bigchat.events(query))
+            .await;
+        self.source.epochs.polled(page.is_ok());
+        page
     }
 
-    /// A page cannot be had. The next poll goes on from it; if that does not help, from the beginning of the window.
-    fn page_failed(&mut self, error: ApiError, further: bool) -> Result<FetchEnd, PollError> {
-        if !further && matches!(error.kind, ErrorKind::NotFound(_)) {
+    /// Handles a page that cannot be fetched. The next poll continues from it, or, after several failures of a page that is
+    /// not the first, from the beginning of the window.
+    fn page_failed(&mut self, error: ApiError, is_later: bool) -> Result<FetchEnd, PollError> {
+        if !is_later && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
             let kind = ErrorKind::WrongService;
             return Err(http.reconsider(error, Route::Events, kind).into());
@@ -114,8 +117,8 @@ impl Poller {
         if is_outage(&error) {
             return Err(error.into());
         }
-        self.page_failures += u32::from(further);
-        if !further || !is_gone(&error) && self.page_failures < PAGE_FAILURES {
+        self.page_failures += u32::from(is_later);
+        if !is_later || !is_gone(&error) && self.page_failures < MAX_PAGE_FAILURES {
             return Err(error.into());
         }
         self.page_failures = 0;
@@ -126,13 +129,14 @@ impl Poller {
             reason = error.summary(),
             request,
             response,
-            "the next page cannot be had: the window is read again from its beginning"
+            "the next page cannot be fetched; the window is read again from its beginning"
         );
         Ok(FetchEnd::Stuck)
     }
 
-    /// BigChat refuses a window. If it answers for a recent one, it has dropped what is older than some limit, which is
-    /// searched for here. Its answers on the way are ingested, each as a poll of its own: BigChat may report only once.
+    /// Handles a window that BigChat rejects. If BigChat answers for a recent window, it has dropped events older than some
+    /// limit, which a binary search finds. Each response is ingested as a separate poll, since BigChat may report its events
+    /// only once.
     async fn find_oldest(
         &mut self,
         pages: &mut Pages,
@@ -155,14 +159,14 @@ impl Poller {
                 refused = middle;
             }
         }
-        // A service that refuses now and then has no limit.
+        // A service that rejects only some requests has no limit.
         if self.is_answered(pages, window, refused).await? {
             return Err(error.into());
         }
         Ok(FetchEnd::TooOld(answered))
     }
 
-    /// Whether BigChat answers for a window that starts then. If so, its first page is ingested.
+    /// Whether BigChat answers for a window from `start`. If so, its first page is ingested.
     async fn is_answered(
         &mut self,
         pages: &mut Pages,
@@ -172,7 +176,7 @@ impl Poller {
         let now = self.source.clock().now().unwrap_or(window.end);
         let end = start.plus(self.settings.max_window).min(now).max(start);
         let query = window_query(start, end);
-        let page = match self.ask(&query, false).await {
+        let page = match self.request(&query, false).await {
             Ok(page) => page,
             Err(error) if error.kind == ErrorKind::Rejected => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -184,19 +188,19 @@ impl Poller {
             window: (window.start, window.end),
             body: page.body,
             events: page.events,
-            // If that is all that becomes of it, the search begins anew.
+            // After an interruption, the search begins anew.
             progress: Progress::Next(window_query(window.start, window.end)),
         };
-        pages.add(self.store_page(page).await?, keys);
+        pages.add(self.store_new(page).await?, keys);
         self.ingest(pages).await?;
-        pages.forget(&self.journal).await?;
+        pages.clear(&self.journal).await?;
         Ok(true)
     }
 
-    async fn store_page(&mut self, page: NewPage) -> Result<StoredPage, PollError> {
+    async fn store_new(&mut self, page: NewPage) -> Result<StoredPage, PollError> {
         let page = Arc::new(page);
-        let (id, kept_in) = self.keep(Arc::clone(&page)).await?;
-        tracing::debug!(events = page.events, query = %page.query, "a page was kept");
+        let (id, stored_in) = self.store(Arc::clone(&page)).await?;
+        tracing::debug!(events = page.events, query = %page.query, "page stored");
         let NewPage {
             query,
             served_at,
@@ -211,24 +215,24 @@ impl Poller {
             window_start: window.0,
             body,
             ingested: false,
-            kept_in,
-            told_by: None,
+            stored_in,
+            epoch: None,
         })
     }
 
-    /// Keeps the page that came last; where the disk refuses, it stays in memory. Returns its id and the run it is kept in.
-    pub(super) async fn keep(&mut self, page: Arc<NewPage>) -> Result<(i64, Epoch), JournalError> {
+    /// Stores a received page, which stays in memory if the disk refuses. Returns its id and the current epoch.
+    pub(super) async fn store(&mut self, page: Arc<NewPage>) -> Result<(i64, Epoch), JournalError> {
         self.unstored = Some(Arc::clone(&page));
-        let kept = self
+        let stored = self
             .journal
             .with(move |store| store.store_page(&page))
             .await?;
         self.unstored = None;
-        Ok(kept)
+        Ok(stored)
     }
 }
 
-/// Whether it is not the page's own fault.
+/// Whether other pages would fail, too.
 fn is_outage(error: &ApiError) -> bool {
     matches!(
         error.kind,
@@ -236,7 +240,7 @@ fn is_outage(error: &ApiError) -> bool {
     )
 }
 
-/// Whether it is no use in asking for that page again.
+/// Whether another request for the page would fail, too.
 fn is_gone(error: &ApiError) -> bool {
     matches!(error.kind, ErrorKind::NotFound(_) | ErrorKind::Rejected)
 }

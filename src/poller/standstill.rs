@@ -1,4 +1,4 @@
-//! Notices that BigChat was read up to the same time again and again: its clock stands still, or a cache answers for it.
+//! Detects a cursor that does not advance although polls complete: BigChat's clock has stopped, or a cache answers for it.
 
 use std::time::Duration;
 
@@ -6,35 +6,35 @@ use tokio::time::Instant;
 
 use crate::domain::time::Timestamp;
 
-/// For how long a cursor may be the same.
-const USUAL: Duration = Duration::from_secs(120);
+/// How long the cursor may stay the same before that is reported.
+const THRESHOLD: Duration = Duration::from_secs(120);
 
-/// A cursor, and since when it is the same.
 #[derive(Debug, Default)]
 pub(super) struct Standstill {
+    /// The cursor, and when it was first seen.
     since: Option<(Timestamp, Instant)>,
     is_reported: bool,
 }
 
 impl Standstill {
-    /// Takes in where the cursor is after a poll that read BigChat up to its present time.
+    /// Records the cursor after a poll that read BigChat up to now.
     pub(super) fn observe(&mut self, cursor: Timestamp, now: Instant) {
         match self.observed(cursor, now) {
             Some((true, lasted)) => tracing::warn!(
                 %cursor, seconds = lasted.as_secs(),
-                "BigChat's time stands still while polls complete: a cache may answer in its place"
+                "BigChat's clock does not advance although polls complete; a cache may be answering for it"
             ),
-            Some((false, _)) => tracing::info!(%cursor, "BigChat's time moves on again"),
+            Some((false, _)) => tracing::info!(%cursor, "BigChat's clock advances again"),
             None => {}
         }
     }
 
-    /// Whether it stands still, and for how long it has, if that is news.
+    /// Whether the cursor stands still, and for how long; `None` if that was reported already.
     fn observed(&mut self, cursor: Timestamp, now: Instant) -> Option<(bool, Duration)> {
         match self.since {
             Some((same, since)) if same == cursor => {
                 let lasted = now.saturating_duration_since(since);
-                (lasted > USUAL && !std::mem::replace(&mut self.is_reported, true))
+                (lasted > THRESHOLD && !std::mem::replace(&mut self.is_reported, true))
                     .then_some((true, lasted))
             }
             _ => {
@@ -50,10 +50,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_standstill_is_reported_once_and_its_end_too() {
+    fn standstill_is_reported_once() {
         let start = Instant::now();
         let mut standstill = Standstill::default();
-        let mut news = |cursor, seconds| {
+        let mut observed = |cursor, seconds| {
             let now = start + Duration::from_secs(seconds);
             standstill
                 .observed(Timestamp::clamped(cursor), now)
@@ -70,7 +70,7 @@ mod tests {
             (5, 621, None),
             (5, 742, Some(true)),
         ] {
-            assert_eq!(news(cursor, seconds), expected, "{cursor} at {seconds}");
+            assert_eq!(observed(cursor, seconds), expected, "{cursor} at {seconds}");
         }
     }
 }
