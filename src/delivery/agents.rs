@@ -171,7 +171,7 @@ impl Agents {
         if error.exchange.is_server_error() && !is_named && listed.is_empty() {
             // It is an outage.
             let kind = ErrorKind::OutcomeUnknown { timed_out: false };
-            return Err(our_api.http().reconsider(error, Route::CreateAgent, kind));
+            return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
         }
         // One that has both is no namesake.
         let error = if both.len() == 1 || !is_named && listed.len() == 1 {

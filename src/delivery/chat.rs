@@ -124,7 +124,7 @@ pub(super) async fn create(
             None => {
                 let http = worker.our_api.http();
                 let kind = ErrorKind::WrongService;
-                return Err(http.reconsider(error, Route::CreateChat, kind).into());
+                return Err(http.reclassify(error, Route::CreateChat, kind).into());
             }
             Some(found) if is_ours(conversation, fields, &found) => {
                 let observed = &mut conversation.observed;

@@ -1,8 +1,7 @@
-//! The two APIs by name.
+//! The names of the two APIs.
 
 use std::fmt;
 
-/// One of the two APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Api {
     BigChat,
@@ -10,10 +9,9 @@ pub enum Api {
 }
 
 impl Api {
-    /// Both of them.
     pub const ALL: [Self; 2] = [Self::BigChat, Self::OurApi];
 
-    /// For people.
+    /// In messages.
     pub fn title(self) -> &'static str {
         match self {
             Self::BigChat => "BigChat",
@@ -29,7 +27,7 @@ impl Api {
         }
     }
 
-    /// The setting that says where it is.
+    /// The setting with the base URL.
     pub fn url_setting(self) -> &'static str {
         match self {
             Self::BigChat => "--bigchat-url",
@@ -37,7 +35,7 @@ impl Api {
         }
     }
 
-    /// The setting with its credentials.
+    /// The setting with the credentials.
     pub fn token_setting(self) -> &'static str {
         match self {
             Self::BigChat => "BIGCHAT_SYNC_BIGCHAT_TOKEN",

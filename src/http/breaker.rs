@@ -1,5 +1,5 @@
-//! The circuit breaker of an API: while it fails, one probe at a time takes the place of every other request. Pure
-//! decisions, given the time and a random number.
+//! The circuit breaker of an API: while the API fails, one probe at a time replaces all other requests. Pure, given the
+//! time and a random number.
 
 use std::time::Duration;
 
@@ -7,46 +7,44 @@ use super::route::Route;
 use crate::domain::backoff::Policy;
 use crate::domain::time::Millis;
 
-/// The longest wait between two probes. An outage of hours must not be followed by minutes of waiting for the next probe,
-/// as `--retry-max` alone would allow.
+/// Maximum wait between two probes. With `--retry-max` alone, the end of a long outage could go unnoticed for minutes.
 const PROBE_MAX: Duration = Duration::from_secs(30);
 
-/// So many failures in a row open the circuit: a single one may be its request's own fault, so another is sent at once.
+/// How many failures in a row open the circuit. The first may be specific to its request, so another is sent at once.
 const OPEN_AFTER: u32 = 2;
 
-/// So many in a row are an outage that is worth a line in the log. Two may be one dropped connection. Two failed probes
-/// more are 1.5 s at least, with the default back-off.
+/// How many failures in a row are an outage. Two may be a single dropped connection; two further failed probes take at
+/// least 1.5 s with the default back-off.
 const DOWN_AFTER: u32 = 4;
 
-/// What may be asked of an API now.
+/// The requests that the breaker lets pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Circuit {
-    /// As much as the settings say.
+    /// All.
     Closed,
-    /// One request: whether it fails shows whether the API is back.
+    /// One, as a probe.
     HalfOpen,
-    /// Nothing before then.
+    /// None before `until`.
     Open { until: Millis },
 }
 
-/// See the [module](self).
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Breaker {
     /// In a row.
     failures: u32,
-    /// The route of the latest.
+    /// The route of the latest failure.
     failed: Option<Route>,
     since: Millis,
     probe_at: Millis,
 }
 
 impl Breaker {
-    /// A request succeeded. Returns whether the circuit is closed now. Most reads show nothing if it was another route that
-    /// failed: what is known of an outage of writes must not get lost with each chat that is read back meanwhile.
+    /// Records a success and returns whether the circuit is closed. After a failure of another route, a read proves nothing,
+    /// except of events: a chat that is read back during an outage of writes must not end that outage.
     pub(super) fn succeeded(&mut self, route: Route) -> bool {
-        let shows_all = !route.is_read() || route == Route::Events;
-        if !shows_all && self.failed.is_some_and(|failed| failed != route) {
-            // What failed may be tried at once.
+        let proves_all = !route.is_read() || route == Route::Events;
+        if !proves_all && self.failed.is_some_and(|failed| failed != route) {
+            // The failed route is probed at once.
             self.probe_at = Millis::default();
             return false;
         }
@@ -54,10 +52,10 @@ impl Breaker {
         true
     }
 
-    /// A request failed as in an outage.
+    /// Records a failure that indicates an outage.
     pub(super) fn failed(&mut self, route: Route, now: Millis, policy: &Policy, fraction: f64) {
         if self.is_failing() && matches!(self.circuit(now), Circuit::Open { .. }) {
-            // It was in flight before the others failed.
+            // The request was in flight before the circuit opened.
             return;
         }
         if self.failures == 0 {
@@ -72,7 +70,7 @@ impl Breaker {
                     max: policy.max.min(PROBE_MAX),
                     ..*policy
                 };
-                // Half of the wait is fixed: probes that follow one another at once are a load of their own.
+                // Half of the wait is fixed, so that probes are never back to back.
                 now.plus(longest.backoff(n - 1, 0.5 + fraction / 2.0))
             }
         };
@@ -81,7 +79,7 @@ impl Breaker {
     pub(super) fn circuit(&self, now: Millis) -> Circuit {
         match self.failures {
             0 => Circuit::Closed,
-            // A clock that was set back must not make the probe wait for longer than it ever should.
+            // A clock that was set back must not delay the probe beyond the maximum wait.
             _ if now >= self.probe_at || self.probe_at > now.plus(PROBE_MAX) => Circuit::HalfOpen,
             _ => Circuit::Open {
                 until: self.probe_at,
@@ -89,17 +87,16 @@ impl Breaker {
         }
     }
 
-    /// Whether it fails, and not only for one request.
     pub(super) fn is_failing(&self) -> bool {
         self.failures >= OPEN_AFTER
     }
 
-    /// Whether that has lasted so long that it is an outage.
+    /// Whether there is an outage.
     pub(super) fn is_down(&self) -> bool {
         self.failures >= DOWN_AFTER
     }
 
-    /// When the first of the failures was.
+    /// The time of the first failure.
     pub(super) fn since(&self) -> Millis {
         self.since
     }
@@ -114,7 +111,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_outage_is_probed_and_never_forgotten(failures in 4_u32..100, fraction in 0.0..=1.0_f64, start in 0_i64..i64::MAX / 4) {
+        fn outage_is_probed_until_a_success(failures in 4_u32..100, fraction in 0.0..=1.0_f64, start in 0_i64..i64::MAX / 4) {
             let mut breaker = Breaker::default();
             let mut now = Millis(start);
             for _ in 0..failures {
@@ -134,13 +131,13 @@ mod tests {
     }
 
     #[test]
-    fn one_failure_lets_another_request_try_at_once() {
+    fn single_failure_is_probed_at_once() {
         let mut breaker = Breaker::default();
         breaker.failed(Route::AddMessage, Millis(7), &POLICY, 1.0);
         assert_eq!(breaker.circuit(Millis(7)), Circuit::HalfOpen);
         assert!(!breaker.is_failing());
         breaker.failed(Route::AddMessage, Millis(8), &POLICY, 1.0);
-        assert!(breaker.is_failing(), "two in a row open it");
+        assert!(breaker.is_failing(), "two in a row open the circuit");
         let open = Circuit::Open {
             until: Millis(1008),
         };
@@ -150,20 +147,20 @@ mod tests {
     }
 
     #[test]
-    fn what_was_in_flight_makes_no_outage() {
+    fn failures_in_flight_are_no_outage() {
         let mut breaker = Breaker::default();
         for _ in 0..100 {
             breaker.failed(Route::AddMessage, Millis(7), &POLICY, 1.0);
         }
-        assert!(!breaker.is_down(), "all of them failed at once");
+        assert!(!breaker.is_down(), "all failed at once");
         breaker.failed(Route::AddMessage, Millis(1_007), &POLICY, 1.0);
         assert!(!breaker.is_down());
         breaker.failed(Route::AddMessage, Millis(3_007), &POLICY, 1.0);
-        assert!(breaker.is_down(), "two probes failed as well");
+        assert!(breaker.is_down(), "two probes failed, too");
     }
 
     #[test]
-    fn a_read_shows_nothing_of_what_failed() {
+    fn read_after_another_route_failed() {
         use Route::*;
         for (failed, succeeded, closes) in [
             (AddMessage, Chats, false),
@@ -190,14 +187,14 @@ mod tests {
     }
 
     #[test]
-    fn probes_are_paced_after_the_clock_was_set_back_too() {
+    fn probes_after_clock_set_back() {
         let mut breaker = Breaker::default();
         for _ in 0..10 {
             breaker.failed(Route::AddMessage, Millis(100_000_000), &POLICY, 1.0);
             breaker.failed(Route::AddMessage, Millis(100_030_000), &POLICY, 1.0);
         }
         assert!(breaker.is_failing());
-        // An hour back. The first probe may go at once; it fails.
+        // An hour back. The first probe is sent at once and fails.
         let now = Millis(100_030_000 - 3_600_000);
         assert_eq!(breaker.circuit(now), Circuit::HalfOpen);
         breaker.failed(Route::AddMessage, now, &POLICY, 1.0);

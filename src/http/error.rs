@@ -1,4 +1,4 @@
-//! Why a request did not succeed, as what the caller can do about it.
+//! Why a request did not succeed, classified by the caller's options.
 
 use std::fmt;
 
@@ -10,7 +10,6 @@ use super::route::Route;
 use super::transport::Response;
 use crate::domain::time::Millis;
 
-/// A request that did not succeed.
 #[derive(Debug, Clone, Error)]
 #[error("{}: {exchange}", self.summary())]
 pub struct ApiError {
@@ -20,37 +19,36 @@ pub struct ApiError {
     pub exchange: Box<Exchange>,
 }
 
-/// What the caller can do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// Never sent, or turned away unread. Try again later.
+    /// Never sent, or refused without effect. Retry later.
     Unreachable,
-    /// It may have been carried out. Read back, then try again.
+    /// The request may have been carried out. Read back, then retry.
     OutcomeUnknown {
         /// It may still be carried out.
         timed_out: bool,
     },
-    /// Ask nothing before then.
+    /// Send nothing before `until`.
     RateLimited {
         until: Millis,
-        /// It may have been carried out: a 503 does not say; a 429 does.
+        /// The request may have been carried out: after a 503 that is unknown; after a 429 it was not.
         outcome_unknown: bool,
     },
-    /// 401 or 403: nothing will succeed before the credentials are renewed.
+    /// 401 or 403: no request will succeed before the credentials are renewed.
     Unauthorized,
-    /// What answers is not the API.
+    /// Another service answers.
     WrongService,
-    /// It names something that the API does not know. In OurAPI only a list tells whether it is gone.
+    /// The API does not know the resource. In OurAPI, only a list proves that it is gone.
     NotFound(Resource),
-    /// There is one like it already, if this is OurAPI at all.
+    /// An equal resource exists, if the service is OurAPI at all.
     Conflict,
-    /// There is one like it already, and which one is not to be found out. Do not try again.
+    /// An equal resource exists, and it cannot be identified. Do not retry.
     Ambiguous,
-    /// Never acceptable. Do not try again.
+    /// Never acceptable. Do not retry.
     Rejected,
 }
 
-/// What a request can name.
+/// A resource that a request can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resource {
     Events,
@@ -72,7 +70,7 @@ impl fmt::Display for Resource {
     }
 }
 
-/// What a result says about the health of an API.
+/// What a result shows about the health of an API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sign {
     Up,
@@ -93,17 +91,17 @@ impl ErrorKind {
         )
     }
 
-    /// Whether it may be carried out after the client has given up.
+    /// Whether the request may still be carried out.
     pub fn timed_out(self) -> bool {
         self == Self::OutcomeUnknown { timed_out: true }
     }
 
-    /// Whether a moment's failure explains it.
+    /// Whether a retry at once may succeed.
     pub fn is_transient(self) -> bool {
         matches!(self, Self::Unreachable | Self::OutcomeUnknown { .. })
     }
 
-    /// What it says about the API. A rejected write shows that the API works, and a rejected read that it does not.
+    /// A rejected write shows that the API works; a rejected read, that it does not.
     pub(super) fn sign(self, is_read: bool) -> Sign {
         match self {
             Self::Unreachable
@@ -118,7 +116,7 @@ impl ErrorKind {
         }
     }
 
-    /// What a status means on a route; `None`: success.
+    /// The meaning of a status on a route; `None`: success.
     pub(super) fn of(route: Route, response: &Response) -> Option<Self> {
         use Route::*;
         let Response { status, body, .. } = response;
@@ -129,7 +127,7 @@ impl ErrorKind {
             (404, ChangeChat | Messages | AddMessage) => Self::NotFound(Resource::Chat),
             (404, Chats | Agents) => Self::WrongService,
             (404 | 409, CreateChat | CreateAgent) => Self::Conflict,
-            // OurAPI answers so to a name or an address that is taken; the caller finds out.
+            // OurAPI answers 500 to a name or an address that is taken; the caller checks.
             (500, CreateAgent) => Self::Conflict,
             (404, Events) => Self::NotFound(Resource::Events),
             (404, Conversation) => Self::NotFound(Resource::Conversation),
@@ -147,7 +145,7 @@ impl ErrorKind {
     }
 }
 
-/// `That agent does not exist.`
+/// OurAPI's `That agent does not exist.`
 fn names_no_agent(body: &[u8]) -> bool {
     const NO_SUCH_AGENT: &[u8] = b"agent does not exist";
     body.windows(NO_SUCH_AGENT.len())
@@ -155,10 +153,9 @@ fn names_no_agent(body: &[u8]) -> bool {
 }
 
 impl ApiError {
-    /// A request that was not made.
-    pub fn not_sent(api: Api, kind: ErrorKind, why: impl Into<String>) -> Self {
+    pub fn not_sent(api: Api, kind: ErrorKind, reason: impl Into<String>) -> Self {
         let exchange = Exchange {
-            response: why.into(),
+            response: reason.into(),
             ..Exchange::default()
         };
         Self {
@@ -168,52 +165,48 @@ impl ApiError {
         }
     }
 
-    /// Whether the failure stays until somebody acts: it is no outage that ends by itself.
+    /// Whether the failure lasts until the operator acts, other than an outage of the API.
     pub fn lasts(&self) -> bool {
         self.exchange.cause.is_some() || !self.kind.is_transient()
     }
 
-    /// What the operator can do about it.
+    /// The remedy, for the operator.
     pub fn remedy(&self) -> String {
         let (api, url) = (self.api, self.api.url_setting());
         match (&self.exchange.cause, self.kind) {
             (Some(Cause::Firewall), _) => {
-                format!("let requests from this machine pass to {api}, or correct {url}")
+                format!("allow requests from this machine to {api}, or correct {url}")
             }
             (Some(_), _) | (None, ErrorKind::WrongService) => {
-                format!("set {url} to where {api} is")
+                format!("set {url} to the base URL of {api}")
             }
             (None, ErrorKind::Unauthorized) => {
                 format!("renew {} or correct {url}", api.token_setting())
             }
             (None, kind) if kind.is_transient() => {
-                format!("start {api}, or set {url} to where it is")
+                format!("start {api}, or correct {url}")
             }
-            _ => format!(
-                "the response says what {api} does not accept; correct {url}, or update this program"
-            ),
+            _ => format!("the response has {api}'s reason; correct {url}, or update this program"),
         }
     }
 
-    /// Whether the API does not know what the request names.
     pub fn is_not_found(&self) -> bool {
         matches!(self.kind, ErrorKind::NotFound(_))
     }
 
-    /// The same exchange, understood otherwise.
     pub fn with_kind(self, kind: ErrorKind) -> Self {
         Self { kind, ..self }
     }
 
-    /// What it means, without what was sent and answered.
+    /// The error in one line, without text of the request or the response.
     pub fn summary(&self) -> String {
         let api = self.api;
         if let Some(cause) = &self.exchange.cause {
-            return cause.with(api);
+            return cause.summary(api);
         }
         match self.kind {
             ErrorKind::Unreachable => {
-                format!("{api} cannot be reached or turns requests away")
+                format!("{api} cannot be reached or refuses requests")
             }
             ErrorKind::OutcomeUnknown { timed_out: false } => {
                 format!("{api} gave no usable answer")
@@ -222,7 +215,7 @@ impl ApiError {
                 format!("{api} did not answer in time")
             }
             ErrorKind::RateLimited { until, .. } => {
-                format!("{api} asks to be left alone until {until}")
+                format!("{api} is rate-limited until {until}")
             }
             ErrorKind::Unauthorized => format!(
                 "{api} rejected the credentials; renew {} or check {}",
@@ -230,13 +223,13 @@ impl ApiError {
                 api.url_setting()
             ),
             ErrorKind::WrongService => format!(
-                "this does not seem to be {api}; check {}",
+                "the service does not seem to be {api}; check {}",
                 api.url_setting()
             ),
             ErrorKind::NotFound(resource) => format!("{api} does not know the {resource}"),
-            ErrorKind::Conflict => format!("{api} has one like it already"),
+            ErrorKind::Conflict => format!("{api} has an equal one already"),
             ErrorKind::Ambiguous => format!(
-                "{api} has an agent of that name or address already, and its lists do not show which"
+                "{api} has an agent with this name or address already, and its lists do not show which"
             ),
             ErrorKind::Rejected if self.exchange.is_read => {
                 format!("{api} does not accept the query")
@@ -246,7 +239,7 @@ impl ApiError {
     }
 }
 
-/// What the summary of each rejected write is.
+/// The summary of every rejected write.
 pub const REJECTED_WRITE: &str = "OurAPI permanently rejects it";
 
 #[cfg(test)]
@@ -256,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_means_what_the_contract_says() {
+    fn statuses_by_route() {
         use Route::*;
         let unknown = ErrorKind::OutcomeUnknown { timed_out: false };
         let no_chat = ErrorKind::NotFound(Resource::Chat);

@@ -1,4 +1,4 @@
-//! A request and its response as stored with a failed event and logged: bounded, and without credentials.
+//! A request and its response, as logged and stored with an event: bounded, and without credentials.
 
 use std::fmt;
 
@@ -11,40 +11,39 @@ use super::api::Api;
 use super::transport::Response;
 use crate::telemetry::log;
 
-/// How much of a request or a response goes into records and logs.
+/// Maximum length of a request or a response in characters.
 const MAX_RECORD: usize = 2_000;
 
-/// How much of what a response says is wrong, in characters: failed events are grouped by it.
-const MAX_COMPLAINT: usize = 200;
+/// Maximum length of a detail in characters. Dead letters are grouped by it.
+const MAX_DETAIL: usize = 200;
 
-/// A request and what came of it, as it is recorded: bounded, and never with a token.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Method, path, query and body.
     pub request: String,
-    /// Status and body, or why there is no answer.
+    /// Status and body, or why there was no response.
     pub response: String,
-    /// What the response says is wrong with the request, if it says so: short, and on one line.
+    /// The reason for a 4xx, from its body, on one line.
     pub detail: Option<String>,
     /// The request changes nothing.
     pub is_read: bool,
-    /// What is wrong with the response, where its status does not say.
+    /// The fault of the response, where its status does not show it.
     pub cause: Option<Cause>,
 }
 
-/// What is wrong with a response. None of it holds customers' text or credentials.
+/// A fault of a response, without customers' text or credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// It redirects there, or to nowhere.
+    /// To this location, if there was one.
     Redirect(Option<String>),
-    /// A 403 with a page of HTML, which no API sends.
+    /// A 403 with an HTML page, which no API sends.
     Firewall,
-    /// A success that is not the expected JSON, and what is wrong with it.
+    /// A success without the expected JSON, and the reason.
     InvalidJson(String),
 }
 
 impl Cause {
-    /// What a response shows by itself.
+    /// The fault that the response shows before its JSON is parsed.
     pub(super) fn of(response: &Response) -> Option<Self> {
         let is_html = || response.body.trim_ascii_start().starts_with(b"<");
         match response.status.as_u16() {
@@ -54,23 +53,23 @@ impl Cause {
         }
     }
 
-    /// In words, with the setting to correct.
-    pub(super) fn with(&self, api: Api) -> String {
+    /// One line, with the setting to check.
+    pub(super) fn summary(&self, api: Api) -> String {
         let url = api.url_setting();
         match self {
             Self::Redirect(Some(location)) => {
                 format!("{api} redirects to {location}; check {url}")
             }
-            Self::Redirect(None) => format!("{api} redirects to nowhere; check {url}"),
+            Self::Redirect(None) => format!("{api} redirects without a location; check {url}"),
             Self::Firewall => format!(
                 "a firewall or proxy in front of {api} refuses the request; check it and {url}"
             ),
-            Self::InvalidJson(why) => format!("{api} gave no usable answer: {why}"),
+            Self::InvalidJson(reason) => format!("{api} gave no usable answer: {reason}"),
         }
     }
 }
 
-/// Where a redirect leads, as far as it is no secret: neither user and password, nor query.
+/// The location of a redirect, without user, password and query.
 pub(super) fn location(value: &str) -> String {
     let end = value.find(['?', '#']).unwrap_or(value.len());
     let value = &value[..end];
@@ -81,42 +80,45 @@ pub(super) fn location(value: &str) -> String {
     let host_end = rest.find('/').unwrap_or(rest.len());
     let host = rest[..host_end].rsplit('@').next().unwrap_or_default();
     let text = format!("{scheme}{host}{}", &rest[host_end..]);
-    text.chars().take(MAX_COMPLAINT).collect()
+    text.chars().take(MAX_DETAIL).collect()
 }
 
-/// Reads a body as JSON, or says what is wrong with it, without what it holds.
+/// Parses a body as JSON.
+///
+/// # Errors
+///
+/// The reason, without text of the body.
 pub fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
     serde_json::from_slice(body).map_err(|error| unreadable(body, &error))
 }
 
-/// What is wrong with a body that is not the expected JSON, without what it holds.
+/// Why a body is not the expected JSON, without text of the body.
 pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
     let start = body.trim_ascii_start();
     if start.is_empty() {
-        return "its body is empty".to_owned();
+        return "empty body".to_owned();
     }
     if start.starts_with(b"<") {
-        return "it is a page of HTML, not JSON".to_owned();
+        return "HTML instead of JSON".to_owned();
     }
     let text = error.to_string();
     match error.classify() {
-        // The message quotes what is there instead.
+        // The rest of the message quotes the body.
         Category::Data if !text.starts_with("missing field") => {
             let expected = text.rfind("expected ").map_or("", |at| &text[at..]);
-            format!("its JSON is another: {expected}")
+            format!("unexpected JSON: {expected}")
         }
-        Category::Data => format!("its JSON is another: {text}"),
-        _ => format!("it is no JSON: {text}"),
+        Category::Data => format!("unexpected JSON: {text}"),
+        _ => format!("invalid JSON: {text}"),
     }
 }
 
 impl Exchange {
-    /// The response was a 5xx.
     pub fn is_server_error(&self) -> bool {
         self.response.starts_with('5')
     }
 
-    /// The record of a request that got this response, or none for this reason.
+    /// `response`: the reason if there was none.
     pub(super) fn new(
         target: &Target,
         body: Option<&impl serde::Serialize>,
@@ -128,15 +130,15 @@ impl Exchange {
             .unwrap_or_default();
         let detail = response
             .ok()
-            .filter(|answer| answer.status.is_client_error())
-            .and_then(|answer| detail(&answer.body));
+            .filter(|response| response.status.is_client_error())
+            .and_then(|response| detail(&response.body));
         let response = match response {
-            Ok(answer) => format!(
+            Ok(response) => format!(
                 "{} {}",
-                answer.status.as_u16(),
-                String::from_utf8_lossy(head(&answer.body))
+                response.status.as_u16(),
+                String::from_utf8_lossy(head(&response.body))
             ),
-            Err(why) => why.to_owned(),
+            Err(reason) => reason.to_owned(),
         };
         Self {
             is_read: method.is_safe(),
@@ -148,14 +150,14 @@ impl Exchange {
     }
 }
 
-/// A request as [`Exchange`] has it, without query and body: these hold messages, names and addresses.
+/// The request of an [`Exchange`] without query and body, which have messages, names and addresses.
 pub fn request_head(request: &str) -> &str {
     let path = request.find(' ').map_or(0, |space| space + 1);
     let end = request[path..].find([' ', '?']);
     end.map_or(request, |end| &request[..path + end])
 }
 
-/// A response as [`Exchange`] has it, without its body, which may repeat what was sent: the status, or why there is none.
+/// The response of an [`Exchange`] without its body, which may repeat the request: the status, or why there was none.
 pub fn response_head(response: &str) -> &str {
     if response.starts_with(|c: char| c.is_ascii_digit()) {
         response.split(' ').next().unwrap_or_default()
@@ -164,8 +166,8 @@ pub fn response_head(response: &str) -> &str {
     }
 }
 
-/// What is wrong, by the body of a 4xx: `{"detail": "…"}`, or a list of what is wrong with which field, as both services
-/// answer.
+/// The detail in the body of a 4xx, in the two forms that both services use: `{"detail": "…"}`, or a list with an entry
+/// per field.
 fn detail(body: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Wire {
@@ -174,33 +176,33 @@ fn detail(body: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Detail {
-        All(String),
-        Each(Vec<Wrong>),
+        Text(String),
+        Fields(Vec<FieldDetail>),
     }
     #[derive(Deserialize)]
-    struct Wrong {
+    struct FieldDetail {
         #[serde(default)]
         loc: Vec<serde_json::Value>,
         msg: String,
     }
     let text = match serde_json::from_slice::<Wire>(body).ok()?.detail {
-        Detail::All(text) => text,
-        Detail::Each(all) => {
-            let all = all.iter().map(|wrong| {
-                match wrong.loc.last().and_then(serde_json::Value::as_str) {
-                    Some(field) => format!("{field}: {}", wrong.msg),
-                    None => wrong.msg.clone(),
+        Detail::Text(text) => text,
+        Detail::Fields(details) => {
+            let details = details.iter().map(|detail| {
+                match detail.loc.last().and_then(serde_json::Value::as_str) {
+                    Some(field) => format!("{field}: {}", detail.msg),
+                    None => detail.msg.clone(),
                 }
             });
-            all.collect::<Vec<_>>().join("; ")
+            details.collect::<Vec<_>>().join("; ")
         }
     };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    (!line.is_empty()).then(|| line.chars().take(MAX_COMPLAINT).collect())
+    (!line.is_empty()).then(|| line.chars().take(MAX_DETAIL).collect())
 }
 
 impl Exchange {
-    /// What the log and the figures show of it, unless message text may be logged.
+    /// The exchange as logged: reduced to heads, unless message text may be logged.
     pub fn logged(&self) -> Self {
         Self {
             request: log::shown(&self.request, request_head).to_owned(),
@@ -225,7 +227,7 @@ fn head(bytes: &[u8]) -> &[u8] {
     &bytes[..bytes.len().min(MAX_RECORD)]
 }
 
-/// `text`, without its end where it is long.
+/// `text`, cut at the maximum length of a record.
 pub fn shortened(text: &str) -> String {
     let text = text.trim();
     match text.char_indices().nth(MAX_RECORD) {
@@ -239,23 +241,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_an_answer_says_is_wrong_is_put_in_short() {
+    fn detail_of_a_4xx() {
         let of = |body: &str| detail(body.as_bytes());
         let each = r#"{"detail":[{"loc":["body","text"],"msg":"too\n short","input":"k"},{"loc":["body",0],"msg":"no"}]}"#;
         assert_eq!(of(each).as_deref(), Some("text: too short; no"));
         assert_eq!(of(r#"{"detail":" gone "}"#).as_deref(), Some("gone"));
         let long = format!(r#"{{"detail":"{}"}}"#, "ä".repeat(1000));
-        assert_eq!(
-            of(&long).map(|text| text.chars().count()),
-            Some(MAX_COMPLAINT)
-        );
+        assert_eq!(of(&long).map(|text| text.chars().count()), Some(MAX_DETAIL));
         for nothing in ["", "{}", "<html>", r#"{"detail":""}"#, r#"{"detail":7}"#] {
             assert_eq!(of(nothing), None, "{nothing}");
         }
     }
 
     #[test]
-    fn heads_hold_nothing_of_bodies_and_queries() {
+    fn heads_without_body_and_query() {
         for (request, head) in [
             (
                 "POST /chats/c1/messages {\"text\":\"secret\"}",

@@ -1,7 +1,7 @@
-//! Whether an API is up, as its own results show: nobody asks it for that. The log says when that changes.
+//! Whether an API is up, by the results of ordinary requests. Changes are logged.
 //!
-//! One scheme for both APIs: an outage that ends without anybody's doing is a warning, as is its end; what stays until
-//! somebody acts is an error.
+//! An outage that may end without action of the operator is a warning, as is its end. One that lasts until the operator
+//! acts is an error.
 
 use std::time::Instant;
 
@@ -16,25 +16,24 @@ use super::{Api, Target};
 use crate::domain::backoff::Policy;
 use crate::domain::time::Millis;
 
-/// How much of a response is stored along with the problem, in characters.
+/// Maximum length in characters of the response that is stored with a problem.
 const MAX_RESPONSE: usize = 200;
 
-/// An API as the daemon last found it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ApiStatus {
-    /// `None`: not known yet.
+    /// `None`: unknown.
     pub up: Option<bool>,
-    /// Since when it is up or down.
+    /// The time of the latest change of `up`.
     pub since: Option<Millis>,
     /// The end of the latest exchange.
     pub asked_at: Option<Millis>,
-    /// Method and URL, without its query, which may hold an e-mail address.
+    /// Method and URL of it, without the query, which may have an e-mail address.
     pub request: Option<String>,
-    /// The status, or why there was no response.
+    /// Its status, or why there was no response.
     pub response: Option<String>,
-    /// While it is down: why.
+    /// The cause of an outage.
     pub trouble: Option<String>,
-    /// And whether it stays so until somebody acts.
+    /// The outage lasts until the operator acts.
     pub lasts: bool,
 }
 
@@ -52,7 +51,6 @@ enum Logged {
     Lasting,
 }
 
-/// See the [module](self).
 #[derive(Debug, Default)]
 pub(super) struct Health {
     pub(super) breaker: Breaker,
@@ -60,7 +58,7 @@ pub(super) struct Health {
     since: Option<Millis>,
     problem: Option<String>,
     lasts: bool,
-    /// The outage was logged in this session, as one that ends without anybody's doing or not.
+    /// How the outage was logged in this session.
     logged: Option<Logged>,
     pub(super) latest: Option<Latest>,
 }
@@ -74,7 +72,6 @@ impl Health {
         self.breaker.circuit(now)
     }
 
-    /// A request succeeded.
     pub(super) fn succeeded(&mut self, api: Api, route: Route) {
         if !self.breaker.succeeded(route) || self.up == Some(true) {
             return;
@@ -89,7 +86,6 @@ impl Health {
         self.lasts = false;
     }
 
-    /// A request failed.
     pub(super) fn failed(&mut self, error: &ApiError, route: Route, base: &Url, policy: &Policy) {
         match error.kind.sign(route.is_read()) {
             Sign::Up => return self.succeeded(error.api, route),
@@ -112,27 +108,27 @@ impl Health {
         self.lasts = error.lasts();
     }
 
-    /// Logs an outage when it begins, and when it turns out that it does not end without anybody's doing.
+    /// Logs an outage when it begins, and again if it proves lasting.
     fn log(&mut self, error: &ApiError, base: &Url) {
-        let how = match error.lasts() {
+        let kind = match error.lasts() {
             false => Logged::Transient,
             true => Logged::Lasting,
         };
-        if self.logged.is_some() && (self.logged == Some(how) || how == Logged::Transient) {
+        if self.logged.is_some() && (self.logged == Some(kind) || kind == Logged::Transient) {
             return;
         }
-        self.logged = Some(how);
+        self.logged = Some(kind);
         let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
         let (request, response) = (exchange.request, exchange.response);
-        if how == Logged::Transient {
+        if kind == Logged::Transient {
             tracing::warn!(
                 reason, request, response, url = %base,
-                "{api} is down; requests to it wait, and one at a time probes it"
+                "{api} is down; pausing requests to it and probing with one at a time"
             );
         } else {
             tracing::error!(
                 reason, request, response, url = %base,
-                "{api} is down until its settings are corrected; requests to it wait, and one at a time probes it"
+                "{api} is down until its settings are corrected; pausing requests to it and probing with one at a time"
             );
         }
     }
@@ -148,12 +144,12 @@ impl Health {
             request: latest.map(|latest| latest.target.name()),
             response: latest.map(|latest| match &latest.response {
                 Ok(status) => status.to_string(),
-                Err(why) => why.clone(),
+                Err(reason) => reason.clone(),
             }),
         }
     }
 
-    /// Takes over how it was when the last session ended.
+    /// Restores the status at the end of the last session.
     pub(super) fn recall(&mut self, status: &ApiStatus) {
         self.up = status.up;
         self.since = status.since;

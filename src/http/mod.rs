@@ -1,9 +1,9 @@
-//! Carrying requests to the two APIs: one request, one response, within a time and a size, and nothing done behind the
-//! caller's back. The daemon's promises rest on knowing of each request whether it was sent.
+//! HTTP for the two APIs: one request, one response, bounded in time and size, without hidden retries or redirects. The
+//! daemon's guarantees rest on knowing of each request whether it was sent.
 //!
-//! Each API has a client, [`Http`], which owns what is known of it: its circuit breaker, its rate limit, and whether it is
-//! up. No request and no credentials go to another host than the configured one. What is asked and what it means is left
-//! to [`crate::bigchat`] and [`crate::our_api`].
+//! Each API has a client, [`Http`], with its circuit breaker, rate limit and health. No request and no credentials go to
+//! any host but the configured one. [`crate::bigchat`] and [`crate::our_api`] build the requests and interpret the
+//! responses.
 
 mod api;
 mod breaker;
@@ -44,27 +44,25 @@ pub struct Http {
     transport: Box<dyn Transport>,
     base: Url,
     token: Token,
-    /// How probes are spaced.
+    /// Back-off between probes.
     policy: Policy,
     rate_limit: RateLimit,
     health: Mutex<Health>,
     observer: Option<Box<dyn RequestObserver>>,
 }
 
-/// A route and its URL. Made once, it can be asked for often.
+/// A route and its URL, built once for many requests.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub route: Route,
     url: Arc<Url>,
 }
 
-/// Who is told of each request.
 pub trait RequestObserver: std::fmt::Debug + Send + Sync {
-    /// A request was made: the status of its response or the reason why there was none, and how long that took.
+    /// Called after each request, with the status of the response or the kind of error.
     fn request_made(&self, route: Route, outcome: Result<StatusCode, ErrorKind>, took: Duration);
 }
 
-/// The clients of both APIs.
 #[derive(Debug, Clone)]
 pub struct Apis {
     pub bigchat: Arc<Http>,
@@ -72,7 +70,6 @@ pub struct Apis {
 }
 
 impl Apis {
-    /// The client of one of them.
     pub fn of(&self, api: Api) -> &Http {
         match api {
             Api::BigChat => &self.bigchat,
@@ -80,19 +77,18 @@ impl Apis {
         }
     }
 
-    /// Whether an API is up, with the latest exchange.
     pub fn status(&self, api: Api) -> ApiStatus {
         self.of(api).status()
     }
 }
 
 impl Target {
-    /// Its path and query.
+    /// Path and query.
     fn path(&self) -> &str {
         &self.url[url::Position::BeforePath..]
     }
 
-    /// Its method and URL, without its query: that may hold an e-mail address.
+    /// Method and URL, without the query, which may have an e-mail address.
     fn name(&self) -> String {
         let Self { route, url } = self;
         format!("{} {}", route.method(), &url[..url::Position::AfterPath])
@@ -100,7 +96,6 @@ impl Target {
 }
 
 impl Http {
-    /// A client of the API at `base`. While the API fails, probes are spaced by `policy`.
     pub fn new(
         api: Api,
         transport: impl Transport + 'static,
@@ -120,7 +115,6 @@ impl Http {
         }
     }
 
-    /// The same, with its requests reported to an observer.
     pub fn observed_by(self, observer: impl RequestObserver + 'static) -> Self {
         Self {
             observer: Some(Box::new(observer)),
@@ -128,52 +122,50 @@ impl Http {
         }
     }
 
-    /// The configured base URL.
     pub fn base(&self) -> &Url {
         &self.base
     }
 
-    /// Until when nothing may be asked, if the API asked for that.
+    /// The end of the rate limit, if it is in force.
     pub fn rate_limited_until(&self, now: Millis) -> Option<Millis> {
         self.rate_limit.until(now)
     }
 
-    /// Until when the API asked to be left alone, whether that is over or not.
+    /// The end of the latest rate limit, even if it has passed.
     pub fn not_before(&self) -> Millis {
         self.rate_limit.not_before()
     }
 
-    /// Leaves the API alone until then.
+    /// Sends no request before `until`.
     pub fn hold_until(&self, until: Millis) {
         self.rate_limit.raise(until);
     }
 
-    /// What may be asked now, apart from the rate limit.
+    /// The state of the circuit breaker, apart from the rate limit.
     pub fn circuit(&self, now: Millis) -> Circuit {
         self.health().circuit(now)
     }
 
-    /// Whether the API fails, and not only for one request.
+    /// Whether several requests in a row have failed.
     pub fn is_failing(&self) -> bool {
         self.health().breaker.is_failing()
     }
 
-    /// Whether that is an outage, or it was one when the last session ended and nothing has shown its end.
+    /// Whether there is an outage. One from the last session counts until a request succeeds.
     pub fn is_down(&self) -> bool {
         self.health().is_down()
     }
 
-    /// Whether the API is up, with the latest exchange.
     pub fn status(&self) -> ApiStatus {
         self.health().status()
     }
 
-    /// Takes over how the API was when the last session ended.
+    /// Restores the status at the end of the last session.
     pub fn recall(&self, status: &ApiStatus) {
         self.health().recall(status);
     }
 
-    /// A route below the base URL, for what `id` names and with `query` (encoded already), if it takes them.
+    /// The target of a route, with `id` and `query` (already encoded) if the route has them.
     pub fn target(&self, route: Route, id: &str, query: Option<&str>) -> Target {
         let mut url = self.base.clone();
         if let Ok(mut segments) = url.path_segments_mut() {
@@ -186,8 +178,8 @@ impl Http {
         }
     }
 
-    /// Sends one request, with `body` as JSON, and reads the response with `read`, which says what is wrong with it if
-    /// it is unusable.
+    /// Sends a request with `body` as JSON, and parses a successful response with `read`, which returns the reason if it is
+    /// unusable.
     pub async fn call<T>(
         &self,
         target: &Target,
@@ -210,7 +202,7 @@ impl Http {
                     until,
                     outcome_unknown: false,
                 },
-                why: format!("the API asked to be left alone until {until}"),
+                reason: format!("not sent: rate-limited until {until}"),
             });
         }
         let body = body
@@ -248,7 +240,7 @@ impl Http {
             target: target.clone(),
             response: match &response {
                 Ok(response) => Ok(response.status),
-                Err(error) => Err(error.why.clone()),
+                Err(error) => Err(error.reason.clone()),
             },
         });
         if let Ok(response) = &response
@@ -259,7 +251,7 @@ impl Http {
         response
     }
 
-    /// The second half of [`Self::call`]: what became of the request, which also shows how the API is.
+    /// The second half of [`Self::call`]: interprets the response and records the API's health.
     pub fn conclude<T>(
         &self,
         target: &Target,
@@ -283,15 +275,15 @@ impl Http {
                             self.health().succeeded(self.api, route);
                             return Ok(value);
                         }
-                        Err(why) => {
-                            cause = Some(Cause::InvalidJson(why));
+                        Err(reason) => {
+                            cause = Some(Cause::InvalidJson(reason));
                             ErrorKind::OutcomeUnknown { timed_out: false }
                         }
                     },
                 };
                 (kind, Exchange::new(target, body, Ok(&response)))
             }
-            Err(NoResponse { kind, why }) => (kind, Exchange::new(target, body, Err(&why))),
+            Err(NoResponse { kind, reason }) => (kind, Exchange::new(target, body, Err(&reason))),
         };
         exchange.cause = cause;
         let error = ApiError {
@@ -303,8 +295,8 @@ impl Http {
         Err(error)
     }
 
-    /// A result turned out to mean something else than it did by itself.
-    pub fn reconsider(&self, error: ApiError, route: Route, kind: ErrorKind) -> ApiError {
+    /// Reclassifies an error in the light of later responses, and records the API's health again.
+    pub fn reclassify(&self, error: ApiError, route: Route, kind: ErrorKind) -> ApiError {
         let error = error.with_kind(kind);
         self.failed(&error, route);
         error

@@ -1,31 +1,31 @@
-//! Until when an API asked to be left alone.
+//! The rate limit of an API, from `Retry-After`.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use crate::domain::time::{Millis, Timestamp};
 
-/// The longest `Retry-After` that is honoured: a mistyped one must not stop the daemon for days.
+/// Maximum `Retry-After`: a mistyped one must not stop the daemon for days.
 pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
-/// By this machine's clock; 0: it never asked.
+/// The end of the limit by this machine's clock; 0: there never was one.
 #[derive(Debug, Default)]
 pub(super) struct RateLimit(AtomicI64);
 
 impl RateLimit {
-    /// Until when it asked, whether that is over or not.
+    /// The end of the latest limit, even if it has passed.
     pub(super) fn not_before(&self) -> Millis {
         Millis(self.0.load(Ordering::Relaxed))
     }
 
-    /// Until when nothing may be asked.
+    /// The end of the limit, if it is in force.
     pub(super) fn until(&self, now: Millis) -> Option<Millis> {
         let until = self.not_before();
-        // Further ahead than ever asked for, it is this machine's clock that was set back.
+        // An end beyond the maximum means that this machine's clock was set back.
         (now < until && until <= now.plus(RETRY_AFTER_MAX)).then_some(until)
     }
 
-    /// The same as of now. Without a limit it costs no look at the clock.
+    /// [`Self::until`] as of now, without reading the clock if there never was a limit.
     pub(super) fn until_now(&self) -> Option<Millis> {
         match self.not_before() {
             Millis(0) => None,
@@ -33,15 +33,14 @@ impl RateLimit {
         }
     }
 
-    /// Raises it.
     pub(super) fn raise(&self, until: Millis) {
-        // One noted while this machine's clock was wrong must not outweigh this one.
+        // An earlier end may have been set while this machine's clock was wrong.
         let valid = self.until(Millis::now()).unwrap_or_default();
         self.0.store(until.max(valid).0, Ordering::Relaxed);
     }
 }
 
-/// How long `Retry-After` asks to wait: seconds, or an HTTP date by the server's own clock. Nonsense asks for nothing.
+/// The wait in `Retry-After`: seconds, or an HTTP date by the server's clock; `None` if it is neither.
 pub(super) fn retry_after(value: &str, date: Option<Timestamp>) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -59,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn retry_after_is_kept_within_an_hour_and_nonsense_is_no_request() {
+    fn retry_after_forms_and_maximum() {
         let date = Timestamp::parse_http_date("Sun, 22 Nov 2026 22:00:00 GMT");
         let wait = |value| retry_after(value, date).map(|wait| wait.as_secs());
         assert_eq!(wait("7"), Some(7));
@@ -72,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_set_back_does_not_prolong_a_rate_limit() {
+    fn clock_set_back_ends_rate_limit() {
         let limit = RateLimit::default();
         limit.raise(Millis(10_000_000));
         assert_eq!(limit.until(Millis(9_000_000)), Some(Millis(10_000_000)));

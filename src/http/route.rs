@@ -1,36 +1,27 @@
-//! What the two APIs are asked: the routes, by method and path, as the contract has them.
+//! The routes of the two APIs, after the contract.
 
 use reqwest::Method;
 
-/// A route of one of the APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
-    /// BigChat: a page of what happened.
+    // BigChat:
     Events,
-    /// BigChat: the details of a conversation.
     Conversation,
-    /// BigChat: who an advisor is.
     Advisor,
-    /// OurAPI: the chats that a filter finds.
+    // OurAPI:
     Chats,
-    /// OurAPI: a new chat.
     CreateChat,
-    /// OurAPI: a change of a chat.
     ChangeChat,
-    /// OurAPI: the messages of a chat.
     Messages,
-    /// OurAPI: a new message in a chat.
     AddMessage,
-    /// OurAPI: the agents that a filter finds.
     Agents,
-    /// OurAPI: a new agent.
     CreateAgent,
-    /// Either: what it says it is.
+    // Both:
     Description,
 }
 
 impl Route {
-    /// Method and path; `{id}` stands for what is asked for.
+    /// Method and path template.
     pub fn name(self) -> &'static str {
         match self {
             Self::Events => "GET /events",
@@ -47,7 +38,6 @@ impl Route {
         }
     }
 
-    /// Its method.
     pub fn method(self) -> Method {
         match self {
             Self::CreateChat | Self::AddMessage | Self::CreateAgent => Method::POST,
@@ -56,12 +46,11 @@ impl Route {
         }
     }
 
-    /// Whether it changes nothing.
     pub fn is_read(self) -> bool {
         self.method().is_safe()
     }
 
-    /// The segments of its path, `id` in its place.
+    /// The segments of the path, with `id` in place of `{id}`.
     pub fn path(self, id: &str) -> impl Iterator<Item = &str> {
         let segments = self.name().split('/').skip(1);
         segments.map(move |segment| if segment == "{id}" { id } else { segment })
@@ -73,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_has_the_method_of_its_name_and_takes_an_id_where_there_is_one() {
+    fn method_and_path_match_the_name() {
         use Route::*;
         for route in [
             Events,

@@ -1,4 +1,4 @@
-//! What carries requests and brings responses.
+//! Sending requests and receiving responses.
 
 use std::fmt;
 use std::pin::Pin;
@@ -16,98 +16,94 @@ use super::rate_limit::retry_after;
 use crate::domain::text::{decoded, inflated};
 use crate::domain::time::{Millis, Timestamp};
 
-/// Larger responses are not read to their end. A page of 100,000 events fits in.
+/// Maximum size of a response in bytes. A page of 100,000 events is smaller.
 const MAX_BODY: usize = 32 << 20;
 
-/// A cache that says it has had an answer for longer than a year (in seconds) says nothing.
+/// Maximum `age` of a cached response in seconds; a larger one is nonsense.
 const MAX_AGE: u64 = 366 * 86_400;
 
-/// Both servers close connections that were idle for 5 s; an older one breaks in mid-request.
+/// Both servers close connections after 5 s idle; an older one may break in mid-request.
 const POOL_IDLE: Duration = Duration::from_secs(4);
 
-/// Carries requests: over the network, or to a service in this process.
+/// Over the network, or to a service in this process.
 pub trait Transport: fmt::Debug + Send + Sync {
-    /// Sends a request once, and reads the response to its end.
+    /// Sends a request once, and reads the complete response.
     fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a>;
 }
 
-/// What [`Transport::send`] comes to.
 pub type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response, NoResponse>> + Send + 'a>>;
 
-/// A request as a transport takes it.
 #[derive(Debug)]
 pub struct Request<'a> {
     pub method: Method,
     pub url: &'a Url,
-    /// Now.
+    /// The time of sending.
     pub at: Instant,
     pub token: Option<SecretString>,
     /// JSON.
     pub body: Option<Vec<u8>>,
 }
 
-/// A response, read to its end.
+/// A complete response.
 #[derive(Debug)]
 pub struct Response {
     pub status: StatusCode,
-    /// The server's clock, by the `date` header.
+    /// The server's clock, from the `date` header.
     pub date: Option<Timestamp>,
-    /// Until when `Retry-After` asks to wait.
+    /// The end of the wait in `Retry-After`.
     pub retry_at: Option<Millis>,
-    /// Where a redirect leads, without secrets.
+    /// The location of a redirect, without secrets.
     pub location: Option<String>,
     pub body: Vec<u8>,
 }
 
-/// Why there is no response, and in words for the record.
 #[derive(Debug)]
 pub struct NoResponse {
     pub kind: ErrorKind,
-    pub why: String,
+    pub reason: String,
 }
 
 impl NoResponse {
-    /// There was no connection, so nothing was carried out.
+    /// There was no connection, so the request was not sent.
     pub fn unreachable(cause: impl fmt::Display) -> Self {
         Self {
             kind: ErrorKind::Unreachable,
-            why: format!("no connection: {cause}"),
+            reason: format!("no connection: {cause}"),
         }
     }
 
-    /// Nobody could ever send it: its URL is too long, say.
+    /// The request cannot be encoded, for instance because its URL is too long.
     pub(super) fn impossible(cause: impl fmt::Display) -> Self {
         Self {
             kind: ErrorKind::Rejected,
-            why: format!("it cannot be sent: {cause}"),
+            reason: format!("cannot be sent: {cause}"),
         }
     }
 
-    /// Sent; the response was lost, cut off or too large.
+    /// The request was sent; the response was lost, truncated or too large.
     pub fn lost(cause: impl fmt::Display) -> Self {
         Self {
             kind: ErrorKind::OutcomeUnknown { timed_out: false },
-            why: format!("no whole answer: {cause}"),
+            reason: format!("incomplete response: {cause}"),
         }
     }
 
-    /// Sent, and not answered in time.
     pub fn timed_out() -> Self {
         Self {
             kind: ErrorKind::OutcomeUnknown { timed_out: true },
-            why: "no answer in time".to_owned(),
+            reason: "no answer in time".to_owned(),
         }
     }
 }
 
-/// How long connections are used: an address may lead elsewhere by now, though what was there still answers.
+/// Maximum age of connections. The host name may resolve to another address by now, while the old one still answers.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// HTTP over the network: no redirects, no proxies, no answers from a cache, and no retry but of a GET whose connection
-/// broke. What a server compresses unasked is inflated, and text is decoded as declared.
+/// HTTP over the network: no redirects, no proxies, no cached responses, and no retry except of a GET whose connection
+/// broke. Unrequested compression is inflated, and text is decoded as declared.
 ///
-/// After a response was lost, or the server failed, the connections that are open are not used again: they lead where the
-/// last one led, and a server that closes one without a word does so to the others.
+/// After a lost response or a server error, open connections are not used again: they lead to the same server, which may
+/// have closed them, too.
 #[derive(Debug)]
 pub struct Network {
     timeout: Duration,
@@ -115,7 +111,7 @@ pub struct Network {
     pool: Mutex<Pool>,
 }
 
-/// A client holds its own connections. Dropped, it lets requests in flight end.
+/// Each client has separate connections. Dropping it does not interrupt requests in flight.
 #[derive(Debug)]
 struct Pool {
     client: Client,
@@ -124,11 +120,9 @@ struct Pool {
 }
 
 impl Network {
-    /// To the host of `base`. Requests take at most `timeout`.
-    ///
     /// # Errors
     ///
-    /// If TLS is needed and the certificates of this machine cannot be read.
+    /// If `base` needs TLS and the certificates of this machine cannot be read.
     pub fn new(base: &Url, timeout: Duration) -> Result<Self, reqwest::Error> {
         let with_tls = base.scheme() != "http";
         let pool = Mutex::new(Pool {
@@ -143,11 +137,10 @@ impl Network {
         })
     }
 
-    /// The client to use now.
     fn client(&self, now: Instant) -> Client {
         let mut pool = self.pool();
         let is_old = now.saturating_duration_since(pool.opened) >= RENEW_EVERY;
-        // Without the certificates of this machine the old one has to do.
+        // If the certificates cannot be read, the old client stays in use.
         if (pool.is_suspect || is_old)
             && let Ok(client) = client(self.with_tls, self.timeout)
         {
@@ -185,8 +178,8 @@ impl Network {
         let is_read = request.method.is_safe();
         let body = request.body.take();
         let mut response = match client.execute(encode(&request, body)?).await {
-            // After a 500 both servers close the connection without saying so, and a pooled one breaks. A read is safe to
-            // repeat; of all else the outcome is unknown, and is for the caller to find out.
+            // After a 500, both servers close the connection without notice, so that a pooled one breaks. A read can be
+            // repeated; the outcome of a write is unknown.
             Err(error) if is_read && !error.is_timeout() && !error.is_connect() => {
                 self.suspect();
                 let client = self.client(request.at);
@@ -196,7 +189,7 @@ impl Network {
         }
         .map_err(no_response)?;
         let status = response.status();
-        // A cache says for how long it has had the answer.
+        // The date of a cached response is old by its `age`.
         let age = text(response.headers(), header::AGE).and_then(|age| age.trim().parse().ok());
         let age = Duration::from_secs(age.unwrap_or(0).min(MAX_AGE));
         let date = text(response.headers(), header::DATE)
@@ -208,12 +201,12 @@ impl Network {
                     .unwrap_or_default()
                     .to_owned()
             });
-        let asks_to_wait = matches!(
+        let is_rate_limited = matches!(
             status,
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
         );
         let retry_at = text(response.headers(), header::RETRY_AFTER)
-            .filter(|_| asks_to_wait)
+            .filter(|_| is_rate_limited)
             .and_then(|value| retry_after(value, date))
             .map(|wait| Millis::now().plus(wait));
         let location = text(response.headers(), header::LOCATION)
@@ -224,15 +217,13 @@ impl Network {
             let chunk = match response.chunk().await {
                 Ok(Some(chunk)) => chunk,
                 Ok(None) => break,
-                // The head says all there is to know.
+                // The body is not needed.
                 Err(_) if retry_at.is_some() => break,
                 Err(error) => return Err(lost(error)),
             };
             if body.len() + chunk.len() > MAX_BODY {
                 let limit = MAX_BODY >> 20;
-                return Err(NoResponse::lost(format_args!(
-                    "the answer is larger than {limit} MiB"
-                )));
+                return Err(NoResponse::lost(format_args!("larger than {limit} MiB")));
             }
             body.extend_from_slice(&chunk);
         }
@@ -253,7 +244,7 @@ impl Transport for Network {
     }
 }
 
-/// A client takes 1 ms; with TLS, for which it reads the certificates of this machine, some 10 ms.
+/// Takes 1 ms; with TLS, which needs the certificates of this machine, some 10 ms.
 fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwest::Error> {
     let mut client = Client::builder();
     if !with_tls {
@@ -315,8 +306,7 @@ fn lost(error: reqwest::Error) -> NoResponse {
     }
 }
 
-/// The first cause of an error, which says more than what followed from it; without the URL: a query may hold an e-mail
-/// address.
+/// The root cause of an error, without the URL, whose query may have an e-mail address.
 fn cause(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut cause: &dyn std::error::Error = &error;
@@ -336,7 +326,7 @@ mod tests {
 
     use super::*;
 
-    /// What a server does with a request: the number of the connection, from 0, and of the request on it.
+    /// Serves a request, given the number of the connection and of the request on it, from 0.
     type Serve = fn(usize, usize, &mut TcpStream);
 
     struct Server {
@@ -387,12 +377,12 @@ mod tests {
         }
     }
 
-    fn answer(stream: &mut TcpStream, status: &str) {
-        let answer = format!("HTTP/1.1 {status} \r\ncontent-length: 0\r\n\r\n");
-        stream.write_all(answer.as_bytes()).ok();
+    fn respond(stream: &mut TcpStream, status: &str) {
+        let response = format!("HTTP/1.1 {status} \r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(response.as_bytes()).ok();
     }
 
-    /// Both connections are open when the first breaks.
+    /// Opens two connections, lets a request fail on one, and expects the next request on a third.
     async fn second_attempt_after(serve: Serve, first: fn(&Result<Response, NoResponse>) -> bool) {
         let server = Server::start(serve);
         let network = Network::new(&server.url, Duration::from_millis(500)).expect("a client");
@@ -409,11 +399,11 @@ mod tests {
         assert_eq!(server.connections.load(Ordering::SeqCst), 3, "a fresh one");
     }
 
-    /// Slow enough that the other request needs a connection of its own.
-    fn answer_first(request: usize, stream: &mut TcpStream) -> bool {
+    /// Slow enough that the other request needs a second connection.
+    fn serve_first(request: usize, stream: &mut TcpStream) -> bool {
         if request == 0 {
             thread::sleep(Duration::from_millis(100));
-            answer(stream, "200");
+            respond(stream, "200");
         }
         request == 0
     }
@@ -424,9 +414,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fresh_connection_after_one_was_closed_without_a_word() {
+    async fn fresh_connection_after_an_unnoticed_close() {
         let serve: Serve = |_, request, stream| {
-            if !answer_first(request, stream) {
+            if !serve_first(request, stream) {
                 stream.shutdown(std::net::Shutdown::Both).ok();
             }
         };
@@ -434,9 +424,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fresh_connection_after_a_time_out() {
+    async fn fresh_connection_after_a_timeout() {
         let serve: Serve = |_, request, stream| {
-            answer_first(request, stream);
+            serve_first(request, stream);
         };
         let timed_out = |sent: &Result<Response, NoResponse>| {
             sent.as_ref().is_err_and(|error| error.kind.timed_out())
@@ -445,10 +435,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fresh_connection_after_the_server_failed() {
+    async fn fresh_connection_after_a_server_error() {
         let serve: Serve = |_, request, stream| {
-            if !answer_first(request, stream) {
-                answer(stream, "500");
+            if !serve_first(request, stream) {
+                respond(stream, "500");
             }
         };
         let failed = |sent: &Result<Response, NoResponse>| {
@@ -458,9 +448,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fresh_connection_after_a_response_was_cut_off() {
+    async fn fresh_connection_after_a_truncated_response() {
         let serve: Serve = |_, request, stream| {
-            if !answer_first(request, stream) {
+            if !serve_first(request, stream) {
                 let cut = b"HTTP/1.1 200 \r\ncontent-length: 9\r\n\r\n{";
                 stream.write_all(cut).ok();
                 stream.shutdown(std::net::Shutdown::Both).ok();
@@ -470,8 +460,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_are_reused_for_a_while_and_then_renewed() {
-        let server = Server::start(|_, _, stream| answer(stream, "200"));
+    async fn connections_are_renewed_every_minute() {
+        let server = Server::start(|_, _, stream| respond(stream, "200"));
         let timeout = Duration::from_secs(10);
         let network = Network::new(&server.url, timeout).expect("a client");
         let start = Instant::now();

@@ -68,7 +68,7 @@ impl Store {
             .prepare_cached("SELECT our_api_retry_after FROM control")?
             .query_row([], |row| row.get(0))?;
         let until = Millis(until.unwrap_or_default());
-        Ok((now < until).then(|| format!("OurAPI asks to be left alone until {until}")))
+        Ok((now < until).then(|| format!("OurAPI is rate-limited until {until}")))
     }
 
     /// Requests that chats be compared with the journal, and repaired if so. Returns the request's id; `None`: there are no

@@ -1,4 +1,4 @@
-//! The OurAPI client, typed after the contract, with a bound on the requests in flight that holds for every caller.
+//! The OurAPI client, typed after the contract. It bounds the requests in flight of all callers together.
 
 mod permits;
 
@@ -24,19 +24,14 @@ pub struct OurApi {
     permits: Permits,
 }
 
-/// A chat as OurAPI holds it.
+/// A chat in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Chat {
-    /// OurAPI's id of it.
     pub chat_id: Uuid,
-    /// The conversation it is.
     pub external_id: String,
-    /// Who has it.
     pub agent_id: Option<Uuid>,
-    /// When it started.
     #[serde(deserialize_with = "time")]
     pub started_at: Timestamp,
-    /// When it ended, as far as is known.
     #[serde(default, deserialize_with = "optional_time")]
     pub ended_at: Option<Timestamp>,
 }
@@ -51,10 +46,9 @@ impl Chat {
     }
 }
 
-/// An agent as OurAPI holds it.
+/// An agent in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Agent {
-    /// OurAPI's id of it.
     pub agent_id: Uuid,
     /// Unique.
     pub name: String,
@@ -62,58 +56,49 @@ pub struct Agent {
     pub email: String,
 }
 
-/// A message as OurAPI holds it: its text stripped of white space at both ends.
+/// A message in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Message {
-    /// The words.
+    /// Stripped of white space at both ends.
     pub text: String,
-    /// When they were sent.
     #[serde(deserialize_with = "time")]
     pub sent_at: Timestamp,
 }
 
 impl Message {
-    /// What tells it from the chat's other messages.
     pub fn key(&self) -> MessageKey {
         account::key(self.sent_at, &self.text)
     }
 }
 
-/// A chat to be created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NewChat<'a> {
     /// Unique; cannot be changed afterwards.
     pub external_id: &'a str,
-    /// When it started.
     pub started_at: Timestamp,
-    /// When it ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<Timestamp>,
-    /// Who has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<Uuid>,
 }
 
-/// A message to be added to a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NewMessage<'a> {
-    /// When it was sent.
     pub sent_at: Timestamp,
-    /// The words.
     pub text: &'a str,
-    /// Whom it is from, where that is to be said.
+    /// The author, if the settings credit one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent_id: Option<Uuid>,
 }
 
-/// Where messages are added to a chat.
+/// The URL for new messages of a chat.
 #[derive(Debug, Clone)]
 pub struct MessageTarget(Target);
 
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl OurApi {
-    /// OurAPI behind `http`, each request of which takes at most `request_timeout`.
+    /// `request_timeout`: the time-out of `http`.
     pub fn new(http: Arc<Http>, max_in_flight: u16, request_timeout: Duration) -> Self {
         Self {
             http,
@@ -121,37 +106,36 @@ impl OurApi {
         }
     }
 
-    /// How many requests may be in flight beside those that timed out and may still be carried out. If none may: until
-    /// when.
+    /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
+    /// the time when the first permit is free again.
     pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
         self.permits.room(now)
     }
 
-    /// Until when requests may be in flight that nobody waits for any more, by this machine's clock.
+    /// Until when requests that timed out may still be carried out, by this machine's clock.
     pub fn timed_out_until(&self) -> Millis {
         self.permits.timed_out_until()
     }
 
-    /// So many requests are given up, and may still be in flight.
+    /// Records that so many requests were given up and may still be in flight.
     pub fn record_timeout(&self, requests: usize) {
         self.permits
             .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));
     }
 
-    /// An earlier session gave up requests: none is sent before they can no longer be in flight.
+    /// Sends no request before those that an earlier session gave up can no longer be in flight.
     pub fn restore_timed_out(&self, until: Millis) {
-        self.permits.recall(until);
+        self.permits.restore(until);
     }
 
-    /// What carries the requests.
     pub fn http(&self) -> &Http {
         &self.http
     }
 
-    /// The chat of that external id, if there is one.
+    /// The chat with this external id.
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
         let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
-        // Another OurAPI may find parts of it too, not know the filter, or compare without regard to case.
+        // Another OurAPI may match substrings, ignore the filter, or compare case-insensitively.
         let exact = chats
             .iter()
             .position(|chat| chat.external_id == external_id);
@@ -163,31 +147,34 @@ impl OurApi {
         Ok(found.and_then(|at| chats.into_iter().nth(at)))
     }
 
-    /// The agents that OurAPI finds by an e-mail address, whatever it takes for equal.
+    /// The agents that OurAPI finds by an e-mail address. It decides which addresses are equal.
     pub async fn agents_by_email(&self, email: &str) -> Result<Vec<Agent>> {
         self.list(Route::Agents, "email", email).await
     }
 
-    /// The agents that OurAPI finds by a name, whatever it takes for equal.
+    /// The agents that OurAPI finds by a name. It decides which names are equal.
     pub async fn agents_by_name(&self, name: &str) -> Result<Vec<Agent>> {
         self.list(Route::Agents, "name", name).await
     }
 
-    /// Creates a chat; [`ErrorKind::Conflict`](crate::http::ErrorKind) if its external id is taken.
+    /// # Errors
+    ///
+    /// [`ErrorKind::Conflict`](crate::http::ErrorKind) if the external id is taken.
     pub async fn create_chat(&self, chat: &NewChat<'_>) -> Result<Chat> {
         let chats = self.http.target(Route::CreateChat, "", None);
         let created = |response: &mut Response| {
             let created: Chat = json(response)?;
             match is_alike(&created.external_id, chat.external_id) {
                 true => Ok(created),
-                false => Err("it is another chat than the one sent".to_owned()),
+                false => Err("the response is about another chat".to_owned()),
             }
         };
         self.send(&chats, Some(chat), created).await
     }
 
-    /// Creates an agent; [`ErrorKind::Conflict`](crate::http::ErrorKind) if its name or address is taken, or if OurAPI
-    /// fails.
+    /// # Errors
+    ///
+    /// [`ErrorKind::Conflict`](crate::http::ErrorKind) if the name or address is taken, or if OurAPI fails.
     pub async fn create_agent(&self, name: &str, email: &str) -> Result<Agent> {
         #[derive(Serialize)]
         struct NewAgent<'a> {
@@ -196,31 +183,27 @@ impl OurApi {
         }
         let agents = self.http.target(Route::CreateAgent, "", None);
         let agent = NewAgent { name, email };
-        // OurAPI may store name and address otherwise than they were sent.
+        // OurAPI may normalise name and address, so the response is not compared with them.
         self.send(&agents, Some(&agent), json).await
     }
 
-    /// Changes a chat.
     pub async fn change_chat(&self, chat: Uuid, change: &ChatChange) -> Result<()> {
         let chat = self.of_chat(Route::ChangeChat, chat);
-        self.send(&chat, Some(change), nothing_else).await
+        self.send(&chat, Some(change), acknowledged).await
     }
 
-    /// Where messages are added to a chat: worked out once for all of them.
     pub fn message_target(&self, chat: Uuid) -> MessageTarget {
         MessageTarget(self.of_chat(Route::AddMessage, chat))
     }
 
-    /// Adds a message to a chat. The answer does not carry its id.
     pub async fn add_message(
         &self,
         target: &MessageTarget,
         message: &NewMessage<'_>,
     ) -> Result<()> {
-        self.send(&target.0, Some(message), nothing_else).await
+        self.send(&target.0, Some(message), acknowledged).await
     }
 
-    /// The messages of a chat.
     pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {
         let messages = self.of_chat(Route::Messages, chat);
         self.send(&messages, None::<&()>, json).await
@@ -236,7 +219,7 @@ impl OurApi {
         filter: &str,
         value: &str,
     ) -> Result<Vec<T>> {
-        // An empty filter is no filter: it would list everything. Nothing has an empty name.
+        // An empty filter would list everything, and no name is empty.
         if value.is_empty() {
             return Ok(Vec::new());
         }
@@ -264,7 +247,7 @@ impl OurApi {
     }
 }
 
-/// Whether an OurAPI that compares without regard to case takes two texts for equal.
+/// Whether two texts are equal for an OurAPI that compares case-insensitively.
 pub fn is_alike(one: &str, other: &str) -> bool {
     one == other || one.trim().to_lowercase() == other.trim().to_lowercase()
 }
@@ -273,8 +256,8 @@ fn json<T: DeserializeOwned>(response: &mut Response) -> std::result::Result<T, 
     http::json(&response.body)
 }
 
-/// 204, or any JSON object: a page of HTML, or no body where there should be one, is not OurAPI's, whatever its status.
-fn nothing_else(response: &mut Response) -> std::result::Result<(), String> {
+/// Accepts a 204 or any JSON object. A success with HTML, or without a body, is not from OurAPI.
+fn acknowledged(response: &mut Response) -> std::result::Result<(), String> {
     let is_empty = response.status == StatusCode::NO_CONTENT;
     if !is_empty {
         json::<HashMap<String, IgnoredAny>>(response)?;
@@ -300,7 +283,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_names_only_what_changes() {
+    fn unchanged_fields_are_not_sent() {
         let json = |change: &ChatChange| serde_json::to_string(change).expect("JSON");
         assert_eq!(json(&ChatChange::default()), "{}");
         assert_eq!(

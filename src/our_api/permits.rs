@@ -1,7 +1,7 @@
-//! Which requests are in flight, so that OurAPI is never asked more at a time than the settings allow.
+//! Permits for requests in flight, so that OurAPI never has more at a time than the settings allow.
 //!
-//! A request that timed out may still be carried out, and keeps its permit as long again: an OurAPI that hung and goes on
-//! would be asked two things at once, and an OurAPI that takes one at a time falls over.
+//! A request that timed out may still be carried out, so its permit is held for another time-out. Otherwise, an OurAPI that
+//! hung and then continues would have two requests at once, which one that allows a single request may not survive.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,13 +19,13 @@ pub(super) struct Permits {
     held: Mutex<Vec<Held>>,
 }
 
-/// Requests that nobody waits for any more.
+/// The permits of requests that were given up.
 #[derive(Debug, Clone, Copy)]
 struct Held {
     permits: u16,
-    /// Whatever happens to this machine's clock.
+    /// Monotonic, so that a step of this machine's clock frees no permit.
     until: Instant,
-    /// By that clock, for a later session.
+    /// The same by this machine's clock, for a later session.
     by_clock: Millis,
 }
 
@@ -39,7 +39,6 @@ impl Permits {
         }
     }
 
-    /// Waits for a permit.
     pub(super) async fn acquire(&self) -> Permit<'_> {
         loop {
             if let Ok(permit) = self.free.try_acquire() {
@@ -67,7 +66,7 @@ impl Permits {
         }
     }
 
-    /// How many requests may be in flight beside those that timed out. If none may: until when.
+    /// See [`OurApi::room`](super::OurApi::room).
     pub(super) fn room(&self, now: Millis) -> Result<u16, Millis> {
         let first = self.first_to_end();
         let held: u16 = self.held().iter().map(|held| held.permits).sum();
@@ -77,26 +76,25 @@ impl Permits {
         }
     }
 
-    /// Until when a request may be in flight that nobody waits for any more, by this machine's clock.
+    /// See [`OurApi::timed_out_until`](super::OurApi::timed_out_until).
     pub(super) fn timed_out_until(&self) -> Millis {
         let held = self.held();
         let by_clock = held.iter().map(|held| held.by_clock);
         by_clock.max().unwrap_or_default()
     }
 
-    /// So many requests were given up.
     pub(super) fn record_timeout(&self, requests: u16) {
         self.hold_free(requests, self.request_timeout);
     }
 
-    /// A session before gave up requests, how many is not known.
-    pub(super) fn recall(&self, until: Millis) {
+    /// An earlier session gave up requests. Their number is unknown, so all permits are held.
+    pub(super) fn restore(&self, until: Millis) {
         let left = until.since(Millis::now()).min(self.request_timeout);
         self.hold_free(self.max_in_flight, left);
     }
 
     fn hold_free(&self, permits: u16, time: Duration) {
-        // Those of requests in flight are on their way back; only the time counts then.
+        // The permits of requests in flight cannot be taken; then only the time is recorded.
         let free = self.free.try_acquire_many(u32::from(permits));
         let permits = free.map_or(0, |free| {
             free.forget();
@@ -113,7 +111,7 @@ impl Permits {
         });
     }
 
-    /// Frees what is held no longer, and returns when the next is.
+    /// Frees the permits whose time has passed. Returns the next time to do so.
     fn first_to_end(&self) -> Option<Instant> {
         let mut held = self.held();
         if held.is_empty() {
@@ -135,14 +133,14 @@ impl Permits {
     }
 }
 
-/// To have one request in flight.
+/// Allows one request in flight.
 pub(super) struct Permit<'a> {
     permits: &'a Permits,
     permit: SemaphorePermit<'a>,
 }
 
 impl Permit<'_> {
-    /// The request timed out.
+    /// Holds the permit for another time-out.
     pub(super) fn hold(self) {
         self.permit.forget();
         self.permits.hold(1, self.permits.request_timeout);
@@ -158,12 +156,12 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(30);
 
     #[tokio::test]
-    async fn a_clock_that_steps_frees_no_permit() {
+    async fn clock_step_frees_no_permit() {
         for step in [-1_000, 40_000] {
             let permits = Permits::new(1, TIMEOUT);
             permits.acquire().await.hold();
             let now = Millis::now();
-            assert!(permits.room(now).is_err(), "it may be in flight");
+            assert!(permits.room(now).is_err(), "the request may be in flight");
             assert!(
                 permits.room(Millis(now.0 + step)).is_err(),
                 "the clock stepped by {step} ms"
@@ -172,7 +170,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_that_timed_out_keeps_its_permit_as_long_again() {
+    async fn timed_out_request_holds_its_permit() {
         let permits = Permits::new(2, TIMEOUT);
         permits.acquire().await.hold();
         assert_eq!(permits.room(Millis::now()), Ok(1));
@@ -187,9 +185,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_an_earlier_session_gave_up_holds_all_permits() {
+    async fn earlier_session_holds_all_permits() {
         let permits = Permits::new(3, TIMEOUT);
-        permits.recall(Millis::now().plus(TIMEOUT * 9));
+        permits.restore(Millis::now().plus(TIMEOUT * 9));
         assert!(permits.room(Millis::now()).is_err());
         let start = Instant::now();
         permits.acquire().await;

@@ -112,7 +112,7 @@ impl Poller {
         if !is_later && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
             let kind = ErrorKind::WrongService;
-            return Err(http.reconsider(error, Route::Events, kind).into());
+            return Err(http.reclassify(error, Route::Events, kind).into());
         }
         if is_outage(&error) {
             return Err(error.into());

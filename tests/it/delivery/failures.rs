@@ -13,7 +13,7 @@ use wiremock::MockServer;
 
 const NO_ANSWER: &str = "OurAPI gave no usable answer";
 const LATE: &str = "OurAPI did not answer in time";
-const TURNED_AWAY: &str = "OurAPI cannot be reached or turns requests away";
+const TURNED_AWAY: &str = "OurAPI cannot be reached or refuses requests";
 const DENIED: &str =
     "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
 const REDIRECT: &str = "OurAPI redirects to http://";
@@ -70,7 +70,7 @@ async fn a_message_that_meets_trouble_is_sent_again_and_looked_up_first_if_it_ma
     let elsewhere = MockServer::start().await;
     let redirect = status(307).header("location", &elsewhere.uri());
     let nobody = status(400).body(r#"{"detail":"That agent does not exist."}"#);
-    let (no_agent, lost) = ("OurAPI does not know the agent", "no whole answer: ");
+    let (no_agent, lost) = ("OurAPI does not know the agent", "incomplete response: ");
     let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
     side_by_side(
         [
@@ -317,7 +317,7 @@ async fn a_conflict_without_a_chat_is_no_our_api() {
         t.start();
         let asked = t.delivers([start(42, 0)]).await;
         assert_eq!(heads(&asked)[1..], ["POST /chats", FIND, "POST /chats"]);
-        let reason = "this does not seem to be OurAPI; check --our-api-url";
+        let reason = "the service does not seem to be OurAPI; check --our-api-url";
         failed_once(t, "START", "", reason, "POST /chats", "404");
     })
     .await;
@@ -656,7 +656,7 @@ async fn retry_after_is_obeyed() {
                     assert!(pause >= Duration::from_millis(900), "{case}: {pause:?}");
                     let reason: String = attempt(t, "reason", "MESSAGE");
                     assert!(
-                        reason.starts_with("OurAPI asks to be left alone until "),
+                        reason.starts_with("OurAPI is rate-limited until "),
                         "{reason}"
                     );
                 }

@@ -190,7 +190,7 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
                 .retain(|message, _| !message.contains("is running") && message != "catching up");
             messages
         };
-        let down = "OurAPI is down; requests to it wait, and one at a time probes it";
+        let down = "OurAPI is down; pausing requests to it and probing with one at a time";
         let first = "delivery failed; it will be retried";
         let expected = [(first, 1), (down, 1)].map(|(message, count)| (message.to_owned(), count));
         assert_eq!(of_the_outage(&log), expected.into(), "{log}");
