@@ -1,4 +1,4 @@
-//! Which agent an advisor is: found by e-mail address, created if there is none.
+//! The agent of an advisor: found by e-mail address, created if there is none.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -14,19 +14,18 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// The agents of OurAPI, and how many losses of OurAPI there have been: after one, no agent is relied on.
 #[derive(Debug)]
 pub(super) struct Agents {
     source: Arc<Source>,
     our_api: Arc<OurApi>,
     journal: Arc<Journal>,
-    /// Whether a lost agent is created anew before an event needs it.
+    /// Whether a lost agent is created again before an event needs it.
     rebuild: bool,
-    /// The agents of the advisors that were needed so far; `None`: there is none.
+    /// A cache, cleared after a loss in OurAPI; `None`: the advisor has no agent.
     known: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
-    /// The agents that a verification, by its id, has asked for, and whether they are gone.
+    /// Whether an agent is gone, by the id of a verification and the agent.
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
-    /// Held while an agent is searched and created, so that two conversations do not both create it.
+    /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
 }
@@ -51,12 +50,12 @@ impl Agents {
         }
     }
 
-    /// How many losses of OurAPI there have been.
+    /// The loss counter of OurAPI.
     pub(super) fn losses(&self) -> i64 {
         self.losses.load(Ordering::Relaxed)
     }
 
-    /// OurAPI has lost something: whatever the journal remembers of it is verified before it is relied on.
+    /// Records that OurAPI has lost data, so that everything else is verified before it is used.
     pub(super) async fn record_loss(&self) -> Result<(), JournalError> {
         let losses = self.journal.with(|store| store.record_loss()).await?;
         self.losses.fetch_max(losses, Ordering::Relaxed);
@@ -64,7 +63,7 @@ impl Agents {
         Ok(())
     }
 
-    /// The next chat that needs an agent asks the journal, or OurAPI, for it.
+    /// Clears the cache.
     pub(super) fn forget(&self) {
         self.known().clear();
     }
@@ -138,9 +137,9 @@ impl Agents {
         })
     }
 
-    /// The agent of an e-mail address. What OurAPI takes for the same address or name is for it to say: in case, accents, normal
-    /// forms and domains it may compare, and store, otherwise than this program would. If it refuses to create an agent, the
-    /// one that it means is found by its lists.
+    /// The agent of an e-mail address. OurAPI decides which addresses or names are equal: it may compare, and store, case,
+    /// accents, normal forms and domains in its own way. If it refuses to create an agent, its lists identify the existing
+    /// one.
     async fn find_or_create(
         &self,
         advisor: AdvisorId,
@@ -156,7 +155,7 @@ impl Agents {
             Err(error) if error.kind == ErrorKind::Conflict => error,
             outcome => return outcome,
         };
-        // The address is taken by now, or another agent has the name, or OurAPI takes other texts for the same ones.
+        // The address was taken meanwhile, or another agent has the name, or OurAPI considers different texts equal.
         let listed = our_api.agents_by_email(email).await?;
         if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
             return Ok(agent);
@@ -169,11 +168,11 @@ impl Agents {
             .collect::<Vec<_>>();
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
         if error.exchange.is_server_error() && !is_named && listed.is_empty() {
-            // It is an outage.
+            // Nothing is taken, so the 500 was an outage.
             let kind = ErrorKind::OutcomeUnknown { timed_out: false };
             return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
         }
-        // One that has both is no namesake.
+        // An agent with both, or the only one with the address, is not merely a namesake.
         let error = if both.len() == 1 || !is_named && listed.len() == 1 {
             error
         } else {
@@ -182,19 +181,19 @@ impl Agents {
                 Err(error) if error.kind == ErrorKind::Conflict => error,
                 outcome => {
                     if outcome.is_ok() {
-                        tracing::warn!(%advisor, "another agent has the name; the e-mail address was added to the new one's");
+                        tracing::warn!(%advisor, "another agent has the name; the new one's has the e-mail address added");
                     }
                     return outcome;
                 }
             }
         };
-        // So it is the address that is taken.
-        let meant = if both.len() == 1 { both } else { listed };
-        match <[Agent; 1]>::try_from(meant) {
+        // The address is taken.
+        let existing = if both.len() == 1 { both } else { listed };
+        match <[Agent; 1]>::try_from(existing) {
             Ok([agent]) => {
                 tracing::warn!(
                     %advisor, agent = %agent.agent_id,
-                    "OurAPI takes the e-mail address for that of an agent with another spelling; that agent is used"
+                    "OurAPI has an agent with another spelling of the e-mail address; using that agent"
                 );
                 Ok(agent)
             }
@@ -208,18 +207,18 @@ impl Agents {
         Ok(agent)
     }
 
-    /// OurAPI says that an agent does not exist. If its list agrees, everything that it holds is read again before it is
-    /// relied on, and the agent is created anew.
+    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything else
+    /// is verified before it is used, and the agent is created again.
     pub(super) async fn missing(&self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         match self.forget_if_lost(agent).await {
             Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),
-            // It exists, or was none of ours: another attempt may succeed.
+            // The agent exists, or there was none; another attempt may succeed.
             Ok(false) => error.into(),
             Err(error) => error,
         }
     }
 
-    /// Whether OurAPI no longer has the agent of an advisor. Within a verification it is asked once for each.
+    /// Whether OurAPI no longer has the agent of an advisor. A verification checks each agent once.
     pub(super) async fn is_gone(
         &self,
         verification: i64,
@@ -256,11 +255,11 @@ impl Agents {
         Ok(agents.iter().any(|found| found.agent_id == agent))
     }
 
-    /// Asks OurAPI whether it still has an agent, and forgets it if not. Returns whether it was lost.
+    /// Checks whether OurAPI still has an agent, and forgets the agent if not. Returns whether it was lost.
     pub(super) async fn forget_if_lost(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         let Some(email) = self.email_of(agent).await? else {
-            // Forgotten meanwhile: it is looked up again anyway.
+            // Another conversation has reported the loss.
             self.forget();
             return Ok(true);
         };
@@ -288,7 +287,7 @@ impl Agents {
     }
 }
 
-/// Those of that e-mail address: to the letter, if there are any, else but for the case.
+/// The agents with exactly this e-mail address, else those that differ only in case.
 fn alike(agents: Vec<Agent>, email: &str) -> Vec<Agent> {
     let (exact, others): (Vec<_>, Vec<_>) =
         agents.into_iter().partition(|agent| agent.email == email);
@@ -300,7 +299,7 @@ fn alike(agents: Vec<Agent>, email: &str) -> Vec<Agent> {
     alike
 }
 
-/// Of several agents the one whose name matches, else the first by id, so that it is always the same.
+/// Of several agents, the one whose name matches, else the first by id: always the same one.
 fn choose(mut agents: Vec<Agent>, advisor: AdvisorId, name: &str) -> Option<Agent> {
     if agents.len() > 1 {
         tracing::warn!(%advisor, agents = agents.len(), "several agents have the e-mail address");
@@ -314,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_several_agents_it_is_always_the_same() {
+    fn choice_among_several_agents() {
         let agent = |id, name: &str| Agent {
             agent_id: Uuid::from_u128(id),
             name: name.into(),

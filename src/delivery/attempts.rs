@@ -1,8 +1,7 @@
-//! What a failed attempt means for its event: pure decisions.
+//! The consequences of a failed attempt for its event. Pure.
 //!
-//! A failed attempt is data. The event is tried again after a back-off, until it has failed so often while other
-//! conversations got through that the fault must be its own; then it is a dead letter. What OurAPI permanently rejects is
-//! one at once.
+//! The event is retried after a back-off. If it fails repeatedly while writes of other conversations succeed, the fault
+//! must be the event's own, and it becomes a dead letter. An event that OurAPI permanently rejects becomes one at once.
 
 use std::time::Duration;
 
@@ -16,18 +15,16 @@ use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
 use crate::journal::JournalError;
 use crate::telemetry::log;
 
-/// Why an attempt to deliver an event failed.
 #[derive(Debug)]
 pub enum AttemptError {
     /// A write failed.
     Write(ApiError),
-    /// A read that the write depends on failed: the write was not attempted.
+    /// A read before the write failed; the write was not attempted.
     Read(ApiError),
-    /// The database failed.
     Journal(JournalError),
-    /// OurAPI has lost something that has to be restored first.
+    /// OurAPI has lost data that has to be restored first.
     DataLost(&'static str),
-    /// The handler has panicked, and whatever it did is unknown.
+    /// The handler panicked; the outcome of its last request is unknown.
     Panicked,
 }
 
@@ -46,7 +43,7 @@ impl From<SourceError> for AttemptError {
     }
 }
 
-/// Reads are the usual case: each write says so.
+/// Errors of writes are wrapped explicitly.
 impl From<ApiError> for AttemptError {
     fn from(error: ApiError) -> Self {
         Self::Read(error)
@@ -54,12 +51,12 @@ impl From<ApiError> for AttemptError {
 }
 
 impl AttemptError {
-    /// OurAPI will never accept the event. A rejected read says nothing about it.
+    /// OurAPI will never accept the event. A rejected read is no rejection of the event.
     pub fn is_rejection(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind == ErrorKind::Rejected)
     }
 
-    /// The event may have been delivered all the same.
+    /// The event may have been delivered.
     pub fn outcome_unknown(&self) -> bool {
         match self {
             Self::Write(error) => error.kind.outcome_unknown(),
@@ -68,17 +65,17 @@ impl AttemptError {
         }
     }
 
-    /// The event may still be delivered after the request was given up.
+    /// OurAPI may still carry out the request.
     pub(super) fn is_timeout(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind.timed_out())
     }
 
-    /// BigChat did not answer what the write depends on.
+    /// A request to BigChat failed.
     pub(super) fn is_of_bigchat(&self) -> bool {
         matches!(self, Self::Read(error) if error.api == Api::BigChat)
     }
 
-    /// As logged: without what was sent and what was answered to it in words, unless message text may be logged.
+    /// As logged: without bodies, unless message text may be logged.
     pub fn logged(&self) -> Failure {
         let failure = self.failure();
         let reason = match self {
@@ -109,7 +106,7 @@ impl AttemptError {
                 };
             }
             Self::Journal(error) => error.to_string(),
-            Self::DataLost(what) => (*what).to_owned(),
+            Self::DataLost(reason) => (*reason).to_owned(),
             Self::Panicked => "the handler panicked; please report this with the log".to_owned(),
         };
         Failure {
@@ -118,12 +115,12 @@ impl AttemptError {
         }
     }
 
-    /// Whether the fault may be the event's own, if others get through.
+    /// Whether the fault may be the event's own, given that writes of other conversations succeed.
     fn may_be_its_own(&self, bigchat_is_failing: bool) -> bool {
         match self {
             Self::Write(error) | Self::Read(error) => match (error.api, error.kind) {
                 (_, ErrorKind::RateLimited { .. }) => false,
-                // That OurAPI accepts other writes says nothing about BigChat.
+                // A write that OurAPI accepts proves nothing about BigChat.
                 (Api::BigChat, ErrorKind::Unauthorized) => false,
                 (Api::BigChat, _) => !bigchat_is_failing,
                 (Api::OurApi, _) => true,
@@ -134,20 +131,20 @@ impl AttemptError {
     }
 }
 
-/// What is known at the time of a failure, beside the failure itself.
+/// The state of the APIs at the time of a failure.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Circumstances {
     pub(super) now: Millis,
     pub(super) bigchat_is_failing: bool,
-    /// BigChat is not to be asked before then.
+    /// The end of BigChat's rate limit.
     pub(super) bigchat_retry_after: Option<Millis>,
-    /// How long a request may be in flight, and as long again after it was given up.
+    /// After a time-out, the request may be in flight for as long again.
     pub(super) request_timeout: Duration,
     /// Jitter: 0 to 1.
     pub(super) fraction: f64,
 }
 
-/// What a failed attempt of an event comes to.
+/// The outcome of an event after a failed attempt.
 pub(super) fn outcome(
     before: Attempts,
     error: &AttemptError,
@@ -177,7 +174,7 @@ pub(super) fn outcome(
     ));
     let next_at = match error {
         error if error.is_of_bigchat() => next_at.max(at.bigchat_retry_after.unwrap_or_default()),
-        // While OurAPI asks to be left alone nothing is attempted anyway.
+        // The scheduler enforces OurAPI's rate limit.
         _ => next_at,
     };
     Outcome::Retry {
@@ -194,10 +191,10 @@ fn attempts_after(
     writes: &Writes,
     bigchat_is_failing: bool,
 ) -> Attempts {
-    let others_got_through = before
+    let others_succeeded = before
         .writes_then
         .is_some_and(|then| writes.another_conversation_succeeded_since(conversation, then));
-    let counts = others_got_through && error.may_be_its_own(bigchat_is_failing);
+    let counts = others_succeeded && error.may_be_its_own(bigchat_is_failing);
     Attempts {
         failed: before.failed.saturating_add(1),
         counted: before.counted + u32::from(counts),
@@ -206,8 +203,7 @@ fn attempts_after(
     }
 }
 
-/// How long an event waits after failure number `attempts`. If the write may have been carried out, it is not read back
-/// before it can have arrived.
+/// The wait after failure number `attempts`. A write of unknown outcome gets time to arrive before it is read back.
 fn back_off(
     error: &AttemptError,
     attempts: u32,
@@ -223,18 +219,18 @@ fn back_off(
     policy.backoff(attempts, fraction).max(arrival)
 }
 
-/// The writes that succeeded, as far as an event needs to know whether another conversation's did.
+/// Counts successful writes. The last two conversations suffice to check whether one of another conversation succeeded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Writes {
     pub(super) count: i64,
-    /// The conversation of the latest, and the count with it.
+    /// The conversation of the latest write, and the count after it.
     last: Option<(ConversationId, i64)>,
-    /// The count with the latest of another conversation than that.
+    /// The count after the latest write of any other conversation.
     last_of_another: Option<i64>,
 }
 
 impl Writes {
-    /// As of the beginning of a session.
+    /// Continues the count of earlier sessions.
     pub(super) fn since(count: i64) -> Self {
         Self {
             count,
@@ -296,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_of_the_own_conversation_do_not_count() {
+    fn writes_of_the_same_conversation() {
         let mut writes = Writes::since(5);
         let since = Writes::another_conversation_succeeded_since;
         assert!(!since(&writes, ONE, 5));
@@ -306,14 +302,14 @@ mod tests {
         writes.record(TWO, 1);
         assert!(since(&writes, ONE, 5));
         assert!(!since(&writes, ONE, 8));
-        assert!(since(&writes, TWO, 5), "that of the first one before");
+        assert!(since(&writes, TWO, 5), "the earlier write of the first");
         assert!(!since(&writes, TWO, 7));
         writes.record(ConversationId(3), 0);
         assert_eq!(writes.count, 8);
     }
 
     #[test]
-    fn only_faults_of_the_event_itself_count() {
+    fn only_the_events_own_faults_count() {
         let mut writes = Writes::since(5);
         let counted = |error: &AttemptError, writes: &Writes, down| {
             let before = Attempts {
@@ -327,7 +323,7 @@ mod tests {
             after.counted - before.counted
         };
         let fails = write(UNKNOWN);
-        assert_eq!(counted(&fails, &writes, false), 0, "nobody got through");
+        assert_eq!(counted(&fails, &writes, false), 0, "no other write");
         writes.record(TWO, 1);
         for (error, counts, while_bigchat_is_failing) in [
             (write(UNKNOWN), 1, 1),
@@ -353,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_failure_never_counts_and_a_doubt_stays() {
+    fn first_failure_with_unknown_outcome() {
         let mut writes = Writes::since(5);
         writes.record(TWO, 1);
         let after = |before, kind, writes: &Writes| {
@@ -375,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rejected_event_and_one_without_attempts_left_are_dead_letters() {
+    fn dead_letters_and_retries() {
         let mut writes = Writes::since(0);
         writes.record(TWO, 1);
         let at = Circumstances {
@@ -403,13 +399,13 @@ mod tests {
             &read(Api::OurApi, ErrorKind::Rejected)
         )));
         let Outcome::Retry { next_at, .. } = outcome(0, &read(Api::BigChat, UNKNOWN)) else {
-            panic!("it is tried again");
+            panic!("it is retried");
         };
         assert_eq!(next_at, Millis(9_000), "as BigChat asked");
     }
 
     #[test]
-    fn a_write_that_may_be_in_flight_gets_time_to_arrive() {
+    fn unknown_outcome_waits_for_arrival() {
         let timeout = Duration::from_secs(30);
         let wait = |kind, attempts, fraction| {
             back_off(&write(kind), attempts, &POLICY, timeout, fraction).as_millis()

@@ -12,8 +12,7 @@ use crate::http::route::Route;
 use crate::http::{ErrorKind, Resource};
 use crate::our_api::{self, NewChat};
 
-/// Reads the conversation's details before its chat is created, unless its events say all that they do: when it started
-/// and who has it.
+/// Reads the conversation's details before its chat is created, unless its events have both start and advisor.
 pub(super) async fn read_details(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -33,7 +32,8 @@ pub(super) async fn read_details(
     Ok(())
 }
 
-/// The fields that the chat should have. `changes` are folded into what is desired; `earliest`: of all events at hand.
+/// The desired fields of the chat. `changes` are folded into `desired` already; `earliest` is the earliest time of all
+/// claimed events.
 pub(super) async fn fields(
     worker: &Worker,
     conversation: &Conversation,
@@ -44,7 +44,7 @@ pub(super) async fn fields(
     let observed = &conversation.observed;
     let started_at = match (desired.started_at, observed.started_at) {
         (Some(started_at), _) => started_at,
-        // Only the events tell.
+        // The start is the earliest event.
         (None, Some(before)) => earliest.map_or(before, |earliest| before.min(earliest)),
         (None, None) => {
             let id = conversation.id;
@@ -59,12 +59,12 @@ pub(super) async fn fields(
                 .unwrap_or_else(Timestamp::of_this_machine)
         }
     };
-    // Another client, or a newer copy of the journal, may have changed the agent since that advisor's was written: what an
-    // event says is written all the same.
+    // Another client, or a newer copy of the journal, may have changed the agent meanwhile. The agent of a new TRANSFER is
+    // written anyway.
     let latest = desired.transfer.map(|transfer| transfer.event);
     let is_named = changes.iter().any(|event| Some(event.id) == latest);
     let agent = match desired.advisor() {
-        // What is known needs no look-up.
+        // The agent is known.
         advisor if observed.agent.is_some() && observed.advisor == advisor && !is_named => {
             observed.agent
         }
@@ -78,14 +78,13 @@ pub(super) async fn fields(
     })
 }
 
-/// Where a conversation's chat came from.
 pub(super) enum Created {
     New,
-    /// It existed already, and was taken over.
+    /// The chat existed already.
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or takes over the one that exists.
+/// Creates the chat with these fields, or adopts the existing one.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -120,7 +119,7 @@ pub(super) async fn create(
             _ => return Err(AttemptError::Write(error)),
         }
         match worker.our_api.chat(&external_id).await? {
-            // Taken, yet not listed: what answers is not OurAPI, or not all of it.
+            // Taken, yet not listed: the service is not OurAPI, or not all of it.
             None => {
                 let http = worker.our_api.http();
                 let kind = ErrorKind::WrongService;
@@ -132,29 +131,29 @@ pub(super) async fn create(
                 return Ok(Created::Adopted(found.chat_id));
             }
             Some(found) => {
-                let longer = with_start(worker, conversation, fields.started_at);
-                if longer == external_id {
+                let extended = with_start(worker, conversation, fields.started_at);
+                if extended == external_id {
                     return Err(AttemptError::Write(error.with_kind(ErrorKind::Rejected)));
                 }
                 tracing::warn!(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
-                    "OurAPI has a chat of another conversation with this id; the start time is added to it"
+                    "OurAPI has a chat of another conversation with this external id; adding the start time to it"
                 );
-                record_intent(worker, conversation, &longer, fields.started_at).await?;
-                external_id = longer;
+                record_intent(worker, conversation, &extended, fields.started_at).await?;
+                external_id = extended;
             }
         }
     }
 }
 
-/// The start time together with the id is the identity. It may be the one with which the chat was created before a better
-/// one was known.
+/// Whether the chat is this conversation's: it has its start time, or the one with which it was created before a better one
+/// was known.
 fn is_ours(conversation: &Conversation, fields: &Fields, found: &our_api::Chat) -> bool {
     found.started_at == fields.started_at
         || conversation.observed.started_at == Some(found.started_at)
 }
 
-/// The conversation's id, after the prefix; with its start time if the id was used before.
+/// Prefix and conversation id, with the start time if the id was used before.
 async fn choose_external_id(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -195,8 +194,8 @@ fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestam
     format!("{}@{started_at}", plain(worker, conversation))
 }
 
-/// Stores the identity with which a chat is about to be created, if it could not be worked out again: after a lost answer
-/// nothing else tells whose the chat is.
+/// Stores the identity of a chat before it is created, where it could not be derived again. After a lost response, only
+/// this identifies the chat.
 async fn record_intent(
     worker: &Worker,
     conversation: &mut Conversation,

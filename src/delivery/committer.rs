@@ -1,4 +1,4 @@
-//! The committer: takes the reports that have piled up into one transaction, and releases their conversations.
+//! The committer: commits all queued reports in one transaction, and releases their conversations.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,27 +15,26 @@ use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 use super::Delivery;
 use super::scheduler::MAX_CLAIMED;
 
-/// A commit is followed by a pause of so many times as long as it took, so that it is shared by the reports of that time
-/// and the disk is left to others. It delays no request: as many conversations are claimed ahead.
+/// After a commit, the committer pauses for this many times its duration, so that the reports of that time share the next
+/// commit and the disk is free for other writers. No request is delayed, since enough conversations are claimed ahead.
 const PAUSE_FACTOR: u32 = 20;
 
-/// The longest pause: what a crash leaves to be read back stays small.
+/// Maximum pause, so that a crash leaves few chats to read back.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// What became of a claim.
+/// The result of a claim.
 #[derive(Debug)]
 pub(super) enum ToCommit {
     Report(Box<Report>),
-    /// Its worker has panicked.
+    /// The worker panicked.
     Lost(Lost),
 }
 
-/// What became of a batch.
+/// The result of a batch.
 #[derive(Debug, Default)]
 pub(super) struct Released {
-    /// The conversations whose reports are committed.
     pub(super) committed: Vec<ConversationId>,
-    /// How many are set aside until the next start, since their reports can never be committed.
+    /// How many conversations are set aside until the next start, since their reports cannot be committed.
     pub(super) set_aside: usize,
 }
 
@@ -48,7 +47,6 @@ impl ToCommit {
     }
 }
 
-/// See the [module](self).
 #[derive(Debug)]
 pub(super) struct Committer {
     journal: Arc<Journal>,
@@ -68,7 +66,7 @@ impl Committer {
         }
     }
 
-    /// Commits until the last report. While the disk refuses, the same batch is tried again and nothing is forgotten.
+    /// Commits until the channel of reports is closed. While the disk refuses, the same batch is retried.
     pub(super) async fn run(
         &self,
         mut reported: Receiver<ToCommit>,
@@ -95,7 +93,7 @@ impl Committer {
                     return released;
                 }
                 Err(error) if error.is_transient() => self.refused(&error).await,
-                // One row is at fault: the others are committed without it.
+                // A single row is at fault; the others are committed without it.
                 Err(_) => break,
             }
         }

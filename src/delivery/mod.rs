@@ -1,4 +1,4 @@
-//! Delivery: due conversations are reconciled with OurAPI, and their progress is committed.
+//! Delivery: reconciles due conversations with OurAPI, and commits their progress.
 //!
 //! ```text
 //! scheduler ──work──▶ workers (reconcile) ──reports──▶ committer
@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The scheduler hands out due conversations to as many workers as requests may be in flight. A conversation is claimed
-//! in memory until its report is committed, so that its events keep their order; a claim needs no disk, since whatever
-//! waits when a session starts is read back before it is sent. The committer takes whatever reports have piled up into one
-//! transaction: the slower the disk, the more of them share a commit, and no worker waits for it.
+//! until its report is committed, which preserves the order of its events. Claims are only in memory, since chats with
+//! waiting events are read back when a session starts. The committer takes all reports that have queued up into one
+//! transaction: the slower the disk, the more reports share a commit, and no worker waits for it.
 
 mod agents;
 mod attempts;
@@ -41,27 +41,25 @@ use self::committer::Committer;
 use self::scheduler::Scheduler;
 use self::worker::Worker;
 
-/// How long requests in flight may take once the daemon is to stop.
+/// How long requests in flight may take at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(8);
 
-/// Until when to deliver.
+/// When delivery ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// Until the daemon is to stop.
+    /// At shutdown.
     Stopped,
-    /// Until nothing is due any more, or nothing can be delivered now.
+    /// When no event is due, or none can be delivered now.
     Done,
 }
 
-/// What to work on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     All,
-    /// No event is delivered; chats are verified where that is requested.
+    /// Requested verifications of chats, and no events.
     Verifications,
 }
 
-/// What delivery is made of.
 #[derive(Debug)]
 pub struct Delivery {
     pub settings: Settings,
@@ -75,13 +73,13 @@ pub struct Delivery {
     pub liveness: Arc<Liveness>,
     /// Notified of events to be delivered.
     pub work_available: Arc<Notify>,
-    /// Cancelled when no further request is to be begun.
+    /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
 }
 
 impl Delivery {
-    /// Delivers until then. After a clean end nothing is in flight and everything is committed, which the journal
-    /// remembers.
+    /// Delivers events, then records in the journal whether the end was clean: no request given up in flight, and all
+    /// reports committed.
     pub async fn run(self, scope: Scope, until: Until) {
         let (reports, reported) = mpsc::channel(scheduler::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
@@ -91,7 +89,7 @@ impl Delivery {
         let drained = CancellationToken::new();
         let deliver = async {
             scheduler.run(until).await;
-            // With the scheduler the channel of reports is closed, and the committer ends.
+            // Dropping the scheduler closes the channel of reports, which ends the committer.
             let nothing_given_up = scheduler.drain(Instant::now() + DRAIN).await;
             drained.cancel();
             nothing_given_up

@@ -1,4 +1,4 @@
-//! What the workers share.
+//! The state that all workers share.
 
 use std::sync::Arc;
 
@@ -14,7 +14,6 @@ use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
 
-/// See the [module](self).
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) settings: Settings,
@@ -25,7 +24,7 @@ pub(super) struct Worker {
     pub(super) session: Session,
     pub(super) agents: Agents,
     pub(super) metrics: Arc<Metrics>,
-    /// Cancelled when no further request is to be begun.
+    /// Cancelled at shutdown: no further request is begun.
     pub(super) stopping: CancellationToken,
 }
 
@@ -51,12 +50,11 @@ impl Worker {
         }
     }
 
-    /// Whether another copy of the database may have delivered an event.
+    /// Whether a newer copy of this database may already have delivered an event.
     pub(super) fn may_be_delivered(&self, event: EventId) -> bool {
         event <= self.session.replay_until.get()
     }
 
-    /// Until when the APIs are to be left alone.
     pub(super) fn rate_limits(&self) -> RateLimits {
         RateLimits {
             bigchat: self.apis.bigchat.not_before(),
