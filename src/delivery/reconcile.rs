@@ -1,8 +1,8 @@
-//! Reconciling a conversation: its chat is brought to what its events say, and only what differs is sent.
+//! Reconciling a conversation: sends the difference between the desired and the observed chat.
 //!
-//! What the journal remembers of the chat may be wrong: after a write of unknown outcome, a crash, with an older copy of
-//! the database, after a loss in OurAPI. The conversation is *stale* then, and there is one cure: the chat is read back,
-//! and its messages are accounted for. That ends the claim; what is missing or waits goes on from what was read.
+//! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with an
+//! older copy of the database. The conversation is *stale* then, and there is one cure: the chat is read back, and its
+//! messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
 
 use uuid::Uuid;
 
@@ -20,16 +20,15 @@ use crate::http::{ApiError, ErrorKind, Resource};
 use crate::our_api::{self, Message};
 use crate::settings::MessageAuthor;
 
-/// What became of a piece of work.
+/// The result of a piece of work.
 #[derive(Debug)]
 pub(super) struct Reconciled {
-    /// The conversation as it is now.
     pub(super) conversation: Conversation,
     pub(super) events: Vec<Pending>,
     pub(super) claim: Claim,
-    /// The events that were delivered or permanently rejected. The others were not tried.
+    /// The events delivered or permanently rejected. The others were not attempted.
     pub(super) done: Vec<(EventId, Result<Effect, AttemptError>)>,
-    /// What stopped the work before its end.
+    /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
     pub(super) consumed: Vec<MessageKey>,
@@ -38,10 +37,10 @@ pub(super) struct Reconciled {
     pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
 }
 
-/// What stopped the work before its end.
+/// Why the work ended early.
 #[derive(Debug)]
 pub(super) struct Stopped {
-    /// At which event; `None`: at the chat itself.
+    /// The event; `None`: the chat itself.
     pub(super) at: Option<EventId>,
     pub(super) error: AttemptError,
     /// The chat's messages could not be read.
@@ -88,25 +87,25 @@ pub(super) async fn reconcile(worker: &Worker, work: Work) -> Reconciled {
 /// When the chat's messages have to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Needed {
-    /// Messages that the journal does not know may be among them.
+    /// The chat may have messages that the journal does not know.
     Always,
-    /// Messages that were delivered may be missing.
+    /// If messages were delivered, which may be missing.
     IfAny,
-    /// Only those that wait may have been delivered.
+    /// If messages wait, which may have been delivered.
     IfWaiting,
 }
 
-/// Whether a message may be delivered though it waits.
+/// Whether a waiting message may have been delivered.
 pub(super) fn is_in_doubt(worker: &Worker, event: &Pending) -> bool {
     event.payload.kind().is_message()
         && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
 }
 
-/// What a chat was found to be.
+/// A chat as read back.
 enum Refreshed {
-    /// As it was remembered, or changed.
+    /// The known chat, perhaps changed.
     Ours(our_api::Chat),
-    /// It is gone, or another one has its external id.
+    /// The chat does not exist, or another one has its external id.
     Gone,
 }
 
@@ -115,7 +114,7 @@ impl Reconciled {
         if self.is_stale(worker) {
             return Box::pin(self.read_back(worker)).await;
         }
-        // Boxed, as what is rare is: what is polled for each message stays small.
+        // Rare futures are boxed, so that the one polled for each message stays small.
         Box::pin(self.change_chat(worker)).await?;
         if self.observation != Observation::None && self.observation != Observation::Created {
             return Ok(());
@@ -123,13 +122,13 @@ impl Reconciled {
         self.send_messages(worker).await
     }
 
-    /// Whether what the journal remembers of the chat may be wrong.
+    /// Whether the journal's record of the chat may be wrong.
     fn is_stale(&self, worker: &Worker) -> bool {
         self.conversation.observed.chat.is_some()
             && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(worker))
     }
 
-    /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read since.
+    /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
         let mut events = self.events.iter();
         !self.claim.is_read && events.any(|event| worker.may_be_delivered(event.id))
@@ -169,8 +168,8 @@ impl Reconciled {
         self.account(worker, found.chat_id, needed).await
     }
 
-    /// The fields that may have been written without the journal knowing: those named by events whose outcome is unknown,
-    /// or which a newer copy of the journal may have delivered. Changes are written together.
+    /// The fields that may have been written although the journal does not record it: those named by events of unknown
+    /// outcome, or which a newer copy of the journal may have delivered. Changes are written together.
     fn unsure(&self, worker: &Worker) -> Unsure {
         let is_unsure = |event: &&Pending| {
             event.attempts.outcome_unknown
@@ -187,11 +186,11 @@ impl Reconciled {
             }
             return Unsure::named_by(changes().filter(is_unsure));
         }
-        // What was being written is not known.
+        // It is unknown which fields were being written.
         Unsure::ALL
     }
 
-    /// After a loss the agent that was written may be gone: it is resolved again, and written if it is another one now.
+    /// After a loss, the agent may be gone. It is resolved again, and written if it is another one now.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
@@ -223,7 +222,7 @@ impl Reconciled {
         })
     }
 
-    /// The messages that the journal has of the conversation.
+    /// The conversation's messages in the journal.
     async fn recorded(&self, worker: &Worker) -> Result<Vec<Recorded>, AttemptError> {
         let id = self.conversation.id;
         let replay_until = worker.session.replay_until.get();
@@ -233,7 +232,7 @@ impl Reconciled {
         Ok(recorded.await?)
     }
 
-    /// Reads the chat's messages, if that is needed, and accounts for them.
+    /// Reads the chat's messages, if needed, and accounts for them.
     async fn account(
         &mut self,
         worker: &Worker,
@@ -276,7 +275,7 @@ impl Reconciled {
         Ok(())
     }
 
-    /// The first message that may be delivered: the chat is read to find out.
+    /// The first waiting message that may have been delivered. It is the reason to read the chat.
     fn first_in_doubt(&self, worker: &Worker) -> Option<EventId> {
         let mut messages = self
             .events
@@ -285,7 +284,7 @@ impl Reconciled {
         messages.next().map(|event| event.id)
     }
 
-    /// OurAPI has lost the chat, and with it probably more.
+    /// Handles a lost chat. OurAPI has probably lost other data, too.
     async fn gone(&mut self, worker: &Worker, rebuild: bool) -> Result<(), AttemptError> {
         tracing::error!(
             conversation = self.conversation.bigchat_id,
@@ -300,7 +299,7 @@ impl Reconciled {
         let is_known = self.claim.is_lost && self.observation != Observation::Created
             || worker.agents.losses() > self.claim.losses;
         if !rebuild {
-            // The agents may be gone as well; to find out costs one request each.
+            // The agents may be gone, too; a check costs one request each.
             worker.agents.forget();
         } else if !is_known {
             worker.agents.record_loss().await?;
@@ -310,8 +309,8 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Brings the chat's fields to what the events say: all changes at once, or one by one if one of them has failed
-    /// before or OurAPI rejects them together.
+    /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or OurAPI
+    /// rejects them together.
     async fn change_chat(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let changes: Vec<Pending> = self
             .events
@@ -354,8 +353,8 @@ impl Reconciled {
         Ok(())
     }
 
-    /// OurAPI rejects the chat though no event asks for a change. A chat that exists stays as it is, and takes messages;
-    /// without one the first message fails.
+    /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages;
+    /// without a chat, the first message fails.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
         let Some(chat) = self.conversation.observed.chat else {
             let Some(first) = self.events.first() else {
@@ -373,7 +372,8 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Writes what differs once `changes` are folded in. `None`: an existing chat was taken over, and nothing written.
+    /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing was
+    /// written.
     async fn write_chat(
         &mut self,
         worker: &Worker,
@@ -453,18 +453,18 @@ impl Reconciled {
         }
     }
 
-    /// OurAPI says that the chat does not exist. Believed only if its list answers without it.
+    /// Handles a response that the chat does not exist. It is believed only if OurAPI's list confirms it.
     async fn chat_missing(&mut self, worker: &Worker, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh(worker).await? {
             Refreshed::Gone => self.gone(worker, worker.settings.rebuild).await,
-            // It exists all the same.
+            // The list has the chat.
             Refreshed::Ours(_) => Err(AttemptError::Write(
                 error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
             )),
         }
     }
 
-    /// OurAPI says that an agent does not exist. If so, the chat has none until it gets its own again.
+    /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created again.
     async fn agent_missing(
         &mut self,
         worker: &Worker,
@@ -507,7 +507,7 @@ impl Reconciled {
             if worker.stopping.is_cancelled() {
                 return Ok(());
             }
-            // Only a message that may have been sent before is the one that OurAPI holds.
+            // A credit counts only for a message that may have been sent before.
             if event
                 .credit
                 .is_some_and(|as_of| event.id <= as_of.max(worker.session.replay_until.get()))

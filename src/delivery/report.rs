@@ -1,4 +1,4 @@
-//! The report on a piece of work: what each attempt means for its event and for OurAPI's health, and what is logged.
+//! The report on a piece of work: the outcome of each event, and the log lines and metrics that follow from it.
 
 use super::attempts::{self, AttemptError, Circumstances};
 use super::reconcile::{Reconciled, is_in_doubt};
@@ -13,7 +13,6 @@ use crate::journal::STORAGE_PAUSE;
 use crate::telemetry::log::log_at;
 
 impl Scheduler {
-    /// Works out what became of a piece of work.
     pub(super) fn report(&mut self, reconciled: Reconciled) -> Report {
         let now = Millis::now();
         let Reconciled {
@@ -53,7 +52,7 @@ impl Scheduler {
                 let event = stopped.at.and_then(|at| find(&events, at));
                 match (event, &stopped.error) {
                     (Some(event), AttemptError::Journal(error)) => {
-                        // The event itself has not failed.
+                        // This is no failed attempt of the event.
                         tracing::error!(
                             conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
                             reason = %error, "the database interrupted a delivery"
@@ -86,7 +85,7 @@ impl Scheduler {
                 }
             }
         }
-        // What was sent to a chat that is gone is gone with it.
+        // Events sent to a lost chat are lost with it.
         if observation == (Observation::Gone { rebuild: true }) {
             outcomes.retain(|outcome| !matches!(outcome.outcome, Outcome::Delivered(_)));
         }
@@ -114,8 +113,8 @@ impl Scheduler {
         }
     }
 
-    /// The chat's messages can never be read, so whether OurAPI holds those in doubt will not be known: all of them are
-    /// dead letters together.
+    /// The chat's messages cannot be read, so it remains unknown which of the messages in doubt OurAPI has. All of them
+    /// become dead letters.
     fn unreadable(
         &self,
         events: &[Pending],
@@ -135,7 +134,7 @@ impl Scheduler {
         })
     }
 
-    /// The worker has panicked: an attempt of the first event that it was given.
+    /// A panic of the worker counts as an attempt of its first event.
     pub(super) fn panicked(&self, at_work: AtWork) -> Lost {
         let now = Millis::now();
         let mut lost = Lost {
@@ -162,7 +161,7 @@ impl Scheduler {
         lost
     }
 
-    /// What a failed attempt means for its event.
+    /// The outcome of an event after a failed attempt, which is also logged.
     fn failed(
         &self,
         conversation: &Conversation,
@@ -183,7 +182,7 @@ impl Scheduler {
             return outcome;
         };
         let failure = error.logged();
-        // Of each message so many lines are logged in full.
+        // A macro, since the number of lines in full is limited by message.
         macro_rules! log {
             ($so:expr, $message:literal) => {
                 log_at!(
@@ -209,7 +208,7 @@ impl Scheduler {
                 );
             }
             _ => {
-                // When it begins, and when it turns out to be the event's own fault. An outage is logged as such.
+                // The first failure, and the first that is the event's own. An outage is logged separately.
                 let is_news =
                     attempts.failed == 1 || event.attempts.counted == 0 && attempts.counted == 1;
                 log!(
@@ -231,8 +230,8 @@ impl Scheduler {
         }
     }
 
-    /// Reading a chat failed that no event waits for. Returns how often it has while OurAPI was up, and when it is tried
-    /// again.
+    /// Handles a failed read of a chat without waiting events. Returns the number of failures while OurAPI was up, and the
+    /// time of the next attempt.
     fn read_failed(
         &mut self,
         conversation: &Conversation,
@@ -251,12 +250,12 @@ impl Scheduler {
         let failed = self.failed_reads.entry(conversation.id).or_default();
         *failed = failed.saturating_add(u32::from(!is_failing));
         let policy = self.worker.settings.retry();
-        // Half of the wait is fixed: no event waits for it.
+        // Half of the wait is fixed, since no event waits for the read.
         let wait = policy.backoff((*failed).max(1), 0.5 + rand::random::<f64>() / 2.0);
         (*failed, now.plus(wait))
     }
 
-    /// Whether it follows from an outage or a loss, which is logged once.
+    /// Whether the error follows from an outage or a loss, which is logged once.
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
             AttemptError::Read(error) | AttemptError::Write(error) => {
@@ -268,7 +267,7 @@ impl Scheduler {
     }
 }
 
-/// The event of that id. They are in order of arrival.
+/// Finds an event in order of arrival.
 fn find(events: &[Pending], id: EventId) -> Option<&Pending> {
     let at = events.binary_search_by_key(&id, |event| event.id).ok()?;
     events.get(at)

@@ -1,4 +1,4 @@
-//! The scheduler: hands out due conversations, as many at a time as OurAPI may be asked, and none twice.
+//! The scheduler: hands out due conversations, at most as many at a time as requests may be in flight, and none twice.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
@@ -24,25 +24,25 @@ use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
 
-/// How many conversations are claimed at most: at work, ahead of it, or waiting for the commit of their reports. Enough
-/// that no worker waits for a commit that takes 20 ms.
+/// Maximum of claimed conversations: at work, loaded ahead, or waiting for the commit of their reports. Enough that no
+/// worker waits for a commit of 20 ms.
 pub(super) const MAX_CLAIMED: usize = 1024;
 
-/// How many are loaded ahead of the workers.
+/// How many conversations are loaded ahead of the workers.
 const AHEAD: usize = 256;
 
-/// And how many bytes of messages, so that long ones do not fill the memory.
+/// How many bytes of message text are loaded ahead, so that memory stays bounded.
 const BYTES_AHEAD: usize = 2 << 20;
 
-/// How often the journal is asked for due conversations if nothing else prompts it: commands write to it, too.
+/// How often the journal is queried for due conversations without a notification, since commands write to it, too.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 type Fetch = Pin<Box<dyn Future<Output = (Millis, Result<Claimed, JournalError>)> + Send>>;
 
-/// What a task works on.
+/// The work of a task.
 pub(super) struct AtWork {
     pub(super) conversation: ConversationId,
-    /// The first of its events.
+    /// The first of the claimed events.
     pub(super) first: Option<Pending>,
 }
 
@@ -53,26 +53,25 @@ pub(super) struct Scheduler {
     liveness: Arc<Liveness>,
     work_available: Arc<Notify>,
     scope: Scope,
-    /// Claimed and not at work yet.
+    /// Claimed, and not at work yet.
     ready: VecDeque<Work>,
     /// Claimed: ready, at work, or reported and not committed yet.
     claimed: HashSet<ConversationId>,
     at_work: JoinSet<Reconciled>,
-    /// What each task works on.
     tasks: HashMap<task::Id, AtWork>,
-    /// How many of those claimed are set aside until the next start.
+    /// How many claimed conversations are set aside until the next start.
     set_aside: usize,
-    /// A write of them has timed out and may still be carried out until then.
+    /// A write of the conversation timed out and may be carried out until this time.
     timed_out: HashMap<ConversationId, Instant>,
     reports: mpsc::Sender<ToCommit>,
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
-    /// There may be something due that is not claimed.
+    /// A due conversation may be unclaimed.
     check: bool,
-    /// For how long nothing is due, unless something happens.
+    /// The time until the next query without a notification.
     idle: Duration,
     pub(super) writes: Writes,
-    /// How often reading a chat back failed that no event waits for.
+    /// Failed reads of chats without waiting events.
     pub(super) failed_reads: HashMap<ConversationId, u32>,
     last_check: Millis,
     rate_limits: RateLimits,
@@ -128,7 +127,7 @@ impl Scheduler {
             let worker = Arc::clone(&self.worker);
             let work_available = Arc::clone(&self.work_available);
             tokio::select! {
-                // Always in this order, so that a run can be reproduced exactly.
+                // A fixed order makes a simulation reproducible.
                 biased;
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
@@ -150,20 +149,20 @@ impl Scheduler {
         }
     }
 
-    /// Nothing more is due, or nothing can be delivered now.
+    /// Whether nothing is due, or nothing can be delivered now.
     fn is_idle(&self, circuit: Circuit) -> bool {
         let is_done = !self.check && self.claimed.len() == self.set_aside;
         self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(circuit) == 0)
     }
 
-    /// How many conversations wait for the commit of their reports.
+    /// How many reports are not committed yet.
     fn uncommitted(&self) -> usize {
         self.claimed
             .len()
             .saturating_sub(self.ready.len() + self.at_work.len() + self.set_aside)
     }
 
-    /// A write has timed out: the conversation is left alone for as long as it may still be carried out.
+    /// Holds a conversation as long as a write that timed out may still be carried out.
     pub(super) fn hold_until(&mut self, conversation: ConversationId) {
         let until = Instant::now() + self.worker.settings.request_timeout;
         self.timed_out.insert(conversation, until);
@@ -179,7 +178,7 @@ impl Scheduler {
 
     /// How many conversations may be at work.
     fn limit(&self, circuit: Circuit) -> usize {
-        // While the disk refuses what was done, nothing new is begun.
+        // While the disk refuses reports, no work is begun.
         if self.uncommitted() > 0 && self.storage.delivery.load(Ordering::Relaxed) {
             return 0;
         }
@@ -194,7 +193,7 @@ impl Scheduler {
 
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
-            // What to probe with is for the journal to choose.
+            // The journal chooses the conversation to probe with.
             let keeps = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for work in self.ready.drain(keeps..) {
                 self.claimed.remove(&work.conversation.id);
@@ -218,7 +217,7 @@ impl Scheduler {
         }
     }
 
-    /// Asks the journal for what is due, if there is room for it.
+    /// Queries the journal for due conversations, if there is room for them.
     fn fetch(&mut self, circuit: Circuit, now: Millis) {
         if self.fetch.is_some() {
             return;
@@ -238,7 +237,7 @@ impl Scheduler {
         exclude.extend(self.timed_out.keys());
         let clock_set_back = now < self.last_check;
         if clock_set_back {
-            tracing::warn!("this machine's clock was set back; what waits is tried now");
+            tracing::warn!("this machine's clock was set back; waiting events are retried now");
         }
         self.last_check = now;
         let request = ClaimRequest {
@@ -259,8 +258,8 @@ impl Scheduler {
         }));
     }
 
-    /// How many conversations and bytes to ask for; `None`: none now. This is asked after each piece of work, so the sizes are
-    /// added up last.
+    /// How many conversations and bytes to claim; `None`: none now. Called after each piece of work, so the sizes are added
+    /// up last.
     fn room(&self, circuit: Circuit) -> Option<(usize, usize)> {
         let limit = self.limit(circuit);
         if !self.check || limit == 0 {
@@ -296,7 +295,7 @@ impl Scheduler {
                 self.idle =
                     next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
                 for work in work {
-                    // Released meanwhile, it may be here twice.
+                    // Released meanwhile, a conversation may come twice.
                     if self.claimed.insert(work.conversation.id) {
                         self.ready.push_back(work);
                     }
@@ -334,7 +333,7 @@ impl Scheduler {
                 ToCommit::Lost(self.panicked(at_work))
             }
         };
-        // There is room for the reports of all that is claimed.
+        // The channel has room for the reports of all claimed conversations.
         if self.reports.try_send(to_commit).is_err() {
             tracing::error!(
                 "a report could not be committed; its conversation is read back at the next start"
@@ -342,7 +341,7 @@ impl Scheduler {
         }
     }
 
-    /// Lets what is at work end, but not for longer than until `deadline`. Returns whether nothing was given up.
+    /// Waits until `deadline` for the work in progress. Returns whether all of it ended.
     pub(super) async fn drain(mut self, deadline: Instant) -> bool {
         while !self.at_work.is_empty() {
             match timeout_at(deadline, self.at_work.join_next_with_id()).await {
@@ -364,7 +363,7 @@ impl Scheduler {
     }
 }
 
-/// Waits for the journal's answer; for ever if nothing was asked.
+/// Waits for the query in progress; for ever if there is none.
 async fn fetched(fetch: &mut Option<Fetch>) -> (Millis, Result<Claimed, JournalError>) {
     match fetch {
         Some(fetch) => fetch.await,
