@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn jump_to_the_time_of_this_machine() {
+    fn jump_to_this_machines_time() {
         let off = 1_000_000;
         assert_eq!(offset_after(&[off, off, 0]), 0, "believed at once");
         assert_eq!(offset_after(&[off, off, 500]), 500);

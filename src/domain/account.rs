@@ -49,9 +49,12 @@ pub struct Accounting {
 /// Accounts once for each message in OurAPI: first for exact matches of delivered messages, then of those that may have
 /// been sent. OurAPI may have altered a message, so an unmatched one then accounts for a delivered message, or one of
 /// unknown outcome, of the same second. `recorded` is in order of arrival.
-pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]) -> Accounting {
+pub fn account(
+    existing: impl IntoIterator<Item = MessageKey>,
+    recorded: &[Recorded],
+) -> Accounting {
     let mut left = Left::default();
-    for key in held {
+    for key in existing {
         *left.0.entry(key).or_default() += 1;
     }
     let mut unmatched = Vec::new();
@@ -208,15 +211,15 @@ mod tests {
     proptest! {
         #[test]
         fn each_copy_is_accounted_for_once(
-            held in proptest::collection::vec((0_i64..3, 0_u8..3), 0..8),
+            existing in proptest::collection::vec((0_i64..3, 0_u8..3), 0..8),
             messages in proptest::collection::vec((0_i64..3, 0_u8..3, state()), 0..8),
         ) {
             let key_of = |second: i64, text: u8| of(second, &format!("text {text}"));
             let journal: Vec<Recorded> = messages.iter().zip(1..)
                 .map(|((second, text, state), id)| recorded(id, key_of(*second, *text), *state))
                 .collect();
-            let count = held.len();
-            let result = account(held.iter().map(|(second, text)| key_of(*second, *text)), &journal);
+            let count = existing.len();
+            let result = account(existing.iter().map(|(second, text)| key_of(*second, *text)), &journal);
             let credits: u32 = result.credits.values().sum();
             let delivered = messages.iter().filter(|(.., state)| *state == MessageState::Delivered).count();
             // A copy is a credit, or it accounts for a delivered message or a dead letter.
@@ -224,7 +227,7 @@ mod tests {
             // No message is missing of which OurAPI has as many exact copies as were delivered.
             for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {
                 let same = |key: &MessageKey| *key == message.key;
-                let copies = held.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();
+                let copies = existing.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();
                 let sent = journal.iter().filter(|other| other.state == MessageState::Delivered && same(&other.key)).count();
                 prop_assert!(copies < sent);
             }

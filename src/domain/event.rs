@@ -289,7 +289,7 @@ fn field<T: serde::de::DeserializeOwned>(
 /// `data` in canonical form. If part of it is invalid JSON, only the needed field.
 fn canonical(kind: EventKind, data: &str) -> Result<Option<String>, ParseError> {
     let invalid = |source| ParseError::Data { kind, source };
-    // `Value` keeps object keys sorted.
+    // `Value` sorts object keys.
     match serde_json::from_str::<serde_json::Value>(data) {
         Ok(data) => Ok(Some(serde_json::to_string(&data).map_err(invalid)?)),
         Err(source) => {

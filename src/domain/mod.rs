@@ -1,4 +1,4 @@
-//! The pure core: what a conversation should look like in OurAPI, what differs, and what has been delivered.
+//! The pure core: the desired chat of a conversation, its difference from OurAPI, and the progress of delivery.
 //!
 //! Nothing here performs I/O or reads a clock. The [`journal`](crate::journal) supplies the data, and
 //! [`delivery`](crate::delivery) sends the difference.

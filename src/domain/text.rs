@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn unrequested_compression() {
+    fn unrequested_compression_is_inflated() {
         let json = br#"{"events":[]}"#.to_vec();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&json).expect("bytes");

@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_encoded_and_stay_below_the_base() {
+    fn encoded_path_below_the_base() {
         let chats = http("http://h:1").target(Route::Chats, "", None);
         assert_eq!(chats.url.as_str(), "http://h:1/chats");
         let base = http("http://h/api/");

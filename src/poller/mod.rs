@@ -52,7 +52,7 @@ const FIRST_WINDOW: Duration = Duration::from_secs(10);
 /// How many old events are dropped in one transaction, which other writers wait for.
 const PRUNE_BATCH: u32 = 500;
 
-/// What the poller shares with the rest of the daemon.
+/// The handles that the poller shares with the rest of the daemon.
 #[derive(Debug, Clone)]
 pub struct Signals {
     pub metrics: Arc<Metrics>,
