@@ -379,11 +379,11 @@ mod tests {
             ),
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":7}}"#,
-                "data are not those",
+                "invalid data of a MESSAGE",
             ),
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"\ud800"}}"#,
-                "data are not those",
+                "invalid data of a MESSAGE",
             ),
             (
                 r#"{"conversation_id":1,"event_name":"MESSAGE","event_at":5,"data":{"message":"Gr\xFC"}}"#,
