@@ -112,7 +112,10 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         Some(Command::Completions { shell }) => {
             say(terminal, &manual::completions(shell), ExitCode::SUCCESS)
         }
-        Some(Command::Man) => match manual::man() {
+        Some(Command::Man {
+            chapter: Some(chapter),
+        }) => say(terminal, chapter.text().as_bytes(), ExitCode::SUCCESS),
+        Some(Command::Man { chapter: None }) => match manual::man() {
             Ok(page) => say(terminal, &page, ExitCode::SUCCESS),
             Err(error) => complain(terminal, &error, 1),
         },

@@ -1,12 +1,13 @@
-//! What the program prints about itself: the unit by which systemd runs it, completions for shells, and the manual page.
+//! What the program prints about itself: the unit for systemd, completions for shells, the manual page, and the chapters of
+//! the manual.
 //!
-//! The manual page is one for all commands, made from the same text as `--help`.
+//! The manual page covers all commands, with the same text as `--help`. The chapters are the Markdown files beside this one.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap::{Arg, ArgAction, Command, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
@@ -18,6 +19,40 @@ use crate::telemetry::terminal::shown;
 const NAME: &str = "bigchat-sync";
 
 const UNIT: &str = include_str!("manual/bigchat-sync.service");
+
+/// A chapter of the manual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Chapter {
+    /// Every setting, the tokens, the network.
+    Settings,
+    /// The run book: what to do when.
+    Operation,
+    /// Probes, alerts, metrics.
+    Monitoring,
+    /// Levels and fields of the log.
+    Log,
+    /// What is guaranteed, what is not, and the tests that show it.
+    Guarantees,
+    /// How it works.
+    Design,
+}
+
+impl Chapter {
+    /// The chapter as Markdown.
+    pub fn text(self) -> String {
+        let text = match self {
+            Self::Settings => include_str!("manual/settings.md"),
+            Self::Operation => include_str!("manual/operation.md"),
+            Self::Monitoring => include_str!("manual/monitoring.md"),
+            Self::Log => include_str!("manual/log.md"),
+            Self::Guarantees => include_str!("manual/guarantees.md"),
+            Self::Design => include_str!("manual/design.md"),
+        };
+        // Comments are for those who write the chapters.
+        let lines = text.split_inclusive('\n');
+        lines.filter(|line| !line.starts_with("<!--")).collect()
+    }
+}
 
 /// The sections of the manual page that the command line knows nothing of.
 const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
@@ -172,6 +207,19 @@ pub fn man() -> io::Result<Vec<u8>> {
             roff.control("TP", []);
             roff.text([bold(*what)]);
             roff.text([roman(*text)]);
+        }
+    }
+    roff.control("SH", ["CHAPTERS"]);
+    roff.text([
+        roman("Each printed by "),
+        bold("bigchat-sync man"),
+        roman(" with its name."),
+    ]);
+    for chapter in Chapter::value_variants() {
+        if let Some(value) = chapter.to_possible_value() {
+            roff.control("TP", []);
+            roff.text([bold(value.get_name())]);
+            paragraphs(&mut roff, "IP", value.get_help());
         }
     }
     roff.to_writer(&mut page)?;

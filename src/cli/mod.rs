@@ -13,6 +13,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 
+use self::manual::Chapter;
 use crate::demo;
 use crate::settings::{Settings, TOKEN_VARIABLES};
 
@@ -80,8 +81,14 @@ pub enum Command {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual page, for `man -l` or /usr/local/share/man/man1.
-    Man,
+    /// Print the manual page, for `man -l` or /usr/local/share/man/man1, or a chapter of the manual as Markdown.
+    ///
+    /// For example: `bigchat-sync man operation | less`
+    Man {
+        /// The chapter [default: the manual page].
+        #[arg(value_enum)]
+        chapter: Option<Chapter>,
+    },
 }
 
 impl Cli {

@@ -4,6 +4,7 @@
 
 mod console;
 mod delivery;
+mod documentation;
 mod harness;
 mod hostile;
 mod operations;

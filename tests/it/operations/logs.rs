@@ -1,7 +1,8 @@
-//! The log of the real process: JSON with the names that the README gives, a line for each failure, none for what is
+//! The log of the real process: JSON with the fields that the manual gives, a line for each failure, none for what is
 //! routine, and no flood.
 
 use crate::harness::{Bench, run_live_test, run_with, until};
+use bigchat_sync::cli::manual::Chapter;
 use bigchat_sync::simulator::bigchat::Options;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
@@ -41,17 +42,10 @@ fn summed(log: &str, figure: &str) -> u64 {
     summaries.filter_map(|line| line[figure].as_u64()).sum()
 }
 
-/// The names that the README gives, in its section on the log.
+/// The fields that the manual gives, in its chapter on the log.
 fn documented() -> BTreeSet<String> {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
-    let readme = readme.expect("a README");
-    let section = readme
-        .split("\n## ")
-        .find(|part| part.starts_with("The log\n"));
-    let rows = section
-        .expect("a section on the log")
-        .lines()
-        .filter(|line| line.starts_with("| `"));
+    let chapter = Chapter::Log.text();
+    let rows = chapter.lines().filter(|line| line.starts_with("| `"));
     let cells = rows.map(|row| row.split('|').nth(1).unwrap_or_default());
     let names = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
     names.map(str::to_owned).collect()
@@ -65,7 +59,7 @@ async fn with_log(t: &Bench, summary: &str) -> Process {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_is_json_with_the_names_that_the_readme_gives() {
+async fn every_line_is_json_with_documented_fields() {
     let options = Options {
         seed: 31,
         ..Options::default()
@@ -97,7 +91,7 @@ async fn every_line_is_json_with_the_names_that_the_readme_gives() {
             for (name, value) in line {
                 assert!(
                     documented.contains(name),
-                    "{name} is not in the README: {line:?}"
+                    "{name} is not in the manual: {line:?}"
                 );
                 let kind = std::mem::discriminant(value);
                 assert_eq!(*kinds.entry(name.clone()).or_insert(kind), kind, "{name}");

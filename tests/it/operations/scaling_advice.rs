@@ -1,6 +1,8 @@
-//! What the program and its README say of several processes on one OurAPI: their requests add up.
+//! What the program and its documents say of several processes on one OurAPI: their requests add up.
 
 use std::process::Command;
+
+use bigchat_sync::cli::manual::Chapter;
 
 fn printed(arguments: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
@@ -28,23 +30,20 @@ fn help_and_manual_say_that_processes_count_together() {
 }
 
 #[test]
-fn readme_recommends_no_daemons_side_by_side() {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
-    let readme = readme.expect("a README");
-    let section = |title: &str| {
-        let section = readme.split("\n## ").find(|part| part.starts_with(title));
-        words(section.expect(title))
-    };
-    for (title, part) in [
-        ("Settings", "all processes on one OurAPI count together"),
-        ("What is promised", "of one process"),
-        (
-            "How it scales",
-            "do not run several daemons side by side on it",
-        ),
-        ("How it scales", "`check`, `once` and `verify`"),
+fn documents_recommend_no_daemons_side_by_side() {
+    let readme = include_str!("../../README.md");
+    let sizing = readme
+        .split("\n## ")
+        .find(|part| part.starts_with("Size it"));
+    let sizing = words(sizing.expect("a section on sizing"));
+    for part in [
+        "do not run several daemons side by side on it",
+        "`check`, `once` and `verify`",
     ] {
-        assert!(section(title).contains(part), "{title}: {part}");
+        assert!(sizing.contains(part), "{part}");
     }
-    assert!(!section("How it scales").contains("run one per BigChat account, side by side"));
+    assert!(!sizing.contains("run one per BigChat account, side by side"));
+    let settings = words(&Chapter::Settings.text());
+    assert!(settings.contains("all processes on one OurAPI count together"));
+    assert!(words(&Chapter::Guarantees.text()).contains("of one process"));
 }
