@@ -19,6 +19,60 @@
 //!   [`metrics`] what is measured, [`telemetry`] the log and the signs of life.
 //!
 //! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
+//!
+//! # Where to start
+//!
+//! Each of these is a change in one place; the compiler and the tests name the rest.
+//!
+//! - **A kind of event:** [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If it changes the
+//!   chat, a file in `delivery/handlers/` with its fold; if it is stored as a message,
+//!   [`Payload::text`](domain::event::Payload::text). The chart of the console has its own list, in `console/page/chart.js`.
+//! - **A setting:** a field of [`Settings`](settings::Settings), and its row in `cli/manual/settings.md`.
+//! - **A command:** a file in [`cli`] with its arguments and a function that returns what to print, a variant of
+//!   [`cli::Command`], and its line in `main.rs`.
+//! - **A metric:** a counter of what the process does in [`telemetry::metrics`]; a gauge of what the journal knows in
+//!   `console/probes.rs`. Its row in `cli/manual/monitoring.md`.
+//! - **Another target than OurAPI:** [`our_api`] is all that knows its requests, and
+//!   [`ErrorKind::of`](http::ErrorKind) what its statuses mean; [`delivery`] asks it to create, change and list chats, agents
+//!   and messages.
+//!
+//! # Glossary
+//!
+//! One word for one idea, in code, log, console and manual.
+//!
+//! - **advisor**: who answers in BigChat, by BigChat's id; in OurAPI an *agent*.
+//! - **agent**: who answers in OurAPI, found by e-mail address.
+//! - **attempt**: one try to deliver an event; it counts only if another conversation succeeded since the last one.
+//! - **back-off**: the wait before the next attempt: exponential, with full jitter.
+//! - **circuit breaker**: per API; while it is open, one request at a time probes the API.
+//! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
+//! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
+//! - **dead letter**: an event that cannot be delivered or understood, until an operator resolves it; `failed` on the
+//!   command line.
+//! - **desired**: the chat as its events say it should be.
+//! - **discard**: the resolution that gives a dead letter up.
+//! - **drift**: a field that another client changed in OurAPI.
+//! - **epoch**: from one restart of BigChat to the next; ids are unique within it.
+//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated.
+//! - **fingerprint**: hash by which equal events are recognised, because events have no id.
+//! - **inbox**: the stored pages of the poll in progress.
+//! - **ingest**: to append the new events of a stored page to the log.
+//! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
+//! - **offset**: the last event of a conversation up to which all is delivered.
+//! - **outcome unknown**: of a request that may or may not have been carried out.
+//! - **overlap**: how far a window reaches back before the cursor, for late events.
+//! - **page**: one answer of BigChat with events; stored before the next is requested.
+//! - **poll**: one pass over a window, page by page.
+//! - **probe**: a request that finds out whether an API is back, or whether BigChat restarted.
+//! - **rate limit**: a time before which an API asked not to be called.
+//! - **rebuild**: to send again what OurAPI has lost.
+//! - **reconcile**: to compare desired with observed, and send the difference.
+//! - **retention**: how long delivered events are stored.
+//! - **retry**: the resolution that delivers a dead letter again.
+//! - **session**: from one start of the daemon to its end.
+//! - **stale**: of a conversation whose observed chat may be wrong; it is read back first.
+//! - **verify**: to compare a chat with OurAPI although no event needs it.
+//! - **window**: the range of BigChat's time that one poll reads.
 
 pub mod bigchat;
 pub mod cli;
