@@ -21,10 +21,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::DemoError;
-use super::tally::count;
 use crate::domain::event::Event;
 use crate::journal::{Journal, Result, Store};
 use crate::simulator::chaos::{self, Plan, Strike};
+use crate::simulator::compare::count;
 use crate::simulator::event::message;
 use crate::simulator::{BigChat, Happening, Simulator, Watch};
 

@@ -1,7 +1,7 @@
-//! What fails in `demo --faults`: some of it mends itself, and some of it only somebody who sees it.
+//! What fails in `demo --faults`: temporary failures, and one that needs the operator.
 //!
-//! OurAPI refuses messages for good that its spam filter dislikes, until the filter is mended: from then on a retry is all
-//! it takes. Meanwhile both services fail now and then, and OurAPI is down for a while, all of which needs nobody.
+//! OurAPI permanently rejects messages that its spam filter dislikes, until the filter is fixed: then a retry is enough.
+//! Meanwhile both services fail sometimes, and OurAPI is down for a while, which needs no operator.
 
 use std::io;
 use std::path::Path;
@@ -11,43 +11,43 @@ use std::time::Duration;
 use crate::simulator::Simulator;
 use crate::simulator::fault::{crashed, dropped};
 
-/// What the spam filter dislikes.
+/// The word that the spam filter rejects.
 const SPAM: &str = "refund";
 
-/// When the spam filter is mended; sooner, where the demo is short.
-const MENDED_AT: Duration = Duration::from_secs(60);
+/// When the spam filter is fixed; sooner in a short demo.
+const FIXED_AT: Duration = Duration::from_secs(60);
 
-/// How often a request to either service meets a fault that needs nobody.
+/// Probability that a request to either service meets a temporary fault.
 const NOW_AND_THEN: f64 = 0.01;
 
-/// How far the mishaps have come.
+/// How far the mishaps are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Begun,
     Down,
     Up,
-    Mended,
+    Fixed,
 }
 
 /// The mishaps, one after another.
 pub(super) struct Mishaps {
     sim: Arc<Simulator>,
     stage: Stage,
-    mended_at: Duration,
+    fixed_at: Duration,
 }
 
-/// What somebody who runs it can try.
+/// What the operator can try.
 pub(super) fn what_to_do(program: &Path, db: &Path) -> String {
     format!(
-        "Things go wrong now, and somebody has to mend one of them: that is you. What failed, why, and what to do about it
-is in the console, and beside the running daemon in another terminal:
+        "Requests fail now, and one of the failures needs you. The console shows what failed, why, and what to do. So does
+another terminal, while the daemon runs:
 
     alias bigchat-sync={}; export BIGCHAT_SYNC_DB={}
     bigchat-sync status
     bigchat-sync failed list
     bigchat-sync failed show ID
 
-Ctrl-C ends it, and compares.
+Ctrl-C ends the demo, and compares.
 ",
         // The shell reads an alias again when it is used.
         shell_word(&shell_word(&program.to_string_lossy())),
@@ -65,7 +65,7 @@ fn shell_word(text: &str) -> String {
 }
 
 impl Mishaps {
-    /// Begins with what fails from the start. `duration`: of the demo.
+    /// Starts the faults that last. `duration`: of the demo.
     pub(super) fn new(sim: Arc<Simulator>, duration: Duration) -> Self {
         sim.our_api.state().set_spam(Some(SPAM));
         sim.bigchat.upset_at_random(NOW_AND_THEN, crashed());
@@ -75,28 +75,31 @@ impl Mishaps {
         Self {
             sim,
             stage: Stage::Begun,
-            mended_at: MENDED_AT.min(duration / 3),
+            fixed_at: FIXED_AT.min(duration / 3),
         }
     }
 
-    /// Goes on to what is due next. Returns what there is to tell of it.
+    /// Starts the next mishap if it is due. Returns its announcement.
     pub(super) async fn go_on(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
         let (stage, news) = match self.stage {
-            Stage::Begun if elapsed > self.mended_at / 3 => {
+            Stage::Begun if elapsed > self.fixed_at / 3 => {
                 self.sim.our_api.down().await;
-                (Stage::Down, "OurAPI goes down.")
+                (
+                    Stage::Down,
+                    "OurAPI goes down; the daemon retries by itself",
+                )
             }
-            Stage::Down if elapsed > self.mended_at / 2 => {
+            Stage::Down if elapsed > self.fixed_at / 2 => {
                 self.sim.our_api.up().await?;
-                (Stage::Up, "OurAPI is up again.")
+                (Stage::Up, "OurAPI is up again")
             }
-            Stage::Up if elapsed > self.mended_at => {
+            Stage::Up if elapsed > self.fixed_at => {
                 self.sim.our_api.state().set_spam(None);
-                // What was mended stays so from now on, and nobody has to do it again and again.
+                // Once fixed, nothing new has to be resolved.
                 self.sim.bigchat.state().set_awkward(false);
                 self.calm();
-                let news = "Somebody has mended OurAPI: what it refused and should take it takes now, once it is tried again.";
-                (Stage::Mended, news)
+                let news = "OurAPI is fixed: retry the failed events (`bigchat-sync failed retry --all`); discard what still fails";
+                (Stage::Fixed, news)
             }
             _ => return Ok(None),
         };
@@ -104,7 +107,7 @@ impl Mishaps {
         Ok(Some(news))
     }
 
-    /// All is well again.
+    /// Ends all mishaps.
     pub(super) async fn end(self) -> io::Result<()> {
         if self.stage == Stage::Down {
             self.sim.our_api.up().await?;

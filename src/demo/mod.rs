@@ -1,9 +1,8 @@
-//! The demo: the real daemon, over HTTP, against both services simulated in this process, to be watched; and at the end
-//! the proof, by a comparison that shares no code with the daemon.
+//! The demo: the real daemon, over HTTP, between both services simulated in this process; and at the end the proof, by a
+//! comparison that shares no code with the daemon.
 //!
-//! It needs nothing and leaves nothing: the services listen on free ports, the database is a temporary one, and the
-//! daemon's settings and tokens in the environment have no say. It can also only serve the services, for a daemon in
-//! another terminal.
+//! It needs nothing and leaves nothing behind: the services listen on free ports, the database is temporary, and settings
+//! and tokens in the environment are ignored. It can also only serve the services, for a daemon in another terminal.
 
 mod chaos;
 mod mishaps;
@@ -40,68 +39,72 @@ use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
 use mishaps::Mishaps;
 use show::{FRAME, Show};
-use tally::{Looked, Tally};
-pub use verdict::{Figures, Struck, Verdict};
+use tally::{Snapshot, Tally};
+pub use verdict::{FailedPolls, Figures, Struck, Verdict};
 
-/// How often BigChat is polled: often, since somebody waits for something to happen.
+/// Time between polls: short, because somebody watches.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long what was told may take to arrive, once nothing new is told.
+/// How long the last events may take to arrive, once BigChat reports nothing new.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The same after chaos, when much may have to be built again.
+/// The same after chaos, when much may have to be restored.
 const CHAOS_PATIENCE: Duration = Duration::from_secs(180);
 
-/// If OurAPI is asked nothing for so long, nothing more will come.
+/// After so long without a request to OurAPI, no more will come.
 const STILL: Duration = Duration::from_secs(20);
 
-/// About as long as the real OurAPI takes for a request.
+/// About the time that the real OurAPI takes for a request.
 const LATENCY: Duration = Duration::from_millis(6);
 
-/// The same in chaos, where each loss has everything written again.
+/// The same in chaos, where everything is written again after each loss.
 const CHAOS_LATENCY: Duration = Duration::from_millis(1);
 
-/// How many conversations go on at a time in chaos: few, so that there is time for everything else.
+/// Active conversations in chaos: few, to leave time for everything else.
 const CHAOS_ACTIVE: usize = 8;
 
-/// Where the real BigChat and the real OurAPI listen, and the daemon looks for them unless told otherwise.
+/// The ports of the real BigChat and the real OurAPI, which are the defaults of the settings.
 const PORTS: [u16; 2] = [8267, 8266];
 
 /// Any that are free.
 const FREE_PORTS: [u16; 2] = [0, 0];
 
-/// How long it goes on.
+/// What a terminal shows in bold from here on, and no longer.
+const BOLD: &str = "\x1b[1m";
+const PLAIN: &str = "\x1b[0m";
+
+/// How long the demo takes.
 const DURATION: Duration = Duration::from_secs(30);
 
-/// The same where somebody has something to mend.
+/// The same where the operator has something to fix.
 const MENDING: Duration = Duration::from_secs(600);
 
-/// What can be chosen.
+/// The options of the demo.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// How long it goes on; what is under way then is waited for [default: 30s].
+    /// How long BigChat reports events; the last ones are then waited for [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true)]
     pub duration: Option<Duration>,
 
-    /// What the simulated services' random choices come from [default: a random number, which is shown].
+    /// Seed of the simulated services [default: a random number, which is printed].
     #[arg(long, value_name = "N", value_parser = number::<u64>, allow_hyphen_values = true)]
     pub seed: Option<u64>,
 
-    /// How the simulated BigChat tells events.
-    #[arg(long, value_enum, default_value_t = Telling::Once)]
-    pub bigchat: Telling,
+    /// How the simulated BigChat reports events.
+    #[arg(long, value_enum, default_value_t = Reporting::Once)]
+    pub bigchat: Reporting,
 
-    /// Let everything fail meanwhile: both services in every way they can, and the daemon, as a process of its own, is
-    /// killed and started again. In the end all is calm, and compared all the same.
+    /// Let everything fail: both services in every way they can, while the daemon, as a process of its own, is killed and
+    /// started again. The comparison at the end is the same.
     #[arg(long)]
     pub chaos: bool,
 
-    /// Let things fail, some of which somebody has to mend: see what and why in the console, or with `bigchat-sync status`
-    /// and `failed`, and mend it. Goes on for 10 minutes or as --duration says, or until Ctrl-C.
+    /// Let requests fail, some of them permanently: find out why in the console, or with `bigchat-sync status` and
+    /// `failed`, and resolve it. Takes 10 minutes, or --duration, or until Ctrl-C.
     #[arg(long, conflicts_with_all = ["chaos", "serve"])]
     pub faults: bool,
 
-    /// Only serve BigChat on port 8267 and OurAPI on port 8266, until stopped, for a daemon in another terminal.
+    /// Only serve BigChat on port 8267 and OurAPI on port 8266 until stopped, for a daemon in another terminal.
     #[arg(long, conflicts_with_all = ["duration", "chaos"])]
     pub serve: bool,
 }
@@ -115,10 +118,10 @@ impl Args {
 
 /// `--bigchat`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Telling {
-    /// Each event once, made up when asked for, as the real BigChat does.
+pub enum Reporting {
+    /// Each event once, as the real BigChat does.
     Once,
-    /// From a log that stays, the same events for the same time, as is usual elsewhere.
+    /// From a stored log, the same events for the same window, as most vendors do.
     Log,
 }
 
@@ -136,7 +139,7 @@ pub enum DemoError {
         source: io::Error,
     },
     /// No temporary directory can be made.
-    #[error("{} cannot be made: {source}", shown(.path))]
+    #[error("cannot create {}: {source}", shown(.path))]
     Scratch {
         /// The directory.
         path: PathBuf,
@@ -152,29 +155,29 @@ pub enum DemoError {
     /// The daemon did not start or did not stop well.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
-    /// The daemon has stopped by itself, which it never should.
-    #[error("the daemon has stopped by itself")]
+    /// The daemon stopped, which it should only do when asked.
+    #[error("the daemon stopped unexpectedly")]
     Stopped,
     /// The same, of a daemon that is a process of its own, or it did not stop well.
-    #[error("the daemon has ended with {0}")]
+    #[error("the daemon ended with {0}")]
     FetchEnd(ExitStatus),
-    /// What should come about at once does not.
-    #[error("waited for in vain: {0}")]
+    /// A condition that should hold soon does not.
+    #[error("timed out waiting until {0}")]
     Never(&'static str),
-    /// The daemon has panicked.
-    #[error("the daemon has panicked: {0}")]
+    /// The daemon panicked.
+    #[error("the daemon panicked: {0}")]
     Panicked(#[from] JoinError),
     /// Nothing can be shown, or a service cannot be stopped.
-    #[error("the demo breaks off: {0}")]
+    #[error("the demo stopped: {0}")]
     Io(#[from] io::Error),
     /// Stopped by a second signal.
-    #[error("stopped at once: nothing was compared")]
+    #[error("interrupted before the comparison")]
     Interrupted,
 }
 
-/// Runs the demo, or only serves, until it is over or `stopping` is cancelled. `settings` are the daemon's but for where
-/// everything is and how often it polls. 0 if OurAPI holds in the end what BigChat told, else 1. Whoever drops it ends it
-/// at once, and nothing is left then either.
+/// Runs the demo, or only serves, until it is over or `stopping` is cancelled. `settings` are those of the daemon, except
+/// for addresses and the poll interval. Returns 0 if OurAPI has in the end what BigChat reported, else 1. Dropping the future
+/// ends the demo at once, and leaves nothing behind either.
 pub async fn run(
     args: &Args,
     settings: Settings,
@@ -186,7 +189,12 @@ pub async fn run(
         return Ok(ExitCode::SUCCESS);
     }
     let verdict = perform(args, settings, terminal, stopping).await?;
-    terminal.say(&verdict.to_string()).await?;
+    let headline = match terminal.is_interactive() {
+        true => format!("{BOLD}{}{PLAIN}", verdict.headline()),
+        false => verdict.headline(),
+    };
+    let text = format!("{}\n\n{headline}", verdict.details());
+    terminal.say(&text).await?;
     Ok(verdict.exit_code())
 }
 
@@ -199,7 +207,7 @@ async fn serve(
     let seed = seed(args);
     let sim = start(args, seed, PORTS, Watch::default()).await?;
     terminal.say(&format!(
-        "{}\n\nTo try in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C ends it.",
+        "{}\n\nTry in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C stops it.",
         services(&sim, args.bigchat, seed),
         sim.our_api.url()
     )).await?;
@@ -221,20 +229,20 @@ async fn perform(
     let sim = Arc::new(start(args, seed, FREE_PORTS, watch.clone()).await?);
     let scratch = Scratch::new()?;
     let db = scratch.0.join("journal.db");
-    // The daemon finds it there, and so does who looks into it beside the daemon.
+    // Commands beside the daemon may open it before the daemon does.
     drop(Store::open(&db)?);
     let journal = Arc::new(Journal::start(Store::open_shared(&db)?)?);
     let duration = args.duration();
     terminal
         .say(&format!(
-            "The daemon for {} between two simulated services.\n{}",
+            "The daemon runs for {} between two simulated services.\n{}",
             humantime::format_duration(duration),
             services(&sim, args.bigchat, seed)
         ))
         .await?;
     let listen = free_address()?;
     terminal
-        .say(&format!("The console is at http://{listen}/\n"))
+        .say(&format!("Console  http://{listen}/\n"))
         .await?;
     let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
     let score = args.chaos.then(Arc::<Mutex<Score>>::default);
@@ -285,7 +293,7 @@ async fn perform(
         sim,
         journal,
         happenings,
-        tally: Tally::default(),
+        tally: Tally::new(args.bigchat == Reporting::Log),
         show: Show::new(terminal, duration),
         daemon,
         enough,
@@ -298,7 +306,7 @@ async fn perform(
         let kept = scratch.keep();
         terminal
             .say(&format!(
-                "The daemon's database and log are kept in {}\n",
+                "The daemon's database and log are in {}\n",
                 shown(&kept)
             ))
             .await?;
@@ -309,7 +317,7 @@ async fn perform(
 /// The daemon at work, until it has stopped.
 type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 
-/// All that is there while the demo runs.
+/// Everything while the demo runs.
 struct Stage {
     sim: Arc<Simulator>,
     journal: Arc<Journal>,
@@ -317,7 +325,7 @@ struct Stage {
     tally: Tally,
     show: Show,
     daemon: Running,
-    /// Cancelled when nothing more is to strike.
+    /// Cancelled when the chaos is to end.
     enough: CancellationToken,
     /// Cancelled when the daemon is to stop.
     stop: CancellationToken,
@@ -354,34 +362,35 @@ impl Stage {
         let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.state().polls());
         let (mut still_since, mut requests) = (quiet_since, 0);
         while quiet_since.elapsed() < patience && still_since.elapsed() < STILL {
-            let looked = self.frame().await?;
-            if requests != self.tally.requests() || looked.waiting > 0 {
+            let snapshot = self.frame().await?;
+            if requests != self.tally.requests() || snapshot.waiting > 0 {
                 (still_since, requests) = (Instant::now(), self.tally.requests());
             }
-            if looked.score.is_some_and(|score| !score.calm) {
+            if snapshot.score.is_some_and(|score| !score.calm) {
                 (quiet_since, polls) = (Instant::now(), self.sim.bigchat.state().polls());
                 still_since = quiet_since;
                 continue;
             }
-            // What the poll told that was under way is kept, and waits, once there is another.
-            if self.sim.bigchat.state().polls() > polls && looked.waiting == 0 {
+            // After one more poll, the pages of the poll in progress are stored.
+            if self.sim.bigchat.state().polls() > polls && snapshot.waiting == 0 {
                 let report = self.sim.compare();
-                if report.is_clean() && looked.failed + looked.discarded == report.refused {
+                if report.is_clean() && snapshot.failed + snapshot.discarded == report.refused {
                     break;
                 }
             }
         }
         self.stop.cancel();
         (&mut self.daemon).await?;
-        self.take_note();
-        let looked = self.look().await?;
+        self.record_happenings();
+        let snapshot = self.snapshot().await?;
         let figures = Figures {
             events: self.tally.events(),
+            failed_polls: self.tally.failed_polls(),
             requests: self.tally.requests(),
-            at_once: looked.at_once,
-            failed: looked.failed + looked.discarded,
-            waiting: looked.waiting,
-            chaos: looked.score.map(|score| Struck {
+            at_once: snapshot.at_once,
+            failed: snapshot.failed + snapshot.discarded,
+            waiting: snapshot.waiting,
+            chaos: snapshot.score.map(|score| Struck {
                 score,
                 faults: self.sim.bigchat.injected() + self.sim.our_api.injected(),
                 lost: self
@@ -397,8 +406,8 @@ impl Stage {
         Ok(Verdict::new(self.sim.compare(), figures))
     }
 
-    /// Lets a moment pass, and shows what happened in it.
-    async fn frame(&mut self) -> Result<Looked, DemoError> {
+    /// Waits for a moment, and shows what happened in it.
+    async fn frame(&mut self) -> Result<Snapshot, DemoError> {
         tokio::select! {
             () = tokio::time::sleep(FRAME) => {}
             ended = &mut self.daemon => {
@@ -406,23 +415,23 @@ impl Stage {
                 return Err(DemoError::Stopped);
             }
         }
-        self.take_note();
-        let looked = self.look().await?;
+        self.record_happenings();
+        let snapshot = self.snapshot().await?;
         self.show
-            .frame(self.begun.elapsed(), &self.tally, &looked)
+            .frame(self.begun.elapsed(), &self.tally, &snapshot)
             .await?;
-        Ok(looked)
+        Ok(snapshot)
     }
 
-    fn take_note(&mut self) {
+    fn record_happenings(&mut self) {
         while let Ok((at, happening)) = self.happenings.try_recv() {
             if let Some(line) = self.tally.note(at, happening) {
-                self.show.tell(line);
+                self.show.push(line);
             }
         }
     }
 
-    async fn look(&self) -> Result<Looked, DemoError> {
+    async fn snapshot(&self) -> Result<Snapshot, DemoError> {
         let in_journal = |store: &mut Store| {
             Ok([
                 store.waiting()?,
@@ -437,7 +446,7 @@ impl Stage {
         let (chats, agents) = (our_api.data().chats.len(), our_api.data().agents.len());
         let messages = our_api.message_count();
         drop(our_api);
-        Ok(Looked {
+        Ok(Snapshot {
             chats,
             agents,
             messages,
@@ -476,12 +485,12 @@ impl Drop for Scratch {
         if !self.0.as_os_str().is_empty()
             && let Err(error) = std::fs::remove_dir_all(&self.0)
         {
-            tracing::warn!(path = shown(&self.0), reason = %error, "the temporary database stays");
+            tracing::warn!(path = shown(&self.0), reason = %error, "cannot remove the temporary database; delete it by hand");
         }
     }
 }
 
-/// Where the console is served: where everybody looks for it, if that is free.
+/// Where the console is served: at its default address, if that is free.
 fn free_address() -> io::Result<SocketAddr> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     TcpListener::bind(DEFAULT_LISTEN)
@@ -501,16 +510,16 @@ async fn start(
     watch: Watch,
 ) -> Result<Simulator, DemoError> {
     let mode = match args.bigchat {
-        Telling::Once => Mode::Once,
+        Reporting::Once => Mode::Once,
         // With many pages, which shift.
-        Telling::Log if args.chaos => Mode::Log(Log {
+        Reporting::Log if args.chaos => Mode::Log(Log {
             events_per_second: 12.0,
             page_size: 6,
             max_late: 4,
             ..Log::default()
         }),
-        // As lively as the other, and with more than a page now and then.
-        Telling::Log => Mode::Log(Log {
+        // As lively as the other, and sometimes with more than a page.
+        Reporting::Log => Mode::Log(Log {
             events_per_second: 6.0,
             page_size: 25,
             ..Log::default()
@@ -519,6 +528,7 @@ async fn start(
     let options = bigchat::Options {
         seed,
         mode,
+        own_addresses: true,
         ..bigchat::Options::default()
     };
     let (active, latency) = match args.chaos {
@@ -547,14 +557,14 @@ async fn start(
     Ok(sim)
 }
 
-/// What the services are, for people.
-fn services(sim: &Simulator, log_at: Telling, seed: u64) -> String {
-    let tells = match log_at {
-        Telling::Once => "tells each event once",
-        Telling::Log => "tells from a log that stays",
+/// The services and their addresses.
+fn services(sim: &Simulator, reporting: Reporting, seed: u64) -> String {
+    let reports = match reporting {
+        Reporting::Once => "reports each event once",
+        Reporting::Log => "reports from a stored log",
     };
     format!(
-        "BigChat at {} {tells} (--seed {seed}).\nOurAPI at {} stands one request at a time.",
+        "BigChat  {}  {reports} (--seed {seed})\nOurAPI   {}  takes one request at a time",
         sim.bigchat.url(),
         sim.our_api.url()
     )

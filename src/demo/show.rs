@@ -1,4 +1,4 @@
-//! How the demo is seen: a picture that moves on a terminal, a line a second anywhere else. What is shown is left to
+//! How the demo is shown: a moving picture on a terminal, a line a second anywhere else. What is shown is decided by
 //! [`tally`](super::tally).
 
 use std::collections::VecDeque;
@@ -7,85 +7,93 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar};
 
-use super::tally::{Line, Looked, ROWS, Tally};
-use crate::telemetry::pace::{Rate, in_words};
+use super::tally::{Line, Snapshot, Tally, headings};
+use crate::telemetry::pace::Rate;
 use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often the picture changes.
 pub(super) const FRAME: Duration = Duration::from_millis(100);
 
-/// How many of the last lines are seen.
+/// How many of the latest lines are shown.
 const LINES: usize = 8;
 
-/// A poll's events arrive at once and could not be read so: what there is to say of them is spread over about so many
-/// frames, until the next poll.
+/// Over how many frames the lines of a poll are spread: its events arrive at once, too fast to be read.
 const SPREAD: usize = 8;
 
-/// How often there is a line where there is no picture.
+/// Time between two lines without a picture.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// The show that is on.
+/// How many lines there are under one pair of headings: about a screen.
+const LINES_PER_HEADING: u32 = 20;
+
+/// A picture on a terminal, or lines.
 pub(super) enum Show {
     Picture(Picture),
     Lines {
         terminal: Terminal,
-        duration: Duration,
         next: Duration,
+        printed: u32,
     },
 }
 
 impl Show {
-    /// Begins to show what goes on.
+    /// Starts to show what happens.
     pub(super) fn new(terminal: &Terminal, duration: Duration) -> Self {
         match terminal.picture() {
             Some(picture) => Self::Picture(Picture::new(picture, duration)),
             None => Self::Lines {
                 terminal: terminal.clone(),
-                duration,
                 next: LINE_EVERY,
+                printed: 0,
             },
         }
     }
 
-    /// Something happened.
-    pub(super) fn tell(&mut self, line: Line) {
+    /// Adds a line.
+    pub(super) fn push(&mut self, line: Line) {
         if let Self::Picture(picture) = self {
             picture.coming.push_back(line);
         }
     }
 
-    /// A moment has passed.
+    /// Shows the figures of this moment.
     pub(super) async fn frame(
         &mut self,
         elapsed: Duration,
         tally: &Tally,
-        looked: &Looked,
+        snapshot: &Snapshot,
     ) -> io::Result<()> {
         match self {
-            Self::Picture(picture) => picture.draw(elapsed, tally, looked),
+            Self::Picture(picture) => picture.draw(elapsed, tally, snapshot),
             Self::Lines {
                 terminal,
-                duration,
                 next,
+                printed,
             } if elapsed >= *next => {
                 *next = elapsed + LINE_EVERY;
-                terminal
-                    .say(&format!(
-                        "{:>3} s of {}  {}",
-                        elapsed.as_secs(),
-                        in_words(*duration),
-                        tally.sentence(looked)
-                    ))
-                    .await?;
+                if *printed % LINES_PER_HEADING == 0 {
+                    let [owners, headings] = headings();
+                    terminal
+                        .say(&format!("{:6}{owners}\n{:>6}{headings}", "", "time"))
+                        .await?;
+                }
+                *printed += 1;
+                let line = format!(
+                    "{:>4} s{}  {}",
+                    elapsed.as_secs(),
+                    tally.figures(snapshot),
+                    snapshot.chaos()
+                );
+                terminal.say(line.trim_end()).await?;
             }
             Self::Lines { .. } => {}
         }
         Ok(())
     }
 
-    /// Nothing new is told from now on; what was told is waited for.
+    /// BigChat reports nothing new from now on; the events in flight are waited for.
     pub(super) async fn finishing(&mut self) -> io::Result<()> {
-        const WAITING: &str = "waiting for what is still on its way";
+        const WAITING: &str = "delivering the last events";
         match self {
             Self::Picture(picture) => picture.time.set_message(WAITING),
             Self::Lines { terminal, .. } => terminal.say(WAITING).await?,
@@ -94,14 +102,15 @@ impl Show {
     }
 }
 
-/// A time bar, counters, and what happened last.
+/// A time bar, the figures, and the latest lines.
 pub(super) struct Picture {
     all: Vec<ProgressBar>,
     duration: Duration,
     time: ProgressBar,
-    rows: Vec<ProgressBar>,
+    figures: ProgressBar,
+    chaos: ProgressBar,
     lines: Vec<ProgressBar>,
-    /// What happened and is not shown yet.
+    /// Lines not shown yet.
     coming: VecDeque<Line>,
     shown: VecDeque<Line>,
 }
@@ -116,12 +125,15 @@ impl Picture {
             all.push(bar.clone());
             bar
         };
-        // A ^C that somebody types pushes the picture up by a line, which then stays: an empty one.
+        // A typed ^C pushes the picture up by a line, which then stays: an empty one.
         add(" ");
         let time = add("  {wide_bar:.cyan/dim}  {msg}");
         add(" ");
-        let rows = std::iter::repeat_with(|| add("{prefix:>14.cyan}  {wide_msg}"));
-        let rows = rows.take(ROWS).collect();
+        for heading in headings() {
+            add("{wide_msg:.cyan}").set_message(heading);
+        }
+        let figures = add("{wide_msg}");
+        let chaos = add("  {wide_msg}");
         add(" ");
         let lines = std::iter::repeat_with(|| add("{prefix:.dim}{wide_msg}"));
         let lines = lines.take(LINES).collect();
@@ -129,26 +141,25 @@ impl Picture {
             all,
             duration,
             time,
-            rows,
+            figures,
+            chaos,
             lines,
             coming: VecDeque::new(),
             shown: VecDeque::new(),
         }
     }
 
-    fn draw(&mut self, elapsed: Duration, tally: &Tally, looked: &Looked) {
+    fn draw(&mut self, elapsed: Duration, tally: &Tally, snapshot: &Snapshot) {
         self.time.set_position(millis(elapsed));
         if elapsed < self.duration {
             let rate = Rate {
                 per_second: tally.events() as f64 / elapsed.as_secs_f64().max(1.0),
                 time_left: Some(self.duration - elapsed),
             };
-            self.time.set_message(format!("told {rate}"));
+            self.time.set_message(format!("{rate}"));
         }
-        for (bar, (what, how_much)) in self.rows.iter().zip(tally.rows(looked)) {
-            bar.set_prefix(what);
-            bar.set_message(how_much);
-        }
+        self.figures.set_message(tally.figures(snapshot));
+        self.chaos.set_message(snapshot.chaos());
         let now = self.coming.len().div_ceil(SPREAD);
         self.shown.extend(self.coming.drain(..now));
         self.shown.drain(..self.shown.len().saturating_sub(LINES));

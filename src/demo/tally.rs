@@ -1,15 +1,16 @@
-//! What has happened so far, counted and in words: what the simulated services do goes in, what can be shown comes out.
+//! What has happened so far, in figures and in words.
 //!
-//! It looks at both ends only, what BigChat told and what OurAPI answered, and pairs them up to say how long each event
-//! took in between. What it shows of strangers' words has nothing in it that a terminal would obey.
+//! It observes both ends only, what BigChat reported and what OurAPI answered, and pairs them to show how long each event
+//! took. Text from outside is shown without control characters.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
+use super::verdict::FailedPolls;
 use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
@@ -17,31 +18,60 @@ use crate::telemetry::terminal::printable;
 /// More of a message than this does not help to tell it from others, and a line is to fit 80 columns.
 const SHOWN: usize = 38;
 
-/// How many counters there are.
-pub(super) const ROWS: usize = 6;
+/// The columns of the figures: whose they are, where that changes, and the heading.
+const COLUMNS: [(&str, &str); 9] = [
+    ("BigChat", "events"),
+    ("", "conversations"),
+    ("", "errors"),
+    ("OurAPI", "chats"),
+    ("", "agents"),
+    ("", "messages"),
+    ("", "requests"),
+    ("daemon", "waiting"),
+    ("", "failed"),
+];
 
-/// The kinds of events, in the order in which they are shown.
-const KINDS: [&str; 4] = ["START", "MESSAGE", "TRANSFER", "END"];
+/// The narrowest column.
+const NARROWEST: usize = 6;
+
+/// The two lines of headings over [`Tally::figures`].
+pub(super) fn headings() -> [String; 2] {
+    let owners = COLUMNS.map(|column @ (owner, _)| {
+        let gap = gap(column);
+        format!("{:gap$}{owner:<width$}", "", width = width(column) - gap)
+    });
+    let headings = COLUMNS.map(|column| format!("{:>width$}", column.1, width = width(column)));
+    [owners.concat().trim_end().to_owned(), headings.concat()]
+}
+
+fn gap((owner, _): (&str, &str)) -> usize {
+    if owner.is_empty() { 1 } else { 2 }
+}
+
+fn width(column: (&str, &str)) -> usize {
+    let (owner, heading) = column;
+    gap(column) + owner.len().max(heading.len()).max(NARROWEST)
+}
 
 /// One thing that happened, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
     /// From BigChat's answer to OurAPI's, where both are known.
     pub(super) took: Option<Duration>,
-    /// Whom it is about.
+    /// The service or the conversation.
     pub(super) who: String,
     /// What happened.
     pub(super) what: String,
 }
 
-/// What is not known from the services' doings, but looked up.
+/// The state of OurAPI and of the journal, as read for a frame.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Looked {
-    /// The chats that OurAPI holds.
+pub(super) struct Snapshot {
+    /// The chats that OurAPI has.
     pub(super) chats: usize,
-    /// The agents that it holds.
+    /// Its agents.
     pub(super) agents: usize,
-    /// The messages that it holds.
+    /// Its messages.
     pub(super) messages: usize,
     /// The most requests that it ever carried out at once.
     pub(super) at_once: usize,
@@ -49,39 +79,57 @@ pub(super) struct Looked {
     pub(super) waiting: usize,
     /// The failed events there.
     pub(super) failed: usize,
-    /// Those that somebody has given up.
+    /// The discarded events there.
     pub(super) discarded: usize,
-    /// What has struck so far, if anything is to.
+    /// What has struck so far, in chaos.
     pub(super) score: Option<Score>,
 }
 
-/// The counts, and what is told of and not answered yet.
+/// The counts, and what was reported and not answered yet.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    told: BTreeMap<String, usize>,
+    events: usize,
     conversations: HashSet<i64>,
-    failures: usize,
+    failed_polls: FailedPolls,
     requests: usize,
-    /// When a message was told, by conversation, time and text as OurAPI keeps it.
+    /// When a message was reported, by conversation, time and text as OurAPI stores it.
     messages: HashMap<(String, i64, String), VecDeque<Instant>>,
-    /// When a conversation was last told to end or to be handed over, and when it was first heard of.
+    /// When an END or a TRANSFER of a conversation was last reported, and when its first event was.
     changes: HashMap<(String, &'static str), Instant>,
 }
 
 impl Tally {
-    /// Takes in what happened; returns what there is to say about it.
+    /// `reported_again`: whether BigChat reports the events of a failed poll again.
+    pub(super) fn new(reported_again: bool) -> Self {
+        let failed_polls = FailedPolls {
+            count: 0,
+            reported_again,
+        };
+        Self {
+            failed_polls,
+            ..Self::default()
+        }
+    }
+
+    /// Counts what happened; returns a line about it, if it is worth one.
     pub(super) fn note(&mut self, at: Instant, happening: Happening) -> Option<Line> {
         match happening {
-            Happening::Reported(told) => {
-                told.iter().for_each(|told| self.told(at, told));
+            Happening::Reported(events) => {
+                for event in &events {
+                    self.reported(at, event);
+                }
                 None
             }
             Happening::Failed => {
-                self.failures += 1;
+                self.failed_polls.count += 1;
+                let what = match self.failed_polls.reported_again {
+                    true => "poll failed; its events will be reported again",
+                    false => "poll failed; its events are not recoverable",
+                };
                 Some(Line {
                     took: None,
                     who: "BigChat".to_owned(),
-                    what: "answers 500: what it would have told is gone".to_owned(),
+                    what: what.to_owned(),
                 })
             }
             Happening::Struck(what) => Some(Line {
@@ -96,9 +144,14 @@ impl Tally {
         }
     }
 
-    /// How many events were told.
+    /// How many events were reported.
     pub(super) fn events(&self) -> usize {
-        self.told.values().sum()
+        self.events
+    }
+
+    /// The polls that BigChat answered with an error.
+    pub(super) fn failed_polls(&self) -> FailedPolls {
+        self.failed_polls
     }
 
     /// How many requests OurAPI got.
@@ -106,15 +159,15 @@ impl Tally {
         self.requests
     }
 
-    fn told(&mut self, at: Instant, told: &Reported) {
-        *self.told.entry(told.name.clone()).or_default() += 1;
-        let chat = told.conversation_id.to_string();
-        if self.conversations.insert(told.conversation_id) {
+    fn reported(&mut self, at: Instant, event: &Reported) {
+        self.events += 1;
+        let chat = event.conversation_id.to_string();
+        if self.conversations.insert(event.conversation_id) {
             self.changes.insert((chat.clone(), "START"), at);
         }
-        match (told.name.as_str(), told.data["message"].as_str()) {
+        match (event.name.as_str(), event.data["message"].as_str()) {
             ("MESSAGE", Some(text)) => {
-                let key = (chat, told.event_at, text.trim().to_owned());
+                let key = (chat, event.event_at, text.trim().to_owned());
                 self.messages.entry(key).or_default().push_back(at);
             }
             ("END", _) => drop(self.changes.insert((chat, "END"), at)),
@@ -132,8 +185,8 @@ impl Tally {
             ..
         } = answered;
         let good = (200..300).contains(status);
-        let say = |told: Option<Instant>, who, what| {
-            let took = told.map(|told| at.saturating_duration_since(told));
+        let say = |reported: Option<Instant>, who, what| {
+            let took = reported.map(|reported| at.saturating_duration_since(reported));
             Some(Line { took, who, what })
         };
         let conversation = |id: &str| format!("conversation {}", printable(id));
@@ -142,8 +195,8 @@ impl Tally {
                 let name = quoted(&body["name"]);
                 let what = match status {
                     _ if good => format!("new agent {name}"),
-                    500 | 409 => format!("new agent {name} meets {status}: is the name taken?"),
-                    _ => format!("new agent {name} meets {status}"),
+                    500 | 409 => format!("new agent {name}: {status}, the name may be taken"),
+                    _ => format!("new agent {name}: {status}"),
                 };
                 say(None, "OurAPI".to_owned(), what)
             }
@@ -154,128 +207,76 @@ impl Tally {
                 say(self.changes.remove(&(id, "START")), who, what)
             }
             ("PATCH /chats/{id}", Some(chat)) if good => {
-                let told = [("ended_at", "END"), ("agent_id", "TRANSFER")]
+                let reported = [("ended_at", "END"), ("agent_id", "TRANSFER")]
                     .into_iter()
                     .filter(|(field, _)| !body[*field].is_null())
                     .find_map(|(_, kind)| self.changes.remove(&(chat.clone(), kind)));
-                say(told, conversation(chat), changes(answered, "now with"))
+                say(reported, conversation(chat), changes(answered, "now with"))
             }
             ("POST /chats/{id}/messages", Some(chat)) => {
-                // What is not stored now may be, later.
-                let told = good.then(|| self.message_told(chat, body)).flatten();
+                // A message that fails now may be stored later.
+                let reported = good.then(|| self.message_reported(chat, body)).flatten();
                 let text = quoted(&body["text"]);
                 let what = match status {
                     _ if good => format!("message {text}"),
-                    422 => format!("message {text} is refused for good"),
-                    _ => format!("message {text} meets {status}"),
+                    422 => format!("message {text}: permanently rejected"),
+                    _ => format!("message {text}: {status}"),
                 };
-                say(told, conversation(chat), what)
+                say(reported, conversation(chat), what)
             }
             _ if good => None,
             _ => {
-                let what = format!("{route} meets {status}");
+                let what = format!("{route}: {status}");
                 say(None, "OurAPI".to_owned(), what)
             }
         }
     }
 
-    /// When a message that OurAPI got was told.
-    fn message_told(&mut self, chat: &str, body: &Value) -> Option<Instant> {
+    /// When a message that OurAPI received was reported.
+    fn message_reported(&mut self, chat: &str, body: &Value) -> Option<Instant> {
         let sent_at = DateTime::parse_from_rfc3339(body["sent_at"].as_str()?).ok()?;
         let text = body["text"].as_str()?.trim().to_owned();
         let key = (chat.to_owned(), sent_at.timestamp(), text);
-        let told = self.messages.get_mut(&key)?;
-        let first = told.pop_front();
-        if told.is_empty() {
+        let reported = self.messages.get_mut(&key)?;
+        let first = reported.pop_front();
+        if reported.is_empty() {
             self.messages.remove(&key);
         }
         first
     }
 
-    /// The counters, for people: what, and how much of it.
-    pub(super) fn rows(&self, looked: &Looked) -> [(&'static str, String); ROWS] {
-        let kinds = KINDS.map(|kind| {
-            let count = self.told.get(kind).copied().unwrap_or_default();
-            format!("{count} {kind}")
-        });
-        [
-            ("BigChat told", self.told_in_words()),
-            ("", kinds.join("   ")),
-            ("OurAPI holds", looked.held_in_words()),
-            ("which took", self.requests_in_words(looked)),
-            ("daemon keeps", looked.waiting_in_words()),
-            match looked.score {
-                None => ("", String::new()),
-                Some(score) if score.up => ("daemon is up", score.to_string()),
-                Some(score) => ("daemon is down", score.to_string()),
-            },
-        ]
-    }
-
-    /// The counters in one line.
-    pub(super) fn sentence(&self, looked: &Looked) -> String {
-        let score = looked.score.map(|score| {
-            let state = if score.up { "up" } else { "down" };
-            format!("; daemon {state} after {score}")
-        });
-        format!(
-            "BigChat told {}; OurAPI holds {} after {}; {}{}",
-            self.told_in_words(),
-            looked.held_in_words(),
-            self.requests_in_words(looked),
-            looked.waiting_in_words(),
-            score.unwrap_or_default()
-        )
-    }
-
-    fn told_in_words(&self) -> String {
-        let failures = match self.failures {
-            0 => String::new(),
-            1 => ", and answered 500 once".to_owned(),
-            failures => format!(", and answered 500 {failures} times"),
-        };
-        format!(
-            "{} of {}{failures}",
-            count(self.events(), "event"),
-            count(self.conversations.len(), "conversation"),
-        )
-    }
-
-    fn requests_in_words(&self, looked: &Looked) -> String {
-        format!(
-            "{}{}, at most {} at once",
-            count(self.requests, "request"),
-            per_event(self.requests, self.events()),
-            looked.at_once
-        )
+    /// The figures, under the [`headings`].
+    pub(super) fn figures(&self, snapshot: &Snapshot) -> String {
+        let figures = [
+            self.events,
+            self.conversations.len(),
+            self.failed_polls.count,
+            snapshot.chats,
+            snapshot.agents,
+            snapshot.messages,
+            self.requests,
+            snapshot.waiting,
+            snapshot.failed,
+        ];
+        let cells = COLUMNS.into_iter().zip(figures);
+        cells
+            .map(|(column, figure)| format!("{figure:>width$}", width = width(column)))
+            .collect()
     }
 }
 
-impl Looked {
-    fn held_in_words(&self) -> String {
-        format!(
-            "{}, {}, {}",
-            count(self.chats, "chat"),
-            count(self.agents, "agent"),
-            count(self.messages, "message")
-        )
-    }
-
-    fn waiting_in_words(&self) -> String {
-        format!(
-            "{} waiting, {} failed",
-            count(self.waiting, "event"),
-            self.failed
-        )
+impl Snapshot {
+    /// What has struck so far, and whether the daemon runs; empty without chaos.
+    pub(super) fn chaos(&self) -> String {
+        match self.score {
+            None => String::new(),
+            Some(score) if score.up => format!("daemon up; {score}"),
+            Some(score) => format!("daemon down; {score}"),
+        }
     }
 }
 
-/// Of what there is one or more.
-pub(super) fn count(count: usize, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
-}
-
-/// How many requests that was for each event.
+/// Requests per event, in brackets.
 pub(super) fn per_event(requests: usize, events: usize) -> String {
     if events == 0 {
         return String::new();
@@ -283,7 +284,7 @@ pub(super) fn per_event(requests: usize, events: usize) -> String {
     format!(" ({:.2} per event)", requests as f64 / events as f64)
 }
 
-/// What a request says of a chat besides its name, whose agent is `with` it.
+/// The fields of a chat that a request sets; `with` precedes the agent.
 fn changes(answered: &Answered, with: &str) -> String {
     let Answered { agent, body, .. } = answered;
     let time = |name: &str| body[name].as_str().and_then(|time| time.get(11..19));
@@ -300,7 +301,7 @@ fn quoted(text: &Value) -> String {
     format!("“{}”", shown(text.as_str().unwrap_or_default()))
 }
 
-/// What strangers wrote, harmless and not too long.
+/// Text from outside, harmless and not too long.
 fn shown(text: &str) -> String {
     let text = printable(text);
     match text.char_indices().nth(SHOWN) {
@@ -315,7 +316,7 @@ mod tests {
 
     use super::*;
 
-    fn told(conversation_id: i64, name: &str, data: Value) -> Reported {
+    fn reported(conversation_id: i64, name: &str, data: Value) -> Reported {
         Reported {
             epoch: 1,
             forgotten: false,
@@ -332,7 +333,7 @@ mod tests {
     }
 
     fn message(text: &str) -> Reported {
-        told(4, "MESSAGE", json!({ "message": text }))
+        reported(4, "MESSAGE", json!({ "message": text }))
     }
 
     fn answered(method: &str, chat: Option<&str>, body: Value, status: u16) -> Happening {
@@ -364,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn each_message_is_paired_with_its_own_telling() {
+    fn each_message_is_paired_with_its_report() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
@@ -375,7 +376,7 @@ mod tests {
         assert_eq!(note(10, Happening::Reported(vec![message(" ok")])), None);
         assert_eq!(
             note(12, posted(" ok", 503)),
-            line(None, "message “ ok” meets 503")
+            line(None, "message “ ok”: 503")
         );
         assert_eq!(
             note(15, posted(" ok", 200)),
@@ -385,30 +386,73 @@ mod tests {
         assert_eq!(note(17, posted(" ok", 200)), line(None, "message “ ok”"));
         assert_eq!(
             note(18, posted("a", 422)),
-            line(None, "message “a” is refused for good")
+            line(None, "message “a”: permanently rejected")
         );
         assert_eq!((tally.events(), tally.requests()), (3, 5));
     }
 
     #[test]
-    fn what_changes_a_chat_is_said_with_the_time_since_it_was_told() {
+    fn changes_of_a_chat_show_their_delay() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
         let (time, agent) = ("2025-11-22T22:03:27Z", "its id");
-        note(0, Happening::Reported(vec![told(4, "START", Value::Null)]));
+        note(
+            0,
+            Happening::Reported(vec![reported(4, "START", Value::Null)]),
+        );
         let chat = json!({ "external_id": "4", "started_at": time, "agent_id": agent });
         assert_eq!(
             note(9, answered("POST", None, chat, 201)),
             line(Some(9), "new chat, started 22:03:27, with Zoë Ng")
         );
-        let change = ["TRANSFER", "END"].map(|name| told(4, name, Value::Null));
+        let change = ["TRANSFER", "END"].map(|name| reported(4, name, Value::Null));
         note(1000, Happening::Reported(change.into()));
         let change = json!({ "ended_at": time, "agent_id": agent });
         assert_eq!(
             note(1007, answered("PATCH", Some("4"), change, 204)),
             line(Some(7), "ended 22:03:27, now with Zoë Ng")
         );
+    }
+
+    #[test]
+    fn figures_stand_under_their_headings() {
+        let [owners, headings] = headings();
+        let mut tally = Tally::new(false);
+        tally.note(Instant::now(), Happening::Reported(vec![message("a")]));
+        tally.note(Instant::now(), Happening::Failed);
+        let snapshot = Snapshot {
+            chats: 2,
+            failed: 9,
+            ..Snapshot::default()
+        };
+        let figures = tally.figures(&snapshot);
+        assert!(headings.len() <= 80, "it fits a terminal");
+        for (heading, figure) in [
+            ("events", "1"),
+            ("errors", "1"),
+            ("chats", "2"),
+            ("failed", "9"),
+        ] {
+            let end = headings.find(heading).expect(heading) + heading.len();
+            assert!(
+                figures[..end].ends_with(&format!(" {figure}")),
+                "{heading}: {figures:?}"
+            );
+        }
+        assert_eq!(owners.find("daemon"), headings.find("waiting"));
+    }
+
+    #[test]
+    fn failed_poll_says_what_is_lost() {
+        for (reported_again, says) in [(true, "reported again"), (false, "not recoverable")] {
+            let mut tally = Tally::new(reported_again);
+            let line = tally
+                .note(Instant::now(), Happening::Failed)
+                .expect("a line");
+            assert!(line.what.contains(says), "{line:?}");
+            assert!(tally.failed_polls().to_string().contains(says));
+        }
     }
 
     #[test]

@@ -1,17 +1,19 @@
-//! What is said at the end: whether OurAPI holds what BigChat told, with the figures, and the exit code.
+//! The end of the demo: whether OurAPI has what BigChat reported, with the figures, and the exit code.
 
 use std::fmt;
 use std::process::ExitCode;
 
 use super::chaos::Score;
-use super::tally::{count, per_event};
-use crate::simulator::compare::Report;
+use super::tally::per_event;
+use crate::simulator::compare::{Report, count};
 
 /// What the comparison does not tell.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
-    /// Events that BigChat told.
+    /// Events that BigChat reported.
     pub events: usize,
+    /// What became of the events of polls that failed.
+    pub failed_polls: FailedPolls,
     /// Requests that OurAPI got.
     pub requests: usize,
     /// The most of them that it carried out at once.
@@ -24,18 +26,41 @@ pub struct Figures {
     pub chaos: Option<Struck>,
 }
 
-/// What has struck, and what of BigChat's telling was lost by it.
+/// Polls that BigChat answered with an error of its own. It reports the events of such a poll again if it stores them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FailedPolls {
+    /// How many.
+    pub count: usize,
+    /// Whether BigChat stores its events.
+    pub reported_again: bool,
+}
+
+impl fmt::Display for FailedPolls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            count: polls,
+            reported_again,
+        } = *self;
+        write!(f, "BigChat failed {}: ", count(polls, "poll"))?;
+        f.write_str(match reported_again {
+            true => "their events were reported again",
+            false => "it does not report their events again, so they are not recoverable, and not counted",
+        })
+    }
+}
+
+/// What struck, and which events were lost by it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Struck {
     /// What was done to the services and the daemon.
     pub score: Score,
     /// How many requests met a fault.
     pub faults: u64,
-    /// Events that were told and reached nobody, those among them that a killed daemon had not kept.
+    /// Events that were reported and never stored, including those that a killed daemon had not stored.
     pub lost: usize,
 }
 
-/// How the demo came out. Its `Display` is what is to be printed.
+/// How the demo came out. Its `Display` is what is to be printed: the details, and the [headline](Self::headline).
 #[derive(Clone, Debug)]
 pub struct Verdict {
     figures: Figures,
@@ -44,14 +69,14 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    /// Judges. Nothing told is wrong, too: nothing would have been shown.
+    /// Judges. A run in which nothing was reported fails too, because it shows nothing.
     pub fn new(report: Report, figures: Figures) -> Self {
         let mut wrong = Vec::new();
         if figures.events == 0 {
-            wrong.push("nothing was told".to_owned());
+            wrong.push("BigChat reported no event".to_owned());
         }
         if !report.is_clean() {
-            wrong.push("OurAPI does not hold what BigChat told".to_owned());
+            wrong.push("OurAPI does not have what BigChat reported".to_owned());
         }
         if figures.waiting > 0 {
             wrong.push(format!("{} still waiting", count(figures.waiting, "event")));
@@ -64,7 +89,7 @@ impl Verdict {
             ));
         }
         if figures.at_once > 1 {
-            wrong.push("more than 1 request at once".to_owned());
+            wrong.push(format!("up to {} requests at once", figures.at_once));
         }
         Self {
             figures,
@@ -82,24 +107,39 @@ impl Verdict {
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(u8::from(!self.is_good()))
     }
-}
 
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// The verdict in one line.
+    pub fn headline(&self) -> String {
         let Figures {
-            events,
-            requests,
-            at_once,
+            events, requests, ..
+        } = self.figures;
+        let verdict = match self.is_good() {
+            true => "No difference".to_owned(),
+            false => format!("FAILED, {}", self.wrong.join("; ")),
+        };
+        format!(
+            "{verdict}: {}, {}, {}{}, never more than {} at once",
+            count(self.report.chats(), "conversation"),
+            count(events, "event"),
+            count(requests, "request"),
+            per_event(requests, events),
+            self.figures.at_once.max(1),
+        )
+    }
+
+    /// What differs, and what is not counted as a difference.
+    pub fn details(&self) -> String {
+        let mut lines = vec![self.report.to_string()];
+        let Figures {
             failed,
+            failed_polls,
             ..
         } = self.figures;
-        writeln!(f, "{}\n", self.report)?;
         if failed > 0 && failed == self.report.refused {
-            writeln!(
-                f,
-                "{} failed, and rightly so: OurAPI stores none of under 2 characters\n",
-                count(self.report.refused, "message")
-            )?;
+            lines.push(format!(
+                "{} failed, as expected: OurAPI does not store messages under 2 characters",
+                count(failed, "message")
+            ));
         }
         if let Some(Struck {
             score,
@@ -108,32 +148,25 @@ impl fmt::Display for Verdict {
         }) = self.figures.chaos
         {
             let unstored = score.unstored.min(lost);
-            writeln!(
-                f,
-                "{score}, {faults} faults injected\n\
-                 {} told that never reached the journal: {} in answers that were lost or with a BigChat that restarted, {unstored} that the daemon had not kept yet when it was killed\n\
-                 {} whose start or agent nobody knew any more\n",
+            lines.push(format!("{score}, {faults} faults injected"));
+            lines.push(format!(
+                "{} not recoverable, and not counted: {} in responses that were lost or from a BigChat that restarted, {unstored} not stored yet when the daemon was killed",
                 count(lost, "event"),
                 lost - unstored,
+            ));
+            lines.push(format!(
+                "{} with a start or an agent that BigChat no longer knew: a substitute is accepted",
                 count(self.report.fallbacks(), "chat"),
-            )?;
+            ));
+        } else if failed_polls.count > 0 {
+            lines.push(failed_polls.to_string());
         }
-        let at_once = match at_once {
-            0 | 1 => "never more than 1 at once".to_owned(),
-            more => format!("up to {more} at once"),
-        };
-        let wrong = if self.is_good() {
-            "no difference".to_owned()
-        } else {
-            self.wrong.join("; ")
-        };
-        write!(
-            f,
-            "{}, {} told, {} to OurAPI{}, {at_once}, {wrong}",
-            count(self.report.chats(), "conversation"),
-            count(events, "event"),
-            count(requests, "request"),
-            per_event(requests, events),
-        )
+        lines.join("\n")
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n\n{}", self.details(), self.headline())
     }
 }

@@ -79,6 +79,8 @@ pub struct Options {
     pub quiet: bool,
     /// Some messages are short, padded, twins or otherwise awkward, and two advisors share a name.
     pub awkward: bool,
+    /// Advisors' e-mail addresses are made from their own names; the real one makes them from others.
+    pub own_addresses: bool,
     /// So many of the latest conversations get events; the real one's all do.
     pub active: usize,
     pub clock: Clock,
@@ -91,6 +93,7 @@ impl Default for Options {
             mode: Mode::Once,
             quiet: false,
             awkward: true,
+            own_addresses: false,
             active: 30,
             clock: Clock::Ahead(0),
         }
@@ -425,9 +428,13 @@ impl BigChat {
         self.repeatable.clear();
         self.advisors.clear();
         for id in 1..=10 {
-            let (mut name, address) = self.make_up_advisor();
+            let (mut name, mut address) = self.make_up_advisor();
             if self.options.awkward && id == 7 {
-                name = self.advisors[&3].name.clone();
+                let namesake = &self.advisors[&3];
+                name.clone_from(&namesake.name);
+                if self.options.own_addresses {
+                    address = format!("{id}.{}", namesake.email_address);
+                }
             }
             self.set_advisor(id, &name, &address);
         }

@@ -68,11 +68,15 @@ impl BigChat {
         format!("{first} {}", pick(&mut self.rng, &LAST_NAMES))
     }
 
-    /// A name, and an e-mail address made from another one.
+    /// A name, and an e-mail address made from another one, unless they are to fit.
     pub(super) fn make_up_advisor(&mut self) -> (String, String) {
-        let name = self.person();
+        let mut name = self.person();
         loop {
-            let address = self.person().replace(' ', "_").to_lowercase();
+            let person = self.person();
+            if self.options.own_addresses {
+                name.clone_from(&person);
+            }
+            let address = person.replace(' ', "_").to_lowercase();
             // Over several epochs the names run out.
             let number = match self.addresses.len() {
                 count @ 100.. => format!("{count}."),

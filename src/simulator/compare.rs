@@ -81,7 +81,7 @@ impl Line {
     }
 }
 
-/// How everything came out. Its `Display` is a table, differences first.
+/// How everything came out. Its `Display` is a table of the chats that differ, and a summary.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// A line per chat, expected or held.
@@ -511,19 +511,18 @@ const SHOWN: usize = 3;
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wrong = || self.lines.iter().filter(|line| !line.is_clean());
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL_CONDENSED);
         table.set_header([
             "chat",
             "expected",
-            "held",
+            "found",
             "missing",
             "extra",
             "differences",
         ]);
-        let (clean, wrong): (Vec<&Line>, Vec<&Line>) =
-            self.lines.iter().partition(|line| line.is_clean());
-        for line in wrong.iter().chain(&clean).take(ROWS) {
+        for line in wrong().take(ROWS) {
             let of = |word: &'static str| {
                 move |(at, text): &(NaiveDateTime, String)| {
                     format!("{word} {} {text:?}", at.format("%T"))
@@ -546,23 +545,30 @@ impl fmt::Display for Report {
             row.push(Cell::new(words.take(SHOWN).collect::<Vec<_>>().join("\n")));
             table.add_row(row);
         }
-        writeln!(f, "{table}")?;
-        if self.lines.len() > ROWS {
-            writeln!(f, "… and {} more", self.lines.len() - ROWS)?;
+        let wrong = wrong().count();
+        if wrong > 0 {
+            writeln!(f, "{table}")?;
         }
-        self.agents
-            .iter()
-            .try_for_each(|agent| writeln!(f, "agent {agent}"))?;
+        if wrong > ROWS {
+            writeln!(f, "… and {} more", wrong - ROWS)?;
+        }
+        for agent in &self.agents {
+            writeln!(f, "agent {agent}")?;
+        }
         write!(
             f,
-            "{} chats, {} with differences; {} messages expected, {} held, {} missing, {} extra; {} agents with differences",
-            self.chats(),
-            wrong.len(),
-            self.expected(),
+            "{} compared, {wrong} with differences; {} expected, {} found, {} missing, {} extra; {} with differences",
+            count(self.chats(), "chat"),
+            count(self.expected(), "message"),
             self.held(),
             self.missing(),
             self.extra(),
-            self.agents.len()
+            count(self.agents.len(), "agent"),
         )
     }
+}
+
+/// Of what there is one or more.
+pub fn count(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
