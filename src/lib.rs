@@ -30,7 +30,7 @@
 //! - **A setting:** a field of [`Settings`](settings::Settings), and its row in `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`] with its arguments and a function that returns what to print, a variant of
 //!   [`cli::Command`], and its line in `main.rs`.
-//! - **A metric:** a counter of what the process does in [`telemetry::metrics`]; a gauge of what the journal knows in
+//! - **A metric:** a counter of what the process does in [`metrics`]; a gauge of what the journal knows in
 //!   `console/probes.rs`. Its row in `cli/manual/monitoring.md`.
 //! - **Another target than OurAPI:** [`our_api`] is all that knows its requests, and
 //!   [`ErrorKind::of`](http::ErrorKind) what its statuses mean; [`delivery`] asks it to create, change and list chats, agents

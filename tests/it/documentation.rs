@@ -362,8 +362,20 @@ fn every_chapter_is_printed() {
     }
 }
 
+/// All files below a directory.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).expect("a directory");
+    let paths = entries.map(|entry| entry.expect("a file").path());
+    let files = paths.flat_map(|path| match path.is_dir() {
+        true => files(&path),
+        false => vec![path],
+    });
+    files.collect()
+}
+
 #[test]
 fn documented_files_exist() {
+    let tests = files(&repository().join("tests/it"));
     for document in documents() {
         let text = read(&document);
         let directory = document.parent().expect("a directory");
@@ -390,15 +402,15 @@ fn documented_files_exist() {
         }
         let places = ["src/", "tests/", "migrations/", ".ci/"];
         for span in spans(&text) {
-            let is_test = span.ends_with(".rs") && !span.contains('/');
-            let path = match is_test {
-                true => repository().join("tests/it").join(span),
-                false if places.iter().any(|place| span.starts_with(place)) => {
-                    repository().join(span)
-                }
-                false => continue,
+            let path = repository().join(span);
+            let exists = if places.iter().any(|place| span.starts_with(place)) {
+                path.exists()
+            } else if span.ends_with(".rs") {
+                tests.iter().any(|test| test.ends_with(span))
+            } else {
+                continue;
             };
-            assert!(path.exists(), "{}: {span}", document.display());
+            assert!(exists, "{}: {span}", document.display());
         }
     }
 }
@@ -509,21 +521,16 @@ fn every_alert_is_documented() {
     );
 }
 
-/// All of the program's source, with the names of both APIs in place of the variable.
-fn source(directory: &Path) -> String {
-    let entries = fs::read_dir(directory).expect("a directory");
-    let paths = entries.map(|entry| entry.expect("a file").path());
-    let texts = paths.map(|path| match path.extension() {
-        None if path.is_dir() => source(&path),
-        Some(extension) if extension == "rs" => read(&path).replace("{api}", "OurAPI"),
-        _ => String::new(),
-    });
-    texts.collect()
-}
-
 #[test]
 fn explained_messages_are_those_of_the_program() {
-    let source = source(&repository().join("src"));
+    let sources = files(&repository().join("src"));
+    let sources = sources
+        .iter()
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    // Of the two APIs, the run book names one.
+    let source = sources
+        .map(|path| read(path).replace("{api}", "OurAPI"))
+        .collect::<String>();
     let text = Chapter::Operation.text();
     let table = text
         .split("| it says |")

@@ -31,7 +31,7 @@ fn help_and_manual_say_that_processes_count_together() {
 
 #[test]
 fn documents_recommend_no_daemons_side_by_side() {
-    let readme = include_str!("../../README.md");
+    let readme = include_str!("../../../README.md");
     let sizing = readme
         .split("\n## ")
         .find(|part| part.starts_with("Size it"));
