@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     let terminal = match Terminal::detect() {
         Ok(terminal) => terminal,
         Err(error) => {
-            // It may be that nobody hears.
+            // Standard error may be closed.
             writeln!(io::stderr(), "bigchat-sync: {error}").ok();
             return ExitCode::FAILURE;
         }
@@ -82,7 +82,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             Ok::<_, io::Error>(say(terminal, report.to_string().as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
-            // What a warning would say is part of the picture.
+            // The picture shows what a warning would say.
             let level = if terminal.is_interactive() {
                 "error"
             } else {
@@ -161,7 +161,7 @@ where
     for file in &tokens.exposed_files {
         tracing::warn!(
             path = shown(file),
-            "all users of this machine have access to this token file; chmod 600"
+            "all users of this machine have access to a token file; run `chmod 600` on it"
         );
     }
     let tokens = LiveTokens::from(tokens);
@@ -190,7 +190,7 @@ fn obey_signals(
             thread::sleep(STOPPED_WITHIN);
             end(
                 &at_the_deadline,
-                "not stopped in time, as when a disk does not answer: what was in flight is looked up at the next start",
+                "not stopped in time, perhaps because a disk does not respond; exiting now; in-flight requests will be verified at the next start",
             );
         }
     })?;
@@ -211,30 +211,30 @@ fn obey_signals(
             // It takes the first one, and there is no other.
             stopped.try_send(()).ok();
             stopping.cancel();
-            tracing::info!("stopping: what is in flight is finished first");
+            tracing::info!("stopping; requests in flight are finished first");
         },
         move || {
             end(
                 &terminal,
-                "a second signal: ended at once; what was in flight is looked up at the next start",
+                "second signal, exiting now; in-flight requests will be verified at the next start",
             )
         },
     )
 }
 
-/// Reads the token files again, and logs what came of it.
+/// Reads the token files again, and logs the result.
 fn read_again(tokens: &LiveTokens, listen: Listen) {
     let reloaded = tokens.reload(service::variable, listen);
     if reloaded.is_empty() {
         tracing::info!(
-            "token files read again: no token has changed (those in the environment never do)"
+            "token files read again; no token has changed (a token in the environment changes only with a restart)"
         );
     }
     for token in reloaded {
         match token {
-            Ok(name) => tracing::info!("{name} read again: the new one is in use"),
+            Ok(name) => tracing::info!("{name} read again; the new token is in use"),
             Err(error) => {
-                tracing::error!(reason = %error, "token not read again: the old one stays in use");
+                tracing::error!(reason = %error, "cannot read a token again; the old one stays in use");
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The settings: each a flag and an environment variable named after it, checked at start.
 //!
-//! Secrets are the exception: bearer tokens come from the environment or from a file, never from a flag, which any
-//! other user of the machine could read in the list of processes.
+//! Bearer tokens come from the environment or from a file, never from a flag: any user of the machine can read flags in the
+//! list of processes.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -27,102 +27,101 @@ use crate::telemetry::terminal::shown;
 /// Where the console is served unless another address is set.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));
 
-/// How many characters the console's token has at the least.
+/// Fewest characters of the console's token.
 const MIN_CONSOLE_TOKEN: usize = 16;
 
-/// Everything that can be set.
+/// All settings.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Settings (each also as an environment variable)")]
 pub struct Settings {
-    /// Where BigChat is.
+    /// Base URL of BigChat.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_BIGCHAT_URL", value_name = "URL", default_value = "http://127.0.0.1:8267", value_parser = base_url)]
     pub bigchat_url: Url,
 
-    /// Where OurAPI is.
+    /// Base URL of OurAPI.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_URL", value_name = "URL", default_value = "http://127.0.0.1:8266", value_parser = base_url)]
     pub our_api_url: Url,
 
-    /// The database, created where there is none [default: bigchat-sync.db in $STATE_DIRECTORY, else in the working directory].
+    /// Database file, created if missing [default: bigchat-sync.db in $STATE_DIRECTORY, else in the working directory].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_DB", value_name = "FILE")]
     pub db: Option<PathBuf>,
 
-    /// How often BigChat is asked what happened.
+    /// Time between polls of BigChat.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_INTERVAL", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub poll_interval: Duration,
 
-    /// How far each poll reaches back before the last one, for what turned up late.
+    /// How far each poll reaches back before the previous one, to catch late events.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", allow_hyphen_values = true, default_value = "5s", value_parser = duration)]
     pub poll_overlap: Duration,
 
-    /// How much time one poll covers at the most; after a downtime, polls follow one another without waiting.
+    /// Longest time that one poll covers. After downtime, polls follow each other without a pause.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
-    /// From when on events are asked for, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
+    /// Start of the first poll, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
-    /// Kinds of events that are counted and dropped, by their names in BigChat; several, separated by commas.
+    /// Names of event kinds that are counted and dropped, separated by commas.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_IGNORE_EVENTS", value_name = "NAME", value_delimiter = ',', value_parser = event_name)]
     pub ignore_events: Vec<String>,
 
-    /// How many requests this process sends to OurAPI at once. All processes that use one OurAPI count together: two
-    /// daemons with 1 each send 2 at once. More than 1 in all corrupts an OurAPI that keeps one database per thread.
+    /// Requests in flight to OurAPI from this process. All processes that use one OurAPI count together: two daemons with 1
+    /// each send 2 at once. More than 1 in total corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
 
-    /// What external ids begin with, where several BigChats write to one OurAPI; must not change afterwards. Their
-    /// daemons' requests add up: see --our-api-concurrency.
+    /// Prefix of every external id, for several BigChats on one OurAPI. It must never change. The requests of their daemons
+    /// add up: see --our-api-concurrency.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_EXTERNAL_ID_PREFIX", value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = prefix)]
     pub external_id_prefix: String,
 
-    /// How long one request may take.
+    /// Time limit of one request.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REQUEST_TIMEOUT", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub request_timeout: Duration,
 
-    /// The longest wait after an event's first failure; doubled with each further one.
+    /// Longest wait after the first failure of an event; doubles with each further failure.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", allow_hyphen_values = true, default_value = "1s", value_parser = positive)]
     pub retry_initial: Duration,
 
-    /// The longest wait after any failure.
+    /// Longest wait after any failure.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_MAX", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub retry_max: Duration,
 
-    /// How often an event may fail while others get through, before it goes to the failed events.
+    /// Failed attempts of one event, while other conversations succeed, before it becomes a dead letter.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_ATTEMPTS", value_name = "N", allow_hyphen_values = true, default_value_t = 10, value_parser = at_least_one)]
     pub max_attempts: u32,
 
-    /// How long delivered events are kept. Waiting and failed ones are never dropped.
+    /// How long delivered events are stored. Waiting events and dead letters are never dropped.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", allow_hyphen_values = true, default_value = "30d", value_parser = duration)]
     pub retention: Duration,
 
-    /// Whom OurAPI is told a message is from: nobody (BigChat does not say), or always the chat's agent.
+    /// Author of every message in OurAPI, because BigChat does not say who wrote it.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
     pub message_author: MessageAuthor,
 
-    /// Whether what OurAPI has lost is rebuilt from the journal; otherwise only what new events need.
+    /// Restore what OurAPI has lost from the journal; otherwise only what new events need.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub rebuild: bool,
 
-    /// Where the console, the metrics and the health checks are served; `off`: nowhere. Any address but a loopback one
-    /// needs BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
+    /// Address of the console, the probes and the metrics, or `off`. Any address but a loopback one needs
+    /// BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value_t = Listen::At(DEFAULT_LISTEN), value_parser = listen)]
     pub listen: Listen,
 
-    /// Another host name by which the console is asked for, as behind a reverse proxy; several, separated by commas.
+    /// Further host names of the console, for example behind a reverse proxy, separated by commas.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_CONSOLE_HOST", value_name = "NAME", value_delimiter = ',', value_parser = host)]
     pub console_host: Vec<String>,
 
-    /// How the log is written [default: text on a terminal, else json]. Its level is set by RUST_LOG.
+    /// Format of the log [default: text on a terminal, else json]. RUST_LOG sets its level.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,
 
-    /// Whether the log shows what BigChat and OurAPI were sent and what they answered, whole. That holds the text of
-    /// customers' messages, and advisors' names and e-mail addresses.
+    /// Log whole requests and responses. They contain customers' messages, and advisors' names and e-mail addresses.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_MESSAGE_TEXT", value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
     pub log_message_text: bool,
 
-    /// How often the log sums up what was done, if there is anything to say.
+    /// Time between two summaries in the log; one without news is left out.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_SUMMARY", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub log_summary: Duration,
 }
@@ -130,18 +129,18 @@ pub struct Settings {
 /// `--listen`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Listen {
-    /// Nowhere.
+    /// Not at all.
     Off,
-    /// There.
+    /// At this address.
     At(SocketAddr),
 }
 
 /// `--message-author`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MessageAuthor {
-    /// Messages carry no agent.
+    /// No agent.
     None,
-    /// Messages carry the agent the chat has when they are sent.
+    /// The agent that the chat has when the message is sent.
     Agent,
 }
 
@@ -207,15 +206,15 @@ pub struct Tokens {
     pub exposed_files: Vec<PathBuf>,
 }
 
-/// A token that cannot be had, or could not be sent.
+/// A token that cannot be read or sent.
 #[derive(Debug, Error)]
 pub enum TokenError {
-    /// Both places are set, and only one can be meant.
-    #[error("{0} and {0}_FILE are both set: unset one of them")]
+    /// Both variables are set.
+    #[error("{0} and {0}_FILE are both set; unset one of them")]
     Both(String),
     /// The file cannot be read.
     #[error(
-        "{variable}_FILE names {}, which cannot be read: {source}",
+        "cannot read the token file {} named by {variable}_FILE: {source}",
         token_file(path)
     )]
     File {
@@ -228,20 +227,20 @@ pub enum TokenError {
     },
     /// Empty, or with characters that no header can carry.
     #[error(
-        "the token that {0} or {0}_FILE gives is empty or has characters that a token cannot have"
+        "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot carry"
     )]
     Unusable(String),
     /// The console's token can be guessed.
     #[error(
-        "the token that BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE gives has fewer than {MIN_CONSOLE_TOKEN} characters, and can be guessed; `openssl rand -hex 16` makes a good one"
+        "the token from BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE has fewer than {MIN_CONSOLE_TOKEN} characters and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
     Short,
     /// A token was given before, and is no more.
-    #[error("neither {0} nor {0}_FILE gives a token any more")]
+    #[error("{0} and {0}_FILE no longer give a token")]
     Gone(String),
     /// The console would be open to everybody.
     #[error(
-        "--listen {0} would let anybody into the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
+        "--listen {0} needs a token for the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
     )]
     Open(SocketAddr),
 }
@@ -256,7 +255,7 @@ fn token_file(path: &Path) -> String {
     if path.is_absolute() {
         shown(path)
     } else {
-        "a file by a relative path (not shown, since it may be the token itself)".into()
+        "with a relative path (not shown, because it may be the token itself)".into()
     }
 }
 
@@ -409,20 +408,20 @@ fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     file.read_to_string(&mut text)?;
     Ok((text, is_exposed))
 }
-// What these say of a value that cannot be used does not repeat it: it may hold a secret.
+// These messages do not repeat the value, which may contain a secret.
 
 fn base_url(text: &str) -> Result<Url, String> {
     // Anywhere: a password with a slash in it makes the user a host, and the password a path.
     if text.contains('@') {
-        return Err("credentials do not belong in a URL: see --help on tokens".into());
+        return Err("a URL must not contain credentials; see --help on tokens".into());
     }
     let url = Url::parse(text)
-        .map_err(|error| format!("{error}; it should look like http://127.0.0.1:8266"))?;
+        .map_err(|error| format!("{error}; expected a URL such as http://127.0.0.1:8266"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
-        return Err("it should begin with http:// or https:// and name a host".into());
+        return Err("expected http:// or https:// and a host".into());
     }
     if url.query().is_some() || url.fragment().is_some() {
-        return Err("it should end with a host or a path, without ? or #".into());
+        return Err("expected a host or a path at the end, without ? or #".into());
     }
     Ok(url)
 }
@@ -430,20 +429,20 @@ fn base_url(text: &str) -> Result<Url, String> {
 /// A whole number, for any argument.
 pub(crate) fn number<N: FromStr>(text: &str) -> Result<N, String> {
     text.parse()
-        .map_err(|_| "it should be a whole number, such as 10".into())
+        .map_err(|_| "expected a whole number such as 10".into())
 }
 
 fn up_to_256(text: &str) -> Result<u16, String> {
     match text.parse() {
         Ok(count @ 1..=256) => Ok(count),
-        _ => Err("it should be a whole number from 1 to 256, such as 8".into()),
+        _ => Err("expected a whole number from 1 to 256, such as 8".into()),
     }
 }
 
 fn at_least_one(text: &str) -> Result<u32, String> {
     match text.parse() {
         Ok(count @ 1..) => Ok(count),
-        _ => Err("it should be a whole number from 1 to 4294967295, such as 10".into()),
+        _ => Err("expected a whole number from 1 to 4294967295, such as 10".into()),
     }
 }
 
@@ -453,13 +452,13 @@ fn listen(text: &str) -> Result<Listen, String> {
     }
     text.parse()
         .map(Listen::At)
-        .map_err(|_| "it should look like 127.0.0.1:8268 or [::1]:8268, or be off".into())
+        .map_err(|_| "expected an address such as 127.0.0.1:8268 or [::1]:8268, or off".into())
 }
 
 fn host(text: &str) -> Result<String, String> {
     match url::Host::parse(text) {
         Ok(host) => Ok(host.to_string()),
-        Err(_) => Err("it should look like sync.example, without a port".into()),
+        Err(_) => Err("expected a host name such as sync.example, without a port".into()),
     }
 }
 
@@ -469,44 +468,45 @@ const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// A length of time, for any argument.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(duration) if duration > LONGEST => Err("it must be at most 100 years".into()),
+        Ok(duration) if duration > LONGEST => Err("expected at most 100 years".into()),
         Ok(duration) => Ok(duration),
         Err(_) => {
-            Err("it should be a time with its unit, such as 500ms, 10s, 5m, 1h or 30d".into())
+            Err("expected a duration with its unit, such as 500ms, 10s, 5m, 1h or 30d".into())
         }
     }
 }
 
 fn positive(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        duration if duration < Duration::from_millis(1) => Err("it must be at least 1ms".into()),
+        duration if duration < Duration::from_millis(1) => Err("expected at least 1ms".into()),
         duration => Ok(duration),
     }
 }
 
 fn at_least_a_second(text: &str) -> Result<Duration, String> {
     match positive(text)? {
-        duration if duration < Duration::from_secs(1) => Err("it must be at least 1s".into()),
+        duration if duration < Duration::from_secs(1) => Err("expected at least 1s".into()),
         duration => Ok(duration),
     }
 }
 
 fn timestamp(text: &str) -> Result<Timestamp, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
-        .map_err(|_| "it should be a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
-    Timestamp::from_unix(time.timestamp()).ok_or_else(|| "it must lie between 1970 and 9999".into())
+        .map_err(|_| "expected a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
+    Timestamp::from_unix(time.timestamp())
+        .ok_or_else(|| "expected a time between 1970 and 9999".into())
 }
 
 fn event_name(text: &str) -> Result<String, String> {
     match text.trim() {
-        "" => Err("an event has a name".into()),
+        "" => Err("expected the name of an event".into()),
         name => Ok(name.to_owned()),
     }
 }
 
 fn prefix(text: &str) -> Result<String, String> {
     if text.chars().any(|c| c.is_whitespace() || c.is_control()) || text.chars().count() > 100 {
-        return Err("it must have at most 100 characters and no white space".into());
+        return Err("expected at most 100 characters and no white space".into());
     }
     Ok(text.to_owned())
 }

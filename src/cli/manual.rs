@@ -54,19 +54,22 @@ impl Chapter {
     }
 }
 
-/// The sections of the manual page that the command line knows nothing of.
+/// The sections of the manual page that `--help` does not have.
 const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
     (
         "EXIT STATUS",
         &[
-            ("0", "Well; of status and check: all is well."),
+            (
+                "0",
+                "Success; of status, check and verify: no problem was found.",
+            ),
             (
                 "1",
-                "It came to nothing, or could not be done whole; standard error tells why.",
+                "The command failed, or did only a part; standard error says why. Of status, check and verify: a problem was found.",
             ),
             (
                 "2",
-                "A setting or an argument cannot be used; standard error tells which, and where it was set.",
+                "A setting or an argument is wrong; standard error names it, and where it was set.",
             ),
         ],
     ),
@@ -75,11 +78,11 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
         &[
             (
                 "SIGTERM, SIGINT",
-                "Stops in good order, within 10 s. A second one stops at once, as a crash would; nothing is lost by that either. (A SIGTERM repeated within a second counts once.)",
+                "Finish the requests in flight and stop, within 10 s. A second signal stops at once, as a crash would, which is safe. A SIGTERM repeated within a second counts once.",
             ),
             (
                 "SIGHUP",
-                "Reads the token files again and uses the new tokens; one that cannot be used leaves the old one in use, with an error in the log. Where its terminal was closed, it stops as by SIGTERM.",
+                "Read the token files again. A token that cannot be used leaves the old one in use, and the log reports an error. If the terminal was closed, stop as by SIGTERM.",
             ),
         ],
     ),
@@ -88,24 +91,24 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
         &[
             (
                 "bigchat-sync.db",
-                "The database, with -wal and -shm beside it, for its owner only: where --db says, else in $STATE_DIRECTORY (/var/lib/bigchat-sync as a service), else in the working directory.",
+                "The database, with -wal and -shm beside it, readable only by its owner. In $STATE_DIRECTORY (/var/lib/bigchat-sync as a service), else in the working directory; --db names another file.",
             ),
             (
                 "/etc/credstore/bigchat-sync.our-api-token",
-                "OurAPI's bearer token, where systemd runs the daemon; likewise bigchat-token and console-token.",
+                "The bearer token of OurAPI, for the service; likewise bigchat-token and console-token.",
             ),
             (
                 "/etc/default/bigchat-sync",
-                "Settings as variables, where systemd runs the daemon.",
+                "Settings as variables, for the service.",
             ),
         ],
     ),
 ];
 
-/// The program is where systemd starts none.
+/// A path of the program that systemd does not accept.
 #[derive(Debug, Error)]
 #[error(
-    "systemd starts no program whose path has quotation marks, backslashes or control characters; move {}",
+    "systemd accepts no program whose path has quotation marks, backslashes or control characters; move {}",
     shown(.0)
 )]
 pub struct NotStartable(PathBuf);
@@ -154,7 +157,7 @@ fn quoted(word: &[u8]) -> String {
     }
 }
 
-/// What makes a shell complete the program's arguments.
+/// The completions for a shell.
 pub fn completions(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), NAME, &mut script);
@@ -226,7 +229,7 @@ pub fn man() -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A command with what is its own, or those it consists of.
+/// A command with its own arguments, or its subcommands.
 fn describe(roff: &mut Roff, command: &Command, above: &[&str]) {
     let path: Vec<&str> = above.iter().copied().chain([command.get_name()]).collect();
     if command.has_subcommands() {

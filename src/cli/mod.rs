@@ -1,4 +1,4 @@
-//! The command line: what can be asked of the program, and what it answers with.
+//! The command line: the commands, the settings, and errors that name where a bad value was set.
 
 pub mod check;
 pub mod failed;
@@ -19,21 +19,21 @@ use crate::settings::{Settings, TOKEN_VARIABLES};
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
-/// Without a command it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from
-/// files, never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise
-/// BIGCHAT_SYNC_OUR_API_TOKEN and, to be let into the console, BIGCHAT_SYNC_CONSOLE_TOKEN. SIGHUP reads the files again.
+/// Without a command, it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from files,
+/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN,
+/// and BIGCHAT_SYNC_CONSOLE_TOKEN for the console. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
 #[command(version, about, long_about, disable_help_subcommand = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Option<Command>,
 
-    /// How to do it.
+    /// The settings.
     #[command(flatten)]
     pub settings: Settings,
 
-    /// The settings that are given for a unit, as flags or by the environment: each flag and its value.
+    /// The settings that were given, as flags or by the environment: each flag and its value. For the unit.
     #[arg(skip)]
     pub given: Vec<(String, String)>,
 }
@@ -45,16 +45,16 @@ pub enum Command {
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
     Once,
-    /// Tell whether all is well, and what is not: exit code 0 or 1; works whether or not the daemon runs.
+    /// Report problems and their remedies; exit code 1 if there are any. Works whether or not the daemon runs.
     ///
-    /// Asks neither API anything: it tells what the daemon last found.
+    /// Reads only the database, and sends no request to either API.
     Status(status::Args),
-    /// Look whether it can work: settings, database, both APIs; and say what to do about what is wrong.
+    /// Test the settings, the database and both APIs; print a remedy for each failure, and exit with code 1.
     ///
-    /// While a daemon runs, the APIs are as its last exchanges with them tell: nobody asks OurAPI beside it. Else both are
-    /// asked, for what changes nothing and loses nothing.
+    /// While a daemon runs, its last exchanges with the APIs are reported, because OurAPI may take one request at a time.
+    /// Otherwise both APIs are asked for something that changes nothing and loses nothing.
     Check,
-    /// List, show, retry or discard the events that failed; works while the daemon runs.
+    /// List, show, retry or discard dead letters; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
@@ -63,17 +63,17 @@ pub enum Command {
     /// fields that differ are overwritten with what events say. The daemon does the work if one runs; otherwise the command
     /// does, and polls nothing.
     Verify(verify::Args),
-    /// Watch the daemon at work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
+    /// Watch the daemon work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
     ///
-    /// Ends by comparing what BigChat told with what OurAPI holds, chat by chat and message by message: exit code 1 on
-    /// any difference. Everything is the demo's own, down to a temporary database: the settings have no say in it, neither
-    /// those of the environment (BIGCHAT_SYNC_...) nor as flags, which are refused.
+    /// In the end, what BigChat reported is compared with what OurAPI has, message by message: exit code 1 on any
+    /// difference. The demo has its own settings and a temporary database. Settings in the environment are ignored; as
+    /// flags they are refused.
     Demo(demo::Args),
-    /// Print the unit file by which systemd runs the daemon, with the settings given, ready for /etc/systemd/system.
+    /// Print a systemd unit with the given settings, for /etc/systemd/system.
     ///
     /// For example: `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
     Unit,
-    /// Print what makes a shell complete these commands and flags.
+    /// Print completions of the commands and flags for a shell.
     ///
     /// For example: `bigchat-sync completions bash > /etc/bash_completion.d/bigchat-sync`
     Completions {
@@ -96,7 +96,7 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// What is wrong, and where it was set; or what is asked for instead: help, or the version.
+    /// What is wrong and where it was set; or the help or the version, if asked for.
     pub fn read() -> Result<Self, clap::Error> {
         Self::try_read(std::env::args_os().collect()).map_err(|mut error| {
             let variable = set_by_environment(&error);
@@ -117,7 +117,7 @@ impl Cli {
         let mut command = Self::command();
         let is_demo = line.get(1).is_some_and(|command| command == "demo");
         if is_demo {
-            // Not even a setting of the environment that cannot be used keeps it from running.
+            // Even a bad setting in the environment must not stop it.
             command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
         }
         let matches = command.try_get_matches_from_mut(line)?;
@@ -134,10 +134,10 @@ impl Cli {
         let no_effect = match cli.command {
             Some(Command::Demo(_)) => set
                 .first()
-                .map(|set| ("the demo has settings of its own", set)),
+                .map(|set| ("the demo has its own settings", set)),
             Some(Command::Unit) => {
                 let db = set.iter().find(|(flag, _)| flag == "db");
-                db.map(|db| ("the unit has its database in /var/lib/bigchat-sync", db))
+                db.map(|db| ("the database of the unit is in /var/lib/bigchat-sync", db))
             }
             _ => None,
         };
@@ -152,7 +152,7 @@ impl Cli {
     }
 }
 
-/// The settings that come from such a source: each flag and its value.
+/// The settings from such a source: each flag and its value.
 fn settings_of(matches: &ArgMatches, from: impl Fn(ValueSource) -> bool) -> Vec<(String, String)> {
     let settings = Settings::augment_args(clap::Command::new("settings"));
     let given = settings.get_arguments().filter_map(|argument| {
@@ -165,11 +165,10 @@ fn settings_of(matches: &ArgMatches, from: impl Fn(ValueSource) -> bool) -> Vec<
     given.collect()
 }
 
-/// What is shown instead of a value that may hold a secret.
+/// Shown instead of a value that may contain a secret.
 const HIDDEN: &str = "***";
 
-/// Takes what may be a secret out of an error: the value of a URL whole, since nothing is certain about one that cannot be
-/// used, and whatever else looks as if it had a user and a password.
+/// Removes possible secrets from an error: every bad URL, and any value that looks like one with credentials.
 fn hide_secrets(error: &mut clap::Error) {
     let is_url = error
         .get(ContextKind::InvalidArg)
@@ -189,11 +188,11 @@ fn hide_secrets(error: &mut clap::Error) {
     }
 }
 
-/// What environment variables begin with that are ours.
+/// The prefix of our environment variables.
 const PREFIX: &str = "BIGCHAT_SYNC_";
 
-/// What is wrong with the environment, if some of its variables look like settings and are none: each by its name, with
-/// the setting that may be meant. No value is repeated, which may be a token.
+/// Names the variables that look like settings and are none, each with the nearest setting. Values are not repeated,
+/// because they may be tokens.
 fn unknown_variables(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> Option<String> {
@@ -216,8 +215,8 @@ fn unknown_variables(
             .filter(|(likeness, _)| *likeness > 0.8)
             .max_by(|(one, _), (other, _)| one.total_cmp(other));
         Some(match nearest {
-            Some((_, meant)) => format!("{name} is not a setting; {meant} may be meant"),
-            None => format!("{name} is not a setting; --help lists all of them"),
+            Some((_, meant)) => format!("{name} is not a setting; did you mean {meant}?"),
+            None => format!("{name} is not a setting; see --help"),
         })
     });
     let mut unknown: Vec<String> = unknown.collect();
@@ -234,7 +233,7 @@ fn is_service_link(end: &str, value: &str) -> bool {
         || end.split_once("PORT_").is_some_and(is_port)
 }
 
-/// The environment variable that a bad value comes from, if it comes from one.
+/// The environment variable that a bad value was set by, if any.
 fn set_by_environment(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
         error.get(ContextKind::InvalidArg),

@@ -154,7 +154,7 @@ async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else()
                     1
                 ),
                 ("stopped; nothing is forgotten", 1),
-                ("stopping: what is in flight is finished first", 1),
+                ("stopping; requests in flight are finished first", 1),
             ]
         );
     })

@@ -112,7 +112,7 @@ async fn rotated_token_files_are_used_without_a_restart() {
             }
             hangup(&daemon);
             until("it says so", async || {
-                daemon.lines_with("the new one is in use") == names.len()
+                daemon.lines_with("the new token is in use") == names.len()
             })
             .await;
             delivers_with(t, NEW).await;
@@ -202,7 +202,7 @@ async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
         write(t.directory(), "console", NEW);
         hangup(&daemon);
         until("it says so", async || {
-            daemon.lines_with("the new one is in use") == 1
+            daemon.lines_with("the new token is in use") == 1
         })
         .await;
         assert_eq!(status(bearer(NEW)).await, 200);
@@ -307,7 +307,7 @@ async fn the_same_signal_within_a_second_counts_once_and_any_other_ends_it() {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             kill(signals[1]);
             if code == 1 {
-                until("it ends", async || daemon.lines_with("a second signal") > 0).await;
+                until("it ends", async || daemon.lines_with("second signal") > 0).await;
             } else {
                 t.bigchat.hold(false);
             }
