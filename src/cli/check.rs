@@ -1,7 +1,7 @@
-//! `bigchat-sync check`: whether the daemon can work as it is set up, and what to do where it cannot.
+//! `bigchat-sync check`: tests the settings, the database and both APIs, and prints a remedy for each failure.
 //!
-//! Both APIs are asked only where no daemon runs, since nobody asks OurAPI beside it; else its last exchanges tell. BigChat
-//! is never asked for events: it tells each of them only once.
+//! The APIs are asked only if no daemon runs, because OurAPI may take one request at a time; otherwise the daemon's last
+//! exchanges are reported. BigChat is never asked for events, because it reports each only once.
 
 use std::fmt::{self, Write};
 use std::net::TcpListener;
@@ -18,27 +18,27 @@ use crate::our_api::OurApi;
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 use crate::telemetry::terminal::{printable, shown};
 
-/// An external id that no chat has: whether OurAPI answers is all there is to learn.
+/// An external id that no chat has: only whether OurAPI answers is of interest.
 const NO_CHAT: &str = "bigchat-sync-check";
 
 /// The conversation that BigChat has had from its start.
 const FIRST_CONVERSATION: i64 = 1;
 
-/// What was looked at, and how it was found.
+/// One test and its result.
 #[derive(Debug)]
 struct CheckItem {
     what: &'static str,
     text: String,
-    /// What to do about it, if it is not well.
+    /// What to do about a failure.
     remedy: Option<String>,
 }
 
-/// All that was found.
+/// All results.
 #[derive(Debug, Default)]
 pub struct Report(Vec<CheckItem>);
 
 impl Report {
-    /// Whether there is nothing to be done.
+    /// Whether nothing failed.
     pub fn all_passed(&self) -> bool {
         self.0.iter().all(|finding| finding.remedy.is_none())
     }
@@ -71,60 +71,58 @@ impl fmt::Display for Report {
         }
         f.write_char('\n')?;
         f.write_str(match self.all_passed() {
-            true => "it can work\n",
-            false => "it cannot work as it should\n",
+            true => "all checks passed\n",
+            false => "some checks failed\n",
         })
     }
 }
 
-/// Looks at everything.
+/// Runs all checks.
 pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Report {
     let mut report = Report::default();
     let tokens = tokens.and_then(|tokens| tokens.allow(settings.listen).map(|()| tokens));
     let tokens = match tokens {
         Ok(tokens) if settings.bigchat_url == settings.our_api_url => {
-            let text = "name the same place for both APIs";
-            report.fail(
-                "settings",
-                text,
-                "set --bigchat-url and --our-api-url apart",
-            );
+            let text = "--bigchat-url and --our-api-url are the same";
+            report.fail("settings", text, "set each to the base URL of its API");
             tokens
         }
         Ok(tokens) => {
-            report.pass("settings", "can be used");
+            report.pass("settings", "are valid");
             tokens
         }
         Err(error) => {
-            report.fail("settings", "cannot be used", error.to_string());
+            report.fail("settings", "are invalid", error.to_string());
             Tokens::default()
         }
     };
     for file in &tokens.exposed_files {
         let text = format!(
-            "token file {}: other users of this machine have access to it",
+            "other users of this machine have access to the token file {}",
             shown(file)
         );
         report.fail("settings", text, format!("chmod 600 {}", shown(file)));
     }
     let db = settings.db();
-    let Some(state) = look_at_database(&mut report, &db) else {
+    let Some(state) = check_database(&mut report, &db) else {
         return report;
     };
     match state {
         State::DaemonRuns(mut store) => {
-            report.pass("daemon", "runs: the APIs are as it last found them");
+            report.pass("daemon", "is running; the APIs are as it last found them");
             for api in Api::ALL {
                 match store.api(api.name()) {
                     Ok(status) => last_exchange(&mut report, settings, api, &status),
-                    Err(error) => report.fail(api.title(), "cannot be told", error.to_string()),
+                    Err(error) => {
+                        report.fail(api.title(), "state cannot be read", error.to_string())
+                    }
                 }
             }
         }
         State::Free(_kept_for_now) => {
-            report.pass("daemon", "does not run: the APIs are asked now");
+            report.pass("daemon", "is not running; the APIs are asked now");
             ask(&mut report, settings, tokens).await;
-            look_at_console(&mut report, settings.listen);
+            check_console(&mut report, settings.listen);
         }
     }
     report
@@ -138,11 +136,11 @@ enum State {
     Free(Option<Store>),
 }
 
-fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
+fn check_database(report: &mut Report, db: &Path) -> Option<State> {
     let opened = match db.try_exists() {
         Ok(false) => match Store::can_be_made(db) {
             Ok(()) => {
-                let text = format!("{} is made at the first start", shown(db));
+                let text = format!("{} will be created at the first start", shown(db));
                 report.pass("database", text);
                 return Some(State::Free(None));
             }
@@ -164,18 +162,18 @@ fn look_at_database(report: &mut Report, db: &Path) -> Option<State> {
         return Some(state);
     };
     match store.try_to_write() {
-        Ok(()) => report.pass("database", format!("{} can be written", shown(db))),
+        Ok(()) => report.pass("database", format!("{} is writable", shown(db))),
         Err(error) => report.fail(
             "database",
-            format!("{} cannot be written: {error}", shown(db)),
-            "free some disk, mend its permissions, or end whatever holds it; a daemon that runs goes on by itself then",
+            format!("{} is not writable: {error}", shown(db)),
+            "free disk space, fix its permissions, or end the process that locks it; a running daemon then continues automatically",
         ),
     }
     for file in store.exposed_files() {
         report.fail(
             "database",
             format!(
-                "{} has customers' messages, and other users of this machine have access to it",
+                "other users of this machine have access to {}, which contains customers' messages",
                 shown(&file)
             ),
             format!("chmod 600 {}", shown(&file)),
@@ -198,27 +196,27 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
         ..
     } = status
     else {
-        return report.pass(what, "was not asked anything yet");
+        return report.pass(what, "has not been asked yet");
     };
     let last = format!("at {asked_at}, {request} → {response}");
     if !request.contains(url.as_str()) {
-        let text = format!("is asked elsewhere by the daemon: {last}");
-        let remedy = format!("give this command the daemon's settings: {flag} says {url} here");
+        let text = format!("has another URL in the daemon: {last}");
+        let remedy = format!("give this command the settings of the daemon; {flag} is {url} here");
         return report.fail(what, text, remedy);
     }
     match up {
         Some(false) => {
             let why = status.trouble.as_deref().unwrap_or_default();
             let remedy = match status.lasts {
-                true => format!("correct what the reason names ({flag} is {url} here)"),
+                true => format!("correct what the reason names; {flag} is {url} here"),
                 false => format!(
-                    "nothing, if it is an outage; else see whether {flag} is right ({url} here)"
+                    "wait, if it is an outage; otherwise correct {flag}, which is {url} here"
                 ),
             };
             report.fail(what, format!("is down: {why} ({last})"), remedy);
         }
         Some(true) => report.pass(what, format!("is up: {last}")),
-        None => report.pass(what, format!("is not known to be down: {last}")),
+        None => report.pass(what, format!("is probably up: {last}")),
     }
 }
 
@@ -236,20 +234,16 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         }
         Err(error) => {
             let remedy = "install CA certificates (Debian: ca-certificates)";
-            return report.fail(
-                "HTTP",
-                format!("the client cannot be made: {error}"),
-                remedy,
-            );
+            return report.fail("HTTP", format!("cannot create the client: {error}"), remedy);
         }
     };
     let claim = claim(&bigchat, "/events").await;
     let bigchat = BigChat::new(Arc::new(bigchat));
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
-        Ok(_) => Ok("answers as it should"),
+        Ok(_) => Ok("answers as expected"),
         // It need not know it any more; another server would not know it either.
         Err(error) if matches!(error.kind, ErrorKind::NotFound(_)) => {
-            Ok("answers; whether as BigChat does, the first poll tells")
+            Ok("answers; the first poll will show whether it is BigChat")
         }
         Err(error) => Err(error),
     };
@@ -257,19 +251,19 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
     let claim = self::claim(&our_api, "/chats").await;
     let our_api = OurApi::new(Arc::new(our_api), settings.our_api_concurrency, timeout);
     let answer = our_api.chat(NO_CHAT).await;
-    let answer = answer.map(|_| "answers as it should");
+    let answer = answer.map(|_| "answers as expected");
     tell(report, Api::OurApi, our_api.http(), claim, answer);
 }
 
-/// What an API says it is, if it says so.
+/// What an API says it is.
 struct Claim {
     /// Its title and version.
     name: String,
-    /// Whether it has the route without which it cannot be the one it should be.
+    /// Whether it has the route that makes it the expected API.
     fits: bool,
 }
 
-/// Both publish a description of themselves; in production it may not be there, and nothing rests on it then.
+/// Both publish a description of themselves. In production it may be missing, which is no failure.
 async fn claim(http: &Http, route: &str) -> Option<Claim> {
     let description = http.target(Route::Description, "", None);
     let answer = http.send(&description, None::<&()>).await.ok()?;
@@ -295,24 +289,24 @@ fn tell(
     match answer {
         _ if claim.as_ref().is_some_and(|claim| !claim.fits) => report.fail(
             what,
-            format!("{url} answers{says}, which is not {what}"),
-            format!("set {flag} to where {what} is; are the two URLs mixed up?"),
+            format!("{url} answers{says}, and is not {what}"),
+            format!("set {flag} to the base URL of {what}; are the two URLs swapped?"),
         ),
         Ok(answer) => report.pass(what, format!("{url} {answer}{says}")),
         Err(error) => report.fail(what, error.to_string(), error.remedy()),
     }
 }
 
-fn look_at_console(report: &mut Report, listen: Listen) {
+fn check_console(report: &mut Report, listen: Listen) {
     let Listen::At(address) = listen else {
-        return report.pass("console", "is not served (--listen off)");
+        return report.pass("console", "is off (--listen off)");
     };
     match TcpListener::bind(address) {
-        Ok(_) => report.pass("console", format!("will be at http://{address}/")),
+        Ok(_) => report.pass("console", format!("can be served at http://{address}/")),
         Err(error) => report.fail(
             "console",
             format!("cannot be served at {address}: {error}"),
-            "set --listen to another address, or to off; all else works without it",
+            "set --listen to another address, or to off; everything else works without the console",
         ),
     }
 }

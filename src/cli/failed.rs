@@ -1,4 +1,4 @@
-//! `bigchat-sync failed`: what has failed and why, and what somebody decides about it.
+//! `bigchat-sync failed`: dead letters, why they failed, and how the operator resolves them.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -12,48 +12,48 @@ use crate::settings::number;
 use crate::telemetry::terminal::printable;
 use crate::user;
 
-/// How many decisions about an event are shown, the latest ones.
+/// How many resolutions of an event are shown, the latest ones.
 const SHOWN: i64 = 10;
 
-/// What can be done about failed events.
+/// The commands for dead letters.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List them, the oldest first.
+    /// List dead letters, the oldest first.
     List {
-        /// How many at the most.
+        /// Largest number of rows.
         #[arg(long, default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
         limit: u32,
     },
-    /// Show one whole: what BigChat told, what was asked and answered.
+    /// Show one with its data, its request and its response.
     Show {
         /// Its id, as listed.
         #[arg(value_parser = number::<i64>)]
         id: i64,
     },
-    /// Have them tried again: as safe as the first try.
+    /// Deliver them again; as safe as the first attempt.
     Retry(Which),
-    /// Give them up: they are never tried again. Asks before it discards by --reason or --all.
+    /// Give them up: they are never delivered. Asks before it discards by --reason or --all.
     Discard {
-        /// Which ones.
+        /// Which dead letters.
         #[command(flatten)]
         which: Which,
-        /// Do not ask. Needed where there is no terminal to ask on.
+        /// Do not ask. Needed without a terminal.
         #[arg(long)]
         yes: bool,
     },
 }
 
-/// Which failed events.
+/// Which dead letters.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Those of these ids.
+    /// Their ids, as listed.
     #[arg(value_parser = number::<i64>)]
     ids: Vec<i64>,
-    /// Those that failed for this reason, as listed.
+    /// All with this reason, as listed.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// All of them.
+    /// All.
     #[arg(long)]
     all: bool,
 }
@@ -74,11 +74,7 @@ impl From<Which> for Selection {
     }
 }
 
-/// Does something about failed events. Returns what to print.
-///
-/// # Errors
-///
-/// When the database cannot be opened or refuses.
+/// Runs a command. Returns what to print.
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
@@ -100,7 +96,7 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
         }
         Command::Discard { which, yes } => {
             let which = match which.into() {
-                // Whoever names ids knows how many there are.
+                // Ids are already a selection.
                 Selection::By { reason, .. } if !yes => {
                     let (count, failed_by) = store.failed_so_far(reason.as_deref())?;
                     if count > 0 {
@@ -112,12 +108,12 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
                 which => which,
             };
             let count = resolve(&mut store, &which, Resolution::Discard)?;
-            format!("{count} discarded\n")
+            format!("{} discarded\n", events(count as u64))
         }
     })
 }
 
-/// Why a command about failed events came to nothing.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FailedError {
     /// The database cannot be opened.
@@ -127,16 +123,17 @@ pub enum FailedError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// There is none of that id.
-    #[error("there is no failed event {0}; `bigchat-sync failed list` lists them")]
+    #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
     /// None has failed for that reason.
     #[error(
-        "no event has failed for exactly this reason, or those that did still cannot be understood; `bigchat-sync failed list` tells the reasons"
+        "no event can be retried that failed for exactly this reason; see `bigchat-sync failed list` for the reasons"
     )]
     NoSuchReason,
-    /// There is nobody to ask.
+    /// There is no terminal.
     #[error(
-        "this would discard {count} failed events, for good, and there is no terminal to ask on: add --yes"
+        "this would permanently discard {}, and there is no terminal to ask on; add --yes",
+        events(*.count)
     )]
     NoTerminal {
         /// How many are meant.
@@ -146,11 +143,11 @@ pub enum FailedError {
     #[error("nothing was discarded")]
     NotConfirmed,
     /// The operator cannot be asked.
-    #[error("the terminal cannot be read: {0}")]
+    #[error("cannot ask on the terminal: {0}")]
     Terminal(#[from] io::Error),
     /// Some of those named are not failed, or could not be understood and so cannot be retried.
     #[error(
-        "done for {done} of {asked}: the others are not failed events, or still cannot be understood; those can be discarded"
+        "{done} of {asked} resolved; the others are not failed events, or still cannot be understood (discard those)"
     )]
     Partly {
         /// How many it was done for.
@@ -160,16 +157,16 @@ pub enum FailedError {
     },
 }
 
-/// Asks on the terminal whether so many events are to be discarded.
+/// Asks on the terminal whether to discard so many events.
 fn confirm(count: u64) -> Result<(), FailedError> {
     let input = io::stdin();
     if !input.is_terminal() {
         return Err(FailedError::NoTerminal { count });
     }
-    let events = if count == 1 { "event" } else { "events" };
     write!(
         io::stderr(),
-        "Discard {count} failed {events}, for good? [y/N] "
+        "Discard {} permanently? [y/N] ",
+        events(count)
     )?;
     let mut answer = String::new();
     input.read_line(&mut answer)?;
@@ -203,24 +200,35 @@ fn resolve(
     }
 }
 
-/// What a retry came to, and why some events are left.
+/// The result of a retry, and why some events are left.
 fn retried(count: usize, left: u64, unreadable: u64) -> String {
-    let mut text = format!("{count} to be tried again");
-    if count > 0 {
-        text += ": by the daemon within a second, or when it next runs";
-    } else if left == 0 {
-        text += ": no event has failed";
-    }
+    let mut text = match (count, left) {
+        (0, 0) => "no event has failed".to_owned(),
+        (0, _) => "no event can be retried".to_owned(),
+        _ => format!(
+            "{} will be retried, by the daemon within a second or when it next runs",
+            events(count as u64)
+        ),
+    };
     if unreadable > 0 {
         text += &format!(
-            "; {unreadable} could not be understood, and still cannot (`bigchat-sync failed list` shows them)"
+            "; {} still cannot be understood (see `bigchat-sync failed list`)",
+            events(unreadable)
         );
     }
     text + "\n"
 }
 
-fn list(events: &[FailedEvent], count: u64) -> String {
-    if events.is_empty() {
+/// So many failed events.
+fn events(count: u64) -> String {
+    match count {
+        1 => "1 failed event".to_owned(),
+        count => format!("{count} failed events"),
+    }
+}
+
+fn list(failed: &[FailedEvent], count: u64) -> String {
+    if failed.is_empty() {
         return "no event has failed\n".to_owned();
     }
     let mut table = comfy_table::Table::new();
@@ -231,10 +239,10 @@ fn list(events: &[FailedEvent], count: u64) -> String {
         "event",
         "at",
         "failed at",
-        "tries",
+        "attempts",
         "reason",
     ]);
-    for event in events {
+    for event in failed {
         let conversation = event
             .conversation
             .map_or_else(|| "-".to_owned(), |id| id.to_string());
@@ -248,14 +256,15 @@ fn list(events: &[FailedEvent], count: u64) -> String {
             printable(&event.reason),
         ]);
     }
-    let shown = if (events.len() as u64) < count {
-        format!(", {} shown", events.len())
+    let shown = if (failed.len() as u64) < count {
+        format!(", {} shown", failed.len())
     } else {
         String::new()
     };
     format!(
-        "{}\n\n{count} failed{shown}. `bigchat-sync failed show ID` tells all about one; `failed retry` and `failed discard` decide.\n",
-        table.trim_fmt()
+        "{}\n\n{}{shown}; show one with `bigchat-sync failed show ID`, resolve it with `failed retry` or `failed discard`\n",
+        table.trim_fmt(),
+        events(count)
     )
 }
 
@@ -274,7 +283,7 @@ fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastResolu
             event.at.map_or_else(unknown, |at| at.to_string()),
         ),
         ("failed at", event.failed_at.to_string()),
-        ("tries", event.tries.to_string()),
+        ("attempts", event.tries.to_string()),
         ("reason", event.reason.clone()),
         ("data", event.data.clone().unwrap_or_else(unknown)),
         ("request", event.request.clone().unwrap_or_else(unknown)),
@@ -297,7 +306,7 @@ fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastResolu
     });
     let decisions = decisions.iter().map(|past| {
         let text = format!("{}  {} by {}", past.at, past.decision, past.by);
-        ("decided".to_owned(), text)
+        ("resolved".to_owned(), text)
     });
     lines
         .chain(attempts)

@@ -1,7 +1,6 @@
-//! How things stand, and whether all is well: `bigchat-sync status`, and what the console and the metrics show of it.
+//! The state of the journal, its problems and their remedies: for `bigchat-sync status`, the console and the metrics.
 //!
-//! It all comes from the journal, whether or not the daemon runs, and asks nobody anything. `problems` decides what is
-//! not well and says what to do about it.
+//! It reads only the database, whether or not the daemon runs. `problems` decides what is a problem.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,36 +13,36 @@ use crate::http::{Api, ApiStatus};
 use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
 use crate::telemetry::terminal::{printable, shown};
 
-/// How long no poll may have come to its end, in poll intervals; at least [`STALE`].
+/// Longest time without a completed poll, in poll intervals; at least [`STALE`].
 const INTERVALS: u32 = 6;
 
-/// How long no poll may have come to its end, BigChat's clock may be ahead of what was read, and an event may wait.
+/// Longest time without a completed poll, behind BigChat's clock, and of an event that waits.
 const STALE: Duration = Duration::from_secs(120);
 
-/// What to show.
+/// The options.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// As one JSON object, for programs.
+    /// Print one JSON object, for programs.
     #[arg(long)]
     pub json: bool,
 }
 
-/// How things stand.
+/// The state.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Status {
-    /// Of this program.
+    /// Version of this program.
     pub version: &'static str,
     /// This machine's clock.
     pub now: Millis,
-    /// Whether a daemon works on the database.
+    /// Whether a daemon uses the database.
     pub daemon_runs: bool,
-    /// Whether there is nothing to be done by anybody.
+    /// Whether there is no problem.
     pub well: bool,
-    /// What is not well, the gravest first.
+    /// The problems, the worst first.
     pub problems: Vec<Problem>,
     /// The database.
     pub database: Database,
-    /// What the journal tells.
+    /// The figures of the journal.
     #[serde(flatten)]
     pub figures: Figures,
 }
@@ -51,14 +50,14 @@ pub struct Status {
 /// The database.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Database {
-    /// Where it is.
+    /// Its path.
     #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
-    /// How large it is, with its write-ahead log, in bytes.
+    /// Its size with the write-ahead log, in bytes.
     pub bytes: u64,
 }
 
-/// Something that is not well.
+/// A problem.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// What it is.
@@ -77,11 +76,11 @@ pub enum StatusError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// It cannot be written as JSON.
-    #[error("it cannot be written as JSON: {0}")]
+    #[error("cannot write the status as JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// What `bigchat-sync status` prints, and whether all is well.
+/// What `bigchat-sync status` prints, and whether there is no problem.
 pub fn run(args: &Args, db: &Path, poll_interval: Duration) -> Result<(String, bool), StatusError> {
     let mut store = Store::open_reader(db)?;
     let status = Status::read(&mut store, db, poll_interval, Millis::now())?;
@@ -94,7 +93,7 @@ pub fn run(args: &Args, db: &Path, poll_interval: Duration) -> Result<(String, b
 }
 
 impl Status {
-    /// Reads it from the journal. `poll_interval` is the setting, which tells how long no poll is too long.
+    /// Reads it from the journal. `poll_interval` is the setting: it decides how long without a poll is too long.
     pub fn read(
         store: &mut Store,
         db: &Path,
@@ -124,7 +123,7 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 
-/// What is not well, the gravest first.
+/// The problems, the worst first.
 fn problems(
     figures: &Figures,
     daemon_runs: bool,
@@ -132,16 +131,16 @@ fn problems(
     now: Millis,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let mut trouble = |what: String, remedy: &str| {
+    let mut problem = |what: String, remedy: &str| {
         problems.push(Problem {
             what,
             remedy: remedy.to_owned(),
         });
     };
     if !daemon_runs {
-        trouble(
-            "no daemon works on this database".into(),
-            "start it (`systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db)",
+        problem(
+            "no daemon is running on this database".into(),
+            "start it with `systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db",
         );
     }
     for (api, status) in [
@@ -153,41 +152,42 @@ fn problems(
             let why = status.trouble.as_deref().unwrap_or("it does not answer");
             let remedy = match (status.lasts, api) {
                 (true, _) => {
-                    "this does not end by itself: correct what the reason names; until then requests wait, and nothing is lost".to_owned()
+                    "correct what the reason names; until then requests wait, and nothing is lost"
+                        .to_owned()
                 }
                 (false, Api::BigChat) => format!(
-                    "an outage ends by itself, and what happened meanwhile is read then; if {api} is up, check {}",
+                    "an outage needs no action, and the events of that time are read afterwards; if {api} is up, check {}",
                     api.url_setting()
                 ),
                 (false, Api::OurApi) => format!(
-                    "an outage ends by itself, and everything waits meanwhile; if {api} is up, check {}",
+                    "an outage needs no action, and all events wait; if {api} is up, check {}",
                     api.url_setting()
                 ),
             };
-            trouble(format!("{api} is down since {since}: {why}"), &remedy);
+            problem(format!("{api} is down since {since}: {why}"), &remedy);
         }
     }
     let stale = STALE.max(poll_interval.saturating_mul(INTERVALS));
     match figures.polled_at {
-        None => trouble(
-            "BigChat was never read to the end yet".into(),
-            "wait for the first poll; if it stays so, the log says why",
+        None => problem(
+            "no poll of BigChat was completed yet".into(),
+            "wait for the first poll; if this stays, see the log",
         ),
-        Some(at) if now.since(at) > stale => trouble(
-            format!("BigChat was last read to the end at {at}"),
-            "nothing new arrives: start the daemon if it does not run; else see BigChat's state above, or the log",
+        Some(at) if now.since(at) > stale => problem(
+            format!("the last poll was completed at {at}"),
+            "no new events arrive; start the daemon if it is not running, otherwise see the state of BigChat above, or the log",
         ),
         Some(_)
             if figures
                 .behind_s
                 .is_some_and(|behind| seconds(behind) > stale) =>
         {
-            trouble(
+            problem(
                 format!(
-                    "what is read of BigChat is {} behind",
+                    "the poller is {} behind BigChat",
                     duration(seconds(figures.behind_s.unwrap_or_default()))
                 ),
-                "it catches up by itself; if that stops getting less, see BigChat's state",
+                "it catches up automatically; if this does not shrink, see the state of BigChat above",
             )
         }
         Some(at)
@@ -196,12 +196,12 @@ fn problems(
                 .is_some_and(|moved| at.since(moved) > stale) =>
         {
             let moved = figures.cursor_moved_at.unwrap_or_default();
-            trouble(
+            problem(
                 format!(
-                    "BigChat's time has stood still for {} while polls complete",
+                    "BigChat's clock has not advanced for {}, although polls are completed",
                     duration(at.since(moved))
                 ),
-                "a cache may answer in BigChat's place: have it pass on requests with `cache-control: no-cache`",
+                "a cache may answer instead of BigChat; let it forward requests with `cache-control: no-cache`",
             )
         }
         Some(_) => {}
@@ -209,24 +209,27 @@ fn problems(
     if let Some(oldest) = &figures.oldest_waiting
         && now.since(oldest.at) > STALE
     {
-        let why = oldest.reason.as_deref().unwrap_or("it was not tried yet");
-        trouble(
+        let why = oldest
+            .reason
+            .as_deref()
+            .unwrap_or("it has not been tried yet");
+        problem(
             format!(
-                "a {} of conversation {} waits for {}: {why}",
+                "a {} of conversation {} has waited for {}: {why}",
                 oldest.kind,
                 oldest.conversation,
                 duration(now.since(oldest.at))
             ),
-            "it is tried again by itself; if OurAPI is up and this stays, it goes to the failed events",
+            "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
         );
     }
     if figures.failed > 0 {
-        trouble(
+        problem(
             match figures.failed {
-                1 => "1 failed event waits for somebody to decide".into(),
-                count => format!("{count} failed events wait for somebody to decide"),
+                1 => "1 failed event needs action".into(),
+                count => format!("{count} failed events need action"),
             },
-            "see why with `bigchat-sync failed list` or in the console; then retry them, or discard them",
+            "see the reasons with `bigchat-sync failed list` or in the console; then retry or discard",
         );
     }
     problems
@@ -236,7 +239,7 @@ fn seconds(count: i64) -> Duration {
     Duration::from_secs(u64::try_from(count).unwrap_or_default())
 }
 
-/// As people say it, to the second; the larger, the coarser.
+/// To the second; the longer, the coarser.
 fn duration(duration: Duration) -> String {
     let seconds = match duration.as_secs() {
         seconds if seconds >= 172_800 => seconds / 3600 * 3600,
@@ -260,12 +263,12 @@ fn text(status: &Status) -> String {
     ];
     let mut line =
         |name: &str, value: String| lines.push(format!("{name:<14}{}", printable(&value)));
-    let runs = if status.daemon_runs {
-        "runs"
+    let daemon = if status.daemon_runs {
+        "running"
     } else {
-        "does not run"
+        "not running"
     };
-    line("daemon", runs.into());
+    line("daemon", daemon.into());
     line("BigChat", api(&figures.bigchat, &ago));
     line("OurAPI", api(&figures.our_api, &ago));
     let behind = figures.behind_s.map_or_else(String::new, |behind| {
@@ -281,7 +284,7 @@ fn text(status: &Status) -> String {
     for Gap { from, until, .. } in &figures.gaps {
         line(
             "lost",
-            format!("what happened from {from} to {until}: BigChat no longer reports it"),
+            format!("events from {from} to {until}; BigChat no longer reports them"),
         );
     }
     let oldest = figures.oldest_waiting.as_ref();
@@ -296,7 +299,7 @@ fn text(status: &Status) -> String {
     line(
         "a minute",
         format!(
-            "{:.1} told, {:.1} delivered, over the last five",
+            "{:.1} received, {:.1} delivered, over the last 5 minutes",
             figures.told_per_minute, figures.delivered_per_minute
         ),
     );
@@ -304,7 +307,7 @@ fn text(status: &Status) -> String {
         line(
             "delivery",
             format!(
-                "half within {} ms, 95 of 100 within {} ms, the slowest in {} ms",
+                "median {} ms, p95 {} ms, max {} ms",
                 times.median, times.p95, times.max
             ),
         );
@@ -312,12 +315,15 @@ fn text(status: &Status) -> String {
     if figures.rebuilding > 0 {
         line(
             "rebuilding",
-            format!("{} chats to be verified", figures.rebuilding),
+            match figures.rebuilding {
+                1 => "1 chat to be verified".to_owned(),
+                count => format!("{count} chats to be verified"),
+            },
         );
     }
     lines.push(String::new());
     if status.well {
-        lines.push("all is well".into());
+        lines.push("no problems".into());
     }
     for Problem { what, remedy } in &status.problems {
         lines.push(format!("! {}\n  → {remedy}", printable(what)));
@@ -346,7 +352,7 @@ fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
     let state = match up {
         Some(true) => "up",
         Some(false) => "down",
-        None => "not sure",
+        None => "unknown",
     };
     let since = since.map_or_else(String::new, |since| format!(" since {since}"));
     format!("{state}{since}; {}: {request} → {response}", ago(*asked_at))

@@ -1,8 +1,7 @@
-//! `bigchat-sync verify`: requests, through the database, that chats be compared with the journal, and shows how far that
-//! is and what was found.
+//! `bigchat-sync verify`: requests a verification through the database, and shows its progress and result.
 //!
-//! The daemon asks OurAPI if one runs, since it bounds all requests to OurAPI. Otherwise this process takes its place until
-//! the work is done. The lock on the database tells which: its holder delivers.
+//! If a daemon runs, it does the work, because it bounds all requests to OurAPI. Otherwise this process takes its place until
+//! the work is done. The lock on the database decides which.
 
 use std::time::Duration;
 
@@ -35,7 +34,7 @@ const LISTED: u32 = 100;
 /// Which chats to verify, and whether to repair them.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Only the chat of this conversation, by BigChat's id; of each epoch that had one [default: all chats].
+    /// Only the chat of this conversation, by BigChat's id, in every epoch that had one [default: all chats].
     #[arg(long, value_name = "ID", value_parser = number::<i64>, allow_hyphen_values = true)]
     conversation: Option<i64>,
 
@@ -57,21 +56,21 @@ pub enum VerifyError {
     /// The database refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// This process cannot take the daemon's place.
+    /// This process cannot take the place of the daemon.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
-    /// The operating system refuses, or nothing can be shown.
-    #[error("the operating system refuses: {0}")]
+    /// An error of the operating system, or of the terminal.
+    #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
     /// The journal knows of no such chat.
-    #[error("no chat is known of conversation {0}: nothing was delivered for it yet")]
+    #[error("conversation {0} has no chat: nothing was delivered for it yet")]
     NoSuchChat(i64),
     /// Interrupted.
     #[error("{0}")]
     Interrupted(&'static str),
 }
 
-/// Has chats verified, and repaired if asked for. Returns whether all were as they should be.
+/// Verifies chats, and repairs them if asked for. Returns whether none differed.
 pub async fn run(
     args: Args,
     settings: Settings,
@@ -96,7 +95,7 @@ pub async fn run(
     let stop = stopping.child_token();
     let working = async {
         let worked = work(settings, tokens, &stop, !repair).await;
-        // Nobody else does the work.
+        // The work has ended, so there is nothing to watch.
         stop.cancel();
         worked
     };
@@ -127,7 +126,7 @@ pub async fn run(
     Ok(differences.is_empty())
 }
 
-/// Takes the daemon's place if none runs, also if one stops meanwhile.
+/// Takes the place of the daemon if none runs, also if one stops meanwhile.
 async fn work(
     settings: Settings,
     tokens: LiveTokens,
@@ -148,7 +147,7 @@ async fn work(
     Ok(())
 }
 
-/// Shows the progress until all is done, or nobody works on it any more.
+/// Shows the progress until everything is done, or the work has ended.
 async fn watch(
     journal: &Journal,
     verification: i64,
@@ -183,8 +182,8 @@ async fn watch(
         }
         if waits_for != waited_for {
             match (&waits_for, &bar) {
-                (Some(reason), None) => tracing::warn!("nothing is verified for now: {reason}"),
-                (None, None) => tracing::warn!("OurAPI is asked again"),
+                (Some(reason), None) => tracing::warn!("verification waits: {reason}"),
+                (None, None) => tracing::warn!("verification continues"),
                 // The bar says it.
                 (_, Some(_)) => {}
             }
@@ -217,8 +216,10 @@ async fn watch(
 
 fn sentence(progress: &VerificationProgress) -> String {
     format!(
-        "{} of {} chats verified, {} events to be sent again",
-        progress.verified, progress.chats, progress.waiting
+        "{} of {} verified, {} to send again",
+        progress.verified,
+        count(progress.chats, "chat"),
+        count(progress.waiting, "event")
     )
 }
 
@@ -233,6 +234,11 @@ async fn report(
         false => as_table(progress, differences, args.repair),
     };
     Ok(terminal.say(&text).await?)
+}
+
+/// So many of something.
+fn count(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 fn state(difference: &Difference) -> &'static str {
@@ -274,7 +280,10 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
         ..
     } = progress;
     if differences.is_empty() {
-        return format!("{chats} chats verified: OurAPI holds everything that was delivered");
+        return format!(
+            "{} verified: OurAPI has everything that was delivered",
+            count(*chats, "chat")
+        );
     }
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
@@ -288,12 +297,14 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
         table.add_row(row);
     }
     let end = if repair {
-        "all of it was repaired"
+        "everything was repaired"
     } else {
-        "nothing was changed; --repair sends what is missing and overwrites what differs"
+        "nothing was changed; add --repair to send what is missing and overwrite what differs"
     };
     format!(
-        "{}\n\n{chats} chats verified: {missing} missing, {differing} differ, {messages} messages missing; {end}",
-        table.trim_fmt()
+        "{}\n\n{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
+        table.trim_fmt(),
+        count(*chats, "chat"),
+        count(*messages, "message")
     )
 }

@@ -37,7 +37,7 @@ pub(super) enum ApiError {
     Read(#[from] ReadError),
     #[error("{0}")]
     ParseError(String),
-    #[error("there is no {0} {1} any more, or there never was")]
+    #[error("there is no {0} {1}; it may have been resolved, or dropped by the retention")]
     NotThere(&'static str, i64),
 }
 
@@ -207,7 +207,7 @@ async fn resolve(web: &Web, client: Client, which: Which, decision: Resolution) 
     tracing::info!(
         decision = decision.name(),
         events = done,
-        "decided in the console"
+        "failed events resolved in the console"
     );
     web.forget_status().await;
     if decision == Resolution::Retry && done > 0 {

@@ -108,7 +108,7 @@ async fn accept_into(tasks: &mut JoinSet<()>, listener: TcpListener, router: Rou
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
-                tracing::debug!(reason = %error, "no connection can be accepted");
+                tracing::debug!(reason = %error, "cannot accept a connection");
                 sleep(EXHAUSTED).await;
             }
         }
@@ -151,6 +151,6 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(error) = served {
-        tracing::debug!(reason = %error, %peer, "a connection ended before its time");
+        tracing::debug!(reason = %error, %peer, "a connection failed");
     }
 }

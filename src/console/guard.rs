@@ -65,13 +65,13 @@ const HEADERS: [(HeaderName, &str); 8] = [
 /// Why a request is not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub(crate) enum Rejection {
-    #[error("one Host header is needed, and a target that begins with a slash")]
+    #[error("a request needs one Host header, and a target that begins with a slash")]
     Malformed,
     #[error(
-        "the console does not go by this name: ask for it by its address, or add the name with --console-host"
+        "the console does not know this host name; use its address, or add the name with --console-host"
     )]
     UnknownHost,
-    #[error("this comes from another site's page")]
+    #[error("requests from pages of other sites are refused")]
     CrossSite,
     #[error("a request that changes something needs the header X-Bigchat-Sync")]
     NotOurs,
@@ -79,18 +79,18 @@ pub(crate) enum Rejection {
     NoLength,
     #[error("a body must be application/json")]
     NotJson,
-    #[error("a body may have {MAX_BODY} bytes")]
+    #[error("a body must have at most {MAX_BODY} bytes")]
     TooLarge,
-    #[error("a token is needed: log in, or send it as `Authorization: Bearer …`")]
+    #[error("a token is needed; log in, or send it as `Authorization: Bearer …`")]
     Unidentified,
     #[error(
-        "without a token only the daemon's own user and root may change anything here, and {} asks: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE, restart the daemon, and log in with the token",
+        "without a token, only root and the user of the daemon may change anything, and not {}; set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE, restart the daemon, and log in with the token",
         .0.map_or_else(|| "an unknown user".to_owned(), user::name)
     )]
     ReadOnly(Option<u32>),
-    #[error("too many wrong tokens: wait {0} s")]
+    #[error("too many wrong tokens; wait {0} s")]
     TooManyTries(u64),
-    #[error("not answered in time")]
+    #[error("the request was not answered in time")]
     TooSlow,
 }
 

@@ -86,12 +86,12 @@ pub(super) async fn login(
     }
     match login.begin(peer.ip(), &credentials.token, Instant::now()) {
         Ok((cookie, key)) => {
-            tracing::info!(%peer, "somebody has logged in to the console");
+            tracing::info!(%peer, "login to the console");
             let cookie = login.set_cookie(&cookie, SESSION, &headers);
             ([(header::SET_COOKIE, cookie)], Json(json!({ "key": key }))).into_response()
         }
         Err(refusal) => {
-            tracing::warn!(%peer, "a login to the console has failed");
+            tracing::warn!(%peer, "login to the console failed");
             refusal.into_response()
         }
     }

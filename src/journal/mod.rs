@@ -58,13 +58,13 @@ pub use verification::{Difference, Scope, VerificationProgress};
 #[derive(Debug, Error)]
 pub enum JournalError {
     /// SQLite or the disk refuses. Nothing was changed; it may work later.
-    #[error("the database refuses: {0}")]
+    #[error("cannot use the database: {0}")]
     Sqlite(#[from] rusqlite::Error),
     /// A row that this program never writes: somebody edited the database.
-    #[error("the database holds what cannot be: {0}")]
+    #[error("invalid row in the database: {0}")]
     InvalidRow(String),
     /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
-    #[error("{} was deleted or replaced: put it back, or restart to go on with what is there now", shown(.0))]
+    #[error("{} was deleted or replaced; put it back, or restart to continue with the new file", shown(.0))]
     Replaced(PathBuf),
     /// The operation has panicked, or the journal's thread has ended.
     #[error("the journal is closed")]
@@ -224,7 +224,7 @@ impl Thread {
             for operation in queue {
                 // Its transaction is rolled back, and the caller receives an error; the others go on.
                 if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
-                    tracing::error!("an operation on the journal panicked");
+                    tracing::error!("an operation of the journal panicked; this is a bug");
                 }
             }
         })?;
@@ -251,7 +251,9 @@ impl Drop for Thread {
         if let Some(handle) = self.handle.take()
             && handle.join().is_err()
         {
-            tracing::error!("the journal's thread panicked");
+            tracing::error!(
+                "the thread of the journal panicked; this is a bug, restart the daemon"
+            );
         }
     }
 }

@@ -35,20 +35,20 @@ const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQ
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// Another daemon works on it.
-    #[error("another bigchat-sync works on {}; stop it first, or set another database with --db", shown(.0))]
+    #[error("another bigchat-sync uses {}; stop it first, or set another database with --db", shown(.0))]
     InUse(PathBuf),
     /// A daemon works on it by another hard link or mount, where its write-ahead log is.
     #[error(
-        "the daemon that works on {} has it open by another name, beside which are its -wal and -shm; set --db as the daemon does",
+        "the daemon that uses {} has it open by another name, with its -wal and -shm beside that name; set --db as the daemon does",
         shown(.0)
     )]
     OtherName(PathBuf),
     /// Some other program's database, or no database at all.
-    #[error("{} is not a bigchat-sync database, and is left as it is; set another one with --db", shown(.0))]
+    #[error("{} is not a bigchat-sync database, and was not changed; set another one with --db", shown(.0))]
     Foreign(PathBuf),
     /// Written by a later version of this program.
     #[error(
-        "{} was written by a newer bigchat-sync (schema {found}, this one knows {known}), and is left as it is; run the newer one",
+        "{} was written by a newer bigchat-sync (schema {found}, this one knows {known}), and was not changed; run the newer one",
         shown(.path)
     )]
     Newer {
@@ -61,13 +61,13 @@ pub enum OpenError {
     },
     /// Written by an earlier version of this program, which still works on it.
     #[error(
-        "an older bigchat-sync works on {}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one",
+        "an older bigchat-sync uses {}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one",
         shown(.0)
     )]
     Older(PathBuf),
     /// Written by version 0.1, whose journal cannot be read.
     #[error(
-        "{} was written by bigchat-sync 0.1, and is left as it is; have that version deliver what waits (`bigchat-sync once`), then set another database with --db",
+        "{} was written by bigchat-sync 0.1, and was not changed; deliver the waiting events with that version (`bigchat-sync once`), then set another database with --db",
         shown(.0)
     )]
     Version01(PathBuf),
@@ -76,7 +76,7 @@ pub enum OpenError {
     Missing(PathBuf),
     /// Cut off, or written over.
     #[error(
-        "{} is damaged ({why}), and is left as it is; restore a copy, or set another database with --db",
+        "{} is damaged ({why}), and was not changed; restore a copy, or set another database with --db",
         shown(.path)
     )]
     Damaged {
@@ -87,7 +87,7 @@ pub enum OpenError {
     },
     /// Its directory does not exist.
     #[error(
-        "{} cannot be opened: the directory {} does not exist; make it, or set another database with --db",
+        "{} cannot be opened: the directory {} does not exist; create it, or set another database with --db",
         shown(.path),
         shown(.directory)
     )]
@@ -99,7 +99,7 @@ pub enum OpenError {
     },
     /// No file can be made in its directory.
     #[error(
-        "{} cannot be opened: no file can be made in {}, where it and its -wal and -shm belong ({source}){}",
+        "{} cannot be opened: no file can be created in {}, where it and its -wal and -shm belong ({source}){}",
         shown(.path),
         shown(.directory),
         remedy(.source)
@@ -114,13 +114,13 @@ pub enum OpenError {
     },
     /// It cannot be read without its write-ahead log, and the log cannot be read.
     #[error(
-        "{} cannot be read: its latest changes are in its -wal file, which can be read only with a -shm file, and none can be made; \
-         use an account that may write to its directory, or copy the database and its -wal to where you may write",
+        "{} cannot be read: its latest changes are in its -wal file, which can be read only with a -shm file, and none can be created; \
+         use an account that may write to its directory, or copy the database and its -wal to a writable directory",
         shown(.0)
     )]
     LogUnreadable(PathBuf),
     /// SQLite has no room for its path.
-    #[error("{} cannot be opened: SQLite takes paths of up to 504 bytes; set a shorter one with --db", shown(.0))]
+    #[error("{} cannot be opened: SQLite accepts paths of up to 504 bytes; set a shorter one with --db", shown(.0))]
     TooLong(PathBuf),
     /// The file system refuses.
     #[error("{} cannot be opened: {source}{}", shown(.path), remedy(.source))]
@@ -185,7 +185,7 @@ pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
     if let Err(error) = file.make_private()
         && !file.exposed().is_empty()
     {
-        tracing::warn!(db = %shown(path), reason = %error, "other users of this machine have access to the database");
+        tracing::warn!(db = %shown(path), reason = %error, "other users of this machine have access to the database; run `chmod 600` on its files");
     }
     let mut connection = connect(&file)?;
     let found = known_version(&file, &connection)?;

@@ -1,4 +1,4 @@
-//! What the daemon counts and measures while it works, and how that and what the journal tells is written for Prometheus.
+//! What the daemon counts and measures, and the format in which Prometheus reads it.
 //!
 //! Counters and durations are of this process, and begin at nothing when it does. What is true whether or not it runs
 //! (what waits, what failed, how far behind) is read from the journal when somebody asks, and never kept here too.
@@ -244,44 +244,44 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register(
             "requests",
-            "Requests made, by API, route and status; not_sent, lost (no whole answer) and late (no answer in time) where there was none",
+            "Requests, by API, route and status, which is also not_sent, lost (no complete answer) or late (no answer in time)",
             self.requests.total.clone(),
         );
         registry.register_with_unit(
             "request_duration",
-            "How long requests took, by API and route",
+            "Duration of requests, by API and route",
             Unit::Seconds,
             self.requests.durations.clone(),
         );
         registry.register("polls", "Polls of BigChat, by outcome", self.polls.clone());
         registry.register(
             "events_told",
-            "New events that BigChat told, by kind",
+            "New events received, by kind",
             self.told.clone(),
         );
         registry.register(
             "events_ignored",
-            "Events that were dropped for their names, as --ignore-events says",
+            "Events dropped by --ignore-events",
             self.ignored.clone(),
         );
         registry.register(
             "event_attempts",
-            "Attempts to deliver an event, by kind and outcome; waiting: it is tried again",
+            "Attempts to deliver an event, by kind and outcome; waiting: it will be retried",
             self.attempts.clone(),
         );
         registry.register(
             "unknown_outcomes",
-            "Attempts of which it is unknown whether OurAPI carried them out, and is looked up",
+            "Attempts of unknown outcome; their chats are read back",
             self.unknown_outcomes.clone(),
         );
         registry.register(
             "chats_rebuilt",
-            "Chats that OurAPI had lost (missing), or held otherwise or not whole (differs), and that were put right",
+            "Chats repaired that were missing in OurAPI, or differed",
             self.rebuilt.clone(),
         );
         registry.register(
             "handler_panics",
-            "Handlers that have panicked: each is a bug",
+            "Panics in handlers; each is a bug",
             self.panics.clone(),
         );
         self

@@ -110,13 +110,13 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
             BacktraceStatus::Captured => format!("\n{backtrace}"),
             _ => String::new(),
         };
-        tracing::error!(reason = %format_args!("{panic}{backtrace}"), "a bug: panicked");
+        tracing::error!(reason = %format_args!("{panic}{backtrace}"), "panicked; this is a bug");
     }));
 }
 
 /// The line that reports how many others were lost. It is made without the log, which may be what lost them.
 pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
-    const MESSAGE: &str = "lines of the log are lost: standard error took no more";
+    const MESSAGE: &str = "log lines were lost, because nothing read standard error";
     let now = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
     match format {
         LogFormat::Text => format!("{now} ERROR {MESSAGE} lines={lines}\n"),

@@ -554,7 +554,7 @@ async fn a_poison_event_fails_while_others_get_through_and_its_conversation_goes
         t.our_api.calm();
         let id = failed.id.to_string();
         let told = t.failed_command(&["retry", &id]).expect("it is there");
-        assert!(told.starts_with("1 to be tried again"), "{told}");
+        assert!(told.starts_with("1 failed event will be retried"), "{told}");
         t.until_events("delivered", others + 4).await;
         assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
     })
@@ -832,7 +832,7 @@ with_a_chat(t).await;
     for part in ["MESSAGE", "UNREADABLE", REFUSED, "2 failed."] {
         assert!(list.contains(part), "{part}: {list}");
     }
-    assert!(answer(&["list", "--limit", "1"]).contains("2 failed, 1 shown."));
+    assert!(answer(&["list", "--limit", "1"]).contains("2 failed events, 1 shown;"));
     let events = t.failed();
     let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
     let shown = answer(&["show", refused]);
@@ -859,7 +859,7 @@ with_a_chat(t).await;
     })
     .await;
     t.our_api.upset(POST, status(200).body("{}"));
-    assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
+    assert!(answer(&["retry", "--all"]).starts_with("1 failed event will be retried"));
     t.until_events("delivered", 2).await;
     assert_eq!(t.our_api.count(POST), 3);
     // What was decided stays known, and how each attempt went.

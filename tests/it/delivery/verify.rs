@@ -66,7 +66,7 @@ delivered(t).await;
         })
         .await;
         let (said, clean) = verify(t, &[]).await;
-        assert!(clean && said.contains("OurAPI holds everything"), "{said}");
+        assert!(clean && said.contains("OurAPI has everything"), "{said}");
         t.our_api.loses_chat("11");
         t.our_api.loses_message("10");
         let ended = json!({"ended_at": null});
@@ -101,14 +101,14 @@ delivered(t).await;
         assert!(!t.compare().is_clean());
         // One alone, then the rest.
         let (said, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
-        assert!(!clean && said.contains("all of it was repaired"), "{said}");
+        assert!(!clean && said.contains("everything was repaired"), "{said}");
         assert_eq!(t.our_api.chats().len(), 3);
         assert!(!t.compare().is_clean());
         let (said, clean) = verify(t, &["--repair"]).await;
-        assert!(!clean && said.contains("all of it was repaired"), "{said}");
+        assert!(!clean && said.contains("everything was repaired"), "{said}");
         t.agrees().await;
         let (said, clean) = verify(t, &[]).await;
-        assert!(clean && said.contains("OurAPI holds everything"), "{said}");
+        assert!(clean && said.contains("OurAPI has everything"), "{said}");
         if let Some(daemon) = daemon {
             daemon.stop().await;
         }
@@ -138,7 +138,7 @@ async fn agents_that_are_gone_are_built_again() {
         delivered(t).await;
         t.our_api.loses_agents();
         let (said, clean) = verify(t, &[]).await;
-        assert!(!clean && said.contains("3 differ"), "{said}");
+        assert!(!clean && said.contains("3 with differences"), "{said}");
         t.start();
         verify(t, &["--repair"]).await;
     })
@@ -193,7 +193,7 @@ async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
             verify(t, &["--conversation", "12", "--repair"]).await
         };
         let ((said, _), _) = tokio::join!(first, second);
-        assert!(said.contains("1 messages missing"), "{said}");
+        assert!(said.contains("1 message missing"), "{said}");
     })
     .await;
 }
@@ -222,7 +222,7 @@ async fn while_our_api_cannot_be_asked_it_says_so() {
                 let mut command = Process(command.stderr(stderr).spawn().expect("a process"));
                 let said =
                     |what: &str| std::fs::read_to_string(&log).expect("a log").contains(what);
-                until(case, async || said("nothing is verified for now: OurAPI")).await;
+                until(case, async || said("verification waits: OurAPI")).await;
                 let ended = command.0.try_wait().expect("a status");
                 assert!(ended.is_none(), "{case}: it waits");
                 match &fault {

@@ -403,7 +403,7 @@ async fn a_cursor_that_stands_still_is_shown() {
             let (status, _) = t.status();
             let troubles = status["problems"].as_array().expect("a list").iter();
             let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
-            whats.any(|what| what.contains("stood still"))
+            whats.any(|what| what.contains("has not advanced"))
         };
         assert!(!shown());
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");

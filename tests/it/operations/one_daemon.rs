@@ -31,7 +31,7 @@ async fn started_by_dangling_link() -> (TempDir, Daemon) {
     let daemon = Daemon(daemon.expect("a process"));
     until("it works", async || {
         let status = program(path, "status", "link.db").output();
-        said(&status.expect("a process")).contains("daemon        runs")
+        said(&status.expect("a process")).contains("daemon        running")
     })
     .await;
     (directory, daemon)
@@ -42,10 +42,7 @@ fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
     let said = said(&second);
-    assert!(
-        said.contains("another bigchat-sync works on"),
-        "{name}: {said}"
-    );
+    assert!(said.contains("another bigchat-sync uses"), "{name}: {said}");
 }
 
 #[tokio::test]

@@ -105,7 +105,10 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
         let since = status["our_api"]["since"].clone();
 
         daemon.stop().await;
-        let stopped = ["no daemon works on this database", "OurAPI is down since "];
+        let stopped = [
+            "no daemon is running on this database",
+            "OurAPI is down since ",
+        ];
         until_troubles(t, &stopped).await;
         t.bigchat.down().await;
         t.start();
@@ -118,7 +121,7 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
 
         t.our_api.up().await.expect("it is up");
         t.bigchat.up().await.expect("it is up");
-        let status = until_troubles(t, &["1 failed event waits"]).await;
+        let status = until_troubles(t, &["1 failed event needs action"]).await;
         let reasons = status["failed_by_reason"].as_array().expect("an array");
         assert_eq!(reasons.len(), 1);
         let reason = reasons[0]["reason"].as_str().expect("a reason");
@@ -158,7 +161,7 @@ async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
             .expect("a process");
         let report = String::from_utf8_lossy(&elsewhere.stdout);
         assert!(
-            !elsewhere.status.success() && report.contains("is asked elsewhere by the daemon"),
+            !elsewhere.status.success() && report.contains("has another URL in the daemon"),
             "{report}"
         );
         daemon.stop().await;
@@ -217,7 +220,7 @@ async fn a_check_says_what_is_set_up_wrongly() {
     let (well, report) = check(&swapped).await;
     assert!(!well, "{report}");
     assert_eq!(
-        report.matches("are the two URLs mixed up?").count(),
+        report.matches("are the two URLs swapped?").count(),
         2,
         "{report}"
     );
@@ -225,7 +228,7 @@ async fn a_check_says_what_is_set_up_wrongly() {
     let twice = Bench::new(&our_api.uri(), &our_api.uri());
     let (well, report) = check(&twice).await;
     assert!(
-        !well && report.contains("the same place for both APIs"),
+        !well && report.contains("--bigchat-url and --our-api-url are the same"),
         "{report}"
     );
 

@@ -37,7 +37,7 @@ fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
     for command in ["check", "once"] {
         let (well, text) = run(program(command));
         assert!(
-            !well && !text.contains("is made at the first start"),
+            !well && !text.contains("will be created at the first start"),
             "{text}"
         );
         assert!(!text.contains(".lock"), "{text}");
@@ -74,10 +74,13 @@ fn directory_that_takes_no_database_is_named() {
                 "the directory missing does not exist",
             ],
         ),
-        ("file/a.db", &["no file can be made in", "Not a directory"]),
-        ("/proc/a.db", &["no file can be made in /proc"]),
-        ("to proc", &["no file can be made in /proc"]),
-        ("/sys/a.db", &["no file can be made in /sys"]),
+        (
+            "file/a.db",
+            &["no file can be created in", "Not a directory"],
+        ),
+        ("/proc/a.db", &["no file can be created in /proc"]),
+        ("to proc", &["no file can be created in /proc"]),
+        ("/sys/a.db", &["no file can be created in /sys"]),
     ] {
         both_say(|command| program(path, command, db), expected);
     }
@@ -90,7 +93,10 @@ fn check_leaves_nothing_where_a_database_can_be_made() {
     symlink("real.db", directory.path().join("link.db")).expect("a link");
     for db in ["a.db", "./b.db", "link.db"] {
         let (_, text) = run(program(directory.path(), "check", db));
-        assert!(text.contains("is made at the first start"), "{text}");
+        assert!(
+            text.contains("will be created at the first start"),
+            "{text}"
+        );
         assert_eq!(files(directory.path()), ["link.db"]);
     }
 }
@@ -150,7 +156,7 @@ fn account_without_rights_is_told_so() {
     let owned = path.join("owned.db");
     run(program(path, "once", "owned.db"));
     std::os::unix::fs::chown(&owned, Some(NOBODY), Some(NOBODY)).expect("root");
-    let expected = ["no file can be made in", "Permission denied"];
+    let expected = ["no file can be created in", "Permission denied"];
     both_say(
         |command| as_nobody(program(path, command, "owned.db")).expect("it could be run"),
         &expected,
@@ -222,7 +228,7 @@ async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
             };
             let (_, text) = run(program);
             let expected = match command {
-                "status" => "daemon        runs",
+                "status" => "daemon        running",
                 _ => "10",
             };
             assert!(text.contains(expected), "{command}: {text}");
