@@ -479,6 +479,7 @@ async fn every_metric_is_documented() {
             metrics.contains("bigchat_sync_newest_event_age_seconds ")
         })
         .await;
+        t.until_events("delivered", 1).await;
         daemon.stop().await;
         let types = metrics
             .lines()

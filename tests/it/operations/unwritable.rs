@@ -61,7 +61,7 @@ fn directory_that_takes_no_database_is_named() {
     for (db, expected) in [
         (
             "missing/a.db",
-            &["the directory missing does not exist; make it"][..],
+            &["the directory missing does not exist; create it"][..],
         ),
         (
             "missing/too/a.db",
