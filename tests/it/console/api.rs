@@ -1,65 +1,17 @@
 //! What the console asks over HTTP: pages that say where they go on, decisions that are noted, nonsense that is refused.
 
-use crate::harness::{Daemon, Test, dead_letter, run_test, until};
+use crate::harness::journal::failed_messages;
+use crate::harness::web::{Console, console_token};
+use crate::harness::{run_test, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::event::{message, start};
-use reqwest::{Client, StatusCode};
-use secrecy::SecretString;
+use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-/// A daemon, and a client of its console.
-pub(crate) struct Console<'a> {
-    pub(crate) t: &'a Test,
-    pub(crate) daemon: Daemon,
-    url: String,
-    client: Client,
-}
-
-impl<'a> Console<'a> {
-    pub(crate) async fn new(t: &'a Test, tokens: Tokens) -> Self {
-        let (daemon, url) = t.start_listening(tokens);
-        let client = Client::builder().no_proxy().build().expect("a client");
-        Self {
-            t,
-            daemon,
-            url,
-            client,
-        }
-    }
-
-    /// Over a journal with what some SQL adds to an empty one.
-    pub(crate) async fn over(t: &'a Test, sql: &str) -> Self {
-        t.differs("the journal is filled by hand");
-        t.once().await;
-        t.execute(sql);
-        Self::new(t, Tokens::default()).await
-    }
-
-    pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
-        let answer = self.client.get(format!("{}{path}", self.url)).send();
-        let answer = answer.await.expect("an answer");
-        let status = answer.status();
-        (status, answer.json().await.unwrap_or_default())
-    }
-
-    async fn resolve(&self, decision: &str, which: Value) -> (StatusCode, Value) {
-        let url = format!("{}/api/failed/{decision}", self.url);
-        let request = self.client.post(url).header("x-bigchat-sync", "1");
-        let answer = request.json(&which).send().await.expect("an answer");
-        let status = answer.status();
-        (status, answer.json().await.unwrap_or_default())
-    }
-}
-
-/// Failed messages of conversation 42, with ids from 1 on, every third of them for another reason.
-fn failed(count: u32) -> String {
-    let failed = (1..=count).map(|id| {
-        let reason = if id % 3 == 0 { "another" } else { "a & b" };
-        let data = json!({"message": format!("No {id}")}).to_string();
-        dead_letter(id, 100, "MESSAGE", &data, reason, 1)
-    });
-    let failed: String = failed.collect();
-    format!("INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);{failed}")
+/// SQL for so many failed messages, every third of them for another reason.
+fn failed(count: usize) -> String {
+    let reasons = ["a & b", "a & b", "another"].into_iter().cycle();
+    failed_messages(reasons.take(count))
 }
 
 fn ids(rows: &Value) -> Vec<i64> {
@@ -166,7 +118,7 @@ let console = Console::over(t, &failed(12)).await;
 #[tokio::test]
 async fn a_conversation_tells_what_was_sent_when() {
     run_test(async |t| {
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         let long = "x".repeat(10_000);
         let told = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
         t.delivers(told).await;
@@ -218,7 +170,7 @@ async fn a_conversation_tells_what_was_sent_when() {
 #[tokio::test]
 async fn what_is_not_there_or_makes_no_sense_says_so() {
     run_test(async |t| {
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         until("there is something to read", async || {
             console.get("/api/status").await.0 == StatusCode::OK
         })
@@ -250,12 +202,8 @@ async fn what_is_not_there_or_makes_no_sense_says_so() {
 
 #[tokio::test]
 async fn without_the_token_there_is_a_page_and_nothing_on_it() {
-    let tokens = Tokens {
-        console: Some(SecretString::from("a-token-that-nobody-guesses")),
-        ..Tokens::default()
-    };
     run_test(async |t| {
-        let console = Console::new(t, tokens).await;
+        let console = Console::new(t, console_token());
         for path in ["/", "/console.css", "/console.js", "/theme.js", "/icon.svg"] {
             assert_eq!(console.get(path).await.0, StatusCode::OK, "{path}");
         }

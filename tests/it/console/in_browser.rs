@@ -2,13 +2,14 @@
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
-use crate::harness::{Daemon, Test, dead_letter, run_test, until};
+use crate::harness::journal::dead_letter;
+use crate::harness::web::{TOKEN, console_token};
+use crate::harness::{Daemon, Test, run_test, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use bigchat_sync::simulator::id;
-use secrecy::SecretString;
 use serde_json::json;
 
 use crate::harness::browser::{
@@ -70,10 +71,11 @@ impl<'a> Desk<'a> {
 
     /// What was decided: `retry 3`, say, the latest last.
     fn decided(&self) -> String {
-        self.t.value(
-            "SELECT coalesce(group_concat(resolution || ' ' || event || ' ' || resolved_by, ', '), '')
-             FROM (SELECT * FROM resolutions ORDER BY id)",
-        )
+        let resolutions = self.t.resolutions().into_iter().map(|past| {
+            let way = past.by.rsplit(", ").next().unwrap_or_default();
+            format!("{} {} {way}", past.decision, past.event)
+        });
+        resolutions.collect::<Vec<_>>().join(", ")
     }
 
     async fn done(self, browser: Browser) {
@@ -130,44 +132,43 @@ async fn a_failed_event_is_found_understood_and_retried() {
 #[ignore = "needs chromium"]
 async fn discarding_asks_first_and_concerns_what_is_selected() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
+        t.differs("OurAPI rejects messages that it could store");
+        let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
         let browser = desk.look("#/failed").await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 4")
-        .await;
-    for event in [3, 5] {
         browser
-            .click(&format!("[data-event='{event}'] input"), "")
+            .until("document.querySelectorAll('.rows li').length === 4")
             .await;
-    }
-    browser.until_text(".chosen", "2 selected").await;
-    browser.click(".chosen button", "Discard").await;
-    browser.until_text("#ask", "Discard 2 events?").await;
-    browser.click("#ask button", "Keep").await;
-    browser.until("!document.querySelector('#ask').open").await;
-    assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
+        for event in [3, 5] {
+            browser
+                .click(&format!("[data-event='{event}'] input"), "")
+                .await;
+        }
+        browser.until_text(".chosen", "2 selected").await;
+        browser.click(".chosen button", "Discard").await;
+        browser.until_text("#ask", "Discard 2 events?").await;
+        browser.click("#ask button", "Keep").await;
+        browser.until("!document.querySelector('#ask').open").await;
+        assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
 
-    browser.click(".chosen button", "Discard").await;
-    browser.click("#ask button", "Discard 2").await;
-    t.until_events("discarded", 2).await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 2")
+        browser.click(".chosen button", "Discard").await;
+        browser.click("#ask button", "Discard 2").await;
+        t.until_events("discarded", 2).await;
+        browser
+            .until("document.querySelectorAll('.rows li').length === 2")
+            .await;
+        assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
+
+        t.our_api.calm();
+        browser.click(".group button", "Retry both").await;
+        browser.until_text("main", "Nothing has failed").await;
+        until("both are delivered", async || {
+            t.our_api.message_count() == 3
+        })
         .await;
-    assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
-
-    t.our_api.calm();
-    browser.click(".group button", "Retry both").await;
-    browser.until_text("main", "Nothing has failed").await;
-    until("both are delivered", async || {
-        t.our_api.message_count() == 3
+        assert_eq!(t.count_events("state = 'discarded' AND id IN (3, 5)"), 2);
+        desk.done(browser).await;
     })
     .await;
-    let discarded = t.value::<String>("SELECT group_concat(id) FROM (SELECT id FROM event_states WHERE state = 'discarded' ORDER BY id)");
-    assert_eq!(discarded, "3,5");
-    desk.done(browser).await;
-})
-.await;
 }
 
 #[tokio::test]
@@ -212,7 +213,7 @@ async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
         browser
             .until("document.querySelectorAll('.found li').length === 2")
             .await;
-        let chat = t.value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 43");
+        let chat = id("c2");
         for (text, title) in [
             ("42", "Conversation 42"),
             (chat.as_str(), "Conversation 43"),
@@ -525,18 +526,14 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn whoever_has_the_token_comes_in() {
-    let tokens = Tokens {
-        console: Some(SecretString::from("a-token-that-nobody-guesses")),
-        ..Tokens::default()
-    };
     run_test(async |t| {
-        let desk = Desk::over(t, tokens).await;
+        let desk = Desk::over(t, console_token()).await;
         let browser = desk.look("#/search").await;
         browser.until_text("main", "Sign in").await;
         browser.press("wrong").await;
         browser.press(ENTER).await;
         browser.until_text("#wrong", "That is not the token").await;
-        browser.press("a-token-that-nobody-guesses").await;
+        browser.press(TOKEN).await;
         browser.press(ENTER).await;
         browser.until_text(".found", "Conversation 42").await;
         browser.reload().await;
@@ -641,9 +638,7 @@ fn six_hours() -> String {
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {
     run_test(async |t| {
-        t.differs("OurAPI rejects messages that it could store");
-        t.once().await;
-        t.execute(&six_hours());
+        t.fill(&six_hours()).await;
         let (_, url) = t.start_listening(Tokens::default());
         let browser = Browser::open(&url, (1280, 1120)).await;
         browser.until_text("#legend", "MESSAGE").await;

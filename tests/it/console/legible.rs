@@ -1,14 +1,14 @@
 //! What the console is given to show: texts whole whatever characters are in them, why a chat has no agent, and whether a
 //! retry can succeed.
 
-use crate::harness::{dead_letter, run_test, side_by_side, until};
+use crate::harness::journal::{CONVERSATION, failed_message, spent};
+use crate::harness::web::Console;
+use crate::harness::{run_test, side_by_side, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
-
-use crate::console::api::Console;
 
 /// What the console answers; it must be a success.
 async fn get(console: &Console<'_>, path: &str, query: &[(&str, &str)]) -> Value {
@@ -34,23 +34,6 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     assert_eq!(itself["conversation"], found);
     found
 }
-
-/// SQL for a failed message in conversation 100, by its text.
-pub(crate) fn failed_message(id: i64, text: &str, reason: &str) -> String {
-    let data = json!({ "message": text }).to_string();
-    dead_letter(id, 100, "MESSAGE", &data, reason, 1)
-}
-
-/// SQL for a message of a known conversation that has failed after all its attempts.
-pub(crate) fn spent(id: i64, conversation: i64) -> String {
-    let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
-    let data = r#"{"message":"x"}"#;
-    let reason = "OurAPI gave no usable answer";
-    dead_letter(id, conversation, "MESSAGE", data, reason, 10)
-}
-
-pub(crate) const CONVERSATION: &str =
-    "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
 
 #[tokio::test]
 async fn a_text_is_whole_whatever_characters_it_has() {
@@ -140,7 +123,7 @@ async fn a_chat_without_an_agent_says_why() {
                 }
                 _ => (77, details, vec![message(77, 5, "Hello")]),
             };
-            let console = Console::new(t, Tokens::default()).await;
+            let console = Console::new(t, Tokens::default());
             t.delivers(events).await;
             let conversation = conversation(&console, id).await;
             assert!(conversation["chat_id"].is_string(), "{case}");
@@ -168,7 +151,7 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
             run_test(async |t| {
                 t.bigchat.upset(down, status(500).always());
                 t.our_api.upset(down, status(500).always());
-                let console = Console::new(t, Tokens::default()).await;
+                let console = Console::new(t, Tokens::default());
                 t.bigchat.tells([start(42, 0)]);
                 t.until_events("waiting", 1).await;
                 let mut said = Value::Null;
@@ -199,7 +182,7 @@ async fn it_is_known_whether_a_retry_can_succeed() {
             .upset("POST /chats/c1/messages*No", status(422).always());
         t.our_api
             .upset("POST /chats/c1/messages*Spam", status(409).always());
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         t.delivers([start(42, 0), start(43, 1)]).await;
         t.bigchat
             .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
@@ -220,7 +203,7 @@ async fn it_is_known_whether_a_retry_can_succeed() {
         daemon.stop().await;
         // What failed after all its attempts may succeed once whatever it was is over.
         t.execute(&spent(90, 42));
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         assert_eq!(conversation(&console, 42).await["permanent"], false);
         let failed = get(&console, "/api/failed", &[]).await;
         let groups = failed["groups"].as_array().expect("groups");

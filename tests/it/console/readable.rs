@@ -1,38 +1,34 @@
 //! The console in a real browser: everything in it can be read, at any magnitude, whatever strangers write, on a phone too;
 //! and what is highlighted is what helps.
 
-use crate::harness::{Daemon, Test, dead_letter, run_test};
+use crate::harness::journal::{CONVERSATION, dead_letter, failed_message, spent};
+use crate::harness::{Daemon, Test, run_test};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
-use crate::console::legible::{CONVERSATION, failed_message, spent};
 use crate::harness::browser::{Browser, DESK, PHONE};
 
-struct Desk<'a> {
-    t: &'a Test,
+struct Desk {
     daemon: Daemon,
     url: String,
     browser: Browser,
 }
 
-impl<'a> Desk<'a> {
+impl Desk {
     /// Over a journal with what some SQL adds to an empty one.
-    async fn over(t: &'a Test, sql: &str) -> Self {
-        t.differs("the journal is filled by hand");
-        t.once().await;
-        t.execute(sql);
+    async fn over(t: &Test, sql: &str) -> Self {
+        t.fill(sql).await;
         Self::new(t).await
     }
 
-    async fn new(t: &'a Test) -> Self {
+    async fn new(t: &Test) -> Self {
         let (daemon, url) = t.start_listening(Tokens::default());
         let browser = Browser::open(&url, DESK).await;
         browser.until_text("h1", "").await;
         Self {
-            t,
             daemon,
             url,
             browser,
@@ -340,10 +336,8 @@ async fn ids_of_64_bits_are_shown_exactly() {
         desk.browser.click(".chosen button", "Discard").await;
         desk.browser.click("#ask button", "Discard").await;
         t.until_events("discarded", 1).await;
-        let discarded: i64 = desk
-            .t
-            .value("SELECT id FROM event_states WHERE state = 'discarded'");
-        assert_eq!(discarded, second);
+        let discarded = format!("state = 'discarded' AND id = {second}");
+        assert_eq!(t.count_events(&discarded), 1);
         desk.done().await;
     })
     .await;
@@ -492,11 +486,7 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
     daemon.stop().await;
     t.execute(&spent(90, 43));
     let desk = Desk::new(t).await;
-    let (rejected, unreadable, spent): (i64, i64, i64) = (
-        t.value("SELECT id FROM events WHERE data LIKE '%No%'"),
-        t.value("SELECT id FROM events WHERE kind = 'UNREADABLE'"),
-        90,
-    );
+    let (rejected, unreadable, spent) = (3, t.latest("UNREADABLE"), 90);
     for (event, highlighted) in [
         (rejected, "discard"),
         (unreadable, "discard"),
@@ -547,7 +537,7 @@ async fn a_retry_is_highlighted_only_where_it_can_succeed() {
         desk.browser.click(".chosen button", "Clear").await;
         if event != unreadable {
             let key: i64 = t.value(&format!(
-                "SELECT conversation FROM events WHERE id = {event}"
+                "SELECT conversation FROM event_states WHERE id = {event}"
             ));
             desk.go(&format!("#/conversations/{key}"), ".head button")
                 .await;

@@ -1,6 +1,9 @@
 //! The daemon over HTTP: who is answered, what the probes tell, and that nobody is kept out or kept waiting by others.
 
-use crate::harness::{Daemon, Test, run_live_test, until};
+use crate::harness::process::Process;
+use crate::harness::web::{TOKEN, client, console_token, sent, succeeds};
+use crate::harness::{run_live_test, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::collections::HashMap;
@@ -10,27 +13,14 @@ use bigchat_sync::settings::Tokens;
 use reqwest::header::{
     AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, HeaderMap, ORIGIN, RETRY_AFTER, SET_COOKIE,
 };
-use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::harness::process::Process;
-
-const TOKEN: &str = "0123456789abcdef-console";
-
 /// How long anything may take that is to be answered at once.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A client that has opened no connection yet.
-fn client() -> Client {
-    Client::builder().no_proxy().build().expect("a client")
-}
-
-async fn sent(request: RequestBuilder) -> Response {
-    request.send().await.expect("an answer")
-}
 
 /// What is answered to these bytes, until the connection is closed.
 async fn raw(url: &str, request: &str) -> String {
@@ -49,22 +39,10 @@ async fn connect(url: &str) -> TcpStream {
     TcpStream::connect(address).await.expect("a connection")
 }
 
-fn console_token() -> Tokens {
-    Tokens {
-        console: Some(TOKEN.into()),
-        ..Tokens::default()
-    }
-}
-
-async fn listening(t: &Test, tokens: Tokens) -> (Daemon, String) {
-    let (daemon, url) = t.start_listening(tokens);
-    (daemon, url)
-}
-
 #[tokio::test]
 async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let client = client();
         let ask = async |path: &str| {
             let answer = sent(client.get(format!("{url}{path}"))).await;
@@ -107,7 +85,7 @@ async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
 #[tokio::test]
 async fn every_answer_tells_the_browser_to_trust_nothing_else() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let host = ("host", "evil.example");
         for (path, header, status) in [
             ("/healthz", None, StatusCode::OK),
@@ -145,7 +123,7 @@ async fn every_answer_tells_the_browser_to_trust_nothing_else() {
 #[tokio::test]
 async fn without_the_token_nobody_is_told_more_than_the_probes_tell() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let get = |path: &str| client().get(format!("{url}{path}"));
         assert_eq!(sent(get("/healthz")).await.status(), StatusCode::OK);
         assert_eq!(
@@ -188,7 +166,7 @@ async fn log_in(url: &str, token: &str) -> Response {
 #[tokio::test]
 async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let answer = log_in(&url, TOKEN).await;
         assert_eq!(answer.status(), StatusCode::OK);
         let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
@@ -233,7 +211,7 @@ async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
 #[tokio::test]
 async fn guessing_tokens_is_slowed() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let mut statuses = HashMap::new();
         for _ in 0..14 {
             let status = log_in(&url, "wrong").await.status();
@@ -257,7 +235,7 @@ async fn guessing_tokens_is_slowed() {
 #[tokio::test]
 async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let mut ours = HeaderMap::new();
         ours.insert("x-bigchat-sync", "1".parse().expect("a value"));
         ours.insert(CONTENT_TYPE, "application/json".parse().expect("a value"));
@@ -290,7 +268,7 @@ async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
 #[tokio::test]
 async fn requests_that_two_servers_could_read_differently_are_refused() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let ours = "Host: localhost\r\nX-Bigchat-Sync: 1\r\nContent-Type: application/json\r\n";
         let post = |headers: &str, body: &str| {
             format!("POST /api/logout HTTP/1.1\r\n{ours}{headers}\r\n{body}")
@@ -350,7 +328,7 @@ async fn requests_that_two_servers_could_read_differently_are_refused() {
 #[tokio::test]
 async fn a_large_body_is_refused() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let token = "x".repeat(100_000);
         let status = log_in(&url, &token).await.status();
         assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
@@ -361,7 +339,7 @@ async fn a_large_body_is_refused() {
 #[tokio::test]
 async fn those_who_connect_and_say_nothing_keep_nobody_out() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let mut silent = Vec::new();
         for kind in 0..200 {
             let mut stream = connect(&url).await;
@@ -386,7 +364,7 @@ async fn those_who_connect_and_say_nothing_keep_nobody_out() {
 #[tokio::test]
 async fn those_who_never_end_what_they_say_keep_nobody_out() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let head = "POST /api/login HTTP/1.1\r\nHost: localhost\r\nX-Bigchat-Sync: 1\r\n\
         Content-Type: application/json\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n";
         let mut slow = Vec::new();
@@ -413,7 +391,7 @@ async fn those_who_never_end_what_they_say_keep_nobody_out() {
 #[tokio::test]
 async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
     run_live_test(async |t| {
-        let (daemon, url) = listening(t, Tokens::default()).await;
+        let (daemon, url) = t.start_listening(Tokens::default());
         let client = client();
         until("it is ready", async || {
             let answer = sent(client.get(format!("{url}/readyz"))).await;
@@ -443,10 +421,9 @@ async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
         t.bigchat.tells_of(message(2, at, "Hello"));
         let daemon = Process::start(t);
         t.until_events("delivered", 1).await;
-        until("it says so", async || {
-            daemon.lines_with("set another address with --listen") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("set another address with --listen", 1)
+            .await;
         assert_eq!(daemon.lines_with(&address), 1, "{}", daemon.log());
         assert!(daemon.stop().await.success());
     })
@@ -467,13 +444,13 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
                 daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", token);
             }
             let daemon = Process::start_as(t, daemon);
-            until(says, async || daemon.lines_with(says) == 1).await;
+            daemon.until_logged_times(says, 1).await;
             assert_eq!(daemon.ended().await.code(), Some(2));
         }
         let mut daemon = t.program("run");
         daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", TOKEN);
         let daemon = Process::start_as(t, daemon);
-        until("it listens", async || daemon.lines_with("console at") == 1).await;
+        daemon.until_logged_times("console at", 1).await;
         assert!(!daemon.log().contains(TOKEN));
         assert!(daemon.stop().await.success());
     })
@@ -483,11 +460,8 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
 #[tokio::test]
 async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
     run_live_test(async |t| {
-        let (daemon, url) = listening(t, Tokens::default()).await;
-        let is_ready = async |url: &str| {
-            let answer = sent(client().get(format!("{url}/readyz"))).await;
-            answer.status() == StatusCode::OK
-        };
+        let (daemon, url) = t.start_listening(Tokens::default());
+        let is_ready = async |url: &str| succeeds(&format!("{url}/readyz")).await;
         until("it is ready", async || is_ready(&url).await).await;
         t.bigchat.tells_of(message(2, t.now(), "Hello"));
         until("it is delivered", async || t.events("delivered") == 1).await;
@@ -495,8 +469,7 @@ async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
 
         t.our_api.outage(Some(dropped()));
         let verify = Process::start_as(t, t.program("verify"));
-        let down = "SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 0";
-        until("it is down", async || t.value::<i64>(down) == 1).await;
+        until("it is down", async || t.is_up(Api::OurApi) == Some(false)).await;
         verify.stop().await;
         t.our_api.outage(None);
 

@@ -1,7 +1,9 @@
 //! What goes wrong: what follows, what must not, and what the journal says of it.
 
+use crate::harness::process::free_address;
 use crate::harness::services::{NOW, line, time};
 use crate::harness::{Bench, Daemon, Test, run_test, side_by_side, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, dropped, late, status};
@@ -18,6 +20,12 @@ const DENIED: &str =
     "OurAPI rejected the credentials; renew BIGCHAT_SYNC_OUR_API_TOKEN or check --our-api-url";
 const REDIRECT: &str = "OurAPI redirects to http://";
 const REFUSED: &str = "OurAPI permanently rejects it";
+
+/// This machine's clock, in Unix ms.
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    i64::try_from(now.expect("after 1970").as_millis()).expect("soon")
+}
 
 const POST: &str = "POST /chats/c1/messages";
 const LOOK: &str = "GET /chats/c1/messages";
@@ -36,33 +44,20 @@ fn heads(asked: &[String]) -> Vec<&str> {
     asked.iter().map(|line| &line[..head(line)]).collect()
 }
 
-/// One column of what is known of the attempts of the latest event of that name.
-fn attempt<T: rusqlite::types::FromSql>(t: &Bench, column: &str, name: &str) -> T {
-    t.value(&format!(
-        "SELECT {column} FROM attempts JOIN events ON event = id WHERE kind = '{name}' ORDER BY id DESC"
-    ))
-}
-
-/// Checks what the journal says of an event that failed once.
-fn failed_once(t: &Bench, name: &str, case: &str, reason: &str, request: &str, response: &str) {
-    let text = |column| attempt::<String>(t, column, name);
-    let number = |column| attempt::<i64>(t, column, name);
-    assert_eq!((number("attempts"), number("counted")), (1, 0), "{case}");
-    assert!(
-        text("reason").starts_with(reason),
-        "{case}: {}",
-        text("reason")
-    );
-    assert!(
-        text("request").starts_with(request),
-        "{case}: {}",
-        text("request")
-    );
-    assert!(
-        text("response").starts_with(response),
-        "{case}: {}",
-        text("response")
-    );
+/// Checks the one failed attempt at the latest event of a kind.
+fn failed_once(t: &Bench, kind: &str, case: &str, reason: &str, request: &str, response: &str) {
+    let attempts = t.failed_attempts(t.latest(kind));
+    let [attempt] = &attempts[..] else {
+        panic!("{case}: one attempt fails: {attempts:#?}");
+    };
+    for (is, begins) in [
+        (&attempt.reason, reason),
+        (&attempt.request, request),
+        (&attempt.response, response),
+    ] {
+        assert!(is.starts_with(begins), "{case}: {is}");
+    }
+    assert_eq!(t.counted_attempts(), 0, "{case}");
 }
 
 #[tokio::test]
@@ -477,9 +472,7 @@ async fn where_there_is_no_connection_nothing_needs_to_be_looked_up() {
     run_test(async |t| {
         let daemon = with_a_chat(t).await;
         daemon.stop().await;
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = listener.local_addr().expect("an address");
-        drop(listener);
+        let address = free_address();
         t.set("--our-api-url", &format!("http://{address}"));
         t.start();
         // The windows are to begin after the daemon did: what comes from before is looked up in any case.
@@ -488,20 +481,14 @@ async fn where_there_is_no_connection_nothing_needs_to_be_looked_up() {
         t.bigchat.further_polls(3).await;
         t.our_api.asked();
         t.bigchat.tells([message(42, 5, "Hello")]);
-        let number = |column| attempt::<i64>(t, column, "MESSAGE");
         t.until_events("waiting", 1).await;
-        until("three tries", async || {
-            t.value::<i64>("SELECT coalesce(max(attempts), 0) FROM attempts") >= 3
-        })
-        .await;
-        assert_eq!((number("counted"), number("outcome_unknown")), (0, 0));
-        let text = |column| attempt::<String>(t, column, "MESSAGE");
-        assert_eq!(text("reason"), TURNED_AWAY);
-        assert!(
-            text("response").starts_with("no connection: "),
-            "{}",
-            text("response")
-        );
+        until("three attempts", async || t.attempts_at_oldest() >= 3).await;
+        assert_eq!((t.counted_attempts(), t.unknown_outcomes()), (0, 0));
+        let attempt = &t.failed_attempts(t.latest("MESSAGE"))[0];
+        assert_eq!(attempt.reason, TURNED_AWAY);
+        let response = &attempt.response;
+        assert!(response.starts_with("no connection: "), "{response}");
+        let address = address.parse().expect("an address");
         t.our_api.move_to(address).await;
         t.until_events("delivered", 2).await;
         assert_eq!(heads(&t.our_api.asked()), [POST]);
@@ -542,7 +529,7 @@ async fn a_poison_event_fails_while_others_get_through_and_its_conversation_goes
                 .as_ref()
                 .is_some_and(|response| response.starts_with("500"))
         );
-        assert_eq!(attempt::<i64>(t, "counted", "MESSAGE"), 3);
+        assert_eq!(t.counted_attempts(), 3);
         let tries = t.our_api.count(poisoned);
         assert_eq!(usize::try_from(failed.tries), Ok(tries));
         let mut messages = t.our_api.messages();
@@ -583,32 +570,26 @@ async fn an_outage_spends_no_attempts() {
                         .zip(texts)
                         .map(|(id, text)| message(*id, 5, text)),
                 );
-                until("tries", async || {
-                    t.value::<i64>("SELECT coalesce(sum(attempts), 0) FROM attempts") >= 8
+                let attempts = || (1..=6).map(|event| t.failed_attempts(event));
+                until("eight attempts", async || {
+                    attempts().map(|attempts| attempts.len()).sum::<usize>() >= 8
                 })
                 .await;
-                let of_attempts = |what: &str| {
-                    let sql = format!("SELECT {what} FROM attempts WHERE attempts > 0");
-                    t.value::<i64>(&sql)
-                };
-                assert_eq!(of_attempts("max(counted)"), 0, "{case}");
-                assert_eq!(
-                    of_attempts("count(*)"),
-                    2,
-                    "{case}: one of each conversation"
-                );
-                assert_eq!(
-                    of_attempts(&format!("sum(reason LIKE '{reason}%')")),
-                    2,
-                    "{case}"
-                );
+                assert_eq!(t.counted_attempts(), 0, "{case}");
+                let tried: Vec<_> = attempts().filter(|attempts| !attempts.is_empty()).collect();
+                assert_eq!(tried.len(), 2, "{case}: one of each conversation");
+                for attempt in tried.iter().flatten() {
+                    assert!(attempt.reason.starts_with(reason), "{case}: {attempt:?}");
+                }
                 assert_eq!(t.events("waiting"), 4, "{case}");
                 t.our_api.calm();
                 t.until_events("delivered", 6).await;
                 daemon.stop().await;
-                let mut held = t.our_api.messages();
-                held.sort();
-                assert_eq!(held, ["four", "one", "three", "two"], "{case}");
+                assert_eq!(
+                    t.our_api.sorted_messages(),
+                    ["four", "one", "three", "two"],
+                    "{case}"
+                );
             })
             .await;
         },
@@ -654,15 +635,15 @@ async fn retry_after_is_obeyed() {
                 let pause = all[since + 1].at.duration_since(all[since].at);
                 if waits {
                     assert!(pause >= Duration::from_millis(900), "{case}: {pause:?}");
-                    let reason: String = attempt(t, "reason", "MESSAGE");
+                    let reason = &t.failed_attempts(t.latest("MESSAGE"))[0].reason;
                     assert!(
                         reason.starts_with("OurAPI is rate-limited until "),
                         "{reason}"
                     );
                 }
                 assert_eq!(
-                    t.value::<i64>("SELECT our_api_retry_after > 1000 FROM control"),
-                    i64::from(waits || case == "429, past"),
+                    t.left_alone_until(Api::OurApi) > 1000,
+                    waits || case == "429, past",
                     "{case}"
                 );
             })
@@ -680,11 +661,7 @@ async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
         t.our_api.upset(POST, upset);
         t.our_api.asked();
         t.bigchat.tells([message(42, 5, "Hello")]);
-        let left = |t: &Bench| {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-            let now = i64::try_from(now.expect("after 1970").as_millis()).expect("soon");
-            t.value::<i64>("SELECT our_api_retry_after FROM control") - now
-        };
+        let left = |t: &Bench| t.left_alone_until(Api::OurApi) - now();
         until("it is kept", async || left(t) > 0).await;
         assert!(left(t) <= 3_600_000);
         daemon.stop().await;
@@ -699,9 +676,8 @@ async fn retry_after_outlasts_a_restart_and_an_hour_is_the_most() {
         assert_eq!(t.our_api.asked().len(), 0, "nothing is asked meanwhile");
         assert!(left(t) > 3_500_000);
 
-        let soon = left(t) - 500;
-        let throttled = "UPDATE control SET our_api_retry_after = our_api_retry_after";
-        t.execute(&format!("{throttled} - {soon}"));
+        let soon = t.left_alone_until(Api::OurApi) - left(t) + 500;
+        t.leave_alone_until(Api::OurApi, soon);
         let daemon = t.start();
         t.until_events("delivered", 4).await;
         daemon.stop().await;
@@ -753,7 +729,7 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
                 assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{case}");
                 assert_eq!(t.our_api.messages(), ["Hello"], "{case}");
                 failed_once(t, "START", case, reason, pattern, response);
-                assert_eq!(attempt::<i64>(t, "outcome_unknown", "START"), 0);
+                assert_eq!(t.unknown_outcomes(), 0, "{case}");
             })
             .await;
         },
@@ -763,12 +739,11 @@ async fn what_bigchat_does_not_tell_is_asked_again() {
 
 #[tokio::test]
 async fn while_bigchat_asks_to_be_left_alone_no_attempts_are_spent() {
-    let for_an_hour = "min(due_at) > max(received_at) + 3500000";
-    for (upset, waits) in [
-        (status(429).header("retry-after", "3600"), for_an_hour),
-        (status(503).header("retry-after", "3600"), for_an_hour),
-        (status(401).always(), "max(attempts) >= 3"),
-        (status(403).always(), "max(attempts) >= 3"),
+    for (upset, for_an_hour) in [
+        (status(429).header("retry-after", "3600"), true),
+        (status(503).header("retry-after", "3600"), true),
+        (status(401).always(), false),
+        (status(403).always(), false),
     ] {
         run_test(async |t| {
             t.differs("BigChat is left alone to the end");
@@ -781,15 +756,15 @@ async fn while_bigchat_asks_to_be_left_alone_no_attempts_are_spent() {
             t.bigchat.tells(std::iter::once(start(42, 0)).chain(others));
             t.until_events("delivered", 2 + 80).await;
             until("it waits or fails", async || {
-                let sql = format!(
-                    "SELECT coalesce({waits}, 0) FROM attempts JOIN events e ON e.id = event
-                 JOIN conversations c ON c.id = e.conversation"
-                );
-                t.value(&sql) || t.events("failed") > 0
+                let waits = match for_an_hour {
+                    true => t.left_alone_until(Api::BigChat) > now() + 3_500_000,
+                    false => t.attempts_at_oldest() >= 3,
+                };
+                waits || t.events("failed") > 0
             })
             .await;
             assert_eq!(t.failed(), []);
-            assert_eq!(attempt::<i64>(t, "counted", "START"), 0);
+            assert_eq!(t.counted_attempts(), 0);
         })
         .await;
     }
@@ -820,71 +795,74 @@ async fn a_chat_is_lost_only_if_the_list_of_chats_says_so() {
 #[tokio::test]
 async fn somebody_decides_about_failed_events_while_the_daemon_runs() {
     run_test(async |t| {
-with_a_chat(t).await;
-    let garbled = "{\"event_name\":\"\\u001b[31mREOPEN\u{7f}\"}";
-    let told = format!(r#"{{"events":[{},{garbled}]}}"#, message(42, 5, "k"));
-    t.bigchat.tells(raw(&told));
-    t.until_events("failed", 2).await;
-    let command = |arguments: &[&str]| t.failed_command(arguments);
-    let answer = |arguments: &[&str]| command(arguments).expect("it is done");
+        with_a_chat(t).await;
+        let garbled = "{\"event_name\":\"\\u001b[31mREOPEN\u{7f}\"}";
+        let told = format!(r#"{{"events":[{},{garbled}]}}"#, message(42, 5, "k"));
+        t.bigchat.tells(raw(&told));
+        t.until_events("failed", 2).await;
+        let command = |arguments: &[&str]| t.failed_command(arguments);
+        let answer = |arguments: &[&str]| command(arguments).expect("it is done");
 
-    let list = answer(&["list"]);
-    for part in ["MESSAGE", "UNREADABLE", REFUSED, "2 failed."] {
-        assert!(list.contains(part), "{part}: {list}");
-    }
-    assert!(answer(&["list", "--limit", "1"]).contains("2 failed events, 1 shown;"));
-    let events = t.failed();
-    let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
-    let shown = answer(&["show", refused]);
-    for part in [
-        "request      POST /chats/00000000-0000-0000-0000-0000000000c1/messages {",
-        "response     422 {\"detail\":",
-        "happened at  2026-11-22T22:00:05Z",
-        "data         {\"message\":\"k\"}",
-        "conversation 42\n",
-    ] {
-        assert!(shown.contains(part), "{part}: {shown}");
-    }
-    let shown = answer(&["show", unreadable]);
-    assert!(shown.contains("REOPEN\u{fffd}"), "{shown}");
-    assert!(matches!(
-        command(&["show", "99"]),
-        Err(FailedError::NoSuchEvent(99))
-    ));
+        let list = answer(&["list"]);
+        for part in ["MESSAGE", "UNREADABLE", REFUSED, "2 failed."] {
+            assert!(list.contains(part), "{part}: {list}");
+        }
+        assert!(answer(&["list", "--limit", "1"]).contains("2 failed, 1 shown."));
+        let events = t.failed();
+        let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
+        let shown = answer(&["show", refused]);
+        for part in [
+            "request      POST /chats/00000000-0000-0000-0000-0000000000c1/messages {",
+            "response     422 {\"detail\":",
+            "happened at  2026-11-22T22:00:05Z",
+            "data         {\"message\":\"k\"}",
+            "conversation 42\n",
+        ] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        let shown = answer(&["show", unreadable]);
+        assert!(shown.contains("REOPEN\u{fffd}"), "{shown}");
+        assert!(matches!(
+            command(&["show", "99"]),
+            Err(FailedError::NoSuchEvent(99))
+        ));
 
-    answer(&["retry", refused]);
-    until("it is refused again", async || {
-        attempt::<i64>(t, "attempts", "MESSAGE") == 2
-            && t.events("failed") == 2
+        answer(&["retry", refused]);
+        until("it is refused again", async || {
+            t.failed_attempts(events[0].id).len() == 2 && t.events("failed") == 2
+        })
+        .await;
+        t.our_api.upset(POST, status(200).body("{}"));
+        assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.our_api.count(POST), 3);
+        // What was decided stays known, and how each attempt went.
+        let resolutions = t.resolutions();
+        assert_eq!(resolutions.len(), 2);
+        for past in resolutions {
+            assert_eq!(past.decision, "retry");
+            assert!(past.by.ends_with(", command line"), "{}", past.by);
+            assert_eq!(
+                (past.event, &past.reason),
+                (events[0].id, &events[0].reason)
+            );
+        }
+        assert_eq!(t.failed_attempts(events[0].id).len(), 2);
+
+        assert!(matches!(
+            command(&["retry", unreadable]),
+            Err(FailedError::Partly { done: 0, asked: 1 })
+        ));
+        assert!(matches!(
+            command(&["discard", unreadable, unreadable, refused]),
+            Err(FailedError::Partly { done: 1, asked: 2 })
+        ));
+        t.until_events("discarded", 1).await;
+        assert_eq!(answer(&["list"]), "no event has failed\n");
+        assert_eq!(answer(&["discard", "--all", "--yes"]), "0 discarded\n");
+        assert_eq!(answer(&["retry", "--all"]).split(' ').next(), Some("0"));
     })
     .await;
-    t.our_api.upset(POST, status(200).body("{}"));
-    assert!(answer(&["retry", "--all"]).starts_with("1 failed event will be retried"));
-    t.until_events("delivered", 2).await;
-    assert_eq!(t.our_api.count(POST), 3);
-    // What was decided stays known, and how each attempt went.
-    let decided = "SELECT group_concat(resolution || ' by ' || resolved_by || ' of ' || event || ': ' || reason, '; ') FROM resolutions";
-    let retried = format!("retry by command of {refused}: {}", events[0].reason);
-    assert_eq!(
-        t.value::<String>(decided),
-        format!("{retried}; {retried}")
-    );
-    assert_eq!(t.value::<i64>("SELECT count(*) FROM failures"), 2);
-
-    assert!(matches!(
-        command(&["retry", unreadable]),
-        Err(FailedError::Partly { done: 0, asked: 1 })
-    ));
-    assert!(matches!(
-        command(&["discard", unreadable, unreadable, refused]),
-        Err(FailedError::Partly { done: 1, asked: 2 })
-    ));
-    t.until_events("discarded", 1).await;
-    assert_eq!(answer(&["list"]), "no event has failed\n");
-    assert_eq!(answer(&["discard", "--all", "--yes"]), "0 discarded\n");
-    assert_eq!(answer(&["retry", "--all"]).split(' ').next(), Some("0"));
-})
-.await;
 }
 
 #[tokio::test]
@@ -894,11 +872,11 @@ async fn a_decision_waits_for_whoever_is_writing() {
         t.bigchat.tells([message(42, 5, "k")]);
         t.until_events("failed", 1).await;
         daemon.stop().await;
-        let writer = rusqlite::Connection::open(t.db()).expect("a database");
-        writer.execute_batch("BEGIN IMMEDIATE").expect("its turn");
+        let writer = t.lock_database();
         let written = std::thread::spawn(move || {
+            // The command waits inside SQLite, which nothing shows from outside.
             std::thread::sleep(Duration::from_millis(200));
-            writer.execute_batch("COMMIT").expect("it is written");
+            drop(writer);
         });
         let told = t.failed_command(&["discard", "--all", "--yes"]);
         assert_eq!(told.expect("it is done"), "1 discarded\n");
@@ -938,14 +916,13 @@ async fn a_look_up_that_finds_everything_shows_our_api_to_be_well() {
         t.our_api.upset(LOOK, status(503).always());
         t.our_api.upset(POST, status(503).carried_out());
         t.bigchat.tells([message(42, 5, "one")]);
-        let up = || {
-            let up = "SELECT coalesce((SELECT up FROM api_status WHERE name = 'our_api'), 1)";
-            t.value::<i64>(up)
-        };
-        until("it is down", async || up() == 0).await;
+        until("it is down", async || t.is_up(Api::OurApi) == Some(false)).await;
         t.our_api.calm();
         t.until_events("delivered", 2).await;
-        until("it is up again", async || up() == 1).await;
+        until("it is up again", async || {
+            t.is_up(Api::OurApi) == Some(true)
+        })
+        .await;
         daemon.stop().await;
         assert_eq!(t.our_api.messages(), ["one"]);
     })

@@ -1,5 +1,6 @@
 //! The four handlers: exactly what BigChat and OurAPI are asked for each event, and what is sent.
 
+use crate::harness::process::printed;
 use crate::harness::services::{NOW, line, time};
 use crate::harness::{run_test, side_by_side};
 use bigchat_sync::simulator::compare::Rules;
@@ -509,8 +510,7 @@ async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
         let looked_up = |line: &&String| *line == "GET /chats/c8/messages";
         assert_eq!(asked.iter().filter(looked_up).count(), 1, "{asked:?}");
         // What was found then is not sent, in whichever poll it comes.
-        let none: [&str; 0] = [];
-        assert_eq!(t.delivers([message(42, 1, "one")]).await, none);
+        assert_eq!(t.delivers([message(42, 1, "one")]).await, NOTHING);
         assert_eq!(
             t.delivers([message(42, 2, "two")]).await,
             [sent("c8", 2, "two")]
@@ -575,7 +575,7 @@ async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothin
         ] {
             assert_eq!(t.delivers([event]).await, expected, "{why}");
         }
-        let held = t.value::<i64>("SELECT count(*) FROM events");
+        let held = t.count_events("true");
         t.bigchat.tells([end(42, 101), transfer(42, 31, 7)]);
         t.bigchat.tells([end(42, 100), transfer(42, 30, 8)]);
         assert_eq!(
@@ -583,7 +583,7 @@ async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothin
             [sent("c1", 120, "on")],
             "told again: neither"
         );
-        assert_eq!(t.value::<i64>("SELECT count(*) FROM events"), held + 1);
+        assert_eq!(t.count_events("true"), held + 1);
         daemon.stop().await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 22:01:41 a2"]);
     })
@@ -720,8 +720,7 @@ async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
                 .expect("it runs");
             // Most of it fails, and some of it for good.
             assert!(once.status.code().is_some_and(|code| code < 2));
-            log += &String::from_utf8(once.stderr).expect("text");
-            log += &String::from_utf8(once.stdout).expect("text");
+            log += &printed(&once);
         }
         for told in ["401", "422", "delivered"] {
             assert!(log.contains(told), "{told}: {log}");

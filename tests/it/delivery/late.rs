@@ -1,12 +1,11 @@
 //! What OurAPI carries out only after nobody waits for it any more: it is neither sent again before, nor met by another
 //! request.
 
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::overdue;
 use std::time::Duration;
-
-const MESSAGE: &str = "POST /chats/{id}/messages";
 
 #[tokio::test]
 async fn a_request_that_was_given_up_counts_as_under_way() {
@@ -20,7 +19,7 @@ async fn a_request_that_was_given_up_counts_as_under_way() {
             t.bigchat.open(11, now - 100, 2);
             let late = overdue(Duration::from_millis(1_200));
             let faults = &t.our_api;
-            faults.upset(MESSAGE, late);
+            faults.upset(ADD_MESSAGE, late);
             let told = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
             t.bigchat.tells(told);
             t.start();
@@ -42,8 +41,8 @@ async fn a_crash_is_followed_by_a_pause_as_long_as_answers_take() {
     run_live_test(async |t| {
         let late = |millis| overdue(Duration::from_millis(millis));
         let faults = &t.our_api;
-        faults.upset(MESSAGE, late(600));
-        faults.upset(MESSAGE, late(800));
+        faults.upset(ADD_MESSAGE, late(600));
+        faults.upset(ADD_MESSAGE, late(800));
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.tells([message(10, now - 5, "one")]);
@@ -75,13 +74,10 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
         t.bigchat.open(11, now - 100, 2);
         let faults = &t.our_api;
         let late = overdue(Duration::from_millis(3_900));
-        faults.upset(MESSAGE, late);
+        faults.upset(ADD_MESSAGE, late);
         t.bigchat.tells([message(10, now - 5, "hello")]);
         let daemon = t.start();
-        until("it was given up", async || {
-            t.is_ready() && t.value::<i64>("SELECT count(*) FROM attempts WHERE attempts = 1") == 1
-        })
-        .await;
+        until("it was given up", async || t.attempts_at_oldest() == 1).await;
         daemon.stop().await;
         let asked = t.our_api.total();
         t.bigchat.tells([message(11, now - 4, "are you there?")]);
@@ -106,7 +102,7 @@ async fn what_did_not_end_in_time_at_the_stop_is_not_looked_for_too_early() {
         t.bigchat.open(10, now - 100, 1);
         let faults = &t.our_api;
         let late = overdue(Duration::from_secs(12));
-        faults.upset(MESSAGE, late);
+        faults.upset(ADD_MESSAGE, late);
         t.bigchat.tells([message(10, now - 5, "hello")]);
         let daemon = t.start();
         until("it is under way", async || faults.pausing() == 1).await;

@@ -1,5 +1,6 @@
 //! OurAPI loses what it held, or holds what this journal knows nothing of.
 
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
 use bigchat_sync::simulator::compare::Rules;
 use bigchat_sync::simulator::event::{end, message, transfer};
@@ -99,24 +100,20 @@ async fn a_loss_that_was_none_doubles_nothing() {
         let daemon = t.start();
         // Let the windows begin after the daemon did, so that nothing is looked up for that reason.
         let started = t.now();
-        until("a later window", async || t.cursor() > Some(started + 1)).await;
+        t.until_cursor_passes(started).await;
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let told = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
         t.bigchat.tells(told);
         t.until_events("delivered", 2).await;
         let faults = &t.our_api;
-        faults.upset("POST /chats/{id}/messages", status(404));
+        faults.upset(ADD_MESSAGE, status(404));
         faults.upset("GET /chats", status(200).body("[]"));
         t.bigchat.tells([message(10, now, "three")]);
         t.until_events("delivered", 3).await;
         t.agrees().await;
         daemon.stop().await;
-        assert_eq!(
-            t.value::<i64>("SELECT losses FROM control"),
-            1,
-            "it was believed"
-        );
+        assert_eq!(t.losses(), 1, "it was believed");
     })
     .await;
 }
@@ -137,15 +134,7 @@ async fn without_rebuild_only_what_new_events_need_is_built() {
         t.bigchat.tells([message(10, now - 4, "ten again")]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
-        let texts: Vec<_> = t
-            .our_api
-            .data()
-            .messages
-            .into_values()
-            .flatten()
-            .map(|message| message.text)
-            .collect();
-        assert_eq!(texts, ["ten again"]);
+        assert_eq!(t.our_api.messages(), ["ten again"]);
         assert_eq!(t.our_api.chats().len(), 1);
         assert_eq!(t.our_api.data().agents.len(), 1);
     })

@@ -61,22 +61,15 @@ async fn what_waits_for_bigchat_is_not_tried_without_pause() {
         let told = vec![message(10, now - 5, "hello"), transfer(10, now - 4, 7)];
         t.bigchat.tells(told);
         let daemon = t.start();
-        let tries = "SELECT coalesce(max(attempts), 0) FROM attempts";
-        until("it is tried", async || {
-            t.cursor().is_some() && t.value::<i64>(tries) > 0
-        })
-        .await;
+        until("it is tried", async || t.attempts_at_oldest() > 0).await;
         let polls = t.bigchat.count("GET /events");
         until("twenty more polls", async || {
             t.bigchat.count("GET /events") > polls + 20
         })
         .await;
         daemon.stop().await;
-        assert!(
-            t.value::<i64>(tries) < 10,
-            "{} tries in a second",
-            t.value::<i64>(tries)
-        );
+        let attempts = t.attempts_at_oldest();
+        assert!(attempts < 10, "{attempts} attempts in a second");
     })
     .await;
 }

@@ -1,6 +1,8 @@
 //! `bigchat-sync verify`: what is missing in OurAPI or differs is found, and repaired only if that is asked for.
 
-use crate::harness::{Bench, Process, Test, run_live_test, side_by_side, until};
+use crate::harness::process::{Process, finished};
+use crate::harness::services::ADD_MESSAGE;
+use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::{slow, status};
 use std::process::Output;
@@ -45,8 +47,7 @@ async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
 async fn outcome(t: &Bench, arguments: &[&str]) -> Output {
     let mut command = t.program("verify");
     command.args(arguments);
-    let ended = tokio::task::spawn_blocking(move || command.output());
-    ended.await.expect("no panic").expect("a process")
+    finished(command).await
 }
 
 fn writes(t: &Test) -> usize {
@@ -167,12 +168,7 @@ delivered(t).await;
         "UPDATE conversations SET offset = 2, waiting = 1, waiting_since = 1, due_at = 1 WHERE bigchat_id = 10",
     );
     assert_eq!(t.events("waiting"), 1);
-    let mut command = t.program("verify");
-    let mut command = Process(command.spawn().expect("a process"));
-    until("it ends", async || {
-        command.0.try_wait().expect("a status").is_some()
-    })
-    .await;
+    Process::start_as(t, t.program("verify")).ended().await;
 })
 .await;
 }
@@ -185,7 +181,7 @@ async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
         // It takes a while to be sent again.
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(3));
-        faults.upset("POST /chats/{id}/messages", slow);
+        faults.upset(ADD_MESSAGE, slow);
         t.start();
         let first = verify(t, &["--repair"]);
         let second = async {
@@ -216,23 +212,16 @@ async fn while_our_api_cannot_be_asked_it_says_so() {
                     Some(fault) => t.our_api.outage(Some(fault.clone())),
                     None => t.our_api.down().await,
                 }
-                let log = t.directory().join("verify.log");
-                let mut command = t.program("verify");
-                let stderr = std::fs::File::create(&log).expect("a file");
-                let mut command = Process(command.stderr(stderr).spawn().expect("a process"));
-                let said =
-                    |what: &str| std::fs::read_to_string(&log).expect("a log").contains(what);
-                until(case, async || said("verification waits: OurAPI")).await;
-                let ended = command.0.try_wait().expect("a status");
-                assert!(ended.is_none(), "{case}: it waits");
+                let mut command = Process::start_as(t, t.program("verify"));
+                command
+                    .until_logged("nothing is verified for now: OurAPI")
+                    .await;
+                assert!(command.is_running(), "{case}: it waits");
                 match &fault {
                     Some(_) => t.our_api.outage(None),
                     None => t.our_api.up().await.expect("it is up"),
                 }
-                until("it ends", async || {
-                    command.0.try_wait().expect("a status").is_some()
-                })
-                .await;
+                command.ended().await;
                 if let Some(daemon) = daemon {
                     daemon.stop().await;
                 }

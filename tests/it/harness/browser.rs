@@ -8,7 +8,8 @@ use std::time::Duration;
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 
-use crate::harness::{Process, until};
+use crate::harness::process::Process;
+use crate::harness::until;
 
 /// How WebDriver names an element.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
@@ -223,12 +224,8 @@ fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
     let mut driver = Command::new("chromedriver");
     driver.arg("--port=0").stdin(Stdio::null());
     driver.stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut driver = driver
-        .spawn()
-        .expect("chromedriver (apt-get install chromium chromium-driver)");
-    let output = driver.stdout.take().expect("its output");
-    let mut says = BufReader::new(output).lines();
-    let driver = Process(driver);
+    let mut driver = Process::spawn(driver);
+    let mut says = BufReader::new(driver.stdout()).lines();
     let port = says.by_ref().map_while(Result::ok).find_map(|line| {
         let (_, port) = line.split_once("successfully on port ")?;
         port.trim_end_matches('.').parse().ok()

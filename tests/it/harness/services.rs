@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bigchat_sync::simulator::bigchat::{Clock, Page, Reported};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Mode, Options, Page, Reported};
 use bigchat_sync::simulator::event::T0;
 use bigchat_sync::simulator::our_api::{Agent, Chat, Data, Item, Message};
 use bigchat_sync::simulator::{self, Server, shortened};
@@ -20,6 +20,23 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::until;
+
+/// Every request there is.
+pub(crate) const ROUTES: [&str; 10] = [
+    "GET /events",
+    "GET /conversations/{id}",
+    "GET /advisors/{id}",
+    "GET /agents",
+    "POST /agents",
+    "GET /chats",
+    "POST /chats",
+    "PATCH /chats/{id}",
+    "GET /chats/{id}/messages",
+    ADD_MESSAGE,
+];
+
+/// The request that adds a message to a chat.
+pub(crate) const ADD_MESSAGE: &str = "POST /chats/{id}/messages";
 
 /// BigChat's clock, in seconds after 22:00:00.
 pub(crate) const NOW: i64 = 600;
@@ -48,6 +65,36 @@ pub(crate) fn line(what: &str, body: Value) -> String {
 pub(crate) fn window(start: i64, end: i64) -> String {
     let [start, end] = [start, end].map(|at| time(at).replace(':', "%3A"));
     format!("start_at={start}&end_at={end}")
+}
+
+/// A BigChat that reports events by chance, each once.
+pub(crate) fn seeded(seed: u64) -> Options {
+    Options {
+        seed,
+        ..Options::default()
+    }
+}
+
+/// A BigChat that keeps its events, and reports so many a second by chance.
+pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> Options {
+    let log = Log {
+        events_per_second,
+        page_size,
+        ..Log::default()
+    };
+    Options {
+        mode: Mode::Log(log),
+        ..seeded(seed)
+    }
+}
+
+/// A BigChat that keeps its events, and reports only what the test says.
+pub(crate) fn quiet_log(log: Log) -> Options {
+    Options {
+        quiet: true,
+        mode: Mode::Log(log),
+        ..Options::default()
+    }
 }
 
 /// An id by its end.
@@ -312,6 +359,13 @@ impl OurApi {
             .collect()
     }
 
+    /// The same in the order of the alphabet.
+    pub(crate) fn sorted_messages(&self) -> Vec<String> {
+        let mut messages = self.messages();
+        messages.sort();
+        messages
+    }
+
     /// How many messages it has.
     pub(crate) fn message_count(&self) -> usize {
         self.state().message_count()
@@ -425,6 +479,18 @@ fn is_whole(request: &[u8]) -> bool {
         });
         body.len() >= length.unwrap_or(0)
     })
+}
+
+/// The answer with other headers and another body, but with its date.
+pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(answer);
+    let is_date = |line: &&str| line.to_ascii_lowercase().starts_with("date:");
+    let date = text.lines().find(is_date).expect("a date");
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 200 OK\r\n{date}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
+    );
+    [head.as_bytes(), body].concat()
 }
 
 /// The answer with that header instead of its own.

@@ -1,6 +1,7 @@
 //! Answers that are hostile or broken: bounded time and memory, a warning, and nothing else lost.
 
-use crate::harness::services::{NOW, Tampered, tampering, unix, window, with_header};
+use crate::harness::process::Process;
+use crate::harness::services::{NOW, ROUTES, Tampered, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
@@ -8,17 +9,10 @@ use bigchat_sync::simulator::fault::status;
 use std::time::Duration;
 
 use serde::de::IgnoredAny;
-use serde_json::{Value, json};
-
-use crate::harness::process::Process;
+use serde_json::json;
 
 /// More than the program ever needs for what it reads of one answer (32 MiB), in a debug build, in MiB.
 const MEMORY: u64 = 256;
-
-/// In the scene of the fakes, somebody writes something.
-fn said(conversation: i64, at: i64, text: &str) -> Value {
-    message(conversation, at, text)
-}
 
 fn deep(levels: usize) -> String {
     format!("{}{}", "[".repeat(levels), "]".repeat(levels))
@@ -50,19 +44,7 @@ fn bodies() -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
-    let routes = [
-        "GET /events",
-        "GET /conversations/{id}",
-        "GET /advisors/{id}",
-        "GET /agents",
-        "POST /agents",
-        "GET /chats",
-        "POST /chats",
-        "PATCH /chats/{id}",
-        "GET /chats/{id}/messages",
-        "POST /chats/{id}/messages",
-    ];
-    side_by_side(routes, async |route| {
+    side_by_side(ROUTES, async |route| {
         for body in bodies() {
             run_live_test(async |t| {
                 let now = t.now();
@@ -182,15 +164,14 @@ async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_o
         r#"{{"conversation_id":42,"conversation_id":43,"event_name":"END","event_at":{},"data":null}}"#,
         unix(5)
     ));
-    let first = said(42, 1, "the first").to_string();
-    let last = said(42, 2, "the last").to_string();
+    let first = message(42, 1, "the first").to_string();
+    let last = message(42, 2, "the last").to_string();
     let body = format!(r#"{{"events":[{first},{},{last}]}}"#, events.join(","));
     run_test(async |t| {
         t.differs("the comparison knows nothing of such events");
         t.bigchat.tells(raw(&body));
         t.once().await;
-        let kept = "SELECT count(*) FROM events";
-        let before: i64 = t.value(kept);
+        let before = t.count_events("true");
         assert!(before > 200, "{before}");
         assert_eq!(t.events("waiting"), 0);
         let texts = t.our_api.messages();
@@ -209,11 +190,12 @@ async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_o
         // What is told again is known, understood or not.
         t.bigchat.tells(raw(&body));
         t.once().await;
-        assert_eq!(t.value::<i64>(kept), before);
+        assert_eq!(t.count_events("true"), before);
         assert_eq!(t.our_api.messages(), texts);
         // A reason never has in it all that it complains of.
-        let longest = "SELECT max(length(reason)) FROM attempts";
-        assert!(t.value::<i64>(longest) < 3_000);
+        for failed in t.failed() {
+            assert!(failed.reason.len() < 3_000, "{failed:?}");
+        }
     })
     .await;
 }
@@ -252,18 +234,10 @@ async fn no_header_moves_the_cursor_or_hides_the_answer() {
                 t.once().await;
                 t.bigchat.clock(NOW + 60);
                 t.bigchat.queries();
-                let mut left = 1;
                 let name = header.split(':').next().expect("a name").to_owned();
-                let url = tampering(&t.bigchat.url(), move |line, answer| {
-                    if left == 0 || !line.starts_with("GET /events") {
-                        return answer;
-                    }
-                    left -= 1;
-                    with_header(&answer, &name, &header)
-                })
-                .await;
-                t.set("--bigchat-url", &url);
-                t.bigchat.tells([said(42, 1, "one")]);
+                t.tamper_pages(1, move |answer| with_header(&answer, &name, &header))
+                    .await;
+                t.bigchat.tells([message(42, 1, "one")]);
                 t.once().await;
                 t.once().await;
                 assert_eq!(t.our_api.messages(), ["one"], "{case}");
@@ -288,19 +262,13 @@ async fn a_length_that_is_not_that_of_the_body_is_no_page() {
         "7\r\ncontent-length: 9",
     ] {
         run_test(async |t| {
-            let mut upset = true;
             let header = format!("content-length: {length}");
-            let url = tampering(&t.bigchat.url(), move |line, answer| {
-                if line.starts_with("GET /events") && std::mem::take(&mut upset) {
-                    with_header(&answer, "content-length", &header)
-                } else {
-                    answer
-                }
+            t.tamper_pages(1, move |answer| {
+                with_header(&answer, "content-length", &header)
             })
             .await;
-            t.set("--bigchat-url", &url);
             t.once().await;
-            t.bigchat.tells([said(42, 1, "one")]);
+            t.bigchat.tells([message(42, 1, "one")]);
             t.once().await;
             assert_eq!(t.our_api.messages(), ["one"], "{length}");
             let queries = t.bigchat.queries();
@@ -330,7 +298,7 @@ async fn of_an_answer_without_end_no_more_is_read_than_fits() {
             t.bigchat.count("GET /events") > 3
         })
         .await;
-        t.bigchat.tells([start(42, 0), said(42, 1, "one")]);
+        t.bigchat.tells([start(42, 0), message(42, 1, "one")]);
         t.until_events("delivered", 2).await;
         assert!(
             daemon.lines_with("larger than 32 MiB") > 0,
@@ -365,20 +333,14 @@ async fn flooding(url: &str, line: &'static str) -> String {
 async fn an_answer_that_trickles_is_not_waited_for() {
     run_test(async |t| {
         t.set("--request-timeout", "300ms");
-        let mut left = 1;
-        let url = tampering(&t.bigchat.url(), move |line, answer| {
-            if left == 0 || !line.starts_with("GET /events") {
-                return Tampered::from(answer);
-            }
-            left -= 1;
+        t.tamper_pages(1, |_| {
             let head = b"HTTP/1.1 200 OK\r\n\r\n";
             Tampered::without_end(head, b" ", Duration::from_millis(20))
         })
         .await;
-        t.set("--bigchat-url", &url);
         t.start();
         until("the next poll", async || t.bigchat.count("GET /events") > 1).await;
-        t.bigchat.tells([said(42, 1, "one")]);
+        t.bigchat.tells([message(42, 1, "one")]);
         t.until_events("delivered", 1).await;
     })
     .await;
@@ -399,11 +361,11 @@ async fn a_chat_of_a_million_messages_costs_bounded_memory_and_holds_up_nobody_e
             .upset(messages, status(200).body(&million).always());
         let daemon = Process::start(t);
         t.bigchat
-            .tells([said(42, 5, "hello"), said(43, 6, "other")]);
+            .tells([message(42, 5, "hello"), message(43, 6, "other")]);
         let mut n = 0;
         until("it is given up", async || {
             n += 1;
-            t.bigchat.tells([said(43, 7, &format!("number {n}"))]);
+            t.bigchat.tells([message(43, 7, &format!("number {n}"))]);
             t.events("failed") == 1
         })
         .await;
@@ -449,7 +411,7 @@ async fn a_page_of_millions_costs_bounded_memory_and_time() {
             t.is_ready() && t.events("failed") == 1
         })
         .await;
-        t.bigchat.tells([said(42, 1, "one")]);
+        t.bigchat.tells([message(42, 1, "one")]);
         t.until_events("delivered", 1).await;
         let peak = daemon.mebibytes("VmHWM");
         assert!(peak < MEMORY / 4, "{peak} MiB");
@@ -467,7 +429,7 @@ async fn a_next_page_that_nobody_could_ask_for_completes_the_poll() {
         "http://[/?".into(),
     ] {
         run_test(async |t| {
-            t.bigchat.tells(page([said(42, 1, "one")], &*next));
+            t.bigchat.tells(page([message(42, 1, "one")], &*next));
             t.once().await;
             assert_eq!(t.our_api.messages(), ["one"]);
             t.once().await;
@@ -485,7 +447,7 @@ async fn an_advisor_whom_nobody_could_ask_for_leaves_the_chat_without_an_agent()
         t.bigchat
             .advisor(7, "Ann", &format!("{}@x.test", "a".repeat(100_000)));
         let daemon = t.start();
-        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        t.delivers([start(42, 0), message(42, 1, "one")]).await;
         daemon.stop().await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
     })
@@ -505,9 +467,18 @@ async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
         let upset = status(200).body(body.to_string());
         t.our_api.upset("GET /chats/c1/messages", upset);
         let daemon = t.start();
-        t.delivers([start(42, 0), said(42, 1, "one")]).await;
+        t.delivers([start(42, 0), message(42, 1, "one")]).await;
         daemon.stop().await;
-        assert_eq!(t.value::<i64>("SELECT count(*) FROM attempts"), 0);
+        assert_eq!(
+            t.our_api.count("GET /chats/c1/messages"),
+            1,
+            "it is not retried"
+        );
+        assert_eq!(
+            t.our_api.count("POST /chats/c1/messages"),
+            1,
+            "it is not retried"
+        );
     })
     .await;
 }
@@ -519,23 +490,11 @@ async fn no_request_and_no_token_goes_to_another_host() {
         .expect("a port");
     let address = trap.local_addr().expect("an address");
     let elsewhere = format!("http://{address}");
-    let routes = [
-        "GET /events",
-        "GET /conversations",
-        "GET /advisors",
-        "GET /agents",
-        "POST /agents",
-        "GET /chats",
-        "POST /chats",
-        "PATCH /chats/c1",
-        "GET /chats/c1/messages",
-        "POST /chats/c1/messages",
-    ];
     run_test(async |t| {
         for (code, route) in [301, 302, 303, 307, 308]
             .into_iter()
             .cycle()
-            .zip(routes.into_iter().cycle().take(20))
+            .zip(ROUTES.into_iter().cycle().take(20))
         {
             let upset = status(code)
                 .header("location", &format!("{elsewhere}/{route}"))
@@ -547,11 +506,11 @@ async fn no_request_and_no_token_goes_to_another_host() {
             t.our_api.upset(route, upset);
         }
         t.bigchat.tells(page(
-            [start(42, 0), said(42, 1, "one")],
+            [start(42, 0), message(42, 1, "one")],
             format!("{elsewhere}/events?page=2"),
         ));
         t.bigchat.tells(page(
-            [said(42, 2, "two")],
+            [message(42, 2, "two")],
             format!("//{address}/events?page=3"),
         ));
         t.bigchat.tells(Page::from([end(42, 9)]));

@@ -3,11 +3,13 @@
 //!
 //! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
 
+use crate::harness::process::{Process, files, finished, printed, program};
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Test, run_live_test, until};
 use bigchat_sync::simulator::event::{end, message};
 use bigchat_sync::simulator::fault::{paused, status};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use bigchat_sync::demo::count_apart;
 use bigchat_sync::journal::Store;
@@ -17,7 +19,7 @@ const SEEDS: u64 = 2;
 const SECONDS: u64 = 5;
 
 fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
-    let mut demo = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let mut demo = program();
     demo.args(["demo", "--chaos", "--bigchat", bigchat])
         .args(["--duration", &format!("{seconds}s")])
         .args(["--seed", &seed.to_string()])
@@ -25,12 +27,6 @@ fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
         .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
         .env_remove("RUST_LOG");
     demo
-}
-
-fn text(output: &Output) -> String {
-    [&output.stdout, &output.stderr]
-        .map(|bytes| String::from_utf8_lossy(bytes))
-        .concat()
 }
 
 /// So many seeds after one another, each of which must end without a difference and leave nothing behind.
@@ -41,16 +37,14 @@ async fn survives(bigchat: &str) {
     let seconds = number("BIGCHAT_SYNC_TEST_SECONDS", SECONDS);
     for seed in 1..=number("BIGCHAT_SYNC_TEST_SEEDS", SEEDS) {
         let temporary = tempfile::tempdir().expect("a directory");
-        let mut demo = chaos(temporary.path(), seed, seconds, bigchat);
-        let output = tokio::task::spawn_blocking(move || demo.output());
-        let output = output.await.expect("no panic").expect("it runs");
+        let output = finished(chaos(temporary.path(), seed, seconds, bigchat)).await;
         if !output.status.success() {
             // What it has kept is to be looked into.
             let kept = temporary.keep();
-            panic!("seed {seed}, {}: {}", kept.display(), text(&output));
+            panic!("seed {seed}, {}: {}", kept.display(), printed(&output));
         }
-        let left = std::fs::read_dir(temporary.path()).expect("the directory");
-        assert_eq!(left.count(), 0, "the temporary database is gone");
+        let left = files(temporary.path());
+        assert!(left.is_empty(), "the temporary database is gone: {left:?}");
     }
 }
 
@@ -70,8 +64,8 @@ async fn a_success_without_the_body_it_should_have_is_none() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         for (route, body) in [
-            ("POST /chats/{id}/messages", ""),
-            ("POST /chats/{id}/messages", "null"),
+            (ADD_MESSAGE, ""),
+            (ADD_MESSAGE, "null"),
             ("PATCH /chats/{id}", ""),
         ] {
             let fault = status(200).body(body);
@@ -94,39 +88,27 @@ async fn a_success_without_the_body_it_should_have_is_none() {
 
 /// What is counted apart once a daemon was killed that had, or had not, kept a page it was told; and whether OurAPI,
 /// which is down, then holds all that is left.
-async fn after_a_kill(t: &Test, kept: bool) -> (usize, bool) {
+async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let mut daemon = t
-        .program("run")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("a process");
-    until("a poll", async || t.cursor().is_some()).await;
-    let other = rusqlite::Connection::open(t.db()).expect("the database");
+    let daemon = Process::start(t);
+    t.until_polled().await;
     let faults = &t.bigchat;
     faults.upset("GET /events", paused());
     until("a poll is under way", async || faults.pausing() == 1).await;
-    if !kept {
-        until("the database is held", async || {
-            other.execute_batch("BEGIN IMMEDIATE").is_ok()
-        })
-        .await;
-    }
+    let locked = (!stored).then(|| t.lock_database());
     t.bigchat.tells([message(10, now - 5, "in hand")]);
     faults.resume();
     until("it is told", async || {
         t.bigchat.reported().iter().any(|told| !told.lost)
     })
     .await;
-    if kept {
+    if stored {
         t.until_events("waiting", 1).await;
     }
-    daemon.kill().expect("it was running");
-    daemon.wait().expect("it has ended");
-    drop(other);
+    drop(daemon);
+    drop(locked);
     let mut journal = Store::open_shared(&t.db()).expect("the database");
     let apart =
         count_apart(&mut t.bigchat.state(), &mut journal).expect("the database can be read");

@@ -1,8 +1,8 @@
 //! What other services do: odd bytes in a page, pages that are empty in many ways, and URLs of all spellings. It costs an
 //! event at the most, and nothing is stored changed.
 
-use crate::harness::services::{NOW, tampering, time, unix, window, with_header};
-use crate::harness::{Bench, Test, run_test, side_by_side, until};
+use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
+use crate::harness::{Bench, Test, run_test, side_by_side};
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::status;
@@ -12,43 +12,14 @@ use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
 use serde_json::json;
 
-/// The answer with other headers and another body, but with its date.
-fn instead(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
-    let text = String::from_utf8_lossy(answer);
-    let date = text
-        .lines()
-        .find(|line| line.to_ascii_lowercase().starts_with("date:"))
-        .expect("a date");
-    let length = body.len();
-    let mut answer = format!(
-        "HTTP/1.1 200 OK\r\n{date}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
-    )
-    .into_bytes();
-    answer.extend(body);
-    answer
-}
-
-/// A scene whose next answer to a question for events is this one.
+/// The next page is this one.
 async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
-    let mut body = Some(body);
-    let url = tampering(&t.bigchat.url(), move |line, answer| {
-        match body.take_if(|_| line.starts_with("GET /events")) {
-            Some(body) => instead(&answer, headers, &body),
-            None => answer,
-        }
-    })
-    .await;
-    t.set("--bigchat-url", &url);
+    t.tamper_pages(1, move |answer| with_body(&answer, headers, &body))
+        .await;
 }
 
 fn event(text: &str) -> String {
     message(42, 5, text).to_string()
-}
-
-fn sorted(t: &Test) -> Vec<String> {
-    let mut texts = t.our_api.messages();
-    texts.sort();
-    texts
 }
 
 /// The raw JSON of the dead letters.
@@ -86,7 +57,11 @@ async fn one_odd_value_costs_its_event_and_no_other() {
             t.bigchat.tells(raw(&body));
             t.bigchat.tells([message(42, 6, "three")]);
             t.once().await;
-            assert_eq!(sorted(t), ["one", "three", "two"], "{bad}");
+            assert_eq!(
+                t.our_api.sorted_messages(),
+                ["one", "three", "two"],
+                "{bad}"
+            );
             assert_eq!(dead_letters(t), [bad]);
             assert_eq!(t.cursor(), Some(NOW));
         })
@@ -181,7 +156,7 @@ async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() 
             t.differs("pages are changed on their way");
             answering(t, "", body).await;
             t.once().await;
-            assert_eq!(sorted(t), ["one", "two"], "{shown}");
+            assert_eq!(t.our_api.sorted_messages(), ["one", "two"], "{shown}");
             let failed = &t.failed()[0];
             assert_eq!(failed.data, Some(format!("{head}{shown}{tail}")));
             assert!(failed.reason.contains("declared encoding"), "{failed:?}");
@@ -401,9 +376,9 @@ async fn a_cursor_that_stands_still_is_shown() {
         t.once().await;
         let shown = || {
             let (status, _) = t.status();
-            let troubles = status["problems"].as_array().expect("a list").iter();
-            let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
-            whats.any(|what| what.contains("has not advanced"))
+            let problems = status["problems"].as_array().expect("a list").iter();
+            let mut whats = problems.filter_map(|problem| problem["what"].as_str());
+            whats.any(|what| what.contains("stood still"))
         };
         assert!(!shown());
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
@@ -432,24 +407,17 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
-async fn until_read(t: &Test, at: i64) {
-    until("it is read up to then", async || {
-        t.is_ready() && t.cursor() == Some(at)
-    })
-    .await;
-}
-
 #[tokio::test]
 async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
         run_test(async |t| {
             let daemon = t.start();
-            until_read(t, NOW).await;
+            t.until_cursor(NOW).await;
             t.bigchat.clock(NOW + off);
             t.bigchat.further_polls(5).await;
             t.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
             t.bigchat.clock(NOW + 10);
-            until_read(t, NOW + 10).await;
+            t.until_cursor(NOW + 10).await;
             t.until_events("delivered", 1).await;
             daemon.stop().await;
             let (earliest, latest) = (window(NOW - 10, 0), window(NOW + 5, 0));
@@ -470,10 +438,10 @@ async fn a_date_that_stays_is_believed_after_ten_polls() {
         run_test(async |t| {
             t.set("--max-window", "10d");
             t.start();
-            until_read(t, NOW).await;
+            t.until_cursor(NOW).await;
             let before = t.bigchat.count("GET /events");
             t.bigchat.clock(NOW + off);
-            until_read(t, NOW + off).await;
+            t.until_cursor(NOW + off).await;
             let polls = t.bigchat.count("GET /events") - before;
             assert!((10..20).contains(&polls), "{off}: {polls}");
         })
@@ -519,7 +487,11 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
                     .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
                 assert!(read.count() >= 1, "{code}: {queries:?}");
                 // What came in the search is kept, too.
-                assert_eq!(sorted(t), ["one", "three", "two"], "{code}");
+                assert_eq!(
+                    t.our_api.sorted_messages(),
+                    ["one", "three", "two"],
+                    "{code}"
+                );
                 assert_eq!(t.cursor(), Some(NOW), "{code}");
                 let (status, _) = t.status();
                 let gaps = status["gaps"].as_array().expect("a list");
@@ -634,13 +606,13 @@ async fn a_dead_letter_that_can_be_understood_by_now_is_ingested() {
             t.once().await;
             let kind = event["event_name"].as_str().expect("a name");
             let ingested = format!(
-                "SELECT count(*) FROM event_states e JOIN conversations c ON c.id = e.conversation
-             WHERE c.epoch = 1 AND state = 'delivered' AND kind = '{kind}' AND event_at = {}",
-                unix(5)
+                "state = 'delivered' AND kind = '{kind}' AND event_at = {}
+                 AND conversation = (SELECT conversation FROM event_states WHERE event_at = {})",
+                unix(5),
+                unix(1)
             );
-            assert_eq!(t.value::<i64>(&ingested), expected, "{event}");
-            let resolutions = "SELECT count(*) FROM resolutions WHERE resolution = 'retry'";
-            assert_eq!(t.value::<i64>(resolutions), 1, "{event}");
+            assert_eq!(t.count_events(&ingested), expected, "{event}");
+            assert_eq!(t.resolutions().len(), 1, "{event}");
         })
         .await;
     }

@@ -61,6 +61,7 @@ async fn agents_whom_our_api_takes_for_the_same() {
                 t.delivers([start(42, 0)]).await;
                 assert_eq!(t.our_api.chats(), ["42 22:00:00 - a9"], "{case}");
                 assert_eq!(t.our_api.count("POST /agents"), 1, "{case}");
+                // No command shows how OurAPI spells the address of an agent.
                 let stored: String = t.value("SELECT spelled FROM agents");
                 assert_eq!(stored, spelled, "{case}");
             })
@@ -117,8 +118,7 @@ async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
             t.delivers([start(42, 0)]).await;
             assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
             until("it is known to be up", async || {
-                t.value::<i64>("SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 1")
-                    == 1
+                t.is_up(Api::OurApi) == Some(true)
             })
             .await;
         })
@@ -129,23 +129,19 @@ async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
 
 /// What `status` says of an API once it is down: why, and what to do.
 async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
-    let down = format!(
-        "SELECT count(*) FROM api_status WHERE name = '{}' AND up = 0",
-        api.name()
-    );
     until(&format!("{case}: {api} is down"), async || {
-        t.is_ready() && t.value::<i64>(&down) == 1
+        t.is_up(api) == Some(false)
     })
     .await;
     let (status, _) = t.status();
-    let troubles = status["problems"].as_array().expect("an array");
+    let problems = status["problems"].as_array().expect("an array");
     let begins = format!("{api} is down since");
-    let trouble = troubles.iter().find_map(|trouble| {
-        let (what, remedy) = (trouble["what"].as_str()?, trouble["remedy"].as_str()?);
+    let problem = problems.iter().find_map(|problem| {
+        let (what, remedy) = (problem["what"].as_str()?, problem["remedy"].as_str()?);
         what.starts_with(&begins)
             .then(|| (what.to_owned(), remedy.to_owned()))
     });
-    trouble.expect("it is said")
+    problem.expect("it is said")
 }
 
 #[tokio::test]

@@ -1,18 +1,16 @@
 //! Settings that cannot be used: exit code 2, what is wrong and what is expected instead, and no secret.
 
-use std::process::Command;
+use crate::harness::process::{printed, program};
 
-/// What the program says on standard error, and its exit code. Nothing is in its environment but that.
+/// What the program prints, and its exit code. Nothing is in its environment but that.
 fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> (String, Option<i32>) {
-    let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+    let output = program()
         .args(arguments)
         .env_clear()
         .envs(environment.iter().copied())
         .output()
         .expect("a process");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let said = said + &String::from_utf8_lossy(&output.stderr);
-    (said, output.status.code())
+    (printed(&output), output.status.code())
 }
 
 /// URLs that are refused, each with a password in it.

@@ -1,5 +1,6 @@
 //! The demo as somebody runs it: what it prints, what it leaves behind, and its exit code.
 
+use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
 
 use bigchat_sync::simulator::compare::{Rules, compare, expected};
@@ -15,7 +16,7 @@ use bigchat_sync::demo::{FailedPolls, Figures, Verdict};
 
 /// The demo, in surroundings that would stop a daemon, and with a temporary directory of its own.
 fn demo(temporary: &Path) -> Command {
-    let mut demo = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let mut demo = program();
     demo.arg("demo")
         .env("TMPDIR", temporary)
         .env("HTTP_PROXY", "http://127.0.0.1:1")
@@ -53,19 +54,15 @@ fn run(flags: &[&str]) -> Output {
 }
 
 fn assert_left_clean(temporary: &Path) {
-    let left = std::fs::read_dir(temporary).expect("the directory").count();
-    assert_eq!(left, 0, "the temporary database is gone");
+    let left = files(temporary);
+    assert!(left.is_empty(), "the temporary database is gone: {left:?}");
 }
 
 fn assert_proved(output: &Output) {
-    let (out, log) = [&output.stdout, &output.stderr]
-        .map(|bytes| String::from_utf8_lossy(bytes))
-        .into();
-    assert_eq!(output.status.code(), Some(0), "{out}{log}");
-    assert!(
-        !out.contains('\u{1b}') && !log.contains('\u{1b}'),
-        "{out}{log}"
-    );
+    let all = printed(output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    assert!(!all.contains('\u{1b}'), "{all}");
+    let out = String::from_utf8_lossy(&output.stdout);
     let verdict = out.lines().last().unwrap_or_default();
     assert!(
         verdict.starts_with("No difference: ") && verdict.ends_with("never more than 1 at once"),
@@ -133,7 +130,7 @@ fn what_fails_can_be_resolved_beside_it() {
         fixed |= line.starts_with("OurAPI is fixed");
         if fixed && figure(&line, "failed").is_some_and(|failed| failed > 0) {
             // All but what can never be stored gets through this time.
-            let retry = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])
                 .output();
             // The demo may just be over.

@@ -1,17 +1,15 @@
 //! The log of the real process: JSON with the fields that the manual gives, a line for each failure, none for what is
 //! routine, and no flood.
 
+use crate::harness::process::{Process, finished};
+use crate::harness::services::seeded;
 use crate::harness::{Bench, run_live_test, run_with, until};
-use bigchat_sync::cli::manual::Chapter;
-use bigchat_sync::simulator::bigchat::Options;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::Value;
-
-use crate::harness::process::Process;
 
 /// How many lines of a kind are written in full between two summaries.
 const BURST: usize = 10;
@@ -54,17 +52,13 @@ fn documented() -> BTreeSet<String> {
 async fn with_log(t: &Bench, summary: &str) -> Process {
     t.set("--log-summary", summary);
     let daemon = Process::start(t);
-    until("it runs", async || daemon.lines_with("is running") > 0).await;
+    daemon.until_logged("is running").await;
     daemon
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_is_json_with_documented_fields() {
-    let options = Options {
-        seed: 31,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+async fn every_line_is_json_with_the_names_that_the_readme_gives() {
+    run_with(seeded(31), async |t| {
         t.differs("it is stopped before all is delivered");
         let daemon = with_log(t, "100ms").await;
         t.bigchat.reports_more(100).await;
@@ -78,9 +72,8 @@ async fn every_line_is_json_with_documented_fields() {
         t.bigchat.reports_more(100).await;
         t.our_api.calm();
         t.bigchat.calm();
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let documented = documented();
         let (mut names, mut kinds) = (BTreeSet::new(), BTreeMap::new());
         for line in lines(&log) {
@@ -136,9 +129,8 @@ async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else()
         })
         .await;
         assert_eq!(daemon.log(), before);
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         assert_eq!((summed(&log, "told"), summed(&log, "delivered")), (20, 20));
         let mut messages = messages(&log);
         assert!(messages.remove("summary").is_some_and(|count| count <= 21));
@@ -194,9 +186,8 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
         assert_eq!(line["response"], "503");
         t.our_api.outage(None);
         until("some get through", async || t.events("delivered") > 20).await;
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let messages = of_the_outage(&log);
         assert_eq!(messages["OurAPI is back"], 1);
         assert_eq!((messages[down], messages[first]), (1, 1), "{log}");
@@ -234,9 +225,8 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
         })
         .await;
         let failed = t.events("failed");
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let (lines, messages) = (lines(&log), messages(&log));
         let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
         assert_eq!(messages[for_good], BURST, "{log}");
@@ -283,9 +273,7 @@ async fn once_sums_up_what_it_did() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.tells([message(10, now - 5, "hello")]);
-        let mut once = t.program("once");
-        let output = tokio::task::spawn_blocking(move || once.output());
-        let output = output.await.expect("no panic").expect("a process");
+        let output = finished(t.program("once")).await;
         assert!(output.status.success());
         let log = String::from_utf8(output.stderr).expect("text");
         assert_eq!(
@@ -309,10 +297,7 @@ async fn catching_up_is_told_of_with_rate_and_time_left() {
         let told = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
         t.bigchat.tells(told);
         let daemon = with_log(t, "1h").await;
-        until("it is told of", async || {
-            daemon.lines_with("catching up") > 0
-        })
-        .await;
+        daemon.until_logged("catching up").await;
         let line = lines(&daemon.log())
             .into_iter()
             .find(|line| line["message"] == "catching up");

@@ -1,11 +1,12 @@
 //! What the metrics tell: what the services were really asked, and which of the things that can be wrong is wrong.
 
+use crate::harness::process::{fed, printed};
+use crate::harness::services::{ADD_MESSAGE, seeded};
+use crate::harness::web::{client, sent};
 use crate::harness::{Bench, Daemon, run_live_test, run_with, until};
-use bigchat_sync::simulator::bigchat::Options;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{dropped, status};
-use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use bigchat_sync::settings::Tokens;
 use reqwest::header::CONTENT_TYPE;
@@ -24,11 +25,7 @@ impl Measured {
     }
 
     async fn text(&self) -> String {
-        let client = reqwest::Client::builder().no_proxy().build();
-        let asked = client
-            .expect("a client")
-            .get(format!("{}/metrics", self.url));
-        let answer = asked.send().await.expect("an answer");
+        let answer = sent(client().get(format!("{}/metrics", self.url))).await;
         let kind = answer.headers()[CONTENT_TYPE].to_str().expect("a kind");
         assert_eq!(kind, "text/plain; version=0.0.4; charset=utf-8");
         answer.text().await.expect("a text")
@@ -73,11 +70,7 @@ fn sum(text: &str, series: &str) -> f64 {
 
 #[tokio::test]
 async fn requests_and_events_are_those_there_were() {
-    let options = Options {
-        seed: 12,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+    run_with(seeded(12), async |t| {
         let measured = Measured::start(t);
         t.bigchat.reports_more(60).await;
         t.bigchat.calms_down();
@@ -110,9 +103,7 @@ async fn requests_and_events_are_those_there_were() {
         .await;
         let text = measured.text().await;
         for (kind, told) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
-            let told: i64 = t.value(&format!(
-                "SELECT count(*) FROM events WHERE kind = '{kind}'"
-            ));
+            let told = t.count_events(&format!("kind = '{kind}'"));
             (kind, told as f64)
         }) {
             let series = format!("bigchat_sync_events_told_total{{kind=\"{kind}\"}}");
@@ -197,8 +188,7 @@ t.fails(1);
     let now = t.now();
     t.bigchat.open(2, now - 60, 1);
     t.bigchat.tells_of(json!({"event_name": "RENAMED"}));
-    let add = "POST /chats/{id}/messages";
-    t.our_api.upset(add, dropped().carried_out());
+    t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
     t.bigchat.tells_of(message(2, now - 1, "Hello"));
     let measured = Measured::start(t);
     t.until_events("delivered", 1).await;
@@ -263,35 +253,21 @@ async fn without_the_journal_there_is_still_what_the_process_knows() {
 
 /// Has promtool read what is given to it.
 fn promtool(arguments: &[&str], input: &str) {
-    let mut promtool = Command::new("promtool")
+    let mut promtool = Command::new("promtool");
+    promtool
         .args(arguments)
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/metrics"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("promtool, from the package prometheus");
-    let mut stdin = promtool.stdin.take().expect("its input");
-    // What does not read it needs none.
-    stdin.write_all(input.as_bytes()).ok();
-    drop(stdin);
-    let output = promtool.wait_with_output().expect("its output");
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success(), "{arguments:?}: {said}\n{input}");
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/metrics"));
+    let output = fed(&mut promtool, input).expect("promtool, from the package prometheus");
+    let all = printed(&output);
+    assert!(output.status.success(), "{arguments:?}: {all}\n{input}");
 }
 
 #[tokio::test]
 #[ignore = "needs promtool"]
 async fn promtool_accepts_the_metrics_and_alerts_go_off_by_them() {
-    let options = Options {
-        seed: 13,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+    run_with(seeded(13), async |t| {
         let measured = Measured::start(t);
-        let add = "POST /chats/{id}/messages";
-        t.our_api.upset(add, dropped().carried_out());
+        t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
         t.bigchat.reports_more(60).await;
         t.our_api.loses_everything();
         t.bigchat.reports_more(60).await;

@@ -7,31 +7,21 @@ use std::process::{Command, Stdio};
 use bigchat_sync::journal::{OpenError, Store};
 use tempfile::TempDir;
 
-use crate::harness::process::{in_own_mounts, said, unreachable as program};
+use crate::harness::process::{Process, in_own_mounts, printed, unreachable as program};
 use crate::harness::until;
 
-/// A daemon that is killed when this is dropped.
-struct Daemon(std::process::Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 /// A directory with a daemon that has made its database through a symbolic link that dangled.
-async fn started_by_dangling_link() -> (TempDir, Daemon) {
+async fn started_by_dangling_link() -> (TempDir, Process) {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     std::fs::create_dir(path.join("data")).expect("a directory");
     symlink("data/journal.db", path.join("link.db")).expect("a link");
     let mut daemon = program(path, "run", "link.db");
-    let daemon = daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let daemon = Daemon(daemon.expect("a process"));
+    daemon.stdout(Stdio::null()).stderr(Stdio::null());
+    let daemon = Process::spawn(daemon);
     until("it works", async || {
         let status = program(path, "status", "link.db").output();
-        said(&status.expect("a process")).contains("daemon        running")
+        printed(&status.expect("a process")).contains("daemon        runs")
     })
     .await;
     (directory, daemon)
@@ -41,8 +31,11 @@ async fn started_by_dangling_link() -> (TempDir, Daemon) {
 fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
-    let said = said(&second);
-    assert!(said.contains("another bigchat-sync uses"), "{name}: {said}");
+    let text = printed(&second);
+    assert!(
+        text.contains("another bigchat-sync works on"),
+        "{name}: {text}"
+    );
 }
 
 #[tokio::test]
@@ -97,7 +90,7 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
         let refused = program(path, command, "hard.db")
             .output()
             .expect("a process");
-        let text = said(&refused);
+        let text = printed(&refused);
         assert_eq!(refused.status.code(), Some(1), "{command}");
         assert!(text.contains("by another name"), "{command}: {text}");
         for end in ["-wal", "-shm"] {
@@ -106,7 +99,8 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
         let by_link = program(path, command, "link.db")
             .output()
             .expect("a process");
-        assert!(!said(&by_link).contains("another"), "{}", said(&by_link));
+        let text = printed(&by_link);
+        assert!(!text.contains("another"), "{command}: {text}");
     }
 }
 

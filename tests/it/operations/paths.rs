@@ -3,9 +3,11 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
+
+use crate::harness::process::{files, printed, program, unreachable};
 
 /// Names that something on the way to SQLite could mistake for anything else.
 const NAMES: [&[u8]; 18] = [
@@ -29,26 +31,9 @@ const NAMES: [&[u8]; 18] = [
     b"$HOME;&|*",
 ];
 
-fn program(directory: &Path, command: &[&str], db: &OsStr) -> Output {
-    let mut flag = OsString::from("--db=");
-    flag.push(db);
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    program
-        .current_dir(directory)
-        .args(command)
-        .arg(flag)
-        .args(["--bigchat-url", "http://127.0.0.1:1"])
-        .args(["--our-api-url", "http://127.0.0.1:2"])
-        .args(["--listen", "off"])
-        .stdin(Stdio::null());
+fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
+    let mut program = unreachable(directory, command, db);
     program.output().expect("a process")
-}
-
-fn files(directory: &Path) -> Vec<OsString> {
-    let entries = std::fs::read_dir(directory).expect("a directory");
-    entries
-        .map(|entry| entry.expect("a file").file_name())
-        .collect()
 }
 
 #[test]
@@ -63,22 +48,23 @@ fn any_file_name_works_again_and_again() {
                 false => name.to_owned(),
             };
             for sessions in 1..=3 {
-                let once = program(path, &["once"], &db);
+                let once = run(path, "once", &db);
                 let said = String::from_utf8_lossy(&once.stderr);
                 assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
                 assert_eq!(files(path), [name], "{said}");
+                // No command shows how many sessions there were.
                 let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
                 let counted: i64 = connection
                     .query_row("SELECT session FROM control", [], |row| row.get(0))
                     .expect("a count");
                 assert_eq!(counted, sessions, "{name:?} is one database");
             }
-            let status = program(path, &["status", "--json"], &db);
+            let status = run(path, "status --json", &db);
             let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
             assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
-            let listed = program(path, &["failed", "list"], &db);
+            let listed = run(path, "failed list", &db);
             assert!(listed.status.success(), "{name:?}: {listed:?}");
-            let check = program(path, &["check"], &db);
+            let check = run(path, "check", &db);
             let said = String::from_utf8_lossy(&check.stdout);
             assert!(said.contains("is writable"), "{name:?}: {said}");
         }
@@ -104,7 +90,7 @@ fn odd_path_is_printed_on_one_line_and_escaped() {
             ("status", true),
             ("check", true),
         ] {
-            let output = program(path, &[command], name);
+            let output = run(path, command, name);
             let said = match made {
                 false => output.stderr,
                 true => [output.stdout, output.stderr].concat(),
@@ -132,7 +118,7 @@ fn directory_of_any_name_and_links_into_it_work() {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(below.join("a.db"), &link).expect("a link");
         for db in [&link, &below.join("a.db"), &link] {
-            let once = program(directory.path(), &["once"], db.as_os_str());
+            let once = run(directory.path(), "once", db.as_os_str());
             let said = String::from_utf8_lossy(&once.stderr);
             assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
         }
@@ -148,10 +134,9 @@ fn path_too_long_for_sqlite_is_refused_with_the_reason() {
     for length in [120, 200, 251] {
         let db = long.join("f".repeat(length));
         for command in ["once", "check"] {
-            let output = program(directory.path(), &[command], db.as_os_str());
-            let said = [output.stdout, output.stderr].concat();
-            let said = String::from_utf8_lossy(&said);
-            assert!(said.contains("SQLite accepts paths of up to"), "{said}");
+            let output = run(directory.path(), command, db.as_os_str());
+            let said = printed(&output);
+            assert!(said.contains("SQLite takes paths of up to"), "{said}");
         }
         assert!(files(&long).is_empty());
     }
@@ -162,7 +147,7 @@ fn bad_setting_beside_an_odd_path_is_still_explained() {
     for name in [&b"\xff.db"[..], b"\xc3\x28", b"a\nb"] {
         let mut flag = OsString::from("--db=");
         flag.push(OsString::from_vec(name.to_vec()));
-        let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        let output = program()
             .args(["once".into(), flag])
             .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
             .output()
@@ -177,7 +162,7 @@ fn bad_setting_beside_an_odd_path_is_still_explained() {
 #[test]
 fn unit_takes_no_database_from_the_environment() {
     for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {
-        let unit = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        let unit = program()
             .arg("unit")
             .env("BIGCHAT_SYNC_DB", OsStr::from_bytes(db))
             .output()

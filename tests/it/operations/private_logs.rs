@@ -1,12 +1,11 @@
 //! What customers wrote, and who advisors are, stays out of the log and the status, unless a setting allows it.
 
-use crate::harness::{Test, run_test, side_by_side, until};
+use crate::harness::process::Process;
+use crate::harness::{Test, run_test, side_by_side};
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{Fault, status};
 use serde_json::json;
-
-use crate::harness::process::Process;
 
 /// In each text, name and address.
 const SECRET: &str = "S3cret";
@@ -74,7 +73,7 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
     let mut program = t.program("run");
     program.env("RUST_LOG", "bigchat_sync=debug");
     let daemon = Process::start_as(t, program);
-    until("it is logged", async || daemon.lines_with(case.line()) > 0).await;
+    daemon.until_logged(case.line()).await;
     let mut status = String::new();
     if !matches!(case, Case::MessageRefused) {
         // The reasons of failed events are as OurAPI words them.

@@ -1,11 +1,11 @@
 //! What the program and its documents say of several processes on one OurAPI: their requests add up.
 
-use std::process::Command;
+use crate::harness::process::program;
 
 use bigchat_sync::cli::manual::Chapter;
 
 fn printed(arguments: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+    let output = program()
         .args(arguments)
         .env_clear()
         .output()

@@ -1,14 +1,12 @@
 //! As a service: what systemd is told and prints about it, completions, and the manual page.
 
+use crate::harness::process::{self, Process, fed};
 use crate::harness::{Bench, run_live_test, until};
-use std::io::Write;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use tempfile::TempDir;
-
-use crate::harness::process::Process;
 
 /// A service manager's socket, and all that was told there.
 struct SystemdNotifier {
@@ -83,17 +81,15 @@ async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when
 async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
     run_live_test(async |t| {
         t.once().await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let other = t.lock_database();
         let mut manager = SystemdNotifier::new();
         let daemon = manager.start(t, None);
-        until("it waits", async || {
-            daemon.lines_with("the database cannot be used yet") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("the database cannot be used yet", 1)
+            .await;
         assert!(manager.count("EXTEND_TIMEOUT_USEC=") > 0);
         assert_eq!(manager.count("READY=1"), 0);
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
         until("it is ready", async || manager.count("READY=1") == 1).await;
         assert!(daemon.stop().await.success());
         assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
@@ -138,8 +134,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 fn program(arguments: &[&str]) -> Output {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    let output = program
+    let output = process::program()
         .args(arguments)
         .env_remove("BIGCHAT_SYNC_DB")
         .output();
@@ -165,7 +160,7 @@ fn the_unit_has_the_settings_given() {
         line.expect("a command"),
         format!(
             "ExecStart={} run --our-api-url=https://our-api.example/a%%20b \"--external-id-prefix=a'$$\\\"\"",
-            env!("CARGO_BIN_EXE_bigchat-sync")
+            process::program().get_program().display()
         )
     );
     let refused = program(&["unit", "--db", "elsewhere.db"]);
@@ -186,7 +181,7 @@ fn systemd_accepts_the_unit_and_finds_it_well_confined() {
             .arg(&path)
             .output();
         let analyzed = analyzed.expect("systemd-analyze, of Debian's systemd");
-        let said = text(&analyzed.stdout) + &text(&analyzed.stderr);
+        let said = process::printed(&analyzed);
         assert!(analyzed.status.success(), "{said}");
         said
     };
@@ -271,20 +266,4 @@ fn the_manual_page_tells_of_every_command_and_setting() {
             "{section}: {rendered}"
         );
     }
-}
-
-/// Runs a program with that on standard input; `None`: there is no such program.
-fn fed(program: &mut Command, input: &str) -> Option<Output> {
-    let program = program
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut program = program.ok()?;
-    let mut stdin = program.stdin.take().expect("a pipe");
-    let input = input.to_owned();
-    let writing = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
-    let output = program.wait_with_output().expect("it ends");
-    writing.join().expect("no panic").expect("it is read");
-    Some(output)
 }

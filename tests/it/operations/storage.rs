@@ -1,7 +1,9 @@
 //! A disk that refuses, a database that somebody else holds, reads, deletes or has damaged: polling pauses, the cursor
 //! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
 
-use crate::harness::services::NOW;
+use crate::harness::process::{Process, in_shell};
+use crate::harness::services::{ADD_MESSAGE, NOW};
+use crate::harness::web::succeeds;
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, slow};
@@ -16,16 +18,14 @@ use bigchat_sync::settings::Tokens;
 
 use tokio::time::timeout;
 
-use crate::harness::process::Process;
-
 /// More than any statement waits for a database that somebody else holds.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
 /// Less than as many statements wait for it as there are conversations claimed at once.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The database and what is beside it.
-fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+/// The database and what is beside it, byte by byte.
+fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(directory).expect("a directory");
     let file = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.expect("a file").path();
@@ -75,7 +75,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
             let mut bytes = std::fs::read(t.db()).expect("a database");
             damage(&mut bytes);
             std::fs::write(t.db(), bytes).expect("a database");
-            let before = files(t.directory());
+            let before = contents(t.directory());
             let requests = t.bigchat.total();
             let run = t.program("once").output().expect("it runs");
             let said = String::from_utf8_lossy(&run.stderr);
@@ -84,7 +84,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
                 said.contains("is damaged") && said.contains("was not changed"),
                 "{case}: {said}"
             );
-            assert!(files(t.directory()) == before, "{case}: untouched");
+            assert!(contents(t.directory()) == before, "{case}: untouched");
             assert_eq!(t.bigchat.total(), requests, "{case}");
         })
         .await;
@@ -95,7 +95,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
 #[tokio::test]
 async fn a_place_where_no_database_can_be_is_said_at_once() {
     for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
-        let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+        let t = Bench::unreachable();
         t.set("--db", db);
         let run = t.program("once").output().expect("it runs");
         let said = String::from_utf8_lossy(&run.stderr);
@@ -130,18 +130,9 @@ async fn a_second_daemon_is_refused_and_the_first_goes_on() {
 
 /// The program with room for files of so many KiB only, until [`lift`]ed, as on a disk that is full.
 fn on_a_small_disk(t: &Bench, kibibytes: u32) -> Process {
-    let program = t.program("run");
     // Writing beyond the limit is then refused like any other write, instead of ending the process.
-    let limited = format!(
-        "trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"",
-        kibibytes * 2
-    );
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &limited])
-        .arg(program.get_program())
-        .args(program.get_args());
-    Process::start_as(t, shell)
+    let limit = format!("trap '' XFSZ; ulimit -S -f {}", kibibytes * 2);
+    Process::start_as(t, in_shell(&limit, &t.program("run")))
 }
 
 /// Makes room.
@@ -165,7 +156,7 @@ async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     let large = "x".repeat(2 << 20);
     let told = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
     t.bigchat.tells(told);
-    until("it is refused", async || daemon.lines_with(REFUSED) > 0).await;
+    daemon.until_logged(REFUSED).await;
     let cursor = t.cursor();
     (daemon, cursor)
 }
@@ -207,9 +198,8 @@ async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
     run_live_test(async |t| {
         t.differs("events are lost with the daemon");
         let (daemon, _) = told_without_room(t).await;
-        let log = daemon.log_file();
         assert_eq!(daemon.stop().await.code(), Some(1));
-        let said = std::fs::read_to_string(log).expect("a log");
+        let said = t.logged();
         assert!(
             said.contains("3 events that BigChat told are lost"),
             "{said}"
@@ -226,10 +216,10 @@ async fn a_disk_that_is_full_at_the_start_is_waited_for() {
         t.bigchat.tells([message(10, now - 6, "hello")]);
         let waits = "the database cannot be used yet";
         let stopped = on_a_small_disk(t, 16);
-        until("it waits", async || stopped.lines_with(waits) == 1).await;
+        stopped.until_logged_times(waits, 1).await;
         assert!(stopped.stop().await.success());
         let daemon = on_a_small_disk(t, 16);
-        until("it waits", async || daemon.lines_with(waits) == 2).await;
+        daemon.until_logged_times(waits, 2).await;
         assert_eq!(t.bigchat.total(), 0);
         lift(&daemon);
         t.agrees().await;
@@ -242,18 +232,16 @@ async fn a_disk_that_is_full_at_the_start_is_waited_for() {
 async fn a_database_that_is_locked_at_the_start_is_waited_for() {
     run_live_test(async |t| {
         with_events(t).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let other = t.lock_database();
         let daemon = Process::start(t);
-        until("it waits", async || {
-            daemon.lines_with("the database cannot be used yet") == 1
-        })
-        .await;
-        other.execute_batch("COMMIT").expect("it lets go");
+        daemon
+            .until_logged_times("the database cannot be used yet", 1)
+            .await;
+        drop(other);
         t.bigchat.tells([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
         assert!(daemon.stop().await.success());
-        assert_eq!(daemon_errors(t), 1);
+        assert_eq!(t.logged().matches("ERROR").count(), 1, "{}", t.logged());
     })
     .await;
 }
@@ -272,24 +260,17 @@ async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
         let (count, sent) = (messages.len(), || t.our_api.message_count());
         t.bigchat.tells(messages);
         until("the first is sent", async || sent() > 0).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.busy_timeout(PATIENCE).expect("a setting");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let other = t.lock_database();
         // To wait for each conversation's settlement would take longer.
         let all = until("all are sent", async || sent() == count);
         timeout(PATIENCE, all).await.expect("nobody waits");
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
         t.until_events("delivered", i64::try_from(count + 32).expect("few"))
             .await;
         daemon.stop().await;
         assert_eq!(sent(), count, "each once");
     })
     .await;
-}
-
-fn daemon_errors(t: &Bench) -> usize {
-    let log = std::fs::read_to_string(t.directory().join("log")).expect("a log");
-    log.lines().filter(|line| line.contains("ERROR")).count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -346,10 +327,7 @@ async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back(
         let polls = t.bigchat.count("GET /events");
         until("it polls", async || t.bigchat.count("GET /events") > polls).await;
         std::fs::rename(t.db(), &elsewhere).expect("it moves");
-        until("it is noticed", async || {
-            daemon.lines_with("was deleted or replaced") > 0
-        })
-        .await;
+        daemon.until_logged("was deleted or replaced").await;
         let polls = t.bigchat.count("GET /events");
         t.bigchat.tells([message(10, t.now() - 1, "and on")]);
         let other = "another database altogether";
@@ -386,22 +364,15 @@ async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
             for end in ["", "-wal", "-shm"] {
                 std::fs::remove_file(format!("{}{end}", t.db().display())).expect("a file");
             }
-            until("it is noticed", async || {
-                daemon.lines_with("was deleted or replaced") > 0
-            })
-            .await;
-            let log = daemon.log_file();
+            daemon.until_logged("was deleted or replaced").await;
             if our_api_is_up {
                 t.our_api.hold(false);
                 t.agrees().await;
-                until("it is settled", async || {
-                    daemon.lines_with("\"delivered\"") > 0
-                })
-                .await;
+                daemon.until_logged("\"delivered\"").await;
                 assert!(daemon.stop().await.success());
             } else {
                 assert_eq!(daemon.stop().await.code(), Some(1));
-                let said = std::fs::read_to_string(log).expect("a log");
+                let said = t.logged();
                 assert!(said.contains("1 events in it are lost"), "{said}");
             }
             assert!(!t.db().exists(), "none is made in its place");
@@ -447,14 +418,10 @@ fn is_locked(db: &Path) -> bool {
 async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
-        let ready = async || {
-            let answer = reqwest::get(format!("{url}/readyz")).await;
-            answer.is_ok_and(|answer| answer.status().is_success())
-        };
-        until("it is ready", ready).await;
+        let ready = format!("{url}/readyz");
+        until("it is ready", async || succeeds(&ready).await).await;
         assert!(is_locked(&t.db()), "SQLite locks what it has open");
-        let answer = reqwest::get(format!("{url}/api/status")).await;
-        assert!(answer.expect("an answer").status().is_success());
+        assert!(succeeds(&format!("{url}/api/status")).await);
         // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
         assert!(is_locked(&t.db()), "the lock is gone");
     })
@@ -503,8 +470,7 @@ async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
         let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
         t.bigchat.tells(told);
         let faults = &t.our_api;
-        let route = "POST /chats/{id}/messages";
-        faults.upset(route, paused());
+        faults.upset(ADD_MESSAGE, paused());
         let daemon = t.start();
         until("it is sent", async || faults.pausing() > 0).await;
         t.execute("DELETE FROM events WHERE id = 1");

@@ -2,15 +2,15 @@
 
 use crate::harness::{Test, run_live_test};
 use bigchat_sync::simulator::event::message;
-use std::ffi::OsString;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
-use crate::harness::process::{Process, in_own_mounts, said, unreachable as program};
+use crate::harness::process::{
+    Process, files, in_own_mounts, printed, through, unreachable as program,
+};
 
 /// An account without rights.
 const NOBODY: u32 = 65_534;
@@ -20,16 +20,7 @@ const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind
 
 fn run(mut program: Command) -> (bool, String) {
     let output = program.output().expect("a process");
-    (output.status.success(), said(&output))
-}
-
-fn files(directory: &Path) -> Vec<OsString> {
-    let entries = std::fs::read_dir(directory).expect("a directory");
-    let mut files: Vec<_> = entries
-        .map(|entry| entry.expect("a file").file_name())
-        .collect();
-    files.sort();
-    files
+    (output.status.success(), printed(&output))
 }
 
 /// Both say the same: what is wrong, and what to do.
@@ -179,7 +170,7 @@ async fn with_a_failed_event(t: &Test, killed: bool) {
         true => drop(daemon),
         false => assert!(daemon.stop().await.success()),
     }
-    std::fs::remove_file(t.directory().join("log")).expect("a log");
+    std::fs::remove_file(t.log()).expect("a log");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -268,14 +259,7 @@ fn only_a_regular_file_can_be_a_database() {
     std::fs::create_dir(path.join("directory")).expect("a directory");
     for db in ["pipe", "socket", "directory", "/dev/zero"] {
         for command in ["once", "status", "check"] {
-            let program = program(path, command, db);
-            let mut bounded = Command::new("timeout");
-            bounded
-                .arg("10")
-                .arg(program.get_program())
-                .args(program.get_args())
-                .current_dir(path);
-            let (well, text) = run(bounded);
+            let (well, text) = run(through(&["timeout", "10"], &program(path, command, db)));
             assert!(
                 !well && text.contains("is not a bigchat-sync database"),
                 "{command} {db}: {text}"

@@ -1,7 +1,8 @@
 //! Polling: windows, pages, and whatever else may stand where events should.
 
-use crate::harness::services::{NOW, tampering, time, unix, window, with_header};
-use crate::harness::{Bench, Test, run_test, side_by_side, until};
+use crate::harness::services::{NOW, time, unix, window, with_body, with_header};
+use crate::harness::{Test, run_test, side_by_side, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{dropped, status};
@@ -13,19 +14,6 @@ use wiremock::MockServer;
 /// The query of the first window there is.
 fn first_window() -> String {
     window(NOW - 10, NOW)
-}
-
-/// The texts that OurAPI holds, in order of the alphabet.
-fn texts(t: &Test) -> Vec<String> {
-    let mut texts = t.our_api.messages();
-    texts.sort();
-    texts
-}
-
-fn count(t: &Bench, condition: &str) -> i64 {
-    t.value(&format!(
-        "SELECT count(*) FROM event_states WHERE {condition}"
-    ))
 }
 
 #[tokio::test]
@@ -314,27 +302,13 @@ async fn an_answer_that_is_no_page_leaves_the_cursor_where_it_is() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// The answer with another body, made of the old one.
-fn with_body(answer: &[u8], change: impl FnOnce(&str) -> Vec<u8>) -> Vec<u8> {
+/// A page with that much beside its events.
+fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
-    let (head, body) = text.split_once("\r\n\r\n").expect("an answer");
-    let date = head
-        .lines()
-        .find(|line| line.to_ascii_lowercase().starts_with("date:"))
-        .expect("a date");
-    let body = change(body);
-    let length = body.len();
-    let mut answer = format!(
-        "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n{date}\r\n\r\n"
-    )
-    .into_bytes();
-    answer.extend(body);
-    answer
-}
-
-fn padded(body: &str, mebibytes: usize) -> Vec<u8> {
+    let (_, body) = text.split_once("\r\n\r\n").expect("an answer");
     let padding = "x".repeat(mebibytes << 20);
-    format!(r#"{{"padding":"{padding}",{}"#, &body[1..]).into_bytes()
+    let body = format!(r#"{{"padding":"{padding}",{}"#, &body[1..]);
+    with_body(answer, "", body.as_bytes())
 }
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
@@ -342,8 +316,8 @@ type Tamper = fn(Vec<u8>) -> Vec<u8>;
 #[tokio::test]
 async fn a_body_that_is_cut_off_or_too_large_is_no_page() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
-    let too_large: Tamper = |answer| with_body(&answer, |body| padded(body, 33));
-    let large: Tamper = |answer| with_body(&answer, |body| padded(body, 1));
+    let too_large: Tamper = |answer| padded(&answer, 33);
+    let large: Tamper = |answer| padded(&answer, 1);
     for (case, tamper, text) in [
         ("cut off", cut_off, None),
         ("too large", too_large, None),
@@ -351,16 +325,7 @@ async fn a_body_that_is_cut_off_or_too_large_is_no_page() {
     ] {
         run_test(async |t| {
             t.differs("pages are spoilt on their way");
-            let mut upset = true;
-            let url = tampering(&t.bigchat.url(), move |line, answer| {
-                if line.starts_with("GET /events") && std::mem::take(&mut upset) {
-                    tamper(answer)
-                } else {
-                    answer
-                }
-            })
-            .await;
-            t.set("--bigchat-url", &url);
+            t.tamper_pages(1, tamper).await;
             t.bigchat.tells([message(42, 1, "one")]);
             t.once().await;
             assert_eq!(t.our_api.messages(), Vec::from_iter(text), "{case}");
@@ -405,7 +370,11 @@ async fn equal_messages_on_later_pages_are_others_but_for_an_overlap() {
                 }
                 t.once().await;
                 assert_eq!(t.bigchat.queries(), asked, "{case}, {fails}");
-                assert_eq!(texts(t).join(" "), expected, "{case}, {fails}");
+                assert_eq!(
+                    t.our_api.sorted_messages().join(" "),
+                    expected,
+                    "{case}, {fails}"
+                );
             })
             .await;
         }
@@ -420,7 +389,7 @@ async fn twins_at_a_page_edge_are_two_by_the_next_poll() {
         t.once().await;
         t.bigchat.tells(messages("aa kk kk bb"));
         t.once().await;
-        assert_eq!(texts(t).join(" "), "aa bb kk kk");
+        assert_eq!(t.our_api.sorted_messages().join(" "), "aa bb kk kk");
     })
     .await;
 }
@@ -449,7 +418,7 @@ async fn a_page_that_comes_again_by_another_url_completes_the_poll() {
                 .collect();
             once.sort();
             once.dedup();
-            assert_eq!(texts(t), once, "{case}");
+            assert_eq!(t.our_api.sorted_messages(), once, "{case}");
             assert_eq!(t.cursor(), Some(NOW), "{case}");
         })
         .await;
@@ -464,9 +433,9 @@ async fn an_end_or_transfer_repeated_on_the_next_page_is_one() {
         t.bigchat.tells(repeated);
         t.once().await;
         assert_eq!(t.bigchat.queries(), [&first_window(), "page=2"]);
-        assert_eq!(count(t, "kind = 'END'"), 1);
-        assert_eq!(count(t, "kind = 'TRANSFER'"), 1);
-        assert_eq!(count(t, "state = 'delivered'"), 2);
+        assert_eq!(t.count_events("kind = 'END'"), 1);
+        assert_eq!(t.count_events("kind = 'TRANSFER'"), 1);
+        assert_eq!(t.count_events("state = 'delivered'"), 2);
     })
     .await;
 }
@@ -486,7 +455,7 @@ async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
             t.bigchat.tells(again);
             t.once().await;
             assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
-            assert_eq!(count(t, "kind = 'TRANSFER'"), 2);
+            assert_eq!(t.count_events("kind = 'TRANSFER'"), 2);
         }
     })
     .await;
@@ -702,8 +671,7 @@ async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
             t.bigchat.tells([message(42, 1, "one")]);
             t.once().await;
             assert_eq!(t.bigchat.count("GET /events"), 1, "{code} {after}");
-            let throttled = "SELECT bigchat_retry_after FROM control";
-            let until: i64 = t.value(throttled);
+            let until = t.left_alone_until(Api::BigChat);
             t.once().await;
             let asked = if waits { 1 } else { 2 };
             assert_eq!(t.bigchat.count("GET /events"), asked, "{code} {after}");
@@ -712,7 +680,7 @@ async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
                 let left =
                     until - i64::try_from(since.expect("after 1970").as_millis()).expect("soon");
                 assert!((3_500_000..=3_600_000).contains(&left), "{left}");
-                t.execute("UPDATE control SET bigchat_retry_after = 1");
+                t.leave_alone_until(Api::BigChat, 1);
                 t.once().await;
             }
             assert_eq!(t.our_api.messages(), ["one"], "{code} {after}");
@@ -742,41 +710,27 @@ async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
     .await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn one_wrong_date_after_a_restart_mixes_nothing() {
     run_test(async |t| {
-t.differs("the journal is changed by hand");
-    t.bigchat.tells([message(42, 1, "of before")]);
-    t.once().await;
-    t.execute(
-        "UPDATE conversations SET started_at = started_at - 9999 WHERE bigchat_id IN (1, 42)",
-    );
-    // As if this were the next run: every conversation has another start time.
-    t.bigchat.tells([message(42, 2, "of after")]);
-    t.once().await;
-    assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 2);
-    let wrong = UNIX_EPOCH + Duration::from_secs(unix(NOW - 86_400).unsigned_abs());
-    let header = format!("date: {}", httpdate::fmt_http_date(wrong));
-    let url = tampering(&t.bigchat.url(), move |line, answer| {
-        if line.starts_with("GET /events") {
+        t.bigchat.tells([message(42, 1, "of before")]);
+        t.once().await;
+        t.bigchat.restarts(42, NOW - 1);
+        t.bigchat.tells([message(42, NOW, "of after")]);
+        t.once().await;
+        assert_eq!(t.restarts(), 1);
+        let wrong = UNIX_EPOCH + Duration::from_secs(unix(NOW - 86_400).unsigned_abs());
+        let header = format!("date: {}", httpdate::fmt_http_date(wrong));
+        t.tamper_pages(usize::MAX, move |answer| {
             with_header(&answer, "date", &header)
-        } else {
-            answer
-        }
+        })
+        .await;
+        t.bigchat.tells([message(42, NOW, "with a wrong date")]);
+        t.once().await;
+        assert_eq!(t.restarts(), 1);
+        assert_eq!(t.our_api.messages().len(), 3);
     })
     .await;
-    t.set("--bigchat-url", &url);
-    t.bigchat.tells([message(42, 3, "with a wrong date")]);
-    t.once().await;
-    let epochs = t.value::<String>(
-        "SELECT group_concat(v.epoch || ':' || e.data, ' ') FROM events e JOIN conversations v ON v.id = e.conversation",
-    );
-    assert!(
-        epochs.contains(r#"2:{"message":"with a wrong date"}"#),
-        "{epochs}"
-    );
-})
-.await;
 }
 
 #[tokio::test]

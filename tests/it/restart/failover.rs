@@ -1,29 +1,21 @@
 //! Going on with an older database (a copy, a replica), or with none and `--since`, as on another machine: with a BigChat
 //! that keeps its events nothing is lost, and nothing that OurAPI holds is sent again.
 
-use crate::harness::services::{time, unix};
+use crate::harness::services::{ADD_MESSAGE, busy_log, quiet_log, time, unix};
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
-use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
-use bigchat_sync::simulator::event::{end, event, message, transfer};
+use bigchat_sync::simulator::bigchat::{Log, Options};
+use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::slow;
 use std::path::PathBuf;
 use std::time::Duration;
-
-use serde_json::json;
 
 /// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. Nothing in it is
 /// refused: what OurAPI does not hold would be sent again.
 fn keeps_its_events(seed: u64) -> Options {
     Options {
-        seed,
         active: 6,
         awkward: false,
-        mode: Mode::Log(Log {
-            events_per_second: 60.0,
-            page_size: 15,
-            ..Log::default()
-        }),
-        ..Options::default()
+        ..busy_log(seed, 60.0, 15)
     }
 }
 
@@ -70,6 +62,7 @@ async fn catch_up(t: &Test) {
     // Later than any cursor by now.
     let now = unix(t.now() + 1);
     let daemon = t.start();
+    // No view shows the pages that are stored and not ingested yet.
     let caught_up = format!(
         "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM inbox)
             AND NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting') FROM poll_state"
@@ -153,34 +146,20 @@ async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
 
 #[tokio::test]
 async fn equal_messages_of_one_second_are_as_many_as_before() {
-    let quiet = Options {
-        quiet: true,
-        mode: Mode::Log(Log {
-            page_size: 3,
-            ..Log::default()
-        }),
-        ..Options::default()
+    let log = Log {
+        page_size: 3,
+        ..Log::default()
     };
-    run_with(quiet, async |t| {
+    run_with(quiet_log(log), async |t| {
         let at = t.now() - 2;
         t.bigchat.open(10, at - 100, 1);
-        let twin = || {
-            t.bigchat
-                .tells_of(event(10, "MESSAGE", at, json!({"message": "twin"})))
-        };
-        twin();
+        let reports = |text: &str| t.bigchat.tells_of(message(10, at, text));
+        reports("twin");
         catch_up(t).await;
         let copy = copy(t);
         // One more of what the copy knows, and others.
-        (0..4).for_each(|_| twin());
-        (0..3).for_each(|n| {
-            t.bigchat.tells_of(event(
-                10,
-                "MESSAGE",
-                at,
-                json!({"message": format!("number {n}")}),
-            ))
-        });
+        (0..4).for_each(|_| reports("twin"));
+        (0..3).for_each(|n| reports(&format!("number {n}")));
         let daemon = t.start();
         t.agrees().await;
         daemon.stop().await;
@@ -263,7 +242,7 @@ async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_w
         t.until_events("delivered", 1).await;
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(2));
-        faults.upset("POST /chats/{id}/messages", slow.carried_out());
+        faults.upset(ADD_MESSAGE, slow.carried_out());
         tell(vec![message(10, now - 19, "in work")]);
         until("it is in work", async || t.our_api.message_count() == 2).await;
         let copy = copy(t);
@@ -275,7 +254,7 @@ async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_w
         let daemon = t.start();
         t.until_events("delivered", 2).await;
         let started = t.now();
-        until("a later window", async || t.cursor() > Some(started + 1)).await;
+        t.until_cursor_passes(started).await;
         let at = t.now();
         tell(vec![end(10, at)]);
         t.until_events("delivered", 3).await;

@@ -1,11 +1,11 @@
 //! Stopping, whatever hangs: within 10 s, and nothing forgotten.
 
+use crate::harness::process::STOPS_WITHIN;
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Daemon, Test, run_live_test, until};
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::slow;
 use std::time::{Duration, Instant};
-
-const BOUND: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 async fn while_both_apis_hang() {
@@ -15,14 +15,13 @@ async fn while_both_apis_hang() {
         let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
         t.bigchat.tells(told);
         let hang = slow(Duration::from_secs(60));
-        let route = "POST /chats/{id}/messages";
-        t.our_api.upset(route, hang.carried_out());
+        t.our_api.upset(ADD_MESSAGE, hang.carried_out());
         let daemon = t.start();
         until("one of two", async || t.our_api.message_count() == 1).await;
         t.bigchat.hold(true);
         let stopped = Instant::now();
         daemon.stop().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         t.bigchat.hold(false);
         t.start();
     })
@@ -34,17 +33,13 @@ async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = t.start();
-    until("a poll", async || t.cursor().is_some()).await;
+    t.until_polled().await;
     let polls = || t.bigchat.count("GET /events");
     let before = polls();
     let late = slow(Duration::from_secs(2));
     t.bigchat.upset("GET /events", late);
     until("a poll under way", async || polls() > before).await;
-    let other = rusqlite::Connection::open(t.db()).expect("the database");
-    until("the database is held", async || {
-        other.execute_batch("BEGIN IMMEDIATE").is_ok()
-    })
-    .await;
+    let other = t.lock_database();
     t.bigchat.tells([message(10, now - 5, "told meanwhile")]);
     until("it is told", async || !t.bigchat.reported().is_empty()).await;
     (daemon, other)
@@ -57,7 +52,7 @@ async fn while_another_process_holds_the_database() {
         let (daemon, _other) = told_while_held(t).await;
         let stopped = Instant::now();
         let outcome = daemon.outcome().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         let error = outcome.expect_err("an event was told and could not be kept");
         assert!(error.to_string().contains("1 events"), "{error}");
     })
@@ -72,7 +67,7 @@ async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_
         // Longer than any statement waits.
         tokio::time::sleep(Duration::from_millis(2_500)).await;
         assert_eq!(t.bigchat.count("GET /events"), polls);
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
     })
     .await;
 }
@@ -83,23 +78,18 @@ async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let late = slow(Duration::from_secs(1));
-        let route = "POST /chats/{id}/messages";
-        t.our_api.upset(route, late);
+        t.our_api.upset(ADD_MESSAGE, late);
         let told = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
         t.bigchat.tells(told);
         let daemon = t.start();
-        until("one is sent", async || t.our_api.count(route) == 1).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        until("the database is held", async || {
-            other.execute_batch("BEGIN IMMEDIATE").is_ok()
-        })
-        .await;
+        until("one is sent", async || t.our_api.count(ADD_MESSAGE) == 1).await;
+        let other = t.lock_database();
         until("both stand there", async || t.our_api.message_count() == 2).await;
         let stopped = Instant::now();
         // Nothing that BigChat told goes with it.
         daemon.stop().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
-        other.execute_batch("COMMIT").expect("it lets go");
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
+        drop(other);
         assert_eq!(t.events("waiting"), 2);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
@@ -120,7 +110,7 @@ async fn once_while_bigchat_hangs() {
         let stopped = Instant::now();
         stopping.cancel();
         once.await.expect("no panic").expect("it stops well");
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
     })
     .await;
 }

@@ -1,58 +1,40 @@
 //! What either side does to us: BigChat restarts and gives its ids to others, OurAPI loses its data, goes away, and
 //! comes back.
 
-use crate::harness::services::BigChat;
+use crate::harness::process::Process;
+use crate::harness::services::{BigChat, seeded};
 use crate::harness::{Test, run_live_test, run_test, run_with, until};
 use bigchat_sync::simulator::bigchat::{NextPage, Options, Page};
-use bigchat_sync::simulator::event::{event, message, start, transfer};
+use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
 
-use serde_json::json;
-
-use crate::harness::process::Process;
-
-fn quiet() -> Options {
-    Options {
-        quiet: true,
-        ..Options::default()
-    }
-}
-
 #[tokio::test]
 async fn a_restart_of_bigchat_mixes_nothing() {
-    run_with(
-        Options {
-            seed: 11,
-            ..Options::default()
-        },
-        async |t| {
-            let daemon = t.start();
-            for _ in 0..3 {
-                t.bigchat.reports_more(40).await;
-                t.bigchat.restarts_between_polls().await;
-            }
+    run_with(seeded(11), async |t| {
+        let daemon = t.start();
+        for _ in 0..3 {
             t.bigchat.reports_more(40).await;
-            t.bigchat.calms_down();
-            t.agrees().await;
-            daemon.stop().await;
-            assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 4);
-        },
-    )
+            t.bigchat.restarts_between_polls().await;
+        }
+        t.bigchat.reports_more(40).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.restarts(), 3);
+    })
     .await;
 }
 
 #[tokio::test]
 async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
-    run_with(quiet(), async |t| {
+    run_live_test(async |t| {
         let now = t.now();
-        t.bigchat
-            .tells_of(event(1, "MESSAGE", now, json!({"message": "of before"})));
+        t.bigchat.tells_of(message(1, now, "of before"));
         t.once().await;
         t.bigchat.restart();
         let now = t.now();
-        t.bigchat
-            .tells_of(event(1, "MESSAGE", now, json!({"message": "of after"})));
+        t.bigchat.tells_of(message(1, now, "of after"));
         t.once().await;
         let report = t.compare();
         assert!(report.is_clean(), "{report}");
@@ -71,9 +53,9 @@ fn pause_after(faults: &BigChat, passing: usize) {
 
 #[tokio::test]
 async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
-    run_with(quiet(), async |t| {
+    run_live_test(async |t| {
         t.start();
-        until("a poll", async || t.cursor().is_some()).await;
+        t.until_polled().await;
         // The first page is told as ever; before the second one BigChat restarts.
         let faults = &t.bigchat;
         faults.hold(true);
@@ -118,10 +100,10 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
 
 #[tokio::test]
 async fn pages_that_shift_before_a_restart_make_no_message_two() {
-    run_with(quiet(), async |t| {
+    run_live_test(async |t| {
         t.differs("scripted pages imitate a log that shifts");
         t.start();
-        until("a poll", async || t.cursor().is_some()).await;
+        t.until_polled().await;
         t.bigchat.open(3, t.now() - 100, 2);
         restart_among_shifted_pages(t, 3).await;
         t.until_events("delivered", 3).await;
@@ -134,37 +116,32 @@ async fn pages_that_shift_before_a_restart_make_no_message_two() {
 
 #[tokio::test]
 async fn a_page_is_of_the_run_that_was_seen_after_it() {
-    run_with(quiet(), async |t| {
-t.differs("scripted pages imitate a log that shifts");
-    t.start();
-    until("a poll", async || t.cursor().is_some()).await;
-    t.bigchat.restart();
-    until("it is noticed", async || {
-        t.value::<i64>("SELECT max(id) FROM epochs") == 2
+    run_live_test(async |t| {
+        t.differs("scripted pages imitate a log that shifts");
+        t.start();
+        t.until_polled().await;
+        t.bigchat.restart();
+        until("it is noticed", async || t.restarts() == 1).await;
+        // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
+        restart_among_shifted_pages(t, 1).await;
+        t.until_events("delivered", 3).await;
+        until("it is noticed", async || t.restarts() == 2).await;
+        // No command shows the epoch of an event.
+        let epochs: i64 = t.value(
+            "SELECT min(c.epoch) * max(c.epoch) FROM event_states e
+         JOIN conversations c ON c.id = e.conversation",
+        );
+        assert_eq!(epochs, 4, "all of them of the second epoch");
     })
     .await;
-    // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
-    restart_among_shifted_pages(t, 1).await;
-    t.until_events("delivered", 3).await;
-    until("it is noticed", async || {
-        t.value::<i64>("SELECT max(id) FROM epochs") == 3
-    })
-    .await;
-    let of: i64 = t.value(
-        "SELECT min(c.epoch) * max(c.epoch) FROM events e JOIN conversations c ON c.id = e.conversation",
-    );
-    assert_eq!(of, 4, "all of them of the second run");
-})
-.await;
 }
 
 #[tokio::test]
 async fn what_our_api_loses_is_built_again() {
     run_with(
         Options {
-            seed: 13,
             active: 8,
-            ..Options::default()
+            ..seeded(13)
         },
         async |t| {
             t.start();
@@ -175,8 +152,7 @@ async fn what_our_api_loses_is_built_again() {
             t.bigchat.reports_more(40).await;
             t.our_api.loses_chat("1");
             let now = t.now();
-            let touched = json!({"message": "are you there?"});
-            t.bigchat.tells_of(event(1, "MESSAGE", now, touched));
+            t.bigchat.tells_of(message(1, now, "are you there?"));
             t.bigchat.reports_more(80).await;
             t.bigchat.calms_down();
         },
@@ -186,23 +162,17 @@ async fn what_our_api_loses_is_built_again() {
 
 #[tokio::test]
 async fn a_proxy_that_answers_404_to_everything_is_no_loss() {
-    run_with(
-        Options {
-            seed: 14,
-            ..Options::default()
-        },
-        async |t| {
-            let daemon = t.start();
-            t.bigchat.reports_more(40).await;
-            t.our_api.outage(Some(status(404)));
-            t.bigchat.reports_more(40).await;
-            t.our_api.outage(None);
-            t.bigchat.calms_down();
-            t.agrees().await;
-            daemon.stop().await;
-            assert_eq!(t.value::<i64>("SELECT losses FROM control"), 0);
-        },
-    )
+    run_with(seeded(14), async |t| {
+        let daemon = t.start();
+        t.bigchat.reports_more(40).await;
+        t.our_api.outage(Some(status(404)));
+        t.bigchat.reports_more(40).await;
+        t.our_api.outage(None);
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.losses(), 0);
+    })
     .await;
 }
 
@@ -217,9 +187,8 @@ async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
     ] {
         run_with(
             Options {
-                seed: 15,
                 awkward: false,
-                ..Options::default()
+                ..seeded(15)
             },
             async |t| {
                 t.set("--max-attempts", "1").set("--retry-max", "40ms");
@@ -268,10 +237,7 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
         let grown = daemon.mebibytes("VmRSS").saturating_sub(before);
         assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
         assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
-        assert_eq!(
-            t.value::<i64>("SELECT coalesce(max(counted), 0) FROM attempts"),
-            0
-        );
+        assert_eq!(t.counted_attempts(), 0);
         // At most one more than the probe that found it well: what waits is not tried all at once.
         t.our_api.outage(None);
         t.agrees().await;
@@ -284,33 +250,27 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
 
 #[tokio::test]
 async fn faults_of_all_kinds_lose_and_double_nothing() {
-    run_with(
-        Options {
-            seed: 16,
-            ..Options::default()
-        },
-        async |t| {
-            t.set("--request-timeout", "300ms");
-            let often = [dropped(), crashed(), cut_off(), html()].map(|fault| (0.02, fault));
-            let seldom = (0.003, slow(Duration::from_millis(600)));
-            for (probability, fault) in often.into_iter().chain([seldom]) {
-                t.our_api.upset_at_random(probability, fault.clone());
-                t.our_api.upset_at_random(probability, fault.carried_out());
-            }
-            t.our_api
-                .upset_at_random(0.01, status(429).header("retry-after", "0"));
-            t.bigchat.upset_at_random(0.05, crashed());
-            t.bigchat.upset_at_random(0.05, dropped());
-            let daemon = t.start();
-            t.bigchat.reports_more(400).await;
-            t.bigchat.calms_down();
-            t.our_api.calm();
-            t.bigchat.calm();
-            t.agrees().await;
-            daemon.stop().await;
-            assert!(t.our_api.injected() > 20);
-        },
-    )
+    run_with(seeded(16), async |t| {
+        t.set("--request-timeout", "300ms");
+        let often = [dropped(), crashed(), cut_off(), html()].map(|fault| (0.02, fault));
+        let seldom = (0.003, slow(Duration::from_millis(600)));
+        for (probability, fault) in often.into_iter().chain([seldom]) {
+            t.our_api.upset_at_random(probability, fault.clone());
+            t.our_api.upset_at_random(probability, fault.carried_out());
+        }
+        t.our_api
+            .upset_at_random(0.01, status(429).header("retry-after", "0"));
+        t.bigchat.upset_at_random(0.05, crashed());
+        t.bigchat.upset_at_random(0.05, dropped());
+        let daemon = t.start();
+        t.bigchat.reports_more(400).await;
+        t.bigchat.calms_down();
+        t.our_api.calm();
+        t.bigchat.calm();
+        t.agrees().await;
+        daemon.stop().await;
+        assert!(t.our_api.injected() > 20);
+    })
     .await;
 }
 
@@ -321,15 +281,13 @@ async fn a_404_of_what_is_not_bigchat_is_not_believed() {
         let (now, route) = (t.now(), "GET /conversations/{id}");
         faults.upset(route, crashed().times(1_000));
         t.bigchat.open(10, now - 100, 7);
-        t.bigchat
-            .tells_of(event(10, "MESSAGE", now - 5, json!({"message": "hello"})));
+        t.bigchat.tells_of(message(10, now - 5, "hello"));
         t.once().await;
         assert_eq!(t.events("waiting"), 1);
         faults.calm();
         faults.outage(Some(status(404)));
         let daemon = t.start();
-        let tries = "SELECT max(attempts) FROM attempts";
-        until("it is tried", async || t.value::<i64>(tries) > 3).await;
+        until("it is tried", async || t.attempts_at_oldest() > 3).await;
         faults.outage(None);
         t.agrees().await;
         daemon.stop().await;
@@ -353,7 +311,7 @@ async fn a_clock_of_bigchat_that_is_set_back_after_a_restart_mixes_nothing() {
         t.bigchat.tells(told);
         t.until_events("delivered", 2).await;
         t.agrees().await;
-        assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 2);
+        assert_eq!(t.restarts(), 1);
         t.bigchat.clock_runs(-3600);
         let told = vec![message(10, t.now(), "after the step")];
         t.bigchat.tells(told);
@@ -404,6 +362,7 @@ async fn stray_404s_for_the_first_conversation_do_not_blind_it_to_a_restart() {
             .await;
         until("it is known", async || {
             t.bigchat.further_polls(1).await;
+            // No command lists a conversation without events.
             t.value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1") > 0
         })
         .await;
