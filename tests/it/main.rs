@@ -1,4 +1,4 @@
-//! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
+//! What the daemon does, seen from outside, between both simulated services.
 //!
 //! Each folder holds what its tests show; `harness` has what they share.
 

@@ -1,4 +1,4 @@
-//! What the console asks over HTTP: pages that say where they go on, decisions that are noted, nonsense that is refused.
+//! The API of the console: its pages, resolutions that are recorded, and bad requests.
 
 use crate::harness::journal::failed_messages;
 use crate::harness::web::{Console, console_token};
@@ -19,8 +19,9 @@ fn ids(rows: &Value) -> Vec<i64> {
     rows.iter().filter_map(|row| row["id"].as_i64()).collect()
 }
 
+/// Failed events are grouped by reason, and listed a page at a time.
 #[tokio::test]
-async fn failed_events_come_by_reason_and_a_page_at_a_time() {
+async fn failed_events_by_reason_and_page() {
     run_test(async |t| {
         let console = Console::over(t, &failed(180)).await;
         let (_, groups) = console.get("/api/failed").await;
@@ -48,75 +49,80 @@ async fn failed_events_come_by_reason_and_a_page_at_a_time() {
     .await;
 }
 
+/// A resolution applies to the events that it names and to no others, and it is recorded. A request that names none is
+/// rejected.
 #[tokio::test]
-async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
+async fn resolution_by_id_reason_and_all() {
     run_test(async |t| {
-let console = Console::over(t, &failed(12)).await;
+        let console = Console::over(t, &failed(12)).await;
         for nonsense in [
-        json!({}),
-        json!({"all": false}),
-        json!({"all": true, "ids": [1]}),
-        json!({"ids": [1], "reason": "another"}),
-        json!({"ids": ["1"]}),
-        json!({"ids": [1], "conversation": 42}),
-    ] {
-        let (status, answer) = console.resolve("discard", nonsense.clone()).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
-        assert!(answer["error"].is_string(), "{nonsense}");
-    }
-    assert_eq!(t.events("failed"), 12);
-    let discard = async |which| console.resolve("discard", which).await.1;
-    assert_eq!(
-        discard(json!({"ids": [1, 2, 2, 99]})).await,
-        json!({"done": 2, "next": null})
-    );
-    // All of them failed at 2000: who decided before has not seen them.
-    for unseen in [
-        json!({"reason": "another", "failed_by": 1999}),
-        json!({"all": true, "failed_by": 1999}),
-    ] {
-        assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
-    }
-    assert_eq!(
-        discard(json!({"reason": "another", "failed_by": 2000})).await,
-        json!({"done": 4, "next": null})
-    );
-    assert_eq!(
-        discard(json!({"all": true, "after": 10})).await,
-        json!({"done": 1, "next": null})
-    );
-    let (_, log) = console.get("/api/decisions").await;
-    assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
-    let own = rustix::process::geteuid().as_raw();
-    let by = format!("{}, console", bigchat_sync::user::name(own));
-    let latest = json!({"decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b"});
-    for (name, value) in latest.as_object().expect("an object") {
-        assert_eq!(&log["rows"][0][name], value, "{name}");
-    }
-    let (_, earlier) = console.get("/api/decisions?before=3").await;
-    assert_eq!(ids(&earlier["rows"]), [2, 1]);
-    let (_, event) = console.get("/api/failed/11").await;
-    assert_eq!(event["state"], "discarded");
-    assert_eq!(event["decisions"][0]["decision"], "discard");
+            json!({}),
+            json!({"all": false}),
+            json!({"all": true, "ids": [1]}),
+            json!({"ids": [1], "reason": "another"}),
+            json!({"ids": ["1"]}),
+            json!({"ids": [1], "conversation": 42}),
+        ] {
+            let (status, answer) = console.resolve("discard", nonsense.clone()).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
+            assert!(answer["error"].is_string(), "{nonsense}");
+        }
+        assert_eq!(t.events("failed"), 12);
+        let discard = async |which| console.resolve("discard", which).await.1;
+        assert_eq!(
+            discard(json!({"ids": [1, 2, 2, 99]})).await,
+            json!({"done": 2, "next": null})
+        );
+        // All of them failed at 2000: who decided before has not seen them.
+        for unseen in [
+            json!({"reason": "another", "failed_by": 1999}),
+            json!({"all": true, "failed_by": 1999}),
+        ] {
+            assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
+        }
+        assert_eq!(
+            discard(json!({"reason": "another", "failed_by": 2000})).await,
+            json!({"done": 4, "next": null})
+        );
+        assert_eq!(
+            discard(json!({"all": true, "after": 10})).await,
+            json!({"done": 1, "next": null})
+        );
+        let (_, log) = console.get("/api/decisions").await;
+        assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
+        let own = rustix::process::geteuid().as_raw();
+        let by = format!("{}, console", bigchat_sync::user::name(own));
+        let latest = json!({
+            "decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b",
+        });
+        for (name, value) in latest.as_object().expect("an object") {
+            assert_eq!(&log["rows"][0][name], value, "{name}");
+        }
+        let (_, earlier) = console.get("/api/decisions?before=3").await;
+        assert_eq!(ids(&earlier["rows"]), [2, 1]);
+        let (_, event) = console.get("/api/failed/11").await;
+        assert_eq!(event["state"], "discarded");
+        assert_eq!(event["decisions"][0]["decision"], "discard");
 
-    // The rest is tried again, at once, and reaches OurAPI.
-    assert_eq!(
-        console.resolve("retry", json!({"all": true})).await.1["done"],
-        5
-    );
-    t.until_events("delivered", 5).await;
-    let (_, status) = console.get("/api/status").await;
-    assert_eq!(
-        (&status["failed"], &status["well"]),
-        (&json!(0), &json!(true))
-    );
-    console.daemon.stop().await;
-})
-.await;
+        // The rest is tried again, at once, and reaches OurAPI.
+        assert_eq!(
+            console.resolve("retry", json!({"all": true})).await.1["done"],
+            5
+        );
+        t.until_events("delivered", 5).await;
+        let (_, status) = console.get("/api/status").await;
+        assert_eq!(
+            (&status["failed"], &status["well"]),
+            (&json!(0), &json!(true))
+        );
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
+/// A conversation's page shows what each event changed in OurAPI.
 #[tokio::test]
-async fn a_conversation_tells_what_was_sent_when() {
+async fn conversation_shows_each_effect() {
     run_test(async |t| {
         let console = Console::new(t, Tokens::default());
         let long = "x".repeat(10_000);
@@ -167,8 +173,9 @@ async fn a_conversation_tells_what_was_sent_when() {
     .await;
 }
 
+/// An unknown id is answered with 404, a bad query with 400, each with an error.
 #[tokio::test]
-async fn what_is_not_there_or_makes_no_sense_says_so() {
+async fn unknown_ids_and_bad_queries() {
     run_test(async |t| {
         let console = Console::new(t, Tokens::default());
         until("there is something to read", async || {
@@ -200,8 +207,9 @@ async fn what_is_not_there_or_makes_no_sense_says_so() {
     .await;
 }
 
+/// Without the token the page is served, and no data.
 #[tokio::test]
-async fn without_the_token_there_is_a_page_and_nothing_on_it() {
+async fn page_without_the_token() {
     run_test(async |t| {
         let console = Console::new(t, console_token());
         for path in ["/", "/console.css", "/console.js", "/theme.js", "/icon.svg"] {

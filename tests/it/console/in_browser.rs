@@ -1,4 +1,4 @@
-//! The console in a real browser: what somebody does there, and what comes of it in OurAPI and in the journal.
+//! The console in a real browser: what an operator does there, and its effect in OurAPI and in the journal.
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
@@ -7,7 +7,7 @@ use crate::harness::web::{TOKEN, console_token};
 use crate::harness::{Daemon, Test, run_test, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
-use bigchat_sync::simulator::event::{message, start, transfer};
+use bigchat_sync::simulator::event::{event, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use bigchat_sync::simulator::id;
 use serde_json::json;
@@ -22,7 +22,7 @@ const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"
 /// The list of what failed for that.
 const REFUSED: &str = "#/failed?reason=OurAPI%20permanently%20rejects%20it%3A%20String%20should%20have%20at%20least%202%20characters";
 
-/// A daemon with a console, and a conversation 42 whose chat stands in OurAPI.
+/// A daemon with a console, and a conversation 42 with a chat in OurAPI.
 struct Desk<'a> {
     t: &'a Test,
     daemon: Daemon,
@@ -86,7 +86,7 @@ impl<'a> Desk<'a> {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_failed_event_is_found_understood_and_retried() {
+async fn failed_event_found_and_retried() {
     run_test(async |t| {
         let desk = Desk::with_failed(t, &["Refused for now"]).await;
         let browser = desk.look("").await;
@@ -130,7 +130,7 @@ async fn a_failed_event_is_found_understood_and_retried() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn discarding_asks_first_and_concerns_what_is_selected() {
+async fn selected_events_discarded_after_asking() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
@@ -173,36 +173,37 @@ async fn discarding_asks_first_and_concerns_what_is_selected() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_group_is_decided_on_by_itself_and_all_at_once() {
+async fn groups_discarded_one_and_all() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["one", "two"]).await;
+        t.differs("OurAPI rejects messages that it could store");
+        let desk = Desk::with_failed(t, &["one", "two"]).await;
         t.bigchat.tells(raw(
-        r#"{"nextPageUrl":null,"events":[{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}]}"#,
-    ));
-    t.until_events("failed", 3).await;
-    let browser = desk.look("#/failed").await;
-    browser.click(".groups a", "Unknown event name").await;
-    browser.until_text(".rows", "PAUSE").await;
-    browser.click(".group button", "Discard it").await;
-    browser.click("#ask button", "Discard").await;
-    t.until_events("discarded", 1).await;
-    browser
-        .until_text(".groups", "OurAPI permanently rejects it")
-        .await;
-    assert_eq!(t.events("failed"), 2);
-    browser.click(".head button", "Discard all").await;
-    browser.click("#ask button", "Discard 2").await;
-    t.until_events("discarded", 3).await;
-    browser.until_text("main", "Nothing has failed").await;
-    desk.done(browser).await;
-})
-.await;
+            &json!({"events": [event(42, "PAUSE", 100, json!(null))]}).to_string(),
+        ));
+        t.until_events("failed", 3).await;
+        let browser = desk.look("#/failed").await;
+        browser.click(".groups a", "Unknown event name").await;
+        browser.until_text(".rows", "PAUSE").await;
+        browser.click(".group button", "Discard it").await;
+        browser.click("#ask button", "Discard").await;
+        t.until_events("discarded", 1).await;
+        browser
+            .until_text(".groups", "OurAPI permanently rejects it")
+            .await;
+        assert_eq!(t.events("failed"), 2);
+        browser.click(".head button", "Discard all").await;
+        browser.click("#ask button", "Discard 2").await;
+        t.until_events("discarded", 3).await;
+        browser.until_text("main", "Nothing has failed").await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
+/// A search finds a conversation by its id, its chat and its agent; its page shows what was sent.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
+async fn conversations_found_by_search() {
     run_test(async |t| {
         t.bigchat
             .advisor(7, "Jane O'Hara", "jane.ohara@example.com");
@@ -260,9 +261,10 @@ async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
     .await;
 }
 
+/// The theme is the system's until one is chosen, and the choice is remembered.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
+async fn theme_of_system_until_chosen() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
         let browser = desk.look("").await;
@@ -288,9 +290,10 @@ async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
     .await;
 }
 
+/// The page says so, still shows what it had, and resolves nothing until it is connected again.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
+async fn lost_connection_to_the_daemon() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["Still to be seen"]).await;
@@ -324,51 +327,56 @@ async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn what_strangers_write_stays_text_wherever_it_is_shown() {
+async fn html_in_messages_stays_text() {
     const EVIL: &str = "<script>window.evil=1</script><img src=x onerror='window.evil=1'>";
     run_test(async |t| {
-    t.differs("OurAPI rejects messages that it could store");
-    t.bigchat
-        .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
-    let desk = Desk::over(t, Tokens::default()).await;
-    t.delivers([message(42, 6, &format!("{EVIL} delivered"))])
-        .await;
-    desk.fail(&[&format!("{EVIL} failed")]).await;
-    let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
-    t.bigchat.tells(vec![unreadable]);
-    t.until_events("failed", 2).await;
-
-    let browser = desk.look("").await;
-    for (view, wherein) in [
-        ("", ".reasons"),
-        ("#/failed", ".groups"),
-        (REFUSED, ".rows"),
-        ("#/failed/4", "#raw"),
-        ("#/failed/5", "#raw"),
-        ("#/conversations/2", ".words"),
-    ] {
-        browser.go(&desk.at(view)).await;
-        browser
-            .until_text(wherein, "<script>window.evil=1</script>")
+        t.differs("OurAPI rejects messages that it could store");
+        t.bigchat
+            .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
+        let desk = Desk::over(t, Tokens::default()).await;
+        t.delivers([message(42, 6, &format!("{EVIL} delivered"))])
             .await;
-    }
-    browser
-        .until_text("aside", "<b onclick=evil()>Jane</b>")
-        .await;
-    browser
-        .go(&desk.at("#/search?q=%3Cscript%3Ewindow.evil=1%3C/script%3E"))
-        .await;
-    browser.until_text("main", "Nothing for “<script>").await;
-    let harm = browser.eval("[window.evil ?? null, document.querySelectorAll('main script, main img, main b[onclick]').length]").await;
-    assert_eq!(harm, json!([null, 0]));
-    desk.done(browser).await;
-})
-.await;
+        desk.fail(&[&format!("{EVIL} failed")]).await;
+        let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
+        t.bigchat.tells(vec![unreadable]);
+        t.until_events("failed", 2).await;
+
+        let browser = desk.look("").await;
+        for (view, wherein) in [
+            ("", ".reasons"),
+            ("#/failed", ".groups"),
+            (REFUSED, ".rows"),
+            ("#/failed/4", "#raw"),
+            ("#/failed/5", "#raw"),
+            ("#/conversations/2", ".words"),
+        ] {
+            browser.go(&desk.at(view)).await;
+            browser
+                .until_text(wherein, "<script>window.evil=1</script>")
+                .await;
+        }
+        browser
+            .until_text("aside", "<b onclick=evil()>Jane</b>")
+            .await;
+        browser
+            .go(&desk.at("#/search?q=%3Cscript%3Ewindow.evil=1%3C/script%3E"))
+            .await;
+        browser.until_text("main", "Nothing for “<script>").await;
+        let harm = browser
+            .eval(
+                "[window.evil ?? null, \
+             document.querySelectorAll('main script, main img, main b[onclick]').length]",
+            )
+            .await;
+        assert_eq!(harm, json!([null, 0]));
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn everything_is_done_with_keys_alone() {
+async fn console_by_keyboard_alone() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two", "three"]).await;
@@ -439,54 +447,65 @@ async fn everything_is_done_with_keys_alone() {
     .await;
 }
 
+/// Nothing is wider than a phone, in either theme.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn it_fits_a_phone_in_both_themes() {
+async fn phone_width_in_both_themes() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["A message that is far too long for a phone, since somebody wrote_it_all_in_one_word_and_did_not_stop_at_the_margin", "two"]).await;
-    let browser = Browser::open(&desk.at(""), PHONE).await;
-    for theme in ["light", "dark"] {
-        browser.system_prefers(theme).await;
-        for (view, there) in [
-            ("", ".verdict"),
-            ("#/failed", ".groups"),
-            (REFUSED, ".rows"),
-            ("#/failed/3", "#raw"),
-            ("#/search", ".found"),
-            ("#/conversations/2", ".line"),
-            ("#/decisions", ".nothing"),
-        ] {
-            browser.go(&desk.at(view)).await;
-            browser
-                .until(&format!("document.querySelector('{there}')"))
-                .await;
-            // A page that does not fit is shown smaller, and all of it "fits" what is then the width.
-            let width = browser
-                .eval("[innerWidth, document.documentElement.scrollWidth]")
-                .await;
-            assert_eq!(width, json!([360, 360]), "{view} {theme}");
-            let beyond = browser
-                .eval("[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > 360.5 && !e.closest('.scroll, .unseen, pre, svg') && e.checkVisibility()).map((e) => e.outerHTML.slice(0, 120))")
-                .await;
-            assert_eq!(beyond, json!([]), "{view} {theme}");
+        t.differs("OurAPI rejects messages that it could store");
+        let long = "A message that is far too long for a phone, since its author \
+            wrote_it_all_in_one_word_and_did_not_stop_at_the_margin";
+        let desk = Desk::with_failed(t, &[long, "two"]).await;
+        let browser = Browser::open(&desk.at(""), PHONE).await;
+        for theme in ["light", "dark"] {
+            browser.system_prefers(theme).await;
+            for (view, there) in [
+                ("", ".verdict"),
+                ("#/failed", ".groups"),
+                (REFUSED, ".rows"),
+                ("#/failed/3", "#raw"),
+                ("#/search", ".found"),
+                ("#/conversations/2", ".line"),
+                ("#/decisions", ".nothing"),
+            ] {
+                browser.go(&desk.at(view)).await;
+                browser
+                    .until(&format!("document.querySelector('{there}')"))
+                    .await;
+                // A page that does not fit is scaled down, and then all of it "fits".
+                let width = browser
+                    .eval("[innerWidth, document.documentElement.scrollWidth]")
+                    .await;
+                assert_eq!(width, json!([360, 360]), "{view} {theme}");
+                let beyond = browser
+                    .eval(
+                        "[...document.querySelectorAll('body *')] \
+                     .filter((e) => e.getBoundingClientRect().right > 360.5) \
+                     .filter((e) => !e.closest('.scroll, .unseen, pre, svg')) \
+                     .filter((e) => e.checkVisibility()) \
+                     .map((e) => e.outerHTML.slice(0, 120))",
+                    )
+                    .await;
+                assert_eq!(beyond, json!([]), "{view} {theme}");
+            }
         }
-    }
-    browser.click(".tabs a", "Failed").await;
-    browser.click(".groups a", "OurAPI permanently rejects").await;
-    browser.until_text(".rows", "two").await;
-    browser.click(".back a", "All reasons").await;
-    browser
-        .until("document.querySelector('.groups')?.checkVisibility()")
-        .await;
-    desk.done(browser).await;
-})
-.await;
+        browser.click(".tabs a", "Failed").await;
+        browser
+            .click(".groups a", "OurAPI permanently rejects")
+            .await;
+        browser.until_text(".rows", "two").await;
+        browser.click(".back a", "All reasons").await;
+        browser
+            .until("document.querySelector('.groups')?.checkVisibility()")
+            .await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn the_chart_is_read_by_keys_and_as_a_table() {
+async fn chart_by_keyboard_and_as_table() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
         let browser = desk.look("#/?hours=1").await;
@@ -525,7 +544,7 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn whoever_has_the_token_comes_in() {
+async fn login_and_logout_with_token() {
     run_test(async |t| {
         let desk = Desk::over(t, console_token()).await;
         let browser = desk.look("#/search").await;
@@ -632,8 +651,8 @@ fn six_hours() -> String {
     )
 }
 
-/// `BIGCHAT_SYNC_TEST_PICTURES=1` keeps the pictures, for the README; with Debian's `fonts-inter`, they have the font
-/// that the page asks for first.
+/// `BIGCHAT_SYNC_TEST_PICTURES=1` stores the pictures, for the README; with Debian's `fonts-inter`, they have the font
+/// that the page prefers.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {

@@ -1,5 +1,4 @@
-//! What the console is given to show: texts whole whatever characters are in them, why a chat has no agent, and whether a
-//! retry can succeed.
+//! What the API shows of texts, of chats without an agent, and of retries that can succeed.
 
 use crate::harness::journal::{CONVERSATION, failed_message, spent};
 use crate::harness::web::Console;
@@ -26,7 +25,7 @@ async fn found(console: &Console<'_>, id: i64) -> Value {
     found["conversations"][0].take()
 }
 
-/// The same; it is the same by itself.
+/// The same; its own page shows the same.
 async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let found = found(console, id).await;
     let path = format!("/api/conversations/{}", found["key"]);
@@ -35,8 +34,9 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     found
 }
 
+/// A text is shown whole, whatever characters are in it.
 #[tokio::test]
-async fn a_text_is_whole_whatever_characters_it_has() {
+async fn texts_with_control_characters() {
     let texts = [
         "before\0after",
         "\0",
@@ -72,7 +72,7 @@ async fn a_text_is_whole_whatever_characters_it_has() {
 }
 
 #[tokio::test]
-async fn a_long_text_is_cut_in_lists_only() {
+async fn long_text_truncated_in_lists_only() {
     for (length, in_list, in_conversation) in [
         (200, 200, 200),
         (201, 200, 201),
@@ -103,7 +103,7 @@ async fn a_long_text_is_cut_in_lists_only() {
 }
 
 #[tokio::test]
-async fn a_chat_without_an_agent_says_why() {
+async fn chat_without_agent_has_reason() {
     let gone = "BigChat no longer knows advisor 9007199254740993";
     let rejected = "OurAPI permanently rejected the agent Ann (ann@x.test)";
     let details = "no advisor is known, and BigChat no longer knows the conversation";
@@ -137,7 +137,7 @@ async fn a_chat_without_an_agent_says_why() {
 }
 
 #[tokio::test]
-async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
+async fn agent_not_resolved_yet() {
     let unread = "not resolved yet: the conversation's details have not been read from BigChat";
     let advisor = "not resolved yet: advisor 7 has not been read from BigChat";
     let agent = "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)";
@@ -174,8 +174,9 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
     .await;
 }
 
+/// The console knows of each failed event whether a retry can succeed.
 #[tokio::test]
-async fn it_is_known_whether_a_retry_can_succeed() {
+async fn retries_that_can_succeed() {
     run_test(async |t| {
         t.differs("OurAPI rejects what it could store");
         t.our_api

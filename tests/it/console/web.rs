@@ -1,4 +1,4 @@
-//! The daemon over HTTP: who is answered, what the probes tell, and that nobody is kept out or kept waiting by others.
+//! The daemon over HTTP: its access control, its probes, and limits that keep clients from starving each other.
 
 use crate::harness::process::Process;
 use crate::harness::web::{TOKEN, client, console_token, sent, succeeds};
@@ -39,8 +39,9 @@ async fn connect(url: &str) -> TcpStream {
     TcpStream::connect(address).await.expect("a connection")
 }
 
+/// `/healthz` is about the daemon alone; `/readyz` names the API or the journal because of which no event gets through.
 #[tokio::test]
-async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
+async fn probes_during_outages() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
         let client = client();
@@ -83,7 +84,7 @@ async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
 }
 
 #[tokio::test]
-async fn every_answer_tells_the_browser_to_trust_nothing_else() {
+async fn security_headers_on_every_response() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let host = ("host", "evil.example");
@@ -120,8 +121,9 @@ async fn every_answer_tells_the_browser_to_trust_nothing_else() {
     .await;
 }
 
+/// Without the token only the probes are answered.
 #[tokio::test]
-async fn without_the_token_nobody_is_told_more_than_the_probes_tell() {
+async fn metrics_need_the_token() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let get = |path: &str| client().get(format!("{url}{path}"));
@@ -163,8 +165,9 @@ async fn log_in(url: &str, token: &str) -> Response {
     sent(login).await
 }
 
+/// A session lasts until its logout, and needs both the cookie and the key.
 #[tokio::test]
-async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
+async fn session_needs_cookie_and_key() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let answer = log_in(&url, TOKEN).await;
@@ -232,8 +235,9 @@ async fn guessing_tokens_is_slowed() {
     .await;
 }
 
+/// A page of another site can change nothing and read nothing.
 #[tokio::test]
-async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
+async fn requests_from_another_site() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
         let mut ours = HeaderMap::new();
@@ -265,8 +269,9 @@ async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
     .await;
 }
 
+/// Two servers could read such a request differently, and so one that it carries would pass the first of them.
 #[tokio::test]
-async fn requests_that_two_servers_could_read_differently_are_refused() {
+async fn ambiguous_requests_are_rejected() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
         let ours = "Host: localhost\r\nX-Bigchat-Sync: 1\r\nContent-Type: application/json\r\n";
@@ -326,7 +331,7 @@ async fn requests_that_two_servers_could_read_differently_are_refused() {
 }
 
 #[tokio::test]
-async fn a_large_body_is_refused() {
+async fn large_body_is_rejected() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let token = "x".repeat(100_000);
@@ -337,7 +342,7 @@ async fn a_large_body_is_refused() {
 }
 
 #[tokio::test]
-async fn those_who_connect_and_say_nothing_keep_nobody_out() {
+async fn idle_connections_starve_no_client() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let mut silent = Vec::new();
@@ -362,7 +367,7 @@ async fn those_who_connect_and_say_nothing_keep_nobody_out() {
 }
 
 #[tokio::test]
-async fn those_who_never_end_what_they_say_keep_nobody_out() {
+async fn unfinished_requests_starve_no_client() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(console_token());
         let head = "POST /api/login HTTP/1.1\r\nHost: localhost\r\nX-Bigchat-Sync: 1\r\n\
@@ -388,8 +393,9 @@ async fn those_who_never_end_what_they_say_keep_nobody_out() {
     .await;
 }
 
+/// A daemon stops at once and closes the database, although clients are connected.
 #[tokio::test]
-async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
+async fn stop_with_clients_connected() {
     run_live_test(async |t| {
         let (daemon, url) = t.start_listening(Tokens::default());
         let client = client();
@@ -403,15 +409,16 @@ async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
         let _idle = connect(&url).await;
         daemon.stop().await;
         let store = bigchat_sync::journal::Store::open(&t.db());
-        store.expect("nobody has it any more");
+        store.expect("the database is closed");
         let refused = client.get(format!("{url}/healthz")).send().await;
-        refused.expect_err("nobody listens");
+        refused.expect_err("nothing listens");
     })
     .await;
 }
 
+/// Events are delivered without the console, and the log names the setting.
 #[tokio::test]
-async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
+async fn console_port_is_taken() {
     run_live_test(async |t| {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = taken.local_addr().expect("its address").to_string();
@@ -431,7 +438,7 @@ async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
 }
 
 #[tokio::test]
-async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
+async fn public_address_needs_strong_token() {
     run_live_test(async |t| {
         t.set("--listen", "0.0.0.0:0");
         for (token, says) in [
@@ -457,8 +464,9 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
     .await;
 }
 
+/// An API that was down when the last session ended is not reported as down by the next one.
 #[tokio::test]
-async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
+async fn outage_of_the_last_session() {
     run_live_test(async |t| {
         let (daemon, url) = t.start_listening(Tokens::default());
         let is_ready = async |url: &str| succeeds(&format!("{url}/readyz")).await;

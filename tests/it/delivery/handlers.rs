@@ -1,4 +1,4 @@
-//! The four handlers: exactly what BigChat and OurAPI are asked for each event, and what is sent.
+//! The four handlers: the exact requests to BigChat and OurAPI for each event.
 
 use crate::harness::process::printed;
 use crate::harness::services::{NOW, line, time};
@@ -38,8 +38,9 @@ fn changed(chat: &str, change: Value) -> String {
     line(&format!("PATCH /chats/{chat}"), change)
 }
 
+/// Each event requests what it needs, and costs one request once everything is known.
 #[tokio::test]
-async fn each_event_asks_for_what_it_needs_and_once_all_is_known_for_one_request() {
+async fn requests_of_each_event() {
     run_test(async |t| {
         let daemon = t.start();
         for (event, bigchat, our_api) in [
@@ -100,8 +101,9 @@ async fn each_event_asks_for_what_it_needs_and_once_all_is_known_for_one_request
     .await;
 }
 
+/// A poll without new events requests the events and the first conversation.
 #[tokio::test]
-async fn a_poll_without_news_asks_for_the_events_and_the_first_conversation() {
+async fn requests_of_an_idle_poll() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([start(42, 0)]).await;
@@ -123,8 +125,9 @@ async fn a_poll_without_news_asks_for_the_events_and_the_first_conversation() {
     .await;
 }
 
+/// All that one page says of a chat is written with its creation.
 #[tokio::test]
-async fn what_one_page_tells_of_a_chat_is_written_at_once() {
+async fn one_page_makes_one_chat() {
     run_test(async |t| {
         let daemon = t.start();
         let events = [
@@ -157,8 +160,9 @@ async fn what_one_page_tells_of_a_chat_is_written_at_once() {
     .await;
 }
 
+/// An agent is found by its address, or created.
 #[tokio::test]
-async fn an_agent_is_found_by_its_address_or_created() {
+async fn agent_by_its_address() {
     let name = "GET /agents?name=Ann";
     let again = r#"POST /agents {"email":"ann@x.test","name":"Ann (ann@x.test)"}"#;
     side_by_side(
@@ -217,7 +221,7 @@ async fn an_agent_is_found_by_its_address_or_created() {
 }
 
 #[tokio::test]
-async fn the_agent_of_an_address_stays_the_same_across_a_restart() {
+async fn same_agent_across_a_restart() {
     run_test(async |t| {
         t.differs("OurAPI has two agents of one address");
         t.our_api.has_agent("a6", "Anna", "ann@x.test");
@@ -236,7 +240,7 @@ async fn the_agent_of_an_address_stays_the_same_across_a_restart() {
 }
 
 #[tokio::test]
-async fn an_agent_whose_creation_was_answered_with_500_and_carried_out_is_used() {
+async fn agent_created_in_spite_of_500() {
     run_test(async |t| {
         t.our_api.upset("POST /agents", status(500).carried_out());
         t.start();
@@ -248,8 +252,9 @@ async fn an_agent_whose_creation_was_answered_with_500_and_carried_out_is_used()
     .await;
 }
 
+/// A chat whose agent cannot be created has none until a TRANSFER names one.
 #[tokio::test]
-async fn without_an_agent_to_be_had_the_chat_has_none_until_a_transfer_gives_one() {
+async fn chat_without_agent_until_transfer() {
     for (refused, asked) in [(true, &ANN[..]), (false, &[])] {
         run_test(async |t| {
             t.differs("OurAPI rejects the agent");
@@ -283,8 +288,9 @@ async fn without_an_agent_to_be_had_the_chat_has_none_until_a_transfer_gives_one
     }
 }
 
+/// The chat has no agent then.
 #[tokio::test]
-async fn a_transfer_to_somebody_bigchat_does_not_know_leaves_the_chat_without_an_agent() {
+async fn transfer_to_unknown_advisor() {
     run_test(async |t| {
         t.start();
         t.delivers([start(42, 0)]).await;
@@ -296,8 +302,9 @@ async fn a_transfer_to_somebody_bigchat_does_not_know_leaves_the_chat_without_an
     .await;
 }
 
+/// OurAPI's list is never queried for an empty address.
 #[tokio::test]
-async fn an_empty_address_is_never_asked_for() {
+async fn advisor_with_empty_address() {
     run_test(async |t| {
         t.bigchat.advisor(7, " Ann ", "  ");
         t.our_api.has_agent("a1", "Bob", "bob@x.test");
@@ -315,8 +322,9 @@ async fn an_empty_address_is_never_asked_for() {
     .await;
 }
 
+/// An agent that was rejected is created by the next session, and set on its chat.
 #[tokio::test]
-async fn a_refused_agent_is_tried_again_by_the_next_session() {
+async fn rejected_agent_in_next_session() {
     run_test(async |t| {
         let upset = status(422).always();
         t.our_api.upset("POST /agents", upset);
@@ -340,8 +348,9 @@ async fn a_refused_agent_is_tried_again_by_the_next_session() {
     .await;
 }
 
+/// Whatever comes first creates the chat, with the start and the advisor of the details.
 #[tokio::test]
-async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_details() {
+async fn first_event_of_any_kind() {
     let first = |body: Value| line("POST /chats", body);
     side_by_side(
         [
@@ -357,7 +366,8 @@ async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_d
                     ANN[0],
                     ANN[1],
                     &first(json!({
-                        "external_id": "42", "started_at": time(0), "ended_at": time(30), "agent_id": "a1",
+                        "external_id": "42", "started_at": time(0), "ended_at": time(30),
+                        "agent_id": "a1",
                     })),
                 ],
             ),
@@ -381,19 +391,20 @@ async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_d
         ],
         async |(event, bigchat, our_api)| {
             run_test(async |t| {
-            let daemon = t.start();
-            assert_eq!(t.delivers([event.clone()]).await, our_api, "{event}");
-            daemon.stop().await;
-            assert_eq!(t.bigchat.asked_besides(), bigchat, "{event}");
-})
-.await;
-},
+                let daemon = t.start();
+                assert_eq!(t.delivers([event.clone()]).await, our_api, "{event}");
+                daemon.stop().await;
+                assert_eq!(t.bigchat.asked_besides(), bigchat, "{event}");
+            })
+            .await;
+        },
     )
     .await;
 }
 
+/// A start that BigChat does not report is the earliest time known, and corrected once an earlier one is.
 #[tokio::test]
-async fn a_start_that_nobody_tells_is_the_earliest_time_known_and_put_right_once_better_is() {
+async fn start_known_from_later_events() {
     run_test(async |t| {
         t.bigchat.forgets_conversation(42);
         let daemon = t.start();
@@ -430,14 +441,15 @@ async fn a_start_that_nobody_tells_is_the_earliest_time_known_and_put_right_once
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
         daemon.stop().await;
-        // One 404 might be a stray one; after three it is never asked again.
+        // One 404 may be a stray one; after three it is never requested again.
         assert_eq!(t.bigchat.count("GET /conversations/42"), 3);
     })
     .await;
 }
 
+/// An existing chat is adopted if it has the same start; any other one is left as it is.
 #[tokio::test]
-async fn a_chat_that_is_there_is_adopted_if_it_started_then_and_else_left_alone() {
+async fn existing_chat_adopted_by_start() {
     let plain = created(0, "a1");
     let find = "GET /chats?external_id=42";
     let longer = json!({
@@ -500,8 +512,9 @@ async fn a_chat_that_is_there_is_adopted_if_it_started_then_and_else_left_alone(
     }
 }
 
+/// Its messages are read before anything is added to it.
 #[tokio::test]
-async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
+async fn adopted_chat_is_read_once() {
     run_test(async |t| {
         t.our_api.has_chat("c8", "42", 0);
         t.our_api.has_message("c8", 1, "one");
@@ -509,7 +522,7 @@ async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
         let asked = t.delivers([start(42, 0)]).await;
         let looked_up = |line: &&String| *line == "GET /chats/c8/messages";
         assert_eq!(asked.iter().filter(looked_up).count(), 1, "{asked:?}");
-        // What was found then is not sent, in whichever poll it comes.
+        // What was found there is not sent, whichever poll reports it.
         assert_eq!(t.delivers([message(42, 1, "one")]).await, NOTHING);
         assert_eq!(
             t.delivers([message(42, 2, "two")]).await,
@@ -519,8 +532,9 @@ async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
     .await;
 }
 
+/// After a restart a chat is read once, and only for events that may be from before.
 #[tokio::test]
-async fn after_a_restart_only_what_comes_from_before_is_looked_up() {
+async fn reads_after_a_restart() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([start(42, 0), start(43, 1)]).await;
@@ -555,8 +569,9 @@ async fn after_a_restart_only_what_comes_from_before_is_looked_up() {
     .await;
 }
 
+/// The latest END and TRANSFER count, in whatever order they come; what changes nothing costs no request.
 #[tokio::test]
-async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothing() {
+async fn latest_end_and_transfer_count() {
     let agent = |agent: &str| vec![changed("c1", json!({"agent_id": agent}))];
     let ended = |at| vec![changed("c1", json!({"ended_at": time(at)}))];
     run_test(async |t| {
@@ -591,7 +606,7 @@ async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothin
 }
 
 #[tokio::test]
-async fn external_ids_begin_with_the_prefix() {
+async fn external_ids_have_the_prefix() {
     let chat = |external_id: &str| {
         let chat = json!({"external_id": external_id, "started_at": time(0), "agent_id": "a1"});
         line("POST /chats", chat)
@@ -616,8 +631,9 @@ async fn external_ids_begin_with_the_prefix() {
     .await;
 }
 
+/// With `--message-author agent`, a message names the agent of its chat.
 #[tokio::test]
-async fn messages_are_credited_to_the_agent_of_the_chat_if_so_set() {
+async fn messages_credited_to_the_agent() {
     let credited = |at, text: &str, agent: &str| {
         let message = json!({"sent_at": time(at), "text": text, "agent_id": agent});
         line("POST /chats/c1/messages", message)
@@ -646,8 +662,9 @@ async fn messages_are_credited_to_the_agent_of_the_chat_if_so_set() {
     .await;
 }
 
+/// Names and addresses reach OurAPI as they are, and an advisor of the same address is the same agent.
 #[tokio::test]
-async fn names_and_addresses_reach_our_api_as_they_are() {
+async fn names_and_addresses_unchanged() {
     for (name, email, by_email, by_name) in [
         (
             "Seán O'Neil",
@@ -702,8 +719,9 @@ async fn names_and_addresses_reach_our_api_as_they_are() {
     }
 }
 
+/// Tokens are sent with every request, and are in no log and no file.
 #[tokio::test]
-async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
+async fn tokens_sent_but_never_shown() {
     run_test(async |t| {
         let refused = [message(42, 5, "k"), message(42, 6, "kk")];
         t.bigchat.tells(refused);
@@ -743,27 +761,28 @@ async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
     .await;
 }
 
+/// The response to a creation is not believed if it shows another chat.
 #[tokio::test]
-async fn a_created_chat_that_is_not_the_one_asked_for_is_not_believed() {
+async fn created_chat_of_another_conversation() {
     run_test(async |t| {
-    t.our_api.has_chat("c9", "99", 0);
-    let other = json!({
-        "chat_id": id("c9"), "external_id": "99", "started_at": "2026-11-22T22:00:00", "agent_id": null,
-    });
-    let answer = status(201).body(other.to_string()).carried_out();
-    t.our_api.upset("POST /chats {", answer);
-    let daemon = t.start();
-    t.delivers([start(42, 0), message(42, 4, "hello")])
-        .await;
-    daemon.stop().await;
-    assert_eq!(t.our_api.count("POST /chats/c9/messages"), 0);
-    assert_eq!(t.our_api.messages(), ["hello"]);
-})
-.await;
+        t.our_api.has_chat("c9", "99", 0);
+        let other = json!({
+            "chat_id": id("c9"), "external_id": "99", "started_at": "2026-11-22T22:00:00",
+            "agent_id": null,
+        });
+        let answer = status(201).body(other.to_string()).carried_out();
+        t.our_api.upset("POST /chats {", answer);
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 4, "hello")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.count("POST /chats/c9/messages"), 0);
+        assert_eq!(t.our_api.messages(), ["hello"]);
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn an_agent_whose_address_our_api_writes_in_another_case_is_found() {
+async fn agent_address_in_another_case() {
     run_test(async |t| {
         t.differs("OurAPI writes the address in another case");
         t.bigchat.advisor(8, "Bob", "Bob@X.test");

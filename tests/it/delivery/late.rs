@@ -1,5 +1,4 @@
-//! What OurAPI carries out only after nobody waits for it any more: it is neither sent again before, nor met by another
-//! request.
+//! Requests that OurAPI carries out only after they have timed out: nothing is sent again before.
 
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{run_live_test, side_by_side, until};
@@ -8,7 +7,7 @@ use bigchat_sync::simulator::fault::overdue;
 use std::time::Duration;
 
 #[tokio::test]
-async fn a_request_that_was_given_up_counts_as_under_way() {
+async fn timed_out_request_is_in_flight() {
     side_by_side([1, 2], async |at_once| {
         run_live_test(async |t| {
             t.our_api.state().set_fragile(at_once == 1);
@@ -36,8 +35,9 @@ async fn a_request_that_was_given_up_counts_as_under_way() {
     .await;
 }
 
+/// After a crash OurAPI is left alone for as long as a request may take.
 #[tokio::test]
-async fn a_crash_is_followed_by_a_pause_as_long_as_answers_take() {
+async fn crash_with_an_overdue_request() {
     run_live_test(async |t| {
         let late = |millis| overdue(Duration::from_millis(millis));
         let faults = &t.our_api;
@@ -65,8 +65,9 @@ async fn a_crash_is_followed_by_a_pause_as_long_as_answers_take() {
     .await;
 }
 
+/// A request that timed out counts as in flight after a restart, too.
 #[tokio::test]
-async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
+async fn timed_out_request_across_a_restart() {
     run_live_test(async |t| {
         t.set("--request-timeout", "2s");
         let now = t.now();
@@ -77,7 +78,7 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
         faults.upset(ADD_MESSAGE, late);
         t.bigchat.tells([message(10, now - 5, "hello")]);
         let daemon = t.start();
-        until("it was given up", async || t.attempts_at_oldest() == 1).await;
+        until("it was given up", async || t.attempts() == 1).await;
         daemon.stop().await;
         let asked = t.our_api.total();
         t.bigchat.tells([message(11, now - 4, "are you there?")]);
@@ -95,8 +96,9 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
     .await;
 }
 
+/// A request that did not end in time at the stop may still be carried out: the chat is not read too early.
 #[tokio::test]
-async fn what_did_not_end_in_time_at_the_stop_is_not_looked_for_too_early() {
+async fn stop_with_an_overdue_request() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);

@@ -1,4 +1,4 @@
-//! OurAPI loses what it held, or holds what this journal knows nothing of.
+//! OurAPI loses what it had, or has what this journal knows nothing of.
 
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
@@ -8,7 +8,7 @@ use bigchat_sync::simulator::fault::{crashed, html, status};
 use std::time::Duration;
 
 #[tokio::test]
-async fn what_was_sent_to_a_chat_before_it_was_lost_is_sent_again() {
+async fn chat_lost_among_its_messages() {
     run_live_test(async |t| {
         t.our_api.set_latency(Duration::from_millis(30));
         let now = t.now();
@@ -22,8 +22,9 @@ async fn what_was_sent_to_a_chat_before_it_was_lost_is_sent_again() {
     .await;
 }
 
+/// Messages that are gone while their chat exists are sent again.
 #[tokio::test]
-async fn messages_that_are_gone_while_their_chat_is_there_are_built_again() {
+async fn messages_lost_without_their_chat() {
     // As after OurAPI was restored from a copy of some time ago.
     run_live_test(async |t| {
         let now = t.now();
@@ -44,8 +45,9 @@ async fn messages_that_are_gone_while_their_chat_is_there_are_built_again() {
     .await;
 }
 
+/// Chats without messages are rebuilt, too, although the first attempt fails.
 #[tokio::test]
-async fn chats_without_messages_are_built_again_although_it_fails_at_first() {
+async fn rebuild_fails_at_first() {
     run_live_test(async |t| {
         let now = t.now();
         for id in [10, 11, 12] {
@@ -67,8 +69,9 @@ async fn chats_without_messages_are_built_again_although_it_fails_at_first() {
     .await;
 }
 
+/// It stays as another journal has delivered it.
 #[tokio::test]
-async fn a_chat_found_in_our_api_keeps_what_another_journal_delivered() {
+async fn chat_delivered_by_another_journal() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -94,11 +97,11 @@ async fn a_chat_found_in_our_api_keeps_what_another_journal_delivered() {
 }
 
 #[tokio::test]
-async fn a_loss_that_was_none_doubles_nothing() {
+async fn false_loss_duplicates_nothing() {
     run_live_test(async |t| {
         t.set("--poll-overlap", "0s");
         let daemon = t.start();
-        // Let the windows begin after the daemon did, so that nothing is looked up for that reason.
+        // Chats with events from before the start are read back in any case: let the windows begin after it.
         let started = t.now();
         t.until_cursor_passes(started).await;
         let now = t.now();
@@ -118,8 +121,9 @@ async fn a_loss_that_was_none_doubles_nothing() {
     .await;
 }
 
+/// With `--rebuild false`, only what new events need is created.
 #[tokio::test]
-async fn without_rebuild_only_what_new_events_need_is_built() {
+async fn loss_without_rebuild() {
     run_live_test(async |t| {
         t.differs("what is lost is not rebuilt");
         t.set("--rebuild", "false");
@@ -142,7 +146,7 @@ async fn without_rebuild_only_what_new_events_need_is_built() {
 }
 
 #[tokio::test]
-async fn a_page_of_html_is_no_success_whatever_its_status() {
+async fn html_is_no_success() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -157,7 +161,7 @@ async fn a_page_of_html_is_no_success_whatever_its_status() {
 }
 
 #[tokio::test]
-async fn a_lost_agent_keeps_no_message_from_its_chat() {
+async fn lost_agent_delays_no_message() {
     run_live_test(async |t| {
         t.rules(Rules {
             credited: true,
@@ -181,8 +185,9 @@ async fn a_lost_agent_keeps_no_message_from_its_chat() {
     .await;
 }
 
+/// All others are rebuilt.
 #[tokio::test]
-async fn two_chats_that_cannot_be_built_again_keep_no_other_from_it() {
+async fn chats_that_cannot_be_rebuilt() {
     run_test(async |t| {
         t.differs("Ann cannot be created again");
         t.start();

@@ -104,10 +104,12 @@ impl Bench {
         self.figures().expect("a journal").losses
     }
 
-    /// How many attempts at the event that has waited for longest have failed.
-    pub(crate) fn attempts_at_oldest(&self) -> u32 {
-        let oldest = self.figures().and_then(|figures| figures.oldest_waiting);
-        oldest.map_or(0, |oldest| oldest.tries)
+    /// The largest number of failed attempts at one event. No command shows those at every event that waits.
+    pub(crate) fn attempts(&self) -> i64 {
+        match self.is_ready() {
+            true => self.value("SELECT coalesce(max(attempts), 0) FROM attempts"),
+            false => 0,
+        }
     }
 
     /// The largest number of counted attempts at one event. No command shows which attempts counted.
@@ -120,7 +122,7 @@ impl Bench {
         self.value("SELECT count(*) FROM attempts WHERE outcome_unknown = 1")
     }
 
-    /// Until when an API has asked to be left alone, in Unix ms; 0: it never did. No command shows that.
+    /// Until when an API is rate limited, in Unix ms; 0: it never was. No command shows that.
     pub(crate) fn left_alone_until(&self, api: Api) -> i64 {
         let name = api.name();
         self.value(&format!(
@@ -128,7 +130,7 @@ impl Bench {
         ))
     }
 
-    /// Has an API have asked to be left alone until then: an hour is too long to wait for.
+    /// Moves the end of a rate limit: an hour is too long to wait for.
     pub(crate) fn leave_alone_until(&self, api: Api, at: i64) {
         let name = api.name();
         self.execute(&format!("UPDATE control SET {name}_retry_after = {at}"));

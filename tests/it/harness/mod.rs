@@ -43,7 +43,7 @@ use self::services::{BigChat, NOW, OurApi, Tampered, tampering};
 /// How long anything may take before the test fails. Long, since the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until `condition` holds.
+/// Waits until `condition` is true.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {
@@ -100,7 +100,7 @@ pub(crate) struct Test {
     pub(crate) our_api: OurApi,
     bench: Bench,
     rules: RefCell<Rules>,
-    /// Why what must hold in the end does not, if it need not.
+    /// Why OurAPI may differ in the end, if it may.
     differs: RefCell<Option<&'static str>>,
     /// How many events may have failed that OurAPI could have stored.
     failed: RefCell<usize>,
@@ -147,7 +147,7 @@ impl Test {
         }
     }
 
-    /// What must hold in the end need not hold: why.
+    /// OurAPI may differ in the end, for this reason.
     pub(crate) fn differs(&self, why: &'static str) {
         self.differs.replace(Some(why));
     }
@@ -200,7 +200,7 @@ impl Test {
         self.bigchat.pausing() + self.our_api.pausing()
     }
 
-    /// Lets go on what pauses.
+    /// Lets paused requests continue.
     pub(crate) fn resume(&self) {
         self.bigchat.resume();
         self.our_api.resume();
@@ -222,7 +222,7 @@ impl Test {
         simulator::compare::compare(&expected, &self.our_api.data(), &rules)
     }
 
-    /// What does not hold that must hold in the end.
+    /// What is wrong in the end.
     fn problem(&self) -> Option<String> {
         let report = self.compare();
         if !report.is_clean() {
@@ -256,8 +256,7 @@ impl Test {
         .await;
     }
 
-    /// BigChat reports events, one page of them, which the running daemon is to deliver; returns what OurAPI was asked for
-    /// that.
+    /// BigChat reports a page of events, which the running daemon is to deliver; returns the requests to OurAPI for them.
     pub(crate) async fn delivers(&self, events: impl IntoIterator<Item = Value>) -> Vec<String> {
         let events: Vec<Value> = events.into_iter().collect();
         let before = match self.is_ready() {
@@ -414,7 +413,7 @@ impl Bench {
         self.daemon(stopping, task)
     }
 
-    /// Starts a daemon that listens as well, on a free port, and tells where.
+    /// Starts a daemon with a console on a free port, and returns its URL, too.
     pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("its address"));
@@ -456,7 +455,7 @@ impl Bench {
         }
     }
 
-    /// Polls once, delivers what is due, and ends, in the background: with what stops it.
+    /// Starts a daemon that polls once, delivers what is due, and ends; returns what stops it, too.
     pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
         let stopping = CancellationToken::new();
         let once = daemon::once(
@@ -493,23 +492,23 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Stops it as a signal would, and expects it to end well.
+    /// Stops it as a signal would, and expects that it ends without an error.
     pub(crate) async fn stop(self) {
-        self.outcome().await.expect("it stops well");
+        self.outcome().await.expect("it stops without an error");
     }
 
     fn task(&self) -> Task {
         lock(&self.task).take().expect("it was running")
     }
 
-    /// Stops it as a signal would, and tells how it ended.
+    /// Stops it as a signal would, and returns how it ended.
     pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
         self.stopping.cancel();
         let ended = timeout(PATIENCE, self.task()).await.expect("it ends");
         ended.expect("no panic")
     }
 
-    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.
+    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has closed the database.
     pub(crate) async fn crash(self, bench: &Bench) {
         let task = self.task();
         task.abort();

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -130,6 +131,16 @@ pub(crate) fn files(directory: &Path) -> Vec<OsString> {
         .collect();
     files.sort();
     files
+}
+
+/// Whether this process has SQLite's lock on a database, by which other processes know that it is open.
+pub(crate) fn has_posix_lock(db: &Path) -> bool {
+    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
+    let process = format!(" {} ", std::process::id());
+    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
+    locks
+        .lines()
+        .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
 }
 
 /// A process that does not outlive its test: it is killed when dropped. A daemon left behind would send requests to ports

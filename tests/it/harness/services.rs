@@ -1,6 +1,6 @@
 //! Both simulated services as a test sees them, and servers by hand for what no service would send.
 //!
-//! BigChat's clock stands still at [`NOW`] unless a test moves it. What a service was asked is had line by line
+//! BigChat's clock stands still at [`NOW`] unless a test moves it. Requests are shown line by line
 //! (`POST /agents {"email":…}`), so that a test can say exactly what it expects. The ids that OurAPI gives are shown by their
 //! ends: `a1` is the first agent, `c1` the first chat.
 
@@ -61,7 +61,7 @@ pub(crate) fn line(what: &str, body: Value) -> String {
     format!("{what} {body}")
 }
 
-/// The query for a window, as BigChat should be asked.
+/// The query for a window, as BigChat should receive it.
 pub(crate) fn window(start: i64, end: i64) -> String {
     let [start, end] = [start, end].map(|at| time(at).replace(':', "%3A"));
     format!("start_at={start}&end_at={end}")
@@ -114,7 +114,7 @@ impl Deref for BigChat {
 }
 
 impl BigChat {
-    /// Answers the next question for events with this; the one after with what is told next.
+    /// Responds to the next request for events with this page; the following ones get the following pages.
     pub(crate) fn tells(&self, page: impl Into<Page>) {
         // An iterator may ask this service for something.
         let page = page.into();
@@ -219,7 +219,7 @@ impl BigChat {
         self.state().polls()
     }
 
-    /// Waits for so many further polls: what was to follow from those before has had its time.
+    /// Waits for so many further polls: whatever follows from those before has had its time.
     pub(crate) async fn further_polls(&self, polls: usize) {
         let before = self.count("GET /events");
         until("further polls", async || {
@@ -228,7 +228,7 @@ impl BigChat {
         .await;
     }
 
-    /// The queries it was asked for events with, since it was last asked what it was asked.
+    /// The queries of the requests for events since this or `asked` was last called.
     pub(crate) fn queries(&self) -> Vec<String> {
         let lines = self.asked().into_iter();
         lines
@@ -236,7 +236,7 @@ impl BigChat {
             .collect()
     }
 
-    /// What it was asked beside the events and its first conversation, both of which belong to every poll.
+    /// The requests but for those of every poll: for the events and for the first conversation.
     pub(crate) fn asked_besides(&self) -> Vec<String> {
         let mut lines = self.asked();
         lines.retain(|line| !line.starts_with("GET /events") && line != "GET /conversations/1");
@@ -403,7 +403,7 @@ impl From<Vec<u8>> for Tampered {
 }
 
 impl Tampered {
-    /// First these, then those again and again, with a pause between, for as long as anybody reads.
+    /// First these, then those again and again, with a pause between, for as long as the client reads.
     pub(crate) fn without_end(bytes: &[u8], forever: &[u8], pause: Duration) -> Self {
         Self {
             bytes: bytes.to_owned(),
@@ -433,7 +433,7 @@ pub(crate) async fn tampering<T: Into<Tampered>>(
                     let mut tamper = tamper.lock().unwrap_or_else(PoisonError::into_inner);
                     tamper(line, answer).into()
                 };
-                // Whoever asked may not want to read all of it.
+                // The client may not read all of it.
                 drop(relay(stream, &backend, tamper).await);
             });
         }

@@ -18,7 +18,7 @@ fn deep(levels: usize) -> String {
     format!("{}{}", "[".repeat(levels), "]".repeat(levels))
 }
 
-/// Bodies that are not what was asked for, whatever that was. Of the lists, none could be meant.
+/// Bodies that no request expects.
 fn bodies() -> Vec<String> {
     let id = "\"chat_id\":\"7\",\"agent_id\":\"7\",\"message_id\":\"7\"";
     vec![
@@ -42,8 +42,9 @@ fn bodies() -> Vec<String> {
     ]
 }
 
+/// A success with another body than the contract's loses nothing and duplicates nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
+async fn success_with_another_body() {
     side_by_side(ROUTES, async |route| {
         for body in bodies() {
             run_live_test(async |t| {
@@ -51,7 +52,7 @@ async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
                 t.bigchat.open(10, now - 100, 1);
                 let told = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
                 t.bigchat.tells(told);
-                // Where it was carried out nobody may believe that it was not; where it was not, that it was.
+                // A request that was carried out must not be sent again, and one that was not must be.
                 let told_once = route.ends_with("events");
                 let json = body.trim_start_matches('\u{feff}');
                 let may_be_success =
@@ -87,7 +88,7 @@ async fn a_success_that_is_not_what_was_asked_for_loses_and_doubles_nothing() {
     .await;
 }
 
-/// JSON that stands where something else should, or is more than can be.
+/// JSON of a wrong type or out of range.
 fn values() -> Vec<String> {
     let mut values: Vec<String> = [
         "null",
@@ -123,8 +124,10 @@ fn values() -> Vec<String> {
     values
 }
 
+/// An event with any value anywhere is delivered or becomes a dead letter, and the other events of its page are
+/// delivered.
 #[tokio::test]
-async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_on() {
+async fn event_with_any_value() {
     let mut events = Vec::new();
     for name in ["START", "END", "MESSAGE", "TRANSFER", "message", "REOPEN"] {
         for value in values() {
@@ -187,12 +190,12 @@ async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_o
             "{texts:?}"
         );
         assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
-        // What is told again is known, understood or not.
+        // What is reported again is known, understood or not.
         t.bigchat.tells(raw(&body));
         t.once().await;
         assert_eq!(t.count_events("true"), before);
         assert_eq!(t.our_api.messages(), texts);
-        // A reason never has in it all that it complains of.
+        // A reason never quotes a value in full.
         for failed in t.failed() {
             assert!(failed.reason.len() < 3_000, "{failed:?}");
         }
@@ -200,8 +203,9 @@ async fn whatever_stands_in_an_event_it_is_delivered_or_kept_and_the_others_go_o
     .await;
 }
 
+/// No header moves the cursor or hides the page.
 #[tokio::test]
-async fn no_header_moves_the_cursor_or_hides_the_answer() {
+async fn page_with_odd_headers() {
     let long = "x".repeat(50_000);
     side_by_side(
         [
@@ -251,8 +255,9 @@ async fn no_header_moves_the_cursor_or_hides_the_answer() {
     .await;
 }
 
+/// Such a response is no page.
 #[tokio::test]
-async fn a_length_that_is_not_that_of_the_body_is_no_page() {
+async fn content_length_is_wrong() {
     for length in [
         "1",
         "1000000",
@@ -282,8 +287,9 @@ async fn a_length_that_is_not_that_of_the_body_is_no_page() {
     }
 }
 
+/// No more of it is read than the size limit.
 #[tokio::test]
-async fn of_an_answer_without_end_no_more_is_read_than_fits() {
+async fn response_without_end() {
     run_test(async |t| {
         t.set("--request-timeout", "60s")
             .set("--log-format", "text");
@@ -329,8 +335,9 @@ async fn flooding(url: &str, line: &'static str) -> String {
     .await
 }
 
+/// It times out like one that never comes.
 #[tokio::test]
-async fn an_answer_that_trickles_is_not_waited_for() {
+async fn response_that_trickles() {
     run_test(async |t| {
         t.set("--request-timeout", "300ms");
         t.tamper_pages(1, |_| {
@@ -346,8 +353,9 @@ async fn an_answer_that_trickles_is_not_waited_for() {
     .await;
 }
 
+/// It costs bounded memory, and delays no other conversation.
 #[tokio::test]
-async fn a_chat_of_a_million_messages_costs_bounded_memory_and_holds_up_nobody_else() {
+async fn chat_of_a_million_messages() {
     run_test(async |t| {
         t.differs("a chat cannot be read back");
         t.set("--max-attempts", "2");
@@ -400,8 +408,9 @@ async fn a_chat_of_a_million_messages_costs_bounded_memory_and_holds_up_nobody_e
     .await;
 }
 
+/// It costs bounded memory and time.
 #[tokio::test]
-async fn a_page_of_millions_costs_bounded_memory_and_time() {
+async fn page_of_a_million_events() {
     run_test(async |t| {
         t.fails(1);
         let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
@@ -420,8 +429,9 @@ async fn a_page_of_millions_costs_bounded_memory_and_time() {
     .await;
 }
 
+/// It completes the poll.
 #[tokio::test]
-async fn a_next_page_that_nobody_could_ask_for_completes_the_poll() {
+async fn next_page_cannot_be_requested() {
     for next in [
         format!("?page={}", "2".repeat(100_000)),
         "\u{0}".into(),
@@ -440,8 +450,9 @@ async fn a_next_page_that_nobody_could_ask_for_completes_the_poll() {
     }
 }
 
+/// No request can carry it: the chat has no agent.
 #[tokio::test]
-async fn an_advisor_whom_nobody_could_ask_for_leaves_the_chat_without_an_agent() {
+async fn advisor_with_an_endless_address() {
     run_test(async |t| {
         t.differs("the advisor cannot be asked for");
         t.bigchat
@@ -454,8 +465,9 @@ async fn an_advisor_whom_nobody_could_ask_for_leaves_the_chat_without_an_agent()
     .await;
 }
 
+/// Messages in OurAPI with times that no event has delay no event.
 #[tokio::test]
-async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
+async fn messages_of_impossible_times() {
     run_test(async |t| {
         t.our_api.has_chat("c1", "42", 0);
         let held = |at: &str| json!({"text": "from elsewhere", "sent_at": at});
@@ -483,8 +495,9 @@ async fn times_that_no_event_has_stand_in_the_way_of_nothing() {
     .await;
 }
 
+/// No request and no token goes to another host, whatever names one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_and_no_token_goes_to_another_host() {
+async fn redirects_to_another_host() {
     let trap = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port");
@@ -537,8 +550,9 @@ async fn no_request_and_no_token_goes_to_another_host() {
     .await;
 }
 
+/// It delays no message of its conversation.
 #[tokio::test]
-async fn an_odd_event_among_the_details_keeps_no_message_from_its_chat() {
+async fn details_with_an_odd_event() {
     for odd in [
         r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805.5, "data": {"message": "?"}}"#,
         r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805, "data": {"message": "\ud800"}}"#,

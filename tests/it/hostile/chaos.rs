@@ -1,5 +1,5 @@
-//! Everything fails at once, and what that has shown: `demo --chaos`, the real daemon killed and started again between
-//! services that fail in every way, over seeds; and that its verdict excuses nothing it should not.
+//! Everything fails at once: `demo --chaos`, the real daemon killed and started again between services that fail in every
+//! way, over seeds; and its verdict, which must excuse nothing else.
 //!
 //! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
 
@@ -39,7 +39,7 @@ async fn survives(bigchat: &str) {
         let temporary = tempfile::tempdir().expect("a directory");
         let output = finished(chaos(temporary.path(), seed, seconds, bigchat)).await;
         if !output.status.success() {
-            // What it has kept is to be looked into.
+            // Its database is for those who read the failure.
             let kept = temporary.keep();
             panic!("seed {seed}, {}: {}", kept.display(), printed(&output));
         }
@@ -49,17 +49,17 @@ async fn survives(bigchat: &str) {
 }
 
 #[tokio::test]
-async fn whatever_fails_nothing_is_lost_told_once() {
+async fn chaos_with_events_reported_once() {
     survives("once").await;
 }
 
 #[tokio::test]
-async fn whatever_fails_nothing_is_lost_told_from_a_log() {
+async fn chaos_with_a_stable_log() {
     survives("log").await;
 }
 
 #[tokio::test]
-async fn a_success_without_the_body_it_should_have_is_none() {
+async fn success_without_its_body() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -86,8 +86,8 @@ async fn a_success_without_the_body_it_should_have_is_none() {
     .await;
 }
 
-/// What is counted apart once a daemon was killed that had, or had not, kept a page it was told; and whether OurAPI,
-/// which is down, then holds all that is left.
+/// How many events the verdict counts apart once a daemon was killed that had, or had not, stored a page; and whether
+/// OurAPI, which is down, then has all others.
 async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;
     let now = t.now();
@@ -115,16 +115,18 @@ async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     (apart, t.compare().is_clean())
 }
 
+/// The verdict counts the events of a page apart that a killed daemon had not stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_a_killed_daemon_had_not_kept_is_counted_apart() {
+async fn killed_with_an_unstored_page() {
     run_live_test(async |t| {
         assert_eq!(after_a_kill(t, false).await, (1, true));
     })
     .await;
 }
 
+/// The verdict excuses no event of a stored page.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_was_kept_is_a_difference_if_nothing_comes_of_it() {
+async fn killed_with_a_stored_page() {
     run_live_test(async |t| {
         t.differs("OurAPI is down to the end");
         assert_eq!(after_a_kill(t, true).await, (0, false));

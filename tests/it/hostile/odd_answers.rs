@@ -1,10 +1,10 @@
-//! What other services do: odd bytes in a page, pages that are empty in many ways, and URLs of all spellings. It costs an
-//! event at the most, and nothing is stored changed.
+//! Odd bytes in a page, pages that are empty in many ways, URLs of all spellings, dates that are wrong: each costs one event
+//! at the most, and nothing is stored changed.
 
 use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
 use crate::harness::{Bench, Test, run_test, side_by_side};
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
-use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::event::{end, event, message, transfer};
 use bigchat_sync::simulator::fault::status;
 use std::io::Write;
 
@@ -18,7 +18,7 @@ async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
         .await;
 }
 
-fn event(text: &str) -> String {
+fn message_json(text: &str) -> String {
     message(42, 5, text).to_string()
 }
 
@@ -28,8 +28,9 @@ fn dead_letters(t: &Bench) -> Vec<String> {
     failed.filter_map(|failed| failed.data).collect()
 }
 
+/// One odd value costs its event, and no other of its page.
 #[tokio::test]
-async fn one_odd_value_costs_its_event_and_no_other() {
+async fn odd_value_costs_its_event() {
     let at = unix(5);
     let odd = |id: &str, data: &str| {
         format!(
@@ -51,8 +52,8 @@ async fn one_odd_value_costs_its_event_and_no_other() {
             t.differs("pages are changed on their way");
             let body = format!(
                 r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
-                event("one"),
-                event("two")
+                message_json("one"),
+                message_json("two")
             );
             t.bigchat.tells(raw(&body));
             t.bigchat.tells([message(42, 6, "three")]);
@@ -69,8 +70,9 @@ async fn one_odd_value_costs_its_event_and_no_other() {
     }
 }
 
+/// It costs no message.
 #[tokio::test]
-async fn what_nobody_needs_costs_no_message() {
+async fn odd_value_in_unused_field() {
     let at = unix(5);
     for odd in [
         "NaN",
@@ -81,26 +83,25 @@ async fn what_nobody_needs_costs_no_message() {
         &format!("{}{}", "[".repeat(300), "]".repeat(300)),
     ] {
         run_test(async |t| {
-t.differs("pages are changed on their way");
-        let event = format!(
-            r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE","event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
-        );
-        t.bigchat
-            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        t.bigchat
-            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        t.once().await;
-        t.once().await;
-        assert_eq!(t.our_api.messages(), ["one"], "{odd}");
-        assert_eq!(t.events("failed"), 0, "{odd}");
-})
-.await;
+            t.differs("pages are changed on their way");
+            let event = format!(
+                r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE",
+                "event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
+            );
+            t.bigchat.tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
+            t.bigchat.tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
+            t.once().await;
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["one"], "{odd}");
+            assert_eq!(t.events("failed"), 0, "{odd}");
+        })
+        .await;
     }
 }
 
 #[tokio::test]
-async fn text_is_decoded_as_declared() {
-    let page = format!(r#"{{"events":[{}]}}"#, event("Grüße"));
+async fn text_decoded_as_declared() {
+    let page = format!(r#"{{"events":[{}]}}"#, message_json("Grüße"));
     let latin: Vec<u8> = page.chars().map(|c| c as u8).collect();
     let utf16: Vec<u8> = page.encode_utf16().flat_map(u16::to_le_bytes).collect();
     for (headers, body) in [
@@ -130,16 +131,17 @@ async fn text_is_decoded_as_declared() {
     }
 }
 
+/// They become a dead letter, and are never stored changed.
 #[tokio::test]
-async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() {
+async fn bytes_of_another_encoding() {
     for (bad, shown) in [
         (&b"Gr\xfc\xdfe"[..], r"Gr\xFC\xDFe"),
         (b"cut off \xe2\x82", r"cut off \xE2\x82"),
         (b"overlong \xc0\x80", r"overlong \xC0\x80"),
         (b"a surrogate \xed\xa0\x80", r"a surrogate \xED\xA0\x80"),
     ] {
-        let (before, after) = (event("one"), event("two"));
-        let marked = event("HERE");
+        let (before, after) = (message_json("one"), message_json("two"));
+        let marked = message_json("HERE");
         let (head, tail) = marked.split_once("HERE").expect("the mark");
         let odd = [head.as_bytes(), bad, tail.as_bytes()].concat();
         let body = [
@@ -165,9 +167,10 @@ async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() 
     }
 }
 
+/// A body is decompressed although no compression was requested, up to the size limit.
 #[tokio::test]
-async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
-    let page = format!(r#"{{"events":[{}]}}"#, event("one")).into_bytes();
+async fn compressed_body_is_read() {
+    let page = format!(r#"{{"events":[{}]}}"#, message_json("one")).into_bytes();
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
     gzip.write_all(&page).expect("bytes");
     let gzip = gzip.finish().expect("bytes");
@@ -208,7 +211,7 @@ async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
 }
 
 #[tokio::test]
-async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
+async fn requests_forbid_cache_and_compression() {
     let heads = std::sync::mpsc::channel();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
@@ -236,8 +239,9 @@ async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
     .await;
 }
 
+/// The poll reads on after it.
 #[tokio::test]
-async fn a_page_without_events_is_passed() {
+async fn page_without_events() {
     side_by_side(
         [
             status(204),
@@ -267,8 +271,9 @@ async fn a_page_without_events_is_passed() {
     .await;
 }
 
+/// It does not end the poll.
 #[tokio::test]
-async fn an_empty_page_among_others_ends_nothing() {
+async fn empty_page_among_others() {
     for empty in [
         json!({"events": [], "nextPageUrl": "?page=3"}),
         json!({"events": null, "nextPageUrl": "?page=3"}),
@@ -285,8 +290,9 @@ async fn an_empty_page_among_others_ends_nothing() {
     }
 }
 
+/// It is followed where it can only mean one thing.
 #[tokio::test]
-async fn a_sloppy_url_of_the_next_page_is_followed_where_it_can_only_mean_one_thing() {
+async fn sloppy_next_page_url() {
     for (next, asked) in [
         ("page=2", "page=2"),
         (" /events?page=2\n", "page=2"),
@@ -313,8 +319,9 @@ async fn a_sloppy_url_of_the_next_page_is_followed_where_it_can_only_mean_one_th
     }
 }
 
+/// The same page in another spelling is not requested again.
 #[tokio::test]
-async fn the_same_page_in_another_spelling_is_not_requested_again() {
+async fn next_page_is_same_page() {
     let first = window(NOW - 10, NOW);
     let (start, end) = first.split_once('&').expect("two parameters");
     for next in [
@@ -348,8 +355,9 @@ async fn with_one_more(t: &Test, header: &'static str) {
     t.set("--bigchat-url", &url);
 }
 
+/// The `age` header says how old the `date` is.
 #[tokio::test]
-async fn a_cached_answer_tells_how_old_its_date_is() {
+async fn date_of_a_cached_response() {
     for (header, age) in [
         ("age: 60", 60),
         ("Age:  30 ", 30),
@@ -370,8 +378,9 @@ async fn a_cached_answer_tells_how_old_its_date_is() {
     }
 }
 
+/// The status shows a cursor that does not move while polls complete.
 #[tokio::test]
-async fn a_cursor_that_stands_still_is_shown() {
+async fn cursor_does_not_move() {
     run_test(async |t| {
         t.once().await;
         let shown = || {
@@ -407,8 +416,9 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
+/// It leaves no gap.
 #[tokio::test]
-async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
+async fn wrong_date_for_some_polls() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
         run_test(async |t| {
             let daemon = t.start();
@@ -432,8 +442,9 @@ async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
     .await;
 }
 
+/// It is believed then.
 #[tokio::test]
-async fn a_date_that_stays_is_believed_after_ten_polls() {
+async fn new_date_for_ten_polls() {
     side_by_side([3600, -3600, 86_400], async |off| {
         run_test(async |t| {
             t.set("--max-window", "10d");
@@ -450,7 +461,7 @@ async fn a_date_that_stays_is_believed_after_ten_polls() {
     .await;
 }
 
-/// A BigChat of which something was asked since 20:00, and which refuses what starts with one of these.
+/// A BigChat that is read from 20:00 on, and rejects windows that start with one of these.
 async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     t.set("--since", &time(-7200));
     for start in starts {
@@ -462,8 +473,9 @@ async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     }
 }
 
+/// The oldest window answered is read, and the status shows the gap.
 #[tokio::test]
-async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read() {
+async fn window_is_too_old() {
     let quarters = ["20", "21%3A0", "21%3A1", "21%3A2"];
     side_by_side(
         [
@@ -486,7 +498,7 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
                     .iter()
                     .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
                 assert!(read.count() >= 1, "{code}: {queries:?}");
-                // What came in the search is kept, too.
+                // Events of the search are delivered, too.
                 assert_eq!(
                     t.our_api.sorted_messages(),
                     ["one", "three", "two"],
@@ -507,8 +519,9 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
     .await;
 }
 
+/// A rejection that is not about the age of the window is no gap.
 #[tokio::test]
-async fn a_refusal_that_says_nothing_of_age_is_no_gap() {
+async fn rejection_that_is_no_gap() {
     for (case, upset, cursor) in [
         ("of everything", status(400).always(), -7195),
         ("now and then", status(410), NOW),
@@ -528,9 +541,10 @@ async fn a_refusal_that_says_nothing_of_age_is_no_gap() {
     }
 }
 
+/// Kinds of `--ignore-events` are dropped, and a page budget of them hides no event after them.
 #[tokio::test]
-async fn ignored_kinds_are_dropped_and_hide_nothing() {
-    let odd = |n: i64| json!({"conversation_id": 42, "event_name": "TYPING", "event_at": unix(n), "data": {"n": n}});
+async fn ignored_kinds_hide_nothing() {
+    let odd = |n: i64| event(42, "TYPING", n, json!({"n": n}));
     run_test(async |t| {
         t.differs("a kind of event is ignored");
         t.set("--ignore-events", "TYPING, END");
@@ -553,8 +567,9 @@ async fn ignored_kinds_are_dropped_and_hide_nothing() {
     .await;
 }
 
+/// A page budget that brought only events that cannot be understood hides none after them.
 #[tokio::test]
-async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
+async fn page_budget_of_unreadable_events() {
     run_test(async |t| {
         t.fails(200);
         let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
@@ -573,8 +588,9 @@ async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
     .await;
 }
 
+/// A dead letter that can be understood by now is ingested by a retry, in the epoch it is from.
 #[tokio::test]
-async fn a_dead_letter_that_can_be_understood_by_now_is_ingested() {
+async fn dead_letter_readable_after_upgrade() {
     let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
     for (event, expected) in [
         (message(42, 5, "twin"), 2),

@@ -1,4 +1,4 @@
-//! The demo as somebody runs it: what it prints, what it leaves behind, and its exit code.
+//! The demo as a user runs it: its output, its exit code, and that it leaves nothing behind.
 
 use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
@@ -71,12 +71,12 @@ fn assert_proved(output: &Output) {
 }
 
 #[test]
-fn nothing_is_lost_reported_once() {
+fn demo_with_events_reported_once() {
     assert_proved(&run(&["--duration", "3s", "--seed", "1"]));
 }
 
 #[test]
-fn nothing_is_lost_reported_from_log() {
+fn demo_with_a_stable_log() {
     assert_proved(&run(&[
         "--duration",
         "3s",
@@ -87,8 +87,9 @@ fn nothing_is_lost_reported_from_log() {
     ]));
 }
 
+/// The demo still compares both services then.
 #[test]
-fn a_signal_ends_it_early_and_it_still_compares() {
+fn signal_ends_the_demo_early() {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut demo = demo(temporary.path())
         .args(["--duration", "1h", "--seed", "1"])
@@ -112,7 +113,7 @@ fn a_signal_ends_it_early_and_it_still_compares() {
 }
 
 #[test]
-fn what_fails_can_be_resolved_beside_it() {
+fn failed_events_retried_beside_demo() {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut demo = demo(temporary.path())
         .args(["--faults", "--duration", "30s", "--seed", "5"])
@@ -145,7 +146,7 @@ fn what_fails_can_be_resolved_beside_it() {
 }
 
 #[test]
-fn no_event_proves_nothing() {
+fn demo_without_events_proves_nothing() {
     let output = run(&["--duration", "0s"]);
     assert_eq!(output.status.code(), Some(1));
     let out = String::from_utf8_lossy(&output.stdout);
@@ -156,7 +157,7 @@ fn no_event_proves_nothing() {
 }
 
 #[test]
-fn a_setting_that_would_have_no_effect_is_refused() {
+fn setting_without_effect_in_demo() {
     for flags in [&["--db", "mine.db"], &["--message-author", "agent"]] {
         let output = run(flags);
         assert_eq!(output.status.code(), Some(2));
@@ -169,8 +170,8 @@ fn a_setting_that_would_have_no_effect_is_refused() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_named() {
-    // By this test, or by whoever else is there.
+fn demo_port_is_taken() {
+    // By this test, or by another process.
     let taken = TcpListener::bind("127.0.0.1:8267");
     let output = run(&["--serve"]);
     assert_eq!(output.status.code(), Some(1));

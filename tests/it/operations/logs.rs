@@ -1,5 +1,4 @@
-//! The log of the real process: JSON with the fields that the manual gives, a line for each failure, none for what is
-//! routine, and no flood.
+//! The log of the real process: JSON with documented names, a line for each failure, none for routine, and no flood.
 
 use crate::harness::process::{Process, finished};
 use crate::harness::services::seeded;
@@ -56,8 +55,9 @@ async fn with_log(t: &Bench, summary: &str) -> Process {
     daemon
 }
 
+/// Every line is JSON with names that the documentation lists.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_is_json_with_the_names_that_the_readme_gives() {
+async fn every_line_is_documented_json() {
     run_with(seeded(31), async |t| {
         t.differs("it is stopped before all is delivered");
         let daemon = with_log(t, "100ms").await;
@@ -108,7 +108,7 @@ async fn every_line_is_json_with_the_names_that_the_readme_gives() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else() {
+async fn healthy_daemon_logs_summaries_only() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -153,9 +153,9 @@ async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else()
     .await;
 }
 
+/// An outage with a thousand conversations waiting is one line at its beginning and one at its end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginning_and_one_at_its_end()
- {
+async fn outage_is_logged_twice() {
     run_live_test(async |t| {
         t.differs("it is stopped before all is delivered");
         let now = t.now();
@@ -197,8 +197,9 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
     .await;
 }
 
+/// Of many failures at once the first are logged in full, and the others are counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_others_counted() {
+async fn many_failures_are_counted() {
     run_live_test(async |t| {
         t.differs("OurAPI fails at random, and two attempts are too few");
         t.our_api.state().be_good();
@@ -268,7 +269,7 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn once_sums_up_what_it_did() {
+async fn once_logs_a_summary() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -286,7 +287,7 @@ async fn once_sums_up_what_it_did() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn catching_up_is_told_of_with_rate_and_time_left() {
+async fn catching_up_logs_time_left() {
     run_live_test(async |t| {
         t.differs("it is stopped before all is delivered");
         t.our_api.set_latency(Duration::from_millis(50));

@@ -1,4 +1,4 @@
-//! What the metrics tell: what the services were really asked, and which of the things that can be wrong is wrong.
+//! The metrics: they match the services' own counts, and show which part has a problem.
 
 use crate::harness::process::{fed, printed};
 use crate::harness::services::{ADD_MESSAGE, seeded};
@@ -36,7 +36,7 @@ impl Measured {
         value(&self.text().await, series).unwrap_or_default()
     }
 
-    /// Whether polls come to their end, BigChat's events are young, and what it told is delivered.
+    /// Whether polls complete, BigChat's events are recent, and events are delivered.
     async fn signs(&self) -> (bool, bool, bool) {
         let text = self.text().await;
         let value = |series| value(&text, series).unwrap_or(f64::MAX);
@@ -68,8 +68,9 @@ fn sum(text: &str, series: &str) -> f64 {
         .sum()
 }
 
+/// Requests and events are counted as the services and the journal have them.
 #[tokio::test]
-async fn requests_and_events_are_those_there_were() {
+async fn counts_match_the_services() {
     run_with(seeded(12), async |t| {
         let measured = Measured::start(t);
         t.bigchat.reports_more(60).await;
@@ -83,7 +84,7 @@ async fn requests_and_events_are_those_there_were() {
                 of_api("requests_total"),
                 of_api("request_duration_seconds_count"),
             );
-            // A GET over a connection that the service had closed was lost, and asked again.
+            // A GET over a connection that the service had closed was lost, and sent again.
             let lost: f64 = ["events", "conversations/{id}", "agents", "chats"]
                 .iter()
                 .filter_map(|route| {
@@ -132,8 +133,9 @@ async fn requests_and_events_are_those_there_were() {
     .await;
 }
 
+/// The metrics tell a stuck source, stale data and a stuck delivery apart.
 #[tokio::test]
-async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
+async fn stuck_source_and_stuck_delivery() {
     run_live_test(async |t| {
         let old = t.now() - 3600;
         t.bigchat.open(2, old, 1);
@@ -142,7 +144,7 @@ async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
         let (all_well, up) = ((true, true, true), "bigchat_sync_api_up");
         measured.until_signs("all is well", all_well).await;
 
-        // Polls come back empty: nothing is wrong that could be seen but that BigChat has nothing new to tell.
+        // Polls come back empty: the only sign is that BigChat reports nothing new. A minute is too long to wait for.
         t.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
         measured
             .until_signs("stale data", (true, false, true))
@@ -181,45 +183,49 @@ async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
     .await;
 }
 
+/// Unknown outcomes, losses and events that cannot be understood are counted.
 #[tokio::test]
-async fn what_must_not_happen_often_is_counted() {
+async fn rare_incidents_are_counted() {
     run_live_test(async |t| {
-t.fails(1);
-    let now = t.now();
-    t.bigchat.open(2, now - 60, 1);
-    t.bigchat.tells_of(json!({"event_name": "RENAMED"}));
-    t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
-    t.bigchat.tells_of(message(2, now - 1, "Hello"));
-    let measured = Measured::start(t);
-    t.until_events("delivered", 1).await;
-    until("an unknown outcome", async || {
-        measured.value("bigchat_sync_unknown_outcomes_total").await == 1.0
+        t.fails(1);
+        let now = t.now();
+        t.bigchat.open(2, now - 60, 1);
+        t.bigchat.tells_of(json!({"event_name": "RENAMED"}));
+        t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
+        t.bigchat.tells_of(message(2, now - 1, "Hello"));
+        let measured = Measured::start(t);
+        t.until_events("delivered", 1).await;
+        until("an unknown outcome", async || {
+            measured.value("bigchat_sync_unknown_outcomes_total").await == 1.0
+        })
+        .await;
+        let series = concat!(
+            r#"bigchat_sync_requests_total{api="our_api","#,
+            r#"route="POST /chats/{id}/messages",status="lost"}"#
+        );
+        assert_eq!(measured.value(series).await, 1.0);
+        assert_eq!(
+            measured
+                .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
+                .await,
+            1.0
+        );
+        t.our_api.loses_everything();
+        t.bigchat.tells_of(message(2, now, "Where are you?"));
+        t.agrees().await;
+        until("a loss", async || {
+            measured.value("bigchat_sync_our_api_losses_total").await >= 1.0
+        })
+        .await;
+        let rebuilt = "bigchat_sync_chats_rebuilt_total{chat=\"missing\"}";
+        assert_eq!(measured.value(rebuilt).await, 1.0);
+        measured.daemon.stop().await;
     })
     .await;
-    let series = "bigchat_sync_requests_total{api=\"our_api\",route=\"POST /chats/{id}/messages\",status=\"lost\"}";
-    assert_eq!(measured.value(series).await, 1.0);
-    assert_eq!(
-        measured
-            .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
-            .await,
-        1.0
-    );
-    t.our_api.loses_everything();
-    t.bigchat.tells_of(message(2, now, "Where are you?"));
-    t.agrees().await;
-    until("a loss", async || {
-        measured.value("bigchat_sync_our_api_losses_total").await >= 1.0
-    })
-    .await;
-    let rebuilt = "bigchat_sync_chats_rebuilt_total{chat=\"missing\"}";
-    assert_eq!(measured.value(rebuilt).await, 1.0);
-    measured.daemon.stop().await;
-})
-.await;
 }
 
 #[tokio::test]
-async fn without_the_journal_there_is_still_what_the_process_knows() {
+async fn metrics_without_the_journal() {
     run_live_test(async |t| {
         let measured = Measured::start(t);
         until("a poll", async || {
@@ -251,7 +257,7 @@ async fn without_the_journal_there_is_still_what_the_process_knows() {
     .await;
 }
 
-/// Has promtool read what is given to it.
+/// Runs promtool with this input.
 fn promtool(arguments: &[&str], input: &str) {
     let mut promtool = Command::new("promtool");
     promtool
@@ -264,7 +270,7 @@ fn promtool(arguments: &[&str], input: &str) {
 
 #[tokio::test]
 #[ignore = "needs promtool"]
-async fn promtool_accepts_the_metrics_and_alerts_go_off_by_them() {
+async fn promtool_accepts_metrics_and_alerts() {
     run_with(seeded(13), async |t| {
         let measured = Measured::start(t);
         t.our_api.upset(ADD_MESSAGE, dropped().carried_out());

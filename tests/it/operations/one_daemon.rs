@@ -1,13 +1,15 @@
-//! One daemon for each database, whatever name it is opened by; and SQLite's own locks are left alone.
+//! One daemon for each database, by whatever name it is opened; SQLite's own locks stay.
 
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bigchat_sync::journal::{OpenError, Store};
 use tempfile::TempDir;
 
-use crate::harness::process::{Process, in_own_mounts, printed, unreachable as program};
+use crate::harness::process::{
+    Process, has_posix_lock, in_own_mounts, printed, unreachable as program,
+};
 use crate::harness::until;
 
 /// A directory with a daemon that has made its database through a symbolic link that dangled.
@@ -39,7 +41,7 @@ fn is_refused(mut second: Command, name: &str) {
 }
 
 #[tokio::test]
-async fn second_daemon_is_refused_under_any_name() {
+async fn second_daemon_by_any_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     symlink("link.db", path.join("link to link.db")).expect("a link");
@@ -63,7 +65,7 @@ async fn second_daemon_is_refused_under_any_name() {
 }
 
 #[tokio::test]
-async fn second_daemon_is_refused_through_a_bind_mount() {
+async fn second_daemon_through_bind_mount() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     std::fs::create_dir(path.join("mounted")).expect("a directory");
@@ -82,7 +84,7 @@ async fn second_daemon_is_refused_through_a_bind_mount() {
 
 /// SQLite names the write-ahead log after the database: by another name a command would make a second one.
 #[tokio::test]
-async fn command_by_another_name_is_refused_beside_a_daemon() {
+async fn command_by_another_database_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     std::fs::hard_link(path.join("data/journal.db"), path.join("hard.db")).expect("a link");
@@ -104,19 +106,9 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
     }
 }
 
-/// Whether this process holds SQLite's lock on the database.
-fn has_posix_lock(db: &Path) -> bool {
-    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
-    let process = format!(" {} ", std::process::id());
-    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
-    locks
-        .lines()
-        .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
-}
-
 /// Closing any descriptor of a file drops the POSIX locks of the whole process on it.
 #[test]
-fn sqlite_keeps_its_locks_while_others_open_and_close() {
+fn sqlite_locks_survive_other_opens() {
     let directory = tempfile::tempdir().expect("a directory");
     let db = directory.path().join("a.db");
     let link = directory.path().join("link.db");

@@ -37,7 +37,7 @@ fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
 }
 
 #[test]
-fn any_file_name_works_again_and_again() {
+fn database_of_any_file_name() {
     for name in NAMES {
         let name = OsStr::from_bytes(name);
         for is_absolute in [false, true] {
@@ -71,8 +71,9 @@ fn any_file_name_works_again_and_again() {
     }
 }
 
+/// An odd path is printed on one line, escaped.
 #[test]
-fn odd_path_is_printed_on_one_line_and_escaped() {
+fn odd_path_printed_escaped() {
     for (name, shown) in [
         (&b"no\nsuch.db"[..], r#""no\nsuch.db""#),
         (b"\x1b[31mred.db", r#""\u{1b}[31mred.db""#),
@@ -110,7 +111,7 @@ fn odd_path_is_printed_on_one_line_and_escaped() {
 }
 
 #[test]
-fn directory_of_any_name_and_links_into_it_work() {
+fn directory_of_any_name() {
     for name in [&b"a b%20"[..], b"\xff", b"new\nline", b"file:", b"?#"] {
         let directory = tempfile::tempdir().expect("a directory");
         let below = directory.path().join(OsStr::from_bytes(name));
@@ -127,7 +128,7 @@ fn directory_of_any_name_and_links_into_it_work() {
 }
 
 #[test]
-fn path_too_long_for_sqlite_is_refused_with_the_reason() {
+fn path_too_long_for_sqlite() {
     let directory = tempfile::tempdir().expect("a directory");
     let long = directory.path().join("d".repeat(200)).join("e".repeat(200));
     std::fs::create_dir_all(&long).expect("directories");
@@ -143,7 +144,7 @@ fn path_too_long_for_sqlite_is_refused_with_the_reason() {
 }
 
 #[test]
-fn bad_setting_beside_an_odd_path_is_still_explained() {
+fn bad_setting_beside_odd_path() {
     for name in [&b"\xff.db"[..], b"\xc3\x28", b"a\nb"] {
         let mut flag = OsString::from("--db=");
         flag.push(OsString::from_vec(name.to_vec()));
@@ -160,7 +161,7 @@ fn bad_setting_beside_an_odd_path_is_still_explained() {
 
 /// The unit has its database in the state directory: a path set for other commands is not for it.
 #[test]
-fn unit_takes_no_database_from_the_environment() {
+fn unit_ignores_database_in_environment() {
     for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {
         let unit = program()
             .arg("unit")

@@ -1,4 +1,4 @@
-//! Customers' messages and tokens are for the daemon's account only, whoever starts it.
+//! Customers' messages and tokens are readable by the daemon's account only.
 
 use crate::harness::process::{Process, in_shell, printed};
 use crate::harness::{Bench, run_live_test, until};
@@ -36,7 +36,7 @@ fn private() -> Vec<(String, u32)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn database_is_private_under_any_umask() {
+async fn database_private_under_any_umask() {
     for umask in ["022", "000", "077", "0777"] {
         run_live_test(async |t| {
             // The log is not the daemon's file.
@@ -87,7 +87,7 @@ fn foreign_file_keeps_its_mode() {
 }
 
 #[test]
-fn exposed_token_file_gets_a_warning() {
+fn exposed_token_file_gets_warning() {
     let t = Bench::unreachable();
     let file = t.directory().join("token");
     std::fs::write(&file, "0123456789abcdef").expect("a file");

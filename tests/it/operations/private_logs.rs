@@ -1,4 +1,4 @@
-//! What customers wrote, and who advisors are, stays out of the log and the status, unless a setting allows it.
+//! Texts of customers, and names and addresses of advisors, are in no log and no status, unless a setting allows it.
 
 use crate::harness::process::Process;
 use crate::harness::{Test, run_test, side_by_side};
@@ -84,8 +84,9 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
     log + &status
 }
 
+/// Neither the log nor the status contains texts, names or addresses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn neither_log_nor_status_holds_text_names_or_addresses() {
+async fn log_message_text_is_off() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");
@@ -97,8 +98,9 @@ async fn neither_log_nor_status_holds_text_names_or_addresses() {
     .await;
 }
 
+/// Requests and responses are logged whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_setting_has_requests_and_responses_logged_whole() {
+async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");

@@ -1,4 +1,4 @@
-//! Who may resolve failed events, who is asked first, and who is recorded.
+//! Resolutions of failed events: who may make them, when they need a confirmation, and who is recorded.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
@@ -35,7 +35,7 @@ fn done(output: &Output) -> String {
 }
 
 #[tokio::test]
-async fn discarding_by_filter_needs_yes_without_a_terminal() {
+async fn discarding_needs_yes_without_terminal() {
     let bench = four_failed().await;
     for (arguments, count) in [
         (&["discard", "--all"][..], 4),
@@ -60,8 +60,9 @@ async fn discarding_by_filter_needs_yes_without_a_terminal() {
     }
 }
 
+/// The question has the count.
 #[tokio::test]
-async fn a_terminal_is_asked_with_the_count() {
+async fn discarding_asks_on_a_terminal() {
     let bench = four_failed().await;
     for (arguments, answer, count, left) in [
         ("discard --all", "n\n", 4, 4),
@@ -91,7 +92,7 @@ async fn a_terminal_is_asked_with_the_count() {
 }
 
 #[tokio::test]
-async fn the_command_records_its_user() {
+async fn command_records_its_user() {
     let bench = four_failed().await;
     let own = user::name(rustix::process::getuid().as_raw());
     for (id, variable, expected) in [
@@ -124,7 +125,7 @@ async fn the_command_records_its_user() {
     assert!(shown.contains("retry by command\n"), "{shown}");
 }
 
-/// What a process of that user is answered by the console.
+/// The response of the console to a process of that user.
 async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -> String {
     let (host, port) = url
         .strip_prefix("http://")
@@ -148,7 +149,7 @@ async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -
     .env_clear()
     .env("PATH", "/bin:/usr/bin")
     .stdin(Stdio::null());
-    // Whoever is not root can only ask as himself.
+    // Only root can send requests as another user.
     if rustix::process::geteuid().is_root() {
         bash.uid(uid).gid(uid);
     }
@@ -156,8 +157,9 @@ async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Without a token only the daemon's own user can resolve failed events in the console.
 #[tokio::test]
-async fn without_a_token_only_the_daemons_user_resolves() {
+async fn resolution_without_console_token() {
     let bench = four_failed().await;
     let (daemon, url) = bench.start_listening(Tokens::default());
     let own = rustix::process::geteuid();
@@ -195,7 +197,7 @@ async fn without_a_token_only_the_daemons_user_resolves() {
 }
 
 #[tokio::test]
-async fn with_a_token_its_holder_and_address_are_recorded() {
+async fn console_records_token_and_address() {
     let bench = four_failed().await;
     let (daemon, url) = bench.start_listening(console_token());
     let client = client();

@@ -20,7 +20,7 @@ fn words(text: &str) -> String {
 }
 
 #[test]
-fn help_and_manual_say_that_processes_count_together() {
+fn help_says_processes_count_together() {
     let rule = "All processes that use one OurAPI count together";
     for arguments in [&["--help"][..], &["run", "--help"], &["man"]] {
         let said = printed(arguments);
@@ -30,15 +30,21 @@ fn help_and_manual_say_that_processes_count_together() {
 }
 
 #[test]
-fn documents_recommend_no_daemons_side_by_side() {
-    let readme = include_str!("../../../README.md");
-    let sizing = readme
-        .split("\n## ")
-        .find(|part| part.starts_with("Size it"));
-    let sizing = words(sizing.expect("a section on sizing"));
-    for part in [
-        "do not run several daemons side by side on it",
-        "`check`, `once` and `verify`",
+fn readme_recommends_no_second_daemon() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
+    let readme = readme.expect("a README");
+    let section = |title: &str| {
+        let section = readme.split("\n## ").find(|part| part.starts_with(title));
+        words(section.expect(title))
+    };
+    for (title, part) in [
+        ("Settings", "all processes on one OurAPI count together"),
+        ("What is promised", "of one process"),
+        (
+            "How it scales",
+            "do not run several daemons side by side on it",
+        ),
+        ("How it scales", "`check`, `once` and `verify`"),
     ] {
         assert!(sizing.contains(part), "{part}");
     }

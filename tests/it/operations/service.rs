@@ -1,4 +1,4 @@
-//! As a service: what systemd is told and prints about it, completions, and the manual page.
+//! As a service: notifications to systemd, the unit, completions, and the manual page.
 
 use crate::harness::process::{self, Process, fed};
 use crate::harness::{Bench, run_live_test, until};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-/// A service manager's socket, and all that was told there.
+/// A service manager's socket, and the notifications received there.
 struct SystemdNotifier {
     socket: UnixDatagram,
     directory: TempDir,
@@ -55,8 +55,9 @@ impl SystemdNotifier {
     }
 }
 
+/// systemd is notified when the daemon is ready, how it is doing, that it is alive, and when it stops.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when_it_stops() {
+async fn systemd_is_notified_of_state() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -77,8 +78,9 @@ async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when
     .await;
 }
 
+/// The start is given more time, and is not reported as ready.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
+async fn systemd_start_with_locked_database() {
     run_live_test(async |t| {
         t.once().await;
         let other = t.lock_database();
@@ -98,13 +100,13 @@ async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_that_systemd_hands_over_are_used() {
+async fn systemd_credentials_are_used() {
     run_live_test(async |t| {
         let credentials = tempfile::tempdir().expect("a directory");
         let token = |name: &str, text: &str| {
             std::fs::write(credentials.path().join(name), text).expect("a file");
         };
-        // An empty one is refused, which shows that it was looked at.
+        // An empty one is an error, which shows that it was read.
         token("bigchat-sync.our-api-token", "");
         let once = |variable: Option<&str>| {
             let mut once = t.program("once");
@@ -148,7 +150,7 @@ fn printed(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn the_unit_has_the_settings_given() {
+fn unit_has_the_settings_given() {
     let unit = printed(&[
         "unit",
         "--our-api-url=https://our-api.example/a%20b",
@@ -168,9 +170,10 @@ fn the_unit_has_the_settings_given() {
     assert!(text(&refused.stderr).contains("--db would have no effect"));
 }
 
+/// It finds it well confined, too.
 #[test]
 #[ignore = "needs systemd"]
-fn systemd_accepts_the_unit_and_finds_it_well_confined() {
+fn systemd_accepts_the_unit() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("bigchat-sync.service");
     let unit = printed(&["unit", "--external-id-prefix=50%", "--max-window=30m"]);
@@ -191,7 +194,7 @@ fn systemd_accepts_the_unit_and_finds_it_well_confined() {
 }
 
 #[test]
-fn completions_are_there_for_every_shell() {
+fn completions_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = printed(&["completions", shell]);
         for known in ["verify", "discard", "our-api-url", "repair"] {
@@ -218,7 +221,7 @@ fn completions_are_there_for_every_shell() {
 }
 
 #[test]
-fn the_manual_page_tells_of_every_command_and_setting() {
+fn manual_has_commands_and_settings() {
     let page = printed(&["man"]);
     let help = printed(&["--help"]);
     let flags = help

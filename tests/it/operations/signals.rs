@@ -1,5 +1,5 @@
-//! Signals: SIGHUP reads the token files again, a terminal that is closed stops the daemon in good order, and a
-//! SIGTERM that `timeout` sends twice counts once.
+//! Signals: SIGHUP reads the token files again, a closed terminal stops the daemon cleanly, and a SIGTERM that `timeout`
+//! sends twice counts once.
 
 use crate::harness::process::{Process, STOPS_WITHIN, Signal, free_address, terminal, through};
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
@@ -34,7 +34,7 @@ fn only(token: &str) -> BTreeSet<Option<String>> {
     BTreeSet::from([Some(format!("Bearer {token}"))])
 }
 
-/// Has BigChat tell of another message, and waits until it is delivered, each with that token.
+/// Has BigChat report another message, and waits until it is delivered, both with that token.
 async fn delivers_with(t: &Test, token: &str) {
     let delivered = t.our_api.message_count();
     let text = format!("message {delivered}");
@@ -49,8 +49,9 @@ async fn delivers_with(t: &Test, token: &str) {
     .await;
 }
 
+/// They are used without a restart; a bad one is rejected, and the old token stays in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rotated_token_files_are_used_without_a_restart() {
+async fn rotated_token_files() {
     // As variables name them, and as systemd hands them over.
     side_by_side([false, true], async |systemd| {
         run_test(async |t| {
@@ -113,8 +114,9 @@ async fn rotated_token_files_are_used_without_a_restart() {
     .await;
 }
 
+/// They stay, and the daemon keeps running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_of_the_environment_stay_and_nothing_ends() {
+async fn sighup_with_tokens_in_environment() {
     run_test(async |t| {
         let mut run = t.program("run");
         run.env("BIGCHAT_SYNC_BIGCHAT_TOKEN", OLD)
@@ -133,8 +135,9 @@ async fn tokens_of_the_environment_stay_and_nothing_ends() {
     .await;
 }
 
+/// The console accepts the new token only, and sessions of the old one end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
+async fn rotated_console_token() {
     run_live_test(async |t| {
         let address = free_address();
         t.set("--listen", &address);
@@ -195,7 +198,7 @@ async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
+async fn stop_while_token_file_hangs() {
     run_live_test(async |t| {
         write(t.directory(), "token", OLD);
         let file = t.directory().join("token");
@@ -205,7 +208,7 @@ async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
         let daemon = Process::start_as(t, run);
         t.until_polled().await;
         std::fs::remove_file(&file).expect("a file");
-        // Whoever opens it waits for a writer.
+        // Opening it waits for a writer.
         let made = Command::new("mkfifo").arg(&file).status();
         assert!(made.expect("mkfifo").success());
         daemon.signal(Signal::HUP);
@@ -230,7 +233,7 @@ fn start_on_a_terminal(t: &Bench, command: &str) -> (Process, File) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_closed_terminal_stops_it_in_good_order() {
+async fn closed_terminal_stops_daemon_cleanly() {
     side_by_side(["run", "once"], async |command| {
         run_live_test(async |t| {
             t.bigchat.hold(true);
@@ -255,8 +258,9 @@ async fn a_closed_terminal_stops_it_in_good_order() {
     .await;
 }
 
+/// The same signal within a second counts once; any other second one ends the daemon at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_same_signal_within_a_second_counts_once_and_any_other_ends_it() {
+async fn same_signal_sent_twice() {
     let cases = [
         ([Signal::TERM, Signal::TERM], 0, 0),
         ([Signal::TERM, Signal::HUP], 0, 0),

@@ -1,5 +1,5 @@
-//! Standard error that nobody reads, and standard error that is broken: polling, delivery, `/healthz`, exit codes and
-//! time limits hold without any output.
+//! Standard error that is not read, and standard error that is broken: polling, delivery, `/healthz`, exit codes and time
+//! limits do not depend on it.
 
 use crate::harness::process::{Process, Signal, free_address, terminal};
 use crate::harness::web::succeeds;
@@ -25,7 +25,7 @@ struct Sink {
 }
 
 impl Sink {
-    /// Those that take nothing more and say nothing.
+    /// Those that accept nothing more, without an error.
     fn stalled() -> [Self; 3] {
         let (reader, mut pipe) = std::io::pipe().expect("a pipe");
         fcntl_setfl(&pipe, OFlags::NONBLOCK).expect("flags");
@@ -88,7 +88,7 @@ fn fill(sink: &mut impl Write) {
     }
 }
 
-/// A disk that does not answer: whoever opens that file waits for a lease on it to be given back, for 45 s.
+/// A disk that does not answer: opening the file waits until a lease on it is returned, for 45 s at the most.
 struct HangingDisk(Process);
 
 impl HangingDisk {
@@ -106,7 +106,7 @@ impl HangingDisk {
         Self(holder)
     }
 
-    /// Waits until somebody waits for it.
+    /// Waits until a process waits for it.
     async fn until_awaited(&self) {
         let id = self.0.id();
         until("the database is opened", async || {
@@ -120,8 +120,9 @@ impl HangingDisk {
     }
 }
 
+/// Polling, delivery and the console continue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_that_nobody_reads_stops_nothing() {
+async fn log_is_not_read() {
     side_by_side(Sink::all(), async |sink| {
         let what = sink.what;
         // Enough to be caught up with, which is shown on a terminal.
@@ -155,8 +156,9 @@ async fn a_log_that_nobody_reads_stops_nothing() {
     .await;
 }
 
+/// It ends the daemon at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_signal_ends_at_once_without_output() {
+async fn second_signal_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             t.set("--request-timeout", "60s");
@@ -174,8 +176,9 @@ async fn a_second_signal_ends_at_once_without_output() {
     .await;
 }
 
+/// The daemon stops in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_hangs_is_outlasted_without_output() {
+async fn hanging_disk_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             t.once().await;
@@ -189,8 +192,9 @@ async fn a_disk_that_hangs_is_outlasted_without_output() {
     .await;
 }
 
+/// The exit code is the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_setting_is_exit_code_2_without_output() {
+async fn bad_setting_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             for (what, flag, token, code) in [
@@ -219,8 +223,9 @@ async fn a_bad_setting_is_exit_code_2_without_output() {
     .await;
 }
 
+/// Polling continues, and the daemon stops in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_service_manager_that_does_not_listen_stops_nothing() {
+async fn systemd_socket_is_full() {
     run_live_test(async |t| {
         let socket = t.directory().join("notify");
         // It never reads.

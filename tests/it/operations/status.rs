@@ -1,5 +1,4 @@
-//! `bigchat-sync status` and `bigchat-sync check`: what is wrong is said, and what to do about it; nothing is asked beside a
-//! daemon that runs.
+//! `bigchat-sync status`, `check` and `once`: each problem with its remedy, and no request beside a running daemon.
 
 use crate::harness::process::{finished, program};
 use crate::harness::{Bench, Daemon, Test, run_live_test, until};
@@ -69,8 +68,9 @@ async fn check(t: &Bench) -> (bool, String) {
     (status.success(), String::from_utf8(stdout).expect("text"))
 }
 
+/// The status shows each problem, with a remedy, whether or not a daemon runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
+async fn status_with_and_without_daemon() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         until_found_up(t).await;
@@ -136,8 +136,9 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
     .await;
 }
 
+/// `check` sends requests to the APIs only if no daemon runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
+async fn check_beside_a_daemon() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         until_found_up(t).await;
@@ -189,7 +190,7 @@ async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_check_says_what_is_set_up_wrongly() {
+async fn check_of_wrong_settings() {
     // Each says of itself what it is.
     let server = async |title: &str, route: &str, answers: &str, body: Value| {
         let server = MockServer::start().await;
@@ -244,8 +245,9 @@ async fn a_check_says_what_is_set_up_wrongly() {
     );
 }
 
+/// The exit code of `once` says whether everything was read and delivered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn once_tells_by_its_exit_code_what_it_left_undone() {
+async fn exit_code_of_once() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         daemon.stop().await;

@@ -1,14 +1,13 @@
-//! A disk that refuses, a database that somebody else holds, reads, deletes or has damaged: polling pauses, the cursor
-//! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
+//! A full disk, a database that another process locks, reads, moves or deletes: polling pauses, the cursor stays, and it
+//! continues automatically. A damaged database is refused untouched.
 
-use crate::harness::process::{Process, in_shell};
+use crate::harness::process::{Process, has_posix_lock, in_shell};
 use crate::harness::services::{ADD_MESSAGE, NOW};
 use crate::harness::web::succeeds;
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, slow};
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -18,10 +17,10 @@ use bigchat_sync::settings::Tokens;
 
 use tokio::time::timeout;
 
-/// More than any statement waits for a database that somebody else holds.
+/// Longer than any statement waits for a locked database.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
-/// Less than as many statements wait for it as there are conversations claimed at once.
+/// Less than so many statements would wait for it as there are conversations claimed at once.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The database and what is beside it, byte by byte.
@@ -50,8 +49,9 @@ async fn with_events(t: &Test) {
     t.once().await;
 }
 
+/// It is refused, and left as it is.
 #[tokio::test]
-async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
+async fn damaged_database_is_refused() {
     type Damage = fn(&mut Vec<u8>);
     let damages: [(&str, Damage); 5] = [
         ("half of it is missing", |bytes| {
@@ -93,7 +93,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_place_where_no_database_can_be_is_said_at_once() {
+async fn database_in_an_impossible_place() {
     for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
         let t = Bench::unreachable();
         t.set("--db", db);
@@ -108,7 +108,7 @@ async fn a_place_where_no_database_can_be_is_said_at_once() {
 }
 
 #[tokio::test]
-async fn a_second_daemon_is_refused_and_the_first_goes_on() {
+async fn second_daemon_is_refused() {
     run_live_test(async |t| {
         with_events(t).await;
         let first = t.start();
@@ -145,7 +145,7 @@ fn lift(process: &Process) {
 
 const REFUSED: &str = "the journal cannot be written; polling pauses";
 
-/// A daemon that was told of three events on a page for which there is no room.
+/// A daemon that has received a page of three events for which there is no room.
 async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -161,8 +161,9 @@ async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     (daemon, cursor)
 }
 
+/// Polling pauses with one error, and continues once there is room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
+async fn full_disk_pauses_polling() {
     run_live_test(async |t| {
         let (daemon, cursor) = told_without_room(t).await;
         let polls = t.bigchat.count("GET /events");
@@ -193,8 +194,9 @@ async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
     .await;
 }
 
+/// The error says how many events are lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
+async fn stop_while_disk_is_full() {
     run_live_test(async |t| {
         t.differs("events are lost with the daemon");
         let (daemon, _) = told_without_room(t).await;
@@ -208,8 +210,9 @@ async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
     .await;
 }
 
+/// The daemon waits for room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_is_full_at_the_start_is_waited_for() {
+async fn disk_full_at_the_start() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -228,8 +231,9 @@ async fn a_disk_that_is_full_at_the_start_is_waited_for() {
     .await;
 }
 
+/// The daemon waits for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_locked_at_the_start_is_waited_for() {
+async fn database_locked_at_the_start() {
     run_live_test(async |t| {
         with_events(t).await;
         let other = t.lock_database();
@@ -246,9 +250,10 @@ async fn a_database_that_is_locked_at_the_start_is_waited_for() {
     .await;
 }
 
+/// What was claimed is delivered while the database is locked, and committed afterwards.
 #[tokio::test]
-async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
-    // As many as are claimed at once, and more messages each than are sent before the database is held.
+async fn delivery_while_database_is_locked() {
+    // As many as are claimed at once, and more messages each than are sent before the database is locked.
     let conversations = 2..34;
     run_test(async |t| {
         let daemon = t.start();
@@ -261,7 +266,7 @@ async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
         t.bigchat.tells(messages);
         until("the first is sent", async || sent() > 0).await;
         let other = t.lock_database();
-        // To wait for each conversation's settlement would take longer.
+        // To wait for a commit after each conversation would take longer.
         let all = until("all are sent", async || sent() == count);
         timeout(PATIENCE, all).await.expect("nobody waits");
         drop(other);
@@ -273,8 +278,9 @@ async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
     .await;
 }
 
+/// A long reader delays nothing, and the write-ahead log shrinks afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
+async fn write_ahead_log_after_long_reader() {
     const LIMIT: u64 = 8 << 20;
     run_live_test(async |t| {
         with_events(t).await;
@@ -318,8 +324,9 @@ async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
     .await;
 }
 
+/// Nothing is polled until it is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back() {
+async fn database_moved_away() {
     run_live_test(async |t| {
         with_events(t).await;
         let elsewhere = t.directory().join("elsewhere.db");
@@ -349,8 +356,9 @@ async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back(
     .await;
 }
 
+/// What waits in it is delivered, or reported as lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
+async fn database_deleted_while_running() {
     for our_api_is_up in [true, false] {
         run_live_test(async |t| {
             t.differs("the database is deleted");
@@ -381,8 +389,9 @@ async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
     }
 }
 
+/// A command beside a daemon that makes its database gets in the way of neither.
 #[test]
-fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
+fn command_while_database_is_made() {
     for n in 0..300 {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
@@ -406,30 +415,24 @@ fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
     }
 }
 
-/// Whether this process holds a lock on the database's own file, by which SQLite knows elsewhere that it is open.
-fn is_locked(db: &Path) -> bool {
-    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
-    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
-    let of_it = |line: &str| line.contains("POSIX") && line.contains(&inode);
-    locks.lines().any(of_it)
-}
-
+/// The reads of the console leave the daemon its lock on the database.
 #[tokio::test]
-async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() {
+async fn console_leaves_the_database_lock() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
         let ready = format!("{url}/readyz");
         until("it is ready", async || succeeds(&ready).await).await;
-        assert!(is_locked(&t.db()), "SQLite locks what it has open");
+        assert!(has_posix_lock(&t.db()), "SQLite locks what it has open");
         assert!(succeeds(&format!("{url}/api/status")).await);
         // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
-        assert!(is_locked(&t.db()), "the lock is gone");
+        assert!(has_posix_lock(&t.db()), "the lock is gone");
     })
     .await;
 }
 
+/// Old events are dropped although each poll takes longer than the interval.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
+async fn retention_with_slow_polls() {
     run_live_test(async |t| {
         with_events(t).await;
         t.execute(
@@ -457,8 +460,9 @@ async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
     .await;
 }
 
+/// It delays no other event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
+async fn event_deleted_while_in_flight() {
     run_live_test(async |t| {
         t.differs("an event is deleted by hand");
         t.set("--request-timeout", "2s");

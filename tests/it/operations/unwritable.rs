@@ -1,4 +1,4 @@
-//! A place that cannot be written: `check` and the daemon say what is wrong there, and what only reads still works.
+//! A directory that cannot be written: `check` and the daemon report why, and commands that only read still work.
 
 use crate::harness::{Test, run_live_test};
 use bigchat_sync::simulator::event::message;
@@ -23,7 +23,7 @@ fn run(mut program: Command) -> (bool, String) {
     (output.status.success(), printed(&output))
 }
 
-/// Both say the same: what is wrong, and what to do.
+/// `check` and `once` report the same problem and the same remedy.
 fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
     for command in ["check", "once"] {
         let (well, text) = run(program(command));
@@ -42,7 +42,7 @@ fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
 }
 
 #[test]
-fn directory_that_takes_no_database_is_named() {
+fn directory_that_takes_no_database() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     std::fs::write(path.join("file"), "").expect("a file");
@@ -79,7 +79,7 @@ fn directory_that_takes_no_database_is_named() {
 }
 
 #[test]
-fn check_leaves_nothing_where_a_database_can_be_made() {
+fn check_leaves_no_file() {
     let directory = tempfile::tempdir().expect("a directory");
     symlink("real.db", directory.path().join("link.db")).expect("a link");
     for db in ["a.db", "./b.db", "link.db"] {
@@ -93,7 +93,7 @@ fn check_leaves_nothing_where_a_database_can_be_made() {
 }
 
 #[test]
-fn directory_on_a_read_only_file_system_is_named() {
+fn directory_on_read_only_system() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     symlink("real.db", path.join("link.db")).expect("a link");
@@ -126,7 +126,7 @@ fn as_nobody(mut program: Command) -> Option<Command> {
 }
 
 #[test]
-fn account_without_rights_is_told_so() {
+fn account_without_rights() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     let open = |mode| std::fs::Permissions::from_mode(mode);
@@ -174,7 +174,7 @@ async fn with_a_failed_event(t: &Test, killed: bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reading_commands_work_on_a_read_only_file_system() {
+async fn reading_on_read_only_system() {
     for killed in [false, true] {
         run_live_test(async |t| {
             with_a_failed_event(t, killed).await;
@@ -205,7 +205,7 @@ async fn reading_commands_work_on_a_read_only_file_system() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
+async fn reading_while_daemon_writes_elsewhere() {
     run_live_test(async |t| {
         with_a_failed_event(t, false).await;
         let daemon = Process::start(t);
@@ -231,7 +231,7 @@ async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
 
 /// Without `-shm` SQLite cannot read the log, and without the log the latest changes would be missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn log_that_cannot_be_read_is_not_ignored() {
+async fn write_ahead_log_without_shm() {
     run_live_test(async |t| {
         with_a_failed_event(t, true).await;
         std::fs::remove_file(t.directory().join("journal.db-shm")).expect("a file");
@@ -248,9 +248,9 @@ async fn log_that_cannot_be_read_is_not_ignored() {
     .await;
 }
 
-/// A pipe would hang, and a device must keep its mode.
+/// A pipe would hang, and the mode of a device must not change.
 #[test]
-fn only_a_regular_file_can_be_a_database() {
+fn database_is_no_regular_file() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     let made = Command::new("mkfifo").arg(path.join("pipe")).status();

@@ -1,4 +1,4 @@
-//! Clocks that are wrong or step: nothing is lost, no window lies in BigChat's future, and nothing is asked without pause.
+//! Clocks that are wrong or step: nothing is lost, no window lies in BigChat's future, and polls keep their interval.
 
 use crate::harness::services::{NOW, busy_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
@@ -16,7 +16,7 @@ fn log(ahead: i64) -> Options {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_this_machine_is_an_hour_off_nothing_is_lost() {
+async fn machine_clock_an_hour_off() {
     side_by_side([-3600, 3600], async |offset| {
         run_with(log(offset), async |t| {
             for _ in 0..2 {
@@ -35,8 +35,9 @@ async fn where_this_machine_is_an_hour_off_nothing_is_lost() {
     .await;
 }
 
+/// Nothing is lost, and BigChat is polled at the same rate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_of_bigchat_that_steps_loses_nothing_and_is_polled_at_the_same_rate() {
+async fn bigchat_clock_steps() {
     run_live_test(async |t| {
         t.set("--poll-interval", "100ms");
         t.bigchat.open(10, t.now() - 100, 1);
@@ -64,8 +65,9 @@ async fn a_clock_of_bigchat_that_steps_loses_nothing_and_is_polled_at_the_same_r
     .await;
 }
 
+/// It does not move the cursor.
 #[tokio::test]
-async fn an_event_of_the_future_does_not_drag_the_cursor_along() {
+async fn event_of_the_future() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -81,8 +83,9 @@ async fn an_event_of_the_future_does_not_drag_the_cursor_along() {
     .await;
 }
 
+/// It leaves no gap, and no window lies in the future.
 #[tokio::test]
-async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
+async fn one_wrong_date() {
     // Before each of the answers that a session begins with, and at a later one.
     side_by_side(
         [0, 1, 2, 3]
@@ -130,10 +133,11 @@ async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
     .await;
 }
 
+/// They are not believed for an event from before it, whatever the clock said.
 #[tokio::test]
-async fn details_of_after_a_restart_are_not_believed_whatever_the_clock_said_before() {
+async fn details_from_after_a_restart() {
     side_by_side([false, true], async |was_ahead| {
-        // The details come before the next poll could tell.
+        // The details come before the next poll could notice the restart.
         run_test(async |t| {
             t.set("--poll-interval", "1s")
                 .set("--retry-initial", "100ms");

@@ -1,4 +1,4 @@
-//! Polling: windows, pages, and whatever else may stand where events should.
+//! Windows and pages, and responses that are neither.
 
 use crate::harness::services::{NOW, time, unix, window, with_body, with_header};
 use crate::harness::{Test, run_test, side_by_side, until};
@@ -16,8 +16,9 @@ fn first_window() -> String {
     window(NOW - 10, NOW)
 }
 
+/// Pages are read one after the other, and the next window begins at the cursor minus the overlap.
 #[tokio::test]
-async fn pages_are_read_one_after_the_other_and_the_next_window_follows() {
+async fn pages_then_next_window() {
     run_test(async |t| {
         let next = |n| format!("http://{}/events?page={n}", "bigchat.test");
         t.bigchat.tells(page([start(42, 0)], next(2)));
@@ -38,7 +39,7 @@ async fn pages_are_read_one_after_the_other_and_the_next_window_follows() {
 }
 
 #[tokio::test]
-async fn a_page_that_fails_is_asked_for_again_at_once() {
+async fn failed_page_is_retried_at_once() {
     run_test(async |t| {
         t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
         t.bigchat.tells([message(42, 2, "two")]);
@@ -54,8 +55,9 @@ async fn a_page_that_fails_is_asked_for_again_at_once() {
     .await;
 }
 
+/// The next poll goes on from the page that failed.
 #[tokio::test]
-async fn the_next_poll_goes_on_from_a_page_that_failed_even_after_a_restart() {
+async fn failed_page_across_restarts() {
     run_test(async |t| {
         t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
         t.bigchat.tells([message(42, 2, "two")]);
@@ -75,7 +77,7 @@ async fn the_next_poll_goes_on_from_a_page_that_failed_even_after_a_restart() {
 }
 
 #[tokio::test]
-async fn where_a_page_cannot_be_had_the_window_is_read_again() {
+async fn missing_page_restarts_the_window() {
     // Three times at once, then once in each of two more polls.
     side_by_side([(404, 1), (422, 1), (500, 5)], async |(answer, times)| {
         run_test(async |t| {
@@ -103,8 +105,9 @@ async fn where_a_page_cannot_be_had_the_window_is_read_again() {
     .await;
 }
 
+/// They complete the poll.
 #[tokio::test]
-async fn pages_that_go_in_a_circle_complete_the_poll() {
+async fn pages_in_a_loop() {
     let first = format!("?{}", first_window());
     for (nexts, asked) in [
         (vec![&*first], vec![]),
@@ -135,8 +138,9 @@ async fn pages_that_go_in_a_circle_complete_the_poll() {
     }
 }
 
+/// Only its query counts.
 #[tokio::test]
-async fn of_the_url_of_the_next_page_only_the_query_counts() {
+async fn next_page_url_of_another_host() {
     let elsewhere = MockServer::start().await;
     for next in [
         format!("{}/steal?page=2", elsewhere.uri()),
@@ -159,8 +163,9 @@ async fn of_the_url_of_the_next_page_only_the_query_counts() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
+/// It is none.
 #[tokio::test]
-async fn a_next_page_of_a_wrong_kind_is_none() {
+async fn next_page_of_wrong_type() {
     for next in [
         json!(null),
         json!(""),
@@ -183,8 +188,9 @@ async fn a_next_page_of_a_wrong_kind_is_none() {
     }
 }
 
+/// Each becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
 #[tokio::test]
-async fn what_cannot_be_understood_is_kept_with_its_reason_and_the_others_go_on() {
+async fn unreadable_events_are_dead_lettered() {
     let at = unix(5);
     let bad = [
         (
@@ -258,8 +264,9 @@ async fn what_cannot_be_understood_is_kept_with_its_reason_and_the_others_go_on(
     .await;
 }
 
+/// The cursor stays.
 #[tokio::test]
-async fn an_answer_that_is_no_page_leaves_the_cursor_where_it_is() {
+async fn response_that_is_no_page() {
     let elsewhere = MockServer::start().await;
     let html = status(200).body("<html>We will be right back</html>");
     let redirect = status(302).header("location", &format!("{}/events", elsewhere.uri()));
@@ -313,8 +320,9 @@ fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
 
+/// It is no page.
 #[tokio::test]
-async fn a_body_that_is_cut_off_or_too_large_is_no_page() {
+async fn body_cut_off_or_too_large() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
     let too_large: Tamper = |answer| padded(&answer, 33);
     let large: Tamper = |answer| padded(&answer, 1);
@@ -349,8 +357,9 @@ fn messages(texts: &str) -> Vec<Value> {
     texts.map(|text| message(42, 5, text)).collect()
 }
 
+/// They are others, except in an overlap of shifted pages.
 #[tokio::test]
-async fn equal_messages_on_later_pages_are_others_but_for_an_overlap() {
+async fn equal_messages_on_later_pages() {
     for (case, first, second, expected) in [
         ("not at an edge", "kk aa", "bb kk", "aa bb kk kk"),
         ("the pages have shifted", "aa kk", "kk bb", "aa bb kk"),
@@ -381,8 +390,9 @@ async fn equal_messages_on_later_pages_are_others_but_for_an_overlap() {
     }
 }
 
+/// They are two once the next poll has reported both.
 #[tokio::test]
-async fn twins_at_a_page_edge_are_two_by_the_next_poll() {
+async fn twins_at_a_page_edge() {
     run_test(async |t| {
         t.bigchat.tells(page(messages("aa kk"), "?page=2"));
         t.bigchat.tells(messages("kk bb"));
@@ -396,7 +406,7 @@ async fn twins_at_a_page_edge_are_two_by_the_next_poll() {
 
 /// The same page by URLs that cannot be known to be the same.
 #[tokio::test]
-async fn a_page_that_comes_again_by_another_url_completes_the_poll() {
+async fn page_repeated_by_another_url() {
     for (case, pages, asked) in [
         ("at once", vec!["aa bb", "aa bb", "aa bb"], 2),
         ("with one event", vec!["aa", "aa", "aa"], 2),
@@ -425,8 +435,9 @@ async fn a_page_that_comes_again_by_another_url_completes_the_poll() {
     }
 }
 
+/// Equal ones on successive pages are one.
 #[tokio::test]
-async fn an_end_or_transfer_repeated_on_the_next_page_is_one() {
+async fn end_and_transfer_repeated() {
     run_test(async |t| {
         let repeated = [end(42, 5), transfer(42, 6, 8)];
         t.bigchat.tells(page(repeated.clone(), "?page=2"));
@@ -440,8 +451,9 @@ async fn an_end_or_transfer_repeated_on_the_next_page_is_one() {
     .await;
 }
 
+/// Transfers reported again on pages that are cut elsewhere change nothing.
 #[tokio::test]
-async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
+async fn transfers_reported_again() {
     run_test(async |t| {
         let twin = || transfer(42, 5, 7);
         t.bigchat.tells(page([twin()], "?page=2"));
@@ -461,8 +473,9 @@ async fn changes_told_again_on_pages_cut_otherwise_bring_nothing_back() {
     .await;
 }
 
+/// They are that many, and no more when they are reported again.
 #[tokio::test]
-async fn equal_messages_on_one_page_are_that_many_and_no_more_when_told_again() {
+async fn equal_messages_on_one_page() {
     run_test(async |t| {
         for (told, held) in [("kk kk", 2), ("kk", 2), ("kk kk", 2), ("kk kk kk", 3)] {
             t.bigchat.tells(messages(told));
@@ -474,7 +487,7 @@ async fn equal_messages_on_one_page_are_that_many_and_no_more_when_told_again() 
 }
 
 #[tokio::test]
-async fn the_first_window_is_as_set() {
+async fn first_window_as_set() {
     let since = "--since";
     for (flag, value, start, overlap) in [
         ("--poll-interval", "1h", NOW - 10, 5),
@@ -498,8 +511,9 @@ async fn the_first_window_is_as_set() {
     }
 }
 
+/// A long time back is read in windows, back to back.
 #[tokio::test]
-async fn what_lies_far_back_is_read_in_windows_that_follow_without_waiting() {
+async fn backfill_in_windows() {
     run_test(async |t| {
         t.set("--since", &time(-7200)).set("--poll-interval", "1h");
         for n in 0..3 {
@@ -517,7 +531,7 @@ async fn what_lies_far_back_is_read_in_windows_that_follow_without_waiting() {
 }
 
 #[tokio::test]
-async fn windows_go_by_the_clock_of_bigchat() {
+async fn windows_by_bigchat_clock() {
     run_test(async |t| {
         let ahead = SystemTime::now() + Duration::from_secs(3600);
         t.bigchat.date(&httpdate::fmt_http_date(ahead));
@@ -539,8 +553,9 @@ async fn windows_go_by_the_clock_of_bigchat() {
     .await;
 }
 
+/// This machine's clock counts then.
 #[tokio::test]
-async fn where_bigchat_does_not_tell_its_time_this_machine_does() {
+async fn date_cannot_be_read() {
     run_test(async |t| {
         t.bigchat.date("soon");
         let seconds = || {
@@ -556,8 +571,9 @@ async fn where_bigchat_does_not_tell_its_time_this_machine_does() {
     .await;
 }
 
+/// It pauses after its page budget, and the next poll goes on from there.
 #[tokio::test]
-async fn a_poll_without_end_pauses_and_goes_on_from_there() {
+async fn poll_without_end() {
     let next = |n: i64| format!("?page={n}");
     let tells = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
         for n in 1..pages {
@@ -586,8 +602,9 @@ async fn a_poll_without_end_pauses_and_goes_on_from_there() {
     .await;
 }
 
+/// They complete the poll.
 #[tokio::test]
-async fn page_after_page_without_events_completes_the_poll() {
+async fn ten_pages_without_events() {
     for (case, full, asked) in [
         ("from the start", vec![], 10),
         ("after full ones", vec![1, 2], 12),
@@ -610,8 +627,9 @@ async fn page_after_page_without_events_completes_the_poll() {
     }
 }
 
+/// A window of more pages than a budget is read again to its end.
 #[tokio::test]
-async fn a_window_of_many_pages_is_read_again_to_its_end_across_restarts() {
+async fn window_rescanned_across_restarts() {
     run_test(async |t| {
         let pages = |last: i64| {
             for n in 1..=last {
@@ -639,7 +657,7 @@ async fn a_window_of_many_pages_is_read_again_to_its_end_across_restarts() {
 }
 
 #[tokio::test]
-async fn a_poll_whose_connection_breaks_is_asked_again_at_once() {
+async fn broken_connection_is_retried_at_once() {
     run_test(async |t| {
         t.bigchat.upset("GET /events", dropped());
         t.bigchat.tells([message(42, 1, "one")]);
@@ -651,8 +669,9 @@ async fn a_poll_whose_connection_breaks_is_asked_again_at_once() {
     .await;
 }
 
+/// A rate limit of BigChat outlasts a restart, and is an hour at the most.
 #[tokio::test]
-async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
+async fn bigchat_retry_after_across_restart() {
     let now = SystemTime::now();
     let date = |at| httpdate::fmt_http_date(at);
     let in_a_day = date(now + Duration::from_secs(86_400));
@@ -690,7 +709,7 @@ async fn bigchat_is_left_alone_across_a_restart_too_and_an_hour_is_the_most() {
 }
 
 #[tokio::test]
-async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
+async fn bigchat_retry_after() {
     run_test(async |t| {
         let upset = status(429).header("retry-after", "1");
         t.bigchat.upset("GET /events", upset);
@@ -710,8 +729,9 @@ async fn bigchat_is_left_alone_for_as_long_as_it_asks() {
     .await;
 }
 
+/// It mixes no epochs.
 #[tokio::test]
-async fn one_wrong_date_after_a_restart_mixes_nothing() {
+async fn wrong_date_after_a_restart() {
     run_test(async |t| {
         t.bigchat.tells([message(42, 1, "of before")]);
         t.once().await;
@@ -734,7 +754,7 @@ async fn one_wrong_date_after_a_restart_mixes_nothing() {
 }
 
 #[tokio::test]
-async fn pages_that_shift_where_a_poll_pauses_overlap() {
+async fn pages_shift_where_poll_pauses() {
     run_test(async |t| {
         t.differs("scripted pages imitate a log that shifts");
         for n in 1..200 {

@@ -7,7 +7,7 @@ use bigchat_sync::simulator::event::transfer;
 use std::time::Duration;
 
 #[tokio::test]
-async fn what_happened_stands_in_our_api_across_restarts() {
+async fn events_reported_once_across_restarts() {
     run_with(seeded(7), async |t| {
         for _ in 0..5 {
             let daemon = t.start();
@@ -24,8 +24,9 @@ async fn what_happened_stands_in_our_api_across_restarts() {
     .await;
 }
 
+/// With late events and small pages.
 #[tokio::test]
-async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
+async fn stable_log_across_restarts() {
     run_with(busy_log(3, 60.0, 7), async |t| {
         for _ in 0..4 {
             let daemon = t.start();
@@ -39,7 +40,7 @@ async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
 }
 
 #[tokio::test]
-async fn several_at_once_where_our_api_takes_them() {
+async fn several_requests_in_flight() {
     run_with(busy_log(4, 60.0, 7), async |t| {
         t.our_api.set_latency(Duration::from_millis(20));
         t.our_api.state().be_good();
@@ -56,7 +57,7 @@ async fn several_at_once_where_our_api_takes_them() {
 }
 
 #[tokio::test]
-async fn a_backfill_reads_the_past_in_windows() {
+async fn backfill_of_a_stable_log() {
     let log = Log {
         events_per_second: 0.5,
         page_size: 7,
@@ -74,7 +75,7 @@ async fn a_backfill_reads_the_past_in_windows() {
         t.bigchat.calms_down();
         assert!(t.bigchat.reported().len() > 100);
         until("no difference", async || {
-            // What happened in the second the window ended in is told by the next.
+            // Events of the second in which the window ended are reported in the next one.
             t.once().await;
             t.compare().is_clean()
         })
@@ -84,7 +85,7 @@ async fn a_backfill_reads_the_past_in_windows() {
 }
 
 #[tokio::test]
-async fn crashes_at_any_moment_lose_and_double_nothing() {
+async fn crashes_at_any_moment() {
     run_with(busy_log(6, 60.0, 7), async |t| {
         // After each crash OurAPI is left alone for so long.
         t.set("--request-timeout", "200ms");
@@ -92,7 +93,7 @@ async fn crashes_at_any_moment_lose_and_double_nothing() {
             let asked = t.our_api.total();
             let daemon = t.start();
             t.bigchat.reports_more(10 + usize::from(crash)).await;
-            // What is told must be delivered in the end.
+            // What is reported must be delivered in the end.
             t.bigchat.calms_down();
             until("requests", async || {
                 t.our_api.total() > asked + u64::from(crash)
@@ -108,7 +109,7 @@ async fn crashes_at_any_moment_lose_and_double_nothing() {
 }
 
 #[tokio::test]
-async fn steady_state_costs_one_request_per_event() {
+async fn steady_state_requests_per_event() {
     run_with(
         Options {
             awkward: false,
@@ -133,8 +134,9 @@ async fn steady_state_costs_one_request_per_event() {
     .await;
 }
 
+/// They are two, however often a log reports them.
 #[tokio::test]
-async fn two_transfers_of_one_second_are_two_however_often_a_log_tells_them() {
+async fn two_transfers_in_one_second() {
     run_with(quiet_log(Log::default()), async |t| {
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);

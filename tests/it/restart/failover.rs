@@ -1,5 +1,5 @@
-//! Going on with an older database (a copy, a replica), or with none and `--since`, as on another machine: with a BigChat
-//! that keeps its events nothing is lost, and nothing that OurAPI holds is sent again.
+//! A daemon with an older database (a copy, a replica), or with none and `--since`, as on another machine: if BigChat keeps
+//! its events, nothing is lost, and nothing that OurAPI has is sent again.
 
 use crate::harness::services::{ADD_MESSAGE, busy_log, quiet_log, time, unix};
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
@@ -9,8 +9,8 @@ use bigchat_sync::simulator::fault::slow;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. Nothing in it is
-/// refused: what OurAPI does not hold would be sent again.
+/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. OurAPI
+/// rejects none of it: a rejected event would be sent again.
 fn keeps_its_events(seed: u64) -> Options {
     Options {
         active: 6,
@@ -35,7 +35,7 @@ fn restore(t: &Bench, copy: &PathBuf) {
 /// Loses the database.
 fn lose(t: &Bench) {
     for end in ["", "-wal", "-shm"] {
-        // Of a daemon that was stopped well only the first is there.
+        // After a clean stop there is only the first of them.
         std::fs::remove_file(format!("{}{end}", t.db().display())).ok();
     }
 }
@@ -50,7 +50,7 @@ fn writes(t: &Test) -> [usize; 3] {
     routes.map(|route| t.our_api.count(route))
 }
 
-/// All that OurAPI holds, to be compared.
+/// All that OurAPI has, to be compared.
 fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
     let held = t.our_api.data();
     let messages: std::collections::BTreeMap<_, _> = held.messages.into_iter().collect();
@@ -74,8 +74,9 @@ async fn catch_up(t: &Test) {
     daemon.stop().await;
 }
 
+/// Nothing is lost, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
+async fn older_copy_of_the_database() {
     side_by_side([21, 22, 23], async |seed| {
         run_with(keeps_its_events(seed), async |t| {
             let daemon = t.start();
@@ -91,7 +92,7 @@ async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
             catch_up(t).await;
             assert!(held(t) == before, "seed {seed}: {}", t.compare());
             assert_eq!(writes(t), sent, "seed {seed}");
-            // And it goes on as if nothing had been.
+            // From there on it makes progress as usual.
             t.bigchat.state().set_quiet(false);
             t.start();
             t.bigchat.reports_more(60).await;
@@ -102,8 +103,9 @@ async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
     .await;
 }
 
+/// With an older copy and new events, nothing is lost or duplicated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
+async fn copies_and_crashes() {
     run_with(keeps_its_events(24), async |t| {
         // After each crash OurAPI is left alone for so long.
         t.set("--request-timeout", "500ms");
@@ -122,8 +124,9 @@ async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
     .await;
 }
 
+/// `--since` reads everything again, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
+async fn lost_database_with_since() {
     side_by_side([25, 26], async |seed| {
         run_with(keeps_its_events(seed), async |t| {
             let since = time(t.now() - 60);
@@ -144,8 +147,9 @@ async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
     .await;
 }
 
+/// Equal messages of one second are as many as before.
 #[tokio::test]
-async fn equal_messages_of_one_second_are_as_many_as_before() {
+async fn copy_with_equal_messages() {
     let log = Log {
         page_size: 3,
         ..Log::default()
@@ -173,8 +177,9 @@ async fn equal_messages_of_one_second_are_as_many_as_before() {
     .await;
 }
 
+/// An END that the copy does not know is not set back.
 #[tokio::test]
-async fn an_end_that_the_copy_does_not_know_is_not_set_back() {
+async fn copy_without_the_last_end() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -198,12 +203,13 @@ async fn an_end_that_the_copy_does_not_know_is_not_set_back() {
     .await;
 }
 
+/// Conversations of a BigChat that restarted after the copy are told apart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart() {
+async fn copy_from_before_a_restart() {
     run_with(keeps_its_events(27), async |t| {
         let daemon = t.start();
         t.bigchat.reports_more(80).await;
-        // Nothing waits in the copy: a BigChat that restarts keeps nothing of before.
+        // Nothing waits in the copy: a BigChat that restarts forgets everything.
         t.bigchat.calms_down();
         t.agrees().await;
         t.until_events("waiting", 0).await;
@@ -212,7 +218,7 @@ async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart
         t.bigchat.reports_more(80).await;
         t.bigchat.calms_down();
         t.agrees().await;
-        // By BigChat's `date`, to whole seconds and a little late, pages of just before are not told from those of after.
+        // BigChat's `date` has whole seconds and lags a little: pages from just before and just after look the same.
         let restart = t.now() + 3;
         until("some seconds", async || t.now() > restart).await;
         t.bigchat.restarts_between_polls().await;
@@ -230,8 +236,9 @@ async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart
     .await;
 }
 
+/// An END does not set back the agent of a chat that was being written when the database was copied.
 #[tokio::test]
-async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_was_copied() {
+async fn copy_with_a_message_in_flight() {
     run_live_test(async |t| {
         t.set("--poll-overlap", "0s");
         let now = t.now();

@@ -1,5 +1,5 @@
-//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of
-//! a page that was kept is lost, nothing is doubled.
+//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of a
+//! stored page is lost, and nothing is duplicated.
 
 use crate::harness::process::Process;
 use crate::harness::services::{ADD_MESSAGE, ROUTES, busy_log, quiet_log, time};
@@ -21,7 +21,7 @@ async fn killed_at_random_moments() {
     let kills =
         variable("BIGCHAT_SYNC_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
     let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
-    // With a stable log nothing at all may be lost, not even what was answered and not kept.
+    // With a stable log nothing may be lost, not even a response that was not stored.
     run_with(busy_log(seed, 40.0, 20), async |t| {
         // After each kill OurAPI is left alone for so long.
         t.set("--request-timeout", "300ms");
@@ -43,7 +43,7 @@ async fn killed_at_random_moments() {
 
 /// Killed while many conversations wait, and are committed together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_in_the_midst_of_a_backlog() {
+async fn killed_during_a_backlog() {
     run_live_test(async |t| {
         t.set("--request-timeout", "1s");
         let now = t.now();
@@ -78,10 +78,10 @@ async fn killed_in_the_midst_of_a_backlog() {
     .await;
 }
 
-/// A conversation whose START nobody told is known by its details alone, and BigChat forgets them: what was sent by them
-/// must be known again.
+/// A conversation without a START is known by its details alone, and BigChat forgets them: the chat that was created from
+/// them must be found again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
+async fn killed_before_bigchat_restarts() {
     side_by_side(MOMENTS, async |moment| {
         run_live_test(async |t| {
             t.set("--request-timeout", TIMEOUT);
@@ -110,7 +110,7 @@ enum Moment {
     Sent,
     /// It is carried out, and not answered.
     CarriedOut,
-    /// It is answered, and nothing of that can be kept: another process holds the database.
+    /// It is answered, and the response cannot be stored: another process locks the database.
     Answered,
 }
 
@@ -128,8 +128,9 @@ fn cause(route: &str) -> Option<&'static str> {
     }
 }
 
+/// Before each kind of request is carried out, before it is answered, and before its response is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_at_every_point() {
+async fn killed_at_every_request() {
     let points = ROUTES
         .iter()
         .flat_map(|route| MOMENTS.map(|moment| (route, moment)));
@@ -176,7 +177,7 @@ async fn killed_at(route: &str, moment: Moment) {
                 if t.is_ready() && t.events("delivered") >= 3 {
                     tell_more();
                 }
-                // What was carried out the first time need not be asked for again.
+                // What was carried out the first time need not be requested again.
                 let done = round > 0 && t.events("delivered") == 6;
                 t.pausing() > 0 || done
             })
@@ -209,7 +210,7 @@ async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
 }
 
 impl Moment {
-    /// What holds a request there.
+    /// The fault that stops a request there.
     fn pause(self) -> Fault {
         match self {
             Self::Sent | Self::Answered => paused(),

@@ -1,4 +1,4 @@
-//! Stopping, whatever hangs: within 10 s, and nothing forgotten.
+//! Stops within 10 s, whatever hangs, and without losing anything.
 
 use crate::harness::process::STOPS_WITHIN;
 use crate::harness::services::ADD_MESSAGE;
@@ -8,7 +8,7 @@ use bigchat_sync::simulator::fault::slow;
 use std::time::{Duration, Instant};
 
 #[tokio::test]
-async fn while_both_apis_hang() {
+async fn stop_while_both_apis_hang() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -28,7 +28,7 @@ async fn while_both_apis_hang() {
     .await;
 }
 
-/// A daemon that BigChat tells of an event while another process holds the database.
+/// A daemon that receives an event while another process locks the database.
 async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -46,7 +46,7 @@ async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_another_process_holds_the_database() {
+async fn stop_while_database_is_locked() {
     run_live_test(async |t| {
         t.differs("an event is lost with the daemon");
         let (daemon, _other) = told_while_held(t).await;
@@ -59,12 +59,13 @@ async fn while_another_process_holds_the_database() {
     .await;
 }
 
+/// A page that the database refuses is stored before anything else is requested.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_for() {
+async fn page_while_database_is_locked() {
     run_live_test(async |t| {
         let (_, other) = told_while_held(t).await;
         let polls = t.bigchat.count("GET /events");
-        // Longer than any statement waits.
+        // Longer than any statement waits for a locked database.
         tokio::time::sleep(Duration::from_millis(2_500)).await;
         assert_eq!(t.bigchat.count("GET /events"), polls);
         drop(other);
@@ -72,8 +73,9 @@ async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_
     .await;
 }
 
+/// What was delivered and could not be committed is read back after the restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
+async fn delivered_but_not_committed() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -86,7 +88,7 @@ async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
         let other = t.lock_database();
         until("both stand there", async || t.our_api.message_count() == 2).await;
         let stopped = Instant::now();
-        // Nothing that BigChat told goes with it.
+        // Nothing that it has received is lost.
         daemon.stop().await;
         assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         drop(other);
