@@ -126,8 +126,8 @@ async fn conversation_shows_each_effect() {
     run_test(async |t| {
         let console = Console::new(t, Tokens::default());
         let long = "x".repeat(10_000);
-        let told = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
-        t.delivers(told).await;
+        let events = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
+        t.delivers(events).await;
         let (_, found) = console.get("/api/search?q=42").await;
         let key = found["conversations"][0]["key"].as_i64().expect("a key");
         let (_, answer) = console.get(&format!("/api/conversations/{key}")).await;

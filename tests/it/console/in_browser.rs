@@ -56,8 +56,8 @@ impl<'a> Desk<'a> {
                 .upset(&pattern, status(422).body(NO).always());
         }
         let failed = self.t.events("failed") + i64::try_from(texts.len()).expect("few");
-        let told = (10..).zip(texts).map(|(at, text)| message(42, at, text));
-        self.t.bigchat.tells(told.collect::<Vec<_>>());
+        let events = (10..).zip(texts).map(|(at, text)| message(42, at, text));
+        self.t.bigchat.reports(events.collect::<Vec<_>>());
         self.t.until_events("failed", failed).await;
     }
 
@@ -177,7 +177,7 @@ async fn groups_discarded_one_and_all() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two"]).await;
-        t.bigchat.tells(raw(
+        t.bigchat.reports(raw(
             &json!({"events": [event(42, "PAUSE", 100, json!(null))]}).to_string(),
         ));
         t.until_events("failed", 3).await;
@@ -338,7 +338,7 @@ async fn html_in_messages_stays_text() {
             .await;
         desk.fail(&[&format!("{EVIL} failed")]).await;
         let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
-        t.bigchat.tells(vec![unreadable]);
+        t.bigchat.reports(vec![unreadable]);
         t.until_events("failed", 2).await;
 
         let browser = desk.look("").await;
@@ -516,15 +516,15 @@ async fn chart_by_keyboard_and_as_table() {
         browser
             .until("!document.querySelector('#chart-tip').hidden")
             .await;
-        let mut told = 0;
+        let mut starts = 0;
         for _ in 0..60 {
             let text = browser
                 .eval(&format!("{slider}.getAttribute('aria-valuetext')"))
                 .await;
-            told += i32::from(text.as_str().expect("text").contains("1 START"));
+            starts += i32::from(text.as_str().expect("text").contains("1 START"));
             browser.press(LEFT).await;
         }
-        assert_eq!(told, 1);
+        assert_eq!(starts, 1);
         browser.press(HOME).await;
         browser
             .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
@@ -581,15 +581,15 @@ fn six_hours() -> String {
         let down = (150..168).contains(&ago);
         for (kind, share) in [("MESSAGE", 20), ("START", 3), ("END", 3), ("TRANSFER", 1)] {
             let most = (u64::try_from(swell).expect("positive") * share).div_ceil(10);
-            let told = most / 2 + roll(most.max(2));
+            let received = most / 2 + roll(most.max(2));
             let (delivered, failed) = match (down, behind) {
                 (true, _) => (0, 0),
-                (false, 0) => (told, u64::from(kind == "MESSAGE" && roll(40) == 0)),
-                (false, late) => (told + late.min(60), 0),
+                (false, 0) => (received, u64::from(kind == "MESSAGE" && roll(40) == 0)),
+                (false, late) => (received + late.min(60), 0),
             };
-            behind = behind + told - delivered.min(behind + told);
+            behind = behind + received - delivered.min(behind + received);
             sql += &format!(
-                "INSERT INTO activity VALUES ({} - {ago}, '{kind}', {told}, {delivered}, {failed});",
+                "INSERT INTO activity VALUES ({} - {ago}, '{kind}', {received}, {delivered}, {failed});",
                 now / 60_000
             );
         }

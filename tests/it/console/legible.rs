@@ -152,7 +152,7 @@ async fn agent_not_resolved_yet() {
                 t.bigchat.upset(down, status(500).always());
                 t.our_api.upset(down, status(500).always());
                 let console = Console::new(t, Tokens::default());
-                t.bigchat.tells([start(42, 0)]);
+                t.bigchat.reports([start(42, 0)]);
                 t.until_events("waiting", 1).await;
                 let mut said = Value::Null;
                 until("it says so", async || {
@@ -186,7 +186,7 @@ async fn retries_that_can_succeed() {
         let console = Console::new(t, Tokens::default());
         t.delivers([start(42, 0), start(43, 1)]).await;
         t.bigchat
-            .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
+            .reports([message(42, 5, "No"), message(42, 6, "Spam")]);
         t.until_events("failed", 2).await;
         assert_eq!(conversation(&console, 42).await["permanent"], true);
         for unreadable in [
@@ -195,7 +195,7 @@ async fn retries_that_can_succeed() {
             "{}",
         ] {
             let before = t.events("failed");
-            t.bigchat.tells(raw(&format!(
+            t.bigchat.reports(raw(&format!(
                 r#"{{"nextPageUrl":null,"events":[{unreadable}]}}"#
             )));
             t.until_events("failed", before + 1).await;

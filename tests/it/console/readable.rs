@@ -69,9 +69,10 @@ fn shown(selector: &str) -> String {
 }
 
 /// The labels of the chart's vertical axis for so many events a minute, and how many of all its labels stick out.
-async fn axis(browser: &Browser, told: i64, delivered: i64) -> (Vec<String>, Value) {
-    let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"], "minutes": [
-        {"minute": 7, "kind": "MESSAGE", "told": told, "delivered": delivered, "failed": 0},
+async fn axis(browser: &Browser, received: i64, delivered: i64) -> (Vec<String>, Value) {
+    let kinds = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
+    let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": kinds, "minutes": [
+        {"minute": 7, "kind": "MESSAGE", "told": received, "delivered": delivered, "failed": 0},
     ]});
     let drawn = browser
         .eval(&format!(
@@ -102,7 +103,7 @@ async fn chart_axis_of_any_magnitude() {
         desk.go("#/?hours=1", "#chart > svg").await;
         for size in [DESK, PHONE] {
             desk.browser.resize(size).await;
-            for (told, delivered, top) in [
+            for (received, delivered, top) in [
                 (0, 0, "4"),
                 (1, 0, "1"),
                 (999, 0, "1,000"),
@@ -113,14 +114,18 @@ async fn chart_axis_of_any_magnitude() {
                 (1_234_567, 0, "1.6M"),
                 (9_007_199_254_740_991, 0, "10,000T"),
             ] {
-                let (labels, out) = axis(&desk.browser, told, delivered).await;
-                assert_eq!(out, json!([]), "{told} {size:?}");
-                assert_eq!(labels.last().expect("labels"), top, "{told}: {labels:?}");
+                let (labels, out) = axis(&desk.browser, received, delivered).await;
+                assert_eq!(out, json!([]), "{received} {size:?}");
+                assert_eq!(
+                    labels.last().expect("labels"),
+                    top,
+                    "{received}: {labels:?}"
+                );
                 // Each mark is one step above the one below, and none is rounded.
-                if told == 1 {
+                if received == 1 {
                     assert_eq!(labels, ["0", "0.25", "0.5", "0.75", "1"]);
                 }
-                if (told, size) == (12_345, PHONE) {
+                if (received, size) == (12_345, PHONE) {
                     desk.picture("axis").await;
                 }
             }
@@ -425,7 +430,7 @@ async fn page_says_why_no_agent() {
                     "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)"
                 }
             };
-            t.bigchat.tells([start(42, 0)]);
+            t.bigchat.reports([start(42, 0)]);
             let desk = Desk::new(t).await;
             desk.go("#/search", ".found").await;
             desk.browser.until_text(".who", why).await;
@@ -493,10 +498,10 @@ async fn retry_highlighted_if_it_can_succeed() {
             .upset("POST /chats/c1/messages*No", status(422).always());
         let desk = Desk::new(t).await;
         t.delivers([start(42, 0), start(43, 1)]).await;
-        t.bigchat.tells([message(42, 5, "No")]);
+        t.bigchat.reports([message(42, 5, "No")]);
         t.until_events("failed", 1).await;
         t.bigchat
-            .tells(raw(r#"{"nextPageUrl":null,"events":[{}]}"#));
+            .reports(raw(r#"{"nextPageUrl":null,"events":[{}]}"#));
         t.until_events("failed", 2).await;
         let Desk {
             daemon, browser, ..

@@ -63,7 +63,7 @@ async fn probes_during_outages() {
         t.our_api.outage(Some(status(503)));
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
-        t.bigchat.tells_of(message(2, at, "Hello"));
+        t.bigchat.reports_event(message(2, at, "Hello"));
         let down = (StatusCode::SERVICE_UNAVAILABLE, "OurAPI is down\n".into());
         until("OurAPI is down", async || ask("/readyz").await == down).await;
         t.our_api.outage(None);
@@ -178,8 +178,8 @@ async fn session_needs_cookie_and_key() {
             "{set}"
         );
         let cookie = set.split(';').next().expect("its value").to_owned();
-        let told: Value = answer.json().await.expect("JSON");
-        let key = told["key"].as_str().expect("a key").to_owned();
+        let session: Value = answer.json().await.expect("JSON");
+        let key = session["key"].as_str().expect("a key").to_owned();
         assert!(!cookie.contains(&key), "two secrets");
         let ask = async |cookie: &str, key: &str| {
             let get = client().get(format!("{url}/metrics"));
@@ -425,7 +425,7 @@ async fn console_port_is_taken() {
         t.set("--listen", &address);
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
-        t.bigchat.tells_of(message(2, at, "Hello"));
+        t.bigchat.reports_event(message(2, at, "Hello"));
         let daemon = Process::start(t);
         t.until_events("delivered", 1).await;
         daemon
@@ -471,7 +471,7 @@ async fn outage_of_the_last_session() {
         let (daemon, url) = t.start_listening(Tokens::default());
         let is_ready = async |url: &str| succeeds(&format!("{url}/readyz")).await;
         until("it is ready", async || is_ready(&url).await).await;
-        t.bigchat.tells_of(message(2, t.now(), "Hello"));
+        t.bigchat.reports_event(message(2, t.now(), "Hello"));
         until("it is delivered", async || t.events("delivered") == 1).await;
         daemon.stop().await;
 

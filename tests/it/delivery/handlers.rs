@@ -255,37 +255,41 @@ async fn agent_created_in_spite_of_500() {
 /// A chat whose agent cannot be created has none until a TRANSFER names one.
 #[tokio::test]
 async fn chat_without_agent_until_transfer() {
-    for (refused, asked) in [(true, &ANN[..]), (false, &[])] {
-        run_test(async |t| {
-            t.differs("OurAPI rejects the agent");
-            if refused {
-                let upset = status(422).always();
-                t.our_api.upset("POST /agents*ann@x.test", upset);
-            } else {
-                t.bigchat.forgets_advisor(7);
-            }
-            let daemon = t.start();
-            let chat = json!({"external_id": "42", "started_at": time(0)});
-            let chat = line("POST /chats", chat);
-            let expected = [asked, &[&chat]].concat();
-            assert_eq!(t.delivers([start(42, 0)]).await, expected);
-            t.bigchat.asked();
-            let chat = json!({"external_id": "43", "started_at": time(1)});
-            assert_eq!(
-                t.delivers([start(43, 1)]).await,
-                [line("POST /chats", chat)],
-                "nobody is asked about that advisor again"
-            );
-            assert_eq!(t.bigchat.asked_besides(), ["GET /conversations/43"]);
-            assert_eq!(
-                t.delivers([transfer(42, 60, 8)]).await,
-                [BOB[0], BOB[1], &changed("c1", json!({"agent_id": "a1"}))]
-            );
-            daemon.stop().await;
-            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - -"]);
-        })
-        .await;
-    }
+    side_by_side(
+        [(true, &ANN[..]), (false, &[])],
+        async |(refused, asked)| {
+            run_test(async |t| {
+                t.differs("OurAPI rejects the agent");
+                if refused {
+                    let upset = status(422).always();
+                    t.our_api.upset("POST /agents*ann@x.test", upset);
+                } else {
+                    t.bigchat.forgets_advisor(7);
+                }
+                let daemon = t.start();
+                let chat = json!({"external_id": "42", "started_at": time(0)});
+                let chat = line("POST /chats", chat);
+                let expected = [asked, &[&chat]].concat();
+                assert_eq!(t.delivers([start(42, 0)]).await, expected);
+                t.bigchat.asked();
+                let chat = json!({"external_id": "43", "started_at": time(1)});
+                assert_eq!(
+                    t.delivers([start(43, 1)]).await,
+                    [line("POST /chats", chat)],
+                    "nobody is asked about that advisor again"
+                );
+                assert_eq!(t.bigchat.asked_besides(), ["GET /conversations/43"]);
+                assert_eq!(
+                    t.delivers([transfer(42, 60, 8)]).await,
+                    [BOB[0], BOB[1], &changed("c1", json!({"agent_id": "a1"}))]
+                );
+                daemon.stop().await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - -"]);
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// The chat has no agent then.
@@ -580,23 +584,31 @@ async fn latest_end_and_transfer_count() {
         t.delivers([transfer(42, 20, 7)]).await;
         for (event, expected, why) in [
             (transfer(42, 30, 7), vec![], "who has it already"),
-            (transfer(42, 15, 8), vec![], "an earlier one, later told"),
-            (transfer(42, 30, 8), agent("a1"), "a tie: the later told"),
+            (
+                transfer(42, 15, 8),
+                vec![],
+                "an earlier one, reported later",
+            ),
+            (
+                transfer(42, 30, 8),
+                agent("a1"),
+                "a tie: the one reported later",
+            ),
             (transfer(42, 29, 7), vec![], "a second too early"),
             (transfer(42, 31, 7), agent("a2"), "a second later"),
             (end(42, 100), ended(100), "the first"),
-            (end(42, 99), vec![], "an earlier one, later told"),
+            (end(42, 99), vec![], "an earlier one, reported later"),
             (end(42, 101), ended(101), "a later one"),
         ] {
             assert_eq!(t.delivers([event]).await, expected, "{why}");
         }
         let held = t.count_events("true");
-        t.bigchat.tells([end(42, 101), transfer(42, 31, 7)]);
-        t.bigchat.tells([end(42, 100), transfer(42, 30, 8)]);
+        t.bigchat.reports([end(42, 101), transfer(42, 31, 7)]);
+        t.bigchat.reports([end(42, 100), transfer(42, 30, 8)]);
         assert_eq!(
             t.delivers([message(42, 120, "on")]).await,
             [sent("c1", 120, "on")],
-            "told again: neither"
+            "reported again: neither"
         );
         assert_eq!(t.count_events("true"), held + 1);
         daemon.stop().await;
@@ -665,58 +677,63 @@ async fn messages_credited_to_the_agent() {
 /// Names and addresses reach OurAPI as they are, and an advisor of the same address is the same agent.
 #[tokio::test]
 async fn names_and_addresses_unchanged() {
-    for (name, email, by_email, by_name) in [
-        (
-            "Seán O'Neil",
-            "o'neil+x@x.test",
-            "email=o%27neil%2Bx%40x.test",
-            "name=Se%C3%A1n+O%27Neil",
-        ),
-        (
-            "A & B = C",
-            "a b&c=d@x.test",
-            "email=a+b%26c%3Dd%40x.test",
-            "name=A+%26+B+%3D+C",
-        ),
-    ] {
-        run_test(async |t| {
-            t.bigchat.advisor(7, name, email);
-            t.our_api.has_agent("a1", name, "somebody@x.test");
-            t.bigchat.advisor(8, "Else", email);
-            let daemon = t.start();
-            let creation = |name: &str| line("POST /agents", json!({"name": name, "email": email}));
-            assert_eq!(
-                t.delivers([start(42, 0)]).await,
-                [
-                    format!("GET /agents?{by_email}"),
-                    creation(name),
-                    format!("GET /agents?{by_email}"),
-                    format!("GET /agents?{by_name}"),
-                    creation(&format!("{name} ({email})")),
-                    created(0, "a2"),
-                ]
-            );
-            assert_eq!(
-                t.delivers([transfer(42, 1, 8)]).await,
-                NOTHING,
-                "another advisor of that address is the same agent"
-            );
-            daemon.stop().await;
-
+    side_by_side(
+        [
+            (
+                "Seán O'Neil",
+                "o'neil+x@x.test",
+                "email=o%27neil%2Bx%40x.test",
+                "name=Se%C3%A1n+O%27Neil",
+            ),
+            (
+                "A & B = C",
+                "a b&c=d@x.test",
+                "email=a+b%26c%3Dd%40x.test",
+                "name=A+%26+B+%3D+C",
+            ),
+        ],
+        async |(name, email, by_email, by_name)| {
             run_test(async |t| {
                 t.bigchat.advisor(7, name, email);
-                t.our_api.has_agent("a5", "Somebody", email);
-                t.start();
+                t.our_api.has_agent("a1", name, "somebody@x.test");
+                t.bigchat.advisor(8, "Else", email);
+                let daemon = t.start();
+                let creation =
+                    |name: &str| line("POST /agents", json!({"name": name, "email": email}));
                 assert_eq!(
                     t.delivers([start(42, 0)]).await,
-                    [format!("GET /agents?{by_email}"), created(0, "a5")],
-                    "it is found"
+                    [
+                        format!("GET /agents?{by_email}"),
+                        creation(name),
+                        format!("GET /agents?{by_email}"),
+                        format!("GET /agents?{by_name}"),
+                        creation(&format!("{name} ({email})")),
+                        created(0, "a2"),
+                    ]
                 );
+                assert_eq!(
+                    t.delivers([transfer(42, 1, 8)]).await,
+                    NOTHING,
+                    "another advisor of that address is the same agent"
+                );
+                daemon.stop().await;
+
+                run_test(async |t| {
+                    t.bigchat.advisor(7, name, email);
+                    t.our_api.has_agent("a5", "Somebody", email);
+                    t.start();
+                    assert_eq!(
+                        t.delivers([start(42, 0)]).await,
+                        [format!("GET /agents?{by_email}"), created(0, "a5")],
+                        "it is found"
+                    );
+                })
+                .await;
             })
             .await;
-        })
-        .await;
-    }
+        },
+    )
+    .await;
 }
 
 /// Tokens are sent with every request, and are in no log and no file.
@@ -724,7 +741,7 @@ async fn names_and_addresses_unchanged() {
 async fn tokens_sent_but_never_shown() {
     run_test(async |t| {
         let refused = [message(42, 5, "k"), message(42, 6, "kk")];
-        t.bigchat.tells(refused);
+        t.bigchat.reports(refused);
         t.bigchat.upset("GET /advisors", status(401));
         t.our_api.upset("POST /chats", status(401));
         let mut log = String::new();
@@ -740,8 +757,8 @@ async fn tokens_sent_but_never_shown() {
             assert!(once.status.code().is_some_and(|code| code < 2));
             log += &printed(&once);
         }
-        for told in ["401", "422", "delivered"] {
-            assert!(log.contains(told), "{told}: {log}");
+        for part in ["401", "422", "delivered"] {
+            assert!(log.contains(part), "{part}: {log}");
         }
         assert!(!log.contains("t0ken"), "{log}");
         assert_eq!(t.our_api.messages(), ["kk"]);

@@ -19,12 +19,12 @@ async fn timed_out_request_is_in_flight() {
             let late = overdue(Duration::from_millis(1_200));
             let faults = &t.our_api;
             faults.upset(ADD_MESSAGE, late);
-            let told = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
-            t.bigchat.tells(told);
+            let events = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
+            t.bigchat.reports(events);
             t.start();
             until("it is under way", async || faults.pausing() == 1).await;
             let asked = t.our_api.total();
-            t.bigchat.tells([message(11, now - 4, "are you there?")]);
+            t.bigchat.reports([message(11, now - 4, "are you there?")]);
             until("it is carried out", async || faults.pausing() == 0).await;
             let meanwhile = t.our_api.total() - asked;
             assert_eq!(meanwhile > 0, at_once > 1, "{meanwhile} of {at_once}");
@@ -45,10 +45,10 @@ async fn crash_with_an_overdue_request() {
         faults.upset(ADD_MESSAGE, late(800));
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "one")]);
+        t.bigchat.reports([message(10, now - 5, "one")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
-        t.bigchat.tells([message(10, now - 4, "two")]);
+        t.bigchat.reports([message(10, now - 4, "two")]);
         until("the second is on its way", async || {
             faults.faults_left() == 0
         })
@@ -76,12 +76,12 @@ async fn timed_out_request_across_a_restart() {
         let faults = &t.our_api;
         let late = overdue(Duration::from_millis(3_900));
         faults.upset(ADD_MESSAGE, late);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         let daemon = t.start();
         until("it was given up", async || t.attempts() == 1).await;
         daemon.stop().await;
         let asked = t.our_api.total();
-        t.bigchat.tells([message(11, now - 4, "are you there?")]);
+        t.bigchat.reports([message(11, now - 4, "are you there?")]);
         t.start();
         let mut meanwhile = 0;
         until("it is carried out", async || {
@@ -105,7 +105,7 @@ async fn stop_with_an_overdue_request() {
         let faults = &t.our_api;
         let late = overdue(Duration::from_secs(12));
         faults.upset(ADD_MESSAGE, late);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         let daemon = t.start();
         until("it is under way", async || faults.pausing() == 1).await;
         daemon.stop().await;

@@ -14,7 +14,7 @@ async fn chat_lost_among_its_messages() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let six = (0..6).map(|n| message(10, now - 5, &format!("number {n}")));
-        t.bigchat.tells(six);
+        t.bigchat.reports(six);
         t.start();
         until("three of six", async || t.our_api.message_count() >= 3).await;
         t.our_api.loses_everything();
@@ -30,17 +30,17 @@ async fn messages_lost_without_their_chat() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
-        let told = vec![
+        let events = vec![
             message(10, now - 5, "hello"),
             message(10, now - 5, "hello"),
             message(11, now - 5, "good morning"),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.start();
         t.until_events("delivered", 3).await;
         t.our_api.loses_message("10");
         t.our_api.loses_chat("11");
-        t.bigchat.tells([message(11, now - 4, "are you there?")]);
+        t.bigchat.reports([message(11, now - 4, "are you there?")]);
     })
     .await;
 }
@@ -53,18 +53,18 @@ async fn rebuild_fails_at_first() {
         for id in [10, 11, 12] {
             t.bigchat.open(id, now - 100, id - 9);
         }
-        let told = vec![
+        let events = vec![
             end(10, now - 5),
             end(12, now - 5),
             message(11, now - 5, "hello"),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.start();
         t.until_events("delivered", 3).await;
         t.our_api.loses_everything();
         // The first try to create each of them fails.
         t.our_api.upset("POST /chats", crashed().times(3));
-        t.bigchat.tells([message(11, now - 3, "hello again")]);
+        t.bigchat.reports([message(11, now - 3, "hello again")]);
     })
     .await;
 }
@@ -75,20 +75,20 @@ async fn chat_delivered_by_another_journal() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![
+        let events = vec![
             message(10, now - 9, "hello"),
             transfer(10, now - 8, 7),
             end(10, now - 6),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.once().await;
         // That database is lost; with another one an earlier END comes, and a message.
         let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
-        let told = vec![end(10, now - 7), message(10, now - 5, "hello again")];
-        t.bigchat.tells(told);
+        let events = vec![end(10, now - 7), message(10, now - 5, "hello again")];
+        t.bigchat.reports(events);
         let daemon = other.start();
         other.until_events("delivered", 2).await;
-        t.bigchat.tells([end(10, now - 7), end(10, now - 8)]);
+        t.bigchat.reports([end(10, now - 7), end(10, now - 8)]);
         other.until_events("delivered", 3).await;
         t.agrees().await;
         daemon.stop().await;
@@ -106,13 +106,13 @@ async fn false_loss_duplicates_nothing() {
         t.until_cursor_passes(started).await;
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         let faults = &t.our_api;
         faults.upset(ADD_MESSAGE, status(404));
         faults.upset("GET /chats", status(200).body("[]"));
-        t.bigchat.tells([message(10, now, "three")]);
+        t.bigchat.reports([message(10, now, "three")]);
         t.until_events("delivered", 3).await;
         t.agrees().await;
         daemon.stop().await;
@@ -130,12 +130,12 @@ async fn loss_without_rebuild() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
-        let told = vec![message(10, now - 5, "ten"), message(11, now - 5, "eleven")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "ten"), message(11, now - 5, "eleven")];
+        t.bigchat.reports(events);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
         t.our_api.loses_everything();
-        t.bigchat.tells([message(10, now - 4, "ten again")]);
+        t.bigchat.reports([message(10, now - 4, "ten again")]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
         assert_eq!(t.our_api.messages(), ["ten again"]);
@@ -150,11 +150,11 @@ async fn html_is_no_success() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         t.start();
         t.until_events("delivered", 1).await;
         t.our_api.upset("*", html().times(2));
-        t.bigchat.tells([end(10, now - 4)]);
+        t.bigchat.reports([end(10, now - 4)]);
         t.until_events("delivered", 2).await;
     })
     .await;
@@ -170,11 +170,11 @@ async fn lost_agent_delays_no_message() {
         t.set("--rebuild", "false").set("--message-author", "agent");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "one")]);
+        t.bigchat.reports([message(10, now - 5, "one")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         t.our_api.loses_agents();
-        t.bigchat.tells([message(10, now - 4, "two")]);
+        t.bigchat.reports([message(10, now - 4, "two")]);
         t.until_events("delivered", 2).await;
         daemon.stop().await;
         let [agent] = &t.our_api.data().agents[..] else {
@@ -200,7 +200,7 @@ async fn chats_that_cannot_be_rebuilt() {
         // Ann cannot be created any more, Bob can.
         let ann = r#"POST /agents {"email":"ann@x.test""#;
         t.our_api.upset(ann, status(500).always());
-        t.bigchat.tells([message(44, 20, "more news")]);
+        t.bigchat.reports([message(44, 20, "more news")]);
         until("what is not Ann's is built again", async || {
             t.our_api.messages().iter().any(|text| text == "lost")
         })

@@ -12,17 +12,17 @@ async fn change_fails_behind_older_message() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
-        let told = vec![message(10, now - 5, "hello"), message(11, now - 5, "hello")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "hello"), message(11, now - 5, "hello")];
+        t.bigchat.reports(events);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
         t.our_api.upset("PATCH *", crashed().always());
-        let told = vec![message(10, now - 4, "before the end"), end(10, now - 4)];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 4, "before the end"), end(10, now - 4)];
+        t.bigchat.reports(events);
         let mut others = 0;
         until("the change fails", async || {
-            let told = vec![message(11, now - 3, &format!("meanwhile {others}"))];
-            t.bigchat.tells(told);
+            let events = vec![message(11, now - 3, &format!("meanwhile {others}"))];
+            t.bigchat.reports(events);
             others += 1;
             t.events("failed") == 1
         })
@@ -58,8 +58,8 @@ async fn event_waiting_for_bigchat_backs_off() {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.upset("GET /advisors/{id}", crashed().always());
-        let told = vec![message(10, now - 5, "hello"), transfer(10, now - 4, 7)];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "hello"), transfer(10, now - 4, 7)];
+        t.bigchat.reports(events);
         let daemon = t.start();
         until("it is tried", async || t.attempts() > 0).await;
         let polls = t.bigchat.count("GET /events");
@@ -88,11 +88,11 @@ async fn never_failed_is_probed_first() {
         t.delivers(started.collect::<Vec<_>>()).await;
         let refused = "POST /chats/*/messages*poison";
         t.our_api.upset(refused, status(500).always());
-        let told = poisoned.map(|id| message(id, 4, "poison"));
-        t.bigchat.tells(told.collect::<Vec<_>>());
+        let events = poisoned.map(|id| message(id, 4, "poison"));
+        t.bigchat.reports(events.collect::<Vec<_>>());
         // Each of them is due again by the time that it could be its turn: OurAPI counts as down.
         until("each has failed", async || t.our_api.count(refused) >= 40).await;
-        t.bigchat.tells([message(43, 5, "well")]);
+        t.bigchat.reports([message(43, 5, "well")]);
         until("it is kept", async || {
             t.events("waiting") == 21 || !t.our_api.messages().is_empty()
         })

@@ -18,7 +18,7 @@ async fn delivered(t: &Test) {
     for id in [10, 11, 12] {
         t.bigchat.open(id, now - 100, id - 9);
     }
-    let told = vec![
+    let events = vec![
         message(10, now - 5, "hello"),
         message(10, now - 5, "hello"),
         message(10, now - 4, "who is there?"),
@@ -26,7 +26,7 @@ async fn delivered(t: &Test) {
         message(11, now - 3, "goodbye"),
         end(12, now - 2),
     ];
-    t.bigchat.tells(told);
+    t.bigchat.reports(events);
     t.once().await;
     t.until_events("delivered", 6).await;
 }

@@ -41,7 +41,7 @@ use tracing::subscriber::DefaultGuard;
 use self::services::{BigChat, NOW, OurApi, Tampered, tampering};
 
 /// How long anything may take before the test fails. Long, since the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` is true.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
@@ -265,7 +265,7 @@ impl Test {
         };
         let count = before + i64::try_from(events.len()).expect("few");
         self.our_api.asked();
-        self.bigchat.tells(events);
+        self.bigchat.reports(events);
         self.until_events("delivered", count).await;
         self.our_api.asked()
     }

@@ -115,14 +115,14 @@ impl Deref for BigChat {
 
 impl BigChat {
     /// Responds to the next request for events with this page; the following ones get the following pages.
-    pub(crate) fn tells(&self, page: impl Into<Page>) {
+    pub(crate) fn reports(&self, page: impl Into<Page>) {
         // An iterator may ask this service for something.
         let page = page.into();
         self.state().push_page(page);
     }
 
     /// Reports this event on its next page.
-    pub(crate) fn tells_of(&self, event: Value) {
+    pub(crate) fn reports_event(&self, event: Value) {
         self.state().push(event);
     }
 

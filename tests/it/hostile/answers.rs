@@ -50,8 +50,8 @@ async fn success_with_another_body() {
             run_live_test(async |t| {
                 let now = t.now();
                 t.bigchat.open(10, now - 100, 1);
-                let told = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
-                t.bigchat.tells(told);
+                let events = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
+                t.bigchat.reports(events);
                 // A request that was carried out must not be sent again, and one that was not must be.
                 let told_once = route.ends_with("events");
                 let json = body.trim_start_matches('\u{feff}');
@@ -69,12 +69,12 @@ async fn success_with_another_body() {
                 let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
                 let daemon = t.start();
                 t.until_events("delivered", 2).await;
-                let told = vec![
+                let events = vec![
                     message(10, now - 8, "two"),
                     transfer(10, now - 7, 7),
                     end(10, now - 6),
                 ];
-                t.bigchat.tells(told);
+                t.bigchat.reports(events);
                 t.until_events("delivered", 5).await;
                 t.agrees().await;
                 daemon.stop().await;
@@ -172,7 +172,7 @@ async fn event_with_any_value() {
     let body = format!(r#"{{"events":[{first},{},{last}]}}"#, events.join(","));
     run_test(async |t| {
         t.differs("the comparison knows nothing of such events");
-        t.bigchat.tells(raw(&body));
+        t.bigchat.reports(raw(&body));
         t.once().await;
         let before = t.count_events("true");
         assert!(before > 200, "{before}");
@@ -191,7 +191,7 @@ async fn event_with_any_value() {
         );
         assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
         // What is reported again is known, understood or not.
-        t.bigchat.tells(raw(&body));
+        t.bigchat.reports(raw(&body));
         t.once().await;
         assert_eq!(t.count_events("true"), before);
         assert_eq!(t.our_api.messages(), texts);
@@ -241,7 +241,7 @@ async fn page_with_odd_headers() {
                 let name = header.split(':').next().expect("a name").to_owned();
                 t.tamper_pages(1, move |answer| with_header(&answer, &name, &header))
                     .await;
-                t.bigchat.tells([message(42, 1, "one")]);
+                t.bigchat.reports([message(42, 1, "one")]);
                 t.once().await;
                 t.once().await;
                 assert_eq!(t.our_api.messages(), ["one"], "{case}");
@@ -258,33 +258,37 @@ async fn page_with_odd_headers() {
 /// Such a response is no page.
 #[tokio::test]
 async fn content_length_is_wrong() {
-    for length in [
-        "1",
-        "1000000",
-        "-1",
-        "99999999999999999999999",
-        "many",
-        "7\r\ncontent-length: 9",
-    ] {
-        run_test(async |t| {
-            let header = format!("content-length: {length}");
-            t.tamper_pages(1, move |answer| {
-                with_header(&answer, "content-length", &header)
+    side_by_side(
+        [
+            "1",
+            "1000000",
+            "-1",
+            "99999999999999999999999",
+            "many",
+            "7\r\ncontent-length: 9",
+        ],
+        async |length| {
+            run_test(async |t| {
+                let header = format!("content-length: {length}");
+                t.tamper_pages(1, move |answer| {
+                    with_header(&answer, "content-length", &header)
+                })
+                .await;
+                t.once().await;
+                t.bigchat.reports([message(42, 1, "one")]);
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{length}");
+                let queries = t.bigchat.queries();
+                assert_eq!(
+                    queries[..2],
+                    [window(NOW - 10, NOW), window(NOW - 10, NOW)],
+                    "{length}"
+                );
             })
             .await;
-            t.once().await;
-            t.bigchat.tells([message(42, 1, "one")]);
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one"], "{length}");
-            let queries = t.bigchat.queries();
-            assert_eq!(
-                queries[..2],
-                [window(NOW - 10, NOW), window(NOW - 10, NOW)],
-                "{length}"
-            );
-        })
-        .await;
-    }
+        },
+    )
+    .await;
 }
 
 /// No more of it is read than the size limit.
@@ -304,7 +308,7 @@ async fn response_without_end() {
             t.bigchat.count("GET /events") > 3
         })
         .await;
-        t.bigchat.tells([start(42, 0), message(42, 1, "one")]);
+        t.bigchat.reports([start(42, 0), message(42, 1, "one")]);
         t.until_events("delivered", 2).await;
         assert!(
             daemon.lines_with("larger than 32 MiB") > 0,
@@ -347,7 +351,7 @@ async fn response_that_trickles() {
         .await;
         t.start();
         until("the next poll", async || t.bigchat.count("GET /events") > 1).await;
-        t.bigchat.tells([message(42, 1, "one")]);
+        t.bigchat.reports([message(42, 1, "one")]);
         t.until_events("delivered", 1).await;
     })
     .await;
@@ -369,11 +373,11 @@ async fn chat_of_a_million_messages() {
             .upset(messages, status(200).body(&million).always());
         let daemon = Process::start(t);
         t.bigchat
-            .tells([message(42, 5, "hello"), message(43, 6, "other")]);
+            .reports([message(42, 5, "hello"), message(43, 6, "other")]);
         let mut n = 0;
         until("it is given up", async || {
             n += 1;
-            t.bigchat.tells([message(43, 7, &format!("number {n}"))]);
+            t.bigchat.reports([message(43, 7, &format!("number {n}"))]);
             t.events("failed") == 1
         })
         .await;
@@ -414,13 +418,13 @@ async fn page_of_a_million_events() {
     run_test(async |t| {
         t.fails(1);
         let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
-        t.bigchat.tells(raw(&body));
+        t.bigchat.reports(raw(&body));
         let daemon = Process::start(t);
         until("it is kept", async || {
             t.is_ready() && t.events("failed") == 1
         })
         .await;
-        t.bigchat.tells([message(42, 1, "one")]);
+        t.bigchat.reports([message(42, 1, "one")]);
         t.until_events("delivered", 1).await;
         let peak = daemon.mebibytes("VmHWM");
         assert!(peak < MEMORY / 4, "{peak} MiB");
@@ -432,22 +436,26 @@ async fn page_of_a_million_events() {
 /// It completes the poll.
 #[tokio::test]
 async fn next_page_cannot_be_requested() {
-    for next in [
-        format!("?page={}", "2".repeat(100_000)),
-        "\u{0}".into(),
-        "?".into(),
-        "http://[/?".into(),
-    ] {
-        run_test(async |t| {
-            t.bigchat.tells(page([message(42, 1, "one")], &*next));
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one"]);
-            t.once().await;
-            let queries = t.bigchat.queries();
-            assert_eq!(queries, [window(NOW - 10, NOW), window(NOW - 5, NOW)]);
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            format!("?page={}", "2".repeat(100_000)),
+            "\u{0}".into(),
+            "?".into(),
+            "http://[/?".into(),
+        ],
+        async |next| {
+            run_test(async |t| {
+                t.bigchat.reports(page([message(42, 1, "one")], &*next));
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"]);
+                t.once().await;
+                let queries = t.bigchat.queries();
+                assert_eq!(queries, [window(NOW - 10, NOW), window(NOW - 5, NOW)]);
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// No request can carry it: the chat has no agent.
@@ -518,15 +526,15 @@ async fn redirects_to_another_host() {
             t.bigchat.upset(route, upset.clone());
             t.our_api.upset(route, upset);
         }
-        t.bigchat.tells(page(
+        t.bigchat.reports(page(
             [start(42, 0), message(42, 1, "one")],
             format!("{elsewhere}/events?page=2"),
         ));
-        t.bigchat.tells(page(
+        t.bigchat.reports(page(
             [message(42, 2, "two")],
             format!("//{address}/events?page=3"),
         ));
-        t.bigchat.tells(Page::from([end(42, 9)]));
+        t.bigchat.reports(Page::from([end(42, 9)]));
         let mut program = t.program("run");
         for variable in [
             "HTTP_PROXY",
@@ -553,13 +561,13 @@ async fn redirects_to_another_host() {
 /// It delays no message of its conversation.
 #[tokio::test]
 async fn details_with_an_odd_event() {
-    for odd in [
+    side_by_side([
         r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805.5, "data": {"message": "?"}}"#,
         r#"{"conversation_id": 42, "event_name": "MESSAGE", "event_at": 1795384805, "data": {"message": "\ud800"}}"#,
         r#"{"conversation_id": 42, "event_name": "NOTE", "event_at": null}"#,
         r#"["START"]"#,
         r#"["START", 5]"#,
-    ] {
+    ], async |odd| {
         run_test(async |t| {
             let start = start(42, 0);
             let details = format!(
@@ -574,5 +582,6 @@ async fn details_with_an_odd_event() {
             assert_eq!(t.our_api.messages(), ["hello"]);
         })
         .await;
-    }
+    })
+    .await;
 }

@@ -76,7 +76,7 @@ async fn success_without_its_body() {
             (1, vec![message(10, now - 5, "one")]),
             (3, vec![message(10, now - 5, "two"), end(10, now)]),
         ] {
-            t.bigchat.tells(events);
+            t.bigchat.reports(events);
             until("it is told", async || t.bigchat.reported().len() == told).await;
             t.agrees().await;
         }
@@ -98,10 +98,10 @@ async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     faults.upset("GET /events", paused());
     until("a poll is under way", async || faults.pausing() == 1).await;
     let locked = (!stored).then(|| t.lock_database());
-    t.bigchat.tells([message(10, now - 5, "in hand")]);
+    t.bigchat.reports([message(10, now - 5, "in hand")]);
     faults.resume();
     until("it is told", async || {
-        t.bigchat.reported().iter().any(|told| !told.lost)
+        t.bigchat.reported().iter().any(|events| !events.lost)
     })
     .await;
     if stored {

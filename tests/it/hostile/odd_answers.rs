@@ -37,66 +37,76 @@ async fn odd_value_costs_its_event() {
             r#"{{"conversation_id":{id},"event_name":"MESSAGE","event_at":{at},"data":{data}}}"#
         )
     };
-    for bad in [
-        odd("NaN", r#"{"message":"bad"}"#),
-        odd("42", "NaN"),
-        odd("42", r#"{"message":NaN}"#),
-        odd("42", r#"{"message":"bad\q"}"#),
-        odd("42", "{\"message\":\"a\tb\"}"),
-        odd("42", r#"{"message":'bad'}"#),
-        "NaN".to_owned(),
-        "undefined".to_owned(),
-        "1e400".to_owned(),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            let body = format!(
-                r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
-                message_json("one"),
-                message_json("two")
-            );
-            t.bigchat.tells(raw(&body));
-            t.bigchat.tells([message(42, 6, "three")]);
-            t.once().await;
-            assert_eq!(
-                t.our_api.sorted_messages(),
-                ["one", "three", "two"],
-                "{bad}"
-            );
-            assert_eq!(dead_letters(t), [bad]);
-            assert_eq!(t.cursor(), Some(NOW));
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            odd("NaN", r#"{"message":"bad"}"#),
+            odd("42", "NaN"),
+            odd("42", r#"{"message":NaN}"#),
+            odd("42", r#"{"message":"bad\q"}"#),
+            odd("42", "{\"message\":\"a\tb\"}"),
+            odd("42", r#"{"message":'bad'}"#),
+            "NaN".to_owned(),
+            "undefined".to_owned(),
+            "1e400".to_owned(),
+        ],
+        async |bad| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                let body = format!(
+                    r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
+                    message_json("one"),
+                    message_json("two")
+                );
+                t.bigchat.reports(raw(&body));
+                t.bigchat.reports([message(42, 6, "three")]);
+                t.once().await;
+                assert_eq!(
+                    t.our_api.sorted_messages(),
+                    ["one", "three", "two"],
+                    "{bad}"
+                );
+                assert_eq!(dead_letters(t), [bad]);
+                assert_eq!(t.cursor(), Some(NOW));
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// It costs no message.
 #[tokio::test]
 async fn odd_value_in_unused_field() {
     let at = unix(5);
-    for odd in [
-        "NaN",
-        "-Infinity",
-        "1e400",
-        r#""\ud800""#,
-        "\"a\tb\"",
-        &format!("{}{}", "[".repeat(300), "]".repeat(300)),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            let event = format!(
-                r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE",
+    side_by_side(
+        [
+            "NaN",
+            "-Infinity",
+            "1e400",
+            r#""\ud800""#,
+            "\"a\tb\"",
+            &format!("{}{}", "[".repeat(300), "]".repeat(300)),
+        ],
+        async |odd| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                let event = format!(
+                    r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE",
                 "event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
-            );
-            t.bigchat.tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-            t.bigchat.tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-            t.once().await;
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one"], "{odd}");
-            assert_eq!(t.events("failed"), 0, "{odd}");
-        })
-        .await;
-    }
+                );
+                t.bigchat
+                    .reports(raw(&format!(r#"{{"events":[{event}]}}"#)));
+                t.bigchat
+                    .reports(raw(&format!(r#"{{"events":[{event}]}}"#)));
+                t.once().await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{odd}");
+                assert_eq!(t.events("failed"), 0, "{odd}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -104,31 +114,35 @@ async fn text_decoded_as_declared() {
     let page = format!(r#"{{"events":[{}]}}"#, message_json("Grüße"));
     let latin: Vec<u8> = page.chars().map(|c| c as u8).collect();
     let utf16: Vec<u8> = page.encode_utf16().flat_map(u16::to_le_bytes).collect();
-    for (headers, body) in [
-        ("", [b"\xef\xbb\xbf", page.as_bytes()].concat()),
-        (
-            "content-type: application/json; charset=ISO-8859-1\r\n",
-            latin.clone(),
-        ),
-        (
-            "content-type: application/json; charset=\"Windows-1252\"\r\n",
-            latin,
-        ),
-        ("", [b"\xff\xfe", &*utf16].concat()),
-        ("content-type: text/plain; charset=utf-16le\r\n", utf16),
-        (
-            "content-type: application/json; charset=nonsense\r\n",
-            page.clone().into_bytes(),
-        ),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            answering(t, headers, body).await;
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("", [b"\xef\xbb\xbf", page.as_bytes()].concat()),
+            (
+                "content-type: application/json; charset=ISO-8859-1\r\n",
+                latin.clone(),
+            ),
+            (
+                "content-type: application/json; charset=\"Windows-1252\"\r\n",
+                latin,
+            ),
+            ("", [b"\xff\xfe", &*utf16].concat()),
+            ("content-type: text/plain; charset=utf-16le\r\n", utf16),
+            (
+                "content-type: application/json; charset=nonsense\r\n",
+                page.clone().into_bytes(),
+            ),
+        ],
+        async |(headers, body)| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                answering(t, headers, body).await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// They become a dead letter, and are never stored changed.
@@ -177,21 +191,25 @@ async fn compressed_body_is_read() {
     let mut zlib = ZlibEncoder::new(Vec::new(), Compression::fast());
     zlib.write_all(&page).expect("bytes");
     let zlib = zlib.finish().expect("bytes");
-    for (headers, body) in [
-        ("content-encoding: gzip\r\n", &gzip),
-        ("", &gzip),
-        ("content-encoding: deflate\r\n", &zlib),
-        ("content-encoding: gzip\r\n", &page),
-        ("content-encoding: br\r\n", &page),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            answering(t, headers, body.clone()).await;
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one"], "{headers}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("content-encoding: gzip\r\n", &gzip),
+            ("", &gzip),
+            ("content-encoding: deflate\r\n", &zlib),
+            ("content-encoding: gzip\r\n", &page),
+            ("content-encoding: br\r\n", &page),
+        ],
+        async |(headers, body)| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                answering(t, headers, body.clone()).await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{headers}");
+            })
+            .await;
+        },
+    )
+    .await;
     // What expands without measure is read no further.
     let mut bomb = GzEncoder::new(Vec::new(), Compression::fast());
     for _ in 0..64 {
@@ -201,7 +219,7 @@ async fn compressed_body_is_read() {
     run_test(async |t| {
         answering(t, "content-encoding: gzip\r\n", bomb).await;
         t.once().await;
-        t.bigchat.tells([message(42, 1, "two")]);
+        t.bigchat.reports([message(42, 1, "two")]);
         t.once().await;
         let first = window(NOW - 10, NOW);
         assert_eq!(t.bigchat.queries(), [&*first, &first]);
@@ -256,7 +274,7 @@ async fn page_without_events() {
             // A quiet hour in a backlog.
             run_test(async |t| {
                 t.set("--since", &time(-7200));
-                t.bigchat.tells([message(42, 1, "one")]);
+                t.bigchat.reports([message(42, 1, "one")]);
                 t.bigchat.upset("GET /events?start_at=2026-11-22T21", upset);
                 t.once().await;
                 t.once().await;
@@ -274,49 +292,57 @@ async fn page_without_events() {
 /// It does not end the poll.
 #[tokio::test]
 async fn empty_page_among_others() {
-    for empty in [
-        json!({"events": [], "nextPageUrl": "?page=3"}),
-        json!({"events": null, "nextPageUrl": "?page=3"}),
-        json!({"nextPageUrl": "?page=3"}),
-    ] {
-        run_test(async |t| {
-            t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
-            t.bigchat.tells(raw(&empty.to_string()));
-            t.bigchat.tells([message(42, 2, "two")]);
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            json!({"events": [], "nextPageUrl": "?page=3"}),
+            json!({"events": null, "nextPageUrl": "?page=3"}),
+            json!({"nextPageUrl": "?page=3"}),
+        ],
+        async |empty| {
+            run_test(async |t| {
+                t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
+                t.bigchat.reports(raw(&empty.to_string()));
+                t.bigchat.reports([message(42, 2, "two")]);
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// It is followed where it can only mean one thing.
 #[tokio::test]
 async fn sloppy_next_page_url() {
-    for (next, asked) in [
-        ("page=2", "page=2"),
-        (" /events?page=2\n", "page=2"),
-        ("/events?limit=9&amp;page=2", "limit=9&page=2"),
-        ("events?cursor=a b|\"c\"", "cursor=a%20b|%22c%22"),
-        ("?cursor=ü", "cursor=%C3%BC"),
-        (
-            "?start_at=2026-11-22T22:00:00+00:00&page=2",
-            "start_at=2026-11-22T22:00:00%2B00:00&page=2",
-        ),
-    ] {
-        run_test(async |t| {
-            t.bigchat.tells(page([message(42, 1, "one")], next));
-            t.bigchat.tells([message(42, 2, "two")]);
-            t.once().await;
-            assert_eq!(
-                t.bigchat.queries(),
-                [&window(NOW - 10, NOW), asked],
-                "{next}"
-            );
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("page=2", "page=2"),
+            (" /events?page=2\n", "page=2"),
+            ("/events?limit=9&amp;page=2", "limit=9&page=2"),
+            ("events?cursor=a b|\"c\"", "cursor=a%20b|%22c%22"),
+            ("?cursor=ü", "cursor=%C3%BC"),
+            (
+                "?start_at=2026-11-22T22:00:00+00:00&page=2",
+                "start_at=2026-11-22T22:00:00%2B00:00&page=2",
+            ),
+        ],
+        async |(next, asked)| {
+            run_test(async |t| {
+                t.bigchat.reports(page([message(42, 1, "one")], next));
+                t.bigchat.reports([message(42, 2, "two")]);
+                t.once().await;
+                assert_eq!(
+                    t.bigchat.queries(),
+                    [&window(NOW - 10, NOW), asked],
+                    "{next}"
+                );
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// The same page in another spelling is not requested again.
@@ -324,26 +350,30 @@ async fn sloppy_next_page_url() {
 async fn next_page_is_same_page() {
     let first = window(NOW - 10, NOW);
     let (start, end) = first.split_once('&').expect("two parameters");
-    for next in [
-        format!("?{end}&{start}"),
-        format!("?{}", first.replace("%3A", ":")),
-        format!("?{}", first.replace("%3A", "%3a")),
-        format!("?{}", first.replace('Z', "%2B00:00")),
-        format!("?{}", first.replace('Z', "+00:00")),
-        format!("?{}", first.replace('Z', ".000Z")),
-        format!("?&{start}&amp;{end}"),
-    ] {
-        run_test(async |t| {
-            for _ in 0..3 {
-                t.bigchat
-                    .tells(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
-            }
-            t.once().await;
-            assert_eq!(t.bigchat.queries(), [&*first], "{next}");
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            format!("?{end}&{start}"),
+            format!("?{}", first.replace("%3A", ":")),
+            format!("?{}", first.replace("%3A", "%3a")),
+            format!("?{}", first.replace('Z', "%2B00:00")),
+            format!("?{}", first.replace('Z', "+00:00")),
+            format!("?{}", first.replace('Z', ".000Z")),
+            format!("?&{start}&amp;{end}"),
+        ],
+        async |next| {
+            run_test(async |t| {
+                for _ in 0..3 {
+                    t.bigchat
+                        .reports(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
+                }
+                t.once().await;
+                assert_eq!(t.bigchat.queries(), [&*first], "{next}");
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// A scene whose answers to questions for events carry one more header.
@@ -358,24 +388,28 @@ async fn with_one_more(t: &Test, header: &'static str) {
 /// The `age` header says how old the `date` is.
 #[tokio::test]
 async fn date_of_a_cached_response() {
-    for (header, age) in [
-        ("age: 60", 60),
-        ("Age:  30 ", 30),
-        ("age: 0", 0),
-        ("age: soon", 0),
-        ("age: -5", 0),
-    ] {
-        run_test(async |t| {
-            with_one_more(t, header).await;
-            t.once().await;
-            assert_eq!(
-                t.bigchat.queries(),
-                [window(NOW + age - 10, NOW + age)],
-                "{header}"
-            );
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("age: 60", 60),
+            ("Age:  30 ", 30),
+            ("age: 0", 0),
+            ("age: soon", 0),
+            ("age: -5", 0),
+        ],
+        async |(header, age)| {
+            run_test(async |t| {
+                with_one_more(t, header).await;
+                t.once().await;
+                assert_eq!(
+                    t.bigchat.queries(),
+                    [window(NOW + age - 10, NOW + age)],
+                    "{header}"
+                );
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// The status shows a cursor that does not move while polls complete.
@@ -390,6 +424,7 @@ async fn cursor_does_not_move() {
             whats.any(|what| what.contains("stood still"))
         };
         assert!(!shown());
+        // Two minutes are too long to wait for.
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
         for what in ["at first", "after another poll"] {
             assert!(shown(), "{what}");
@@ -425,7 +460,7 @@ async fn wrong_date_for_some_polls() {
             t.until_cursor(NOW).await;
             t.bigchat.clock(NOW + off);
             t.bigchat.further_polls(5).await;
-            t.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
+            t.bigchat.reports([message(42, NOW + 5, "meanwhile")]);
             t.bigchat.clock(NOW + 10);
             t.until_cursor(NOW + 10).await;
             t.until_events("delivered", 1).await;
@@ -469,7 +504,7 @@ async fn refusing(t: &Test, code: u16, starts: &[&str]) {
         t.bigchat.upset(&pattern, status(code).always());
     }
     for text in ["one", "two", "three"] {
-        t.bigchat.tells([message(42, 5, text)]);
+        t.bigchat.reports([message(42, 5, text)]);
     }
 }
 
@@ -522,23 +557,27 @@ async fn window_is_too_old() {
 /// A rejection that is not about the age of the window is no gap.
 #[tokio::test]
 async fn rejection_that_is_no_gap() {
-    for (case, upset, cursor) in [
-        ("of everything", status(400).always(), -7195),
-        ("now and then", status(410), NOW),
-        ("once", status(422), NOW),
-    ] {
-        run_test(async |t| {
-            refusing(t, 400, &[]).await;
-            t.bigchat.upset("GET /events", upset);
-            t.once().await;
-            t.once().await;
-            t.once().await;
-            let (status, _) = t.status();
-            assert_eq!(status["gaps"], json!([]), "{case}");
-            assert_eq!(t.cursor(), Some(cursor), "{case}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("of everything", status(400).always(), -7195),
+            ("now and then", status(410), NOW),
+            ("once", status(422), NOW),
+        ],
+        async |(case, upset, cursor)| {
+            run_test(async |t| {
+                refusing(t, 400, &[]).await;
+                t.bigchat.upset("GET /events", upset);
+                t.once().await;
+                t.once().await;
+                t.once().await;
+                let (status, _) = t.status();
+                assert_eq!(status["gaps"], json!([]), "{case}");
+                assert_eq!(t.cursor(), Some(cursor), "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// Kinds of `--ignore-events` are dropped, and a page budget of them hides no event after them.
@@ -549,10 +588,10 @@ async fn ignored_kinds_hide_nothing() {
         t.differs("a kind of event is ignored");
         t.set("--ignore-events", "TYPING, END");
         for n in 1..=200 {
-            let told = [odd(n), odd(n), end(42, n)];
-            t.bigchat.tells(page(told, format!("?page={}", n + 1)));
+            let events = [odd(n), odd(n), end(42, n)];
+            t.bigchat.reports(page(events, format!("?page={}", n + 1)));
         }
-        t.bigchat.tells([
+        t.bigchat.reports([
             odd(1),
             message(42, 5, "one"),
             json!({"event_name": "typing"}),
@@ -575,10 +614,11 @@ async fn page_budget_of_unreadable_events() {
         let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
         for last in ["", "one"] {
             for n in 1..=200 {
-                t.bigchat.tells(page([odd(n)], format!("?page={}", n + 1)));
+                t.bigchat
+                    .reports(page([odd(n)], format!("?page={}", n + 1)));
             }
             let last = (!last.is_empty()).then(|| message(42, 5, last));
-            t.bigchat.tells(Page::from(last));
+            t.bigchat.reports(Page::from(last));
             t.once().await;
             t.once().await;
         }
@@ -592,44 +632,48 @@ async fn page_budget_of_unreadable_events() {
 #[tokio::test]
 async fn dead_letter_readable_after_upgrade() {
     let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
-    for (event, expected) in [
-        (message(42, 5, "twin"), 2),
-        (transfer(42, 5, 8), 1),
-        (end(42, 5), 1),
-    ] {
-        run_test(async |t| {
-            t.differs("the journal is changed by hand");
-            t.bigchat.tells(raw(&format!(
-                r#"{{"events":[{unknown},{unknown},{}]}}"#,
-                message(42, 1, "first")
-            )));
-            t.once().await;
-            assert_eq!(t.events("failed"), 1);
-            let retry = || t.failed_command(&["retry", "--all"]).ok();
-            retry();
-            assert_eq!(t.events("failed"), 1, "it is not understood yet");
-            // BigChat restarts: the id means another conversation by then.
-            t.bigchat.restarts(42, NOW - 1);
-            t.bigchat.tells([message(42, NOW, "of after")]);
-            t.once().await;
-            // As if this were a version that understands it.
-            let known = event.to_string().replace('\'', "''");
-            t.execute(&format!(
-                "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
-            ));
-            retry();
-            assert_eq!(t.events("failed"), 0, "{event}");
-            t.once().await;
-            let kind = event["event_name"].as_str().expect("a name");
-            let ingested = format!(
-                "state = 'delivered' AND kind = '{kind}' AND event_at = {}
+    side_by_side(
+        [
+            (message(42, 5, "twin"), 2),
+            (transfer(42, 5, 8), 1),
+            (end(42, 5), 1),
+        ],
+        async |(event, expected)| {
+            run_test(async |t| {
+                t.differs("the journal is changed by hand");
+                t.bigchat.reports(raw(&format!(
+                    r#"{{"events":[{unknown},{unknown},{}]}}"#,
+                    message(42, 1, "first")
+                )));
+                t.once().await;
+                assert_eq!(t.events("failed"), 1);
+                let retry = || t.failed_command(&["retry", "--all"]).ok();
+                retry();
+                assert_eq!(t.events("failed"), 1, "it is not understood yet");
+                // BigChat restarts: the id means another conversation by then.
+                t.bigchat.restarts(42, NOW - 1);
+                t.bigchat.reports([message(42, NOW, "of after")]);
+                t.once().await;
+                // As if this were a version that understands it.
+                let known = event.to_string().replace('\'', "''");
+                t.execute(&format!(
+                    "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
+                ));
+                retry();
+                assert_eq!(t.events("failed"), 0, "{event}");
+                t.once().await;
+                let kind = event["event_name"].as_str().expect("a name");
+                let ingested = format!(
+                    "state = 'delivered' AND kind = '{kind}' AND event_at = {}
                  AND conversation = (SELECT conversation FROM event_states WHERE event_at = {})",
-                unix(5),
-                unix(1)
-            );
-            assert_eq!(t.count_events(&ingested), expected, "{event}");
-            assert_eq!(t.resolutions().len(), 1, "{event}");
-        })
-        .await;
-    }
+                    unix(5),
+                    unix(1)
+                );
+                assert_eq!(t.count_events(&ingested), expected, "{event}");
+                assert_eq!(t.resolutions().len(), 1, "{event}");
+            })
+            .await;
+        },
+    )
+    .await;
 }

@@ -96,19 +96,23 @@ async fn agent_name_in_another_case() {
 /// It is used as OurAPI has it.
 #[tokio::test]
 async fn agent_stored_in_another_spelling() {
-    for spelled in ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"] {
-        run_test(async |t| {
-            t.differs("OurAPI spells its agents otherwise");
-            let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
-            let answer = status(201).body(stored.to_string()).carried_out();
-            t.our_api.upset("POST /agents", answer);
-            t.start();
-            t.delivers([start(42, 0)]).await;
-            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
-            assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
-        })
-        .await;
-    }
+    side_by_side(
+        ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"],
+        async |spelled| {
+            run_test(async |t| {
+                t.differs("OurAPI spells its agents otherwise");
+                let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
+                let answer = status(201).body(stored.to_string()).carried_out();
+                t.our_api.upset("POST /agents", answer);
+                t.start();
+                t.delivers([start(42, 0)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
+                assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// It is no outage: the chat has no agent.
@@ -241,7 +245,7 @@ async fn outages_that_need_a_correction() {
                     t.differs("OurAPI is down to the end");
                     t.our_api.upset("GET /agents", upset.always());
                     t.start();
-                    t.bigchat.tells([start(42, 0)]);
+                    t.bigchat.reports([start(42, 0)]);
                     let (what, remedy) = until_down(t, case, Api::OurApi).await;
                     says(what, remedy);
                 })
@@ -266,7 +270,7 @@ async fn readable_part_of_unreadable_event() {
         async |event| {
             run_test(async |t| {
                 t.fails(1);
-                t.bigchat.tells(raw(
+                t.bigchat.reports(raw(
                     &json!({"events": [event], "nextPageUrl": null}).to_string()
                 ));
                 t.start();

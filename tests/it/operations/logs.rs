@@ -114,8 +114,8 @@ async fn healthy_daemon_logs_summaries_only() {
         t.bigchat.open(10, now - 100, 1);
         let daemon = with_log(t, "100ms").await;
         for n in 0..20 {
-            let told = vec![message(10, now - 5, &format!("message {n}"))];
-            t.bigchat.tells(told);
+            let events = vec![message(10, now - 5, &format!("message {n}"))];
+            t.bigchat.reports(events);
             t.until_events("delivered", n + 1).await;
         }
         until("it is summed up", async || {
@@ -159,11 +159,11 @@ async fn outage_is_logged_twice() {
     run_live_test(async |t| {
         t.differs("it is stopped before all is delivered");
         let now = t.now();
-        let told = (10..1010).map(|id| message(id, now - 5, "hello"));
+        let events = (10..1010).map(|id| message(id, now - 5, "hello"));
         for id in 10..1010 {
             t.bigchat.open(id, now - 100, 1);
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.our_api.outage(Some(status(503)));
         let daemon = with_log(t, "1h").await;
         t.until_events("waiting", 1000).await;
@@ -206,21 +206,21 @@ async fn many_failures_are_counted() {
         t.set("--our-api-concurrency", "8")
             .set("--max-attempts", "2");
         let now = t.now();
-        let mut told = Vec::new();
+        let mut events = Vec::new();
         for id in 10..110 {
             t.bigchat.open(id, now - 100, 1);
             // OurAPI never takes the first one.
-            told.push(message(id, now - 6, "k"));
-            told.push(message(id, now - 5, "hello"));
+            events.push(message(id, now - 6, "k"));
+            events.push(message(id, now - 5, "hello"));
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         let daemon = with_log(t, "1h").await;
         t.until_events("failed", 100).await;
         t.until_events("delivered", 100).await;
         // Now every other message meets a 500: some are tried again and again while others get through.
         t.our_api.upset_at_random(0.5, crashed());
-        let told = (10..110).map(|id| message(id, now - 4, "and on"));
-        t.bigchat.tells(told);
+        let events = (10..110).map(|id| message(id, now - 4, "and on"));
+        t.bigchat.reports(events);
         until("all have been tried", async || {
             t.events("waiting") == 0 && t.events("delivered") + t.events("failed") == 300
         })
@@ -273,7 +273,7 @@ async fn once_logs_a_summary() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         let output = finished(t.program("once")).await;
         assert!(output.status.success());
         let log = String::from_utf8(output.stderr).expect("text");
@@ -295,8 +295,8 @@ async fn catching_up_logs_time_left() {
         for id in 10..40 {
             t.bigchat.open(id, now - 100, 1);
         }
-        let told = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
-        t.bigchat.tells(told);
+        let events = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
+        t.bigchat.reports(events);
         let daemon = with_log(t, "1h").await;
         daemon.until_logged("catching up").await;
         let line = lines(&daemon.log())

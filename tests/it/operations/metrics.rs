@@ -103,12 +103,12 @@ async fn counts_match_the_services() {
         })
         .await;
         let text = measured.text().await;
-        for (kind, told) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
-            let told = t.count_events(&format!("kind = '{kind}'"));
-            (kind, told as f64)
+        for (kind, events) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
+            let events = t.count_events(&format!("kind = '{kind}'"));
+            (kind, events as f64)
         }) {
             let series = format!("bigchat_sync_events_told_total{{kind=\"{kind}\"}}");
-            assert_eq!(value(&text, &series), Some(told), "{kind}");
+            assert_eq!(value(&text, &series), Some(events), "{kind}");
         }
         let (delivered, failed) = (t.events("delivered"), t.events("failed"));
         let attempts = |outcome: &str| -> f64 {
@@ -139,7 +139,7 @@ async fn stuck_source_and_stuck_delivery() {
     run_live_test(async |t| {
         let old = t.now() - 3600;
         t.bigchat.open(2, old, 1);
-        t.bigchat.tells_of(message(2, t.now() - 1, "Hello"));
+        t.bigchat.reports_event(message(2, t.now() - 1, "Hello"));
         let measured = Measured::start(t);
         let (all_well, up) = ((true, true, true), "bigchat_sync_api_up");
         measured.until_signs("all is well", all_well).await;
@@ -149,7 +149,8 @@ async fn stuck_source_and_stuck_delivery() {
         measured
             .until_signs("stale data", (true, false, true))
             .await;
-        t.bigchat.tells_of(message(2, t.now() - 1, "Still there?"));
+        t.bigchat
+            .reports_event(message(2, t.now() - 1, "Still there?"));
         measured.until_signs("news", all_well).await;
 
         t.bigchat.outage(Some(dropped()));
@@ -168,7 +169,7 @@ async fn stuck_source_and_stuck_delivery() {
         measured.until_signs("the source is back", all_well).await;
 
         t.our_api.outage(Some(status(503)));
-        t.bigchat.tells_of(message(2, t.now() - 1, "And now?"));
+        t.bigchat.reports_event(message(2, t.now() - 1, "And now?"));
         measured
             .until_signs("a stuck delivery", (true, true, false))
             .await;
@@ -190,9 +191,9 @@ async fn rare_incidents_are_counted() {
         t.fails(1);
         let now = t.now();
         t.bigchat.open(2, now - 60, 1);
-        t.bigchat.tells_of(json!({"event_name": "RENAMED"}));
+        t.bigchat.reports_event(json!({"event_name": "RENAMED"}));
         t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
-        t.bigchat.tells_of(message(2, now - 1, "Hello"));
+        t.bigchat.reports_event(message(2, now - 1, "Hello"));
         let measured = Measured::start(t);
         t.until_events("delivered", 1).await;
         until("an unknown outcome", async || {
@@ -211,7 +212,7 @@ async fn rare_incidents_are_counted() {
             1.0
         );
         t.our_api.loses_everything();
-        t.bigchat.tells_of(message(2, now, "Where are you?"));
+        t.bigchat.reports_event(message(2, now, "Where are you?"));
         t.agrees().await;
         until("a loss", async || {
             measured.value("bigchat_sync_our_api_losses_total").await >= 1.0

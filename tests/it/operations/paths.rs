@@ -36,39 +36,45 @@ fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
     program.output().expect("a process")
 }
 
+/// A database of that name, made, used and checked again and again.
+fn works_again_and_again(name: &OsStr) {
+    for is_absolute in [false, true] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path();
+        let db = match is_absolute {
+            true => path.join(name).into_os_string(),
+            false => name.to_owned(),
+        };
+        for sessions in 1..=3 {
+            let once = run(path, "once", &db);
+            let said = String::from_utf8_lossy(&once.stderr);
+            assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
+            assert_eq!(files(path), [name], "{said}");
+            // No command shows how many sessions there were.
+            let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
+            let counted: i64 = connection
+                .query_row("SELECT session FROM control", [], |row| row.get(0))
+                .expect("a count");
+            assert_eq!(counted, sessions, "{name:?} is one database");
+        }
+        let status = run(path, "status --json", &db);
+        let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
+        let listed = run(path, "failed list", &db);
+        assert!(listed.status.success(), "{name:?}: {listed:?}");
+        let check = run(path, "check", &db);
+        let said = String::from_utf8_lossy(&check.stdout);
+        assert!(said.contains("can be written"), "{name:?}: {said}");
+    }
+}
+
 #[test]
 fn database_of_any_file_name() {
-    for name in NAMES {
-        let name = OsStr::from_bytes(name);
-        for is_absolute in [false, true] {
-            let directory = tempfile::tempdir().expect("a directory");
-            let path = directory.path();
-            let db = match is_absolute {
-                true => path.join(name).into_os_string(),
-                false => name.to_owned(),
-            };
-            for sessions in 1..=3 {
-                let once = run(path, "once", &db);
-                let said = String::from_utf8_lossy(&once.stderr);
-                assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
-                assert_eq!(files(path), [name], "{said}");
-                // No command shows how many sessions there were.
-                let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
-                let counted: i64 = connection
-                    .query_row("SELECT session FROM control", [], |row| row.get(0))
-                    .expect("a count");
-                assert_eq!(counted, sessions, "{name:?} is one database");
-            }
-            let status = run(path, "status --json", &db);
-            let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
-            assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
-            let listed = run(path, "failed list", &db);
-            assert!(listed.status.success(), "{name:?}: {listed:?}");
-            let check = run(path, "check", &db);
-            let said = String::from_utf8_lossy(&check.stdout);
-            assert!(said.contains("is writable"), "{name:?}: {said}");
+    std::thread::scope(|scope| {
+        for name in NAMES {
+            scope.spawn(move || works_again_and_again(OsStr::from_bytes(name)));
         }
-    }
+    });
 }
 
 /// An odd path is printed on one line, escaped.

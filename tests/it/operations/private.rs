@@ -1,7 +1,7 @@
 //! Customers' messages and tokens are readable by the daemon's account only.
 
 use crate::harness::process::{Process, in_shell, printed};
-use crate::harness::{Bench, run_live_test, until};
+use crate::harness::{Bench, run_live_test, side_by_side, until};
 use std::fs::{Permissions, metadata, set_permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -37,7 +37,7 @@ fn private() -> Vec<(String, u32)> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_private_under_any_umask() {
-    for umask in ["022", "000", "077", "0777"] {
+    side_by_side(["022", "000", "077", "0777"], async |umask| {
         run_live_test(async |t| {
             // The log is not the daemon's file.
             std::fs::write(t.log(), "").expect("a log");
@@ -49,12 +49,13 @@ async fn database_private_under_any_umask() {
             assert_eq!(mode(&t.db()), 0o600, "umask {umask}");
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn existing_database_is_made_private() {
-    for open in [0o644, 0o666, 0o640] {
+    side_by_side([0o644, 0o666, 0o640], async |open| {
         run_live_test(async |t| {
             let killed = Process::start(t);
             t.until_polled().await;
@@ -67,7 +68,8 @@ async fn existing_database_is_made_private() {
             assert!(daemon.stop().await.success());
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[test]
@@ -138,7 +140,7 @@ async fn documented_backups_are_private() {
         println!("not tested: there is no sqlite3 on this machine");
         return;
     }
-    for backup in backups() {
+    side_by_side(backups(), async |backup| {
         run_live_test(async |t| {
             t.once().await;
             let directory = t.directory().display().to_string();
@@ -154,5 +156,6 @@ async fn documented_backups_are_private() {
             assert_eq!(mode(&copy), 0o600, "{script}");
         })
         .await;
-    }
+    })
+    .await;
 }

@@ -59,10 +59,10 @@ impl Case {
             Self::AgentRefused => t.our_api.upset("POST /agents*", echo(422)),
             Self::BigChatUnusable => {
                 let broken = r#"{"events":[{"message":"S3cret words"}"#;
-                return (0..100).for_each(|_| t.bigchat.tells(raw(broken)));
+                return (0..100).for_each(|_| t.bigchat.reports(raw(broken)));
             }
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(told);
     }
 }
 

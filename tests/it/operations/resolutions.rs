@@ -112,6 +112,7 @@ async fn command_records_its_user() {
         let mut retry = failed(&bench, &["retry", id]);
         retry.envs(variable);
         done(&retry.output().expect("a process"));
+        // It fails again.
         bench.execute(&format!(
             "INSERT INTO dead_letters (event, conversation, failed_at) VALUES ({id}, 100, 3000)"
         ));

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 struct SystemdNotifier {
     socket: UnixDatagram,
     directory: TempDir,
-    told: Vec<String>,
+    received: Vec<String>,
 }
 
 impl SystemdNotifier {
@@ -23,7 +23,7 @@ impl SystemdNotifier {
         Self {
             socket,
             directory,
-            told: Vec::new(),
+            received: Vec::new(),
         }
     }
 
@@ -44,14 +44,16 @@ impl SystemdNotifier {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.socket.recv(&mut datagram) {
             let text = std::str::from_utf8(&datagram[..length]).expect("text");
-            self.told.extend(text.lines().map(str::to_owned));
+            self.received.extend(text.lines().map(str::to_owned));
         }
-        &self.told
+        &self.received
     }
 
     fn count(&mut self, what: &str) -> usize {
-        let told = self.listen().iter();
-        told.filter(|told| told.starts_with(what)).count()
+        let received = self.listen().iter();
+        received
+            .filter(|received| received.starts_with(what))
+            .count()
     }
 }
 

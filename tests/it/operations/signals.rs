@@ -38,7 +38,7 @@ fn only(token: &str) -> BTreeSet<Option<String>> {
 async fn delivers_with(t: &Test, token: &str) {
     let delivered = t.our_api.message_count();
     let text = format!("message {delivered}");
-    t.bigchat.tells([message(
+    t.bigchat.reports([message(
         42,
         5 + i64::try_from(delivered).expect("few"),
         &text,

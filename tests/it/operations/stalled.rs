@@ -133,8 +133,8 @@ async fn log_is_not_read() {
             t.set("--listen", &address);
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
-            let told = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
-            t.bigchat.tells(told);
+            let events = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
+            t.bigchat.reports(events);
             let daemon = sink.start(t.program("run"));
             until(&format!("{what}: it delivers"), async || {
                 t.our_api.message_count() > 600

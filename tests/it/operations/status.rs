@@ -14,8 +14,8 @@ use wiremock::{Mock, MockServer, ResponseTemplate};
 async fn delivered(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = vec![message(10, now - 5, "hello"), end(10, now - 4)];
-    t.bigchat.tells(told);
+    let events = vec![message(10, now - 5, "hello"), end(10, now - 4)];
+    t.bigchat.reports(events);
     let daemon = t.start();
     t.agrees().await;
     t.until_events("delivered", 2).await;
@@ -98,7 +98,7 @@ async fn status_with_and_without_daemon() {
         t.our_api.down().await;
         let now = t.now();
         t.bigchat
-            .tells([message(10, now, "anybody?"), message(10, now, "k")]);
+            .reports([message(10, now, "anybody?"), message(10, now, "k")]);
         let status = until_problems(t, &["OurAPI is down since "]).await;
         assert_eq!(status["waiting"], json!(2));
         assert_eq!(status["oldest_waiting"]["conversation"], json!(10));
@@ -258,8 +258,8 @@ async fn exit_code_of_once() {
         };
         assert_eq!(once().await.0, Some(0));
         t.our_api.down().await;
-        let told = vec![message(10, t.now(), "anybody?")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "anybody?")];
+        t.bigchat.reports(events);
         let (code, said) = once().await;
         assert!(
             code == Some(1) && said.contains("1 events are not delivered yet"),

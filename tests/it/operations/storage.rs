@@ -44,8 +44,8 @@ fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
 async fn with_events(t: &Test) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
-    t.bigchat.tells(told);
+    let events = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
+    t.bigchat.reports(events);
     t.once().await;
 }
 
@@ -120,7 +120,7 @@ async fn second_daemon_is_refused() {
             assert_eq!(second.status.code(), Some(1), "{said}");
             assert!(said.contains("another bigchat-sync uses"), "{said}");
         }
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
         first.stop().await;
         assert!(t.compare().is_clean());
@@ -150,12 +150,12 @@ async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = on_a_small_disk(t, 1024);
-    t.bigchat.tells([message(10, now - 6, "before")]);
+    t.bigchat.reports([message(10, now - 6, "before")]);
     t.until_events("delivered", 1).await;
     // A twin, so that it would show if the page were taken twice; and one that fills the page.
     let large = "x".repeat(2 << 20);
-    let told = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
-    t.bigchat.tells(told);
+    let events = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
+    t.bigchat.reports(events);
     daemon.until_logged(REFUSED).await;
     let cursor = t.cursor();
     (daemon, cursor)
@@ -216,7 +216,7 @@ async fn disk_full_at_the_start() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 6, "hello")]);
+        t.bigchat.reports([message(10, now - 6, "hello")]);
         let waits = "the database cannot be used yet";
         let stopped = on_a_small_disk(t, 16);
         stopped.until_logged_times(waits, 1).await;
@@ -242,7 +242,7 @@ async fn database_locked_at_the_start() {
             .until_logged_times("the database cannot be used yet", 1)
             .await;
         drop(other);
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
         assert!(daemon.stop().await.success());
         assert_eq!(t.logged().matches("ERROR").count(), 1, "{}", t.logged());
@@ -263,7 +263,7 @@ async fn delivery_while_database_is_locked() {
             .flat_map(|id| (0..20).map(move |n| message(id, NOW, &format!("Message {n}"))));
         let messages: Vec<_> = messages.collect();
         let (count, sent) = (messages.len(), || t.our_api.message_count());
-        t.bigchat.tells(messages);
+        t.bigchat.reports(messages);
         until("the first is sent", async || sent() > 0).await;
         let other = t.lock_database();
         // To wait for a commit after each conversation would take longer.
@@ -297,14 +297,15 @@ async fn write_ahead_log_after_long_reader() {
             .expect("a count");
         let text = "x".repeat(1 << 20);
         let mut delivered = 50;
-        let tell = |what: &str| {
-            let told = message(10, t.now() - 1, &format!("{what} {text}"));
-            t.bigchat.tells([told]);
+        let mut deliver = async |count: i64| {
+            let number = |n| message(10, t.now() - 1, &format!("number {n} {text}"));
+            t.bigchat
+                .reports((delivered..delivered + count).map(number));
+            delivered += count;
+            t.until_events("delivered", delivered).await;
         };
         while size() < 3 * LIMIT {
-            tell(&format!("number {delivered}"));
-            delivered += 1;
-            t.until_events("delivered", delivered).await;
+            deliver(4).await;
         }
         let still: i64 = reader
             .query_row(count, [], |row| row.get(0))
@@ -312,9 +313,7 @@ async fn write_ahead_log_after_long_reader() {
         assert_eq!(still, before, "it reads what it began with");
         reader.execute_batch("COMMIT").expect("it ends");
         until("the log is as small as it should be", async || {
-            tell(&format!("number {delivered}"));
-            delivered += 1;
-            t.until_events("delivered", delivered).await;
+            deliver(1).await;
             size() <= LIMIT
         })
         .await;
@@ -336,7 +335,7 @@ async fn database_moved_away() {
         std::fs::rename(t.db(), &elsewhere).expect("it moves");
         daemon.until_logged("was deleted or replaced").await;
         let polls = t.bigchat.count("GET /events");
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         let other = "another database altogether";
         std::fs::write(t.db(), other).expect("a file");
         tokio::time::sleep(LONGER_THAN_A_STATEMENT / 5).await;
@@ -359,7 +358,7 @@ async fn database_moved_away() {
 /// What waits in it is delivered, or reported as lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_deleted_while_running() {
-    for our_api_is_up in [true, false] {
+    side_by_side([true, false], async |our_api_is_up| {
         run_live_test(async |t| {
             t.differs("the database is deleted");
             with_events(t).await;
@@ -367,7 +366,7 @@ async fn database_deleted_while_running() {
             let mut program = t.program("run");
             program.env("RUST_LOG", "bigchat_sync=debug");
             let daemon = Process::start_as(t, program);
-            t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+            t.bigchat.reports([message(10, t.now() - 1, "and on")]);
             t.until_events("waiting", 1).await;
             for end in ["", "-wal", "-shm"] {
                 std::fs::remove_file(format!("{}{end}", t.db().display())).expect("a file");
@@ -386,33 +385,40 @@ async fn database_deleted_while_running() {
             assert!(!t.db().exists(), "none is made in its place");
         })
         .await;
-    }
+    })
+    .await;
 }
 
 /// A command beside a daemon that makes its database gets in the way of neither.
 #[test]
 fn command_while_database_is_made() {
-    for n in 0..300 {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("a.db");
-        let beside = {
-            let path = path.clone();
-            std::thread::spawn(move || {
-                loop {
-                    match Store::open_shared(&path) {
-                        Err(OpenError::Missing(_)) => {}
-                        opened => return opened.map(drop),
-                    }
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..75).for_each(|n| make_beside_a_command(n)));
+        }
+    });
+}
+
+fn make_beside_a_command(n: u32) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("a.db");
+    let beside = {
+        let path = path.clone();
+        std::thread::spawn(move || {
+            loop {
+                match Store::open_shared(&path) {
+                    Err(OpenError::Missing(_)) => {}
+                    opened => return opened.map(drop),
                 }
-            })
-        };
-        let daemon = Store::open(&path).map(drop);
-        let beside = beside.join().expect("no panic");
-        let well = daemon
-            .as_ref()
-            .map_or_else(OpenError::is_transient, |()| true);
-        assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
-    }
+            }
+        })
+    };
+    let daemon = Store::open(&path).map(drop);
+    let beside = beside.join().expect("no panic");
+    let well = daemon
+        .as_ref()
+        .map_or_else(OpenError::is_transient, |()| true);
+    assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
 }
 
 /// The reads of the console leave the daemon its lock on the database.
@@ -435,6 +441,7 @@ async fn console_leaves_the_database_lock() {
 async fn retention_with_slow_polls() {
     run_live_test(async |t| {
         with_events(t).await;
+        // To deliver ten thousand events takes too long.
         t.execute(
         "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
          INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
@@ -471,8 +478,8 @@ async fn event_deleted_while_in_flight() {
         for conversation in conversations {
             t.bigchat.open(conversation, now - 100, 1);
         }
-        let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
-        t.bigchat.tells(told);
+        let events = conversations.map(|conversation| message(conversation, now - 5, "hello"));
+        t.bigchat.reports(events);
         let faults = &t.our_api;
         faults.upset(ADD_MESSAGE, paused());
         let daemon = t.start();

@@ -1,6 +1,6 @@
 //! A directory that cannot be written: `check` and the daemon report why, and commands that only read still work.
 
-use crate::harness::{Test, run_live_test};
+use crate::harness::{Test, run_live_test, side_by_side};
 use bigchat_sync::simulator::event::message;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -161,8 +161,8 @@ fn account_without_rights() {
 async fn with_a_failed_event(t: &Test, killed: bool) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = ["hello", "k"].map(|text| message(10, now - 5, text));
-    t.bigchat.tells(told);
+    let events = ["hello", "k"].map(|text| message(10, now - 5, text));
+    t.bigchat.reports(events);
     let daemon = Process::start(t);
     t.until_events("failed", 1).await;
     t.until_events("delivered", 1).await;
@@ -175,7 +175,7 @@ async fn with_a_failed_event(t: &Test, killed: bool) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reading_on_read_only_system() {
-    for killed in [false, true] {
+    side_by_side([false, true], async |killed| {
         run_live_test(async |t| {
             with_a_failed_event(t, killed).await;
             let before = files(t.directory());
@@ -201,7 +201,8 @@ async fn reading_on_read_only_system() {
             assert_eq!(t.events("failed"), 1);
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -209,8 +210,8 @@ async fn reading_while_daemon_writes_elsewhere() {
     run_live_test(async |t| {
         with_a_failed_event(t, false).await;
         let daemon = Process::start(t);
-        let told = vec![message(10, t.now() - 1, "and on")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now() - 1, "and on")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         for command in ["status", "failed list", "failed show 2"] {
             let program = program(t.directory(), command, "journal.db");

@@ -44,8 +44,8 @@ async fn bigchat_clock_steps() {
         t.start();
         for (n, offset) in [3600, 0, -3600, 0].into_iter().enumerate() {
             t.bigchat.clock_runs(offset);
-            let told = message(10, t.now() - 1, &format!("number {n}"));
-            t.bigchat.tells([told]);
+            let events = message(10, t.now() - 1, &format!("number {n}"));
+            t.bigchat.reports([events]);
             t.agrees().await;
             until("the cursor follows", async || {
                 let ahead = t.cursor().expect("a cursor") - t.now();
@@ -71,11 +71,11 @@ async fn event_of_the_future() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now + 86_400, "tomorrow"), end(10, now + 3600)];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now + 86_400, "tomorrow"), end(10, now + 3600)];
+        t.bigchat.reports(events);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
-        t.bigchat.tells([message(10, now, "today")]);
+        t.bigchat.reports([message(10, now, "today")]);
         t.agrees().await;
         daemon.stop().await;
         assert!(t.cursor() <= Some(t.now()));
@@ -110,7 +110,7 @@ async fn one_wrong_date() {
                 .await;
                 t.set("--bigchat-url", &url);
                 t.bigchat.clock(NOW + 600);
-                t.bigchat.tells([start(42, 0), message(42, 1, "one")]);
+                t.bigchat.reports([start(42, 0), message(42, 1, "one")]);
                 for _ in 0..3 {
                     t.once().await;
                 }
@@ -153,7 +153,7 @@ async fn details_from_after_a_restart() {
             t.until_cursor(NOW + 60).await;
             let slow = status(500).after(Duration::from_millis(300));
             t.bigchat.upset("GET /conversations/42", slow);
-            t.bigchat.tells([message(42, 2, "of before")]);
+            t.bigchat.reports([message(42, 2, "of before")]);
             until("its details are asked for", async || {
                 t.bigchat.count("GET /conversations/42") == 1
             })

@@ -141,7 +141,7 @@ async fn two_transfers_in_one_second() {
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
         for to in [2, 3] {
-            t.bigchat.tells_of(transfer(2, at, to));
+            t.bigchat.reports_event(transfer(2, at, to));
         }
         let daemon = t.start();
         t.agrees().await;

@@ -157,7 +157,7 @@ async fn copy_with_equal_messages() {
     run_with(quiet_log(log), async |t| {
         let at = t.now() - 2;
         t.bigchat.open(10, at - 100, 1);
-        let reports = |text: &str| t.bigchat.tells_of(message(10, at, text));
+        let reports = |text: &str| t.bigchat.reports_event(message(10, at, text));
         reports("twin");
         catch_up(t).await;
         let copy = copy(t);
@@ -183,7 +183,7 @@ async fn copy_without_the_last_end() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.tells(events);
+        let tell = |events| t.bigchat.reports(events);
         tell(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
         t.once().await;
         let copy = copy(t);
@@ -243,7 +243,7 @@ async fn copy_with_a_message_in_flight() {
         t.set("--poll-overlap", "0s");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.tells(events);
+        let tell = |events| t.bigchat.reports(events);
         tell(vec![message(10, now - 20, "hello")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;

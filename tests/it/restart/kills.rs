@@ -47,13 +47,13 @@ async fn killed_during_a_backlog() {
     run_live_test(async |t| {
         t.set("--request-timeout", "1s");
         let now = t.now();
-        let told = (10..410).flat_map(|conversation| {
+        let events = (10..410).flat_map(|conversation| {
             t.bigchat.open(conversation, now - 100, 1);
             let messages = ["hello", "hello", "goodbye"];
             let messages = messages.map(|text| message(conversation, now, text));
             std::iter::once(start(conversation, now - 100)).chain(messages)
         });
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         let mut random = StdRng::seed_from_u64(1);
         let (mut interrupted, mut uncommitted) = (0, 0);
         for _ in 0..12 {
@@ -87,8 +87,8 @@ async fn killed_before_bigchat_restarts() {
             t.set("--request-timeout", TIMEOUT);
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
-            let told = vec![message(10, now - 5, "hello")];
-            t.bigchat.tells(told);
+            let events = vec![message(10, now - 5, "hello")];
+            t.bigchat.reports(events);
             t.upset("POST /chats", moment.pause());
             let daemon = Process::start(t);
             until("it is being created", async || t.pausing() > 0).await;
@@ -152,7 +152,7 @@ async fn killed_at(route: &str, moment: Moment) {
             message(10, now - 5, "hello"),
             message(10, now - 5, " hello"),
         ];
-        t.bigchat.tells(first);
+        t.bigchat.reports(first);
         if let Some(cause) = cause(route) {
             let lost = crashed();
             t.our_api.upset(cause, lost.carried_out());
@@ -162,12 +162,12 @@ async fn killed_at(route: &str, moment: Moment) {
         let mut tell_more = || {
             let now = t.now();
             if more.take().is_some() {
-                let told = vec![
+                let events = vec![
                     end(10, now),
                     transfer(10, now, 2),
                     message(10, now, "goodbye"),
                 ];
-                t.bigchat.tells(told);
+                t.bigchat.reports(events);
             }
         };
         for round in 0..2 {

@@ -12,8 +12,8 @@ async fn stop_while_both_apis_hang() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
+        t.bigchat.reports(events);
         let hang = slow(Duration::from_secs(60));
         t.our_api.upset(ADD_MESSAGE, hang.carried_out());
         let daemon = t.start();
@@ -40,7 +40,7 @@ async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
     t.bigchat.upset("GET /events", late);
     until("a poll under way", async || polls() > before).await;
     let other = t.lock_database();
-    t.bigchat.tells([message(10, now - 5, "told meanwhile")]);
+    t.bigchat.reports([message(10, now - 5, "told meanwhile")]);
     until("it is told", async || !t.bigchat.reported().is_empty()).await;
     (daemon, other)
 }
@@ -81,8 +81,8 @@ async fn delivered_but_not_committed() {
         t.bigchat.open(10, now - 100, 1);
         let late = slow(Duration::from_secs(1));
         t.our_api.upset(ADD_MESSAGE, late);
-        let told = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
+        t.bigchat.reports(events);
         let daemon = t.start();
         until("one is sent", async || t.our_api.count(ADD_MESSAGE) == 1).await;
         let other = t.lock_database();

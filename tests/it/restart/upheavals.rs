@@ -31,11 +31,11 @@ async fn bigchat_restarts_again_and_again() {
 async fn restart_while_daemon_is_stopped() {
     run_live_test(async |t| {
         let now = t.now();
-        t.bigchat.tells_of(message(1, now, "of before"));
+        t.bigchat.reports_event(message(1, now, "of before"));
         t.once().await;
         t.bigchat.restart();
         let now = t.now();
-        t.bigchat.tells_of(message(1, now, "of after"));
+        t.bigchat.reports_event(message(1, now, "of after"));
         t.once().await;
         let report = t.compare();
         assert!(report.is_clean(), "{report}");
@@ -67,7 +67,7 @@ async fn restart_between_two_pages() {
         t.bigchat.open(3, now - 100, 2);
         let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
         let next = NextPage::Usual;
-        t.bigchat.tells(Page::Events(of_before, next));
+        t.bigchat.reports(Page::Events(of_before, next));
         faults.hold(false);
         until("half a poll", async || faults.pausing() == 1).await;
         t.bigchat.restart();
@@ -75,7 +75,7 @@ async fn restart_between_two_pages() {
         // The new epoch has given out the ids up to 2 so far.
         t.bigchat.open(2, now, 1);
         let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
-        t.bigchat.tells(of_after);
+        t.bigchat.reports(of_after);
         faults.resume();
         t.agrees().await;
         assert_eq!(t.our_api.chats().len(), 4);
@@ -92,8 +92,8 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     let now = t.now();
     let say = |text| message(conversation, now, text);
     t.bigchat
-        .tells(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
-    t.bigchat.tells([say("two"), say("three")]);
+        .reports(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
+    t.bigchat.reports([say("two"), say("three")]);
     faults.hold(false);
     until("the third question", async || faults.pausing() == 1).await;
     t.bigchat.restart();
@@ -157,7 +157,7 @@ async fn losses_of_all_kinds() {
             t.bigchat.reports_more(40).await;
             t.our_api.loses_chat("1");
             let now = t.now();
-            t.bigchat.tells_of(message(1, now, "are you there?"));
+            t.bigchat.reports_event(message(1, now, "are you there?"));
             t.bigchat.reports_more(80).await;
             t.bigchat.calms_down();
         },
@@ -230,7 +230,7 @@ async fn memory_and_requests_of_outage() {
                 let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
                 message(10 + n, now - 5, &text)
             };
-            t.bigchat.tells((0..count).map(event));
+            t.bigchat.reports((0..count).map(event));
         };
         (10..30).for_each(|id| t.bigchat.open(id, now - 100, 1));
         tell(0, 20);
@@ -290,7 +290,7 @@ async fn bigchat_answers_404_to_everything() {
         let (now, route) = (t.now(), "GET /conversations/{id}");
         faults.upset(route, crashed().times(1_000));
         t.bigchat.open(10, now - 100, 7);
-        t.bigchat.tells_of(message(10, now - 5, "hello"));
+        t.bigchat.reports_event(message(10, now - 5, "hello"));
         t.once().await;
         assert_eq!(t.events("waiting"), 1);
         faults.calm();
@@ -311,20 +311,20 @@ async fn clock_set_back_after_restart() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now, "of before")]);
+        t.bigchat.reports([message(10, now, "of before")]);
         t.start();
         t.agrees().await;
         t.bigchat.clock_runs(60);
         t.bigchat.restart();
         t.bigchat.open(10, t.now(), 2);
-        let told = vec![message(10, t.now(), "of after")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "of after")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         t.agrees().await;
         assert_eq!(t.restarts(), 1);
         t.bigchat.clock_runs(-3600);
-        let told = vec![message(10, t.now(), "after the step")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "after the step")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 3).await;
     })
     .await;
