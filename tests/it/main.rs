@@ -4,7 +4,6 @@
 
 mod console;
 mod delivery;
-mod documentation;
 mod harness;
 mod hostile;
 mod operations;

@@ -575,7 +575,10 @@ async fn poison_event_among_others() {
         t.our_api.calm();
         let id = failed.id.to_string();
         let printed = t.failed_command(&["retry", &id]).expect("it is there");
-        assert!(printed.starts_with("1 to be tried again"), "{printed}");
+        assert!(
+            printed.starts_with("1 failed event will be retried"),
+            "{printed}"
+        );
         t.until_events("delivered", others + 4).await;
         assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
     })
@@ -848,7 +851,7 @@ async fn failed_events_resolved_beside_daemon() {
         for part in ["MESSAGE", "UNREADABLE", REFUSED, "2 failed."] {
             assert!(list.contains(part), "{part}: {list}");
         }
-        assert!(answer(&["list", "--limit", "1"]).contains("2 failed, 1 shown."));
+        assert!(answer(&["list", "--limit", "1"]).contains("2 failed events, 1 shown;"));
         let events = t.failed();
         let [refused, unreadable] = [&*events[0].id.to_string(), &*events[1].id.to_string()];
         let shown = answer(&["show", refused]);
@@ -874,7 +877,7 @@ async fn failed_events_resolved_beside_daemon() {
         })
         .await;
         t.our_api.upset(POST, status(200).body("{}"));
-        assert!(answer(&["retry", "--all"]).starts_with("1 to be tried again"));
+        assert!(answer(&["retry", "--all"]).starts_with("1 failed event will be retried"));
         t.until_events("delivered", 2).await;
         assert_eq!(t.our_api.count(POST), 3);
         // What was decided stays known, and how each attempt went.

@@ -82,7 +82,7 @@ async fn drift_is_reported_and_repaired() {
             })
             .await;
             let (said, clean) = verify(t, &[]).await;
-            assert!(clean && said.contains("OurAPI holds everything"), "{said}");
+            assert!(clean && said.contains("OurAPI has everything"), "{said}");
             t.our_api.loses_chat("11");
             t.our_api.loses_message("10");
             let ended = json!({"ended_at": null});
@@ -113,14 +113,14 @@ async fn drift_is_reported_and_repaired() {
             assert!(!t.compare().is_clean());
             // One alone, then the rest.
             let (said, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
-            assert!(!clean && said.contains("all of it was repaired"), "{said}");
+            assert!(!clean && said.contains("everything was repaired"), "{said}");
             assert_eq!(t.our_api.chats().len(), 3);
             assert!(!t.compare().is_clean());
             let (said, clean) = verify(t, &["--repair"]).await;
-            assert!(!clean && said.contains("all of it was repaired"), "{said}");
+            assert!(!clean && said.contains("everything was repaired"), "{said}");
             t.agrees().await;
             let (said, clean) = verify(t, &[]).await;
-            assert!(clean && said.contains("OurAPI holds everything"), "{said}");
+            assert!(clean && said.contains("OurAPI has everything"), "{said}");
             if let Some(daemon) = daemon {
                 daemon.stop().await;
             }
@@ -227,9 +227,7 @@ async fn verification_waits_for_our_api() {
                     None => t.our_api.down().await,
                 }
                 let mut command = Process::start_as(t, t.program("verify"));
-                command
-                    .until_logged("nothing is verified for now: OurAPI")
-                    .await;
+                command.until_logged("verification waits: OurAPI").await;
                 assert!(command.is_running(), "{case}: it waits");
                 match &fault {
                     Some(_) => t.our_api.outage(None),

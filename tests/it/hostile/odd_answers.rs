@@ -421,7 +421,7 @@ async fn cursor_does_not_move() {
             let (status, _) = t.status();
             let problems = status["problems"].as_array().expect("a list").iter();
             let mut whats = problems.filter_map(|problem| problem["what"].as_str());
-            whats.any(|what| what.contains("stood still"))
+            whats.any(|what| what.contains("has not advanced"))
         };
         assert!(!shown());
         // Two minutes are too long to wait for.

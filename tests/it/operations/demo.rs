@@ -128,9 +128,8 @@ fn failed_events_retried_beside_demo() {
         if let Some((_, path)) = line.split_once("BIGCHAT_SYNC_DB=") {
             path.clone_into(&mut db);
         }
-        mended |= line.contains("has mended OurAPI");
-        let waiting = line.contains(" of 15s ") && !line.contains(" 0 failed");
-        if mended && waiting {
+        fixed |= line.starts_with("OurAPI is fixed");
+        if fixed && figure(&line, "failed").is_some_and(|failed| failed > 0) {
             // All but what can never be stored gets through this time.
             let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])

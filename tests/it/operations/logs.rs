@@ -55,7 +55,7 @@ async fn with_log(t: &Bench, summary: &str) -> Process {
     daemon
 }
 
-/// Every line is JSON with names that the documentation lists.
+/// Every line is JSON with fields that the manual lists.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_line_is_documented_json() {
     run_with(seeded(31), async |t| {

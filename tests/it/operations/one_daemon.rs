@@ -23,7 +23,7 @@ async fn started_by_dangling_link() -> (TempDir, Process) {
     let daemon = Process::spawn(daemon);
     until("it works", async || {
         let status = program(path, "status", "link.db").output();
-        printed(&status.expect("a process")).contains("daemon        runs")
+        printed(&status.expect("a process")).contains("daemon        running")
     })
     .await;
     (directory, daemon)
@@ -34,10 +34,7 @@ fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
     let text = printed(&second);
-    assert!(
-        text.contains("another bigchat-sync works on"),
-        "{name}: {text}"
-    );
+    assert!(text.contains("another bigchat-sync uses"), "{name}: {text}");
 }
 
 #[tokio::test]

@@ -102,7 +102,7 @@ async fn rotated_token_files() {
             }
             daemon.signal(Signal::HUP);
             daemon
-                .until_logged_times("the new one is in use", names.len())
+                .until_logged_times("the new token is in use", names.len())
                 .await;
             delivers_with(t, NEW).await;
             let log = daemon.log();
@@ -188,7 +188,9 @@ async fn rotated_console_token() {
 
         write(t.directory(), "console", NEW);
         daemon.signal(Signal::HUP);
-        daemon.until_logged_times("the new one is in use", 1).await;
+        daemon
+            .until_logged_times("the new token is in use", 1)
+            .await;
         assert_eq!(status(bearer(NEW)).await, 200);
         assert_eq!(status(bearer(OLD)).await, 401);
         assert_eq!(status(session()).await, 401);
@@ -281,7 +283,7 @@ async fn same_signal_sent_twice() {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             daemon.signal(signals[1]);
             if code == 1 {
-                daemon.until_logged("a second signal").await;
+                daemon.until_logged("second signal").await;
             } else {
                 t.bigchat.hold(false);
             }

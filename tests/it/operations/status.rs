@@ -105,7 +105,10 @@ async fn status_with_and_without_daemon() {
         let since = status["our_api"]["since"].clone();
 
         daemon.stop().await;
-        let stopped = ["no daemon works on this database", "OurAPI is down since "];
+        let stopped = [
+            "no daemon is running on this database",
+            "OurAPI is down since ",
+        ];
         until_problems(t, &stopped).await;
         t.bigchat.down().await;
         t.start();
@@ -118,7 +121,7 @@ async fn status_with_and_without_daemon() {
 
         t.our_api.up().await.expect("it is up");
         t.bigchat.up().await.expect("it is up");
-        let status = until_problems(t, &["1 failed event waits"]).await;
+        let status = until_problems(t, &["1 failed event needs action"]).await;
         let reasons = status["failed_by_reason"].as_array().expect("an array");
         assert_eq!(reasons.len(), 1);
         let reason = reasons[0]["reason"].as_str().expect("a reason");
