@@ -1,10 +1,9 @@
-//! What the daemon does, seen from outside: against fakes of single answers and against the simulated services.
+//! What the daemon does, seen from outside, between both simulated services.
 //!
 //! Each folder holds what its tests show; `harness` has what they share.
 
 mod console;
 mod delivery;
-mod documentation;
 mod harness;
 mod hostile;
 mod operations;

@@ -1,65 +1,17 @@
-//! What the console asks over HTTP: pages that say where they go on, decisions that are noted, nonsense that is refused.
+//! The API of the console: its pages, resolutions that are recorded, and bad requests.
 
-use crate::harness::{Daemon, Test, dead_letter, run_test, until};
+use crate::harness::journal::failed_messages;
+use crate::harness::web::{Console, console_token};
+use crate::harness::{run_test, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::event::{message, start};
-use reqwest::{Client, StatusCode};
-use secrecy::SecretString;
+use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-/// A daemon, and a client of its console.
-pub(crate) struct Console<'a> {
-    pub(crate) t: &'a Test,
-    pub(crate) daemon: Daemon,
-    url: String,
-    client: Client,
-}
-
-impl<'a> Console<'a> {
-    pub(crate) async fn new(t: &'a Test, tokens: Tokens) -> Self {
-        let (daemon, url) = t.start_listening(tokens);
-        let client = Client::builder().no_proxy().build().expect("a client");
-        Self {
-            t,
-            daemon,
-            url,
-            client,
-        }
-    }
-
-    /// Over a journal with what some SQL adds to an empty one.
-    pub(crate) async fn over(t: &'a Test, sql: &str) -> Self {
-        t.differs("the journal is filled by hand");
-        t.once().await;
-        t.execute(sql);
-        Self::new(t, Tokens::default()).await
-    }
-
-    pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
-        let answer = self.client.get(format!("{}{path}", self.url)).send();
-        let answer = answer.await.expect("an answer");
-        let status = answer.status();
-        (status, answer.json().await.unwrap_or_default())
-    }
-
-    async fn resolve(&self, decision: &str, which: Value) -> (StatusCode, Value) {
-        let url = format!("{}/api/failed/{decision}", self.url);
-        let request = self.client.post(url).header("x-bigchat-sync", "1");
-        let answer = request.json(&which).send().await.expect("an answer");
-        let status = answer.status();
-        (status, answer.json().await.unwrap_or_default())
-    }
-}
-
-/// Failed messages of conversation 42, with ids from 1 on, every third of them for another reason.
-fn failed(count: u32) -> String {
-    let failed = (1..=count).map(|id| {
-        let reason = if id % 3 == 0 { "another" } else { "a & b" };
-        let data = json!({"message": format!("No {id}")}).to_string();
-        dead_letter(id, 100, "MESSAGE", &data, reason, 1)
-    });
-    let failed: String = failed.collect();
-    format!("INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);{failed}")
+/// SQL for so many failed messages, every third of them for another reason.
+fn failed(count: usize) -> String {
+    let reasons = ["a & b", "a & b", "another"].into_iter().cycle();
+    failed_messages(reasons.take(count))
 }
 
 fn ids(rows: &Value) -> Vec<i64> {
@@ -67,8 +19,9 @@ fn ids(rows: &Value) -> Vec<i64> {
     rows.iter().filter_map(|row| row["id"].as_i64()).collect()
 }
 
+/// Failed events are grouped by reason, and listed a page at a time.
 #[tokio::test]
-async fn failed_events_come_by_reason_and_a_page_at_a_time() {
+async fn failed_events_by_reason_and_page() {
     run_test(async |t| {
         let console = Console::over(t, &failed(180)).await;
         let (_, groups) = console.get("/api/failed").await;
@@ -96,80 +49,85 @@ async fn failed_events_come_by_reason_and_a_page_at_a_time() {
     .await;
 }
 
+/// A resolution applies to the events that it names and to no others, and it is recorded. A request that names none is
+/// rejected.
 #[tokio::test]
-async fn a_decision_concerns_what_it_names_and_is_noted_for_good() {
+async fn resolution_by_id_reason_and_all() {
     run_test(async |t| {
-let console = Console::over(t, &failed(12)).await;
+        let console = Console::over(t, &failed(12)).await;
         for nonsense in [
-        json!({}),
-        json!({"all": false}),
-        json!({"all": true, "ids": [1]}),
-        json!({"ids": [1], "reason": "another"}),
-        json!({"ids": ["1"]}),
-        json!({"ids": [1], "conversation": 42}),
-    ] {
-        let (status, answer) = console.resolve("discard", nonsense.clone()).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
-        assert!(answer["error"].is_string(), "{nonsense}");
-    }
-    assert_eq!(t.events("failed"), 12);
-    let discard = async |which| console.resolve("discard", which).await.1;
-    assert_eq!(
-        discard(json!({"ids": [1, 2, 2, 99]})).await,
-        json!({"done": 2, "next": null})
-    );
-    // All of them failed at 2000: who decided before has not seen them.
-    for unseen in [
-        json!({"reason": "another", "failed_by": 1999}),
-        json!({"all": true, "failed_by": 1999}),
-    ] {
-        assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
-    }
-    assert_eq!(
-        discard(json!({"reason": "another", "failed_by": 2000})).await,
-        json!({"done": 4, "next": null})
-    );
-    assert_eq!(
-        discard(json!({"all": true, "after": 10})).await,
-        json!({"done": 1, "next": null})
-    );
-    let (_, log) = console.get("/api/decisions").await;
-    assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
-    let own = rustix::process::geteuid().as_raw();
-    let by = format!("{}, console", bigchat_sync::user::name(own));
-    let latest = json!({"decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b"});
-    for (name, value) in latest.as_object().expect("an object") {
-        assert_eq!(&log["rows"][0][name], value, "{name}");
-    }
-    let (_, earlier) = console.get("/api/decisions?before=3").await;
-    assert_eq!(ids(&earlier["rows"]), [2, 1]);
-    let (_, event) = console.get("/api/failed/11").await;
-    assert_eq!(event["state"], "discarded");
-    assert_eq!(event["decisions"][0]["decision"], "discard");
+            json!({}),
+            json!({"all": false}),
+            json!({"all": true, "ids": [1]}),
+            json!({"ids": [1], "reason": "another"}),
+            json!({"ids": ["1"]}),
+            json!({"ids": [1], "conversation": 42}),
+        ] {
+            let (status, answer) = console.resolve("discard", nonsense.clone()).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{nonsense}");
+            assert!(answer["error"].is_string(), "{nonsense}");
+        }
+        assert_eq!(t.events("failed"), 12);
+        let discard = async |which| console.resolve("discard", which).await.1;
+        assert_eq!(
+            discard(json!({"ids": [1, 2, 2, 99]})).await,
+            json!({"done": 2, "next": null})
+        );
+        // All of them failed at 2000: who decided before has not seen them.
+        for unseen in [
+            json!({"reason": "another", "failed_by": 1999}),
+            json!({"all": true, "failed_by": 1999}),
+        ] {
+            assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
+        }
+        assert_eq!(
+            discard(json!({"reason": "another", "failed_by": 2000})).await,
+            json!({"done": 4, "next": null})
+        );
+        assert_eq!(
+            discard(json!({"all": true, "after": 10})).await,
+            json!({"done": 1, "next": null})
+        );
+        let (_, log) = console.get("/api/decisions").await;
+        assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
+        let own = rustix::process::geteuid().as_raw();
+        let by = format!("{}, console", bigchat_sync::user::name(own));
+        let latest = json!({
+            "decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b",
+        });
+        for (name, value) in latest.as_object().expect("an object") {
+            assert_eq!(&log["rows"][0][name], value, "{name}");
+        }
+        let (_, earlier) = console.get("/api/decisions?before=3").await;
+        assert_eq!(ids(&earlier["rows"]), [2, 1]);
+        let (_, event) = console.get("/api/failed/11").await;
+        assert_eq!(event["state"], "discarded");
+        assert_eq!(event["decisions"][0]["decision"], "discard");
 
-    // The rest is tried again, at once, and reaches OurAPI.
-    assert_eq!(
-        console.resolve("retry", json!({"all": true})).await.1["done"],
-        5
-    );
-    t.until_events("delivered", 5).await;
-    let (_, status) = console.get("/api/status").await;
-    assert_eq!(
-        (&status["failed"], &status["well"]),
-        (&json!(0), &json!(true))
-    );
-    console.daemon.stop().await;
-})
-.await;
+        // The rest is tried again, at once, and reaches OurAPI.
+        assert_eq!(
+            console.resolve("retry", json!({"all": true})).await.1["done"],
+            5
+        );
+        t.until_events("delivered", 5).await;
+        let (_, status) = console.get("/api/status").await;
+        assert_eq!(
+            (&status["failed"], &status["well"]),
+            (&json!(0), &json!(true))
+        );
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
+/// A conversation's page shows what each event changed in OurAPI.
 #[tokio::test]
-async fn a_conversation_tells_what_was_sent_when() {
+async fn conversation_shows_each_effect() {
     run_test(async |t| {
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         let long = "x".repeat(10_000);
-        let told = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
-        t.delivers(told).await;
+        let events = [start(42, 0), message(42, 5, "Hello"), message(42, 6, &long)];
+        t.delivers(events).await;
         let (_, found) = console.get("/api/search?q=42").await;
         let key = found["conversations"][0]["key"].as_i64().expect("a key");
         let (_, answer) = console.get(&format!("/api/conversations/{key}")).await;
@@ -215,10 +173,11 @@ async fn a_conversation_tells_what_was_sent_when() {
     .await;
 }
 
+/// An unknown id is answered with 404, a bad query with 400, each with an error.
 #[tokio::test]
-async fn what_is_not_there_or_makes_no_sense_says_so() {
+async fn unknown_ids_and_bad_queries() {
     run_test(async |t| {
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         until("there is something to read", async || {
             console.get("/api/status").await.0 == StatusCode::OK
         })
@@ -248,14 +207,11 @@ async fn what_is_not_there_or_makes_no_sense_says_so() {
     .await;
 }
 
+/// Without the token the page is served, and no data.
 #[tokio::test]
-async fn without_the_token_there_is_a_page_and_nothing_on_it() {
-    let tokens = Tokens {
-        console: Some(SecretString::from("a-token-that-nobody-guesses")),
-        ..Tokens::default()
-    };
+async fn page_without_the_token() {
     run_test(async |t| {
-        let console = Console::new(t, tokens).await;
+        let console = Console::new(t, console_token());
         for path in ["/", "/console.css", "/console.js", "/theme.js", "/icon.svg"] {
             assert_eq!(console.get(path).await.0, StatusCode::OK, "{path}");
         }

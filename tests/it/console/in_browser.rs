@@ -1,14 +1,15 @@
-//! The console in a real browser: what somebody does there, and what comes of it in OurAPI and in the journal.
+//! The console in a real browser: what an operator does there, and its effect in OurAPI and in the journal.
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
-use crate::harness::{Daemon, Test, dead_letter, run_test, until};
+use crate::harness::journal::dead_letter;
+use crate::harness::web::{TOKEN, console_token};
+use crate::harness::{Daemon, Test, run_test, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
-use bigchat_sync::simulator::event::{message, start, transfer};
+use bigchat_sync::simulator::event::{event, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use bigchat_sync::simulator::id;
-use secrecy::SecretString;
 use serde_json::json;
 
 use crate::harness::browser::{
@@ -21,7 +22,7 @@ const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"
 /// The list of what failed for that.
 const REFUSED: &str = "#/failed?reason=OurAPI%20permanently%20rejects%20it%3A%20String%20should%20have%20at%20least%202%20characters";
 
-/// A daemon with a console, and a conversation 42 whose chat stands in OurAPI.
+/// A daemon with a console, and a conversation 42 with a chat in OurAPI.
 struct Desk<'a> {
     t: &'a Test,
     daemon: Daemon,
@@ -55,8 +56,8 @@ impl<'a> Desk<'a> {
                 .upset(&pattern, status(422).body(NO).always());
         }
         let failed = self.t.events("failed") + i64::try_from(texts.len()).expect("few");
-        let told = (10..).zip(texts).map(|(at, text)| message(42, at, text));
-        self.t.bigchat.tells(told.collect::<Vec<_>>());
+        let events = (10..).zip(texts).map(|(at, text)| message(42, at, text));
+        self.t.bigchat.reports(events.collect::<Vec<_>>());
         self.t.until_events("failed", failed).await;
     }
 
@@ -70,10 +71,11 @@ impl<'a> Desk<'a> {
 
     /// What was decided: `retry 3`, say, the latest last.
     fn decided(&self) -> String {
-        self.t.value(
-            "SELECT coalesce(group_concat(resolution || ' ' || event || ' ' || resolved_by, ', '), '')
-             FROM (SELECT * FROM resolutions ORDER BY id)",
-        )
+        let resolutions = self.t.resolutions().into_iter().map(|past| {
+            let way = past.by.rsplit(", ").next().unwrap_or_default();
+            format!("{} {} {way}", past.decision, past.event)
+        });
+        resolutions.collect::<Vec<_>>().join(", ")
     }
 
     async fn done(self, browser: Browser) {
@@ -84,7 +86,7 @@ impl<'a> Desk<'a> {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_failed_event_is_found_understood_and_retried() {
+async fn failed_event_found_and_retried() {
     run_test(async |t| {
         let desk = Desk::with_failed(t, &["Refused for now"]).await;
         let browser = desk.look("").await;
@@ -128,80 +130,80 @@ async fn a_failed_event_is_found_understood_and_retried() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn discarding_asks_first_and_concerns_what_is_selected() {
+async fn selected_events_discarded_after_asking() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
+        t.differs("OurAPI rejects messages that it could store");
+        let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
         let browser = desk.look("#/failed").await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 4")
-        .await;
-    for event in [3, 5] {
         browser
-            .click(&format!("[data-event='{event}'] input"), "")
+            .until("document.querySelectorAll('.rows li').length === 4")
             .await;
-    }
-    browser.until_text(".chosen", "2 selected").await;
-    browser.click(".chosen button", "Discard").await;
-    browser.until_text("#ask", "Discard 2 events?").await;
-    browser.click("#ask button", "Keep").await;
-    browser.until("!document.querySelector('#ask').open").await;
-    assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
+        for event in [3, 5] {
+            browser
+                .click(&format!("[data-event='{event}'] input"), "")
+                .await;
+        }
+        browser.until_text(".chosen", "2 selected").await;
+        browser.click(".chosen button", "Discard").await;
+        browser.until_text("#ask", "Discard 2 events?").await;
+        browser.click("#ask button", "Keep").await;
+        browser.until("!document.querySelector('#ask').open").await;
+        assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
 
-    browser.click(".chosen button", "Discard").await;
-    browser.click("#ask button", "Discard 2").await;
-    t.until_events("discarded", 2).await;
-    browser
-        .until("document.querySelectorAll('.rows li').length === 2")
+        browser.click(".chosen button", "Discard").await;
+        browser.click("#ask button", "Discard 2").await;
+        t.until_events("discarded", 2).await;
+        browser
+            .until("document.querySelectorAll('.rows li').length === 2")
+            .await;
+        assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
+
+        t.our_api.calm();
+        browser.click(".group button", "Retry both").await;
+        browser.until_text("main", "Nothing has failed").await;
+        until("both are delivered", async || {
+            t.our_api.message_count() == 3
+        })
         .await;
-    assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
-
-    t.our_api.calm();
-    browser.click(".group button", "Retry both").await;
-    browser.until_text("main", "Nothing has failed").await;
-    until("both are delivered", async || {
-        t.our_api.message_count() == 3
+        assert_eq!(t.count_events("state = 'discarded' AND id IN (3, 5)"), 2);
+        desk.done(browser).await;
     })
     .await;
-    let discarded = t.value::<String>("SELECT group_concat(id) FROM (SELECT id FROM event_states WHERE state = 'discarded' ORDER BY id)");
-    assert_eq!(discarded, "3,5");
-    desk.done(browser).await;
-})
-.await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_group_is_decided_on_by_itself_and_all_at_once() {
+async fn groups_discarded_one_and_all() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["one", "two"]).await;
-        t.bigchat.tells(raw(
-        r#"{"nextPageUrl":null,"events":[{"conversation_id":42,"event_name":"PAUSE","event_at":1795384900}]}"#,
-    ));
-    t.until_events("failed", 3).await;
-    let browser = desk.look("#/failed").await;
-    browser.click(".groups a", "Unknown event name").await;
-    browser.until_text(".rows", "PAUSE").await;
-    browser.click(".group button", "Discard it").await;
-    browser.click("#ask button", "Discard").await;
-    t.until_events("discarded", 1).await;
-    browser
-        .until_text(".groups", "OurAPI permanently rejects it")
-        .await;
-    assert_eq!(t.events("failed"), 2);
-    browser.click(".head button", "Discard all").await;
-    browser.click("#ask button", "Discard 2").await;
-    t.until_events("discarded", 3).await;
-    browser.until_text("main", "Nothing has failed").await;
-    desk.done(browser).await;
-})
-.await;
+        t.differs("OurAPI rejects messages that it could store");
+        let desk = Desk::with_failed(t, &["one", "two"]).await;
+        t.bigchat.reports(raw(
+            &json!({"events": [event(42, "PAUSE", 100, json!(null))]}).to_string(),
+        ));
+        t.until_events("failed", 3).await;
+        let browser = desk.look("#/failed").await;
+        browser.click(".groups a", "Unknown event name").await;
+        browser.until_text(".rows", "PAUSE").await;
+        browser.click(".group button", "Discard it").await;
+        browser.click("#ask button", "Discard").await;
+        t.until_events("discarded", 1).await;
+        browser
+            .until_text(".groups", "OurAPI permanently rejects it")
+            .await;
+        assert_eq!(t.events("failed"), 2);
+        browser.click(".head button", "Discard all").await;
+        browser.click("#ask button", "Discard 2").await;
+        t.until_events("discarded", 3).await;
+        browser.until_text("main", "Nothing has failed").await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
+/// A search finds a conversation by its id, its chat and its agent; its page shows what was sent.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
+async fn conversations_found_by_search() {
     run_test(async |t| {
         t.bigchat
             .advisor(7, "Jane O'Hara", "jane.ohara@example.com");
@@ -212,7 +214,7 @@ async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
         browser
             .until("document.querySelectorAll('.found li').length === 2")
             .await;
-        let chat = t.value::<String>("SELECT chat_id FROM conversations WHERE bigchat_id = 43");
+        let chat = id("c2");
         for (text, title) in [
             ("42", "Conversation 42"),
             (chat.as_str(), "Conversation 43"),
@@ -259,9 +261,10 @@ async fn conversations_are_found_by_id_chat_and_agent_and_tell_what_was_sent() {
     .await;
 }
 
+/// The theme is the system's until one is chosen, and the choice is remembered.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
+async fn theme_of_system_until_chosen() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
         let browser = desk.look("").await;
@@ -287,9 +290,10 @@ async fn the_theme_is_the_systems_until_somebody_chooses_and_is_remembered() {
     .await;
 }
 
+/// The page says so, still shows what it had, and resolves nothing until it is connected again.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
+async fn lost_connection_to_the_daemon() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["Still to be seen"]).await;
@@ -323,51 +327,56 @@ async fn a_lost_connection_is_told_keeps_what_was_seen_and_decides_nothing() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn what_strangers_write_stays_text_wherever_it_is_shown() {
+async fn html_in_messages_stays_text() {
     const EVIL: &str = "<script>window.evil=1</script><img src=x onerror='window.evil=1'>";
     run_test(async |t| {
-    t.differs("OurAPI rejects messages that it could store");
-    t.bigchat
-        .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
-    let desk = Desk::over(t, Tokens::default()).await;
-    t.delivers([message(42, 6, &format!("{EVIL} delivered"))])
-        .await;
-    desk.fail(&[&format!("{EVIL} failed")]).await;
-    let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
-    t.bigchat.tells(vec![unreadable]);
-    t.until_events("failed", 2).await;
-
-    let browser = desk.look("").await;
-    for (view, wherein) in [
-        ("", ".reasons"),
-        ("#/failed", ".groups"),
-        (REFUSED, ".rows"),
-        ("#/failed/4", "#raw"),
-        ("#/failed/5", "#raw"),
-        ("#/conversations/2", ".words"),
-    ] {
-        browser.go(&desk.at(view)).await;
-        browser
-            .until_text(wherein, "<script>window.evil=1</script>")
+        t.differs("OurAPI rejects messages that it could store");
+        t.bigchat
+            .advisor(7, "<b onclick=evil()>Jane</b>", "<i>jane@example.com");
+        let desk = Desk::over(t, Tokens::default()).await;
+        t.delivers([message(42, 6, &format!("{EVIL} delivered"))])
             .await;
-    }
-    browser
-        .until_text("aside", "<b onclick=evil()>Jane</b>")
-        .await;
-    browser
-        .go(&desk.at("#/search?q=%3Cscript%3Ewindow.evil=1%3C/script%3E"))
-        .await;
-    browser.until_text("main", "Nothing for “<script>").await;
-    let harm = browser.eval("[window.evil ?? null, document.querySelectorAll('main script, main img, main b[onclick]').length]").await;
-    assert_eq!(harm, json!([null, 0]));
-    desk.done(browser).await;
-})
-.await;
+        desk.fail(&[&format!("{EVIL} failed")]).await;
+        let unreadable = json!({"conversation_id": 42, "event_name": EVIL, "event_at": 5});
+        t.bigchat.reports(vec![unreadable]);
+        t.until_events("failed", 2).await;
+
+        let browser = desk.look("").await;
+        for (view, wherein) in [
+            ("", ".reasons"),
+            ("#/failed", ".groups"),
+            (REFUSED, ".rows"),
+            ("#/failed/4", "#raw"),
+            ("#/failed/5", "#raw"),
+            ("#/conversations/2", ".words"),
+        ] {
+            browser.go(&desk.at(view)).await;
+            browser
+                .until_text(wherein, "<script>window.evil=1</script>")
+                .await;
+        }
+        browser
+            .until_text("aside", "<b onclick=evil()>Jane</b>")
+            .await;
+        browser
+            .go(&desk.at("#/search?q=%3Cscript%3Ewindow.evil=1%3C/script%3E"))
+            .await;
+        browser.until_text("main", "Nothing for “<script>").await;
+        let harm = browser
+            .eval(
+                "[window.evil ?? null, \
+             document.querySelectorAll('main script, main img, main b[onclick]').length]",
+            )
+            .await;
+        assert_eq!(harm, json!([null, 0]));
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn everything_is_done_with_keys_alone() {
+async fn console_by_keyboard_alone() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two", "three"]).await;
@@ -438,54 +447,65 @@ async fn everything_is_done_with_keys_alone() {
     .await;
 }
 
+/// Nothing is wider than a phone, in either theme.
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn it_fits_a_phone_in_both_themes() {
+async fn phone_width_in_both_themes() {
     run_test(async |t| {
-t.differs("OurAPI rejects messages that it could store");
-let desk = Desk::with_failed(t, &["A message that is far too long for a phone, since somebody wrote_it_all_in_one_word_and_did_not_stop_at_the_margin", "two"]).await;
-    let browser = Browser::open(&desk.at(""), PHONE).await;
-    for theme in ["light", "dark"] {
-        browser.system_prefers(theme).await;
-        for (view, there) in [
-            ("", ".verdict"),
-            ("#/failed", ".groups"),
-            (REFUSED, ".rows"),
-            ("#/failed/3", "#raw"),
-            ("#/search", ".found"),
-            ("#/conversations/2", ".line"),
-            ("#/decisions", ".nothing"),
-        ] {
-            browser.go(&desk.at(view)).await;
-            browser
-                .until(&format!("document.querySelector('{there}')"))
-                .await;
-            // A page that does not fit is shown smaller, and all of it "fits" what is then the width.
-            let width = browser
-                .eval("[innerWidth, document.documentElement.scrollWidth]")
-                .await;
-            assert_eq!(width, json!([360, 360]), "{view} {theme}");
-            let beyond = browser
-                .eval("[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > 360.5 && !e.closest('.scroll, .unseen, pre, svg') && e.checkVisibility()).map((e) => e.outerHTML.slice(0, 120))")
-                .await;
-            assert_eq!(beyond, json!([]), "{view} {theme}");
+        t.differs("OurAPI rejects messages that it could store");
+        let long = "A message that is far too long for a phone, since its author \
+            wrote_it_all_in_one_word_and_did_not_stop_at_the_margin";
+        let desk = Desk::with_failed(t, &[long, "two"]).await;
+        let browser = Browser::open(&desk.at(""), PHONE).await;
+        for theme in ["light", "dark"] {
+            browser.system_prefers(theme).await;
+            for (view, there) in [
+                ("", ".verdict"),
+                ("#/failed", ".groups"),
+                (REFUSED, ".rows"),
+                ("#/failed/3", "#raw"),
+                ("#/search", ".found"),
+                ("#/conversations/2", ".line"),
+                ("#/decisions", ".nothing"),
+            ] {
+                browser.go(&desk.at(view)).await;
+                browser
+                    .until(&format!("document.querySelector('{there}')"))
+                    .await;
+                // A page that does not fit is scaled down, and then all of it "fits".
+                let width = browser
+                    .eval("[innerWidth, document.documentElement.scrollWidth]")
+                    .await;
+                assert_eq!(width, json!([360, 360]), "{view} {theme}");
+                let beyond = browser
+                    .eval(
+                        "[...document.querySelectorAll('body *')] \
+                     .filter((e) => e.getBoundingClientRect().right > 360.5) \
+                     .filter((e) => !e.closest('.scroll, .unseen, pre, svg')) \
+                     .filter((e) => e.checkVisibility()) \
+                     .map((e) => e.outerHTML.slice(0, 120))",
+                    )
+                    .await;
+                assert_eq!(beyond, json!([]), "{view} {theme}");
+            }
         }
-    }
-    browser.click(".tabs a", "Failed").await;
-    browser.click(".groups a", "OurAPI permanently rejects").await;
-    browser.until_text(".rows", "two").await;
-    browser.click(".back a", "All reasons").await;
-    browser
-        .until("document.querySelector('.groups')?.checkVisibility()")
-        .await;
-    desk.done(browser).await;
-})
-.await;
+        browser.click(".tabs a", "Failed").await;
+        browser
+            .click(".groups a", "OurAPI permanently rejects")
+            .await;
+        browser.until_text(".rows", "two").await;
+        browser.click(".back a", "All reasons").await;
+        browser
+            .until("document.querySelector('.groups')?.checkVisibility()")
+            .await;
+        desk.done(browser).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn the_chart_is_read_by_keys_and_as_a_table() {
+async fn chart_by_keyboard_and_as_table() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
         let browser = desk.look("#/?hours=1").await;
@@ -496,15 +516,15 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
         browser
             .until("!document.querySelector('#chart-tip').hidden")
             .await;
-        let mut told = 0;
+        let mut starts = 0;
         for _ in 0..60 {
             let text = browser
                 .eval(&format!("{slider}.getAttribute('aria-valuetext')"))
                 .await;
-            told += i32::from(text.as_str().expect("text").contains("1 START"));
+            starts += i32::from(text.as_str().expect("text").contains("1 START"));
             browser.press(LEFT).await;
         }
-        assert_eq!(told, 1);
+        assert_eq!(starts, 1);
         browser.press(HOME).await;
         browser
             .until(&format!("{slider}.getAttribute('aria-valuenow') === '0'"))
@@ -524,19 +544,15 @@ async fn the_chart_is_read_by_keys_and_as_a_table() {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
-async fn whoever_has_the_token_comes_in() {
-    let tokens = Tokens {
-        console: Some(SecretString::from("a-token-that-nobody-guesses")),
-        ..Tokens::default()
-    };
+async fn login_and_logout_with_token() {
     run_test(async |t| {
-        let desk = Desk::over(t, tokens).await;
+        let desk = Desk::over(t, console_token()).await;
         let browser = desk.look("#/search").await;
         browser.until_text("main", "Sign in").await;
         browser.press("wrong").await;
         browser.press(ENTER).await;
         browser.until_text("#wrong", "That is not the token").await;
-        browser.press("a-token-that-nobody-guesses").await;
+        browser.press(TOKEN).await;
         browser.press(ENTER).await;
         browser.until_text(".found", "Conversation 42").await;
         browser.reload().await;
@@ -565,15 +581,15 @@ fn six_hours() -> String {
         let down = (150..168).contains(&ago);
         for (kind, share) in [("MESSAGE", 20), ("START", 3), ("END", 3), ("TRANSFER", 1)] {
             let most = (u64::try_from(swell).expect("positive") * share).div_ceil(10);
-            let told = most / 2 + roll(most.max(2));
+            let received = most / 2 + roll(most.max(2));
             let (delivered, failed) = match (down, behind) {
                 (true, _) => (0, 0),
-                (false, 0) => (told, u64::from(kind == "MESSAGE" && roll(40) == 0)),
-                (false, late) => (told + late.min(60), 0),
+                (false, 0) => (received, u64::from(kind == "MESSAGE" && roll(40) == 0)),
+                (false, late) => (received + late.min(60), 0),
             };
-            behind = behind + told - delivered.min(behind + told);
+            behind = behind + received - delivered.min(behind + received);
             sql += &format!(
-                "INSERT INTO activity VALUES ({} - {ago}, '{kind}', {told}, {delivered}, {failed});",
+                "INSERT INTO activity VALUES ({} - {ago}, '{kind}', {received}, {delivered}, {failed});",
                 now / 60_000
             );
         }
@@ -635,15 +651,13 @@ fn six_hours() -> String {
     )
 }
 
-/// `BIGCHAT_SYNC_TEST_PICTURES=1` keeps the pictures, for the README; with Debian's `fonts-inter`, they have the font
-/// that the page asks for first.
+/// `BIGCHAT_SYNC_TEST_PICTURES=1` stores the pictures, for the README; with Debian's `fonts-inter`, they have the font
+/// that the page prefers.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {
     run_test(async |t| {
-        t.differs("OurAPI rejects messages that it could store");
-        t.once().await;
-        t.execute(&six_hours());
+        t.fill(&six_hours()).await;
         let (_, url) = t.start_listening(Tokens::default());
         let browser = Browser::open(&url, (1280, 1120)).await;
         browser.until_text("#legend", "MESSAGE").await;

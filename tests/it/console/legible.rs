@@ -1,14 +1,13 @@
-//! What the console is given to show: texts whole whatever characters are in them, why a chat has no agent, and whether a
-//! retry can succeed.
+//! What the API shows of texts, of chats without an agent, and of retries that can succeed.
 
-use crate::harness::{dead_letter, run_test, side_by_side, until};
+use crate::harness::journal::{CONVERSATION, failed_message, spent};
+use crate::harness::web::Console;
+use crate::harness::{run_test, side_by_side, until};
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
-
-use crate::console::api::Console;
 
 /// What the console answers; it must be a success.
 async fn get(console: &Console<'_>, path: &str, query: &[(&str, &str)]) -> Value {
@@ -26,7 +25,7 @@ async fn found(console: &Console<'_>, id: i64) -> Value {
     found["conversations"][0].take()
 }
 
-/// The same; it is the same by itself.
+/// The same; its own page shows the same.
 async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let found = found(console, id).await;
     let path = format!("/api/conversations/{}", found["key"]);
@@ -35,25 +34,9 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     found
 }
 
-/// SQL for a failed message in conversation 100, by its text.
-pub(crate) fn failed_message(id: i64, text: &str, reason: &str) -> String {
-    let data = json!({ "message": text }).to_string();
-    dead_letter(id, 100, "MESSAGE", &data, reason, 1)
-}
-
-/// SQL for a message of a known conversation that has failed after all its attempts.
-pub(crate) fn spent(id: i64, conversation: i64) -> String {
-    let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
-    let data = r#"{"message":"x"}"#;
-    let reason = "OurAPI gave no usable answer";
-    dead_letter(id, conversation, "MESSAGE", data, reason, 10)
-}
-
-pub(crate) const CONVERSATION: &str =
-    "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
-
+/// A text is shown whole, whatever characters are in it.
 #[tokio::test]
-async fn a_text_is_whole_whatever_characters_it_has() {
+async fn texts_with_control_characters() {
     let texts = [
         "before\0after",
         "\0",
@@ -89,7 +72,7 @@ async fn a_text_is_whole_whatever_characters_it_has() {
 }
 
 #[tokio::test]
-async fn a_long_text_is_cut_in_lists_only() {
+async fn long_text_truncated_in_lists_only() {
     for (length, in_list, in_conversation) in [
         (200, 200, 200),
         (201, 200, 201),
@@ -120,7 +103,7 @@ async fn a_long_text_is_cut_in_lists_only() {
 }
 
 #[tokio::test]
-async fn a_chat_without_an_agent_says_why() {
+async fn chat_without_agent_has_reason() {
     let gone = "BigChat no longer knows advisor 9007199254740993";
     let rejected = "OurAPI permanently rejected the agent Ann (ann@x.test)";
     let details = "no advisor is known, and BigChat no longer knows the conversation";
@@ -140,7 +123,7 @@ async fn a_chat_without_an_agent_says_why() {
                 }
                 _ => (77, details, vec![message(77, 5, "Hello")]),
             };
-            let console = Console::new(t, Tokens::default()).await;
+            let console = Console::new(t, Tokens::default());
             t.delivers(events).await;
             let conversation = conversation(&console, id).await;
             assert!(conversation["chat_id"].is_string(), "{case}");
@@ -154,7 +137,7 @@ async fn a_chat_without_an_agent_says_why() {
 }
 
 #[tokio::test]
-async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
+async fn agent_not_resolved_yet() {
     let unread = "not resolved yet: the conversation's details have not been read from BigChat";
     let advisor = "not resolved yet: advisor 7 has not been read from BigChat";
     let agent = "not resolved yet: OurAPI has not been asked for Ann (ann@x.test)";
@@ -168,8 +151,8 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
             run_test(async |t| {
                 t.bigchat.upset(down, status(500).always());
                 t.our_api.upset(down, status(500).always());
-                let console = Console::new(t, Tokens::default()).await;
-                t.bigchat.tells([start(42, 0)]);
+                let console = Console::new(t, Tokens::default());
+                t.bigchat.reports([start(42, 0)]);
                 t.until_events("waiting", 1).await;
                 let mut said = Value::Null;
                 until("it says so", async || {
@@ -191,18 +174,19 @@ async fn an_agent_that_is_not_resolved_yet_is_said_to_be() {
     .await;
 }
 
+/// The console knows of each failed event whether a retry can succeed.
 #[tokio::test]
-async fn it_is_known_whether_a_retry_can_succeed() {
+async fn retries_that_can_succeed() {
     run_test(async |t| {
         t.differs("OurAPI rejects what it could store");
         t.our_api
             .upset("POST /chats/c1/messages*No", status(422).always());
         t.our_api
             .upset("POST /chats/c1/messages*Spam", status(409).always());
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         t.delivers([start(42, 0), start(43, 1)]).await;
         t.bigchat
-            .tells([message(42, 5, "No"), message(42, 6, "Spam")]);
+            .reports([message(42, 5, "No"), message(42, 6, "Spam")]);
         t.until_events("failed", 2).await;
         assert_eq!(conversation(&console, 42).await["permanent"], true);
         for unreadable in [
@@ -211,7 +195,7 @@ async fn it_is_known_whether_a_retry_can_succeed() {
             "{}",
         ] {
             let before = t.events("failed");
-            t.bigchat.tells(raw(&format!(
+            t.bigchat.reports(raw(&format!(
                 r#"{{"nextPageUrl":null,"events":[{unreadable}]}}"#
             )));
             t.until_events("failed", before + 1).await;
@@ -220,7 +204,7 @@ async fn it_is_known_whether_a_retry_can_succeed() {
         daemon.stop().await;
         // What failed after all its attempts may succeed once whatever it was is over.
         t.execute(&spent(90, 42));
-        let console = Console::new(t, Tokens::default()).await;
+        let console = Console::new(t, Tokens::default());
         assert_eq!(conversation(&console, 42).await["permanent"], false);
         let failed = get(&console, "/api/failed", &[]).await;
         let groups = failed["groups"].as_array().expect("groups");

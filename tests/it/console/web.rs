@@ -1,6 +1,9 @@
-//! The daemon over HTTP: who is answered, what the probes tell, and that nobody is kept out or kept waiting by others.
+//! The daemon over HTTP: its access control, its probes, and limits that keep clients from starving each other.
 
-use crate::harness::{Daemon, Test, run_live_test, until};
+use crate::harness::process::Process;
+use crate::harness::web::{TOKEN, client, console_token, sent, succeeds};
+use crate::harness::{run_live_test, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::collections::HashMap;
@@ -10,27 +13,14 @@ use bigchat_sync::settings::Tokens;
 use reqwest::header::{
     AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, HeaderMap, ORIGIN, RETRY_AFTER, SET_COOKIE,
 };
-use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::harness::process::Process;
-
-const TOKEN: &str = "0123456789abcdef-console";
-
 /// How long anything may take that is to be answered at once.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A client that has opened no connection yet.
-fn client() -> Client {
-    Client::builder().no_proxy().build().expect("a client")
-}
-
-async fn sent(request: RequestBuilder) -> Response {
-    request.send().await.expect("an answer")
-}
 
 /// What is answered to these bytes, until the connection is closed.
 async fn raw(url: &str, request: &str) -> String {
@@ -49,22 +39,11 @@ async fn connect(url: &str) -> TcpStream {
     TcpStream::connect(address).await.expect("a connection")
 }
 
-fn console_token() -> Tokens {
-    Tokens {
-        console: Some(TOKEN.into()),
-        ..Tokens::default()
-    }
-}
-
-async fn listening(t: &Test, tokens: Tokens) -> (Daemon, String) {
-    let (daemon, url) = t.start_listening(tokens);
-    (daemon, url)
-}
-
+/// `/healthz` is about the daemon alone; `/readyz` names the API or the journal because of which no event gets through.
 #[tokio::test]
-async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
+async fn probes_during_outages() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let client = client();
         let ask = async |path: &str| {
             let answer = sent(client.get(format!("{url}{path}"))).await;
@@ -84,7 +63,7 @@ async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
         t.our_api.outage(Some(status(503)));
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
-        t.bigchat.tells_of(message(2, at, "Hello"));
+        t.bigchat.reports_event(message(2, at, "Hello"));
         let down = (StatusCode::SERVICE_UNAVAILABLE, "OurAPI is down\n".into());
         until("OurAPI is down", async || ask("/readyz").await == down).await;
         t.our_api.outage(None);
@@ -105,9 +84,9 @@ async fn probes_tell_whether_it_turns_over_and_whether_events_get_through() {
 }
 
 #[tokio::test]
-async fn every_answer_tells_the_browser_to_trust_nothing_else() {
+async fn security_headers_on_every_response() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let host = ("host", "evil.example");
         for (path, header, status) in [
             ("/healthz", None, StatusCode::OK),
@@ -142,10 +121,11 @@ async fn every_answer_tells_the_browser_to_trust_nothing_else() {
     .await;
 }
 
+/// Without the token only the probes are answered.
 #[tokio::test]
-async fn without_the_token_nobody_is_told_more_than_the_probes_tell() {
+async fn metrics_need_the_token() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let get = |path: &str| client().get(format!("{url}{path}"));
         assert_eq!(sent(get("/healthz")).await.status(), StatusCode::OK);
         assert_eq!(
@@ -185,10 +165,11 @@ async fn log_in(url: &str, token: &str) -> Response {
     sent(login).await
 }
 
+/// A session lasts until its logout, and needs both the cookie and the key.
 #[tokio::test]
-async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
+async fn session_needs_cookie_and_key() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let answer = log_in(&url, TOKEN).await;
         assert_eq!(answer.status(), StatusCode::OK);
         let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
@@ -197,8 +178,8 @@ async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
             "{set}"
         );
         let cookie = set.split(';').next().expect("its value").to_owned();
-        let told: Value = answer.json().await.expect("JSON");
-        let key = told["key"].as_str().expect("a key").to_owned();
+        let session: Value = answer.json().await.expect("JSON");
+        let key = session["key"].as_str().expect("a key").to_owned();
         assert!(!cookie.contains(&key), "two secrets");
         let ask = async |cookie: &str, key: &str| {
             let get = client().get(format!("{url}/metrics"));
@@ -233,7 +214,7 @@ async fn a_login_lasts_until_its_logout_and_needs_cookie_and_key() {
 #[tokio::test]
 async fn guessing_tokens_is_slowed() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let mut statuses = HashMap::new();
         for _ in 0..14 {
             let status = log_in(&url, "wrong").await.status();
@@ -254,10 +235,11 @@ async fn guessing_tokens_is_slowed() {
     .await;
 }
 
+/// A page of another site can change nothing and read nothing.
 #[tokio::test]
-async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
+async fn requests_from_another_site() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let mut ours = HeaderMap::new();
         ours.insert("x-bigchat-sync", "1".parse().expect("a value"));
         ours.insert(CONTENT_TYPE, "application/json".parse().expect("a value"));
@@ -287,10 +269,11 @@ async fn a_page_of_another_site_changes_nothing_and_reads_nothing() {
     .await;
 }
 
+/// Two servers could read such a request differently, and so one that it carries would pass the first of them.
 #[tokio::test]
-async fn requests_that_two_servers_could_read_differently_are_refused() {
+async fn ambiguous_requests_are_rejected() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, Tokens::default()).await;
+        let (_, url) = t.start_listening(Tokens::default());
         let ours = "Host: localhost\r\nX-Bigchat-Sync: 1\r\nContent-Type: application/json\r\n";
         let post = |headers: &str, body: &str| {
             format!("POST /api/logout HTTP/1.1\r\n{ours}{headers}\r\n{body}")
@@ -348,9 +331,9 @@ async fn requests_that_two_servers_could_read_differently_are_refused() {
 }
 
 #[tokio::test]
-async fn a_large_body_is_refused() {
+async fn large_body_is_rejected() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let token = "x".repeat(100_000);
         let status = log_in(&url, &token).await.status();
         assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
@@ -359,9 +342,9 @@ async fn a_large_body_is_refused() {
 }
 
 #[tokio::test]
-async fn those_who_connect_and_say_nothing_keep_nobody_out() {
+async fn idle_connections_starve_no_client() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let mut silent = Vec::new();
         for kind in 0..200 {
             let mut stream = connect(&url).await;
@@ -384,9 +367,9 @@ async fn those_who_connect_and_say_nothing_keep_nobody_out() {
 }
 
 #[tokio::test]
-async fn those_who_never_end_what_they_say_keep_nobody_out() {
+async fn unfinished_requests_starve_no_client() {
     run_live_test(async |t| {
-        let (_, url) = listening(t, console_token()).await;
+        let (_, url) = t.start_listening(console_token());
         let head = "POST /api/login HTTP/1.1\r\nHost: localhost\r\nX-Bigchat-Sync: 1\r\n\
         Content-Type: application/json\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n";
         let mut slow = Vec::new();
@@ -410,10 +393,11 @@ async fn those_who_never_end_what_they_say_keep_nobody_out() {
     .await;
 }
 
+/// A daemon stops at once and closes the database, although clients are connected.
 #[tokio::test]
-async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
+async fn stop_with_clients_connected() {
     run_live_test(async |t| {
-        let (daemon, url) = listening(t, Tokens::default()).await;
+        let (daemon, url) = t.start_listening(Tokens::default());
         let client = client();
         until("it is ready", async || {
             let answer = sent(client.get(format!("{url}/readyz"))).await;
@@ -425,28 +409,28 @@ async fn it_stops_at_once_and_lets_go_of_the_database_whoever_is_connected() {
         let _idle = connect(&url).await;
         daemon.stop().await;
         let store = bigchat_sync::journal::Store::open(&t.db());
-        store.expect("nobody has it any more");
+        store.expect("the database is closed");
         let refused = client.get(format!("{url}/healthz")).send().await;
-        refused.expect_err("nobody listens");
+        refused.expect_err("nothing listens");
     })
     .await;
 }
 
+/// Events are delivered without the console, and the log names the setting.
 #[tokio::test]
-async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
+async fn console_port_is_taken() {
     run_live_test(async |t| {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = taken.local_addr().expect("its address").to_string();
         t.set("--listen", &address);
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
-        t.bigchat.tells_of(message(2, at, "Hello"));
+        t.bigchat.reports_event(message(2, at, "Hello"));
         let daemon = Process::start(t);
         t.until_events("delivered", 1).await;
-        until("it says so", async || {
-            daemon.lines_with("set another address with --listen") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("set another address with --listen", 1)
+            .await;
         assert_eq!(daemon.lines_with(&address), 1, "{}", daemon.log());
         assert!(daemon.stop().await.success());
     })
@@ -454,7 +438,7 @@ async fn a_port_that_is_taken_keeps_nobody_from_his_work() {
 }
 
 #[tokio::test]
-async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
+async fn public_address_needs_strong_token() {
     run_live_test(async |t| {
         t.set("--listen", "0.0.0.0:0");
         for (token, says) in [
@@ -467,36 +451,33 @@ async fn an_address_for_others_needs_a_token_that_nobody_guesses() {
                 daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", token);
             }
             let daemon = Process::start_as(t, daemon);
-            until(says, async || daemon.lines_with(says) == 1).await;
+            daemon.until_logged_times(says, 1).await;
             assert_eq!(daemon.ended().await.code(), Some(2));
         }
         let mut daemon = t.program("run");
         daemon.env("BIGCHAT_SYNC_CONSOLE_TOKEN", TOKEN);
         let daemon = Process::start_as(t, daemon);
-        until("it listens", async || daemon.lines_with("console at") == 1).await;
+        daemon.until_logged_times("console at", 1).await;
         assert!(!daemon.log().contains(TOKEN));
         assert!(daemon.stop().await.success());
     })
     .await;
 }
 
+/// An API that was down when the last session ended is not reported as down by the next one.
 #[tokio::test]
-async fn what_was_down_when_the_last_session_ended_need_not_be_down_now() {
+async fn outage_of_the_last_session() {
     run_live_test(async |t| {
-        let (daemon, url) = listening(t, Tokens::default()).await;
-        let is_ready = async |url: &str| {
-            let answer = sent(client().get(format!("{url}/readyz"))).await;
-            answer.status() == StatusCode::OK
-        };
+        let (daemon, url) = t.start_listening(Tokens::default());
+        let is_ready = async |url: &str| succeeds(&format!("{url}/readyz")).await;
         until("it is ready", async || is_ready(&url).await).await;
-        t.bigchat.tells_of(message(2, t.now(), "Hello"));
+        t.bigchat.reports_event(message(2, t.now(), "Hello"));
         until("it is delivered", async || t.events("delivered") == 1).await;
         daemon.stop().await;
 
         t.our_api.outage(Some(dropped()));
         let verify = Process::start_as(t, t.program("verify"));
-        let down = "SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 0";
-        until("it is down", async || t.value::<i64>(down) == 1).await;
+        until("it is down", async || t.is_up(Api::OurApi) == Some(false)).await;
         verify.stop().await;
         t.our_api.outage(None);
 

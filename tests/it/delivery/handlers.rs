@@ -1,5 +1,6 @@
-//! The four handlers: exactly what BigChat and OurAPI are asked for each event, and what is sent.
+//! The four handlers: the exact requests to BigChat and OurAPI for each event.
 
+use crate::harness::process::printed;
 use crate::harness::services::{NOW, line, time};
 use crate::harness::{run_test, side_by_side};
 use bigchat_sync::simulator::compare::Rules;
@@ -37,8 +38,9 @@ fn changed(chat: &str, change: Value) -> String {
     line(&format!("PATCH /chats/{chat}"), change)
 }
 
+/// Each event requests what it needs, and costs one request once everything is known.
 #[tokio::test]
-async fn each_event_asks_for_what_it_needs_and_once_all_is_known_for_one_request() {
+async fn requests_of_each_event() {
     run_test(async |t| {
         let daemon = t.start();
         for (event, bigchat, our_api) in [
@@ -99,8 +101,9 @@ async fn each_event_asks_for_what_it_needs_and_once_all_is_known_for_one_request
     .await;
 }
 
+/// A poll without new events requests the events and the first conversation.
 #[tokio::test]
-async fn a_poll_without_news_asks_for_the_events_and_the_first_conversation() {
+async fn requests_of_an_idle_poll() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([start(42, 0)]).await;
@@ -122,8 +125,9 @@ async fn a_poll_without_news_asks_for_the_events_and_the_first_conversation() {
     .await;
 }
 
+/// All that one page says of a chat is written with its creation.
 #[tokio::test]
-async fn what_one_page_tells_of_a_chat_is_written_at_once() {
+async fn one_page_makes_one_chat() {
     run_test(async |t| {
         let daemon = t.start();
         let events = [
@@ -156,8 +160,9 @@ async fn what_one_page_tells_of_a_chat_is_written_at_once() {
     .await;
 }
 
+/// An agent is found by its address, or created.
 #[tokio::test]
-async fn an_agent_is_found_by_its_address_or_created() {
+async fn agent_by_its_address() {
     let name = "GET /agents?name=Ann";
     let again = r#"POST /agents {"email":"ann@x.test","name":"Ann (ann@x.test)"}"#;
     side_by_side(
@@ -216,7 +221,7 @@ async fn an_agent_is_found_by_its_address_or_created() {
 }
 
 #[tokio::test]
-async fn the_agent_of_an_address_stays_the_same_across_a_restart() {
+async fn same_agent_across_a_restart() {
     run_test(async |t| {
         t.differs("OurAPI has two agents of one address");
         t.our_api.has_agent("a6", "Anna", "ann@x.test");
@@ -235,7 +240,7 @@ async fn the_agent_of_an_address_stays_the_same_across_a_restart() {
 }
 
 #[tokio::test]
-async fn an_agent_whose_creation_was_answered_with_500_and_carried_out_is_used() {
+async fn agent_created_in_spite_of_500() {
     run_test(async |t| {
         t.our_api.upset("POST /agents", status(500).carried_out());
         t.start();
@@ -247,43 +252,49 @@ async fn an_agent_whose_creation_was_answered_with_500_and_carried_out_is_used()
     .await;
 }
 
+/// A chat whose agent cannot be created has none until a TRANSFER names one.
 #[tokio::test]
-async fn without_an_agent_to_be_had_the_chat_has_none_until_a_transfer_gives_one() {
-    for (refused, asked) in [(true, &ANN[..]), (false, &[])] {
-        run_test(async |t| {
-            t.differs("OurAPI rejects the agent");
-            if refused {
-                let upset = status(422).always();
-                t.our_api.upset("POST /agents*ann@x.test", upset);
-            } else {
-                t.bigchat.forgets_advisor(7);
-            }
-            let daemon = t.start();
-            let chat = json!({"external_id": "42", "started_at": time(0)});
-            let chat = line("POST /chats", chat);
-            let expected = [asked, &[&chat]].concat();
-            assert_eq!(t.delivers([start(42, 0)]).await, expected);
-            t.bigchat.asked();
-            let chat = json!({"external_id": "43", "started_at": time(1)});
-            assert_eq!(
-                t.delivers([start(43, 1)]).await,
-                [line("POST /chats", chat)],
-                "nobody is asked about that advisor again"
-            );
-            assert_eq!(t.bigchat.asked_besides(), ["GET /conversations/43"]);
-            assert_eq!(
-                t.delivers([transfer(42, 60, 8)]).await,
-                [BOB[0], BOB[1], &changed("c1", json!({"agent_id": "a1"}))]
-            );
-            daemon.stop().await;
-            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - -"]);
-        })
-        .await;
-    }
+async fn chat_without_agent_until_transfer() {
+    side_by_side(
+        [(true, &ANN[..]), (false, &[])],
+        async |(refused, asked)| {
+            run_test(async |t| {
+                t.differs("OurAPI rejects the agent");
+                if refused {
+                    let upset = status(422).always();
+                    t.our_api.upset("POST /agents*ann@x.test", upset);
+                } else {
+                    t.bigchat.forgets_advisor(7);
+                }
+                let daemon = t.start();
+                let chat = json!({"external_id": "42", "started_at": time(0)});
+                let chat = line("POST /chats", chat);
+                let expected = [asked, &[&chat]].concat();
+                assert_eq!(t.delivers([start(42, 0)]).await, expected);
+                t.bigchat.asked();
+                let chat = json!({"external_id": "43", "started_at": time(1)});
+                assert_eq!(
+                    t.delivers([start(43, 1)]).await,
+                    [line("POST /chats", chat)],
+                    "nobody is asked about that advisor again"
+                );
+                assert_eq!(t.bigchat.asked_besides(), ["GET /conversations/43"]);
+                assert_eq!(
+                    t.delivers([transfer(42, 60, 8)]).await,
+                    [BOB[0], BOB[1], &changed("c1", json!({"agent_id": "a1"}))]
+                );
+                daemon.stop().await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1", "43 22:00:01 - -"]);
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// The chat has no agent then.
 #[tokio::test]
-async fn a_transfer_to_somebody_bigchat_does_not_know_leaves_the_chat_without_an_agent() {
+async fn transfer_to_unknown_advisor() {
     run_test(async |t| {
         t.start();
         t.delivers([start(42, 0)]).await;
@@ -295,8 +306,9 @@ async fn a_transfer_to_somebody_bigchat_does_not_know_leaves_the_chat_without_an
     .await;
 }
 
+/// OurAPI's list is never queried for an empty address.
 #[tokio::test]
-async fn an_empty_address_is_never_asked_for() {
+async fn advisor_with_empty_address() {
     run_test(async |t| {
         t.bigchat.advisor(7, " Ann ", "  ");
         t.our_api.has_agent("a1", "Bob", "bob@x.test");
@@ -314,8 +326,9 @@ async fn an_empty_address_is_never_asked_for() {
     .await;
 }
 
+/// An agent that was rejected is created by the next session, and set on its chat.
 #[tokio::test]
-async fn a_refused_agent_is_tried_again_by_the_next_session() {
+async fn rejected_agent_in_next_session() {
     run_test(async |t| {
         let upset = status(422).always();
         t.our_api.upset("POST /agents", upset);
@@ -339,8 +352,9 @@ async fn a_refused_agent_is_tried_again_by_the_next_session() {
     .await;
 }
 
+/// Whatever comes first creates the chat, with the start and the advisor of the details.
 #[tokio::test]
-async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_details() {
+async fn first_event_of_any_kind() {
     let first = |body: Value| line("POST /chats", body);
     side_by_side(
         [
@@ -356,7 +370,8 @@ async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_d
                     ANN[0],
                     ANN[1],
                     &first(json!({
-                        "external_id": "42", "started_at": time(0), "ended_at": time(30), "agent_id": "a1",
+                        "external_id": "42", "started_at": time(0), "ended_at": time(30),
+                        "agent_id": "a1",
                     })),
                 ],
             ),
@@ -380,19 +395,20 @@ async fn whatever_comes_first_makes_the_chat_with_the_start_and_advisor_of_its_d
         ],
         async |(event, bigchat, our_api)| {
             run_test(async |t| {
-            let daemon = t.start();
-            assert_eq!(t.delivers([event.clone()]).await, our_api, "{event}");
-            daemon.stop().await;
-            assert_eq!(t.bigchat.asked_besides(), bigchat, "{event}");
-})
-.await;
-},
+                let daemon = t.start();
+                assert_eq!(t.delivers([event.clone()]).await, our_api, "{event}");
+                daemon.stop().await;
+                assert_eq!(t.bigchat.asked_besides(), bigchat, "{event}");
+            })
+            .await;
+        },
     )
     .await;
 }
 
+/// A start that BigChat does not report is the earliest time known, and corrected once an earlier one is.
 #[tokio::test]
-async fn a_start_that_nobody_tells_is_the_earliest_time_known_and_put_right_once_better_is() {
+async fn start_known_from_later_events() {
     run_test(async |t| {
         t.bigchat.forgets_conversation(42);
         let daemon = t.start();
@@ -429,14 +445,15 @@ async fn a_start_that_nobody_tells_is_the_earliest_time_known_and_put_right_once
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
         daemon.stop().await;
-        // One 404 might be a stray one; after three it is never asked again.
+        // One 404 may be a stray one; after three it is never requested again.
         assert_eq!(t.bigchat.count("GET /conversations/42"), 3);
     })
     .await;
 }
 
+/// An existing chat is adopted if it has the same start; any other one is left as it is.
 #[tokio::test]
-async fn a_chat_that_is_there_is_adopted_if_it_started_then_and_else_left_alone() {
+async fn existing_chat_adopted_by_start() {
     let plain = created(0, "a1");
     let find = "GET /chats?external_id=42";
     let longer = json!({
@@ -499,8 +516,9 @@ async fn a_chat_that_is_there_is_adopted_if_it_started_then_and_else_left_alone(
     }
 }
 
+/// Its messages are read before anything is added to it.
 #[tokio::test]
-async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
+async fn adopted_chat_is_read_once() {
     run_test(async |t| {
         t.our_api.has_chat("c8", "42", 0);
         t.our_api.has_message("c8", 1, "one");
@@ -508,9 +526,8 @@ async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
         let asked = t.delivers([start(42, 0)]).await;
         let looked_up = |line: &&String| *line == "GET /chats/c8/messages";
         assert_eq!(asked.iter().filter(looked_up).count(), 1, "{asked:?}");
-        // What was found then is not sent, in whichever poll it comes.
-        let none: [&str; 0] = [];
-        assert_eq!(t.delivers([message(42, 1, "one")]).await, none);
+        // What was found there is not sent, whichever poll reports it.
+        assert_eq!(t.delivers([message(42, 1, "one")]).await, NOTHING);
         assert_eq!(
             t.delivers([message(42, 2, "two")]).await,
             [sent("c8", 2, "two")]
@@ -519,8 +536,9 @@ async fn an_adopted_chat_is_looked_up_once_before_anything_is_added_to_it() {
     .await;
 }
 
+/// After a restart a chat is read once, and only for events that may be from before.
 #[tokio::test]
-async fn after_a_restart_only_what_comes_from_before_is_looked_up() {
+async fn reads_after_a_restart() {
     run_test(async |t| {
         let daemon = t.start();
         t.delivers([start(42, 0), start(43, 1)]).await;
@@ -555,8 +573,9 @@ async fn after_a_restart_only_what_comes_from_before_is_looked_up() {
     .await;
 }
 
+/// The latest END and TRANSFER count, in whatever order they come; what changes nothing costs no request.
 #[tokio::test]
-async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothing() {
+async fn latest_end_and_transfer_count() {
     let agent = |agent: &str| vec![changed("c1", json!({"agent_id": agent}))];
     let ended = |at| vec![changed("c1", json!({"ended_at": time(at)}))];
     run_test(async |t| {
@@ -565,25 +584,33 @@ async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothin
         t.delivers([transfer(42, 20, 7)]).await;
         for (event, expected, why) in [
             (transfer(42, 30, 7), vec![], "who has it already"),
-            (transfer(42, 15, 8), vec![], "an earlier one, later told"),
-            (transfer(42, 30, 8), agent("a1"), "a tie: the later told"),
+            (
+                transfer(42, 15, 8),
+                vec![],
+                "an earlier one, reported later",
+            ),
+            (
+                transfer(42, 30, 8),
+                agent("a1"),
+                "a tie: the one reported later",
+            ),
             (transfer(42, 29, 7), vec![], "a second too early"),
             (transfer(42, 31, 7), agent("a2"), "a second later"),
             (end(42, 100), ended(100), "the first"),
-            (end(42, 99), vec![], "an earlier one, later told"),
+            (end(42, 99), vec![], "an earlier one, reported later"),
             (end(42, 101), ended(101), "a later one"),
         ] {
             assert_eq!(t.delivers([event]).await, expected, "{why}");
         }
-        let held = t.value::<i64>("SELECT count(*) FROM events");
-        t.bigchat.tells([end(42, 101), transfer(42, 31, 7)]);
-        t.bigchat.tells([end(42, 100), transfer(42, 30, 8)]);
+        let held = t.count_events("true");
+        t.bigchat.reports([end(42, 101), transfer(42, 31, 7)]);
+        t.bigchat.reports([end(42, 100), transfer(42, 30, 8)]);
         assert_eq!(
             t.delivers([message(42, 120, "on")]).await,
             [sent("c1", 120, "on")],
-            "told again: neither"
+            "reported again: neither"
         );
-        assert_eq!(t.value::<i64>("SELECT count(*) FROM events"), held + 1);
+        assert_eq!(t.count_events("true"), held + 1);
         daemon.stop().await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 22:01:41 a2"]);
     })
@@ -591,7 +618,7 @@ async fn the_latest_end_and_transfer_count_and_what_changes_nothing_costs_nothin
 }
 
 #[tokio::test]
-async fn external_ids_begin_with_the_prefix() {
+async fn external_ids_have_the_prefix() {
     let chat = |external_id: &str| {
         let chat = json!({"external_id": external_id, "started_at": time(0), "agent_id": "a1"});
         line("POST /chats", chat)
@@ -616,8 +643,9 @@ async fn external_ids_begin_with_the_prefix() {
     .await;
 }
 
+/// With `--message-author agent`, a message names the agent of its chat.
 #[tokio::test]
-async fn messages_are_credited_to_the_agent_of_the_chat_if_so_set() {
+async fn messages_credited_to_the_agent() {
     let credited = |at, text: &str, agent: &str| {
         let message = json!({"sent_at": time(at), "text": text, "agent_id": agent});
         line("POST /chats/c1/messages", message)
@@ -646,67 +674,74 @@ async fn messages_are_credited_to_the_agent_of_the_chat_if_so_set() {
     .await;
 }
 
+/// Names and addresses reach OurAPI as they are, and an advisor of the same address is the same agent.
 #[tokio::test]
-async fn names_and_addresses_reach_our_api_as_they_are() {
-    for (name, email, by_email, by_name) in [
-        (
-            "Seán O'Neil",
-            "o'neil+x@x.test",
-            "email=o%27neil%2Bx%40x.test",
-            "name=Se%C3%A1n+O%27Neil",
-        ),
-        (
-            "A & B = C",
-            "a b&c=d@x.test",
-            "email=a+b%26c%3Dd%40x.test",
-            "name=A+%26+B+%3D+C",
-        ),
-    ] {
-        run_test(async |t| {
-            t.bigchat.advisor(7, name, email);
-            t.our_api.has_agent("a1", name, "somebody@x.test");
-            t.bigchat.advisor(8, "Else", email);
-            let daemon = t.start();
-            let creation = |name: &str| line("POST /agents", json!({"name": name, "email": email}));
-            assert_eq!(
-                t.delivers([start(42, 0)]).await,
-                [
-                    format!("GET /agents?{by_email}"),
-                    creation(name),
-                    format!("GET /agents?{by_email}"),
-                    format!("GET /agents?{by_name}"),
-                    creation(&format!("{name} ({email})")),
-                    created(0, "a2"),
-                ]
-            );
-            assert_eq!(
-                t.delivers([transfer(42, 1, 8)]).await,
-                NOTHING,
-                "another advisor of that address is the same agent"
-            );
-            daemon.stop().await;
-
+async fn names_and_addresses_unchanged() {
+    side_by_side(
+        [
+            (
+                "Seán O'Neil",
+                "o'neil+x@x.test",
+                "email=o%27neil%2Bx%40x.test",
+                "name=Se%C3%A1n+O%27Neil",
+            ),
+            (
+                "A & B = C",
+                "a b&c=d@x.test",
+                "email=a+b%26c%3Dd%40x.test",
+                "name=A+%26+B+%3D+C",
+            ),
+        ],
+        async |(name, email, by_email, by_name)| {
             run_test(async |t| {
                 t.bigchat.advisor(7, name, email);
-                t.our_api.has_agent("a5", "Somebody", email);
-                t.start();
+                t.our_api.has_agent("a1", name, "somebody@x.test");
+                t.bigchat.advisor(8, "Else", email);
+                let daemon = t.start();
+                let creation =
+                    |name: &str| line("POST /agents", json!({"name": name, "email": email}));
                 assert_eq!(
                     t.delivers([start(42, 0)]).await,
-                    [format!("GET /agents?{by_email}"), created(0, "a5")],
-                    "it is found"
+                    [
+                        format!("GET /agents?{by_email}"),
+                        creation(name),
+                        format!("GET /agents?{by_email}"),
+                        format!("GET /agents?{by_name}"),
+                        creation(&format!("{name} ({email})")),
+                        created(0, "a2"),
+                    ]
                 );
+                assert_eq!(
+                    t.delivers([transfer(42, 1, 8)]).await,
+                    NOTHING,
+                    "another advisor of that address is the same agent"
+                );
+                daemon.stop().await;
+
+                run_test(async |t| {
+                    t.bigchat.advisor(7, name, email);
+                    t.our_api.has_agent("a5", "Somebody", email);
+                    t.start();
+                    assert_eq!(
+                        t.delivers([start(42, 0)]).await,
+                        [format!("GET /agents?{by_email}"), created(0, "a5")],
+                        "it is found"
+                    );
+                })
+                .await;
             })
             .await;
-        })
-        .await;
-    }
+        },
+    )
+    .await;
 }
 
+/// Tokens are sent with every request, and are in no log and no file.
 #[tokio::test]
-async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
+async fn tokens_sent_but_never_shown() {
     run_test(async |t| {
         let refused = [message(42, 5, "k"), message(42, 6, "kk")];
-        t.bigchat.tells(refused);
+        t.bigchat.reports(refused);
         t.bigchat.upset("GET /advisors", status(401));
         t.our_api.upset("POST /chats", status(401));
         let mut log = String::new();
@@ -720,11 +755,10 @@ async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
                 .expect("it runs");
             // Most of it fails, and some of it for good.
             assert!(once.status.code().is_some_and(|code| code < 2));
-            log += &String::from_utf8(once.stderr).expect("text");
-            log += &String::from_utf8(once.stdout).expect("text");
+            log += &printed(&once);
         }
-        for told in ["401", "422", "delivered"] {
-            assert!(log.contains(told), "{told}: {log}");
+        for part in ["401", "422", "delivered"] {
+            assert!(log.contains(part), "{part}: {log}");
         }
         assert!(!log.contains("t0ken"), "{log}");
         assert_eq!(t.our_api.messages(), ["kk"]);
@@ -744,27 +778,28 @@ async fn bearer_tokens_are_sent_and_nowhere_to_be_found() {
     .await;
 }
 
+/// The response to a creation is not believed if it shows another chat.
 #[tokio::test]
-async fn a_created_chat_that_is_not_the_one_asked_for_is_not_believed() {
+async fn created_chat_of_another_conversation() {
     run_test(async |t| {
-    t.our_api.has_chat("c9", "99", 0);
-    let other = json!({
-        "chat_id": id("c9"), "external_id": "99", "started_at": "2026-11-22T22:00:00", "agent_id": null,
-    });
-    let answer = status(201).body(other.to_string()).carried_out();
-    t.our_api.upset("POST /chats {", answer);
-    let daemon = t.start();
-    t.delivers([start(42, 0), message(42, 4, "hello")])
-        .await;
-    daemon.stop().await;
-    assert_eq!(t.our_api.count("POST /chats/c9/messages"), 0);
-    assert_eq!(t.our_api.messages(), ["hello"]);
-})
-.await;
+        t.our_api.has_chat("c9", "99", 0);
+        let other = json!({
+            "chat_id": id("c9"), "external_id": "99", "started_at": "2026-11-22T22:00:00",
+            "agent_id": null,
+        });
+        let answer = status(201).body(other.to_string()).carried_out();
+        t.our_api.upset("POST /chats {", answer);
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 4, "hello")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.count("POST /chats/c9/messages"), 0);
+        assert_eq!(t.our_api.messages(), ["hello"]);
+    })
+    .await;
 }
 
 #[tokio::test]
-async fn an_agent_whose_address_our_api_writes_in_another_case_is_found() {
+async fn agent_address_in_another_case() {
     run_test(async |t| {
         t.differs("OurAPI writes the address in another case");
         t.bigchat.advisor(8, "Bob", "Bob@X.test");

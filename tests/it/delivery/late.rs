@@ -1,15 +1,13 @@
-//! What OurAPI carries out only after nobody waits for it any more: it is neither sent again before, nor met by another
-//! request.
+//! Requests that OurAPI carries out only after they have timed out: nothing is sent again before.
 
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::overdue;
 use std::time::Duration;
 
-const MESSAGE: &str = "POST /chats/{id}/messages";
-
 #[tokio::test]
-async fn a_request_that_was_given_up_counts_as_under_way() {
+async fn timed_out_request_is_in_flight() {
     side_by_side([1, 2], async |at_once| {
         run_live_test(async |t| {
             t.our_api.state().set_fragile(at_once == 1);
@@ -20,13 +18,13 @@ async fn a_request_that_was_given_up_counts_as_under_way() {
             t.bigchat.open(11, now - 100, 2);
             let late = overdue(Duration::from_millis(1_200));
             let faults = &t.our_api;
-            faults.upset(MESSAGE, late);
-            let told = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
-            t.bigchat.tells(told);
+            faults.upset(ADD_MESSAGE, late);
+            let events = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
+            t.bigchat.reports(events);
             t.start();
             until("it is under way", async || faults.pausing() == 1).await;
             let asked = t.our_api.total();
-            t.bigchat.tells([message(11, now - 4, "are you there?")]);
+            t.bigchat.reports([message(11, now - 4, "are you there?")]);
             until("it is carried out", async || faults.pausing() == 0).await;
             let meanwhile = t.our_api.total() - asked;
             assert_eq!(meanwhile > 0, at_once > 1, "{meanwhile} of {at_once}");
@@ -37,19 +35,20 @@ async fn a_request_that_was_given_up_counts_as_under_way() {
     .await;
 }
 
+/// After a crash OurAPI is left alone for as long as a request may take.
 #[tokio::test]
-async fn a_crash_is_followed_by_a_pause_as_long_as_answers_take() {
+async fn crash_with_an_overdue_request() {
     run_live_test(async |t| {
         let late = |millis| overdue(Duration::from_millis(millis));
         let faults = &t.our_api;
-        faults.upset(MESSAGE, late(600));
-        faults.upset(MESSAGE, late(800));
+        faults.upset(ADD_MESSAGE, late(600));
+        faults.upset(ADD_MESSAGE, late(800));
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "one")]);
+        t.bigchat.reports([message(10, now - 5, "one")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
-        t.bigchat.tells([message(10, now - 4, "two")]);
+        t.bigchat.reports([message(10, now - 4, "two")]);
         until("the second is on its way", async || {
             faults.faults_left() == 0
         })
@@ -66,8 +65,9 @@ async fn a_crash_is_followed_by_a_pause_as_long_as_answers_take() {
     .await;
 }
 
+/// A request that timed out counts as in flight after a restart, too.
 #[tokio::test]
-async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
+async fn timed_out_request_across_a_restart() {
     run_live_test(async |t| {
         t.set("--request-timeout", "2s");
         let now = t.now();
@@ -75,16 +75,13 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
         t.bigchat.open(11, now - 100, 2);
         let faults = &t.our_api;
         let late = overdue(Duration::from_millis(3_900));
-        faults.upset(MESSAGE, late);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        faults.upset(ADD_MESSAGE, late);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         let daemon = t.start();
-        until("it was given up", async || {
-            t.is_ready() && t.value::<i64>("SELECT count(*) FROM attempts WHERE attempts = 1") == 1
-        })
-        .await;
+        until("it was given up", async || t.attempts() == 1).await;
         daemon.stop().await;
         let asked = t.our_api.total();
-        t.bigchat.tells([message(11, now - 4, "are you there?")]);
+        t.bigchat.reports([message(11, now - 4, "are you there?")]);
         t.start();
         let mut meanwhile = 0;
         until("it is carried out", async || {
@@ -99,15 +96,16 @@ async fn a_request_that_was_given_up_counts_as_under_way_after_a_restart_too() {
     .await;
 }
 
+/// A request that did not end in time at the stop may still be carried out: the chat is not read too early.
 #[tokio::test]
-async fn what_did_not_end_in_time_at_the_stop_is_not_looked_for_too_early() {
+async fn stop_with_an_overdue_request() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let faults = &t.our_api;
         let late = overdue(Duration::from_secs(12));
-        faults.upset(MESSAGE, late);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        faults.upset(ADD_MESSAGE, late);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         let daemon = t.start();
         until("it is under way", async || faults.pausing() == 1).await;
         daemon.stop().await;

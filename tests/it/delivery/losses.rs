@@ -1,5 +1,6 @@
-//! OurAPI loses what it held, or holds what this journal knows nothing of.
+//! OurAPI loses what it had, or has what this journal knows nothing of.
 
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
 use bigchat_sync::simulator::compare::Rules;
 use bigchat_sync::simulator::event::{end, message, transfer};
@@ -7,13 +8,13 @@ use bigchat_sync::simulator::fault::{crashed, html, status};
 use std::time::Duration;
 
 #[tokio::test]
-async fn what_was_sent_to_a_chat_before_it_was_lost_is_sent_again() {
+async fn chat_lost_among_its_messages() {
     run_live_test(async |t| {
         t.our_api.set_latency(Duration::from_millis(30));
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let six = (0..6).map(|n| message(10, now - 5, &format!("number {n}")));
-        t.bigchat.tells(six);
+        t.bigchat.reports(six);
         t.start();
         until("three of six", async || t.our_api.message_count() >= 3).await;
         t.our_api.loses_everything();
@@ -21,70 +22,73 @@ async fn what_was_sent_to_a_chat_before_it_was_lost_is_sent_again() {
     .await;
 }
 
+/// Messages that are gone while their chat exists are sent again.
 #[tokio::test]
-async fn messages_that_are_gone_while_their_chat_is_there_are_built_again() {
+async fn messages_lost_without_their_chat() {
     // As after OurAPI was restored from a copy of some time ago.
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
-        let told = vec![
+        let events = vec![
             message(10, now - 5, "hello"),
             message(10, now - 5, "hello"),
             message(11, now - 5, "good morning"),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.start();
         t.until_events("delivered", 3).await;
         t.our_api.loses_message("10");
         t.our_api.loses_chat("11");
-        t.bigchat.tells([message(11, now - 4, "are you there?")]);
+        t.bigchat.reports([message(11, now - 4, "are you there?")]);
     })
     .await;
 }
 
+/// Chats without messages are rebuilt, too, although the first attempt fails.
 #[tokio::test]
-async fn chats_without_messages_are_built_again_although_it_fails_at_first() {
+async fn rebuild_fails_at_first() {
     run_live_test(async |t| {
         let now = t.now();
         for id in [10, 11, 12] {
             t.bigchat.open(id, now - 100, id - 9);
         }
-        let told = vec![
+        let events = vec![
             end(10, now - 5),
             end(12, now - 5),
             message(11, now - 5, "hello"),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.start();
         t.until_events("delivered", 3).await;
         t.our_api.loses_everything();
         // The first try to create each of them fails.
         t.our_api.upset("POST /chats", crashed().times(3));
-        t.bigchat.tells([message(11, now - 3, "hello again")]);
+        t.bigchat.reports([message(11, now - 3, "hello again")]);
     })
     .await;
 }
 
+/// It stays as another journal has delivered it.
 #[tokio::test]
-async fn a_chat_found_in_our_api_keeps_what_another_journal_delivered() {
+async fn chat_delivered_by_another_journal() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![
+        let events = vec![
             message(10, now - 9, "hello"),
             transfer(10, now - 8, 7),
             end(10, now - 6),
         ];
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.once().await;
         // That database is lost; with another one an earlier END comes, and a message.
         let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
-        let told = vec![end(10, now - 7), message(10, now - 5, "hello again")];
-        t.bigchat.tells(told);
+        let events = vec![end(10, now - 7), message(10, now - 5, "hello again")];
+        t.bigchat.reports(events);
         let daemon = other.start();
         other.until_events("delivered", 2).await;
-        t.bigchat.tells([end(10, now - 7), end(10, now - 8)]);
+        t.bigchat.reports([end(10, now - 7), end(10, now - 8)]);
         other.until_events("delivered", 3).await;
         t.agrees().await;
         daemon.stop().await;
@@ -93,59 +97,48 @@ async fn a_chat_found_in_our_api_keeps_what_another_journal_delivered() {
 }
 
 #[tokio::test]
-async fn a_loss_that_was_none_doubles_nothing() {
+async fn false_loss_duplicates_nothing() {
     run_live_test(async |t| {
         t.set("--poll-overlap", "0s");
         let daemon = t.start();
-        // Let the windows begin after the daemon did, so that nothing is looked up for that reason.
+        // Chats with events from before the start are read back in any case: let the windows begin after it.
         let started = t.now();
-        until("a later window", async || t.cursor() > Some(started + 1)).await;
+        t.until_cursor_passes(started).await;
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         let faults = &t.our_api;
-        faults.upset("POST /chats/{id}/messages", status(404));
+        faults.upset(ADD_MESSAGE, status(404));
         faults.upset("GET /chats", status(200).body("[]"));
-        t.bigchat.tells([message(10, now, "three")]);
+        t.bigchat.reports([message(10, now, "three")]);
         t.until_events("delivered", 3).await;
         t.agrees().await;
         daemon.stop().await;
-        assert_eq!(
-            t.value::<i64>("SELECT losses FROM control"),
-            1,
-            "it was believed"
-        );
+        assert_eq!(t.losses(), 1, "it was believed");
     })
     .await;
 }
 
+/// With `--rebuild false`, only what new events need is created.
 #[tokio::test]
-async fn without_rebuild_only_what_new_events_need_is_built() {
+async fn loss_without_rebuild() {
     run_live_test(async |t| {
         t.differs("what is lost is not rebuilt");
         t.set("--rebuild", "false");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
-        let told = vec![message(10, now - 5, "ten"), message(11, now - 5, "eleven")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "ten"), message(11, now - 5, "eleven")];
+        t.bigchat.reports(events);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
         t.our_api.loses_everything();
-        t.bigchat.tells([message(10, now - 4, "ten again")]);
+        t.bigchat.reports([message(10, now - 4, "ten again")]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
-        let texts: Vec<_> = t
-            .our_api
-            .data()
-            .messages
-            .into_values()
-            .flatten()
-            .map(|message| message.text)
-            .collect();
-        assert_eq!(texts, ["ten again"]);
+        assert_eq!(t.our_api.messages(), ["ten again"]);
         assert_eq!(t.our_api.chats().len(), 1);
         assert_eq!(t.our_api.data().agents.len(), 1);
     })
@@ -153,22 +146,22 @@ async fn without_rebuild_only_what_new_events_need_is_built() {
 }
 
 #[tokio::test]
-async fn a_page_of_html_is_no_success_whatever_its_status() {
+async fn html_is_no_success() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
         t.start();
         t.until_events("delivered", 1).await;
         t.our_api.upset("*", html().times(2));
-        t.bigchat.tells([end(10, now - 4)]);
+        t.bigchat.reports([end(10, now - 4)]);
         t.until_events("delivered", 2).await;
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_lost_agent_keeps_no_message_from_its_chat() {
+async fn lost_agent_delays_no_message() {
     run_live_test(async |t| {
         t.rules(Rules {
             credited: true,
@@ -177,11 +170,11 @@ async fn a_lost_agent_keeps_no_message_from_its_chat() {
         t.set("--rebuild", "false").set("--message-author", "agent");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "one")]);
+        t.bigchat.reports([message(10, now - 5, "one")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         t.our_api.loses_agents();
-        t.bigchat.tells([message(10, now - 4, "two")]);
+        t.bigchat.reports([message(10, now - 4, "two")]);
         t.until_events("delivered", 2).await;
         daemon.stop().await;
         let [agent] = &t.our_api.data().agents[..] else {
@@ -192,8 +185,9 @@ async fn a_lost_agent_keeps_no_message_from_its_chat() {
     .await;
 }
 
+/// All others are rebuilt.
 #[tokio::test]
-async fn two_chats_that_cannot_be_built_again_keep_no_other_from_it() {
+async fn chats_that_cannot_be_rebuilt() {
     run_test(async |t| {
         t.differs("Ann cannot be created again");
         t.start();
@@ -206,7 +200,7 @@ async fn two_chats_that_cannot_be_built_again_keep_no_other_from_it() {
         // Ann cannot be created any more, Bob can.
         let ann = r#"POST /agents {"email":"ann@x.test""#;
         t.our_api.upset(ann, status(500).always());
-        t.bigchat.tells([message(44, 20, "more news")]);
+        t.bigchat.reports([message(44, 20, "more news")]);
         until("what is not Ann's is built again", async || {
             t.our_api.messages().iter().any(|text| text == "lost")
         })

@@ -1,6 +1,8 @@
-//! `bigchat-sync verify`: what is missing in OurAPI or differs is found, and repaired only if that is asked for.
+//! `bigchat-sync verify`: drift is found, and repaired only with `--repair`.
 
-use crate::harness::{Bench, Process, Test, run_live_test, side_by_side, until};
+use crate::harness::process::{Process, finished};
+use crate::harness::services::ADD_MESSAGE;
+use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::{slow, status};
 use std::process::Output;
@@ -9,14 +11,14 @@ use std::time::Duration;
 use bigchat_sync::journal::Store;
 use serde_json::{Value, json};
 
-/// Three conversations that were delivered, by a daemon that rebuilds nothing by itself.
+/// Three delivered conversations; rebuilding is off.
 async fn delivered(t: &Test) {
     t.set("--rebuild", "false");
     let now = t.now();
     for id in [10, 11, 12] {
         t.bigchat.open(id, now - 100, id - 9);
     }
-    let told = vec![
+    let events = vec![
         message(10, now - 5, "hello"),
         message(10, now - 5, "hello"),
         message(10, now - 4, "who is there?"),
@@ -24,12 +26,12 @@ async fn delivered(t: &Test) {
         message(11, now - 3, "goodbye"),
         end(12, now - 2),
     ];
-    t.bigchat.tells(told);
+    t.bigchat.reports(events);
     t.once().await;
     t.until_events("delivered", 6).await;
 }
 
-/// Runs the command, off the async threads. Returns what it wrote to standard output, and whether it found nothing.
+/// Runs the command. Returns its standard output, and whether it found no drift.
 async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
     let output = outcome(t, arguments).await;
     let text = String::from_utf8(output.stdout).expect("text");
@@ -45,82 +47,92 @@ async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
 async fn outcome(t: &Bench, arguments: &[&str]) -> Output {
     let mut command = t.program("verify");
     command.args(arguments);
-    let ended = tokio::task::spawn_blocking(move || command.output());
-    ended.await.expect("no panic").expect("a process")
+    finished(command).await
 }
 
 fn writes(t: &Test) -> usize {
     t.our_api.count("POST") + t.our_api.count("PATCH")
 }
 
+/// `verify` reports what is missing or differs and changes nothing; `verify --repair` restores it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_missing_is_found_and_built_again() {
+async fn drift_is_reported_and_repaired() {
+    let difference = |id: &str, chat: &str, messages: u32| {
+        json!({
+            "external_id": id, "chat": chat, "messages_missing": messages,
+        })
+    };
+    let expected = json!({
+        "chats": 3, "chats_missing": 1, "chats_differing": 1, "messages_missing": 2,
+        "repaired": false,
+        "differences": [
+            difference("10", "same", 1),
+            difference("11", "missing", 1),
+            difference("12", "differs", 0),
+        ],
+    });
     // With a daemon that does it, and without.
     side_by_side([true, false], async |daemon_runs| {
         run_live_test(async |t| {
-delivered(t).await;
-        let daemon = daemon_runs.then(|| t.start());
-        // Else the command takes the database first, and the daemon is refused it.
-        until("it is whose it is to be", async || {
-            Store::open_shared(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
+            delivered(t).await;
+            let daemon = daemon_runs.then(|| t.start());
+            // Else the command may lock the database before the daemon does.
+            until("the database is locked by the daemon or free", async || {
+                Store::open_shared(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
+            })
+            .await;
+            let (said, clean) = verify(t, &[]).await;
+            assert!(clean && said.contains("OurAPI has everything"), "{said}");
+            t.our_api.loses_chat("11");
+            t.our_api.loses_message("10");
+            let ended = json!({"ended_at": null});
+            let chats = t.our_api.data().chats;
+            let chat = chats.iter().find(|chat| chat.external_id == "12");
+            let chat = chat.expect("a chat").chat_id;
+            let url = format!("{}/chats/{chat}", t.our_api.url());
+            let changed = reqwest::Client::new().patch(url).json(&ended).send().await;
+            assert!(changed.expect("an answer").status().is_success());
+            let before = writes(t);
+            let (said, clean) = verify(t, &[]).await;
+            assert!(!clean, "{said}");
+            let rows: Vec<Vec<&str>> = said
+                .lines()
+                .map(|line| line.split_whitespace().collect())
+                .collect();
+            assert_eq!(rows[1], ["10", "same", "1"], "{said}");
+            assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
+            assert_eq!(rows[3], ["12", "differs", "0"], "{said}");
+            assert!(said.contains("nothing was changed"), "{said}");
+            let (json, clean) = verify(t, &["--json"]).await;
+            assert!(!clean, "{json}");
+            assert_eq!(
+                serde_json::from_str::<Value>(&json).expect("JSON"),
+                expected
+            );
+            assert_eq!(writes(t), before, "nothing is changed");
+            assert!(!t.compare().is_clean());
+            // One alone, then the rest.
+            let (said, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
+            assert!(!clean && said.contains("everything was repaired"), "{said}");
+            assert_eq!(t.our_api.chats().len(), 3);
+            assert!(!t.compare().is_clean());
+            let (said, clean) = verify(t, &["--repair"]).await;
+            assert!(!clean && said.contains("everything was repaired"), "{said}");
+            t.agrees().await;
+            let (said, clean) = verify(t, &[]).await;
+            assert!(clean && said.contains("OurAPI has everything"), "{said}");
+            if let Some(daemon) = daemon {
+                daemon.stop().await;
+            }
+            assert!(!t.our_api.has_stumbled(), "never two requests at once");
         })
         .await;
-        let (said, clean) = verify(t, &[]).await;
-        assert!(clean && said.contains("OurAPI has everything"), "{said}");
-        t.our_api.loses_chat("11");
-        t.our_api.loses_message("10");
-        let ended = json!({"ended_at": null});
-        let chats = t.our_api.data().chats;
-            let chat = chats.iter().find(|chat| chat.external_id == "12");
-        let chat = chat.expect("a chat").chat_id;
-        let url = format!("{}/chats/{chat}", t.our_api.url());
-        let changed = reqwest::Client::new().patch(url).json(&ended).send().await;
-        assert!(changed.expect("an answer").status().is_success());
-        let before = writes(t);
-        let (said, clean) = verify(t, &[]).await;
-        assert!(!clean, "{said}");
-        let rows: Vec<Vec<&str>> = said
-            .lines()
-            .map(|line| line.split_whitespace().collect())
-            .collect();
-        assert_eq!(rows[1], ["10", "same", "1"], "{said}");
-        assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
-        assert_eq!(rows[3], ["12", "differs", "0"], "{said}");
-        assert!(said.contains("nothing was changed"), "{said}");
-        let (json, clean) = verify(t, &["--json"]).await;
-        assert!(!clean, "{json}");
-        let difference = |id: &str, chat: &str, messages: u32| {
-            json!({"external_id": id, "chat": chat, "messages_missing": messages})
-        };
-        let expected = json!({
-            "chats": 3, "chats_missing": 1, "chats_differing": 1, "messages_missing": 2, "repaired": false,
-            "differences": [difference("10", "same", 1), difference("11", "missing", 1), difference("12", "differs", 0)],
-        });
-        assert_eq!(serde_json::from_str::<Value>(&json).expect("JSON"), expected);
-        assert_eq!(writes(t), before, "nothing is changed");
-        assert!(!t.compare().is_clean());
-        // One alone, then the rest.
-        let (said, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
-        assert!(!clean && said.contains("everything was repaired"), "{said}");
-        assert_eq!(t.our_api.chats().len(), 3);
-        assert!(!t.compare().is_clean());
-        let (said, clean) = verify(t, &["--repair"]).await;
-        assert!(!clean && said.contains("everything was repaired"), "{said}");
-        t.agrees().await;
-        let (said, clean) = verify(t, &[]).await;
-        assert!(clean && said.contains("OurAPI has everything"), "{said}");
-        if let Some(daemon) = daemon {
-            daemon.stop().await;
-        }
-        assert!(!t.our_api.has_stumbled(), "never two requests at once");
-})
-.await;
-})
+    })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everything_is_built_again_where_everything_is_gone() {
+async fn lost_chats_are_restored() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_everything();
@@ -133,7 +145,7 @@ async fn everything_is_built_again_where_everything_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn agents_that_are_gone_are_built_again() {
+async fn lost_agents_are_restored() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_agents();
@@ -146,7 +158,7 @@ async fn agents_that_are_gone_are_built_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_what_is_not_known_nothing_can_be_built() {
+async fn unknown_conversation_is_an_error() {
     run_live_test(async |t| {
         delivered(t).await;
         let refused = outcome(t, &["--conversation", "99"]).await;
@@ -158,34 +170,31 @@ async fn of_what_is_not_known_nothing_can_be_built() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_repair_it_ends_although_an_event_waits() {
+async fn verification_while_an_event_waits() {
     run_live_test(async |t| {
-t.differs("an event is made to wait by hand");
-delivered(t).await;
-    // As after a failure, or of a page that was stored as the daemon was stopped.
-    t.execute(
-        "UPDATE conversations SET offset = 2, waiting = 1, waiting_since = 1, due_at = 1 WHERE bigchat_id = 10",
-    );
-    assert_eq!(t.events("waiting"), 1);
-    let mut command = t.program("verify");
-    let mut command = Process(command.spawn().expect("a process"));
-    until("it ends", async || {
-        command.0.try_wait().expect("a status").is_some()
+        t.differs("an event is made to wait by hand");
+        delivered(t).await;
+        // As after a failure, or of a page that was stored as the daemon was stopped.
+        t.execute(
+            "UPDATE conversations SET offset = 2, waiting = 1, waiting_since = 1, due_at = 1
+         WHERE bigchat_id = 10",
+        );
+        assert_eq!(t.events("waiting"), 1);
+        Process::start_as(t, t.program("verify")).ended().await;
     })
     .await;
-})
-.await;
 }
 
+/// A second command does not make the first one forget what it found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
+async fn two_verifications_at_once() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_message("10");
         // It takes a while to be sent again.
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(3));
-        faults.upset("POST /chats/{id}/messages", slow);
+        faults.upset(ADD_MESSAGE, slow);
         t.start();
         let first = verify(t, &["--repair"]);
         let second = async {
@@ -198,8 +207,9 @@ async fn a_second_command_does_not_make_the_first_one_forget_what_it_found() {
     .await;
 }
 
+/// While OurAPI cannot be reached, `verify` waits and says why.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_our_api_cannot_be_asked_it_says_so() {
+async fn verification_waits_for_our_api() {
     let limited = status(429).header("retry-after", "3");
     side_by_side(
         [
@@ -216,23 +226,14 @@ async fn while_our_api_cannot_be_asked_it_says_so() {
                     Some(fault) => t.our_api.outage(Some(fault.clone())),
                     None => t.our_api.down().await,
                 }
-                let log = t.directory().join("verify.log");
-                let mut command = t.program("verify");
-                let stderr = std::fs::File::create(&log).expect("a file");
-                let mut command = Process(command.stderr(stderr).spawn().expect("a process"));
-                let said =
-                    |what: &str| std::fs::read_to_string(&log).expect("a log").contains(what);
-                until(case, async || said("verification waits: OurAPI")).await;
-                let ended = command.0.try_wait().expect("a status");
-                assert!(ended.is_none(), "{case}: it waits");
+                let mut command = Process::start_as(t, t.program("verify"));
+                command.until_logged("verification waits: OurAPI").await;
+                assert!(command.is_running(), "{case}: it waits");
                 match &fault {
                     Some(_) => t.our_api.outage(None),
                     None => t.our_api.up().await.expect("it is up"),
                 }
-                until("it ends", async || {
-                    command.0.try_wait().expect("a status").is_some()
-                })
-                .await;
+                command.ended().await;
                 if let Some(daemon) = daemon {
                     daemon.stop().await;
                 }

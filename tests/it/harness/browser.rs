@@ -1,5 +1,5 @@
-//! A browser to look at the console with: Debian's chromium without a screen, driven over WebDriver as a person would,
-//! by clicks and keys. Whatever it complains of, a script that was refused or one that failed, fails the test.
+//! A browser for the console: Debian's chromium without a screen, driven over WebDriver by clicks and keys. A script that
+//! the browser blocks, or one that fails, fails the test.
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{ChildStdout, Command, Stdio};
@@ -8,7 +8,8 @@ use std::time::Duration;
 use reqwest::{Client, Method};
 use serde_json::{Value, json};
 
-use crate::harness::{Process, until};
+use crate::harness::process::Process;
+use crate::harness::until;
 
 /// How WebDriver names an element.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
@@ -23,7 +24,7 @@ pub(crate) const RIGHT: &str = "\u{e014}";
 pub(crate) const DOWN: &str = "\u{e015}";
 pub(crate) const SPACE: &str = " ";
 
-/// How long something may take to come about in the page: less than [`until`] waits, to say what is there instead.
+/// How long a change of the page may take: less than [`until`] waits, so that the test can show what is there instead.
 const PATIENCE: Duration = Duration::from_secs(25);
 
 /// A page as wide and as high as a desk's, and a phone's.
@@ -35,7 +36,7 @@ pub(crate) struct Browser {
     client: Client,
     session: String,
     _driver: Process,
-    /// It would end if nobody could read what it says.
+    /// It would end if its output were closed.
     _says: Lines<BufReader<ChildStdout>>,
 }
 
@@ -68,7 +69,7 @@ impl Browser {
         browser
     }
 
-    /// Ends it, and fails if the page has complained of anything but answers that refuse.
+    /// Ends it, and fails if the browser has logged an error other than a response of the console.
     pub(crate) async fn close(self) {
         let log = self
             .ask(Method::POST, "/se/log", json!({"type": "browser"}))
@@ -149,7 +150,7 @@ impl Browser {
         .await;
     }
 
-    /// Waits until a condition holds; if it never does, tells what is to be seen instead.
+    /// Waits until a condition is true; if it never is, fails with the text of the page.
     async fn patiently(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
         let waited = tokio::time::timeout(PATIENCE, until(what, condition)).await;
         if waited.is_err() {
@@ -223,12 +224,8 @@ fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
     let mut driver = Command::new("chromedriver");
     driver.arg("--port=0").stdin(Stdio::null());
     driver.stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut driver = driver
-        .spawn()
-        .expect("chromedriver (apt-get install chromium chromium-driver)");
-    let output = driver.stdout.take().expect("its output");
-    let mut says = BufReader::new(output).lines();
-    let driver = Process(driver);
+    let mut driver = Process::spawn(driver);
+    let mut says = BufReader::new(driver.stdout()).lines();
     let port = says.by_ref().map_while(Result::ok).find_map(|line| {
         let (_, port) = line.split_once("successfully on port ")?;
         port.trim_end_matches('.').parse().ok()
@@ -237,7 +234,7 @@ fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
 }
 
 fn capabilities() -> Value {
-    // A sandbox needs rights that a container's root does not have, and only our own page is looked at.
+    // A sandbox needs rights that a container's root does not have, and the only page opened is our own.
     let arguments = [
         "--headless=new",
         "--no-sandbox",

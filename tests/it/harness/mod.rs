@@ -7,33 +7,30 @@
 //! there was, and the daemon's log.
 
 pub(crate) mod browser;
+pub(crate) mod journal;
 pub(crate) mod process;
 pub(crate) mod services;
+pub(crate) mod web;
 
 use std::cell::RefCell;
-use std::fmt::Display;
-use std::fs::File;
 use std::io::Write;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bigchat_sync::cli::failed::{self, FailedError};
-use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::cli::Cli;
 use bigchat_sync::console::Listener;
 use bigchat_sync::daemon::{self, DaemonError, Observers};
-use bigchat_sync::journal::{FailedEvent, Store};
+use bigchat_sync::journal::Store;
 use bigchat_sync::settings::{Settings, Tokens};
 use bigchat_sync::simulator::bigchat::{Clock, Options};
 use bigchat_sync::simulator::compare::{Report, Rules};
-use bigchat_sync::simulator::event::T0;
 use bigchat_sync::simulator::fault::Fault;
 use bigchat_sync::simulator::{self, ANY_PORT, Starting};
 use clap::Parser;
 use futures_util::future::join_all;
-use rusqlite::types::FromSql;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -41,12 +38,12 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::subscriber::DefaultGuard;
 
-use self::services::{BigChat, NOW, OurApi};
+use self::services::{BigChat, NOW, OurApi, Tampered, tampering};
 
 /// How long anything may take before the test fails. Long, since the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until `condition` holds.
+/// Waits until `condition` is true.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {
@@ -103,7 +100,7 @@ pub(crate) struct Test {
     pub(crate) our_api: OurApi,
     bench: Bench,
     rules: RefCell<Rules>,
-    /// Why what must hold in the end does not, if it need not.
+    /// Why OurAPI may differ in the end, if it may.
     differs: RefCell<Option<&'static str>>,
     /// How many events may have failed that OurAPI could have stored.
     failed: RefCell<usize>,
@@ -150,7 +147,7 @@ impl Test {
         }
     }
 
-    /// What must hold in the end need not hold: why.
+    /// OurAPI may differ in the end, for this reason.
     pub(crate) fn differs(&self, why: &'static str) {
         self.differs.replace(Some(why));
     }
@@ -174,6 +171,24 @@ impl Test {
         }
     }
 
+    /// Has the next pages changed on their way, so many of them.
+    pub(crate) async fn tamper_pages<T: Into<Tampered>>(
+        &self,
+        count: usize,
+        mut tamper: impl FnMut(Vec<u8>) -> T + Send + 'static,
+    ) {
+        let mut left = count;
+        let url = tampering(&self.bigchat.url(), move |line, answer| {
+            if left == 0 || !line.starts_with("GET /events") {
+                return Tampered::from(answer);
+            }
+            left -= 1;
+            tamper(answer).into()
+        })
+        .await;
+        self.set("--bigchat-url", &url);
+    }
+
     /// Both services answer as the contract says from now on.
     pub(crate) fn calm(&self) {
         self.bigchat.calm();
@@ -185,7 +200,7 @@ impl Test {
         self.bigchat.pausing() + self.our_api.pausing()
     }
 
-    /// Lets go on what pauses.
+    /// Lets paused requests continue.
     pub(crate) fn resume(&self) {
         self.bigchat.resume();
         self.our_api.resume();
@@ -207,7 +222,7 @@ impl Test {
         simulator::compare::compare(&expected, &self.our_api.data(), &rules)
     }
 
-    /// What does not hold that must hold in the end.
+    /// What is wrong in the end.
     fn problem(&self) -> Option<String> {
         let report = self.compare();
         if !report.is_clean() {
@@ -241,8 +256,7 @@ impl Test {
         .await;
     }
 
-    /// BigChat reports events, one page of them, which the running daemon is to deliver; returns what OurAPI was asked for
-    /// that.
+    /// BigChat reports a page of events, which the running daemon is to deliver; returns the requests to OurAPI for them.
     pub(crate) async fn delivers(&self, events: impl IntoIterator<Item = Value>) -> Vec<String> {
         let events: Vec<Value> = events.into_iter().collect();
         let before = match self.is_ready() {
@@ -251,7 +265,7 @@ impl Test {
         };
         let count = before + i64::try_from(events.len()).expect("few");
         self.our_api.asked();
-        self.bigchat.tells(events);
+        self.bigchat.reports(events);
         self.until_events("delivered", count).await;
         self.our_api.asked()
     }
@@ -260,9 +274,8 @@ impl Test {
 impl Drop for Test {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = std::fs::read(self.directory().join("log")).unwrap_or_default();
             println!("expected against actual:\n{}", self.compare());
-            println!("log:\n{}{}", Log::take(), String::from_utf8_lossy(&log));
+            println!("log:\n{}{}", Log::take(), self.logged());
         }
     }
 }
@@ -334,6 +347,11 @@ impl Bench {
         bench
     }
 
+    /// The same with services that cannot be reached.
+    pub(crate) fn unreachable() -> Self {
+        Self::new("http://127.0.0.1:1", "http://127.0.0.1:2")
+    }
+
     /// Sets one more flag, or sets it otherwise.
     pub(crate) fn set(&self, flag: &str, value: &str) -> &Self {
         let mut flags = lock(&self.flags);
@@ -353,6 +371,17 @@ impl Bench {
         self.directory.path()
     }
 
+    /// Where daemons log that are processes of their own.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.directory().join("log")
+    }
+
+    /// All that they have logged so far.
+    pub(crate) fn logged(&self) -> String {
+        let log = std::fs::read(self.log()).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
     /// The settings.
     pub(crate) fn settings(&self) -> Settings {
         let flags = lock(&self.flags).clone();
@@ -364,7 +393,7 @@ impl Bench {
 
     /// The program as a process of its own, with these settings.
     pub(crate) fn program(&self, command: &str) -> std::process::Command {
-        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+        let mut program = process::program();
         program
             .arg(command)
             .args(&*lock(&self.flags))
@@ -372,35 +401,19 @@ impl Bench {
         program
     }
 
-    /// Starts a daemon as a process of its own.
-    pub(crate) fn spawn(&self) -> Process {
-        let mut daemon = self.program("run");
-        let log = File::options()
-            .append(true)
-            .create(true)
-            .open(self.directory().join("log"));
-        daemon.stdout(Stdio::null()).stderr(log.expect("a file"));
-        Process(daemon.spawn().expect("a process"))
-    }
-
     /// Starts a daemon.
     pub(crate) fn start(&self) -> Daemon {
-        self.start_with(Tokens::default())
-    }
-
-    /// Starts a daemon with bearer tokens.
-    pub(crate) fn start_with(&self, tokens: Tokens) -> Daemon {
         let stopping = CancellationToken::new();
         let task = tokio::spawn(daemon::run(
             self.settings(),
-            tokens,
+            Tokens::default(),
             Observers::default(),
             stopping.clone(),
         ));
         self.daemon(stopping, task)
     }
 
-    /// Starts a daemon that listens as well, on a free port, and tells where.
+    /// Starts a daemon with a console on a free port, and returns its URL, too.
     pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("its address"));
@@ -442,7 +455,7 @@ impl Bench {
         }
     }
 
-    /// Polls once, delivers what is due, and ends, in the background: with what stops it.
+    /// Starts a daemon that polls once, delivers what is due, and ends; returns what stops it, too.
     pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
         let stopping = CancellationToken::new();
         let once = daemon::once(
@@ -454,15 +467,6 @@ impl Bench {
         (stopping, tokio::spawn(once))
     }
 
-    /// Up to which BigChat was read, in seconds after 22:00:00.
-    pub(crate) fn cursor(&self) -> Option<i64> {
-        let cursor: Option<i64> = self
-            .is_ready()
-            .then(|| self.value("SELECT cursor FROM poll_state"))
-            .flatten();
-        cursor.map(|cursor| cursor - T0)
-    }
-
     /// Polls once, delivers what is due, and ends, with all of it done or not.
     pub(crate) async fn once(&self) {
         let (_stopping, once) = self.start_once();
@@ -471,95 +475,6 @@ impl Bench {
             Ok(()) | Err(DaemonError::Unread | DaemonError::Undelivered(_)) => {}
             Err(error) => panic!("{error}"),
         }
-    }
-
-    /// One value from the database, by SQL.
-    pub(crate) fn value<T: FromSql>(&self, sql: &str) -> T {
-        let connection = rusqlite::Connection::open(self.db()).expect("a database");
-        connection.busy_timeout(PATIENCE).expect("a busy timeout");
-        connection.query_row(sql, [], |row| row.get(0)).expect(sql)
-    }
-
-    /// Changes the database, by SQL, while no daemon runs.
-    pub(crate) fn execute(&self, sql: &str) {
-        let connection = rusqlite::Connection::open(self.db()).expect("a database");
-        connection.execute_batch(sql).expect(sql);
-    }
-
-    /// How many events are in a state: waiting, delivered, failed or discarded.
-    pub(crate) fn events(&self, state: &str) -> i64 {
-        self.value(&format!(
-            "SELECT count(*) FROM event_states WHERE state = '{state}'"
-        ))
-    }
-
-    /// Waits until so many events are in a state.
-    pub(crate) async fn until_events(&self, state: &str, count: i64) {
-        until(&format!("{count} events {state}"), async || {
-            self.is_ready() && self.events(state) == count
-        })
-        .await;
-    }
-
-    /// Whether the daemon has made the database.
-    pub(crate) fn is_ready(&self) -> bool {
-        self.db().exists()
-            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'control'") == 1
-    }
-
-    /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
-    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
-        let line = ["bigchat-sync", "failed"].iter().chain(arguments);
-        match Cli::try_parse_from(line).expect("a good command").command {
-            Some(Command::Failed(command)) => failed::run(&self.db(), command),
-            other => panic!("not about failed events: {other:?}"),
-        }
-    }
-
-    /// How things stand, as `bigchat-sync status --json` tells, and whether it says that all is well by its exit code.
-    pub(crate) fn status(&self) -> (Value, bool) {
-        let output = self.program("status").arg("--json").output();
-        let output = output.expect("a process");
-        let status = serde_json::from_slice(&output.stdout);
-        (status.expect("JSON"), output.status.success())
-    }
-
-    /// The failed events.
-    pub(crate) fn failed(&self) -> Vec<FailedEvent> {
-        let mut store = Store::open_shared(&self.db()).expect("a database");
-        store.failed(1000).expect("the failed events")
-    }
-}
-
-/// SQL for a dead letter: an event whose delivery has failed so often. Its conversation is SQL, too.
-pub(crate) fn dead_letter(
-    id: impl Display,
-    conversation: impl Display,
-    kind: &str,
-    data: &str,
-    reason: &str,
-    attempts: u32,
-) -> String {
-    let data = data.replace('\'', "''");
-    format!(
-        "INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
-         VALUES ({id}, {conversation}, '{kind}', 1795384800, '{data}', {id}, 1000);
-         INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
-         SELECT id, conversation, {attempts}, 0, '{reason}', '', '' FROM events WHERE id = {id};
-         INSERT INTO dead_letters (event, conversation, failed_at)
-         SELECT id, conversation, 2000 FROM events WHERE id = {id};"
-    )
-}
-
-/// A process that does not outlive its test: dropped, it is killed. A daemon left behind would go on asking ports that
-/// belong to other tests by then.
-pub(crate) struct Process(pub(crate) Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        self.0.kill().ok();
-        self.0.wait().ok();
     }
 }
 
@@ -577,23 +492,23 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Stops it as a signal would, and expects it to end well.
+    /// Stops it as a signal would, and expects that it ends without an error.
     pub(crate) async fn stop(self) {
-        self.outcome().await.expect("it stops well");
+        self.outcome().await.expect("it stops without an error");
     }
 
     fn task(&self) -> Task {
         lock(&self.task).take().expect("it was running")
     }
 
-    /// Stops it as a signal would, and tells how it ended.
+    /// Stops it as a signal would, and returns how it ended.
     pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
         self.stopping.cancel();
         let ended = timeout(PATIENCE, self.task()).await.expect("it ends");
         ended.expect("no panic")
     }
 
-    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has let go of the database.
+    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has closed the database.
     pub(crate) async fn crash(self, bench: &Bench) {
         let task = self.task();
         task.abort();

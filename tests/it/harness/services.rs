@@ -1,6 +1,6 @@
 //! Both simulated services as a test sees them, and servers by hand for what no service would send.
 //!
-//! BigChat's clock stands still at [`NOW`] unless a test moves it. What a service was asked is had line by line
+//! BigChat's clock stands still at [`NOW`] unless a test moves it. Requests are shown line by line
 //! (`POST /agents {"email":…}`), so that a test can say exactly what it expects. The ids that OurAPI gives are shown by their
 //! ends: `a1` is the first agent, `c1` the first chat.
 
@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bigchat_sync::simulator::bigchat::{Clock, Page, Reported};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Mode, Options, Page, Reported};
 use bigchat_sync::simulator::event::T0;
 use bigchat_sync::simulator::our_api::{Agent, Chat, Data, Item, Message};
 use bigchat_sync::simulator::{self, Server, shortened};
@@ -20,6 +20,23 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::until;
+
+/// Every request there is.
+pub(crate) const ROUTES: [&str; 10] = [
+    "GET /events",
+    "GET /conversations/{id}",
+    "GET /advisors/{id}",
+    "GET /agents",
+    "POST /agents",
+    "GET /chats",
+    "POST /chats",
+    "PATCH /chats/{id}",
+    "GET /chats/{id}/messages",
+    ADD_MESSAGE,
+];
+
+/// The request that adds a message to a chat.
+pub(crate) const ADD_MESSAGE: &str = "POST /chats/{id}/messages";
 
 /// BigChat's clock, in seconds after 22:00:00.
 pub(crate) const NOW: i64 = 600;
@@ -44,10 +61,40 @@ pub(crate) fn line(what: &str, body: Value) -> String {
     format!("{what} {body}")
 }
 
-/// The query for a window, as BigChat should be asked.
+/// The query for a window, as BigChat should receive it.
 pub(crate) fn window(start: i64, end: i64) -> String {
     let [start, end] = [start, end].map(|at| time(at).replace(':', "%3A"));
     format!("start_at={start}&end_at={end}")
+}
+
+/// A BigChat that reports events by chance, each once.
+pub(crate) fn seeded(seed: u64) -> Options {
+    Options {
+        seed,
+        ..Options::default()
+    }
+}
+
+/// A BigChat that keeps its events, and reports so many a second by chance.
+pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> Options {
+    let log = Log {
+        events_per_second,
+        page_size,
+        ..Log::default()
+    };
+    Options {
+        mode: Mode::Log(log),
+        ..seeded(seed)
+    }
+}
+
+/// A BigChat that keeps its events, and reports only what the test says.
+pub(crate) fn quiet_log(log: Log) -> Options {
+    Options {
+        quiet: true,
+        mode: Mode::Log(log),
+        ..Options::default()
+    }
 }
 
 /// An id by its end.
@@ -67,15 +114,15 @@ impl Deref for BigChat {
 }
 
 impl BigChat {
-    /// Answers the next question for events with this; the one after with what is told next.
-    pub(crate) fn tells(&self, page: impl Into<Page>) {
+    /// Responds to the next request for events with this page; the following ones get the following pages.
+    pub(crate) fn reports(&self, page: impl Into<Page>) {
         // An iterator may ask this service for something.
         let page = page.into();
         self.state().push_page(page);
     }
 
     /// Reports this event on its next page.
-    pub(crate) fn tells_of(&self, event: Value) {
+    pub(crate) fn reports_event(&self, event: Value) {
         self.state().push(event);
     }
 
@@ -172,7 +219,7 @@ impl BigChat {
         self.state().polls()
     }
 
-    /// Waits for so many further polls: what was to follow from those before has had its time.
+    /// Waits for so many further polls: whatever follows from those before has had its time.
     pub(crate) async fn further_polls(&self, polls: usize) {
         let before = self.count("GET /events");
         until("further polls", async || {
@@ -181,7 +228,7 @@ impl BigChat {
         .await;
     }
 
-    /// The queries it was asked for events with, since it was last asked what it was asked.
+    /// The queries of the requests for events since this or `asked` was last called.
     pub(crate) fn queries(&self) -> Vec<String> {
         let lines = self.asked().into_iter();
         lines
@@ -189,7 +236,7 @@ impl BigChat {
             .collect()
     }
 
-    /// What it was asked beside the events and its first conversation, both of which belong to every poll.
+    /// The requests but for those of every poll: for the events and for the first conversation.
     pub(crate) fn asked_besides(&self) -> Vec<String> {
         let mut lines = self.asked();
         lines.retain(|line| !line.starts_with("GET /events") && line != "GET /conversations/1");
@@ -312,6 +359,13 @@ impl OurApi {
             .collect()
     }
 
+    /// The same in the order of the alphabet.
+    pub(crate) fn sorted_messages(&self) -> Vec<String> {
+        let mut messages = self.messages();
+        messages.sort();
+        messages
+    }
+
     /// How many messages it has.
     pub(crate) fn message_count(&self) -> usize {
         self.state().message_count()
@@ -349,7 +403,7 @@ impl From<Vec<u8>> for Tampered {
 }
 
 impl Tampered {
-    /// First these, then those again and again, with a pause between, for as long as anybody reads.
+    /// First these, then those again and again, with a pause between, for as long as the client reads.
     pub(crate) fn without_end(bytes: &[u8], forever: &[u8], pause: Duration) -> Self {
         Self {
             bytes: bytes.to_owned(),
@@ -379,7 +433,7 @@ pub(crate) async fn tampering<T: Into<Tampered>>(
                     let mut tamper = tamper.lock().unwrap_or_else(PoisonError::into_inner);
                     tamper(line, answer).into()
                 };
-                // Whoever asked may not want to read all of it.
+                // The client may not read all of it.
                 drop(relay(stream, &backend, tamper).await);
             });
         }
@@ -425,6 +479,18 @@ fn is_whole(request: &[u8]) -> bool {
         });
         body.len() >= length.unwrap_or(0)
     })
+}
+
+/// The answer with other headers and another body, but with its date.
+pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(answer);
+    let is_date = |line: &&str| line.to_ascii_lowercase().starts_with("date:");
+    let date = text.lines().find(is_date).expect("a date");
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 200 OK\r\n{date}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
+    );
+    [head.as_bytes(), body].concat()
 }
 
 /// The answer with that header instead of its own.

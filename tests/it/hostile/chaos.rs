@@ -1,13 +1,15 @@
-//! Everything fails at once, and what that has shown: `demo --chaos`, the real daemon killed and started again between
-//! services that fail in every way, over seeds; and that its verdict excuses nothing it should not.
+//! Everything fails at once: `demo --chaos`, the real daemon killed and started again between services that fail in every
+//! way, over seeds; and its verdict, which must excuse nothing else.
 //!
 //! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
 
+use crate::harness::process::{Process, files, finished, printed, program};
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Test, run_live_test, until};
 use bigchat_sync::simulator::event::{end, message};
 use bigchat_sync::simulator::fault::{paused, status};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Command;
 
 use bigchat_sync::demo::count_apart;
 use bigchat_sync::journal::Store;
@@ -17,7 +19,7 @@ const SEEDS: u64 = 2;
 const SECONDS: u64 = 5;
 
 fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
-    let mut demo = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let mut demo = program();
     demo.args(["demo", "--chaos", "--bigchat", bigchat])
         .args(["--duration", &format!("{seconds}s")])
         .args(["--seed", &seed.to_string()])
@@ -25,12 +27,6 @@ fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
         .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
         .env_remove("RUST_LOG");
     demo
-}
-
-fn text(output: &Output) -> String {
-    [&output.stdout, &output.stderr]
-        .map(|bytes| String::from_utf8_lossy(bytes))
-        .concat()
 }
 
 /// So many seeds after one another, each of which must end without a difference and leave nothing behind.
@@ -41,37 +37,35 @@ async fn survives(bigchat: &str) {
     let seconds = number("BIGCHAT_SYNC_TEST_SECONDS", SECONDS);
     for seed in 1..=number("BIGCHAT_SYNC_TEST_SEEDS", SEEDS) {
         let temporary = tempfile::tempdir().expect("a directory");
-        let mut demo = chaos(temporary.path(), seed, seconds, bigchat);
-        let output = tokio::task::spawn_blocking(move || demo.output());
-        let output = output.await.expect("no panic").expect("it runs");
+        let output = finished(chaos(temporary.path(), seed, seconds, bigchat)).await;
         if !output.status.success() {
-            // What it has kept is to be looked into.
+            // Its database is for those who read the failure.
             let kept = temporary.keep();
-            panic!("seed {seed}, {}: {}", kept.display(), text(&output));
+            panic!("seed {seed}, {}: {}", kept.display(), printed(&output));
         }
-        let left = std::fs::read_dir(temporary.path()).expect("the directory");
-        assert_eq!(left.count(), 0, "the temporary database is gone");
+        let left = files(temporary.path());
+        assert!(left.is_empty(), "the temporary database is gone: {left:?}");
     }
 }
 
 #[tokio::test]
-async fn whatever_fails_nothing_is_lost_told_once() {
+async fn chaos_with_events_reported_once() {
     survives("once").await;
 }
 
 #[tokio::test]
-async fn whatever_fails_nothing_is_lost_told_from_a_log() {
+async fn chaos_with_a_stable_log() {
     survives("log").await;
 }
 
 #[tokio::test]
-async fn a_success_without_the_body_it_should_have_is_none() {
+async fn success_without_its_body() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         for (route, body) in [
-            ("POST /chats/{id}/messages", ""),
-            ("POST /chats/{id}/messages", "null"),
+            (ADD_MESSAGE, ""),
+            (ADD_MESSAGE, "null"),
             ("PATCH /chats/{id}", ""),
         ] {
             let fault = status(200).body(body);
@@ -82,7 +76,7 @@ async fn a_success_without_the_body_it_should_have_is_none() {
             (1, vec![message(10, now - 5, "one")]),
             (3, vec![message(10, now - 5, "two"), end(10, now)]),
         ] {
-            t.bigchat.tells(events);
+            t.bigchat.reports(events);
             until("it is told", async || t.bigchat.reported().len() == told).await;
             t.agrees().await;
         }
@@ -92,57 +86,47 @@ async fn a_success_without_the_body_it_should_have_is_none() {
     .await;
 }
 
-/// What is counted apart once a daemon was killed that had, or had not, kept a page it was told; and whether OurAPI,
-/// which is down, then holds all that is left.
-async fn after_a_kill(t: &Test, kept: bool) -> (usize, bool) {
+/// How many events the verdict counts apart once a daemon was killed that had, or had not, stored a page; and whether
+/// OurAPI, which is down, then has all others.
+async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let mut daemon = t
-        .program("run")
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("a process");
-    until("a poll", async || t.cursor().is_some()).await;
-    let other = rusqlite::Connection::open(t.db()).expect("the database");
+    let daemon = Process::start(t);
+    t.until_polled().await;
     let faults = &t.bigchat;
     faults.upset("GET /events", paused());
     until("a poll is under way", async || faults.pausing() == 1).await;
-    if !kept {
-        until("the database is held", async || {
-            other.execute_batch("BEGIN IMMEDIATE").is_ok()
-        })
-        .await;
-    }
-    t.bigchat.tells([message(10, now - 5, "in hand")]);
+    let locked = (!stored).then(|| t.lock_database());
+    t.bigchat.reports([message(10, now - 5, "in hand")]);
     faults.resume();
     until("it is told", async || {
-        t.bigchat.reported().iter().any(|told| !told.lost)
+        t.bigchat.reported().iter().any(|events| !events.lost)
     })
     .await;
-    if kept {
+    if stored {
         t.until_events("waiting", 1).await;
     }
-    daemon.kill().expect("it was running");
-    daemon.wait().expect("it has ended");
-    drop(other);
+    drop(daemon);
+    drop(locked);
     let mut journal = Store::open_shared(&t.db()).expect("the database");
     let apart =
         count_apart(&mut t.bigchat.state(), &mut journal).expect("the database can be read");
     (apart, t.compare().is_clean())
 }
 
+/// The verdict counts the events of a page apart that a killed daemon had not stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_a_killed_daemon_had_not_kept_is_counted_apart() {
+async fn killed_with_an_unstored_page() {
     run_live_test(async |t| {
         assert_eq!(after_a_kill(t, false).await, (1, true));
     })
     .await;
 }
 
+/// The verdict excuses no event of a stored page.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_was_kept_is_a_difference_if_nothing_comes_of_it() {
+async fn killed_with_a_stored_page() {
     run_live_test(async |t| {
         t.differs("OurAPI is down to the end");
         assert_eq!(after_a_kill(t, true).await, (0, false));

@@ -1,10 +1,10 @@
-//! What other services do: odd bytes in a page, pages that are empty in many ways, and URLs of all spellings. It costs an
-//! event at the most, and nothing is stored changed.
+//! Odd bytes in a page, pages that are empty in many ways, URLs of all spellings, dates that are wrong: each costs one event
+//! at the most, and nothing is stored changed.
 
-use crate::harness::services::{NOW, tampering, time, unix, window, with_header};
-use crate::harness::{Bench, Test, run_test, side_by_side, until};
+use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
+use crate::harness::{Bench, Test, run_test, side_by_side};
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
-use bigchat_sync::simulator::event::{end, message, transfer};
+use bigchat_sync::simulator::event::{end, event, message, transfer};
 use bigchat_sync::simulator::fault::status;
 use std::io::Write;
 
@@ -12,43 +12,14 @@ use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
 use serde_json::json;
 
-/// The answer with other headers and another body, but with its date.
-fn instead(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
-    let text = String::from_utf8_lossy(answer);
-    let date = text
-        .lines()
-        .find(|line| line.to_ascii_lowercase().starts_with("date:"))
-        .expect("a date");
-    let length = body.len();
-    let mut answer = format!(
-        "HTTP/1.1 200 OK\r\n{date}\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n"
-    )
-    .into_bytes();
-    answer.extend(body);
-    answer
-}
-
-/// A scene whose next answer to a question for events is this one.
+/// The next page is this one.
 async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
-    let mut body = Some(body);
-    let url = tampering(&t.bigchat.url(), move |line, answer| {
-        match body.take_if(|_| line.starts_with("GET /events")) {
-            Some(body) => instead(&answer, headers, &body),
-            None => answer,
-        }
-    })
-    .await;
-    t.set("--bigchat-url", &url);
+    t.tamper_pages(1, move |answer| with_body(&answer, headers, &body))
+        .await;
 }
 
-fn event(text: &str) -> String {
+fn message_json(text: &str) -> String {
     message(42, 5, text).to_string()
-}
-
-fn sorted(t: &Test) -> Vec<String> {
-    let mut texts = t.our_api.messages();
-    texts.sort();
-    texts
 }
 
 /// The raw JSON of the dead letters.
@@ -57,114 +28,134 @@ fn dead_letters(t: &Bench) -> Vec<String> {
     failed.filter_map(|failed| failed.data).collect()
 }
 
+/// One odd value costs its event, and no other of its page.
 #[tokio::test]
-async fn one_odd_value_costs_its_event_and_no_other() {
+async fn odd_value_costs_its_event() {
     let at = unix(5);
     let odd = |id: &str, data: &str| {
         format!(
             r#"{{"conversation_id":{id},"event_name":"MESSAGE","event_at":{at},"data":{data}}}"#
         )
     };
-    for bad in [
-        odd("NaN", r#"{"message":"bad"}"#),
-        odd("42", "NaN"),
-        odd("42", r#"{"message":NaN}"#),
-        odd("42", r#"{"message":"bad\q"}"#),
-        odd("42", "{\"message\":\"a\tb\"}"),
-        odd("42", r#"{"message":'bad'}"#),
-        "NaN".to_owned(),
-        "undefined".to_owned(),
-        "1e400".to_owned(),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            let body = format!(
-                r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
-                event("one"),
-                event("two")
-            );
-            t.bigchat.tells(raw(&body));
-            t.bigchat.tells([message(42, 6, "three")]);
-            t.once().await;
-            assert_eq!(sorted(t), ["one", "three", "two"], "{bad}");
-            assert_eq!(dead_letters(t), [bad]);
-            assert_eq!(t.cursor(), Some(NOW));
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            odd("NaN", r#"{"message":"bad"}"#),
+            odd("42", "NaN"),
+            odd("42", r#"{"message":NaN}"#),
+            odd("42", r#"{"message":"bad\q"}"#),
+            odd("42", "{\"message\":\"a\tb\"}"),
+            odd("42", r#"{"message":'bad'}"#),
+            "NaN".to_owned(),
+            "undefined".to_owned(),
+            "1e400".to_owned(),
+        ],
+        async |bad| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                let body = format!(
+                    r#"{{"total":NaN,"events":[{},{bad},{}],"nextPageUrl":"?page=2"}}"#,
+                    message_json("one"),
+                    message_json("two")
+                );
+                t.bigchat.reports(raw(&body));
+                t.bigchat.reports([message(42, 6, "three")]);
+                t.once().await;
+                assert_eq!(
+                    t.our_api.sorted_messages(),
+                    ["one", "three", "two"],
+                    "{bad}"
+                );
+                assert_eq!(dead_letters(t), [bad]);
+                assert_eq!(t.cursor(), Some(NOW));
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// It costs no message.
 #[tokio::test]
-async fn what_nobody_needs_costs_no_message() {
+async fn odd_value_in_unused_field() {
     let at = unix(5);
-    for odd in [
-        "NaN",
-        "-Infinity",
-        "1e400",
-        r#""\ud800""#,
-        "\"a\tb\"",
-        &format!("{}{}", "[".repeat(300), "]".repeat(300)),
-    ] {
-        run_test(async |t| {
-t.differs("pages are changed on their way");
-        let event = format!(
-            r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE","event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
-        );
-        t.bigchat
-            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        t.bigchat
-            .tells(raw(&format!(r#"{{"events":[{event}]}}"#)));
-        t.once().await;
-        t.once().await;
-        assert_eq!(t.our_api.messages(), ["one"], "{odd}");
-        assert_eq!(t.events("failed"), 0, "{odd}");
-})
-.await;
-    }
+    side_by_side(
+        [
+            "NaN",
+            "-Infinity",
+            "1e400",
+            r#""\ud800""#,
+            "\"a\tb\"",
+            &format!("{}{}", "[".repeat(300), "]".repeat(300)),
+        ],
+        async |odd| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                let event = format!(
+                    r#"{{"weight":{odd},"conversation_id":42,"event_name":"MESSAGE",
+                "event_at":{at}.0,"data":{{"weight":{odd},"message":"one"}}}}"#
+                );
+                t.bigchat
+                    .reports(raw(&format!(r#"{{"events":[{event}]}}"#)));
+                t.bigchat
+                    .reports(raw(&format!(r#"{{"events":[{event}]}}"#)));
+                t.once().await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{odd}");
+                assert_eq!(t.events("failed"), 0, "{odd}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 #[tokio::test]
-async fn text_is_decoded_as_declared() {
-    let page = format!(r#"{{"events":[{}]}}"#, event("Grüße"));
+async fn text_decoded_as_declared() {
+    let page = format!(r#"{{"events":[{}]}}"#, message_json("Grüße"));
     let latin: Vec<u8> = page.chars().map(|c| c as u8).collect();
     let utf16: Vec<u8> = page.encode_utf16().flat_map(u16::to_le_bytes).collect();
-    for (headers, body) in [
-        ("", [b"\xef\xbb\xbf", page.as_bytes()].concat()),
-        (
-            "content-type: application/json; charset=ISO-8859-1\r\n",
-            latin.clone(),
-        ),
-        (
-            "content-type: application/json; charset=\"Windows-1252\"\r\n",
-            latin,
-        ),
-        ("", [b"\xff\xfe", &*utf16].concat()),
-        ("content-type: text/plain; charset=utf-16le\r\n", utf16),
-        (
-            "content-type: application/json; charset=nonsense\r\n",
-            page.clone().into_bytes(),
-        ),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            answering(t, headers, body).await;
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("", [b"\xef\xbb\xbf", page.as_bytes()].concat()),
+            (
+                "content-type: application/json; charset=ISO-8859-1\r\n",
+                latin.clone(),
+            ),
+            (
+                "content-type: application/json; charset=\"Windows-1252\"\r\n",
+                latin,
+            ),
+            ("", [b"\xff\xfe", &*utf16].concat()),
+            ("content-type: text/plain; charset=utf-16le\r\n", utf16),
+            (
+                "content-type: application/json; charset=nonsense\r\n",
+                page.clone().into_bytes(),
+            ),
+        ],
+        async |(headers, body)| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                answering(t, headers, body).await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["Grüße"], "{headers}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// They become a dead letter, and are never stored changed.
 #[tokio::test]
-async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() {
+async fn bytes_of_another_encoding() {
     for (bad, shown) in [
         (&b"Gr\xfc\xdfe"[..], r"Gr\xFC\xDFe"),
         (b"cut off \xe2\x82", r"cut off \xE2\x82"),
         (b"overlong \xc0\x80", r"overlong \xC0\x80"),
         (b"a surrogate \xed\xa0\x80", r"a surrogate \xED\xA0\x80"),
     ] {
-        let (before, after) = (event("one"), event("two"));
-        let marked = event("HERE");
+        let (before, after) = (message_json("one"), message_json("two"));
+        let marked = message_json("HERE");
         let (head, tail) = marked.split_once("HERE").expect("the mark");
         let odd = [head.as_bytes(), bad, tail.as_bytes()].concat();
         let body = [
@@ -181,7 +172,7 @@ async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() 
             t.differs("pages are changed on their way");
             answering(t, "", body).await;
             t.once().await;
-            assert_eq!(sorted(t), ["one", "two"], "{shown}");
+            assert_eq!(t.our_api.sorted_messages(), ["one", "two"], "{shown}");
             let failed = &t.failed()[0];
             assert_eq!(failed.data, Some(format!("{head}{shown}{tail}")));
             assert!(failed.reason.contains("declared encoding"), "{failed:?}");
@@ -190,30 +181,35 @@ async fn bytes_of_another_encoding_are_a_dead_letter_and_never_stored_changed() 
     }
 }
 
+/// A body is decompressed although no compression was requested, up to the size limit.
 #[tokio::test]
-async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
-    let page = format!(r#"{{"events":[{}]}}"#, event("one")).into_bytes();
+async fn compressed_body_is_read() {
+    let page = format!(r#"{{"events":[{}]}}"#, message_json("one")).into_bytes();
     let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
     gzip.write_all(&page).expect("bytes");
     let gzip = gzip.finish().expect("bytes");
     let mut zlib = ZlibEncoder::new(Vec::new(), Compression::fast());
     zlib.write_all(&page).expect("bytes");
     let zlib = zlib.finish().expect("bytes");
-    for (headers, body) in [
-        ("content-encoding: gzip\r\n", &gzip),
-        ("", &gzip),
-        ("content-encoding: deflate\r\n", &zlib),
-        ("content-encoding: gzip\r\n", &page),
-        ("content-encoding: br\r\n", &page),
-    ] {
-        run_test(async |t| {
-            t.differs("pages are changed on their way");
-            answering(t, headers, body.clone()).await;
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one"], "{headers}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            ("content-encoding: gzip\r\n", &gzip),
+            ("", &gzip),
+            ("content-encoding: deflate\r\n", &zlib),
+            ("content-encoding: gzip\r\n", &page),
+            ("content-encoding: br\r\n", &page),
+        ],
+        async |(headers, body)| {
+            run_test(async |t| {
+                t.differs("pages are changed on their way");
+                answering(t, headers, body.clone()).await;
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one"], "{headers}");
+            })
+            .await;
+        },
+    )
+    .await;
     // What expands without measure is read no further.
     let mut bomb = GzEncoder::new(Vec::new(), Compression::fast());
     for _ in 0..64 {
@@ -223,7 +219,7 @@ async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
     run_test(async |t| {
         answering(t, "content-encoding: gzip\r\n", bomb).await;
         t.once().await;
-        t.bigchat.tells([message(42, 1, "two")]);
+        t.bigchat.reports([message(42, 1, "two")]);
         t.once().await;
         let first = window(NOW - 10, NOW);
         assert_eq!(t.bigchat.queries(), [&*first, &first]);
@@ -233,7 +229,7 @@ async fn a_body_that_nobody_asked_to_be_compressed_is_read() {
 }
 
 #[tokio::test]
-async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
+async fn requests_forbid_cache_and_compression() {
     let heads = std::sync::mpsc::channel();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
@@ -261,8 +257,9 @@ async fn no_cache_is_to_answer_and_nothing_to_be_compressed() {
     .await;
 }
 
+/// The poll reads on after it.
 #[tokio::test]
-async fn a_page_without_events_is_passed() {
+async fn page_without_events() {
     side_by_side(
         [
             status(204),
@@ -277,7 +274,7 @@ async fn a_page_without_events_is_passed() {
             // A quiet hour in a backlog.
             run_test(async |t| {
                 t.set("--since", &time(-7200));
-                t.bigchat.tells([message(42, 1, "one")]);
+                t.bigchat.reports([message(42, 1, "one")]);
                 t.bigchat.upset("GET /events?start_at=2026-11-22T21", upset);
                 t.once().await;
                 t.once().await;
@@ -292,76 +289,91 @@ async fn a_page_without_events_is_passed() {
     .await;
 }
 
+/// It does not end the poll.
 #[tokio::test]
-async fn an_empty_page_among_others_ends_nothing() {
-    for empty in [
-        json!({"events": [], "nextPageUrl": "?page=3"}),
-        json!({"events": null, "nextPageUrl": "?page=3"}),
-        json!({"nextPageUrl": "?page=3"}),
-    ] {
-        run_test(async |t| {
-            t.bigchat.tells(page([message(42, 1, "one")], "?page=2"));
-            t.bigchat.tells(raw(&empty.to_string()));
-            t.bigchat.tells([message(42, 2, "two")]);
-            t.once().await;
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
-        })
-        .await;
-    }
+async fn empty_page_among_others() {
+    side_by_side(
+        [
+            json!({"events": [], "nextPageUrl": "?page=3"}),
+            json!({"events": null, "nextPageUrl": "?page=3"}),
+            json!({"nextPageUrl": "?page=3"}),
+        ],
+        async |empty| {
+            run_test(async |t| {
+                t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
+                t.bigchat.reports(raw(&empty.to_string()));
+                t.bigchat.reports([message(42, 2, "two")]);
+                t.once().await;
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{empty}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// It is followed where it can only mean one thing.
 #[tokio::test]
-async fn a_sloppy_url_of_the_next_page_is_followed_where_it_can_only_mean_one_thing() {
-    for (next, asked) in [
-        ("page=2", "page=2"),
-        (" /events?page=2\n", "page=2"),
-        ("/events?limit=9&amp;page=2", "limit=9&page=2"),
-        ("events?cursor=a b|\"c\"", "cursor=a%20b|%22c%22"),
-        ("?cursor=ü", "cursor=%C3%BC"),
-        (
-            "?start_at=2026-11-22T22:00:00+00:00&page=2",
-            "start_at=2026-11-22T22:00:00%2B00:00&page=2",
-        ),
-    ] {
-        run_test(async |t| {
-            t.bigchat.tells(page([message(42, 1, "one")], next));
-            t.bigchat.tells([message(42, 2, "two")]);
-            t.once().await;
-            assert_eq!(
-                t.bigchat.queries(),
-                [&window(NOW - 10, NOW), asked],
-                "{next}"
-            );
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
-        })
-        .await;
-    }
+async fn sloppy_next_page_url() {
+    side_by_side(
+        [
+            ("page=2", "page=2"),
+            (" /events?page=2\n", "page=2"),
+            ("/events?limit=9&amp;page=2", "limit=9&page=2"),
+            ("events?cursor=a b|\"c\"", "cursor=a%20b|%22c%22"),
+            ("?cursor=ü", "cursor=%C3%BC"),
+            (
+                "?start_at=2026-11-22T22:00:00+00:00&page=2",
+                "start_at=2026-11-22T22:00:00%2B00:00&page=2",
+            ),
+        ],
+        async |(next, asked)| {
+            run_test(async |t| {
+                t.bigchat.reports(page([message(42, 1, "one")], next));
+                t.bigchat.reports([message(42, 2, "two")]);
+                t.once().await;
+                assert_eq!(
+                    t.bigchat.queries(),
+                    [&window(NOW - 10, NOW), asked],
+                    "{next}"
+                );
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// The same page in another spelling is not requested again.
 #[tokio::test]
-async fn the_same_page_in_another_spelling_is_not_requested_again() {
+async fn next_page_is_same_page() {
     let first = window(NOW - 10, NOW);
     let (start, end) = first.split_once('&').expect("two parameters");
-    for next in [
-        format!("?{end}&{start}"),
-        format!("?{}", first.replace("%3A", ":")),
-        format!("?{}", first.replace("%3A", "%3a")),
-        format!("?{}", first.replace('Z', "%2B00:00")),
-        format!("?{}", first.replace('Z', "+00:00")),
-        format!("?{}", first.replace('Z', ".000Z")),
-        format!("?&{start}&amp;{end}"),
-    ] {
-        run_test(async |t| {
-            for _ in 0..3 {
-                t.bigchat
-                    .tells(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
-            }
-            t.once().await;
-            assert_eq!(t.bigchat.queries(), [&*first], "{next}");
-            assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            format!("?{end}&{start}"),
+            format!("?{}", first.replace("%3A", ":")),
+            format!("?{}", first.replace("%3A", "%3a")),
+            format!("?{}", first.replace('Z', "%2B00:00")),
+            format!("?{}", first.replace('Z', "+00:00")),
+            format!("?{}", first.replace('Z', ".000Z")),
+            format!("?&{start}&amp;{end}"),
+        ],
+        async |next| {
+            run_test(async |t| {
+                for _ in 0..3 {
+                    t.bigchat
+                        .reports(page([message(42, 1, "one"), message(42, 1, "two")], &*next));
+                }
+                t.once().await;
+                assert_eq!(t.bigchat.queries(), [&*first], "{next}");
+                assert_eq!(t.our_api.messages(), ["one", "two"], "{next}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
 /// A scene whose answers to questions for events carry one more header.
@@ -373,39 +385,46 @@ async fn with_one_more(t: &Test, header: &'static str) {
     t.set("--bigchat-url", &url);
 }
 
+/// The `age` header says how old the `date` is.
 #[tokio::test]
-async fn a_cached_answer_tells_how_old_its_date_is() {
-    for (header, age) in [
-        ("age: 60", 60),
-        ("Age:  30 ", 30),
-        ("age: 0", 0),
-        ("age: soon", 0),
-        ("age: -5", 0),
-    ] {
-        run_test(async |t| {
-            with_one_more(t, header).await;
-            t.once().await;
-            assert_eq!(
-                t.bigchat.queries(),
-                [window(NOW + age - 10, NOW + age)],
-                "{header}"
-            );
-        })
-        .await;
-    }
+async fn date_of_a_cached_response() {
+    side_by_side(
+        [
+            ("age: 60", 60),
+            ("Age:  30 ", 30),
+            ("age: 0", 0),
+            ("age: soon", 0),
+            ("age: -5", 0),
+        ],
+        async |(header, age)| {
+            run_test(async |t| {
+                with_one_more(t, header).await;
+                t.once().await;
+                assert_eq!(
+                    t.bigchat.queries(),
+                    [window(NOW + age - 10, NOW + age)],
+                    "{header}"
+                );
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// The status shows a cursor that does not move while polls complete.
 #[tokio::test]
-async fn a_cursor_that_stands_still_is_shown() {
+async fn cursor_does_not_move() {
     run_test(async |t| {
         t.once().await;
         let shown = || {
             let (status, _) = t.status();
-            let troubles = status["problems"].as_array().expect("a list").iter();
-            let mut whats = troubles.filter_map(|trouble| trouble["what"].as_str());
+            let problems = status["problems"].as_array().expect("a list").iter();
+            let mut whats = problems.filter_map(|problem| problem["what"].as_str());
             whats.any(|what| what.contains("has not advanced"))
         };
         assert!(!shown());
+        // Two minutes are too long to wait for.
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
         for what in ["at first", "after another poll"] {
             assert!(shown(), "{what}");
@@ -432,24 +451,18 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
-async fn until_read(t: &Test, at: i64) {
-    until("it is read up to then", async || {
-        t.is_ready() && t.cursor() == Some(at)
-    })
-    .await;
-}
-
+/// It leaves no gap.
 #[tokio::test]
-async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
+async fn wrong_date_for_some_polls() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
         run_test(async |t| {
             let daemon = t.start();
-            until_read(t, NOW).await;
+            t.until_cursor(NOW).await;
             t.bigchat.clock(NOW + off);
             t.bigchat.further_polls(5).await;
-            t.bigchat.tells([message(42, NOW + 5, "meanwhile")]);
+            t.bigchat.reports([message(42, NOW + 5, "meanwhile")]);
             t.bigchat.clock(NOW + 10);
-            until_read(t, NOW + 10).await;
+            t.until_cursor(NOW + 10).await;
             t.until_events("delivered", 1).await;
             daemon.stop().await;
             let (earliest, latest) = (window(NOW - 10, 0), window(NOW + 5, 0));
@@ -464,16 +477,17 @@ async fn a_date_that_is_wrong_for_some_polls_leaves_no_gap() {
     .await;
 }
 
+/// It is believed then.
 #[tokio::test]
-async fn a_date_that_stays_is_believed_after_ten_polls() {
+async fn new_date_for_ten_polls() {
     side_by_side([3600, -3600, 86_400], async |off| {
         run_test(async |t| {
             t.set("--max-window", "10d");
             t.start();
-            until_read(t, NOW).await;
+            t.until_cursor(NOW).await;
             let before = t.bigchat.count("GET /events");
             t.bigchat.clock(NOW + off);
-            until_read(t, NOW + off).await;
+            t.until_cursor(NOW + off).await;
             let polls = t.bigchat.count("GET /events") - before;
             assert!((10..20).contains(&polls), "{off}: {polls}");
         })
@@ -482,7 +496,7 @@ async fn a_date_that_stays_is_believed_after_ten_polls() {
     .await;
 }
 
-/// A BigChat of which something was asked since 20:00, and which refuses what starts with one of these.
+/// A BigChat that is read from 20:00 on, and rejects windows that start with one of these.
 async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     t.set("--since", &time(-7200));
     for start in starts {
@@ -490,12 +504,13 @@ async fn refusing(t: &Test, code: u16, starts: &[&str]) {
         t.bigchat.upset(&pattern, status(code).always());
     }
     for text in ["one", "two", "three"] {
-        t.bigchat.tells([message(42, 5, text)]);
+        t.bigchat.reports([message(42, 5, text)]);
     }
 }
 
+/// The oldest window answered is read, and the status shows the gap.
 #[tokio::test]
-async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read() {
+async fn window_is_too_old() {
     let quarters = ["20", "21%3A0", "21%3A1", "21%3A2"];
     side_by_side(
         [
@@ -518,8 +533,12 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
                     .iter()
                     .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
                 assert!(read.count() >= 1, "{code}: {queries:?}");
-                // What came in the search is kept, too.
-                assert_eq!(sorted(t), ["one", "three", "two"], "{code}");
+                // Events of the search are delivered, too.
+                assert_eq!(
+                    t.our_api.sorted_messages(),
+                    ["one", "three", "two"],
+                    "{code}"
+                );
                 assert_eq!(t.cursor(), Some(NOW), "{code}");
                 let (status, _) = t.status();
                 let gaps = status["gaps"].as_array().expect("a list");
@@ -535,38 +554,44 @@ async fn a_window_that_is_too_old_is_a_gap_and_the_oldest_one_answered_is_read()
     .await;
 }
 
+/// A rejection that is not about the age of the window is no gap.
 #[tokio::test]
-async fn a_refusal_that_says_nothing_of_age_is_no_gap() {
-    for (case, upset, cursor) in [
-        ("of everything", status(400).always(), -7195),
-        ("now and then", status(410), NOW),
-        ("once", status(422), NOW),
-    ] {
-        run_test(async |t| {
-            refusing(t, 400, &[]).await;
-            t.bigchat.upset("GET /events", upset);
-            t.once().await;
-            t.once().await;
-            t.once().await;
-            let (status, _) = t.status();
-            assert_eq!(status["gaps"], json!([]), "{case}");
-            assert_eq!(t.cursor(), Some(cursor), "{case}");
-        })
-        .await;
-    }
+async fn rejection_that_is_no_gap() {
+    side_by_side(
+        [
+            ("of everything", status(400).always(), -7195),
+            ("now and then", status(410), NOW),
+            ("once", status(422), NOW),
+        ],
+        async |(case, upset, cursor)| {
+            run_test(async |t| {
+                refusing(t, 400, &[]).await;
+                t.bigchat.upset("GET /events", upset);
+                t.once().await;
+                t.once().await;
+                t.once().await;
+                let (status, _) = t.status();
+                assert_eq!(status["gaps"], json!([]), "{case}");
+                assert_eq!(t.cursor(), Some(cursor), "{case}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// Kinds of `--ignore-events` are dropped, and a page budget of them hides no event after them.
 #[tokio::test]
-async fn ignored_kinds_are_dropped_and_hide_nothing() {
-    let odd = |n: i64| json!({"conversation_id": 42, "event_name": "TYPING", "event_at": unix(n), "data": {"n": n}});
+async fn ignored_kinds_hide_nothing() {
+    let odd = |n: i64| event(42, "TYPING", n, json!({"n": n}));
     run_test(async |t| {
         t.differs("a kind of event is ignored");
         t.set("--ignore-events", "TYPING, END");
         for n in 1..=200 {
-            let told = [odd(n), odd(n), end(42, n)];
-            t.bigchat.tells(page(told, format!("?page={}", n + 1)));
+            let events = [odd(n), odd(n), end(42, n)];
+            t.bigchat.reports(page(events, format!("?page={}", n + 1)));
         }
-        t.bigchat.tells([
+        t.bigchat.reports([
             odd(1),
             message(42, 5, "one"),
             json!({"event_name": "typing"}),
@@ -581,17 +606,19 @@ async fn ignored_kinds_are_dropped_and_hide_nothing() {
     .await;
 }
 
+/// A page budget that brought only events that cannot be understood hides none after them.
 #[tokio::test]
-async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
+async fn page_budget_of_unreadable_events() {
     run_test(async |t| {
         t.fails(200);
         let odd = |n: i64| json!({"event_name": "TYPING", "n": n});
         for last in ["", "one"] {
             for n in 1..=200 {
-                t.bigchat.tells(page([odd(n)], format!("?page={}", n + 1)));
+                t.bigchat
+                    .reports(page([odd(n)], format!("?page={}", n + 1)));
             }
             let last = (!last.is_empty()).then(|| message(42, 5, last));
-            t.bigchat.tells(Page::from(last));
+            t.bigchat.reports(Page::from(last));
             t.once().await;
             t.once().await;
         }
@@ -601,47 +628,52 @@ async fn a_budget_of_what_cannot_be_understood_hides_nothing() {
     .await;
 }
 
+/// A dead letter that can be understood by now is ingested by a retry, in the epoch it is from.
 #[tokio::test]
-async fn a_dead_letter_that_can_be_understood_by_now_is_ingested() {
+async fn dead_letter_readable_after_upgrade() {
     let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
-    for (event, expected) in [
-        (message(42, 5, "twin"), 2),
-        (transfer(42, 5, 8), 1),
-        (end(42, 5), 1),
-    ] {
-        run_test(async |t| {
-            t.differs("the journal is changed by hand");
-            t.bigchat.tells(raw(&format!(
-                r#"{{"events":[{unknown},{unknown},{}]}}"#,
-                message(42, 1, "first")
-            )));
-            t.once().await;
-            assert_eq!(t.events("failed"), 1);
-            let retry = || t.failed_command(&["retry", "--all"]).ok();
-            retry();
-            assert_eq!(t.events("failed"), 1, "it is not understood yet");
-            // BigChat restarts: the id means another conversation by then.
-            t.bigchat.restarts(42, NOW - 1);
-            t.bigchat.tells([message(42, NOW, "of after")]);
-            t.once().await;
-            // As if this were a version that understands it.
-            let known = event.to_string().replace('\'', "''");
-            t.execute(&format!(
-                "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
-            ));
-            retry();
-            assert_eq!(t.events("failed"), 0, "{event}");
-            t.once().await;
-            let kind = event["event_name"].as_str().expect("a name");
-            let ingested = format!(
-                "SELECT count(*) FROM event_states e JOIN conversations c ON c.id = e.conversation
-             WHERE c.epoch = 1 AND state = 'delivered' AND kind = '{kind}' AND event_at = {}",
-                unix(5)
-            );
-            assert_eq!(t.value::<i64>(&ingested), expected, "{event}");
-            let resolutions = "SELECT count(*) FROM resolutions WHERE resolution = 'retry'";
-            assert_eq!(t.value::<i64>(resolutions), 1, "{event}");
-        })
-        .await;
-    }
+    side_by_side(
+        [
+            (message(42, 5, "twin"), 2),
+            (transfer(42, 5, 8), 1),
+            (end(42, 5), 1),
+        ],
+        async |(event, expected)| {
+            run_test(async |t| {
+                t.differs("the journal is changed by hand");
+                t.bigchat.reports(raw(&format!(
+                    r#"{{"events":[{unknown},{unknown},{}]}}"#,
+                    message(42, 1, "first")
+                )));
+                t.once().await;
+                assert_eq!(t.events("failed"), 1);
+                let retry = || t.failed_command(&["retry", "--all"]).ok();
+                retry();
+                assert_eq!(t.events("failed"), 1, "it is not understood yet");
+                // BigChat restarts: the id means another conversation by then.
+                t.bigchat.restarts(42, NOW - 1);
+                t.bigchat.reports([message(42, NOW, "of after")]);
+                t.once().await;
+                // As if this were a version that understands it.
+                let known = event.to_string().replace('\'', "''");
+                t.execute(&format!(
+                    "UPDATE events SET data = '{known}' WHERE conversation IS NULL"
+                ));
+                retry();
+                assert_eq!(t.events("failed"), 0, "{event}");
+                t.once().await;
+                let kind = event["event_name"].as_str().expect("a name");
+                let ingested = format!(
+                    "state = 'delivered' AND kind = '{kind}' AND event_at = {}
+                 AND conversation = (SELECT conversation FROM event_states WHERE event_at = {})",
+                    unix(5),
+                    unix(1)
+                );
+                assert_eq!(t.count_events(&ingested), expected, "{event}");
+                assert_eq!(t.resolutions().len(), 1, "{event}");
+            })
+            .await;
+        },
+    )
+    .await;
 }

@@ -1,4 +1,4 @@
-//! What other services do that the two of the contract do not.
+//! Services that differ from those of the contract.
 
 use crate::harness::services::{time, unix};
 use crate::harness::{Bench, run_test, side_by_side, until};
@@ -19,8 +19,9 @@ fn agents(listed: &[(&str, &str, &str)]) -> Fault {
         .always()
 }
 
+/// OurAPI takes two spellings of an address for the same agent, and so does the daemon.
 #[tokio::test]
-async fn agents_whom_our_api_takes_for_the_same() {
+async fn agent_equal_to_our_api() {
     let taken = |code| status(code).body("{}").always();
     side_by_side(
         [
@@ -61,6 +62,7 @@ async fn agents_whom_our_api_takes_for_the_same() {
                 t.delivers([start(42, 0)]).await;
                 assert_eq!(t.our_api.chats(), ["42 22:00:00 - a9"], "{case}");
                 assert_eq!(t.our_api.count("POST /agents"), 1, "{case}");
+                // No command shows how OurAPI spells the address of an agent.
                 let stored: String = t.value("SELECT spelled FROM agents");
                 assert_eq!(stored, spelled, "{case}");
             })
@@ -70,8 +72,9 @@ async fn agents_whom_our_api_takes_for_the_same() {
     .await;
 }
 
+/// It is another agent.
 #[tokio::test]
-async fn an_agent_with_the_name_in_another_case_is_another() {
+async fn agent_name_in_another_case() {
     run_test(async |t| {
         t.differs("OurAPI spells its agents otherwise");
         t.our_api.has_agent("a3", "ANN", "other@x.test");
@@ -90,25 +93,31 @@ async fn an_agent_with_the_name_in_another_case_is_another() {
     .await;
 }
 
+/// It is used as OurAPI has it.
 #[tokio::test]
-async fn an_agent_that_our_api_stores_otherwise_is_taken_as_it_is() {
-    for spelled in ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"] {
-        run_test(async |t| {
-            t.differs("OurAPI spells its agents otherwise");
-            let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
-            let answer = status(201).body(stored.to_string()).carried_out();
-            t.our_api.upset("POST /agents", answer);
-            t.start();
-            t.delivers([start(42, 0)]).await;
-            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
-            assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
-        })
-        .await;
-    }
+async fn agent_stored_in_another_spelling() {
+    side_by_side(
+        ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"],
+        async |spelled| {
+            run_test(async |t| {
+                t.differs("OurAPI spells its agents otherwise");
+                let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
+                let answer = status(201).body(stored.to_string()).carried_out();
+                t.our_api.upset("POST /agents", answer);
+                t.start();
+                t.delivers([start(42, 0)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{spelled}");
+                assert_eq!(t.our_api.count("POST /agents"), 1, "{spelled}");
+            })
+            .await;
+        },
+    )
+    .await;
 }
 
+/// It is no outage: the chat has no agent.
 #[tokio::test]
-async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
+async fn agent_neither_created_nor_listed() {
     side_by_side([404, 409], async |code| {
         run_test(async |t| {
             t.differs("there is no agent to be had");
@@ -117,8 +126,7 @@ async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
             t.delivers([start(42, 0)]).await;
             assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
             until("it is known to be up", async || {
-                t.value::<i64>("SELECT count(*) FROM api_status WHERE name = 'our_api' AND up = 1")
-                    == 1
+                t.is_up(Api::OurApi) == Some(true)
             })
             .await;
         })
@@ -129,27 +137,24 @@ async fn an_agent_that_our_api_neither_creates_nor_lists_is_no_outage() {
 
 /// What `status` says of an API once it is down: why, and what to do.
 async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
-    let down = format!(
-        "SELECT count(*) FROM api_status WHERE name = '{}' AND up = 0",
-        api.name()
-    );
     until(&format!("{case}: {api} is down"), async || {
-        t.is_ready() && t.value::<i64>(&down) == 1
+        t.is_up(api) == Some(false)
     })
     .await;
     let (status, _) = t.status();
-    let troubles = status["problems"].as_array().expect("an array");
+    let problems = status["problems"].as_array().expect("an array");
     let begins = format!("{api} is down since");
-    let trouble = troubles.iter().find_map(|trouble| {
-        let (what, remedy) = (trouble["what"].as_str()?, trouble["remedy"].as_str()?);
+    let problem = problems.iter().find_map(|problem| {
+        let (what, remedy) = (problem["what"].as_str()?, problem["remedy"].as_str()?);
         what.starts_with(&begins)
             .then(|| (what.to_owned(), remedy.to_owned()))
     });
-    trouble.expect("it is said")
+    problem.expect("it is said")
 }
 
+/// The status says of each outage why, whether it ends automatically, and what to correct.
 #[tokio::test]
-async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
+async fn outages_that_need_a_correction() {
     let html = "<html>secret</html>";
     let moved = |to: &str| status(308).header("location", to);
     let elsewhere = moved("https://user:pass@new.example/v2/?key=secret");
@@ -240,7 +245,7 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
                     t.differs("OurAPI is down to the end");
                     t.our_api.upset("GET /agents", upset.always());
                     t.start();
-                    t.bigchat.tells([start(42, 0)]);
+                    t.bigchat.reports([start(42, 0)]);
                     let (what, remedy) = until_down(t, case, Api::OurApi).await;
                     says(what, remedy);
                 })
@@ -252,40 +257,45 @@ async fn what_does_not_end_by_itself_says_so_and_what_to_correct() {
     .await;
 }
 
+/// The conversation and the time of an event that cannot be understood are shown, if they can be read.
 #[tokio::test]
-async fn what_can_be_read_of_an_event_that_cannot_be_understood_is_shown() {
+async fn readable_part_of_unreadable_event() {
+    let event = |conversation: Value, name: &str, at: Value, data: Value| json!({"conversation_id": conversation, "event_name": name, "event_at": at, "data": data});
     side_by_side(
         [
-            json!({"conversation_id": 42, "event_name": "NOTE", "event_at": unix(5), "data": null}),
-            json!({"conversation_id": "42", "event_name": "END", "event_at": unix(5).to_string()}),
-            json!({"conversation_id": 42.0, "event_name": "MESSAGE", "event_at": unix(5), "data": {}}),
+            event(json!(42), "NOTE", json!(unix(5)), json!(null)),
+            event(json!("42"), "END", json!(unix(5).to_string()), json!(null)),
+            event(json!(42.0), "MESSAGE", json!(unix(5)), json!({})),
         ],
         async |event| {
             run_test(async |t| {
-t.fails(1);
-            t.bigchat.tells(raw(
-                &json!({"events": [event], "nextPageUrl": null}).to_string(),
-            ));
-            t.start();
-            t.until_events("failed", 1).await;
-            let failed = t.failed();
-            assert_eq!(failed[0].conversation, Some(42), "{event}");
-            let at = failed[0].at.expect("a time");
-            assert_eq!(at.to_string(), time(5), "{event}");
-            let said = |arguments: &[&str]| {
-                let said = t.failed_command(arguments);
-                said.unwrap_or_else(|error| error.to_string())
-            };
-            let list = said(&["list"]);
-            assert!(list.contains(" 42 ") && list.contains(&time(5)), "{list}");
-            assert!(!list.contains("1970"), "{list}");
-            let show = said(&["show", &failed[0].id.to_string()]);
-            assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
-            let retried = said(&["retry", "--all"]);
-            assert!(retried.contains("1 failed event still cannot be understood"), "{retried}");
-})
-.await;
-},
+                t.fails(1);
+                t.bigchat.reports(raw(
+                    &json!({"events": [event], "nextPageUrl": null}).to_string()
+                ));
+                t.start();
+                t.until_events("failed", 1).await;
+                let failed = t.failed();
+                assert_eq!(failed[0].conversation, Some(42), "{event}");
+                let at = failed[0].at.expect("a time");
+                assert_eq!(at.to_string(), time(5), "{event}");
+                let said = |arguments: &[&str]| {
+                    let said = t.failed_command(arguments);
+                    said.unwrap_or_else(|error| error.to_string())
+                };
+                let list = said(&["list"]);
+                assert!(list.contains(" 42 ") && list.contains(&time(5)), "{list}");
+                assert!(!list.contains("1970"), "{list}");
+                let show = said(&["show", &failed[0].id.to_string()]);
+                assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
+                let retried = said(&["retry", "--all"]);
+                assert!(
+                    retried.contains("1 failed event still cannot be understood"),
+                    "{retried}"
+                );
+            })
+            .await;
+        },
     )
     .await;
 }

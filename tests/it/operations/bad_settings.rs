@@ -1,18 +1,16 @@
-//! Settings that cannot be used: exit code 2, what is wrong and what is expected instead, and no secret.
+//! Bad settings: exit code 2, the error, the form expected, and no secret.
 
-use std::process::Command;
+use crate::harness::process::{printed, program};
 
-/// What the program says on standard error, and its exit code. Nothing is in its environment but that.
+/// What the program prints, and its exit code. Nothing is in its environment but that.
 fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> (String, Option<i32>) {
-    let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+    let output = program()
         .args(arguments)
         .env_clear()
         .envs(environment.iter().copied())
         .output()
         .expect("a process");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let said = said + &String::from_utf8_lossy(&output.stderr);
-    (said, output.status.code())
+    (printed(&output), output.status.code())
 }
 
 /// URLs that are refused, each with a password in it.
@@ -30,7 +28,7 @@ const URLS: [&str; 10] = [
 ];
 
 #[test]
-fn no_refused_url_is_repeated() {
+fn bad_url_is_not_repeated() {
     for (flag, variable) in [
         ("--bigchat-url", "BIGCHAT_SYNC_BIGCHAT_URL"),
         ("--our-api-url", "BIGCHAT_SYNC_OUR_API_URL"),
@@ -52,8 +50,9 @@ fn no_refused_url_is_repeated() {
     }
 }
 
+/// A URL in the wrong place is not repeated in the error.
 #[test]
-fn a_url_in_the_wrong_place_is_not_repeated() {
+fn url_in_the_wrong_place() {
     let url = "http://user:S3cret@host";
     for arguments in [
         &[url][..],
@@ -72,8 +71,9 @@ fn a_url_in_the_wrong_place_is_not_repeated() {
     }
 }
 
+/// A token in the variable for its file is not repeated in the error.
 #[test]
-fn a_token_in_the_variable_for_its_file_is_not_repeated() {
+fn token_in_the_file_variable() {
     for token in ["S3cret", "S3cret/with=slash", "a.S3cret"] {
         for name in ["BIGCHAT", "OUR_API", "CONSOLE"] {
             let variable = format!("BIGCHAT_SYNC_{name}_TOKEN_FILE");
@@ -88,7 +88,7 @@ fn a_token_in_the_variable_for_its_file_is_not_repeated() {
 }
 
 #[test]
-fn unknown_variables_are_refused_with_the_nearest_setting() {
+fn unknown_variable_names_nearest_setting() {
     for (variable, meant, command) in [
         (
             "BIGCHAT_SYNC_POL_INTERVAL",
@@ -120,8 +120,9 @@ fn unknown_variables_are_refused_with_the_nearest_setting() {
     assert_eq!(refused(&["unit"], &service).1, Some(0));
 }
 
+/// Each error names the form expected.
 #[test]
-fn each_bad_value_is_answered_with_the_form_expected() {
+fn bad_value_of_each_setting() {
     let (time, number) = ("such as 500ms, 10s", "a whole number");
     for (arguments, expected) in [
         (&["--poll-interval", "x"][..], time),

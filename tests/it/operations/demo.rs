@@ -1,5 +1,6 @@
-//! The demo as somebody runs it: what it prints, what it leaves behind, and its exit code.
+//! The demo as a user runs it: its output, its exit code, and that it leaves nothing behind.
 
+use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
 
 use bigchat_sync::simulator::compare::{Rules, compare, expected};
@@ -15,7 +16,7 @@ use bigchat_sync::demo::{FailedPolls, Figures, Verdict};
 
 /// The demo, in surroundings that would stop a daemon, and with a temporary directory of its own.
 fn demo(temporary: &Path) -> Command {
-    let mut demo = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let mut demo = program();
     demo.arg("demo")
         .env("TMPDIR", temporary)
         .env("HTTP_PROXY", "http://127.0.0.1:1")
@@ -53,19 +54,15 @@ fn run(flags: &[&str]) -> Output {
 }
 
 fn assert_left_clean(temporary: &Path) {
-    let left = std::fs::read_dir(temporary).expect("the directory").count();
-    assert_eq!(left, 0, "the temporary database is gone");
+    let left = files(temporary);
+    assert!(left.is_empty(), "the temporary database is gone: {left:?}");
 }
 
 fn assert_proved(output: &Output) {
-    let (out, log) = [&output.stdout, &output.stderr]
-        .map(|bytes| String::from_utf8_lossy(bytes))
-        .into();
-    assert_eq!(output.status.code(), Some(0), "{out}{log}");
-    assert!(
-        !out.contains('\u{1b}') && !log.contains('\u{1b}'),
-        "{out}{log}"
-    );
+    let all = printed(output);
+    assert_eq!(output.status.code(), Some(0), "{all}");
+    assert!(!all.contains('\u{1b}'), "{all}");
+    let out = String::from_utf8_lossy(&output.stdout);
     let verdict = out.lines().last().unwrap_or_default();
     assert!(
         verdict.starts_with("No difference: ") && verdict.ends_with("never more than 1 at once"),
@@ -74,12 +71,12 @@ fn assert_proved(output: &Output) {
 }
 
 #[test]
-fn nothing_is_lost_reported_once() {
+fn demo_with_events_reported_once() {
     assert_proved(&run(&["--duration", "3s", "--seed", "1"]));
 }
 
 #[test]
-fn nothing_is_lost_reported_from_log() {
+fn demo_with_a_stable_log() {
     assert_proved(&run(&[
         "--duration",
         "3s",
@@ -90,8 +87,9 @@ fn nothing_is_lost_reported_from_log() {
     ]));
 }
 
+/// The demo still compares both services then.
 #[test]
-fn a_signal_ends_it_early_and_it_still_compares() {
+fn signal_ends_the_demo_early() {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut demo = demo(temporary.path())
         .args(["--duration", "1h", "--seed", "1"])
@@ -115,10 +113,10 @@ fn a_signal_ends_it_early_and_it_still_compares() {
 }
 
 #[test]
-fn what_fails_can_be_resolved_beside_it() {
+fn failed_events_retried_beside_demo() {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut demo = demo(temporary.path())
-        .args(["--faults", "--duration", "30s", "--seed", "5"])
+        .args(["--faults", "--duration", "15s", "--seed", "5"])
         .stdout(Stdio::piped())
         .spawn()
         .expect("it runs");
@@ -133,7 +131,7 @@ fn what_fails_can_be_resolved_beside_it() {
         fixed |= line.starts_with("OurAPI is fixed");
         if fixed && figure(&line, "failed").is_some_and(|failed| failed > 0) {
             // All but what can never be stored gets through this time.
-            let retry = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+            let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])
                 .output();
             // The demo may just be over.
@@ -148,7 +146,7 @@ fn what_fails_can_be_resolved_beside_it() {
 }
 
 #[test]
-fn no_event_proves_nothing() {
+fn demo_without_events_proves_nothing() {
     let output = run(&["--duration", "0s"]);
     assert_eq!(output.status.code(), Some(1));
     let out = String::from_utf8_lossy(&output.stdout);
@@ -159,7 +157,7 @@ fn no_event_proves_nothing() {
 }
 
 #[test]
-fn a_setting_that_would_have_no_effect_is_refused() {
+fn setting_without_effect_in_demo() {
     for flags in [&["--db", "mine.db"], &["--message-author", "agent"]] {
         let output = run(flags);
         assert_eq!(output.status.code(), Some(2));
@@ -172,8 +170,8 @@ fn a_setting_that_would_have_no_effect_is_refused() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_named() {
-    // By this test, or by whoever else is there.
+fn demo_port_is_taken() {
+    // By this test, or by another process.
     let taken = TcpListener::bind("127.0.0.1:8267");
     let output = run(&["--serve"]);
     assert_eq!(output.status.code(), Some(1));
@@ -190,9 +188,9 @@ async fn any_difference_is_exit_code_1() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(2, now, 1);
-        t.bigchat.tells_of(start(2, now));
+        t.bigchat.reports_event(start(2, now));
         for text in ["a parcel", "k"] {
-            t.bigchat.tells_of(message(2, now, text));
+            t.bigchat.reports_event(message(2, now, text));
         }
         t.once().await;
         let judge = |data: &Data, figures: &Figures| {

@@ -1,17 +1,14 @@
-//! The log of the real process: JSON with the fields that the manual gives, a line for each failure, none for what is
-//! routine, and no flood.
+//! The log of the real process: JSON with documented names, a line for each failure, none for routine, and no flood.
 
+use crate::harness::process::{Process, finished};
+use crate::harness::services::seeded;
 use crate::harness::{Bench, run_live_test, run_with, until};
-use bigchat_sync::cli::manual::Chapter;
-use bigchat_sync::simulator::bigchat::Options;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::Value;
-
-use crate::harness::process::Process;
 
 /// How many lines of a kind are written in full between two summaries.
 const BURST: usize = 10;
@@ -54,17 +51,14 @@ fn documented() -> BTreeSet<String> {
 async fn with_log(t: &Bench, summary: &str) -> Process {
     t.set("--log-summary", summary);
     let daemon = Process::start(t);
-    until("it runs", async || daemon.lines_with("is running") > 0).await;
+    daemon.until_logged("is running").await;
     daemon
 }
 
+/// Every line is JSON with fields that the manual lists.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_line_is_json_with_documented_fields() {
-    let options = Options {
-        seed: 31,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+async fn every_line_is_documented_json() {
+    run_with(seeded(31), async |t| {
         t.differs("it is stopped before all is delivered");
         let daemon = with_log(t, "100ms").await;
         t.bigchat.reports_more(100).await;
@@ -78,9 +72,8 @@ async fn every_line_is_json_with_documented_fields() {
         t.bigchat.reports_more(100).await;
         t.our_api.calm();
         t.bigchat.calm();
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let documented = documented();
         let (mut names, mut kinds) = (BTreeSet::new(), BTreeMap::new());
         for line in lines(&log) {
@@ -115,14 +108,14 @@ async fn every_line_is_json_with_documented_fields() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else() {
+async fn healthy_daemon_logs_summaries_only() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let daemon = with_log(t, "100ms").await;
         for n in 0..20 {
-            let told = vec![message(10, now - 5, &format!("message {n}"))];
-            t.bigchat.tells(told);
+            let events = vec![message(10, now - 5, &format!("message {n}"))];
+            t.bigchat.reports(events);
             t.until_events("delivered", n + 1).await;
         }
         until("it is summed up", async || {
@@ -136,9 +129,8 @@ async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else()
         })
         .await;
         assert_eq!(daemon.log(), before);
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         assert_eq!((summed(&log, "told"), summed(&log, "delivered")), (20, 20));
         let mut messages = messages(&log);
         assert!(messages.remove("summary").is_some_and(|count| count <= 21));
@@ -161,17 +153,17 @@ async fn when_all_is_well_there_is_a_summary_of_what_was_done_and_nothing_else()
     .await;
 }
 
+/// An outage with a thousand conversations waiting is one line at its beginning and one at its end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginning_and_one_at_its_end()
- {
+async fn outage_is_logged_twice() {
     run_live_test(async |t| {
         t.differs("it is stopped before all is delivered");
         let now = t.now();
-        let told = (10..1010).map(|id| message(id, now - 5, "hello"));
+        let events = (10..1010).map(|id| message(id, now - 5, "hello"));
         for id in 10..1010 {
             t.bigchat.open(id, now - 100, 1);
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         t.our_api.outage(Some(status(503)));
         let daemon = with_log(t, "1h").await;
         t.until_events("waiting", 1000).await;
@@ -194,9 +186,8 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
         assert_eq!(line["response"], "503");
         t.our_api.outage(None);
         until("some get through", async || t.events("delivered") > 20).await;
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let messages = of_the_outage(&log);
         assert_eq!(messages["OurAPI is back"], 1);
         assert_eq!((messages[down], messages[first]), (1, 1), "{log}");
@@ -206,37 +197,37 @@ async fn an_outage_with_a_thousand_conversations_waiting_is_a_line_at_its_beginn
     .await;
 }
 
+/// Of many failures at once the first are logged in full, and the others are counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_others_counted() {
+async fn many_failures_are_counted() {
     run_live_test(async |t| {
         t.differs("OurAPI fails at random, and two attempts are too few");
         t.our_api.state().be_good();
         t.set("--our-api-concurrency", "8")
             .set("--max-attempts", "2");
         let now = t.now();
-        let mut told = Vec::new();
+        let mut events = Vec::new();
         for id in 10..110 {
             t.bigchat.open(id, now - 100, 1);
             // OurAPI never takes the first one.
-            told.push(message(id, now - 6, "k"));
-            told.push(message(id, now - 5, "hello"));
+            events.push(message(id, now - 6, "k"));
+            events.push(message(id, now - 5, "hello"));
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         let daemon = with_log(t, "1h").await;
         t.until_events("failed", 100).await;
         t.until_events("delivered", 100).await;
         // Now every other message meets a 500: some are tried again and again while others get through.
         t.our_api.upset_at_random(0.5, crashed());
-        let told = (10..110).map(|id| message(id, now - 4, "and on"));
-        t.bigchat.tells(told);
+        let events = (10..110).map(|id| message(id, now - 4, "and on"));
+        t.bigchat.reports(events);
         until("all have been tried", async || {
             t.events("waiting") == 0 && t.events("delivered") + t.events("failed") == 300
         })
         .await;
         let failed = t.events("failed");
-        let log = daemon.log_file();
         assert!(daemon.stop().await.success());
-        let log = std::fs::read_to_string(log).expect("a log");
+        let log = t.logged();
         let (lines, messages) = (lines(&log), messages(&log));
         let for_good = "OurAPI permanently rejects an event; resolve it with `bigchat-sync failed`";
         assert_eq!(messages[for_good], BURST, "{log}");
@@ -278,14 +269,12 @@ async fn of_many_that_fail_side_by_side_the_first_are_told_in_full_and_the_other
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn once_sums_up_what_it_did() {
+async fn once_logs_a_summary() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 5, "hello")]);
-        let mut once = t.program("once");
-        let output = tokio::task::spawn_blocking(move || once.output());
-        let output = output.await.expect("no panic").expect("a process");
+        t.bigchat.reports([message(10, now - 5, "hello")]);
+        let output = finished(t.program("once")).await;
         assert!(output.status.success());
         let log = String::from_utf8(output.stderr).expect("text");
         assert_eq!(
@@ -298,7 +287,7 @@ async fn once_sums_up_what_it_did() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn catching_up_is_told_of_with_rate_and_time_left() {
+async fn catching_up_logs_time_left() {
     run_live_test(async |t| {
         t.differs("it is stopped before all is delivered");
         t.our_api.set_latency(Duration::from_millis(50));
@@ -306,13 +295,10 @@ async fn catching_up_is_told_of_with_rate_and_time_left() {
         for id in 10..40 {
             t.bigchat.open(id, now - 100, 1);
         }
-        let told = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
-        t.bigchat.tells(told);
+        let events = (0..1500).map(|n| message(10 + n % 30, now - 5, &format!("message {n}")));
+        t.bigchat.reports(events);
         let daemon = with_log(t, "1h").await;
-        until("it is told of", async || {
-            daemon.lines_with("catching up") > 0
-        })
-        .await;
+        daemon.until_logged("catching up").await;
         let line = lines(&daemon.log())
             .into_iter()
             .find(|line| line["message"] == "catching up");

@@ -1,11 +1,12 @@
-//! What the metrics tell: what the services were really asked, and which of the things that can be wrong is wrong.
+//! The metrics: they match the services' own counts, and show which part has a problem.
 
+use crate::harness::process::{fed, printed};
+use crate::harness::services::{ADD_MESSAGE, seeded};
+use crate::harness::web::{client, sent};
 use crate::harness::{Bench, Daemon, run_live_test, run_with, until};
-use bigchat_sync::simulator::bigchat::Options;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{dropped, status};
-use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use bigchat_sync::settings::Tokens;
 use reqwest::header::CONTENT_TYPE;
@@ -24,11 +25,7 @@ impl Measured {
     }
 
     async fn text(&self) -> String {
-        let client = reqwest::Client::builder().no_proxy().build();
-        let asked = client
-            .expect("a client")
-            .get(format!("{}/metrics", self.url));
-        let answer = asked.send().await.expect("an answer");
+        let answer = sent(client().get(format!("{}/metrics", self.url))).await;
         let kind = answer.headers()[CONTENT_TYPE].to_str().expect("a kind");
         assert_eq!(kind, "text/plain; version=0.0.4; charset=utf-8");
         answer.text().await.expect("a text")
@@ -39,7 +36,7 @@ impl Measured {
         value(&self.text().await, series).unwrap_or_default()
     }
 
-    /// Whether polls come to their end, BigChat's events are young, and what it told is delivered.
+    /// Whether polls complete, BigChat's events are recent, and events are delivered.
     async fn signs(&self) -> (bool, bool, bool) {
         let text = self.text().await;
         let value = |series| value(&text, series).unwrap_or(f64::MAX);
@@ -71,13 +68,10 @@ fn sum(text: &str, series: &str) -> f64 {
         .sum()
 }
 
+/// Requests and events are counted as the services and the journal have them.
 #[tokio::test]
-async fn requests_and_events_are_those_there_were() {
-    let options = Options {
-        seed: 12,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+async fn counts_match_the_services() {
+    run_with(seeded(12), async |t| {
         let measured = Measured::start(t);
         t.bigchat.reports_more(60).await;
         t.bigchat.calms_down();
@@ -90,7 +84,7 @@ async fn requests_and_events_are_those_there_were() {
                 of_api("requests_total"),
                 of_api("request_duration_seconds_count"),
             );
-            // A GET over a connection that the service had closed was lost, and asked again.
+            // A GET over a connection that the service had closed was lost, and sent again.
             let lost: f64 = ["events", "conversations/{id}", "agents", "chats"]
                 .iter()
                 .filter_map(|route| {
@@ -109,14 +103,12 @@ async fn requests_and_events_are_those_there_were() {
         })
         .await;
         let text = measured.text().await;
-        for (kind, told) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
-            let told: i64 = t.value(&format!(
-                "SELECT count(*) FROM events WHERE kind = '{kind}'"
-            ));
-            (kind, told as f64)
+        for (kind, events) in ["START", "END", "MESSAGE", "TRANSFER"].map(|kind| {
+            let events = t.count_events(&format!("kind = '{kind}'"));
+            (kind, events as f64)
         }) {
             let series = format!("bigchat_sync_events_told_total{{kind=\"{kind}\"}}");
-            assert_eq!(value(&text, &series), Some(told), "{kind}");
+            assert_eq!(value(&text, &series), Some(events), "{kind}");
         }
         let (delivered, failed) = (t.events("delivered"), t.events("failed"));
         let attempts = |outcome: &str| -> f64 {
@@ -141,22 +133,24 @@ async fn requests_and_events_are_those_there_were() {
     .await;
 }
 
+/// The metrics tell a stuck source, stale data and a stuck delivery apart.
 #[tokio::test]
-async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
+async fn stuck_source_and_stuck_delivery() {
     run_live_test(async |t| {
         let old = t.now() - 3600;
         t.bigchat.open(2, old, 1);
-        t.bigchat.tells_of(message(2, t.now() - 1, "Hello"));
+        t.bigchat.reports_event(message(2, t.now() - 1, "Hello"));
         let measured = Measured::start(t);
         let (all_well, up) = ((true, true, true), "bigchat_sync_api_up");
         measured.until_signs("all is well", all_well).await;
 
-        // Polls come back empty: nothing is wrong that could be seen but that BigChat has nothing new to tell.
+        // Polls come back empty: the only sign is that BigChat reports nothing new. A minute is too long to wait for.
         t.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
         measured
             .until_signs("stale data", (true, false, true))
             .await;
-        t.bigchat.tells_of(message(2, t.now() - 1, "Still there?"));
+        t.bigchat
+            .reports_event(message(2, t.now() - 1, "Still there?"));
         measured.until_signs("news", all_well).await;
 
         t.bigchat.outage(Some(dropped()));
@@ -175,7 +169,7 @@ async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
         measured.until_signs("the source is back", all_well).await;
 
         t.our_api.outage(Some(status(503)));
-        t.bigchat.tells_of(message(2, t.now() - 1, "And now?"));
+        t.bigchat.reports_event(message(2, t.now() - 1, "And now?"));
         measured
             .until_signs("a stuck delivery", (true, true, false))
             .await;
@@ -190,46 +184,49 @@ async fn a_stuck_source_stale_data_and_a_stuck_delivery_are_told_apart() {
     .await;
 }
 
+/// Unknown outcomes, losses and events that cannot be understood are counted.
 #[tokio::test]
-async fn what_must_not_happen_often_is_counted() {
+async fn rare_incidents_are_counted() {
     run_live_test(async |t| {
-t.fails(1);
-    let now = t.now();
-    t.bigchat.open(2, now - 60, 1);
-    t.bigchat.tells_of(json!({"event_name": "RENAMED"}));
-    let add = "POST /chats/{id}/messages";
-    t.our_api.upset(add, dropped().carried_out());
-    t.bigchat.tells_of(message(2, now - 1, "Hello"));
-    let measured = Measured::start(t);
-    t.until_events("delivered", 1).await;
-    until("an unknown outcome", async || {
-        measured.value("bigchat_sync_unknown_outcomes_total").await == 1.0
+        t.fails(1);
+        let now = t.now();
+        t.bigchat.open(2, now - 60, 1);
+        t.bigchat.reports_event(json!({"event_name": "RENAMED"}));
+        t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
+        t.bigchat.reports_event(message(2, now - 1, "Hello"));
+        let measured = Measured::start(t);
+        t.until_events("delivered", 1).await;
+        until("an unknown outcome", async || {
+            measured.value("bigchat_sync_unknown_outcomes_total").await == 1.0
+        })
+        .await;
+        let series = concat!(
+            r#"bigchat_sync_requests_total{api="our_api","#,
+            r#"route="POST /chats/{id}/messages",status="lost"}"#
+        );
+        assert_eq!(measured.value(series).await, 1.0);
+        assert_eq!(
+            measured
+                .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
+                .await,
+            1.0
+        );
+        t.our_api.loses_everything();
+        t.bigchat.reports_event(message(2, now, "Where are you?"));
+        t.agrees().await;
+        until("a loss", async || {
+            measured.value("bigchat_sync_our_api_losses_total").await >= 1.0
+        })
+        .await;
+        let rebuilt = "bigchat_sync_chats_rebuilt_total{chat=\"missing\"}";
+        assert_eq!(measured.value(rebuilt).await, 1.0);
+        measured.daemon.stop().await;
     })
     .await;
-    let series = "bigchat_sync_requests_total{api=\"our_api\",route=\"POST /chats/{id}/messages\",status=\"lost\"}";
-    assert_eq!(measured.value(series).await, 1.0);
-    assert_eq!(
-        measured
-            .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
-            .await,
-        1.0
-    );
-    t.our_api.loses_everything();
-    t.bigchat.tells_of(message(2, now, "Where are you?"));
-    t.agrees().await;
-    until("a loss", async || {
-        measured.value("bigchat_sync_our_api_losses_total").await >= 1.0
-    })
-    .await;
-    let rebuilt = "bigchat_sync_chats_rebuilt_total{chat=\"missing\"}";
-    assert_eq!(measured.value(rebuilt).await, 1.0);
-    measured.daemon.stop().await;
-})
-.await;
 }
 
 #[tokio::test]
-async fn without_the_journal_there_is_still_what_the_process_knows() {
+async fn metrics_without_the_journal() {
     run_live_test(async |t| {
         let measured = Measured::start(t);
         until("a poll", async || {
@@ -261,37 +258,23 @@ async fn without_the_journal_there_is_still_what_the_process_knows() {
     .await;
 }
 
-/// Has promtool read what is given to it.
+/// Runs promtool with this input.
 fn promtool(arguments: &[&str], input: &str) {
-    let mut promtool = Command::new("promtool")
+    let mut promtool = Command::new("promtool");
+    promtool
         .args(arguments)
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/metrics"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("promtool, from the package prometheus");
-    let mut stdin = promtool.stdin.take().expect("its input");
-    // What does not read it needs none.
-    stdin.write_all(input.as_bytes()).ok();
-    drop(stdin);
-    let output = promtool.wait_with_output().expect("its output");
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success(), "{arguments:?}: {said}\n{input}");
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/metrics"));
+    let output = fed(&mut promtool, input).expect("promtool, from the package prometheus");
+    let all = printed(&output);
+    assert!(output.status.success(), "{arguments:?}: {all}\n{input}");
 }
 
 #[tokio::test]
 #[ignore = "needs promtool"]
-async fn promtool_accepts_the_metrics_and_alerts_go_off_by_them() {
-    let options = Options {
-        seed: 13,
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+async fn promtool_accepts_metrics_and_alerts() {
+    run_with(seeded(13), async |t| {
         let measured = Measured::start(t);
-        let add = "POST /chats/{id}/messages";
-        t.our_api.upset(add, dropped().carried_out());
+        t.our_api.upset(ADD_MESSAGE, dropped().carried_out());
         t.bigchat.reports_more(60).await;
         t.our_api.loses_everything();
         t.bigchat.reports_more(60).await;

@@ -2,6 +2,7 @@
 
 mod bad_settings;
 mod demo;
+mod documentation;
 mod logs;
 mod metrics;
 mod one_daemon;

@@ -1,37 +1,29 @@
-//! One daemon for each database, whatever name it is opened by; and SQLite's own locks are left alone.
+//! One daemon for each database, by whatever name it is opened; SQLite's own locks stay.
 
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bigchat_sync::journal::{OpenError, Store};
 use tempfile::TempDir;
 
-use crate::harness::process::{in_own_mounts, said, unreachable as program};
+use crate::harness::process::{
+    Process, has_posix_lock, in_own_mounts, printed, unreachable as program,
+};
 use crate::harness::until;
 
-/// A daemon that is killed when this is dropped.
-struct Daemon(std::process::Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 /// A directory with a daemon that has made its database through a symbolic link that dangled.
-async fn started_by_dangling_link() -> (TempDir, Daemon) {
+async fn started_by_dangling_link() -> (TempDir, Process) {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     std::fs::create_dir(path.join("data")).expect("a directory");
     symlink("data/journal.db", path.join("link.db")).expect("a link");
     let mut daemon = program(path, "run", "link.db");
-    let daemon = daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let daemon = Daemon(daemon.expect("a process"));
+    daemon.stdout(Stdio::null()).stderr(Stdio::null());
+    let daemon = Process::spawn(daemon);
     until("it works", async || {
         let status = program(path, "status", "link.db").output();
-        said(&status.expect("a process")).contains("daemon        running")
+        printed(&status.expect("a process")).contains("daemon        running")
     })
     .await;
     (directory, daemon)
@@ -41,12 +33,12 @@ async fn started_by_dangling_link() -> (TempDir, Daemon) {
 fn is_refused(mut second: Command, name: &str) {
     let second = second.output().expect("a process");
     assert_eq!(second.status.code(), Some(1), "{name}");
-    let said = said(&second);
-    assert!(said.contains("another bigchat-sync uses"), "{name}: {said}");
+    let text = printed(&second);
+    assert!(text.contains("another bigchat-sync uses"), "{name}: {text}");
 }
 
 #[tokio::test]
-async fn second_daemon_is_refused_under_any_name() {
+async fn second_daemon_by_any_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     symlink("link.db", path.join("link to link.db")).expect("a link");
@@ -70,7 +62,7 @@ async fn second_daemon_is_refused_under_any_name() {
 }
 
 #[tokio::test]
-async fn second_daemon_is_refused_through_a_bind_mount() {
+async fn second_daemon_through_bind_mount() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     std::fs::create_dir(path.join("mounted")).expect("a directory");
@@ -89,7 +81,7 @@ async fn second_daemon_is_refused_through_a_bind_mount() {
 
 /// SQLite names the write-ahead log after the database: by another name a command would make a second one.
 #[tokio::test]
-async fn command_by_another_name_is_refused_beside_a_daemon() {
+async fn command_by_another_database_name() {
     let (directory, _daemon) = started_by_dangling_link().await;
     let path = directory.path();
     std::fs::hard_link(path.join("data/journal.db"), path.join("hard.db")).expect("a link");
@@ -97,7 +89,7 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
         let refused = program(path, command, "hard.db")
             .output()
             .expect("a process");
-        let text = said(&refused);
+        let text = printed(&refused);
         assert_eq!(refused.status.code(), Some(1), "{command}");
         assert!(text.contains("by another name"), "{command}: {text}");
         for end in ["-wal", "-shm"] {
@@ -106,23 +98,14 @@ async fn command_by_another_name_is_refused_beside_a_daemon() {
         let by_link = program(path, command, "link.db")
             .output()
             .expect("a process");
-        assert!(!said(&by_link).contains("another"), "{}", said(&by_link));
+        let text = printed(&by_link);
+        assert!(!text.contains("another"), "{command}: {text}");
     }
-}
-
-/// Whether this process holds SQLite's lock on the database.
-fn has_posix_lock(db: &Path) -> bool {
-    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
-    let process = format!(" {} ", std::process::id());
-    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
-    locks
-        .lines()
-        .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
 }
 
 /// Closing any descriptor of a file drops the POSIX locks of the whole process on it.
 #[test]
-fn sqlite_keeps_its_locks_while_others_open_and_close() {
+fn sqlite_locks_survive_other_opens() {
     let directory = tempfile::tempdir().expect("a directory");
     let db = directory.path().join("a.db");
     let link = directory.path().join("link.db");

@@ -3,9 +3,11 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
+
+use crate::harness::process::{files, printed, program, unreachable};
 
 /// Names that something on the way to SQLite could mistake for anything else.
 const NAMES: [&[u8]; 18] = [
@@ -29,64 +31,55 @@ const NAMES: [&[u8]; 18] = [
     b"$HOME;&|*",
 ];
 
-fn program(directory: &Path, command: &[&str], db: &OsStr) -> Output {
-    let mut flag = OsString::from("--db=");
-    flag.push(db);
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    program
-        .current_dir(directory)
-        .args(command)
-        .arg(flag)
-        .args(["--bigchat-url", "http://127.0.0.1:1"])
-        .args(["--our-api-url", "http://127.0.0.1:2"])
-        .args(["--listen", "off"])
-        .stdin(Stdio::null());
+fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
+    let mut program = unreachable(directory, command, db);
     program.output().expect("a process")
 }
 
-fn files(directory: &Path) -> Vec<OsString> {
-    let entries = std::fs::read_dir(directory).expect("a directory");
-    entries
-        .map(|entry| entry.expect("a file").file_name())
-        .collect()
-}
-
-#[test]
-fn any_file_name_works_again_and_again() {
-    for name in NAMES {
-        let name = OsStr::from_bytes(name);
-        for is_absolute in [false, true] {
-            let directory = tempfile::tempdir().expect("a directory");
-            let path = directory.path();
-            let db = match is_absolute {
-                true => path.join(name).into_os_string(),
-                false => name.to_owned(),
-            };
-            for sessions in 1..=3 {
-                let once = program(path, &["once"], &db);
-                let said = String::from_utf8_lossy(&once.stderr);
-                assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
-                assert_eq!(files(path), [name], "{said}");
-                let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
-                let counted: i64 = connection
-                    .query_row("SELECT session FROM control", [], |row| row.get(0))
-                    .expect("a count");
-                assert_eq!(counted, sessions, "{name:?} is one database");
-            }
-            let status = program(path, &["status", "--json"], &db);
-            let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
-            assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
-            let listed = program(path, &["failed", "list"], &db);
-            assert!(listed.status.success(), "{name:?}: {listed:?}");
-            let check = program(path, &["check"], &db);
-            let said = String::from_utf8_lossy(&check.stdout);
-            assert!(said.contains("is writable"), "{name:?}: {said}");
+/// A database of that name, made, used and checked again and again.
+fn works_again_and_again(name: &OsStr) {
+    for is_absolute in [false, true] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path();
+        let db = match is_absolute {
+            true => path.join(name).into_os_string(),
+            false => name.to_owned(),
+        };
+        for sessions in 1..=3 {
+            let once = run(path, "once", &db);
+            let said = String::from_utf8_lossy(&once.stderr);
+            assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
+            assert_eq!(files(path), [name], "{said}");
+            // No command shows how many sessions there were.
+            let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
+            let counted: i64 = connection
+                .query_row("SELECT session FROM control", [], |row| row.get(0))
+                .expect("a count");
+            assert_eq!(counted, sessions, "{name:?} is one database");
         }
+        let status = run(path, "status --json", &db);
+        let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+        assert_eq!(status["database"]["path"], db.to_string_lossy().as_ref());
+        let listed = run(path, "failed list", &db);
+        assert!(listed.status.success(), "{name:?}: {listed:?}");
+        let check = run(path, "check", &db);
+        let said = String::from_utf8_lossy(&check.stdout);
+        assert!(said.contains("is writable"), "{name:?}: {said}");
     }
 }
 
 #[test]
-fn odd_path_is_printed_on_one_line_and_escaped() {
+fn database_of_any_file_name() {
+    std::thread::scope(|scope| {
+        for name in NAMES {
+            scope.spawn(move || works_again_and_again(OsStr::from_bytes(name)));
+        }
+    });
+}
+
+/// An odd path is printed on one line, escaped.
+#[test]
+fn odd_path_printed_escaped() {
     for (name, shown) in [
         (&b"no\nsuch.db"[..], r#""no\nsuch.db""#),
         (b"\x1b[31mred.db", r#""\u{1b}[31mred.db""#),
@@ -104,7 +97,7 @@ fn odd_path_is_printed_on_one_line_and_escaped() {
             ("status", true),
             ("check", true),
         ] {
-            let output = program(path, &[command], name);
+            let output = run(path, command, name);
             let said = match made {
                 false => output.stderr,
                 true => [output.stdout, output.stderr].concat(),
@@ -124,7 +117,7 @@ fn odd_path_is_printed_on_one_line_and_escaped() {
 }
 
 #[test]
-fn directory_of_any_name_and_links_into_it_work() {
+fn directory_of_any_name() {
     for name in [&b"a b%20"[..], b"\xff", b"new\nline", b"file:", b"?#"] {
         let directory = tempfile::tempdir().expect("a directory");
         let below = directory.path().join(OsStr::from_bytes(name));
@@ -132,7 +125,7 @@ fn directory_of_any_name_and_links_into_it_work() {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(below.join("a.db"), &link).expect("a link");
         for db in [&link, &below.join("a.db"), &link] {
-            let once = program(directory.path(), &["once"], db.as_os_str());
+            let once = run(directory.path(), "once", db.as_os_str());
             let said = String::from_utf8_lossy(&once.stderr);
             assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
         }
@@ -141,16 +134,15 @@ fn directory_of_any_name_and_links_into_it_work() {
 }
 
 #[test]
-fn path_too_long_for_sqlite_is_refused_with_the_reason() {
+fn path_too_long_for_sqlite() {
     let directory = tempfile::tempdir().expect("a directory");
     let long = directory.path().join("d".repeat(200)).join("e".repeat(200));
     std::fs::create_dir_all(&long).expect("directories");
     for length in [120, 200, 251] {
         let db = long.join("f".repeat(length));
         for command in ["once", "check"] {
-            let output = program(directory.path(), &[command], db.as_os_str());
-            let said = [output.stdout, output.stderr].concat();
-            let said = String::from_utf8_lossy(&said);
+            let output = run(directory.path(), command, db.as_os_str());
+            let said = printed(&output);
             assert!(said.contains("SQLite accepts paths of up to"), "{said}");
         }
         assert!(files(&long).is_empty());
@@ -158,11 +150,11 @@ fn path_too_long_for_sqlite_is_refused_with_the_reason() {
 }
 
 #[test]
-fn bad_setting_beside_an_odd_path_is_still_explained() {
+fn bad_setting_beside_odd_path() {
     for name in [&b"\xff.db"[..], b"\xc3\x28", b"a\nb"] {
         let mut flag = OsString::from("--db=");
         flag.push(OsString::from_vec(name.to_vec()));
-        let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        let output = program()
             .args(["once".into(), flag])
             .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
             .output()
@@ -175,9 +167,9 @@ fn bad_setting_beside_an_odd_path_is_still_explained() {
 
 /// The unit has its database in the state directory: a path set for other commands is not for it.
 #[test]
-fn unit_takes_no_database_from_the_environment() {
+fn unit_ignores_database_in_environment() {
     for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {
-        let unit = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        let unit = program()
             .arg("unit")
             .env("BIGCHAT_SYNC_DB", OsStr::from_bytes(db))
             .output()

@@ -1,12 +1,11 @@
-//! Customers' messages and tokens are for the daemon's account only, whoever starts it.
+//! Customers' messages and tokens are readable by the daemon's account only.
 
-use crate::harness::{Bench, run_live_test, until};
+use crate::harness::process::{Process, in_shell, printed};
+use crate::harness::{Bench, run_live_test, side_by_side, until};
 use std::fs::{Permissions, metadata, set_permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-
-use crate::harness::process::Process;
 
 /// The database and what SQLite has beside it while the daemon runs.
 const FILES: [&str; 3] = ["journal.db", "journal.db-shm", "journal.db-wal"];
@@ -37,33 +36,29 @@ fn private() -> Vec<(String, u32)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn database_is_private_under_any_umask() {
-    for umask in ["022", "000", "077", "0777"] {
+async fn database_private_under_any_umask() {
+    side_by_side(["022", "000", "077", "0777"], async |umask| {
         run_live_test(async |t| {
-            let program = t.program("run");
-            let mut shell = Command::new("sh");
-            shell
-                .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
-                .arg(program.get_program())
-                .args(program.get_args());
             // The log is not the daemon's file.
-            std::fs::write(t.directory().join("log"), "").expect("a log");
+            std::fs::write(t.log(), "").expect("a log");
+            let shell = in_shell(&format!("umask {umask}"), &t.program("run"));
             let daemon = Process::start_as(t, shell);
-            until("it polls", async || t.cursor().is_some()).await;
+            t.until_polled().await;
             assert_eq!(modes(t), private(), "umask {umask}");
             assert!(daemon.stop().await.success());
             assert_eq!(mode(&t.db()), 0o600, "umask {umask}");
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn existing_database_is_made_private() {
-    for open in [0o644, 0o666, 0o640] {
+    side_by_side([0o644, 0o666, 0o640], async |open| {
         run_live_test(async |t| {
             let killed = Process::start(t);
-            until("it polls", async || t.cursor().is_some()).await;
+            t.until_polled().await;
             drop(killed);
             for name in FILES {
                 chmod(&t.directory().join(name), open);
@@ -73,12 +68,13 @@ async fn existing_database_is_made_private() {
             assert!(daemon.stop().await.success());
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[test]
 fn foreign_file_keeps_its_mode() {
-    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+    let t = Bench::unreachable();
     for (content, mode_before) in [
         ("Dear diary", 0o644),
         ("SQLite format 3\0", 0o664),
@@ -93,15 +89,13 @@ fn foreign_file_keeps_its_mode() {
 }
 
 #[test]
-fn exposed_token_file_gets_a_warning() {
-    let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:2");
+fn exposed_token_file_gets_warning() {
+    let t = Bench::unreachable();
     let file = t.directory().join("token");
     std::fs::write(&file, "0123456789abcdef").expect("a file");
     let run = |command: &str, variable: &str| {
         let mut program = t.program(command);
-        let output = program.env(variable, &file).output().expect("a process");
-        let said = [output.stdout, output.stderr].concat();
-        String::from_utf8(said).expect("text")
+        printed(&program.env(variable, &file).output().expect("a process"))
     };
     for (open, warns) in [
         (0o644, true),
@@ -146,7 +140,7 @@ async fn documented_backups_are_private() {
         println!("not tested: there is no sqlite3 on this machine");
         return;
     }
-    for backup in backups() {
+    side_by_side(backups(), async |backup| {
         run_live_test(async |t| {
             t.once().await;
             let directory = t.directory().display().to_string();
@@ -162,5 +156,6 @@ async fn documented_backups_are_private() {
             assert_eq!(mode(&copy), 0o600, "{script}");
         })
         .await;
-    }
+    })
+    .await;
 }

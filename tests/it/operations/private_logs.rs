@@ -1,12 +1,11 @@
-//! What customers wrote, and who advisors are, stays out of the log and the status, unless a setting allows it.
+//! Texts of customers, and names and addresses of advisors, are in no log and no status, unless a setting allows it.
 
-use crate::harness::{Test, run_test, side_by_side, until};
+use crate::harness::process::Process;
+use crate::harness::{Test, run_test, side_by_side};
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{Fault, status};
 use serde_json::json;
-
-use crate::harness::process::Process;
 
 /// In each text, name and address.
 const SECRET: &str = "S3cret";
@@ -60,10 +59,10 @@ impl Case {
             Self::AgentRefused => t.our_api.upset("POST /agents*", echo(422)),
             Self::BigChatUnusable => {
                 let broken = r#"{"events":[{"message":"S3cret words"}"#;
-                return (0..100).for_each(|_| t.bigchat.tells(raw(broken)));
+                return (0..100).for_each(|_| t.bigchat.reports(raw(broken)));
             }
         }
-        t.bigchat.tells(told);
+        t.bigchat.reports(told);
     }
 }
 
@@ -74,7 +73,7 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
     let mut program = t.program("run");
     program.env("RUST_LOG", "bigchat_sync=debug");
     let daemon = Process::start_as(t, program);
-    until("it is logged", async || daemon.lines_with(case.line()) > 0).await;
+    daemon.until_logged(case.line()).await;
     let mut status = String::new();
     if !matches!(case, Case::MessageRefused) {
         // The reasons of failed events are as OurAPI words them.
@@ -85,8 +84,9 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
     log + &status
 }
 
+/// Neither the log nor the status contains texts, names or addresses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn neither_log_nor_status_holds_text_names_or_addresses() {
+async fn log_message_text_is_off() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");
@@ -98,8 +98,9 @@ async fn neither_log_nor_status_holds_text_names_or_addresses() {
     .await;
 }
 
+/// Requests and responses are logged whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_setting_has_requests_and_responses_logged_whole() {
+async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");

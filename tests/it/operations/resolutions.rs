@@ -1,4 +1,4 @@
-//! Who may resolve failed events, who is asked first, and who is recorded.
+//! Resolutions of failed events: who may make them, when they need a confirmation, and who is recorded.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
@@ -7,24 +7,16 @@ use bigchat_sync::settings::Tokens;
 use bigchat_sync::user;
 use serde_json::{Value, json};
 
-use crate::harness::{Bench, dead_letter};
-
-const TOKEN: &str = "0123456789abcdef-console";
+use crate::harness::Bench;
+use crate::harness::journal::failed_messages;
+use crate::harness::process::{fed, finished, program};
+use crate::harness::web::{TOKEN, client, console_token};
 
 /// A journal with four failed events, two for each of two reasons; both APIs are away.
 async fn four_failed() -> Bench {
-    let nowhere = "http://127.0.0.1:9";
-    let bench = Bench::new(nowhere, nowhere);
+    let bench = Bench::unreachable();
     bench.once().await;
-    let failed = (1..=4).map(|id| {
-        let data = json!({"message": format!("No {id}")}).to_string();
-        let reason = if id > 2 { "late" } else { "early" };
-        dead_letter(id, 100, "MESSAGE", &data, reason, 1)
-    });
-    let failed: String = failed.collect();
-    bench.execute(&format!(
-        "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);{failed}"
-    ));
+    bench.execute(&failed_messages(["early", "early", "late", "late"]));
     bench
 }
 
@@ -43,7 +35,7 @@ fn done(output: &Output) -> String {
 }
 
 #[tokio::test]
-async fn discarding_by_filter_needs_yes_without_a_terminal() {
+async fn discarding_needs_yes_without_terminal() {
     let bench = four_failed().await;
     for (arguments, count) in [
         (&["discard", "--all"][..], 4),
@@ -68,8 +60,9 @@ async fn discarding_by_filter_needs_yes_without_a_terminal() {
     }
 }
 
+/// The question has the count.
 #[tokio::test]
-async fn a_terminal_is_asked_with_the_count() {
+async fn discarding_asks_on_a_terminal() {
     let bench = four_failed().await;
     for (arguments, answer, count, left) in [
         ("discard --all", "n\n", 4, 4),
@@ -79,19 +72,12 @@ async fn a_terminal_is_asked_with_the_count() {
         ("discard --all", "Yes\n", 2, 0),
     ] {
         // `script` gives the program a terminal.
-        let program = env!("CARGO_BIN_EXE_bigchat-sync");
+        let program = program();
+        let program = program.get_program().display();
         let line = format!("{program} failed --db={} {arguments}", bench.db().display());
         let mut script = Command::new("script");
         script.args(["-qec", &line, "/dev/null"]);
-        let mut script = script
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("script, of Debian's bsdutils");
-        let mut stdin = script.stdin.take().expect("a pipe");
-        std::io::Write::write_all(&mut stdin, answer.as_bytes()).expect("it is read");
-        let output = script.wait_with_output().expect("it ends");
-        drop(stdin);
+        let output = fed(&mut script, answer).expect("script, of Debian's bsdutils");
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(
             said.contains(&format!("Discard {count} failed events")),
@@ -106,7 +92,7 @@ async fn a_terminal_is_asked_with_the_count() {
 }
 
 #[tokio::test]
-async fn the_command_records_its_user() {
+async fn command_records_its_user() {
     let bench = four_failed().await;
     let own = user::name(rustix::process::getuid().as_raw());
     for (id, variable, expected) in [
@@ -126,6 +112,7 @@ async fn the_command_records_its_user() {
         let mut retry = failed(&bench, &["retry", id]);
         retry.envs(variable);
         done(&retry.output().expect("a process"));
+        // It fails again.
         bench.execute(&format!(
             "INSERT INTO dead_letters (event, conversation, failed_at) VALUES ({id}, 100, 3000)"
         ));
@@ -139,7 +126,7 @@ async fn the_command_records_its_user() {
     assert!(shown.contains("retry by command\n"), "{shown}");
 }
 
-/// What a process of that user is answered by the console.
+/// The response of the console to a process of that user.
 async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -> String {
     let (host, port) = url
         .strip_prefix("http://")
@@ -163,17 +150,17 @@ async fn asked_by(uid: u32, url: &str, method: &str, path: &str, body: &Value) -
     .env_clear()
     .env("PATH", "/bin:/usr/bin")
     .stdin(Stdio::null());
-    // Whoever is not root can only ask as himself.
+    // Only root can send requests as another user.
     if rustix::process::geteuid().is_root() {
         bash.uid(uid).gid(uid);
     }
-    let output = tokio::task::spawn_blocking(move || bash.output()).await;
-    let output = output.expect("no panic").expect("bash");
+    let output = finished(bash).await;
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Without a token only the daemon's own user can resolve failed events in the console.
 #[tokio::test]
-async fn without_a_token_only_the_daemons_user_resolves() {
+async fn resolution_without_console_token() {
     let bench = four_failed().await;
     let (daemon, url) = bench.start_listening(Tokens::default());
     let own = rustix::process::geteuid();
@@ -211,15 +198,10 @@ async fn without_a_token_only_the_daemons_user_resolves() {
 }
 
 #[tokio::test]
-async fn with_a_token_its_holder_and_address_are_recorded() {
+async fn console_records_token_and_address() {
     let bench = four_failed().await;
-    let tokens = Tokens {
-        console: Some(TOKEN.into()),
-        ..Tokens::default()
-    };
-    let (daemon, url) = bench.start_listening(tokens);
-    let client = reqwest::Client::builder().no_proxy().build();
-    let client = client.expect("a client");
+    let (daemon, url) = bench.start_listening(console_token());
+    let client = client();
     for (decision, which) in [
         ("discard", json!({"ids": [1]})),
         ("retry", json!({"reason": "late"})),

@@ -1,11 +1,11 @@
 //! What the program and its documents say of several processes on one OurAPI: their requests add up.
 
-use std::process::Command;
-
 use bigchat_sync::cli::manual::Chapter;
 
+use crate::harness::process::program;
+
 fn printed(arguments: &[&str]) -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+    let output = program()
         .args(arguments)
         .env_clear()
         .output()
@@ -20,7 +20,7 @@ fn words(text: &str) -> String {
 }
 
 #[test]
-fn help_and_manual_say_that_processes_count_together() {
+fn help_says_processes_count_together() {
     let rule = "All processes that use one OurAPI count together";
     for arguments in [&["--help"][..], &["run", "--help"], &["man"]] {
         let said = printed(arguments);
@@ -30,7 +30,7 @@ fn help_and_manual_say_that_processes_count_together() {
 }
 
 #[test]
-fn documents_recommend_no_daemons_side_by_side() {
+fn documents_recommend_no_second_daemon() {
     let readme = include_str!("../../../README.md");
     let sizing = readme
         .split("\n## ")

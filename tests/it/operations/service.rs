@@ -1,20 +1,18 @@
-//! As a service: what systemd is told and prints about it, completions, and the manual page.
+//! As a service: notifications to systemd, the unit, completions, and the manual page.
 
+use crate::harness::process::{self, Process, fed};
 use crate::harness::{Bench, run_live_test, until};
-use std::io::Write;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::harness::process::Process;
-
-/// A service manager's socket, and all that was told there.
+/// A service manager's socket, and the notifications received there.
 struct SystemdNotifier {
     socket: UnixDatagram,
     directory: TempDir,
-    told: Vec<String>,
+    received: Vec<String>,
 }
 
 impl SystemdNotifier {
@@ -25,7 +23,7 @@ impl SystemdNotifier {
         Self {
             socket,
             directory,
-            told: Vec::new(),
+            received: Vec::new(),
         }
     }
 
@@ -46,19 +44,22 @@ impl SystemdNotifier {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.socket.recv(&mut datagram) {
             let text = std::str::from_utf8(&datagram[..length]).expect("text");
-            self.told.extend(text.lines().map(str::to_owned));
+            self.received.extend(text.lines().map(str::to_owned));
         }
-        &self.told
+        &self.received
     }
 
     fn count(&mut self, what: &str) -> usize {
-        let told = self.listen().iter();
-        told.filter(|told| told.starts_with(what)).count()
+        let received = self.listen().iter();
+        received
+            .filter(|received| received.starts_with(what))
+            .count()
     }
 }
 
+/// systemd is notified when the daemon is ready, how it is doing, that it is alive, and when it stops.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when_it_stops() {
+async fn systemd_is_notified_of_state() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -79,21 +80,20 @@ async fn systemd_is_told_when_it_is_ready_how_it_fares_that_it_is_alive_and_when
     .await;
 }
 
+/// The start is given more time, and is not reported as ready.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
+async fn systemd_start_with_locked_database() {
     run_live_test(async |t| {
         t.once().await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let other = t.lock_database();
         let mut manager = SystemdNotifier::new();
         let daemon = manager.start(t, None);
-        until("it waits", async || {
-            daemon.lines_with("the database cannot be used yet") == 1
-        })
-        .await;
+        daemon
+            .until_logged_times("the database cannot be used yet", 1)
+            .await;
         assert!(manager.count("EXTEND_TIMEOUT_USEC=") > 0);
         assert_eq!(manager.count("READY=1"), 0);
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
         until("it is ready", async || manager.count("READY=1") == 1).await;
         assert!(daemon.stop().await.success());
         assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
@@ -102,13 +102,13 @@ async fn a_start_that_waits_for_the_database_is_given_time_and_is_not_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_that_systemd_hands_over_are_used() {
+async fn systemd_credentials_are_used() {
     run_live_test(async |t| {
         let credentials = tempfile::tempdir().expect("a directory");
         let token = |name: &str, text: &str| {
             std::fs::write(credentials.path().join(name), text).expect("a file");
         };
-        // An empty one is refused, which shows that it was looked at.
+        // An empty one is an error, which shows that it was read.
         token("bigchat-sync.our-api-token", "");
         let once = |variable: Option<&str>| {
             let mut once = t.program("once");
@@ -138,8 +138,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 fn program(arguments: &[&str]) -> Output {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
-    let output = program
+    let output = process::program()
         .args(arguments)
         .env_remove("BIGCHAT_SYNC_DB")
         .output();
@@ -153,7 +152,7 @@ fn printed(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn the_unit_has_the_settings_given() {
+fn unit_has_the_settings_given() {
     let unit = printed(&[
         "unit",
         "--our-api-url=https://our-api.example/a%20b",
@@ -165,7 +164,7 @@ fn the_unit_has_the_settings_given() {
         line.expect("a command"),
         format!(
             "ExecStart={} run --our-api-url=https://our-api.example/a%%20b \"--external-id-prefix=a'$$\\\"\"",
-            env!("CARGO_BIN_EXE_bigchat-sync")
+            process::program().get_program().display()
         )
     );
     let refused = program(&["unit", "--db", "elsewhere.db"]);
@@ -173,9 +172,10 @@ fn the_unit_has_the_settings_given() {
     assert!(text(&refused.stderr).contains("--db would have no effect"));
 }
 
+/// It finds it well confined, too.
 #[test]
 #[ignore = "needs systemd"]
-fn systemd_accepts_the_unit_and_finds_it_well_confined() {
+fn systemd_accepts_the_unit() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("bigchat-sync.service");
     let unit = printed(&["unit", "--external-id-prefix=50%", "--max-window=30m"]);
@@ -186,7 +186,7 @@ fn systemd_accepts_the_unit_and_finds_it_well_confined() {
             .arg(&path)
             .output();
         let analyzed = analyzed.expect("systemd-analyze, of Debian's systemd");
-        let said = text(&analyzed.stdout) + &text(&analyzed.stderr);
+        let said = process::printed(&analyzed);
         assert!(analyzed.status.success(), "{said}");
         said
     };
@@ -196,7 +196,7 @@ fn systemd_accepts_the_unit_and_finds_it_well_confined() {
 }
 
 #[test]
-fn completions_are_there_for_every_shell() {
+fn completions_for_every_shell() {
     for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
         let script = printed(&["completions", shell]);
         for known in ["verify", "discard", "our-api-url", "repair"] {
@@ -223,7 +223,7 @@ fn completions_are_there_for_every_shell() {
 }
 
 #[test]
-fn the_manual_page_tells_of_every_command_and_setting() {
+fn manual_has_commands_and_settings() {
     let page = printed(&["man"]);
     let help = printed(&["--help"]);
     let flags = help
@@ -271,20 +271,4 @@ fn the_manual_page_tells_of_every_command_and_setting() {
             "{section}: {rendered}"
         );
     }
-}
-
-/// Runs a program with that on standard input; `None`: there is no such program.
-fn fed(program: &mut Command, input: &str) -> Option<Output> {
-    let program = program
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let mut program = program.ok()?;
-    let mut stdin = program.stdin.take().expect("a pipe");
-    let input = input.to_owned();
-    let writing = std::thread::spawn(move || stdin.write_all(input.as_bytes()));
-    let output = program.wait_with_output().expect("it ends");
-    writing.join().expect("no panic").expect("it is read");
-    Some(output)
 }

@@ -1,7 +1,8 @@
-//! Signals: SIGHUP reads the token files again, a terminal that is closed stops the daemon in good order, and a
-//! SIGTERM that `timeout` sends twice counts once.
+//! Signals: SIGHUP reads the token files again, a closed terminal stops the daemon cleanly, and a SIGTERM that `timeout`
+//! sends twice counts once.
 
-use crate::harness::{self, Bench, Test, run_live_test, run_test, until};
+use crate::harness::process::{Process, STOPS_WITHIN, Signal, free_address, terminal, through};
+use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::message;
 
 use std::collections::BTreeSet;
@@ -10,9 +11,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::harness::process::{Process, STOPS_WITHIN};
-use crate::operations::stalled::{ended, signal, terminal};
-
 const OLD: &str = "the-old-token-of-the-test";
 const NEW: &str = "the-new-token-of-the-test";
 
@@ -20,13 +18,6 @@ const APIS: [(&str, &str); 2] = [("BIGCHAT", "bigchat"), ("OUR_API", "our-api")]
 
 fn write(directory: &Path, name: &str, token: &str) {
     std::fs::write(directory.join(name), token).expect("a file");
-}
-
-fn hangup(daemon: &Process) {
-    let sent = Command::new("sh")
-        .args(["-c", "kill -HUP $0", &daemon.id()])
-        .status();
-    assert!(sent.expect("a shell").success());
 }
 
 /// The tokens of the latest requests to both.
@@ -43,11 +34,11 @@ fn only(token: &str) -> BTreeSet<Option<String>> {
     BTreeSet::from([Some(format!("Bearer {token}"))])
 }
 
-/// Has BigChat tell of another message, and waits until it is delivered, each with that token.
+/// Has BigChat report another message, and waits until it is delivered, both with that token.
 async fn delivers_with(t: &Test, token: &str) {
     let delivered = t.our_api.message_count();
     let text = format!("message {delivered}");
-    t.bigchat.tells([message(
+    t.bigchat.reports([message(
         42,
         5 + i64::try_from(delivered).expect("few"),
         &text,
@@ -58,10 +49,11 @@ async fn delivers_with(t: &Test, token: &str) {
     .await;
 }
 
+/// They are used without a restart; a bad one is rejected, and the old token stays in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rotated_token_files_are_used_without_a_restart() {
+async fn rotated_token_files() {
     // As variables name them, and as systemd hands them over.
-    harness::side_by_side([false, true], async |systemd| {
+    side_by_side([false, true], async |systemd| {
         run_test(async |t| {
             let tokens = tempfile::tempdir().expect("a directory");
             let tokens = tokens.path();
@@ -90,31 +82,28 @@ async fn rotated_token_files_are_used_without_a_restart() {
                 for name in &names {
                     write(tokens, name, bad);
                 }
-                hangup(&daemon);
-                until("it says so", async || {
-                    daemon.lines_with("the old one stays in use") == reloads * names.len()
-                })
-                .await;
+                daemon.signal(Signal::HUP);
+                daemon
+                    .until_logged_times("the old one stays in use", reloads * names.len())
+                    .await;
                 delivers_with(t, OLD).await;
             }
             for name in &names {
                 std::fs::remove_file(tokens.join(name)).expect("a file");
             }
-            hangup(&daemon);
-            until("it says so", async || {
-                daemon.lines_with("the old one stays in use") == 4 * names.len()
-            })
-            .await;
+            daemon.signal(Signal::HUP);
+            daemon
+                .until_logged_times("the old one stays in use", 4 * names.len())
+                .await;
             delivers_with(t, OLD).await;
 
             for name in &names {
                 write(tokens, name, &format!("{NEW}\n"));
             }
-            hangup(&daemon);
-            until("it says so", async || {
-                daemon.lines_with("the new token is in use") == names.len()
-            })
-            .await;
+            daemon.signal(Signal::HUP);
+            daemon
+                .until_logged_times("the new token is in use", names.len())
+                .await;
             delivers_with(t, NEW).await;
             let log = daemon.log();
             assert!(!log.contains(OLD) && !log.contains(NEW), "{log}");
@@ -125,8 +114,9 @@ async fn rotated_token_files_are_used_without_a_restart() {
     .await;
 }
 
+/// They stay, and the daemon keeps running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_of_the_environment_stay_and_nothing_ends() {
+async fn sighup_with_tokens_in_environment() {
     run_test(async |t| {
         let mut run = t.program("run");
         run.env("BIGCHAT_SYNC_BIGCHAT_TOKEN", OLD)
@@ -134,11 +124,10 @@ async fn tokens_of_the_environment_stay_and_nothing_ends() {
         let daemon = Process::start_as(t, run);
         delivers_with(t, OLD).await;
         for times in 1..4 {
-            hangup(&daemon);
-            until("it says so", async || {
-                daemon.lines_with("no token has changed") == times
-            })
-            .await;
+            daemon.signal(Signal::HUP);
+            daemon
+                .until_logged_times("no token has changed", times)
+                .await;
             delivers_with(t, OLD).await;
         }
         assert!(daemon.stop().await.success());
@@ -146,12 +135,11 @@ async fn tokens_of_the_environment_stay_and_nothing_ends() {
     .await;
 }
 
+/// The console accepts the new token only, and sessions of the old one end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
+async fn rotated_console_token() {
     run_live_test(async |t| {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = free.local_addr().expect("its address").to_string();
-        drop(free);
+        let address = free_address();
         t.set("--listen", &address);
         write(t.directory(), "console", OLD);
         let mut run = t.program("run");
@@ -192,19 +180,17 @@ async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
 
         // One that can be guessed is refused.
         write(t.directory(), "console", "short");
-        hangup(&daemon);
-        until("it says so", async || {
-            daemon.lines_with("the old one stays in use") == 1
-        })
-        .await;
+        daemon.signal(Signal::HUP);
+        daemon
+            .until_logged_times("the old one stays in use", 1)
+            .await;
         assert_eq!(status(session()).await, 200);
 
         write(t.directory(), "console", NEW);
-        hangup(&daemon);
-        until("it says so", async || {
-            daemon.lines_with("the new token is in use") == 1
-        })
-        .await;
+        daemon.signal(Signal::HUP);
+        daemon
+            .until_logged_times("the new token is in use", 1)
+            .await;
         assert_eq!(status(bearer(NEW)).await, 200);
         assert_eq!(status(bearer(OLD)).await, 401);
         assert_eq!(status(session()).await, 401);
@@ -214,7 +200,7 @@ async fn the_console_asks_for_the_new_token_and_ends_old_sessions() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
+async fn stop_while_token_file_hangs() {
     run_live_test(async |t| {
         write(t.directory(), "token", OLD);
         let file = t.directory().join("token");
@@ -222,12 +208,12 @@ async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
         run.env("BIGCHAT_SYNC_OUR_API_TOKEN_FILE", &file)
             .env_remove("BIGCHAT_SYNC_OUR_API_TOKEN");
         let daemon = Process::start_as(t, run);
-        until("it polls", async || t.cursor().is_some()).await;
+        t.until_polled().await;
         std::fs::remove_file(&file).expect("a file");
-        // Whoever opens it waits for a writer.
+        // Opening it waits for a writer.
         let made = Command::new("mkfifo").arg(&file).status();
         assert!(made.expect("mkfifo").success());
-        hangup(&daemon);
+        daemon.signal(Signal::HUP);
         let cursor = t.cursor();
         until("it goes on", async || t.cursor() > cursor).await;
         assert!(daemon.stop().await.success());
@@ -236,78 +222,68 @@ async fn a_token_file_that_hangs_keeps_nobody_from_stopping_it() {
 }
 
 /// Starts a daemon that has a terminal of its own: what it logs, and the other end of the terminal.
-fn start_on_a_terminal(t: &Bench, command: &str) -> (harness::Process, File) {
+fn start_on_a_terminal(t: &Bench, command: &str) -> (Process, File) {
     let (master, slave) = terminal();
-    let log = File::create(t.directory().join("log")).expect("a log");
-    let program = t.program(command);
+    let log = File::create(t.log()).expect("a log");
     // It makes standard input its terminal, and becomes the program.
-    let mut setsid = Command::new("setsid");
-    setsid.arg("--ctty").arg(program.get_program());
-    setsid.args(program.get_args());
+    let mut setsid = through(&["setsid", "--ctty"], &t.program(command));
     setsid
         .stdin(Stdio::from(slave.try_clone().expect("a descriptor")))
         .stdout(Stdio::from(slave))
         .stderr(log);
-    let daemon = setsid.spawn().expect("setsid, of util-linux");
-    (harness::Process(daemon), master)
+    (Process::spawn(setsid), master)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_closed_terminal_stops_it_in_good_order() {
-    harness::side_by_side(["run", "once"], async |command| {
+async fn closed_terminal_stops_daemon_cleanly() {
+    side_by_side(["run", "once"], async |command| {
         run_live_test(async |t| {
             t.bigchat.hold(true);
             t.set("--request-timeout", "60s");
-            let (mut daemon, terminal) = start_on_a_terminal(t, command);
+            let (daemon, terminal) = start_on_a_terminal(t, command);
             until("a request", async || t.bigchat.open_requests() > 0).await;
-            let log = || std::fs::read_to_string(t.directory().join("log")).expect("a log");
             // As long as the terminal is there, SIGHUP is about the tokens.
-            signal(&daemon, "HUP");
+            daemon.signal(Signal::HUP);
             until("it goes on", async || {
-                log().contains("no token has changed")
+                t.logged().contains("no token has changed")
             })
             .await;
-            assert!(!log().contains("stopping"));
+            assert!(!t.logged().contains("stopping"));
             drop(terminal);
-            until("it stops", async || log().contains("stopping")).await;
+            until("it stops", async || t.logged().contains("stopping")).await;
             t.bigchat.hold(false);
-            let (status, took) = ended(&mut daemon, command).await;
-            assert_eq!(status.code(), Some(0), "{command}: {}", log());
-            assert!(took < STOPS_WITHIN, "{command}: {took:?}");
+            let status = daemon.ends_within(STOPS_WITHIN).await;
+            assert_eq!(status.code(), Some(0), "{command}: {}", t.logged());
         })
         .await;
     })
     .await;
 }
 
+/// The same signal within a second counts once; any other second one ends the daemon at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_same_signal_within_a_second_counts_once_and_any_other_ends_it() {
+async fn same_signal_sent_twice() {
     let cases = [
-        (["TERM", "TERM"], 0, 0),
-        (["TERM", "HUP"], 0, 0),
-        (["TERM", "INT"], 0, 1),
-        (["INT", "TERM"], 0, 1),
-        (["TERM", "TERM"], 1100, 1),
-        (["INT", "INT"], 300, 1),
+        ([Signal::TERM, Signal::TERM], 0, 0),
+        ([Signal::TERM, Signal::HUP], 0, 0),
+        ([Signal::TERM, Signal::INT], 0, 1),
+        ([Signal::INT, Signal::TERM], 0, 1),
+        ([Signal::TERM, Signal::TERM], 1100, 1),
+        ([Signal::INT, Signal::INT], 300, 1),
     ];
-    harness::side_by_side(cases, async |(signals, pause, code)| {
+    side_by_side(cases, async |(signals, pause, code)| {
         run_live_test(async |t| {
             t.set("--request-timeout", "60s");
             let daemon = Process::start(t);
-            until("it polls", async || t.cursor().is_some()).await;
+            t.until_polled().await;
             t.bigchat.hold(true);
             until("a request", async || t.bigchat.open_requests() > 0).await;
-            let kill = |name: &str| {
-                let script = format!("kill -{name} {}", daemon.id());
-                let sent = Command::new("sh").args(["-c", &script]).status();
-                assert!(sent.expect("a shell").success());
-            };
-            kill(signals[0]);
-            until("it stops", async || daemon.lines_with("stopping") > 0).await;
+            daemon.signal(signals[0]);
+            daemon.until_logged("stopping").await;
             tokio::time::sleep(Duration::from_millis(pause)).await;
-            kill(signals[1]);
+            daemon.signal(signals[1]);
             if code == 1 {
-                until("it ends", async || daemon.lines_with("second signal") > 0).await;
+                daemon.until_logged("second signal").await;
             } else {
                 t.bigchat.hold(false);
             }

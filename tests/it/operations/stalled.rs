@@ -1,35 +1,21 @@
-//! Standard error that nobody reads, and standard error that is broken: polling, delivery, `/healthz`, exit codes and
-//! time limits hold without any output.
+//! Standard error that is not read, and standard error that is broken: polling, delivery, `/healthz`, exit codes and time
+//! limits do not depend on it.
 
-use crate::harness::{Bench, Process, run_live_test, side_by_side, until};
+use crate::harness::process::{Process, Signal, free_address, terminal};
+use crate::harness::web::succeeds;
+use crate::harness::{Bench, run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::message;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, fcntl_setfl, open};
-use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
-
-use crate::harness::process::STOPS_WITHIN;
+use rustix::fs::{OFlags, fcntl_setfl};
 
 /// How long an end may take that waits for nothing; the machine may be busy.
 const AT_ONCE: Duration = Duration::from_secs(4);
-
-/// A terminal: its other end, and the end for the program.
-pub(crate) fn terminal() -> (File, File) {
-    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
-    let master = master.expect("a terminal");
-    unlockpt(&master).expect("a terminal");
-    let name = ptsname(&master, Vec::new()).expect("a name");
-    // It must not become the terminal of the test.
-    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let slave = open(name, flags, Mode::empty()).expect("a terminal");
-    (File::from(master), File::from(slave))
-}
 
 /// Where output goes, and what must stay open for it to be so.
 struct Sink {
@@ -39,7 +25,7 @@ struct Sink {
 }
 
 impl Sink {
-    /// Those that take nothing more and say nothing.
+    /// Those that accept nothing more, without an error.
     fn stalled() -> [Self; 3] {
         let (reader, mut pipe) = std::io::pipe().expect("a pipe");
         fcntl_setfl(&pipe, OFlags::NONBLOCK).expect("flags");
@@ -88,7 +74,7 @@ impl Sink {
         let to = || Stdio::from(self.to.try_clone().expect("a descriptor"));
         command.stdin(Stdio::null()).stdout(to()).stderr(to());
         command.env("RUST_LOG", "debug");
-        Process(command.spawn().expect("a process"))
+        Process::spawn(command)
     }
 }
 
@@ -102,27 +88,7 @@ fn fill(sink: &mut impl Write) {
     }
 }
 
-pub(crate) fn signal(process: &Process, signal: &str) {
-    let id = process.0.id().to_string();
-    let sent = Command::new("sh")
-        .args(["-c", "kill -$0 $1", signal, &id])
-        .status();
-    assert!(sent.expect("a shell").success());
-}
-
-/// How it ends, and after which time.
-pub(crate) async fn ended(process: &mut Process, what: &str) -> (ExitStatus, Duration) {
-    let begun = Instant::now();
-    let mut status = None;
-    until(&format!("{what}: it ends"), async || {
-        status = process.0.try_wait().expect("a child");
-        status.is_some()
-    })
-    .await;
-    (status.expect("it has ended"), begun.elapsed())
-}
-
-/// A disk that does not answer: whoever opens that file waits for a lease on it to be given back, for 45 s.
+/// A disk that does not answer: opening the file waits until a lease on it is returned, for 45 s at the most.
 struct HangingDisk(Process);
 
 impl HangingDisk {
@@ -133,16 +99,16 @@ impl HangingDisk {
         let mut perl = Command::new("perl");
         perl.args(["-e", lease]).arg(t.db());
         perl.stdout(Stdio::piped());
-        let mut holder = Process(perl.spawn().expect("perl, of any Debian"));
+        let mut holder = Process::spawn(perl);
         let mut taken = [0; 5];
-        let output = holder.0.stdout.as_mut().expect("a pipe");
+        let mut output = holder.stdout();
         output.read_exact(&mut taken).expect("the lease");
         Self(holder)
     }
 
-    /// Waits until somebody waits for it.
+    /// Waits until a process waits for it.
     async fn until_awaited(&self) {
-        let id = self.0.0.id().to_string();
+        let id = self.0.id();
         until("the database is opened", async || {
             let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
             locks.lines().any(|lock| {
@@ -154,30 +120,28 @@ impl HangingDisk {
     }
 }
 
+/// Polling, delivery and the console continue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_that_nobody_reads_stops_nothing() {
+async fn log_is_not_read() {
     side_by_side(Sink::all(), async |sink| {
         let what = sink.what;
         // Enough to be caught up with, which is shown on a terminal.
         run_live_test(async |t| {
             t.differs("it is stopped before all is delivered");
             t.our_api.set_latency(Duration::from_millis(2));
-            let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-            let address = free.local_addr().expect("its address").to_string();
-            drop(free);
+            let address = free_address();
             t.set("--listen", &address);
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
-            let told = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
-            t.bigchat.tells(told);
-            let mut daemon = sink.start(t.program("run"));
+            let events = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
+            t.bigchat.reports(events);
+            let daemon = sink.start(t.program("run"));
             until(&format!("{what}: it delivers"), async || {
                 t.our_api.message_count() > 600
             })
             .await;
             until(&format!("{what}: it is well"), async || {
-                let asked = reqwest::get(format!("http://{address}/healthz")).await;
-                asked.is_ok_and(|answer| answer.status().is_success())
+                succeeds(&format!("http://{address}/healthz")).await
             })
             .await;
             let polls = t.bigchat.count("GET /events");
@@ -185,29 +149,26 @@ async fn a_log_that_nobody_reads_stops_nothing() {
                 t.bigchat.count("GET /events") > polls + 2
             })
             .await;
-            signal(&daemon, "TERM");
-            let (status, took) = ended(&mut daemon, what).await;
-            assert_eq!(status.code(), Some(0), "{what}");
-            assert!(took < STOPS_WITHIN, "{what}: {took:?}");
+            assert_eq!(daemon.stop().await.code(), Some(0), "{what}");
         })
         .await;
     })
     .await;
 }
 
+/// It ends the daemon at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_signal_ends_at_once_without_output() {
+async fn second_signal_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             t.set("--request-timeout", "60s");
             t.bigchat.hold(true);
-            let mut daemon = sink.start(t.program("run"));
+            let daemon = sink.start(t.program("run"));
             until("a request", async || t.bigchat.open_requests() > 0).await;
-            signal(&daemon, "TERM");
-            signal(&daemon, "INT");
-            let (status, took) = ended(&mut daemon, sink.what).await;
+            daemon.signal(Signal::TERM);
+            daemon.signal(Signal::INT);
+            let status = daemon.ends_within(AT_ONCE).await;
             assert_eq!(status.code(), Some(1), "{}", sink.what);
-            assert!(took < AT_ONCE, "{}: {took:?}", sink.what);
             t.bigchat.hold(false);
         })
         .await;
@@ -215,26 +176,25 @@ async fn a_second_signal_ends_at_once_without_output() {
     .await;
 }
 
+/// The daemon stops in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_hangs_is_outlasted_without_output() {
+async fn hanging_disk_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             t.once().await;
             let disk = HangingDisk::with(t);
-            let mut daemon = sink.start(t.program("run"));
+            let daemon = sink.start(t.program("run"));
             disk.until_awaited().await;
-            signal(&daemon, "TERM");
-            let (status, took) = ended(&mut daemon, sink.what).await;
-            assert_eq!(status.code(), Some(1), "{}", sink.what);
-            assert!(took < STOPS_WITHIN, "{}: {took:?}", sink.what);
+            assert_eq!(daemon.stop().await.code(), Some(1), "{}", sink.what);
         })
         .await;
     })
     .await;
 }
 
+/// The exit code is the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_setting_is_exit_code_2_without_output() {
+async fn bad_setting_without_output() {
     side_by_side(Sink::all(), async |sink| {
         run_live_test(async |t| {
             for (what, flag, token, code) in [
@@ -254,9 +214,8 @@ async fn a_bad_setting_is_exit_code_2_without_output() {
                 }
                 program.env("BIGCHAT_SYNC_OUR_API_TOKEN", token);
                 let what = format!("{} on {}", what, sink.what);
-                let (status, took) = ended(&mut sink.start(program), &what).await;
+                let status = sink.start(program).ends_within(AT_ONCE).await;
                 assert_eq!(status.code(), Some(code), "{what}");
-                assert!(took < AT_ONCE, "{what}: {took:?}");
             }
         })
         .await;
@@ -264,8 +223,9 @@ async fn a_bad_setting_is_exit_code_2_without_output() {
     .await;
 }
 
+/// Polling continues, and the daemon stops in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_service_manager_that_does_not_listen_stops_nothing() {
+async fn systemd_socket_is_full() {
     run_live_test(async |t| {
         let socket = t.directory().join("notify");
         // It never reads.
@@ -276,7 +236,7 @@ async fn a_service_manager_that_does_not_listen_stops_nothing() {
             .env_remove("WATCHDOG_PID")
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        let mut daemon = Process(run.spawn().expect("a process"));
+        let daemon = Process::spawn(run);
         let full = UnixDatagram::unbound().expect("a socket");
         full.set_nonblocking(true).expect("flags");
         until("it takes no more", async || {
@@ -289,10 +249,7 @@ async fn a_service_manager_that_does_not_listen_stops_nothing() {
             t.bigchat.count("GET /events") > polls + 5
         })
         .await;
-        signal(&daemon, "TERM");
-        let (status, took) = ended(&mut daemon, "it is stopped").await;
-        assert_eq!(status.code(), Some(0));
-        assert!(took < STOPS_WITHIN, "{took:?}");
+        assert_eq!(daemon.stop().await.code(), Some(0));
     })
     .await;
 }

@@ -1,9 +1,10 @@
-//! `bigchat-sync status` and `bigchat-sync check`: what is wrong is said, and what to do about it; nothing is asked beside a
-//! daemon that runs.
+//! `bigchat-sync status`, `check` and `once`: each problem with its remedy, and no request beside a running daemon.
 
+use crate::harness::process::{finished, program};
 use crate::harness::{Bench, Daemon, Test, run_live_test, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::event::{end, message};
-use std::process::{Command, Output};
+use std::process::Output;
 
 use serde_json::{Value, json};
 use wiremock::matchers::{method, path};
@@ -13,38 +14,38 @@ use wiremock::{Mock, MockServer, ResponseTemplate};
 async fn delivered(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = vec![message(10, now - 5, "hello"), end(10, now - 4)];
-    t.bigchat.tells(told);
+    let events = vec![message(10, now - 5, "hello"), end(10, now - 4)];
+    t.bigchat.reports(events);
     let daemon = t.start();
     t.agrees().await;
     t.until_events("delivered", 2).await;
     daemon
 }
 
-fn troubles(status: &Value) -> Vec<String> {
-    let troubles = status["problems"].as_array().expect("an array");
-    for trouble in troubles {
+fn problems(status: &Value) -> Vec<String> {
+    let problems = status["problems"].as_array().expect("an array");
+    for problem in problems {
         assert!(
-            trouble["remedy"]
+            problem["remedy"]
                 .as_str()
                 .is_some_and(|remedy| !remedy.is_empty())
         );
     }
-    troubles
+    problems
         .iter()
-        .map(|trouble| trouble["what"].as_str().expect("text").to_owned())
+        .map(|problem| problem["what"].as_str().expect("text").to_owned())
         .collect()
 }
 
-/// Waits until the status has these troubles and no others: what each of them begins with.
-async fn until_troubles(t: &Bench, expected: &[&str]) -> Value {
+/// Waits until the status has these problems and no others: what each of them begins with.
+async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
         let (status, well) = t.status();
         assert_eq!(json!(well), status["well"]);
-        let troubles = troubles(&status);
-        let as_expected = troubles.len() == expected.len()
-            && troubles
+        let problems = problems(&status);
+        let as_expected = problems.len() == expected.len()
+            && problems
                 .iter()
                 .zip(expected)
                 .all(|(is, should)| is.starts_with(should));
@@ -56,25 +57,24 @@ async fn until_troubles(t: &Bench, expected: &[&str]) -> Value {
 }
 
 async fn until_found_up(t: &Bench) {
-    until("what the daemon found is kept", async || {
-        t.value::<i64>("SELECT count(*) FROM api_status WHERE up = 1") == 2
+    until("what the daemon found is stored", async || {
+        [Api::BigChat, Api::OurApi].map(|api| t.is_up(api)) == [Some(true); 2]
     })
     .await;
 }
 
 async fn check(t: &Bench) -> (bool, String) {
-    let mut command = t.program("check");
-    let ended = tokio::task::spawn_blocking(move || command.output());
-    let Output { status, stdout, .. } = ended.await.expect("no panic").expect("a process");
+    let Output { status, stdout, .. } = finished(t.program("check")).await;
     (status.success(), String::from_utf8(stdout).expect("text"))
 }
 
+/// The status shows each problem, with a remedy, whether or not a daemon runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
+async fn status_with_and_without_daemon() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         until_found_up(t).await;
-        let status = until_troubles(t, &[]).await;
+        let status = until_problems(t, &[]).await;
         assert_eq!(status["daemon_runs"], json!(true));
         assert_eq!(status["our_api"]["up"], json!(true));
         assert_eq!(
@@ -98,8 +98,8 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
         t.our_api.down().await;
         let now = t.now();
         t.bigchat
-            .tells([message(10, now, "anybody?"), message(10, now, "k")]);
-        let status = until_troubles(t, &["OurAPI is down since "]).await;
+            .reports([message(10, now, "anybody?"), message(10, now, "k")]);
+        let status = until_problems(t, &["OurAPI is down since "]).await;
         assert_eq!(status["waiting"], json!(2));
         assert_eq!(status["oldest_waiting"]["conversation"], json!(10));
         let since = status["our_api"]["since"].clone();
@@ -109,11 +109,11 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
             "no daemon is running on this database",
             "OurAPI is down since ",
         ];
-        until_troubles(t, &stopped).await;
+        until_problems(t, &stopped).await;
         t.bigchat.down().await;
         t.start();
         let down = ["BigChat is down since ", "OurAPI is down since "];
-        let status = until_troubles(t, &down).await;
+        let status = until_problems(t, &down).await;
         assert_eq!(
             status["our_api"]["since"], since,
             "a restart changes nothing about it"
@@ -121,7 +121,7 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
 
         t.our_api.up().await.expect("it is up");
         t.bigchat.up().await.expect("it is up");
-        let status = until_troubles(t, &["1 failed event needs action"]).await;
+        let status = until_problems(t, &["1 failed event needs action"]).await;
         let reasons = status["failed_by_reason"].as_array().expect("an array");
         assert_eq!(reasons.len(), 1);
         let reason = reasons[0]["reason"].as_str().expect("a reason");
@@ -134,13 +134,14 @@ async fn what_is_not_well_is_said_whether_or_not_the_daemon_runs() {
         assert_eq!(t.events("failed"), 1);
         t.failed_command(&["discard", "--yes", "--reason", reason])
             .expect("it is done");
-        until_troubles(t, &[]).await;
+        until_problems(t, &[]).await;
     })
     .await;
 }
 
+/// `check` sends requests to the APIs only if no daemon runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
+async fn check_beside_a_daemon() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         until_found_up(t).await;
@@ -153,7 +154,7 @@ async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
         );
         assert_eq!(t.our_api.total(), requests, "OurAPI is not asked beside it");
         let db = t.db();
-        let elsewhere = Command::new(env!("CARGO_BIN_EXE_bigchat-sync"))
+        let elsewhere = program()
             .args(["check", "--our-api-url", "http://127.0.0.1:9"])
             .args(["--bigchat-url", &t.bigchat.url(), "--db"])
             .arg(&db)
@@ -192,7 +193,7 @@ async fn a_check_asks_the_apis_only_where_no_daemon_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_check_says_what_is_set_up_wrongly() {
+async fn check_of_wrong_settings() {
     // Each says of itself what it is.
     let server = async |title: &str, route: &str, answers: &str, body: Value| {
         let server = MockServer::start().await;
@@ -247,22 +248,21 @@ async fn a_check_says_what_is_set_up_wrongly() {
     );
 }
 
+/// The exit code of `once` says whether everything was read and delivered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn once_tells_by_its_exit_code_what_it_left_undone() {
+async fn exit_code_of_once() {
     run_live_test(async |t| {
         let daemon = delivered(t).await;
         daemon.stop().await;
         let once = async || {
-            let mut command = t.program("once");
-            let ended = tokio::task::spawn_blocking(move || command.output()).await;
-            let ended = ended.expect("no panic").expect("a process");
+            let ended = finished(t.program("once")).await;
             let said = String::from_utf8_lossy(&ended.stderr).into_owned();
             (ended.status.code(), said)
         };
         assert_eq!(once().await.0, Some(0));
         t.our_api.down().await;
-        let told = vec![message(10, t.now(), "anybody?")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "anybody?")];
+        t.bigchat.reports(events);
         let (code, said) = once().await;
         assert!(
             code == Some(1) && said.contains("1 events are not delivered yet"),

@@ -1,12 +1,13 @@
-//! A disk that refuses, a database that somebody else holds, reads, deletes or has damaged: polling pauses, the cursor
-//! stays, and it goes on by itself; what is not ours or not whole is refused untouched.
+//! A full disk, a database that another process locks, reads, moves or deletes: polling pauses, the cursor stays, and it
+//! continues automatically. A damaged database is refused untouched.
 
-use crate::harness::services::NOW;
+use crate::harness::process::{Process, has_posix_lock, in_shell};
+use crate::harness::services::{ADD_MESSAGE, NOW};
+use crate::harness::web::succeeds;
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, slow};
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -16,16 +17,14 @@ use bigchat_sync::settings::Tokens;
 
 use tokio::time::timeout;
 
-use crate::harness::process::Process;
-
-/// More than any statement waits for a database that somebody else holds.
+/// Longer than any statement waits for a locked database.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
-/// Less than as many statements wait for it as there are conversations claimed at once.
+/// Less than so many statements would wait for it as there are conversations claimed at once.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The database and what is beside it.
-fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+/// The database and what is beside it, byte by byte.
+fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(directory).expect("a directory");
     let file = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.expect("a file").path();
@@ -45,13 +44,14 @@ fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
 async fn with_events(t: &Test) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
-    t.bigchat.tells(told);
+    let events = (0..50).map(|n| message(10, now - 5, &format!("number {n} {}", "x".repeat(500))));
+    t.bigchat.reports(events);
     t.once().await;
 }
 
+/// It is refused, and left as it is.
 #[tokio::test]
-async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
+async fn damaged_database_is_refused() {
     type Damage = fn(&mut Vec<u8>);
     let damages: [(&str, Damage); 5] = [
         ("half of it is missing", |bytes| {
@@ -75,7 +75,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
             let mut bytes = std::fs::read(t.db()).expect("a database");
             damage(&mut bytes);
             std::fs::write(t.db(), bytes).expect("a database");
-            let before = files(t.directory());
+            let before = contents(t.directory());
             let requests = t.bigchat.total();
             let run = t.program("once").output().expect("it runs");
             let said = String::from_utf8_lossy(&run.stderr);
@@ -84,7 +84,7 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
                 said.contains("is damaged") && said.contains("was not changed"),
                 "{case}: {said}"
             );
-            assert!(files(t.directory()) == before, "{case}: untouched");
+            assert!(contents(t.directory()) == before, "{case}: untouched");
             assert_eq!(t.bigchat.total(), requests, "{case}");
         })
         .await;
@@ -93,9 +93,9 @@ async fn a_database_that_is_damaged_is_refused_and_left_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_place_where_no_database_can_be_is_said_at_once() {
+async fn database_in_an_impossible_place() {
     for db in ["/proc/journal.db", "/does/not/exist/journal.db"] {
-        let t = Bench::new("http://127.0.0.1:1", "http://127.0.0.1:1");
+        let t = Bench::unreachable();
         t.set("--db", db);
         let run = t.program("once").output().expect("it runs");
         let said = String::from_utf8_lossy(&run.stderr);
@@ -108,7 +108,7 @@ async fn a_place_where_no_database_can_be_is_said_at_once() {
 }
 
 #[tokio::test]
-async fn a_second_daemon_is_refused_and_the_first_goes_on() {
+async fn second_daemon_is_refused() {
     run_live_test(async |t| {
         with_events(t).await;
         let first = t.start();
@@ -120,7 +120,7 @@ async fn a_second_daemon_is_refused_and_the_first_goes_on() {
             assert_eq!(second.status.code(), Some(1), "{said}");
             assert!(said.contains("another bigchat-sync uses"), "{said}");
         }
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
         first.stop().await;
         assert!(t.compare().is_clean());
@@ -130,18 +130,9 @@ async fn a_second_daemon_is_refused_and_the_first_goes_on() {
 
 /// The program with room for files of so many KiB only, until [`lift`]ed, as on a disk that is full.
 fn on_a_small_disk(t: &Bench, kibibytes: u32) -> Process {
-    let program = t.program("run");
     // Writing beyond the limit is then refused like any other write, instead of ending the process.
-    let limited = format!(
-        "trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"",
-        kibibytes * 2
-    );
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &limited])
-        .arg(program.get_program())
-        .args(program.get_args());
-    Process::start_as(t, shell)
+    let limit = format!("trap '' XFSZ; ulimit -S -f {}", kibibytes * 2);
+    Process::start_as(t, in_shell(&limit, &t.program("run")))
 }
 
 /// Makes room.
@@ -154,24 +145,25 @@ fn lift(process: &Process) {
 
 const REFUSED: &str = "the journal cannot be written; polling pauses";
 
-/// A daemon that was told of three events on a page for which there is no room.
+/// A daemon that has received a page of three events for which there is no room.
 async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = on_a_small_disk(t, 1024);
-    t.bigchat.tells([message(10, now - 6, "before")]);
+    t.bigchat.reports([message(10, now - 6, "before")]);
     t.until_events("delivered", 1).await;
     // A twin, so that it would show if the page were taken twice; and one that fills the page.
     let large = "x".repeat(2 << 20);
-    let told = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
-    t.bigchat.tells(told);
-    until("it is refused", async || daemon.lines_with(REFUSED) > 0).await;
+    let events = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
+    t.bigchat.reports(events);
+    daemon.until_logged(REFUSED).await;
     let cursor = t.cursor();
     (daemon, cursor)
 }
 
+/// Polling pauses with one error, and continues once there is room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
+async fn full_disk_pauses_polling() {
     run_live_test(async |t| {
         let (daemon, cursor) = told_without_room(t).await;
         let polls = t.bigchat.count("GET /events");
@@ -202,14 +194,14 @@ async fn a_full_disk_pauses_polling_with_one_error_until_there_is_room() {
     .await;
 }
 
+/// The error says how many events are lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
+async fn stop_while_disk_is_full() {
     run_live_test(async |t| {
         t.differs("events are lost with the daemon");
         let (daemon, _) = told_without_room(t).await;
-        let log = daemon.log_file();
         assert_eq!(daemon.stop().await.code(), Some(1));
-        let said = std::fs::read_to_string(log).expect("a log");
+        let said = t.logged();
         assert!(
             said.contains("3 events that BigChat told are lost"),
             "{said}"
@@ -218,18 +210,19 @@ async fn stopped_while_the_disk_is_full_it_tells_how_many_events_are_lost() {
     .await;
 }
 
+/// The daemon waits for room.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_is_full_at_the_start_is_waited_for() {
+async fn disk_full_at_the_start() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now - 6, "hello")]);
+        t.bigchat.reports([message(10, now - 6, "hello")]);
         let waits = "the database cannot be used yet";
         let stopped = on_a_small_disk(t, 16);
-        until("it waits", async || stopped.lines_with(waits) == 1).await;
+        stopped.until_logged_times(waits, 1).await;
         assert!(stopped.stop().await.success());
         let daemon = on_a_small_disk(t, 16);
-        until("it waits", async || daemon.lines_with(waits) == 2).await;
+        daemon.until_logged_times(waits, 2).await;
         assert_eq!(t.bigchat.total(), 0);
         lift(&daemon);
         t.agrees().await;
@@ -238,29 +231,29 @@ async fn a_disk_that_is_full_at_the_start_is_waited_for() {
     .await;
 }
 
+/// The daemon waits for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_locked_at_the_start_is_waited_for() {
+async fn database_locked_at_the_start() {
     run_live_test(async |t| {
         with_events(t).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
+        let other = t.lock_database();
         let daemon = Process::start(t);
-        until("it waits", async || {
-            daemon.lines_with("the database cannot be used yet") == 1
-        })
-        .await;
-        other.execute_batch("COMMIT").expect("it lets go");
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        daemon
+            .until_logged_times("the database cannot be used yet", 1)
+            .await;
+        drop(other);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
         assert!(daemon.stop().await.success());
-        assert_eq!(daemon_errors(t), 1);
+        assert_eq!(t.logged().matches("ERROR").count(), 1, "{}", t.logged());
     })
     .await;
 }
 
+/// What was claimed is delivered while the database is locked, and committed afterwards.
 #[tokio::test]
-async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
-    // As many as are claimed at once, and more messages each than are sent before the database is held.
+async fn delivery_while_database_is_locked() {
+    // As many as are claimed at once, and more messages each than are sent before the database is locked.
     let conversations = 2..34;
     run_test(async |t| {
         let daemon = t.start();
@@ -270,15 +263,13 @@ async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
             .flat_map(|id| (0..20).map(move |n| message(id, NOW, &format!("Message {n}"))));
         let messages: Vec<_> = messages.collect();
         let (count, sent) = (messages.len(), || t.our_api.message_count());
-        t.bigchat.tells(messages);
+        t.bigchat.reports(messages);
         until("the first is sent", async || sent() > 0).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        other.busy_timeout(PATIENCE).expect("a setting");
-        other.execute_batch("BEGIN IMMEDIATE").expect("it is free");
-        // To wait for each conversation's settlement would take longer.
+        let other = t.lock_database();
+        // To wait for a commit after each conversation would take longer.
         let all = until("all are sent", async || sent() == count);
         timeout(PATIENCE, all).await.expect("nobody waits");
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
         t.until_events("delivered", i64::try_from(count + 32).expect("few"))
             .await;
         daemon.stop().await;
@@ -287,13 +278,9 @@ async fn what_was_claimed_is_delivered_while_the_disk_takes_what_was_done() {
     .await;
 }
 
-fn daemon_errors(t: &Bench) -> usize {
-    let log = std::fs::read_to_string(t.directory().join("log")).expect("a log");
-    log.lines().filter(|line| line.contains("ERROR")).count()
-}
-
+/// A long reader delays nothing, and the write-ahead log shrinks afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
+async fn write_ahead_log_after_long_reader() {
     const LIMIT: u64 = 8 << 20;
     run_live_test(async |t| {
         with_events(t).await;
@@ -310,14 +297,15 @@ async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
             .expect("a count");
         let text = "x".repeat(1 << 20);
         let mut delivered = 50;
-        let tell = |what: &str| {
-            let told = message(10, t.now() - 1, &format!("{what} {text}"));
-            t.bigchat.tells([told]);
+        let mut deliver = async |count: i64| {
+            let number = |n| message(10, t.now() - 1, &format!("number {n} {text}"));
+            t.bigchat
+                .reports((delivered..delivered + count).map(number));
+            delivered += count;
+            t.until_events("delivered", delivered).await;
         };
         while size() < 3 * LIMIT {
-            tell(&format!("number {delivered}"));
-            delivered += 1;
-            t.until_events("delivered", delivered).await;
+            deliver(4).await;
         }
         let still: i64 = reader
             .query_row(count, [], |row| row.get(0))
@@ -325,9 +313,7 @@ async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
         assert_eq!(still, before, "it reads what it began with");
         reader.execute_batch("COMMIT").expect("it ends");
         until("the log is as small as it should be", async || {
-            tell(&format!("number {delivered}"));
-            delivered += 1;
-            t.until_events("delivered", delivered).await;
+            deliver(1).await;
             size() <= LIMIT
         })
         .await;
@@ -337,8 +323,9 @@ async fn a_long_reader_stops_nobody_and_its_log_shrinks_afterwards() {
     .await;
 }
 
+/// Nothing is polled until it is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back() {
+async fn database_moved_away() {
     run_live_test(async |t| {
         with_events(t).await;
         let elsewhere = t.directory().join("elsewhere.db");
@@ -346,12 +333,9 @@ async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back(
         let polls = t.bigchat.count("GET /events");
         until("it polls", async || t.bigchat.count("GET /events") > polls).await;
         std::fs::rename(t.db(), &elsewhere).expect("it moves");
-        until("it is noticed", async || {
-            daemon.lines_with("was deleted or replaced") > 0
-        })
-        .await;
+        daemon.until_logged("was deleted or replaced").await;
         let polls = t.bigchat.count("GET /events");
-        t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+        t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         let other = "another database altogether";
         std::fs::write(t.db(), other).expect("a file");
         tokio::time::sleep(LONGER_THAN_A_STATEMENT / 5).await;
@@ -371,9 +355,10 @@ async fn under_a_database_that_was_moved_away_nothing_is_taken_until_it_is_back(
     .await;
 }
 
+/// What waits in it is delivered, or reported as lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
-    for our_api_is_up in [true, false] {
+async fn database_deleted_while_running() {
+    side_by_side([true, false], async |our_api_is_up| {
         run_live_test(async |t| {
             t.differs("the database is deleted");
             with_events(t).await;
@@ -381,90 +366,82 @@ async fn what_waits_in_a_deleted_database_is_delivered_or_told_to_be_lost() {
             let mut program = t.program("run");
             program.env("RUST_LOG", "bigchat_sync=debug");
             let daemon = Process::start_as(t, program);
-            t.bigchat.tells([message(10, t.now() - 1, "and on")]);
+            t.bigchat.reports([message(10, t.now() - 1, "and on")]);
             t.until_events("waiting", 1).await;
             for end in ["", "-wal", "-shm"] {
                 std::fs::remove_file(format!("{}{end}", t.db().display())).expect("a file");
             }
-            until("it is noticed", async || {
-                daemon.lines_with("was deleted or replaced") > 0
-            })
-            .await;
-            let log = daemon.log_file();
+            daemon.until_logged("was deleted or replaced").await;
             if our_api_is_up {
                 t.our_api.hold(false);
                 t.agrees().await;
-                until("it is settled", async || {
-                    daemon.lines_with("\"delivered\"") > 0
-                })
-                .await;
+                daemon.until_logged("\"delivered\"").await;
                 assert!(daemon.stop().await.success());
             } else {
                 assert_eq!(daemon.stop().await.code(), Some(1));
-                let said = std::fs::read_to_string(log).expect("a log");
+                let said = t.logged();
                 assert!(said.contains("1 events in it are lost"), "{said}");
             }
             assert!(!t.db().exists(), "none is made in its place");
         })
         .await;
-    }
-}
-
-#[test]
-fn a_command_beside_a_daemon_that_makes_its_database_is_in_nobodys_way() {
-    for n in 0..300 {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("a.db");
-        let beside = {
-            let path = path.clone();
-            std::thread::spawn(move || {
-                loop {
-                    match Store::open_shared(&path) {
-                        Err(OpenError::Missing(_)) => {}
-                        opened => return opened.map(drop),
-                    }
-                }
-            })
-        };
-        let daemon = Store::open(&path).map(drop);
-        let beside = beside.join().expect("no panic");
-        let well = daemon
-            .as_ref()
-            .map_or_else(OpenError::is_transient, |()| true);
-        assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
-    }
-}
-
-/// Whether this process holds a lock on the database's own file, by which SQLite knows elsewhere that it is open.
-fn is_locked(db: &Path) -> bool {
-    let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
-    let locks = std::fs::read_to_string("/proc/locks").expect("the locks");
-    let of_it = |line: &str| line.contains("POSIX") && line.contains(&inode);
-    locks.lines().any(of_it)
-}
-
-#[tokio::test]
-async fn whoever_reads_for_the_web_leaves_the_daemon_its_lock_on_the_database() {
-    run_live_test(async |t| {
-        let (_, url) = t.start_listening(Tokens::default());
-        let ready = async || {
-            let answer = reqwest::get(format!("{url}/readyz")).await;
-            answer.is_ok_and(|answer| answer.status().is_success())
-        };
-        until("it is ready", ready).await;
-        assert!(is_locked(&t.db()), "SQLite locks what it has open");
-        let answer = reqwest::get(format!("{url}/api/status")).await;
-        assert!(answer.expect("an answer").status().is_success());
-        // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
-        assert!(is_locked(&t.db()), "the lock is gone");
     })
     .await;
 }
 
+/// A command beside a daemon that makes its database gets in the way of neither.
+#[test]
+fn command_while_database_is_made() {
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..75).for_each(|n| make_beside_a_command(n)));
+        }
+    });
+}
+
+fn make_beside_a_command(n: u32) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("a.db");
+    let beside = {
+        let path = path.clone();
+        std::thread::spawn(move || {
+            loop {
+                match Store::open_shared(&path) {
+                    Err(OpenError::Missing(_)) => {}
+                    opened => return opened.map(drop),
+                }
+            }
+        })
+    };
+    let daemon = Store::open(&path).map(drop);
+    let beside = beside.join().expect("no panic");
+    let well = daemon
+        .as_ref()
+        .map_or_else(OpenError::is_transient, |()| true);
+    assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
+}
+
+/// The reads of the console leave the daemon its lock on the database.
+#[tokio::test]
+async fn console_leaves_the_database_lock() {
+    run_live_test(async |t| {
+        let (_, url) = t.start_listening(Tokens::default());
+        let ready = format!("{url}/readyz");
+        until("it is ready", async || succeeds(&ready).await).await;
+        assert!(has_posix_lock(&t.db()), "SQLite locks what it has open");
+        assert!(succeeds(&format!("{url}/api/status")).await);
+        // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
+        assert!(has_posix_lock(&t.db()), "the lock is gone");
+    })
+    .await;
+}
+
+/// Old events are dropped although each poll takes longer than the interval.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
+async fn retention_with_slow_polls() {
     run_live_test(async |t| {
         with_events(t).await;
+        // To deliver ten thousand events takes too long.
         t.execute(
         "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
          INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
@@ -490,8 +467,9 @@ async fn old_events_go_even_where_each_poll_takes_longer_than_the_interval() {
     .await;
 }
 
+/// It delays no other event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
+async fn event_deleted_while_in_flight() {
     run_live_test(async |t| {
         t.differs("an event is deleted by hand");
         t.set("--request-timeout", "2s");
@@ -500,11 +478,10 @@ async fn an_event_that_somebody_deletes_while_it_is_sent_stops_no_other() {
         for conversation in conversations {
             t.bigchat.open(conversation, now - 100, 1);
         }
-        let told = conversations.map(|conversation| message(conversation, now - 5, "hello"));
-        t.bigchat.tells(told);
+        let events = conversations.map(|conversation| message(conversation, now - 5, "hello"));
+        t.bigchat.reports(events);
         let faults = &t.our_api;
-        let route = "POST /chats/{id}/messages";
-        faults.upset(route, paused());
+        faults.upset(ADD_MESSAGE, paused());
         let daemon = t.start();
         until("it is sent", async || faults.pausing() > 0).await;
         t.execute("DELETE FROM events WHERE id = 1");

@@ -1,16 +1,16 @@
-//! A place that cannot be written: `check` and the daemon say what is wrong there, and what only reads still works.
+//! A directory that cannot be written: `check` and the daemon report why, and commands that only read still work.
 
-use crate::harness::{Test, run_live_test};
+use crate::harness::{Test, run_live_test, side_by_side};
 use bigchat_sync::simulator::event::message;
-use std::ffi::OsString;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 
-use crate::harness::process::{Process, in_own_mounts, said, unreachable as program};
+use crate::harness::process::{
+    Process, files, in_own_mounts, printed, through, unreachable as program,
+};
 
 /// An account without rights.
 const NOBODY: u32 = 65_534;
@@ -20,19 +20,10 @@ const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind
 
 fn run(mut program: Command) -> (bool, String) {
     let output = program.output().expect("a process");
-    (output.status.success(), said(&output))
+    (output.status.success(), printed(&output))
 }
 
-fn files(directory: &Path) -> Vec<OsString> {
-    let entries = std::fs::read_dir(directory).expect("a directory");
-    let mut files: Vec<_> = entries
-        .map(|entry| entry.expect("a file").file_name())
-        .collect();
-    files.sort();
-    files
-}
-
-/// Both say the same: what is wrong, and what to do.
+/// `check` and `once` report the same problem and the same remedy.
 fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
     for command in ["check", "once"] {
         let (well, text) = run(program(command));
@@ -51,7 +42,7 @@ fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
 }
 
 #[test]
-fn directory_that_takes_no_database_is_named() {
+fn directory_that_takes_no_database() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     std::fs::write(path.join("file"), "").expect("a file");
@@ -88,7 +79,7 @@ fn directory_that_takes_no_database_is_named() {
 }
 
 #[test]
-fn check_leaves_nothing_where_a_database_can_be_made() {
+fn check_leaves_no_file() {
     let directory = tempfile::tempdir().expect("a directory");
     symlink("real.db", directory.path().join("link.db")).expect("a link");
     for db in ["a.db", "./b.db", "link.db"] {
@@ -102,7 +93,7 @@ fn check_leaves_nothing_where_a_database_can_be_made() {
 }
 
 #[test]
-fn directory_on_a_read_only_file_system_is_named() {
+fn directory_on_read_only_system() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     symlink("real.db", path.join("link.db")).expect("a link");
@@ -135,7 +126,7 @@ fn as_nobody(mut program: Command) -> Option<Command> {
 }
 
 #[test]
-fn account_without_rights_is_told_so() {
+fn account_without_rights() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     let open = |mode| std::fs::Permissions::from_mode(mode);
@@ -170,8 +161,8 @@ fn account_without_rights_is_told_so() {
 async fn with_a_failed_event(t: &Test, killed: bool) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
-    let told = ["hello", "k"].map(|text| message(10, now - 5, text));
-    t.bigchat.tells(told);
+    let events = ["hello", "k"].map(|text| message(10, now - 5, text));
+    t.bigchat.reports(events);
     let daemon = Process::start(t);
     t.until_events("failed", 1).await;
     t.until_events("delivered", 1).await;
@@ -179,12 +170,12 @@ async fn with_a_failed_event(t: &Test, killed: bool) {
         true => drop(daemon),
         false => assert!(daemon.stop().await.success()),
     }
-    std::fs::remove_file(t.directory().join("log")).expect("a log");
+    std::fs::remove_file(t.log()).expect("a log");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reading_commands_work_on_a_read_only_file_system() {
-    for killed in [false, true] {
+async fn reading_on_read_only_system() {
+    side_by_side([false, true], async |killed| {
         run_live_test(async |t| {
             with_a_failed_event(t, killed).await;
             let before = files(t.directory());
@@ -210,16 +201,17 @@ async fn reading_commands_work_on_a_read_only_file_system() {
             assert_eq!(t.events("failed"), 1);
         })
         .await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
+async fn reading_while_daemon_writes_elsewhere() {
     run_live_test(async |t| {
         with_a_failed_event(t, false).await;
         let daemon = Process::start(t);
-        let told = vec![message(10, t.now() - 1, "and on")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now() - 1, "and on")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         for command in ["status", "failed list", "failed show 2"] {
             let program = program(t.directory(), command, "journal.db");
@@ -240,7 +232,7 @@ async fn reading_commands_see_a_daemon_that_writes_elsewhere() {
 
 /// Without `-shm` SQLite cannot read the log, and without the log the latest changes would be missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn log_that_cannot_be_read_is_not_ignored() {
+async fn write_ahead_log_without_shm() {
     run_live_test(async |t| {
         with_a_failed_event(t, true).await;
         std::fs::remove_file(t.directory().join("journal.db-shm")).expect("a file");
@@ -257,9 +249,9 @@ async fn log_that_cannot_be_read_is_not_ignored() {
     .await;
 }
 
-/// A pipe would hang, and a device must keep its mode.
+/// A pipe would hang, and the mode of a device must not change.
 #[test]
-fn only_a_regular_file_can_be_a_database() {
+fn database_is_no_regular_file() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     let made = Command::new("mkfifo").arg(path.join("pipe")).status();
@@ -268,14 +260,7 @@ fn only_a_regular_file_can_be_a_database() {
     std::fs::create_dir(path.join("directory")).expect("a directory");
     for db in ["pipe", "socket", "directory", "/dev/zero"] {
         for command in ["once", "status", "check"] {
-            let program = program(path, command, db);
-            let mut bounded = Command::new("timeout");
-            bounded
-                .arg("10")
-                .arg(program.get_program())
-                .args(program.get_args())
-                .current_dir(path);
-            let (well, text) = run(bounded);
+            let (well, text) = run(through(&["timeout", "10"], &program(path, command, db)));
             assert!(
                 !well && text.contains("is not a bigchat-sync database"),
                 "{command} {db}: {text}"

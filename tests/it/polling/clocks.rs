@@ -1,28 +1,22 @@
-//! Clocks that are wrong or step: nothing is lost, no window lies in BigChat's future, and nothing is asked without pause.
+//! Clocks that are wrong or step: nothing is lost, no window lies in BigChat's future, and polls keep their interval.
 
-use crate::harness::services::{NOW, tampering, unix, window, with_header};
+use crate::harness::services::{NOW, busy_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
-use bigchat_sync::simulator::bigchat::{Clock, Log, Mode, Options};
+use bigchat_sync::simulator::bigchat::{Clock, Options};
 use bigchat_sync::simulator::event::{end, message, start};
 use bigchat_sync::simulator::fault::status;
 use std::time::Duration;
 
-fn log(clock_offset: i64) -> Options {
+fn log(ahead: i64) -> Options {
     Options {
-        seed: 31,
-        clock: Clock::Ahead(clock_offset),
+        clock: Clock::Ahead(ahead),
         awkward: false,
-        mode: Mode::Log(Log {
-            events_per_second: 40.0,
-            page_size: 15,
-            ..Log::default()
-        }),
-        ..Options::default()
+        ..busy_log(31, 40.0, 15)
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_this_machine_is_an_hour_off_nothing_is_lost() {
+async fn machine_clock_an_hour_off() {
     side_by_side([-3600, 3600], async |offset| {
         run_with(log(offset), async |t| {
             for _ in 0..2 {
@@ -41,51 +35,47 @@ async fn where_this_machine_is_an_hour_off_nothing_is_lost() {
     .await;
 }
 
+/// Nothing is lost, and BigChat is polled at the same rate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_of_bigchat_that_steps_loses_nothing_and_is_polled_at_the_same_rate() {
-    run_with(
-        Options {
-            quiet: true,
-            ..Options::default()
-        },
-        async |t| {
-            t.set("--poll-interval", "100ms");
-            t.bigchat.open(10, t.now() - 100, 1);
-            t.start();
-            for (n, offset) in [3600, 0, -3600, 0].into_iter().enumerate() {
-                t.bigchat.clock_runs(offset);
-                let told = message(10, t.now() - 1, &format!("number {n}"));
-                t.bigchat.tells([told]);
-                t.agrees().await;
-                until("the cursor follows", async || {
-                    let ahead = t.cursor().expect("a cursor") - t.now();
-                    (-20..=0).contains(&ahead)
-                })
-                .await;
-                // An hour is read in one window, and then it waits again.
-                let (before, since) = (t.bigchat.polls(), std::time::Instant::now());
-                until("some polls", async || t.bigchat.polls() >= before + 5).await;
-                assert!(
-                    since.elapsed() >= Duration::from_millis(390),
-                    "{offset}: {:?}",
-                    since.elapsed()
-                );
-            }
-        },
-    )
+async fn bigchat_clock_steps() {
+    run_live_test(async |t| {
+        t.set("--poll-interval", "100ms");
+        t.bigchat.open(10, t.now() - 100, 1);
+        t.start();
+        for (n, offset) in [3600, 0, -3600, 0].into_iter().enumerate() {
+            t.bigchat.clock_runs(offset);
+            let events = message(10, t.now() - 1, &format!("number {n}"));
+            t.bigchat.reports([events]);
+            t.agrees().await;
+            until("the cursor follows", async || {
+                let ahead = t.cursor().expect("a cursor") - t.now();
+                (-20..=0).contains(&ahead)
+            })
+            .await;
+            // An hour is read in one window, and then it waits again.
+            let (before, since) = (t.bigchat.polls(), std::time::Instant::now());
+            until("some polls", async || t.bigchat.polls() >= before + 5).await;
+            assert!(
+                since.elapsed() >= Duration::from_millis(390),
+                "{offset}: {:?}",
+                since.elapsed()
+            );
+        }
+    })
     .await;
 }
 
+/// It does not move the cursor.
 #[tokio::test]
-async fn an_event_of_the_future_does_not_drag_the_cursor_along() {
+async fn event_of_the_future() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now + 86_400, "tomorrow"), end(10, now + 3600)];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now + 86_400, "tomorrow"), end(10, now + 3600)];
+        t.bigchat.reports(events);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
-        t.bigchat.tells([message(10, now, "today")]);
+        t.bigchat.reports([message(10, now, "today")]);
         t.agrees().await;
         daemon.stop().await;
         assert!(t.cursor() <= Some(t.now()));
@@ -93,8 +83,9 @@ async fn an_event_of_the_future_does_not_drag_the_cursor_along() {
     .await;
 }
 
+/// It leaves no gap, and no window lies in the future.
 #[tokio::test]
-async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
+async fn one_wrong_date() {
     // Before each of the answers that a session begins with, and at a later one.
     side_by_side(
         [0, 1, 2, 3]
@@ -119,7 +110,7 @@ async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
                 .await;
                 t.set("--bigchat-url", &url);
                 t.bigchat.clock(NOW + 600);
-                t.bigchat.tells([start(42, 0), message(42, 1, "one")]);
+                t.bigchat.reports([start(42, 0), message(42, 1, "one")]);
                 for _ in 0..3 {
                     t.once().await;
                 }
@@ -142,32 +133,27 @@ async fn one_wrong_date_leaves_no_gap_and_asks_for_no_future() {
     .await;
 }
 
+/// They are not believed for an event from before it, whatever the clock said.
 #[tokio::test]
-async fn details_of_after_a_restart_are_not_believed_whatever_the_clock_said_before() {
+async fn details_from_after_a_restart() {
     side_by_side([false, true], async |was_ahead| {
-        // The details come before the next poll could tell.
+        // The details come before the next poll could notice the restart.
         run_test(async |t| {
             t.set("--poll-interval", "1s")
                 .set("--retry-initial", "100ms");
             let daemon = t.start();
-            let until_read = async |at| {
-                until("it is read up to then", async || {
-                    t.is_ready() && t.cursor() == Some(at)
-                })
-                .await;
-            };
-            until_read(NOW).await;
+            t.until_cursor(NOW).await;
             if was_ahead {
                 // By so little that it is believed at once.
                 t.bigchat.clock(NOW + 500);
-                until_read(NOW + 500).await;
+                t.until_cursor(NOW + 500).await;
                 t.bigchat.further_polls(1).await;
             }
             t.bigchat.clock(NOW + 60);
-            until_read(NOW + 60).await;
+            t.until_cursor(NOW + 60).await;
             let slow = status(500).after(Duration::from_millis(300));
             t.bigchat.upset("GET /conversations/42", slow);
-            t.bigchat.tells([message(42, 2, "of before")]);
+            t.bigchat.reports([message(42, 2, "of before")]);
             until("its details are asked for", async || {
                 t.bigchat.count("GET /conversations/42") == 1
             })

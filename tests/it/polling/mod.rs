@@ -1,4 +1,4 @@
-//! What BigChat is asked, and what of its answers is ingested.
+//! The requests to BigChat, and what of its responses is ingested.
 
 mod clocks;
 mod paging;

@@ -1,52 +1,33 @@
 //! The whole daemon against the simulated services, with restarts and crashes in between.
 
-use crate::harness::services::time;
+use crate::harness::services::{busy_log, quiet_log, seeded, time};
 use crate::harness::{run_with, until};
 use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
-use bigchat_sync::simulator::event::event;
+use bigchat_sync::simulator::event::transfer;
 use std::time::Duration;
 
-use serde_json::json;
-
-fn log(seed: u64) -> Options {
-    Options {
-        seed,
-        mode: Mode::Log(Log {
-            events_per_second: 60.0,
-            page_size: 7,
-            ..Log::default()
-        }),
-        ..Options::default()
-    }
-}
-
 #[tokio::test]
-async fn what_happened_stands_in_our_api_across_restarts() {
-    run_with(
-        Options {
-            seed: 7,
-            ..Options::default()
-        },
-        async |t| {
-            for _ in 0..5 {
-                let daemon = t.start();
-                t.bigchat.reports_more(40).await;
-                daemon.stop().await;
-            }
-            t.bigchat.calms_down();
+async fn events_reported_once_across_restarts() {
+    run_with(seeded(7), async |t| {
+        for _ in 0..5 {
             let daemon = t.start();
-            t.agrees().await;
+            t.bigchat.reports_more(40).await;
             daemon.stop().await;
-            assert_eq!(t.our_api.max_at_once(), 1, "one request at a time");
-            assert_eq!(t.compare().fallbacks(), 0);
-        },
-    )
+        }
+        t.bigchat.calms_down();
+        let daemon = t.start();
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.max_at_once(), 1, "one request at a time");
+        assert_eq!(t.compare().fallbacks(), 0);
+    })
     .await;
 }
 
+/// With late events and small pages.
 #[tokio::test]
-async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
-    run_with(log(3), async |t| {
+async fn stable_log_across_restarts() {
+    run_with(busy_log(3, 60.0, 7), async |t| {
         for _ in 0..4 {
             let daemon = t.start();
             t.bigchat.reports_more(60).await;
@@ -59,8 +40,8 @@ async fn a_stable_log_with_late_events_and_small_pages_is_told_exactly() {
 }
 
 #[tokio::test]
-async fn several_at_once_where_our_api_takes_them() {
-    run_with(log(4), async |t| {
+async fn several_requests_in_flight() {
+    run_with(busy_log(4, 60.0, 7), async |t| {
         t.our_api.set_latency(Duration::from_millis(20));
         t.our_api.state().be_good();
         t.set("--our-api-concurrency", "8");
@@ -76,16 +57,16 @@ async fn several_at_once_where_our_api_takes_them() {
 }
 
 #[tokio::test]
-async fn a_backfill_reads_the_past_in_windows() {
+async fn backfill_of_a_stable_log() {
+    let log = Log {
+        events_per_second: 0.5,
+        page_size: 7,
+        history: Duration::from_secs(600),
+        ..Log::default()
+    };
     let options = Options {
-        seed: 5,
-        mode: Mode::Log(Log {
-            events_per_second: 0.5,
-            page_size: 7,
-            history: Duration::from_secs(600),
-            ..Log::default()
-        }),
-        ..Options::default()
+        mode: Mode::Log(log),
+        ..seeded(5)
     };
     run_with(options, async |t| {
         let since = time(t.now() - 700);
@@ -94,7 +75,7 @@ async fn a_backfill_reads_the_past_in_windows() {
         t.bigchat.calms_down();
         assert!(t.bigchat.reported().len() > 100);
         until("no difference", async || {
-            // What happened in the second the window ended in is told by the next.
+            // Events of the second in which the window ended are reported in the next one.
             t.once().await;
             t.compare().is_clean()
         })
@@ -104,15 +85,15 @@ async fn a_backfill_reads_the_past_in_windows() {
 }
 
 #[tokio::test]
-async fn crashes_at_any_moment_lose_and_double_nothing() {
-    run_with(log(6), async |t| {
+async fn crashes_at_any_moment() {
+    run_with(busy_log(6, 60.0, 7), async |t| {
         // After each crash OurAPI is left alone for so long.
         t.set("--request-timeout", "200ms");
         for crash in 0..12_u8 {
             let asked = t.our_api.total();
             let daemon = t.start();
             t.bigchat.reports_more(10 + usize::from(crash)).await;
-            // What is told must be delivered in the end.
+            // What is reported must be delivered in the end.
             t.bigchat.calms_down();
             until("requests", async || {
                 t.our_api.total() > asked + u64::from(crash)
@@ -128,13 +109,12 @@ async fn crashes_at_any_moment_lose_and_double_nothing() {
 }
 
 #[tokio::test]
-async fn steady_state_costs_one_request_per_event() {
+async fn steady_state_requests_per_event() {
     run_with(
         Options {
-            seed: 9,
             awkward: false,
             active: 10,
-            ..Options::default()
+            ..seeded(9)
         },
         async |t| {
             let daemon = t.start();
@@ -154,19 +134,14 @@ async fn steady_state_costs_one_request_per_event() {
     .await;
 }
 
+/// They are two, however often a log reports them.
 #[tokio::test]
-async fn two_transfers_of_one_second_are_two_however_often_a_log_tells_them() {
-    let quiet = Options {
-        quiet: true,
-        mode: Mode::Log(Log::default()),
-        ..Options::default()
-    };
-    run_with(quiet, async |t| {
+async fn two_transfers_in_one_second() {
+    run_with(quiet_log(Log::default()), async |t| {
         let at = t.now() - 1;
         t.bigchat.open(2, at, 1);
         for to in [2, 3] {
-            let data = json!({ "old_advisor_id": 1, "new_advisor_id": to });
-            t.bigchat.tells_of(event(2, "TRANSFER", at, data));
+            t.bigchat.reports_event(transfer(2, at, to));
         }
         let daemon = t.start();
         t.agrees().await;
@@ -176,7 +151,7 @@ async fn two_transfers_of_one_second_are_two_however_often_a_log_tells_them() {
         })
         .await;
         daemon.stop().await;
-        assert_eq!(t.value::<i64>("SELECT count(*) FROM events"), 2);
+        assert_eq!(t.count_events("true"), 2);
     })
     .await;
 }

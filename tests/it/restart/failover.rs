@@ -1,29 +1,21 @@
-//! Going on with an older database (a copy, a replica), or with none and `--since`, as on another machine: with a BigChat
-//! that keeps its events nothing is lost, and nothing that OurAPI holds is sent again.
+//! A daemon with an older database (a copy, a replica), or with none and `--since`, as on another machine: if BigChat keeps
+//! its events, nothing is lost, and nothing that OurAPI has is sent again.
 
-use crate::harness::services::{time, unix};
+use crate::harness::services::{ADD_MESSAGE, busy_log, quiet_log, time, unix};
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
-use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
-use bigchat_sync::simulator::event::{end, event, message, transfer};
+use bigchat_sync::simulator::bigchat::{Log, Options};
+use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::slow;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::json;
-
-/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. Nothing in it is
-/// refused: what OurAPI does not hold would be sent again.
+/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. OurAPI
+/// rejects none of it: a rejected event would be sent again.
 fn keeps_its_events(seed: u64) -> Options {
     Options {
-        seed,
         active: 6,
         awkward: false,
-        mode: Mode::Log(Log {
-            events_per_second: 60.0,
-            page_size: 15,
-            ..Log::default()
-        }),
-        ..Options::default()
+        ..busy_log(seed, 60.0, 15)
     }
 }
 
@@ -43,7 +35,7 @@ fn restore(t: &Bench, copy: &PathBuf) {
 /// Loses the database.
 fn lose(t: &Bench) {
     for end in ["", "-wal", "-shm"] {
-        // Of a daemon that was stopped well only the first is there.
+        // After a clean stop there is only the first of them.
         std::fs::remove_file(format!("{}{end}", t.db().display())).ok();
     }
 }
@@ -58,7 +50,7 @@ fn writes(t: &Test) -> [usize; 3] {
     routes.map(|route| t.our_api.count(route))
 }
 
-/// All that OurAPI holds, to be compared.
+/// All that OurAPI has, to be compared.
 fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
     let held = t.our_api.data();
     let messages: std::collections::BTreeMap<_, _> = held.messages.into_iter().collect();
@@ -70,6 +62,7 @@ async fn catch_up(t: &Test) {
     // Later than any cursor by now.
     let now = unix(t.now() + 1);
     let daemon = t.start();
+    // No view shows the pages that are stored and not ingested yet.
     let caught_up = format!(
         "SELECT coalesce(cursor, 0) >= {now} AND NOT EXISTS (SELECT 1 FROM inbox)
             AND NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting') FROM poll_state"
@@ -81,8 +74,9 @@ async fn catch_up(t: &Test) {
     daemon.stop().await;
 }
 
+/// Nothing is lost, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
+async fn older_copy_of_the_database() {
     side_by_side([21, 22, 23], async |seed| {
         run_with(keeps_its_events(seed), async |t| {
             let daemon = t.start();
@@ -98,7 +92,7 @@ async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
             catch_up(t).await;
             assert!(held(t) == before, "seed {seed}: {}", t.compare());
             assert_eq!(writes(t), sent, "seed {seed}");
-            // And it goes on as if nothing had been.
+            // From there on it makes progress as usual.
             t.bigchat.state().set_quiet(false);
             t.start();
             t.bigchat.reports_more(60).await;
@@ -109,8 +103,9 @@ async fn with_an_older_copy_nothing_is_lost_and_nothing_is_sent_again() {
     .await;
 }
 
+/// With an older copy and new events, nothing is lost or duplicated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
+async fn copies_and_crashes() {
     run_with(keeps_its_events(24), async |t| {
         // After each crash OurAPI is left alone for so long.
         t.set("--request-timeout", "500ms");
@@ -129,8 +124,9 @@ async fn with_a_copy_and_what_happened_meanwhile_nothing_is_lost_or_doubled() {
     .await;
 }
 
+/// `--since` reads everything again, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
+async fn lost_database_with_since() {
     side_by_side([25, 26], async |seed| {
         run_with(keeps_its_events(seed), async |t| {
             let since = time(t.now() - 60);
@@ -151,36 +147,23 @@ async fn without_any_database_since_brings_it_back_and_nothing_is_sent_again() {
     .await;
 }
 
+/// Equal messages of one second are as many as before.
 #[tokio::test]
-async fn equal_messages_of_one_second_are_as_many_as_before() {
-    let quiet = Options {
-        quiet: true,
-        mode: Mode::Log(Log {
-            page_size: 3,
-            ..Log::default()
-        }),
-        ..Options::default()
+async fn copy_with_equal_messages() {
+    let log = Log {
+        page_size: 3,
+        ..Log::default()
     };
-    run_with(quiet, async |t| {
+    run_with(quiet_log(log), async |t| {
         let at = t.now() - 2;
         t.bigchat.open(10, at - 100, 1);
-        let twin = || {
-            t.bigchat
-                .tells_of(event(10, "MESSAGE", at, json!({"message": "twin"})))
-        };
-        twin();
+        let reports = |text: &str| t.bigchat.reports_event(message(10, at, text));
+        reports("twin");
         catch_up(t).await;
         let copy = copy(t);
         // One more of what the copy knows, and others.
-        (0..4).for_each(|_| twin());
-        (0..3).for_each(|n| {
-            t.bigchat.tells_of(event(
-                10,
-                "MESSAGE",
-                at,
-                json!({"message": format!("number {n}")}),
-            ))
-        });
+        (0..4).for_each(|_| reports("twin"));
+        (0..3).for_each(|n| reports(&format!("number {n}")));
         let daemon = t.start();
         t.agrees().await;
         daemon.stop().await;
@@ -194,12 +177,13 @@ async fn equal_messages_of_one_second_are_as_many_as_before() {
     .await;
 }
 
+/// An END that the copy does not know is not set back.
 #[tokio::test]
-async fn an_end_that_the_copy_does_not_know_is_not_set_back() {
+async fn copy_without_the_last_end() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.tells(events);
+        let tell = |events| t.bigchat.reports(events);
         tell(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
         t.once().await;
         let copy = copy(t);
@@ -219,12 +203,13 @@ async fn an_end_that_the_copy_does_not_know_is_not_set_back() {
     .await;
 }
 
+/// Conversations of a BigChat that restarted after the copy are told apart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart() {
+async fn copy_from_before_a_restart() {
     run_with(keeps_its_events(27), async |t| {
         let daemon = t.start();
         t.bigchat.reports_more(80).await;
-        // Nothing waits in the copy: a BigChat that restarts keeps nothing of before.
+        // Nothing waits in the copy: a BigChat that restarts forgets everything.
         t.bigchat.calms_down();
         t.agrees().await;
         t.until_events("waiting", 0).await;
@@ -233,7 +218,7 @@ async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart
         t.bigchat.reports_more(80).await;
         t.bigchat.calms_down();
         t.agrees().await;
-        // By BigChat's `date`, to whole seconds and a little late, pages of just before are not told from those of after.
+        // BigChat's `date` has whole seconds and lags a little: pages from just before and just after look the same.
         let restart = t.now() + 3;
         until("some seconds", async || t.now() > restart).await;
         t.bigchat.restarts_between_polls().await;
@@ -251,19 +236,20 @@ async fn conversations_of_a_bigchat_that_restarted_after_the_copy_are_told_apart
     .await;
 }
 
+/// An END does not set back the agent of a chat that was being written when the database was copied.
 #[tokio::test]
-async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_was_copied() {
+async fn copy_with_a_message_in_flight() {
     run_live_test(async |t| {
         t.set("--poll-overlap", "0s");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.tells(events);
+        let tell = |events| t.bigchat.reports(events);
         tell(vec![message(10, now - 20, "hello")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(2));
-        faults.upset("POST /chats/{id}/messages", slow.carried_out());
+        faults.upset(ADD_MESSAGE, slow.carried_out());
         tell(vec![message(10, now - 19, "in work")]);
         until("it is in work", async || t.our_api.message_count() == 2).await;
         let copy = copy(t);
@@ -275,7 +261,7 @@ async fn an_end_does_not_set_back_the_agent_of_a_chat_that_was_in_work_when_it_w
         let daemon = t.start();
         t.until_events("delivered", 2).await;
         let started = t.now();
-        until("a later window", async || t.cursor() > Some(started + 1)).await;
+        t.until_cursor_passes(started).await;
         let at = t.now();
         tell(vec![end(10, at)]);
         t.until_events("delivered", 3).await;

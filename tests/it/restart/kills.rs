@@ -1,9 +1,10 @@
-//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of
-//! a page that was kept is lost, nothing is doubled.
+//! SIGKILL of the real binary, at random moments and at every point between journal, request and commit: nothing of a
+//! stored page is lost, and nothing is duplicated.
 
-use crate::harness::services::time;
-use crate::harness::{Bench, Process, Test, run_live_test, run_with, side_by_side, until};
-use bigchat_sync::simulator::bigchat::{Log, Mode, Options};
+use crate::harness::process::Process;
+use crate::harness::services::{ADD_MESSAGE, ROUTES, busy_log, quiet_log, time};
+use crate::harness::{Test, run_live_test, run_with, side_by_side, until};
+use bigchat_sync::simulator::bigchat::Log;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, crashed, paused};
 use std::time::Duration;
@@ -20,23 +21,13 @@ async fn killed_at_random_moments() {
     let kills =
         variable("BIGCHAT_SYNC_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
     let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
-    // With a stable log nothing at all may be lost, not even what was answered and not kept.
-    let log = Log {
-        events_per_second: 40.0,
-        page_size: 20,
-        ..Log::default()
-    };
-    let options = Options {
-        seed,
-        mode: Mode::Log(log),
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+    // With a stable log nothing may be lost, not even a response that was not stored.
+    run_with(busy_log(seed, 40.0, 20), async |t| {
         // After each kill OurAPI is left alone for so long.
         t.set("--request-timeout", "300ms");
         let mut random = StdRng::seed_from_u64(seed);
         for _ in 0..kills {
-            let daemon = t.spawn();
+            let daemon = Process::start(t);
             // From before the first poll to well into the work.
             tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
             drop(daemon);
@@ -52,29 +43,28 @@ async fn killed_at_random_moments() {
 
 /// Killed while many conversations wait, and are committed together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_in_the_midst_of_a_backlog() {
+async fn killed_during_a_backlog() {
     run_live_test(async |t| {
         t.set("--request-timeout", "1s");
         let now = t.now();
-        let told = (10..410).flat_map(|conversation| {
+        let events = (10..410).flat_map(|conversation| {
             t.bigchat.open(conversation, now - 100, 1);
             let messages = ["hello", "hello", "goodbye"];
             let messages = messages.map(|text| message(conversation, now, text));
             std::iter::once(start(conversation, now - 100)).chain(messages)
         });
-        t.bigchat.tells(told);
+        t.bigchat.reports(events);
         let mut random = StdRng::seed_from_u64(1);
         let (mut interrupted, mut uncommitted) = (0, 0);
         for _ in 0..12 {
             let asked = t.our_api.total() + random.random_range(1..60);
-            let daemon = t.spawn();
+            let daemon = Process::start(t);
             until("requests", async || t.our_api.total() >= asked).await;
             drop(daemon);
-            let delivered: u32 = t.value(
-                "SELECT count(*) FROM event_states WHERE state = 'delivered' AND kind = 'MESSAGE'",
-            );
+            let delivered = t.count_events("state = 'delivered' AND kind = 'MESSAGE'");
+            let delivered = usize::try_from(delivered).expect("few");
             interrupted += usize::from(t.events("waiting") > 32);
-            uncommitted += usize::from(t.our_api.message_count() > delivered as usize);
+            uncommitted += usize::from(t.our_api.message_count() > delivered);
         }
         assert!(interrupted > 3, "in the midst of it: {interrupted} times");
         assert!(
@@ -88,19 +78,19 @@ async fn killed_in_the_midst_of_a_backlog() {
     .await;
 }
 
-/// A conversation whose START nobody told is known by its details alone, and BigChat forgets them: what was sent by them
-/// must be known again.
+/// A conversation without a START is known by its details alone, and BigChat forgets them: the chat that was created from
+/// them must be found again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
-    for moment in MOMENTS {
+async fn killed_before_bigchat_restarts() {
+    side_by_side(MOMENTS, async |moment| {
         run_live_test(async |t| {
             t.set("--request-timeout", TIMEOUT);
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
-            let told = vec![message(10, now - 5, "hello")];
-            t.bigchat.tells(told);
+            let events = vec![message(10, now - 5, "hello")];
+            t.bigchat.reports(events);
             t.upset("POST /chats", moment.pause());
-            let daemon = t.spawn();
+            let daemon = Process::start(t);
             until("it is being created", async || t.pausing() > 0).await;
             kill_at(moment, daemon, t).await;
             t.bigchat.restart();
@@ -109,7 +99,8 @@ async fn killed_while_a_chat_is_created_and_bigchat_restarts() {
             assert_eq!(t.our_api.chats().len(), 1, "{moment:?}");
         })
         .await;
-    }
+    })
+    .await;
 }
 
 /// How far a request has come when the daemon is killed.
@@ -119,7 +110,7 @@ enum Moment {
     Sent,
     /// It is carried out, and not answered.
     CarriedOut,
-    /// It is answered, and nothing of that can be kept: another process holds the database.
+    /// It is answered, and the response cannot be stored: another process locks the database.
     Answered,
 }
 
@@ -128,42 +119,30 @@ const TIMEOUT: &str = "8s";
 
 const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
 
-/// Every request there is, and what brings it about where nothing else does.
-const REQUESTS: [(&str, Option<&str>); 10] = [
-    ("GET /events", None),
-    ("GET /conversations/{id}", None),
-    ("GET /advisors/{id}", None),
-    ("GET /agents", None),
-    ("POST /agents", None),
-    ("POST /chats", None),
-    ("GET /chats", Some("POST /chats")),
-    ("PATCH /chats/{id}", None),
-    ("POST /chats/{id}/messages", None),
-    (
-        "GET /chats/{id}/messages",
-        Some("POST /chats/{id}/messages"),
-    ),
-];
+/// The request whose answer must be lost for a request of that route, if it is not sent otherwise.
+fn cause(route: &str) -> Option<&'static str> {
+    match route {
+        "GET /chats" => Some("POST /chats"),
+        "GET /chats/{id}/messages" => Some(ADD_MESSAGE),
+        _ => None,
+    }
+}
 
+/// Before each kind of request is carried out, before it is answered, and before its response is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_at_every_point() {
-    let points = REQUESTS
+async fn killed_at_every_request() {
+    let points = ROUTES
         .iter()
-        .flat_map(|request| MOMENTS.map(|moment| (*request, moment)));
-    side_by_side(points, async |((route, cause), moment)| {
-        killed_at(route, cause, moment).await;
+        .flat_map(|route| MOMENTS.map(|moment| (route, moment)));
+    side_by_side(points, async |(route, moment)| {
+        killed_at(route, moment).await;
     })
     .await;
 }
 
 /// Kills the daemon twice at a request of that route.
-async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
-    let options = Options {
-        quiet: true,
-        mode: Mode::Log(Log::default()),
-        ..Options::default()
-    };
-    run_with(options, async |t| {
+async fn killed_at(route: &str, moment: Moment) {
+    run_with(quiet_log(Log::default()), async |t| {
         let now = t.now();
         let since = time(now - 60);
         t.set("--request-timeout", TIMEOUT).set("--since", &since);
@@ -173,8 +152,8 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
             message(10, now - 5, "hello"),
             message(10, now - 5, " hello"),
         ];
-        t.bigchat.tells(first);
-        if let Some(cause) = cause {
+        t.bigchat.reports(first);
+        if let Some(cause) = cause(route) {
             let lost = crashed();
             t.our_api.upset(cause, lost.carried_out());
         }
@@ -183,22 +162,22 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
         let mut tell_more = || {
             let now = t.now();
             if more.take().is_some() {
-                let told = vec![
+                let events = vec![
                     end(10, now),
                     transfer(10, now, 2),
                     message(10, now, "goodbye"),
                 ];
-                t.bigchat.tells(told);
+                t.bigchat.reports(events);
             }
         };
         for round in 0..2 {
             t.upset(route, moment.pause());
-            let daemon = t.spawn();
+            let daemon = Process::start(t);
             until(&format!("{moment:?} {route}"), async || {
                 if t.is_ready() && t.events("delivered") >= 3 {
                     tell_more();
                 }
-                // What was carried out the first time need not be asked for again.
+                // What was carried out the first time need not be requested again.
                 let done = round > 0 && t.events("delivered") == 6;
                 t.pausing() > 0 || done
             })
@@ -222,7 +201,7 @@ async fn killed_at(route: &str, cause: Option<&str>, moment: Moment) {
 
 /// Kills the daemon, one request of which waits, once that has come as far as `moment`.
 async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
-    let _held = (moment == Moment::Answered).then(|| hold_database(t));
+    let _locked = (moment == Moment::Answered).then(|| t.lock_database());
     if moment == Moment::Answered {
         t.resume();
         until("an answer", async || t.pausing() == 0).await;
@@ -231,23 +210,11 @@ async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
 }
 
 impl Moment {
-    /// What holds a request there.
+    /// The fault that stops a request there.
     fn pause(self) -> Fault {
         match self {
             Self::Sent | Self::Answered => paused(),
             Self::CarriedOut => paused().carried_out(),
         }
     }
-}
-
-/// Keeps everybody else from writing to the database, until it is dropped.
-fn hold_database(t: &Bench) -> rusqlite::Connection {
-    let other = rusqlite::Connection::open(t.db()).expect("a database");
-    other
-        .busy_timeout(Duration::from_secs(30))
-        .expect("a busy timeout");
-    other
-        .execute_batch("BEGIN IMMEDIATE")
-        .expect("nobody holds it for long");
-    other
 }

@@ -1,105 +1,97 @@
-//! Stopping, whatever hangs: within 10 s, and nothing forgotten.
+//! Stops within 10 s, whatever hangs, and without losing anything.
 
+use crate::harness::process::STOPS_WITHIN;
+use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Daemon, Test, run_live_test, until};
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::slow;
 use std::time::{Duration, Instant};
 
-const BOUND: Duration = Duration::from_secs(10);
-
 #[tokio::test]
-async fn while_both_apis_hang() {
+async fn stop_while_both_apis_hang() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, now - 5, "one"), message(10, now - 5, "two")];
+        t.bigchat.reports(events);
         let hang = slow(Duration::from_secs(60));
-        let route = "POST /chats/{id}/messages";
-        t.our_api.upset(route, hang.carried_out());
+        t.our_api.upset(ADD_MESSAGE, hang.carried_out());
         let daemon = t.start();
         until("one of two", async || t.our_api.message_count() == 1).await;
         t.bigchat.hold(true);
         let stopped = Instant::now();
         daemon.stop().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         t.bigchat.hold(false);
         t.start();
     })
     .await;
 }
 
-/// A daemon that BigChat tells of an event while another process holds the database.
+/// A daemon that receives an event while another process locks the database.
 async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = t.start();
-    until("a poll", async || t.cursor().is_some()).await;
+    t.until_polled().await;
     let polls = || t.bigchat.count("GET /events");
     let before = polls();
     let late = slow(Duration::from_secs(2));
     t.bigchat.upset("GET /events", late);
     until("a poll under way", async || polls() > before).await;
-    let other = rusqlite::Connection::open(t.db()).expect("the database");
-    until("the database is held", async || {
-        other.execute_batch("BEGIN IMMEDIATE").is_ok()
-    })
-    .await;
-    t.bigchat.tells([message(10, now - 5, "told meanwhile")]);
+    let other = t.lock_database();
+    t.bigchat.reports([message(10, now - 5, "told meanwhile")]);
     until("it is told", async || !t.bigchat.reported().is_empty()).await;
     (daemon, other)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_another_process_holds_the_database() {
+async fn stop_while_database_is_locked() {
     run_live_test(async |t| {
         t.differs("an event is lost with the daemon");
         let (daemon, _other) = told_while_held(t).await;
         let stopped = Instant::now();
         let outcome = daemon.outcome().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         let error = outcome.expect_err("an event was told and could not be kept");
         assert!(error.to_string().contains("1 events"), "{error}");
     })
     .await;
 }
 
+/// A page that the database refuses is stored before anything else is requested.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_that_the_database_refuses_is_kept_before_anything_else_is_asked_for() {
+async fn page_while_database_is_locked() {
     run_live_test(async |t| {
         let (_, other) = told_while_held(t).await;
         let polls = t.bigchat.count("GET /events");
-        // Longer than any statement waits.
+        // Longer than any statement waits for a locked database.
         tokio::time::sleep(Duration::from_millis(2_500)).await;
         assert_eq!(t.bigchat.count("GET /events"), polls);
-        other.execute_batch("COMMIT").expect("it lets go");
+        drop(other);
     })
     .await;
 }
 
+/// What was delivered and could not be committed is read back after the restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_delivered_and_could_not_be_settled_is_not_forgotten() {
+async fn delivered_but_not_committed() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         let late = slow(Duration::from_secs(1));
-        let route = "POST /chats/{id}/messages";
-        t.our_api.upset(route, late);
-        let told = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
-        t.bigchat.tells(told);
+        t.our_api.upset(ADD_MESSAGE, late);
+        let events = vec![message(10, now - 5, "twin"), message(10, now - 5, "twin")];
+        t.bigchat.reports(events);
         let daemon = t.start();
-        until("one is sent", async || t.our_api.count(route) == 1).await;
-        let other = rusqlite::Connection::open(t.db()).expect("the database");
-        until("the database is held", async || {
-            other.execute_batch("BEGIN IMMEDIATE").is_ok()
-        })
-        .await;
+        until("one is sent", async || t.our_api.count(ADD_MESSAGE) == 1).await;
+        let other = t.lock_database();
         until("both stand there", async || t.our_api.message_count() == 2).await;
         let stopped = Instant::now();
-        // Nothing that BigChat told goes with it.
+        // Nothing that it has received is lost.
         daemon.stop().await;
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
-        other.execute_batch("COMMIT").expect("it lets go");
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
+        drop(other);
         assert_eq!(t.events("waiting"), 2);
         let daemon = t.start();
         t.until_events("delivered", 2).await;
@@ -120,7 +112,7 @@ async fn once_while_bigchat_hangs() {
         let stopped = Instant::now();
         stopping.cancel();
         once.await.expect("no panic").expect("it stops well");
-        assert!(stopped.elapsed() < BOUND, "{:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
     })
     .await;
 }

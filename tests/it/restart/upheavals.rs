@@ -1,58 +1,41 @@
-//! What either side does to us: BigChat restarts and gives its ids to others, OurAPI loses its data, goes away, and
-//! comes back.
+//! BigChat restarts and reuses its ids; OurAPI loses its data, is down, and recovers.
 
-use crate::harness::services::BigChat;
+use crate::harness::process::Process;
+use crate::harness::services::{BigChat, seeded};
 use crate::harness::{Test, run_live_test, run_test, run_with, until};
 use bigchat_sync::simulator::bigchat::{NextPage, Options, Page};
-use bigchat_sync::simulator::event::{event, message, start, transfer};
+use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
 
-use serde_json::json;
-
-use crate::harness::process::Process;
-
-fn quiet() -> Options {
-    Options {
-        quiet: true,
-        ..Options::default()
-    }
-}
-
+/// It mixes no epochs.
 #[tokio::test]
-async fn a_restart_of_bigchat_mixes_nothing() {
-    run_with(
-        Options {
-            seed: 11,
-            ..Options::default()
-        },
-        async |t| {
-            let daemon = t.start();
-            for _ in 0..3 {
-                t.bigchat.reports_more(40).await;
-                t.bigchat.restarts_between_polls().await;
-            }
+async fn bigchat_restarts_again_and_again() {
+    run_with(seeded(11), async |t| {
+        let daemon = t.start();
+        for _ in 0..3 {
             t.bigchat.reports_more(40).await;
-            t.bigchat.calms_down();
-            t.agrees().await;
-            daemon.stop().await;
-            assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 4);
-        },
-    )
+            t.bigchat.restarts_between_polls().await;
+        }
+        t.bigchat.reports_more(40).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.restarts(), 3);
+    })
     .await;
 }
 
+/// It is noticed by a message, too.
 #[tokio::test]
-async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
-    run_with(quiet(), async |t| {
+async fn restart_while_daemon_is_stopped() {
+    run_live_test(async |t| {
         let now = t.now();
-        t.bigchat
-            .tells_of(event(1, "MESSAGE", now, json!({"message": "of before"})));
+        t.bigchat.reports_event(message(1, now, "of before"));
         t.once().await;
         t.bigchat.restart();
         let now = t.now();
-        t.bigchat
-            .tells_of(event(1, "MESSAGE", now, json!({"message": "of after"})));
+        t.bigchat.reports_event(message(1, now, "of after"));
         t.once().await;
         let report = t.compare();
         assert!(report.is_clean(), "{report}");
@@ -62,19 +45,20 @@ async fn a_restart_while_the_daemon_was_down_is_noticed_by_a_message_too() {
     .await;
 }
 
-/// Lets so many questions for events pass, and has the next one wait until it is told to go on.
+/// Lets so many requests for events pass, and has the next one wait for [`Test::resume`].
 fn pause_after(faults: &BigChat, passing: usize) {
     let as_ever = slow(Duration::ZERO);
     faults.upset("GET /events", as_ever.times(passing));
     faults.upset("GET /events", paused());
 }
 
+/// It mixes no epochs.
 #[tokio::test]
-async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
-    run_with(quiet(), async |t| {
+async fn restart_between_two_pages() {
+    run_live_test(async |t| {
         t.start();
-        until("a poll", async || t.cursor().is_some()).await;
-        // The first page is told as ever; before the second one BigChat restarts.
+        t.until_polled().await;
+        // BigChat restarts between the first page and the second one.
         let faults = &t.bigchat;
         faults.hold(true);
         pause_after(faults, 1);
@@ -83,15 +67,15 @@ async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
         t.bigchat.open(3, now - 100, 2);
         let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
         let next = NextPage::Usual;
-        t.bigchat.tells(Page::Events(of_before, next));
+        t.bigchat.reports(Page::Events(of_before, next));
         faults.hold(false);
         until("half a poll", async || faults.pausing() == 1).await;
         t.bigchat.restart();
         let now = t.now();
-        // The ids of the new run are given out anew, so far up to 2.
+        // The new epoch has given out the ids up to 2 so far.
         t.bigchat.open(2, now, 1);
         let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
-        t.bigchat.tells(of_after);
+        t.bigchat.reports(of_after);
         faults.resume();
         t.agrees().await;
         assert_eq!(t.our_api.chats().len(), 4);
@@ -99,7 +83,7 @@ async fn a_restart_between_two_pages_of_a_poll_mixes_nothing() {
     .await;
 }
 
-/// Tells of a conversation on two pages, the second of which begins as the first one ended: they have shifted. BigChat
+/// Reports a conversation on two pages, the second of which begins as the first one ended: they have shifted. BigChat
 /// restarts before the next poll.
 async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     let faults = &t.bigchat;
@@ -108,20 +92,21 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     let now = t.now();
     let say = |text| message(conversation, now, text);
     t.bigchat
-        .tells(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
-    t.bigchat.tells([say("two"), say("three")]);
+        .reports(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
+    t.bigchat.reports([say("two"), say("three")]);
     faults.hold(false);
     until("the third question", async || faults.pausing() == 1).await;
     t.bigchat.restart();
     faults.resume();
 }
 
+/// No message is stored twice.
 #[tokio::test]
-async fn pages_that_shift_before_a_restart_make_no_message_two() {
-    run_with(quiet(), async |t| {
+async fn pages_shift_before_a_restart() {
+    run_live_test(async |t| {
         t.differs("scripted pages imitate a log that shifts");
         t.start();
-        until("a poll", async || t.cursor().is_some()).await;
+        t.until_polled().await;
         t.bigchat.open(3, t.now() - 100, 2);
         restart_among_shifted_pages(t, 3).await;
         t.until_events("delivered", 3).await;
@@ -132,39 +117,36 @@ async fn pages_that_shift_before_a_restart_make_no_message_two() {
     .await;
 }
 
+/// A page is of the epoch that was verified after it.
 #[tokio::test]
-async fn a_page_is_of_the_run_that_was_seen_after_it() {
-    run_with(quiet(), async |t| {
-t.differs("scripted pages imitate a log that shifts");
-    t.start();
-    until("a poll", async || t.cursor().is_some()).await;
-    t.bigchat.restart();
-    until("it is noticed", async || {
-        t.value::<i64>("SELECT max(id) FROM epochs") == 2
+async fn page_before_a_restart() {
+    run_live_test(async |t| {
+        t.differs("scripted pages imitate a log that shifts");
+        t.start();
+        t.until_polled().await;
+        t.bigchat.restart();
+        until("it is noticed", async || t.restarts() == 1).await;
+        // Each epoch has this conversation, and the times are those of the restart: nothing on the page shows its epoch.
+        restart_among_shifted_pages(t, 1).await;
+        t.until_events("delivered", 3).await;
+        until("it is noticed", async || t.restarts() == 2).await;
+        // No command shows the epoch of an event.
+        let epochs: i64 = t.value(
+            "SELECT min(c.epoch) * max(c.epoch) FROM event_states e
+         JOIN conversations c ON c.id = e.conversation",
+        );
+        assert_eq!(epochs, 4, "all of them of the second epoch");
     })
     .await;
-    // Of a conversation that each run has, and about when this one began: nothing on the page tells which it is.
-    restart_among_shifted_pages(t, 1).await;
-    t.until_events("delivered", 3).await;
-    until("it is noticed", async || {
-        t.value::<i64>("SELECT max(id) FROM epochs") == 3
-    })
-    .await;
-    let of: i64 = t.value(
-        "SELECT min(c.epoch) * max(c.epoch) FROM events e JOIN conversations c ON c.id = e.conversation",
-    );
-    assert_eq!(of, 4, "all of them of the second run");
-})
-.await;
 }
 
+/// What OurAPI loses is rebuilt.
 #[tokio::test]
-async fn what_our_api_loses_is_built_again() {
+async fn losses_of_all_kinds() {
     run_with(
         Options {
-            seed: 13,
             active: 8,
-            ..Options::default()
+            ..seeded(13)
         },
         async |t| {
             t.start();
@@ -175,8 +157,7 @@ async fn what_our_api_loses_is_built_again() {
             t.bigchat.reports_more(40).await;
             t.our_api.loses_chat("1");
             let now = t.now();
-            let touched = json!({"message": "are you there?"});
-            t.bigchat.tells_of(event(1, "MESSAGE", now, touched));
+            t.bigchat.reports_event(message(1, now, "are you there?"));
             t.bigchat.reports_more(80).await;
             t.bigchat.calms_down();
         },
@@ -184,30 +165,26 @@ async fn what_our_api_loses_is_built_again() {
     .await;
 }
 
+/// That is an outage, and no loss.
 #[tokio::test]
-async fn a_proxy_that_answers_404_to_everything_is_no_loss() {
-    run_with(
-        Options {
-            seed: 14,
-            ..Options::default()
-        },
-        async |t| {
-            let daemon = t.start();
-            t.bigchat.reports_more(40).await;
-            t.our_api.outage(Some(status(404)));
-            t.bigchat.reports_more(40).await;
-            t.our_api.outage(None);
-            t.bigchat.calms_down();
-            t.agrees().await;
-            daemon.stop().await;
-            assert_eq!(t.value::<i64>("SELECT losses FROM control"), 0);
-        },
-    )
+async fn our_api_answers_404_to_everything() {
+    run_with(seeded(14), async |t| {
+        let daemon = t.start();
+        t.bigchat.reports_more(40).await;
+        t.our_api.outage(Some(status(404)));
+        t.bigchat.reports_more(40).await;
+        t.our_api.outage(None);
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.losses(), 0);
+    })
     .await;
 }
 
+/// They spend no attempts, and are probed by one request at a time.
 #[tokio::test]
-async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
+async fn outages_of_each_kind() {
     for (fault, what) in [
         (dropped(), "connections dropped"),
         (crashed(), "500"),
@@ -217,9 +194,8 @@ async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
     ] {
         run_with(
             Options {
-                seed: 15,
                 awkward: false,
-                ..Options::default()
+                ..seeded(15)
             },
             async |t| {
                 t.set("--max-attempts", "1").set("--retry-max", "40ms");
@@ -241,8 +217,9 @@ async fn outages_spend_no_attempts_and_are_probed_one_at_a_time() {
     }
 }
 
+/// An outage takes no memory, and no storm of requests follows it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
+async fn memory_and_requests_of_outage() {
     run_live_test(async |t| {
         t.set("--retry-max", "1s");
         let now = t.now();
@@ -253,7 +230,7 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
                 let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
                 message(10 + n, now - 5, &text)
             };
-            t.bigchat.tells((0..count).map(event));
+            t.bigchat.reports((0..count).map(event));
         };
         (10..30).for_each(|id| t.bigchat.open(id, now - 100, 1));
         tell(0, 20);
@@ -268,11 +245,8 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
         let grown = daemon.mebibytes("VmRSS").saturating_sub(before);
         assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
         assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
-        assert_eq!(
-            t.value::<i64>("SELECT coalesce(max(counted), 0) FROM attempts"),
-            0
-        );
-        // At most one more than the probe that found it well: what waits is not tried all at once.
+        assert_eq!(t.counted_attempts(), 0);
+        // At most one more than the probe that succeeded: not everything that waits is tried at once.
         t.our_api.outage(None);
         t.agrees().await;
         assert_eq!(t.our_api.max_at_once(), 1);
@@ -283,53 +257,46 @@ async fn an_outage_takes_no_memory_and_is_followed_by_no_storm() {
 }
 
 #[tokio::test]
-async fn faults_of_all_kinds_lose_and_double_nothing() {
-    run_with(
-        Options {
-            seed: 16,
-            ..Options::default()
-        },
-        async |t| {
-            t.set("--request-timeout", "300ms");
-            let often = [dropped(), crashed(), cut_off(), html()].map(|fault| (0.02, fault));
-            let seldom = (0.003, slow(Duration::from_millis(600)));
-            for (probability, fault) in often.into_iter().chain([seldom]) {
-                t.our_api.upset_at_random(probability, fault.clone());
-                t.our_api.upset_at_random(probability, fault.carried_out());
-            }
-            t.our_api
-                .upset_at_random(0.01, status(429).header("retry-after", "0"));
-            t.bigchat.upset_at_random(0.05, crashed());
-            t.bigchat.upset_at_random(0.05, dropped());
-            let daemon = t.start();
-            t.bigchat.reports_more(400).await;
-            t.bigchat.calms_down();
-            t.our_api.calm();
-            t.bigchat.calm();
-            t.agrees().await;
-            daemon.stop().await;
-            assert!(t.our_api.injected() > 20);
-        },
-    )
+async fn faults_of_all_kinds() {
+    run_with(seeded(16), async |t| {
+        t.set("--request-timeout", "300ms");
+        let often = [dropped(), crashed(), cut_off(), html()].map(|fault| (0.02, fault));
+        let seldom = (0.003, slow(Duration::from_millis(600)));
+        for (probability, fault) in often.into_iter().chain([seldom]) {
+            t.our_api.upset_at_random(probability, fault.clone());
+            t.our_api.upset_at_random(probability, fault.carried_out());
+        }
+        t.our_api
+            .upset_at_random(0.01, status(429).header("retry-after", "0"));
+        t.bigchat.upset_at_random(0.05, crashed());
+        t.bigchat.upset_at_random(0.05, dropped());
+        let daemon = t.start();
+        t.bigchat.reports_more(400).await;
+        t.bigchat.calms_down();
+        t.our_api.calm();
+        t.bigchat.calm();
+        t.agrees().await;
+        daemon.stop().await;
+        assert!(t.our_api.injected() > 20);
+    })
     .await;
 }
 
+/// That is an outage: no conversation counts as gone.
 #[tokio::test]
-async fn a_404_of_what_is_not_bigchat_is_not_believed() {
+async fn bigchat_answers_404_to_everything() {
     run_live_test(async |t| {
         let faults = &t.bigchat;
         let (now, route) = (t.now(), "GET /conversations/{id}");
         faults.upset(route, crashed().times(1_000));
         t.bigchat.open(10, now - 100, 7);
-        t.bigchat
-            .tells_of(event(10, "MESSAGE", now - 5, json!({"message": "hello"})));
+        t.bigchat.reports_event(message(10, now - 5, "hello"));
         t.once().await;
         assert_eq!(t.events("waiting"), 1);
         faults.calm();
         faults.outage(Some(status(404)));
         let daemon = t.start();
-        let tries = "SELECT max(attempts) FROM attempts";
-        until("it is tried", async || t.value::<i64>(tries) > 3).await;
+        until("it is tried", async || t.attempts() > 3).await;
         faults.outage(None);
         t.agrees().await;
         daemon.stop().await;
@@ -338,32 +305,34 @@ async fn a_404_of_what_is_not_bigchat_is_not_believed() {
     .await;
 }
 
+/// It mixes no epochs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_of_bigchat_that_is_set_back_after_a_restart_mixes_nothing() {
+async fn clock_set_back_after_restart() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        t.bigchat.tells([message(10, now, "of before")]);
+        t.bigchat.reports([message(10, now, "of before")]);
         t.start();
         t.agrees().await;
         t.bigchat.clock_runs(60);
         t.bigchat.restart();
         t.bigchat.open(10, t.now(), 2);
-        let told = vec![message(10, t.now(), "of after")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "of after")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 2).await;
         t.agrees().await;
-        assert_eq!(t.value::<i64>("SELECT max(id) FROM epochs"), 2);
+        assert_eq!(t.restarts(), 1);
         t.bigchat.clock_runs(-3600);
-        let told = vec![message(10, t.now(), "after the step")];
-        t.bigchat.tells(told);
+        let events = vec![message(10, t.now(), "after the step")];
+        t.bigchat.reports(events);
         t.until_events("delivered", 3).await;
     })
     .await;
 }
 
+/// It is not believed.
 #[tokio::test]
-async fn one_stray_404_of_bigchat_is_not_believed() {
+async fn one_stray_404_of_bigchat() {
     run_test(async |t| {
         t.bigchat.upset("GET /advisors/8", status(404));
         t.bigchat.upset("GET /conversations/43", status(404));
@@ -376,8 +345,9 @@ async fn one_stray_404_of_bigchat_is_not_believed() {
     .await;
 }
 
+/// An advisor whom BigChat did not know is requested again by the next session.
 #[tokio::test]
-async fn an_advisor_whom_bigchat_did_not_know_is_asked_for_again_by_the_next_session() {
+async fn unknown_advisor_in_next_session() {
     run_test(async |t| {
         t.differs("BigChat does not know the advisor at first");
         t.bigchat.upset("GET /advisors/8", status(404).always());
@@ -394,8 +364,9 @@ async fn an_advisor_whom_bigchat_did_not_know_is_asked_for_again_by_the_next_ses
     .await;
 }
 
+/// Stray 404s for the first conversation do not hide a restart.
 #[tokio::test]
-async fn stray_404s_for_the_first_conversation_do_not_blind_it_to_a_restart() {
+async fn stray_404s_before_a_restart() {
     run_test(async |t| {
         let first = status(404).times(3);
         t.bigchat.upset("GET /conversations/1", first);
@@ -404,10 +375,11 @@ async fn stray_404s_for_the_first_conversation_do_not_blind_it_to_a_restart() {
             .await;
         until("it is known", async || {
             t.bigchat.further_polls(1).await;
+            // No command lists a conversation without events.
             t.value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1") > 0
         })
         .await;
-        // Conversation 1 starts anew, nobody knows 42, and advisor 7 is somebody else.
+        // Conversation 1 starts anew, 42 is unknown, and advisor 7 is another one.
         t.bigchat.restarts(2, 100);
         t.bigchat.advisor(7, "Carl", "carl@x.test");
         t.delivers([start(2, 100), message(2, 101, "of after")])

@@ -13,13 +13,14 @@ use std::process::{Command, Stdio};
 
 use bigchat_sync::cli::Cli;
 use bigchat_sync::cli::manual::Chapter;
-use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::event::{message, start};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
-use secrecy::SecretString;
 
-use crate::harness::{Test, dead_letter, run_live_test, until};
+use crate::harness::journal::dead_letter;
+use crate::harness::process;
+use crate::harness::web::{TOKEN, client, console_token, sent};
+use crate::harness::{Test, run_live_test, until};
 
 /// Programs that the documents name and the test does not run.
 const NOT_RUN: [&str; 3] = [
@@ -222,7 +223,7 @@ impl<'a> Machine<'a> {
             .env("PATH", format!("{}:{path}", self.path("bin").display()))
             .env("HOME", self.root.path())
             .env("TMPDIR", self.root.path())
-            .env("PROGRAM", env!("CARGO_BIN_EXE_bigchat-sync"))
+            .env("PROGRAM", process::program().get_program())
             .env("RECORD", self.path("record"))
             .env("BIGCHAT_SYNC_BIGCHAT_URL", self.t.bigchat.url())
             .env("BIGCHAT_SYNC_OUR_API_URL", self.t.our_api.url())
@@ -274,7 +275,7 @@ async fn documented_commands_run() {
         let now = t.now();
         t.bigchat.open(42, now - 100, 1);
         t.bigchat
-            .tells([start(42, now - 100), message(42, now - 5, "a parcel")]);
+            .reports([start(42, now - 100), message(42, now - 5, "a parcel")]);
         t.once().await;
         assert_eq!(t.events("delivered"), 2);
         let conversation = "(SELECT id FROM conversations WHERE bigchat_id = 42)";
@@ -455,27 +456,12 @@ async fn every_metric_is_documented() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(42, now - 100, 1);
-        t.bigchat.tells([message(42, now - 5, "a parcel")]);
-        let token = "a-token-that-nobody-guesses";
-        let tokens = Tokens {
-            console: Some(SecretString::from(token)),
-            ..Tokens::default()
-        };
-        let (daemon, url) = t.start_listening(tokens);
-        let client = reqwest::Client::builder()
-            .no_proxy()
-            .build()
-            .expect("a client");
+        t.bigchat.reports([message(42, now - 5, "a parcel")]);
+        let (daemon, url) = t.start_listening(console_token());
         let mut metrics = String::new();
         until("an event is measured", async || {
-            let request = client.get(format!("{url}/metrics")).bearer_auth(token);
-            metrics = request
-                .send()
-                .await
-                .expect("an answer")
-                .text()
-                .await
-                .expect("text");
+            let request = client().get(format!("{url}/metrics")).bearer_auth(TOKEN);
+            metrics = sent(request).await.text().await.expect("text");
             metrics.contains("bigchat_sync_newest_event_age_seconds ")
         })
         .await;
@@ -506,7 +492,7 @@ async fn every_metric_is_documented() {
 
 #[test]
 fn every_alert_is_documented() {
-    let alerts = include_str!("../../src/metrics/alerts.yml");
+    let alerts = include_str!("../../../src/metrics/alerts.yml");
     let alerts = alerts
         .lines()
         .filter_map(|line| line.trim().strip_prefix("- alert: "));

@@ -1,0 +1,263 @@
+//! The journal as a test sees it: what its views and the program's own operations show, and SQL where neither does.
+//!
+//! SQL is for three things: the view `event_states`, a change that would take too long to bring about (an hour's wait, a
+//! thousand failed events), and what no command shows. Each use says which.
+
+use std::fmt::Display;
+
+use bigchat_sync::cli::failed::{self, FailedError};
+use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::domain::time::Millis;
+use bigchat_sync::http::Api;
+use bigchat_sync::journal::{FailedAttempt, FailedEvent, Figures, PastResolution, Store};
+use bigchat_sync::simulator::event::T0;
+use clap::Parser;
+use rusqlite::Connection;
+use rusqlite::types::FromSql;
+use serde_json::{Value, json};
+
+use crate::harness::{Bench, PATIENCE, Test, until};
+
+impl Bench {
+    /// Whether the daemon has made the database.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.db().exists()
+            && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'control'") == 1
+    }
+
+    /// How many events are in a state: waiting, delivered, failed or discarded.
+    pub(crate) fn events(&self, state: &str) -> i64 {
+        self.count_events(&format!("state = '{state}'"))
+    }
+
+    /// Of how many events of the view `event_states` a condition is true.
+    pub(crate) fn count_events(&self, condition: &str) -> i64 {
+        self.value(&format!(
+            "SELECT count(*) FROM event_states WHERE {condition}"
+        ))
+    }
+
+    /// Waits until so many events are in a state.
+    pub(crate) async fn until_events(&self, state: &str, count: i64) {
+        until(&format!("{count} events {state}"), async || {
+            self.is_ready() && self.events(state) == count
+        })
+        .await;
+    }
+
+    fn store(&self) -> Store {
+        Store::open_shared(&self.db()).expect("a database")
+    }
+
+    /// What the status shows of the journal; `None`: the daemon has not made it yet.
+    fn figures(&self) -> Option<Figures> {
+        if !self.is_ready() {
+            return None;
+        }
+        match Store::open_reader(&self.db()) {
+            Ok(mut store) => Some(store.figures(Millis::now()).expect("the figures")),
+            Err(error) if error.is_transient() => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// The time up to which BigChat was read, in seconds after 22:00:00.
+    pub(crate) fn cursor(&self) -> Option<i64> {
+        let cursor = self.figures().and_then(|figures| figures.cursor_s);
+        cursor.map(|cursor| cursor - T0)
+    }
+
+    /// Waits until the cursor is at a time.
+    pub(crate) async fn until_cursor(&self, at: i64) {
+        until(&format!("the cursor is at {at}"), async || {
+            self.cursor() == Some(at)
+        })
+        .await;
+    }
+
+    /// Waits until the first poll is complete.
+    pub(crate) async fn until_polled(&self) {
+        until("a poll", async || self.cursor().is_some()).await;
+    }
+
+    /// Waits until the windows begin after now: what comes from before is read back after a restart in any case.
+    pub(crate) async fn until_cursor_passes(&self, now: i64) {
+        until("a later window", async || self.cursor() > Some(now + 1)).await;
+    }
+
+    /// Whether an API was up when it last answered or did not; `None`: no request was sent to it yet.
+    pub(crate) fn is_up(&self, api: Api) -> Option<bool> {
+        let figures = self.figures()?;
+        match api {
+            Api::BigChat => figures.bigchat.up,
+            Api::OurApi => figures.our_api.up,
+        }
+    }
+
+    /// How many restarts of BigChat were noticed.
+    pub(crate) fn restarts(&self) -> u64 {
+        self.figures().expect("a journal").restarts
+    }
+
+    /// How many losses in OurAPI were noticed.
+    pub(crate) fn losses(&self) -> u64 {
+        self.figures().expect("a journal").losses
+    }
+
+    /// The largest number of failed attempts at one event. No command shows those at every event that waits.
+    pub(crate) fn attempts(&self) -> i64 {
+        match self.is_ready() {
+            true => self.value("SELECT coalesce(max(attempts), 0) FROM attempts"),
+            false => 0,
+        }
+    }
+
+    /// The largest number of counted attempts at one event. No command shows which attempts counted.
+    pub(crate) fn counted_attempts(&self) -> i64 {
+        self.value("SELECT coalesce(max(counted), 0) FROM attempts")
+    }
+
+    /// At how many events the outcome of an attempt is unknown. No command shows that once they are delivered.
+    pub(crate) fn unknown_outcomes(&self) -> i64 {
+        self.value("SELECT count(*) FROM attempts WHERE outcome_unknown = 1")
+    }
+
+    /// Until when an API is rate limited, in Unix ms; 0: it never was. No command shows that.
+    pub(crate) fn left_alone_until(&self, api: Api) -> i64 {
+        let name = api.name();
+        self.value(&format!(
+            "SELECT coalesce({name}_retry_after, 0) FROM control"
+        ))
+    }
+
+    /// Moves the end of a rate limit: an hour is too long to wait for.
+    pub(crate) fn leave_alone_until(&self, api: Api, at: i64) {
+        let name = api.name();
+        self.execute(&format!("UPDATE control SET {name}_retry_after = {at}"));
+    }
+
+    /// The id of the latest event of a kind.
+    pub(crate) fn latest(&self, kind: &str) -> i64 {
+        self.value(&format!(
+            "SELECT max(id) FROM event_states WHERE kind = '{kind}'"
+        ))
+    }
+
+    /// The failed events.
+    pub(crate) fn failed(&self) -> Vec<FailedEvent> {
+        self.store().failed(1000).expect("the failed events")
+    }
+
+    /// The failed attempts at an event, the last one first.
+    pub(crate) fn failed_attempts(&self, event: i64) -> Vec<FailedAttempt> {
+        let attempts = self.store().failed_attempts(event);
+        attempts.expect("the failed attempts")
+    }
+
+    /// The resolutions of failed events, the first one first.
+    pub(crate) fn resolutions(&self) -> Vec<PastResolution> {
+        let resolutions = self.store().decisions(None, None, 1000);
+        let mut resolutions = resolutions.expect("the resolutions");
+        resolutions.reverse();
+        resolutions
+    }
+
+    /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
+    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
+        let line = ["bigchat-sync", "failed"].iter().chain(arguments);
+        match Cli::try_parse_from(line).expect("a good command").command {
+            Some(Command::Failed(command)) => failed::run(&self.db(), command),
+            other => panic!("not about failed events: {other:?}"),
+        }
+    }
+
+    /// What `bigchat-sync status --json` prints, and whether its exit code is 0.
+    pub(crate) fn status(&self) -> (Value, bool) {
+        let output = self.program("status").arg("--json").output();
+        let output = output.expect("a process");
+        let status = serde_json::from_slice(&output.stdout);
+        (status.expect("JSON"), output.status.success())
+    }
+
+    /// One value from the database, by SQL.
+    pub(crate) fn value<T: FromSql>(&self, sql: &str) -> T {
+        let connection = self.connection();
+        connection.query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    /// Changes the database, by SQL.
+    pub(crate) fn execute(&self, sql: &str) {
+        self.connection().execute_batch(sql).expect(sql);
+    }
+
+    /// The database, where no other process can write to it until this is dropped.
+    pub(crate) fn lock_database(&self) -> Connection {
+        let connection = self.connection();
+        let begun = connection.execute_batch("BEGIN IMMEDIATE");
+        begun.expect("no transaction takes long");
+        connection
+    }
+
+    fn connection(&self) -> Connection {
+        let connection = Connection::open(self.db()).expect("a database");
+        connection.busy_timeout(PATIENCE).expect("a busy timeout");
+        connection
+    }
+}
+
+impl Test {
+    /// Fills a new journal by SQL.
+    pub(crate) async fn fill(&self, sql: &str) {
+        self.differs("the journal is filled by hand");
+        self.once().await;
+        self.execute(sql);
+    }
+}
+
+/// SQL for conversation 42, which has this key in the journal.
+pub(crate) const CONVERSATION: &str =
+    "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
+
+/// SQL for a dead letter: an event of the conversation of that key, in SQL, with so many failed attempts.
+pub(crate) fn dead_letter(
+    id: impl Display,
+    conversation: impl Display,
+    kind: &str,
+    data: &str,
+    reason: &str,
+    attempts: u32,
+) -> String {
+    let data = data.replace('\'', "''");
+    format!(
+        "INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+         VALUES ({id}, {conversation}, '{kind}', 1795384800, '{data}', {id}, 1000);
+         INSERT INTO attempts (event, conversation, attempts, counted, reason, request, response)
+         SELECT id, conversation, {attempts}, 0, '{reason}', '', '' FROM events WHERE id = {id};
+         INSERT INTO dead_letters (event, conversation, failed_at)
+         SELECT id, conversation, 2000 FROM events WHERE id = {id};"
+    )
+}
+
+/// SQL for a failed message of [`CONVERSATION`].
+pub(crate) fn failed_message(id: i64, text: &str, reason: &str) -> String {
+    let data = json!({ "message": text }).to_string();
+    dead_letter(id, 100, "MESSAGE", &data, reason, 1)
+}
+
+/// SQL for [`CONVERSATION`] with failed messages: `No 1` and so on, each with its reason.
+pub(crate) fn failed_messages<'a>(reasons: impl IntoIterator<Item = &'a str>) -> String {
+    let failed = (1..)
+        .zip(reasons)
+        .map(|(id, reason)| failed_message(id, &format!("No {id}"), reason));
+    std::iter::once(CONVERSATION.to_owned())
+        .chain(failed)
+        .collect()
+}
+
+/// SQL for a message of a known conversation that has failed after all its attempts.
+pub(crate) fn spent(id: i64, conversation: i64) -> String {
+    let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
+    let data = r#"{"message":"x"}"#;
+    let reason = "OurAPI gave no usable answer";
+    dead_letter(id, conversation, "MESSAGE", data, reason, 10)
+}
