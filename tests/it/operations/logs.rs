@@ -3,6 +3,7 @@
 use crate::harness::process::{Process, finished};
 use crate::harness::services::seeded;
 use crate::harness::{Bench, run_live_test, run_with, until};
+use bigchat_sync::cli::manual::Chapter;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
 use std::collections::{BTreeMap, BTreeSet};
