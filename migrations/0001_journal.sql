@@ -185,15 +185,15 @@ CREATE INDEX dead_letters_open ON dead_letters (event) WHERE discarded_at IS NUL
 CREATE INDEX dead_letters_discarded ON dead_letters (discarded_at) WHERE discarded_at IS NOT NULL;
 CREATE INDEX dead_letters_of_conversation ON dead_letters (conversation, event);
 
--- Who retried or discarded a dead letter, and when: kept for good.
+-- Who retried, discarded or reopened a dead letter, and when: kept for good.
 CREATE TABLE resolutions (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
     resolved_at  INTEGER NOT NULL,
     resolved_by  TEXT NOT NULL,                  -- by which way: 'command' or 'console'
     user         TEXT,                           -- as far as it can be known
-    resolution   TEXT NOT NULL CHECK (resolution = 'retry' OR resolution = 'discard'),
+    resolution   TEXT NOT NULL CHECK (resolution IN ('retry', 'discard', 'undo')),
     event        INTEGER NOT NULL,               -- which the retention may have dropped since
-    conversation INTEGER,                        -- BigChat's id; NULL: the event could not be parsed
+    conversation INTEGER,                        -- BigChat's id; NULL: not even that could be parsed
     kind         TEXT NOT NULL,
     reason       TEXT NOT NULL                   -- why it had failed
 ) STRICT;

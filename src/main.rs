@@ -66,10 +66,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         given,
     } = cli;
     match command {
-        Some(Command::Failed(command)) => match failed::run(&settings.db(), command) {
-            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
-            Err(error) => complain(terminal, &error, 1),
-        },
+        Some(Command::Failed(command)) => answer(terminal, failed::run(&settings.db(), command)),
         Some(Command::Status(args)) => {
             match status::run(&args, &settings.db(), settings.poll_interval) {
                 Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
@@ -103,10 +100,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             },
         ),
         Some(Command::Unit) => match std::env::current_exe() {
-            Ok(program) => match manual::unit(&program, &given) {
-                Ok(unit) => say(terminal, unit.as_bytes(), ExitCode::SUCCESS),
-                Err(error) => complain(terminal, &error, 1),
-            },
+            Ok(program) => answer(terminal, manual::unit(&program, &given)),
             Err(error) => complain(terminal, &error, 1),
         },
         Some(Command::Completions { shell }) => {
@@ -115,10 +109,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         Some(Command::Man {
             chapter: Some(chapter),
         }) => say(terminal, chapter.text().as_bytes(), ExitCode::SUCCESS),
-        Some(Command::Man { chapter: None }) => match manual::man() {
-            Ok(page) => say(terminal, &page, ExitCode::SUCCESS),
-            Err(error) => complain(terminal, &error, 1),
-        },
+        Some(Command::Man { chapter: None }) => answer(terminal, manual::man()),
     }
 }
 
@@ -336,6 +327,17 @@ fn repeats_within(signal: i32) -> Duration {
 /// Whether the process has a terminal that controls it: whoever closes it has it sent SIGHUP.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
+}
+
+/// Writes what a command returned to standard output, or why it failed to standard error.
+fn answer<E: std::error::Error>(
+    terminal: &Terminal,
+    answer: Result<impl AsRef<[u8]>, E>,
+) -> ExitCode {
+    match answer {
+        Ok(text) => say(terminal, text.as_ref(), ExitCode::SUCCESS),
+        Err(error) => complain(terminal, &error, 1),
+    }
 }
 
 /// Writes a command's answer to standard output.

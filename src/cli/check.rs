@@ -206,7 +206,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     }
     match up {
         Some(false) => {
-            let why = status.trouble.as_deref().unwrap_or_default();
+            let why = status.problem.as_deref().unwrap_or_default();
             let remedy = match status.lasts {
                 true => format!("correct what the reason names; {flag} is {url} here"),
                 false => format!(

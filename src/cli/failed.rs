@@ -1,12 +1,17 @@
 //! `bigchat-sync failed`: dead letters, why they failed, and how the operator resolves them.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
+use serde::Serialize;
+use serde_json::json;
+
+use super::table::{Row, table};
+use super::{ask, json};
 use crate::domain::time::Millis;
 use crate::journal::{
-    FailedAttempt, FailedEvent, JournalError, OpenError, Operator, PastResolution, Resolution,
-    Selection, Store,
+    FailedAttempt, FailedEvent, JournalError, OpenError, Operator, PastResolution, Reason,
+    Resolution, Selection, Store,
 };
 use crate::settings::number;
 use crate::telemetry::terminal::printable;
@@ -18,29 +23,39 @@ const SHOWN: i64 = 10;
 /// The commands for dead letters.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List dead letters, the oldest first.
+    /// List dead letters with their texts, the oldest first.
     List {
         /// Largest number of rows.
-        #[arg(long, default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
         limit: u32,
+        /// Only those whose reason contains this text.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
     },
-    /// Show one with its data, its request and its response.
+    /// Show one with its data, its requests and its responses; a discarded one, too.
     Show {
         /// Its id, as listed.
-        #[arg(value_parser = number::<i64>)]
+        #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
     },
     /// Deliver them again; as safe as the first attempt.
     Retry(Which),
     /// Give them up: they are never delivered. Asks before it discards by --reason or --all.
     Discard {
-        /// Which dead letters.
         #[command(flatten)]
         which: Which,
         /// Do not ask. Needed without a terminal.
         #[arg(long)]
         yes: bool,
     },
+    /// Reopen discarded ones: they need action again. Possible until the retention drops them.
+    Undo(Which),
 }
 
 /// Which dead letters.
@@ -48,9 +63,9 @@ pub enum Command {
 #[group(required = true, multiple = false)]
 pub struct Which {
     /// Their ids, as listed.
-    #[arg(value_parser = number::<i64>)]
+    #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
-    /// All with this reason, as listed.
+    /// All whose reason contains this text.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
     /// All.
@@ -67,27 +82,50 @@ impl From<Which> for Selection {
                 ids,
             } => Self::Ids(ids.into_iter().collect()),
             Which { reason, .. } => Self::By {
-                reason,
+                reason: reason.map(Reason::Contains),
                 failed_by: Millis(i64::MAX),
             },
         }
     }
 }
 
-/// Runs a command. Returns what to print.
+/// Does something about failed events. Returns what to print.
+///
+/// # Errors
+///
+/// When the database cannot be opened or refuses.
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
-        Command::Retry(_) | Command::Discard { .. } => Store::open_shared(db)?,
+        Command::Retry(_) | Command::Discard { .. } | Command::Undo(_) => Store::open_shared(db)?,
     };
     Ok(match command {
-        Command::List { limit } => list(&store.failed(limit)?, store.count_failed()?),
-        Command::Show { id } => {
+        Command::List {
+            limit,
+            reason,
+            json,
+        } => {
+            let reason = reason.map(Reason::Contains);
+            let events = store.failed(limit, reason.as_ref())?;
+            let (total, _) = store.failed_so_far(reason.as_ref(), Resolution::Retry)?;
+            match json {
+                true => json::text(&json!({ "total": total, "events": events }))?,
+                false => list(&events, total, reason.is_some()),
+            }
+        }
+        Command::Show { id, json } => {
             let event = store
                 .failed_event(id)?
                 .ok_or(FailedError::NoSuchEvent(id))?;
-            let decisions = store.decisions(Some(id), None, SHOWN)?;
-            show(&event, &store.failed_attempts(id)?, &decisions)
+            let shown = Shown {
+                event,
+                failures: store.failed_attempts(id)?,
+                resolutions: store.resolutions(Some(id), None, SHOWN)?,
+            };
+            match json {
+                true => json::text(&shown)?,
+                false => show(&shown),
+            }
         }
         Command::Retry(which) => {
             let count = resolve(&mut store, &which.into(), Resolution::Retry)?;
@@ -98,7 +136,8 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
             let which = match which.into() {
                 // Ids are already a selection.
                 Selection::By { reason, .. } if !yes => {
-                    let (count, failed_by) = store.failed_so_far(reason.as_deref())?;
+                    let (count, failed_by) =
+                        store.failed_so_far(reason.as_ref(), Resolution::Discard)?;
                     if count > 0 {
                         confirm(count)?;
                     }
@@ -110,7 +149,22 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
             let count = resolve(&mut store, &which, Resolution::Discard)?;
             format!("{} discarded\n", events(count as u64))
         }
+        Command::Undo(which) => {
+            let count = resolve(&mut store, &which.into(), Resolution::Undo)?;
+            format!("{} reopened\n", events(count as u64))
+        }
     })
+}
+
+/// An event with its history.
+#[derive(Debug, Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    event: FailedEvent,
+    /// The last one first.
+    failures: Vec<FailedAttempt>,
+    /// The latest one first.
+    resolutions: Vec<PastResolution>,
 }
 
 /// Why a command failed.
@@ -122,17 +176,19 @@ pub enum FailedError {
     /// The database refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error("the answer cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
     /// There is none of that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
-    /// None has failed for that reason.
+    /// None has failed for such a reason.
     #[error(
-        "no event can be retried that failed for exactly this reason; see `bigchat-sync failed list` for the reasons"
+        "no such event has a reason with this text, or those that have still cannot be understood; see `bigchat-sync failed list` for the reasons"
     )]
     NoSuchReason,
     /// There is no terminal.
     #[error(
-        "this would permanently discard {}, and there is no terminal to ask on; add --yes",
+        "this would discard {}, and there is no terminal to ask on; add --yes",
         events(*.count)
     )]
     NoTerminal {
@@ -145,53 +201,55 @@ pub enum FailedError {
     /// The operator cannot be asked.
     #[error("cannot ask on the terminal: {0}")]
     Terminal(#[from] io::Error),
-    /// Some of those named are not failed, or could not be understood and so cannot be retried.
-    #[error(
-        "{done} of {asked} resolved; the others are not failed events, or still cannot be understood (discard those)"
-    )]
+    /// Some of those named cannot be resolved so.
+    #[error("{done} of {asked} resolved; {}", others(*.resolution))]
     Partly {
         /// How many it was done for.
         done: usize,
         /// How many were named.
         asked: usize,
+        resolution: Resolution,
     },
 }
 
-/// Asks on the terminal whether to discard so many events.
+/// What the events are that were named and could not be resolved so.
+fn others(resolution: Resolution) -> &'static str {
+    match resolution {
+        Resolution::Retry | Resolution::Discard => {
+            "the others are not failed events, or still cannot be understood (discard those)"
+        }
+        Resolution::Undo => "the others are not discarded events, or were dropped by the retention",
+    }
+}
+
+/// Asks on the terminal whether so many events are to be discarded.
 fn confirm(count: u64) -> Result<(), FailedError> {
-    let input = io::stdin();
-    if !input.is_terminal() {
+    if !io::stdin().is_terminal() {
         return Err(FailedError::NoTerminal { count });
     }
-    write!(
-        io::stderr(),
-        "Discard {} permanently? [y/N] ",
-        events(count)
-    )?;
-    let mut answer = String::new();
-    input.read_line(&mut answer)?;
-    match answer.trim().to_lowercase().as_str() {
-        "y" | "yes" => Ok(()),
-        _ => Err(FailedError::NotConfirmed),
+    match ask(&format!("Discard {}?", events(count)))? {
+        true => Ok(()),
+        false => Err(FailedError::NotConfirmed),
     }
 }
 
 fn resolve(
     store: &mut Store,
     which: &Selection,
-    decision: Resolution,
+    resolution: Resolution,
 ) -> Result<usize, FailedError> {
     let who = Operator::Command(user::of_process());
     let (mut done, mut next) = (0, Some(0));
     while let Some(after) = next {
-        let decided = store.resolve_failed(which, decision, &who, after, Millis::now())?;
-        done += decided.done;
-        next = decided.next;
+        let resolved = store.resolve_failed(which, resolution, &who, after, Millis::now())?;
+        done += resolved.done;
+        next = resolved.next;
     }
     match which {
         Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
             done,
             asked: ids.len(),
+            resolution,
         }),
         Selection::By {
             reason: Some(_), ..
@@ -227,13 +285,26 @@ fn events(count: u64) -> String {
     }
 }
 
-fn list(failed: &[FailedEvent], count: u64) -> String {
-    if failed.is_empty() {
-        return "no event has failed\n".to_owned();
+fn list(failed: &[FailedEvent], total: u64, is_filtered: bool) -> String {
+    match (failed.is_empty(), is_filtered) {
+        (false, _) => {}
+        (true, false) => return "no event has failed\n".to_owned(),
+        (true, true) => return "no event has failed for a reason with this text\n".to_owned(),
     }
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING);
-    table.set_header([
+    let unknown = || "-".to_owned();
+    let rows = failed.iter().map(|event| Row {
+        cells: [
+            event.id.to_string(),
+            event.conversation.map_or_else(unknown, |id| id.to_string()),
+            event.kind.clone(),
+            event.event_at.map_or_else(unknown, |at| at.to_string()),
+            event.failed_at.to_string(),
+            event.attempts.to_string(),
+            event.reason.clone(),
+        ],
+        text: event.text.clone(),
+    });
+    let header = [
         "id",
         "conversation",
         "event",
@@ -241,76 +312,73 @@ fn list(failed: &[FailedEvent], count: u64) -> String {
         "failed at",
         "attempts",
         "reason",
-    ]);
-    for event in failed {
-        let conversation = event
-            .conversation
-            .map_or_else(|| "-".to_owned(), |id| id.to_string());
-        table.add_row([
-            event.id.to_string(),
-            conversation,
-            event.name.clone(),
-            event.at.map_or_else(|| "-".to_owned(), |at| at.to_string()),
-            event.failed_at.to_string(),
-            event.tries.to_string(),
-            printable(&event.reason),
-        ]);
-    }
-    let shown = if (failed.len() as u64) < count {
-        format!(", {} shown", failed.len())
-    } else {
-        String::new()
+    ];
+    let shown = match (failed.len() as u64) < total {
+        true => format!(", {} shown", failed.len()),
+        false => String::new(),
     };
     format!(
-        "{}\n\n{}{shown}; show one with `bigchat-sync failed show ID`, resolve it with `failed retry` or `failed discard`\n",
-        table.trim_fmt(),
-        events(count)
+        "{}\n{}{shown}; show one with `bigchat-sync failed show ID`, resolve it with `failed retry` or `failed discard`\n",
+        table(header, &rows.collect::<Vec<_>>()),
+        events(total)
     )
 }
 
-fn show(event: &FailedEvent, attempts: &[FailedAttempt], decisions: &[PastResolution]) -> String {
+fn show(shown: &Shown) -> String {
+    let Shown {
+        event,
+        failures,
+        resolutions,
+    } = shown;
     let unknown = || "-".to_owned();
-    let lines = [
+    let mut lines = vec![
         ("event", event.id.to_string()),
-        ("kind", event.name.clone()),
+        ("kind", event.kind.clone()),
         (
             "conversation",
             event.conversation.map_or_else(unknown, |id| id.to_string()),
         ),
-        ("chat", event.chat.clone().unwrap_or_else(unknown)),
+        ("chat", event.chat_id.clone().unwrap_or_else(unknown)),
         (
             "happened at",
-            event.at.map_or_else(unknown, |at| at.to_string()),
+            event.event_at.map_or_else(unknown, |at| at.to_string()),
         ),
         ("failed at", event.failed_at.to_string()),
-        ("attempts", event.tries.to_string()),
+    ];
+    if let Some(at) = event.discarded_at {
+        let undo = format!("{at}; `bigchat-sync failed undo {}` reopens it", event.id);
+        lines.push(("discarded at", undo));
+    }
+    lines.extend([
+        ("attempts", event.attempts.to_string()),
         ("reason", event.reason.clone()),
         ("data", event.data.clone().unwrap_or_else(unknown)),
         ("request", event.request.clone().unwrap_or_else(unknown)),
         ("response", event.response.clone().unwrap_or_else(unknown)),
-    ];
+    ]);
     let lines = lines
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value));
-    let attempts = attempts.iter().map(|attempt| {
+    let failures = failures.iter().map(|failure| {
         let FailedAttempt {
-            at,
+            attempt,
+            failed_at,
             reason,
             response,
             ..
-        } = attempt;
+        } = failure;
         (
-            format!("attempt {}", attempt.number),
-            format!("{at}  {reason}: {response}"),
+            format!("attempt {attempt}"),
+            format!("{failed_at}  {reason}: {response}"),
         )
     });
-    let decisions = decisions.iter().map(|past| {
-        let text = format!("{}  {} by {}", past.at, past.decision, past.by);
+    let resolutions = resolutions.iter().map(|past| {
+        let text = format!("{}  {} by {}", past.at, past.resolution, past.by);
         ("resolved".to_owned(), text)
     });
     lines
-        .chain(attempts)
-        .chain(decisions)
+        .chain(failures)
+        .chain(resolutions)
         .map(|(name, value)| format!("{name:<13}{}\n", printable(&value)))
         .collect()
 }

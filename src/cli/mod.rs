@@ -2,19 +2,25 @@
 
 pub mod check;
 pub mod failed;
+mod json;
 pub mod manual;
 pub mod status;
+mod table;
 pub mod verify;
 
 use std::ffi::OsString;
+use std::io::{self, Write};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 
+use thiserror::Error;
+
 use self::manual::Chapter;
 use crate::demo;
+use crate::journal::{JournalError, OpenError};
 use crate::settings::{Settings, TOKEN_VARIABLES};
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
@@ -54,7 +60,7 @@ pub enum Command {
     /// While a daemon runs, its last exchanges with the APIs are reported, because OurAPI may take one request at a time.
     /// Otherwise both APIs are asked for something that changes nothing and loses nothing.
     Check,
-    /// List, show, retry or discard dead letters; works while the daemon runs.
+    /// List, show, retry, discard or reopen dead letters; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
@@ -89,6 +95,30 @@ pub enum Command {
         #[arg(value_enum)]
         chapter: Option<Chapter>,
     },
+}
+
+/// Why a command that reads the journal printed nothing.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("the answer cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The journal knows of no such conversation.
+    #[error("no event of conversation {0} was ever received")]
+    NoSuchConversation(i64),
+}
+
+/// Asks on the terminal.
+fn ask(question: &str) -> io::Result<bool> {
+    write!(io::stderr(), "{question} [y/N] ")?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(&*answer.trim().to_lowercase(), "y" | "yes"))
 }
 
 impl Cli {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use thiserror::Error;
 
-use crate::domain::time::{Millis, Timestamp};
+use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
 use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
 use crate::telemetry::terminal::{printable, shown};
@@ -37,7 +37,7 @@ pub struct Status {
     /// Whether a daemon uses the database.
     pub daemon_runs: bool,
     /// Whether there is no problem.
-    pub well: bool,
+    pub healthy: bool,
     /// The problems, the worst first.
     pub problems: Vec<Problem>,
     /// The database.
@@ -53,8 +53,8 @@ pub struct Database {
     /// Its path.
     #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
-    /// Its size with the write-ahead log, in bytes.
-    pub bytes: u64,
+    /// Its size with the write-ahead log.
+    pub size_bytes: u64,
 }
 
 /// A problem.
@@ -89,7 +89,7 @@ pub fn run(args: &Args, db: &Path, poll_interval: Duration) -> Result<(String, b
     } else {
         text(&status)
     };
-    Ok((text, status.well))
+    Ok((text, status.healthy))
 }
 
 impl Status {
@@ -107,11 +107,11 @@ impl Status {
             version: env!("CARGO_PKG_VERSION"),
             now,
             daemon_runs,
-            well: problems.is_empty(),
+            healthy: problems.is_empty(),
             problems,
             database: Database {
                 path: db.to_owned(),
-                bytes: store.bytes(),
+                size_bytes: store.bytes(),
             },
             figures,
         })
@@ -149,7 +149,7 @@ fn problems(
     ] {
         if status.up == Some(false) {
             let since = status.since.unwrap_or_default();
-            let why = status.trouble.as_deref().unwrap_or("it does not answer");
+            let why = status.problem.as_deref().unwrap_or("it does not answer");
             let remedy = match (status.lasts, api) {
                 (true, _) => {
                     "correct what the reason names; until then requests wait, and nothing is lost"
@@ -207,7 +207,7 @@ fn problems(
         Some(_) => {}
     }
     if let Some(oldest) = &figures.oldest_waiting
-        && now.since(oldest.at) > STALE
+        && now.since(oldest.since) > STALE
     {
         let why = oldest
             .reason
@@ -218,7 +218,7 @@ fn problems(
                 "a {} of conversation {} has waited for {}: {why}",
                 oldest.kind,
                 oldest.conversation,
-                duration(now.since(oldest.at))
+                duration(now.since(oldest.since))
             ),
             "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
         );
@@ -257,7 +257,7 @@ fn text(status: &Status) -> String {
             "bigchat-sync {} on {} ({:.1} MB)",
             status.version,
             shown(&status.database.path),
-            mega(status.database.bytes)
+            mega(status.database.size_bytes)
         ),
         String::new(),
     ];
@@ -276,7 +276,7 @@ fn text(status: &Status) -> String {
     });
     let polled = figures.polled_at.map_or_else(|| "never".into(), ago);
     line("last poll", format!("{polled}{behind}"));
-    let newest = figures.newest_event_s.map(Timestamp::clamped);
+    let newest = figures.newest_event_at;
     line(
         "newest event",
         newest.map_or_else(|| "none yet".into(), |at| at.to_string()),
@@ -289,7 +289,7 @@ fn text(status: &Status) -> String {
     }
     let oldest = figures.oldest_waiting.as_ref();
     let since = oldest.map_or_else(String::new, |oldest| {
-        format!(", the oldest for {}", duration(now.since(oldest.at)))
+        format!(", the oldest for {}", duration(now.since(oldest.since)))
     });
     line("waiting", format!("{}{since}", figures.waiting));
     line("failed", figures.failed.to_string());
@@ -300,7 +300,7 @@ fn text(status: &Status) -> String {
         "a minute",
         format!(
             "{:.1} received, {:.1} delivered, over the last 5 minutes",
-            figures.told_per_minute, figures.delivered_per_minute
+            figures.received_per_minute, figures.delivered_per_minute
         ),
     );
     if let Some(times) = figures.delivery_ms {
@@ -322,7 +322,7 @@ fn text(status: &Status) -> String {
         );
     }
     lines.push(String::new());
-    if status.well {
+    if status.healthy {
         lines.push("no problems".into());
     }
     for Problem { what, remedy } in &status.problems {

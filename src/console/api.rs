@@ -16,7 +16,7 @@ use serde_json::json;
 use super::guard::Client;
 use super::{ReadError, Web, error};
 use crate::domain::time::Millis;
-use crate::journal::{Operator, Resolution, Search, Selection};
+use crate::journal::{Operator, Reason, Resolution, Search, Selection};
 
 /// The furthest that activity is kept back, in hours.
 const HOURS: u32 = 7 * 24;
@@ -139,9 +139,8 @@ pub(super) struct Which {
     ids: Option<BTreeSet<i64>>,
     reason: Option<String>,
     all: Option<bool>,
-    /// Of a reason, or of all: only those that had failed by then, in Unix ms. What fails while somebody makes up his mind
-    /// is not meant.
-    failed_by: Option<i64>,
+    /// Of a reason, or of all: only those that had failed by then. What fails while the operator decides is not meant.
+    failed_by: Option<Millis>,
     /// Only those after this one.
     #[serde(default)]
     after: i64,
@@ -150,10 +149,11 @@ pub(super) struct Which {
 impl Which {
     fn selection(self) -> Result<(Selection, i64), ApiError> {
         let after = self.after;
-        let failed_by = Millis(self.failed_by.unwrap_or(i64::MAX));
+        let failed_by = self.failed_by.unwrap_or(Millis(i64::MAX));
         let selection = match (self.ids, self.reason, self.all) {
             (Some(ids), None, None) => Selection::Ids(ids),
             (None, reason @ Some(_), None) | (None, reason @ None, Some(true)) => {
+                let reason = reason.map(Reason::Is);
                 Selection::By { reason, failed_by }
             }
             _ => {
@@ -183,34 +183,43 @@ pub(super) async fn discard(
     resolve(&web, client, which?.0, Resolution::Discard).await
 }
 
+/// `POST /api/failed/undo`: reopens discarded events.
+pub(super) async fn undo(
+    State(web): State<Arc<Web>>,
+    Extension(client): Extension<Client>,
+    which: Result<Json<Which>, JsonRejection>,
+) -> Answer {
+    resolve(&web, client, which?.0, Resolution::Undo).await
+}
+
 /// Answers for how many it was done, and, where there is more to do than anybody waits for, after which it goes on.
-async fn resolve(web: &Web, client: Client, which: Which, decision: Resolution) -> Answer {
+async fn resolve(web: &Web, client: Client, which: Which, resolution: Resolution) -> Answer {
     let who = Operator::Console(client.0);
     let (selection, mut after) = which.selection()?;
     let (begun, mut done) = (Instant::now(), 0);
     let next = loop {
         let (selection, who) = (selection.clone(), who.clone());
-        let decided = web
+        let resolved = web
             .console
             .journal
             .with(move |store| {
-                store.resolve_failed(&selection, decision, &who, after, Millis::now())
+                store.resolve_failed(&selection, resolution, &who, after, Millis::now())
             })
             .await
             .map_err(ReadError::from)?;
-        done += decided.done;
-        match decided.next {
+        done += resolved.done;
+        match resolved.next {
             Some(next) if begun.elapsed() < AT_ONCE => after = next,
             next => break next,
         }
     };
     tracing::info!(
-        decision = decision.name(),
+        resolution = resolution.name(),
         events = done,
         "failed events resolved in the console"
     );
     web.forget_status().await;
-    if decision == Resolution::Retry && done > 0 {
+    if resolution == Resolution::Retry && done > 0 {
         web.console.work_available.notify_one();
     }
     Ok(Json(json!({ "done": done, "next": next })).into_response())
@@ -272,7 +281,7 @@ pub(super) async fn decisions(
 ) -> Answer {
     let before = before?.before;
     let page = web
-        .read(move |store| store.decisions_before(before))
+        .read(move |store| store.resolutions_before(before))
         .await?;
     Ok(Json(page).into_response())
 }

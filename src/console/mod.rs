@@ -233,6 +233,7 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/failed", get(api::failed))
         .route("/api/failed/retry", post(api::retry))
         .route("/api/failed/discard", post(api::discard))
+        .route("/api/failed/undo", post(api::undo))
         .route("/api/failed/{id}", get(api::event))
         .route("/api/search", get(api::search))
         .route("/api/conversations/{key}", get(api::conversation))

@@ -152,12 +152,12 @@ fn of_journal(now: &mut Now, status: &Status) {
     }
     // Its clock's time is the cursor, and as much as that is behind.
     if let (Some(cursor), Some(behind), Some(newest)) =
-        (figures.cursor_s, figures.behind_s, figures.newest_event_s)
+        (figures.cursor_at, figures.behind_s, figures.newest_event_at)
     {
         now.gauge(
             "newest_event_age_seconds",
             "How long ago the newest event happened that BigChat has told, by its own clock",
-            cursor.saturating_add(behind).saturating_sub(newest).max(0) as f64,
+            (cursor.unix() + behind - newest.unix()).max(0) as f64,
         );
     }
     now.gauge(
@@ -169,7 +169,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     now.gauge(
         "oldest_waiting_age_seconds",
         "For how long the oldest of these has waited; 0 if none does",
-        oldest.map_or(0.0, |oldest| status.now.since(oldest.at).as_secs_f64()),
+        oldest.map_or(0.0, |oldest| status.now.since(oldest.since).as_secs_f64()),
     );
     now.gauge(
         "failed_events",
@@ -194,7 +194,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     now.gauge(
         "database_size_bytes",
         "How large the database is, with its write-ahead log",
-        database.bytes as f64,
+        database.size_bytes as f64,
     );
 }
 

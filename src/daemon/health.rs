@@ -87,6 +87,6 @@ async fn keep_until(parts: &Parts, done: &CancellationToken) {
 /// Whether nothing is worth keeping that was not kept.
 fn is_as(api: &ApiStatus, kept: &ApiStatus) -> bool {
     let recent = |at: Option<Millis>| at.unwrap_or_default();
-    (api.up, &api.trouble) == (kept.up, &kept.trouble)
+    (api.up, &api.problem) == (kept.up, &kept.problem)
         && recent(api.asked_at).since(recent(kept.asked_at)) < KEPT_EVERY
 }

@@ -125,9 +125,20 @@ impl Millis {
     }
 }
 
+/// RFC 3339 in UTC with `Z`, to the millisecond.
 impl serde::Serialize for Millis {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_i64(self.0)
+        let millis = self.0.clamp(0, Timestamp::MAX * 1000 + 999);
+        let time = DateTime::<Utc>::from_timestamp_millis(millis).unwrap_or_default();
+        serializer.collect_str(&time.to_rfc3339_opts(SecondsFormat::Millis, true))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Millis {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = <String as serde::Deserialize>::deserialize(deserializer)?;
+        let time = DateTime::parse_from_rfc3339(&text).map_err(serde::de::Error::custom)?;
+        Ok(Self(time.timestamp_millis()))
     }
 }
 
@@ -158,6 +169,23 @@ mod tests {
             nearest("+12345-01-01T00:00:00").as_deref(),
             Some("9999-12-31T23:59:59Z")
         );
+    }
+
+    #[test]
+    fn json_has_times_to_the_millisecond() {
+        for (millis, written) in [
+            (1_763_849_007_042, "\"2025-11-22T22:03:27.042Z\""),
+            (i64::MIN, "\"1970-01-01T00:00:00.000Z\""),
+            (i64::MAX, "\"9999-12-31T23:59:59.999Z\""),
+        ] {
+            let json = serde_json::to_string(&Millis(millis)).expect("JSON");
+            assert_eq!(json, written);
+        }
+        let read = |text: &str| serde_json::from_str::<Millis>(text).ok();
+        let time = Some(Millis(1_763_849_007_042));
+        assert_eq!(read("\"2025-11-22T22:03:27.042Z\""), time);
+        assert_eq!(read("\"2025-11-22T23:03:27.042+01:00\""), time);
+        assert_eq!(read("1763849007042"), None);
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct ApiStatus {
     /// Its status, or why there was no response.
     pub response: Option<String>,
     /// The cause of an outage.
-    pub trouble: Option<String>,
+    pub problem: Option<String>,
     /// The outage lasts until the operator acts.
     pub lasts: bool,
 }
@@ -138,7 +138,7 @@ impl Health {
         ApiStatus {
             up: self.up,
             since: self.since,
-            trouble: self.problem.clone(),
+            problem: self.problem.clone(),
             lasts: self.lasts,
             asked_at: latest.map(|latest| Millis::now().minus(latest.at.elapsed())),
             request: latest.map(|latest| latest.target.name()),
@@ -153,7 +153,7 @@ impl Health {
     pub(super) fn recall(&mut self, status: &ApiStatus) {
         self.up = status.up;
         self.since = status.since;
-        self.problem = status.trouble.clone();
+        self.problem = status.problem.clone();
         self.lasts = status.lasts;
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Bound;
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
+use super::console::says;
 use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, limit};
 use crate::domain::event::PartialEvent;
@@ -12,30 +13,32 @@ use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::REJECTED_WRITE;
 
-/// A failed event, with all that is known of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A dead letter, with all that is known of it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct FailedEvent {
-    /// Its id, by which it is retried or discarded.
+    /// Its id, by which it is resolved.
     pub id: i64,
-    /// BigChat's id of its conversation; `None`: it could not be understood.
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub kind: String,
+    /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
     /// OurAPI's id of the chat, if there is one.
-    pub chat: Option<String>,
-    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
-    pub name: String,
-    /// When it happened, by BigChat's clock; `None`: that could not be understood either.
-    pub at: Option<Timestamp>,
-    /// Its data, as JSON; of one that could not be understood, all of it, raw.
+    pub chat_id: Option<String>,
+    /// When it happened, by BigChat's clock; `None`: it could not be parsed.
+    pub event_at: Option<Timestamp>,
+    /// What it says, as people read it.
+    pub text: Option<String>,
+    /// Its data, as JSON; of one that could not be parsed, all of it, as received.
     pub data: Option<String>,
-    /// When it went to the failed events, by this machine's clock.
+    /// When it became a dead letter, by this machine's clock.
     pub failed_at: Millis,
-    /// How often it was tried.
-    pub tries: u32,
-    /// Why it failed.
+    /// `None`: it is open.
+    pub discarded_at: Option<Millis>,
+    /// How many attempts failed.
+    pub attempts: u32,
+    /// Why the last one did.
     pub reason: String,
-    /// What was asked.
     pub request: Option<String>,
-    /// What was answered.
     pub response: Option<String>,
 }
 
@@ -43,9 +46,9 @@ pub struct FailedEvent {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct FailedAttempt {
     /// How often it had failed by then, this time included.
-    pub number: u32,
+    pub attempt: u32,
     /// When it failed.
-    pub at: Millis,
+    pub failed_at: Millis,
     /// Why it failed.
     pub reason: String,
     /// What was asked.
@@ -54,7 +57,7 @@ pub struct FailedAttempt {
     pub response: String,
 }
 
-/// What somebody decided about an event that had failed.
+/// How a dead letter was resolved.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct PastResolution {
     /// Its own id, in order of time.
@@ -63,42 +66,65 @@ pub struct PastResolution {
     pub at: Millis,
     /// Who, as far as it is known, and by which way: `ann, command line`; without a user: `command` or `console`.
     pub by: String,
-    /// What: `retry` or `discard`.
-    pub decision: String,
+    /// `retry`, `discard` or `undo`.
+    pub resolution: String,
     /// The event.
     pub event: i64,
-    /// BigChat's id of its conversation; `None`: it could not be understood.
+    /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
-    /// The journal's id of it, as long as the event is kept.
+    /// The journal's id of it, as long as the event is stored.
     pub conversation_key: Option<i64>,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// Why it had failed.
     pub reason: String,
+    /// Whether this is a discard that can still be undone.
+    pub can_undo: bool,
 }
 
-/// Which failed events are meant.
+/// Which dead letters are meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
     /// Those of these ids.
     Ids(BTreeSet<i64>),
-    /// All that had failed by then, by this machine's clock: who decides has not seen the later ones.
+    /// All that had failed by then, by this machine's clock: the operator has not seen the later ones.
     By {
-        /// Only those of this reason.
-        reason: Option<String>,
+        reason: Option<Reason>,
         /// Until when.
         failed_by: Millis,
     },
 }
 
-/// What somebody decides about failed events.
+/// For which reason they failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// Exactly this one.
+    Is(String),
+    /// One with this text in it.
+    Contains(String),
+}
+
+impl Reason {
+    /// What the reason must be, and what it must contain, as SQL takes it.
+    fn parts(reason: Option<&Self>) -> (Option<&str>, Option<&str>) {
+        match reason {
+            None => (None, None),
+            Some(Self::Is(text)) => (Some(text), None),
+            Some(Self::Contains(text)) => (None, Some(text)),
+        }
+    }
+}
+
+/// How an operator resolves dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resolution {
-    /// They are tried again, with all their attempts ahead of them. Whether one may have been carried out stays known,
-    /// so that it is looked for first. Those that could not be understood are parsed again, as after an upgrade.
+    /// They are tried again, with all their attempts ahead of them. That one may have been carried out stays known, so that
+    /// the chat is read first. Those that could not be parsed are parsed again, as after an upgrade.
     Retry,
     /// They are given up: never tried again.
     Discard,
+    /// The discard is taken back: they are open again.
+    Undo,
 }
 
 impl Resolution {
@@ -107,6 +133,19 @@ impl Resolution {
         match self {
             Self::Retry => "retry",
             Self::Discard => "discard",
+            Self::Undo => "undo",
+        }
+    }
+
+    /// The dead letters that can be resolved so, as SQL.
+    fn applies_to(self) -> &'static str {
+        match self {
+            Self::Retry | Self::Discard => "d.discarded_at IS NULL",
+            // Of a forgotten one nothing is left that could be tried again.
+            Self::Undo => {
+                "d.discarded_at IS NOT NULL AND (d.conversation IS NOT NULL
+                    OR (SELECT data FROM events WHERE id = d.event) IS NOT NULL)"
+            }
         }
     }
 }
@@ -152,15 +191,16 @@ pub struct Resolved {
 const RESOLVED_AT_ONCE: usize = 500;
 
 impl Store {
-    /// The failed events, the oldest first: at most `at_most` of them.
-    pub fn failed(&mut self, at_most: u32) -> Result<Vec<FailedEvent>> {
+    /// The open dead letters, the oldest first: at most `at_most` of them.
+    pub fn failed(&mut self, at_most: u32, reason: Option<&Reason>) -> Result<Vec<FailedEvent>> {
+        let (is, contains) = Reason::parts(reason);
         self.failed_where(
-            "d.discarded_at IS NULL ORDER BY d.event LIMIT ?1",
-            [i64::from(at_most)],
+            &format!("d.discarded_at IS NULL AND {HAS_REASON} ORDER BY d.event LIMIT ?4"),
+            params![0, is, contains, at_most],
         )
     }
 
-    /// How many failed events could not be understood, and so cannot be retried.
+    /// How many open dead letters could not be parsed, and so cannot be retried.
     pub fn count_unreadable(&mut self) -> Result<u64> {
         let count: i64 = self
             .connection
@@ -197,11 +237,9 @@ impl Store {
         Ok(u64::try_from(count).unwrap_or_default())
     }
 
-    /// A failed event, if there is one of that id.
+    /// A dead letter, open or discarded, if there is one of that id.
     pub fn failed_event(&mut self, id: i64) -> Result<Option<FailedEvent>> {
-        Ok(self
-            .failed_where("d.discarded_at IS NULL AND d.event = ?1", [id])?
-            .pop())
+        Ok(self.failed_where("d.event = ?1", [id])?.pop())
     }
 
     /// The latest failed attempts at an event, the last one first.
@@ -211,8 +249,8 @@ impl Store {
         )?;
         let attempts = statement.query_map([event], |row| {
             Ok(FailedAttempt {
-                number: row.get(0)?,
-                at: Millis(row.get(1)?),
+                attempt: row.get(0)?,
+                failed_at: Millis(row.get(1)?),
                 reason: row.get(2)?,
                 request: row.get(3)?,
                 response: row.get(4)?,
@@ -221,9 +259,9 @@ impl Store {
         Ok(attempts.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// What was decided about an event, or about any, before the decision `before`, the latest one first: at most
-    /// `at_most` of them.
-    pub fn decisions(
+    /// The resolutions of an event, or of any, before the resolution `before`, the latest one first: at most `at_most` of
+    /// them.
+    pub fn resolutions(
         &mut self,
         event: Option<i64>,
         before: Option<i64>,
@@ -235,25 +273,28 @@ impl Store {
             "?1 IS NULL"
         };
         let mut statement = self.connection.prepare_cached(&format!(
-            "SELECT d.id, d.resolved_at, d.resolved_by, d.resolution, d.event, d.conversation, e.conversation, d.kind, d.reason, d.user
+            "SELECT d.id, d.resolved_at, d.resolved_by, d.resolution, d.event, d.conversation, e.conversation, d.kind, d.reason, d.user,
+                d.resolution = 'discard' AND EXISTS (SELECT 1 FROM dead_letters x
+                    WHERE x.event = d.event AND x.discarded_at = d.resolved_at AND (x.conversation IS NOT NULL OR e.data IS NOT NULL))
              FROM resolutions d LEFT JOIN events e ON e.id = d.event
              WHERE {of} AND d.id < ?2 ORDER BY d.id DESC LIMIT ?3"
         ))?;
         let before = before.unwrap_or(i64::MAX);
-        let decisions = statement.query_map(params![event, before, at_most], |row| {
+        let resolutions = statement.query_map(params![event, before, at_most], |row| {
             Ok(PastResolution {
                 id: row.get(0)?,
                 at: Millis(row.get(1)?),
                 by: by(row.get(2)?, row.get(9)?),
-                decision: row.get(3)?,
+                resolution: row.get(3)?,
                 event: row.get(4)?,
                 conversation: row.get(5)?,
                 conversation_key: row.get(6)?,
                 kind: row.get(7)?,
                 reason: row.get(8)?,
+                can_undo: row.get(10)?,
             })
         })?;
-        Ok(decisions.collect::<rusqlite::Result<_>>()?)
+        Ok(resolutions.collect::<rusqlite::Result<_>>()?)
     }
 
     fn failed_where(
@@ -263,27 +304,29 @@ impl Store {
     ) -> Result<Vec<FailedEvent>> {
         let mut statement = self.connection.prepare_cached(&format!(
             "SELECT e.id, c.bigchat_id, c.chat_id, e.kind, e.event_at, e.data, d.failed_at, coalesce(a.attempts, 0),
-                coalesce(a.reason, ''), nullif(a.request, ''), nullif(a.response, '')
+                coalesce(a.reason, ''), nullif(a.request, ''), nullif(a.response, ''), d.discarded_at
              FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = e.id
              LEFT JOIN conversations c ON c.id = e.conversation
              WHERE {condition}"
         ))?;
         let events = statement.query_map(params, |row| {
-            let (name, data): (String, Option<String>) = (row.get(3)?, row.get(5)?);
+            let (kind, data): (String, Option<String>) = (row.get(3)?, row.get(5)?);
             let known = PartialEvent {
                 conversation: row.get(1)?,
                 at: Some(Timestamp::clamped(row.get(4)?)),
             };
-            let PartialEvent { conversation, at } = partial_event(&name, data.as_deref(), known);
+            let partial = partial_event(&kind, data.as_deref(), known);
             Ok(FailedEvent {
                 id: row.get(0)?,
-                conversation,
-                chat: row.get(2)?,
-                name,
-                at,
+                conversation: partial.conversation,
+                chat_id: row.get(2)?,
+                event_at: partial.at,
+                text: says::event(&kind, data.clone()),
+                kind,
                 data,
-                failed_at: Millis(row.get::<_, Option<i64>>(6)?.unwrap_or_default()),
-                tries: row.get(7)?,
+                failed_at: Millis(row.get(6)?),
+                discarded_at: row.get::<_, Option<i64>>(11)?.map(Millis),
+                attempts: row.get(7)?,
                 reason: row.get(8)?,
                 request: row.get(9)?,
                 response: row.get(10)?,
@@ -292,12 +335,20 @@ impl Store {
         Ok(events.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// How many events have failed for this reason, or for any, and when the last one did.
-    pub fn failed_so_far(&mut self, reason: Option<&str>) -> Result<(u64, Millis)> {
+    /// How many dead letters of that reason, or of any, can be resolved so, and when the last one failed.
+    pub fn failed_so_far(
+        &mut self,
+        reason: Option<&Reason>,
+        resolution: Resolution,
+    ) -> Result<(u64, Millis)> {
+        let (is, contains) = Reason::parts(reason);
         let (count, last): (i64, Option<i64>) = self
             .connection
-            .prepare_cached(&format!("SELECT count(*), max(d.failed_at) {MEANT}"))?
-            .query_row(params![0, reason, i64::MAX], |row| {
+            .prepare_cached(&format!(
+                "SELECT count(*), max(d.failed_at) {DEAD_LETTERS} WHERE {} AND {HAS_REASON}",
+                resolution.applies_to()
+            ))?
+            .query_row(params![0, is, contains], |row| {
                 Ok((row.get(0)?, row.get(1)?))
             })?;
         Ok((
@@ -306,19 +357,19 @@ impl Store {
         ))
     }
 
-    /// Carries a decision out, for some of the events that are meant: those after `after` (0 at first), by their ids. Each
-    /// is noted, with who decided.
+    /// Resolves some of the dead letters that are meant: those after `after` (0 at first), by their ids. Each resolution is
+    /// recorded, with who did it.
     pub fn resolve_failed(
         &mut self,
         which: &Selection,
-        decision: Resolution,
+        resolution: Resolution,
         who: &Operator,
         after: i64,
         now: Millis,
     ) -> Result<Resolved> {
         let transaction = self.begin()?;
-        let ids = selected(&transaction, which, after)?;
-        let mut decided = Resolved {
+        let ids = selected(&transaction, which, resolution, after)?;
+        let mut resolved = Resolved {
             done: 0,
             next: ids
                 .last()
@@ -326,10 +377,10 @@ impl Store {
                 .filter(|_| ids.len() == RESOLVED_AT_ONCE),
         };
         for id in ids {
-            decided.done += usize::from(resolve(&transaction, id, decision, who, now)?);
+            resolved.done += usize::from(resolve(&transaction, id, resolution, who, now)?);
         }
         transaction.commit()?;
-        Ok(decided)
+        Ok(resolved)
     }
 }
 
@@ -346,12 +397,20 @@ pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) 
 pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
     name == UNREADABLE || reason.starts_with(REJECTED_WRITE)
 }
-/// The failed events after `?1` of the reason `?2`, or of any, that had failed by `?3`.
-const MEANT: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event
-    WHERE d.discarded_at IS NULL AND d.event > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2) AND d.failed_at <= ?3";
+
+const DEAD_LETTERS: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event";
+
+/// Of the dead letters after `?1`, those whose reason is `?2`, if that is given, and contains `?3`, if that is.
+const HAS_REASON: &str = "d.event > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2)
+    AND (?3 IS NULL OR instr(coalesce(a.reason, ''), ?3) > 0)";
 
 /// The ids of the next events that are meant, in order.
-fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Result<Vec<i64>> {
+fn selected(
+    transaction: &Transaction<'_>,
+    which: &Selection,
+    resolution: Resolution,
+    after: i64,
+) -> Result<Vec<i64>> {
     let (reason, failed_by) = match which {
         Selection::Ids(ids) => {
             let next = ids.range((Bound::Excluded(after), Bound::Unbounded));
@@ -359,33 +418,46 @@ fn selected(transaction: &Transaction<'_>, which: &Selection, after: i64) -> Res
         }
         Selection::By { reason, failed_by } => (reason, failed_by),
     };
-    let mut statement =
-        transaction.prepare_cached(&format!("SELECT d.event {MEANT} ORDER BY d.event LIMIT ?4"))?;
+    let (is, contains) = Reason::parts(reason.as_ref());
+    let mut statement = transaction.prepare_cached(&format!(
+        "SELECT d.event {DEAD_LETTERS} WHERE {} AND {HAS_REASON} AND d.failed_at <= ?4 ORDER BY d.event LIMIT ?5",
+        resolution.applies_to()
+    ))?;
     let ids = statement.query_map(
-        params![after, reason, failed_by.0, limit(RESOLVED_AT_ONCE)],
+        params![after, is, contains, failed_by.0, limit(RESOLVED_AT_ONCE)],
         |row| row.get(0),
     )?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Carries a decision out for one event, if it has failed and can be decided so.
+/// Resolves one dead letter, if there is one of that id that can be resolved so.
 fn resolve(
     transaction: &Transaction<'_>,
     id: i64,
-    decision: Resolution,
+    resolution: Resolution,
     who: &Operator,
     now: Millis,
 ) -> Result<bool> {
-    let conversation: Option<Option<ConversationId>> = transaction
-        .prepare_cached(
-            "SELECT conversation FROM dead_letters WHERE event = ?1 AND discarded_at IS NULL",
-        )?
-        .query_row([id], |row| row.get(0))
+    let dead_letter: Option<(Option<ConversationId>, PartialEvent)> = transaction
+        .prepare_cached(&format!(
+            "SELECT d.conversation, c.bigchat_id, e.kind, iif(d.conversation IS NULL, e.data, NULL)
+             FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN conversations c ON c.id = d.conversation
+             WHERE d.event = ?1 AND {}",
+            resolution.applies_to()
+        ))?
+        .query_row([id], |row| {
+            let known = PartialEvent {
+                conversation: row.get(1)?,
+                at: None,
+            };
+            let (kind, raw): (String, Option<String>) = (row.get(2)?, row.get(3)?);
+            Ok((row.get(0)?, partial_event(&kind, raw.as_deref(), known)))
+        })
         .optional()?;
-    let Some(conversation) = conversation else {
+    let Some((conversation, partial)) = dead_letter else {
         return Ok(false);
     };
-    match (decision, conversation) {
+    match (resolution, conversation) {
         (Resolution::Retry, None) => {
             if !ingest_dead_letter(transaction, EventId(id), now)? {
                 return Ok(false);
@@ -399,17 +471,29 @@ fn resolve(
                 .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?
                 .execute(params![id, now.0])?;
         }
+        (Resolution::Undo, _) => {
+            transaction
+                .prepare_cached("UPDATE dead_letters SET discarded_at = NULL WHERE event = ?1")?
+                .execute([id])?;
+        }
     }
     let (way, user) = who.parts();
     transaction
         .prepare_cached(
             "INSERT INTO resolutions (resolved_at, resolved_by, user, resolution, event, conversation, kind, reason)
-             SELECT ?2, ?3, ?4, ?5, e.id, c.bigchat_id, e.kind, coalesce(a.reason, '')
-             FROM events e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
+             SELECT ?2, ?3, ?4, ?5, e.id, ?6, e.kind, coalesce(a.reason, '')
+             FROM events e LEFT JOIN attempts a ON a.event = e.id
              WHERE e.id = ?1",
         )?
-        .execute(params![id, now.0, way, user, decision.name()])?;
-    if (decision, conversation) == (Resolution::Retry, None) {
+        .execute(params![
+            id,
+            now.0,
+            way,
+            user,
+            resolution.name(),
+            partial.conversation
+        ])?;
+    if (resolution, conversation) == (Resolution::Retry, None) {
         // The event that was read from it stands in its place.
         transaction
             .prepare_cached("DELETE FROM events WHERE id = ?1")?

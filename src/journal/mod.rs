@@ -43,7 +43,7 @@ pub use console::{
     Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Search, WholeEvent,
 };
 pub use dead_letters::{
-    FailedAttempt, FailedEvent, Operator, PastResolution, Resolution, Resolved, Selection,
+    FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,
 };
 pub use directory::{KnownAdvisor, KnownAgent, Probe};
 pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};

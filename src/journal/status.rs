@@ -45,16 +45,16 @@ pub struct Group {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Oldest {
     /// Its id.
-    pub id: i64,
+    pub event: i64,
     /// BigChat's id of its conversation.
     pub conversation: i64,
     /// START, END, MESSAGE or TRANSFER.
     pub kind: String,
     /// Since when it waits.
-    pub at: Millis,
-    /// How often it was tried.
-    pub tries: u32,
-    /// Why that failed.
+    pub since: Millis,
+    /// How many attempts failed.
+    pub attempts: u32,
+    /// Why the last one did.
     pub reason: Option<String>,
 }
 
@@ -79,7 +79,7 @@ pub struct DeliveryTimes {
     /// None took longer, in ms.
     pub max: i64,
     /// How many there were.
-    pub of: usize,
+    pub count: usize,
 }
 
 /// What the journal tells of how things stand.
@@ -91,16 +91,16 @@ pub struct Figures {
     pub our_api: ApiStatus,
     /// When BigChat was last read to the end of what was asked for.
     pub polled_at: Option<Millis>,
-    /// Up to when it was read, by its own clock, in Unix seconds.
-    pub cursor_s: Option<i64>,
+    /// Up to when it was read, by its own clock.
+    pub cursor_at: Option<Timestamp>,
     /// How far that is behind its clock, in seconds.
     pub behind_s: Option<i64>,
     /// When that last changed, by this machine's clock.
     pub cursor_moved_at: Option<Millis>,
     /// The latest times of which it reports nothing any more and that had not been read, the latest first.
     pub gaps: Vec<Gap>,
-    /// When the latest event happened that it ever told, by its clock, in Unix seconds.
-    pub newest_event_s: Option<i64>,
+    /// When the latest event happened that it ever reported, by its clock.
+    pub newest_event_at: Option<Timestamp>,
     /// How many events wait.
     pub waiting: u64,
     /// The one that has waited for longest.
@@ -109,8 +109,8 @@ pub struct Figures {
     pub failed: u64,
     /// The oldest of these by reason, the most frequent reason first.
     pub failed_by_reason: Vec<Group>,
-    /// How many events BigChat told in a minute, over the last five or six.
-    pub told_per_minute: f64,
+    /// How many events were received in a minute, over the last five or six.
+    pub received_per_minute: f64,
     /// How many were delivered.
     pub delivered_per_minute: f64,
     /// How long deliveries took of late.
@@ -130,7 +130,7 @@ impl Store {
         let transaction = self.connection.transaction()?;
         let source = source(&transaction, now)?;
         let (waiting, oldest_waiting) = waiting(&transaction)?;
-        let (told, delivered) = rates(&transaction, now)?;
+        let (received, delivered) = rates(&transaction, now)?;
         let failed = transaction
             .prepare_cached("SELECT count(*) FROM dead_letters WHERE discarded_at IS NULL")?
             .query_row([], count)?;
@@ -146,16 +146,16 @@ impl Store {
             bigchat: api(&transaction, "bigchat")?,
             our_api: api(&transaction, "our_api")?,
             polled_at: source.polled_at,
-            cursor_s: source.cursor,
+            cursor_at: source.cursor.map(Timestamp::clamped),
             behind_s: source.behind,
             cursor_moved_at: source.cursor_moved_at,
             gaps: gaps(&transaction)?,
-            newest_event_s: source.newest_event,
+            newest_event_at: source.newest_event.map(Timestamp::clamped),
             waiting,
             oldest_waiting,
             failed,
             failed_by_reason: groups(&transaction)?,
-            told_per_minute: told,
+            received_per_minute: received,
             delivered_per_minute: delivered,
             delivery_ms: delivery_times(&transaction, now)?,
             rebuilding,
@@ -183,7 +183,7 @@ impl Store {
                     asked_at.0,
                     api.request.as_deref().unwrap_or_default(),
                     api.response.as_deref().unwrap_or_default(),
-                    api.trouble,
+                    api.problem,
                     api.lasts,
                 ])?;
         }
@@ -223,7 +223,7 @@ fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
                 asked_at: row.get::<_, Option<i64>>(2)?.map(Millis),
                 request: row.get(3)?,
                 response: row.get(4)?,
-                trouble: row.get(5)?,
+                problem: row.get(5)?,
                 lasts: row.get::<_, Option<bool>>(6)?.unwrap_or_default(),
             })
         })
@@ -298,11 +298,11 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
         )?
         .query_row([oldest], |row| {
             Ok(Oldest {
-                id: row.get(0)?,
+                event: row.get(0)?,
                 conversation: row.get(1)?,
                 kind: row.get(2)?,
-                at: Millis(row.get(3)?),
-                tries: row.get(4)?,
+                since: Millis(row.get(3)?),
+                attempts: row.get(4)?,
                 reason: row.get(5)?,
             })
         })
@@ -333,14 +333,14 @@ fn groups(connection: &Connection) -> Result<Vec<Group>> {
 
 fn rates(connection: &Connection, now: Millis) -> Result<(f64, f64)> {
     let from = minute(now) - RATE_MINUTES;
-    let (told, delivered, first): (f64, f64, Option<i64>) = connection
+    let (received, delivered, first): (f64, f64, Option<i64>) = connection
         .prepare_cached(
             "SELECT total(received), total(delivered), (SELECT min(minute) FROM activity) FROM activity WHERE minute >= ?1",
         )?
         .query_row([from], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
     let begun = Millis(first.unwrap_or(from).max(from) * 60_000);
     let minutes = (now.since(begun).as_secs_f64() / 60.0).max(1.0);
-    Ok((told / minutes, delivered / minutes))
+    Ok((received / minutes, delivered / minutes))
 }
 
 fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<DeliveryTimes>> {
@@ -358,7 +358,7 @@ fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<Deliver
         median: at(50),
         p95: at(95),
         max: at(100),
-        of: times.len(),
+        count: times.len(),
     }))
 }
 

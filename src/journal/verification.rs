@@ -60,7 +60,7 @@ impl Store {
         let status = self.api(Api::OurApi.name())?;
         if status.up == Some(false) {
             let since = status.since.unwrap_or_default();
-            let problem = status.trouble.unwrap_or_default();
+            let problem = status.problem.unwrap_or_default();
             return Ok(Some(format!("OurAPI is down since {since}: {problem}")));
         }
         let until: Option<i64> = self

@@ -166,7 +166,7 @@ function lost() {
 
 function header() {
   const live = byId("live");
-  const state = line.lost ? "lost" : status === null ? "loading" : status.well ? "well" : "ill";
+  const state = line.lost ? "lost" : status === null ? "loading" : status.healthy ? "well" : "ill";
   live.dataset.state = state;
   say("live", { lost: "Offline", loading: "Connecting", well: "All well", ill: "Needs attention" }[state]);
   const badge = byId("failed-count");
@@ -319,7 +319,7 @@ const buttons = {
 async function act(element, why) {
   // Not twice at once.
   if (element.hasAttribute("data-busy")) return;
-  const decides = element.dataset.do === "retry" || element.dataset.do === "discard";
+  const decides = ["retry", "discard", "undo"].includes(element.dataset.do);
   if (decides && line.lost) return tell("Not now: there is no connection.");
   element.toggleAttribute("data-busy", true);
   try {

@@ -21,11 +21,18 @@ export const get = (path) => ask(path, { method: "GET" });
 
 export const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body ?? {}) }, { "Content-Type": "application/json" });
 
-/** Ids have up to 64 bits, and a number holds only 53 of them: a greater integer stays the text it came as. */
-function exactly(_, value, context) {
+/** What the daemon calls a point in time. */
+const TIME = /^(at|now|since|from|until)$|_(at|since)$/;
+
+/** Ids have up to 64 bits, and a number holds only 53 of them: a greater integer stays the text it came as. Times become Unix ms. */
+function exactly(name, value, context) {
+  if (typeof value === "string" && TIME.test(name)) return Date.parse(value);
   const source = context?.source;
   return typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? source : value;
 }
+
+/** A point in time as the daemon takes it. */
+export const instant = (ms) => new Date(Number(ms)).toISOString();
 
 /** An id, be it a number or a text, as an integer in what is sent. */
 export const integer = JSON.rawJSON ?? Number;

@@ -3,7 +3,7 @@
 import { get } from "./daemon.js";
 import { el } from "./dom.js";
 import { at, sentence } from "./format.js";
-import { conversation, head, kind, loading, nothing } from "./parts.js";
+import { conversation, head, kind, loading, nothing, resolved, undo } from "./parts.js";
 import { by } from "./failed.js";
 
 export const decisions = {
@@ -12,7 +12,7 @@ export const decisions = {
   every: 6000,
   load: ({ before }) => get(`/api/decisions${before ? `?before=${encodeURIComponent(before)}` : ""}`),
   show(data, { params }) {
-    const title = head("Decisions", "Who retried or discarded which failed event. Kept for good.");
+    const title = head("Decisions", "Who retried, discarded or reopened which failed event. Kept for good.");
     if (!data) return [title, loading(6)];
     if (data.rows.length === 0) return [head("Decisions"), nothing("audit", "Nobody has decided anything yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
     return [
@@ -32,7 +32,7 @@ export const decisions = {
                 "tr",
                 { "data-key": decision.id },
                 el("td", null, at(decision.at)),
-                el("td", null, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded")),
+                el("td", null, resolved(decision), " ", undo(decision)),
                 el("td", null, kind(decision.kind), " ", el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`)),
                 el("td", { "data-name": "Conversation" }, conversation(decision.conversation_key, decision.conversation)),
                 el("td.why", null, sentence(decision.reason)),

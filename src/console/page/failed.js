@@ -1,9 +1,9 @@
 // The failed events, grouped by reason, and one of them whole; and what is decided of them.
 
-import { get, integer, post } from "./daemon.js";
+import { get, instant, integer, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
 import { ago, at, count, sentence, some } from "./format.js";
-import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, resolutions, response, words } from "./parts.js";
+import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, resolutions, resolved, response, undo, words } from "./parts.js";
 
 /** The events that are selected, and the reason they have in common. */
 const selection = { reason: null, ids: new Set(), last: null };
@@ -99,8 +99,8 @@ function group({ chosen, page, after, now }) {
           el(
             "a",
             { href: `#/failed/${event.id}`, "data-step": "", tabindex: -1 },
-            kind(event.name),
-            el("span.says", null, event.name === "MESSAGE" ? words(event.says) : event.says),
+            kind(event.kind),
+            el("span.says", null, event.kind === "MESSAGE" ? words(event.text) : event.text),
             el("span.where", null, event.conversation === null ? `#${event.id}` : `conversation ${event.conversation}`),
             el("span.when", null, ago(event.failed_at)),
           ),
@@ -144,18 +144,18 @@ export const event = {
     return [
       back(event.reason && is ? link(event.reason) : "#/failed", "Failed events"),
       head(
-        [kind(event.name), ` Event ${event.id}`],
+        [kind(event.kind), ` Event ${event.id}`],
         event.reason && [sentence(event.reason), "."],
         is && resolutions(event.permanent, { "data-ids": event.id }, "Retry", "Discard…"),
       ),
-      el("p.verdict-line", { "data-state": event.state }, el("i.dot", { "aria-hidden": "true" }), el("b", null, STATES[event.state]), event.settled_at !== null && [" ", ago(event.settled_at)], is && [": ", advice(event)]),
+      el("p.verdict-line", { "data-state": event.state }, el("i.dot", { "aria-hidden": "true" }), el("b", null, STATES[event.state]), event.state_since !== null && [" ", ago(event.state_since)], is && [": ", advice(event)]),
       el(
         "div.sides",
         null,
         el(
           "div",
           null,
-          block("What BigChat told", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_cut && el("p.muted", null, "It is longer than is shown here.")),
+          block("What BigChat reported", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_truncated && el("p.muted", null, "It is longer than is shown here.")),
           (event.request || event.response) && el("div.exchange", { "data-key": "exchange" }, block("What was asked last", request(event.request)), block("What was answered", response(event.response))),
           block("Attempts", attempts(event)),
         ),
@@ -166,20 +166,20 @@ export const event = {
             "About it",
             facts([
               ["Conversation", event.conversation === null ? null : event.conversation_key === null ? String(event.conversation) : conversation(event.conversation_key, event.conversation)],
-              ["Happened", event.event_at_s === null ? null : at(event.event_at_s * 1000)],
-              ["Told", at(event.kept_at)],
-              ["Tried", event.tries === 0 ? "never" : some(event.tries, "time")],
+              ["Happened", event.event_at === null ? null : at(event.event_at)],
+              ["Received", at(event.received_at)],
+              ["Tried", event.attempts === 0 ? "never" : some(event.attempts, "time")],
               ["Chat", event.chat_id && copyable(event.chat_id)],
-              ["May stand in OurAPI", event.in_doubt && "yes: it is looked for before it is sent again"],
+              ["May exist in OurAPI", event.outcome_unknown && "yes: the chat is read before it is sent again"],
             ]),
           ),
-          event.decisions.length > 0 &&
+          event.resolutions.length > 0 &&
             block(
               "Decisions",
               el(
                 "ul.lately",
                 null,
-                event.decisions.map((decision) => el("li", { "data-key": decision.id }, el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"), el("span.muted", null, `by ${by(decision)}`), ago(decision.at))),
+                event.resolutions.map((resolution) => el("li", { "data-key": resolution.id }, resolved(resolution), el("span.muted", null, `by ${by(resolution)}`), ago(resolution.at), undo(resolution))),
               ),
             ),
         ),
@@ -196,18 +196,18 @@ export const by = (decision) => BY[decision.by] ?? decision.by;
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
 
 function attempts(event) {
-  if (event.attempts.length === 0) return el("p.quietly", null, event.name === "UNREADABLE" ? "None: it could not be understood." : "None is on record.");
+  if (event.failures.length === 0) return el("p.quietly", null, event.kind === "UNREADABLE" ? "None: it could not be understood." : "None is on record.");
   return el(
     "ol.attempts",
     null,
-    event.attempts.map((attempt) =>
+    event.failures.map((failure) =>
       el(
         "li",
-        { "data-key": attempt.number },
-        el("details", null, el("summary", null, el("b", null, `${attempt.number}.`), el("span", null, sentence(attempt.reason)), ago(attempt.at)), request(attempt.request), response(attempt.response)),
+        { "data-key": failure.attempt },
+        el("details", null, el("summary", null, el("b", null, `${failure.attempt}.`), el("span", null, sentence(failure.reason)), ago(failure.failed_at)), request(failure.request), response(failure.response)),
       ),
     ),
-    event.attempts.length < event.tries && el("li.quietly", null, `Of ${count(event.tries)} attempts the last ${count(event.attempts.length)} are kept.`),
+    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are kept.`),
   );
 }
 
@@ -219,7 +219,7 @@ function clear(reason) {
 
 /** Which failed events a button means: those that had failed when it was drawn, and none that fails meanwhile. */
 function meant({ ids, reason, all, count, by }) {
-  const failed_by = Number(by);
+  const failed_by = by && instant(by);
   if (all !== undefined) return { which: { all: true, failed_by }, number: Number(all) };
   if (reason !== undefined) return { which: { reason, failed_by }, number: Number(count) };
   const numbers = ids.split(" ").map((id) => integer(id));
@@ -238,12 +238,18 @@ export const actions = {
     const { which, number } = meant(button.dataset);
     const sure = await page.ask(
       `Discard ${some(number, "event")}?`,
-      `OurAPI will never get ${number === 1 ? "it" : "them"}. This cannot be taken back; what was discarded stays in the record of decisions.`,
+      `OurAPI will never get ${number === 1 ? "it" : "them"}. It can be undone in the list of decisions, until the retention drops it.`,
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;
     const done = await decide("discard", which, page);
     page.tell(`${some(done, "event")} discarded.`);
+    await decided(page);
+  },
+  async undo(button, page) {
+    const { which } = meant(button.dataset);
+    const done = await decide("undo", which, page);
+    page.tell(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: it was resolved otherwise, or dropped by the retention.");
     await decided(page);
   },
   select(box, page, event) {

@@ -5,7 +5,7 @@ import { byId, el } from "./dom.js";
 import { get } from "./daemon.js";
 import { by } from "./failed.js";
 import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
-import { conversation, kind, loading } from "./parts.js";
+import { conversation, kind, loading, resolved } from "./parts.js";
 
 const RANGES = [1, 6, 24, 168];
 const HOURS = 6;
@@ -26,16 +26,16 @@ export const overview = {
 };
 
 function verdict(status) {
-  const problems = status.problems;
-  const title = status.well ? "All is well" : problems.length > 1 ? `${problems.length} things need attention` : "One thing needs attention";
+  const { problems } = status;
+  const title = status.healthy ? "All is well" : problems.length > 1 ? `${problems.length} things need attention` : "One thing needs attention";
   return el(
     "section.verdict",
-    { "data-well": status.well ? "yes" : "no", "aria-labelledby": "title" },
+    { "data-well": status.healthy ? "yes" : "no", "aria-labelledby": "title" },
     el("h1", { id: "title", tabindex: -1 }, el("i.dot", { "aria-hidden": "true" }), title),
     el(
       "p.under",
       null,
-      status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_s === null ? "; it has told nothing yet." : ["; its newest event is of ", at(status.newest_event_s * 1000), "."]],
+      status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_at === null ? "; it has reported nothing yet." : ["; its newest event is of ", at(status.newest_event_at), "."]],
     ),
     problems.length > 0 &&
       el(
@@ -59,11 +59,11 @@ function pipe(status) {
     el(
       "article.node.middle",
       { "aria-labelledby": "node-journal" },
-      el("header", null, el("h2", { id: "node-journal" }, "Journal"), el("span.muted", null, size(status.database.bytes))),
+      el("header", null, el("h2", { id: "node-journal" }, "Journal"), el("span.muted", null, size(status.database.size_bytes))),
       el(
         "div.pair",
         null,
-        figure(count(status.waiting), "waiting", status.oldest_waiting === null ? "nothing to do" : ["the oldest for ", since(status.oldest_waiting.at)]),
+        figure(count(status.waiting), "waiting", status.oldest_waiting === null ? "nothing to do" : ["the oldest for ", since(status.oldest_waiting.since)]),
         el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "none" : "needs action")),
       ),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} to be verified or rebuilt`),
@@ -81,7 +81,7 @@ function api(name, what, state) {
     { "aria-labelledby": id, "data-up": state.up === null ? "unknown" : state.up ? "yes" : "no" },
     el("header", null, el("h2", { id }, name), el("span.muted", null, what)),
     el("p.state", null, el("i.dot", { "aria-hidden": "true" }), el("b", null, word), state.since !== null && state.up !== null && el("span.muted", null, " for ", since(state.since))),
-    state.trouble && el("p.note", null, state.trouble),
+    state.problem && el("p.note", null, state.problem),
     state.request
       ? el(
           "details.last",
@@ -103,11 +103,11 @@ function strip(status) {
   return el(
     "dl.strip",
     { "aria-label": "Figures" },
-    cell("Received", perMinute(status.told_per_minute), "a minute"),
+    cell("Received", perMinute(status.received_per_minute), "a minute"),
     cell("Delivered", perMinute(status.delivered_per_minute), "a minute"),
     cell("Median delivery time", delivery ? lasting(delivery.median) : "–"),
     cell("p95", delivery ? lasting(delivery.p95) : "–"),
-    cell("Slowest", delivery ? lasting(delivery.max) : "–", delivery && `of the latest ${count(delivery.of)}`),
+    cell("Slowest", delivery ? lasting(delivery.max) : "–", delivery && `of the latest ${count(delivery.count)}`),
   );
 }
 
@@ -175,7 +175,7 @@ function lists(data, status) {
                 el(
                   "li",
                   { "data-key": decision.id },
-                  el("b", { class: decision.decision }, decision.decision === "retry" ? "retried" : "discarded"),
+                  resolved(decision),
                   kind(decision.kind),
                   el("span.muted", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)], " by ", by(decision)),
                   ago(decision.at),

@@ -87,6 +87,14 @@ export function resolutions(permanent, which, retry, discard) {
   return permanent ? ways.reverse() : ways;
 }
 
+const RESOLVED = { retry: "retried", discard: "discarded", undo: "reopened" };
+
+/** How an event was resolved. */
+export const resolved = ({ resolution }) => el("b", { class: resolution }, RESOLVED[resolution] ?? resolution);
+
+/** Takes a discard back, as long as it can be. */
+export const undo = ({ can_undo, event }) => can_undo && el("button.quiet", { type: "button", "data-do": "undo", "data-ids": event }, "Undo");
+
 /** What was asked: the line, and the body below it. */
 export function request(text) {
   if (!text) return el("p.muted", null, "Nothing was asked of an API.");

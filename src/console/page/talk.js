@@ -34,9 +34,9 @@ export const search = {
             el(
               "a",
               { href: `#/conversations/${one.key}`, "data-step": "", tabindex: -1 },
-              el("b", null, `Conversation ${one.conversation}`, one.run < one.runs && el("small", null, `of run ${one.run} of BigChat, before it restarted`)),
+              el("b", null, `Conversation ${one.conversation}`, one.epoch < one.current_epoch && el("small", null, `of epoch ${one.epoch}, before BigChat restarted`)),
               el("span.who", null, who(one)),
-              el("span.when", null, one.started_at_s === null ? el("span.muted", null, "start unknown") : at(one.started_at_s * 1000)),
+              el("span.when", null, one.started_at === null ? el("span.muted", null, "start unknown") : at(one.started_at)),
               state(one),
             ),
           ),
@@ -55,7 +55,7 @@ function state(one) {
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
-  return one.ended_at_s === null ? el("span.chip.fine", null, "in step") : el("span.chip.fine", null, "in step, ended");
+  return one.ended_at === null ? el("span.chip.fine", null, "in step") : el("span.chip.fine", null, "in step, ended");
 }
 
 export const talk = {
@@ -71,7 +71,7 @@ export const talk = {
       back("#/search", "Conversations"),
       head(
         `Conversation ${one.conversation}`,
-        [state(one), " ", one.run < one.runs && "Of an earlier run of BigChat: since it restarted, this id means another conversation."],
+        [state(one), " ", one.epoch < one.current_epoch && "Of an earlier epoch: since BigChat restarted, this id means another conversation."],
         one.failed.length > 0 && resolutions(one.permanent, { "data-ids": one.failed.join(" ") }, `Retry ${failedOf(one)}`, `Discard ${failedOf(one)}…`),
       ),
       el(
@@ -95,9 +95,9 @@ export const talk = {
             facts([
               ["Id", one.chat_id && copyable(one.chat_id)],
               ["External id", one.external_id && copyable(one.external_id)],
-              ["Started", time(one.chat_started_at_s)],
-              ["Ended", one.chat_id && (one.chat_ended_at_s === null ? "not yet" : time(one.chat_ended_at_s))],
-              ["In doubt", one.unsure && "a change was sent whose outcome is unknown; all of it is sent again"],
+              ["Started", time(one.chat_started_at)],
+              ["Ended", one.chat_id && (one.chat_ended_at === null ? "not yet" : time(one.chat_ended_at))],
+              ["Stale", one.stale && "it is read back before anything is sent"],
             ]),
           ),
           el(
@@ -117,10 +117,10 @@ export const talk = {
             null,
             el("header", null, el("h2", null, "In BigChat")),
             facts([
-              ["Started", time(one.started_at_s) ?? "not known"],
-              ["Last END", time(one.ended_at_s)],
+              ["Started", time(one.started_at) ?? "not known"],
+              ["Last END", time(one.ended_at)],
               ["First advisor", one.first_advisor],
-              ["Advisor since", one.transfer_at_s === null ? null : [`${one.transfer_advisor}, by the TRANSFER of `, time(one.transfer_at_s)]],
+              ["Advisor since", one.transfer_at === null ? null : [`${one.transfer_advisor}, by the TRANSFER of `, time(one.transfer_at)]],
               ["Details", { unread: "not read yet", read: null, gone: "BigChat no longer knows them" }[one.details]],
             ]),
           ),
@@ -132,16 +132,16 @@ export const talk = {
 
 const failedOf = (one) => (one.failed.length === 1 ? "the failed event" : `the ${count(one.failed.length)} failed events`);
 
-const time = (seconds) => (seconds === null ? null : at(seconds * 1000));
+const time = (ms) => (ms === null ? null : at(ms));
 
 function days(events) {
   let day = null;
   let latest = -Infinity;
   return events.flatMap((event) => {
-    const happened = event.event_at_s * 1000;
+    const happened = event.event_at;
     const today = dayText(happened);
-    const late = event.event_at_s < latest;
-    latest = Math.max(latest, event.event_at_s);
+    const late = happened < latest;
+    latest = Math.max(latest, happened);
     const item = entry(event, happened, late);
     if (today === day) return [item];
     day = today;
@@ -152,12 +152,12 @@ function days(events) {
 function entry(event, happened, late) {
   return el(
     "li.entry",
-    { "data-key": event.id, "data-kind": event.name, "data-state": event.state, tabindex: -1, "data-step": "" },
+    { "data-key": event.id, "data-kind": event.kind, "data-state": event.state, tabindex: -1, "data-step": "" },
     el("time", { datetime: new Date(happened).toISOString(), title: fullTime(happened) }, clockText(happened)),
     el(
       "div.what",
       null,
-      event.name === "MESSAGE" ? el("p.words", null, words(event.says), event.says_cut && [" … ", el("a", { href: `#/failed/${event.id}` }, "show all of it")]) : el("p.change", null, kind(event.name), event.says && ` ${event.says}`),
+      event.kind === "MESSAGE" ? el("p.words", null, words(event.text), event.text_truncated && [" … ", el("a", { href: `#/failed/${event.id}` }, "show all of it")]) : el("p.change", null, kind(event.kind), event.text && ` ${event.text}`),
       el("p.fate", null, fate(event), late && el("span.muted", { title: "It happened before an event that was received earlier." }, "out of order")),
     ),
   );
@@ -166,13 +166,13 @@ function entry(event, happened, late) {
 function fate(event) {
   switch (event.state) {
     case "delivered":
-      return el("span.fine", null, icon("check"), SENT[event.sent] ?? "delivered", " ", at(event.settled_at), el("span.muted", null, `, ${lasting(Math.max(0, event.settled_at - event.kept_at))} after it was told`));
+      return el("span.fine", null, icon("check"), SENT[event.effect] ?? "delivered", " ", at(event.state_since), el("span.muted", null, `, ${lasting(Math.max(0, event.state_since - event.received_at))} after it was received`));
     case "waiting":
-      return el("span.wait", null, icon("clock"), event.reason ? `waits after ${some(event.tries, "failure")}: ${event.reason}` : ["waits since ", ago(event.kept_at)], event.next_at > now() && `; tried again in ${lasting(event.next_at - now())}`);
+      return el("span.wait", null, icon("clock"), event.reason ? `waits after ${some(event.attempts, "failure")}: ${event.reason}` : ["waits since ", ago(event.received_at)], event.next_at > now() && `; tried again in ${lasting(event.next_at - now())}`);
     case "failed":
       return el("a.bad", { href: `#/failed/${event.id}` }, icon("cross"), `failed: ${event.reason}`);
     default:
-      return el("a.muted", { href: `#/failed/${event.id}` }, icon("cross"), "discarded ", at(event.settled_at));
+      return el("a.muted", { href: `#/failed/${event.id}` }, icon("cross"), "discarded ", at(event.state_since));
   }
 }
 

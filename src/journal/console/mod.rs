@@ -4,7 +4,7 @@
 //! page says after what the next one begins, so that nothing is counted or skipped over to get there.
 
 mod rows;
-mod says;
+pub(super) mod says;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
@@ -145,8 +145,8 @@ impl Store {
         let Some(mut event) = event else {
             return Ok(None);
         };
-        event.attempts = self.failed_attempts(id)?;
-        event.decisions = self.decisions(Some(id), None, limit(PAGE))?;
+        event.failures = self.failed_attempts(id)?;
+        event.resolutions = self.resolutions(Some(id), None, limit(PAGE))?;
         Ok(Some(event))
     }
 
@@ -190,6 +190,21 @@ impl Store {
         Ok((rows.collect::<Result<_>>()?, more))
     }
 
+    /// The events that could not be parsed and yet name this conversation, as far as they are searched.
+    pub fn unparsed_of(&mut self, conversation: i64) -> Result<Vec<i64>> {
+        let mut statement = self.connection.prepare_cached(UNPARSED)?;
+        let mut events = statement.query([limit(LOOKED_AT)])?;
+        let mut ids = Vec::new();
+        while let Some(event) = events.next()? {
+            let raw: Option<String> = event.get(1)?;
+            let partial = PartialEvent::of(raw.as_deref().unwrap_or_default());
+            if partial.conversation == Some(conversation) {
+                ids.push(event.get(0)?);
+            }
+        }
+        Ok(ids)
+    }
+
     /// A conversation by the journal's id of it.
     pub fn conversation_row(&mut self, key: i64) -> Result<Option<ConversationRow>> {
         let transaction = self.connection.transaction()?;
@@ -200,18 +215,18 @@ impl Store {
     pub fn events_of(&mut self, key: i64, after: i64) -> Result<Page<EventRow>> {
         let mut statement = self.connection.prepare_cached(&events_of())?;
         let rows = statement.query_map(params![key, after, limit(PAGE + 1)], |row| {
-            let (says, says_cut) = says(row, IN_ITS_CONVERSATION)?;
+            let (text, text_truncated) = says(row, IN_ITS_CONVERSATION)?;
             Ok(EventRow {
                 id: row.get("id")?,
-                name: row.get("kind")?,
-                event_at_s: row.get("event_at")?,
-                says,
-                says_cut,
+                kind: row.get("kind")?,
+                event_at: Timestamp::clamped(row.get("event_at")?),
+                text,
+                text_truncated,
                 state: row.get("state")?,
-                kept_at: Millis(row.get("received_at")?),
-                settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
-                sent: row.get("sent")?,
-                tries: row.get("tries")?,
+                received_at: Millis(row.get("received_at")?),
+                state_since: row.get::<_, Option<i64>>("state_since")?.map(Millis),
+                effect: row.get("effect")?,
+                attempts: row.get("attempts")?,
                 reason: row.get("reason")?,
                 next_at: row.get::<_, Option<i64>>("next_at")?.map(Millis),
             })
@@ -219,9 +234,9 @@ impl Store {
         Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| row.id))
     }
 
-    /// What was decided before the decision `before`, the latest first.
-    pub fn decisions_before(&mut self, before: Option<i64>) -> Result<Page<PastResolution>> {
-        let rows = self.decisions(None, before, limit(PAGE + 1))?;
+    /// The resolutions before `before`, the latest first.
+    pub fn resolutions_before(&mut self, before: Option<i64>) -> Result<Page<PastResolution>> {
+        let rows = self.resolutions(None, before, limit(PAGE + 1))?;
         Ok(paged(rows, |row| row.id))
     }
 }
@@ -237,8 +252,8 @@ const FAILED: &str =
 const WHOLE: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_id, e.event_at,
         substr(e.data, 1, ?1) AS data, length(e.data) > ?1 AS data_cut, e.state, e.received_at,
         coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', (SELECT v.delivered_at FROM deliveries v
-            WHERE v.conversation = e.conversation AND v.through >= e.id ORDER BY v.through, v.id DESC LIMIT 1), NULL)) AS settled_at,
-        coalesce(a.attempts, 0) AS tries, coalesce(a.outcome_unknown, 0) AS in_doubt, a.reason,
+            WHERE v.conversation = e.conversation AND v.through >= e.id ORDER BY v.through, v.id DESC LIMIT 1), NULL)) AS state_since,
+        coalesce(a.attempts, 0) AS attempts, coalesce(a.outcome_unknown, 0) AS outcome_unknown, a.reason,
         nullif(a.request, '') AS request, nullif(a.response, '') AS response
     FROM event_states e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
     WHERE e.id = ?2";
@@ -258,9 +273,9 @@ const AGENTS_BY_EMAIL: &str =
     "SELECT agent_id FROM agents WHERE email LIKE ?1 ESCAPE '\\' AND agent_id IS NOT NULL
     ORDER BY email LIMIT ?2";
 
-const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS runs, c.started_at, c.ended_at,
+const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
-        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS unsure, a.bigchat_id AS advisor, a.name, a.email,
+        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, a.bigchat_id AS advisor, a.name, a.email,
         iif(g.email IS NULL, NULL, g.agent_id IS NOT NULL) AS accepted
     FROM conversations c LEFT JOIN advisors a
         ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
@@ -269,13 +284,16 @@ const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) 
 
 const WAITING_OF: &str = "SELECT min(waiting, ?2) FROM conversations WHERE id = ?1";
 
+const UNPARSED: &str =
+    "SELECT id, data FROM events WHERE conversation IS NULL ORDER BY id DESC LIMIT ?1";
+
 const FAILED_OF: &str = "SELECT d.event, e.kind, coalesce(a.reason, '')
     FROM dead_letters d JOIN events e ON e.id = d.event LEFT JOIN attempts a ON a.event = d.event
     WHERE d.conversation = ?1 AND d.discarded_at IS NULL ORDER BY d.event LIMIT ?2";
 
 fn failed_row() -> String {
     format!(
-        "SELECT e.id, e.kind, c.bigchat_id, {DATA}, coalesce(a.attempts, 0) AS tries, d.failed_at AS settled_at
+        "SELECT e.id, e.kind, c.bigchat_id, {DATA}, coalesce(a.attempts, 0) AS attempts, d.failed_at
          FROM events e JOIN dead_letters d ON d.event = e.id LEFT JOIN attempts a ON a.event = e.id
          LEFT JOIN conversations c ON c.id = e.conversation
          WHERE e.id = ?1"
@@ -285,8 +303,8 @@ fn failed_row() -> String {
 fn events_of() -> String {
     format!(
         "SELECT e.id, e.kind, e.event_at, {DATA}, e.state, e.received_at,
-            coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', v.delivered_at, NULL)) AS settled_at,
-            iif(e.state = 'delivered', v.effect, NULL) AS sent, coalesce(a.attempts, 0) AS tries, a.reason, a.next_at
+            coalesce(e.discarded_at, e.failed_at, iif(e.state = 'delivered', v.delivered_at, NULL)) AS state_since,
+            iif(e.state = 'delivered', v.effect, NULL) AS effect, coalesce(a.attempts, 0) AS attempts, a.reason, a.next_at
          FROM (SELECT id FROM events WHERE conversation = ?1 AND id > ?2 ORDER BY id LIMIT ?3) AS page
          JOIN event_states e ON e.id = page.id LEFT JOIN attempts a ON a.event = e.id
          LEFT JOIN deliveries v ON v.id = (SELECT n.id FROM deliveries n
@@ -383,26 +401,30 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         _ => None,
     };
     let (agent_name, agent_email) = agent.unzip();
+    let time = |name| {
+        let time: Option<i64> = row.get(name)?;
+        Ok::<_, rusqlite::Error>(time.map(Timestamp::clamped))
+    };
     Ok(ConversationRow {
         key: row.get("id")?,
         conversation: row.get("bigchat_id")?,
-        run: row.get("epoch")?,
-        runs: row.get("runs")?,
-        started_at_s: row.get("started_at")?,
-        ended_at_s: row.get("ended_at")?,
+        epoch: row.get("epoch")?,
+        current_epoch: row.get("current_epoch")?,
+        started_at: time("started_at")?,
+        ended_at: time("ended_at")?,
         first_advisor,
         transfer_advisor,
-        transfer_at_s: row.get("transfer_at")?,
+        transfer_at: time("transfer_at")?,
         details,
         external_id: row.get("external_id")?,
         chat_id: row.get("chat_id")?,
-        chat_started_at_s: row.get("chat_started_at")?,
-        chat_ended_at_s: row.get("chat_ended_at")?,
+        chat_started_at: time("chat_started_at")?,
+        chat_ended_at: time("chat_ended_at")?,
         chat_agent,
         agent_name,
         agent_email,
         no_agent,
-        unsure: row.get("unsure")?,
+        stale: row.get("stale")?,
         waiting: 0,
         failed: Vec::new(),
         permanent: false,
@@ -410,32 +432,32 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
 }
 
 fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
-    let (name, data): (String, Option<String>) = (row.get("kind")?, row.get("data")?);
+    let (kind, data): (String, Option<String>) = (row.get("kind")?, row.get("data")?);
     let known = PartialEvent {
         conversation: row.get("bigchat_id")?,
         at: None,
     };
     Ok(FailedRow {
         id: row.get("id")?,
-        conversation: partial_event(&name, data.as_deref(), known).conversation,
-        name,
-        says: says(row, IN_A_LIST)?.0,
-        tries: row.get("tries")?,
-        failed_at: Millis(row.get::<_, Option<i64>>("settled_at")?.unwrap_or_default()),
+        conversation: partial_event(&kind, data.as_deref(), known).conversation,
+        kind,
+        text: says(row, IN_A_LIST)?.0,
+        attempts: row.get("attempts")?,
+        failed_at: Millis(row.get("failed_at")?),
     })
 }
 
 fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
-    let (name, event_at_s): (String, i64) = (row.get("kind")?, row.get("event_at")?);
+    let (kind, event_at_s): (String, i64) = (row.get("kind")?, row.get("event_at")?);
     let data: Option<String> = row.get("data")?;
     let known = PartialEvent {
         conversation: row.get("bigchat_id")?,
         at: Some(Timestamp::clamped(event_at_s)),
     };
-    let PartialEvent { conversation, at } = partial_event(&name, data.as_deref(), known);
+    let PartialEvent { conversation, at } = partial_event(&kind, data.as_deref(), known);
     let raw = match conversation {
-        Some(id) if name != UNREADABLE => format!(
-            r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{event_at_s},"data":{}}}"#,
+        Some(id) if kind != UNREADABLE => format!(
+            r#"{{"conversation_id":{id},"event_name":"{kind}","event_at":{event_at_s},"data":{}}}"#,
             data.as_deref().unwrap_or("null")
         ),
         _ => data.unwrap_or_default(),
@@ -443,24 +465,24 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
     let reason: Option<String> = row.get("reason")?;
     Ok(WholeEvent {
         id: row.get("id")?,
-        permanent: is_permanent(&name, reason.as_deref().unwrap_or_default()),
-        name,
+        permanent: is_permanent(&kind, reason.as_deref().unwrap_or_default()),
+        kind,
         conversation,
         conversation_key: row.get("conversation")?,
         chat_id: row.get("chat_id")?,
-        event_at_s: at.map(Timestamp::unix),
+        event_at: at,
         raw,
-        raw_cut: row.get::<_, Option<bool>>("data_cut")?.unwrap_or_default(),
+        raw_truncated: row.get::<_, Option<bool>>("data_cut")?.unwrap_or_default(),
         state: row.get("state")?,
-        kept_at: Millis(row.get("received_at")?),
-        settled_at: row.get::<_, Option<i64>>("settled_at")?.map(Millis),
-        tries: row.get("tries")?,
-        in_doubt: row.get("in_doubt")?,
+        received_at: Millis(row.get("received_at")?),
+        state_since: row.get::<_, Option<i64>>("state_since")?.map(Millis),
+        attempts: row.get("attempts")?,
+        outcome_unknown: row.get("outcome_unknown")?,
         reason,
         request: row.get("request")?,
         response: row.get("response")?,
-        attempts: Vec::new(),
-        decisions: Vec::new(),
+        failures: Vec::new(),
+        resolutions: Vec::new(),
     })
 }
 
@@ -510,6 +532,7 @@ mod tests {
             (WAITING_OF, "conversations USING INTEGER PRIMARY KEY"),
             (FAILED_OF, "dead_letters_of_conversation (conversation=?)"),
             (&events_of(), "events_of_conversation (conversation=?"),
+            (UNPARSED, "events_of_conversation (conversation=?"),
         ] {
             let plan = plan(&mut store, sql);
             assert!(

@@ -1,8 +1,8 @@
-//! What the console is shown, row by row. Times are in Unix ms; those that end in `_s` are BigChat's, in seconds.
+//! What the console and the commands show, row by row.
 
 use serde::Serialize;
 
-use crate::domain::time::Millis;
+use crate::domain::time::{Millis, Timestamp};
 use crate::journal::{FailedAttempt, PastResolution};
 
 /// What happened in each of some minutes.
@@ -50,14 +50,14 @@ pub struct FailedRow {
     /// Its id.
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
-    pub name: String,
-    /// BigChat's id of its conversation; `None`: that could not be understood.
+    pub kind: String,
+    /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
-    /// What it says, at least its beginning.
-    pub says: Option<String>,
-    /// How often it was tried.
-    pub tries: u32,
-    /// When it failed for good.
+    /// The beginning of what it says.
+    pub text: Option<String>,
+    /// How many attempts failed.
+    pub attempts: u32,
+    /// When it became a dead letter.
     pub failed_at: Millis,
 }
 
@@ -67,29 +67,29 @@ pub struct WholeEvent {
     /// Its id.
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
-    pub name: String,
-    /// BigChat's id of its conversation; `None`: that could not be understood.
+    pub kind: String,
+    /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
     /// The journal's id of it.
     pub conversation_key: Option<i64>,
     /// OurAPI's id of the chat, if there is one.
     pub chat_id: Option<String>,
-    /// When it happened, by BigChat's clock, in Unix seconds; `None`: that could not be understood either.
-    pub event_at_s: Option<i64>,
-    /// The event as BigChat told it; of one that was understood, put together again.
+    /// When it happened, by BigChat's clock; `None`: it could not be parsed.
+    pub event_at: Option<Timestamp>,
+    /// The event as BigChat reported it; of one that was parsed, put together again.
     pub raw: String,
     /// Whether that is not all of it.
-    pub raw_cut: bool,
+    pub raw_truncated: bool,
     /// `waiting`, `delivered`, `failed` or `discarded`.
     pub state: String,
-    /// When it was told.
-    pub kept_at: Millis,
-    /// When it came to that state.
-    pub settled_at: Option<Millis>,
-    /// How often it failed.
-    pub tries: u32,
-    /// Whether it may stand in OurAPI all the same.
-    pub in_doubt: bool,
+    /// When it was received.
+    pub received_at: Millis,
+    /// When it was delivered, failed or discarded.
+    pub state_since: Option<Millis>,
+    /// How many attempts failed.
+    pub attempts: u32,
+    /// Whether OurAPI may hold it all the same.
+    pub outcome_unknown: bool,
     /// Why it failed last.
     pub reason: Option<String>,
     /// Whether a retry can never succeed.
@@ -99,9 +99,9 @@ pub struct WholeEvent {
     /// What was answered.
     pub response: Option<String>,
     /// The latest failed attempts, the last one first.
-    pub attempts: Vec<FailedAttempt>,
-    /// What was decided about it, the latest first.
-    pub decisions: Vec<PastResolution>,
+    pub failures: Vec<FailedAttempt>,
+    /// How it was resolved, the latest first.
+    pub resolutions: Vec<PastResolution>,
 }
 
 /// A conversation, the chat it is, and how it stands.
@@ -111,20 +111,20 @@ pub struct ConversationRow {
     pub key: i64,
     /// BigChat's id of it.
     pub conversation: i64,
-    /// Of which run of BigChat it is.
-    pub run: i64,
-    /// How many runs of BigChat there were.
-    pub runs: i64,
-    /// When it started, in Unix seconds, by BigChat's clock as all of these.
-    pub started_at_s: Option<i64>,
+    /// The epoch in which it has that id.
+    pub epoch: i64,
+    /// The current epoch.
+    pub current_epoch: i64,
+    /// When it started, by BigChat's clock as all of these.
+    pub started_at: Option<Timestamp>,
     /// When it ended, by the latest END that was delivered.
-    pub ended_at_s: Option<i64>,
+    pub ended_at: Option<Timestamp>,
     /// Who had it first, by BigChat's id.
     pub first_advisor: Option<i64>,
     /// Who has it since a TRANSFER.
     pub transfer_advisor: Option<i64>,
     /// When that happened.
-    pub transfer_at_s: Option<i64>,
+    pub transfer_at: Option<Timestamp>,
     /// Whether BigChat's details of it were read: `unread`, `read` or `gone`.
     pub details: String,
     /// OurAPI's external id of the chat.
@@ -132,9 +132,9 @@ pub struct ConversationRow {
     /// OurAPI's id of the chat.
     pub chat_id: Option<String>,
     /// When the chat says it started.
-    pub chat_started_at_s: Option<i64>,
+    pub chat_started_at: Option<Timestamp>,
     /// And ended.
-    pub chat_ended_at_s: Option<i64>,
+    pub chat_ended_at: Option<Timestamp>,
     /// OurAPI's id of its agent.
     pub chat_agent: Option<String>,
     /// The name of the advisor who is that agent.
@@ -143,8 +143,8 @@ pub struct ConversationRow {
     pub agent_email: Option<String>,
     /// Why the chat has no agent; `None`: it has one.
     pub no_agent: Option<String>,
-    /// Whether a change was sent whose outcome is unknown.
-    pub unsure: bool,
+    /// Whether the chat is read back before anything is sent: the outcome of a change is unknown, say.
+    pub stale: bool,
     /// How many of its events wait, as far as they are counted.
     pub waiting: u64,
     /// Which of its events have failed, as far as they are counted.
@@ -159,25 +159,25 @@ pub struct EventRow {
     /// Its id.
     pub id: i64,
     /// START, END, MESSAGE or TRANSFER.
-    pub name: String,
-    /// When it happened, by BigChat's clock, in Unix seconds.
-    pub event_at_s: i64,
+    pub kind: String,
+    /// When it happened, by BigChat's clock.
+    pub event_at: Timestamp,
     /// What it says.
-    pub says: Option<String>,
+    pub text: Option<String>,
     /// Whether that is only its beginning.
-    pub says_cut: bool,
+    pub text_truncated: bool,
     /// `waiting`, `delivered`, `failed` or `discarded`.
     pub state: String,
-    /// When it was told.
-    pub kept_at: Millis,
-    /// When it came to that state.
-    pub settled_at: Option<Millis>,
-    /// What delivering it took.
-    pub sent: Option<String>,
-    /// How often it failed.
-    pub tries: u32,
-    /// Why.
+    /// When it was received.
+    pub received_at: Millis,
+    /// When it was delivered, failed or discarded.
+    pub state_since: Option<Millis>,
+    /// What its delivery changed in OurAPI.
+    pub effect: Option<String>,
+    /// How many attempts failed.
+    pub attempts: u32,
+    /// Why the last one did.
     pub reason: Option<String>,
-    /// When it is tried again.
+    /// When the next one is due.
     pub next_at: Option<Millis>,
 }

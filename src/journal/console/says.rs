@@ -1,11 +1,11 @@
-//! What the console says of an event and of a chat without an agent: pure, from what the journal holds.
+//! What the console and the commands say of an event and of a chat without an agent: pure, from what the journal holds.
 
 use crate::domain::event::{EventKind, Payload};
 use crate::journal::KnownAdvisor;
 
 /// What an event says, as people read it: its message whole, whatever characters are in it. SQLite's text functions would
 /// end it at the first NUL.
-pub(super) fn event(name: &str, data: Option<String>) -> Option<String> {
+pub(in crate::journal) fn event(name: &str, data: Option<String>) -> Option<String> {
     let Some(kind) = EventKind::from_name(name) else {
         return data;
     };

@@ -75,13 +75,13 @@ async fn resolution_by_id_reason_and_all() {
         );
         // All of them failed at 2000: who decided before has not seen them.
         for unseen in [
-            json!({"reason": "another", "failed_by": 1999}),
-            json!({"all": true, "failed_by": 1999}),
+            json!({"reason": "another", "failed_by": "1970-01-01T00:00:01.999Z"}),
+            json!({"all": true, "failed_by": "1970-01-01T00:00:01.999Z"}),
         ] {
             assert_eq!(discard(unseen).await, json!({"done": 0, "next": null}));
         }
         assert_eq!(
-            discard(json!({"reason": "another", "failed_by": 2000})).await,
+            discard(json!({"reason": "another", "failed_by": "1970-01-01T00:00:02Z"})).await,
             json!({"done": 4, "next": null})
         );
         assert_eq!(
@@ -93,7 +93,7 @@ async fn resolution_by_id_reason_and_all() {
         let own = rustix::process::geteuid().as_raw();
         let by = format!("{}, console", bigchat_sync::user::name(own));
         let latest = json!({
-            "decision": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b",
+            "resolution": "discard", "by": by, "event": 11, "conversation": 42, "reason": "a & b",
         });
         for (name, value) in latest.as_object().expect("an object") {
             assert_eq!(&log["rows"][0][name], value, "{name}");
@@ -102,7 +102,7 @@ async fn resolution_by_id_reason_and_all() {
         assert_eq!(ids(&earlier["rows"]), [2, 1]);
         let (_, event) = console.get("/api/failed/11").await;
         assert_eq!(event["state"], "discarded");
-        assert_eq!(event["decisions"][0]["decision"], "discard");
+        assert_eq!(event["resolutions"][0]["resolution"], "discard");
 
         // The rest is tried again, at once, and reaches OurAPI.
         assert_eq!(
@@ -112,7 +112,7 @@ async fn resolution_by_id_reason_and_all() {
         t.until_events("delivered", 5).await;
         let (_, status) = console.get("/api/status").await;
         assert_eq!(
-            (&status["failed"], &status["well"]),
+            (&status["failed"], &status["healthy"]),
             (&json!(0), &json!(true))
         );
         console.daemon.stop().await;
@@ -138,13 +138,13 @@ async fn conversation_shows_each_effect() {
             .as_array()
             .expect("events")
             .iter()
-            .map(|event| &event["sent"])
+            .map(|event| &event["effect"])
             .collect();
         assert_eq!(sent, ["chat created", "message added", "message added"]);
-        assert_eq!(answer["events"][1]["says"], "Hello");
-        let cut = answer["events"][2]["says"].as_str().expect("text");
+        assert_eq!(answer["events"][1]["text"], "Hello");
+        let cut = answer["events"][2]["text"].as_str().expect("text");
         assert_eq!(
-            (cut.len(), &answer["events"][2]["says_cut"]),
+            (cut.len(), &answer["events"][2]["text_truncated"]),
             (4_000, &json!(true))
         );
         for (text, expected) in [("ANN%40", 1), ("nn", 0), ("%25", 0), ("_nn", 0)] {

@@ -73,7 +73,7 @@ impl<'a> Desk<'a> {
     fn decided(&self) -> String {
         let resolutions = self.t.resolutions().into_iter().map(|past| {
             let way = past.by.rsplit(", ").next().unwrap_or_default();
-            format!("{} {} {way}", past.decision, past.event)
+            format!("{} {} {way}", past.resolution, past.event)
         });
         resolutions.collect::<Vec<_>>().join(", ")
     }

@@ -53,7 +53,7 @@ async fn texts_with_control_characters() {
         let console = Console::over(t, &format!("{CONVERSATION}{events}")).await;
         let said = |rows: &Value| -> Vec<String> {
             let rows = rows.as_array().expect("rows").iter();
-            rows.map(|row| row["says"].as_str().expect("a text").to_owned())
+            rows.map(|row| row["text"].as_str().expect("a text").to_owned())
                 .collect()
         };
         let list = get(&console, "/api/failed", &[("reason", "why")]).await;
@@ -84,17 +84,17 @@ async fn long_text_truncated_in_lists_only() {
         let events = failed_message(1, &text, "why");
         run_test(async |t| {
             let console = Console::over(t, &format!("{CONVERSATION}{events}")).await;
-            let of = |row: &Value| row["says"].as_str().expect("a text").chars().count();
+            let of = |row: &Value| row["text"].as_str().expect("a text").chars().count();
             let list = get(&console, "/api/failed", &[("reason", "why")]).await;
             assert_eq!(of(&list["rows"][0]), in_list);
             let conversation = get(&console, "/api/conversations/100", &[]).await;
             let event = &conversation["events"][0];
             assert_eq!(
-                (of(event), &event["says_cut"]),
+                (of(event), &event["text_truncated"]),
                 (in_conversation, &json!(in_conversation < length))
             );
             let event = get(&console, "/api/failed/1", &[]).await;
-            assert_eq!(event["raw_cut"], false);
+            assert_eq!(event["raw_truncated"], false);
             assert!(event["raw"].as_str().expect("JSON").contains(&text[1..]));
             console.daemon.stop().await;
         })

@@ -161,10 +161,10 @@ async fn permanent_rejection_is_dead_lettered() {
             let patch = "PATCH /chats/c1";
             assert_eq!(heads(&asked), [patch, POST, POST], "{refusal}");
             let failed = t.failed();
-            assert_eq!([&failed[0].name, &failed[1].name], ["MESSAGE", "END"]);
+            assert_eq!([&failed[0].kind, &failed[1].kind], ["MESSAGE", "END"]);
             for event in failed {
                 assert_eq!(
-                    (event.tries, &*event.reason),
+                    (event.attempts, &*event.reason),
                     (1, &*format!("{REFUSED}: No."))
                 );
                 assert_eq!(event.conversation, Some(42));
@@ -565,7 +565,7 @@ async fn poison_event_among_others() {
         );
         assert_eq!(t.counted_attempts(), 3);
         let tries = t.our_api.count(poisoned);
-        assert_eq!(usize::try_from(failed.tries), Ok(tries));
+        assert_eq!(usize::try_from(failed.attempts), Ok(tries));
         let mut messages = t.our_api.messages();
         messages.retain(|text| !text.starts_with("other"));
         assert_eq!(messages, ["after"]);
@@ -884,7 +884,7 @@ async fn failed_events_resolved_beside_daemon() {
         let resolutions = t.resolutions();
         assert_eq!(resolutions.len(), 2);
         for past in resolutions {
-            assert_eq!(past.decision, "retry");
+            assert_eq!(past.resolution, "retry");
             assert!(past.by.ends_with(", command line"), "{}", past.by);
             assert_eq!(
                 (past.event, &past.reason),
@@ -895,11 +895,11 @@ async fn failed_events_resolved_beside_daemon() {
 
         assert!(matches!(
             command(&["retry", unreadable]),
-            Err(FailedError::Partly { done: 0, asked: 1 })
+            Err(FailedError::Partly { done: 0, asked: 1, .. })
         ));
         assert!(matches!(
             command(&["discard", unreadable, unreadable, refused]),
-            Err(FailedError::Partly { done: 1, asked: 2 })
+            Err(FailedError::Partly { done: 1, asked: 2, .. })
         ));
         t.until_events("discarded", 1).await;
         assert_eq!(answer(&["list"]), "no event has failed\n");
@@ -926,7 +926,7 @@ async fn resolution_while_another_process_writes() {
             drop(writer);
         });
         let printed = t.failed_command(&["discard", "--all", "--yes"]);
-        assert_eq!(printed.expect("it is done"), "1 discarded\n");
+        assert_eq!(printed.expect("it is done"), "1 failed event discarded\n");
         written.join().expect("no panic");
     })
     .await;

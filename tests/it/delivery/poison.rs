@@ -31,7 +31,7 @@ async fn change_fails_behind_older_message() {
         daemon.stop().await;
         let failed = t.failed();
         assert_eq!(
-            (failed[0].name.as_str(), failed[0].conversation),
+            (failed[0].kind.as_str(), failed[0].conversation),
             ("END", Some(10))
         );
         assert!(

@@ -7,7 +7,7 @@ use std::fmt::Display;
 
 use bigchat_sync::cli::failed::{self, FailedError};
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::domain::time::Millis;
+use bigchat_sync::domain::time::{Millis, Timestamp};
 use bigchat_sync::http::Api;
 use bigchat_sync::journal::{FailedAttempt, FailedEvent, Figures, PastResolution, Store};
 use bigchat_sync::simulator::event::T0;
@@ -63,7 +63,7 @@ impl Bench {
 
     /// The time up to which BigChat was read, in seconds after 22:00:00.
     pub(crate) fn cursor(&self) -> Option<i64> {
-        let cursor = self.figures().and_then(|figures| figures.cursor_s);
+        let cursor = self.figures().and_then(|figures| figures.cursor_at.map(Timestamp::unix));
         cursor.map(|cursor| cursor - T0)
     }
 
@@ -145,7 +145,7 @@ impl Bench {
 
     /// The failed events.
     pub(crate) fn failed(&self) -> Vec<FailedEvent> {
-        self.store().failed(1000).expect("the failed events")
+        self.store().failed(1000, None).expect("the failed events")
     }
 
     /// The failed attempts at an event, the last one first.
@@ -156,7 +156,7 @@ impl Bench {
 
     /// The resolutions of failed events, the first one first.
     pub(crate) fn resolutions(&self) -> Vec<PastResolution> {
-        let resolutions = self.store().decisions(None, None, 1000);
+        let resolutions = self.store().resolutions(None, None, 1000);
         let mut resolutions = resolutions.expect("the resolutions");
         resolutions.reverse();
         resolutions

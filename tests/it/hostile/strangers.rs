@@ -277,7 +277,7 @@ async fn readable_part_of_unreadable_event() {
                 t.until_events("failed", 1).await;
                 let failed = t.failed();
                 assert_eq!(failed[0].conversation, Some(42), "{event}");
-                let at = failed[0].at.expect("a time");
+                let at = failed[0].event_at.expect("a time");
                 assert_eq!(at.to_string(), time(5), "{event}");
                 let said = |arguments: &[&str]| {
                     let said = t.failed_command(arguments);

@@ -42,7 +42,7 @@ async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
         let (status, well) = t.status();
-        assert_eq!(json!(well), status["well"]);
+        assert_eq!(json!(well), status["healthy"]);
         let problems = problems(&status);
         let as_expected = problems.len() == expected.len()
             && problems
@@ -81,9 +81,9 @@ async fn status_with_and_without_daemon() {
             (&status["waiting"], &status["failed"]),
             (&json!(0), &json!(0))
         );
-        assert_eq!(status["delivery_ms"]["of"], json!(2));
+        assert_eq!(status["delivery_ms"]["count"], json!(2));
         // Of a journal that is younger than what rates are taken over.
-        for rate in ["told_per_minute", "delivered_per_minute"] {
+        for rate in ["received_per_minute", "delivered_per_minute"] {
             assert!(
                 status[rate].as_f64().is_some_and(|rate| rate > 0.9),
                 "{status}"

@@ -267,7 +267,7 @@ async fn unreadable_events_are_dead_lettered() {
             let failed = t.failed();
             assert_eq!(failed.len(), bad.len(), "{why}");
             for (failed, (raw, reason)) in failed.iter().zip(&bad) {
-                assert_eq!(failed.name, "UNREADABLE");
+                assert_eq!(failed.kind, "UNREADABLE");
                 assert_eq!(failed.data.as_ref(), Some(raw));
                 assert!(failed.reason.contains(reason), "{raw}: {}", failed.reason);
             }
