@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::cli::{check, failed, manual, status, verify};
+use bigchat_sync::cli::{check, conversation, failed, manual, resolutions, status, verify};
 use bigchat_sync::daemon::service;
 use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::demo::{self, DemoError};
@@ -67,6 +67,12 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     } = cli;
     match command {
         Some(Command::Failed(command)) => answer(terminal, failed::run(&settings.db(), command)),
+        Some(Command::Conversation(args)) => {
+            answer(terminal, conversation::run(&settings.db(), &args))
+        }
+        Some(Command::Resolutions(args)) => {
+            answer(terminal, resolutions::run(&settings.db(), &args))
+        }
         Some(Command::Status(args)) => {
             match status::run(&args, &settings.db(), settings.poll_interval) {
                 Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),

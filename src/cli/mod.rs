@@ -1,9 +1,11 @@
 //! The command line: the commands, the settings, and errors that name where a bad value was set.
 
 pub mod check;
+pub mod conversation;
 pub mod failed;
 mod json;
 pub mod manual;
+pub mod resolutions;
 pub mod status;
 mod table;
 pub mod verify;
@@ -60,9 +62,16 @@ pub enum Command {
     /// While a daemon runs, its last exchanges with the APIs are reported, because OurAPI may take one request at a time.
     /// Otherwise both APIs are asked for something that changes nothing and loses nothing.
     Check,
+    /// Show the events of a conversation: what became of each, when, and why.
+    ///
+    /// Of each epoch that had the id: BigChat's ids mean other conversations once it has restarted. Events whose kind is
+    /// ignored (--ignore-events) are counted, not stored, and so not shown.
+    Conversation(conversation::Args),
     /// List, show, retry, discard or reopen dead letters; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
+    /// List who retried, discarded or reopened which failed event, and when: the latest first.
+    Resolutions(resolutions::Args),
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
     ///
     /// With --repair, chats, agents and messages that are missing are sent again, as far as the retention reaches, and
