@@ -90,23 +90,27 @@ CREATE TABLE conversations (
     waiting          INTEGER NOT NULL DEFAULT 0, -- events above the offset that are no dead letters, and redeliveries
     waiting_since    INTEGER,                    -- when the oldest of those was received
     due_at           INTEGER,                    -- when it is to be worked on; NULL: there is nothing to do
+    -- erasure: of a forgotten one no event's data is stored, and nothing is sent or verified any more
+    forgotten_at     INTEGER,
+    forgotten_by     TEXT,
     UNIQUE (epoch, bigchat_id)
 ) STRICT;
 CREATE INDEX conversations_due ON conversations (due_at) WHERE due_at IS NOT NULL;
 -- Not of `waiting`, which changes with each event: whatever waits is due.
 CREATE INDEX conversations_waiting ON conversations (waiting_since) WHERE waiting_since IS NOT NULL;
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
-CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses) WHERE external_id IS NOT NULL;
+CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses)
+    WHERE external_id IS NOT NULL AND forgotten_at IS NULL;
 CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;
 CREATE INDEX conversations_by_agent ON conversations (chat_agent) WHERE chat_agent IS NOT NULL;
 
--- The log. A row is appended, never updated, and dropped by the retention.
+-- The log. A row is appended, never updated unless it is erased, and dropped by the retention.
 CREATE TABLE events (
     id           INTEGER PRIMARY KEY AUTOINCREMENT, -- in order of arrival, never reused
     conversation INTEGER REFERENCES conversations (id), -- NULL: the event could not be parsed
     kind         TEXT NOT NULL,
     event_at     INTEGER NOT NULL,
-    data         TEXT,                           -- canonical JSON; the whole raw event if it could not be parsed
+    data         TEXT,                           -- canonical JSON; the whole raw event if it could not be parsed; NULL: erased
     fingerprint  INTEGER NOT NULL,               -- of kind, time and data
     received_at  INTEGER NOT NULL
 ) STRICT;
@@ -139,7 +143,7 @@ CREATE TABLE deliveries (
     from_event   INTEGER NOT NULL,
     through      INTEGER NOT NULL,
     delivered_at INTEGER NOT NULL,
-    effect       TEXT NOT NULL,
+    effect       TEXT NOT NULL,                  -- 'forgotten': they were not delivered before they were erased
     waited       INTEGER                         -- ms since the oldest of them was received; NULL: it was delivered before
 ) STRICT;
 CREATE INDEX deliveries_of_conversation ON deliveries (conversation, through);
@@ -258,10 +262,17 @@ CREATE TABLE activity (
     PRIMARY KEY (minute, kind)
 ) STRICT, WITHOUT ROWID;
 
+-- Zeros in pages that were free, to overwrite what was deleted; empty but for that moment.
+CREATE TABLE scratch (
+    id    INTEGER PRIMARY KEY,
+    zeros BLOB NOT NULL
+) STRICT;
+
 -- Each event with its state, which follows from the offset of its conversation.
 CREATE VIEW event_states AS
 SELECT e.id, e.conversation, e.kind, e.event_at, e.data, e.fingerprint, e.received_at,
     CASE
+        WHEN c.forgotten_at IS NOT NULL OR e.conversation IS NULL AND e.data IS NULL THEN 'forgotten'
         WHEN d.event IS NOT NULL AND d.discarded_at IS NULL THEN 'failed'
         WHEN d.event IS NOT NULL THEN 'discarded'
         WHEN e.id > c.offset OR r.event IS NOT NULL THEN 'waiting'

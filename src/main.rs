@@ -8,7 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
-use bigchat_sync::cli::{check, conversation, failed, manual, resolutions, status, verify};
+use bigchat_sync::cli::{
+    check, conversation, export, failed, forget, manual, resolutions, status, verify,
+};
 use bigchat_sync::daemon::service;
 use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::demo::{self, DemoError};
@@ -70,6 +72,11 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         Some(Command::Conversation(args)) => {
             answer(terminal, conversation::run(&settings.db(), &args))
         }
+        Some(Command::Export(args)) => answer(
+            terminal,
+            export::run(&settings.db(), &args, &mut io::stdout().lock()).map(|()| ""),
+        ),
+        Some(Command::Forget(args)) => answer(terminal, forget::run(&settings.db(), &args)),
         Some(Command::Resolutions(args)) => {
             answer(terminal, resolutions::run(&settings.db(), &args))
         }
@@ -79,10 +86,10 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
                 Err(error) => complain(terminal, &error, 1),
             }
         }
-        Some(Command::Check) => block_on(terminal, async {
+        Some(Command::Check(args)) => block_on(terminal, async {
             let report = check::run(&settings, Tokens::read(service::variable)).await;
             let code = ExitCode::from(u8::from(!report.all_passed()));
-            Ok::<_, io::Error>(say(terminal, report.to_string().as_bytes(), code))
+            Ok::<_, io::Error>(say(terminal, report.print(&args)?.as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
             // The picture shows what a warning would say.

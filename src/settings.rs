@@ -490,7 +490,7 @@ fn at_least_a_second(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn timestamp(text: &str) -> Result<Timestamp, String> {
+pub(crate) fn timestamp(text: &str) -> Result<Timestamp, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
         .map_err(|_| "expected a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
     Timestamp::from_unix(time.timestamp())

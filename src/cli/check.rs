@@ -8,7 +8,8 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::bigchat::BigChat;
 use crate::http::route::Route;
@@ -24,18 +25,36 @@ const NO_CHAT: &str = "bigchat-sync-check";
 /// The conversation that BigChat has had from its start.
 const FIRST_CONVERSATION: i64 = 1;
 
+/// How to print the report.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Print one JSON object instead of lines.
+    #[arg(long)]
+    json: bool,
+}
+
 /// One test and its result.
-#[derive(Debug)]
+#[derive(Debug, Serialize)]
 struct CheckItem {
-    what: &'static str,
-    text: String,
-    /// What to do about a failure.
+    check: &'static str,
+    detail: String,
+    /// What to do about it; `None`: it passed.
     remedy: Option<String>,
 }
 
 /// All results.
 #[derive(Debug, Default)]
 pub struct Report(Vec<CheckItem>);
+
+impl Report {
+    /// What to print.
+    pub fn print(&self, args: &Args) -> serde_json::Result<String> {
+        match args.json {
+            true => super::json::text(&json!({ "passed": self.all_passed(), "checks": self.0 })),
+            false => Ok(self.to_string()),
+        }
+    }
+}
 
 impl Report {
     /// Whether nothing failed.
@@ -45,16 +64,16 @@ impl Report {
 
     fn pass(&mut self, what: &'static str, text: impl Into<String>) {
         self.0.push(CheckItem {
-            what,
-            text: text.into(),
+            check: what,
+            detail: text.into(),
             remedy: None,
         });
     }
 
     fn fail(&mut self, what: &'static str, text: impl Into<String>, remedy: impl Into<String>) {
         self.0.push(CheckItem {
-            what,
-            text: text.into(),
+            check: what,
+            detail: text.into(),
             remedy: Some(remedy.into()),
         });
     }
@@ -62,9 +81,14 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for CheckItem { what, text, remedy } in &self.0 {
+        for CheckItem {
+            check,
+            detail,
+            remedy,
+        } in &self.0
+        {
             let mark = if remedy.is_none() { "ok" } else { "FAIL" };
-            writeln!(f, "{mark:<6}{what:<10}{}", printable(text))?;
+            writeln!(f, "{mark:<6}{check:<10}{}", printable(detail))?;
             if let Some(remedy) = remedy {
                 writeln!(f, "{:16}→ {remedy}", "")?;
             }

@@ -151,6 +151,10 @@ fn about(conversation: &ConversationRow) -> Vec<(&'static str, String)> {
         ("chat", chat),
         ("agent", agent),
     ];
+    if let Some(at) = conversation.forgotten_at {
+        let by = conversation.forgotten_by.as_deref().unwrap_or_default();
+        about.push(("forgotten", format!("at {at} by {by}; its text was erased")));
+    }
     if conversation.stale {
         let stale =
             "the chat is read back before anything is sent: what OurAPI holds is not certain";
@@ -195,6 +199,7 @@ fn fate(event: &EventRow) -> String {
             format!("{attempts} failed attempts, the last one: {reason}{next}")
         }
         ("failed", ..) => format!("at {at}: {reason}"),
+        ("forgotten", ..) => "its text was erased".to_owned(),
         (_, ..) => format!("at {at}"),
     }
 }

@@ -27,6 +27,10 @@ pub enum Chapter {
     Settings,
     /// The run book: what to do when.
     Operation,
+    /// The commands for conversations, failed events, exports and erasure.
+    Commands,
+    /// The style of what `--json` prints.
+    Json,
     /// Probes, alerts, metrics.
     Monitoring,
     /// Levels and fields of the log.
@@ -43,6 +47,8 @@ impl Chapter {
         let text = match self {
             Self::Settings => include_str!("manual/settings.md"),
             Self::Operation => include_str!("manual/operation.md"),
+            Self::Commands => include_str!("manual/commands.md"),
+            Self::Json => include_str!("manual/json.md"),
             Self::Monitoring => include_str!("manual/monitoring.md"),
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
@@ -55,7 +61,7 @@ impl Chapter {
 }
 
 /// The sections of the manual page that `--help` does not have.
-const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
+const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
     (
         "EXIT STATUS",
         &[
@@ -70,6 +76,31 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
             (
                 "2",
                 "A setting or an argument is wrong; standard error names it, and where it was set.",
+            ),
+        ],
+    ),
+    (
+        "ENVIRONMENT",
+        &[
+            (
+                "BIGCHAT_SYNC_...",
+                "Each setting, named after its flag: --poll-interval is BIGCHAT_SYNC_POLL_INTERVAL. A flag takes precedence. A variable that begins like this and is no setting is refused.",
+            ),
+            (
+                "BIGCHAT_SYNC_BIGCHAT_TOKEN, BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
+                "The bearer token for BigChat, or a file with it; likewise BIGCHAT_SYNC_OUR_API_TOKEN and BIGCHAT_SYNC_CONSOLE_TOKEN. No flag sets a token.",
+            ),
+            (
+                "RUST_LOG",
+                "The level of the log: error, warn, info (the default), debug or trace.",
+            ),
+            (
+                "STATE_DIRECTORY, CREDENTIALS_DIRECTORY",
+                "Set by systemd: where the database is unless --db says otherwise, and where the tokens are.",
+            ),
+            (
+                "SUDO_USER, DOAS_USER",
+                "Recorded with who resolves a failed event or erases a conversation.",
             ),
         ],
     ),
@@ -100,6 +131,35 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
             (
                 "/etc/default/bigchat-sync",
                 "Settings as variables, for the service.",
+            ),
+        ],
+    ),
+    (
+        "EXAMPLES",
+        &[
+            (
+                "bigchat-sync check --bigchat-url https://bigchat.example --our-api-url https://our-api.example",
+                "Checks the settings, the database and both APIs before the first start.",
+            ),
+            (
+                "bigchat-sync status || bigchat-sync failed list",
+                "Shows problems and their remedies, then the failed events with their texts.",
+            ),
+            (
+                "bigchat-sync failed retry --reason 'did not answer'",
+                "Has the events tried again whose reason contains this text.",
+            ),
+            (
+                "bigchat-sync conversation 42",
+                "Shows what became of each event of conversation 42.",
+            ),
+            (
+                "bigchat-sync export --since 2026-11-22T00:00:00Z | jq -r 'select(.kind == \"MESSAGE\").text'",
+                "Prints the messages that were delivered since then.",
+            ),
+            (
+                "bigchat-sync forget 42",
+                "Erases the text of conversation 42 from the database, after a question.",
             ),
         ],
     ),

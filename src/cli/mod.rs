@@ -2,7 +2,9 @@
 
 pub mod check;
 pub mod conversation;
+pub mod export;
 pub mod failed;
+pub mod forget;
 mod json;
 pub mod manual;
 pub mod resolutions;
@@ -31,7 +33,7 @@ use crate::settings::{Settings, TOKEN_VARIABLES};
 /// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN,
 /// and BIGCHAT_SYNC_CONSOLE_TOKEN for the console. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
-#[command(version, about, long_about, disable_help_subcommand = true)]
+#[command(version, about, long_about)]
 pub struct Cli {
     /// The command.
     #[command(subcommand)]
@@ -61,15 +63,28 @@ pub enum Command {
     ///
     /// While a daemon runs, its last exchanges with the APIs are reported, because OurAPI may take one request at a time.
     /// Otherwise both APIs are asked for something that changes nothing and loses nothing.
-    Check,
+    Check(check::Args),
     /// Show the events of a conversation: what became of each, when, and why.
     ///
     /// Of each epoch that had the id: BigChat's ids mean other conversations once it has restarted. Events whose kind is
     /// ignored (--ignore-events) are counted, not stored, and so not shown.
     Conversation(conversation::Args),
+    /// Print what was delivered in a span of time, one JSON object a line.
+    ///
+    /// The time is that of the delivery, by this machine's clock; the order is the order of delivery. Works while the daemon
+    /// runs, and does not hold it up. Events that the retention has dropped (--retention) are not there any more.
+    Export(export::Args),
     /// List, show, retry, discard or reopen dead letters; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
+    /// Erase the text of a conversation from the database, for a person's right to erasure.
+    ///
+    /// The text leaves the events, the failed events with their requests and responses, the stored pages and the files of
+    /// the database. What stays is what keeps BigChat's events from being received as new: kinds, times and fingerprints.
+    /// Nothing of the conversation is sent, verified, restored or exported with its text any more; an event that arrives
+    /// later is counted, and its text is not stored. OurAPI's chat, backups of the database, and logs that were written
+    /// with --log-message-text are the operator's to erase. Asks first, or needs --yes; works while the daemon runs.
+    Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when: the latest first.
     Resolutions(resolutions::Args),
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
@@ -120,6 +135,9 @@ pub enum CommandError {
     /// The journal knows of no such conversation.
     #[error("no event of conversation {0} was ever received")]
     NoSuchConversation(i64),
+    /// What is exported cannot be written.
+    #[error("standard output cannot be written: {0}")]
+    Output(#[source] io::Error),
 }
 
 /// Asks on the terminal.
@@ -159,6 +177,7 @@ impl Cli {
             // Even a bad setting in the environment must not stop it.
             command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
         }
+        command = with_own_help(command);
         let matches = command.try_get_matches_from_mut(line)?;
         let unknown = if is_demo {
             None
@@ -189,6 +208,58 @@ impl Cli {
         cli.given.retain(|(flag, _)| flag != "db");
         Ok(cli)
     }
+}
+
+/// The settings that each short help shows of those that matter.
+const BASIC: [&str; 3] = ["bigchat_url", "our_api_url", "db"];
+
+/// The settings that matter to a command; `None`: all of them.
+fn settings_for(command: &str) -> Option<&'static [&'static str]> {
+    Some(match command {
+        "run" | "once" | "unit" => return None,
+        "check" => &["bigchat_url", "our_api_url", "db", "listen"],
+        "verify" => &["bigchat_url", "our_api_url", "db", "our_api_concurrency"],
+        "status" => &["db", "poll_interval"],
+        "demo" | "completions" | "man" => &[],
+        // The others only work on the journal.
+        _ => &["db"],
+    })
+}
+
+/// Has the help of each command show the settings that matter to it, after its own options, and no others.
+fn with_own_help(mut command: clap::Command) -> clap::Command {
+    // From here on each command has the settings as arguments of its own.
+    command.build();
+    with_more_settings(command).mut_subcommands(|command| match settings_for(command.get_name()) {
+        Some(settings) => with_settings(command, settings),
+        None => with_more_settings(command),
+    })
+}
+
+/// Shows the [`BASIC`] settings, and all others only in the long help, below a heading of their own.
+fn with_more_settings(command: clap::Command) -> clap::Command {
+    command.mut_args(|argument| {
+        if argument.is_global_set() && !BASIC.contains(&argument.get_id().as_str()) {
+            argument.hide_short_help(true).help_heading("More settings")
+        } else {
+            argument
+        }
+    })
+}
+
+/// Shows these settings, and no others.
+fn with_settings(command: clap::Command, settings: &'static [&'static str]) -> clap::Command {
+    command
+        .mut_args(|argument| {
+            let is_other =
+                argument.is_global_set() && !settings.contains(&argument.get_id().as_str());
+            if is_other {
+                argument.hide(true)
+            } else {
+                argument
+            }
+        })
+        .mut_subcommands(|command| with_settings(command, settings))
 }
 
 /// The settings from such a source: each flag and its value.

@@ -31,6 +31,30 @@ impl Key {
         }
     }
 
+    /// In place of an event on a stored page from which it is erased.
+    pub fn to_json(self) -> String {
+        let kind = self.kind.map(EventKind::name);
+        serde_json::json!({ "erased": [self.conversation, self.fingerprint, kind] }).to_string()
+    }
+
+    /// Reads what [`Self::to_json`] writes.
+    pub fn from_json(text: &str) -> Option<Self> {
+        #[derive(serde::Deserialize)]
+        struct Erased {
+            erased: (i64, i64, Option<String>),
+        }
+        let (conversation, fingerprint, kind) = serde_json::from_str::<Erased>(text).ok()?.erased;
+        let kind = match kind {
+            Some(name) => Some(EventKind::from_name(&name)?),
+            None => None,
+        };
+        Some(Self {
+            conversation,
+            fingerprint,
+            kind,
+        })
+    }
+
     /// Whether each of several equal events on a page counts. An event that could not be parsed may be a message.
     fn is_counted(&self) -> bool {
         self.kind.is_none_or(EventKind::is_message)

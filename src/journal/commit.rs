@@ -2,11 +2,12 @@
 //!
 //! A commit writes differences, since others write meanwhile: ingest, `failed retry`, a loss, a verification.
 
-use rusqlite::{Transaction, named_params, params};
+use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
+use super::forget::erase;
 use super::verification::record_finding;
-use super::{JournalError, Result, Store, limit};
+use super::{Result, Store, limit, present};
 use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation, Details};
 use crate::domain::ids::{ConversationId, EventId};
@@ -100,7 +101,9 @@ fn commit(
             )?
             .execute([skipped])?;
     }
-    update(transaction, report, session, now)?;
+    if update(transaction, report, session, now)? {
+        return erase(transaction, id, now);
+    }
     match &report.observation {
         // Nothing that was thought to wait is there: it was deleted by hand.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
@@ -144,20 +147,33 @@ fn commit_lost(
         )?;
         settled = i64::from(matches!(outcome.outcome, Outcome::DeadLetter { .. }));
     }
-    transaction
+    let is_forgotten: Option<bool> = transaction
         .prepare_cached(concat!(
             "UPDATE conversations SET stale_seq = stale_seq + 1, due_at = ?2, waiting = max(waiting - ?3, 0),
                 waiting_since = iif(waiting > ?3, (",
             waiting_since!("conversations.offset"),
             "), NULL)
-             WHERE id = ?1"
+             WHERE id = ?1 RETURNING forgotten_at IS NOT NULL"
         ))?
-        .execute(params![lost.conversation, lost.due_at.0, settled])?;
-    Ok(())
+        .query_row(
+            params![lost.conversation, lost.due_at.0, settled],
+            |row| row.get(0),
+        )
+        .optional()?;
+    match is_forgotten {
+        Some(true) => erase(transaction, lost.conversation, now),
+        _ => Ok(()),
+    }
 }
 
-/// Writes the conversation as it is now: in one statement, since it is all that most commits change.
-fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Millis) -> Result<()> {
+/// Writes the conversation as it is now: in one statement, since it is all that most commits change. Returns whether it was
+/// forgotten since it was claimed.
+fn update(
+    transaction: &Transaction<'_>,
+    report: &Report,
+    session: i64,
+    now: Millis,
+) -> Result<bool> {
     let Conversation {
         id,
         details,
@@ -181,7 +197,7 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Mil
         Due::At(at) => Some(at.0),
         Due::IfWaiting => ends_claim.then_some(now.0),
     };
-    let updated = transaction
+    let is_forgotten = transaction
         .prepare_cached(concat!(
             // Its START may have arrived, or its details been read, meanwhile.
             "UPDATE conversations SET
@@ -204,9 +220,9 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Mil
                     WHEN NOT :is_verification THEN coalesce(:due_at, iif(waiting > :settled, :now, NULL))
                     ELSE coalesce(max(coalesce(:due_at, iif(waiting > :settled, :now, due_at)), due_at), :due_at)
                 END
-             WHERE id = :id"
+             WHERE id = :id RETURNING forgotten_at IS NOT NULL"
         ))?
-        .execute(named_params! {
+        .query_row(named_params! {
                 ":id": id,
                 ":started_at": desired.started_at.map(Timestamp::unix),
                 ":first_advisor": desired.first_advisor,
@@ -236,14 +252,9 @@ fn update(transaction: &Transaction<'_>, report: &Report, session: i64, now: Mil
                 ":due_at": due_at,
                 ":now": now.0,
                 ":is_verification": report.verified.is_some(),
-            })?;
-    if updated == 0 {
-        return Err(JournalError::InvalidRow(format!(
-            "no conversation {}",
-            id.0
-        )));
-    }
-    Ok(())
+            }, |row| row.get(0))
+        .optional()?;
+    present(is_forgotten, &format!("no conversation {}", id.0))
 }
 
 fn commit_outcome(

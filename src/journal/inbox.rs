@@ -5,9 +5,9 @@ use std::time::Duration;
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
-use super::{JournalError, Result, Store, UNREADABLE};
+use super::{JournalError, Result, Store, UNREADABLE, forget};
 use crate::domain::dedupe::{Counts as Received, Key};
-use crate::domain::event::{Event, EventKind, fingerprint, page_events};
+use crate::domain::event::{Event, EventKind, PartialEvent, fingerprint, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
@@ -102,7 +102,9 @@ pub fn keys(body: &str) -> Vec<Key> {
     page_events(body, |raw| {
         keys.push(match Event::parse(raw) {
             Ok(event) => Key::from(&event),
-            Err(_) => Key::unparsed(fingerprint(&[raw.as_bytes()])),
+            Err(_) => {
+                Key::from_json(raw).unwrap_or_else(|| Key::unparsed(fingerprint(&[raw.as_bytes()])))
+            }
         });
     })
     .ok();
@@ -280,12 +282,16 @@ impl Store {
         {
             return Ok(true);
         }
-        let mut statement = self
-            .connection
-            .prepare_cached("SELECT id FROM conversations WHERE bigchat_id = ?1")?;
+        let mut statement = self.connection.prepare_cached(
+            "SELECT id, forgotten_at IS NOT NULL FROM conversations WHERE bigchat_id = ?1",
+        )?;
         let mut rows = statement.query([event.conversation])?;
         while let Some(row) = rows.next()? {
-            if count_equal(&self.connection, row.get(0)?, event)? > 0 {
+            let known = Known {
+                id: row.get(0)?,
+                is_forgotten: row.get(1)?,
+            };
+            if count_equal(&self.connection, known, event)? > 0 {
                 return Ok(true);
             }
         }
@@ -428,11 +434,15 @@ fn ingest(
     received: u32,
     now: Millis,
 ) -> Result<bool> {
-    let conversation = conversation(transaction, epoch, event)?;
-    if count_equal(transaction, conversation, event)? >= received.max(1) {
+    let known = conversation(transaction, epoch, event)?;
+    if count_equal(transaction, known, event)? >= received.max(1) {
         return Ok(false);
     }
-    insert(transaction, conversation, event, now)?;
+    insert(transaction, known, event, now)?;
+    if known.is_forgotten {
+        forget::settle(transaction, known.id, now)?;
+        return Ok(true);
+    }
     // Whoever works on the conversation looks again; one that waits for its next attempt goes on waiting.
     transaction
         .prepare_cached(
@@ -440,8 +450,23 @@ fn ingest(
                 due_at = coalesce(due_at, ?2)
              WHERE id = ?1",
         )?
-        .execute(params![conversation, now.0])?;
+        .execute(params![known.id, now.0])?;
     Ok(true)
+}
+
+/// A conversation of an event.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    id: ConversationId,
+    /// Its events are stored without their data.
+    is_forgotten: bool,
+}
+
+impl Known {
+    /// The data of one of its events as they are stored.
+    fn stored_data(self, event: &Event) -> Option<&str> {
+        event.data.as_deref().filter(|_| !self.is_forgotten)
+    }
 }
 
 fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
@@ -453,18 +478,18 @@ fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
 }
 
 /// The conversation an event belongs to, made known if it is not; its START gives it its start time.
-fn conversation(
-    transaction: &Transaction<'_>,
-    epoch: Epoch,
-    event: &Event,
-) -> Result<ConversationId> {
+fn conversation(transaction: &Transaction<'_>, epoch: Epoch, event: &Event) -> Result<Known> {
     let started_at = (event.kind == EventKind::Start).then_some(event.at.unix());
-    let known: Option<(ConversationId, Option<i64>)> = transaction
+    let known: Option<(Known, Option<i64>)> = transaction
         .prepare_cached(
-            "SELECT id, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
+            "SELECT id, forgotten_at IS NOT NULL, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
         )?
         .query_row(params![epoch, event.conversation], |row| {
-            Ok((row.get(0)?, row.get(1)?))
+            let known = Known {
+                id: row.get(0)?,
+                is_forgotten: row.get(1)?,
+            };
+            Ok((known, row.get(2)?))
         })
         .optional()?;
     match known {
@@ -474,47 +499,50 @@ fn conversation(
                     "INSERT INTO conversations (epoch, bigchat_id, started_at) VALUES (?1, ?2, ?3)",
                 )?
                 .execute(params![epoch, event.conversation, started_at])?;
-            Ok(ConversationId(transaction.last_insert_rowid()))
+            Ok(Known {
+                id: ConversationId(transaction.last_insert_rowid()),
+                is_forgotten: false,
+            })
         }
-        Some((id, None)) if started_at.is_some() => {
+        Some((known, None)) if started_at.is_some() => {
             transaction
                 .prepare_cached("UPDATE conversations SET started_at = ?2 WHERE id = ?1")?
-                .execute(params![id, started_at])?;
-            Ok(id)
+                .execute(params![known.id, started_at])?;
+            Ok(known)
         }
-        Some((id, _)) => Ok(id),
+        Some((known, _)) => Ok(known),
     }
 }
 
-fn count_equal(
-    connection: &rusqlite::Connection,
-    conversation: ConversationId,
-    event: &Event,
-) -> Result<u32> {
+fn count_equal(connection: &rusqlite::Connection, known: Known, event: &Event) -> Result<u32> {
     Ok(connection
         .prepare_cached(
             "SELECT count(*) FROM events
              WHERE conversation = ?1 AND fingerprint = ?2 AND kind = ?3 AND event_at = ?4 AND data IS ?5",
         )?
-        .query_row(params![conversation, event.fingerprint(), event.kind.name(), event.at.unix(), event.data], |row| row.get(0))?)
+        .query_row(
+            params![
+                known.id,
+                event.fingerprint(),
+                event.kind.name(),
+                event.at.unix(),
+                known.stored_data(event)
+            ],
+            |row| row.get(0),
+        )?)
 }
 
-fn insert(
-    transaction: &Transaction<'_>,
-    conversation: ConversationId,
-    event: &Event,
-    now: Millis,
-) -> Result<()> {
+fn insert(transaction: &Transaction<'_>, known: Known, event: &Event, now: Millis) -> Result<()> {
     transaction
         .prepare_cached(
             "INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
         )?
         .execute(params![
-            conversation,
+            known.id,
             event.kind.name(),
             event.at.unix(),
-            event.data,
+            known.stored_data(event),
             event.fingerprint(),
             now.0
         ])?;
@@ -534,7 +562,7 @@ fn insert_unreadable(
     let known: Option<(EventId, u32)> = transaction
         .prepare_cached(
             "SELECT e.id, d.received FROM events e JOIN dead_letters d ON d.event = e.id
-             WHERE e.conversation IS NULL AND e.fingerprint = ?1 AND e.data = ?2 AND d.epoch = ?3",
+             WHERE e.conversation IS NULL AND e.fingerprint = ?1 AND coalesce(e.data, ?2) = ?2 AND d.epoch = ?3",
         )?
         .query_row(params![fingerprint, raw, epoch], |row| {
             Ok((row.get(0)?, row.get(1)?))
@@ -563,6 +591,11 @@ fn insert_unreadable(
             "INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (?1, 0, 0, ?2, '', '')",
         )?
         .execute(params![event, shortened(reason)])?;
+    if let Some(conversation) = PartialEvent::of(raw).conversation
+        && forget::is_forgotten(transaction, epoch, conversation)?
+    {
+        forget::erase_unparsed(transaction, event, now)?;
+    }
     Ok(true)
 }
 

@@ -11,7 +11,9 @@ mod commit;
 mod console;
 mod dead_letters;
 mod directory;
+mod export;
 mod file;
+mod forget;
 mod inbox;
 mod messages;
 #[cfg(test)]
@@ -46,6 +48,8 @@ pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,
 };
 pub use directory::{KnownAdvisor, KnownAgent, Probe};
+pub use export::{Exported, Position};
+pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;

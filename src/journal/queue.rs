@@ -185,7 +185,7 @@ fn due(
     if ids.len() < request.conversations {
         let mut statement = connection.prepare_cached(
             "SELECT id FROM conversations
-             WHERE external_id IS NOT NULL AND verified_losses < ?1 AND due_at IS NULL LIMIT ?2",
+             WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < ?1 AND due_at IS NULL LIMIT ?2",
         )?;
         let lost: Vec<ConversationId> = statement
             .query_map(params![losses, limit(enough)], |row| row.get(0))?

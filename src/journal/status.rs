@@ -138,7 +138,7 @@ impl Store {
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
                     (SELECT count(*) FROM verified_chats WHERE chat IS NULL)
-                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND verified_losses < losses)
+                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < losses)
                  FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;

@@ -98,7 +98,7 @@ impl Store {
         };
         let chats = transaction.execute(
             "INSERT INTO verified_chats (verification, conversation)
-             SELECT ?1, id FROM conversations WHERE chat_id IS NOT NULL AND (?2 IS NULL OR bigchat_id = ?2)",
+             SELECT ?1, id FROM conversations WHERE chat_id IS NOT NULL AND forgotten_at IS NULL AND (?2 IS NULL OR bigchat_id = ?2)",
             params![verification, conversation],
         )?;
         if chats == 0 {

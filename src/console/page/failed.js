@@ -131,7 +131,7 @@ const ADVICE = [
 
 const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try."));
 
-const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded" };
+const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded", forgotten: "Forgotten: its text was erased" };
 
 export const event = {
   tab: "failed",

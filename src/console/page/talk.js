@@ -52,6 +52,7 @@ function who(one) {
 }
 
 function state(one) {
+  if (one.forgotten_at !== null) return el("span.chip", null, "forgotten");
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
@@ -71,7 +72,7 @@ export const talk = {
       back("#/search", "Conversations"),
       head(
         `Conversation ${one.conversation}`,
-        [state(one), " ", one.epoch < one.current_epoch && "Of an earlier epoch: since BigChat restarted, this id means another conversation."],
+        [state(one), " ", one.forgotten_at !== null && ["Its text was erased ", at(one.forgotten_at), ` by ${one.forgotten_by}. `], one.epoch < one.current_epoch && "Of an earlier epoch: since BigChat restarted, this id means another conversation."],
         one.failed.length > 0 && resolutions(one.permanent, { "data-ids": one.failed.join(" ") }, `Retry ${failedOf(one)}`, `Discard ${failedOf(one)}…`),
       ),
       el(
@@ -171,6 +172,8 @@ function fate(event) {
       return el("span.wait", null, icon("clock"), event.reason ? `waits after ${some(event.attempts, "failure")}: ${event.reason}` : ["waits since ", ago(event.received_at)], event.next_at > now() && `; tried again in ${lasting(event.next_at - now())}`);
     case "failed":
       return el("a.bad", { href: `#/failed/${event.id}` }, icon("cross"), `failed: ${event.reason}`);
+    case "forgotten":
+      return el("span.muted", null, "its text was erased");
     default:
       return el("a.muted", { href: `#/failed/${event.id}` }, icon("cross"), "discarded ", at(event.state_since));
   }

@@ -275,7 +275,7 @@ const AGENTS_BY_EMAIL: &str =
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
         c.first_advisor, c.transfer_advisor, c.transfer_at, c.details, c.external_id, c.chat_id, c.chat_started_at,
-        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, a.bigchat_id AS advisor, a.name, a.email,
+        c.chat_ended_at, c.chat_agent, c.stale_seq > c.fresh_seq AS stale, c.forgotten_at, c.forgotten_by, a.bigchat_id AS advisor, a.name, a.email,
         iif(g.email IS NULL, NULL, g.agent_id IS NOT NULL) AS accepted
     FROM conversations c LEFT JOIN advisors a
         ON a.epoch = c.epoch AND a.bigchat_id = coalesce(c.transfer_advisor, c.first_advisor)
@@ -424,6 +424,8 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         agent_name,
         agent_email,
         no_agent,
+        forgotten_at: row.get::<_, Option<i64>>("forgotten_at")?.map(Millis),
+        forgotten_by: row.get("forgotten_by")?,
         stale: row.get("stale")?,
         waiting: 0,
         failed: Vec::new(),

@@ -80,7 +80,7 @@ pub struct WholeEvent {
     pub raw: String,
     /// Whether that is not all of it.
     pub raw_truncated: bool,
-    /// `waiting`, `delivered`, `failed` or `discarded`.
+    /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
     pub state: String,
     /// When it was received.
     pub received_at: Millis,
@@ -143,6 +143,10 @@ pub struct ConversationRow {
     pub agent_email: Option<String>,
     /// Why the chat has no agent; `None`: it has one.
     pub no_agent: Option<String>,
+    /// When its text was erased; `None`: it was not.
+    pub forgotten_at: Option<Millis>,
+    /// Who erased it.
+    pub forgotten_by: Option<String>,
     /// Whether the chat is read back before anything is sent: the outcome of a change is unknown, say.
     pub stale: bool,
     /// How many of its events wait, as far as they are counted.
@@ -166,7 +170,7 @@ pub struct EventRow {
     pub text: Option<String>,
     /// Whether that is only its beginning.
     pub text_truncated: bool,
-    /// `waiting`, `delivered`, `failed` or `discarded`.
+    /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
     pub state: String,
     /// When it was received.
     pub received_at: Millis,

@@ -104,6 +104,20 @@ async fn resolution_by_id_reason_and_all() {
         assert_eq!(event["state"], "discarded");
         assert_eq!(event["resolutions"][0]["resolution"], "discard");
 
+        // A discard is undone once.
+        for (which, done) in [(json!({"ids": [11]}), 1), (json!({"ids": [11]}), 0)] {
+            let answer = console.resolve("undo", which).await.1;
+            assert_eq!(answer, json!({"done": done, "next": null}));
+        }
+        let (_, log) = console.get("/api/decisions").await;
+        assert_eq!(log["rows"][0]["resolution"], "undo");
+        let can_undo = |event: i64| {
+            let mut rows = log["rows"].as_array().expect("rows").iter();
+            rows.any(|row| row["event"] == event && row["can_undo"] == true)
+        };
+        assert!(!can_undo(11) && can_undo(1), "{log}");
+        assert_eq!(discard(json!({"ids": [11]})).await["done"], 1);
+
         // The rest is tried again, at once, and reaches OurAPI.
         assert_eq!(
             console.resolve("retry", json!({"all": true})).await.1["done"],
@@ -230,7 +244,7 @@ async fn page_without_the_token() {
                 "{path}"
             );
         }
-        for decision in ["retry", "discard"] {
+        for decision in ["retry", "discard", "undo"] {
             let (status, _) = console.resolve(decision, json!({"all": true})).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{decision}");
         }

@@ -1,6 +1,7 @@
 //! What an operator sets, runs, reads and finds on the disk.
 
 mod bad_settings;
+mod commands;
 mod demo;
 mod documentation;
 mod logs;

@@ -1,0 +1,51 @@
+//! `bigchat-sync export`: what was delivered in a span of time, for other programs.
+
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use super::CommandError;
+use crate::domain::time::{Millis, Timestamp};
+use crate::journal::{Position, Store};
+use crate::settings::timestamp;
+
+/// Which deliveries.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    // Of the same name and type as the daemon's, which it replaces here.
+    /// Delivered at this time or later, RFC 3339 such as 2026-11-22T22:00:00Z.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
+    since: Timestamp,
+
+    /// Delivered before this time [default: now].
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
+    until: Option<Timestamp>,
+}
+
+/// Writes one JSON object a line.
+pub fn run(db: &Path, args: &Args, out: &mut impl Write) -> Result<(), CommandError> {
+    let mut store = Store::open_reader(db)?;
+    let millis = |time: Timestamp| Millis(time.unix() * 1000);
+    let until = args.until.map_or_else(Millis::now, millis);
+    let mut out = BufWriter::new(out);
+    let mut position = Position::before(millis(args.since));
+    while let Some((next, events)) = store.delivered_after(position, until)? {
+        position = next;
+        for event in &events {
+            let mut line = serde_json::to_vec(event)?;
+            line.push(b'\n');
+            if !written(out.write_all(&line))? {
+                return Ok(());
+            }
+        }
+    }
+    written(out.flush()).map(drop)
+}
+
+/// Whether it could be written; `false`: the reader has read enough.
+fn written(result: io::Result<()>) -> Result<bool, CommandError> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(CommandError::Output(error)),
+    }
+}

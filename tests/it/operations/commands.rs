@@ -1,0 +1,586 @@
+//! The operator's commands: what they show of the journal, in text and in JSON, and what they change.
+
+use std::io::Read;
+use std::process::{Output, Stdio};
+
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::status;
+use serde_json::{Value, json};
+
+use crate::harness::{Bench, Test, dead_letter, run_test, until};
+use crate::harness::process::said;
+
+/// Runs a command beside whatever runs.
+pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
+    let mut program = t.program(arguments[0]);
+    program.args(&arguments[1..]);
+    program.output().expect("a process")
+}
+
+/// The same; it must succeed.
+pub(crate) fn done(t: &Bench, arguments: &[&str]) -> String {
+    let output = command(t, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// The same with `--json`.
+fn json_of(t: &Bench, arguments: &[&str]) -> Value {
+    let text = done(t, &[arguments, &["--json"]].concat());
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn is_time(value: &Value) -> bool {
+    let time = value.as_str().unwrap_or_default();
+    time.ends_with('Z') && chrono::DateTime::parse_from_rfc3339(time).is_ok()
+}
+
+/// Conversation 42 with an event in each state, while OurAPI takes no message any more. The third event failed.
+async fn each_state(t: &Test) {
+    t.differs("one event failed, and one waits");
+    t.start();
+    t.delivers([start(42, 0), message(42, 5, "Hello\nthere")])
+        .await;
+    t.bigchat.tells([message(42, 6, "k")]);
+    t.until_events("failed", 1).await;
+    t.our_api
+        .upset("POST /chats/*/messages", status(500).always());
+    t.bigchat.tells([message(42, 7, "later")]);
+    until("an attempt fails", async || {
+        t.value::<i64>("SELECT count(*) FROM attempts WHERE next_at IS NOT NULL") == 1
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn conversation_shows_each_event_with_its_state() {
+    run_test(async |t| {
+        each_state(t).await;
+        let answer = json_of(t, &["conversation", "42"]);
+        assert!(is_time(&answer["now"]), "{answer}");
+        let conversation = &answer["conversations"][0];
+        for (name, value) in [
+            ("conversation", json!(42)),
+            ("epoch", json!(1)),
+            ("external_id", json!("42")),
+            ("started_at", json!("2026-11-22T22:00:00Z")),
+            ("ended_at", Value::Null),
+            ("agent_email", json!("ann@x.test")),
+            ("no_agent", Value::Null),
+            ("waiting", json!(1)),
+            ("failed", json!([3])),
+        ] {
+            assert_eq!(conversation[name], value, "{name}: {answer}");
+        }
+        let events = conversation["events"].as_array().expect("events");
+        let of = |name: &str| -> Vec<&Value> { events.iter().map(|event| &event[name]).collect() };
+        assert_eq!(of("kind"), ["START", "MESSAGE", "MESSAGE", "MESSAGE"]);
+        assert_eq!(of("state"), ["delivered", "delivered", "failed", "waiting"]);
+        assert_eq!(of("effect")[..2], ["chat created", "message added"]);
+        assert_eq!(events[1]["text"], "Hello\nthere");
+        assert_eq!(events[1]["event_at"], "2026-11-22T22:00:05Z");
+        assert!(of("received_at").into_iter().all(is_time), "{answer}");
+        assert!(
+            of("state_since")[..3].iter().all(|time| is_time(time)),
+            "{answer}"
+        );
+        assert!(is_time(&events[3]["next_at"]), "{answer}");
+        assert!(events[3]["attempts"].as_i64() > Some(0), "{answer}");
+
+        let text = done(t, &["conversation", "42"]);
+        for part in [
+            "42, epoch 1",
+            "Ann <ann@x.test>",
+            "chat created at 20",
+            "message added at 20",
+            "\n    Hello\u{fffd}there\n",
+            " failed attempts, the last one: OurAPI",
+            "; next at 20",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        done(t, &["failed", "discard", "3"]);
+        let answer = json_of(t, &["conversation", "42"]);
+        assert_eq!(
+            answer["conversations"][0]["events"][2]["state"],
+            "discarded"
+        );
+    })
+    .await;
+}
+
+/// A journal in which two conversations have had the id 42, an event that could not be parsed names it, and both APIs are
+/// away.
+async fn two_epochs() -> Bench {
+    let nowhere = "http://127.0.0.1:9";
+    let bench = Bench::new(nowhere, nowhere);
+    bench.once().await;
+    let of = |id, conversation, text: &str| {
+        let data = json!({ "message": text }).to_string();
+        dead_letter(id, conversation, "MESSAGE", &data, "why", 1)
+    };
+    bench.execute(&format!(
+        "INSERT INTO epochs (id, began_at) VALUES (2, 5);
+         INSERT INTO conversations (id, epoch, bigchat_id, external_id) VALUES (100, 1, 42, '42'), (200, 2, 42, NULL);
+         {}{}
+         INSERT INTO events (id, kind, event_at, data, fingerprint, received_at)
+         VALUES (3, 'UNREADABLE', 0, '{{\"conversation_id\":42,\"note\":\"S3cretNote\"}}', 7, 1000);
+         INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (3, 0, 0, 'S3cretReason', '', '');
+         INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (3, 2000, 1, 1);",
+        of(1, 100, "S3cretOne"),
+        of(2, 200, "S3cretTwo"),
+    ));
+    bench
+}
+
+#[tokio::test]
+async fn conversation_shows_every_epoch_of_an_id() {
+    let bench = two_epochs().await;
+    let answer = json_of(&bench, &["conversation", "42"]);
+    let of = |name: &str| -> Vec<&Value> {
+        let conversations = answer["conversations"].as_array().expect("a list");
+        conversations.iter().map(|one| &one[name]).collect()
+    };
+    assert_eq!(of("epoch"), [2, 1]);
+    assert_eq!(of("current_epoch"), [2, 2]);
+    assert_eq!(of("external_id"), [&Value::Null, &json!("42")]);
+    assert_eq!(answer["unparsed_events"], json!([3]));
+    let text = done(&bench, &["conversation", "42"]);
+    for part in [
+        "42, epoch 2\n",
+        "42, epoch 1 (BigChat has restarted since; now it is 2)",
+        "failed show 3",
+        "none: not resolved yet",
+        "S3cretTwo",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let unknown = command(&bench, &["conversation", "-7"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(
+        said(&unknown).contains("no event of conversation -7"),
+        "{}",
+        said(&unknown)
+    );
+}
+
+#[tokio::test]
+async fn failed_events_show_texts_and_match_reasons() {
+    let bench = two_epochs().await;
+    let list = done(&bench, &["failed", "list"]);
+    for part in ["\n    S3cretOne\n", "3 failed."] {
+        assert!(list.contains(part), "{part}: {list}");
+    }
+    let list = json_of(&bench, &["failed", "list", "--reason", "h"]);
+    assert_eq!(list["total"], 2);
+    let texts = list["events"].as_array().expect("events").iter();
+    let texts: Vec<_> = texts.map(|event| &event["text"]).collect();
+    assert_eq!(texts, ["S3cretOne", "S3cretTwo"]);
+    assert!(is_time(&list["events"][0]["failed_at"]), "{list}");
+    let none = done(&bench, &["failed", "list", "--reason", "xyz"]);
+    assert!(none.contains("no event has failed for a reason with this text"));
+    let show = json_of(&bench, &["failed", "show", "1"]);
+    for (name, value) in [
+        ("kind", json!("MESSAGE")),
+        ("conversation", json!(42)),
+        ("data", json!(r#"{"message":"S3cretOne"}"#)),
+        ("discarded_at", Value::Null),
+        ("resolutions", json!([])),
+    ] {
+        assert_eq!(show[name], value, "{name}: {show}");
+    }
+    assert_eq!(
+        done(&bench, &["failed", "discard", "--yes", "--reason", "wh"]),
+        "2 discarded\n"
+    );
+    assert_eq!(bench.events("failed"), 1);
+}
+
+#[tokio::test]
+async fn a_discard_is_undone_until_it_is_resolved_otherwise() {
+    let bench = two_epochs().await;
+    done(&bench, &["failed", "discard", "1", "2", "3"]);
+    let shown = done(&bench, &["failed", "show", "1"]);
+    assert!(shown.contains("failed undo 1"), "{shown}");
+    assert_eq!(done(&bench, &["failed", "undo", "1"]), "1 reopened\n");
+    assert_eq!((bench.events("failed"), bench.events("discarded")), (1, 2));
+    let again = command(&bench, &["failed", "undo", "1", "2"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(said(&again).contains("done for 1 of 2"), "{}", said(&again));
+    assert_eq!(done(&bench, &["failed", "undo", "--all"]), "1 reopened\n");
+    assert_eq!(bench.events("failed"), 3);
+    assert_eq!(done(&bench, &["failed", "undo", "--all"]), "0 reopened\n");
+
+    // The latest first, and what could not be parsed with the conversation that it names.
+    let log = json_of(&bench, &["resolutions"]);
+    let rows = log["resolutions"].as_array().expect("rows");
+    let of = |name: &str| -> Vec<&Value> { rows.iter().map(|row| &row[name]).collect() };
+    let kinds = ["undo", "undo", "undo", "discard", "discard", "discard"];
+    assert_eq!(of("resolution"), kinds);
+    assert_eq!(of("event"), [3, 2, 1, 3, 2, 1]);
+    assert_eq!(of("conversation"), [42; 6]);
+    assert!(
+        of("can_undo").iter().all(|can| **can == json!(false)),
+        "{log}"
+    );
+    assert!(of("at").into_iter().all(is_time), "{log}");
+    let latest = done(&bench, &["resolutions", "--limit", "1"]);
+    assert_eq!(latest.lines().count(), 2, "{latest}");
+    assert!(
+        latest.contains("undo") && latest.contains("command line"),
+        "{latest}"
+    );
+    done(&bench, &["failed", "discard", "1"]);
+    let log = json_of(&bench, &["resolutions", "--limit", "1"]);
+    assert_eq!(log["resolutions"][0]["can_undo"], true);
+}
+
+/// What an export prints, line by line.
+fn exported(t: &Bench, arguments: &[&str]) -> Vec<Value> {
+    let text = done(t, &[&["export"], arguments].concat());
+    text.lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect()
+}
+
+#[tokio::test]
+async fn export_has_what_was_delivered_once() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers([
+            start(42, 0),
+            message(42, 5, "Hello"),
+            transfer(42, 6, 8),
+            end(42, 9),
+        ])
+        .await;
+        t.bigchat.tells([message(42, 7, "k")]);
+        t.until_events("failed", 1).await;
+        // What is sent again counts by its last delivery.
+        t.our_api.loses_message("42");
+        let mut verify = t.program("verify");
+        verify.arg("--repair");
+        // The daemon does the work, on this thread.
+        let verified = tokio::task::spawn_blocking(move || verify.output()).await;
+        let verified = verified.expect("no panic").expect("a process");
+        assert_eq!(verified.status.code(), Some(1), "{}", said(&verified));
+        until("it is sent again", async || {
+            t.our_api.messages() == ["Hello"]
+        })
+        .await;
+        daemon.stop().await;
+        let since = ["--since", "2020-01-01T00:00:00Z"];
+        let mut events = exported(t, &since);
+        assert!(events.iter().all(|event| is_time(&event["delivered_at"])));
+        events.sort_by_key(|event| event["event"].as_i64());
+        let of = |name: &str| -> Vec<&Value> { events.iter().map(|event| &event[name]).collect() };
+        assert_eq!(of("kind"), ["START", "MESSAGE", "TRANSFER", "END"]);
+        assert_eq!(of("conversation"), [42; 4]);
+        assert_eq!(of("epoch"), [1; 4]);
+        assert_eq!(of("external_id"), ["42"; 4]);
+        assert_eq!(events[1]["text"], "Hello");
+        assert_eq!(events[1]["effect"], "message added");
+        assert_eq!(events[1]["event_at"], "2026-11-22T22:00:05Z");
+        assert_eq!(events[2]["data"]["new_advisor_id"], 8);
+        let ended = [&since[..], &["--until", "2020-01-02T00:00:00Z"]].concat();
+        assert_eq!(exported(t, &ended), [] as [Value; 0]);
+
+        // From the first time on, up to the second.
+        t.execute("UPDATE deliveries SET delivered_at = 1000 * id");
+        let span = [
+            "--since",
+            "1970-01-01T00:00:01Z",
+            "--until",
+            "1970-01-01T00:00:02Z",
+        ];
+        let first: i64 = t.value("SELECT through - from_event + 1 FROM deliveries WHERE id = 1");
+        assert_eq!(
+            exported(t, &span).len(),
+            usize::try_from(first).expect("few")
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stalled_export_holds_up_no_checkpoint() {
+    let nowhere = "http://127.0.0.1:9";
+    let bench = Bench::new(nowhere, nowhere);
+    bench.once().await;
+    bench.execute(
+        "INSERT INTO conversations (id, epoch, bigchat_id, offset) VALUES (100, 1, 42, 5000);
+         WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)
+         INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
+            SELECT i, 100, 'MESSAGE', i, json_object('message', 'No ' || i), i, i FROM n;
+         INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect)
+            SELECT 100, id, id, id, 'message added' FROM events;",
+    );
+    let mut export = bench.program("export");
+    export.args(["--since", "1970-01-01T00:00:00Z"]);
+    let mut export = export.stdout(Stdio::piped()).spawn().expect("a process");
+    let mut output = export.stdout.take().expect("a pipe");
+    // It has begun, and has more to say than a pipe holds.
+    let mut text = vec![0; 1];
+    output.read_exact(&mut text).expect("a byte");
+    let writer = rusqlite::Connection::open(bench.db()).expect("a database");
+    writer
+        .execute("UPDATE control SET losses = losses", [])
+        .expect("it can be written");
+    let busy: i64 = writer
+        .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
+        .expect("a checkpoint");
+    assert_eq!(busy, 0);
+    output.read_to_end(&mut text).expect("the rest");
+    assert!(export.wait().expect("it ends").success());
+    let lines = String::from_utf8(text).expect("text");
+    assert_eq!(lines.lines().count(), 5000);
+}
+
+/// The database's files that hold such bytes.
+fn files_with(t: &Bench, text: &str) -> Vec<String> {
+    let files = ["journal.db", "journal.db-wal"].map(|name| t.directory().join(name));
+    let holds = |bytes: &[u8]| {
+        bytes
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    };
+    files
+        .iter()
+        .filter(|file| std::fs::read(file).is_ok_and(|bytes| holds(&bytes)))
+        .map(|file| file.display().to_string())
+        .collect()
+}
+
+#[tokio::test]
+async fn forgotten_text_leaves_every_file_for_good() {
+    run_test(async |t| {
+        t.differs("a conversation is forgotten");
+        let reject = status(422).body(r#"{"detail":"S3cretEcho"}"#).always();
+        t.our_api.upset("POST /chats/*/messages*S3cretBad", reject);
+        let later = status(500).body("S3cretError").always();
+        t.our_api.upset("POST /chats/*/messages*S3cretLater", later);
+        let daemon = t.start();
+        let long = format!("S3cretLong{}", "x".repeat(20_000));
+        let reported = [
+            start(42, 0),
+            message(42, 5, "S3cretOne"),
+            message(42, 6, &long),
+            message(42, 7, "S3cretBad"),
+            json!({"conversation_id": 42, "event_name": "NOTE", "event_at": 1_795_384_810, "data": "S3cretNote"}),
+            message(42, 8, "S3cretLater"),
+            message(43, 9, "Not forgotten"),
+        ];
+        t.bigchat.tells(reported.clone());
+        t.until_events("failed", 2).await;
+        until("an attempt fails", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE next_at IS NOT NULL") == 1
+        })
+        .await;
+        t.until_events("delivered", 4).await;
+        assert!(!files_with(t, "S3cret").is_empty());
+        done(t, &["failed", "retry", "--reason", "permanently"]);
+        t.until_events("failed", 2).await;
+
+        let text = done(t, &["forget", "42", "--yes"]);
+        assert!(text.contains("the text of its 6 events was erased"), "{text}");
+        assert!(text.contains("OurAPI still holds its chat 42 (id "), "{text}");
+        assert_eq!(files_with(t, "S3cret"), [] as [String; 0]);
+        assert!(!files_with(t, "Not forgotten").is_empty());
+        assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
+        assert_eq!(t.events("forgotten"), 6);
+
+        // Reported again, it is known; a new event is counted, and its text is not stored.
+        let asked = t.our_api.total();
+        t.bigchat.tells(reported);
+        t.bigchat.tells([message(42, 20, "S3cretNew"), end(42, 21)]);
+        t.bigchat.tells(bigchat_sync::simulator::bigchat::raw(
+            r#"{"events":[{"conversation_id":42,"event_name":"NOTE","event_at":1795384899,"data":"S3cretNote2"}]}"#,
+        ));
+        t.until_events("forgotten", 9).await;
+        assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
+        assert_eq!(t.our_api.total(), asked, "nothing is sent");
+        let stored = "SELECT count(*) FROM events WHERE data LIKE '%S3cret%'";
+        assert_eq!(t.value::<i64>(stored), 0);
+        until("the poll has ended", async || t.value::<i64>("SELECT count(*) FROM inbox") == 0).await;
+        done(t, &["forget", "42", "--yes"]);
+        assert_eq!(files_with(t, "S3cret"), [] as [String; 0]);
+
+        // Neither a loss nor a verification brings it back.
+        t.our_api.calm();
+        t.our_api.loses_everything();
+        t.bigchat.tells([message(43, 30, "Still there?")]);
+        until("the other chat is restored", async || {
+            t.our_api.messages() == ["Not forgotten", "Still there?"]
+        })
+        .await;
+        assert_eq!(t.our_api.chats().len(), 1);
+        let verified = command(t, &["verify", "--conversation", "42"]);
+        assert!(said(&verified).contains("or it was forgotten"), "{}", said(&verified));
+        let export = done(t, &["export", "--since", "2020-01-01T00:00:00Z"]);
+        assert!(!export.contains("S3cret"), "{export}");
+        let answer = json_of(t, &["conversation", "42"]);
+        assert!(is_time(&answer["conversations"][0]["forgotten_at"]), "{answer}");
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn forget_names_one_epoch_and_asks() {
+    let bench = two_epochs().await;
+    for (arguments, expected) in [
+        (
+            &["forget", "42", "--yes"][..],
+            "epochs 1, 2; name one with --epoch",
+        ),
+        (&["forget", "42", "--epoch", "1"], "add --yes"),
+        (
+            &["forget", "42", "--epoch", "3", "--yes"],
+            "nothing was erased",
+        ),
+        (&["forget", "7", "--yes"], "nothing was erased"),
+    ] {
+        let output = command(&bench, arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(said(&output).contains(expected), "{}", said(&output));
+        assert_eq!(bench.events("failed"), 3, "{arguments:?}");
+    }
+    let text = done(&bench, &["forget", "42", "--epoch", "1", "--yes"]);
+    assert!(
+        text.contains("epoch 1 is forgotten: the text of its 2 events"),
+        "{text}"
+    );
+    for erased in ["S3cretOne", "S3cretNote", "S3cretReason"] {
+        assert_eq!(files_with(&bench, erased), [] as [String; 0], "{erased}");
+    }
+    assert_eq!(files_with(&bench, "S3cretTwo").len(), 1);
+    assert_eq!((bench.events("failed"), bench.events("forgotten")), (1, 2));
+    let undone = command(&bench, &["failed", "undo", "--all"]);
+    assert_eq!(said(&undone), "0 reopened\n", "nothing is left of it");
+}
+
+#[tokio::test]
+async fn what_was_in_flight_stores_no_forgotten_text() {
+    run_test(async |t| {
+        t.differs("a conversation is forgotten");
+        t.set("--request-timeout", "300ms");
+        let daemon = t.start();
+        t.delivers([start(42, 0)]).await;
+        let overdue = bigchat_sync::simulator::fault::paused().always();
+        t.our_api.upset("POST /chats/*/messages", overdue);
+        t.bigchat.tells([message(42, 5, "S3cret")]);
+        until("it is in flight", async || t.our_api.pausing() == 1).await;
+        done(t, &["forget", "42", "--yes"]);
+        until("its outcome is committed", async || {
+            t.value::<i64>("SELECT stale_seq FROM conversations WHERE bigchat_id = 42") > 0
+        })
+        .await;
+        assert_eq!(t.value::<i64>("SELECT count(*) FROM attempts"), 0);
+        assert_eq!(
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE due_at > 0"),
+            0
+        );
+        assert_eq!((t.events("waiting"), t.events("forgotten")), (0, 2));
+        assert_eq!(files_with(t, "S3cret"), [] as [String; 0]);
+        t.resume();
+        daemon.stop().await;
+    })
+    .await;
+}
+
+/// What the program prints on standard output; it must succeed.
+fn printed(arguments: &[&str]) -> String {
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
+    let output = program.args(arguments).env_clear().output();
+    let output = output.expect("a process");
+    assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn each_help_shows_the_settings_that_matter() {
+    for (arguments, shown, hidden) in [
+        (
+            &["-h"][..],
+            &["--db", "--our-api-url", "forget"][..],
+            &["--retry-max", "More settings"][..],
+        ),
+        (
+            &["--help"],
+            &["--db", "--retry-max", "More settings", "--listen"],
+            &["--json"],
+        ),
+        (&["run", "-h"], &["--db"], &["--retry-max"]),
+        (&["run", "--help"], &["--retry-max", "More settings"], &[]),
+        (
+            &["failed", "list", "-h"],
+            &["--reason", "--db"],
+            &["--our-api-url", "--listen"],
+        ),
+        (
+            &["help", "failed", "list"],
+            &["--reason", "--db"],
+            &["--our-api-url", "--listen"],
+        ),
+        (
+            &["help", "verify"],
+            &["--repair", "--our-api-url"],
+            &["--listen"],
+        ),
+        (
+            &["help", "export"],
+            &["--since", "--until"],
+            &["first start only"],
+        ),
+        (&["help", "demo"], &["--faults"], &["--db"]),
+        (&["help", "man"], &["Usage"], &["--db"]),
+    ] {
+        let help = printed(arguments);
+        for part in shown {
+            assert!(help.contains(part), "{arguments:?} {part}: {help}");
+        }
+        for part in hidden {
+            assert!(!help.contains(part), "{arguments:?} {part}: {help}");
+        }
+        if let (Some(own), Some(setting)) = (help.find("\nOptions:"), help.find("\nSettings")) {
+            assert!(own < setting, "{arguments:?}: {help}");
+        }
+    }
+    let page = printed(&["man"]);
+    for section in ["EXAMPLES", "ENVIRONMENT", "FILES", "EXIT STATUS"] {
+        assert!(
+            page.contains(&format!(".SH \"{section}\""))
+                || page.contains(&format!(".SH {section}\n")),
+            "{section}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn check_has_the_same_in_json() {
+    run_test(async |t| {
+        t.differs("nothing is reported");
+        let report = json_of(t, &["check"]);
+        assert_eq!(report["passed"], true, "{report}");
+        let checks = report["checks"].as_array().expect("checks");
+        let names: Vec<_> = checks.iter().map(|check| &check["check"]).collect();
+        assert_eq!(
+            names,
+            [
+                "settings", "database", "daemon", "BigChat", "OurAPI", "console"
+            ]
+        );
+        std::fs::write(t.db(), "Dear diary").expect("a file");
+        let output = command(t, &["check", "--json"]);
+        assert_eq!(output.status.code(), Some(1));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(report["passed"], false);
+        let remedy = report["checks"][1]["remedy"].as_str();
+        assert!(
+            remedy.is_some_and(|remedy| remedy.contains("set another one")),
+            "{report}"
+        );
+        assert_eq!(report["checks"][0]["remedy"], Value::Null);
+    })
+    .await;
+}
