@@ -7,8 +7,8 @@ use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
-use crate::harness::{Bench, Test, dead_letter, run_test, until};
 use crate::harness::process::said;
+use crate::harness::{Bench, Test, dead_letter, run_test, until};
 
 /// Runs a command beside whatever runs.
 pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
