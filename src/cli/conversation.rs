@@ -200,6 +200,6 @@ fn fate(event: &EventRow) -> String {
         }
         ("failed", ..) => format!("at {at}: {reason}"),
         ("forgotten", ..) => "its text was erased".to_owned(),
-        (_, ..) => format!("at {at}"),
+        _ => format!("at {at}"),
     }
 }

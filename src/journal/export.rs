@@ -184,7 +184,11 @@ mod tests {
             });
             let plan: Vec<String> = plan.and_then(Iterator::collect).expect("a plan");
             assert!(plan.iter().any(|step| step.contains(index)), "{plan:?}");
-            let walks = |step: &String| step.starts_with("SCAN") || step.contains("TEMP B-TREE");
+            let walks = |step: &String| {
+                // Of equal ones, which are few.
+                let is_sorted = step.contains("TEMP B-TREE") && !step.contains("LAST TERM");
+                step.starts_with("SCAN") || is_sorted
+            };
             assert!(!plan.iter().any(walks), "{plan:?}");
         }
     }
