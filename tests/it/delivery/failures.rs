@@ -895,11 +895,19 @@ async fn failed_events_resolved_beside_daemon() {
 
         assert!(matches!(
             command(&["retry", unreadable]),
-            Err(FailedError::Partly { done: 0, asked: 1, .. })
+            Err(FailedError::Partly {
+                done: 0,
+                asked: 1,
+                ..
+            })
         ));
         assert!(matches!(
             command(&["discard", unreadable, unreadable, refused]),
-            Err(FailedError::Partly { done: 1, asked: 2, .. })
+            Err(FailedError::Partly {
+                done: 1,
+                asked: 2,
+                ..
+            })
         ));
         t.until_events("discarded", 1).await;
         assert_eq!(answer(&["list"]), "no event has failed\n");

@@ -63,7 +63,9 @@ impl Bench {
 
     /// The time up to which BigChat was read, in seconds after 22:00:00.
     pub(crate) fn cursor(&self) -> Option<i64> {
-        let cursor = self.figures().and_then(|figures| figures.cursor_at.map(Timestamp::unix));
+        let cursor = self
+            .figures()
+            .and_then(|figures| figures.cursor_at.map(Timestamp::unix));
         cursor.map(|cursor| cursor - T0)
     }
 

@@ -7,8 +7,9 @@ use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
-use crate::harness::process::said;
-use crate::harness::{Bench, Test, dead_letter, run_test, until};
+use crate::harness::journal::dead_letter;
+use crate::harness::process::printed as said;
+use crate::harness::{Bench, Test, run_test, until};
 
 /// Runs a command beside whatever runs.
 pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
@@ -41,11 +42,11 @@ async fn each_state(t: &Test) {
     t.start();
     t.delivers([start(42, 0), message(42, 5, "Hello\nthere")])
         .await;
-    t.bigchat.tells([message(42, 6, "k")]);
+    t.bigchat.reports([message(42, 6, "k")]);
     t.until_events("failed", 1).await;
     t.our_api
         .upset("POST /chats/*/messages", status(500).always());
-    t.bigchat.tells([message(42, 7, "later")]);
+    t.bigchat.reports([message(42, 7, "later")]);
     until("an attempt fails", async || {
         t.value::<i64>("SELECT count(*) FROM attempts WHERE next_at IS NOT NULL") == 1
     })
@@ -112,8 +113,7 @@ async fn conversation_shows_each_event_with_its_state() {
 /// A journal in which two conversations have had the id 42, an event that could not be parsed names it, and both APIs are
 /// away.
 async fn two_epochs() -> Bench {
-    let nowhere = "http://127.0.0.1:9";
-    let bench = Bench::new(nowhere, nowhere);
+    let bench = Bench::unreachable();
     bench.once().await;
     let of = |id, conversation, text: &str| {
         let data = json!({ "message": text }).to_string();
@@ -168,7 +168,7 @@ async fn conversation_shows_every_epoch_of_an_id() {
 async fn failed_events_show_texts_and_match_reasons() {
     let bench = two_epochs().await;
     let list = done(&bench, &["failed", "list"]);
-    for part in ["\n    S3cretOne\n", "3 failed."] {
+    for part in ["\n    S3cretOne\n", "3 failed events;"] {
         assert!(list.contains(part), "{part}: {list}");
     }
     let list = json_of(&bench, &["failed", "list", "--reason", "h"]);
@@ -191,7 +191,7 @@ async fn failed_events_show_texts_and_match_reasons() {
     }
     assert_eq!(
         done(&bench, &["failed", "discard", "--yes", "--reason", "wh"]),
-        "2 discarded\n"
+        "2 failed events discarded\n"
     );
     assert_eq!(bench.events("failed"), 1);
 }
@@ -202,14 +202,23 @@ async fn a_discard_is_undone_until_it_is_resolved_otherwise() {
     done(&bench, &["failed", "discard", "1", "2", "3"]);
     let shown = done(&bench, &["failed", "show", "1"]);
     assert!(shown.contains("failed undo 1"), "{shown}");
-    assert_eq!(done(&bench, &["failed", "undo", "1"]), "1 reopened\n");
+    assert_eq!(
+        done(&bench, &["failed", "undo", "1"]),
+        "1 failed event reopened\n"
+    );
     assert_eq!((bench.events("failed"), bench.events("discarded")), (1, 2));
     let again = command(&bench, &["failed", "undo", "1", "2"]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(said(&again).contains("done for 1 of 2"), "{}", said(&again));
-    assert_eq!(done(&bench, &["failed", "undo", "--all"]), "1 reopened\n");
+    assert!(said(&again).contains("1 of 2 resolved"), "{}", said(&again));
+    assert_eq!(
+        done(&bench, &["failed", "undo", "--all"]),
+        "1 failed event reopened\n"
+    );
     assert_eq!(bench.events("failed"), 3);
-    assert_eq!(done(&bench, &["failed", "undo", "--all"]), "0 reopened\n");
+    assert_eq!(
+        done(&bench, &["failed", "undo", "--all"]),
+        "0 failed events reopened\n"
+    );
 
     // The latest first, and what could not be parsed with the conversation that it names.
     let log = json_of(&bench, &["resolutions"]);
@@ -254,7 +263,7 @@ async fn export_has_what_was_delivered_once() {
             end(42, 9),
         ])
         .await;
-        t.bigchat.tells([message(42, 7, "k")]);
+        t.bigchat.reports([message(42, 7, "k")]);
         t.until_events("failed", 1).await;
         // What is sent again counts by its last delivery.
         t.our_api.loses_message("42");
@@ -304,8 +313,7 @@ async fn export_has_what_was_delivered_once() {
 
 #[tokio::test]
 async fn a_stalled_export_holds_up_no_checkpoint() {
-    let nowhere = "http://127.0.0.1:9";
-    let bench = Bench::new(nowhere, nowhere);
+    let bench = Bench::unreachable();
     bench.once().await;
     bench.execute(
         "INSERT INTO conversations (id, epoch, bigchat_id, offset) VALUES (100, 1, 42, 5000);
@@ -370,7 +378,7 @@ async fn forgotten_text_leaves_every_file_for_good() {
             message(42, 8, "S3cretLater"),
             message(43, 9, "Not forgotten"),
         ];
-        t.bigchat.tells(reported.clone());
+        t.bigchat.reports(reported.clone());
         t.until_events("failed", 2).await;
         until("an attempt fails", async || {
             t.value::<i64>("SELECT count(*) FROM attempts WHERE next_at IS NOT NULL") == 1
@@ -391,9 +399,9 @@ async fn forgotten_text_leaves_every_file_for_good() {
 
         // Reported again, it is known; a new event is counted, and its text is not stored.
         let asked = t.our_api.total();
-        t.bigchat.tells(reported);
-        t.bigchat.tells([message(42, 20, "S3cretNew"), end(42, 21)]);
-        t.bigchat.tells(bigchat_sync::simulator::bigchat::raw(
+        t.bigchat.reports(reported);
+        t.bigchat.reports([message(42, 20, "S3cretNew"), end(42, 21)]);
+        t.bigchat.reports(bigchat_sync::simulator::bigchat::raw(
             r#"{"events":[{"conversation_id":42,"event_name":"NOTE","event_at":1795384899,"data":"S3cretNote2"}]}"#,
         ));
         t.until_events("forgotten", 9).await;
@@ -408,7 +416,7 @@ async fn forgotten_text_leaves_every_file_for_good() {
         // Neither a loss nor a verification brings it back.
         t.our_api.calm();
         t.our_api.loses_everything();
-        t.bigchat.tells([message(43, 30, "Still there?")]);
+        t.bigchat.reports([message(43, 30, "Still there?")]);
         until("the other chat is restored", async || {
             t.our_api.messages() == ["Not forgotten", "Still there?"]
         })
@@ -456,7 +464,11 @@ async fn forget_names_one_epoch_and_asks() {
     assert_eq!(files_with(&bench, "S3cretTwo").len(), 1);
     assert_eq!((bench.events("failed"), bench.events("forgotten")), (1, 2));
     let undone = command(&bench, &["failed", "undo", "--all"]);
-    assert_eq!(said(&undone), "0 reopened\n", "nothing is left of it");
+    assert_eq!(
+        said(&undone),
+        "0 failed events reopened\n",
+        "nothing is left of it"
+    );
 }
 
 #[tokio::test]
@@ -468,7 +480,7 @@ async fn what_was_in_flight_stores_no_forgotten_text() {
         t.delivers([start(42, 0)]).await;
         let overdue = bigchat_sync::simulator::fault::paused().always();
         t.our_api.upset("POST /chats/*/messages", overdue);
-        t.bigchat.tells([message(42, 5, "S3cret")]);
+        t.bigchat.reports([message(42, 5, "S3cret")]);
         until("it is in flight", async || t.our_api.pausing() == 1).await;
         done(t, &["forget", "42", "--yes"]);
         until("its outcome is committed", async || {

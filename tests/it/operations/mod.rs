@@ -2,6 +2,7 @@
 
 mod bad_settings;
 mod commands;
+mod commands;
 mod demo;
 mod documentation;
 mod logs;
