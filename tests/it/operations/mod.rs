@@ -2,7 +2,6 @@
 
 mod bad_settings;
 mod commands;
-mod commands;
 mod demo;
 mod documentation;
 mod logs;
