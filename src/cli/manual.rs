@@ -29,6 +29,8 @@ pub enum Chapter {
     Operation,
     /// Probes, alerts, metrics.
     Monitoring,
+    /// Losses in OurAPI: how they are found and restored.
+    Verify,
     /// Levels and fields of the log.
     Log,
     /// What is guaranteed, what is not, and the tests that show it.
@@ -44,6 +46,7 @@ impl Chapter {
             Self::Settings => include_str!("manual/settings.md"),
             Self::Operation => include_str!("manual/operation.md"),
             Self::Monitoring => include_str!("manual/monitoring.md"),
+            Self::Verify => include_str!("manual/verify.md"),
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
             Self::Design => include_str!("manual/design.md"),
