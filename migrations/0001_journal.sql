@@ -84,6 +84,11 @@ CREATE TABLE conversations (
     fresh_seq        INTEGER NOT NULL DEFAULT 0, -- stale_seq as of the claim that last read the chat
     verified_losses  INTEGER NOT NULL DEFAULT 0, -- control.losses as of that claim
     read_in_session  INTEGER NOT NULL DEFAULT 0, -- the session that last read the chat's messages or created it
+    -- verification
+    verified_in      INTEGER,                    -- the latest verification when it was last verified or created; NULL: there is
+                                                 -- nothing to verify, no chat or no event
+    drift            TEXT,                       -- the fields that another client has changed, when last read; NULL: none
+    missing          TEXT,                       -- what OurAPI has lost of it and was not restored, when last verified
     -- progress
     offset           INTEGER NOT NULL DEFAULT 0, -- events up to this one are delivered, but for dead letters and redeliveries
     restored_through INTEGER NOT NULL DEFAULT 0, -- events up to this one were delivered before, to a chat that is gone
@@ -101,6 +106,9 @@ CREATE INDEX conversations_waiting ON conversations (waiting_since) WHERE waitin
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
 CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses)
     WHERE external_id IS NOT NULL AND forgotten_at IS NULL;
+CREATE INDEX conversations_by_verification ON conversations (verified_in) WHERE verified_in IS NOT NULL;
+CREATE INDEX conversations_with_drift ON conversations (drift) WHERE drift IS NOT NULL;
+CREATE INDEX conversations_with_missing ON conversations (missing) WHERE missing IS NOT NULL;
 CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;
 CREATE INDEX conversations_by_agent ON conversations (chat_agent) WHERE chat_agent IS NOT NULL;
 
@@ -203,25 +211,31 @@ CREATE TABLE resolutions (
 ) STRICT;
 CREATE INDEX resolutions_by_event ON resolutions (event);
 
--- What the `verify` command has requested of whichever process delivers.
+-- What is requested of whichever process delivers: that chats be verified. A chat waits for a verification as long as its
+-- `verified_in` is smaller, so that a request costs nothing for each chat.
 CREATE TABLE verifications (
-    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    id           INTEGER PRIMARY KEY AUTOINCREMENT, -- never reused
+    idle         INTEGER NOT NULL CHECK (idle = 0 OR idle = 1), -- the pass in idle time: one row; else of the `verify` command
     requested_at INTEGER NOT NULL,
+    ended_at     INTEGER,                        -- of the pass in idle time; NULL: it is in progress
+    conversation INTEGER,                        -- BigChat's id; NULL: all chats
     repair       INTEGER NOT NULL CHECK (repair = 0 OR repair = 1),
-    last_event   INTEGER NOT NULL                -- later events are not its concern
+    last_event   INTEGER NOT NULL,               -- later events are not its concern
+    -- how many chats were verified so far, and what was found
+    verified     INTEGER NOT NULL DEFAULT 0,
+    missing      INTEGER NOT NULL DEFAULT 0,
+    differing    INTEGER NOT NULL DEFAULT 0,
+    messages     INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
--- The chats to be verified, and what was found.
-CREATE TABLE verified_chats (
+-- The chats that are not as they should be, of a verification by the command.
+CREATE TABLE findings (
     verification INTEGER NOT NULL REFERENCES verifications (id) ON DELETE CASCADE,
     conversation INTEGER NOT NULL REFERENCES conversations (id),
-    chat         TEXT CHECK (chat = 'same' OR chat = 'differs' OR chat = 'missing'), -- NULL: not verified yet
-    messages     INTEGER,                        -- how many were missing
-    attempts     INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (verification, conversation),
-    CHECK ((chat IS NULL) = (messages IS NULL))
+    state        TEXT NOT NULL,
+    messages     INTEGER NOT NULL,               -- how many were missing
+    PRIMARY KEY (verification, conversation)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX verified_chats_pending ON verified_chats (attempts, verification, conversation) WHERE chat IS NULL;
 
 CREATE TABLE advisors (
     epoch      INTEGER NOT NULL REFERENCES epochs (id),

@@ -80,12 +80,10 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         Some(Command::Resolutions(args)) => {
             answer(terminal, resolutions::run(&settings.db(), &args))
         }
-        Some(Command::Status(args)) => {
-            match status::run(&args, &settings.db(), settings.poll_interval) {
-                Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
-                Err(error) => complain(terminal, &error, 1),
-            }
-        }
+        Some(Command::Status(args)) => match status::run(&args, &settings) {
+            Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
+            Err(error) => complain(terminal, &error, 1),
+        },
         Some(Command::Check(args)) => block_on(terminal, async {
             let report = check::run(&settings, Tokens::read(service::variable)).await;
             let code = ExitCode::from(u8::from(!report.all_passed()));

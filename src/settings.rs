@@ -20,6 +20,7 @@ use thiserror::Error;
 use url::Url;
 
 use crate::domain::backoff::Policy;
+use crate::domain::progress::{IdlePass, VerifyMode};
 use crate::domain::time::Timestamp;
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::terminal::shown;
@@ -100,9 +101,15 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
     pub message_author: MessageAuthor,
 
-    /// Restore what OurAPI has lost from the journal; otherwise only what new events need.
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
-    pub rebuild: bool,
+    /// What to do about a loss in OurAPI: restore it from the journal, report it, or neither. Unless it is restored, only
+    /// what new events need is built.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_enum, default_value_t = Rebuild::Auto)]
+    pub rebuild: Rebuild,
+
+    /// Within which time every chat is compared with the journal, as long as the journal has its events; `off`: none is.
+    /// It is done in idle time, and takes no more than a tenth of the time.
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_VERIFY_EVERY", value_name = "TIME", allow_hyphen_values = true, default_value = "24h", value_parser = verify_every)]
+    pub verify_every: VerifyEvery,
 
     /// Address of the console, the probes and the metrics, or `off`. Any address but a loopback one needs
     /// BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
@@ -133,6 +140,31 @@ pub enum Listen {
     Off,
     /// At this address.
     At(SocketAddr),
+}
+
+/// `--rebuild`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rebuild {
+    /// It is restored.
+    Auto,
+    /// It is reported, and stays as it is.
+    Report,
+    /// Nobody checks.
+    Off,
+}
+
+impl Rebuild {
+    /// Whether what OurAPI has lost is restored before an event needs it.
+    pub fn restores(self) -> bool {
+        self == Self::Auto
+    }
+}
+
+/// `--verify-every`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VerifyEvery {
+    Off,
+    Within(Duration),
 }
 
 /// `--message-author`.
@@ -171,6 +203,19 @@ impl Settings {
             None if std::io::stderr().is_terminal() => LogFormat::Text,
             None => LogFormat::Json,
         }
+    }
+
+    /// How all chats are verified in idle time; `None`: they are not.
+    pub fn idle_pass(&self) -> Option<IdlePass> {
+        let VerifyEvery::Within(every) = self.verify_every else {
+            return None;
+        };
+        let mode = match self.rebuild {
+            Rebuild::Auto => VerifyMode::Restore,
+            Rebuild::Report => VerifyMode::Report,
+            Rebuild::Off => return None,
+        };
+        Some(IdlePass { every, mode })
     }
 
     /// When events are tried again.
@@ -481,6 +526,15 @@ fn positive(text: &str) -> Result<Duration, String> {
         duration if duration < Duration::from_millis(1) => Err("expected at least 1ms".into()),
         duration => Ok(duration),
     }
+}
+
+fn verify_every(text: &str) -> Result<VerifyEvery, String> {
+    if text == "off" {
+        return Ok(VerifyEvery::Off);
+    }
+    positive(text)
+        .map(VerifyEvery::Within)
+        .map_err(|_| "it should be a time with its unit, such as 12h or 7d, or be off".into())
 }
 
 fn at_least_a_second(text: &str) -> Result<Duration, String> {

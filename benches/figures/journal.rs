@@ -29,6 +29,7 @@ pub(crate) fn measure(scale: Scale) {
     loop {
         let request = ClaimRequest {
             verifications_only: false,
+            idle_pass: None,
             probe: false,
             conversations: TOGETHER,
             bytes: usize::MAX,
@@ -77,5 +78,7 @@ fn done(work: Work) -> Report {
         due: Due::IfWaiting,
         writes_succeeded: 0,
         verified: None,
+        drift: None,
+        missing: None,
     }
 }

@@ -13,6 +13,7 @@ mod process;
 mod prompt;
 mod server;
 mod slow;
+mod verifying;
 
 use std::process::ExitCode;
 
@@ -42,7 +43,7 @@ pub(crate) fn row(what: &str, measured: &str, reach: &str) {
 
 type Measure = fn(Scale);
 
-const MEASURES: [(&str, Measure); 12] = [
+const MEASURES: [(&str, Measure); 13] = [
     ("backlog-1", backlog::measure_one),
     ("backlog-8", backlog::measure_eight),
     ("merging", backlog::measure_merging),
@@ -53,6 +54,7 @@ const MEASURES: [(&str, Measure); 12] = [
     ("prompt", prompt::measure),
     ("pruning", prompt::measure_pruning),
     ("idle", idle::measure),
+    ("verifying", verifying::measure),
     ("slow-api", slow::measure_api),
     ("slow-disk", slow::measure_disk),
 ];

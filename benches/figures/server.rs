@@ -7,6 +7,9 @@ use std::time::{Duration, Instant};
 use bigchat_sync::simulator::bigchat::{Clock, Options, raw};
 use bigchat_sync::simulator::{self, ANY_PORT, Api, BigChat, OurApi, Reply, Request, Starting};
 use chrono::{DateTime, Utc};
+use serde_json::json;
+
+use crate::large::EVENTS;
 
 /// Both services, and what was seen of the requests.
 #[derive(Clone)]
@@ -22,6 +25,12 @@ struct Both {
     last: Option<Instant>,
     /// The first to OurAPI.
     sent: Option<Instant>,
+    /// The first of these that changes something.
+    written: Option<Instant>,
+    /// When all chats began that a journal was made with; `None`: OurAPI has only what it was sent.
+    chats_of: Option<i64>,
+    /// How often the messages of one of them were read.
+    verified: u64,
     /// When BigChat was polled last; of the polls after that only those with news count.
     polled: Option<Instant>,
     polls: u64,
@@ -50,10 +59,46 @@ impl Both {
             first: None,
             last: None,
             sent: None,
+            written: None,
+            chats_of: None,
+            verified: 0,
             polled: None,
             polls: 0,
             has_news: false,
         }
+    }
+}
+
+impl Both {
+    /// What is asked of a chat as `large::add` has it, if it is one.
+    fn chat(&mut self, request: &Request, start: i64) -> Option<Reply> {
+        let time = |second: i64| {
+            let time = DateTime::from_timestamp(start + second, 0).expect("a time");
+            time.format("%Y-%m-%dT%H:%M:%S").to_string()
+        };
+        let id = |chat: i64| format!("00000000-0000-4000-8000-{chat:012x}");
+        if request.method != "GET" {
+            return None;
+        }
+        if request.path == "/chats" {
+            let external_id = request.query.strip_prefix("external_id=")?;
+            let chat = external_id.parse().ok().filter(|chat| *chat < 1_000_000)?;
+            let chat = json!({
+                "chat_id": id(chat), "external_id": external_id, "agent_id": null, "started_at": time(0), "ended_at": null,
+            });
+            return Some(Reply::json(200, &json!([chat])));
+        }
+        let chat = request
+            .path
+            .strip_prefix("/chats/00000000-0000-4000-8000-")?;
+        let chat = i64::from_str_radix(chat.strip_suffix("/messages")?, 16).ok()?;
+        self.verified += 1;
+        let text =
+            |n: i64| format!("Message {n} of conversation {chat}, of a usual length for a chat.");
+        let messages: Vec<_> = (1..EVENTS - 1)
+            .map(|n| json!({"message_id": id(n), "chat_id": id(chat), "agent_id": null, "sent_at": time(n * 10), "text": text(n)}))
+            .collect();
+        Some(Reply::json(200, &json!(messages)))
     }
 }
 
@@ -75,6 +120,12 @@ impl Api for Both {
         if is_to_our_api(request) {
             self.sent.get_or_insert(now);
             self.last = Some(now);
+            if let Some(reply) = self.chats_of.and_then(|start| self.chat(request, start)) {
+                return reply;
+            }
+            if request.method != "GET" {
+                self.written.get_or_insert(now);
+            }
             return self.our_api.answer(request, others);
         }
         let conversation = request.path.strip_prefix("/conversations/");
@@ -121,6 +172,7 @@ impl Server {
         let mut both = self.both();
         let before = std::mem::replace(&mut *both, Both::new());
         (both.bigchat, both.our_api) = (before.bigchat, before.our_api);
+        both.chats_of = before.chats_of;
         both.made = store.then(Vec::new);
     }
 
@@ -146,6 +198,21 @@ impl Server {
     /// When the first request to OurAPI came.
     pub(crate) fn sent(&self) -> Option<Instant> {
         self.both().sent
+    }
+
+    /// When the first request to OurAPI came that changes something.
+    pub(crate) fn written(&self) -> Option<Instant> {
+        self.both().written
+    }
+
+    /// OurAPI has all chats of `large::add` whose conversations began then.
+    pub(crate) fn has_chats_of(&self, start: i64) {
+        self.both().chats_of = Some(start);
+    }
+
+    /// How many of them were verified.
+    pub(crate) fn verified(&self) -> u64 {
+        self.both().verified
     }
 
     /// When BigChat was polled last.

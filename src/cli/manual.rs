@@ -33,6 +33,8 @@ pub enum Chapter {
     Json,
     /// Probes, alerts, metrics.
     Monitoring,
+    /// Losses in OurAPI: how they are found and restored.
+    Verify,
     /// Levels and fields of the log.
     Log,
     /// What is guaranteed, what is not, and the tests that show it.
@@ -50,6 +52,7 @@ impl Chapter {
             Self::Commands => include_str!("manual/commands.md"),
             Self::Json => include_str!("manual/json.md"),
             Self::Monitoring => include_str!("manual/monitoring.md"),
+            Self::Verify => include_str!("manual/verify.md"),
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
             Self::Design => include_str!("manual/design.md"),

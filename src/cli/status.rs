@@ -10,7 +10,8 @@ use thiserror::Error;
 
 use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
-use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
+use crate::journal::{DifferingChat, Figures, Gap, JournalError, OpenError, Store, Verification};
+use crate::settings::Settings;
 use crate::telemetry::terminal::{printable, shown};
 
 /// Longest time without a completed poll, in poll intervals; at least [`STALE`].
@@ -42,6 +43,8 @@ pub struct Status {
     pub problems: Vec<Problem>,
     /// The database.
     pub database: Database,
+    /// Within which time each chat is verified, in seconds; `None`: not at all.
+    pub verify_every_s: Option<f64>,
     /// The figures of the journal.
     #[serde(flatten)]
     pub figures: Figures,
@@ -81,9 +84,10 @@ pub enum StatusError {
 }
 
 /// What `bigchat-sync status` prints, and whether there is no problem.
-pub fn run(args: &Args, db: &Path, poll_interval: Duration) -> Result<(String, bool), StatusError> {
+pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), StatusError> {
+    let db = &settings.db();
     let mut store = Store::open_reader(db)?;
-    let status = Status::read(&mut store, db, poll_interval, Millis::now())?;
+    let status = Status::read(&mut store, settings, Millis::now())?;
     let text = if args.json {
         format!("{}\n", serde_json::to_string_pretty(&status)?)
     } else {
@@ -93,16 +97,14 @@ pub fn run(args: &Args, db: &Path, poll_interval: Duration) -> Result<(String, b
 }
 
 impl Status {
-    /// Reads it from the journal. `poll_interval` is the setting: it decides how long without a poll is too long.
-    pub fn read(
-        store: &mut Store,
-        db: &Path,
-        poll_interval: Duration,
-        now: Millis,
-    ) -> Result<Self, JournalError> {
-        let figures = store.figures(now)?;
+    /// Reads it from the journal. The settings decide how long without a poll is too long.
+    pub fn read(store: &mut Store, settings: &Settings, now: Millis) -> Result<Self, JournalError> {
+        let mut figures = store.figures(now)?;
+        let every = settings.idle_pass().map(|pass| pass.every);
+        // One of before it was turned off.
+        figures.verification = figures.verification.filter(|_| every.is_some());
         let daemon_runs = store.is_in_use();
-        let problems = problems(&figures, daemon_runs, poll_interval, now);
+        let problems = problems(&figures, daemon_runs, settings.poll_interval, now);
         Ok(Self {
             version: env!("CARGO_PKG_VERSION"),
             now,
@@ -110,9 +112,10 @@ impl Status {
             healthy: problems.is_empty(),
             problems,
             database: Database {
-                path: db.to_owned(),
+                path: settings.db(),
                 size_bytes: store.bytes(),
             },
+            verify_every_s: every.map(|every| every.as_secs_f64()),
             figures,
         })
     }
@@ -321,6 +324,22 @@ fn text(status: &Status) -> String {
             },
         );
     }
+    line("verification", verification(status));
+    for chat in &figures.differing {
+        let DifferingChat {
+            external_id,
+            drift,
+            missing,
+        } = chat;
+        let lost = missing
+            .as_ref()
+            .map(|missing| format!("OurAPI has lost {missing}; not restored"));
+        let drift = drift
+            .as_ref()
+            .map(|drift| format!("another client changed {drift}"));
+        let what: Vec<String> = lost.into_iter().chain(drift).collect();
+        line("", format!("chat {external_id}: {}", what.join("; ")));
+    }
     lines.push(String::new());
     if status.healthy {
         lines.push("no problems".into());
@@ -330,6 +349,49 @@ fn text(status: &Status) -> String {
     }
     lines.push(String::new());
     lines.join("\n")
+}
+
+/// How far the verification of all chats in idle time is, and what it found.
+fn verification(status: &Status) -> String {
+    let Status { figures, now, .. } = status;
+    let Some(every) = status.verify_every_s.map(Duration::from_secs_f64) else {
+        return "off".into();
+    };
+    let Some(Verification {
+        began_at,
+        ended_at,
+        verified,
+        left,
+    }) = figures.verification
+    else {
+        return "not begun yet".into();
+    };
+    let took = ended_at.unwrap_or(*now).since(began_at);
+    let mut text = match ended_at {
+        Some(ended_at) => format!(
+            "{verified} chats in {}, {} ago",
+            duration(took),
+            duration(now.since(ended_at))
+        ),
+        None => format!(
+            "{verified} of {} chats, for {}",
+            verified + left,
+            duration(took)
+        ),
+    };
+    if took > every {
+        text += &format!("; longer than --verify-every, {}", duration(every));
+    }
+    let found = [
+        (figures.incomplete, "not whole in OurAPI"),
+        (figures.drifted, "changed by another client"),
+    ];
+    for (count, what) in found {
+        if count > 0 {
+            text += &format!("; {count} {what}");
+        }
+    }
+    text
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]

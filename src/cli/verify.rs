@@ -10,7 +10,6 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::daemon::{self, DaemonError};
-use crate::domain::progress::ChatState;
 use crate::domain::time::Millis;
 use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
@@ -169,8 +168,8 @@ async fn watch(
                 Ok((progress, store.our_api_waits_for(Millis::now())?))
             })
             .await?;
-        let left = (progress.chats - progress.verified) + progress.waiting;
-        let all = progress.chats + progress.messages.max(progress.waiting);
+        let left = progress.left + progress.waiting;
+        let all = progress.chats() + progress.messages.max(progress.waiting);
         let (now, done) = (Instant::now(), all.saturating_sub(left));
         let pace = pace.get_or_insert_with(|| RateEstimate::new(now, done));
         let rate = pace.now(now, done, Some(left));
@@ -218,7 +217,7 @@ fn sentence(progress: &VerificationProgress) -> String {
     format!(
         "{} of {} verified, {} to send again",
         progress.verified,
-        count(progress.chats, "chat"),
+        count(progress.chats(), "chat"),
         count(progress.waiting, "event")
     )
 }
@@ -241,27 +240,19 @@ fn count(count: u64, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
-fn state(difference: &Difference) -> &'static str {
-    match difference.finding.chat {
-        ChatState::Same => "same",
-        ChatState::Differs => "differs",
-        ChatState::Missing => "missing",
-    }
-}
-
 fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
     let differences: Vec<_> = differences
         .iter()
         .map(|difference| {
             serde_json::json!({
                 "external_id": difference.external_id,
-                "chat": state(difference),
-                "messages_missing": difference.finding.messages,
+                "chat": difference.state,
+                "messages_missing": difference.messages,
             })
         })
         .collect();
     serde_json::json!({
-        "chats": progress.chats,
+        "chats": progress.chats(),
         "chats_missing": progress.missing,
         "chats_differing": progress.differing,
         "messages_missing": progress.messages,
@@ -272,8 +263,8 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
 }
 
 fn as_table(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
+    let chats = progress.chats();
     let VerificationProgress {
-        chats,
         missing,
         differing,
         messages,
@@ -282,7 +273,7 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     if differences.is_empty() {
         return format!(
             "{} verified: OurAPI has everything that was delivered",
-            count(*chats, "chat")
+            count(chats, "chat")
         );
     }
     let mut table = comfy_table::Table::new();
@@ -291,8 +282,8 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     for difference in differences {
         let row = [
             &difference.external_id,
-            state(difference),
-            &difference.finding.messages.to_string(),
+            &difference.state,
+            &difference.messages.to_string(),
         ];
         table.add_row(row);
     }
@@ -304,7 +295,7 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     format!(
         "{}\n\n{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
         table.trim_fmt(),
-        count(*chats, "chat"),
+        count(chats, "chat"),
         count(*messages, "message")
     )
 }

@@ -122,8 +122,8 @@ impl Web {
             return Ok(Arc::clone(status));
         }
         let settings = &self.console.settings;
-        let (db, interval) = (settings.db(), settings.poll_interval);
-        let read = move |store: &mut Store| Status::read(store, &db, interval, Millis::now());
+        let settings = settings.clone();
+        let read = move |store: &mut Store| Status::read(store, &settings, Millis::now());
         let read = Arc::new(self.read(read).await?);
         *status = Some((Instant::now(), Arc::clone(&read)));
         Ok(read)

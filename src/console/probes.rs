@@ -181,6 +181,28 @@ fn of_journal(now: &mut Now, status: &Status) {
         "Chats that are still to be compared with the journal",
         figures.rebuilding as f64,
     );
+    now.gauge(
+        "drifted_chats",
+        "Chats with fields that another client has changed in OurAPI; they stay so",
+        figures.drifted as f64,
+    );
+    now.gauge(
+        "incomplete_chats",
+        "Chats that OurAPI has lost, whole or in part, and that were not restored",
+        figures.incomplete as f64,
+    );
+    if let Some(pass) = &figures.verification {
+        now.gauge(
+            "verification_timestamp_seconds",
+            "When the latest pass that verifies all chats in idle time began",
+            pass.began_at.0 as f64 / 1e3,
+        );
+        now.gauge(
+            "verification_left_chats",
+            "Chats that this pass still has to verify; 0: it has ended",
+            pass.left as f64,
+        );
+    }
     now.counter(
         "our_api_losses",
         "How often OurAPI was found to have lost something",

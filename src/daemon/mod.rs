@@ -238,7 +238,7 @@ pub async fn verify(
         let scope = if only_look {
             Scope::Verifications
         } else {
-            Scope::All
+            Scope::Requested
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };

@@ -222,22 +222,16 @@ impl Agents {
     pub(super) async fn is_gone(
         &self,
         verification: i64,
-        epoch: Epoch,
-        advisor: AdvisorId,
         agent: Option<Uuid>,
     ) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         if let Some(gone) = self.verified().get(&(verification, agent)) {
             return Ok(*gone);
         }
-        let known = self
-            .journal
-            .with(move |store| store.advisor(epoch, advisor));
-        let gone = match (known.await?, self.email_of(agent).await?) {
-            (Some(KnownAdvisor::Person { email, .. }), spelled) => {
-                !self.exists(agent, &spelled.unwrap_or(email)).await?
-            }
-            (Some(KnownAdvisor::Gone) | None, _) => false,
+        let gone = match self.email_of(agent).await? {
+            Some(email) => !self.exists(agent, &email).await?,
+            // It is not known whose it is: that of a chat that was taken over.
+            None => false,
         };
         let mut verified = self.verified();
         verified.retain(|(of, _), _| *of == verification);

@@ -70,6 +70,11 @@ impl AttemptError {
         matches!(self, Self::Write(error) if error.kind.timed_out())
     }
 
+    /// A request failed.
+    pub(super) fn is_of_api(&self) -> bool {
+        matches!(self, Self::Read(_) | Self::Write(_))
+    }
+
     /// A request to BigChat failed.
     pub(super) fn is_of_bigchat(&self) -> bool {
         matches!(self, Self::Read(error) if error.api == Api::BigChat)

@@ -56,6 +56,8 @@ pub enum Until {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     All,
+    /// Events, and requested verifications of chats; no pass in idle time.
+    Requested,
     /// Requested verifications of chats, and no events.
     Verifications,
 }

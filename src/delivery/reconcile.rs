@@ -4,6 +4,7 @@
 //! older copy of the database. The conversation is *stale* then, and there is one cure: the chat is read back, and its
 //! messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
 
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
@@ -11,10 +12,10 @@ use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
 use crate::domain::account::{self, MessageKey, Recorded};
-use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
+use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
-    ChatState, Claim, Effect, Observation, VerificationResult, Verify, Work,
+    Claim, Effect, Missing, Observation, VerificationResult, Verify, VerifyMode, Work,
 };
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::our_api::{self, Message};
@@ -35,6 +36,9 @@ pub(super) struct Reconciled {
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
     pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
+    /// What differs and stays, as far as the chat was read.
+    pub(super) drift: Option<Drift>,
+    pub(super) missing: Option<Missing>,
 }
 
 /// Why the work ended early.
@@ -57,8 +61,13 @@ impl Stopped {
     }
 }
 
-/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop.
-pub(super) async fn reconcile(worker: &Worker, work: Work) -> Reconciled {
+/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
+/// before its next request once it is to give way.
+pub(super) async fn reconcile(
+    worker: &Worker,
+    work: Work,
+    give_way: &CancellationToken,
+) -> Reconciled {
     let Work {
         conversation,
         events,
@@ -75,9 +84,11 @@ pub(super) async fn reconcile(worker: &Worker, work: Work) -> Reconciled {
         consumed: Vec::new(),
         writes: 0,
         verified: verify.map(|verify| (verify, None)),
+        drift: None,
+        missing: None,
     };
     let ended = match verify {
-        Some(verify) => Box::pin(run.verify(worker, verify)).await,
+        Some(verify) => Box::pin(run.verify(worker, verify, give_way)).await,
         None => run.deliver(worker).await,
     };
     run.stopped = ended.err();
@@ -141,26 +152,32 @@ impl Reconciled {
             .await
             .map_err(|error| Stopped::at(first, error))?;
         let Refreshed::Ours(found) = refreshed else {
+            if self.events.is_empty() && !worker.settings.rebuild.restores() {
+                // Nothing needs it. It is forgotten once an event does.
+                return self.stays_lost();
+            }
             return self
-                .gone(worker, worker.settings.rebuild)
+                .gone(worker, worker.settings.rebuild.restores())
                 .await
                 .map_err(|error| Stopped::at(first, error));
         };
         let unsure = self.unsure(worker);
         let written = self.conversation.observed.agent;
-        let drift = self.conversation.observed.merge(&found.fields(), unsure);
-        if !drift.is_none() {
-            tracing::warn!(
-                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
-                "a chat was changed in OurAPI by another client; it stays as it is"
-            );
+        let drift = self
+            .merge(worker, &found, unsure)
+            .await
+            .map_err(|error| Stopped::at(first, error))?;
+        // Else it is known.
+        if drift != self.claim.drift {
+            self.report_drift(drift, &found);
         }
+        self.drift = Some(drift);
         self.agent_may_be_gone(worker, written)
             .await
             .map_err(|error| Stopped::at(first, error))?;
         let needed = if self.is_replayed(worker) {
             Needed::Always
-        } else if self.claim.is_lost && worker.settings.rebuild {
+        } else if self.claim.is_lost && worker.settings.rebuild.restores() {
             Needed::IfAny
         } else {
             Needed::IfWaiting
@@ -210,6 +227,72 @@ impl Reconciled {
             observed.advisor = None;
         }
         Ok(())
+    }
+
+    /// Merges what was read, and returns the fields that another client has changed.
+    async fn merge(
+        &mut self,
+        worker: &Worker,
+        found: &our_api::Chat,
+        unsure: Unsure,
+    ) -> Result<Drift, AttemptError> {
+        let Conversation {
+            epoch, observed, ..
+        } = &mut self.conversation;
+        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unsure.agent));
+        let mut drift = observed.merge(&found.fields(), unsure);
+        // Once it was read, another client's agent is the one that is remembered.
+        drift.agent |= self.claim.drift.agent && !unsure.agent;
+        if drift.agent {
+            // It may have been changed back.
+            drift.agent = match advisor {
+                None => found.agent_id.is_some(),
+                Some(advisor) => {
+                    let agent = worker
+                        .journal
+                        .with(move |store| store.agent_of(epoch, advisor));
+                    let agent = agent.await?;
+                    agent.is_none_or(|agent| found.agent_id != Some(agent))
+                }
+            };
+        }
+        Ok(drift)
+    }
+
+    fn report_drift(&self, drift: Drift, found: &our_api::Chat) {
+        if !drift.is_none() {
+            tracing::warn!(
+                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
+                "a chat was changed in OurAPI by another client; it stays as it is"
+            );
+        }
+    }
+
+    /// OurAPI has lost the chat, and nothing is done about it.
+    fn stays_lost(&mut self) -> Result<(), Stopped> {
+        let missing = Missing {
+            chat: true,
+            ..Missing::default()
+        };
+        self.report_missing(missing);
+        self.missing = Some(missing);
+        self.observation = Observation::Read(None);
+        Ok(())
+    }
+
+    fn report_missing(&self, missing: Missing) {
+        if !missing.is_none() {
+            tracing::error!(
+                conversation = self.conversation.bigchat_id,
+                chat = self
+                    .conversation
+                    .observed
+                    .chat
+                    .map(tracing::field::display::<Uuid>),
+                %missing,
+                "OurAPI has lost a chat or a part of it; it stays so, since --rebuild does not restore it"
+            );
+        }
     }
 
     /// Reads the chat by its external id.
@@ -262,7 +345,13 @@ impl Reconciled {
                 reading_messages: true,
             })?;
         let mut accounting = account::account(held.iter().map(Message::key), &recorded);
-        if !worker.settings.rebuild {
+        if !worker.settings.rebuild.restores() {
+            let missing = Missing {
+                messages: count(&accounting.missing),
+                ..Missing::default()
+            };
+            self.report_missing(missing);
+            self.missing = Some(missing);
             accounting.missing.clear();
         }
         if !accounting.missing.is_empty() {
@@ -382,7 +471,8 @@ impl Reconciled {
         let observed = &self.conversation.observed;
         let is_needed = !self.events.is_empty()
             || observed.chat.is_some()
-            || observed.external_id.is_some() && (worker.settings.rebuild || self.claim.is_rewound);
+            || observed.external_id.is_some()
+                && (worker.settings.rebuild.restores() || self.claim.is_rewound);
         if !is_needed {
             return Ok(Some(Effect::Nothing));
         }
@@ -456,7 +546,7 @@ impl Reconciled {
     /// Handles a response that the chat does not exist. It is believed only if OurAPI's list confirms it.
     async fn chat_missing(&mut self, worker: &Worker, error: ApiError) -> Result<(), AttemptError> {
         match self.refresh(worker).await? {
-            Refreshed::Gone => self.gone(worker, worker.settings.rebuild).await,
+            Refreshed::Gone => self.gone(worker, worker.settings.rebuild.restores()).await,
             // The list has the chat.
             Refreshed::Ours(_) => Err(AttemptError::Write(
                 error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
@@ -543,86 +633,146 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Compares the chat with the journal. Repairing writes what events say, whatever is there.
-    async fn verify(&mut self, worker: &Worker, verify: Verify) -> Result<(), Stopped> {
+    /// Compares the chat with the journal, and does about it what the mode says.
+    async fn verify(
+        &mut self,
+        worker: &Worker,
+        verify: Verify,
+        give_way: &CancellationToken,
+    ) -> Result<(), Stopped> {
         let failed = |error| Stopped::at(None, error);
-        let recorded = self.recorded(worker).await.map_err(failed)?;
-        let (chat, held) = match self.refresh(worker).await.map_err(failed)? {
-            Refreshed::Ours(found) => {
-                let held = worker.our_api.messages(found.chat_id).await;
-                let held = held.map_err(|error| failed(error.into()))?;
-                let held: Vec<_> = held.iter().map(Message::key).collect();
-                let differs = self.differs(worker, verify, &found).await.map_err(failed)?;
-                if verify.repair {
-                    self.conversation.observed.merge(
-                        &found.fields(),
-                        Unsure {
-                            // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
-                            agent: differs
-                                && (self.conversation.desired.transfer.is_some()
-                                    || found.agent_id.is_none()),
-                            ..Unsure::ALL
-                        },
-                    );
-                }
-                (
-                    if differs {
-                        ChatState::Differs
-                    } else {
-                        ChatState::Same
-                    },
-                    held,
-                )
-            }
-            Refreshed::Gone => (ChatState::Missing, Vec::new()),
-        };
-        let accounting = account::account(held, &recorded);
-        let messages = u32::try_from(accounting.missing.len()).unwrap_or(u32::MAX);
-        self.verified = Some((verify, Some(VerificationResult { chat, messages })));
-        if !verify.repair {
+        let refreshed = self.refresh(worker).await.map_err(failed)?;
+        if give_way.is_cancelled() || worker.stopping.is_cancelled() {
             return Ok(());
         }
-        if chat == ChatState::Missing {
-            return self.gone(worker, true).await.map_err(failed);
+        let Refreshed::Ours(found) = refreshed else {
+            return self.verify_gone(worker, verify).await.map_err(failed);
+        };
+        let held = worker
+            .our_api
+            .messages(found.chat_id)
+            .await
+            .map_err(|error| Stopped {
+                at: None,
+                error: error.into(),
+                reading_messages: true,
+            })?;
+        if give_way.is_cancelled() || worker.stopping.is_cancelled() {
+            return Ok(());
         }
-        if chat == ChatState::Differs || messages > 0 {
+        let recorded = self.recorded(worker).await.map_err(failed)?;
+        let accounting = account::account(held.iter().map(Message::key), &recorded);
+        let fields = self.verify_fields(worker, verify, &found).await;
+        let (drift, missing) = fields.map_err(failed)?;
+        let found_now = VerificationResult {
+            is_unreadable: false,
+            missing: Missing {
+                messages: count(&accounting.missing),
+                ..missing
+            },
+            drift,
+        };
+        self.verified(verify, found_now);
+        if verify.is_idle {
+            self.report_drift(drift, &found);
+        }
+        let is_left = match verify.mode {
+            VerifyMode::Report => true,
+            VerifyMode::Restore => found_now.missing.is_none(),
+            VerifyMode::Overwrite => false,
+        };
+        if is_left {
+            return Ok(());
+        }
+        if found_now != VerificationResult::default() {
             worker.metrics.chat_differed();
+        }
+        if verify.is_idle {
+            tracing::error!(
+                conversation = self.conversation.bigchat_id, chat = %found.chat_id, missing = %found_now.missing,
+                "OurAPI has lost a part of a chat; it is sent again"
+            );
         }
         self.observation = Observation::Read(Some(accounting));
         Ok(())
     }
 
-    /// Whether a chat has other fields than were written, or an agent that is gone.
-    async fn differs(
+    async fn verify_gone(&mut self, worker: &Worker, verify: Verify) -> Result<(), AttemptError> {
+        let recorded = self.recorded(worker).await?;
+        let accounting = account::account(Vec::new(), &recorded);
+        self.verified(
+            verify,
+            VerificationResult {
+                missing: Missing {
+                    chat: true,
+                    messages: count(&accounting.missing),
+                    ..Missing::default()
+                },
+                ..VerificationResult::default()
+            },
+        );
+        match verify.mode {
+            VerifyMode::Report => Ok(()),
+            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(worker, true).await,
+        }
+    }
+
+    fn verified(&mut self, verify: Verify, found: VerificationResult) {
+        let (missing, drift) = found.left(verify.mode);
+        if verify.is_idle {
+            self.report_missing(missing);
+        }
+        (self.missing, self.drift) = (Some(missing), Some(drift));
+        self.verified = Some((verify, Some(found)));
+    }
+
+    /// Compares the fields of a chat with what was written, and merges them unless nothing is to be changed. What is missing
+    /// is written then, and what another client has changed if that is to be overwritten.
+    async fn verify_fields(
         &mut self,
         worker: &Worker,
         verify: Verify,
         found: &our_api::Chat,
-    ) -> Result<bool, AttemptError> {
-        let Conversation {
-            epoch,
-            desired,
-            observed,
-            ..
-        } = &self.conversation;
-        let mut merged = observed.clone();
-        let drift = merged.merge(&found.fields(), Unsure::default());
-        let end_is_gone = merged.ended_at != observed.ended_at && found.ended_at.is_none();
-        let agent = observed.agent;
-        let agent_is_gone = match desired.advisor() {
-            Some(advisor) if observed.advisor == Some(advisor) => {
-                worker
-                    .agents
-                    .is_gone(verify.verification, *epoch, advisor, agent)
-                    .await?
-            }
-            _ => false,
+    ) -> Result<(Drift, Missing), AttemptError> {
+        let before = self.conversation.observed.clone();
+        let mut drift = self.merge(worker, found, Unsure::default()).await?;
+        let mut missing = Missing {
+            ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
+            ..Missing::default()
         };
-        if agent_is_gone && verify.repair {
-            worker.agents.forget_if_lost(agent).await?;
+        // Another client's agent is none of ours to check.
+        if self.conversation.desired.advisor() == before.advisor
+            && (!drift.agent || found.agent_id.is_none())
+        {
+            let verification = self.claim.verifications;
+            missing.agent = worker.agents.is_gone(verification, before.agent).await?;
+        }
+        drift.agent &= !missing.agent;
+        let observed = &mut self.conversation.observed;
+        match verify.mode {
+            VerifyMode::Report => *observed = before.clone(),
+            VerifyMode::Restore => {}
+            VerifyMode::Overwrite => {
+                *observed = before.clone();
+                let unsure = Unsure {
+                    // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
+                    agent: (!drift.is_none() || missing.ended_at || missing.agent)
+                        && (self.conversation.desired.transfer.is_some()
+                            || found.agent_id.is_none()),
+                    ..Unsure::ALL
+                };
+                self.conversation.observed.merge(&found.fields(), unsure);
+            }
+        }
+        if missing.agent && verify.mode != VerifyMode::Report {
+            worker.agents.forget_if_lost(before.agent).await?;
             self.conversation.observed.advisor = None;
             self.conversation.observed.agent = None;
         }
-        Ok(!drift.is_none() || end_is_gone || agent_is_gone)
+        Ok((drift, missing))
     }
+}
+
+fn count(missing: &[EventId]) -> u32 {
+    u32::try_from(missing.len()).unwrap_or(u32::MAX)
 }

@@ -6,7 +6,8 @@ use super::scheduler::{AtWork, Scheduler};
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
-    Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, advance,
+    Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, VerificationResult,
+    advance,
 };
 use crate::domain::time::Millis;
 use crate::journal::STORAGE_PAUSE;
@@ -24,7 +25,9 @@ impl Scheduler {
             mut observation,
             consumed,
             writes,
-            verified,
+            mut verified,
+            drift,
+            missing,
         } = reconciled;
         self.writes.record(conversation.id, writes);
         let in_doubt = stopped
@@ -74,12 +77,22 @@ impl Scheduler {
                     (None, error) => {
                         let (failed, next_at) = self.read_failed(&conversation, error, now);
                         due = Due::At(next_at);
-                        let max_attempts = self.worker.settings.max_attempts;
-                        if stopped.reading_messages && failed >= max_attempts && verified.is_none()
-                        {
-                            // No message is in doubt: the chat is verified by its fields.
-                            observation = Observation::Read(None);
-                            due = Due::IfWaiting;
+                        let is_last = failed >= self.worker.settings.max_attempts;
+                        match &mut verified {
+                            Some((_, found)) if is_last && error.is_of_api() => {
+                                *found = Some(VerificationResult {
+                                    is_unreadable: true,
+                                    ..VerificationResult::default()
+                                });
+                                due = Due::IfWaiting;
+                                self.failed_reads.remove(&conversation.id);
+                            }
+                            None if is_last && stopped.reading_messages => {
+                                // No message is in doubt: the chat is verified by its fields.
+                                observation = Observation::Read(None);
+                                due = Due::IfWaiting;
+                            }
+                            _ => {}
                         }
                     }
                 }
@@ -110,6 +123,8 @@ impl Scheduler {
             due,
             writes_succeeded: self.writes.count,
             verified,
+            drift,
+            missing,
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::attempts::Writes;
 use super::committer::{Released, ToCommit};
@@ -18,7 +19,7 @@ use super::worker::Worker;
 use super::{Delivery, Scope, Until};
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::Work;
+use crate::domain::progress::{IdlePass, Work};
 use crate::domain::time::Millis;
 use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE, Storage};
@@ -37,13 +38,44 @@ const BYTES_AHEAD: usize = 2 << 20;
 /// How often the journal is queried for due conversations without a notification, since commands write to it, too.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-type Fetch = Pin<Box<dyn Future<Output = (Millis, Result<Claimed, JournalError>)> + Send>>;
+/// After each verification in idle time, none follows for so many times as long as it took.
+const IDLE_FACTOR: u32 = 9;
+
+type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
+
+/// What the journal has answered.
+struct Fetched {
+    asked_at: Millis,
+    /// It was asked for the pass in idle time, too.
+    was_idle_time: bool,
+    claimed: Result<Claimed, JournalError>,
+}
 
 /// The work of a task.
 pub(super) struct AtWork {
     pub(super) conversation: ConversationId,
     /// The first of the claimed events.
     pub(super) first: Option<Pending>,
+    /// When a verification in idle time began.
+    idle_since: Option<Instant>,
+}
+
+/// The pass that verifies all chats in idle time, one at a time.
+struct Idle {
+    pass: Option<IdlePass>,
+    /// The next verification does not begin before then.
+    not_before: Instant,
+    /// The pass is in progress, as far as is known.
+    is_open: bool,
+    /// Cancelled when the one at work is to give way to events.
+    give_way: CancellationToken,
+}
+
+impl Idle {
+    /// One has ended that began then.
+    fn ended(&mut self, began: Instant) {
+        self.not_before = Instant::now() + began.elapsed() * IDLE_FACTOR;
+    }
 }
 
 /// See the [module](self).
@@ -73,6 +105,7 @@ pub(super) struct Scheduler {
     pub(super) writes: Writes,
     /// Failed reads of chats without waiting events.
     pub(super) failed_reads: HashMap<ConversationId, u32>,
+    idle_pass: Idle,
     last_check: Millis,
     rate_limits: RateLimits,
 }
@@ -106,12 +139,21 @@ impl Scheduler {
             idle: CHECK_EVERY,
             writes,
             failed_reads: HashMap::new(),
+            idle_pass: Idle {
+                pass: delivery.settings.idle_pass(),
+                not_before: Instant::now(),
+                is_open: false,
+                give_way: CancellationToken::new(),
+            },
             last_check: Millis::now(),
             rate_limits,
         }
     }
 
     pub(super) async fn run(&mut self, until: Until) {
+        if until == Until::Done || self.scope != Scope::All {
+            self.idle_pass.pass = None;
+        }
         while !self.worker.stopping.is_cancelled() {
             let now = Millis::now();
             let circuit = self.circuit(now);
@@ -120,10 +162,7 @@ impl Scheduler {
             if until == Until::Done && self.is_idle(circuit) {
                 break;
             }
-            let rest = match circuit {
-                Circuit::Open { until } => self.idle.min(until.since(now)),
-                Circuit::Closed | Circuit::HalfOpen => self.idle,
-            };
+            let rest = self.rest(circuit, now);
             let worker = Arc::clone(&self.worker);
             let work_available = Arc::clone(&self.work_available);
             tokio::select! {
@@ -131,7 +170,7 @@ impl Scheduler {
                 biased;
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
-                (asked_at, claimed) = fetched(&mut self.fetch) => self.fetched(asked_at, claimed),
+                fetched = fetched(&mut self.fetch) => self.fetched(fetched),
                 () = work_available.notified() => self.check = true,
                 () = sleep(rest) => {
                     self.check = true;
@@ -149,9 +188,29 @@ impl Scheduler {
         }
     }
 
+    /// For how long there is nothing to do, unless something happens.
+    fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
+        match circuit {
+            Circuit::Open { until } => self.idle.min(until.since(now)),
+            Circuit::Closed | Circuit::HalfOpen => {
+                let pause = self.idle_pass.not_before - Instant::now();
+                let waits = self.idle_pass.is_open && self.is_unoccupied() && self.fetch.is_none();
+                if waits {
+                    self.idle.min(pause)
+                } else {
+                    self.idle
+                }
+            }
+        }
+    }
+
+    fn is_unoccupied(&self) -> bool {
+        self.claimed.len() == self.set_aside
+    }
+
     /// Whether nothing is due, or nothing can be delivered now.
     fn is_idle(&self, circuit: Circuit) -> bool {
-        let is_done = !self.check && self.claimed.len() == self.set_aside;
+        let is_done = !self.check && self.is_unoccupied();
         self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(circuit) == 0)
     }
 
@@ -205,15 +264,25 @@ impl Scheduler {
         {
             let worker = Arc::clone(&self.worker);
             let liveness = Arc::clone(&self.liveness);
+            let is_idle = work.verify.is_some_and(|verify| verify.is_idle);
             let at_work = AtWork {
                 conversation: work.conversation.id,
                 first: work.events.first().cloned(),
+                idle_since: is_idle.then(Instant::now),
             };
+            let give_way = CancellationToken::new();
+            if is_idle {
+                self.idle_pass.give_way = give_way.clone();
+            }
             let task = self.at_work.spawn(async move {
                 let handling = &liveness.handling;
-                handling.supervise_one(reconcile(&worker, work)).await
+                let work = reconcile(&worker, work, &give_way);
+                handling.supervise_one(work).await
             });
             self.tasks.insert(task.id(), at_work);
+        }
+        if !self.ready.is_empty() {
+            self.idle_pass.give_way.cancel();
         }
     }
 
@@ -240,8 +309,10 @@ impl Scheduler {
             tracing::warn!("this machine's clock was set back; waiting events are retried now");
         }
         self.last_check = now;
+        let is_idle_time = self.is_unoccupied() && instant >= self.idle_pass.not_before;
         let request = ClaimRequest {
             verifications_only: self.scope == Scope::Verifications,
+            idle_pass: self.idle_pass.pass.filter(|_| is_idle_time),
             probe: circuit == Circuit::HalfOpen,
             conversations,
             bytes,
@@ -254,7 +325,11 @@ impl Scheduler {
         let journal = Arc::clone(&self.worker.journal);
         self.fetch = Some(Box::pin(async move {
             let claimed = journal.with(move |store| store.claim(&request, now));
-            (now, claimed.await)
+            Fetched {
+                asked_at: now,
+                was_idle_time: is_idle_time,
+                claimed: claimed.await,
+            }
         }));
     }
 
@@ -280,8 +355,13 @@ impl Scheduler {
         (bytes * 2 > BYTES_AHEAD).then_some((room, bytes))
     }
 
-    fn fetched(&mut self, asked_at: Millis, claimed: Result<Claimed, JournalError>) {
+    fn fetched(&mut self, fetched: Fetched) {
         self.fetch = None;
+        let Fetched {
+            asked_at,
+            was_idle_time,
+            claimed,
+        } = fetched;
         match claimed {
             Ok(Claimed {
                 work,
@@ -292,6 +372,12 @@ impl Scheduler {
                     self.storage.recovered();
                 }
                 self.check |= is_more;
+                let mut verifications = work.iter().filter_map(|work| work.verify);
+                if verifications.any(|verify| verify.is_idle) {
+                    self.idle_pass.is_open = true;
+                } else if was_idle_time && work.is_empty() {
+                    self.idle_pass.is_open = false;
+                }
                 self.idle =
                     next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
                 for work in work {
@@ -306,6 +392,7 @@ impl Scheduler {
                 self.rate_limits = RateLimits::default();
                 self.check = false;
                 self.idle = STORAGE_PAUSE;
+                self.idle_pass.not_before = Instant::now() + STORAGE_PAUSE;
             }
         }
     }
@@ -321,7 +408,10 @@ impl Scheduler {
     fn finished(&mut self, done: Result<(task::Id, Reconciled), JoinError>) {
         let to_commit = match done {
             Ok((task, reconciled)) => {
-                self.tasks.remove(&task);
+                let at_work = self.tasks.remove(&task);
+                if let Some(began) = at_work.and_then(|at_work| at_work.idle_since) {
+                    self.idle_pass.ended(began);
+                }
                 ToCommit::Report(Box::new(self.report(reconciled)))
             }
             Err(error) => {
@@ -330,6 +420,9 @@ impl Scheduler {
                 let Some(at_work) = self.tasks.remove(&error.id()) else {
                     return;
                 };
+                if let Some(began) = at_work.idle_since {
+                    self.idle_pass.ended(began);
+                }
                 ToCommit::Lost(self.panicked(at_work))
             }
         };
@@ -364,7 +457,7 @@ impl Scheduler {
 }
 
 /// Waits for the query in progress; for ever if there is none.
-async fn fetched(fetch: &mut Option<Fetch>) -> (Millis, Result<Claimed, JournalError>) {
+async fn fetched(fetch: &mut Option<Fetch>) -> Fetched {
     match fetch {
         Some(fetch) => fetch.await,
         None => pending().await,

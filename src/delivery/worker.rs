@@ -34,7 +34,7 @@ impl Worker {
             Arc::clone(&delivery.source),
             Arc::clone(&delivery.our_api),
             Arc::clone(&delivery.journal),
-            delivery.settings.rebuild,
+            delivery.settings.rebuild.restores(),
             delivery.session.losses,
         );
         Self {

@@ -115,6 +115,16 @@ impl Drift {
     pub fn is_none(self) -> bool {
         self == Self::default()
     }
+
+    /// The fields of that list of names.
+    pub fn named(names: &str) -> Self {
+        let has = |name| names.split(", ").any(|named| named == name);
+        Self {
+            started_at: has("started_at"),
+            ended_at: has("ended_at"),
+            agent: has("agent_id"),
+        }
+    }
 }
 
 /// OurAPI's names of the fields.

@@ -1,7 +1,10 @@
 //! Progress: the outcomes of a claim's events, and how far they move the conversation's offset.
 
+use std::fmt;
+use std::time::Duration;
+
 use super::account::{Accounting, MessageKey};
-use super::conversation::{Attempts, Conversation, Pending};
+use super::conversation::{Attempts, Conversation, Drift, Pending};
 use super::ids::{ConversationId, EventId};
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
@@ -45,28 +48,108 @@ pub struct Claim {
     pub is_read: bool,
     /// The chat was lost and is not rebuilt yet.
     pub is_rewound: bool,
+    /// The latest verification when the chat was last verified; `None`: there was nothing to verify.
+    pub verified_in: Option<i64>,
+    /// The latest verification.
+    pub verifications: i64,
+    /// The fields that another client had changed when the chat was last read.
+    pub drift: Drift,
 }
 
-/// A verification requested by the operator.
+/// A verification of a chat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verify {
-    pub verification: i64,
-    pub repair: bool,
+    pub mode: VerifyMode,
+    /// Nobody waits for it: it gives way to events.
+    pub is_idle: bool,
 }
 
+/// What a verification does about what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VerifyMode {
+    /// Changes nothing.
+    Report,
+    /// Restores what is missing. A field that another client has changed stays.
+    Restore,
+    /// Restores what is missing, and writes what events say, whatever is there.
+    Overwrite,
+}
+
+/// The verification of all chats in idle time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdlePass {
+    /// Within which time each chat is verified.
+    pub every: Duration,
+    pub mode: VerifyMode,
+}
+
+/// What a verification found of a chat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationResult {
-    pub chat: ChatState,
-    /// How many delivered messages are missing.
-    pub messages: u32,
+    /// OurAPI answers again and again that it cannot be read.
+    pub is_unreadable: bool,
+    pub missing: Missing,
+    pub drift: Drift,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ChatState {
-    Same,
-    /// Its agent, start or end was changed, or its agent is gone.
-    Differs,
-    Missing,
+impl VerificationResult {
+    /// The state of the chat, as shown and stored.
+    pub fn state(&self) -> &'static str {
+        match self {
+            Self {
+                is_unreadable: true,
+                ..
+            } => "unreadable",
+            _ if self.missing.chat => "missing",
+            _ if !self.drift.is_none() || self.missing.ended_at || self.missing.agent => "differs",
+            _ => "same",
+        }
+    }
+
+    /// What is left of it after a verification of that mode.
+    pub fn left(&self, mode: VerifyMode) -> (Missing, Drift) {
+        match mode {
+            VerifyMode::Report => (self.missing, self.drift),
+            VerifyMode::Restore => (Missing::default(), self.drift),
+            VerifyMode::Overwrite => Default::default(),
+        }
+    }
+}
+
+/// What OurAPI has lost of a chat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Missing {
+    pub chat: bool,
+    /// How many delivered messages.
+    pub messages: u32,
+    pub ended_at: bool,
+    /// The agent of the chat.
+    pub agent: bool,
+}
+
+impl Missing {
+    pub fn is_none(self) -> bool {
+        self == Self::default()
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let messages = match self.messages {
+            0 => None,
+            1 => Some("1 message".to_owned()),
+            messages => Some(format!("{messages} messages")),
+        };
+        let named = |is_missing: bool, name: &str| is_missing.then(|| name.to_owned());
+        let all = [
+            named(self.chat, "the chat"),
+            messages,
+            named(self.ended_at, "ended_at"),
+            named(self.agent, "its agent"),
+        ];
+        let all: Vec<String> = all.into_iter().flatten().collect();
+        f.write_str(&all.join(", "))
+    }
 }
 
 /// The change of OurAPI by a delivery. Several events may share one change of their chat.
@@ -184,8 +267,11 @@ pub struct Report {
     pub due: Due,
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
-    /// The inner `None`: the verification failed.
+    /// `None` in it: the verification failed, or gave way.
     pub verified: Option<(Verify, Option<VerificationResult>)>,
+    /// What differs and stays, as far as the chat was read; `None`: it is as before.
+    pub drift: Option<Drift>,
+    pub missing: Option<Missing>,
 }
 
 /// When a conversation is due after a report.

@@ -101,6 +101,7 @@ fn commit(
             )?
             .execute([skipped])?;
     }
+    update_verification(transaction, report)?;
     if update(transaction, report, session, now)? {
         return erase(transaction, id, now);
     }
@@ -122,8 +123,8 @@ fn commit(
             recount(transaction, id)?;
         }
     }
-    if let Some((verify, finding)) = &report.verified {
-        record_finding(transaction, id, *verify, finding.as_ref())?;
+    if let Some((_, Some(found))) = &report.verified {
+        record_finding(transaction, id, &report.claim, found)?;
     }
     Ok(())
 }
@@ -255,6 +256,54 @@ fn update(
             }, |row| row.get(0))
         .optional()?;
     present(is_forgotten, &format!("no conversation {}", id.0))
+}
+
+/// Writes how far the chat is verified, and what of it differs and stays. Most commits change nothing of that, and spare
+/// the indexes.
+fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
+    let Report {
+        conversation,
+        claim,
+        verified,
+        drift,
+        missing,
+        ..
+    } = report;
+    let observed = &conversation.observed;
+    let is_verified = matches!(verified, Some((_, Some(_))));
+    let is_new = observed.chat.is_some() && claim.verified_in.is_none();
+    if !is_verified && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_none() {
+        return Ok(());
+    }
+    transaction
+        .prepare_cached(
+            // A new chat is as verified as can be, unless something was delivered to another one before it.
+            "UPDATE conversations SET
+                verified_in = CASE
+                    WHEN :is_verified AND verified_in IS NOT NULL THEN :verifications
+                    WHEN :is_new THEN coalesce(verified_in, (SELECT iif(:claimed_offset = 0, :verifications, 0)
+                        FROM events WHERE conversation = :id LIMIT 1))
+                    ELSE verified_in
+                END,
+                drift = CASE
+                    WHEN :drift IS NOT NULL THEN nullif(:drift, '')
+                    WHEN chat_agent IS NOT :chat_agent THEN NULL
+                    ELSE drift
+                END,
+                missing = iif(:missing IS NOT NULL, nullif(:missing, ''), missing)
+             WHERE id = :id",
+        )?
+        .execute(named_params! {
+            ":id": conversation.id,
+            ":is_verified": is_verified,
+            ":is_new": is_new,
+            ":verifications": claim.verifications,
+            ":claimed_offset": claim.offset,
+            ":drift": drift.map(|drift| drift.to_string()),
+            ":chat_agent": observed.agent.map(|id| id.to_string()),
+            ":missing": missing.map(|missing| missing.to_string()),
+        })?;
+    Ok(())
 }
 
 fn commit_outcome(
@@ -446,7 +495,7 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,
-            verified_losses = (SELECT losses FROM control)
+            verified_losses = (SELECT losses FROM control), verified_in = NULL, drift = NULL, missing = NULL
          WHERE id = ?1",
         [id],
     )?;

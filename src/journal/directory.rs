@@ -214,6 +214,19 @@ impl Store {
         Ok(losses)
     }
 
+    /// The agent of an advisor, if it is known and there is one.
+    pub fn agent_of(&mut self, epoch: Epoch, advisor: AdvisorId) -> Result<Option<Uuid>> {
+        let agent: Option<Option<String>> = self
+            .connection
+            .prepare_cached(
+                "SELECT a.agent_id FROM advisors v JOIN agents a ON a.email = v.email
+                 WHERE v.epoch = ?1 AND v.bigchat_id = ?2",
+            )?
+            .query_row(params![epoch, advisor], |row| row.get(0))
+            .optional()?;
+        agent.flatten().map(|id| uuid(&id)).transpose()
+    }
+
     /// Forgets whose agent that is.
     pub fn forget_agent(&mut self, agent: Uuid) -> Result<()> {
         self.connection.execute(

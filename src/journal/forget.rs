@@ -144,13 +144,13 @@ pub(super) fn erase(
 ) -> Result<()> {
     settle(transaction, conversation, now)?;
     for sql in [
-        "UPDATE conversations SET waiting = 0, waiting_since = NULL, due_at = NULL WHERE id = ?1",
+        "UPDATE conversations SET waiting = 0, waiting_since = NULL, due_at = NULL, verified_in = NULL, drift = NULL,
+            missing = NULL WHERE id = ?1",
         "UPDATE events SET data = NULL WHERE conversation = ?1 AND data IS NOT NULL",
         "DELETE FROM attempts WHERE conversation = ?1",
         "DELETE FROM dead_letters WHERE conversation = ?1",
         "DELETE FROM redeliveries WHERE conversation = ?1",
         "DELETE FROM credits WHERE conversation = ?1",
-        "UPDATE verified_chats SET chat = 'same', messages = 0 WHERE conversation = ?1 AND chat IS NULL",
         // A reason may quote what could not be parsed.
         "UPDATE resolutions SET reason = '' WHERE event IN (SELECT id FROM events WHERE conversation = ?1)
             OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?1)

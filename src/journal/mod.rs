@@ -54,7 +54,7 @@ pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{RateLimits, ReplayUntil, Session};
-pub use status::{DeliveryTimes, Figures, Gap, Group, Oldest};
+pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::Storage;
 pub use verification::{Difference, Scope, VerificationProgress};
 

@@ -13,11 +13,11 @@ use super::verification::claim_verifications;
 use super::{JournalError, RateLimits, Result, Store, limit, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
-    Attempts, Conversation, Desired, Details, Observed, Pending, Transfer,
+    Attempts, Conversation, Desired, Details, Drift, Observed, Pending, Transfer,
 };
 use crate::domain::event::{EventKind, Payload};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::domain::progress::{Claim, Work};
+use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::{Millis, Timestamp};
 
 /// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps others
@@ -32,6 +32,8 @@ const BYTES_PER_CLAIM: usize = 256 << 10;
 pub struct ClaimRequest {
     /// No events are to be delivered.
     pub verifications_only: bool,
+    /// If nothing else is to be done: the pass in idle time.
+    pub idle_pass: Option<IdlePass>,
     /// It is to show whether OurAPI is back: what has never failed comes first, so that an event that always fails does not
     /// keep others from being tried.
     pub probe: bool,
@@ -61,13 +63,16 @@ pub struct Claimed {
 /// What is known when work is loaded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Loading {
-    session: i64,
-    losses: i64,
+    pub(super) session: i64,
+    pub(super) losses: i64,
+    /// The latest verification.
+    pub(super) verifications: i64,
 }
 
 impl Store {
     /// The conversations that have been due for longest, with what waits of them; then those not verified since OurAPI last
-    /// lost something, then those to be verified by hand.
+    /// lost something, then those to be verified by hand; if there is nothing of all that, the next one of the pass in idle
+    /// time.
     pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
         if let Some(rate_limits) = request.rate_limits {
             self.record_rate_limits(rate_limits)?;
@@ -79,12 +84,15 @@ impl Store {
             return Ok(Claimed::default());
         }
         let transaction = self.connection.transaction()?;
-        let losses = transaction
-            .prepare_cached("SELECT losses FROM control")?
-            .query_row([], |row| row.get(0))?;
+        let (losses, verifications) = transaction
+            .prepare_cached(
+                "SELECT losses, (SELECT coalesce(max(id), 0) FROM verifications) FROM control",
+            )?
+            .query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let loading = Loading {
             session: request.session,
             losses,
+            verifications,
         };
         let mut claimed = Claimed::default();
         let mut corrupt = Vec::new();
@@ -116,6 +124,13 @@ impl Store {
         }
         claimed.next_due = next_due(&transaction, now)?;
         drop(transaction);
+        if let Some(idle_pass) = request.idle_pass
+            && claimed.work.is_empty()
+            && !claimed.is_more
+        {
+            let work = self.claim_idle(idle_pass, &request.exclude, loading, now)?;
+            claimed.work.extend(work);
+        }
         for (id, what) in corrupt {
             tracing::error!(row = id.0, reason = %what, "invalid row in the database; the conversation is set aside");
             self.connection.execute(
@@ -289,7 +304,7 @@ fn read_conversation(
             "SELECT epoch, bigchat_id, details, started_at, first_advisor, ended_at, transfer_at, transfer_event,
                 transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_advisor,
                 stale_seq, fresh_seq, verified_losses, read_in_session, offset, restored_through,
-                (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1)
+                (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1), verified_in, drift
              FROM conversations WHERE id = ?1",
         )?
         .query_row([id], |row| {
@@ -343,6 +358,12 @@ fn read_conversation(
                 is_lost: row.get::<_, i64>(17)? < loading.losses,
                 is_read: row.get::<_, i64>(18)? == loading.session,
                 is_rewound: row.get::<_, EventId>(20)? > offset,
+                verified_in: row.get(22)?,
+                verifications: loading.verifications,
+                drift: match row.get_ref(23)?.as_str_or_null() {
+                    Ok(Some(names)) => Drift::named(names),
+                    _ => Drift::default(),
+                },
             };
             Ok(Ok((conversation, claim, row.get(20)?)))
         })?

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rusqlite::params;
+use rusqlite::{Connection, params};
 
 use super::activity;
 use super::{Result, Store};
@@ -67,6 +67,7 @@ impl Store {
                 happened_before,
                 delivered_before
             ])?;
+            leave_unverified(&transaction, conversation)?;
             transaction
                 .prepare_cached(
                     "DELETE FROM deliveries WHERE id = ?1 AND NOT EXISTS (
@@ -77,12 +78,30 @@ impl Store {
                 break;
             }
         }
-        dropped += transaction
+        let discarded: Vec<Option<ConversationId>> = transaction
             .prepare_cached(DROP_DISCARDED)?
-            .execute(params![delivered_before, happened_before, at_most])?;
+            .query_map(params![delivered_before, happened_before, at_most], |row| {
+                row.get(0)
+            })?
+            .collect::<rusqlite::Result<_>>()?;
+        dropped += discarded.len();
+        for conversation in discarded.into_iter().flatten() {
+            leave_unverified(&transaction, conversation)?;
+        }
         transaction.commit()?;
         Ok(dropped)
     }
+}
+
+/// Without events there is nothing to compare a chat with.
+fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Result<()> {
+    connection
+        .prepare_cached(
+            "UPDATE conversations SET verified_in = NULL, drift = NULL, missing = NULL
+             WHERE id = ?1 AND verified_in IS NOT NULL AND NOT EXISTS (SELECT 1 FROM events WHERE conversation = ?1)",
+        )?
+        .execute([conversation])?;
+    Ok(())
 }
 
 /// An equal event waits or is an open dead letter: received again, it could no longer be told from it.
@@ -135,13 +154,11 @@ const DROP_DISCARDED: &str = concat!(
         SELECT d.event FROM dead_letters d JOIN events e ON e.id = d.event
         WHERE d.discarded_at < ?1 AND e.event_at < ?2 AND NOT ",
     has_twin!(),
-    " ORDER BY d.discarded_at LIMIT ?3)"
+    " ORDER BY d.discarded_at LIMIT ?3) RETURNING conversation"
 );
 
 #[cfg(test)]
 mod tests {
-    use rusqlite::Connection;
-
     use super::*;
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::activity::minute;
 use super::dead_letters::is_permanent;
+use super::verification::left;
 use super::{Result, Store};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::ApiStatus;
@@ -21,6 +22,9 @@ const GROUPED: u32 = 10_000;
 
 /// And of how many reasons.
 const GROUPS: u32 = 100;
+
+/// How many chats that differ are shown at the most.
+const DIFFERING: u32 = 10;
 
 /// How many gaps are shown at the most.
 const GAPS: u32 = 10;
@@ -82,6 +86,27 @@ pub struct DeliveryTimes {
     pub count: usize,
 }
 
+/// The latest pass in idle time that verifies all chats.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Verification {
+    pub began_at: Millis,
+    /// `None`: it is in progress.
+    pub ended_at: Option<Millis>,
+    /// How many chats were verified so far, and how many are left.
+    pub verified: u64,
+    pub left: u64,
+}
+
+/// A chat that differs from the journal, and stays so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DifferingChat {
+    pub external_id: String,
+    /// The fields that another client has changed.
+    pub drift: Option<String>,
+    /// What OurAPI has lost of it.
+    pub missing: Option<String>,
+}
+
 /// What the journal tells of how things stand.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
@@ -117,6 +142,14 @@ pub struct Figures {
     pub delivery_ms: Option<DeliveryTimes>,
     /// How many chats are still to be compared with the journal, or looked for after a loss.
     pub rebuilding: u64,
+    /// The pass in idle time that verifies all chats; `None`: there was none yet.
+    pub verification: Option<Verification>,
+    /// How many chats have fields that another client has changed.
+    pub drifted: u64,
+    /// How many chats have lost something in OurAPI that was not restored.
+    pub incomplete: u64,
+    /// Some chats of either kind.
+    pub differing: Vec<DifferingChat>,
     /// How often OurAPI was found to have lost something.
     pub losses: u64,
     /// How often BigChat was found to have restarted.
@@ -137,11 +170,19 @@ impl Store {
         let (losses, restarts, rebuilding) = transaction
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
-                    (SELECT count(*) FROM verified_chats WHERE chat IS NULL)
+                    (SELECT coalesce(sum((SELECT count(*) FROM conversations
+                            WHERE verified_in < v.id AND (v.conversation IS NULL OR bigchat_id = v.conversation))), 0)
+                        FROM verifications v WHERE NOT v.idle)
                         + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < losses)
                  FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
+        let (drifted, incomplete) = transaction
+            .prepare_cached(
+                "SELECT (SELECT count(*) FROM conversations WHERE drift IS NOT NULL),
+                    (SELECT count(*) FROM conversations WHERE missing IS NOT NULL)",
+            )?
+            .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))?;
         Ok(Figures {
             bigchat: api(&transaction, "bigchat")?,
             our_api: api(&transaction, "our_api")?,
@@ -159,6 +200,10 @@ impl Store {
             delivered_per_minute: delivered,
             delivery_ms: delivery_times(&transaction, now)?,
             rebuilding,
+            verification: verification(&transaction)?,
+            drifted,
+            incomplete,
+            differing: differing(&transaction)?,
             losses,
             restarts,
         })
@@ -308,6 +353,49 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
         })
         .optional()?;
     Ok((waiting, oldest))
+}
+
+fn verification(connection: &Connection) -> Result<Option<Verification>> {
+    let pass = connection
+        .prepare_cached(
+            "SELECT id, requested_at, ended_at, verified FROM verifications WHERE idle",
+        )?
+        .query_row([], |row| {
+            let pass = Verification {
+                began_at: Millis(row.get(1)?),
+                ended_at: row.get::<_, Option<i64>>(2)?.map(Millis),
+                verified: unsigned(row, 3)?,
+                left: 0,
+            };
+            Ok((row.get(0)?, pass))
+        })
+        .optional()?;
+    Ok(match pass {
+        Some((id, pass)) if pass.ended_at.is_none() => Some(Verification {
+            left: left(connection, id, None)?,
+            ..pass
+        }),
+        pass => pass.map(|(_, pass)| pass),
+    })
+}
+
+/// What OurAPI has lost comes first.
+fn differing(connection: &Connection) -> Result<Vec<DifferingChat>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT external_id, drift, missing FROM (
+            SELECT * FROM (SELECT id, external_id, drift, missing FROM conversations WHERE missing IS NOT NULL LIMIT ?1)
+            UNION
+            SELECT * FROM (SELECT id, external_id, drift, missing FROM conversations WHERE drift IS NOT NULL LIMIT ?1))
+         ORDER BY missing IS NULL, id LIMIT ?1",
+    )?;
+    let differing = statement.query_map([DIFFERING], |row| {
+        Ok(DifferingChat {
+            external_id: row.get::<_, Option<String>>(0)?.unwrap_or_default(),
+            drift: row.get(1)?,
+            missing: row.get(2)?,
+        })
+    })?;
+    Ok(differing.collect::<rusqlite::Result<_>>()?)
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {

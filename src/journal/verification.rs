@@ -1,14 +1,19 @@
-//! What the `verify` command has requested, what was found, and how far it is. Whichever process delivers does the work.
+//! Which chats are to be verified, by hand or in idle time, what was found, and how far that is. Whichever process delivers
+//! does the work.
+//!
+//! A request is a row with a number. A chat waits for it as long as the number of the verification that it was last verified
+//! in is smaller, so that neither a request nor the memory of it grows with the chats. The pass in idle time is such a
+//! request, too, of the lowest priority. It stands: its end decides when the next one begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::queue::{Loading, load_chat};
-use super::{JournalError, Result, Store, limit, present};
+use super::{JournalError, Result, Store, limit};
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{ChatState, VerificationResult, Verify, Work};
+use crate::domain::progress::{Claim, IdlePass, VerificationResult, Verify, VerifyMode, Work};
 use crate::domain::time::Millis;
 use crate::http::Api;
 
@@ -18,7 +23,7 @@ const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Which conversations' chats to verify.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// All that have one.
+    /// All that have a chat and events.
     All,
     /// Those of this BigChat id, in whichever epoch.
     Conversation(i64),
@@ -27,9 +32,9 @@ pub enum Scope {
 /// How far a verification is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationProgress {
-    /// How many chats are to be verified.
-    pub chats: u64,
     pub verified: u64,
+    /// Chats that are still to be verified.
+    pub left: u64,
     /// Chats that did not exist.
     pub missing: u64,
     /// Chats that existed, with other fields than they should have.
@@ -44,13 +49,42 @@ pub struct VerificationProgress {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     pub external_id: String,
-    pub finding: VerificationResult,
+    /// `missing`, `differs`, `unreadable`; `same` where only messages were missing.
+    pub state: String,
+    /// How many messages were missing.
+    pub messages: u32,
 }
 
 impl VerificationProgress {
+    pub fn chats(&self) -> u64 {
+        self.verified + self.left
+    }
+
     /// Whether all chats are verified and what was missing is sent.
     pub fn is_done(&self) -> bool {
-        self.chats > 0 && self.verified == self.chats && self.waiting == 0
+        self.left == 0 && self.waiting == 0
+    }
+}
+
+/// A pass in idle time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pass {
+    id: i64,
+    began_at: Millis,
+    ended_at: Option<Millis>,
+}
+
+impl Pass {
+    /// Whether the next one is to begin: so early that it ends in time if it takes as long as this one.
+    fn is_over(&self, every: Duration, now: Millis) -> bool {
+        let Some(ended_at) = self.ended_at else {
+            return false;
+        };
+        let next = self
+            .began_at
+            .plus(every.saturating_sub(ended_at.since(self.began_at)));
+        // This machine's clock may have been set back.
+        now >= ended_at.max(next) || now < self.began_at
     }
 }
 
@@ -82,26 +116,16 @@ impl Store {
         let transaction = self.begin()?;
         // The command withdraws its request at the end, unless it is interrupted.
         transaction.execute(
-            "DELETE FROM verifications WHERE requested_at < ?1 AND NOT EXISTS (
-                SELECT 1 FROM verified_chats WHERE verification = verifications.id AND chat IS NULL)",
+            "DELETE FROM verifications WHERE NOT idle AND requested_at < ?1 AND NOT EXISTS (
+                SELECT 1 FROM conversations WHERE verified_in < verifications.id)",
             [now.minus(DROPPED_AFTER).0],
-        )?;
-        let verification: i64 = transaction.query_row(
-            "INSERT INTO verifications (requested_at, repair, last_event)
-             VALUES (?1, ?2, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
-            params![now.0, repair],
-            |row| row.get(0),
         )?;
         let conversation = match scope {
             Scope::All => None,
             Scope::Conversation(id) => Some(id),
         };
-        let chats = transaction.execute(
-            "INSERT INTO verified_chats (verification, conversation)
-             SELECT ?1, id FROM conversations WHERE chat_id IS NOT NULL AND forgotten_at IS NULL AND (?2 IS NULL OR bigchat_id = ?2)",
-            params![verification, conversation],
-        )?;
-        if chats == 0 {
+        let verification = insert(&transaction, false, conversation, repair, now)?;
+        if left(&transaction, verification, conversation)? == 0 {
             return Ok(None);
         }
         transaction.commit()?;
@@ -120,54 +144,206 @@ impl Store {
         let count = |row: &rusqlite::Row<'_>, index| {
             Ok::<_, rusqlite::Error>(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
         };
-        Ok(self
-            .connection
+        let transaction = self.connection.transaction()?;
+        let (conversation, progress) = transaction
             .prepare_cached(
-                "SELECT count(*), count(chat), count(*) FILTER (WHERE chat = 'missing'),
-                count(*) FILTER (WHERE chat = 'differs'), coalesce(sum(messages), 0),
-                (SELECT coalesce(sum(v.waiting), 0)
-                    FROM verified_chats c JOIN verifications r ON r.id = c.verification
-                    JOIN conversations v ON v.id = c.conversation
-                    WHERE c.verification = ?1 AND r.repair AND (c.chat <> 'same' OR c.messages > 0)
-                        AND (v.offset < min(v.restored_through, r.last_event)
-                            OR EXISTS (SELECT 1 FROM redeliveries WHERE conversation = v.id)))
-             FROM verified_chats WHERE verification = ?1",
+                "SELECT conversation, verified, missing, differing, messages,
+                    (SELECT coalesce(sum(c.waiting), 0)
+                        FROM findings f JOIN conversations c ON c.id = f.conversation
+                        WHERE f.verification = r.id AND r.repair AND (c.offset < min(c.restored_through, r.last_event)
+                            OR EXISTS (SELECT 1 FROM redeliveries WHERE conversation = c.id)))
+                 FROM verifications r WHERE id = ?1",
             )?
             .query_row([verification], |row| {
-                Ok(VerificationProgress {
-                    chats: count(row, 0)?,
+                let progress = VerificationProgress {
                     verified: count(row, 1)?,
+                    left: 0,
                     missing: count(row, 2)?,
                     differing: count(row, 3)?,
                     messages: count(row, 4)?,
                     waiting: count(row, 5)?,
-                })
-            })?)
+                };
+                Ok((row.get::<_, Option<i64>>(0)?, progress))
+            })?;
+        Ok(VerificationProgress {
+            left: left(&transaction, verification, conversation)?,
+            ..progress
+        })
     }
 
     /// The chats that are not as they should be, in order of arrival.
     pub fn differences(&mut self, verification: i64, at_most: u32) -> Result<Vec<Difference>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT v.external_id, c.chat, c.messages FROM verified_chats c JOIN conversations v ON v.id = c.conversation
-             WHERE c.verification = ?1 AND (c.chat <> 'same' OR c.messages > 0) ORDER BY v.id LIMIT ?2",
+            "SELECT c.external_id, f.state, f.messages FROM findings f JOIN conversations c ON c.id = f.conversation
+             WHERE f.verification = ?1 ORDER BY c.id LIMIT ?2",
         )?;
-        let mut rows = statement.query(params![verification, at_most])?;
-        let mut differences = Vec::new();
-        while let Some(row) = rows.next()? {
-            let chat: String = row.get(1)?;
-            differences.push(Difference {
+        let differences = statement.query_map(params![verification, at_most], |row| {
+            Ok(Difference {
                 external_id: row.get::<_, Option<String>>(0)?.unwrap_or_default(),
-                finding: VerificationResult {
-                    chat: present(chat_state(&chat), &chat)?,
-                    messages: row.get(2)?,
-                },
-            });
+                state: row.get(1)?,
+                messages: row.get(2)?,
+            })
+        })?;
+        Ok(differences.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Claims the next chat of the pass in idle time; `None`: none is to be verified now. Begins the pass when it is time,
+    /// and ends it when all are verified.
+    pub(super) fn claim_idle(
+        &mut self,
+        idle: IdlePass,
+        exclude: &HashSet<ConversationId>,
+        loading: Loading,
+        now: Millis,
+    ) -> Result<Option<Work>> {
+        let pass = match latest_pass(&self.connection)? {
+            Some(pass) if !pass.is_over(idle.every, now) => pass,
+            latest => self.begin_pass(latest.is_none(), now)?,
+        };
+        if pass.ended_at.is_some() {
+            return Ok(None);
         }
-        Ok(differences)
+        let loading = Loading {
+            verifications: loading.verifications.max(pass.id),
+            ..loading
+        };
+        let pending = pending(&self.connection, pass.id, None, exclude, 1, now)?;
+        if let Some(id) = pending.into_iter().next() {
+            let verify = Verify {
+                mode: idle.mode,
+                is_idle: true,
+            };
+            return to_verify(&self.connection, id, verify, loading);
+        }
+        let is_left: bool = self
+            .connection
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE verified_in < ?1)")?
+            .query_row([pass.id], |row| row.get(0))?;
+        if !is_left {
+            self.end_pass(&pass, now)?;
+        }
+        Ok(None)
+    }
+
+    /// Begins a pass. The very first one has nothing to do yet: the time in which each chat is verified begins with it.
+    fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
+        let transaction = self.begin()?;
+        transaction.execute("DELETE FROM verifications WHERE idle", [])?;
+        let id = insert(&transaction, true, None, false, now)?;
+        let ended_at = is_first.then_some(now);
+        transaction.execute(
+            "UPDATE verifications SET ended_at = ?2 WHERE id = ?1",
+            params![id, ended_at.map(|at| at.0)],
+        )?;
+        transaction.commit()?;
+        Ok(Pass {
+            id,
+            began_at: now,
+            ended_at,
+        })
+    }
+
+    fn end_pass(&mut self, pass: &Pass, now: Millis) -> Result<()> {
+        let found: (i64, i64, i64, i64) = self.connection.query_row(
+            "UPDATE verifications SET ended_at = ?2 WHERE id = ?1 RETURNING verified, missing, differing, messages",
+            params![pass.id, now.0],
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+        )?;
+        let (chats, missing, differing, messages) = found;
+        if chats > 0 {
+            tracing::info!(
+                chats,
+                missing,
+                differing,
+                messages_missing = messages,
+                seconds = now.since(pass.began_at).as_secs(),
+                "all chats are verified"
+            );
+        }
+        Ok(())
     }
 }
 
-/// Claims chats to be verified. What waits of their conversations goes on waiting.
+fn insert(
+    connection: &Connection,
+    idle: bool,
+    conversation: Option<i64>,
+    repair: bool,
+    now: Millis,
+) -> Result<i64> {
+    Ok(connection.query_row(
+        "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
+         VALUES (?1, ?2, ?3, ?4, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
+        params![idle, now.0, conversation, repair],
+        |row| row.get(0),
+    )?)
+}
+
+fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
+    Ok(connection
+        .prepare_cached("SELECT id, requested_at, ended_at FROM verifications WHERE idle")?
+        .query_row([], |row| {
+            Ok(Pass {
+                id: row.get(0)?,
+                began_at: Millis(row.get(1)?),
+                ended_at: row.get::<_, Option<i64>>(2)?.map(Millis),
+            })
+        })
+        .optional()?)
+}
+
+/// How many chats are still to be verified.
+pub(super) fn left(
+    connection: &Connection,
+    verification: i64,
+    conversation: Option<i64>,
+) -> Result<u64> {
+    let left: i64 = match conversation {
+        None => connection
+            .prepare_cached("SELECT count(*) FROM conversations WHERE verified_in < ?1")?
+            .query_row([verification], |row| row.get(0))?,
+        Some(conversation) => connection
+            .prepare_cached(
+                "SELECT count(*) FROM conversations WHERE bigchat_id = ?2 AND +verified_in < ?1",
+            )?
+            .query_row([verification, conversation], |row| row.get(0))?,
+    };
+    Ok(u64::try_from(left).unwrap_or_default())
+}
+
+/// The next chats that wait for a verification.
+fn pending(
+    connection: &Connection,
+    verification: i64,
+    conversation: Option<i64>,
+    exclude: &HashSet<ConversationId>,
+    at_most: usize,
+    now: Millis,
+) -> Result<Vec<ConversationId>> {
+    // A chat whose reading has failed is due later, and others go first.
+    let sql = match conversation {
+        None => {
+            "SELECT id FROM conversations WHERE verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2) AND ?3 IS NULL
+             ORDER BY verified_in, id LIMIT ?4"
+        }
+        Some(_) => {
+            "SELECT id FROM conversations WHERE bigchat_id = ?3 AND +verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2)
+             ORDER BY verified_in, id LIMIT ?4"
+        }
+    };
+    let enough = limit(at_most.saturating_add(exclude.len()));
+    let mut pending: Vec<ConversationId> = connection
+        .prepare_cached(sql)?
+        .query_map(params![verification, now.0, conversation, enough], |row| {
+            row.get(0)
+        })?
+        .collect::<rusqlite::Result<_>>()?;
+    pending.retain(|id| !exclude.contains(id));
+    pending.truncate(at_most);
+    Ok(pending)
+}
+
+/// Claims chats that the `verify` command has requested. What waits of their conversations goes on waiting.
 pub(super) fn claim_verifications(
     connection: &Connection,
     at_most: usize,
@@ -175,80 +351,125 @@ pub(super) fn claim_verifications(
     loading: Loading,
     now: Millis,
 ) -> Result<Vec<Work>> {
-    let mut statement = connection.prepare_cached(
-        "SELECT v.conversation, v.verification, r.repair
-         FROM verified_chats v JOIN verifications r ON r.id = v.verification
-         JOIN conversations c ON c.id = v.conversation
-         WHERE v.chat IS NULL AND (c.due_at IS NULL OR c.due_at <= ?2)
-         ORDER BY v.attempts, v.verification, v.conversation LIMIT ?1",
-    )?;
-    let enough = at_most.saturating_add(exclude.len());
-    let pending: Vec<(ConversationId, Verify)> = statement
-        .query_map([limit(enough), now.0], |row| {
-            let verify = Verify {
-                verification: row.get(1)?,
-                repair: row.get(2)?,
-            };
-            Ok((row.get(0)?, verify))
-        })?
+    let requests: Vec<(i64, Option<i64>)> = connection
+        .prepare_cached("SELECT id, conversation FROM verifications WHERE NOT idle ORDER BY id")?
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
-    let mut claimed = HashSet::new();
-    let mut work: Vec<Work> = Vec::new();
-    for (id, verify) in pending {
-        // Requested twice, it is done one after the other.
-        if work.len() == at_most || exclude.contains(&id) || !claimed.insert(id) {
-            continue;
+    let mut exclude = exclude.clone();
+    let mut work = Vec::new();
+    for (verification, conversation) in requests {
+        let room = at_most - work.len();
+        if room == 0 {
+            break;
         }
-        match load_chat(connection, id, loading) {
-            Ok(chat) => work.push(Work {
-                verify: Some(verify),
-                ..chat
-            }),
-            Err(JournalError::InvalidRow(what)) => {
-                tracing::error!(row = id.0, reason = %what, "invalid row in the database; its chat cannot be verified");
-            }
-            Err(error) => return Err(error),
+        for id in pending(connection, verification, conversation, &exclude, room, now)? {
+            exclude.insert(id);
+            // Requested twice, it is verified once for both.
+            let repair: bool = connection
+                .prepare_cached(
+                    "SELECT max(r.repair) FROM verifications r JOIN conversations c ON c.id = ?1
+                     WHERE NOT r.idle AND r.id > c.verified_in
+                        AND (r.conversation IS NULL OR r.conversation = c.bigchat_id)",
+                )?
+                .query_row([id], |row| row.get(0))?;
+            let verify = Verify {
+                mode: match repair {
+                    true => VerifyMode::Overwrite,
+                    false => VerifyMode::Report,
+                },
+                is_idle: false,
+            };
+            work.extend(to_verify(connection, id, verify, loading)?);
         }
     }
     Ok(work)
 }
 
-/// Records what a verification found; `None`: it failed, and others go first.
+fn to_verify(
+    connection: &Connection,
+    id: ConversationId,
+    verify: Verify,
+    loading: Loading,
+) -> Result<Option<Work>> {
+    match load_chat(connection, id, loading) {
+        Ok(chat) => Ok(Some(Work {
+            verify: Some(verify),
+            ..chat
+        })),
+        Err(JournalError::InvalidRow(what)) => {
+            tracing::error!(row = id.0, reason = %what, "invalid row in the database; its chat cannot be verified");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Records what a verification found, for all that had requested it when the chat was claimed.
 pub(super) fn record_finding(
     connection: &Connection,
     conversation: ConversationId,
-    verify: Verify,
-    finding: Option<&VerificationResult>,
+    claim: &Claim,
+    found: &VerificationResult,
 ) -> Result<()> {
-    match finding {
-        None => connection
+    let state = found.state();
+    let range = params![
+        claim.verified_in.unwrap_or_default(),
+        claim.verifications,
+        conversation,
+        state,
+        found.missing.messages
+    ];
+    // One that no longer exists was withdrawn.
+    connection
+        .prepare_cached(
+            "UPDATE verifications SET verified = verified + 1, missing = missing + (?4 = 'missing'),
+                differing = differing + (?4 = 'differs'), messages = messages + ?5
+             WHERE id > ?1 AND id <= ?2 AND ended_at IS NULL
+                AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
+        )?
+        .execute(range)?;
+    if *found != VerificationResult::default() {
+        connection
             .prepare_cached(
-                "UPDATE verified_chats SET attempts = attempts + 1 WHERE verification = ?1 AND conversation = ?2",
+                "INSERT INTO findings (verification, conversation, state, messages)
+                 SELECT id, ?3, ?4, ?5 FROM verifications
+                 WHERE id > ?1 AND id <= ?2 AND NOT idle
+                    AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
             )?
-            .execute(params![verify.verification, conversation])?,
-        Some(finding) => connection
-            .prepare_cached(
-                "UPDATE verified_chats SET chat = ?3, messages = ?4 WHERE verification = ?1 AND conversation = ?2",
-            )?
-            .execute(params![
-                verify.verification,
-                conversation,
-                match finding.chat {
-                    ChatState::Same => "same",
-                    ChatState::Differs => "differs",
-                    ChatState::Missing => "missing",
-                },
-                finding.messages,
-            ])?,
-    };
+            .execute(range)?;
+    }
     Ok(())
 }
 
-fn chat_state(name: &str) -> Option<ChatState> {
-    Some(match name {
-        "same" => ChatState::Same,
-        "differs" => ChatState::Differs,
-        "missing" => ChatState::Missing,
-        _ => return None,
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_pass_ends_in_time() {
+        let every = Duration::from_secs(100);
+        let pass = |began: i64, ended: Option<i64>| Pass {
+            id: 1,
+            began_at: Millis(began * 1000),
+            ended_at: ended.map(|at| Millis(at * 1000)),
+        };
+        for (began, ended, next) in [
+            (1000, 1000, 1100),
+            (1000, 1010, 1090),
+            (1000, 1080, 1080),
+            (1000, 1500, 1500),
+        ] {
+            let is_over = |at: i64| pass(began, Some(ended)).is_over(every, Millis(at * 1000));
+            assert!(is_over(next), "{began} to {ended}");
+            assert!(next == ended || !is_over(next - 1), "{began} to {ended}");
+        }
+        assert!(
+            !pass(1000, None).is_over(every, Millis(9_000_000)),
+            "in progress"
+        );
+        assert!(
+            pass(1000, Some(1001)).is_over(every, Millis(900_000)),
+            "set back"
+        );
+    }
 }

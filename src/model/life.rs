@@ -103,11 +103,13 @@ pub(super) fn live(
     fate: &[(usize, Strike)],
     from: Option<usize>,
 ) -> Life {
+    let start = world.now.plus(Duration::from_secs(3600));
     let stage = Stage(Arc::new(Mutex::new(Inner {
         store: world.store(),
         our_api: world.our_api.clone(),
         bigchat: world.bigchat.clone(),
         wipes: world.wipes,
+        lost_until: settings.idle_pass().map(|_| start),
         fate: fate.to_vec(),
         from,
         stopping: CancellationToken::new(),
@@ -122,7 +124,6 @@ pub(super) fn live(
         .start_paused(true)
         .build()
         .expect("a runtime");
-    let start = world.now.plus(Duration::from_secs(3600));
     runtime.block_on(async {
         super::set_clock(Some((start, Instant::now())));
         tokio::select! {
@@ -150,6 +151,8 @@ struct Inner {
     our_api: OurApi,
     bigchat: Scripted,
     wipes: usize,
+    /// A pass in idle time that begins after that finds all that is lost; `None`: there is none.
+    lost_until: Option<Millis>,
     fate: Vec<(usize, Strike)>,
     from: Option<usize>,
     stopping: CancellationToken,
@@ -206,7 +209,11 @@ impl Stage {
             sleep(Duration::from_millis(500)).await;
             let mut inner = self.inner();
             if inner.is_at_rest() {
-                if inner.bigchat.nudges < inner.wipes {
+                if inner.lost_until.is_some() {
+                    if !inner.is_verified() {
+                        continue;
+                    }
+                } else if inner.bigchat.nudges < inner.wipes {
                     // What OurAPI has lost is noticed when it is touched.
                     inner.bigchat.nudges += 1;
                     continue;
@@ -261,6 +268,7 @@ impl Stage {
             Some(Strike::Wipe) => {
                 inner.our_api.lose_everything();
                 inner.wipes += 1;
+                inner.lost_until = inner.lost_until.map(|_| Millis::now());
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
             Some(Strike::Rebuild) => {
@@ -280,13 +288,24 @@ impl Inner {
     fn is_at_rest(&mut self) -> bool {
         const NOTHING_LEFT: &str = "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
             AND NOT EXISTS (SELECT 1 FROM inbox)
-            AND NOT EXISTS (SELECT 1 FROM verified_chats WHERE chat IS NULL)
+            AND NOT EXISTS (SELECT 1 FROM conversations c JOIN verifications v ON NOT v.idle AND c.verified_in < v.id)
             AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR waiting > 0)
             AND NOT EXISTS (SELECT 1 FROM conversations, control WHERE external_id IS NOT NULL AND verified_losses < losses)
             AND (SELECT window_start IS NULL FROM poll_state)";
         let connection = self.store.connection();
         let nothing_left = connection.query_row(NOTHING_LEFT, [], |row| row.get(0));
         self.bigchat.has_reported_all() && nothing_left.expect("an answer")
+    }
+
+    /// Whether all chats were verified since something may have been lost.
+    fn is_verified(&mut self) -> bool {
+        let lost_until = self.lost_until.unwrap_or_default();
+        let is_verified = self.store.connection().query_row(
+            "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
+            [lost_until.0],
+            |row| row.get(0),
+        );
+        is_verified.expect("an answer")
     }
 
     fn report(&mut self) -> Report {

@@ -23,7 +23,7 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::cli::Cli;
 use crate::domain::time::Millis;
-use crate::settings::Settings;
+use crate::settings::{Settings, VerifyEvery};
 use crate::simulator::event::{T0, end, message, start, transfer};
 use life::{Life, Step, Strike, Wrong};
 use script::{Epoch, Page, Script};
@@ -109,6 +109,7 @@ impl Case {
         (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
         settings.poll_interval = POLL_INTERVAL;
         settings.request_timeout = life::TIMEOUT;
+        settings.verify_every = VerifyEvery::Off;
         if script.log.is_some() {
             settings.since = crate::domain::time::Timestamp::from_unix(T0);
         }
@@ -484,6 +485,19 @@ fn chats_are_compared_by_hand() {
         &[Strike::Rebuild, Strike::Wipe, Strike::Lost],
     )
     .check("compared by hand");
+}
+
+#[test]
+fn losses_that_no_event_touches() {
+    let events = [start(2, 3), message(2, 4, "one"), message(1, 5, "two")];
+    let script = script([epoch(&[(0, 1), (3, 1)], [page(events)])]);
+    let mut case = Case::new(
+        script,
+        depth(1),
+        &[Strike::Wipe, Strike::Failed, Strike::Lost],
+    );
+    case.settings.verify_every = VerifyEvery::Within(Duration::from_secs(3));
+    case.check("no event touches it");
 }
 
 /// A log in pages of two, in which one of three equal messages turns up late.

@@ -126,6 +126,12 @@ struct Canonical {
     ids: BTreeSet<Uuid>,
 }
 
+/// What numbers that only ever grow are compared with.
+struct Numbers {
+    losses: i64,
+    verifications: Vec<i64>,
+}
+
 enum Cell {
     Text(String),
     Time(i64),
@@ -139,6 +145,14 @@ impl Canonical {
     fn journal(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let losses: i64 =
             connection.query_row("SELECT losses FROM control", [], |row| row.get(0))?;
+        let mut verifications = connection.prepare("SELECT id FROM verifications")?;
+        let verifications: Vec<i64> = verifications
+            .query_map([], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        let numbers = Numbers {
+            losses,
+            verifications,
+        };
         let mut tables = connection.prepare(
             "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' ORDER BY name",
         )?;
@@ -152,7 +166,7 @@ impl Canonical {
             let mut rows = statement.query([])?;
             while let Some(row) = rows.next()? {
                 for (index, column) in columns.iter().enumerate() {
-                    self.column(&table, column, row.get_ref(index)?, losses);
+                    self.column(&table, column, row.get_ref(index)?, &numbers);
                 }
                 self.push("\n".to_owned());
             }
@@ -160,7 +174,7 @@ impl Canonical {
         Ok(())
     }
 
-    fn column(&mut self, table: &str, column: &str, value: ValueRef<'_>, losses: i64) {
+    fn column(&mut self, table: &str, column: &str, value: ValueRef<'_>, numbers: &Numbers) {
         let number = value.as_i64().unwrap_or_default();
         match (table, column, value) {
             (_, _, ValueRef::Null) => self.push("- ".to_owned()),
@@ -173,7 +187,16 @@ impl Canonical {
             ("attempts", "attempts", _) | ("failures", "attempt", _) => {
                 self.push(format!("{} ", number.min(1)));
             }
-            ("conversations", "verified_losses", _) => self.push(format!("{} ", number < losses)),
+            ("conversations", "verified_losses", _) => {
+                self.push(format!("{} ", number < numbers.losses));
+            }
+            ("verifications", "id", _)
+            | ("findings", "verification", _)
+            | ("conversations", "verified_in", _) => {
+                let later = numbers.verifications.iter().filter(|id| **id > number);
+                self.push(format!("{} ", later.count()));
+            }
+            ("verifications", "verified" | "missing" | "differing" | "messages", _) => {}
             (_, "chat_id" | "chat_agent" | "agent_id", ValueRef::Text(id)) => {
                 self.id(Uuid::try_parse_ascii(id).expect("an id"));
             }

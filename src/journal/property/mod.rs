@@ -20,11 +20,11 @@ use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::progress::{
-    ChatState, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
-    VerificationResult, Work, advance,
+    Due, Effect, EventOutcome, Failure, IdlePass, Lost, Missing, Observation, Outcome, Report,
+    VerificationResult, VerifyMode, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
-use plain::{Plain, State, ToVerify};
+use plain::{Plain, State};
 
 /// How long what is unknown is left alone, in milliseconds.
 const PAUSE: i64 = 500;
@@ -33,6 +33,14 @@ const RETENTION: Duration = Duration::from_secs(100);
 const OVERLAP: Duration = Duration::from_secs(30);
 
 const CONVERSATIONS: i64 = 3;
+
+/// Within which time each chat is verified, in milliseconds.
+const EVERY: i64 = 2_000;
+
+const IDLE_PASS: IdlePass = IdlePass {
+    every: Duration::from_millis(EVERY.unsigned_abs()),
+    mode: VerifyMode::Restore,
+};
 
 /// When it all begins, in Unix seconds.
 const START: i64 = 1_000_000;
@@ -99,10 +107,14 @@ enum Step {
     Discard(Option<prop::sample::Index>),
     /// OurAPI is found to have lost something.
     Loss,
-    /// `verify` is requested.
+    /// `verify` is requested, of all chats or one of them; what was requested before may be withdrawn.
     Verify {
         repair: bool,
+        conversation: Option<i64>,
+        withdraws: bool,
     },
+    /// If there is nothing else to do, the next chat of the pass in idle time is claimed.
+    Idle,
     /// The daemon dies and starts again.
     Restart,
     Later(i64),
@@ -209,8 +221,8 @@ impl Pair {
     fn step(&mut self, step: Step) {
         match step {
             Step::Ingest(page) => self.ingest(&page),
-            Step::Claim(at_most) => self.claim(at_most, false),
-            Step::Probe => self.claim(1, true),
+            Step::Claim(at_most) => self.claim(&self.request(at_most, false)),
+            Step::Probe => self.claim(&self.request(1, true)),
             Step::Report(which, script) => {
                 if let Some(work) = self.take_work(which) {
                     let report = self.report(work, &script);
@@ -237,7 +249,7 @@ impl Pair {
             Step::Commit(at_most) => self.commit(at_most),
             Step::Refuse => self.refuse(),
             Step::Deliver(script, meanwhile) => {
-                self.claim(3, false);
+                self.claim(&self.request(3, false));
                 for work in std::mem::take(&mut self.work) {
                     let report = self.report(work, &script);
                     self.reports.push(Ok(report));
@@ -258,7 +270,12 @@ impl Pair {
                 let losses = self.store.record_loss().expect("a loss");
                 assert_eq!(losses, self.plain.losses, "losses");
             }
-            Step::Verify { repair } => self.verify(repair),
+            Step::Verify {
+                repair,
+                conversation,
+                withdraws,
+            } => self.verify(repair, conversation, withdraws),
+            Step::Idle => self.claim_idle(),
             Step::Restart => self.restart(),
             Step::Later(by) => self.plain.now += by,
             Step::SetBack(by) => {
@@ -319,6 +336,7 @@ impl Pair {
             .map(|(id, _)| ConversationId(*id));
         ClaimRequest {
             verifications_only: false,
+            idle_pass: None,
             probe,
             conversations: at_most,
             bytes: usize::MAX,
@@ -329,9 +347,18 @@ impl Pair {
         }
     }
 
-    fn claim(&mut self, at_most: usize, probe: bool) {
-        let request = self.request(at_most, probe);
-        let claimed = self.store.claim(&request, self.now()).expect("a claim");
+    fn claim_idle(&mut self) {
+        let request = self.request(1, false);
+        let idle_pass = request.exclude.is_empty().then_some(IDLE_PASS);
+        self.claim(&ClaimRequest {
+            idle_pass,
+            ..request
+        });
+    }
+
+    fn claim(&mut self, request: &ClaimRequest) {
+        let (at_most, probe) = (request.conversations, request.probe);
+        let claimed = self.store.claim(request, self.now()).expect("a claim");
         let due = self.plain.due(at_most, probe);
         let mut lost = match probe && !due.is_empty() {
             true => BTreeSet::new(),
@@ -350,18 +377,29 @@ impl Pair {
             assert_eq!(work.conversation.id.0, id, "what is due for longest");
             self.claimed(work);
         }
-        let room = at_most - (self.work_since(&request)).min(at_most);
+        let room = at_most - self.work_since(request).min(at_most);
         for _ in 0..room.min(lost.len()) {
             let work = work.next().expect("what is lost is claimed");
             assert!(lost.remove(&work.conversation.id.0), "it may be lost");
             self.claimed(work);
         }
-        let room = at_most - self.work_since(&request).min(at_most);
+        let room = at_most - self.work_since(request).min(at_most);
         for id in self.plain.to_verify().into_iter().take(room) {
             let work = work.next().expect("what is to be verified is claimed");
             assert_eq!(work.conversation.id.0, id, "what is to be verified");
-            assert!(work.verify.is_some(), "only that");
+            let verify = work.verify.expect("only that");
+            let repairs = verify.mode == VerifyMode::Overwrite;
+            assert_eq!(repairs, self.plain.is_to_be_repaired(id), "repaired");
             self.claimed(work);
+        }
+        if request.idle_pass.is_some() && !claimed.is_more && self.work_since(request) == 0 {
+            let next = self.plain.next_idle(EVERY);
+            if let Some(id) = next {
+                let work = work.next().expect("the next of the pass is claimed");
+                assert_eq!(work.conversation.id.0, id, "the next of the pass");
+                assert!(work.verify.is_some_and(|verify| verify.is_idle));
+                self.claimed(work);
+            }
         }
         assert!(work.next().is_none(), "nothing else is claimed");
     }
@@ -449,25 +487,28 @@ impl Pair {
         };
         if let Some(verify) = verify {
             let missing = self.missing(id, script).len();
-            let (chat, repaired) = match found {
-                Found::Gone { .. } => (
-                    Some(ChatState::Missing),
-                    Observation::Gone { rebuild: true },
-                ),
+            let (chat_is_missing, repaired) = match found {
+                Found::Gone { .. } => (Some(true), Observation::Gone { rebuild: true }),
                 Found::Failed { pause } => {
                     due = Due::At(Millis(now + pause));
                     (None, Observation::None)
                 }
-                _ => (Some(ChatState::Same), self.read(id, script)),
+                // It gives way to events.
+                Found::ReadWithoutMessages if verify.is_idle => (None, Observation::None),
+                _ => (Some(false), self.read(id, script)),
             };
-            if verify.repair {
+            if verify.mode != VerifyMode::Report {
                 observation = repaired;
             }
-            let messages = u32::try_from(missing).expect("a count");
-            verified = Some((
-                verify,
-                chat.map(|chat| VerificationResult { chat, messages }),
-            ));
+            let found = chat_is_missing.map(|chat| VerificationResult {
+                missing: Missing {
+                    chat,
+                    messages: u32::try_from(missing).expect("a count"),
+                    ..Missing::default()
+                },
+                ..VerificationResult::default()
+            });
+            verified = Some((verify, found));
         } else {
             match found {
                 Found::AsRemembered | Found::Gone { .. } => {
@@ -569,6 +610,8 @@ impl Pair {
             due,
             writes_succeeded: self.writes,
             verified,
+            drift: None,
+            missing: None,
         }
     }
 
@@ -694,24 +737,28 @@ impl Pair {
         ids
     }
 
-    fn verify(&mut self, repair: bool) {
+    fn verify(&mut self, repair: bool, conversation: Option<i64>, withdraws: bool) {
         let now = self.now();
-        let rows = self.rows("SELECT id FROM verifications", |row| row.get(0));
-        for verification in rows {
-            self.store
-                .withdraw_verification(verification)
-                .expect("it is withdrawn");
+        if withdraws {
+            let by_hand = "SELECT id FROM verifications WHERE NOT idle";
+            for verification in self.rows(by_hand, |row| row.get(0)) {
+                self.store
+                    .withdraw_verification(verification)
+                    .expect("it is withdrawn");
+            }
+            self.plain.requests.retain(|request| request.idle);
         }
-        let verification = self.store.request_verification(Scope::All, repair, now);
-        self.plain.verification_id = verification.expect("a verification");
-        let chats = self.plain.conversations.iter();
-        self.plain.verification = chats
-            .filter(|(_, conversation)| conversation.has_chat)
-            .map(|(id, _)| ToVerify {
-                conversation: *id,
-                attempts: 0,
-            })
-            .collect();
+        let scope = conversation.map_or(Scope::All, Scope::Conversation);
+        let requested = self.store.request_verification(scope, repair, now);
+        let requested = requested.expect("a request");
+        let mut chats = self.plain.conversations.iter();
+        let is_any = chats.any(|(id, of)| {
+            of.verified_in.is_some() && conversation.is_none_or(|conversation| conversation == *id)
+        });
+        assert_eq!(requested.is_some(), is_any, "there is something to verify");
+        if is_any {
+            self.plain.request(false, repair, conversation);
+        }
     }
 
     fn restart(&mut self) {
@@ -737,6 +784,10 @@ impl Pair {
         let gone = self.plain.ids(|_| true);
         let gone: BTreeSet<i64> = gone.into_iter().filter(|id| !left.contains(id)).collect();
         assert_eq!(gone.len(), dropped, "how many are dropped");
+        let of_gone: BTreeSet<i64> = gone
+            .iter()
+            .map(|id| self.plain.events[id].conversation)
+            .collect();
         let kept: Vec<_> = gone.difference(&may_be).collect();
         assert!(kept.is_empty(), "events {kept:?} must not be dropped");
         assert!(
@@ -744,12 +795,14 @@ impl Pair {
             "{must_be:?} are to be dropped, and {gone:?} are"
         );
         self.plain.events.retain(|id, _| !gone.contains(id));
+        self.plain.dropped(&of_gone);
     }
 
     /// Whether both agree, and what must hold of either whatever was done.
     fn compare(&mut self) {
         self.compare_events();
         self.compare_conversations();
+        self.compare_verifications();
         let waiting = self.plain.ids(plain::Event::waits);
         assert_eq!(self.store.waiting().expect("a count"), waiting.len() as u64);
         let is_any = self.store.is_any_waiting().expect("an answer");
@@ -925,6 +978,39 @@ impl Pair {
         );
     }
 
+    fn compare_verifications(&mut self) {
+        let rows = self.rows(
+            "SELECT id, verified_in FROM conversations ORDER BY id",
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        );
+        let conversations = self.plain.conversations.iter();
+        let expected: Vec<(i64, Option<i64>)> = conversations
+            .map(|(id, conversation)| (*id, conversation.verified_in))
+            .collect();
+        assert_eq!(rows, expected, "conversations: id, verified in");
+        let rows = self.rows(
+            "SELECT id, idle, requested_at, ended_at, verified FROM verifications ORDER BY id",
+            |row| {
+                Ok((
+                    row.get(0)?,
+                    row.get(1)?,
+                    row.get(2)?,
+                    row.get(3)?,
+                    row.get(4)?,
+                ))
+            },
+        );
+        type Row = (i64, bool, i64, Option<i64>, i64);
+        let requests = self.plain.requests.iter();
+        let expected: Vec<Row> = requests
+            .map(|of| (of.id, of.idle, of.began_at, of.ended_at, of.verified))
+            .collect();
+        assert_eq!(
+            rows, expected,
+            "verifications: id, idle, began, ended, verified"
+        );
+    }
+
     fn rows<T>(
         &mut self,
         sql: &str,
@@ -1008,7 +1094,8 @@ fn meanwhile() -> impl Strategy<Value = Step> {
         3 => proptest::option::of(index()).prop_map(Step::Retry),
         2 => proptest::option::of(index()).prop_map(Step::Discard),
         1 => Just(Step::Loss),
-        1 => any::<bool>().prop_map(|repair| Step::Verify { repair }),
+        1 => (any::<bool>(), proptest::option::of(1..=CONVERSATIONS), any::<bool>())
+            .prop_map(|(repair, conversation, withdraws)| Step::Verify { repair, conversation, withdraws }),
         2 => (0_i64..3_000).prop_map(Step::Later),
         1 => (0_i64..200_000).prop_map(Step::Later),
         3 => (after, prop_oneof![1 => 1_u32..3, 2 => Just(100)])
@@ -1040,6 +1127,7 @@ fn step() -> impl Strategy<Value = Step> {
         10 => (script(), while_claimed)
             .prop_map(|(script, meanwhile)| Step::Deliver(script, meanwhile)),
         1 => Just(Step::Restart),
+        4 => Just(Step::Idle),
         1 => (0_i64..3_000).prop_map(Step::SetBack),
     ]
 }

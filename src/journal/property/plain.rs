@@ -82,6 +82,11 @@ pub(super) struct Claimed {
     pub(super) losses: i64,
     /// A doubt arose since.
     pub(super) doubted: bool,
+    /// The latest verification of all, and of the chat.
+    pub(super) verifications: i64,
+    pub(super) verified_in: Option<i64>,
+    /// Nothing had had its turn in a chat.
+    pub(super) is_first: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -94,15 +99,31 @@ pub(super) struct Conversation {
     pub(super) is_known: bool,
     pub(super) verified_losses: i64,
     pub(super) is_read: bool,
+    /// In which verification its chat was last verified; `None`: there is nothing to verify.
+    pub(super) verified_in: Option<i64>,
+    /// Something had its turn since its chat was last lost.
+    pub(super) had_turn: bool,
     /// By [`EVENTS`]: how many, and as of which event.
     pub(super) credits: BTreeMap<usize, (u32, i64)>,
 }
 
-/// A verification that was requested.
+/// A verification that was requested, or the pass in idle time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ToVerify {
-    pub(super) conversation: i64,
-    pub(super) attempts: u32,
+pub(super) struct Request {
+    pub(super) id: i64,
+    pub(super) idle: bool,
+    pub(super) repair: bool,
+    /// Of all, or of this one.
+    pub(super) conversation: Option<i64>,
+    pub(super) began_at: i64,
+    pub(super) ended_at: Option<i64>,
+    pub(super) verified: i64,
+}
+
+impl Request {
+    fn is_about(&self, conversation: i64) -> bool {
+        self.conversation.is_none_or(|id| id == conversation)
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -120,9 +141,9 @@ pub(super) struct Plain {
     pub(super) losses: i64,
     pub(super) events: BTreeMap<i64, Event>,
     pub(super) conversations: BTreeMap<i64, Conversation>,
-    /// Of the latest request; what was requested before is withdrawn.
-    pub(super) verification_id: Option<i64>,
-    pub(super) verification: Vec<ToVerify>,
+    /// In order; of the passes only the latest.
+    pub(super) requests: Vec<Request>,
+    pub(super) last_request: i64,
     pub(super) counted: Counted,
 }
 
@@ -216,25 +237,118 @@ impl Plain {
 
     /// What is to be verified by hand, in order.
     pub(super) fn to_verify(&self) -> Vec<i64> {
-        let mut pending: Vec<&ToVerify> = self
-            .verification
+        let mut all = Vec::new();
+        for request in self.requests.iter().filter(|request| !request.idle) {
+            for id in self.wait_for(request) {
+                if !all.contains(&id) {
+                    all.push(id);
+                }
+            }
+        }
+        all
+    }
+
+    /// Whether what is to be verified by hand is to be repaired.
+    pub(super) fn is_to_be_repaired(&self, id: i64) -> bool {
+        let verified_in = self.conversations[&id].verified_in.unwrap_or_default();
+        let requests = self.requests.iter().filter(|request| !request.idle);
+        requests
+            .filter(|request| request.id > verified_in && request.is_about(id))
+            .any(|request| request.repair)
+    }
+
+    /// The chats that wait for a verification and can be verified now, in order.
+    fn wait_for(&self, request: &Request) -> Vec<i64> {
+        let mut waiting: Vec<(i64, i64)> = self
+            .conversations
             .iter()
-            .filter(|pending| {
-                let conversation = &self.conversations[&pending.conversation];
-                conversation.claimed.is_none() && conversation.due.is_none_or(|due| due <= self.now)
+            .filter(|(id, conversation)| {
+                request.is_about(**id)
+                    && conversation.claimed.is_none()
+                    && conversation.due.is_none_or(|due| due <= self.now)
             })
+            .filter_map(|(id, conversation)| Some((conversation.verified_in?, *id)))
+            .filter(|(verified_in, _)| *verified_in < request.id)
             .collect();
-        pending.sort_by_key(|pending| (pending.attempts, pending.conversation));
-        pending
-            .into_iter()
-            .map(|pending| pending.conversation)
-            .collect()
+        waiting.sort_unstable();
+        waiting.into_iter().map(|(_, id)| id).collect()
+    }
+
+    pub(super) fn request(
+        &mut self,
+        idle: bool,
+        repair: bool,
+        conversation: Option<i64>,
+    ) -> &mut Request {
+        self.last_request += 1;
+        let request = Request {
+            id: self.last_request,
+            idle,
+            repair,
+            conversation,
+            began_at: self.now,
+            ended_at: None,
+            verified: 0,
+        };
+        self.requests.push(request);
+        self.requests.last_mut().expect("it was pushed")
+    }
+
+    /// The next chat of the pass in idle time, which begins and ends meanwhile. Within `every` milliseconds each chat is to be
+    /// verified.
+    pub(super) fn next_idle(&mut self, every: i64) -> Option<i64> {
+        let now = self.now;
+        let pass = self.requests.iter().find(|request| request.idle).copied();
+        let is_over = pass.is_some_and(|pass| {
+            pass.ended_at.is_some_and(|ended| {
+                let took = (ended - pass.began_at).max(0);
+                now < pass.began_at || now >= ended && now >= pass.began_at + (every - took).max(0)
+            })
+        });
+        if pass.is_none() || is_over {
+            self.requests.retain(|request| !request.idle);
+            let begun = self.request(true, false, None);
+            begun.ended_at = pass.is_none().then_some(now);
+        }
+        let pass = self.requests.iter().find(|request| request.idle).copied()?;
+        if pass.ended_at.is_some() {
+            return None;
+        }
+        let next = self.wait_for(&pass).first().copied();
+        let mut verified_in = self.conversations.values().filter_map(|of| of.verified_in);
+        if !verified_in.any(|verified_in| verified_in < pass.id) {
+            let request = self.requests.iter_mut().find(|request| request.idle);
+            request.expect("it was found").ended_at = Some(now);
+        }
+        next
+    }
+
+    /// Whether the journal has events of a conversation.
+    fn has_events(&self, id: i64) -> bool {
+        self.events.values().any(|event| event.conversation == id)
+    }
+
+    /// Events were dropped.
+    pub(super) fn dropped(&mut self, conversations: &BTreeSet<i64>) {
+        for id in conversations {
+            if !self.has_events(*id) {
+                self.conversation(*id).verified_in = None;
+            }
+        }
     }
 
     /// Claims a conversation, with its events unless it is only to be verified.
     pub(super) fn claim(&mut self, id: i64, with_events: bool) -> Claimed {
         let mut claimed = Claimed {
             losses: self.losses,
+            verifications: self
+                .requests
+                .iter()
+                .map(|request| request.id)
+                .max()
+                .unwrap_or(0),
+            verified_in: self.conversation(id).verified_in,
+            is_first: !self.conversation(id).had_turn,
             ..Claimed::default()
         };
         let mut bytes = 0;
@@ -333,6 +447,7 @@ impl Plain {
                 event.settle(State::Delivered, now);
             }
         }
+        self.conversation(id).had_turn |= !had_turn.is_empty();
         for id in had_turn {
             if let Some(event) = self.events.get_mut(&id) {
                 event.passed = true;
@@ -354,6 +469,18 @@ impl Plain {
         let conversation = self.conversation(id);
         conversation.has_chat = observed.chat.is_some();
         conversation.is_known = observed.external_id.is_some();
+        let has_events = self.has_events(id);
+        let conversation = self.conversation(id);
+        conversation.verified_in = match conversation.verified_in {
+            _ if !conversation.has_chat => None,
+            Some(_) if matches!(report.verified, Some((_, Some(_)))) => Some(claimed.verifications),
+            // A new chat, or one of which there are events again.
+            None if has_events && claimed.verified_in.is_none() && claimed.is_first => {
+                Some(claimed.verifications)
+            }
+            None if has_events && claimed.verified_in.is_none() => Some(0),
+            before => before,
+        };
         let ends_claim = self.observe(id, &claimed, &report.observation);
         if report.in_doubt {
             self.doubt(id);
@@ -370,17 +497,14 @@ impl Plain {
             None if report.verified.is_some() => due.filter(|_| is_certain),
             _ => due,
         };
-        if let Some((verify, finding)) = &report.verified
-            && self.verification_id == Some(verify.verification)
-        {
-            let is_it = |pending: &ToVerify| pending.conversation == id;
-            match finding {
-                Some(_) => self.verification.retain(|pending| !is_it(pending)),
-                None => {
-                    let pending = self.verification.iter_mut();
-                    pending
-                        .filter(|pending| is_it(pending))
-                        .for_each(|pending| pending.attempts += 1);
+        if let Some((_, Some(_))) = &report.verified {
+            for request in &mut self.requests {
+                let had_been = claimed.verified_in.unwrap_or_default() + 1..=claimed.verifications;
+                if had_been.contains(&request.id)
+                    && request.is_about(id)
+                    && request.ended_at.is_none()
+                {
+                    request.verified += 1;
                 }
             }
         }
@@ -427,6 +551,8 @@ impl Plain {
             }
             Observation::Gone { rebuild } => {
                 conversation.has_chat = false;
+                conversation.verified_in = None;
+                conversation.had_turn &= !rebuild;
                 conversation.verified_losses = losses;
                 conversation.credits.clear();
                 self.each_of(id, |event| {

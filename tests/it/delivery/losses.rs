@@ -126,7 +126,7 @@ async fn false_loss_duplicates_nothing() {
 async fn loss_without_rebuild() {
     run_live_test(async |t| {
         t.differs("what is lost is not rebuilt");
-        t.set("--rebuild", "false");
+        t.set("--rebuild", "off");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.open(11, now - 100, 2);
@@ -167,7 +167,7 @@ async fn lost_agent_delays_no_message() {
             credited: true,
             ..Rules::default()
         });
-        t.set("--rebuild", "false").set("--message-author", "agent");
+        t.set("--rebuild", "off").set("--message-author", "agent");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
         t.bigchat.reports([message(10, now - 5, "one")]);

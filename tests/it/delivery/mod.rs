@@ -4,5 +4,6 @@ mod failures;
 mod handlers;
 mod late;
 mod losses;
+mod passes;
 mod poison;
 mod verify;

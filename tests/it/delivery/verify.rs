@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 /// Three delivered conversations; rebuilding is off.
 async fn delivered(t: &Test) {
-    t.set("--rebuild", "false");
+    t.set("--rebuild", "off");
     let now = t.now();
     for id in [10, 11, 12] {
         t.bigchat.open(id, now - 100, id - 9);

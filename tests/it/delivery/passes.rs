@@ -1,0 +1,367 @@
+//! The pass in idle time: losses that no event touches are found, and restored or reported.
+
+use std::time::{Duration, Instant};
+
+use bigchat_sync::simulator::event::{end, message, start};
+use bigchat_sync::simulator::fault::{paused, status};
+use serde_json::{Value, json};
+
+use crate::harness::process::Process;
+use crate::harness::{Bench, Test, run_test, side_by_side, until};
+
+/// Some conversations that were delivered.
+async fn delivered(t: &Test, conversations: std::ops::Range<i64>) {
+    let events = conversations.clone().flat_map(|id| {
+        t.bigchat.open(id, id, 7);
+        [
+            start(id, id),
+            message(id, 200, "hello"),
+            message(id, 201, "goodbye"),
+        ]
+    });
+    t.bigchat.reports(events.collect::<Vec<_>>());
+    t.once().await;
+    t.our_api.asked();
+}
+
+/// The next daemon begins a pass at once, and no other in the next day.
+fn pass_is_due(t: &Bench) {
+    t.execute(
+        "DELETE FROM verifications;
+         INSERT INTO verifications (idle, requested_at, ended_at, repair, last_event) VALUES (1, 0, 0, 0, 0)",
+    );
+}
+
+/// Waits until that pass has ended.
+async fn until_verified(t: &Bench) {
+    until("the pass has ended", async || {
+        t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
+    })
+    .await;
+}
+
+/// Another client changes a chat.
+async fn another_client_changes(t: &Test, external_id: &str, change: &Value) {
+    let chats = t.our_api.data().chats;
+    let chat = chats.iter().find(|chat| chat.external_id == external_id);
+    let chat = chat.expect("a chat").chat_id;
+    let url = format!("{}/chats/{chat}", t.our_api.url());
+    let answer = reqwest::Client::new().patch(url).json(change).send().await;
+    assert!(answer.expect("an answer").status().is_success());
+    t.our_api.asked();
+}
+
+fn writes(asked: &[String]) -> Vec<&String> {
+    let is_write = |line: &&String| !line.starts_with("GET");
+    asked.iter().filter(is_write).collect()
+}
+
+#[tokio::test]
+async fn losses_that_nothing_touches_are_restored() {
+    run_test(async |t| {
+        delivered(t, 10..13).await;
+        t.our_api.loses_chat("10");
+        t.our_api.loses_message("11");
+        assert!(!t.compare().is_clean());
+        pass_is_due(t);
+        t.start();
+        t.agrees().await;
+        until_verified(t).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_end_that_vanishes_is_restored() {
+    run_test(async |t| {
+        delivered(t, 10..11).await;
+        t.bigchat.reports([end(10, 300)]);
+        t.once().await;
+        another_client_changes(t, "10", &json!({"ended_at": null})).await;
+        assert!(!t.compare().is_clean());
+        pass_is_due(t);
+        t.start();
+        t.agrees().await;
+        until_verified(t).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn agents_that_vanish_are_restored() {
+    run_test(async |t| {
+        delivered(t, 10..12).await;
+        t.our_api.loses_agents();
+        assert!(!t.compare().is_clean());
+        pass_is_due(t);
+        t.start();
+        t.agrees().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn passes_follow_one_another() {
+    run_test(async |t| {
+        t.set("--verify-every", "20ms");
+        delivered(t, 10..13).await;
+        t.start();
+        for _ in 0..2 {
+            t.our_api.loses_chat("12");
+            assert!(!t.compare().is_clean());
+            t.agrees().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drift_is_reported_once_a_pass() {
+    run_test(async |t| {
+        t.differs("another client changes a chat");
+        delivered(t, 10..12).await;
+        let started = "2026-11-22T21:00:00Z";
+        let agent = t.our_api.data().agents[0].agent_id;
+        another_client_changes(t, "10", &json!({"started_at": started})).await;
+        another_client_changes(t, "11", &json!({"agent_id": null})).await;
+        for pass in 1..=2 {
+            pass_is_due(t);
+            // The first chat is read again and again.
+            let unreadable = status(500).times(2);
+            t.our_api.upset("GET /chats/{id}/messages", unreadable);
+            let daemon = Process::start(t);
+            until_verified(t).await;
+            let (shown, _) = t.status();
+            assert!(daemon.stop().await.success());
+            let asked = t.our_api.asked();
+            let reads = asked.iter().filter(|line| line.starts_with("GET /chats?"));
+            assert!(reads.count() > 3, "{asked:#?}");
+            assert_eq!(writes(&asked), Vec::<&String>::new());
+            let log = t.logged();
+            assert_eq!(log.matches("changed in OurAPI by another client").count(), 2 * pass, "{log}");
+            let drift = |chat: &str, field: &str| json!({"external_id": chat, "drift": field, "missing": null});
+            let expected = json!([drift("10", "started_at"), drift("11", "agent_id")]);
+            assert_eq!(shown["differing"], expected, "{shown:#}");
+            assert_eq!((&shown["drifted"], &shown["incomplete"]), (&json!(2), &json!(0)));
+        }
+        // It is changed back.
+        another_client_changes(t, "10", &json!({"started_at": "2026-11-22T22:00:10Z"})).await;
+        another_client_changes(t, "11", &json!({"agent_id": agent})).await;
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        daemon.stop().await;
+        assert_eq!(t.status().0["differing"], json!([]));
+        assert_eq!(writes(&t.our_api.asked()), Vec::<&String>::new());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_report_an_erased_chat_stays_erased() {
+    run_test(async |t| {
+        t.differs("what is lost is not restored");
+        t.set("--rebuild", "report");
+        delivered(t, 10..13).await;
+        t.our_api.loses_chat("10");
+        t.our_api.loses_message("11");
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        let shown = t.status().0;
+        let missing =
+            |chat: &str, what: &str| json!({"external_id": chat, "drift": null, "missing": what});
+        let expected = json!([
+            missing("10", "the chat, 2 messages"),
+            missing("11", "1 message")
+        ]);
+        assert_eq!(shown["differing"], expected, "{shown:#}");
+        assert_eq!(shown["incomplete"], json!(2));
+        assert_eq!(writes(&t.our_api.asked()), Vec::<&String>::new());
+        // Only what a new event needs is built.
+        let asked = t.delivers([message(10, 400, "anybody there?")]).await;
+        assert_eq!(writes(&asked).len(), 2, "{asked:#?}");
+        daemon.stop().await;
+        assert_eq!(
+            t.our_api.data().messages.values().flatten().count(),
+            1 + 1 + 2
+        );
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        daemon.stop().await;
+        let shown = t.status().0;
+        let expected = json!([missing("10", "2 messages"), missing("11", "1 message")]);
+        assert_eq!(shown["differing"], expected, "{shown:#}");
+        // With another setting it is restored.
+        t.set("--rebuild", "auto");
+        pass_is_due(t);
+        t.start();
+        t.agrees().await;
+        until_verified(t).await;
+        assert_eq!(t.status().0["differing"], json!([]));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nothing_is_read_when_it_is_off() {
+    let off = [("--rebuild", "off"), ("--verify-every", "off")];
+    side_by_side(off, async |(flag, value)| {
+        run_test(async |t| {
+            t.differs("what is lost is not restored");
+            t.set("--verify-every", "1ms").set(flag, value);
+            delivered(t, 10..12).await;
+            t.our_api.loses_chat("10");
+            pass_is_due(t);
+            t.start();
+            // Longer than delivery checks by itself whether there is something to do.
+            t.bigchat.further_polls(40).await;
+            assert_eq!(t.our_api.asked(), Vec::<String>::new());
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pass_gives_way_to_events() {
+    run_test(async |t| {
+        delivered(t, 10..12).await;
+        pass_is_due(t);
+        t.our_api.upset("GET /chats", paused());
+        t.start();
+        until("a chat is read", async || t.our_api.pausing() == 1).await;
+        t.bigchat.reports([message(11, 300, "first")]);
+        t.until_events("waiting", 1).await;
+        t.bigchat.further_polls(2).await;
+        t.our_api.resume();
+        t.until_events("delivered", 7).await;
+        let asked = t.our_api.asked();
+        let before: Vec<&String> = asked
+            .iter()
+            .take_while(|line| !line.contains("first"))
+            .collect();
+        assert!(before[0].contains("external_id=10"), "{asked:#?}");
+        let is_of_another =
+            |line: &&String| !line.contains("external_id=11") && !line.contains("c2");
+        let of_others = before.into_iter().skip(1).filter(is_of_another);
+        assert_eq!(of_others.count(), 0, "{asked:#?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_outage_only_interrupts_a_pass() {
+    run_test(async |t| {
+        delivered(t, 10..16).await;
+        pass_is_due(t);
+        t.our_api.upset("GET /chats/{id}/messages", paused());
+        t.start();
+        until("a chat is read", async || t.our_api.pausing() == 1).await;
+        let pass: i64 = t.value("SELECT id FROM verifications");
+        t.our_api.outage(Some(status(503)));
+        t.our_api.loses_chat("15");
+        t.our_api.resume();
+        until("OurAPI is down", async || {
+            t.value("SELECT EXISTS (SELECT 1 FROM api_status WHERE name = 'our_api' AND up = 0)")
+        })
+        .await;
+        assert!(t.value::<bool>("SELECT ended_at IS NULL FROM verifications"));
+        t.our_api.outage(None);
+        t.agrees().await;
+        until_verified(t).await;
+        assert_eq!(t.value::<i64>("SELECT id FROM verifications"), pass);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_restart_goes_on_with_the_pass() {
+    run_test(async |t| {
+        delivered(t, 10..18).await;
+        pass_is_due(t);
+        t.our_api.set_latency(Duration::from_millis(10));
+        let daemon = t.start();
+        until("some chats are verified", async || {
+            t.value::<i64>("SELECT verified FROM verifications") >= 3
+        })
+        .await;
+        daemon.stop().await;
+        let pass: i64 = t.value("SELECT id FROM verifications WHERE ended_at IS NULL");
+        t.start();
+        until_verified(t).await;
+        let verified: (i64, i64) = (
+            t.value("SELECT id FROM verifications"),
+            t.value("SELECT verified FROM verifications"),
+        );
+        assert_eq!(verified, (pass, 8));
+        // What was in flight as the daemon stopped is read once more.
+        let reads = t.our_api.count("GET /chats?");
+        assert!((8..=9).contains(&reads), "{reads}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn chats_of_all_epochs_are_restored() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "of before")])
+            .await;
+        t.bigchat.restarts(42, 100);
+        t.bigchat.advisor(7, "Carl", "carl@x.test");
+        t.delivers([start(42, 100), message(42, 101, "of after")])
+            .await;
+        daemon.stop().await;
+        for chat in ["42", "42@2026-11-22T22:01:40Z"] {
+            t.our_api.loses_chat(chat);
+        }
+        assert!(t.our_api.chats().is_empty());
+        pass_is_due(t);
+        t.start();
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 2);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_short_time_takes_a_tenth_at_most() {
+    run_test(async |t| {
+        const LATENCY: Duration = Duration::from_millis(10);
+        t.set("--verify-every", "1ms");
+        delivered(t, 10..13).await;
+        t.our_api.set_latency(LATENCY);
+        let began = Instant::now();
+        t.start();
+        let reads = || t.our_api.ever_asked("GET /chats/{id}/messages").len();
+        until("two passes", async || reads() >= 7).await;
+        let (took, reads) = (began.elapsed(), u32::try_from(reads()).expect("few"));
+        // Of each chat the list and the messages are read, and after the last one there is no pause yet.
+        let at_least = LATENCY * 2 * 10 * (reads - 1);
+        assert!(took >= at_least, "{reads} chats in {took:?}");
+        until("status says that it takes longer", async || {
+            let status = t.program("status").output().expect("a process");
+            String::from_utf8_lossy(&status.stdout).contains("longer than --verify-every")
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_unreadable_chat_does_not_stop_a_pass() {
+    run_test(async |t| {
+        t.set("--max-attempts", "3");
+        delivered(t, 10..13).await;
+        let chat = t.our_api.data().chats[0].chat_id;
+        let messages = format!("GET /chats/{chat}/messages");
+        t.our_api.upset(&messages, status(500).always());
+        pass_is_due(t);
+        t.start();
+        until_verified(t).await;
+        assert_eq!(t.value::<i64>("SELECT verified FROM verifications"), 3);
+    })
+    .await;
+}
