@@ -11,12 +11,12 @@ async fn timed_out_request_is_in_flight() {
     side_by_side([1, 2], async |at_once| {
         run_live_test(async |t| {
             t.our_api.state().set_fragile(at_once == 1);
-            t.set("--request-timeout", "800ms")
+            t.set("--request-timeout", "2s")
                 .set("--our-api-concurrency", &at_once.to_string());
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
             t.bigchat.open(11, now - 100, 2);
-            let late = overdue(Duration::from_millis(1_200));
+            let late = overdue(Duration::from_millis(3_200));
             let faults = &t.our_api;
             faults.upset(ADD_MESSAGE, late);
             let events = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
