@@ -32,6 +32,8 @@ pub(super) struct Reconciled {
     /// What stopped the work before its end.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
+    /// A chat was taken over, and its messages could not be read.
+    pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
@@ -73,6 +75,7 @@ pub(super) async fn reconcile(worker: &Worker, work: Work) -> Reconciled {
         done: Vec::new(),
         stopped: None,
         observation: Observation::None,
+        is_unread: false,
         consumed: Vec::new(),
         writes: 0,
         verified: verify.map(|verify| (verify, None)),
@@ -445,9 +448,9 @@ impl Reconciled {
                 Ok(Some(Effect::ChatCreated))
             }
             chat::Created::Adopted(chat) => {
-                self.account(worker, chat, Needed::Always)
-                    .await
-                    .map_err(|stopped| stopped.error)?;
+                let accounted = self.account(worker, chat, Needed::Always).await;
+                self.is_unread = accounted.is_err();
+                accounted.map_err(|stopped| stopped.error)?;
                 Ok(None)
             }
         }

@@ -183,7 +183,7 @@ pub struct Report {
     /// The credits that were consumed.
     pub consumed: Vec<MessageKey>,
     pub observation: Observation,
-    /// The outcome of a write is unknown.
+    /// The outcome of a write is unknown, or what a chat holds that was taken over.
     pub in_doubt: bool,
     /// When it is due, if something is still to be done.
     pub due: Due,

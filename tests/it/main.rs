@@ -8,6 +8,7 @@ mod clocks;
 mod console;
 mod daemon;
 mod demo;
+mod doubts;
 mod failover;
 mod failures;
 mod handlers;
