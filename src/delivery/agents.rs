@@ -26,6 +26,8 @@ pub(super) struct Agents {
     known: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
     /// The agents that a verification, by its id, has asked for, and whether they are gone.
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
+    /// The agents that were asked for by their ids since the last loss, and whether they are there.
+    asked: Mutex<HashMap<Uuid, bool>>,
     /// Held while an agent is searched and created, so that two conversations do not both create it.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
@@ -46,6 +48,7 @@ impl Agents {
             rebuild,
             known: Mutex::default(),
             verified: Mutex::default(),
+            asked: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
             losses: AtomicI64::new(losses),
         }
@@ -67,6 +70,7 @@ impl Agents {
     /// The next chat that needs an agent asks the journal, or OurAPI, for it.
     pub(super) fn forget(&self) {
         self.known().clear();
+        self.asked().clear();
     }
 
     /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -246,6 +250,17 @@ impl Agents {
         Ok(gone)
     }
 
+    /// Whether OurAPI has an agent, whoever's it is. After each loss it is asked once.
+    pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
+        let Some(agent) = agent else { return Ok(false) };
+        if let Some(is_there) = self.asked().get(&agent) {
+            return Ok(*is_there);
+        }
+        let is_there = self.our_api.has_agent(agent).await?;
+        self.asked().insert(agent, is_there);
+        Ok(is_there)
+    }
+
     async fn email_of(&self, agent: Uuid) -> Result<Option<String>, AttemptError> {
         let email = self.journal.with(move |store| store.email_of(agent));
         Ok(email.await?)
@@ -281,6 +296,10 @@ impl Agents {
 
     fn known(&self) -> MutexGuard<'_, HashMap<(Epoch, AdvisorId), Option<Uuid>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn asked(&self) -> MutexGuard<'_, HashMap<Uuid, bool>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn verified(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {

@@ -151,7 +151,6 @@ impl Reconciled {
                 .map_err(|error| Stopped::at(first, error));
         };
         let unsure = self.unsure(worker);
-        let written = self.conversation.observed.agent;
         let drift = self.conversation.observed.merge(&found.fields(), unsure);
         if !drift.is_none() {
             tracing::warn!(
@@ -159,7 +158,7 @@ impl Reconciled {
                 "a chat was changed in OurAPI by another client; it stays as it is"
             );
         }
-        self.agent_may_be_gone(worker, written)
+        self.agent_may_be_gone(worker, found.agent_id)
             .await
             .map_err(|error| Stopped::at(first, error))?;
         let needed = if self.is_replayed(worker) {
@@ -194,11 +193,12 @@ impl Reconciled {
         Unsure::ALL
     }
 
-    /// After a loss the agent that was written may be gone: it is resolved again, and written if it is another one now.
+    /// After a loss the agent that the chat names may be gone: it is resolved again, and written if it is another one now. One
+    /// that is still there stays, whoever named it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
-        written: Option<Uuid>,
+        named: Option<Uuid>,
     ) -> Result<(), AttemptError> {
         let Conversation {
             epoch,
@@ -209,8 +209,10 @@ impl Reconciled {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && worker.agents.resolve(*epoch, advisor).await? != written
+            && worker.agents.resolve(*epoch, advisor).await? != named
+            && !worker.agents.is_there(named).await?
         {
+            observed.agent = named;
             observed.advisor = None;
         }
         Ok(())

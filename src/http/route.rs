@@ -23,6 +23,8 @@ pub enum Route {
     AddMessage,
     /// OurAPI: the agents that a filter finds.
     Agents,
+    /// OurAPI: an agent.
+    Agent,
     /// OurAPI: a new agent.
     CreateAgent,
     /// Either: what it says it is.
@@ -42,6 +44,7 @@ impl Route {
             Self::Messages => "GET /chats/{id}/messages",
             Self::AddMessage => "POST /chats/{id}/messages",
             Self::Agents => "GET /agents",
+            Self::Agent => "GET /agents/{id}",
             Self::CreateAgent => "POST /agents",
             Self::Description => "GET /openapi.json",
         }
@@ -85,6 +88,7 @@ mod tests {
             Messages,
             AddMessage,
             Agents,
+            Agent,
             CreateAgent,
             Description,
         ] {

@@ -1,7 +1,8 @@
 //! What the journal remembers of OurAPI, doubted once too little or once too much.
 
-use bigchat_sync::simulator::event::{message, start};
+use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, status};
+use serde_json::json;
 
 use crate::harness::{Bench, Daemon, Test, run_live_test, until};
 
@@ -15,6 +16,48 @@ async fn settled(t: &Test, bench: &Bench) -> Daemon {
     })
     .await;
     daemon
+}
+
+/// Another client gives a chat to another agent.
+async fn gives(t: &Test, external_id: &str, email: &str) {
+    let data = t.our_api.data();
+    let mut chats = data.chats.iter();
+    let chat = chats.find(|chat| chat.external_id == external_id);
+    let agent = data.agents.iter().find(|agent| agent.email == email);
+    let chat = chat.expect("a chat").chat_id;
+    let change = json!({"agent_id": agent.expect("an agent").agent_id});
+    let url = format!("{}/chats/{chat}", t.our_api.url());
+    let changed = reqwest::Client::new().patch(url).json(&change).send().await;
+    assert!(changed.expect("an answer").status().is_success());
+}
+
+/// Who has a chat.
+fn agent(t: &Test, external_id: &str) -> Option<String> {
+    let data = t.our_api.data();
+    let chat = data
+        .chats
+        .iter()
+        .find(|chat| chat.external_id == external_id)?;
+    let agent = data
+        .agents
+        .iter()
+        .find(|agent| Some(agent.agent_id) == chat.agent_id)?;
+    Some(agent.email.clone())
+}
+
+/// OurAPI loses a chat, which a message shows, and every other is read back.
+async fn loses(t: &Test, bench: &Bench, external_id: i64, text: &str) {
+    let losses = bench.value::<i64>("SELECT losses FROM control");
+    t.our_api.loses_chat(&external_id.to_string());
+    t.bigchat.tells([message(external_id, t.now(), text)]);
+    until("all is read back", async || {
+        bench.value::<i64>("SELECT losses FROM control") > losses
+            && bench.value::<i64>(
+                "SELECT count(*) FROM conversations WHERE external_id IS NOT NULL
+                    AND verified_losses < (SELECT losses FROM control) OR due_at IS NOT NULL",
+            ) == 0
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -32,6 +75,59 @@ async fn a_chat_that_was_not_lost_and_cannot_be_read_at_once_is_not_filled_again
         t.bigchat.tells([message(10, now, "three")]);
         t.until_events("delivered", 3).await;
         t.agrees().await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_adopted_agent_stays_when_something_else_is_lost() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat
+            .tells([message(10, now - 9, "hello"), transfer(10, now - 8, 7)]);
+        t.once().await;
+        let transferred = agent(t, "10");
+        // That database is lost.
+        let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
+        let daemon = settled(t, &other).await;
+        t.our_api.upset("GET /chats/{id}/messages", crashed());
+        t.bigchat.tells([
+            message(10, now - 5, "hello again"),
+            message(11, now - 5, "hello"),
+        ]);
+        other.until_events("delivered", 2).await;
+        assert_eq!(agent(t, "10"), transferred);
+        loses(t, &other, 11, "are you there?").await;
+        assert_eq!(agent(t, "10"), transferred);
+        t.agrees().await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_that_another_client_gave_stays_after_every_loss() {
+    run_live_test(async |t| {
+        t.differs("another client changes a chat");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat.tells([
+            message(10, now - 9, "hello"),
+            transfer(10, now - 8, 7),
+            message(11, now - 5, "hello"),
+        ]);
+        let daemon = t.start();
+        t.until_events("delivered", 3).await;
+        t.our_api.has_agent("b1", "Zoe", "zoe@z.test");
+        gives(t, "10", "zoe@z.test").await;
+        for text in ["are you there?", "and now?"] {
+            loses(t, t, 11, text).await;
+            assert_eq!(agent(t, "10").as_deref(), Some("zoe@z.test"), "{text}");
+        }
         daemon.stop().await;
     })
     .await;
