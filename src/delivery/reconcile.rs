@@ -569,6 +569,8 @@ impl Reconciled {
                             ..Unsure::ALL
                         },
                     );
+                    // So it is taken over, as with a chat that is adopted.
+                    self.conversation.observed.agent = found.agent_id;
                 }
                 (
                     if differs {

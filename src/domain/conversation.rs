@@ -188,10 +188,12 @@ impl Observed {
         if unsure.agent {
             // Whose it is is known as long as it is the same.
             self.advisor = self.advisor.filter(|_| self.agent == found.agent);
+            self.agent = found.agent;
         } else {
             drift.agent = self.agent != found.agent;
+            // One that is gone is given again.
+            self.agent = self.agent.filter(|_| found.agent.is_some());
         }
-        self.agent = found.agent;
         drift
     }
 }

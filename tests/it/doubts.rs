@@ -132,3 +132,38 @@ async fn an_agent_that_another_client_gave_stays_after_every_loss() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drift_that_was_reported_is_still_one() {
+    run_live_test(async |t| {
+        t.differs("another client changes a chat");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat.tells([
+            message(10, now - 9, "hello"),
+            transfer(10, now - 8, 7),
+            message(11, now - 5, "hello"),
+        ]);
+        let daemon = t.start();
+        t.until_events("delivered", 3).await;
+        let (ours, other) = (agent(t, "10"), agent(t, "11"));
+        gives(t, "10", other.as_deref().expect("an agent")).await;
+        loses(t, t, 11, "are you there?").await;
+        daemon.stop().await;
+        for (arguments, clean, holder) in [
+            (&[][..], false, other),
+            (&["--repair"], false, ours.clone()),
+            (&[], true, ours),
+        ] {
+            let mut command = t.program("verify");
+            command.args(arguments);
+            let ended = tokio::task::spawn_blocking(move || command.output());
+            let output = ended.await.expect("no panic").expect("a process");
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert_eq!(output.status.success(), clean, "{arguments:?}: {said}");
+            assert_eq!(agent(t, "10"), holder, "{arguments:?}: {said}");
+        }
+    })
+    .await;
+}
