@@ -241,6 +241,7 @@ impl Agents {
         let gone = match (known.await?, self.email_of(agent).await?) {
             (Some(KnownAdvisor::Person { email, .. }), spelled) => {
                 !self.exists(agent, &spelled.unwrap_or(email)).await?
+                    && !self.our_api.has_agent(agent).await?
             }
             (Some(KnownAdvisor::Gone) | None, _) => false,
         };

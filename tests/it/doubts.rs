@@ -167,3 +167,28 @@ async fn a_drift_that_was_reported_is_still_one() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adopted_agent_is_no_difference() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat
+            .tells([message(10, now - 9, "hello"), transfer(10, now - 8, 7)]);
+        t.once().await;
+        let transferred = agent(t, "10");
+        let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
+        t.bigchat.tells([message(10, now - 5, "hello again")]);
+        other.once().await;
+        for arguments in [&[][..], &["--repair"], &[]] {
+            let mut command = other.program("verify");
+            command.args(arguments);
+            let ended = tokio::task::spawn_blocking(move || command.output());
+            let output = ended.await.expect("no panic").expect("a process");
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{arguments:?}: {said}");
+            assert_eq!(agent(t, "10"), transferred, "{arguments:?}");
+        }
+    })
+    .await;
+}
