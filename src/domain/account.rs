@@ -36,6 +36,8 @@ pub enum MessageState {
     OutcomeUnknown,
     /// The same of a dead letter, which is not sent again.
     DeadOutcomeUnknown,
+    /// The same of one that was discarded: if nobody else needs its copy, that is its own.
+    DiscardedOutcomeUnknown,
     /// It waits and was not sent, or it is a dead letter that was rejected.
     NotSent,
 }
@@ -63,6 +65,7 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
         &[MessageState::Delivered][..],
         &[MessageState::DeadOutcomeUnknown],
         &[MessageState::OutcomeUnknown, MessageState::MaybeSent],
+        &[MessageState::DiscardedOutcomeUnknown],
     ] {
         let of_standing = recorded
             .iter()
@@ -80,8 +83,11 @@ pub fn account(held: impl IntoIterator<Item = MessageKey>, recorded: &[Recorded]
     }
     let mut missing = Vec::new();
     for message in unmatched {
-        let altered =
-            message.standing != MessageState::MaybeSent && left.take_of_second(message.key.0);
+        let may_be_altered = !matches!(
+            message.standing,
+            MessageState::MaybeSent | MessageState::DiscardedOutcomeUnknown
+        );
+        let altered = may_be_altered && left.take_of_second(message.key.0);
         match message.standing {
             MessageState::Delivered if !altered => missing.push(message.id),
             MessageState::OutcomeUnknown if altered => credited.push(&message.key),
@@ -199,12 +205,28 @@ mod tests {
         assert!(account([of(1, "a")], &journal).credits.is_empty());
     }
 
+    #[test]
+    fn a_discarded_message_stands_for_no_other_of_its_second() {
+        use MessageState::{DiscardedOutcomeUnknown, OutcomeUnknown};
+        let journal = |text| {
+            [
+                recorded(1, of(1, "a"), DiscardedOutcomeUnknown),
+                recorded(2, of(1, text), OutcomeUnknown),
+            ]
+        };
+        assert!(account([of(1, "a")], &journal("b")).credits.is_empty());
+        // Of two equal ones nobody knows which it is.
+        let credits = account([of(1, "a")], &journal("a")).credits;
+        assert_eq!(credits, HashMap::from([(of(1, "a"), 1)]));
+    }
+
     fn standing() -> impl Strategy<Value = MessageState> {
         prop_oneof![
             Just(MessageState::Delivered),
             Just(MessageState::MaybeSent),
             Just(MessageState::OutcomeUnknown),
             Just(MessageState::DeadOutcomeUnknown),
+            Just(MessageState::DiscardedOutcomeUnknown),
             Just(MessageState::NotSent),
         ]
     }

@@ -1,10 +1,10 @@
 //! What the journal remembers of OurAPI, doubted once too little or once too much.
 
 use bigchat_sync::simulator::event::{message, start, transfer};
-use bigchat_sync::simulator::fault::{crashed, status};
+use bigchat_sync::simulator::fault::{crashed, dropped, status};
 use serde_json::json;
 
-use crate::harness::{Bench, Daemon, Test, run_live_test, until};
+use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
 
 /// A daemon whose windows begin after it did, so that nothing is looked up for that reason.
 async fn settled(t: &Test, bench: &Bench) -> Daemon {
@@ -189,6 +189,41 @@ async fn an_adopted_agent_is_no_difference() {
             assert!(output.status.success(), "{arguments:?}: {said}");
             assert_eq!(agent(t, "10"), transferred, "{arguments:?}");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
+    run_test(async |t| {
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        t.differs("the discarded message is there");
+        let daemon = t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        // It is stored, and nobody can see it.
+        t.our_api
+            .upset("POST /chats/c1/messages", crashed().carried_out());
+        t.our_api
+            .upset("GET /chats/c1/messages", status(503).always());
+        t.bigchat.tells([message(42, 5, "first")]);
+        let mut others = 0;
+        until("it fails", async || {
+            others += 1;
+            t.bigchat.tells([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.events("failed") == 1
+        })
+        .await;
+        t.failed_command(&["discard", "--all", "--yes"])
+            .expect("it is discarded");
+        t.our_api.calm();
+        t.our_api.upset("POST /chats/c1/messages", dropped());
+        t.bigchat.tells([message(42, 5, "second")]);
+        until("the second one is there", async || {
+            t.our_api.messages().iter().any(|text| text == "second")
+        })
+        .await;
+        daemon.stop().await;
     })
     .await;
 }
