@@ -389,6 +389,10 @@ impl Reconciled {
             || observed.chat.is_some()
             || observed.external_id.is_some() && (worker.settings.rebuild || self.claim.is_rewound);
         if !is_needed {
+            if self.claim.is_lost {
+                // Nothing of it is there, and nothing is to be.
+                self.observation = Observation::Read(None);
+            }
             return Ok(Some(Effect::Nothing));
         }
         chat::read_details(worker, &mut self.conversation, changes).await?;

@@ -227,3 +227,37 @@ async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
+    run_test(async |t| {
+        t.differs("a chat is refused");
+        t.set("--rebuild", "false");
+        t.our_api.upset(
+            r#"POST /chats {"agent_id":null,"external_id":"99"*"#,
+            status(422).always(),
+        );
+        t.our_api
+            .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        // BigChat does not know it.
+        t.bigchat.tells([message(99, 5, "who?")]);
+        t.until_events("failed", 1).await;
+        t.our_api.loses_chat("42");
+        let mut command = t.program("verify");
+        command.arg("--repair");
+        let ended = tokio::task::spawn_blocking(move || command.output());
+        ended.await.expect("no panic").expect("a process");
+        until("nothing is left to be read back", async || {
+            t.value::<i64>("SELECT losses FROM control") == 1
+                && t.value::<i64>(
+                    "SELECT count(*) FROM conversations
+                     WHERE external_id IS NOT NULL AND verified_losses < 1 AND due_at IS NULL",
+                ) == 0
+        })
+        .await;
+        daemon.stop().await;
+    })
+    .await;
+}
