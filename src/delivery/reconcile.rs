@@ -134,8 +134,12 @@ impl Reconciled {
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read since.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        let mut events = self.events.iter();
-        !self.claim.is_read && events.any(|event| worker.may_be_delivered(event.id))
+        // Where the messages cannot be read, the fields were.
+        let is_in_doubt = |event: &Pending| {
+            worker.may_be_delivered(event.id)
+                && (event.what.kind().is_message() || !worker.is_unreadable(self.conversation.id))
+        };
+        !self.claim.is_read && self.events.iter().any(is_in_doubt)
     }
 
     async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {

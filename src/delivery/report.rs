@@ -63,6 +63,7 @@ impl Scheduler {
                     }
                     (Some(event), error) => match self.failed(&conversation, event, error, now) {
                         Outcome::DeadLetter { failure, .. } if stopped.reading_messages => {
+                            self.worker.record_unreadable(conversation.id);
                             observation = Observation::Read(None);
                             outcomes.extend(self.unreadable(&events, &failure));
                         }
@@ -80,6 +81,7 @@ impl Scheduler {
                         if stopped.reading_messages && failed >= max_attempts && verified.is_none()
                         {
                             // No message is in doubt: the chat is verified by its fields.
+                            self.worker.record_unreadable(conversation.id);
                             observation = Observation::Read(None);
                             due = Due::IfWaiting;
                         }

@@ -1,13 +1,14 @@
 //! What the workers share.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
 use super::Delivery;
 use super::agents::Agents;
 use crate::bigchat::Source;
-use crate::domain::ids::EventId;
+use crate::domain::ids::{ConversationId, EventId};
 use crate::http::Apis;
 use crate::journal::{Journal, RateLimits, Session};
 use crate::metrics::Metrics;
@@ -27,6 +28,8 @@ pub(super) struct Worker {
     pub(super) metrics: Arc<Metrics>,
     /// Cancelled when no further request is to be begun.
     pub(super) stopping: CancellationToken,
+    /// Chats whose messages cannot be read. They were verified by their fields.
+    unreadable: Mutex<HashSet<ConversationId>>,
 }
 
 impl Worker {
@@ -48,7 +51,23 @@ impl Worker {
             agents,
             metrics: Arc::clone(&delivery.metrics),
             stopping: delivery.stopping.clone(),
+            unreadable: Mutex::default(),
         }
+    }
+
+    /// The chat's messages cannot be read, and it is verified by its fields.
+    pub(super) fn record_unreadable(&self, conversation: ConversationId) {
+        self.unreadable().insert(conversation);
+    }
+
+    pub(super) fn is_unreadable(&self, conversation: ConversationId) -> bool {
+        self.unreadable().contains(&conversation)
+    }
+
+    fn unreadable(&self) -> MutexGuard<'_, HashSet<ConversationId>> {
+        self.unreadable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether another copy of the database may have delivered an event.

@@ -1,6 +1,6 @@
 //! What the journal remembers of OurAPI, doubted once too little or once too much.
 
-use bigchat_sync::simulator::event::{message, start, transfer};
+use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, dropped, status};
 use serde_json::json;
 
@@ -258,6 +258,30 @@ async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
         })
         .await;
         daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_whose_messages_can_never_be_read_takes_what_else_waits_at_a_start() {
+    run_test(async |t| {
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello"), start(43, 1)])
+            .await;
+        daemon.stop().await;
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
+        t.bigchat.tells([end(42, 9)]);
+        t.start();
+        let mut others = 0;
+        until("the end is there", async || {
+            others += 1;
+            t.bigchat.tells([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.our_api.chats()[0].contains("22:00:09")
+        })
+        .await;
     })
     .await;
 }
