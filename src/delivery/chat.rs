@@ -85,13 +85,22 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or takes over the one that exists.
+/// Creates the chat with these fields, or takes over the one that exists. Where only events tell when it started, it starts
+/// as was intended first: it may have been created so already, and is known for its own by nothing else.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,
     desired: &Desired,
     fields: &Fields,
 ) -> Result<Created, AttemptError> {
+    let observed = &conversation.observed;
+    let intended = observed
+        .started_at
+        .filter(|_| observed.external_id.is_some() && desired.started_at.is_none());
+    let fields = &Fields {
+        started_at: intended.unwrap_or(fields.started_at),
+        ..*fields
+    };
     let mut external_id =
         choose_external_id(worker, conversation, desired, fields.started_at).await?;
     loop {
@@ -162,9 +171,6 @@ async fn choose_external_id(
     started_at: Timestamp,
 ) -> Result<String, AttemptError> {
     if let Some(chosen) = conversation.observed.external_id.clone() {
-        if desired.started_at.is_none() && conversation.observed.started_at != Some(started_at) {
-            record_intent(worker, conversation, &chosen, started_at).await?;
-        }
         return Ok(chosen);
     }
     let (epoch, bigchat_id) = (conversation.epoch, conversation.bigchat_id);

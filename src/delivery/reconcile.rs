@@ -455,7 +455,12 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                Ok(Some(Effect::ChatCreated))
+                // It was created as was intended first, and more may be known by now.
+                let changed = match self.conversation.observed.chat {
+                    Some(chat) => self.patch(worker, chat, desired, fields).await?,
+                    None => None,
+                };
+                Ok(changed.map(|_| Effect::ChatCreated))
             }
             chat::Created::Adopted(chat) => {
                 let accounted = self.account(worker, chat, Needed::Always).await;

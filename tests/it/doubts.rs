@@ -285,3 +285,19 @@ async fn a_chat_whose_messages_can_never_be_read_takes_what_else_waits_at_a_star
     })
     .await;
 }
+
+#[tokio::test]
+async fn an_earlier_message_makes_no_second_chat_of_one_that_may_be_created() {
+    run_test(async |t| {
+        t.set("--retry-initial", "2s").set("--retry-max", "2s");
+        t.start();
+        t.our_api.upset("POST /chats", dropped().carried_out());
+        // BigChat does not know the conversation: only its events tell when it started.
+        t.bigchat.tells([message(99, 10, "later")]);
+        until("it may be created", async || t.our_api.chats().len() == 1).await;
+        t.bigchat.tells([message(99, 5, "sooner")]);
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.our_api.chats(), ["99 22:00:05 - -"]);
+    })
+    .await;
+}
