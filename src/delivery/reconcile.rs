@@ -10,7 +10,7 @@ use super::attempts::AttemptError;
 use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
-use crate::domain::account::{self, MessageKey, Recorded};
+use crate::domain::account::{self, MessageKey, MessageState, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
@@ -249,16 +249,21 @@ impl Reconciled {
         chat: Uuid,
         needed: Needed,
     ) -> Result<(), Stopped> {
-        let is_message = |event: &Pending| event.what.kind().is_message();
-        if needed == Needed::IfWaiting && !self.events.iter().any(is_message) {
-            self.observation = Observation::Read(None);
-            return Ok(());
-        }
         let recorded = self
             .recorded(worker)
             .await
             .map_err(|error| Stopped::at(self.first_in_doubt(worker), error))?;
-        if needed == Needed::IfAny && recorded.is_empty() {
+        let is_message = |event: &Pending| event.what.kind().is_message();
+        let is_unknown = |message: &Recorded| message.standing == MessageState::OutcomeUnknown;
+        let is_needed = match needed {
+            Needed::Always => true,
+            Needed::IfAny => !recorded.is_empty(),
+            // More may wait than was claimed.
+            Needed::IfWaiting => {
+                self.events.iter().any(is_message) || recorded.iter().any(is_unknown)
+            }
+        };
+        if !is_needed {
             self.observation = Observation::Read(None);
             return Ok(());
         }

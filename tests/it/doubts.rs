@@ -301,3 +301,28 @@ async fn an_earlier_message_makes_no_second_chat_of_one_that_may_be_created() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_message_that_may_be_there_is_looked_up_though_many_changes_wait_before_it() {
+    run_test(async |t| {
+        t.set("--retry-initial", "5s").set("--retry-max", "5s");
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        // More than are claimed at once.
+        t.our_api.upset("PATCH *", status(422).always());
+        t.bigchat.tells((1..=201).map(|at| end(42, at)));
+        t.until_events("failed", 201).await;
+        t.our_api.calm();
+        t.our_api
+            .upset("POST /chats/{id}/messages", dropped().carried_out());
+        t.bigchat.tells([message(42, 5, "hello")]);
+        until("it may be there", async || t.our_api.message_count() == 1).await;
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("all are tried again");
+    })
+    .await;
+}
