@@ -25,6 +25,8 @@ pub(super) struct Agents {
     known: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
     /// Whether an agent is gone, by the id of a verification and the agent.
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
+    /// The agents that were asked for by id since the last loss, and whether they exist.
+    asked: Mutex<HashMap<Uuid, bool>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
@@ -45,6 +47,7 @@ impl Agents {
             rebuild,
             known: Mutex::default(),
             verified: Mutex::default(),
+            asked: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
             losses: AtomicI64::new(losses),
         }
@@ -66,6 +69,7 @@ impl Agents {
     /// Clears the cache.
     pub(super) fn forget(&self) {
         self.known().clear();
+        self.asked().clear();
     }
 
     /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -229,7 +233,9 @@ impl Agents {
             return Ok(*gone);
         }
         let gone = match self.email_of(agent).await? {
-            Some(email) => !self.exists(agent, &email).await?,
+            Some(email) => {
+                !self.exists(agent, &email).await? && !self.our_api.has_agent(agent).await?
+            }
             // It is not known whose it is: that of a chat that was taken over.
             None => false,
         };
@@ -237,6 +243,17 @@ impl Agents {
         verified.retain(|(of, _), _| *of == verification);
         verified.insert((verification, agent), gone);
         Ok(gone)
+    }
+
+    /// Whether OurAPI has an agent, whoever's it is. After each loss it is asked once.
+    pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
+        let Some(agent) = agent else { return Ok(false) };
+        if let Some(is_there) = self.asked().get(&agent) {
+            return Ok(*is_there);
+        }
+        let is_there = self.our_api.has_agent(agent).await?;
+        self.asked().insert(agent, is_there);
+        Ok(is_there)
     }
 
     async fn email_of(&self, agent: Uuid) -> Result<Option<String>, AttemptError> {
@@ -274,6 +291,10 @@ impl Agents {
 
     fn known(&self) -> MutexGuard<'_, HashMap<(Epoch, AdvisorId), Option<Uuid>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn asked(&self) -> MutexGuard<'_, HashMap<Uuid, bool>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn verified(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {

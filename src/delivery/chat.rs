@@ -84,13 +84,22 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or adopts the existing one.
+/// Creates the chat with these fields, or adopts the existing one. If only events tell when it started, the start that was
+/// intended first is used again: the chat may have been created with it already, and nothing else identifies it.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,
     desired: &Desired,
     fields: &Fields,
 ) -> Result<Created, AttemptError> {
+    let observed = &conversation.observed;
+    let intended = observed
+        .started_at
+        .filter(|_| observed.external_id.is_some() && desired.started_at.is_none());
+    let fields = &Fields {
+        started_at: intended.unwrap_or(fields.started_at),
+        ..*fields
+    };
     let mut external_id =
         choose_external_id(worker, conversation, desired, fields.started_at).await?;
     loop {
@@ -161,9 +170,6 @@ async fn choose_external_id(
     started_at: Timestamp,
 ) -> Result<String, AttemptError> {
     if let Some(chosen) = conversation.observed.external_id.clone() {
-        if desired.started_at.is_none() && conversation.observed.started_at != Some(started_at) {
-            record_intent(worker, conversation, &chosen, started_at).await?;
-        }
         return Ok(chosen);
     }
     let (epoch, bigchat_id) = (conversation.epoch, conversation.bigchat_id);

@@ -11,7 +11,7 @@ use super::attempts::AttemptError;
 use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
-use crate::domain::account::{self, MessageKey, Recorded};
+use crate::domain::account::{self, MessageKey, MessageState, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, Unsure};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
@@ -32,6 +32,8 @@ pub(super) struct Reconciled {
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
+    /// A chat was taken over, and its messages could not be read.
+    pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
@@ -81,6 +83,7 @@ pub(super) async fn reconcile(
         done: Vec::new(),
         stopped: None,
         observation: Observation::None,
+        is_unread: false,
         consumed: Vec::new(),
         writes: 0,
         verified: verify.map(|verify| (verify, None)),
@@ -141,8 +144,13 @@ impl Reconciled {
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        let mut events = self.events.iter();
-        !self.claim.is_read && events.any(|event| worker.may_be_delivered(event.id))
+        // Where the messages cannot be read, the fields were.
+        let is_in_doubt = |event: &Pending| {
+            worker.may_be_delivered(event.id)
+                && (event.payload.kind().is_message()
+                    || !worker.is_unreadable(self.conversation.id))
+        };
+        !self.claim.is_read && self.events.iter().any(is_in_doubt)
     }
 
     async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
@@ -162,7 +170,6 @@ impl Reconciled {
                 .map_err(|error| Stopped::at(first, error));
         };
         let unsure = self.unsure(worker);
-        let written = self.conversation.observed.agent;
         let drift = self
             .merge(worker, &found, unsure)
             .await
@@ -172,7 +179,7 @@ impl Reconciled {
             self.report_drift(drift, &found);
         }
         self.drift = Some(drift);
-        self.agent_may_be_gone(worker, written)
+        self.agent_may_be_gone(worker, found.agent_id)
             .await
             .map_err(|error| Stopped::at(first, error))?;
         let needed = if self.is_replayed(worker) {
@@ -207,11 +214,12 @@ impl Reconciled {
         Unsure::ALL
     }
 
-    /// After a loss, the agent may be gone. It is resolved again, and written if it is another one now.
+    /// After a loss, the agent that the chat names may be gone. It is resolved again, and written if it is another one now.
+    /// One that still exists stays, whoever named it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
-        written: Option<Uuid>,
+        named: Option<Uuid>,
     ) -> Result<(), AttemptError> {
         let Conversation {
             epoch,
@@ -222,8 +230,10 @@ impl Reconciled {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && worker.agents.resolve(*epoch, advisor).await? != written
+            && worker.agents.resolve(*epoch, advisor).await? != named
+            && !worker.agents.is_there(named).await?
         {
+            observed.agent = named;
             observed.advisor = None;
         }
         Ok(())
@@ -322,16 +332,21 @@ impl Reconciled {
         chat: Uuid,
         needed: Needed,
     ) -> Result<(), Stopped> {
-        let is_message = |event: &Pending| event.payload.kind().is_message();
-        if needed == Needed::IfWaiting && !self.events.iter().any(is_message) {
-            self.observation = Observation::Read(None);
-            return Ok(());
-        }
         let recorded = self
             .recorded(worker)
             .await
             .map_err(|error| Stopped::at(self.first_in_doubt(worker), error))?;
-        if needed == Needed::IfAny && recorded.is_empty() {
+        let is_message = |event: &Pending| event.payload.kind().is_message();
+        let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
+        let is_needed = match needed {
+            Needed::Always => true,
+            Needed::IfAny => !recorded.is_empty(),
+            // More may wait than was claimed.
+            Needed::IfWaiting => {
+                self.events.iter().any(is_message) || recorded.iter().any(is_unknown)
+            }
+        };
+        if !is_needed {
             self.observation = Observation::Read(None);
             return Ok(());
         }
@@ -474,6 +489,10 @@ impl Reconciled {
             || observed.external_id.is_some()
                 && (worker.settings.rebuild.restores() || self.claim.is_rewound);
         if !is_needed {
+            if self.claim.is_lost {
+                // Nothing of it is there, and nothing is to be.
+                self.observation = Observation::Read(None);
+            }
             return Ok(Some(Effect::Nothing));
         }
         chat::read_details(worker, &mut self.conversation, changes).await?;
@@ -532,12 +551,17 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                Ok(Some(Effect::ChatCreated))
+                // It was created as was intended first, and more may be known by now.
+                let changed = match self.conversation.observed.chat {
+                    Some(chat) => self.patch(worker, chat, desired, fields).await?,
+                    None => None,
+                };
+                Ok(changed.map(|_| Effect::ChatCreated))
             }
             chat::Created::Adopted(chat) => {
-                self.account(worker, chat, Needed::Always)
-                    .await
-                    .map_err(|stopped| stopped.error)?;
+                let accounted = self.account(worker, chat, Needed::Always).await;
+                self.is_unread = accounted.is_err();
+                accounted.map_err(|stopped| stopped.error)?;
                 Ok(None)
             }
         }

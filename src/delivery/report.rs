@@ -23,6 +23,7 @@ impl Scheduler {
             done,
             stopped,
             mut observation,
+            is_unread,
             consumed,
             writes,
             mut verified,
@@ -64,6 +65,7 @@ impl Scheduler {
                     }
                     (Some(event), error) => match self.failed(&conversation, event, error, now) {
                         Outcome::DeadLetter { failure, .. } if stopped.reading_messages => {
+                            self.worker.record_unreadable(conversation.id);
                             observation = Observation::Read(None);
                             outcomes.extend(self.unreadable(&events, &failure));
                         }
@@ -89,6 +91,7 @@ impl Scheduler {
                             }
                             None if is_last && stopped.reading_messages => {
                                 // No message is in doubt: the chat is verified by its fields.
+                                self.worker.record_unreadable(conversation.id);
                                 observation = Observation::Read(None);
                                 due = Due::IfWaiting;
                             }
@@ -119,7 +122,7 @@ impl Scheduler {
             advance,
             consumed,
             observation,
-            in_doubt,
+            in_doubt: in_doubt || is_unread,
             due,
             writes_succeeded: self.writes.count,
             verified,

@@ -1,13 +1,14 @@
 //! The state that all workers share.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
 use super::Delivery;
 use super::agents::Agents;
 use crate::bigchat::Source;
-use crate::domain::ids::EventId;
+use crate::domain::ids::{ConversationId, EventId};
 use crate::http::Apis;
 use crate::journal::{Journal, RateLimits, Session};
 use crate::metrics::Metrics;
@@ -26,6 +27,8 @@ pub(super) struct Worker {
     pub(super) metrics: Arc<Metrics>,
     /// Cancelled at shutdown: no further request is begun.
     pub(super) stopping: CancellationToken,
+    /// Chats whose messages cannot be read. They were verified by their fields.
+    unreadable: Mutex<HashSet<ConversationId>>,
 }
 
 impl Worker {
@@ -47,7 +50,23 @@ impl Worker {
             agents,
             metrics: Arc::clone(&delivery.metrics),
             stopping: delivery.stopping.clone(),
+            unreadable: Mutex::default(),
         }
+    }
+
+    /// The chat's messages cannot be read, and it is verified by its fields.
+    pub(super) fn record_unreadable(&self, conversation: ConversationId) {
+        self.unreadable().insert(conversation);
+    }
+
+    pub(super) fn is_unreadable(&self, conversation: ConversationId) -> bool {
+        self.unreadable().contains(&conversation)
+    }
+
+    fn unreadable(&self) -> MutexGuard<'_, HashSet<ConversationId>> {
+        self.unreadable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a newer copy of this database may already have delivered an event.

@@ -34,6 +34,8 @@ pub enum MessageState {
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
+    /// The same of a discarded dead letter: its copy is its own if no other message needs it.
+    DiscardedOutcomeUnknown,
     /// It waits and was not sent, or it is a rejected dead letter.
     NotSent,
 }
@@ -63,6 +65,7 @@ pub fn account(
         &[MessageState::Delivered][..],
         &[MessageState::DeadOutcomeUnknown],
         &[MessageState::OutcomeUnknown, MessageState::MaybeSent],
+        &[MessageState::DiscardedOutcomeUnknown],
     ] {
         let matching = recorded
             .iter()
@@ -80,8 +83,11 @@ pub fn account(
     }
     let mut missing = Vec::new();
     for message in unmatched {
-        let altered =
-            message.state != MessageState::MaybeSent && left.take_of_second(message.key.0);
+        let may_be_altered = !matches!(
+            message.state,
+            MessageState::MaybeSent | MessageState::DiscardedOutcomeUnknown
+        );
+        let altered = may_be_altered && left.take_of_second(message.key.0);
         match message.state {
             MessageState::Delivered if !altered => missing.push(message.id),
             MessageState::OutcomeUnknown if altered => credited.push(&message.key),
@@ -198,12 +204,28 @@ mod tests {
         assert!(account([of(1, "a")], &journal).credits.is_empty());
     }
 
+    #[test]
+    fn a_discarded_message_stands_for_no_other_of_its_second() {
+        use MessageState::{DiscardedOutcomeUnknown, OutcomeUnknown};
+        let journal = |text| {
+            [
+                recorded(1, of(1, "a"), DiscardedOutcomeUnknown),
+                recorded(2, of(1, text), OutcomeUnknown),
+            ]
+        };
+        assert!(account([of(1, "a")], &journal("b")).credits.is_empty());
+        // Of two equal ones nobody knows which it is.
+        let credits = account([of(1, "a")], &journal("a")).credits;
+        assert_eq!(credits, HashMap::from([(of(1, "a"), 1)]));
+    }
+
     fn state() -> impl Strategy<Value = MessageState> {
         prop_oneof![
             Just(MessageState::Delivered),
             Just(MessageState::MaybeSent),
             Just(MessageState::OutcomeUnknown),
             Just(MessageState::DeadOutcomeUnknown),
+            Just(MessageState::DiscardedOutcomeUnknown),
             Just(MessageState::NotSent),
         ]
     }

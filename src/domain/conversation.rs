@@ -191,7 +191,8 @@ impl Observed {
             drift.ended_at = self.ended_at != found.ended_at;
         }
         if unsure.agent {
-            self.advisor = None;
+            // Whose it is is known as long as it is the same.
+            self.advisor = self.advisor.filter(|_| self.agent == found.agent);
         } else {
             drift.agent = self.agent != found.agent;
         }

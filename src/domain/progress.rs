@@ -262,7 +262,7 @@ pub struct Report {
     /// The credits consumed.
     pub consumed: Vec<MessageKey>,
     pub observation: Observation,
-    /// The outcome of a write is unknown.
+    /// The outcome of a write is unknown, or what a chat holds that was taken over.
     pub in_doubt: bool,
     pub due: Due,
     /// How many writes have succeeded since the journal was created.

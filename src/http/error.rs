@@ -125,6 +125,7 @@ impl ErrorKind {
             (401 | 403, _) => Self::Unauthorized,
             (429, _) => Self::Unreachable,
             (404, ChangeChat | Messages | AddMessage) => Self::NotFound(Resource::Chat),
+            (404, Agent) => Self::NotFound(Resource::Agent),
             (404, Chats | Agents) => Self::WrongService,
             (404 | 409, CreateChat | CreateAgent) => Self::Conflict,
             // OurAPI answers 500 to a name or an address that is taken; the caller checks.

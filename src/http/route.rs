@@ -15,6 +15,7 @@ pub enum Route {
     Messages,
     AddMessage,
     Agents,
+    Agent,
     CreateAgent,
     // Both:
     Description,
@@ -33,6 +34,7 @@ impl Route {
             Self::Messages => "GET /chats/{id}/messages",
             Self::AddMessage => "POST /chats/{id}/messages",
             Self::Agents => "GET /agents",
+            Self::Agent => "GET /agents/{id}",
             Self::CreateAgent => "POST /agents",
             Self::Description => "GET /openapi.json",
         }
@@ -74,6 +76,7 @@ mod tests {
             Messages,
             AddMessage,
             Agents,
+            Agent,
             CreateAgent,
             Description,
         ] {

@@ -41,6 +41,7 @@ impl Store {
                 (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);
             let state = match (is_dead, is_discarded, waits, outcome_unknown) {
                 (true, false, _, true) => MessageState::DeadOutcomeUnknown,
+                (true, true, _, true) => MessageState::DiscardedOutcomeUnknown,
                 (true, ..) => MessageState::NotSent,
                 (false, _, false, _) => MessageState::Delivered,
                 (false, _, true, true) => MessageState::OutcomeUnknown,

@@ -157,6 +157,18 @@ impl OurApi {
         self.list(Route::Agents, "name", name).await
     }
 
+    /// Whether there is an agent of that id.
+    pub async fn has_agent(&self, id: Uuid) -> Result<bool> {
+        let agent = self.http.target(Route::Agent, &id.to_string(), None);
+        match self.send(&agent, None::<&()>, json::<Agent>).await {
+            Ok(found) => Ok(found.agent_id == id),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Creates a chat.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Conflict`](crate::http::ErrorKind) if the external id is taken.

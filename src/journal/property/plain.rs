@@ -670,6 +670,7 @@ impl Plain {
                 let standing = match event.state {
                     State::Delivered => MessageState::Delivered,
                     State::Failed if unknown => MessageState::DeadOutcomeUnknown,
+                    State::Discarded if unknown => MessageState::DiscardedOutcomeUnknown,
                     State::Failed | State::Discarded => MessageState::NotSent,
                     State::Waiting if unknown => MessageState::OutcomeUnknown,
                     State::Waiting if *id <= replay_until => MessageState::MaybeSent,

@@ -1,5 +1,6 @@
 //! What is sent to OurAPI, what is sent again, and what is not.
 
+mod doubts;
 mod failures;
 mod handlers;
 mod late;

@@ -1,0 +1,328 @@
+//! What the journal remembers of OurAPI, doubted once too little or once too much.
+
+use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::fault::{crashed, dropped, status};
+use serde_json::json;
+
+use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
+
+/// A daemon whose windows begin after it did, so that nothing is looked up for that reason.
+async fn settled(t: &Test, bench: &Bench) -> Daemon {
+    bench.set("--poll-overlap", "0s");
+    let daemon = bench.start();
+    let started = t.now();
+    until("a later window", async || {
+        bench.cursor() > Some(started + 1)
+    })
+    .await;
+    daemon
+}
+
+/// Another client gives a chat to another agent.
+async fn gives(t: &Test, external_id: &str, email: &str) {
+    let data = t.our_api.data();
+    let mut chats = data.chats.iter();
+    let chat = chats.find(|chat| chat.external_id == external_id);
+    let agent = data.agents.iter().find(|agent| agent.email == email);
+    let chat = chat.expect("a chat").chat_id;
+    let change = json!({"agent_id": agent.expect("an agent").agent_id});
+    let url = format!("{}/chats/{chat}", t.our_api.url());
+    let changed = reqwest::Client::new().patch(url).json(&change).send().await;
+    assert!(changed.expect("an answer").status().is_success());
+}
+
+/// Who has a chat.
+fn agent(t: &Test, external_id: &str) -> Option<String> {
+    let data = t.our_api.data();
+    let chat = data
+        .chats
+        .iter()
+        .find(|chat| chat.external_id == external_id)?;
+    let agent = data
+        .agents
+        .iter()
+        .find(|agent| Some(agent.agent_id) == chat.agent_id)?;
+    Some(agent.email.clone())
+}
+
+/// OurAPI loses a chat, which a message shows, and every other is read back.
+async fn loses(t: &Test, bench: &Bench, external_id: i64, text: &str) {
+    let losses = bench.value::<i64>("SELECT losses FROM control");
+    t.our_api.loses_chat(&external_id.to_string());
+    t.bigchat.reports([message(external_id, t.now(), text)]);
+    until("all is read back", async || {
+        bench.value::<i64>("SELECT losses FROM control") > losses
+            && bench.value::<i64>(
+                "SELECT count(*) FROM conversations WHERE external_id IS NOT NULL
+                    AND verified_losses < (SELECT losses FROM control) OR due_at IS NOT NULL",
+            ) == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_that_was_not_lost_and_cannot_be_read_at_once_is_not_filled_again() {
+    run_live_test(async |t| {
+        let daemon = settled(t, t).await;
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let told = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
+        t.bigchat.reports(told);
+        t.until_events("delivered", 2).await;
+        t.our_api.upset("POST /chats/{id}/messages", status(404));
+        t.our_api.upset("GET /chats", status(200).body("[]"));
+        t.our_api.upset("GET /chats/{id}/messages", crashed());
+        t.bigchat.reports([message(10, now, "three")]);
+        t.until_events("delivered", 3).await;
+        t.agrees().await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_adopted_agent_stays_when_something_else_is_lost() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat
+            .reports([message(10, now - 9, "hello"), transfer(10, now - 8, 7)]);
+        t.once().await;
+        let transferred = agent(t, "10");
+        // That database is lost.
+        let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
+        let daemon = settled(t, &other).await;
+        t.our_api.upset("GET /chats/{id}/messages", crashed());
+        t.bigchat.reports([
+            message(10, now - 5, "hello again"),
+            message(11, now - 5, "hello"),
+        ]);
+        other.until_events("delivered", 2).await;
+        assert_eq!(agent(t, "10"), transferred);
+        loses(t, &other, 11, "are you there?").await;
+        assert_eq!(agent(t, "10"), transferred);
+        t.agrees().await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_that_another_client_gave_stays_after_every_loss() {
+    run_live_test(async |t| {
+        t.differs("another client changes a chat");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat.reports([
+            message(10, now - 9, "hello"),
+            transfer(10, now - 8, 7),
+            message(11, now - 5, "hello"),
+        ]);
+        let daemon = t.start();
+        t.until_events("delivered", 3).await;
+        t.our_api.has_agent("b1", "Zoe", "zoe@z.test");
+        gives(t, "10", "zoe@z.test").await;
+        for text in ["are you there?", "and now?"] {
+            loses(t, t, 11, text).await;
+            assert_eq!(agent(t, "10").as_deref(), Some("zoe@z.test"), "{text}");
+        }
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drift_that_was_reported_is_still_one() {
+    run_live_test(async |t| {
+        t.differs("another client changes a chat");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 2);
+        t.bigchat.reports([
+            message(10, now - 9, "hello"),
+            transfer(10, now - 8, 7),
+            message(11, now - 5, "hello"),
+        ]);
+        let daemon = t.start();
+        t.until_events("delivered", 3).await;
+        let (ours, other) = (agent(t, "10"), agent(t, "11"));
+        gives(t, "10", other.as_deref().expect("an agent")).await;
+        loses(t, t, 11, "are you there?").await;
+        daemon.stop().await;
+        for (arguments, clean, holder) in [
+            (&[][..], false, other),
+            (&["--repair"], false, ours.clone()),
+            (&[], true, ours),
+        ] {
+            let mut command = t.program("verify");
+            command.args(arguments);
+            let ended = tokio::task::spawn_blocking(move || command.output());
+            let output = ended.await.expect("no panic").expect("a process");
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert_eq!(output.status.success(), clean, "{arguments:?}: {said}");
+            assert_eq!(agent(t, "10"), holder, "{arguments:?}: {said}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adopted_agent_is_no_difference() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat
+            .reports([message(10, now - 9, "hello"), transfer(10, now - 8, 7)]);
+        t.once().await;
+        let transferred = agent(t, "10");
+        let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
+        t.bigchat.reports([message(10, now - 5, "hello again")]);
+        other.once().await;
+        for arguments in [&[][..], &["--repair"], &[]] {
+            let mut command = other.program("verify");
+            command.args(arguments);
+            let ended = tokio::task::spawn_blocking(move || command.output());
+            let output = ended.await.expect("no panic").expect("a process");
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{arguments:?}: {said}");
+            assert_eq!(agent(t, "10"), transferred, "{arguments:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
+    run_test(async |t| {
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        t.differs("the discarded message is there");
+        let daemon = t.start();
+        t.delivers([start(42, 0), start(43, 1)]).await;
+        // It is stored, and nobody can see it.
+        t.our_api
+            .upset("POST /chats/c1/messages", crashed().carried_out());
+        t.our_api
+            .upset("GET /chats/c1/messages", status(503).always());
+        t.bigchat.reports([message(42, 5, "first")]);
+        let mut others = 0;
+        until("it fails", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.events("failed") == 1
+        })
+        .await;
+        t.failed_command(&["discard", "--all", "--yes"])
+            .expect("it is discarded");
+        t.our_api.calm();
+        t.our_api.upset("POST /chats/c1/messages", dropped());
+        t.bigchat.reports([message(42, 5, "second")]);
+        until("the second one is there", async || {
+            t.our_api.messages().iter().any(|text| text == "second")
+        })
+        .await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
+    run_test(async |t| {
+        t.differs("a chat is refused");
+        t.set("--rebuild", "false");
+        t.our_api.upset(
+            r#"POST /chats {"agent_id":null,"external_id":"99"*"#,
+            status(422).always(),
+        );
+        t.our_api
+            .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        // BigChat does not know it.
+        t.bigchat.reports([message(99, 5, "who?")]);
+        t.until_events("failed", 1).await;
+        t.our_api.loses_chat("42");
+        let mut command = t.program("verify");
+        command.arg("--repair");
+        let ended = tokio::task::spawn_blocking(move || command.output());
+        ended.await.expect("no panic").expect("a process");
+        until("nothing is left to be read back", async || {
+            t.value::<i64>("SELECT losses FROM control") == 1
+                && t.value::<i64>(
+                    "SELECT count(*) FROM conversations
+                     WHERE external_id IS NOT NULL AND verified_losses < 1 AND due_at IS NULL",
+                ) == 0
+        })
+        .await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_whose_messages_can_never_be_read_takes_what_else_waits_at_a_start() {
+    run_test(async |t| {
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello"), start(43, 1)])
+            .await;
+        daemon.stop().await;
+        t.our_api
+            .upset("GET /chats/c1/messages", status(500).always());
+        t.bigchat.reports([end(42, 9)]);
+        t.start();
+        let mut others = 0;
+        until("the end is there", async || {
+            others += 1;
+            t.bigchat.reports([message(43, 10 + others, "meanwhile")]);
+            t.bigchat.further_polls(1).await;
+            t.our_api.chats()[0].contains("22:00:09")
+        })
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_earlier_message_makes_no_second_chat_of_one_that_may_be_created() {
+    run_test(async |t| {
+        t.set("--retry-initial", "2s").set("--retry-max", "2s");
+        t.start();
+        t.our_api.upset("POST /chats", dropped().carried_out());
+        // BigChat does not know the conversation: only its events tell when it started.
+        t.bigchat.reports([message(99, 10, "later")]);
+        until("it may be created", async || t.our_api.chats().len() == 1).await;
+        t.bigchat.reports([message(99, 5, "sooner")]);
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.our_api.chats(), ["99 22:00:05 - -"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_that_may_be_there_is_looked_up_though_many_changes_wait_before_it() {
+    run_test(async |t| {
+        t.set("--retry-initial", "5s").set("--retry-max", "5s");
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        // More than are claimed at once.
+        t.our_api.upset("PATCH *", status(422).always());
+        t.bigchat.reports((1..=201).map(|at| end(42, at)));
+        t.until_events("failed", 201).await;
+        t.our_api.calm();
+        t.our_api
+            .upset("POST /chats/{id}/messages", dropped().carried_out());
+        t.bigchat.reports([message(42, 5, "hello")]);
+        until("it may be there", async || t.our_api.message_count() == 1).await;
+        until("that is recorded", async || {
+            t.value::<i64>("SELECT count(*) FROM attempts WHERE outcome_unknown") == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"])
+            .expect("all are tried again");
+    })
+    .await;
+}
