@@ -67,9 +67,19 @@ pub struct Settings {
     pub ignore_events: Vec<String>,
 
     /// Requests in flight to OurAPI from this process. All processes that use one OurAPI count together: two daemons with 1
-    /// each send 2 at once. More than 1 in total corrupts an OurAPI that keeps one database per thread.
+    /// each send 2 at once, unless --our-api-lock has them take turns. More than 1 in total corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
+
+    /// File to lock during each request to OurAPI: daemons of one machine that name the same file take turns. It is created
+    /// if it does not exist, and stays empty.
+    #[arg(
+        long,
+        global = true,
+        env = "BIGCHAT_SYNC_OUR_API_LOCK",
+        value_name = "FILE"
+    )]
+    pub our_api_lock: Option<PathBuf>,
 
     /// Prefix of every external id, for several BigChats on one OurAPI. It must never change. The requests of their daemons
     /// add up: see --our-api-concurrency.
@@ -463,7 +473,7 @@ fn host(text: &str) -> Result<String, String> {
 }
 
 /// The longest time that makes sense anywhere, far from what a point in time can hold.
-const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A length of time, for any argument.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
@@ -476,7 +486,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn positive(text: &str) -> Result<Duration, String> {
+pub(crate) fn positive(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         duration if duration < Duration::from_millis(1) => Err("expected at least 1ms".into()),
         duration => Ok(duration),

@@ -7,6 +7,7 @@ pub mod failed;
 pub mod forget;
 mod json;
 pub mod manual;
+pub mod pause;
 pub mod resolutions;
 pub mod status;
 mod table;
@@ -54,6 +55,8 @@ pub enum Command {
     /// Poll and deliver until stopped (the default).
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
+    ///
+    /// While deliveries are paused it only polls, says so, and exits with code 0.
     Once,
     /// Report problems and their remedies; exit code 1 if there are any. Works whether or not the daemon runs.
     ///
@@ -87,6 +90,13 @@ pub enum Command {
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when: the latest first.
     Resolutions(resolutions::Args),
+    /// Pause deliveries; polling continues. For the maintenance of OurAPI: BigChat reports an event only once.
+    ///
+    /// The daemon sends OurAPI nothing meanwhile, not even a probe or a verification, from within a second on. Works whether
+    /// or not a daemon runs, and survives its restart.
+    Pause(pause::Args),
+    /// Resume deliveries after `pause`.
+    Resume,
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
     ///
     /// With --repair, chats, agents and messages that are missing are sent again, as far as the retention reaches, and

@@ -33,6 +33,7 @@ use crate::domain::time::Millis;
 use crate::http::Apis;
 use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
 use crate::metrics::Metrics;
+use crate::our_api::OurApi;
 use crate::settings::{Settings, Token};
 use crate::telemetry::liveness::Liveness;
 use login::Login;
@@ -48,6 +49,7 @@ const FRESH: Duration = Duration::from_millis(500);
 pub struct Console {
     pub settings: Settings,
     pub apis: Apis,
+    pub our_api: Arc<OurApi>,
     /// What changes something goes through the daemon's own connection.
     pub journal: Arc<Journal>,
     pub storage: Arc<Storage>,
@@ -235,6 +237,8 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/failed/discard", post(api::discard))
         .route("/api/failed/undo", post(api::undo))
         .route("/api/failed/{id}", get(api::event))
+        .route("/api/pause", post(api::pause))
+        .route("/api/resume", post(api::resume))
         .route("/api/search", get(api::search))
         .route("/api/conversations/{key}", get(api::conversation))
         .route("/api/decisions", get(api::decisions))
@@ -294,11 +298,14 @@ mod tests {
                 retry,
             ))
         };
+        let apis = Apis {
+            bigchat: http(Api::BigChat, &settings.bigchat_url),
+            our_api: http(Api::OurApi, &settings.our_api_url),
+        };
+        let our_api = OurApi::new(Arc::clone(&apis.our_api), 1, settings.request_timeout);
         let console = Console {
-            apis: Apis {
-                bigchat: http(Api::BigChat, &settings.bigchat_url),
-                our_api: http(Api::OurApi, &settings.our_api_url),
-            },
+            apis,
+            our_api: Arc::new(our_api),
             journal: Arc::new(journal()),
             liveness: Arc::new(Liveness::new(settings.request_timeout, Instant::now())),
             storage: Arc::default(),

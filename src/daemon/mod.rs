@@ -2,6 +2,7 @@
 
 mod health;
 mod parts;
+mod pause;
 mod progress;
 pub mod service;
 mod summary;
@@ -24,7 +25,7 @@ use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::metrics::Metrics;
-use crate::our_api::OurApi;
+use crate::our_api::{Lock, OurApi};
 use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
 use crate::telemetry::liveness::Liveness;
@@ -118,7 +119,9 @@ pub async fn run_at(
             closing.clone(),
         ));
     }
-    let work = observers.watch(&parts, serve(&parts));
+    // Boxed: whatever takes a future by value holds it twice.
+    let work = Box::pin(observers.watch(&parts, serve(&parts)));
+    let work = pause::heed(&parts, work);
     let served = health::keep(&parts, work).await;
     closing.cancel();
     web.join_all().await;
@@ -190,7 +193,7 @@ pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
     stopped(parts, &poller).await
 }
 
-/// Polls once, as far as now, and delivers what is due.
+/// Polls once, as far as now, and delivers what is due; nothing while deliveries are paused, which is no failure.
 ///
 /// # Errors
 ///
@@ -213,12 +216,19 @@ pub async fn once(
         if up_to_date != Some(true) {
             return Err(DaemonError::Unread);
         }
-        match parts.journal.with(Store::waiting).await? {
+        let waiting = parts.journal.with(Store::waiting).await?;
+        if let Some(pause) = parts.our_api.paused() {
+            tracing::warn!(waiting, "nothing was delivered: deliveries are {pause}");
+            return Ok(());
+        }
+        match waiting {
             0 => Ok(()),
             waiting => Err(DaemonError::Undelivered(waiting)),
         }
     };
-    health::keep(&parts, observers.watch(&parts, work)).await
+    let work = Box::pin(observers.watch(&parts, work));
+    let work = pause::heed(&parts, work);
+    health::keep(&parts, work).await
 }
 
 /// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
@@ -242,7 +252,7 @@ pub async fn verify(
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::keep(&parts, work).await;
+    health::keep(&parts, pause::heed(&parts, Box::pin(work))).await;
     Ok(())
 }
 
@@ -350,8 +360,13 @@ pub(crate) async fn begin(
     let bigchat = BigChat::new(Arc::clone(&apis.bigchat));
     let source = Source::new(bigchat, Arc::clone(&journal), stopping.clone());
     let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
-    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout);
+    let lock = settings.our_api_lock.clone().map(|path| {
+        let stopping = stopping.clone();
+        Lock::new(path, timeout, stopping)
+    });
+    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
     our_api.restore_timed_out(session.rate_limits.late);
+    our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     Ok(Parts {
         settings,

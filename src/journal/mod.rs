@@ -16,6 +16,7 @@ mod file;
 mod forget;
 mod inbox;
 mod messages;
+mod pause;
 #[cfg(test)]
 mod property;
 mod queue;

@@ -8,6 +8,7 @@ mod logs;
 mod metrics;
 mod one_daemon;
 mod paths;
+mod pause;
 mod private;
 mod private_logs;
 mod resolutions;
