@@ -31,8 +31,9 @@ use crate::settings::{Settings, TOKEN_VARIABLES};
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
 /// Without a command, it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from files,
-/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN,
-/// and BIGCHAT_SYNC_CONSOLE_TOKEN for the console. SIGHUP reads the files again.
+/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN;
+/// for the console BIGCHAT_SYNC_CONSOLE_TOKEN, and BIGCHAT_SYNC_CONSOLE_READ_TOKEN for those who only read. So does the URL
+/// of a dead man's switch that expects a request a minute: BIGCHAT_SYNC_HEARTBEAT_URL. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
 #[command(version, about, long_about)]
 pub struct Cli {

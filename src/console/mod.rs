@@ -146,11 +146,11 @@ pub enum Listener {
     Open(std::net::TcpListener),
 }
 
-/// Serves until it is to close. Whoever has the token, or anybody if there is none, may do what the console can.
+/// Serves until it is to close. The first token allows everything, the second to read.
 pub(crate) async fn serve(
     console: Console,
     listener: Listener,
-    token: Token,
+    tokens: [Token; 2],
     closing: CancellationToken,
 ) {
     let Some(opened) = closing.run_until_cancelled(open(listener)).await else {
@@ -167,7 +167,7 @@ pub(crate) async fn serve(
     let web = Arc::new(Web {
         names: console.settings.console_host.clone(),
         console,
-        login: Login::new(token, address.port()),
+        login: Login::new(tokens, address.port()),
         reader: OnceCell::new(),
         status: Mutex::default(),
     });
@@ -229,7 +229,7 @@ fn router(web: Arc<Web>) -> Router {
         .merge(page::router());
     let for_known = Router::new()
         .route("/metrics", get(probes::metrics))
-        .route("/api/logout", post(login::logout))
+        .route(guard::LOGOUT, post(login::logout))
         .route("/api/status", get(api::status))
         .route("/api/activity", get(api::activity))
         .route("/api/failed", get(api::failed))
@@ -316,7 +316,7 @@ mod tests {
         let web = Web {
             console,
             names: Vec::new(),
-            login: Login::new(Token::default(), 0),
+            login: Login::new([Token::default(), Token::default()], 0),
             reader: OnceCell::new_with(Some(journal())),
             status: Mutex::default(),
         };

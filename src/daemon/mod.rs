@@ -1,6 +1,7 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
 mod health;
+mod heartbeat;
 mod parts;
 mod pause;
 mod progress;
@@ -104,7 +105,8 @@ pub async fn run_at(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let tokens = tokens.into();
-    let token = tokens.console.clone();
+    let (token, read_token) = (tokens.console.clone(), tokens.console_read.clone());
+    let heartbeat_url = tokens.heartbeat_url.clone();
     let starting = start_when_possible(settings, tokens, stopping);
     let Some(parts) = observers.manager.during_start(starting).await? else {
         return Ok(());
@@ -115,13 +117,13 @@ pub async fn run_at(
         web.spawn(console::serve(
             parts.console(),
             listener,
-            token,
+            [token, read_token],
             closing.clone(),
         ));
     }
     // Boxed: whatever takes a future by value holds it twice.
     let work = Box::pin(observers.watch(&parts, serve(&parts)));
-    let work = pause::heed(&parts, work);
+    let work = heartbeat::beside(&parts, heartbeat_url, pause::heed(&parts, work));
     let served = health::keep(&parts, work).await;
     closing.cancel();
     web.join_all().await;

@@ -4,6 +4,8 @@ mod bad_settings;
 mod commands;
 mod demo;
 mod documentation;
+mod heartbeat;
+mod lock;
 mod logs;
 mod metrics;
 mod one_daemon;
