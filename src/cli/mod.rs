@@ -27,6 +27,7 @@ use self::manual::Chapter;
 use crate::demo;
 use crate::journal::{JournalError, OpenError};
 use crate::settings::{Settings, TOKEN_VARIABLES};
+use crate::version;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
@@ -35,7 +36,7 @@ use crate::settings::{Settings, TOKEN_VARIABLES};
 /// for the console BIGCHAT_SYNC_CONSOLE_TOKEN, and BIGCHAT_SYNC_CONSOLE_READ_TOKEN for those who only read. So does the URL
 /// of a dead man's switch that expects a request a minute: BIGCHAT_SYNC_HEARTBEAT_URL. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
-#[command(version, about, long_about)]
+#[command(version = version::text(), about, long_about)]
 pub struct Cli {
     /// The command.
     #[command(subcommand)]
@@ -326,7 +327,11 @@ fn unknown_variables(
     let unknown = environment.into_iter().filter_map(|(name, value)| {
         let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
         let end = name.strip_prefix(PREFIX)?;
-        if known.contains(&&*name) || end.starts_with("TEST_") || is_service_link(end, &value) {
+        if known.contains(&&*name)
+            || end.starts_with("TEST_")
+            || end.starts_with("BUILD_")
+            || is_service_link(end, &value)
+        {
             return None;
         }
         let likeness = |known: &str| strsim::jaro_winkler(end, &known[PREFIX.len()..]);

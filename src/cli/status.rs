@@ -12,6 +12,7 @@ use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
 use crate::journal::{Figures, Gap, JournalError, OpenError, Store};
 use crate::telemetry::terminal::{printable, shown};
+use crate::version;
 
 /// Longest time without a completed poll, in poll intervals; at least [`STALE`].
 const INTERVALS: u32 = 6;
@@ -104,7 +105,7 @@ impl Status {
         let daemon_runs = store.is_in_use();
         let problems = problems(&figures, daemon_runs, poll_interval, now);
         Ok(Self {
-            version: env!("CARGO_PKG_VERSION"),
+            version: version::VERSION,
             now,
             daemon_runs,
             healthy: problems.is_empty(),

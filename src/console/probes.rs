@@ -13,6 +13,7 @@ use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::{Api, Http};
 use crate::metrics::Now;
+use crate::version;
 
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -141,7 +142,12 @@ fn of_daemon(now: &mut Now, console: &Console) {
         "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
         flag(console.liveness.stuck(Instant::now()).is_some()),
     );
-    now.gauges(
+    let build = [
+        ("version", Some(version::VERSION)),
+        ("commit", version::COMMIT),
+        ("date", version::DATE),
+    ];
+    now.info(
         "build_info",
         "Which version this is, and of which commit if the build said so; always 1",
         build,

@@ -31,6 +31,7 @@ use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::terminal::{Terminal, shown};
+use crate::version;
 
 /// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
@@ -343,7 +344,7 @@ pub(crate) async fn begin(
         .await?;
     tracing::info!(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
-        session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
+        session = session.id, "bigchat-sync {} is running", version::text()
     );
     if !session.after_clean_end {
         tracing::warn!(
