@@ -277,7 +277,8 @@ pub(super) struct Text {
     q: Option<String>,
 }
 
-/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's address; the latest ones for nothing.
+/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's name or address; the latest
+/// ones for nothing. A number may also be the id of an event.
 pub(super) async fn search(
     State(web): State<Arc<Web>>,
     text: Result<Query<Text>, QueryRejection>,
@@ -285,10 +286,12 @@ pub(super) async fn search(
     let text = text?.0.q.unwrap_or_default();
     let text: String = text.chars().take(MAX_QUERY).collect();
     let wanted = Search::read(&text, &web.console.settings.external_id_prefix);
-    let (rows, more) = web
-        .read(move |store| store.find_conversations(&wanted))
-        .await?;
-    Ok(Json(json!({ "conversations": rows, "more": more })).into_response())
+    let read = web.read(move |store| {
+        let found = store.find_conversations(&wanted)?;
+        Ok((found, store.found_event(&wanted)?))
+    });
+    let ((rows, more), event) = read.await?;
+    Ok(Json(json!({ "conversations": rows, "more": more, "event": event })).into_response())
 }
 
 #[derive(Deserialize)]

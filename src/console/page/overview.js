@@ -4,7 +4,7 @@ import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
 import { get } from "./daemon.js";
 import { by } from "./failed.js";
-import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
+import { ago, at, count, lasting, now, perMinute, roughly, sentence, since, size, some, zone } from "./format.js";
 import { conversation, kind, loading, resolved } from "./parts.js";
 import { pauseButton } from "./pause.js";
 
@@ -122,7 +122,7 @@ function chart(data) {
     el(
       "header",
       null,
-      el("h2", { id: "chart-title" }, "Events a minute"),
+      el("h2", { id: "chart-title" }, "Events a minute ", el("small.muted", null, zone(now()))),
       el(
         "div.segments",
         { role: "group", "aria-label": "How far back" },
