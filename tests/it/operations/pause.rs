@@ -87,7 +87,8 @@ async fn paused_daemon_polls_and_sends_nothing() {
         assert!(resume(t).contains("deliveries resume"));
         t.agrees().await;
         assert_eq!(daemon.lines_with("deliveries resume"), 1);
-        assert!(t.status().1, "what waited through the pause is not late");
+        // What waited through the pause is not late; that OurAPI is up is recorded within a second.
+        until("there is no problem", async || t.status().1).await;
         assert!(resume(t).contains("are not paused"));
         assert!(daemon.stop().await.success());
     })
@@ -176,7 +177,7 @@ async fn verify_waits_for_the_end_of_a_pause() {
         pause(t, &[]);
         let verify = Process::start_as(t, t.program("verify"));
         until("it says why it waits", async || {
-            verify.lines_with("nothing is verified for now: deliveries are paused") == 1
+            verify.lines_with("deliveries are paused") > 0
         })
         .await;
         assert_eq!(t.our_api.total(), asked);
