@@ -37,6 +37,9 @@ CREATE TABLE control (
     bigchat_retry_after INTEGER NOT NULL DEFAULT 0, -- no request to the API before then
     our_api_retry_after INTEGER NOT NULL DEFAULT 0,
     late_until          INTEGER NOT NULL DEFAULT 0, -- requests that timed out may be carried out until then
+    paused_at           INTEGER,                    -- when deliveries were last paused
+    paused_until        INTEGER,                    -- when that pause ends; NULL: only by resuming
+    resumed_at          INTEGER,                    -- when it ended; NULL: it has not, as far as is recorded
     clean_end           INTEGER NOT NULL DEFAULT 1 CHECK (clean_end = 0 OR clean_end = 1)
 ) STRICT;
 INSERT INTO control (id) VALUES (1);

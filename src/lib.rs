@@ -92,3 +92,4 @@ pub mod settings;
 pub mod simulator;
 pub mod telemetry;
 pub mod user;
+pub mod version;

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::cli::{
-    check, conversation, export, failed, forget, manual, resolutions, status, verify,
+    check, conversation, export, failed, forget, manual, pause, resolutions, status, verify,
 };
 use bigchat_sync::daemon::service;
 use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::demo::{self, DemoError};
+use bigchat_sync::our_api::lock_is_usable;
 use bigchat_sync::settings::{Listen, LiveTokens, Settings, Tokens};
 use bigchat_sync::telemetry::log::{self, LogFormat};
 use bigchat_sync::telemetry::terminal::{Terminal, shown};
@@ -82,6 +83,14 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         }
         Some(Command::Status(args)) => match status::run(&args, &settings) {
             Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
+            Err(error) => complain(terminal, &error, 1),
+        },
+        Some(Command::Pause(args)) => match pause::pause(&args, &settings.db()) {
+            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
+            Err(error) => complain(terminal, &error, 1),
+        },
+        Some(Command::Resume) => match pause::resume(&settings.db()) {
+            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
             Err(error) => complain(terminal, &error, 1),
         },
         Some(Command::Check(args)) => block_on(terminal, async {
@@ -156,6 +165,10 @@ where
         Err(error) => return complain(terminal, &error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
+        return complain(terminal, &error, BAD_SETTING);
+    }
+    let lock = settings.our_api_lock.as_deref().map(lock_is_usable);
+    if let Some(Err(error)) = lock {
         return complain(terminal, &error, BAD_SETTING);
     }
     log::show_message_text(settings.log_message_text);

@@ -68,9 +68,19 @@ pub struct Settings {
     pub ignore_events: Vec<String>,
 
     /// Requests in flight to OurAPI from this process. All processes that use one OurAPI count together: two daemons with 1
-    /// each send 2 at once. More than 1 in total corrupts an OurAPI that keeps one database per thread.
+    /// each send 2 at once, unless --our-api-lock has them take turns. More than 1 in total corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
+
+    /// File to lock during each request to OurAPI: daemons of one machine that name the same file take turns. It is created
+    /// if it does not exist, and stays empty.
+    #[arg(
+        long,
+        global = true,
+        env = "BIGCHAT_SYNC_OUR_API_LOCK",
+        value_name = "FILE"
+    )]
+    pub our_api_lock: Option<PathBuf>,
 
     /// Prefix of every external id, for several BigChats on one OurAPI. It must never change. The requests of their daemons
     /// add up: see --our-api-concurrency.
@@ -229,13 +239,17 @@ impl Settings {
 }
 
 /// The environment variables that are settings as well, though not flags.
-pub(crate) const TOKEN_VARIABLES: [&str; 6] = [
+pub(crate) const TOKEN_VARIABLES: [&str; 10] = [
     "BIGCHAT_SYNC_BIGCHAT_TOKEN",
     "BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
     "BIGCHAT_SYNC_OUR_API_TOKEN",
     "BIGCHAT_SYNC_OUR_API_TOKEN_FILE",
     "BIGCHAT_SYNC_CONSOLE_TOKEN",
     "BIGCHAT_SYNC_CONSOLE_TOKEN_FILE",
+    "BIGCHAT_SYNC_CONSOLE_READ_TOKEN",
+    "BIGCHAT_SYNC_CONSOLE_READ_TOKEN_FILE",
+    "BIGCHAT_SYNC_HEARTBEAT_URL",
+    "BIGCHAT_SYNC_HEARTBEAT_URL_FILE",
 ];
 
 /// The bearer tokens, one for each API and the console's, where the environment gives them.
@@ -247,6 +261,10 @@ pub struct Tokens {
     pub our_api: Option<SecretString>,
     /// `BIGCHAT_SYNC_CONSOLE_TOKEN` or what `BIGCHAT_SYNC_CONSOLE_TOKEN_FILE` holds: who asks the console must know it.
     pub console: Option<SecretString>,
+    /// The same of `BIGCHAT_SYNC_CONSOLE_READ_TOKEN`: who knows only this one sees everything and changes nothing.
+    pub console_read: Option<SecretString>,
+    /// The same of `BIGCHAT_SYNC_HEARTBEAT_URL`: who knows it can pretend that the daemon is healthy.
+    pub heartbeat_url: Option<SecretString>,
     /// Those of the files named that all users of this machine may read or write.
     pub exposed_files: Vec<PathBuf>,
 }
@@ -275,11 +293,24 @@ pub enum TokenError {
         "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot carry"
     )]
     Unusable(String),
-    /// The console's token can be guessed.
+    /// A token of the console can be guessed.
     #[error(
-        "the token from BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE has fewer than {MIN_CONSOLE_TOKEN} characters and can be guessed; `openssl rand -hex 16` makes a good one"
+        "the token from {0} or {0}_FILE has fewer than {MIN_CONSOLE_TOKEN} characters and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
-    Short,
+    Short(&'static str),
+    /// With a token that only reads, nobody could change anything.
+    #[error(
+        "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}: set both, or nobody could change anything"
+    )]
+    ReadOnly,
+    /// The token that only reads could change everything.
+    #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; make another one")]
+    SameToken,
+    /// It is no URL to send a heartbeat to.
+    #[error(
+        "{HEARTBEAT_URL} or {HEARTBEAT_URL}_FILE does not give a URL that begins with https:// or http://"
+    )]
+    HeartbeatUrl,
     /// A token was given before, and is no more.
     #[error("{0} and {0}_FILE no longer give a token")]
     Gone(String),
@@ -294,6 +325,8 @@ pub enum TokenError {
 const BIGCHAT_TOKEN: &str = "BIGCHAT_SYNC_BIGCHAT_TOKEN";
 const OUR_API_TOKEN: &str = "BIGCHAT_SYNC_OUR_API_TOKEN";
 const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
+const CONSOLE_READ_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_READ_TOKEN";
+const HEARTBEAT_URL: &str = "BIGCHAT_SYNC_HEARTBEAT_URL";
 
 /// The path of a token's file. One that is not absolute may be the token itself, set in the wrong variable.
 fn token_file(path: &Path) -> String {
@@ -313,13 +346,15 @@ impl Tokens {
             bigchat: token(BIGCHAT_TOKEN)?,
             our_api: token(OUR_API_TOKEN)?,
             console: token(CONSOLE_TOKEN)?,
+            console_read: token(CONSOLE_READ_TOKEN)?,
+            heartbeat_url: token(HEARTBEAT_URL)?,
             exposed_files,
         })
     }
 
     /// Whether the console may be served there.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
-        allow(self.console.as_ref(), listen)
+        allow(self.console.as_ref(), self.console_read.as_ref(), listen)
     }
 }
 
@@ -349,15 +384,37 @@ fn read_token(
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(TokenError::Unusable(name.into()));
     }
-    Ok(Some(SecretString::from(token)))
+    let token = SecretString::from(token);
+    if name == HEARTBEAT_URL && heartbeat_url(&token).is_none() {
+        return Err(TokenError::HeartbeatUrl);
+    }
+    Ok(Some(token))
 }
 
-fn allow(console: Option<&SecretString>, listen: Listen) -> Result<(), TokenError> {
-    let is_short = |token: &SecretString| token.expose_secret().len() < MIN_CONSOLE_TOKEN;
-    match listen {
-        Listen::At(_) if console.is_some_and(is_short) => Err(TokenError::Short),
-        Listen::At(address) if !address.ip().is_loopback() && console.is_none() => {
-            Err(TokenError::Open(address))
+/// Where a heartbeat is sent, if that is a URL it can be sent to.
+pub(crate) fn heartbeat_url(text: &SecretString) -> Option<Url> {
+    let url = Url::parse(text.expose_secret()).ok()?;
+    (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
+}
+
+fn allow(
+    console: Option<&SecretString>,
+    console_read: Option<&SecretString>,
+    listen: Listen,
+) -> Result<(), TokenError> {
+    let Listen::At(address) = listen else {
+        return Ok(());
+    };
+    for (name, token) in [(CONSOLE_TOKEN, console), (CONSOLE_READ_TOKEN, console_read)] {
+        if token.is_some_and(|token| token.expose_secret().len() < MIN_CONSOLE_TOKEN) {
+            return Err(TokenError::Short(name));
+        }
+    }
+    match (console, console_read) {
+        (None, Some(_)) => Err(TokenError::ReadOnly),
+        (None, None) if !address.ip().is_loopback() => Err(TokenError::Open(address)),
+        (Some(all), Some(read)) if all.expose_secret() == read.expose_secret() => {
+            Err(TokenError::SameToken)
         }
         _ => Ok(()),
     }
@@ -400,6 +457,10 @@ pub struct LiveTokens {
     pub our_api: Token,
     /// The console's.
     pub console: Token,
+    /// The console's for those who only read.
+    pub console_read: Token,
+    /// Where heartbeats are sent.
+    pub heartbeat_url: Token,
 }
 
 impl From<Tokens> for LiveTokens {
@@ -408,6 +469,8 @@ impl From<Tokens> for LiveTokens {
             bigchat: tokens.bigchat.into(),
             our_api: tokens.our_api.into(),
             console: tokens.console.into(),
+            console_read: tokens.console_read.into(),
+            heartbeat_url: tokens.heartbeat_url.into(),
         }
     }
 }
@@ -427,8 +490,14 @@ impl LiveTokens {
                 (None, Some(_)) => Err(TokenError::Gone(name.into())),
                 (Some(new), _) if old.is(&new) => Ok(None),
                 (Some(new), _) => {
-                    if name == CONSOLE_TOKEN {
-                        allow(Some(&new), listen)?;
+                    match name {
+                        CONSOLE_TOKEN => {
+                            allow(Some(&new), self.console_read.get().as_ref(), listen)?;
+                        }
+                        CONSOLE_READ_TOKEN => {
+                            allow(self.console.get().as_ref(), Some(&new), listen)?;
+                        }
+                        _ => {}
                     }
                     old.set(new);
                     Ok(Some(name))
@@ -439,6 +508,8 @@ impl LiveTokens {
             reload(BIGCHAT_TOKEN, &self.bigchat),
             reload(OUR_API_TOKEN, &self.our_api),
             reload(CONSOLE_TOKEN, &self.console),
+            reload(CONSOLE_READ_TOKEN, &self.console_read),
+            reload(HEARTBEAT_URL, &self.heartbeat_url),
         ];
         reloaded.into_iter().filter_map(Result::transpose).collect()
     }
@@ -508,7 +579,7 @@ fn host(text: &str) -> Result<String, String> {
 }
 
 /// The longest time that makes sense anywhere, far from what a point in time can hold.
-const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A length of time, for any argument.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
@@ -521,7 +592,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn positive(text: &str) -> Result<Duration, String> {
+pub(crate) fn positive(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         duration if duration < Duration::from_millis(1) => Err("expected at least 1ms".into()),
         duration => Ok(duration),
@@ -665,10 +736,46 @@ mod tests {
             std::fs::write(&file, "short").expect("a file");
             let short = reload();
             match name {
-                CONSOLE_TOKEN => assert!(matches!(short[..], [Err(TokenError::Short)])),
+                CONSOLE_TOKEN => assert!(matches!(short[..], [Err(TokenError::Short(_))])),
                 _ => assert!(matches!(short[..], [Ok(_)])),
             }
         }
+    }
+
+    /// The tokens by such variables, or why they cannot be used.
+    fn console_tokens(pairs: &[(&str, &str)]) -> Result<(), TokenError> {
+        let variable = |name: &str| {
+            let pair = pairs.iter().find(|(set, _)| *set == name);
+            pair.map(|(_, value)| OsString::from(value))
+        };
+        Tokens::read(variable)?.allow(Listen::At(DEFAULT_LISTEN))
+    }
+
+    #[test]
+    fn read_token_needs_another_full_one() {
+        let (one, other) = ("0123456789abcdef", "fedcba9876543210");
+        let both = |all, read| console_tokens(&[(CONSOLE_TOKEN, all), (CONSOLE_READ_TOKEN, read)]);
+        both(one, other).expect("two tokens");
+        assert!(matches!(both(one, one), Err(TokenError::SameToken)));
+        assert!(matches!(
+            both(one, "short"),
+            Err(TokenError::Short(CONSOLE_READ_TOKEN))
+        ));
+        assert!(matches!(
+            console_tokens(&[(CONSOLE_READ_TOKEN, one)]),
+            Err(TokenError::ReadOnly)
+        ));
+    }
+
+    #[test]
+    fn heartbeat_url_is_a_url() {
+        for bad in ["hc.example/uuid", "ftp://hc.example/uuid", "https://"] {
+            let read = console_tokens(&[(HEARTBEAT_URL, bad)]);
+            let error = read.expect_err(bad).to_string();
+            assert!(error.contains(HEARTBEAT_URL), "{error}");
+            assert!(!error.contains("uuid"), "{error}");
+        }
+        console_tokens(&[(HEARTBEAT_URL, "https://hc.example/uuid")]).expect("a URL");
     }
 
     #[test]

@@ -10,12 +10,15 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::BigChat;
+use crate::domain::pause::Pause;
+use crate::domain::time::Millis;
 use crate::http::route::Route;
-use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network};
+use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network, json};
 use crate::journal::{OpenError, Store};
-use crate::our_api::OurApi;
+use crate::our_api::{Lock, OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 use crate::telemetry::terminal::{printable, shown};
 
@@ -120,6 +123,12 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             Tokens::default()
         }
     };
+    let lock = settings.our_api_lock.as_deref().map(lock_is_usable);
+    if let Some(Err(error)) = lock {
+        let remedy = "name a file that this user may create and write";
+        report.fail("settings", error.to_string(), remedy);
+        return report;
+    }
     for file in &tokens.exposed_files {
         let text = format!(
             "other users of this machine have access to the token file {}",
@@ -143,9 +152,11 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
                 }
             }
         }
-        State::Free(_kept_for_now) => {
+        State::Free(mut kept_for_now) => {
             report.pass("daemon", "is not running; the APIs are asked now");
-            ask(&mut report, settings, tokens).await;
+            let pause = kept_for_now.as_mut().map(Store::pause);
+            let pause = pause.and_then(Result::ok).flatten();
+            ask(&mut report, settings, tokens, pause).await;
             check_console(&mut report, settings.listen);
         }
     }
@@ -244,7 +255,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     }
 }
 
-async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
+async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Option<Pause>) {
     let timeout = settings.request_timeout;
     let networks = Network::new(&settings.bigchat_url, timeout)
         .and_then(|bigchat| Ok((bigchat, Network::new(&settings.our_api_url, timeout)?)));
@@ -261,7 +272,10 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
             return report.fail("HTTP", format!("cannot create the client: {error}"), remedy);
         }
     };
-    let claim = claim(&bigchat, "/events").await;
+    let description = bigchat.target(Route::Description, "", None);
+    let description = bigchat.call(&description, None::<&()>, |answer| json(&answer.body));
+    let description: Option<Value> = description.await.ok();
+    let claim = description.and_then(|description| claim(&description, "/events"));
     let bigchat = BigChat::new(Arc::new(bigchat));
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as expected"),
@@ -272,8 +286,18 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens) {
         Err(error) => Err(error),
     };
     tell(report, Api::BigChat, bigchat.http(), claim, answer);
-    let claim = self::claim(&our_api, "/chats").await;
+    if let Some(pause) = pause.filter(|pause| pause.left(Millis::now()).is_some()) {
+        let text = format!("is not asked: deliveries are {pause}");
+        return report.pass(Api::OurApi.title(), text);
+    }
+    let lock = settings.our_api_lock.clone().map(|path| {
+        let stopping = CancellationToken::new();
+        Lock::new(path, timeout, stopping)
+    });
     let our_api = OurApi::new(Arc::new(our_api), settings.our_api_concurrency, timeout);
+    let our_api = our_api.locked(lock);
+    let description = our_api.description().await.ok();
+    let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
     tell(report, Api::OurApi, our_api.http(), claim, answer);
@@ -288,10 +312,7 @@ struct Claim {
 }
 
 /// Both publish a description of themselves. In production it may be missing, which is no failure.
-async fn claim(http: &Http, route: &str) -> Option<Claim> {
-    let description = http.target(Route::Description, "", None);
-    let answer = http.send(&description, None::<&()>).await.ok()?;
-    let description: Value = serde_json::from_slice(&answer.body).ok()?;
+fn claim(description: &Value, route: &str) -> Option<Claim> {
     let text = |field: &str| description["info"][field].as_str();
     Some(Claim {
         name: format!("{} {}", text("title")?, text("version").unwrap_or_default()),

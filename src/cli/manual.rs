@@ -39,6 +39,8 @@ pub enum Chapter {
     Log,
     /// What is guaranteed, what is not, and the tests that show it.
     Guarantees,
+    /// Pause, heartbeat, several daemons, the read token, the package.
+    Hold,
     /// How it works.
     Design,
 }
@@ -55,6 +57,7 @@ impl Chapter {
             Self::Verify => include_str!("manual/verify.md"),
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
+            Self::Hold => include_str!("manual/hold.md"),
             Self::Design => include_str!("manual/design.md"),
         };
         // Comments are for those who write the chapters.

@@ -7,6 +7,7 @@ pub mod failed;
 pub mod forget;
 mod json;
 pub mod manual;
+pub mod pause;
 pub mod resolutions;
 pub mod status;
 mod table;
@@ -26,14 +27,16 @@ use self::manual::Chapter;
 use crate::demo;
 use crate::journal::{JournalError, OpenError};
 use crate::settings::{Settings, TOKEN_VARIABLES};
+use crate::version;
 
 /// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
 ///
 /// Without a command, it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from files,
-/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN,
-/// and BIGCHAT_SYNC_CONSOLE_TOKEN for the console. SIGHUP reads the files again.
+/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN;
+/// for the console BIGCHAT_SYNC_CONSOLE_TOKEN, and BIGCHAT_SYNC_CONSOLE_READ_TOKEN for those who only read. So does the URL
+/// of a dead man's switch that expects a request a minute: BIGCHAT_SYNC_HEARTBEAT_URL. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
-#[command(version, about, long_about)]
+#[command(version = version::text(), about, long_about)]
 pub struct Cli {
     /// The command.
     #[command(subcommand)]
@@ -54,6 +57,8 @@ pub enum Command {
     /// Poll and deliver until stopped (the default).
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
+    ///
+    /// While deliveries are paused it only polls, says so, and exits with code 0.
     Once,
     /// Report problems and their remedies; exit code 1 if there are any. Works whether or not the daemon runs.
     ///
@@ -87,6 +92,13 @@ pub enum Command {
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when: the latest first.
     Resolutions(resolutions::Args),
+    /// Pause deliveries; polling continues. For the maintenance of OurAPI: BigChat reports an event only once.
+    ///
+    /// The daemon sends OurAPI nothing meanwhile, not even a probe or a verification, from within a second on. Works whether
+    /// or not a daemon runs, and survives its restart.
+    Pause(pause::Args),
+    /// Resume deliveries after `pause`.
+    Resume,
     /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
     ///
     /// With --repair, chats, agents and messages that are missing are sent again, as far as the retention reaches, and
@@ -315,7 +327,11 @@ fn unknown_variables(
     let unknown = environment.into_iter().filter_map(|(name, value)| {
         let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
         let end = name.strip_prefix(PREFIX)?;
-        if known.contains(&&*name) || end.starts_with("TEST_") || is_service_link(end, &value) {
+        if known.contains(&&*name)
+            || end.starts_with("TEST_")
+            || end.starts_with("BUILD_")
+            || is_service_link(end, &value)
+        {
             return None;
         }
         let likeness = |known: &str| strsim::jaro_winkler(end, &known[PREFIX.len()..]);

@@ -13,6 +13,7 @@ use crate::http::{Api, ApiStatus};
 use crate::journal::{DifferingChat, Figures, Gap, JournalError, OpenError, Store, Verification};
 use crate::settings::Settings;
 use crate::telemetry::terminal::{printable, shown};
+use crate::version;
 
 /// Longest time without a completed poll, in poll intervals; at least [`STALE`].
 const INTERVALS: u32 = 6;
@@ -106,7 +107,7 @@ impl Status {
         let daemon_runs = store.is_in_use();
         let problems = problems(&figures, daemon_runs, settings.poll_interval, now);
         Ok(Self {
-            version: env!("CARGO_PKG_VERSION"),
+            version: version::VERSION,
             now,
             daemon_runs,
             healthy: problems.is_empty(),
@@ -127,7 +128,7 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
 }
 
 /// The problems, the worst first.
-fn problems(
+pub(crate) fn problems(
     figures: &Figures,
     daemon_runs: bool,
     poll_interval: Duration,
@@ -150,7 +151,9 @@ fn problems(
         (Api::BigChat, &figures.bigchat),
         (Api::OurApi, &figures.our_api),
     ] {
-        if status.up == Some(false) {
+        // A pause is for the time in which OurAPI is down.
+        let is_expected = api == Api::OurApi && figures.paused.is_some();
+        if status.up == Some(false) && !is_expected {
             let since = status.since.unwrap_or_default();
             let why = status.problem.as_deref().unwrap_or("it does not answer");
             let remedy = match (status.lasts, api) {
@@ -209,8 +212,11 @@ fn problems(
         }
         Some(_) => {}
     }
+    // What waited through a pause is late only if it is not delivered soon after.
+    let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
     if let Some(oldest) = &figures.oldest_waiting
-        && now.since(oldest.since) > STALE
+        && figures.paused.is_none()
+        && now.since(could_be_sent_since(oldest.since)) > STALE
     {
         let why = oldest
             .reason
@@ -290,6 +296,12 @@ fn text(status: &Status) -> String {
             format!("events from {from} to {until}; BigChat no longer reports them"),
         );
     }
+    if let Some(pause) = figures.paused {
+        line(
+            "deliveries",
+            format!("{pause}; `bigchat-sync resume` ends the pause"),
+        );
+    }
     let oldest = figures.oldest_waiting.as_ref();
     let since = oldest.map_or_else(String::new, |oldest| {
         format!(", the oldest for {}", duration(now.since(oldest.since)))
@@ -342,7 +354,10 @@ fn text(status: &Status) -> String {
     }
     lines.push(String::new());
     if status.healthy {
-        lines.push("no problems".into());
+        lines.push(match figures.paused {
+            Some(_) => "no problems; deliveries are paused".into(),
+            None => "no problems".into(),
+        });
     }
     for Problem { what, remedy } in &status.problems {
         lines.push(format!("! {}\n  → {remedy}", printable(what)));

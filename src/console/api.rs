@@ -15,8 +15,10 @@ use serde_json::json;
 
 use super::guard::Client;
 use super::{ReadError, Web, error};
+use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::journal::{Operator, Reason, Resolution, Search, Selection};
+use crate::settings::LONGEST;
 
 /// The furthest that activity is kept back, in hours.
 const HOURS: u32 = 7 * 24;
@@ -226,11 +228,57 @@ async fn resolve(web: &Web, client: Client, which: Which, resolution: Resolution
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Length {
+    /// Missing: until an operator resumes.
+    seconds: Option<u64>,
+}
+
+/// `POST /api/pause`: pauses deliveries, for so many seconds if that is said.
+pub(super) async fn pause(
+    State(web): State<Arc<Web>>,
+    length: Result<Json<Length>, JsonRejection>,
+) -> Answer {
+    let length = length?.0.seconds.map(Duration::from_secs);
+    if length.is_some_and(|length| length.is_zero() || length > LONGEST) {
+        let what = "\"seconds\" must be at least 1 and at most 100 years";
+        return Err(ApiError::ParseError(what.to_owned()));
+    }
+    let pause = Pause::begin(length, Millis::now());
+    let paused = web
+        .console
+        .journal
+        .with(move |store| store.set_pause(pause));
+    paused.await.map_err(ReadError::from)?;
+    // It begins now, not when the journal is next read.
+    web.console.our_api.set_pause(Some(pause));
+    web.forget_status().await;
+    Ok(Json(json!({ "paused": pause })).into_response())
+}
+
+/// `POST /api/resume`: ends the pause, if there is one.
+pub(super) async fn resume(State(web): State<Arc<Web>>) -> Answer {
+    let ended = web.console.journal.with(|store| {
+        let pause = store.pause()?;
+        if let Some(pause) = pause {
+            store.end_pause(pause, Millis::now())?;
+        }
+        Ok(pause)
+    });
+    ended.await.map_err(ReadError::from)?;
+    web.console.our_api.set_pause(None);
+    web.console.work_available.notify_one();
+    web.forget_status().await;
+    Ok(Json(json!({ "paused": null })).into_response())
+}
+
+#[derive(Deserialize)]
 pub(super) struct Text {
     q: Option<String>,
 }
 
-/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's address; the latest ones for nothing.
+/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's name or address; the latest
+/// ones for nothing. A number may also be the id of an event.
 pub(super) async fn search(
     State(web): State<Arc<Web>>,
     text: Result<Query<Text>, QueryRejection>,
@@ -238,10 +286,12 @@ pub(super) async fn search(
     let text = text?.0.q.unwrap_or_default();
     let text: String = text.chars().take(MAX_QUERY).collect();
     let wanted = Search::read(&text, &web.console.settings.external_id_prefix);
-    let (rows, more) = web
-        .read(move |store| store.find_conversations(&wanted))
-        .await?;
-    Ok(Json(json!({ "conversations": rows, "more": more })).into_response())
+    let read = web.read(move |store| {
+        let found = store.find_conversations(&wanted)?;
+        Ok((found, store.found_event(&wanted)?))
+    });
+    let ((rows, more), event) = read.await?;
+    Ok(Json(json!({ "conversations": rows, "more": more, "event": event })).into_response())
 }
 
 #[derive(Deserialize)]

@@ -25,11 +25,15 @@ use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use super::connections::{Ends, Place};
+use super::login::Access;
 use super::{Web, error};
 use crate::user;
 
 /// What tells a request of the console from any other: `1`, or the key that a login gave.
 pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
+
+/// Where a session ends.
+pub(super) const LOGOUT: &str = "/api/logout";
 
 /// How long a request's body may take to arrive, and then its answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -88,6 +92,10 @@ pub(crate) enum Rejection {
         .0.map_or_else(|| "an unknown user".to_owned(), user::name)
     )]
     ReadOnly(Option<u32>),
+    #[error(
+        "this token can read and change nothing; log in with the token from BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE"
+    )]
+    ReadToken,
     #[error("too many wrong tokens; wait {0} s")]
     TooManyTries(u64),
     #[error("the request was not answered in time")]
@@ -105,7 +113,9 @@ impl IntoResponse for Rejection {
         let status = match self {
             Self::Malformed => StatusCode::BAD_REQUEST,
             Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
-            Self::CrossSite | Self::NotOurs | Self::ReadOnly(_) => StatusCode::FORBIDDEN,
+            Self::CrossSite | Self::NotOurs | Self::ReadOnly(_) | Self::ReadToken => {
+                StatusCode::FORBIDDEN
+            }
             Self::NoLength => StatusCode::LENGTH_REQUIRED,
             Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -188,9 +198,13 @@ pub(super) async fn authenticate(
     next: Next,
 ) -> Response {
     let known = if web.login.is_needed() {
-        web.login
-            .authenticate(ends.peer.ip(), request.headers())
-            .map(|()| format!("token holder at {}", ends.peer.ip().to_canonical()))
+        let peer = ends.peer.ip();
+        // Signing out changes nothing but the client's own session.
+        let changes = !reads(request.method()) && request.uri().path() != LOGOUT;
+        match web.login.authenticate(peer, request.headers()) {
+            Ok(Access::Read) if changes => Err(Rejection::ReadToken),
+            known => known.map(|_| format!("token holder at {}", peer.to_canonical())),
+        }
     } else if reads(request.method()) {
         Ok(String::new())
     } else {

@@ -43,14 +43,23 @@ const MAX_NETWORKS: usize = 1000;
 #[derive(Debug)]
 pub(super) struct Login {
     token: Token,
+    read_token: Token,
     cookie: String,
     sessions: Mutex<Vec<Session>>,
     tries: Mutex<Tries>,
     failures: AtomicU64,
 }
 
+/// What a token allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    All,
+    Read,
+}
+
 /// Its `Debug` shows no secret.
 struct Session {
+    access: Access,
     /// The token it began with: it ends with it.
     token: SecretString,
     cookie: String,
@@ -109,10 +118,11 @@ pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> R
 }
 
 impl Login {
-    /// With a token; the port tells the cookies of several daemons on one host apart.
-    pub(super) fn new(token: Token, port: u16) -> Self {
+    /// With the token that allows everything, and the one that allows to read; the port tells the cookies of several daemons on one host apart.
+    pub(super) fn new([token, read_token]: [Token; 2], port: u16) -> Self {
         Self {
             token,
+            read_token,
             cookie: format!("bigchat_sync_{port}"),
             sessions: Mutex::default(),
             tries: Mutex::default(),
@@ -130,10 +140,14 @@ impl Login {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// Whether a request comes from somebody known.
-    pub(super) fn authenticate(&self, peer: IpAddr, headers: &HeaderMap) -> Result<(), Rejection> {
+    /// What the client of a request may do.
+    pub(super) fn authenticate(
+        &self,
+        peer: IpAddr,
+        headers: &HeaderMap,
+    ) -> Result<Access, Rejection> {
         if !self.is_needed() {
-            return Ok(());
+            return Ok(Access::All);
         }
         let now = Instant::now();
         if let Some(token) = bearer(headers) {
@@ -141,14 +155,12 @@ impl Login {
         }
         let key = headers.get(KEY).map_or(&b""[..], HeaderValue::as_bytes);
         let sessions = self.sessions(now);
-        let known = self
+        let session = self
             .cookies(headers)
-            .any(|cookie| sessions.iter().any(|session| session.is(cookie, key)));
-        if known {
-            Ok(())
-        } else {
-            Err(Rejection::Unidentified)
-        }
+            .find_map(|cookie| sessions.iter().find(|session| session.is(cookie, key)));
+        session
+            .map(|session| session.access)
+            .ok_or(Rejection::Unidentified)
     }
 
     fn begin(
@@ -157,8 +169,9 @@ impl Login {
         token: &str,
         now: Instant,
     ) -> Result<(String, String), Rejection> {
-        self.check(peer, token.as_bytes(), now)?;
+        let access = self.check(peer, token.as_bytes(), now)?;
         let session = Session {
+            access,
             token: SecretString::from(token),
             cookie: secret(),
             key: secret(),
@@ -180,27 +193,37 @@ impl Login {
             .retain(|session| !cookies.iter().any(|cookie| session.is(cookie, key)));
     }
 
-    /// Whether that is the token. Too many wrong ones, and nobody of that network is told.
-    fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<(), Rejection> {
+    /// What a token allows. Too many wrong ones, and nobody of that network is told.
+    fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<Access, Rejection> {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         tries.may_try(peer, now)?;
-        let right = |right: SecretString| right.expose_secret().as_bytes().ct_eq(token).into();
-        if self.token.get().is_some_and(right) {
-            Ok(())
-        } else {
-            tries.failed(peer, now);
-            self.failures.fetch_add(1, Ordering::Relaxed);
-            Err(Rejection::Unidentified)
+        let is = |right: &Token| {
+            let right = right.get();
+            right.is_some_and(|right| right.expose_secret().as_bytes().ct_eq(token).into())
+        };
+        match (is(&self.token), is(&self.read_token)) {
+            (true, _) => Ok(Access::All),
+            (false, true) => Ok(Access::Read),
+            (false, false) => {
+                tries.failed(peer, now);
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                Err(Rejection::Unidentified)
+            }
         }
     }
 
     /// The sessions that last.
     fn sessions(&self, now: Instant) -> MutexGuard<'_, Vec<Session>> {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-        let token = self.token.get();
-        let token = token.as_ref().map(ExposeSecret::expose_secret);
-        sessions
-            .retain(|session| now < session.until && Some(session.token.expose_secret()) == token);
+        let (token, read_token) = (self.token.get(), self.read_token.get());
+        sessions.retain(|session| {
+            let token = match session.access {
+                Access::All => &token,
+                Access::Read => &read_token,
+            };
+            let token = token.as_ref().map(ExposeSecret::expose_secret);
+            now < session.until && Some(session.token.expose_secret()) == token
+        });
         sessions
     }
 
@@ -317,9 +340,11 @@ mod tests {
     use super::*;
 
     const TOKEN: &str = "a token that is long enough";
+    const READ_TOKEN: &str = "another token that is long enough";
 
     fn login() -> Login {
-        Login::new(Some(SecretString::from(TOKEN)).into(), 8268)
+        let tokens = [TOKEN, READ_TOKEN].map(|token| Some(SecretString::from(token)).into());
+        Login::new(tokens, 8268)
     }
 
     fn peer(last: u8) -> IpAddr {
@@ -345,7 +370,7 @@ mod tests {
             let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key.to_owned())]);
             login.authenticate(peer(1), &headers)
         };
-        assert_eq!(ask(&cookie, &key), Ok(()));
+        assert_eq!(ask(&cookie, &key), Ok(Access::All));
         assert_eq!(ask(&cookie, "1"), Err(Rejection::Unidentified));
         assert_eq!(ask(&cookie, ""), Err(Rejection::Unidentified));
         assert_eq!(ask("", &key), Err(Rejection::Unidentified));
@@ -358,6 +383,19 @@ mod tests {
             Err(Rejection::Unidentified),
             "it is over"
         );
+    }
+
+    #[test]
+    fn session_reads_only_with_the_read_token() {
+        let (login, now) = (login(), Instant::now());
+        assert_eq!(
+            login.check(peer(1), READ_TOKEN.as_bytes(), now),
+            Ok(Access::Read)
+        );
+        let (cookie, key) = login.begin(peer(1), READ_TOKEN, now).expect("a session");
+        let cookies = format!("bigchat_sync_8268={cookie}");
+        let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key)]);
+        assert_eq!(login.authenticate(peer(1), &headers), Ok(Access::Read));
     }
 
     #[test]
@@ -386,10 +424,14 @@ mod tests {
             Err(Rejection::TooManyTries(TRY_EVERY.as_secs())),
             "else one would only have to ask on"
         );
-        assert_eq!(right(peer(2), now), Ok(()));
-        assert_eq!(right(peer(1), now + TRY_EVERY), Ok(()));
+        assert_eq!(right(peer(2), now), Ok(Access::All));
+        assert_eq!(right(peer(1), now + TRY_EVERY), Ok(Access::All));
         for _ in 0..20 {
-            assert_eq!(right(peer(2), now), Ok(()), "being right costs nothing");
+            assert_eq!(
+                right(peer(2), now),
+                Ok(Access::All),
+                "being right costs nothing"
+            );
         }
         let addresses = (0..20_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n]));
         let refused = addresses

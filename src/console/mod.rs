@@ -33,6 +33,7 @@ use crate::domain::time::Millis;
 use crate::http::Apis;
 use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
 use crate::metrics::Metrics;
+use crate::our_api::OurApi;
 use crate::settings::{Settings, Token};
 use crate::telemetry::liveness::Liveness;
 use login::Login;
@@ -48,6 +49,7 @@ const FRESH: Duration = Duration::from_millis(500);
 pub struct Console {
     pub settings: Settings,
     pub apis: Apis,
+    pub our_api: Arc<OurApi>,
     /// What changes something goes through the daemon's own connection.
     pub journal: Arc<Journal>,
     pub storage: Arc<Storage>,
@@ -144,11 +146,11 @@ pub enum Listener {
     Open(std::net::TcpListener),
 }
 
-/// Serves until it is to close. Whoever has the token, or anybody if there is none, may do what the console can.
+/// Serves until it is to close. The first token allows everything, the second to read.
 pub(crate) async fn serve(
     console: Console,
     listener: Listener,
-    token: Token,
+    tokens: [Token; 2],
     closing: CancellationToken,
 ) {
     let Some(opened) = closing.run_until_cancelled(open(listener)).await else {
@@ -165,7 +167,7 @@ pub(crate) async fn serve(
     let web = Arc::new(Web {
         names: console.settings.console_host.clone(),
         console,
-        login: Login::new(token, address.port()),
+        login: Login::new(tokens, address.port()),
         reader: OnceCell::new(),
         status: Mutex::default(),
     });
@@ -227,7 +229,7 @@ fn router(web: Arc<Web>) -> Router {
         .merge(page::router());
     let for_known = Router::new()
         .route("/metrics", get(probes::metrics))
-        .route("/api/logout", post(login::logout))
+        .route(guard::LOGOUT, post(login::logout))
         .route("/api/status", get(api::status))
         .route("/api/activity", get(api::activity))
         .route("/api/failed", get(api::failed))
@@ -235,6 +237,8 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/failed/discard", post(api::discard))
         .route("/api/failed/undo", post(api::undo))
         .route("/api/failed/{id}", get(api::event))
+        .route("/api/pause", post(api::pause))
+        .route("/api/resume", post(api::resume))
         .route("/api/search", get(api::search))
         .route("/api/conversations/{key}", get(api::conversation))
         .route("/api/decisions", get(api::decisions))
@@ -294,11 +298,14 @@ mod tests {
                 retry,
             ))
         };
+        let apis = Apis {
+            bigchat: http(Api::BigChat, &settings.bigchat_url),
+            our_api: http(Api::OurApi, &settings.our_api_url),
+        };
+        let our_api = OurApi::new(Arc::clone(&apis.our_api), 1, settings.request_timeout);
         let console = Console {
-            apis: Apis {
-                bigchat: http(Api::BigChat, &settings.bigchat_url),
-                our_api: http(Api::OurApi, &settings.our_api_url),
-            },
+            apis,
+            our_api: Arc::new(our_api),
             journal: Arc::new(journal()),
             liveness: Arc::new(Liveness::new(settings.request_timeout, Instant::now())),
             storage: Arc::default(),
@@ -309,7 +316,7 @@ mod tests {
         let web = Web {
             console,
             names: Vec::new(),
-            login: Login::new(Token::default(), 0),
+            login: Login::new([Token::default(), Token::default()], 0),
             reader: OnceCell::new_with(Some(journal())),
             status: Mutex::default(),
         };

@@ -16,7 +16,7 @@ macro_rules! file {
 }
 
 /// What is served, and as what.
-const FILES: [((&str, &str), &str); 14] = [
+const FILES: [((&str, &str), &str); 15] = [
     (("/", include_str!("page/index.html")), HTML),
     (file!("console.css"), STYLE),
     (file!("icon.svg"), PICTURE),
@@ -30,6 +30,7 @@ const FILES: [((&str, &str), &str); 14] = [
     (file!("format.js"), SCRIPT),
     (file!("overview.js"), SCRIPT),
     (file!("parts.js"), SCRIPT),
+    (file!("pause.js"), SCRIPT),
     (file!("talk.js"), SCRIPT),
 ];
 

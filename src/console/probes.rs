@@ -13,6 +13,7 @@ use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::{Api, Http};
 use crate::metrics::Now;
+use crate::version;
 
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -25,15 +26,20 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events get through: both APIs answer, by the daemon's own last exchanges, and the journal takes them.
+/// Whether events get through: both APIs answer, by the daemon's own last exchanges, and the journal takes them. While
+/// deliveries are paused that is how an operator wants it: the daemon is ready, and the console stays within reach.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let console = &web.console;
     let [bigchat, our_api] = Api::ALL.map(|api| console.apis.status(api).up);
+    let paused = console.our_api.paused();
     let why = [
         (bigchat.is_none(), "BigChat was not asked yet\n"),
         (bigchat == Some(false), "BigChat is down\n"),
         // It is asked only once there is something to deliver.
-        (our_api == Some(false), "OurAPI is down\n"),
+        (
+            our_api == Some(false) && paused.is_none(),
+            "OurAPI is down\n",
+        ),
         (console.storage.refuses(), "the journal cannot be written\n"),
     ];
     let why: String = why
@@ -41,10 +47,10 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
         .filter(|(is, _)| *is)
         .map(|(_, why)| *why)
         .collect();
-    if why.is_empty() {
-        "ok\n".into_response()
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
+    match (why.is_empty(), paused) {
+        (true, None) => "ok\n".into_response(),
+        (true, Some(pause)) => format!("ok: deliveries are {pause}\n").into_response(),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, why).into_response(),
     }
 }
 
@@ -106,6 +112,26 @@ fn of_daemon(now: &mut Now, console: &Console) {
             (Api::OurApi.name(), left(&console.apis.our_api)),
         ],
     );
+    let paused = console.our_api.paused();
+    now.gauge(
+        "paused",
+        "Whether an operator has paused deliveries",
+        flag(paused.is_some()),
+    );
+    if let Some(until) = paused.and_then(|pause| pause.until) {
+        now.gauge(
+            "paused_until_timestamp_seconds",
+            "When the pause ends; missing without a pause, and if only an operator ends it",
+            until.0 as f64 / 1e3,
+        );
+    }
+    if let Some(waited) = console.our_api.lock_waited() {
+        now.seconds(
+            "our_api_lock_wait",
+            "For how long requests to OurAPI have waited for --our-api-lock, all together; missing without a lock",
+            waited,
+        );
+    }
     now.gauge(
         "journal_writable",
         "Whether the journal took what the daemon last had for it",
@@ -116,11 +142,15 @@ fn of_daemon(now: &mut Now, console: &Console) {
         "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
         flag(console.liveness.stuck(Instant::now()).is_some()),
     );
-    now.gauges(
+    let build = [
+        ("version", Some(version::VERSION)),
+        ("commit", version::COMMIT),
+        ("date", version::DATE),
+    ];
+    now.info(
         "build_info",
-        "Which version this is; always 1",
-        "version",
-        [(env!("CARGO_PKG_VERSION"), 1.0)],
+        "Which version this is, and of which commit if the build said so; always 1",
+        build,
     );
 }
 

@@ -1,7 +1,9 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
 mod health;
+mod heartbeat;
 mod parts;
+mod pause;
 mod progress;
 pub mod service;
 mod summary;
@@ -24,11 +26,12 @@ use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::metrics::Metrics;
-use crate::our_api::OurApi;
+use crate::our_api::{Lock, OurApi};
 use crate::poller::Poller;
 use crate::settings::{Listen, LiveTokens, Settings};
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::terminal::{Terminal, shown};
+use crate::version;
 
 /// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
@@ -103,7 +106,8 @@ pub async fn run_at(
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
     let tokens = tokens.into();
-    let token = tokens.console.clone();
+    let (token, read_token) = (tokens.console.clone(), tokens.console_read.clone());
+    let heartbeat_url = tokens.heartbeat_url.clone();
     let starting = start_when_possible(settings, tokens, stopping);
     let Some(parts) = observers.manager.during_start(starting).await? else {
         return Ok(());
@@ -114,11 +118,13 @@ pub async fn run_at(
         web.spawn(console::serve(
             parts.console(),
             listener,
-            token,
+            [token, read_token],
             closing.clone(),
         ));
     }
-    let work = observers.watch(&parts, serve(&parts));
+    // Boxed: whatever takes a future by value holds it twice.
+    let work = Box::pin(observers.watch(&parts, serve(&parts)));
+    let work = heartbeat::beside(&parts, heartbeat_url, pause::heed(&parts, work));
     let served = health::keep(&parts, work).await;
     closing.cancel();
     web.join_all().await;
@@ -190,7 +196,7 @@ pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
     stopped(parts, &poller).await
 }
 
-/// Polls once, as far as now, and delivers what is due.
+/// Polls once, as far as now, and delivers what is due; nothing while deliveries are paused, which is no failure.
 ///
 /// # Errors
 ///
@@ -213,12 +219,19 @@ pub async fn once(
         if up_to_date != Some(true) {
             return Err(DaemonError::Unread);
         }
-        match parts.journal.with(Store::waiting).await? {
+        let waiting = parts.journal.with(Store::waiting).await?;
+        if let Some(pause) = parts.our_api.paused() {
+            tracing::warn!(waiting, "nothing was delivered: deliveries are {pause}");
+            return Ok(());
+        }
+        match waiting {
             0 => Ok(()),
             waiting => Err(DaemonError::Undelivered(waiting)),
         }
     };
-    health::keep(&parts, observers.watch(&parts, work)).await
+    let work = Box::pin(observers.watch(&parts, work));
+    let work = pause::heed(&parts, work);
+    health::keep(&parts, work).await
 }
 
 /// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
@@ -242,7 +255,7 @@ pub async fn verify(
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::keep(&parts, work).await;
+    health::keep(&parts, pause::heed(&parts, Box::pin(work))).await;
     Ok(())
 }
 
@@ -331,7 +344,7 @@ pub(crate) async fn begin(
         .await?;
     tracing::info!(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
-        session = session.id, "bigchat-sync {} is running", env!("CARGO_PKG_VERSION")
+        session = session.id, "bigchat-sync {} is running", version::text()
     );
     if !session.after_clean_end {
         tracing::warn!(
@@ -350,8 +363,13 @@ pub(crate) async fn begin(
     let bigchat = BigChat::new(Arc::clone(&apis.bigchat));
     let source = Source::new(bigchat, Arc::clone(&journal), stopping.clone());
     let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
-    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout);
+    let lock = settings.our_api_lock.clone().map(|path| {
+        let stopping = stopping.clone();
+        Lock::new(path, timeout, stopping)
+    });
+    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
     our_api.restore_timed_out(session.rate_limits.late);
+    our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     Ok(Parts {
         settings,

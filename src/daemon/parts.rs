@@ -70,6 +70,7 @@ impl Parts {
         Console {
             settings: self.settings.clone(),
             apis: self.apis.clone(),
+            our_api: Arc::clone(&self.our_api),
             journal: Arc::clone(&self.journal),
             storage: Arc::clone(&self.storage),
             metrics: Arc::clone(&self.metrics),

@@ -96,7 +96,9 @@ impl Summary {
         (self.before, self.at) = (counts, Instant::now());
         let down = Api::ALL.iter().any(|api| parts.apis.of(*api).is_down());
         let queue = queue(parts).await;
-        let all_is_well = !down && !left_out && queue.is_some_and(|queue| queue.waiting == 0);
+        let paused = parts.our_api.paused();
+        let all_is_well =
+            !down && paused.is_none() && !left_out && queue.is_some_and(|queue| queue.waiting == 0);
         if all_is_well && !done.something_happened() {
             return;
         }
@@ -112,6 +114,7 @@ impl Summary {
             failed_in_all = queue.map(|queue| queue.failed),
             bigchat = state(parts, Api::BigChat),
             our_api = state(parts, Api::OurApi),
+            paused = paused.map(|_| true),
             "summary"
         );
     }
@@ -119,7 +122,9 @@ impl Summary {
 
 /// How the daemon fares, in a sentence.
 pub(super) async fn sentence(parts: &Parts) -> String {
-    let mut text = format!(
+    let paused = parts.our_api.paused();
+    let mut text = paused.map_or_else(String::new, |pause| format!("deliveries are {pause}; "));
+    text += &format!(
         "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
         state(parts, Api::BigChat),
         state(parts, Api::OurApi),

@@ -75,6 +75,11 @@ impl AttemptError {
         matches!(self, Self::Read(_) | Self::Write(_))
     }
 
+    /// A request was not even made. The event is as it was.
+    pub(super) fn is_withheld(&self) -> bool {
+        matches!(self, Self::Read(error) | Self::Write(error) if error.kind == ErrorKind::Withheld)
+    }
+
     /// A request to BigChat failed.
     pub(super) fn is_of_bigchat(&self) -> bool {
         matches!(self, Self::Read(error) if error.api == Api::BigChat)

@@ -55,6 +55,7 @@ impl Scheduler {
                 }
                 let event = stopped.at.and_then(|at| find(&events, at));
                 match (event, &stopped.error) {
+                    (_, error) if error.is_withheld() => due = Due::At(now),
                     (Some(event), AttemptError::Journal(error)) => {
                         // This is no failed attempt of the event.
                         tracing::error!(

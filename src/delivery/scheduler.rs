@@ -229,6 +229,10 @@ impl Scheduler {
 
     fn circuit(&self, now: Millis) -> Circuit {
         let our_api = &self.worker.our_api;
+        if our_api.paused().is_some() {
+            let until = now.plus(CHECK_EVERY);
+            return Circuit::Open { until };
+        }
         match (our_api.http().rate_limited_until(now), our_api.room(now)) {
             (Some(until), _) | (None, Err(until)) => Circuit::Open { until },
             (None, Ok(_)) => our_api.http().circuit(now),

@@ -34,6 +34,8 @@ pub enum ErrorKind {
         /// The request may have been carried out: after a 503 that is unknown; after a 429 it was not.
         outcome_unknown: bool,
     },
+    /// Not sent: deliveries are paused, or the daemon stops. This is no attempt, and says nothing about the API.
+    Withheld,
     /// 401 or 403: no request will succeed before the credentials are renewed.
     Unauthorized,
     /// Another service answers.
@@ -110,9 +112,11 @@ impl ErrorKind {
             | Self::WrongService => Sign::Down,
             Self::Rejected if is_read => Sign::Down,
             Self::Rejected => Sign::Up,
-            Self::RateLimited { .. } | Self::NotFound(_) | Self::Conflict | Self::Ambiguous => {
-                Sign::Neither
-            }
+            Self::RateLimited { .. }
+            | Self::Withheld
+            | Self::NotFound(_)
+            | Self::Conflict
+            | Self::Ambiguous => Sign::Neither,
         }
     }
 
@@ -218,6 +222,7 @@ impl ApiError {
             ErrorKind::RateLimited { until, .. } => {
                 format!("{api} is rate-limited until {until}")
             }
+            ErrorKind::Withheld => format!("nothing is sent to {api} now"),
             ErrorKind::Unauthorized => format!(
                 "{api} rejected the credentials; renew {} or check {}",
                 api.token_setting(),

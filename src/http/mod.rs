@@ -32,6 +32,7 @@ use self::health::{Health, Latest};
 use self::rate_limit::RateLimit;
 use self::route::Route;
 pub use self::transport::{Network, NoResponse, Request, Response, Sending, Transport};
+pub(crate) use self::transport::{cause, client};
 use crate::domain::backoff::Policy;
 use crate::domain::time::Millis;
 use crate::settings::Token;

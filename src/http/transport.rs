@@ -245,7 +245,7 @@ impl Transport for Network {
 }
 
 /// Takes 1 ms; with TLS, which needs the certificates of this machine, some 10 ms.
-fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwest::Error> {
+pub(crate) fn client(with_tls: bool, timeout: Duration) -> Result<Client, reqwest::Error> {
     let mut client = Client::builder();
     if !with_tls {
         client = client.tls_certs_only([]);
@@ -307,7 +307,7 @@ fn lost(error: reqwest::Error) -> NoResponse {
 }
 
 /// The root cause of an error, without the URL, whose query may have an e-mail address.
-fn cause(error: reqwest::Error) -> String {
+pub(crate) fn cause(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut cause: &dyn std::error::Error = &error;
     while let Some(deeper) = cause.source() {

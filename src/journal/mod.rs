@@ -16,6 +16,7 @@ mod file;
 mod forget;
 mod inbox;
 mod messages;
+mod pause;
 #[cfg(test)]
 mod property;
 mod queue;
@@ -42,7 +43,7 @@ use crate::telemetry::terminal::shown;
 use file::DatabaseFile;
 
 pub use console::{
-    Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, Search, WholeEvent,
+    Activity, ConversationRow, EventRow, FailedRow, FoundEvent, Minutes, Page, Search, WholeEvent,
 };
 pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use super::{Result, Store};
+use super::{Result, Store, pause};
 use crate::domain::ids::EventId;
+use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
 /// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
@@ -24,6 +25,8 @@ pub struct Session {
     /// The session before gave nothing up and committed everything.
     pub after_clean_end: bool,
     pub rate_limits: RateLimits,
+    /// That nobody has ended.
+    pub pause: Option<Pause>,
 }
 
 /// The latest event that another copy of the database may have delivered: it waited when the session started, or its
@@ -61,6 +64,7 @@ impl Store {
         let transaction = self.begin()?;
         let after_clean_end =
             transaction.query_row("SELECT clean_end FROM control", [], |row| row.get(0))?;
+        let (pause, _) = pause::latest(&transaction)?;
         // OurAPI may have been repaired since, and BigChat.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
         transaction.execute("DELETE FROM advisors WHERE name IS NULL", [])?;
@@ -83,6 +87,7 @@ impl Store {
                     },
                     replay_until: ReplayUntil::new(row.get(6)?),
                     after_clean_end,
+                    pause,
                 })
             },
         )?;

@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::activity::minute;
 use super::dead_letters::is_permanent;
 use super::verification::left;
-use super::{Result, Store};
+use super::{Result, Store, pause};
+use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::ApiStatus;
 
@@ -126,6 +127,10 @@ pub struct Figures {
     pub gaps: Vec<Gap>,
     /// When the latest event happened that it ever reported, by its clock.
     pub newest_event_at: Option<Timestamp>,
+    /// While deliveries are paused.
+    pub paused: Option<Pause>,
+    /// When the latest pause ended.
+    pub resumed_at: Option<Millis>,
     /// How many events wait.
     pub waiting: u64,
     /// The one that has waited for longest.
@@ -163,6 +168,8 @@ impl Store {
         let transaction = self.connection.transaction()?;
         let source = source(&transaction, now)?;
         let (waiting, oldest_waiting) = waiting(&transaction)?;
+        let (pause, resumed_at) = pause::latest(&transaction)?;
+        let paused = pause.filter(|pause| pause.left(now).is_some());
         let (received, delivered) = rates(&transaction, now)?;
         let failed = transaction
             .prepare_cached("SELECT count(*) FROM dead_letters WHERE discarded_at IS NULL")?
@@ -192,6 +199,12 @@ impl Store {
             cursor_moved_at: source.cursor_moved_at,
             gaps: gaps(&transaction)?,
             newest_event_at: source.newest_event.map(Timestamp::clamped),
+            paused,
+            // Without a daemon its end is not recorded.
+            resumed_at: match paused {
+                Some(_) => None,
+                None => resumed_at.or(pause.and_then(|pause| pause.until)),
+            },
             waiting,
             oldest_waiting,
             failed,

@@ -91,6 +91,11 @@ impl Pass {
 impl Store {
     /// Why nothing is asked of OurAPI now, as far as whoever delivers has stored it.
     pub fn our_api_waits_for(&mut self, now: Millis) -> Result<Option<String>> {
+        if let Some(pause) = self.pause()?.filter(|pause| pause.left(now).is_some()) {
+            return Ok(Some(format!(
+                "deliveries are {pause}; `bigchat-sync resume` ends the pause"
+            )));
+        }
         let status = self.api(Api::OurApi.name())?;
         if status.up == Some(false) {
             let since = status.since.unwrap_or_default();

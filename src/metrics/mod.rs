@@ -410,6 +410,30 @@ impl Now {
         self.0.register(name, help, gauges);
     }
 
+    /// Facts, as labels of a value that is always 1; those that are not known are left out.
+    pub fn info<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        facts: [(&'static str, Option<&'static str>); N],
+    ) {
+        let known = facts
+            .into_iter()
+            .filter_map(|(name, fact)| Some((name, fact?)));
+        let labels: Vec<(&'static str, &'static str)> = known.collect();
+        let gauges = Family::<Vec<(&'static str, &'static str)>, Gauge<f64, AtomicU64>>::default();
+        gauges.get_or_create(&labels).set(1.0);
+        self.0.register(name, help, gauges);
+    }
+
+    /// A sum of time that only grows, kept elsewhere.
+    pub fn seconds(&mut self, name: &str, help: &str, value: Duration) {
+        let counter = Counter::<f64, AtomicU64>::default();
+        counter.inc_by(value.as_secs_f64());
+        self.0
+            .register_with_unit(name, help, Unit::Seconds, counter);
+    }
+
     /// A count that only grows, kept elsewhere.
     pub fn counter(&mut self, name: &str, help: &str, value: u64) {
         let counter: Counter = Counter::default();

@@ -1,5 +1,7 @@
 //! The OurAPI client, typed after the contract. It bounds the requests in flight of all callers together.
 
+mod gate;
+mod lock;
 mod permits;
 
 use std::collections::HashMap;
@@ -9,19 +11,25 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
+use self::gate::Gate;
+pub use self::lock::{Lock, LockError, usable as lock_is_usable};
 use self::permits::Permits;
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{ChatChange, Fields};
+use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::route::Route;
-use crate::http::{self, ApiError, Http, Response, Target};
+use crate::http::{self, Api, ApiError, ErrorKind, Http, Response, Target};
 
 #[derive(Debug)]
 pub struct OurApi {
     http: Arc<Http>,
     permits: Permits,
+    lock: Option<Lock>,
+    gate: Gate,
 }
 
 /// A chat in OurAPI.
@@ -103,7 +111,14 @@ impl OurApi {
         Self {
             http,
             permits: Permits::new(max_in_flight, request_timeout),
+            lock: None,
+            gate: Gate::default(),
         }
+    }
+
+    /// The same, with each request under a lock.
+    pub fn locked(self, lock: Option<Lock>) -> Self {
+        Self { lock, ..self }
     }
 
     /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
@@ -128,8 +143,29 @@ impl OurApi {
         self.permits.restore(until);
     }
 
+    /// For how long requests have waited for the lock, all together; `None`: there is no lock.
+    pub fn lock_waited(&self) -> Option<Duration> {
+        self.lock.as_ref().map(Lock::waited)
+    }
+
+    /// Sends nothing while that pause lasts; `None`: sends again.
+    pub fn set_pause(&self, pause: Option<Pause>) {
+        self.gate.set(pause);
+    }
+
+    /// While deliveries are paused: since when, and until when.
+    pub fn paused(&self) -> Option<Pause> {
+        self.gate.paused()
+    }
+
     pub fn http(&self) -> &Http {
         &self.http
+    }
+
+    /// What OurAPI says it is, if it answers.
+    pub async fn description(&self) -> Result<Value> {
+        let description = self.http.target(Route::Description, "", None);
+        self.send(&description, None::<&()>, json).await
     }
 
     /// The chat with this external id.
@@ -249,11 +285,29 @@ impl OurApi {
         read: impl FnOnce(&mut Response) -> std::result::Result<T, String>,
     ) -> Result<T> {
         let permit = self.permits.acquire().await;
+        let withheld = |why| ApiError::not_sent(Api::OurApi, ErrorKind::Withheld, why);
+        let turn = match &self.lock {
+            None => None,
+            Some(lock) => {
+                // Boxed: the future of a request stays small.
+                let turn = Box::pin(lock.acquire()).await;
+                Some(turn.ok_or_else(|| withheld("the daemon stops".to_owned()))?)
+            }
+        };
+        if let Some(pause) = self.paused() {
+            return Err(withheld(format!("deliveries are {pause}")));
+        }
+        if let Some(turn) = &turn {
+            turn.begin();
+        }
         let result = self.http.call(target, body, read).await;
-        if let Err(error) = &result
-            && error.kind.timed_out()
-        {
-            permit.hold();
+        match &result {
+            Err(error) if error.kind.timed_out() => permit.hold(turn),
+            _ => {
+                if let Some(turn) = turn {
+                    turn.finish();
+                }
+            }
         }
         result
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep_until};
 
+use super::lock::Turn;
 use crate::domain::time::Millis;
 
 #[derive(Debug)]
@@ -20,13 +21,15 @@ pub(super) struct Permits {
 }
 
 /// The permits of requests that were given up.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Held {
     permits: u16,
     /// Monotonic, so that a step of this machine's clock frees no permit.
     until: Instant,
     /// The same by this machine's clock, for a later session.
     by_clock: Millis,
+    /// Nobody else may ask meanwhile either.
+    turn: Option<Turn>,
 }
 
 impl Permits {
@@ -100,14 +103,15 @@ impl Permits {
             free.forget();
             permits
         });
-        self.hold(permits, time);
+        self.hold(permits, time, None);
     }
 
-    fn hold(&self, permits: u16, time: Duration) {
+    fn hold(&self, permits: u16, time: Duration, turn: Option<Turn>) {
         self.held().push(Held {
             permits,
             until: Instant::now() + time,
             by_clock: Millis::now().plus(time),
+            turn,
         });
     }
 
@@ -118,10 +122,13 @@ impl Permits {
             return None;
         }
         let now = Instant::now();
-        held.retain(|held| {
+        held.retain_mut(|held| {
             let holds = now < held.until;
             if !holds {
                 self.free.add_permits(usize::from(held.permits));
+                if let Some(turn) = held.turn.take() {
+                    turn.finish();
+                }
             }
             holds
         });
@@ -141,9 +148,9 @@ pub(super) struct Permit<'a> {
 
 impl Permit<'_> {
     /// Holds the permit for another time-out.
-    pub(super) fn hold(self) {
+    pub(super) fn hold(self, turn: Option<Turn>) {
         self.permit.forget();
-        self.permits.hold(1, self.permits.request_timeout);
+        self.permits.hold(1, self.permits.request_timeout, turn);
     }
 }
 
@@ -159,7 +166,7 @@ mod tests {
     async fn clock_step_frees_no_permit() {
         for step in [-1_000, 40_000] {
             let permits = Permits::new(1, TIMEOUT);
-            permits.acquire().await.hold();
+            permits.acquire().await.hold(None);
             let now = Millis::now();
             assert!(permits.room(now).is_err(), "the request may be in flight");
             assert!(
@@ -172,7 +179,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn timed_out_request_holds_its_permit() {
         let permits = Permits::new(2, TIMEOUT);
-        permits.acquire().await.hold();
+        permits.acquire().await.hold(None);
         assert_eq!(permits.room(Millis::now()), Ok(1));
         let other = permits.acquire().await;
         let start = Instant::now();

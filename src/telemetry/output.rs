@@ -7,12 +7,15 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tracing::Level;
 
+use crate::telemetry::journal;
 use crate::telemetry::log::{self, LogFormat};
 
 /// How many bytes may wait to be written: some thousand lines.
@@ -27,6 +30,7 @@ pub(crate) struct Output {
     queue: Mutex<Queue>,
     changed: Condvar,
     format: OnceLock<LogFormat>,
+    is_journal: AtomicBool,
 }
 
 #[derive(Default)]
@@ -65,6 +69,7 @@ impl Output {
             queue: Mutex::default(),
             changed: Condvar::new(),
             format: OnceLock::new(),
+            is_journal: AtomicBool::new(false),
         });
         let writing = Arc::clone(&output);
         thread::Builder::new()
@@ -74,8 +79,13 @@ impl Output {
     }
 
     /// How the log is written. The first call counts.
-    pub(crate) fn set_format(&self, format: LogFormat) {
+    pub(crate) fn set_format(&self, format: LogFormat, is_journal: bool) {
         self.format.get_or_init(|| format);
+        self.is_journal.store(is_journal, Ordering::Relaxed);
+    }
+
+    pub(crate) fn format(&self) -> LogFormat {
+        self.format.get().copied().unwrap_or(LogFormat::Text)
     }
 
     /// Has lines written to standard error, unless too much waits already.
@@ -178,8 +188,13 @@ impl Output {
             head.push(b'\n');
         }
         if lost > 0 {
-            let format = self.format.get().copied().unwrap_or(LogFormat::Text);
-            head.extend_from_slice(log::lost(format, lost).as_bytes());
+            let format = self.format();
+            let line = log::lost(format, lost).into_bytes();
+            let in_journal = self.is_journal.load(Ordering::Relaxed) && format == LogFormat::Text;
+            head.extend(match in_journal {
+                true => journal::prefixed(&line, Level::WARN),
+                false => line,
+            });
         }
         head
     }
@@ -254,7 +269,7 @@ mod tests {
                 written: Arc::clone(&written),
             };
             let output = Output::start(io::sink(), err).expect("a thread");
-            output.set_format(LogFormat::Json);
+            output.set_format(LogFormat::Json, false);
             Self {
                 output,
                 go_on,

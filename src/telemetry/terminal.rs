@@ -11,6 +11,10 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use rustix::termios::tcgetwinsize;
 
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::telemetry::journal;
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::output::Output;
 
@@ -25,6 +29,8 @@ const USUAL_SIZE: (u16, u16) = (24, 80);
 pub struct Terminal {
     picture: Option<MultiProgress>,
     output: Arc<Output>,
+    /// Standard error is the journal of systemd, which reads priorities.
+    is_journal: bool,
 }
 
 impl Terminal {
@@ -44,7 +50,12 @@ impl Terminal {
             let target = ProgressDrawTarget::term_like_with_hz(terminal, FRAMES_PER_SECOND);
             MultiProgress::with_draw_target(target)
         });
-        Ok(Self { picture, output })
+        let is_journal = journal::is_standard_error();
+        Ok(Self {
+            picture,
+            output,
+            is_journal,
+        })
     }
 
     /// Whether the picture tells the most of what a log would say as a warning.
@@ -53,10 +64,9 @@ impl Terminal {
     }
 
     /// Standard error for a log of that format that does not tear the picture.
-    pub fn log(&self, format: LogFormat) -> impl Fn() -> Log + Send + Sync + use<> {
-        self.output.set_format(format);
-        let terminal = self.clone();
-        move || Log(terminal.clone())
+    pub fn log(&self, format: LogFormat) -> LogWriter {
+        self.output.set_format(format, self.is_journal);
+        LogWriter(self.clone())
     }
 
     /// Writes something that stays, and waits until it is written.
@@ -68,7 +78,19 @@ impl Terminal {
 
     /// Writes lines to standard error, for [`Self::flush`] to wait for.
     pub fn complain(&self, lines: &str) {
-        self.above(|| self.output.lines(lines.as_bytes()));
+        self.write_lines(lines.as_bytes(), Level::ERROR);
+    }
+
+    fn write_lines(&self, lines: &[u8], level: Level) {
+        let prefixed;
+        let lines = match self.is_journal && self.output.format() == LogFormat::Text {
+            true => {
+                prefixed = journal::prefixed(lines, level);
+                &prefixed
+            }
+            false => lines,
+        };
+        self.above(|| self.output.lines(lines));
     }
 
     /// Waits until everything is written, but no longer than that.
@@ -89,14 +111,30 @@ impl Terminal {
     }
 }
 
-/// One line of the log, on its way.
+/// Writes the log.
 #[derive(Debug)]
-pub struct Log(Terminal);
+pub struct LogWriter(Terminal);
+
+impl<'a> MakeWriter<'a> for LogWriter {
+    type Writer = Log;
+
+    fn make_writer(&'a self) -> Log {
+        Log(self.0.clone(), Level::INFO)
+    }
+
+    fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Log {
+        Log(self.0.clone(), *metadata.level())
+    }
+}
+
+/// One event of the log, on its way.
+#[derive(Debug)]
+pub struct Log(Terminal, Level);
 
 impl Write for Log {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.above(|| self.0.output.lines(line));
-        Ok(line.len())
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        self.0.write_lines(lines, self.1);
+        Ok(lines.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,7 +1,7 @@
 // Events a minute by kind: what BigChat told as stacked bars, what OurAPI got as a line, failures below.
 
 import { byId, el, show, svg } from "./dom.js";
-import { axisText, clockText, count, now, perMinute, some, timeText } from "./format.js";
+import { axisText, clockText, count, now, perMinute, some, timeText, zone } from "./format.js";
 
 const HEIGHT = 232;
 const EDGE = { top: 10, right: 4, bottom: 38 };
@@ -38,7 +38,7 @@ const span = (bucket, step) => (step === 1 ? clockText(start(bucket)).slice(0, 5
 /** What a bucket holds, in words. */
 function words(bucket, step) {
   const kinds = Object.entries(bucket.told).filter(([, told]) => told).map(([kind, told]) => `${count(told)} ${kind}`);
-  const parts = [`${span(bucket, step)}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
+  const parts = [`${span(bucket, step)} ${zone(start(bucket))}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
   if (bucket.failed) parts.push(`${count(bucket.failed)} failed`);
   return parts.join(", ");
 }
@@ -118,7 +118,7 @@ export function draw(activity) {
 function table(all, step, kinds) {
   const body = byId("chart-table");
   if (!body?.closest("details").open) return show(body);
-  const head = ["From", ...kinds, "All", "Delivered", "Failed"];
+  const head = [`From (${zone(now())})`, ...kinds, "All", "Delivered", "Failed"];
   show(
     body,
     el(

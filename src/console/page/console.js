@@ -11,6 +11,7 @@ import { actions, clearSelection, event, failed } from "./failed.js";
 import { ago, count, lasting, setNow, some, tick } from "./format.js";
 import { overview, watch } from "./overview.js";
 import { head, loading, nothing } from "./parts.js";
+import { banner, pauseActions } from "./pause.js";
 import { search, talk } from "./talk.js";
 
 /** How often the daemon's state is asked for. */
@@ -172,6 +173,7 @@ function header() {
   const badge = byId("failed-count");
   badge.hidden = !status?.failed;
   badge.textContent = status?.failed > 999 ? "999+" : String(status?.failed ?? "");
+  banner(guarded ? null : (status?.paused ?? null));
   badge.setAttribute("aria-label", some(status?.failed ?? 0, "failed event"));
 }
 
@@ -296,6 +298,7 @@ const page = { ask, tell, lookAgain, showAgain };
 
 const buttons = {
   ...actions,
+  ...pauseActions,
   again: () => beat(),
   theme: () => {
     const chosen = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
@@ -319,7 +322,7 @@ const buttons = {
 async function act(element, why) {
   // Not twice at once.
   if (element.hasAttribute("data-busy")) return;
-  const decides = ["retry", "discard", "undo"].includes(element.dataset.do);
+  const decides = ["retry", "discard", "undo", "pause", "resume"].includes(element.dataset.do);
   if (decides && line.lost) return tell("Not now: there is no connection.");
   element.toggleAttribute("data-busy", true);
   try {

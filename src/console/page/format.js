@@ -65,19 +65,24 @@ export function timeText(ms) {
 }
 
 export const clockText = (ms) => clock.format(ms);
-export const dayText = (ms) => longDate.format(ms);
+export const dayText = (ms) => `${longDate.format(ms)}, ${zone(ms)}`;
+
+const zones = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" });
+
+/** The time zone of this browser at that time: "UTC", "BST", "GMT+1". */
+export const zone = (ms) => zones.formatToParts(ms).find((part) => part.type === "timeZoneName").value;
 
 /** In both zones, to the second. */
-export const fullTime = (ms) => `${date.format(ms)} ${new Date(ms).getFullYear()}, ${clock.format(ms)} (${utc(ms)})`;
+export const fullTime = (ms) => `${date.format(ms)} ${new Date(ms).getFullYear()}, ${clock.format(ms)} ${zone(ms)} (${utc(ms)})`;
 
 const utc = (ms) => {
   const time = new Date(ms);
   return Number.isNaN(time.getTime()) ? "-" : time.toISOString().replace(/\.\d+Z$/, "Z");
 };
 
-/** A point in time. */
+/** A point in time, with its zone. */
 export function at(ms) {
-  return el("time", { datetime: utc(ms), title: fullTime(ms) }, timeText(ms));
+  return el("time", { datetime: utc(ms), title: fullTime(ms) }, `${timeText(ms)} ${zone(ms)}`);
 }
 
 /** How long ago it is; goes on by itself. */

@@ -4,8 +4,9 @@ import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
 import { get } from "./daemon.js";
 import { by } from "./failed.js";
-import { ago, at, count, lasting, perMinute, roughly, sentence, since, size, some } from "./format.js";
+import { ago, at, count, lasting, now, perMinute, roughly, sentence, since, size, some, zone } from "./format.js";
 import { conversation, kind, loading, resolved } from "./parts.js";
+import { pauseButton } from "./pause.js";
 
 const RANGES = [1, 6, 24, 168];
 const HOURS = 6;
@@ -37,6 +38,7 @@ function verdict(status) {
       null,
       status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_at === null ? "; it has reported nothing yet." : ["; its newest event is of ", at(status.newest_event_at), "."]],
     ),
+    status.paused === null && el("p.buttons", null, pauseButton()),
     problems.length > 0 &&
       el(
         "ul.problems",
@@ -122,7 +124,7 @@ function chart(data) {
     el(
       "header",
       null,
-      el("h2", { id: "chart-title" }, "Events a minute"),
+      el("h2", { id: "chart-title" }, "Events a minute ", el("small.muted", null, zone(now()))),
       el(
         "div.segments",
         { role: "group", "aria-label": "How far back" },

@@ -3,7 +3,7 @@
 import { get } from "./daemon.js";
 import { el, icon } from "./dom.js";
 import { ago, at, clockText, count, dayText, fullTime, lasting, now, some } from "./format.js";
-import { back, copyable, facts, head, kind, loading, nothing, resolutions, words } from "./parts.js";
+import { back, conversation, copyable, facts, head, kind, loading, nothing, resolutions, words } from "./parts.js";
 
 export const search = {
   tab: "search",
@@ -14,17 +14,18 @@ export const search = {
     const q = params.q ?? "";
     if (!data) return [head("Conversations"), loading(6)];
     const found = data.conversations;
-    if (found.length === 0) {
+    if (found.length === 0 && !data.event) {
       return [
         head("Conversations"),
         q
-          ? nothing("find", `Nothing for “${q}”`, "Search by BigChat’s id of a conversation (42), by OurAPI’s id of a chat, by its external id, or by an agent’s e-mail address or its beginning.")
+          ? nothing("find", `Nothing for “${q}”`, "Search by BigChat’s id of a conversation (42), by the id of an event, by OurAPI’s id of a chat, by its external id, or by an agent’s name or e-mail address.")
           : nothing("talk", "No conversation yet", "The first one shows here as soon as BigChat tells of it."),
       ];
     }
     return [
       head("Conversations", q ? [`${data.more ? "The first " : ""}${some(found.length, "conversation")} for “${q}”. `, el("a", { href: "#/search" }, "Show the latest")] : "The latest; search for others by id, chat or agent."),
-      el(
+      data.event && el("p.card", null, kind(data.event.name), " ", el("a", { href: `#/failed/${data.event.id}` }, `Event #${data.event.id}`), data.event.conversation !== null && [" of ", conversation(data.event.conversation_key, data.event.conversation)]),
+      found.length > 0 && el(
         "ul.found.card",
         { "data-list": "conversations" },
         found.map((one) =>

@@ -15,7 +15,9 @@ use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
 use crate::domain::event::PartialEvent;
 use crate::domain::time::{Millis, Timestamp};
 
-pub use rows::{Activity, ConversationRow, EventRow, FailedRow, Minutes, Page, WholeEvent};
+pub use rows::{
+    Activity, ConversationRow, EventRow, FailedRow, FoundEvent, Minutes, Page, WholeEvent,
+};
 
 /// How many rows a page has.
 const PAGE: usize = 50;
@@ -49,8 +51,8 @@ pub enum Search {
     ExternalId(String, i64),
     /// OurAPI's id of a chat or an agent.
     Id(Uuid),
-    /// The address of an agent, or its beginning.
-    Email(String),
+    /// The beginning of an agent's address, or of a word of the agent's name.
+    Agent(String),
 }
 
 impl Search {
@@ -71,7 +73,7 @@ impl Search {
             .and_then(|id| id.split('@').next()?.parse().ok());
         match made_of {
             Some(id) => Self::ExternalId(text.to_owned(), id),
-            None => Self::Email(text.to_owned()),
+            None => Self::Agent(text.to_owned()),
         }
     }
 }
@@ -168,7 +170,7 @@ impl Store {
                 chat.extend(keys(&transaction, BY_AGENT, params![id, more_than_enough])?);
                 chat
             }
-            Search::Email(text) => {
+            Search::Agent(text) => {
                 let beginning = beginning(text);
                 let mut found = Vec::new();
                 for agent in agents(&transaction, &beginning)? {
@@ -203,6 +205,26 @@ impl Store {
             }
         }
         Ok(ids)
+    }
+
+    /// The event that a search for a number may mean.
+    pub fn found_event(&mut self, wanted: &Search) -> Result<Option<FoundEvent>> {
+        let Search::Conversation(id) = wanted else {
+            return Ok(None);
+        };
+        let event = self
+            .connection
+            .prepare_cached(EVENT)?
+            .query_row([id], |row| {
+                Ok(FoundEvent {
+                    id: row.get(0)?,
+                    name: row.get(1)?,
+                    conversation: row.get(2)?,
+                    conversation_key: row.get(3)?,
+                })
+            })
+            .optional();
+        Ok(event?)
     }
 
     /// A conversation by the journal's id of it.
@@ -268,9 +290,14 @@ const BY_CHAT: &str = "SELECT id FROM conversations WHERE chat_id = ?1 ORDER BY 
 const BY_AGENT: &str =
     "SELECT id FROM conversations WHERE chat_agent = ?1 ORDER BY id DESC LIMIT ?2";
 
+const EVENT: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation
+    FROM events e LEFT JOIN conversations c ON c.id = e.conversation WHERE e.id = ?1";
+
 /// There are as many agents as people.
-const AGENTS_BY_EMAIL: &str =
-    "SELECT agent_id FROM agents WHERE email LIKE ?1 ESCAPE '\\' AND agent_id IS NOT NULL
+const BY_NAME_OR_EMAIL: &str = "SELECT agent_id FROM agents
+    WHERE agent_id IS NOT NULL AND (email LIKE ?1 ESCAPE '\\'
+        OR email IN (SELECT email FROM advisors
+            WHERE name LIKE ?1 ESCAPE '\\' OR name LIKE '% ' || ?1 ESCAPE '\\'))
     ORDER BY email LIMIT ?2";
 
 const CONVERSATION: &str = "SELECT c.id, c.bigchat_id, c.epoch, (SELECT max(id) FROM epochs) AS current_epoch, c.started_at, c.ended_at,
@@ -349,7 +376,7 @@ fn beginning(text: &str) -> String {
 }
 
 fn agents(connection: &Connection, beginning: &str) -> Result<Vec<String>> {
-    let mut statement = connection.prepare_cached(AGENTS_BY_EMAIL)?;
+    let mut statement = connection.prepare_cached(BY_NAME_OR_EMAIL)?;
     let agents = statement.query_map(params![beginning, limit(AGENTS)], |row| row.get(0))?;
     Ok(agents.collect::<rusqlite::Result<_>>()?)
 }
@@ -527,6 +554,7 @@ mod tests {
             (WHOLE, "e USING INTEGER PRIMARY KEY"),
             (&failed_row(), "e USING INTEGER PRIMARY KEY"),
             (BY_ID, "conversations_by_bigchat_id"),
+            (EVENT, "e USING INTEGER PRIMARY KEY"),
             (BY_EXTERNAL_ID, "conversations_by_bigchat_id"),
             (BY_CHAT, "conversations_by_chat"),
             (BY_AGENT, "conversations_by_agent"),
@@ -563,11 +591,11 @@ mod tests {
                 Search::ExternalId("a-42@2026-11-22T22:03:27Z".into(), 42),
             ),
             (&id.to_string().to_uppercase(), Search::Id(id)),
-            ("jane@", Search::Email("jane@".into())),
-            ("42@", Search::Email("42@".into())),
+            ("jane@", Search::Agent("jane@".into())),
+            ("42@", Search::Agent("42@".into())),
             (
                 "99999999999999999999",
-                Search::Email("99999999999999999999".into()),
+                Search::Agent("99999999999999999999".into()),
             ),
         ] {
             assert_eq!(Search::read(text, "a-"), wanted, "{text}");

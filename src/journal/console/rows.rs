@@ -61,6 +61,19 @@ pub struct FailedRow {
     pub failed_at: Millis,
 }
 
+/// An event that a search for a number may mean.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FoundEvent {
+    /// Its id.
+    pub id: i64,
+    /// START, END, MESSAGE, TRANSFER or UNREADABLE.
+    pub name: String,
+    /// BigChat's id of its conversation; `None`: that could not be understood.
+    pub conversation: Option<i64>,
+    /// The journal's id of it.
+    pub conversation_key: Option<i64>,
+}
+
 /// An event whole, whatever became of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WholeEvent {

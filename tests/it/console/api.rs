@@ -221,6 +221,49 @@ async fn unknown_ids_and_bad_queries() {
     .await;
 }
 
+#[tokio::test]
+async fn search_finds_agents_by_name() {
+    run_test(async |t| {
+        t.bigchat.advisor(7, "Ada King Lovelace", "al@x.test");
+        let console = Console::new(t, Tokens::default());
+        t.delivers([start(42, 0), message(42, 5, "Hello")]).await;
+        for (text, expected) in [
+            ("ada", 1),
+            ("Lovelace", 1),
+            ("ada%20k", 1),
+            ("ovelace", 0),
+            ("ada_king", 0),
+        ] {
+            let (_, found) = console.get(&format!("/api/search?q={text}")).await;
+            let found = found["conversations"].as_array().expect("a list");
+            assert_eq!(found.len(), expected, "{text}");
+        }
+        console.daemon.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn search_finds_an_event_by_its_id() {
+    run_test(async |t| {
+        let console = Console::new(t, Tokens::default());
+        t.delivers([start(42, 0), message(42, 5, "Hello")]).await;
+        let (_, found) = console.get("/api/search?q=%232").await;
+        let event = &found["event"];
+        assert_eq!(
+            (&event["id"], &event["name"]),
+            (&json!(2), &json!("MESSAGE"))
+        );
+        assert_eq!(event["conversation"], 42);
+        assert_eq!(found["conversations"], json!([]));
+        let (_, found) = console.get("/api/search?q=42").await;
+        assert_eq!(found["event"], Value::Null, "there is no event 42");
+        assert_eq!(found["conversations"][0]["conversation"], 42);
+        console.daemon.stop().await;
+    })
+    .await;
+}
+
 /// Without the token the page is served, and no data.
 #[tokio::test]
 async fn page_without_the_token() {

@@ -86,6 +86,39 @@ impl<'a> Desk<'a> {
 
 #[tokio::test]
 #[ignore = "needs chromium"]
+async fn deliveries_are_paused_and_resumed() {
+    run_test(async |t| {
+        let desk = Desk::new(t).await;
+        let browser = desk.look("").await;
+        browser.click(".verdict button", "Pause deliveries").await;
+        browser.until("document.querySelector('#pause').open").await;
+        browser
+            .eval("void (document.querySelector('#pause-for').value = '3600')")
+            .await;
+        browser.click("#pause button", "Pause").await;
+        browser.until_text("#held", "Deliveries are paused.").await;
+        browser
+            .until("document.querySelector('.verdict button') === null")
+            .await;
+        assert!(!t.status().0["paused"].is_null());
+        browser.go(&desk.at("#/search?q=ann")).await;
+        browser.until_text(".found", "Conversation 42").await;
+        browser.until_text("#held", "Nothing is sent").await;
+        browser
+            .until("/[A-Z]{2}/.test(document.querySelector('.found time').textContent)")
+            .await;
+        browser.click("#held button", "Resume").await;
+        browser
+            .until("document.querySelector('#held').hidden")
+            .await;
+        assert!(t.status().0["paused"].is_null());
+        desk.done(browser).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs chromium"]
 async fn failed_event_found_and_retried() {
     run_test(async |t| {
         let desk = Desk::with_failed(t, &["Refused for now"]).await;

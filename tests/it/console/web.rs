@@ -19,6 +19,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+const READ_TOKEN: &str = "0123456789abcdef-readers";
+
 /// How long anything may take that is to be answered at once.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -151,6 +153,67 @@ async fn metrics_need_the_token() {
             text.contains("\nbigchat_sync_console_wrong_tokens_total 2\n"),
             "{text}"
         );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn read_token_sees_all_and_changes_nothing() {
+    run_live_test(async |t| {
+        let tokens = Tokens {
+            console_read: Some(READ_TOKEN.into()),
+            ..console_token()
+        };
+        let (_, url) = t.start_listening(tokens);
+        for path in ["/metrics", "/api/status", "/api/failed", "/api/search"] {
+            let get = client().get(format!("{url}{path}"));
+            let answer = sent(get.bearer_auth(READ_TOKEN)).await;
+            assert_eq!(answer.status(), StatusCode::OK, "{path}");
+        }
+        let post = |path: &str, token: &str| {
+            let request = client().post(format!("{url}{path}")).bearer_auth(token);
+            sent(request.header("x-bigchat-sync", "1").json(&json!({})))
+        };
+        for path in [
+            "/api/pause",
+            "/api/resume",
+            "/api/failed/retry",
+            "/api/failed/discard",
+        ] {
+            let refused = post(path, READ_TOKEN).await;
+            assert_eq!(refused.status(), StatusCode::FORBIDDEN, "{path}");
+            let said: Value = refused.json().await.expect("JSON");
+            let said = said["error"].as_str().expect("a text");
+            assert!(
+                said.contains("this token can read and change nothing"),
+                "{said}"
+            );
+        }
+        assert_eq!(post("/api/resume", TOKEN).await.status(), StatusCode::OK);
+
+        // The same for a session that has begun with it.
+        let answer = log_in(&url, READ_TOKEN).await;
+        let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
+        let cookie = set.split(';').next().expect("its value").to_owned();
+        let told: Value = answer.json().await.expect("JSON");
+        let key = told["key"].as_str().expect("a key").to_owned();
+        let of_session = |request: RequestBuilder| {
+            sent(
+                request
+                    .header(COOKIE, &cookie)
+                    .header("x-bigchat-sync", &key),
+            )
+        };
+        let read = of_session(client().get(format!("{url}/api/status"))).await;
+        assert_eq!(read.status(), StatusCode::OK);
+        for (path, expected) in [
+            ("/api/pause", StatusCode::FORBIDDEN),
+            ("/api/logout", StatusCode::NO_CONTENT),
+            ("/api/pause", StatusCode::UNAUTHORIZED),
+        ] {
+            let request = client().post(format!("{url}{path}")).json(&json!({}));
+            assert_eq!(of_session(request).await.status(), expected, "{path}");
+        }
     })
     .await;
 }

@@ -2,6 +2,9 @@
 
 use crate::harness::process::{self, Process, fed};
 use crate::harness::{Bench, run_live_test, until};
+use bigchat_sync::simulator::fault::status;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -271,4 +274,41 @@ fn manual_has_commands_and_settings() {
             "{section}: {rendered}"
         );
     }
+}
+
+#[tokio::test]
+async fn journal_gets_a_priority_for_each_line() {
+    run_live_test(async |t| {
+        let once = |format: &str, stream: Option<&str>| {
+            let path = t.directory().join("stderr");
+            let stderr = File::create(&path).expect("a file");
+            let metadata = stderr.metadata().expect("a file");
+            let this = format!("{}:{}", metadata.dev(), metadata.ino());
+            let mut once = t.program("once");
+            once.env("JOURNAL_STREAM", stream.unwrap_or(&this))
+                .env("RUST_LOG", "bigchat_sync=debug")
+                .args(["--log-format", format])
+                .stderr(stderr);
+            once.status().expect("a process");
+            std::fs::read_to_string(path).expect("a log")
+        };
+        // That a poll failed is a detail; why the program failed is an error.
+        t.bigchat.outage(Some(status(401)));
+        let log = once("text", None);
+        let mut lines: Vec<&str> = log.lines().collect();
+        let last = lines.pop().expect("a line");
+        assert!(last.starts_with("<3>bigchat-sync: "), "{log}");
+        for (priority, level) in [("<7>", " DEBUG "), ("<6>", " INFO ")] {
+            let (of_level, others): (Vec<&str>, Vec<&str>) =
+                lines.iter().partition(|line| line.contains(level));
+            assert!(!of_level.is_empty(), "{level}: {log}");
+            assert!(of_level.iter().all(|line| line.starts_with(priority)));
+            assert!(!others.iter().any(|line| line.starts_with(priority)));
+        }
+        for (format, stream) in [("json", None), ("text", Some("1:1"))] {
+            let log = once(format, stream);
+            assert!(!log.is_empty() && !log.contains('<'), "{format}: {log}");
+        }
+    })
+    .await;
 }

@@ -394,7 +394,7 @@ async fn database_deleted_while_running() {
 fn command_while_database_is_made() {
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| (0..75).for_each(|n| make_beside_a_command(n)));
+            scope.spawn(|| (0..75).for_each(make_beside_a_command));
         }
     });
 }

@@ -1,0 +1,58 @@
+//! `bigchat-sync pause` and `resume`: through the database, whether or not a daemon runs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::domain::pause::Pause;
+use crate::domain::time::Millis;
+use crate::journal::{JournalError, OpenError, Store};
+use crate::settings::positive;
+
+/// For how long.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// For how long, such as 1h [default: until `bigchat-sync resume`].
+    #[arg(long = "for", value_name = "TIME", allow_hyphen_values = true, value_parser = positive)]
+    length: Option<Duration>,
+}
+
+/// Why deliveries could not be paused or resumed.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// The database cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database refuses.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Pauses deliveries. Returns what to print.
+pub fn pause(args: &Args, db: &Path) -> Result<String, PauseError> {
+    let mut store = Store::open_shared(db)?;
+    let pause = Pause::begin(args.length, Millis::now());
+    store.set_pause(pause)?;
+    let daemon = match store.is_in_use() {
+        true => "polling continues",
+        false => "no daemon runs, and the pause applies once one does",
+    };
+    Ok(format!("deliveries are {pause}; {daemon}\n"))
+}
+
+/// Resumes deliveries. Returns what to print.
+pub fn resume(db: &Path) -> Result<String, PauseError> {
+    let mut store = Store::open_shared(db)?;
+    let now = Millis::now();
+    Ok(match store.pause()? {
+        Some(pause) if pause.left(now).is_some() => {
+            store.end_pause(pause, now)?;
+            format!(
+                "deliveries resume; they were paused since {}\n",
+                pause.since
+            )
+        }
+        _ => "deliveries are not paused\n".to_owned(),
+    })
+}

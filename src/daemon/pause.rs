@@ -1,0 +1,55 @@
+//! Heeding a pause: the journal says whether deliveries are paused, and commands and the console write it there.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::parts::Parts;
+use crate::domain::pause::Pause;
+use crate::domain::time::Millis;
+use crate::journal::Store;
+
+/// How often the journal is read: a pause begins within a second.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
+
+/// Heeds pauses until `work` is done.
+pub(super) async fn heed<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
+    tokio::select! {
+        biased;
+        done = work => done,
+        never = watch(parts) => match never {},
+    }
+}
+
+async fn watch(parts: &Parts) -> Infallible {
+    let mut known = None;
+    loop {
+        // Polling and delivery report a journal that cannot be read.
+        if let Ok(stored) = parts.journal.with(Store::pause).await {
+            parts.our_api.set_pause(stored);
+            let paused = parts.our_api.paused();
+            log(known, paused);
+            known = paused;
+            if let (Some(over), None) = (stored, paused) {
+                let now = Millis::now();
+                let ended = parts.journal.with(move |store| store.end_pause(over, now));
+                // It is tried again.
+                ended.await.ok();
+            }
+        }
+        sleep(CHECK_EVERY).await;
+    }
+}
+
+fn log(known: Option<Pause>, paused: Option<Pause>) {
+    match (known, paused) {
+        (before, Some(pause)) if before != paused => {
+            tracing::info!("deliveries are {pause}; polling continues");
+        }
+        (Some(before), None) => {
+            tracing::info!(since = %before.since, "deliveries resume");
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,89 @@
+//! The gate in front of OurAPI: while deliveries are paused nothing is sent, whoever asks.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+
+use crate::domain::pause::Pause;
+use crate::domain::time::Millis;
+
+#[derive(Debug, Default)]
+pub(super) struct Gate(Mutex<Option<Closed>>);
+
+#[derive(Debug, Clone, Copy)]
+struct Closed {
+    pause: Pause,
+    /// When it ends, whatever happens to this machine's clock; `None`: only an operator ends it.
+    until: Option<Instant>,
+}
+
+impl Gate {
+    /// Closes the gate for a pause, or opens it. A pause that is known already ends when it was to end before.
+    pub(super) fn set(&self, pause: Option<Pause>) {
+        let mut closed = self.closed();
+        if closed.map(|closed| closed.pause) == pause {
+            return;
+        }
+        *closed = pause.and_then(|pause| {
+            let left = pause.left(Millis::now())?;
+            let until = Instant::now().checked_add(left);
+            Some(Closed { pause, until })
+        });
+    }
+
+    /// The pause, if there is one and it is not over. A clock that was set ahead ends it, as whoever set the time expects.
+    pub(super) fn paused(&self) -> Option<Pause> {
+        let Closed { pause, until } = (*self.closed())?;
+        let is_over = until.is_some_and(|until| until <= Instant::now())
+            || pause.left(Millis::now()).is_none();
+        (!is_over).then_some(pause)
+    }
+
+    fn closed(&self) -> MutexGuard<'_, Option<Closed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::advance;
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[tokio::test(start_paused = true)]
+    async fn pause_ends_though_the_clock_was_set_back() {
+        let gate = Gate::default();
+        // The wall clock stands still from here on, as if it were set back again and again.
+        let pause = Pause::begin(Some(HOUR), Millis::now());
+        gate.set(Some(pause));
+        advance(HOUR - Duration::from_secs(60)).await;
+        gate.set(Some(pause));
+        assert_eq!(gate.paused(), Some(pause));
+        advance(Duration::from_secs(60)).await;
+        assert_eq!(gate.paused(), None);
+        gate.set(Some(pause));
+        assert_eq!(gate.paused(), None, "the journal may not know yet");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_resuming_ends_an_endless_pause() {
+        let gate = Gate::default();
+        let pause = Pause::begin(None, Millis::now());
+        gate.set(Some(pause));
+        advance(HOUR * 24 * 365).await;
+        assert_eq!(gate.paused(), Some(pause));
+        gate.set(None);
+        assert_eq!(gate.paused(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pause_that_is_over_does_not_begin() {
+        let gate = Gate::default();
+        gate.set(Some(Pause::begin(Some(HOUR), Millis::now().minus(HOUR))));
+        assert_eq!(gate.paused(), None);
+    }
+}
