@@ -786,6 +786,10 @@ impl Reconciled {
                     ..Unsure::ALL
                 };
                 self.conversation.observed.merge(&found.fields(), unsure);
+                if unsure.agent {
+                    // It is written again, whoever's it is.
+                    self.conversation.observed.advisor = None;
+                }
             }
         }
         if missing.agent && verify.mode != VerifyMode::Report {

@@ -505,7 +505,7 @@ async fn public_address_needs_strong_token() {
     run_live_test(async |t| {
         t.set("--listen", "0.0.0.0:0");
         for (token, says) in [
-            (None, "would let anybody into the console"),
+            (None, "needs a token for the console"),
             (Some("secret"), "fewer than 16 characters"),
         ] {
             let mut daemon = t.program("run");

@@ -232,7 +232,7 @@ async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
 async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
     run_test(async |t| {
         t.differs("a chat is refused");
-        t.set("--rebuild", "false");
+        t.set("--rebuild", "off");
         t.our_api.upset(
             r#"POST /chats {"agent_id":null,"external_id":"99"*"#,
             status(422).always(),

@@ -122,24 +122,24 @@ fn failed_events_retried_beside_demo() {
         .expect("it runs");
     let out = BufReader::new(demo.stdout.take().expect("its output"));
     let (mut db, mut last) = (String::new(), String::new());
-    let (mut fixed, mut retried) = (false, false);
+    let (mut fixed, mut retried) = (false, 0);
     for line in out.lines() {
         let line = line.expect("a line");
         if let Some((_, path)) = line.split_once("BIGCHAT_SYNC_DB=") {
             path.clone_into(&mut db);
         }
         fixed |= line.starts_with("OurAPI is fixed");
-        if fixed && figure(&line, "failed").is_some_and(|failed| failed > 0) {
+        // Not until the end: an event retried during the comparison would still be waiting.
+        if fixed && retried < 3 && figure(&line, "failed").is_some_and(|failed| failed > 0) {
             // All but what can never be stored gets through this time.
             let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])
                 .output();
-            // The demo may just be over.
-            retried |= retry.expect("a process").status.success();
+            retried += u32::from(retry.expect("a process").status.success());
         }
         last = line;
     }
-    assert!(fixed && retried);
+    assert!(fixed && retried > 0);
     assert!(last.starts_with("No difference: "), "{last}");
     assert!(demo.wait().expect("it ends").success());
     assert_left_clean(temporary.path());
