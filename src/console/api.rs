@@ -1,4 +1,4 @@
-//! What the console asks: JSON, read through the web's own connection to the database. Only decisions go to the daemon's
+//! What the console asks: JSON, read through the web's own connection to the database. Only resolutions go to the daemon's
 //! journal, a few hundred events at a time, so that delivery is never kept waiting for long.
 
 use std::collections::BTreeSet;
@@ -26,7 +26,7 @@ const HOURS: u32 = 7 * 24;
 /// The longest text that is searched for, in characters.
 const MAX_QUERY: usize = 200;
 
-/// For how long decisions are carried out before the console is told how far they are.
+/// For how long resolutions are carried out before the console is told how far they are.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// An answer, or why there is none.
@@ -141,7 +141,7 @@ pub(super) struct Which {
     ids: Option<BTreeSet<i64>>,
     reason: Option<String>,
     all: Option<bool>,
-    /// Of a reason, or of all: only those that had failed by then. What fails while the operator decides is not meant.
+    /// Of a reason, or of all: only those that had failed by then. What fails meanwhile is not meant.
     failed_by: Option<Millis>,
     /// Only those after this one.
     #[serde(default)]
@@ -324,8 +324,8 @@ pub(super) struct Before {
     before: Option<i64>,
 }
 
-/// `GET /api/decisions?before=ID`: what was decided about failed events, the latest first.
-pub(super) async fn decisions(
+/// `GET /api/resolutions?before=ID`: how failed events were resolved, the latest first.
+pub(super) async fn resolutions(
     State(web): State<Arc<Web>>,
     before: Result<Query<Before>, QueryRejection>,
 ) -> Answer {

@@ -1,6 +1,6 @@
 //! The daemon over HTTP, for whoever runs it: probes and metrics for machines, a console for people.
 //!
-//! It shows and it passes on decisions; it decides nothing, and the daemon does its work whether it can listen or not.
+//! It shows and it passes on resolutions; it decides nothing, and the daemon does its work whether it can listen or not.
 //! What it reads goes through a connection of its own to the database, never through the journal's thread, which the
 //! daemon needs. `guard` keeps strangers out: other machines, other users with the token missing, and web pages of
 //! others in the browser of somebody who may come in.
@@ -241,7 +241,7 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/resume", post(api::resume))
         .route("/api/search", get(api::search))
         .route("/api/conversations/{key}", get(api::conversation))
-        .route("/api/decisions", get(api::decisions))
+        .route("/api/resolutions", get(api::resolutions))
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&web),
             guard::authenticate,

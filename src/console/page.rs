@@ -24,7 +24,7 @@ const FILES: [((&str, &str), &str); 15] = [
     (file!("console.js"), SCRIPT),
     (file!("chart.js"), SCRIPT),
     (file!("daemon.js"), SCRIPT),
-    (file!("decisions.js"), SCRIPT),
+    (file!("resolutions.js"), SCRIPT),
     (file!("dom.js"), SCRIPT),
     (file!("failed.js"), SCRIPT),
     (file!("format.js"), SCRIPT),

@@ -203,7 +203,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     );
     now.gauge(
         "failed_events",
-        "Events that have failed, and wait for somebody to decide",
+        "Dead letters that need action",
         figures.failed as f64,
     );
     now.gauge(

@@ -436,7 +436,7 @@ impl Stage {
             Ok([
                 store.waiting()?,
                 store.count_failed()?,
-                store.count_decisions(Resolution::Discard)?,
+                store.count_resolutions(Resolution::Discard)?,
             ])
         };
         let counts = self.journal.with(in_journal).await?;

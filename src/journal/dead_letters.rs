@@ -228,12 +228,12 @@ impl Store {
         Ok(u64::try_from(count).unwrap_or_default())
     }
 
-    /// For how many events it was ever decided so.
-    pub fn count_decisions(&mut self, decision: Resolution) -> Result<u64> {
+    /// How many events were ever resolved so.
+    pub fn count_resolutions(&mut self, resolution: Resolution) -> Result<u64> {
         let count: i64 = self
             .connection
             .prepare_cached("SELECT count(*) FROM resolutions WHERE resolution = ?1")?
-            .query_row([decision.name()], |row| row.get(0))?;
+            .query_row([resolution.name()], |row| row.get(0))?;
         Ok(u64::try_from(count).unwrap_or_default())
     }
 

@@ -135,7 +135,7 @@ pub struct Figures {
     pub waiting: u64,
     /// The one that has waited for longest.
     pub oldest_waiting: Option<Oldest>,
-    /// How many events have failed, and wait for somebody to decide.
+    /// How many events are dead letters that need action.
     pub failed: u64,
     /// The oldest of these by reason, the most frequent reason first.
     pub failed_by_reason: Vec<Group>,

@@ -1,11 +1,11 @@
 // The console: which view is shown, keeping it up to date, and what keys and buttons do.
 //
 // The page asks the daemon again and again while it is looked at. Where there is no answer, what was shown last stays,
-// marked as old, and nothing can be decided until there is one.
+// marked as old, and nothing can be resolved until there is one.
 
 import { Denied, get, KEY, Lost, post, Refused } from "./daemon.js";
 import { listen } from "./chart.js";
-import { decisions } from "./decisions.js";
+import { resolutions } from "./resolutions.js";
 import { byId, el, icon, show, visibleText } from "./dom.js";
 import { actions, clearSelection, event, failed } from "./failed.js";
 import { ago, count, lasting, setNow, some, tick } from "./format.js";
@@ -25,7 +25,7 @@ const ROUTES = [
   [/^\/failed\/(?<id>\d{1,19})$/, event],
   [/^\/search$/, search],
   [/^\/conversations\/(?<id>\d{1,19})$/, talk],
-  [/^\/decisions$/, decisions],
+  [/^\/resolutions$/, resolutions],
 ];
 
 const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be of another version.") };
@@ -322,15 +322,15 @@ const buttons = {
 async function act(element, why) {
   // Not twice at once.
   if (element.hasAttribute("data-busy")) return;
-  const decides = ["retry", "discard", "undo", "pause", "resume"].includes(element.dataset.do);
-  if (decides && line.lost) return tell("Not now: there is no connection.");
+  const changes = ["retry", "discard", "undo", "pause", "resume"].includes(element.dataset.do);
+  if (changes && line.lost) return tell("Not now: there is no connection.");
   element.toggleAttribute("data-busy", true);
   try {
     await buttons[element.dataset.do](element, page, why);
   } catch (error) {
     if (error instanceof Lost) {
       lose();
-      tell(decides ? "There was no answer: look again before you repeat it." : "There is no connection.");
+      tell(changes ? "There was no answer: look again before you repeat it." : "There is no connection.");
     } else if (error instanceof Denied) signIn();
     else if (error instanceof Refused) tell(error.message);
     else throw error;
@@ -394,7 +394,7 @@ function move(by) {
 
 let prefix = null;
 
-const GO = { o: "#/", f: "#/failed", c: "#/search", d: "#/decisions" };
+const GO = { o: "#/", f: "#/failed", c: "#/search", d: "#/resolutions" };
 
 function onKey(key) {
   if (prefix === "g") {
@@ -402,7 +402,7 @@ function onKey(key) {
     if (GO[key]) return (location.hash = GO[key]), true;
   }
   const row = document.activeElement.closest("[data-event]");
-  const decide = (what) => {
+  const resolveNamed = (what) => {
     const button = document.querySelector(`.chosen:not([hidden]) [data-do=${what}]`) ?? (now.view === event ? byId("main").querySelector(`.head [data-do=${what}]`) : null);
     if (button) return button.click(), true;
     if (!row) return false;
@@ -426,9 +426,9 @@ function onKey(key) {
       row?.querySelector("input")?.click();
       return row !== null;
     case "r":
-      return decide("retry");
+      return resolveNamed("retry");
     case "d":
-      return decide("discard");
+      return resolveNamed("discard");
     case "t":
       byId("theme").click();
       return true;

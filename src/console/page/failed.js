@@ -1,4 +1,4 @@
-// The failed events, grouped by reason, and one of them whole; and what is decided of them.
+// The failed events, grouped by reason, and one of them whole; and how they are resolved.
 
 import { get, instant, integer, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is kept here until you decide.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is kept here until you resolve it.")];
     return [
       head(
         "Failed events",
@@ -34,7 +34,7 @@ export const failed = {
         el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total, "data-by": data.now }, "Retry all"),
         el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total, "data-by": data.now }, "Discard all…"),
       ),
-      el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were decided on meanwhile.") : null),
+      el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were resolved meanwhile.") : null),
     ];
   },
 };
@@ -175,7 +175,7 @@ export const event = {
           ),
           event.resolutions.length > 0 &&
             block(
-              "Decisions",
+              "Resolutions",
               el(
                 "ul.lately",
                 null,
@@ -191,7 +191,7 @@ export const event = {
 const BY = { console: "the console", command: "the command line" };
 
 /** Who resolved it. */
-export const by = (decision) => BY[decision.by] ?? decision.by;
+export const by = (resolution) => BY[resolution.by] ?? resolution.by;
 
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
 
@@ -230,27 +230,27 @@ function meant({ ids, reason, all, count, by }) {
 export const actions = {
   async retry(button, page) {
     const { which, number } = meant(button.dataset);
-    const done = await decide("retry", which, page);
-    page.tell(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: decided on already, or not to be understood.`);
-    await decided(page);
+    const done = await resolve("retry", which, page);
+    page.tell(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: resolved already, or not to be understood.`);
+    await afterResolution(page);
   },
   async discard(button, page) {
     const { which, number } = meant(button.dataset);
     const sure = await page.ask(
       `Discard ${some(number, "event")}?`,
-      `OurAPI will never get ${number === 1 ? "it" : "them"}. It can be undone in the list of decisions, until the retention drops it.`,
+      `OurAPI will never get ${number === 1 ? "it" : "them"}. It can be undone in the list of resolutions, until the retention drops it.`,
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;
-    const done = await decide("discard", which, page);
+    const done = await resolve("discard", which, page);
     page.tell(`${some(done, "event")} discarded.`);
-    await decided(page);
+    await afterResolution(page);
   },
   async undo(button, page) {
     const { which } = meant(button.dataset);
-    const done = await decide("undo", which, page);
+    const done = await resolve("undo", which, page);
     page.tell(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: it was resolved otherwise, or dropped by the retention.");
-    await decided(page);
+    await afterResolution(page);
   },
   select(box, page, event) {
     const { id } = box.dataset;
@@ -280,11 +280,11 @@ export const actions = {
 const left = (n) => `${count(n)} ${n === 1 ? "is" : "are"}`;
 
 /** Goes on until it is done for all that are meant: with many, the daemon does it in pieces. */
-async function decide(decision, which, page) {
+async function resolve(resolution, which, page) {
   let done = 0;
   let next = 0;
   while (next !== null) {
-    const piece = await post(`/api/failed/${decision}`, { ...which, after: integer(next) });
+    const piece = await post(`/api/failed/${resolution}`, { ...which, after: integer(next) });
     done += piece.done;
     next = piece.next;
     if (next !== null) page.tell(`${some(done, "event")} so far…`);
@@ -292,7 +292,7 @@ async function decide(decision, which, page) {
   return done;
 }
 
-async function decided(page) {
+async function afterResolution(page) {
   selection.ids.clear();
   await page.lookAgain();
 }

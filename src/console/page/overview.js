@@ -17,8 +17,8 @@ export const overview = {
   every: 10_000,
   async load({ hours }) {
     const range = RANGES.includes(Number(hours)) ? Number(hours) : HOURS;
-    const [activity, decisions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/decisions")]);
-    return { range, activity, decisions: decisions.rows.slice(0, 5) };
+    const [activity, resolutions] = await Promise.all([get(`/api/activity?hours=${range}`), get("/api/resolutions")]);
+    return { range, activity, resolutions: resolutions.rows.slice(0, 5) };
   },
   show: (data, { status }) => (status ? [verdict(status), pipe(status), strip(status), chart(data), lists(data, status)] : loading(8)),
   shown(data) {
@@ -146,9 +146,9 @@ function lists(data, status) {
     el(
       "section.card",
       { "aria-labelledby": "reasons" },
-      el("header", null, el("h2", { id: "reasons" }, "Failed, by reason"), status.failed > 0 && el("a", { href: "#/failed" }, "Decide")),
+      el("header", null, el("h2", { id: "reasons" }, "Failed, by reason"), status.failed > 0 && el("a", { href: "#/failed" }, "Resolve")),
       status.failed === 0
-        ? el("p.quietly", null, "Nothing has failed. What does waits here until you decide.")
+        ? el("p.quietly", null, "Nothing has failed. What does waits here until you resolve it.")
         : el(
             "ul.reasons",
             null,
@@ -167,22 +167,22 @@ function lists(data, status) {
     el(
       "section.card",
       { "aria-labelledby": "latest" },
-      el("header", null, el("h2", { id: "latest" }, "Latest decisions"), data?.decisions.length > 0 && el("a", { href: "#/decisions" }, "All")),
+      el("header", null, el("h2", { id: "latest" }, "Latest resolutions"), data?.resolutions.length > 0 && el("a", { href: "#/resolutions" }, "All")),
       !data
         ? loading(3)
-        : data.decisions.length === 0
-          ? el("p.quietly", null, "Nobody has decided anything yet.")
+        : data.resolutions.length === 0
+          ? el("p.quietly", null, "Nothing was resolved yet.")
           : el(
               "ul.lately",
               null,
-              data.decisions.map((decision) =>
+              data.resolutions.map((resolution) =>
                 el(
                   "li",
-                  { "data-key": decision.id },
-                  resolved(decision),
-                  kind(decision.kind),
-                  el("span.muted", null, el("a", { href: `#/failed/${decision.event}` }, `#${decision.event}`), decision.conversation !== null && [" of ", conversation(decision.conversation_key, decision.conversation)], " by ", by(decision)),
-                  ago(decision.at),
+                  { "data-key": resolution.id },
+                  resolved(resolution),
+                  kind(resolution.kind),
+                  el("span.muted", null, el("a", { href: `#/failed/${resolution.event}` }, `#${resolution.event}`), resolution.conversation !== null && [" of ", conversation(resolution.conversation_key, resolution.conversation)], " by ", by(resolution)),
+                  ago(resolution.at),
                 ),
               ),
             ),

@@ -88,7 +88,7 @@ async fn resolution_by_id_reason_and_all() {
             discard(json!({"all": true, "after": 10})).await,
             json!({"done": 1, "next": null})
         );
-        let (_, log) = console.get("/api/decisions").await;
+        let (_, log) = console.get("/api/resolutions").await;
         assert_eq!(ids(&log["rows"]), [7, 6, 5, 4, 3, 2, 1]);
         let own = rustix::process::geteuid().as_raw();
         let by = format!("{}, console", bigchat_sync::user::name(own));
@@ -98,7 +98,7 @@ async fn resolution_by_id_reason_and_all() {
         for (name, value) in latest.as_object().expect("an object") {
             assert_eq!(&log["rows"][0][name], value, "{name}");
         }
-        let (_, earlier) = console.get("/api/decisions?before=3").await;
+        let (_, earlier) = console.get("/api/resolutions?before=3").await;
         assert_eq!(ids(&earlier["rows"]), [2, 1]);
         let (_, event) = console.get("/api/failed/11").await;
         assert_eq!(event["state"], "discarded");
@@ -109,7 +109,7 @@ async fn resolution_by_id_reason_and_all() {
             let answer = console.resolve("undo", which).await.1;
             assert_eq!(answer, json!({"done": done, "next": null}));
         }
-        let (_, log) = console.get("/api/decisions").await;
+        let (_, log) = console.get("/api/resolutions").await;
         assert_eq!(log["rows"][0]["resolution"], "undo");
         let can_undo = |event: i64| {
             let mut rows = log["rows"].as_array().expect("rows").iter();
@@ -279,7 +279,7 @@ async fn page_without_the_token() {
             "/api/failed/1",
             "/api/search",
             "/api/conversations/1",
-            "/api/decisions",
+            "/api/resolutions",
         ] {
             assert_eq!(
                 console.get(path).await.0,

@@ -153,7 +153,7 @@ async fn failed_event_found_and_retried() {
             .until("document.querySelector('#failed-count').hidden")
             .await;
         assert_eq!(desk.decided(), "retry 3 console");
-        browser.click(".tabs a", "Decisions").await;
+        browser.click(".tabs a", "Resolutions").await;
         browser.until_text(".audit", "retried").await;
         browser.until_text(".audit", ", console").await;
         desk.done(browser).await;
@@ -474,7 +474,7 @@ async fn console_by_keyboard_alone() {
         browser
             .until("document.querySelector('#q').value === 'gd '")
             .await;
-        assert_ne!(browser.eval("location.hash").await, "#/decisions");
+        assert_ne!(browser.eval("location.hash").await, "#/resolutions");
         desk.done(browser).await;
     })
     .await;
@@ -499,7 +499,7 @@ async fn phone_width_in_both_themes() {
                 ("#/failed/3", "#raw"),
                 ("#/search", ".found"),
                 ("#/conversations/2", ".line"),
-                ("#/decisions", ".nothing"),
+                ("#/resolutions", ".nothing"),
             ] {
                 browser.go(&desk.at(view)).await;
                 browser

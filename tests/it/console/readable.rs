@@ -346,7 +346,7 @@ async fn ids_of_64_bits() {
                 .await;
             desk.browser.until_text("aside", &id).await;
         }
-        desk.go("#/decisions", ".audit").await;
+        desk.go("#/resolutions", ".audit").await;
         for (index, id) in ids.iter().enumerate().rev() {
             let key = 9_007_199_254_740_993 + index;
             desk.browser.until_text(".audit", &format!("#{key}")).await;
@@ -461,7 +461,7 @@ async fn resolutions_on_a_phone() {
             desk.browser.system_prefers(theme).await;
             for size in [PHONE, DESK] {
                 desk.browser.resize(size).await;
-                desk.go("#/decisions", ".audit tbody tr").await;
+                desk.go("#/resolutions", ".audit tbody tr").await;
                 let who = desk.browser.eval(&shown("td:nth-child(6)")).await;
                 assert_eq!(
                     who,

@@ -191,7 +191,7 @@ async fn resolution_without_console_token() {
     let which = json!({"ids": [1]});
     let answer = asked_by(own.as_raw(), &url, "POST", "/api/failed/discard", &which).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    let log = asked_by(own.as_raw(), &url, "GET", "/api/decisions", &json!(null)).await;
+    let log = asked_by(own.as_raw(), &url, "GET", "/api/resolutions", &json!(null)).await;
     let by = format!("\"by\":\"{}, console\"", user::name(own.as_raw()));
     assert!(log.contains(&by), "{by}: {log}");
     daemon.stop().await;
@@ -212,7 +212,7 @@ async fn console_records_token_and_address() {
         let answer = post.bearer_auth(TOKEN).send().await.expect("an answer");
         assert!(answer.status().is_success(), "{decision} {which}");
     }
-    let log = client.get(format!("{url}/api/decisions"));
+    let log = client.get(format!("{url}/api/resolutions"));
     let log = log.bearer_auth(TOKEN).send().await.expect("an answer");
     let log: Value = log.json().await.expect("JSON");
     let rows = log["rows"].as_array().expect("rows");
