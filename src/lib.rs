@@ -90,6 +90,7 @@ pub mod our_api;
 pub mod poller;
 pub mod settings;
 pub mod simulator;
+pub mod status;
 pub mod telemetry;
 pub mod user;
 pub mod version;

@@ -1,25 +1,15 @@
-//! The state of the journal, its problems and their remedies: for `bigchat-sync status`, the console and the metrics.
-//!
-//! It reads only the database, whether or not the daemon runs. `problems` decides what is a problem.
+//! `bigchat-sync status`: prints the [`Status`].
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
 use thiserror::Error;
 
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiStatus};
-use crate::journal::{DifferingChat, Figures, Gap, JournalError, OpenError, Store, Verification};
+use crate::http::ApiStatus;
+use crate::journal::{DifferingChat, Gap, JournalError, OpenError, Store, Verification};
 use crate::settings::Settings;
+use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
-use crate::version;
-
-/// Longest time without a completed poll, in poll intervals; at least [`STALE`].
-const INTERVALS: u32 = 6;
-
-/// Longest time without a completed poll, behind BigChat's clock, and of an event that waits.
-const STALE: Duration = Duration::from_secs(120);
 
 /// The options.
 #[derive(Debug, Clone, clap::Args)]
@@ -27,47 +17,6 @@ pub struct Args {
     /// Print one JSON object, for programs.
     #[arg(long)]
     pub json: bool,
-}
-
-/// The state.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Status {
-    /// Version of this program.
-    pub version: &'static str,
-    /// This machine's clock.
-    pub now: Millis,
-    /// Whether a daemon uses the database.
-    pub daemon_runs: bool,
-    /// Whether there is no problem.
-    pub healthy: bool,
-    /// The problems, the worst first.
-    pub problems: Vec<Problem>,
-    /// The database.
-    pub database: Database,
-    /// Within which time each chat is verified, in seconds; `None`: not at all.
-    pub verify_every_s: Option<f64>,
-    /// The figures of the journal.
-    #[serde(flatten)]
-    pub figures: Figures,
-}
-
-/// The database.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Database {
-    /// Its path.
-    #[serde(serialize_with = "lossy")]
-    pub path: PathBuf,
-    /// Its size with the write-ahead log.
-    pub size_bytes: u64,
-}
-
-/// A problem.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Problem {
-    /// What it is.
-    pub what: String,
-    /// What to do about it.
-    pub remedy: String,
 }
 
 /// Why there is no status.
@@ -95,167 +44,6 @@ pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), StatusErr
         text(&status)
     };
     Ok((text, status.healthy))
-}
-
-impl Status {
-    /// Reads it from the journal. The settings decide how long without a poll is too long.
-    pub fn read(store: &mut Store, settings: &Settings, now: Millis) -> Result<Self, JournalError> {
-        let mut figures = store.figures(now)?;
-        let every = settings.idle_pass().map(|pass| pass.every);
-        // One of before it was turned off.
-        figures.verification = figures.verification.filter(|_| every.is_some());
-        let daemon_runs = store.is_in_use();
-        let problems = problems(&figures, daemon_runs, settings.poll_interval, now);
-        Ok(Self {
-            version: version::VERSION,
-            now,
-            daemon_runs,
-            healthy: problems.is_empty(),
-            problems,
-            database: Database {
-                path: settings.db(),
-                size_bytes: store.bytes(),
-            },
-            verify_every_s: every.map(|every| every.as_secs_f64()),
-            figures,
-        })
-    }
-}
-
-/// JSON has no bytes that are not UTF-8.
-fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
-}
-
-/// The problems, the worst first.
-pub(crate) fn problems(
-    figures: &Figures,
-    daemon_runs: bool,
-    poll_interval: Duration,
-    now: Millis,
-) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let mut problem = |what: String, remedy: &str| {
-        problems.push(Problem {
-            what,
-            remedy: remedy.to_owned(),
-        });
-    };
-    if !daemon_runs {
-        problem(
-            "no daemon is running on this database".into(),
-            "start it with `systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db",
-        );
-    }
-    for (api, status) in [
-        (Api::BigChat, &figures.bigchat),
-        (Api::OurApi, &figures.our_api),
-    ] {
-        // A pause is for the time in which OurAPI is down.
-        let is_expected = api == Api::OurApi && figures.paused.is_some();
-        if status.up == Some(false) && !is_expected {
-            let since = status.since.unwrap_or_default();
-            let why = status.problem.as_deref().unwrap_or("it does not answer");
-            let remedy = match (status.lasts, api) {
-                (true, _) => {
-                    "correct what the reason names; until then requests wait, and nothing is lost"
-                        .to_owned()
-                }
-                (false, Api::BigChat) => format!(
-                    "an outage needs no action, and the events of that time are read afterwards; if {api} is up, check {}",
-                    api.url_setting()
-                ),
-                (false, Api::OurApi) => format!(
-                    "an outage needs no action, and all events wait; if {api} is up, check {}",
-                    api.url_setting()
-                ),
-            };
-            problem(format!("{api} is down since {since}: {why}"), &remedy);
-        }
-    }
-    let stale = STALE.max(poll_interval.saturating_mul(INTERVALS));
-    match figures.polled_at {
-        None => problem(
-            "no poll of BigChat was completed yet".into(),
-            "wait for the first poll; if this stays, see the log",
-        ),
-        Some(at) if now.since(at) > stale => problem(
-            format!("the last poll was completed at {at}"),
-            "no new events arrive; start the daemon if it is not running, otherwise see the state of BigChat above, or the log",
-        ),
-        Some(_)
-            if figures
-                .behind_s
-                .is_some_and(|behind| seconds(behind) > stale) =>
-        {
-            problem(
-                format!(
-                    "the poller is {} behind BigChat",
-                    duration(seconds(figures.behind_s.unwrap_or_default()))
-                ),
-                "it catches up automatically; if this does not shrink, see the state of BigChat above",
-            )
-        }
-        Some(at)
-            if figures
-                .cursor_moved_at
-                .is_some_and(|moved| at.since(moved) > stale) =>
-        {
-            let moved = figures.cursor_moved_at.unwrap_or_default();
-            problem(
-                format!(
-                    "BigChat's clock has not advanced for {}, although polls are completed",
-                    duration(at.since(moved))
-                ),
-                "a cache may answer instead of BigChat; let it forward requests with `cache-control: no-cache`",
-            )
-        }
-        Some(_) => {}
-    }
-    // What waited through a pause is late only if it is not delivered soon after.
-    let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
-    if let Some(oldest) = &figures.oldest_waiting
-        && figures.paused.is_none()
-        && now.since(could_be_sent_since(oldest.since)) > STALE
-    {
-        let why = oldest
-            .reason
-            .as_deref()
-            .unwrap_or("it has not been tried yet");
-        problem(
-            format!(
-                "a {} of conversation {} has waited for {}: {why}",
-                oldest.kind,
-                oldest.conversation,
-                duration(now.since(oldest.since))
-            ),
-            "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
-        );
-    }
-    if figures.failed > 0 {
-        problem(
-            match figures.failed {
-                1 => "1 failed event needs action".into(),
-                count => format!("{count} failed events need action"),
-            },
-            "see the reasons with `bigchat-sync failed list` or in the console; then retry or discard",
-        );
-    }
-    problems
-}
-
-fn seconds(count: i64) -> Duration {
-    Duration::from_secs(u64::try_from(count).unwrap_or_default())
-}
-
-/// To the second; the longer, the coarser.
-fn duration(duration: Duration) -> String {
-    let seconds = match duration.as_secs() {
-        seconds if seconds >= 172_800 => seconds / 3600 * 3600,
-        seconds if seconds >= 7_200 => seconds / 60 * 60,
-        seconds => seconds,
-    };
-    humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }
 
 fn text(status: &Status) -> String {

@@ -28,13 +28,13 @@ use tokio::sync::{Mutex, Notify, OnceCell};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::Apis;
 use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::{Settings, Token};
+use crate::status::Status;
 use crate::telemetry::liveness::Liveness;
 use login::Login;
 

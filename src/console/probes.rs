@@ -9,10 +9,10 @@ use axum::response::{IntoResponse, Response};
 
 use super::Console;
 use super::Web;
-use crate::cli::status::Status;
 use crate::domain::time::Millis;
 use crate::http::{Api, Http};
 use crate::metrics::Now;
+use crate::status::Status;
 use crate::version;
 
 /// The format of [`metrics`].

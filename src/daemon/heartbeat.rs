@@ -12,11 +12,11 @@ use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
 use url::Url;
 
 use super::parts::Parts;
-use crate::cli::status::{self, Problem};
 use crate::domain::time::Millis;
 use crate::http;
 use crate::journal::Figures;
 use crate::settings::{Token, heartbeat_url};
+use crate::status::{self, Problem};
 
 /// What such services expect by default is one a minute.
 const EVERY: Duration = Duration::from_secs(60);
