@@ -4,6 +4,7 @@ use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, dropped, status};
 use serde_json::json;
 
+use super::verify::{outcome, verify};
 use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
 
 /// A daemon whose windows begin after it did, so that nothing is looked up for that reason.
@@ -20,15 +21,25 @@ async fn settled(t: &Test, bench: &Bench) -> Daemon {
 
 /// Another client gives a chat to another agent.
 async fn gives(t: &Test, external_id: &str, email: &str) {
-    let data = t.our_api.data();
-    let mut chats = data.chats.iter();
-    let chat = chats.find(|chat| chat.external_id == external_id);
-    let agent = data.agents.iter().find(|agent| agent.email == email);
-    let chat = chat.expect("a chat").chat_id;
+    let agents = t.our_api.data().agents;
+    let agent = agents.iter().find(|agent| agent.email == email);
     let change = json!({"agent_id": agent.expect("an agent").agent_id});
-    let url = format!("{}/chats/{chat}", t.our_api.url());
-    let changed = reqwest::Client::new().patch(url).json(&change).send().await;
-    assert!(changed.expect("an answer").status().is_success());
+    t.our_api.is_changed(external_id, &change).await;
+}
+
+/// Two chats that are delivered: advisor 7 has the first one since a TRANSFER.
+async fn two_chats(t: &Test) -> Daemon {
+    let now = t.now();
+    t.bigchat.open(10, now - 100, 1);
+    t.bigchat.open(11, now - 100, 2);
+    t.bigchat.reports([
+        message(10, now - 9, "hello"),
+        transfer(10, now - 8, 7),
+        message(11, now - 5, "hello"),
+    ]);
+    let daemon = t.start();
+    t.until_events("delivered", 3).await;
+    daemon
 }
 
 /// Who has a chat.
@@ -112,16 +123,7 @@ async fn an_adopted_agent_stays_when_something_else_is_lost() {
 async fn an_agent_that_another_client_gave_stays_after_every_loss() {
     run_live_test(async |t| {
         t.differs("another client changes a chat");
-        let now = t.now();
-        t.bigchat.open(10, now - 100, 1);
-        t.bigchat.open(11, now - 100, 2);
-        t.bigchat.reports([
-            message(10, now - 9, "hello"),
-            transfer(10, now - 8, 7),
-            message(11, now - 5, "hello"),
-        ]);
-        let daemon = t.start();
-        t.until_events("delivered", 3).await;
+        let daemon = two_chats(t).await;
         t.our_api.has_agent("b1", "Zoe", "zoe@z.test");
         gives(t, "10", "zoe@z.test").await;
         for text in ["are you there?", "and now?"] {
@@ -137,16 +139,7 @@ async fn an_agent_that_another_client_gave_stays_after_every_loss() {
 async fn a_drift_that_was_reported_is_still_one() {
     run_live_test(async |t| {
         t.differs("another client changes a chat");
-        let now = t.now();
-        t.bigchat.open(10, now - 100, 1);
-        t.bigchat.open(11, now - 100, 2);
-        t.bigchat.reports([
-            message(10, now - 9, "hello"),
-            transfer(10, now - 8, 7),
-            message(11, now - 5, "hello"),
-        ]);
-        let daemon = t.start();
-        t.until_events("delivered", 3).await;
+        let daemon = two_chats(t).await;
         let (ours, other) = (agent(t, "10"), agent(t, "11"));
         gives(t, "10", other.as_deref().expect("an agent")).await;
         loses(t, t, 11, "are you there?").await;
@@ -156,12 +149,8 @@ async fn a_drift_that_was_reported_is_still_one() {
             (&["--repair"], false, ours.clone()),
             (&[], true, ours),
         ] {
-            let mut command = t.program("verify");
-            command.args(arguments);
-            let ended = tokio::task::spawn_blocking(move || command.output());
-            let output = ended.await.expect("no panic").expect("a process");
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert_eq!(output.status.success(), clean, "{arguments:?}: {said}");
+            let (said, found_nothing) = verify(t, arguments).await;
+            assert_eq!(found_nothing, clean, "{arguments:?}: {said}");
             assert_eq!(agent(t, "10"), holder, "{arguments:?}: {said}");
         }
     })
@@ -181,12 +170,8 @@ async fn an_adopted_agent_is_no_difference() {
         t.bigchat.reports([message(10, now - 5, "hello again")]);
         other.once().await;
         for arguments in [&[][..], &["--repair"], &[]] {
-            let mut command = other.program("verify");
-            command.args(arguments);
-            let ended = tokio::task::spawn_blocking(move || command.output());
-            let output = ended.await.expect("no panic").expect("a process");
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success(), "{arguments:?}: {said}");
+            let (said, found_nothing) = verify(&other, arguments).await;
+            assert!(found_nothing, "{arguments:?}: {said}");
             assert_eq!(agent(t, "10"), transferred, "{arguments:?}");
         }
     })
@@ -245,10 +230,7 @@ async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
         t.bigchat.reports([message(99, 5, "who?")]);
         t.until_events("failed", 1).await;
         t.our_api.loses_chat("42");
-        let mut command = t.program("verify");
-        command.arg("--repair");
-        let ended = tokio::task::spawn_blocking(move || command.output());
-        ended.await.expect("no panic").expect("a process");
+        outcome(t, &["--repair"]).await;
         until("nothing is left to be read back", async || {
             t.value::<i64>("SELECT losses FROM control") == 1
                 && t.value::<i64>(

@@ -32,6 +32,14 @@ fn pass_is_due(t: &Bench) {
     );
 }
 
+/// A pass restores what is lost.
+async fn is_restored(t: &Test) {
+    assert!(!t.compare().is_clean());
+    pass_is_due(t);
+    t.start();
+    t.agrees().await;
+}
+
 /// Waits until that pass has ended.
 async fn until_verified(t: &Bench) {
     until("the pass has ended", async || {
@@ -42,12 +50,7 @@ async fn until_verified(t: &Bench) {
 
 /// Another client changes a chat.
 async fn another_client_changes(t: &Test, external_id: &str, change: &Value) {
-    let chats = t.our_api.data().chats;
-    let chat = chats.iter().find(|chat| chat.external_id == external_id);
-    let chat = chat.expect("a chat").chat_id;
-    let url = format!("{}/chats/{chat}", t.our_api.url());
-    let answer = reqwest::Client::new().patch(url).json(change).send().await;
-    assert!(answer.expect("an answer").status().is_success());
+    t.our_api.is_changed(external_id, change).await;
     t.our_api.asked();
 }
 
@@ -62,10 +65,7 @@ async fn losses_that_nothing_touches_are_restored() {
         delivered(t, 10..13).await;
         t.our_api.loses_chat("10");
         t.our_api.loses_message("11");
-        assert!(!t.compare().is_clean());
-        pass_is_due(t);
-        t.start();
-        t.agrees().await;
+        is_restored(t).await;
         until_verified(t).await;
     })
     .await;
@@ -78,10 +78,7 @@ async fn an_end_that_vanishes_is_restored() {
         t.bigchat.reports([end(10, 300)]);
         t.once().await;
         another_client_changes(t, "10", &json!({"ended_at": null})).await;
-        assert!(!t.compare().is_clean());
-        pass_is_due(t);
-        t.start();
-        t.agrees().await;
+        is_restored(t).await;
         until_verified(t).await;
     })
     .await;
@@ -92,10 +89,7 @@ async fn agents_that_vanish_are_restored() {
     run_test(async |t| {
         delivered(t, 10..12).await;
         t.our_api.loses_agents();
-        assert!(!t.compare().is_clean());
-        pass_is_due(t);
-        t.start();
-        t.agrees().await;
+        is_restored(t).await;
     })
     .await;
 }

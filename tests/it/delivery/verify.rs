@@ -32,7 +32,7 @@ async fn delivered(t: &Test) {
 }
 
 /// Runs the command. Returns its standard output, and whether it found no drift.
-async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
+pub(super) async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
     let output = outcome(t, arguments).await;
     let text = String::from_utf8(output.stdout).expect("text");
     let found_nothing = match output.status.code() {
@@ -44,7 +44,7 @@ async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
     (text, found_nothing)
 }
 
-async fn outcome(t: &Bench, arguments: &[&str]) -> Output {
+pub(super) async fn outcome(t: &Bench, arguments: &[&str]) -> Output {
     let mut command = t.program("verify");
     command.args(arguments);
     finished(command).await
@@ -85,13 +85,8 @@ async fn drift_is_reported_and_repaired() {
             assert!(clean && said.contains("OurAPI has everything"), "{said}");
             t.our_api.loses_chat("11");
             t.our_api.loses_message("10");
-            let ended = json!({"ended_at": null});
-            let chats = t.our_api.data().chats;
-            let chat = chats.iter().find(|chat| chat.external_id == "12");
-            let chat = chat.expect("a chat").chat_id;
-            let url = format!("{}/chats/{chat}", t.our_api.url());
-            let changed = reqwest::Client::new().patch(url).json(&ended).send().await;
-            assert!(changed.expect("an answer").status().is_success());
+            let not_ended = json!({"ended_at": null});
+            t.our_api.is_changed("12", &not_ended).await;
             let before = writes(t);
             let (said, clean) = verify(t, &[]).await;
             assert!(!clean, "{said}");

@@ -270,6 +270,16 @@ impl OurApi {
         self.state().set_conflict(status);
     }
 
+    /// Another client changes a chat.
+    pub(crate) async fn is_changed(&self, external_id: &str, change: &Value) {
+        let chats = self.data().chats;
+        let chat = chats.iter().find(|chat| chat.external_id == external_id);
+        let chat = chat.expect("a chat").chat_id;
+        let url = format!("{}/chats/{chat}", self.url());
+        let changed = reqwest::Client::new().patch(url).json(change).send().await;
+        assert!(changed.expect("an answer").status().is_success());
+    }
+
     fn has(&self, item: impl Into<Item>) {
         self.state().add(item);
         let before = self.state().data().clone();
