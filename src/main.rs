@@ -85,14 +85,8 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
             Err(error) => complain(terminal, &error, 1),
         },
-        Some(Command::Pause(args)) => match pause::pause(&args, &settings.db()) {
-            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
-            Err(error) => complain(terminal, &error, 1),
-        },
-        Some(Command::Resume) => match pause::resume(&settings.db()) {
-            Ok(text) => say(terminal, text.as_bytes(), ExitCode::SUCCESS),
-            Err(error) => complain(terminal, &error, 1),
-        },
+        Some(Command::Pause(args)) => answer(terminal, pause::pause(&args, &settings.db())),
+        Some(Command::Resume) => answer(terminal, pause::resume(&settings.db())),
         Some(Command::Check(args)) => block_on(terminal, async {
             let report = check::run(&settings, Tokens::read(service::variable)).await;
             let code = ExitCode::from(u8::from(!report.all_passed()));

@@ -133,7 +133,7 @@ pub enum Command {
     },
 }
 
-/// Why a command that reads the journal printed nothing.
+/// Why a command on the journal failed.
 #[derive(Debug, Error)]
 pub enum CommandError {
     /// The database cannot be opened.

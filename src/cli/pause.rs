@@ -3,11 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use thiserror::Error;
-
+use super::CommandError;
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
-use crate::journal::{JournalError, OpenError, Store};
+use crate::journal::Store;
 use crate::settings::positive;
 
 /// For how long.
@@ -18,19 +17,8 @@ pub struct Args {
     length: Option<Duration>,
 }
 
-/// Why deliveries could not be paused or resumed.
-#[derive(Debug, Error)]
-pub enum PauseError {
-    /// The database cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The database refuses.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-}
-
 /// Pauses deliveries. Returns what to print.
-pub fn pause(args: &Args, db: &Path) -> Result<String, PauseError> {
+pub fn pause(args: &Args, db: &Path) -> Result<String, CommandError> {
     let mut store = Store::open_shared(db)?;
     let pause = Pause::begin(args.length, Millis::now());
     store.set_pause(pause)?;
@@ -42,7 +30,7 @@ pub fn pause(args: &Args, db: &Path) -> Result<String, PauseError> {
 }
 
 /// Resumes deliveries. Returns what to print.
-pub fn resume(db: &Path) -> Result<String, PauseError> {
+pub fn resume(db: &Path) -> Result<String, CommandError> {
     let mut store = Store::open_shared(db)?;
     let now = Millis::now();
     Ok(match store.pause()? {

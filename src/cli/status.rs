@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use thiserror::Error;
-
+use super::{CommandError, json};
 use crate::domain::time::Millis;
 use crate::http::ApiStatus;
-use crate::journal::{DifferingChat, Gap, JournalError, OpenError, Store, Verification};
+use crate::journal::{DifferingChat, Gap, Store, Verification};
 use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
@@ -19,27 +18,13 @@ pub struct Args {
     pub json: bool,
 }
 
-/// Why there is no status.
-#[derive(Debug, Error)]
-pub enum StatusError {
-    /// The database cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The database refuses.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// It cannot be written as JSON.
-    #[error("cannot write the status as JSON: {0}")]
-    Json(#[from] serde_json::Error),
-}
-
 /// What `bigchat-sync status` prints, and whether there is no problem.
-pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), StatusError> {
+pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), CommandError> {
     let db = &settings.db();
     let mut store = Store::open_reader(db)?;
     let status = Status::read(&mut store, settings, Millis::now())?;
     let text = if args.json {
-        format!("{}\n", serde_json::to_string_pretty(&status)?)
+        json::text(&status)?
     } else {
         text(&status)
     };

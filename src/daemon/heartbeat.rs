@@ -27,16 +27,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A heartbeat that keeps failing is logged once an hour.
 const LOGGED_EVERY: u32 = 60;
 
-/// Sends heartbeats until `work` is done.
-pub(super) async fn beside<T>(parts: &Parts, url: Token, work: impl Future<Output = T>) -> T {
-    tokio::select! {
-        biased;
-        done = work => done,
-        never = run(parts, &url) => match never {},
-    }
-}
-
-async fn run(parts: &Parts, url: &Token) -> Infallible {
+/// Sends heartbeats.
+pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
     // Before the first poll the journal is as the last session left it.
     tokio::select! {
         () = parts.caught_up.cancelled() => {}

@@ -8,6 +8,7 @@ mod progress;
 pub mod service;
 mod summary;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -124,7 +125,8 @@ pub async fn run_at(
     }
     // Boxed: whatever takes a future by value holds it twice.
     let work = Box::pin(observers.watch(&parts, serve(&parts)));
-    let work = heartbeat::beside(&parts, heartbeat_url, pause::heed(&parts, work));
+    let work = beside(pause::watch(&parts), work);
+    let work = beside(heartbeat::run(&parts, heartbeat_url), work);
     let served = health::keep(&parts, work).await;
     closing.cancel();
     web.join_all().await;
@@ -157,7 +159,7 @@ impl Observers {
     ) -> Result<(), DaemonError> {
         let mut summary = Summary::begin();
         let watching = async {
-            tokio::join!(
+            let (never, ..) = tokio::join!(
                 summary.run(parts),
                 progress::show(parts, self.terminal.as_ref()),
                 self.manager.run_watchdog(
@@ -165,18 +167,27 @@ impl Observers {
                     || summary::sentence(parts),
                     &parts.stopping
                 ),
-            )
+            );
+            never
         };
-        let done = tokio::select! {
-            biased;
-            done = work => done,
-            (never, ..) = watching => match never {},
-        };
+        let done = beside(watching, work).await;
         summary.tell(parts).await;
         if done.is_ok() {
             tracing::info!("stopped; nothing is forgotten");
         }
         done
+    }
+}
+
+/// Runs something for as long as `work` takes.
+async fn beside<T>(
+    something: impl Future<Output = Infallible>,
+    work: impl Future<Output = T>,
+) -> T {
+    tokio::select! {
+        biased;
+        done = work => done,
+        never = something => match never {},
     }
 }
 
@@ -230,7 +241,7 @@ pub async fn once(
         }
     };
     let work = Box::pin(observers.watch(&parts, work));
-    let work = pause::heed(&parts, work);
+    let work = beside(pause::watch(&parts), work);
     health::keep(&parts, work).await
 }
 
@@ -255,7 +266,7 @@ pub async fn verify(
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::keep(&parts, pause::heed(&parts, Box::pin(work))).await;
+    health::keep(&parts, beside(pause::watch(&parts), Box::pin(work))).await;
     Ok(())
 }
 

@@ -13,16 +13,8 @@ use crate::journal::Store;
 /// How often the journal is read: a pause begins within a second.
 const CHECK_EVERY: Duration = Duration::from_millis(500);
 
-/// Heeds pauses until `work` is done.
-pub(super) async fn heed<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
-    tokio::select! {
-        biased;
-        done = work => done,
-        never = watch(parts) => match never {},
-    }
-}
-
-async fn watch(parts: &Parts) -> Infallible {
+/// Obeys pauses.
+pub(super) async fn watch(parts: &Parts) -> Infallible {
     let mut known = None;
     loop {
         // Polling and delivery report a journal that cannot be read.

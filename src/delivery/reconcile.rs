@@ -155,11 +155,8 @@ impl Reconciled {
 
     async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let first = self.events.first().map(|event| event.id);
-        let refreshed = self
-            .refresh(worker)
-            .await
-            .map_err(|error| Stopped::at(first, error))?;
-        let Refreshed::Ours(found) = refreshed else {
+        let failed = |error| Stopped::at(first, error);
+        let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
             if self.events.is_empty() && !worker.settings.rebuild.restores() {
                 // Nothing needs it. It is forgotten once an event does.
                 return self.stays_lost();
@@ -167,13 +164,10 @@ impl Reconciled {
             return self
                 .gone(worker, worker.settings.rebuild.restores())
                 .await
-                .map_err(|error| Stopped::at(first, error));
+                .map_err(failed);
         };
         let unsure = self.unsure(worker);
-        let drift = self
-            .merge(worker, &found, unsure)
-            .await
-            .map_err(|error| Stopped::at(first, error))?;
+        let drift = self.merge(worker, &found, unsure).await.map_err(failed)?;
         // Else it is known.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
@@ -181,7 +175,7 @@ impl Reconciled {
         self.drift = Some(drift);
         self.agent_may_be_gone(worker, found.agent_id)
             .await
-            .map_err(|error| Stopped::at(first, error))?;
+            .map_err(failed)?;
         let needed = if self.is_replayed(worker) {
             Needed::Always
         } else if self.claim.is_lost && worker.settings.rebuild.restores() {
@@ -350,16 +344,8 @@ impl Reconciled {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = worker
-            .our_api
-            .messages(chat)
-            .await
-            .map_err(|error| Stopped {
-                at: self.first_in_doubt(worker),
-                error: error.into(),
-                reading_messages: true,
-            })?;
-        let mut accounting = account::account(held.iter().map(Message::key), &recorded);
+        let held = held(worker, chat, self.first_in_doubt(worker)).await?;
+        let mut accounting = account::account(held, &recorded);
         if !worker.settings.rebuild.restores() {
             let missing = Missing {
                 messages: count(&accounting.missing),
@@ -672,20 +658,12 @@ impl Reconciled {
         let Refreshed::Ours(found) = refreshed else {
             return self.verify_gone(worker, verify).await.map_err(failed);
         };
-        let held = worker
-            .our_api
-            .messages(found.chat_id)
-            .await
-            .map_err(|error| Stopped {
-                at: None,
-                error: error.into(),
-                reading_messages: true,
-            })?;
+        let held = held(worker, found.chat_id, None).await?;
         if give_way.is_cancelled() || worker.stopping.is_cancelled() {
             return Ok(());
         }
         let recorded = self.recorded(worker).await.map_err(failed)?;
-        let accounting = account::account(held.iter().map(Message::key), &recorded);
+        let accounting = account::account(held, &recorded);
         let fields = self.verify_fields(worker, verify, &found).await;
         let (drift, missing) = fields.map_err(failed)?;
         let found_now = VerificationResult {
@@ -798,6 +776,22 @@ impl Reconciled {
             self.conversation.observed.agent = None;
         }
         Ok((drift, missing))
+    }
+}
+
+/// The messages that OurAPI has of a chat. A failure is one of the event `at`.
+async fn held(
+    worker: &Worker,
+    chat: Uuid,
+    at: Option<EventId>,
+) -> Result<Vec<MessageKey>, Stopped> {
+    match worker.our_api.messages(chat).await {
+        Ok(held) => Ok(held.iter().map(Message::key).collect()),
+        Err(error) => Err(Stopped {
+            at,
+            error: error.into(),
+            reading_messages: true,
+        }),
     }
 }
 

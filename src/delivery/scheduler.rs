@@ -410,23 +410,22 @@ impl Scheduler {
     }
 
     fn finished(&mut self, done: Result<(task::Id, Reconciled), JoinError>) {
+        let task = match &done {
+            Ok((task, _)) => *task,
+            Err(error) => error.id(),
+        };
+        let at_work = self.tasks.remove(&task);
+        if let Some(began) = at_work.as_ref().and_then(|at_work| at_work.idle_since) {
+            self.idle_pass.ended(began);
+        }
         let to_commit = match done {
-            Ok((task, reconciled)) => {
-                let at_work = self.tasks.remove(&task);
-                if let Some(began) = at_work.and_then(|at_work| at_work.idle_since) {
-                    self.idle_pass.ended(began);
-                }
-                ToCommit::Report(Box::new(self.report(reconciled)))
-            }
+            Ok((_, reconciled)) => ToCommit::Report(Box::new(self.report(reconciled))),
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
                 self.worker.metrics.panicked();
-                let Some(at_work) = self.tasks.remove(&error.id()) else {
+                let Some(at_work) = at_work else {
                     return;
                 };
-                if let Some(began) = at_work.idle_since {
-                    self.idle_pass.ended(began);
-                }
                 ToCommit::Lost(self.panicked(at_work))
             }
         };

@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::console::says;
 use super::inbox::ingest_dead_letter;
-use super::{Result, Store, UNREADABLE, limit};
+use super::{Result, Store, UNREADABLE, count, limit};
 use crate::domain::event::PartialEvent;
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
@@ -202,14 +202,13 @@ impl Store {
 
     /// How many open dead letters could not be parsed, and so cannot be retried.
     pub fn count_unreadable(&mut self) -> Result<u64> {
-        let count: i64 = self
+        Ok(self
             .connection
             .prepare_cached(
                 "SELECT count(*) FROM dead_letters d JOIN events e ON e.id = d.event
                  WHERE d.discarded_at IS NULL AND e.kind = ?1",
             )?
-            .query_row([UNREADABLE], |row| row.get(0))?;
-        Ok(u64::try_from(count).unwrap_or_default())
+            .query_row([UNREADABLE], count)?)
     }
 
     /// How many events have failed.
@@ -219,22 +218,20 @@ impl Store {
 
     /// The same, counted up to so many: nobody waits for more.
     pub fn failed_at_most(&mut self, at_most: u32) -> Result<u64> {
-        let count: i64 = self
+        Ok(self
             .connection
             .prepare_cached(
                 "SELECT count(*) FROM (SELECT 1 FROM dead_letters WHERE discarded_at IS NULL LIMIT ?1)",
             )?
-            .query_row([at_most], |row| row.get(0))?;
-        Ok(u64::try_from(count).unwrap_or_default())
+            .query_row([at_most], count)?)
     }
 
     /// How many events were ever resolved so.
     pub fn count_resolutions(&mut self, resolution: Resolution) -> Result<u64> {
-        let count: i64 = self
+        Ok(self
             .connection
             .prepare_cached("SELECT count(*) FROM resolutions WHERE resolution = ?1")?
-            .query_row([resolution.name()], |row| row.get(0))?;
-        Ok(u64::try_from(count).unwrap_or_default())
+            .query_row([resolution.name()], count)?)
     }
 
     /// A dead letter, open or discarded, if there is one of that id.
@@ -342,19 +339,16 @@ impl Store {
         resolution: Resolution,
     ) -> Result<(u64, Millis)> {
         let (is, contains) = Reason::parts(reason);
-        let (count, last): (i64, Option<i64>) = self
+        let (count, last): (u64, Option<i64>) = self
             .connection
             .prepare_cached(&format!(
                 "SELECT count(*), max(d.failed_at) {DEAD_LETTERS} WHERE {} AND {HAS_REASON}",
                 resolution.applies_to()
             ))?
             .query_row(params![0, is, contains], |row| {
-                Ok((row.get(0)?, row.get(1)?))
+                Ok((count(row)?, row.get(1)?))
             })?;
-        Ok((
-            u64::try_from(count).unwrap_or_default(),
-            Millis(last.unwrap_or_default()),
-        ))
+        Ok((count, Millis(last.unwrap_or_default())))
     }
 
     /// Resolves some of the dead letters that are meant: those after `after` (0 at first), by their ids. Each resolution is

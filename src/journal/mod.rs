@@ -34,7 +34,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rusqlite::Connection;
+use rusqlite::{Connection, Row};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -261,6 +261,16 @@ impl Drop for Thread {
             );
         }
     }
+}
+
+/// A count, of which SQL knows no sign.
+fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
+    Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
+}
+
+/// The count that a query has in its first column.
+fn count(row: &Row<'_>) -> rusqlite::Result<u64> {
+    unsigned(row, 0)
 }
 
 /// How many rows at the most, as SQL takes it.

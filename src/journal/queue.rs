@@ -10,7 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::verification::claim_verifications;
-use super::{JournalError, RateLimits, Result, Store, limit, present};
+use super::{JournalError, RateLimits, Result, Store, count, limit, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, Drift, Observed, Pending, Transfer,
@@ -158,13 +158,12 @@ impl Store {
 
     /// How many events wait.
     pub fn waiting(&mut self) -> Result<u64> {
-        let count: i64 = self
+        Ok(self
             .connection
             .prepare_cached(
                 "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
             )?
-            .query_row([], |row| row.get(0))?;
-        Ok(u64::try_from(count).unwrap_or_default())
+            .query_row([], count)?)
     }
 
     /// Whether any event waits.

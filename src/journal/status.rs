@@ -1,13 +1,13 @@
 //! What `bigchat-sync status`, the console and the metrics show of the journal. Everything here is bounded: it costs the
 //! same on millions of events, but for the counts of what waits and what failed, which walk an index.
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 
 use super::activity::minute;
 use super::dead_letters::is_permanent;
 use super::verification::left;
-use super::{Result, Store, pause};
+use super::{Result, Store, count, pause, unsigned};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::ApiStatus;
@@ -461,12 +461,4 @@ fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<Deliver
         max: at(100),
         count: times.len(),
     }))
-}
-
-fn count(row: &Row<'_>) -> rusqlite::Result<u64> {
-    unsigned(row, 0)
-}
-
-fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
-    Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
 }

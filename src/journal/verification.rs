@@ -11,7 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::queue::{Loading, load_chat};
-use super::{JournalError, Result, Store, limit};
+use super::{JournalError, Result, Store, count, limit, unsigned};
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Claim, IdlePass, VerificationResult, Verify, VerifyMode, Work};
 use crate::domain::time::Millis;
@@ -146,9 +146,6 @@ impl Store {
 
     /// How far a verification is.
     pub fn verification_progress(&mut self, verification: i64) -> Result<VerificationProgress> {
-        let count = |row: &rusqlite::Row<'_>, index| {
-            Ok::<_, rusqlite::Error>(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
-        };
         let transaction = self.connection.transaction()?;
         let (conversation, progress) = transaction
             .prepare_cached(
@@ -161,12 +158,12 @@ impl Store {
             )?
             .query_row([verification], |row| {
                 let progress = VerificationProgress {
-                    verified: count(row, 1)?,
+                    verified: unsigned(row, 1)?,
                     left: 0,
-                    missing: count(row, 2)?,
-                    differing: count(row, 3)?,
-                    messages: count(row, 4)?,
-                    waiting: count(row, 5)?,
+                    missing: unsigned(row, 2)?,
+                    differing: unsigned(row, 3)?,
+                    messages: unsigned(row, 4)?,
+                    waiting: unsigned(row, 5)?,
                 };
                 Ok((row.get::<_, Option<i64>>(0)?, progress))
             })?;
@@ -303,17 +300,16 @@ pub(super) fn left(
     verification: i64,
     conversation: Option<i64>,
 ) -> Result<u64> {
-    let left: i64 = match conversation {
+    Ok(match conversation {
         None => connection
             .prepare_cached("SELECT count(*) FROM conversations WHERE verified_in < ?1")?
-            .query_row([verification], |row| row.get(0))?,
+            .query_row([verification], count)?,
         Some(conversation) => connection
             .prepare_cached(
                 "SELECT count(*) FROM conversations WHERE bigchat_id = ?2 AND +verified_in < ?1",
             )?
-            .query_row([verification, conversation], |row| row.get(0))?,
-    };
-    Ok(u64::try_from(left).unwrap_or_default())
+            .query_row([verification, conversation], count)?,
+    })
 }
 
 /// The next chats that wait for a verification.

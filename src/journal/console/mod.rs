@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::activity::{minute, names};
 use super::dead_letters::{PastResolution, is_permanent, partial_event};
-use super::{KnownAdvisor, Result, Store, UNREADABLE, limit};
+use super::{KnownAdvisor, Result, Store, UNREADABLE, limit, unsigned};
 use crate::domain::event::PartialEvent;
 use crate::domain::time::{Millis, Timestamp};
 
@@ -94,9 +94,9 @@ impl Store {
             Ok(Minutes {
                 minute: row.get(0)?,
                 kind: row.get(1)?,
-                told: count(row, 2)?,
-                delivered: count(row, 3)?,
-                failed: count(row, 4)?,
+                told: unsigned(row, 2)?,
+                delivered: unsigned(row, 3)?,
+                failed: unsigned(row, 4)?,
             })
         })?;
         Ok(Activity {
@@ -389,7 +389,7 @@ fn conversation(connection: &Connection, key: i64) -> Result<Option<Conversation
     let Some(mut row) = row else { return Ok(None) };
     row.waiting = connection
         .prepare_cached(WAITING_OF)?
-        .query_row(params![key, limit(COUNTED)], |row| count(row, 0))?;
+        .query_row(params![key, limit(COUNTED)], super::count)?;
     row.permanent = true;
     let mut statement = connection.prepare_cached(FAILED_OF)?;
     let mut failed = statement.query(params![key, limit(COUNTED)])?;
@@ -521,10 +521,6 @@ fn paged<T>(mut rows: Vec<T>, id: impl Fn(&T) -> i64) -> Page<T> {
     rows.truncate(PAGE);
     let next = rows.last().filter(|_| more).map(id);
     Page { rows, next }
-}
-
-fn count(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
-    Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
 }
 
 #[cfg(test)]
