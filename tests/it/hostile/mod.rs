@@ -2,5 +2,6 @@
 
 mod answers;
 mod chaos;
+mod fuzz;
 mod odd_answers;
 mod strangers;
