@@ -91,7 +91,7 @@ fn odd_value() -> impl Strategy<Value = String> {
             "\u{feff}1",
         ])
         .prop_map(str::to_owned),
-        "[a-z0-9 .+-]{1,8}",
+        "[a-z0-9.+-][a-z0-9 .+-]{0,7}",
         (1_usize..300).prop_map(|levels| format!("{}{}", "[".repeat(levels), "]".repeat(levels))),
     ]
 }
@@ -380,14 +380,18 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
         texts.push(text);
         t.bigchat.further_polls(2).await;
     }
+    // More, if an altered answer looks like a restart of BigChat: a START may then begin another chat.
     let count = 2 + 4 + 4;
-    until("nothing waits", async || {
-        t.is_ready() && t.count_events("state = 'waiting'") == 0 && t.count_events("true") == count
-    })
-    .await;
+    let nothing_is = async |states: &str| {
+        until(states, async || {
+            t.is_ready() && t.count_events("true") >= count && t.count_events(states) == 0
+        })
+        .await;
+    };
+    nothing_is("state = 'waiting'").await;
     if t.events("failed") > 0 {
         t.failed_command(&["retry", "--all"]).expect("a retry");
-        t.until_events("delivered", count).await;
+        nothing_is("state IN ('waiting', 'failed')").await;
     }
     let there = t.our_api.messages();
     let missing: Vec<&String> = texts.iter().filter(|text| !there.contains(text)).collect();
@@ -397,7 +401,9 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fuzzed_answers_lose_no_message() {
-    for seed in 0..cases(32) {
+    let first = std::env::var("BIGCHAT_SYNC_TEST_SEED").ok();
+    let first = first.map_or(0, |seed| seed.parse().expect("a number"));
+    for seed in first..first + cases(32) {
         run_test(async |t| {
             let run = AssertUnwindSafe(with_spoiled_answers(t, u64::from(seed)));
             if let Err(panic) = run.catch_unwind().await {
