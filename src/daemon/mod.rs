@@ -125,7 +125,6 @@ pub async fn run_at(
     }
     // Boxed: whatever takes a future by value holds it twice.
     let work = Box::pin(observers.watch(&parts, serve(&parts)));
-    let work = beside(pause::watch(&parts), work);
     let work = beside(heartbeat::run(&parts, heartbeat_url), work);
     let served = health::keep(&parts, work).await;
     closing.cancel();
@@ -193,6 +192,11 @@ async fn beside<T>(
 
 /// The daemon between its start and its end.
 pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
+    beside(pause::watch(parts), poll_and_deliver(parts)).await
+}
+
+/// The same without looking for pauses.
+pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     let mut poller = parts.poller();
     let polling = until_stopped(parts, poller.run());
     let delivering = async {

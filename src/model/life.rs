@@ -193,7 +193,7 @@ impl Stage {
             )
             .await
             .expect("the daemon starts");
-            match daemon::serve(&parts).await {
+            match daemon::poll_and_deliver(&parts).await {
                 // A page that waited for the disk when the daemon had to end.
                 Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.forsaken(),
                 Err(error) => panic!("the daemon stops well: {error}"),

@@ -10,6 +10,7 @@
 
 mod life;
 mod script;
+mod weeks;
 mod world;
 
 use std::cell::Cell;

@@ -1,0 +1,651 @@
+//! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with upheavals
+//! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
+//!
+//! Of a week nothing is left out: each poll, each check for work and each request happens, but no time passes between
+//! them. A week with polls every 10 s takes half a minute, and one with polls every 10 minutes little less, since delivery
+//! looks for work every second. `BIGCHAT_SYNC_TEST_WEEKS` says how many weeks there are, `BIGCHAT_SYNC_TEST_SEED` which is
+//! the first, `BIGCHAT_SYNC_TEST_HOURS` how long each is.
+//!
+//! What lies in the nature of things is not drawn: an answer of BigChat that is lost (it reports only once), and losses of
+//! OurAPI of what is older than the retention.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use reqwest::{Method, StatusCode};
+use rusqlite::Connection;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use url::{Position, Url};
+
+use crate::cli::Cli;
+use crate::daemon::{self, DaemonError};
+use crate::domain::pause::Pause;
+use crate::domain::time::{Millis, Timestamp};
+use crate::http::{NoResponse, Request, Response, Sending, Transport};
+use crate::journal::{Executor, Journal, Operation, Store};
+use crate::settings::{LiveTokens, Settings, VerifyEvery};
+use crate::simulator::bigchat::{BigChat, Clock, Log, Mode, Options};
+use crate::simulator::compare::{Report, Rules, compare, expected};
+use crate::simulator::event::T0;
+use crate::simulator::{self, Api, OurApi, Reply};
+use clap::Parser;
+
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// How long the daemon waits for an answer.
+const TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Within which time each chat is verified.
+const VERIFY_EVERY: Duration = Duration::from_secs(2 * 3600);
+
+/// By when all has come to rest once the upheavals are over: a pass that began before, and a whole one.
+const REST: Duration = Duration::from_secs(3 * 86_400);
+
+/// What differs between weeks.
+#[derive(Debug, Clone, Copy)]
+struct Week {
+    seed: u64,
+    length: Duration,
+    poll_interval: Duration,
+    /// BigChat has a log; else it reports each event once.
+    log: bool,
+    /// Events are dropped within the week, so that OurAPI may lose only what is recent.
+    short_retention: bool,
+    /// A failed request is repeated at once, so that the jitter of the back-off, which is random, makes no difference.
+    without_jitter: bool,
+}
+
+impl Week {
+    fn of(seed: u64, length: Duration) -> Self {
+        Self {
+            seed,
+            length,
+            poll_interval: if seed.is_multiple_of(2) {
+                Duration::from_secs(10)
+            } else {
+                10 * MINUTE
+            },
+            log: seed % 4 < 2,
+            short_retention: seed % 3 == 2,
+            without_jitter: false,
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        let mut settings = Cli::try_parse_from(["bigchat-sync"])
+            .expect("defaults")
+            .settings;
+        if self.without_jitter {
+            (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
+        }
+        settings.poll_interval = self.poll_interval;
+        settings.request_timeout = TIMEOUT;
+        settings.verify_every = VerifyEvery::Within(VERIFY_EVERY);
+        settings.retention = if self.short_retention {
+            2 * DAY
+        } else {
+            90 * DAY
+        };
+        if self.log {
+            settings.since = Timestamp::from_unix(T0);
+        }
+        settings
+    }
+
+    fn bigchat(&self) -> BigChat {
+        let (mode, active) = if self.log {
+            let log = Log {
+                events_per_second: 0.02,
+                ..Log::default()
+            };
+            (Mode::Log(log), 10)
+        } else {
+            // At each poll something happens to each of these.
+            (Mode::Once, if self.poll_interval < MINUTE { 1 } else { 8 })
+        };
+        BigChat::new(Options {
+            seed: self.seed,
+            mode,
+            active,
+            clock: Clock::Still(0),
+            ..Options::default()
+        })
+    }
+
+    /// Lives through the week. Returns what happened, line by line, and how it ended.
+    fn live(self) -> (Vec<String>, Result<Report, String>) {
+        let start = Millis(T0 * 1000);
+        let stage = Stage(Arc::new(Mutex::new(Inner {
+            week: self,
+            rng: Xoshiro256PlusPlus::seed_from_u64(self.seed),
+            store: Store::in_memory(
+                Connection::open_in_memory().expect("a database in memory"),
+                true,
+            )
+            .expect("a journal"),
+            our_api: OurApi::new(self.seed).in_order(),
+            bigchat: self.bigchat(),
+            begun: None,
+            clock_ahead: 0,
+            faults: 0.0,
+            bigchat_down: false,
+            our_api_down: false,
+            in_flight: 0,
+            stopping: CancellationToken::new(),
+            crash: CancellationToken::new(),
+            down_for: Duration::ZERO,
+            story: Vec::new(),
+        })));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        let settings = self.settings();
+        let outcome = runtime.block_on(async {
+            stage.inner().begun = Some(Instant::now());
+            super::set_clock(Some((start, Instant::now())));
+            tokio::select! {
+                biased;
+                outcome = stage.upheavals() => outcome,
+                () = stage.run(&settings) => Err("the daemon has ended".to_owned()),
+            }
+        });
+        drop(runtime);
+        super::set_clock(None);
+        (std::mem::take(&mut stage.inner().story), outcome)
+    }
+}
+
+/// What the daemon runs on.
+#[derive(Clone)]
+struct Stage(Arc<Mutex<Inner>>);
+
+struct Inner {
+    week: Week,
+    rng: Xoshiro256PlusPlus,
+    store: Store,
+    our_api: OurApi,
+    bigchat: BigChat,
+    begun: Option<Instant>,
+    /// How far this machine's clock is ahead, in milliseconds.
+    clock_ahead: i64,
+    /// The share of requests that meet a fault.
+    faults: f64,
+    bigchat_down: bool,
+    our_api_down: bool,
+    /// Requests that OurAPI has not carried out yet.
+    in_flight: usize,
+    stopping: CancellationToken,
+    crash: CancellationToken,
+    /// How long the daemon stays down.
+    down_for: Duration,
+    story: Vec<String>,
+}
+
+/// What becomes of a request to OurAPI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Answered,
+    /// It never left.
+    Refused,
+    /// 500, and it is not carried out.
+    Failed,
+    /// It is carried out, and the answer is lost.
+    Lost,
+    /// It is carried out after it was given up.
+    Overdue,
+}
+
+#[derive(Debug)]
+struct OurApiWire(Stage);
+
+#[derive(Debug)]
+struct BigChatWire(Stage);
+
+impl fmt::Debug for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stage")
+    }
+}
+
+impl Inner {
+    /// The time since the week began.
+    fn elapsed(&self) -> Duration {
+        self.begun.map_or(Duration::ZERO, |begun| begun.elapsed())
+    }
+
+    fn set_clocks(&mut self) {
+        let seconds = i64::try_from(self.elapsed().as_secs()).expect("weeks");
+        self.bigchat.set_clock(Clock::Still(seconds));
+    }
+
+    fn tell(&mut self, what: impl fmt::Display) {
+        let elapsed = self.elapsed().as_secs();
+        let (day, hour, minute) = (elapsed / 86_400, elapsed / 3600 % 24, elapsed / 60 % 60);
+        self.story
+            .push(format!("day {day} {hour:02}:{minute:02} {what}"));
+    }
+
+    fn between(&mut self, least: Duration, most: Duration) -> Duration {
+        let seconds = self.rng.random_range(least.as_secs()..=most.as_secs());
+        // Upheavals come between two steps of the daemon, and within them.
+        Duration::from_secs(seconds) + Duration::from_millis(self.rng.random_range(0..1000))
+    }
+
+    /// This machine's clock steps.
+    fn step_clock(&mut self, ahead: i64) {
+        self.clock_ahead = ahead;
+        let begun = self.begun.expect("it has begun");
+        super::set_clock(Some((Millis(T0 * 1000 + ahead), begun)));
+    }
+
+    fn fate(&mut self) -> Fate {
+        if self.our_api_down {
+            return Fate::Refused;
+        }
+        if self.faults == 0.0 || !self.rng.random_bool(self.faults) {
+            return Fate::Answered;
+        }
+        let fates = [Fate::Refused, Fate::Failed, Fate::Lost, Fate::Overdue];
+        *fates.choose(&mut self.rng).expect("some")
+    }
+
+    /// The external id of a chat, recent enough to be restored.
+    fn some_chat(&mut self) -> Option<String> {
+        let oldest = if self.week.short_retention {
+            self.elapsed().saturating_sub(DAY)
+        } else {
+            Duration::ZERO
+        };
+        let oldest = T0 + i64::try_from(oldest.as_secs()).expect("weeks");
+        let chats = self.our_api.data().chats.iter();
+        let recent: Vec<&str> = chats
+            .filter(|chat| chat.started_at.and_utc().timestamp() >= oldest)
+            .map(|chat| &*chat.external_id)
+            .collect();
+        recent.choose(&mut self.rng).map(|id| (*id).to_owned())
+    }
+
+    fn report(&mut self) -> Report {
+        self.set_clocks();
+        let rules = Rules::default();
+        compare(
+            &expected(&self.bigchat.reported(), &rules),
+            self.our_api.data(),
+            &rules,
+        )
+    }
+
+    fn is_at_rest(&mut self) -> bool {
+        const NOTHING_LEFT: &str =
+            "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
+            AND NOT EXISTS (SELECT 1 FROM inbox)
+            AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR waiting > 0)";
+        let nothing_left = self
+            .store
+            .connection()
+            .query_row(NOTHING_LEFT, [], |row| row.get(0));
+        nothing_left.expect("an answer")
+    }
+
+    /// Whether a pass that began after that has verified all chats.
+    fn is_verified(&mut self, since: Millis) -> bool {
+        let is_verified = self.store.connection().query_row(
+            "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
+            [since.0],
+            |row| row.get(0),
+        );
+        is_verified.expect("an answer")
+    }
+}
+
+impl Stage {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The daemon; started again whenever it was stopped or has crashed.
+    async fn run(&self, settings: &Settings) {
+        loop {
+            let (stopping, crash) = (CancellationToken::new(), CancellationToken::new());
+            {
+                let mut inner = self.inner();
+                (inner.stopping, inner.crash) = (stopping.clone(), crash.clone());
+            }
+            let parts = daemon::begin(
+                settings.clone(),
+                LiveTokens::default(),
+                Journal::over(self.clone()),
+                BigChatWire(self.clone()),
+                OurApiWire(self.clone()),
+                stopping.clone(),
+            )
+            .await
+            .expect("the daemon starts");
+            tokio::select! {
+                biased;
+                () = crash.cancelled() => {}
+                ended = daemon::serve(&parts) => match ended {
+                    Ok(()) => assert!(stopping.is_cancelled(), "it ends only at a stop"),
+                    Err(error @ DaemonError::Unstored(_)) => panic!("the journal is never refused: {error}"),
+                    Err(error) => panic!("the daemon does not stop well: {error}"),
+                },
+            }
+            drop(parts);
+            let down_for = std::mem::take(&mut self.inner().down_for);
+            sleep(down_for).await;
+        }
+    }
+
+    /// What happens in the week, and after it, when all has come to rest, how it came out.
+    async fn upheavals(&self) -> Result<Report, String> {
+        let end = Instant::now() + self.inner().week.length;
+        loop {
+            let next = self.inner().between(MINUTE, 90 * MINUTE);
+            if Instant::now() + next > end {
+                break;
+            }
+            sleep(next).await;
+            self.upheaval().await;
+        }
+        let calm = {
+            let mut inner = self.inner();
+            inner.step_clock(0);
+            (inner.faults, inner.bigchat_down, inner.our_api_down) = (0.0, false, false);
+            inner.set_clocks();
+            inner.bigchat.set_quiet(true);
+            inner.tell("calm");
+            Millis::now()
+        };
+        let began = Instant::now();
+        loop {
+            sleep(10 * MINUTE).await;
+            let mut inner = self.inner();
+            if inner.is_at_rest() && inner.is_verified(calm) {
+                let report = inner.report();
+                return if report.is_clean() {
+                    Ok(report)
+                } else {
+                    Err(report.to_string())
+                };
+            }
+            if began.elapsed() > REST {
+                return Err(format!("it does not come to rest\n{}", inner.report()));
+            }
+        }
+    }
+
+    async fn upheaval(&self) {
+        let number = self.inner().rng.random_range(0..14);
+        match number {
+            0 | 1 => {
+                let mut inner = self.inner();
+                inner.down_for = if number == 0 {
+                    Duration::ZERO
+                } else {
+                    inner.between(MINUTE, 2 * HOUR)
+                };
+                let down_for = inner.down_for;
+                inner.tell(format_args!("the daemon crashes, for {down_for:?}"));
+                inner.crash.cancel();
+            }
+            2 => {
+                let mut inner = self.inner();
+                inner.down_for = inner.between(Duration::ZERO, 2 * HOUR);
+                let down_for = inner.down_for;
+                inner.tell(format_args!("the daemon is stopped, for {down_for:?}"));
+                inner.stopping.cancel();
+            }
+            3 => {
+                let mut inner = self.inner();
+                inner.set_clocks();
+                inner.bigchat.restart();
+                inner.tell("BigChat restarts");
+            }
+            4 | 5 => {
+                let mut inner = self.inner();
+                let Some(chat) = inner.some_chat() else {
+                    return;
+                };
+                if number == 4 {
+                    inner.our_api.lose_chat(&chat);
+                    inner.tell(format_args!("OurAPI loses chat {chat}"));
+                } else {
+                    inner.our_api.lose_message(&chat);
+                    inner.tell(format_args!("OurAPI loses a message of chat {chat}"));
+                }
+            }
+            6 | 7 => {
+                let mut inner = self.inner();
+                if inner.week.short_retention {
+                    return;
+                }
+                if number == 6 {
+                    inner.our_api.lose_everything();
+                    inner.tell("OurAPI loses everything");
+                } else {
+                    inner.our_api.lose_agents();
+                    inner.tell("OurAPI loses its agents");
+                }
+            }
+            8 => {
+                let duration = self.inner().between(MINUTE, 3 * HOUR);
+                self.inner()
+                    .tell(format_args!("OurAPI is down for {duration:?}"));
+                self.inner().our_api_down = true;
+                sleep(duration).await;
+                self.inner().our_api_down = false;
+            }
+            9 => {
+                let duration = self.inner().between(MINUTE, 3 * HOUR);
+                self.inner()
+                    .tell(format_args!("BigChat is down for {duration:?}"));
+                self.inner().bigchat_down = true;
+                sleep(duration).await;
+                self.inner().bigchat_down = false;
+            }
+            10 => {
+                let (ahead, duration) = {
+                    let mut inner = self.inner();
+                    let steps = [-HOUR_MS, HOUR_MS, -30_000, 30_000, 40 * 24 * HOUR_MS];
+                    let ahead = *steps.choose(&mut inner.rng).expect("some");
+                    (ahead, inner.between(Duration::ZERO, HOUR))
+                };
+                self.inner().tell(format_args!(
+                    "this machine's clock is {} s ahead, for {duration:?}",
+                    ahead / 1000
+                ));
+                self.inner().step_clock(ahead);
+                sleep(duration).await;
+                self.inner().step_clock(0);
+            }
+            11 => {
+                let mut inner = self.inner();
+                let duration = inner.between(MINUTE, 5 * HOUR);
+                let now = Millis::now();
+                let pause = Pause {
+                    since: now,
+                    until: Some(now.plus(duration)),
+                };
+                inner.store.set_pause(pause).expect("a pause");
+                inner.tell(format_args!("deliveries are paused for {duration:?}"));
+            }
+            _ => {
+                let (share, duration) = {
+                    let mut inner = self.inner();
+                    (
+                        inner.rng.random_range(0.05..0.6),
+                        inner.between(MINUTE, 2 * HOUR),
+                    )
+                };
+                self.inner().tell(format_args!(
+                    "{share:.2} of the requests fail, for {duration:?}"
+                ));
+                self.inner().faults = share;
+                sleep(duration).await;
+                self.inner().faults = 0.0;
+            }
+        }
+    }
+
+    /// OurAPI carries out a request, whatever has become of the daemon.
+    fn carry_out(&self, method: &Method, url: &Url, body: &[u8]) -> Reply {
+        let mut inner = self.inner();
+        inner.in_flight -= 1;
+        let others = inner.in_flight;
+        let request = simulator::Request::new(method.as_str(), &url[Position::BeforePath..], body);
+        inner.our_api.answer(&request, others)
+    }
+}
+
+const HOUR_MS: i64 = 3_600_000;
+
+impl Transport for OurApiWire {
+    fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
+        let Request { method, body, .. } = request;
+        let (url, body) = (request.url.clone(), body.unwrap_or_default());
+        let stage = self.0.clone();
+        Box::pin(async move {
+            let (fate, latency) = {
+                let mut inner = stage.inner();
+                (
+                    inner.fate(),
+                    Duration::from_millis(inner.rng.random_range(5..200)),
+                )
+            };
+            match fate {
+                Fate::Refused => {
+                    sleep(latency).await;
+                    return Err(NoResponse::unreachable("refused"));
+                }
+                Fate::Failed => {
+                    sleep(latency).await;
+                    return Ok(response(
+                        &Reply::new(500),
+                        StatusCode::INTERNAL_SERVER_ERROR,
+                        None,
+                    ));
+                }
+                Fate::Answered | Fate::Lost | Fate::Overdue => {}
+            }
+            stage.inner().in_flight += 1;
+            let takes = if fate == Fate::Overdue {
+                TIMEOUT + latency * 15
+            } else {
+                latency
+            };
+            // It goes on when the daemon does not.
+            let carried_out = tokio::spawn({
+                let stage = stage.clone();
+                async move {
+                    sleep(takes).await;
+                    stage.carry_out(&method, &url, &body)
+                }
+            });
+            if fate == Fate::Overdue {
+                sleep(TIMEOUT).await;
+                return Err(NoResponse::timed_out());
+            }
+            let reply = carried_out.await.expect("no panic");
+            if fate == Fate::Lost {
+                return Err(NoResponse::lost("lost"));
+            }
+            let status = StatusCode::from_u16(reply.status).expect("a status");
+            Ok(response(&reply, status, None))
+        })
+    }
+}
+
+impl Transport for BigChatWire {
+    fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
+        let url = request.url.clone();
+        let stage = self.0.clone();
+        Box::pin(async move {
+            let latency = Duration::from_millis(stage.inner().rng.random_range(5..200));
+            sleep(latency).await;
+            let mut inner = stage.inner();
+            let share = inner.faults;
+            if inner.bigchat_down || share > 0.0 && inner.rng.random_bool(share) {
+                return Err(NoResponse::unreachable("refused"));
+            }
+            inner.set_clocks();
+            let mut request =
+                simulator::Request::new("GET", &url[Position::BeforePath..], Vec::new());
+            url.authority().clone_into(&mut request.host);
+            let reply = inner.bigchat.answer(&request, 0);
+            inner.bigchat.sent(&request, &reply);
+            let status = StatusCode::from_u16(reply.status).expect("a status");
+            let date = Timestamp::clamped(inner.bigchat.date().timestamp());
+            Ok(response(&reply, status, Some(date)))
+        })
+    }
+}
+
+impl Executor for Stage {
+    fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        operation(&mut self.inner().store);
+        Box::pin(std::future::ready(()))
+    }
+}
+
+fn response(reply: &Reply, status: StatusCode, date: Option<Timestamp>) -> Response {
+    Response {
+        status,
+        date,
+        retry_at: None,
+        location: None,
+        body: reply.body.clone(),
+    }
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    let number = std::env::var(variable).ok();
+    number.map_or(default, |number| number.parse().expect("a number"))
+}
+
+/// Weeks, from a seed on.
+#[test]
+fn simulated_weeks_end_without_difference() {
+    let first = number("BIGCHAT_SYNC_TEST_SEED", 1);
+    let hours = number("BIGCHAT_SYNC_TEST_HOURS", 5);
+    let weeks = number("BIGCHAT_SYNC_TEST_WEEKS", 4);
+    let length = HOUR * u32::try_from(hours).expect("few hours");
+    for seed in first..first + weeks {
+        let began = std::time::Instant::now();
+        let (story, outcome) = Week::of(seed, length).live();
+        match outcome {
+            Ok(report) => println!(
+                "seed {seed}: {} upheavals, {} chats, {} messages, no difference, {:.1?}",
+                story.len() - 1,
+                report.chats(),
+                report.expected(),
+                began.elapsed()
+            ),
+            Err(difference) => panic!("seed {seed}:\n{}\n{difference}", story.join("\n")),
+        }
+    }
+}
+
+/// The same seed tells the same story.
+#[test]
+fn simulated_week_can_be_repeated() {
+    let week = Week {
+        without_jitter: true,
+        ..Week::of(3, 4 * HOUR)
+    };
+    let [first, second] = [(); 2].map(|()| {
+        let (story, outcome) = week.live();
+        (story, outcome.map(|report| report.to_string()))
+    });
+    assert!(first.1.is_ok(), "{first:?}");
+    assert_eq!(first, second);
+}
