@@ -68,8 +68,8 @@ pub struct Settings {
     pub ignore_events: Vec<String>,
 
     /// Maximum number of requests in flight to OurAPI from this process. All processes that use one OurAPI count
-    /// together: two daemons with 1 each send 2 at once, unless they take turns by --our-api-lock. More than 1 in total
-    /// corrupts an OurAPI that keeps one database per thread.
+    /// together: two daemons with 1 each send 2 at once, unless --our-api-lock makes them take turns. More than 1 in
+    /// total corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
 
@@ -157,7 +157,7 @@ pub enum Listen {
 /// `--rebuild`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rebuild {
-    /// Restore them from the journal (the database), and report them.
+    /// Restore them from the journal (the database).
     Auto,
     /// Only report them.
     Report,
@@ -166,7 +166,7 @@ pub enum Rebuild {
 }
 
 impl Rebuild {
-    /// Whether what OurAPI has lost is restored before an event needs it.
+    /// Whether losses in OurAPI are restored before an event needs the chat.
     pub fn restores(self) -> bool {
         self == Self::Auto
     }
@@ -341,7 +341,7 @@ fn token_file(path: &Path) -> String {
 }
 
 impl Tokens {
-    /// Reads the tokens, `variable` being the environment.
+    /// Reads the tokens from the environment, `variable`.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
         let mut exposed_files = Vec::new();
         let mut token = |name| read_token(name, &variable, &mut exposed_files);
@@ -423,18 +423,18 @@ fn allow(
     }
 }
 
-/// A bearer token as it was read last, or none. Clones share it.
+/// The current bearer token, if any. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Token(Arc<RwLock<Option<SecretString>>>);
 
 impl Token {
-    /// What it is now.
+        /// The current token.
     pub fn get(&self) -> Option<SecretString> {
         let token = self.0.read().unwrap_or_else(PoisonError::into_inner);
         token.clone()
     }
 
-    /// Whether that is what it is now.
+        /// Whether this is the current token.
     fn is(&self, token: &SecretString) -> bool {
         self.get()
             .is_some_and(|now| now.expose_secret() == token.expose_secret())
@@ -451,7 +451,7 @@ impl From<Option<SecretString>> for Token {
     }
 }
 
-/// The tokens in use, which a reload replaces wherever they are used. Clones share them.
+/// The tokens in use. A reload replaces them everywhere. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct LiveTokens {
     /// BigChat's.
@@ -479,8 +479,8 @@ impl From<Tokens> for LiveTokens {
 }
 
 impl LiveTokens {
-    /// Reads them again, `variable` being the environment. A token that cannot be had leaves the old one in use. Returns
-    /// the variable of each token that is a new one, or why the old one stays.
+    /// Reads them again from the environment, `variable`. If a token cannot be read, the old one stays in use. Returns
+    /// the variable of each new token, or why the old one stays.
     pub fn reload(
         &self,
         variable: impl Fn(&str) -> Option<OsString>,
@@ -518,7 +518,7 @@ impl LiveTokens {
     }
 }
 
-/// What a token file holds, and whether all users of this machine may read or write it.
+/// The content of a token file, and whether all users of this machine may read or write it.
 fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
@@ -581,7 +581,7 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
-/// The longest time that makes sense anywhere, far from what a point in time can hold.
+/// The maximum of every duration, far below the range of a timestamp.
 pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A length of time, for any argument.

@@ -28,25 +28,25 @@ pub enum Command {
         /// Maximum number of rows.
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
         limit: u32,
-        /// Only those whose reason contains this text.
+        /// Only events whose reason contains this text.
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
         /// Print one JSON object instead of a table.
         #[arg(long)]
         json: bool,
     },
-    /// Show a dead letter, or a discarded one, with its data, requests and responses.
+    /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-        /// Its id, from `failed list`.
+                /// Id of the event, from `failed list`.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
-    /// Deliver dead letters again; as safe as the first attempt.
+    /// Deliver dead letters again; a retry is as safe as the first attempt.
     Retry(Which),
-    /// Give dead letters up: they are never delivered. Asks for confirmation with --reason or --all.
+    /// Discard dead letters: they are never delivered. Asks for confirmation with --reason or --all.
     Discard {
         #[command(flatten)]
         which: Which,
@@ -62,13 +62,13 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Their ids, from `failed list`.
+        /// Ids of the events, from `failed list`.
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
-    /// All whose reason contains this text.
+        /// All events whose reason contains this text.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// All.
+    /// All events.
     #[arg(long)]
     all: bool,
 }

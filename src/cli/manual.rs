@@ -103,7 +103,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "SUDO_USER, DOAS_USER",
-                "Recorded as part of the operator who resolves a failed event or erases a conversation.",
+                "Recorded in the name of the operator who resolves a failed event or erases a conversation.",
             ),
         ],
     ),
@@ -277,9 +277,9 @@ pub fn man() -> io::Result<Vec<u8>> {
     }
     roff.control("SH", ["CHAPTERS"]);
     roff.text([
-        roman("Each is printed by "),
-        bold("bigchat-sync man"),
-        roman(" and its name."),
+        roman("Print one with "),
+        bold("bigchat-sync man CHAPTER"),
+        roman("."),
     ]);
     for chapter in Chapter::value_variants() {
         if let Some(value) = chapter.to_possible_value() {

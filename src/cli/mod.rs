@@ -35,10 +35,10 @@ use crate::version;
 /// of the manual.
 ///
 /// Bearer tokens come from the environment or from files, never from flags. The one for BigChat is in
-/// BIGCHAT_SYNC_BIGCHAT_TOKEN, or in the file that BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE names. The same holds for
-/// BIGCHAT_SYNC_OUR_API_TOKEN, for BIGCHAT_SYNC_CONSOLE_TOKEN (the console), for BIGCHAT_SYNC_CONSOLE_READ_TOKEN
-/// (read-only access to it), and for BIGCHAT_SYNC_HEARTBEAT_URL, the URL of a dead man's switch that expects a request
-/// every minute. SIGHUP reads the files again.
+/// BIGCHAT_SYNC_BIGCHAT_TOKEN, or in the file that BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE names. BIGCHAT_SYNC_OUR_API_TOKEN,
+/// BIGCHAT_SYNC_CONSOLE_TOKEN (the console) and BIGCHAT_SYNC_CONSOLE_READ_TOKEN (read-only access to the console) work
+/// in the same way, and so does BIGCHAT_SYNC_HEARTBEAT_URL, the URL of a dead man's switch that expects a request every
+/// minute. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
 #[command(version = version::text(), about, long_about)]
 pub struct Cli {
@@ -94,8 +94,8 @@ pub enum Command {
     /// the files of the database. Kinds, times and fingerprints of the events remain, to recognise events that BigChat
     /// reports again. The conversation is no longer sent, verified, restored, or exported with its text. An event that
     /// arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat, backups of the
-    /// database, and logs that were written with --log-message-text. The command asks for confirmation, or needs --yes.
-    /// It works while the daemon runs.
+    /// database, and logs that were written with --log-message-text. The command asks for confirmation, unless --yes is
+    /// given. It works while the daemon runs.
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when; latest first.
     Resolutions(resolutions::Args),
@@ -229,7 +229,7 @@ impl Cli {
     }
 }
 
-/// The settings that each short help shows of those that matter.
+/// The settings that a short help shows.
 const BASIC: [&str; 3] = ["bigchat_url", "our_api_url", "db"];
 
 /// The settings that matter to a command; `None`: all of them.
@@ -320,7 +320,7 @@ fn hide_secrets(error: &mut clap::Error) {
 /// The prefix of our environment variables.
 const PREFIX: &str = "BIGCHAT_SYNC_";
 
-/// Names the variables that look like settings and are none, each with the nearest setting. Values are not repeated,
+/// Names the variables that look like settings but are not, each with the nearest setting. Values are not repeated,
 /// because they may be tokens.
 fn unknown_variables(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -366,7 +366,7 @@ fn is_service_link(end: &str, value: &str) -> bool {
         || end.split_once("PORT_").is_some_and(is_port)
 }
 
-/// The environment variable that a bad value was set by, if any.
+/// The environment variable that set a bad value, if any.
 fn set_by_environment(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
         error.get(ContextKind::InvalidArg),
