@@ -428,13 +428,13 @@ fn allow(
 pub struct Token(Arc<RwLock<Option<SecretString>>>);
 
 impl Token {
-        /// The current token.
+    /// The current token.
     pub fn get(&self) -> Option<SecretString> {
         let token = self.0.read().unwrap_or_else(PoisonError::into_inner);
         token.clone()
     }
 
-        /// Whether this is the current token.
+    /// Whether this is the current token.
     fn is(&self, token: &SecretString) -> bool {
         self.get()
             .is_some_and(|now| now.expose_secret() == token.expose_secret())

@@ -37,7 +37,7 @@ pub enum Command {
     },
     /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-                /// Id of the event, from `failed list`.
+        /// Id of the event, from `failed list`.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
@@ -62,10 +62,10 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-        /// Ids of the events, from `failed list`.
+    /// Ids of the events, from `failed list`.
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
-        /// All events whose reason contains this text.
+    /// All events whose reason contains this text.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
     /// All events.
