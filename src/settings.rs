@@ -73,8 +73,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
 
-    /// File to lock during each request to OurAPI, so that daemons on one machine that name the same file take turns.
-    /// The file is created if it does not exist, and stays empty.
+    /// File to lock during each request to OurAPI, so that daemons on one machine with the same file take turns. The
+    /// file is created if it does not exist, and stays empty.
     #[arg(
         long,
         global = true,
@@ -113,8 +113,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
     pub message_author: MessageAuthor,
 
-    /// What to do about chats, agents and messages that OurAPI lost. If a lost chat is not restored, a new event
-    /// creates it with that event alone.
+    /// What to do about chats, agents and messages that OurAPI lost. If a lost chat is not restored, its next event
+    /// creates a chat with that event alone.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_enum, default_value_t = Rebuild::Auto)]
     pub rebuild: Rebuild,
 

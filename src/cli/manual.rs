@@ -71,10 +71,13 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
     (
         "EXIT STATUS",
         &[
-            ("0", "Success. status, check and verify found no problem."),
+            (
+                "0",
+                "Success. For status, check and verify: no problem was found.",
+            ),
             (
                 "1",
-                "The command failed in whole or in part; standard error says why. status, check and verify: a problem was found.",
+                "The command failed in whole or in part; standard error says why. For status, check and verify: a problem was found.",
             ),
             (
                 "2",

@@ -62,18 +62,18 @@ pub enum Command {
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
     ///
-    /// While deliveries are paused, it only polls, reports the pause, and exits with code 0.
+    /// While deliveries are paused, the command only polls, reports the pause, and exits with code 0.
     Once,
     /// Report problems and their remedies; exit code 1 if there is a problem. Works whether or not the daemon runs.
     ///
-    /// It reads only the database, and sends no request to either API.
+    /// The command reads only the database, and sends no request to either API.
     Status(status::Args),
     /// Test the settings, the database and both APIs; print a remedy for each failure. Exit code 1 if a test fails.
     ///
     /// If a daemon runs, the result of its last requests to the APIs is reported, because OurAPI may accept only one
     /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events.
     Check(check::Args),
-    /// Show the events of a conversation: their states, times and reasons.
+    /// Show the state of each event of a conversation, with times and reasons.
     ///
     /// BigChat reuses its ids after a restart. If several conversations had the id, all are shown, each with its epoch
     /// (an epoch lasts from one restart to the next). Events whose kind is ignored (--ignore-events) are counted but
