@@ -55,7 +55,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", allow_hyphen_values = true, default_value = "5s", value_parser = duration)]
     pub poll_overlap: Duration,
 
-    /// Longest time that one poll covers. After downtime, polls follow each other without a pause.
+    /// Longest period that one poll covers. After downtime, polls follow each other without a pause.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
@@ -63,17 +63,18 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
-    /// Names of event kinds that are counted and dropped, separated by commas.
+    /// Kinds of events to count and drop, separated by commas.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_IGNORE_EVENTS", value_name = "NAME", value_delimiter = ',', value_parser = event_name)]
     pub ignore_events: Vec<String>,
 
-    /// Requests in flight to OurAPI from this process. All processes that use one OurAPI count together: two daemons with 1
-    /// each send 2 at once, unless --our-api-lock has them take turns. More than 1 in total corrupts an OurAPI that keeps one database per thread.
+    /// Maximum number of requests in flight to OurAPI from this process. All processes that use one OurAPI count
+    /// together: two daemons with 1 each send 2 at once, unless --our-api-lock makes them take turns. More than 1 in
+    /// total corrupts an OurAPI that keeps one database per thread.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_OUR_API_CONCURRENCY", value_name = "N", allow_hyphen_values = true, default_value_t = 1, value_parser = up_to_256)]
     pub our_api_concurrency: u16,
 
-    /// File to lock during each request to OurAPI: daemons of one machine that name the same file take turns. It is created
-    /// if it does not exist, and stays empty.
+    /// File to lock during each request to OurAPI, so that daemons on one machine with the same file take turns. The
+    /// file is created if it does not exist, and stays empty.
     #[arg(
         long,
         global = true,
@@ -82,8 +83,8 @@ pub struct Settings {
     )]
     pub our_api_lock: Option<PathBuf>,
 
-    /// Prefix of every external id, for several BigChats on one OurAPI. It must never change. The requests of their daemons
-    /// add up: see --our-api-concurrency.
+    /// Prefix of every external id, for several BigChats on one OurAPI. It must never change. The requests of all
+    /// daemons on one OurAPI add up: see --our-api-concurrency.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_EXTERNAL_ID_PREFIX", value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = prefix)]
     pub external_id_prefix: String,
 
@@ -91,11 +92,12 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REQUEST_TIMEOUT", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub request_timeout: Duration,
 
-    /// Longest wait after the first failure of an event; doubles with each further failure.
+    /// Back-off after the first failure of an event; doubles with each further failure. The actual wait is a random
+    /// part of it.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", allow_hyphen_values = true, default_value = "1s", value_parser = positive)]
     pub retry_initial: Duration,
 
-    /// Longest wait after any failure.
+    /// Maximum back-off.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_MAX", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub retry_max: Duration,
 
@@ -111,22 +113,22 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MESSAGE_AUTHOR", value_enum, default_value_t = MessageAuthor::None)]
     pub message_author: MessageAuthor,
 
-    /// What to do about a loss in OurAPI: restore it from the journal, report it, or neither. Unless it is restored, only
-    /// what new events need is built.
+    /// What to do about chats, agents and messages that OurAPI lost. If a lost chat is not restored, its next event
+    /// creates a chat with that event alone.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_enum, default_value_t = Rebuild::Auto)]
     pub rebuild: Rebuild,
 
-    /// Within which time every chat is compared with the journal, as long as the journal has its events; `off`: none is.
-    /// It is done in idle time, and takes no more than a tenth of the time.
+    /// Period in which every chat is compared once with the journal (the database), if its events are still stored, or
+    /// `off`. This happens in idle time, and takes at most a tenth of OurAPI's time.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_VERIFY_EVERY", value_name = "TIME", allow_hyphen_values = true, default_value = "24h", value_parser = verify_every)]
     pub verify_every: VerifyEvery,
 
-    /// Address of the console, the probes and the metrics, or `off`. Any address but a loopback one needs
+    /// Address of the console, the probes and the metrics, or `off`. An address other than loopback requires
     /// BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value_t = Listen::At(DEFAULT_LISTEN), value_parser = listen)]
     pub listen: Listen,
 
-    /// Further host names of the console, for example behind a reverse proxy, separated by commas.
+    /// Additional host names of the console, for example behind a reverse proxy, separated by commas.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_CONSOLE_HOST", value_name = "NAME", value_delimiter = ',', value_parser = host)]
     pub console_host: Vec<String>,
 
@@ -138,7 +140,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_MESSAGE_TEXT", value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
     pub log_message_text: bool,
 
-    /// Time between two summaries in the log; one without news is left out.
+    /// Time between two summaries in the log. A summary with nothing to report is left out.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LOG_SUMMARY", value_name = "TIME", allow_hyphen_values = true, default_value = "5m", value_parser = positive)]
     pub log_summary: Duration,
 }
@@ -155,16 +157,16 @@ pub enum Listen {
 /// `--rebuild`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Rebuild {
-    /// It is restored.
+    /// Restore them from the journal (the database).
     Auto,
-    /// It is reported, and stays as it is.
+    /// Only report them.
     Report,
-    /// Nobody checks.
+    /// Do not check for losses.
     Off,
 }
 
 impl Rebuild {
-    /// Whether what OurAPI has lost is restored before an event needs it.
+    /// Whether losses in OurAPI are restored before an event needs the chat.
     pub fn restores(self) -> bool {
         self == Self::Auto
     }
@@ -238,7 +240,7 @@ impl Settings {
     }
 }
 
-/// The environment variables that are settings as well, though not flags.
+/// The settings that are environment variables, but not flags.
 pub(crate) const TOKEN_VARIABLES: [&str; 10] = [
     "BIGCHAT_SYNC_BIGCHAT_TOKEN",
     "BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
@@ -252,20 +254,21 @@ pub(crate) const TOKEN_VARIABLES: [&str; 10] = [
     "BIGCHAT_SYNC_HEARTBEAT_URL_FILE",
 ];
 
-/// The bearer tokens, one for each API and the console's, where the environment gives them.
+/// The secrets that the environment sets: bearer tokens and the heartbeat URL.
 #[derive(Debug, Clone, Default)]
 pub struct Tokens {
-    /// `BIGCHAT_SYNC_BIGCHAT_TOKEN` or what `BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE` holds.
+    /// `BIGCHAT_SYNC_BIGCHAT_TOKEN`, or the content of the file `BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE`.
     pub bigchat: Option<SecretString>,
-    /// `BIGCHAT_SYNC_OUR_API_TOKEN` or what `BIGCHAT_SYNC_OUR_API_TOKEN_FILE` holds.
+    /// Likewise `BIGCHAT_SYNC_OUR_API_TOKEN`.
     pub our_api: Option<SecretString>,
-    /// `BIGCHAT_SYNC_CONSOLE_TOKEN` or what `BIGCHAT_SYNC_CONSOLE_TOKEN_FILE` holds: who asks the console must know it.
+    /// Likewise `BIGCHAT_SYNC_CONSOLE_TOKEN`: clients of the console must send it.
     pub console: Option<SecretString>,
-    /// The same of `BIGCHAT_SYNC_CONSOLE_READ_TOKEN`: who knows only this one sees everything and changes nothing.
+    /// Likewise `BIGCHAT_SYNC_CONSOLE_READ_TOKEN`, for read-only access.
     pub console_read: Option<SecretString>,
-    /// The same of `BIGCHAT_SYNC_HEARTBEAT_URL`: who knows it can pretend that the daemon is healthy.
+    /// Likewise `BIGCHAT_SYNC_HEARTBEAT_URL`. It is a secret, because it is all that is needed to report the daemon as
+    /// healthy.
     pub heartbeat_url: Option<SecretString>,
-    /// Those of the files named that all users of this machine may read or write.
+    /// The token files that all users of this machine may read or write.
     pub exposed_files: Vec<PathBuf>,
 }
 
@@ -283,12 +286,12 @@ pub enum TokenError {
     File {
         /// The variable without `_FILE`.
         variable: String,
-        /// What it names.
+        /// The path that it names.
         path: PathBuf,
-        /// Why not.
+        /// Why it cannot be read.
         source: std::io::Error,
     },
-    /// Empty, or with characters that no header can carry.
+    /// The token is empty, or has characters that a header cannot carry.
     #[error(
         "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot carry"
     )]
@@ -298,23 +301,23 @@ pub enum TokenError {
         "the token from {0} or {0}_FILE has fewer than {MIN_CONSOLE_TOKEN} characters and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
     Short(&'static str),
-    /// With a token that only reads, nobody could change anything.
+    /// Only the read token is set, so no client could change anything.
     #[error(
         "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}: set both, or nobody could change anything"
     )]
     ReadOnly,
-    /// The token that only reads could change everything.
+    /// The read token could change everything.
     #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; make another one")]
     SameToken,
-    /// It is no URL to send a heartbeat to.
+    /// The heartbeat URL is not an HTTP URL.
     #[error(
         "{HEARTBEAT_URL} or {HEARTBEAT_URL}_FILE does not give a URL that begins with https:// or http://"
     )]
     HeartbeatUrl,
-    /// A token was given before, and is no more.
+    /// A token was set before, and no longer is.
     #[error("{0} and {0}_FILE no longer give a token")]
     Gone(String),
-    /// The console would be open to everybody.
+    /// The console would be open to other machines without a token.
     #[error(
         "--listen {0} needs a token for the console: set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE or BIGCHAT_SYNC_CONSOLE_TOKEN, or listen on 127.0.0.1"
     )]
@@ -338,7 +341,7 @@ fn token_file(path: &Path) -> String {
 }
 
 impl Tokens {
-    /// Reads the tokens, `variable` being the environment.
+    /// Reads the tokens from the environment, `variable`.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
         let mut exposed_files = Vec::new();
         let mut token = |name| read_token(name, &variable, &mut exposed_files);
@@ -420,18 +423,18 @@ fn allow(
     }
 }
 
-/// A bearer token as it was read last, or none. Clones share it.
+/// The current bearer token, if any. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Token(Arc<RwLock<Option<SecretString>>>);
 
 impl Token {
-    /// What it is now.
+    /// The current token.
     pub fn get(&self) -> Option<SecretString> {
         let token = self.0.read().unwrap_or_else(PoisonError::into_inner);
         token.clone()
     }
 
-    /// Whether that is what it is now.
+    /// Whether this is the current token.
     fn is(&self, token: &SecretString) -> bool {
         self.get()
             .is_some_and(|now| now.expose_secret() == token.expose_secret())
@@ -448,7 +451,7 @@ impl From<Option<SecretString>> for Token {
     }
 }
 
-/// The tokens in use, which a reload replaces wherever they are used. Clones share them.
+/// The tokens in use. A reload replaces them everywhere. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct LiveTokens {
     /// BigChat's.
@@ -457,7 +460,7 @@ pub struct LiveTokens {
     pub our_api: Token,
     /// The console's.
     pub console: Token,
-    /// The console's for those who only read.
+    /// The console's read token.
     pub console_read: Token,
     /// Where heartbeats are sent.
     pub heartbeat_url: Token,
@@ -476,8 +479,8 @@ impl From<Tokens> for LiveTokens {
 }
 
 impl LiveTokens {
-    /// Reads them again, `variable` being the environment. A token that cannot be had leaves the old one in use. Returns
-    /// the variable of each token that is a new one, or why the old one stays.
+    /// Reads them again from the environment, `variable`. If a token cannot be read, the old one stays in use. Returns
+    /// the variable of each new token, or why the old one stays.
     pub fn reload(
         &self,
         variable: impl Fn(&str) -> Option<OsString>,
@@ -515,7 +518,7 @@ impl LiveTokens {
     }
 }
 
-/// What a token file holds, and whether all users of this machine may read or write it.
+/// The content of a token file, and whether all users of this machine may read or write it.
 fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
@@ -578,7 +581,7 @@ fn host(text: &str) -> Result<String, String> {
     }
 }
 
-/// The longest time that makes sense anywhere, far from what a point in time can hold.
+/// The maximum of every duration, far below the range of a timestamp.
 pub(crate) const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A length of time, for any argument.
@@ -605,7 +608,7 @@ fn verify_every(text: &str) -> Result<VerifyEvery, String> {
     }
     positive(text)
         .map(VerifyEvery::Within)
-        .map_err(|_| "it should be a time with its unit, such as 12h or 7d, or be off".into())
+        .map_err(|_| "expected a duration with its unit, such as 12h or 7d, or off".into())
 }
 
 fn at_least_a_second(text: &str) -> Result<Duration, String> {

@@ -22,7 +22,7 @@ use crate::our_api::{Lock, OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 use crate::telemetry::terminal::{printable, shown};
 
-/// An external id that no chat has: only whether OurAPI answers is of interest.
+/// An external id that no chat has: the check only needs an answer from OurAPI.
 const NO_CHAT: &str = "bigchat-sync-check";
 
 /// The conversation that BigChat has had from its start.
@@ -163,11 +163,11 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     report
 }
 
-/// Who works on the database.
+/// The process that works on the database.
 enum State {
     /// A daemon does: it can be read.
     DaemonRuns(Store),
-    /// Nobody does, and no daemon starts to as long as this is held.
+    /// No daemon does, and none can start while this lock is held.
     Free(Option<Store>),
 }
 

@@ -23,7 +23,7 @@ pub struct Args {
     json: bool,
 }
 
-/// All that is known of the conversations that had an id.
+/// Everything that is known of the conversations that had an id.
 #[derive(Debug, Serialize)]
 struct Answer {
     now: Millis,
@@ -105,7 +105,7 @@ fn text(answer: &Answer) -> String {
     text
 }
 
-/// What there is to say of a conversation, its chat and its agent.
+/// The lines about a conversation, its chat and its agent.
 fn about(conversation: &ConversationRow) -> Vec<(&'static str, String)> {
     let ConversationRow {
         conversation: id,

@@ -23,38 +23,38 @@ const SHOWN: i64 = 10;
 /// The commands for dead letters.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// List dead letters with their texts, the oldest first.
+    /// List dead letters with their texts, oldest first.
     List {
-        /// Largest number of rows.
+        /// Maximum number of rows.
         #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
         limit: u32,
-        /// Only those whose reason contains this text.
+        /// Only events whose reason contains this text.
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
         /// Print one JSON object instead of a table.
         #[arg(long)]
         json: bool,
     },
-    /// Show one with its data, its requests and its responses; a discarded one, too.
+    /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-        /// Its id, as listed.
+        /// Id of the event, from `failed list`.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
-    /// Deliver them again; as safe as the first attempt.
+    /// Deliver dead letters again; a retry is as safe as the first attempt.
     Retry(Which),
-    /// Give them up: they are never delivered. Asks before it discards by --reason or --all.
+    /// Discard dead letters: they are never delivered. Asks for confirmation with --reason or --all.
     Discard {
         #[command(flatten)]
         which: Which,
-        /// Do not ask. Needed without a terminal.
+        /// Do not ask for confirmation. Required without a terminal.
         #[arg(long)]
         yes: bool,
     },
-    /// Reopen discarded ones: they need action again. Possible until the retention drops them.
+    /// Reopen discarded events, until the retention drops them. They need action again.
     Undo(Which),
 }
 
@@ -62,13 +62,13 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Their ids, as listed.
+    /// Ids of the events, from `failed list`.
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
-    /// All whose reason contains this text.
+    /// All events whose reason contains this text.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// All.
+    /// All events.
     #[arg(long)]
     all: bool,
 }
@@ -89,7 +89,7 @@ impl From<Which> for Selection {
     }
 }
 
-/// Does something about failed events. Returns what to print.
+/// Runs a command for failed events. Returns what to print.
 ///
 /// # Errors
 ///
@@ -178,7 +178,7 @@ pub enum FailedError {
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
-    /// There is none of that id.
+    /// There is no failed event with that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
     /// None has failed for such a reason.
@@ -201,7 +201,7 @@ pub enum FailedError {
     /// The operator cannot be asked.
     #[error("cannot ask on the terminal: {0}")]
     Terminal(#[from] io::Error),
-    /// Some of those named cannot be resolved so.
+    /// Some of the named events cannot be resolved in this way.
     #[error("{done} of {asked} resolved; {}", others(*.resolution))]
     Partly {
         /// How many it was done for.
@@ -212,7 +212,7 @@ pub enum FailedError {
     },
 }
 
-/// What the events are that were named and could not be resolved so.
+/// Why the other named events could not be resolved.
 fn others(resolution: Resolution) -> &'static str {
     match resolution {
         Resolution::Retry | Resolution::Discard => {
@@ -222,7 +222,7 @@ fn others(resolution: Resolution) -> &'static str {
     }
 }
 
-/// Asks on the terminal whether so many events are to be discarded.
+/// Asks on the terminal for confirmation to discard so many events.
 fn confirm(count: u64) -> Result<(), FailedError> {
     if !io::stdin().is_terminal() {
         return Err(FailedError::NoTerminal { count });

@@ -19,17 +19,17 @@ pub struct Args {
     #[arg(value_name = "ID", value_parser = number::<i64>, allow_negative_numbers = true)]
     id: i64,
 
-    /// The epoch in which it has that id; needed if BigChat has given the id to several conversations. `conversation ID`
-    /// shows them.
+    /// Epoch of the conversation; required if BigChat gave the id to several conversations. `conversation ID` shows the
+    /// epochs.
     #[arg(long, value_name = "N", value_parser = number::<i64>)]
     epoch: Option<i64>,
 
-    /// Do not ask. Needed where there is no terminal to ask on.
+    /// Do not ask for confirmation. Required without a terminal.
     #[arg(long)]
     yes: bool,
 }
 
-/// Why nothing, or not everything, was erased.
+/// Why not everything was erased.
 #[derive(Debug, Error)]
 pub enum ForgetError {
     /// The database cannot be opened.
@@ -49,7 +49,7 @@ pub enum ForgetError {
         list(.epochs)
     )]
     Ambiguous { id: i64, epochs: Vec<Epoch> },
-    /// There is nobody to ask.
+    /// There is no terminal.
     #[error(
         "this would erase conversation {0} for good, and there is no terminal to ask on: add --yes"
     )]

@@ -23,13 +23,13 @@ const UNIT: &str = include_str!("manual/bigchat-sync.service");
 /// A chapter of the manual.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Chapter {
-    /// Every setting, the tokens, the network.
+    /// All settings, tokens and the network.
     Settings,
-    /// The run book: what to do when.
+    /// The runbook: what to do in which situation.
     Operation,
     /// The commands for conversations, failed events, exports and erasure.
     Commands,
-    /// The style of what `--json` prints.
+    /// The style of the output of `--json`.
     Json,
     /// Probes, alerts, metrics.
     Monitoring,
@@ -37,7 +37,7 @@ pub enum Chapter {
     Verify,
     /// Levels and fields of the log.
     Log,
-    /// What is guaranteed, what is not, and the tests that show it.
+    /// What is guaranteed, what is not, and the tests that prove it.
     Guarantees,
     /// Pause, heartbeat, several daemons, the read token, the package.
     Hold,
@@ -73,11 +73,11 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
         &[
             (
                 "0",
-                "Success; of status, check and verify: no problem was found.",
+                "Success. For status, check and verify: no problem was found.",
             ),
             (
                 "1",
-                "The command failed, or did only a part; standard error says why. Of status, check and verify: a problem was found.",
+                "The command failed in whole or in part; standard error says why. For status, check and verify: a problem was found.",
             ),
             (
                 "2",
@@ -90,11 +90,11 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
         &[
             (
                 "BIGCHAT_SYNC_...",
-                "Each setting, named after its flag: --poll-interval is BIGCHAT_SYNC_POLL_INTERVAL. A flag takes precedence. A variable that begins like this and is no setting is refused.",
+                "Each setting, named after its flag: --poll-interval is BIGCHAT_SYNC_POLL_INTERVAL. A flag takes precedence. An unknown variable with this prefix is refused.",
             ),
             (
                 "BIGCHAT_SYNC_BIGCHAT_TOKEN, BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
-                "The bearer token for BigChat, or a file with it; likewise BIGCHAT_SYNC_OUR_API_TOKEN and BIGCHAT_SYNC_CONSOLE_TOKEN. No flag sets a token.",
+                "The bearer token for BigChat, or a file that contains it; likewise BIGCHAT_SYNC_OUR_API_TOKEN, BIGCHAT_SYNC_CONSOLE_TOKEN, BIGCHAT_SYNC_CONSOLE_READ_TOKEN and BIGCHAT_SYNC_HEARTBEAT_URL. No flag sets a token.",
             ),
             (
                 "RUST_LOG",
@@ -102,11 +102,11 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "STATE_DIRECTORY, CREDENTIALS_DIRECTORY",
-                "Set by systemd: where the database is unless --db says otherwise, and where the tokens are.",
+                "Set by systemd: the directory of the database, unless --db is set, and the directory of the tokens.",
             ),
             (
                 "SUDO_USER, DOAS_USER",
-                "Recorded with who resolves a failed event or erases a conversation.",
+                "Recorded in the name of the operator who resolves a failed event or erases a conversation.",
             ),
         ],
     ),
@@ -115,11 +115,11 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
         &[
             (
                 "SIGTERM, SIGINT",
-                "Finish the requests in flight and stop, within 10 s. A second signal stops at once, as a crash would, which is safe. A SIGTERM repeated within a second counts once.",
+                "Finish the requests in flight and stop, within 10 s. A second signal stops the daemon immediately, which is as safe as a crash. A SIGTERM repeated within a second counts once.",
             ),
             (
                 "SIGHUP",
-                "Read the token files again. A token that cannot be used leaves the old one in use, and the log reports an error. If the terminal was closed, stop as by SIGTERM.",
+                "Read the token files again. If a new token is invalid, the old one stays in use and an error is logged. If the terminal was closed, stop as after SIGTERM.",
             ),
         ],
     ),
@@ -149,15 +149,15 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "bigchat-sync status || bigchat-sync failed list",
-                "Shows problems and their remedies, then the failed events with their texts.",
+                "Shows problems and their remedies and, if there are any, the failed events with their texts.",
             ),
             (
                 "bigchat-sync failed retry --reason 'did not answer'",
-                "Has the events tried again whose reason contains this text.",
+                "Retries the failed events whose reason contains this text.",
             ),
             (
                 "bigchat-sync conversation 42",
-                "Shows what became of each event of conversation 42.",
+                "Shows the state of each event of conversation 42.",
             ),
             (
                 "bigchat-sync export --since 2026-11-22T00:00:00Z | jq -r 'select(.kind == \"MESSAGE\").text'",
@@ -165,7 +165,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "bigchat-sync forget 42",
-                "Erases the text of conversation 42 from the database, after a question.",
+                "Erases the text of conversation 42 from the database, after a confirmation.",
             ),
         ],
     ),
@@ -280,9 +280,9 @@ pub fn man() -> io::Result<Vec<u8>> {
     }
     roff.control("SH", ["CHAPTERS"]);
     roff.text([
-        roman("Each printed by "),
-        bold("bigchat-sync man"),
-        roman(" with its name."),
+        roman("Print one with "),
+        bold("bigchat-sync man CHAPTER"),
+        roman("."),
     ]);
     for chapter in Chapter::value_variants() {
         if let Some(value) = chapter.to_possible_value() {

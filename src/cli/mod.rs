@@ -29,12 +29,16 @@ use crate::journal::{JournalError, OpenError};
 use crate::settings::{Settings, TOKEN_VARIABLES};
 use crate::version;
 
-/// Keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
+/// Keeps OurAPI's chats, agents and messages in sync with BigChat.
 ///
-/// Without a command, it runs until it is stopped (SIGTERM, Ctrl-C). Bearer tokens come from the environment or from files,
-/// never from flags: BIGCHAT_SYNC_BIGCHAT_TOKEN or BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE, likewise BIGCHAT_SYNC_OUR_API_TOKEN;
-/// for the console BIGCHAT_SYNC_CONSOLE_TOKEN, and BIGCHAT_SYNC_CONSOLE_READ_TOKEN for those who only read. So does the URL
-/// of a dead man's switch that expects a request a minute: BIGCHAT_SYNC_HEARTBEAT_URL. SIGHUP reads the files again.
+/// Without a command, the daemon runs until it is stopped (SIGTERM, Ctrl-C). `bigchat-sync help man` lists the chapters
+/// of the manual.
+///
+/// Bearer tokens come from the environment or from files, never from flags. The one for BigChat is in
+/// BIGCHAT_SYNC_BIGCHAT_TOKEN, or in the file that BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE names. BIGCHAT_SYNC_OUR_API_TOKEN,
+/// BIGCHAT_SYNC_CONSOLE_TOKEN (the console) and BIGCHAT_SYNC_CONSOLE_READ_TOKEN (read-only access to the console) work
+/// in the same way, and so does BIGCHAT_SYNC_HEARTBEAT_URL, the URL of a dead man's switch that expects a request every
+/// minute. SIGHUP reads the files again.
 #[derive(Debug, Parser)]
 #[command(version = version::text(), about, long_about)]
 pub struct Cli {
@@ -58,64 +62,67 @@ pub enum Command {
     Run,
     /// Poll up to now, deliver what is due, and exit; for cron.
     ///
-    /// While deliveries are paused it only polls, says so, and exits with code 0.
+    /// While deliveries are paused, the command only polls, reports the pause, and exits with code 0.
     Once,
-    /// Report problems and their remedies; exit code 1 if there are any. Works whether or not the daemon runs.
+    /// Report problems and their remedies; exit code 1 if there is a problem. Works whether or not the daemon runs.
     ///
-    /// Reads only the database, and sends no request to either API.
+    /// The command reads only the database, and sends no request to either API.
     Status(status::Args),
-    /// Test the settings, the database and both APIs; print a remedy for each failure, and exit with code 1.
+    /// Test the settings, the database and both APIs; print a remedy for each failure. Exit code 1 if a test fails.
     ///
-    /// While a daemon runs, its last exchanges with the APIs are reported, because OurAPI may take one request at a time.
-    /// Otherwise both APIs are asked for something that changes nothing and loses nothing.
+    /// If a daemon runs, the result of its last requests to the APIs is reported, because OurAPI may accept only one
+    /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events.
     Check(check::Args),
-    /// Show the events of a conversation: what became of each, when, and why.
+    /// Show the state of each event of a conversation, with times and reasons.
     ///
-    /// Of each epoch that had the id: BigChat's ids mean other conversations once it has restarted. Events whose kind is
-    /// ignored (--ignore-events) are counted, not stored, and so not shown.
+    /// BigChat reuses its ids after a restart. If several conversations had the id, all are shown, each with its epoch
+    /// (an epoch lasts from one restart to the next). Events whose kind is ignored (--ignore-events) are counted but
+    /// not stored, so they are not shown.
     Conversation(conversation::Args),
-    /// Print what was delivered in a span of time, one JSON object a line.
+    /// Print the events delivered in a period, one JSON object per line.
     ///
-    /// The time is that of the delivery, by this machine's clock; the order is the order of delivery. Works while the daemon
-    /// runs, and does not hold it up. Events that the retention has dropped (--retention) are not there any more.
+    /// Events are selected by their time of delivery, by this machine's clock, and printed in order of delivery. The
+    /// command works while the daemon runs, and does not delay it. Events that the retention has dropped (--retention)
+    /// are not included.
     Export(export::Args),
-    /// List, show, retry, discard or reopen dead letters; works while the daemon runs.
+    /// List, show, retry, discard or reopen dead letters (failed events); works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
     /// Erase the text of a conversation from the database, for a person's right to erasure.
     ///
-    /// The text leaves the events, the failed events with their requests and responses, the stored pages and the files of
-    /// the database. What stays is what keeps BigChat's events from being received as new: kinds, times and fingerprints.
-    /// Nothing of the conversation is sent, verified, restored or exported with its text any more; an event that arrives
-    /// later is counted, and its text is not stored. OurAPI's chat, backups of the database, and logs that were written
-    /// with --log-message-text are the operator's to erase. Asks first, or needs --yes; works while the daemon runs.
+    /// The text is erased from the events, the failed events with their requests and responses, the stored pages and
+    /// the files of the database. Kinds, times and fingerprints of the events remain, to recognise events that BigChat
+    /// reports again. The conversation is no longer sent, verified, restored, or exported with its text. An event that
+    /// arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat, backups of the
+    /// database, and logs that were written with --log-message-text. The command asks for confirmation, unless --yes is
+    /// given. It works while the daemon runs.
     Forget(forget::Args),
-    /// List who retried, discarded or reopened which failed event, and when: the latest first.
+    /// List who retried, discarded or reopened which failed event, and when; latest first.
     Resolutions(resolutions::Args),
-    /// Pause deliveries; polling continues. For the maintenance of OurAPI: BigChat reports an event only once.
+    /// Pause deliveries during maintenance of OurAPI; polling continues, because BigChat reports an event only once.
     ///
-    /// The daemon sends OurAPI nothing meanwhile, not even a probe or a verification, from within a second on. Works whether
-    /// or not a daemon runs, and survives its restart.
+    /// Within a second, the daemon stops sending requests to OurAPI, including probes and verifications. The command
+    /// works whether or not a daemon runs, and the pause survives a restart of the daemon.
     Pause(pause::Args),
     /// Resume deliveries after `pause`.
     Resume,
-    /// Compare OurAPI with the journal, chat by chat: exit code 1 if something is missing or differs.
+    /// Compare OurAPI with the journal (the database), chat by chat; exit code 1 if something is missing or differs.
     ///
-    /// With --repair, chats, agents and messages that are missing are sent again, as far as the retention reaches, and
-    /// fields that differ are overwritten with what events say. The daemon does the work if one runs; otherwise the command
-    /// does, and polls nothing.
+    /// With --repair, missing chats, agents and messages are sent again, as far as the retention reaches, and fields
+    /// that differ are overwritten with the values from the events. If a daemon runs, it does the work; otherwise the
+    /// command does it, and does not poll.
     Verify(verify::Args),
-    /// Watch the daemon work between a simulated BigChat and a simulated OurAPI; needs nothing prepared.
+    /// Watch the daemon work between a simulated BigChat and a simulated OurAPI; needs no setup.
     ///
-    /// In the end, what BigChat reported is compared with what OurAPI has, message by message: exit code 1 on any
-    /// difference. The demo has its own settings and a temporary database. Settings in the environment are ignored; as
-    /// flags they are refused.
+    /// At the end, the events that BigChat reported are compared with the chats in OurAPI, message by message; exit
+    /// code 1 if they differ. The demo has its own settings and a temporary database. Settings in the environment are
+    /// ignored, and flags that set them are refused.
     Demo(demo::Args),
     /// Print a systemd unit with the given settings, for /etc/systemd/system.
     ///
     /// For example: `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
     Unit,
-    /// Print completions of the commands and flags for a shell.
+    /// Print the completions for a shell.
     ///
     /// For example: `bigchat-sync completions bash > /etc/bash_completion.d/bigchat-sync`
     Completions {
@@ -123,7 +130,7 @@ pub enum Command {
         #[arg(value_enum)]
         shell: Shell,
     },
-    /// Print the manual page, for `man -l` or /usr/local/share/man/man1, or a chapter of the manual as Markdown.
+    /// Print the manual page (for `man -l` or /usr/local/share/man/man1), or a chapter of the manual as Markdown.
     ///
     /// For example: `bigchat-sync man operation | less`
     Man {
@@ -222,7 +229,7 @@ impl Cli {
     }
 }
 
-/// The settings that each short help shows of those that matter.
+/// The settings that a short help shows.
 const BASIC: [&str; 3] = ["bigchat_url", "our_api_url", "db"];
 
 /// The settings that matter to a command; `None`: all of them.
@@ -313,7 +320,7 @@ fn hide_secrets(error: &mut clap::Error) {
 /// The prefix of our environment variables.
 const PREFIX: &str = "BIGCHAT_SYNC_";
 
-/// Names the variables that look like settings and are none, each with the nearest setting. Values are not repeated,
+/// Names the variables that look like settings but are not, each with the nearest setting. Values are not repeated,
 /// because they may be tokens.
 fn unknown_variables(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -359,7 +366,7 @@ fn is_service_link(end: &str, value: &str) -> bool {
         || end.split_once("PORT_").is_some_and(is_port)
 }
 
-/// The environment variable that a bad value was set by, if any.
+/// The environment variable that set a bad value, if any.
 fn set_by_environment(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
         error.get(ContextKind::InvalidArg),

@@ -12,7 +12,7 @@ use crate::settings::positive;
 /// For how long.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// For how long, such as 1h [default: until `bigchat-sync resume`].
+    /// Length of the pause, such as 1h [default: until `bigchat-sync resume`].
     #[arg(long = "for", value_name = "TIME", allow_hyphen_values = true, value_parser = positive)]
     length: Option<Duration>,
 }

@@ -12,7 +12,7 @@ use crate::settings::number;
 /// What to list.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How many to list.
+    /// Maximum number of rows.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
     limit: u32,
 

@@ -27,13 +27,13 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// What the bar shows.
 const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
 
-/// How many chats that differ are listed.
+/// Maximum number of listed differences.
 const LISTED: u32 = 100;
 
 /// Which chats to verify, and whether to repair them.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Only the chat of this conversation, by BigChat's id, in every epoch that had one [default: all chats].
+    /// Verify only the conversation with this BigChat id, in every epoch that had one [default: all chats].
     #[arg(long, value_name = "ID", value_parser = number::<i64>, allow_hyphen_values = true)]
     conversation: Option<i64>,
 
@@ -125,7 +125,7 @@ pub async fn run(
     Ok(differences.is_empty())
 }
 
-/// Takes the place of the daemon if none runs, also if one stops meanwhile.
+/// Takes the place of the daemon if none runs, or if the daemon stops meanwhile.
 async fn work(
     settings: Settings,
     tokens: LiveTokens,

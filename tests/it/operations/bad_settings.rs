@@ -149,7 +149,7 @@ fn bad_value_of_each_setting() {
         (&["--listen", ""], "127.0.0.1:8268"),
         (&["--log-format", "xml"], "text, json"),
         (&["--rebuild", "maybe"], "auto, report, off"),
-        (&["--verify-every", "sometimes"], "12h or 7d, or be off"),
+        (&["--verify-every", "sometimes"], "12h or 7d, or off"),
     ] {
         let (said, code) = refused(arguments, &[]);
         assert_eq!(code, Some(2), "{arguments:?}: {said}");

@@ -520,7 +520,7 @@ fn explained_messages_are_those_of_the_program() {
         .collect::<String>();
     let text = Chapter::Operation.text();
     let table = text
-        .split("| it says |")
+        .split("| message |")
         .nth(1)
         .expect("a table of messages");
     let cells = table
