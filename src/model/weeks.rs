@@ -28,7 +28,7 @@ use crate::daemon::{self, DaemonError};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
-use crate::journal::{Executor, Journal, Operation, Store};
+use crate::journal::{Executor, Journal, Operation, Operator, Resolution, Selection, Store};
 use crate::settings::{LiveTokens, Settings, VerifyEvery};
 use crate::simulator::bigchat::{BigChat, Clock, Log, Mode, Options};
 use crate::simulator::compare::{Report, Rules, compare, expected};
@@ -275,6 +275,29 @@ impl Inner {
         recent.choose(&mut self.rng).map(|id| (*id).to_owned())
     }
 
+    /// An operator retries what failed while many requests did: returns how many events.
+    fn retry_failed(&mut self) -> usize {
+        let now = Millis::now();
+        let all = Selection::By {
+            reason: None,
+            failed_by: now,
+        };
+        let (mut count, mut after) = (0, Some(0));
+        while let Some(from) = after {
+            let resolved = self.store.resolve_failed(
+                &all,
+                Resolution::Retry,
+                &Operator::Command("operator".to_owned()),
+                from,
+                now,
+            );
+            let resolved = resolved.expect("a retry");
+            count += resolved.done;
+            after = resolved.next;
+        }
+        count
+    }
+
     fn report(&mut self) -> Report {
         self.set_clocks();
         let rules = Rules::default();
@@ -363,7 +386,8 @@ impl Stage {
             (inner.faults, inner.bigchat_down, inner.our_api_down) = (0.0, false, false);
             inner.set_clocks();
             inner.bigchat.set_quiet(true);
-            inner.tell("calm");
+            let retried = inner.retry_failed();
+            inner.tell(format_args!("calm; {retried} dead letters are retried"));
             Millis::now()
         };
         let began = Instant::now();
@@ -372,10 +396,13 @@ impl Stage {
             let mut inner = self.inner();
             if inner.is_at_rest() && inner.is_verified(calm) {
                 let report = inner.report();
-                return if report.is_clean() {
-                    Ok(report)
-                } else {
+                let failed = inner.store.count_failed().expect("a count");
+                return if !report.is_clean() {
                     Err(report.to_string())
+                } else if failed != u64::try_from(report.refused).expect("few") {
+                    Err(format!("{failed} dead letters, and not {}", report.refused))
+                } else {
+                    Ok(report)
                 };
             }
             if began.elapsed() > REST {
