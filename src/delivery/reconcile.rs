@@ -12,7 +12,7 @@ use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
-use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, Unsure};
+use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, UnknownFields};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
     Claim, Effect, Missing, Observation, VerificationResult, Verify, VerifyMode, Work,
@@ -110,7 +110,7 @@ enum Needed {
 }
 
 /// Whether a waiting message may have been delivered.
-pub(super) fn is_in_doubt(worker: &Worker, event: &Pending) -> bool {
+pub(super) fn is_outcome_unknown(worker: &Worker, event: &Pending) -> bool {
     event.payload.kind().is_message()
         && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
 }
@@ -139,18 +139,18 @@ impl Reconciled {
     /// Whether the journal's record of the chat may be wrong.
     fn is_stale(&self, worker: &Worker) -> bool {
         self.conversation.observed.chat.is_some()
-            && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(worker))
+            && (self.claim.became_stale || self.claim.is_lost || self.is_replayed(worker))
     }
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
         // Where the messages cannot be read, the fields were.
-        let is_in_doubt = |event: &Pending| {
+        let is_replayed = |event: &Pending| {
             worker.may_be_delivered(event.id)
                 && (event.payload.kind().is_message()
                     || !worker.is_unreadable(self.conversation.id))
         };
-        !self.claim.is_read && self.events.iter().any(is_in_doubt)
+        !self.claim.is_read && self.events.iter().any(is_replayed)
     }
 
     async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
@@ -166,8 +166,8 @@ impl Reconciled {
                 .await
                 .map_err(failed);
         };
-        let unsure = self.unsure(worker);
-        let drift = self.merge(worker, &found, unsure).await.map_err(failed)?;
+        let unknown = self.unknown_fields(worker);
+        let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
         // Else it is known.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
@@ -188,8 +188,8 @@ impl Reconciled {
 
     /// The fields that may have been written although the journal does not record it: those named by events of unknown
     /// outcome, or which a newer copy of the journal may have delivered. Changes are written together.
-    fn unsure(&self, worker: &Worker) -> Unsure {
-        let is_unsure = |event: &&Pending| {
+    fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
+        let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
                 || self.is_replayed(worker) && worker.may_be_delivered(event.id)
         };
@@ -198,14 +198,14 @@ impl Reconciled {
                 .iter()
                 .filter(|event| !event.payload.kind().is_message())
         };
-        if !self.claim.is_in_doubt || self.events.iter().any(|event| is_unsure(&event)) {
+        if !self.claim.became_stale || self.events.iter().any(|event| is_unknown(&event)) {
             if changes().any(|event| event.attempts.outcome_unknown) {
-                return Unsure::named_by(changes());
+                return UnknownFields::changed_by(changes());
             }
-            return Unsure::named_by(changes().filter(is_unsure));
+            return UnknownFields::changed_by(changes().filter(is_unknown));
         }
         // It is unknown which fields were being written.
-        Unsure::ALL
+        UnknownFields::ALL
     }
 
     /// After a loss, the agent that the chat names may be gone. It is resolved again, and written if it is another one now.
@@ -238,15 +238,15 @@ impl Reconciled {
         &mut self,
         worker: &Worker,
         found: &our_api::Chat,
-        unsure: Unsure,
+        unknown: UnknownFields,
     ) -> Result<Drift, AttemptError> {
         let Conversation {
             epoch, observed, ..
         } = &mut self.conversation;
-        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unsure.agent));
-        let mut drift = observed.merge(&found.fields(), unsure);
+        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
+        let mut drift = observed.merge(&found.fields(), unknown);
         // Once it was read, another client's agent is the one that is remembered.
-        drift.agent |= self.claim.drift.agent && !unsure.agent;
+        drift.agent |= self.claim.drift.agent && !unknown.agent;
         if drift.agent {
             // It may have been changed back.
             drift.agent = match advisor {
@@ -329,7 +329,7 @@ impl Reconciled {
         let recorded = self
             .recorded(worker)
             .await
-            .map_err(|error| Stopped::at(self.first_in_doubt(worker), error))?;
+            .map_err(|error| Stopped::at(self.first_outcome_unknown(worker), error))?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
         let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
         let is_needed = match needed {
@@ -344,7 +344,7 @@ impl Reconciled {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = held(worker, chat, self.first_in_doubt(worker)).await?;
+        let held = held(worker, chat, self.first_outcome_unknown(worker)).await?;
         let mut accounting = account::account(held, &recorded);
         if !worker.settings.rebuild.restores() {
             let missing = Missing {
@@ -366,11 +366,11 @@ impl Reconciled {
     }
 
     /// The first waiting message that may have been delivered. It is the reason to read the chat.
-    fn first_in_doubt(&self, worker: &Worker) -> Option<EventId> {
+    fn first_outcome_unknown(&self, worker: &Worker) -> Option<EventId> {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| is_in_doubt(worker, event));
+            .filter(|event| is_outcome_unknown(worker, event));
         messages.next().map(|event| event.id)
     }
 
@@ -737,7 +737,7 @@ impl Reconciled {
         found: &our_api::Chat,
     ) -> Result<(Drift, Missing), AttemptError> {
         let before = self.conversation.observed.clone();
-        let mut drift = self.merge(worker, found, Unsure::default()).await?;
+        let mut drift = self.merge(worker, found, UnknownFields::default()).await?;
         let mut missing = Missing {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
             ..Missing::default()
@@ -756,15 +756,15 @@ impl Reconciled {
             VerifyMode::Restore => {}
             VerifyMode::Overwrite => {
                 *observed = before.clone();
-                let unsure = Unsure {
+                let unknown = UnknownFields {
                     // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
                     agent: (!drift.is_none() || missing.ended_at || missing.agent)
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
-                    ..Unsure::ALL
+                    ..UnknownFields::ALL
                 };
-                self.conversation.observed.merge(&found.fields(), unsure);
-                if unsure.agent {
+                self.conversation.observed.merge(&found.fields(), unknown);
+                if unknown.agent {
                     // It is written again, whoever's it is.
                     self.conversation.observed.advisor = None;
                 }

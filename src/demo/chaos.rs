@@ -109,7 +109,7 @@ pub fn count_apart(bigchat: &mut BigChat, journal: &mut Store) -> Result<usize> 
     for reported in &latest {
         // What cannot be understood makes no chat.
         if let Ok(event) = Event::parse(&reported.json().to_string())
-            && journal.holds(&event)?
+            && journal.has_event(&event)?
         {
             return Ok(0);
         }

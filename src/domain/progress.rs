@@ -39,7 +39,7 @@ pub struct Claim {
     pub last_event: EventId,
     pub stale_seq: i64,
     /// The chat became stale after it was last read.
-    pub is_in_doubt: bool,
+    pub became_stale: bool,
     /// The loss counter of OurAPI.
     pub losses: i64,
     /// OurAPI lost data after the chat was last read or created.
@@ -263,7 +263,7 @@ pub struct Report {
     pub consumed: Vec<MessageKey>,
     pub observation: Observation,
     /// The outcome of a write is unknown, or what a chat holds that was taken over.
-    pub in_doubt: bool,
+    pub becomes_stale: bool,
     pub due: Due,
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,

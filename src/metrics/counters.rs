@@ -9,8 +9,8 @@ pub struct Counters {
     pub polls: Counter,
     /// Those that were not, through BigChat's or the journal's fault.
     pub polls_failed: Counter,
-    /// New events that BigChat told.
-    pub told: Counter,
+    /// New events that BigChat received.
+    pub received: Counter,
     /// Events that now stand in OurAPI.
     pub delivered: Counter,
     /// Attempts to deliver an event that have failed, and are made again.

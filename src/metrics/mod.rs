@@ -40,7 +40,7 @@ pub struct Metrics {
     registry: Registry,
     requests: Requests,
     polls: Family<PollLabels, Counter>,
-    told: Family<KindLabels, Counter>,
+    received: Family<KindLabels, Counter>,
     ignored: Counter,
     attempts: Family<AttemptLabels, Counter>,
     unknown_outcomes: Counter,
@@ -202,7 +202,7 @@ impl Default for Metrics {
                 durations: Family::new_with_constructor(ForRequests),
             },
             polls: Family::default(),
-            told: Family::default(),
+            received: Family::default(),
             ignored: Counter::default(),
             attempts: Family::default(),
             unknown_outcomes: Counter::default(),
@@ -255,9 +255,9 @@ impl Metrics {
         );
         registry.register("polls", "Polls of BigChat, by outcome", self.polls.clone());
         registry.register(
-            "events_told",
+            "events_received",
             "New events received, by kind",
-            self.told.clone(),
+            self.received.clone(),
         );
         registry.register(
             "events_ignored",
@@ -321,10 +321,10 @@ impl Metrics {
 
     /// BigChat reported so many new events of a kind.
     pub fn received(&self, kind: &'static str, count: u32) {
-        self.told
+        self.received
             .get_or_create(&KindLabels { kind })
             .inc_by(count.into());
-        self.counters.told.add(count);
+        self.counters.received.add(count);
         if kind == UNREADABLE {
             self.counters.failed.add(count);
         }

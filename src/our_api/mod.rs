@@ -123,8 +123,8 @@ impl OurApi {
 
     /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
     /// the time when the first permit is free again.
-    pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
-        self.permits.room(now)
+    pub fn free_permits(&self, now: Millis) -> std::result::Result<u16, Millis> {
+        self.permits.free_permits(now)
     }
 
     /// Until when requests that timed out may still be carried out, by this machine's clock.

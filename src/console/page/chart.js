@@ -1,4 +1,4 @@
-// Events a minute by kind: what BigChat told as stacked bars, what OurAPI got as a line, failures below.
+// Events a minute by kind: what BigChat received as stacked bars, what OurAPI got as a line, failures below.
 
 import { byId, el, show, svg } from "./dom.js";
 import { axisText, clockText, count, now, perMinute, some, timeText, zone } from "./format.js";
@@ -16,13 +16,13 @@ const MINUTE = 60_000;
 export function buckets({ from, to, step, minutes }) {
   const all = [];
   for (let minute = from; minute <= to; minute += step) {
-    all.push({ minute, told: {}, sum: 0, delivered: 0, failed: 0, length: Math.min(step, to - minute + 1), running: minute + step > to });
+    all.push({ minute, received: {}, sum: 0, delivered: 0, failed: 0, length: Math.min(step, to - minute + 1), running: minute + step > to });
   }
-  for (const { minute, kind, told, delivered, failed } of minutes) {
+  for (const { minute, kind, received, delivered, failed } of minutes) {
     const bucket = all[Math.floor((minute - from) / step)];
     if (!bucket) continue;
-    bucket.told[kind] = (bucket.told[kind] ?? 0) + told;
-    bucket.sum += told;
+    bucket.received[kind] = (bucket.received[kind] ?? 0) + received;
+    bucket.sum += received;
     bucket.delivered += delivered;
     bucket.failed += failed;
   }
@@ -37,7 +37,7 @@ const span = (bucket, step) => (step === 1 ? clockText(start(bucket)).slice(0, 5
 
 /** What a bucket holds, in words. */
 function words(bucket, step) {
-  const kinds = Object.entries(bucket.told).filter(([, told]) => told).map(([kind, told]) => `${count(told)} ${kind}`);
+  const kinds = Object.entries(bucket.received).filter(([, received]) => received).map(([kind, received]) => `${count(received)} ${kind}`);
   const parts = [`${span(bucket, step)} ${zone(start(bucket))}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
   if (bucket.failed) parts.push(`${count(bucket.failed)} failed`);
   return parts.join(", ");
@@ -57,8 +57,8 @@ export function draw(activity) {
   const width = Math.max(240, host.clientWidth);
   // What is delivered at once after an outage would dwarf all else: its line is cut off at the top.
   const highest = (what) => Math.max(...all.map((bucket) => bucket[what] / bucket.length), 0);
-  const told = highest("sum");
-  const scale = niceScale(told > 0 ? Math.max(told, Math.min(highest("delivered"), told * 1.25)) : highest("delivered"));
+  const received = highest("sum");
+  const scale = niceScale(received > 0 ? Math.max(received, Math.min(highest("delivered"), received * 1.25)) : highest("delivered"));
   const marks = scale.marks.map((value) => [value, axisText(value)]);
   const edge = Math.max(34, Math.ceil(widest(host, marks.map(([, label]) => label)) + AXIS_GAP + 2));
   const inner = { width: width - edge - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
@@ -81,11 +81,11 @@ export function draw(activity) {
   all.forEach((bucket, index) => {
     let below = 0;
     for (const kind of activity.kinds) {
-      const value = (bucket.told[kind] ?? 0) / bucket.length;
+      const value = (bucket.received[kind] ?? 0) / bucket.length;
       if (value === 0) continue;
       const [bottom, top] = [y(below), y(below + value)];
       below += value;
-      picture.append(svg(`rect.told.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
+      picture.append(svg(`rect.received.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
     }
     if (bucket.failed) picture.append(svg("rect.fell", { x: x(index) + gap / 2, y: base + 4, width: Math.max(2, wide), height: LANE, rx: 1.5 }));
     if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(Math.min(bucket.delivered / bucket.length, scale.top)).toFixed(1)}`);
@@ -97,16 +97,16 @@ export function draw(activity) {
   }
 
   // The last kind are events that could not be understood: usually there are none.
-  const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.told[kind]));
-  const toldOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
+  const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.received[kind]));
+  const receivedOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.received[kind] ?? 0), 0);
   const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
   show(
     byId("legend"),
-    kinds.map((kind) => el("li", { title: `${count(toldOf(kind))} told by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(toldOf(kind))))),
+    kinds.map((kind) => el("li", { title: `${count(receivedOf(kind))} received by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(receivedOf(kind))))),
     el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
     sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
   );
-  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "BigChat has told nothing in this time."));
+  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "BigChat has received nothing in this time."));
   host.querySelector("svg")?.remove();
   host.prepend(picture);
   drawn = { all, step, kinds, pointer };
@@ -126,7 +126,7 @@ function table(all, step, kinds) {
       null,
       el("caption.unseen", null, `Events by kind, ${step === 1 ? "minute by minute" : `for every ${step} minutes`}, the latest first`),
       el("thead", null, el("tr", null, head.map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", null, all.toReversed().map((bucket) => el("tr", { "data-key": bucket.minute }, el("th", { scope: "row" }, timeText(start(bucket)).slice(0, -3)), [...kinds.map((kind) => bucket.told[kind] ?? 0), bucket.sum, bucket.delivered, bucket.failed].map((n) => el("td", { class: n ? null : "faint" }, count(n)))))),
+      el("tbody", null, all.toReversed().map((bucket) => el("tr", { "data-key": bucket.minute }, el("th", { scope: "row" }, timeText(start(bucket)).slice(0, -3)), [...kinds.map((kind) => bucket.received[kind] ?? 0), bucket.sum, bucket.delivered, bucket.failed].map((n) => el("td", { class: n ? null : "faint" }, count(n)))))),
     ),
   );
 }
@@ -191,8 +191,8 @@ function point(back) {
     el(
       "dl",
       null,
-      drawn.kinds.toReversed().filter((kind) => bucket.told[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.told[kind])),
-      el("div.sum", null, el("dt", null, "told"), el("dd", null, count(bucket.sum))),
+      drawn.kinds.toReversed().filter((kind) => bucket.received[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.received[kind])),
+      el("div.sum", null, el("dt", null, "received"), el("dd", null, count(bucket.sum))),
       row("line", "delivered", bucket.delivered),
       bucket.failed > 0 && row("fell", "failed", bucket.failed),
     ),

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::{ClaimRequest, NewPage, Operator, Progress, Resolution, Scope, Selection, Store};
+use super::{ClaimRequest, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store};
 use crate::domain::account::{self, Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
@@ -317,7 +317,7 @@ impl Pair {
             window: (at, at),
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
             events: events.len(),
-            progress: Progress::Complete(at),
+            progress: PollProgress::Complete(at),
         };
         self.store.store_page(&page_to_keep).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
@@ -377,14 +377,14 @@ impl Pair {
             assert_eq!(work.conversation.id.0, id, "what is due for longest");
             self.claimed(work);
         }
-        let room = at_most - self.work_since(request).min(at_most);
-        for _ in 0..room.min(lost.len()) {
+        let free = at_most - self.work_since(request).min(at_most);
+        for _ in 0..free.min(lost.len()) {
             let work = work.next().expect("what is lost is claimed");
             assert!(lost.remove(&work.conversation.id.0), "it may be lost");
             self.claimed(work);
         }
-        let room = at_most - self.work_since(request).min(at_most);
-        for id in self.plain.to_verify().into_iter().take(room) {
+        let free = at_most - self.work_since(request).min(at_most);
+        for id in self.plain.to_verify().into_iter().take(free) {
             let work = work.next().expect("what is to be verified is claimed");
             assert_eq!(work.conversation.id.0, id, "what is to be verified");
             let verify = work.verify.expect("only that");
@@ -416,7 +416,7 @@ impl Pair {
         let id = work.conversation.id.0;
         let before = &self.plain.conversations[&id];
         assert!(before.claimed.is_none(), "it is claimed once");
-        assert_eq!(work.claim.is_in_doubt, before.stale, "stale");
+        assert_eq!(work.claim.became_stale, before.stale, "stale");
         assert_eq!(work.claim.is_read, before.is_read, "read in this session");
         let is_lost = before.verified_losses < self.plain.losses;
         assert_eq!(work.claim.is_lost, is_lost, "may be lost");
@@ -474,7 +474,7 @@ impl Pair {
         let mut outcomes: Vec<EventOutcome> = Vec::new();
         let mut consumed = Vec::new();
         let mut observation = Observation::None;
-        let (mut in_doubt, mut due) = (false, Due::IfWaiting);
+        let (mut becomes_stale, mut due) = (false, Due::IfWaiting);
         let mut verified = None;
         let has_chat = conversation.observed.chat.is_some();
         let found = match script.found {
@@ -546,7 +546,7 @@ impl Pair {
                                 outcome_unknown, ..
                             }
                             | Fate::GivenUp { outcome_unknown } => {
-                                in_doubt = *outcome_unknown;
+                                becomes_stale = *outcome_unknown;
                                 break;
                             }
                             Fate::Interrupted | Fate::NotTried => {}
@@ -559,7 +559,7 @@ impl Pair {
                             Outcome::DeadLetter { .. } => true,
                             Outcome::Retry { .. } => false,
                         });
-                        (due, in_doubt) = (Due::IfWaiting, false);
+                        (due, becomes_stale) = (Due::IfWaiting, false);
                         observation = Observation::Gone { rebuild };
                     }
                 }
@@ -571,7 +571,7 @@ impl Pair {
                 }
                 Found::ReadWithoutMessages => observation = Observation::Read(None),
                 Found::UnreadableMessages => {
-                    let is_in_doubt = |event: &&Pending| {
+                    let is_outcome_unknown = |event: &&Pending| {
                         event.payload.text().is_some()
                             && (event.attempts.outcome_unknown || event.id.0 <= self.replay_until)
                     };
@@ -580,7 +580,7 @@ impl Pair {
                     };
                     let dead = events
                         .iter()
-                        .filter(is_in_doubt)
+                        .filter(is_outcome_unknown)
                         .map(|event| EventOutcome::of(event, self.outcome(event, fate)));
                     outcomes.extend(dead);
                     observation = Observation::Read(None);
@@ -606,7 +606,7 @@ impl Pair {
             outcomes,
             consumed,
             observation,
-            in_doubt,
+            becomes_stale,
             due,
             writes_succeeded: self.writes,
             verified,

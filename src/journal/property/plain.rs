@@ -380,7 +380,7 @@ impl Plain {
         claimed
     }
 
-    pub(super) fn doubt(&mut self, id: i64) {
+    pub(super) fn mark_stale(&mut self, id: i64) {
         let conversation = self.conversation(id);
         conversation.stale = true;
         if let Some(claimed) = &mut conversation.claimed {
@@ -393,7 +393,7 @@ impl Plain {
         if let Some(outcome) = &lost.outcome {
             self.record(outcome);
         }
-        self.doubt(id);
+        self.mark_stale(id);
         let conversation = self.conversation(id);
         (conversation.claimed, conversation.due) = (None, Some(lost.due_at.0));
     }
@@ -482,8 +482,8 @@ impl Plain {
             before => before,
         };
         let ends_claim = self.observe(id, &claimed, &report.observation);
-        if report.in_doubt {
-            self.doubt(id);
+        if report.becomes_stale {
+            self.mark_stale(id);
         }
         let waits = !self.waiting(id).is_empty();
         let (due, is_certain) = match report.due {
@@ -577,7 +577,7 @@ impl Plain {
         let (conversation, unknown) = (event.conversation, event.attempts.outcome_unknown);
         let was_stale = self.conversation(conversation).stale;
         if unknown {
-            self.doubt(conversation);
+            self.mark_stale(conversation);
         }
         let due = &mut self.conversation(conversation).due;
         // A write that may still be in flight goes on waiting.
@@ -610,9 +610,9 @@ impl Plain {
 
     pub(super) fn set_back(&mut self, pause: i64) {
         let now = self.now;
-        let due = |at: &mut Option<i64>, in_doubt: bool| {
+        let due = |at: &mut Option<i64>, is_outcome_unknown: bool| {
             if at.is_some_and(|at| at > now) {
-                *at = Some(if in_doubt { now + pause } else { now });
+                *at = Some(if is_outcome_unknown { now + pause } else { now });
             }
         };
         for conversation in self.conversations.values_mut() {

@@ -179,7 +179,7 @@ async fn conversation_shows_each_effect() {
                 .sum()
         };
         assert_eq!(
-            (total("told"), total("delivered"), total("failed")),
+            (total("received"), total("delivered"), total("failed")),
             (3, 3, 0)
         );
         console.daemon.stop().await;

@@ -72,7 +72,7 @@ fn shown(selector: &str) -> String {
 async fn axis(browser: &Browser, received: i64, delivered: i64) -> (Vec<String>, Value) {
     let kinds = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
     let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": kinds, "minutes": [
-        {"minute": 7, "kind": "MESSAGE", "told": received, "delivered": delivered, "failed": 0},
+        {"minute": 7, "kind": "MESSAGE", "received": received, "delivered": delivered, "failed": 0},
     ]});
     let drawn = browser
         .eval(&format!(

@@ -300,9 +300,9 @@ async fn chat_creation_with_unknown_outcome() {
             ("429", status(429), false),
             ("401", status(401), false),
         ],
-        async |(case, upset, in_doubt)| {
+        async |(case, upset, outcome_unknown)| {
             for carried_out in [false, true] {
-                let (upset, expected) = match (in_doubt, carried_out) {
+                let (upset, expected) = match (outcome_unknown, carried_out) {
                     (true, false) => (upset.clone(), vec![create, create]),
                     // The conflict shows that it was carried out.
                     (true, true) => (

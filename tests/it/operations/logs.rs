@@ -132,7 +132,10 @@ async fn healthy_daemon_logs_summaries_only() {
         assert_eq!(daemon.log(), before);
         assert!(daemon.stop().await.success());
         let log = t.logged();
-        assert_eq!((summed(&log, "told"), summed(&log, "delivered")), (20, 20));
+        assert_eq!(
+            (summed(&log, "received"), summed(&log, "delivered")),
+            (20, 20)
+        );
         let mut messages = messages(&log);
         assert!(messages.remove("summary").is_some_and(|count| count <= 21));
         let said: Vec<_> = messages
@@ -279,7 +282,7 @@ async fn once_logs_a_summary() {
         assert!(output.status.success());
         let log = String::from_utf8(output.stderr).expect("text");
         assert_eq!(
-            (summed(&log, "told"), summed(&log, "delivered")),
+            (summed(&log, "received"), summed(&log, "delivered")),
             (1, 1),
             "{log}"
         );

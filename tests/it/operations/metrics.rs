@@ -107,7 +107,7 @@ async fn counts_match_the_services() {
             let events = t.count_events(&format!("kind = '{kind}'"));
             (kind, events as f64)
         }) {
-            let series = format!("bigchat_sync_events_told_total{{kind=\"{kind}\"}}");
+            let series = format!("bigchat_sync_events_received_total{{kind=\"{kind}\"}}");
             assert_eq!(value(&text, &series), Some(events), "{kind}");
         }
         let (delivered, failed) = (t.events("delivered"), t.events("failed"));
@@ -207,7 +207,7 @@ async fn rare_incidents_are_counted() {
         assert_eq!(measured.value(series).await, 1.0);
         assert_eq!(
             measured
-                .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
+                .value("bigchat_sync_events_received_total{kind=\"UNREADABLE\"}")
                 .await,
             1.0
         );
