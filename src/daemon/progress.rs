@@ -316,6 +316,7 @@ async fn count(parts: &Parts) -> Result<Snapshot, JournalError> {
 mod tests {
     use super::*;
 
+    /// Unread time is assumed to have as many events as time already read.
     #[test]
     fn estimate_of_unread_events() {
         let start = Snapshot {

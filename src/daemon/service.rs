@@ -199,6 +199,7 @@ mod tests {
         (manager, sent)
     }
 
+    /// The watchdog is notified only while nothing is stuck.
     #[tokio::test(start_paused = true)]
     async fn watchdog_stops_while_stuck() {
         let (manager, sent) = manager(Some(Duration::from_secs(60)));
@@ -237,6 +238,7 @@ mod tests {
         assert_eq!(sent[sent.len() - 2..], ["STOPPING=1", "STATUS=stopping"]);
     }
 
+    /// A long start is extended again and again.
     #[tokio::test(start_paused = true)]
     async fn long_start_is_extended() {
         let (manager, sent) = manager(None);

@@ -32,7 +32,7 @@ pub(super) struct Reconciled {
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
-    /// A chat was taken over, and its messages could not be read.
+    /// A chat was adopted, and its messages could not be read.
     pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
@@ -158,7 +158,7 @@ impl Reconciled {
         let failed = |error| Stopped::at(first, error);
         let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
             if self.events.is_empty() && !worker.settings.rebuild.restores() {
-                // Nothing needs it. It is forgotten once an event does.
+                // Nothing needs the chat. It is forgotten once an event does.
                 return self.stays_lost();
             }
             return self
@@ -168,7 +168,7 @@ impl Reconciled {
         };
         let unknown = self.unknown_fields(worker);
         let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
-        // Else it is known.
+        // A drift that was known before was reported then.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
         }
@@ -208,8 +208,8 @@ impl Reconciled {
         UnknownFields::ALL
     }
 
-    /// After a loss, the agent that the chat names may be gone. It is resolved again, and written if it is another one now.
-    /// One that still exists stays, whoever named it.
+    /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
+    /// that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
@@ -245,7 +245,7 @@ impl Reconciled {
         } = &mut self.conversation;
         let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
         let mut drift = observed.merge(&found.fields(), unknown);
-        // Once it was read, another client's agent is the one that is remembered.
+        // Once it was read, another client's agent is the recorded one.
         drift.agent |= self.claim.drift.agent && !unknown.agent;
         if drift.agent {
             // It may have been changed back.
@@ -272,7 +272,7 @@ impl Reconciled {
         }
     }
 
-    /// OurAPI has lost the chat, and nothing is done about it.
+    /// OurAPI has lost the chat, and it is not restored.
     fn stays_lost(&mut self) -> Result<(), Stopped> {
         let missing = Missing {
             chat: true,
@@ -294,7 +294,7 @@ impl Reconciled {
                     .chat
                     .map(tracing::field::display::<Uuid>),
                 %missing,
-                "OurAPI has lost a chat or a part of it; it stays so, since --rebuild does not restore it"
+                "OurAPI has lost a chat or a part of it; it is not restored, because of --rebuild"
             );
         }
     }
@@ -476,7 +476,7 @@ impl Reconciled {
                 && (worker.settings.rebuild.restores() || self.claim.is_rewound);
         if !is_needed {
             if self.claim.is_lost {
-                // Nothing of it is there, and nothing is to be.
+                // No part of the chat exists, and none is desired.
                 self.observation = Observation::Read(None);
             }
             return Ok(Some(Effect::Nothing));
@@ -537,7 +537,7 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                // It was created as was intended first, and more may be known by now.
+                // It was created with the first intended fields, and more may be known by now.
                 let changed = match self.conversation.observed.chat {
                     Some(chat) => self.patch(worker, chat, desired, fields).await?,
                     None => None,
@@ -643,7 +643,7 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Compares the chat with the journal, and does about it what the mode says.
+    /// Compares the chat with the journal, and restores or overwrites as the mode allows.
     async fn verify(
         &mut self,
         worker: &Worker,
@@ -728,8 +728,8 @@ impl Reconciled {
         self.verified = Some((verify, Some(found)));
     }
 
-    /// Compares the fields of a chat with what was written, and merges them unless nothing is to be changed. What is missing
-    /// is written then, and what another client has changed if that is to be overwritten.
+    /// Compares the fields of a chat with what was written, and merges them unless the mode only reports. The next
+    /// write then restores what is missing, and overwrites what another client has changed if the mode says so.
     async fn verify_fields(
         &mut self,
         worker: &Worker,
@@ -742,7 +742,7 @@ impl Reconciled {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
             ..Missing::default()
         };
-        // Another client's agent is none of ours to check.
+        // An agent set by another client is not verified.
         if self.conversation.desired.advisor() == before.advisor
             && (!drift.agent || found.agent_id.is_none())
         {
@@ -757,7 +757,7 @@ impl Reconciled {
             VerifyMode::Overwrite => {
                 *observed = before.clone();
                 let unknown = UnknownFields {
-                    // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
+                    // Details never override a TRANSFER, even one that only another copy of the journal knows.
                     agent: (!drift.is_none() || missing.ended_at || missing.agent)
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
@@ -765,7 +765,7 @@ impl Reconciled {
                 };
                 self.conversation.observed.merge(&found.fields(), unknown);
                 if unknown.agent {
-                    // It is written again, whoever's it is.
+                    // The agent is written again, whichever client set it.
                     self.conversation.observed.advisor = None;
                 }
             }

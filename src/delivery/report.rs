@@ -91,7 +91,7 @@ impl Scheduler {
                                 self.failed_reads.remove(&conversation.id);
                             }
                             None if is_last && stopped.reading_messages => {
-                                // No message is in doubt: the chat is verified by its fields.
+                                // No message has an unknown outcome: the chat is verified by its fields.
                                 self.worker.record_unreadable(conversation.id);
                                 observation = Observation::Read(None);
                                 due = Due::IfWaiting;
@@ -132,8 +132,8 @@ impl Scheduler {
         }
     }
 
-    /// The chat's messages cannot be read, so it remains unknown which of the messages in doubt OurAPI has. All of them
-    /// become dead letters.
+    /// The chat's messages cannot be read, so it stays unknown which of the messages of unknown outcome OurAPI has. All
+    /// of them become dead letters.
     fn unreadable(
         &self,
         events: &[Pending],

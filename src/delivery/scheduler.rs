@@ -188,7 +188,7 @@ impl Scheduler {
         }
     }
 
-    /// For how long there is nothing to do, unless something happens.
+    /// How long there is nothing to do, unless a notification arrives.
     fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
         match circuit {
             Circuit::Open { until } => self.idle.min(until.since(now)),

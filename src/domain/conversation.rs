@@ -191,7 +191,7 @@ impl Observed {
             drift.ended_at = self.ended_at != found.ended_at;
         }
         if unknown.agent {
-            // Whose it is is known as long as it is the same.
+            // The advisor of the recorded agent is known as long as the agent is the same.
             self.advisor = self.advisor.filter(|_| self.agent == found.agent);
         } else {
             drift.agent = self.agent != found.agent;

@@ -28,7 +28,7 @@ struct Held {
     until: Instant,
     /// The same by this machine's clock, for a later session.
     by_clock: Millis,
-    /// Nobody else may ask meanwhile either.
+    /// The lock, because no other process may send a request meanwhile either.
     turn: Option<Turn>,
 }
 
