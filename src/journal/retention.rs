@@ -210,6 +210,7 @@ mod tests {
         store
     }
 
+    /// Neither clock alone drops an event.
     #[test]
     fn one_clock_drops_nothing() {
         let at = 100 * DAY;

@@ -456,6 +456,7 @@ mod tests {
         connect_to(path).expect("a database")
     }
 
+    /// A foreign or newer file is refused, and not changed.
     #[test]
     fn foreign_or_newer_file_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -502,6 +503,7 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
     }
 
+    /// A database that an older daemon uses is not upgraded.
     #[test]
     fn database_of_older_daemon_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");
