@@ -1,4 +1,4 @@
-//! What each failure of either API leads to, and what the journal shows of it.
+//! The consequences of each failure of either API, and the journal's record of it.
 
 use crate::harness::process::free_address;
 use crate::harness::services::{NOW, line, time};
@@ -44,7 +44,7 @@ fn heads(asked: &[String]) -> Vec<&str> {
     asked.iter().map(|line| &line[..head(line)]).collect()
 }
 
-/// Has requests time out soon where a response is late; elsewhere a busy machine could make any other one late, too.
+/// Shortens the time-out for cases with a late response. In other cases, a busy machine could time out, too.
 fn time_out_if_late(t: &Bench, case: &str) {
     if case.contains("late") {
         t.set("--request-timeout", "1s");
@@ -77,7 +77,7 @@ fn failed_once(t: &Bench, kind: &str, case: &str, reason: &str, request: &str, r
 async fn message_meets_each_failure() {
     let elsewhere = MockServer::start().await;
     let redirect = status(307).header("location", &elsewhere.uri());
-    let nobody = status(400).body(r#"{"detail":"That agent does not exist."}"#);
+    let no_agent_named = status(400).body(r#"{"detail":"That agent does not exist."}"#);
     let (no_agent, lost) = ("OurAPI does not know the agent", "incomplete response: ");
     let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
     side_by_side(
@@ -107,7 +107,7 @@ async fn message_meets_each_failure() {
             ("429", status(429), not, TURNED_AWAY, "429"),
             ("401", status(401), not, DENIED, "401"),
             ("403", status(403), not, DENIED, "403"),
-            ("400", nobody, not, no_agent, "400 {"),
+            ("400", no_agent_named, not, no_agent, "400 {"),
         ],
         async |(case, upset, asked, reason, response)| {
             let may_be_there = asked.contains(&LOOK);
@@ -570,7 +570,7 @@ async fn poison_event_among_others() {
         messages.retain(|text| !text.starts_with("other"));
         assert_eq!(messages, ["after"]);
 
-        // Sent once more, it may be there by now.
+        // The next attempt finds out whether the last one was carried out.
         t.our_api.has_message("c1", 5, "poison");
         t.our_api.calm();
         let id = failed.id.to_string();
@@ -699,7 +699,7 @@ async fn retry_after_across_a_restart() {
         t.our_api.asked();
         t.bigchat.reports([message(42, 5, "Hello")]);
         let left = |t: &Bench| t.left_alone_until(Api::OurApi) - now();
-        until("it is kept", async || left(t) > 0).await;
+        until("it is stored", async || left(t) > 0).await;
         assert!(left(t) <= 3_600_000);
         daemon.stop().await;
         assert_eq!(heads(&t.our_api.asked()), [POST]);
@@ -791,7 +791,7 @@ async fn bigchat_outage_spends_no_attempts() {
                 t.start();
                 t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
                 t.bigchat.upset("GET /conversations/42", upset);
-                // These need nothing of BigChat, and get through between the tries of the first.
+                // These need no request to BigChat, and are delivered between the attempts of the first.
                 let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
                 t.bigchat
                     .reports(std::iter::once(start(42, 0)).chain(others));
@@ -880,7 +880,7 @@ async fn failed_events_resolved_beside_daemon() {
         assert!(answer(&["retry", "--all"]).starts_with("1 failed event will be retried"));
         t.until_events("delivered", 2).await;
         assert_eq!(t.our_api.count(POST), 3);
-        // What was decided stays known, and how each attempt went.
+        // The resolutions and the attempts stay recorded.
         let resolutions = t.resolutions();
         assert_eq!(resolutions.len(), 2);
         for past in resolutions {
@@ -929,7 +929,7 @@ async fn resolution_while_another_process_writes() {
         daemon.stop().await;
         let writer = t.lock_database();
         let written = std::thread::spawn(move || {
-            // The command waits inside SQLite, which nothing shows from outside.
+            // The command waits inside SQLite, which cannot be observed from outside.
             std::thread::sleep(Duration::from_millis(200));
             drop(writer);
         });
@@ -940,7 +940,7 @@ async fn resolution_while_another_process_writes() {
     .await;
 }
 
-/// It is not taken for the equal message that was delivered before.
+/// It is not confused with the equal message that was delivered before.
 #[tokio::test]
 async fn twin_waits_beyond_the_retention() {
     run_test(async |t| {

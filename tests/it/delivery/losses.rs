@@ -1,4 +1,4 @@
-//! OurAPI loses what it had, or has what this journal knows nothing of.
+//! OurAPI loses data, or has data that this journal does not know.
 
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};

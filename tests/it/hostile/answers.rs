@@ -1,4 +1,4 @@
-//! Answers that are hostile or broken: bounded time and memory, a warning, and nothing else lost.
+//! Hostile or broken responses cost bounded time and memory and give a warning; nothing else is lost.
 
 use crate::harness::process::Process;
 use crate::harness::services::{NOW, ROUTES, Tampered, tampering, unix, window, with_header};
@@ -11,14 +11,14 @@ use std::time::Duration;
 use serde::de::IgnoredAny;
 use serde_json::json;
 
-/// More than the program ever needs for what it reads of one answer (32 MiB), in a debug build, in MiB.
+/// More than a debug build needs for the largest response that it reads (32 MiB), in MiB.
 const MEMORY: u64 = 256;
 
 fn deep(levels: usize) -> String {
     format!("{}{}", "[".repeat(levels), "]".repeat(levels))
 }
 
-/// Bodies that no request expects.
+/// Bodies that no route returns.
 fn bodies() -> Vec<String> {
     let id = "\"chat_id\":\"7\",\"agent_id\":\"7\",\"message_id\":\"7\"";
     vec![
@@ -190,7 +190,7 @@ async fn event_with_any_value() {
             "{texts:?}"
         );
         assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
-        // What is reported again is known, understood or not.
+        // An event reported again is recognised, parsed or not.
         t.bigchat.reports(raw(&body));
         t.once().await;
         assert_eq!(t.count_events("true"), before);
@@ -324,7 +324,7 @@ async fn response_without_end() {
     .await;
 }
 
-/// A server in front of another whose first three answers to those requests have no end. The last of them was carried
+/// A server in front of another whose first three responses to those requests never end. The last of them was carried
 /// out.
 async fn flooding(url: &str, line: &'static str) -> String {
     let mut left = 3;
@@ -339,7 +339,7 @@ async fn flooding(url: &str, line: &'static str) -> String {
     .await
 }
 
-/// It times out like one that never comes.
+/// It times out like a response that never comes.
 #[tokio::test]
 async fn response_that_trickles() {
     run_test(async |t| {
@@ -357,7 +357,7 @@ async fn response_that_trickles() {
     .await;
 }
 
-/// It costs bounded memory, and delays no other conversation.
+/// It costs bounded memory, and does not delay other conversations.
 #[tokio::test]
 async fn chat_of_a_million_messages() {
     run_test(async |t| {
@@ -420,7 +420,7 @@ async fn page_of_a_million_events() {
         let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
         t.bigchat.reports(raw(&body));
         let daemon = Process::start(t);
-        until("it is kept", async || {
+        until("it is stored", async || {
             t.is_ready() && t.events("failed") == 1
         })
         .await;
@@ -458,7 +458,7 @@ async fn next_page_cannot_be_requested() {
     .await;
 }
 
-/// No request can carry it: the chat has no agent.
+/// No request can contain it, so the chat has no agent.
 #[tokio::test]
 async fn advisor_with_an_endless_address() {
     run_test(async |t| {
@@ -503,7 +503,7 @@ async fn messages_of_impossible_times() {
     .await;
 }
 
-/// No request and no token goes to another host, whatever names one.
+/// No request and no token goes to another host, even if a response names one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redirects_to_another_host() {
     let trap = tokio::net::TcpListener::bind("127.0.0.1:0")

@@ -1,4 +1,4 @@
-//! The demo as a user runs it: its output, its exit code, and that it leaves nothing behind.
+//! The demo as a user runs it: its output, its exit code, and that it cleans up.
 
 use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode, Output, Stdio};
 
 use bigchat_sync::demo::{FailedPolls, Figures, Verdict};
 
-/// The demo, in surroundings that would stop a daemon, and with a temporary directory of its own.
+/// The demo, in an environment that would stop a daemon, and with a separate temporary directory.
 fn demo(temporary: &Path) -> Command {
     let mut demo = program();
     demo.arg("demo")
@@ -87,7 +87,7 @@ fn demo_with_a_stable_log() {
     ]));
 }
 
-/// The demo still compares both services then.
+/// The demo still compares both services.
 #[test]
 fn signal_ends_the_demo_early() {
     let temporary = tempfile::tempdir().expect("a directory");
@@ -131,7 +131,7 @@ fn failed_events_retried_beside_demo() {
         fixed |= line.starts_with("OurAPI is fixed");
         // Not until the end: an event retried during the comparison would still be waiting.
         if fixed && retried < 3 && figure(&line, "failed").is_some_and(|failed| failed > 0) {
-            // All but what can never be stored gets through this time.
+            // This time, everything that can be stored is delivered.
             let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])
                 .output();
@@ -171,7 +171,7 @@ fn setting_without_effect_in_demo() {
 
 #[test]
 fn demo_port_is_taken() {
-    // By this test, or by another process.
+    // The port is in use by this test or by another process.
     let taken = TcpListener::bind("127.0.0.1:8267");
     let output = run(&["--serve"]);
     assert_eq!(output.status.code(), Some(1));

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use wiremock::MockServer;
 
-/// The query of the first window there is.
+/// The query of the first window.
 fn first_window() -> String {
     window(NOW - 10, NOW)
 }
@@ -55,7 +55,7 @@ async fn failed_page_is_retried_at_once() {
     .await;
 }
 
-/// The next poll goes on from the page that failed.
+/// The next poll continues from the page that failed.
 #[tokio::test]
 async fn failed_page_across_restarts() {
     run_test(async |t| {
@@ -171,7 +171,7 @@ async fn next_page_url_of_another_host() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// It is none.
+/// It is not followed.
 #[tokio::test]
 async fn next_page_of_wrong_type() {
     side_by_side(
@@ -322,7 +322,7 @@ async fn response_that_is_no_page() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// A page with that much beside its events.
+/// A page with additional data of that size.
 fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     let (_, body) = text.split_once("\r\n\r\n").expect("an answer");
@@ -333,7 +333,7 @@ fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
 
-/// It is no page.
+/// It is rejected as a page.
 #[tokio::test]
 async fn body_cut_off_or_too_large() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
@@ -374,7 +374,7 @@ fn messages(texts: &str) -> Vec<Value> {
     texts.map(|text| message(42, 5, text)).collect()
 }
 
-/// They are others, except in an overlap of shifted pages.
+/// They count separately, except in an overlap of shifted pages.
 #[tokio::test]
 async fn equal_messages_on_later_pages() {
     for (case, first, second, expected) in [
@@ -407,7 +407,7 @@ async fn equal_messages_on_later_pages() {
     }
 }
 
-/// They are two once the next poll has reported both.
+/// They count as two once the next poll has reported both.
 #[tokio::test]
 async fn twins_at_a_page_edge() {
     run_test(async |t| {
@@ -421,7 +421,7 @@ async fn twins_at_a_page_edge() {
     .await;
 }
 
-/// The same page by URLs that cannot be known to be the same.
+/// The same page under URLs that differ.
 #[tokio::test]
 async fn page_repeated_by_another_url() {
     side_by_side(
@@ -456,7 +456,7 @@ async fn page_repeated_by_another_url() {
     .await;
 }
 
-/// Equal ones on successive pages are one.
+/// Equal ones on successive pages count once.
 #[tokio::test]
 async fn end_and_transfer_repeated() {
     run_test(async |t| {
@@ -494,7 +494,7 @@ async fn transfers_reported_again() {
     .await;
 }
 
-/// They are that many, and no more when they are reported again.
+/// Each counts, but not again in a later poll.
 #[tokio::test]
 async fn equal_messages_on_one_page() {
     run_test(async |t| {
@@ -536,7 +536,7 @@ async fn first_window_as_set() {
     .await;
 }
 
-/// A long time back is read in windows, back to back.
+/// A long backfill is read in consecutive windows.
 #[tokio::test]
 async fn backfill_in_windows() {
     run_test(async |t| {
@@ -578,7 +578,7 @@ async fn windows_by_bigchat_clock() {
     .await;
 }
 
-/// This machine's clock counts then.
+/// This machine's clock is used instead.
 #[tokio::test]
 async fn date_cannot_be_read() {
     run_test(async |t| {
@@ -596,7 +596,7 @@ async fn date_cannot_be_read() {
     .await;
 }
 
-/// It pauses after its page budget, and the next poll goes on from there.
+/// It pauses after its page budget, and the next poll continues from there.
 #[tokio::test]
 async fn poll_without_end() {
     let next = |n: i64| format!("?page={n}");
@@ -672,7 +672,7 @@ async fn window_rescanned_across_restarts() {
         t.once().await;
         t.once().await;
         assert_eq!(t.our_api.messages().len(), 202);
-        // From the beginning, where one poll's pages bring nothing new.
+        // From the beginning, although a poll's pages have no new events.
         pages(202);
         t.bigchat.reports([message(42, 203, "text 203")]);
         t.once().await;
