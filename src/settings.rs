@@ -708,7 +708,7 @@ mod tests {
     fn reload_replaces_usable_tokens() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("token");
-        let good = "a-token-that-nobody-guesses";
+        let good = "a-token-that-cannot-be-guessed";
         for name in [BIGCHAT_TOKEN, OUR_API_TOKEN, CONSOLE_TOKEN] {
             let variable = |asked: &str| {
                 (asked == format!("{name}_FILE")).then(|| file.clone().into_os_string())
@@ -737,9 +737,9 @@ mod tests {
             let gone = tokens.reload(|_| None, Listen::Off);
             assert!(matches!(gone[..], [Err(TokenError::Gone(_))]));
             assert!(used.is(&good.into()));
-            std::fs::write(&file, "another-token-that-nobody-guesses\n").expect("a file");
+            std::fs::write(&file, "another-token-that-cannot-be-guessed\n").expect("a file");
             assert!(matches!(reload()[..], [Ok(new)] if new == name));
-            assert!(used.is(&"another-token-that-nobody-guesses".into()));
+            assert!(used.is(&"another-token-that-cannot-be-guessed".into()));
             std::fs::write(&file, "short").expect("a file");
             let short = reload();
             match name {

@@ -288,7 +288,7 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Op
         }
         Err(error) => Err(error),
     };
-    tell(report, Api::BigChat, bigchat.http(), claim, answer);
+    describe(report, Api::BigChat, bigchat.http(), claim, answer);
     if let Some(pause) = pause.filter(|pause| pause.left(Millis::now()).is_some()) {
         let text = format!("is not asked: deliveries are {pause}");
         return report.pass(Api::OurApi.title(), text);
@@ -303,7 +303,7 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Op
     let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
-    tell(report, Api::OurApi, our_api.http(), claim, answer);
+    describe(report, Api::OurApi, our_api.http(), claim, answer);
 }
 
 /// The API's description of itself.
@@ -323,7 +323,7 @@ fn claim(description: &Value, route: &str) -> Option<Claim> {
     })
 }
 
-fn tell(
+fn describe(
     report: &mut Report,
     api: Api,
     http: &Http,

@@ -50,8 +50,8 @@ fn cut(text: &str, characters: usize) -> String {
     if text.chars().count() <= characters {
         return text.to_owned();
     }
-    let kept = text.chars().take(characters.saturating_sub(1));
-    kept.chain(['…']).collect()
+    let shown = text.chars().take(characters.saturating_sub(1));
+    shown.chain(['…']).collect()
 }
 
 fn columns() -> usize {

@@ -177,13 +177,13 @@ impl Login {
             key: secret(),
             until: now + SESSION,
         };
-        let told = (session.cookie.clone(), session.key.clone());
+        let login = (session.cookie.clone(), session.key.clone());
         let mut sessions = self.sessions(now);
         if sessions.len() >= MAX_SESSIONS {
             sessions.remove(0);
         }
         sessions.push(session);
-        Ok(told)
+        Ok(login)
     }
 
     fn end(&self, headers: &HeaderMap) {

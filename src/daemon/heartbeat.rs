@@ -116,7 +116,7 @@ impl Sender {
 
 /// Sends one heartbeat. An error does not name the URL, which is a secret.
 async fn send(url: &Url, problems: &str) -> Result<(), String> {
-    // A client is made for each heartbeat: kept for a minute, it would only take memory.
+    // Each heartbeat has a new client, because an idle one would take memory for a minute.
     let client = http::client(url.scheme() != "http", TIMEOUT).map_err(http::cause)?;
     let request = match problems {
         "" => client.get(url.clone()),

@@ -245,7 +245,7 @@ impl Agents {
         Ok(gone)
     }
 
-    /// Whether OurAPI has an agent, whoever created it. Requested once after each loss.
+    /// Whether OurAPI has an agent, created by any client. Requested once after each loss.
     pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         if let Some(is_there) = self.asked().get(&agent) {

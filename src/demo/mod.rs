@@ -307,11 +307,11 @@ async fn perform(
     };
     let verdict = stage.perform(duration, stopping).await;
     if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
-        let kept = scratch.keep();
+        let path = scratch.keep();
         terminal
             .say(&format!(
                 "The daemon's database and log are in {}\n",
-                shown(&kept)
+                shown(&path)
             ))
             .await?;
     }

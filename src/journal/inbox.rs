@@ -229,7 +229,7 @@ impl Store {
     pub fn store_page(&mut self, page: &NewPage) -> Result<(i64, Epoch)> {
         self.in_place()?;
         let transaction = self.begin()?;
-        let kept = transaction
+        let stored = transaction
             .prepare_cached(
                 "INSERT INTO inbox (query, served_at, window_start, body, stored_in)
                  VALUES (?1, ?2, ?3, ?4, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
@@ -257,7 +257,7 @@ impl Store {
             },
         )?;
         transaction.commit()?;
-        Ok(kept)
+        Ok(stored)
     }
 
     /// The epoch of a page that was served at that time, and whether that is certain. If not, the page may belong to

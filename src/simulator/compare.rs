@@ -428,13 +428,13 @@ fn line(
             &show(wanted.ended_at.as_ref()),
         );
         let should = wanted.agents.first().cloned().flatten();
-        let nobody = || "nobody".to_owned();
+        let none = || "none".to_owned();
         let who = wanted.agents.iter().position(|wanted| *wanted == agent);
         check(
             "agent",
-            &agent.unwrap_or_else(nobody),
+            &agent.unwrap_or_else(none),
             who,
-            &should.unwrap_or_else(nobody),
+            &should.unwrap_or_else(none),
         );
         line.fallback |= wanted.external_ids.first() != Some(&chat.external_id);
     }
@@ -486,7 +486,7 @@ fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<Strin
             continue;
         }
         let Some(names) = expected.names.get(email) else {
-            doubtful.push(format!("{email} was nobody's advisor"));
+            doubtful.push(format!("{email} belongs to no advisor"));
             continue;
         };
         let taken = |name: &str| {

@@ -313,7 +313,7 @@ fn our_api_equals_the_real_one() {
     for (target, found) in [
         ("/agents?email=ann%40x.y&name=", json!([ann])),
         ("/agents?email=", json!([ann])),
-        ("/agents?name=nobody", json!([])),
+        ("/agents?name=unknown", json!([])),
         (&format!("/agents/{id}"), ann.clone()),
     ] {
         assert_eq!(get(our, target), (200, found), "{target}");
@@ -331,16 +331,19 @@ fn our_api_equals_the_real_one() {
         post(our, "/chats", chat("2026-11-22T22:03:27Z")),
         (404, exists)
     );
-    let nobody = "00000000-0000-4000-8000-000000000000";
+    let unknown_id = "00000000-0000-4000-8000-000000000000";
     let no_agent = (400, json!({ "detail": "That agent does not exist." }));
     let mut stranger = chat("2026-11-22T22:03:27Z");
-    stranger["agent_id"] = json!(nobody);
+    stranger["agent_id"] = json!(unknown_id);
     assert_eq!(post(our, "/chats", stranger), no_agent);
     assert_eq!(get(our, "/chats?external_id="), (200, json!([first])));
     assert_eq!(get(our, "/chats?external_id=2"), (200, json!([])));
 
     let path = format!("/chats/{}", first["chat_id"].as_str().unwrap());
-    assert_eq!(patch(our, &path, json!({ "agent_id": nobody })), no_agent);
+    assert_eq!(
+        patch(our, &path, json!({ "agent_id": unknown_id })),
+        no_agent
+    );
     let change =
         json!({ "agent_id": id, "ended_at": "2026-11-22T23:00:00.5Z", "external_id": "9" });
     assert_eq!(patch(our, &path, change), (204, json!("")));
@@ -371,10 +374,13 @@ fn our_api_equals_the_real_one() {
     );
     let unknown = (404, json!({ "detail": "Chat not found" }));
     assert_eq!(
-        post(our, &format!("/chats/{nobody}/messages"), text("ok")),
+        post(our, &format!("/chats/{unknown_id}/messages"), text("ok")),
         unknown
     );
-    assert_eq!(patch(our, &format!("/chats/{nobody}"), json!({})), unknown);
+    assert_eq!(
+        patch(our, &format!("/chats/{unknown_id}"), json!({})),
+        unknown
+    );
     assert_eq!(ask(our, "DELETE", "/chats", &Value::Null).0, 405);
     our.lose_chat("1");
     our.lose_agents();
@@ -441,7 +447,7 @@ async fn faults_strike_before_or_after() {
             .send()
             .await
     };
-    let patience = Duration::from_secs(30);
+    let long = Duration::from_secs(30);
     for (fault, answer) in [
         (status(500), Some(500)),
         (crashed(), Some(500)),
@@ -466,7 +472,7 @@ async fn faults_strike_before_or_after() {
             let before = count();
             let waits = matches!(fault.delay, super::fault::Delay::No);
             let timeout = if waits {
-                patience
+                long
             } else {
                 Duration::from_millis(200)
             };
@@ -498,10 +504,10 @@ async fn faults_strike_before_or_after() {
     }
     assert_eq!(count(), before + 1);
     our.outage(Some(status(503)));
-    assert_eq!(post(patience).await.unwrap().status(), 503);
+    assert_eq!(post(long).await.unwrap().status(), 503);
     our.upset_at_random(1.0, html());
     our.calm();
-    assert_eq!(post(patience).await.unwrap().status(), 201);
+    assert_eq!(post(long).await.unwrap().status(), 201);
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ use crate::telemetry::terminal::Terminal;
 /// How many lines of a kind are written in full between two summaries.
 pub const BURST: u32 = 10;
 
-/// The modules whose lines stand for others, and are never left out.
+/// The modules whose lines summarise others, and are never left out.
 const NEVER_LEFT_OUT: [&str; 3] = [
     module_path!(),
     "bigchat_sync::daemon::progress",

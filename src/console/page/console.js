@@ -274,8 +274,8 @@ function answer(yes) {
   asking = null;
 }
 
-// The browser tells of the close only after the dialog has gone. By then a reader may have gone on, even to the next
-// question: the answer counts as soon as it is given.
+// The browser reports the close only after the dialog has gone. By then the next question may be open, so the answer
+// counts as soon as it is given.
 byId("ask").addEventListener("submit", (event) => answer(event.submitter?.value === "yes"));
 byId("ask").addEventListener("cancel", () => answer(false));
 byId("ask").addEventListener("close", () => byId("ask").open || answer(false));

@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is kept here until you resolve it.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is listed here until you resolve it.")];
     return [
       head(
         "Failed events",
@@ -207,7 +207,7 @@ function attempts(event) {
         el("details", null, el("summary", null, el("b", null, `${failure.attempt}.`), el("span", null, sentence(failure.reason)), ago(failure.failed_at)), request(failure.request), response(failure.response)),
       ),
     ),
-    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are kept.`),
+    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are stored.`),
   );
 }
 

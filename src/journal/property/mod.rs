@@ -321,9 +321,9 @@ impl Pair {
         };
         self.store.store_page(&page_to_keep).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
-        let kept = pages.last().expect("a page");
+        let page = pages.last().expect("a page");
         self.store
-            .ingest(kept, Epoch(1), &Counts::of(&[kept.keys()]), &[], self.now())
+            .ingest(page, Epoch(1), &Counts::of(&[page.keys()]), &[], self.now())
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);
@@ -788,8 +788,8 @@ impl Pair {
             .iter()
             .map(|id| self.plain.events[id].conversation)
             .collect();
-        let kept: Vec<_> = gone.difference(&may_be).collect();
-        assert!(kept.is_empty(), "events {kept:?} must not be dropped");
+        let needed: Vec<_> = gone.difference(&may_be).collect();
+        assert!(needed.is_empty(), "events {needed:?} must not be dropped");
         assert!(
             at_most < 100 || must_be.is_subset(&gone),
             "{must_be:?} are to be dropped, and {gone:?} are"

@@ -196,8 +196,8 @@ async fn read_token_changes_nothing() {
         let answer = log_in(&url, READ_TOKEN).await;
         let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
         let cookie = set.split(';').next().expect("its value").to_owned();
-        let told: Value = answer.json().await.expect("JSON");
-        let key = told["key"].as_str().expect("a key").to_owned();
+        let login: Value = answer.json().await.expect("JSON");
+        let key = login["key"].as_str().expect("a key").to_owned();
         let of_session = |request: RequestBuilder| {
             sent(
                 request

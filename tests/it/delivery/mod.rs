@@ -1,10 +1,10 @@
 //! What is sent to OurAPI, what is sent again, and what is not.
 
-mod doubts;
 mod failures;
 mod handlers;
 mod late;
 mod losses;
 mod passes;
 mod poison;
+mod stale;
 mod verify;

@@ -510,9 +510,9 @@ pub(crate) fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
         .position(|four| four == b"\r\n\r\n")
         .expect("an answer");
     let head = String::from_utf8_lossy(&answer[..split]).into_owned();
-    let kept = head
+    let others = head
         .lines()
         .filter(|line| !line.to_ascii_lowercase().starts_with(&format!("{name}:")));
-    let head = kept.chain([header]).collect::<Vec<_>>().join("\r\n");
+    let head = others.chain([header]).collect::<Vec<_>>().join("\r\n");
     [head.as_bytes(), &answer[split..]].concat()
 }

@@ -53,17 +53,17 @@ async fn success_with_another_body() {
                 let events = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
                 t.bigchat.reports(events);
                 // A request that was carried out must not be sent again, and one that was not must be.
-                let told_once = route.ends_with("events");
+                let reported_once = route.ends_with("events");
                 let json = body.trim_start_matches('\u{feff}');
                 let may_be_success =
                     json.is_empty() || serde_json::from_str::<IgnoredAny>(json).is_ok();
                 let fault = status(200).body(body.clone());
-                let first = match told_once {
+                let first = match reported_once {
                     true => fault.clone(),
                     false => fault.clone().carried_out(),
                 };
                 t.upset(route, first);
-                if !may_be_success && !told_once {
+                if !may_be_success && !reported_once {
                     t.upset(route, fault);
                 }
                 let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
@@ -573,8 +573,8 @@ async fn details_with_an_odd_event() {
             let details = format!(
                 r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#
             );
-            let told = status(200).body(&details).always();
-            t.bigchat.upset("GET /conversations/42", told);
+            let response = status(200).body(&details).always();
+            t.bigchat.upset("GET /conversations/42", response);
             let daemon = t.start();
             t.delivers([message(42, 2, "hello")]).await;
             daemon.stop().await;

@@ -41,7 +41,7 @@ async fn survives(bigchat: &str) {
         if !output.status.success() {
             // The database is stored for the analysis of the failure.
             let stored = temporary.keep();
-            panic!("seed {seed}, {}: {}", kept.display(), printed(&output));
+            panic!("seed {seed}, {}: {}", stored.display(), printed(&output));
         }
         let left = files(temporary.path());
         assert!(left.is_empty(), "the temporary database is gone: {left:?}");
@@ -72,13 +72,13 @@ async fn success_without_its_body() {
             t.our_api.upset(route, fault);
         }
         let daemon = t.start();
-        for (told, events) in [
+        for (reported, events) in [
             (1, vec![message(10, now - 5, "one")]),
             (3, vec![message(10, now - 5, "two"), end(10, now)]),
         ] {
             t.bigchat.reports(events);
             until("the event is reported", async || {
-                t.bigchat.reported().len() == told
+                t.bigchat.reported().len() == reported
             })
             .await;
             t.agrees().await;

@@ -143,7 +143,7 @@ async fn daemon_dies_during_request() {
             neighbour.bigchat.open(10, now - 100, 1);
             neighbours.push(neighbour);
         }
-        let tell = |neighbour: &Neighbour, text: &str| {
+        let report = |neighbour: &Neighbour, text: &str| {
             let now = neighbour.bigchat.now();
             neighbour.bigchat.reports([message(10, now - 1, text)]);
         };
@@ -157,10 +157,10 @@ async fn daemon_dies_during_request() {
         // OurAPI carries it out even though the client is dead.
         let at_work = overdue(Duration::from_secs(2));
         t.our_api.upset("POST /chats/{id}/messages", at_work);
-        tell(one, "from the dead");
+        report(one, "from the dead");
         until("OurAPI is at work", async || t.our_api.pausing() == 1).await;
         let asked = t.our_api.total();
-        tell(other, "from the living");
+        report(other, "from the living");
         other.bench.until_events("waiting", 1).await;
         assert_eq!(t.our_api.total(), asked, "it waits for its turn");
         kill(&dead);

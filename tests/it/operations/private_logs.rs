@@ -50,7 +50,7 @@ impl Case {
 
     fn begin(self, t: &Test) {
         t.bigchat.advisor(1, "Ann S3cret", "ann.S3cret@x.test");
-        let told = [start(42, 0), message(42, 5, "S3cret words")];
+        let events = [start(42, 0), message(42, 5, "S3cret words")];
         match self {
             Self::MessageRefused => t.our_api.upset("POST /chats/c1/messages*", echo(422)),
             Self::MessageFailsAgain => t.our_api.upset("POST /chats/c1/messages*", echo(500)),
@@ -62,7 +62,7 @@ impl Case {
                 return (0..100).for_each(|_| t.bigchat.reports(raw(broken)));
             }
         }
-        t.bigchat.reports(told);
+        t.bigchat.reports(events);
     }
 }
 

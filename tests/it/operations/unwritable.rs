@@ -13,7 +13,7 @@ use crate::harness::process::{
 };
 
 /// An account without rights.
-const NOBODY: u32 = 65_534;
+const UNPRIVILEGED: u32 = 65_534;
 
 /// Makes the directory read-only, for one process.
 const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind,ro \"$PWD\"";
@@ -114,14 +114,18 @@ fn directory_on_read_only_system() {
 /// Runs it as an account that may not write; `None`: this user cannot switch to it.
 fn unprivileged(mut program: Command) -> Option<Command> {
     let mut probe = Command::new(program.get_program());
-    let started = probe.arg("--version").uid(NOBODY).gid(NOBODY).output();
+    let started = probe
+        .arg("--version")
+        .uid(UNPRIVILEGED)
+        .gid(UNPRIVILEGED)
+        .output();
     if !started.is_ok_and(|output| output.status.success()) {
         println!(
             "not tested: only root can run this program as another account, and not from here"
         );
         return None;
     }
-    program.uid(NOBODY).gid(NOBODY);
+    program.uid(UNPRIVILEGED).gid(UNPRIVILEGED);
     Some(program)
 }
 
@@ -146,7 +150,7 @@ fn account_without_rights() {
     // A writable file in a read-only directory.
     let owned = path.join("owned.db");
     run(program(path, "once", "owned.db"));
-    std::os::unix::fs::chown(&owned, Some(NOBODY), Some(NOBODY)).expect("root");
+    std::os::unix::fs::chown(&owned, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root");
     let expected = ["no file can be created in", "Permission denied"];
     both_say(
         |command| unprivileged(program(path, command, "owned.db")).expect("it could be run"),

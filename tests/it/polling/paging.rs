@@ -600,14 +600,14 @@ async fn date_cannot_be_read() {
 #[tokio::test]
 async fn poll_without_end() {
     let next = |n: i64| format!("?page={n}");
-    let tells = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
+    let reports = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
         for n in 1..pages {
             t.bigchat.reports(page(events(n), next(n + 1)));
         }
         t.bigchat.reports(Page::from(events(pages)));
     };
     run_test(async |t| {
-        tells(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
         t.once().await;
         assert_eq!(t.bigchat.queries().len(), 200);
         assert_eq!(t.our_api.messages().len(), 200);
@@ -615,7 +615,7 @@ async fn poll_without_end() {
         assert_eq!(t.bigchat.queries(), ["page=201", "page=202", "page=203"]);
         assert_eq!(t.our_api.messages().len(), 203);
 
-        tells(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
         t.once().await;
         t.once().await;
         assert_eq!(

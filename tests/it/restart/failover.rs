@@ -183,20 +183,20 @@ async fn copy_without_the_last_end() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.reports(events);
-        tell(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
+        let report = |events| t.bigchat.reports(events);
+        report(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
         t.once().await;
         let copy = copy(t);
-        tell(vec![end(10, now - 5), transfer(10, now - 5, 7)]);
+        report(vec![end(10, now - 5), transfer(10, now - 5, 7)]);
         t.once().await;
         let (before, sent) = (held(t), writes(t));
         restore(t, &copy);
-        tell(vec![end(10, now - 10)]);
+        report(vec![end(10, now - 10)]);
         t.once().await;
         assert_eq!(held(t), before);
         assert_eq!(writes(t), sent);
         // After that, a later END counts.
-        tell(vec![end(10, now - 7), end(10, now - 4)]);
+        report(vec![end(10, now - 7), end(10, now - 4)]);
         t.once().await;
         assert!(t.compare().is_clean(), "{}", t.compare());
     })
@@ -243,17 +243,17 @@ async fn copy_with_a_message_in_flight() {
         t.set("--poll-overlap", "0s");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.reports(events);
-        tell(vec![message(10, now - 20, "hello")]);
+        let report = |events| t.bigchat.reports(events);
+        report(vec![message(10, now - 20, "hello")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(2));
         faults.upset(ADD_MESSAGE, slow.carried_out());
-        tell(vec![message(10, now - 19, "in work")]);
+        report(vec![message(10, now - 19, "in work")]);
         until("it is in work", async || t.our_api.message_count() == 2).await;
         let copy = copy(t);
-        tell(vec![transfer(10, now - 5, 7)]);
+        report(vec![transfer(10, now - 5, 7)]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
         let agent = t.our_api.data().chats[0].agent_id;
@@ -263,7 +263,7 @@ async fn copy_with_a_message_in_flight() {
         let started = t.now();
         t.until_cursor_passes(started).await;
         let at = t.now();
-        tell(vec![end(10, at)]);
+        report(vec![end(10, at)]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
         assert_eq!(t.our_api.message_count(), 2);

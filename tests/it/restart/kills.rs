@@ -159,7 +159,7 @@ async fn killed_at(route: &str, moment: Moment) {
         }
         let mut more = Some(());
         // The work for a chat that exists already.
-        let mut tell_more = || {
+        let mut report_more = || {
             let now = t.now();
             if more.take().is_some() {
                 let events = vec![
@@ -175,7 +175,7 @@ async fn killed_at(route: &str, moment: Moment) {
             let daemon = Process::start(t);
             until(&format!("{moment:?} {route}"), async || {
                 if t.is_ready() && t.events("delivered") >= 3 {
-                    tell_more();
+                    report_more();
                 }
                 // A request carried out the first time need not be sent again.
                 let done = round > 0 && t.events("delivered") == 6;
@@ -190,7 +190,7 @@ async fn killed_at(route: &str, moment: Moment) {
             .await;
         }
         t.calm();
-        tell_more();
+        report_more();
         let daemon = t.start();
         t.until_events("delivered", 6).await;
         daemon.stop().await;

@@ -225,7 +225,7 @@ async fn memory_and_requests_of_outage() {
         let now = t.now();
         t.our_api.outage(Some(status(503)));
         let daemon = Process::start(t);
-        let tell = |poll: i64, count: i64| {
+        let report = |poll: i64, count: i64| {
             let event = |n: i64| {
                 let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
                 message(10 + n, now - 5, &text)
@@ -233,11 +233,11 @@ async fn memory_and_requests_of_outage() {
             t.bigchat.reports((0..count).map(event));
         };
         (10..30).for_each(|id| t.bigchat.open(id, now - 100, 1));
-        tell(0, 20);
+        report(0, 20);
         t.until_events("waiting", 20).await;
         let before = daemon.mebibytes("VmRSS");
         for poll in 1..=40 {
-            tell(poll, 20);
+            report(poll, 20);
         }
         t.until_events("waiting", 41 * 20).await;
         let probes = t.our_api.total();
