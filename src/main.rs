@@ -52,7 +52,7 @@ fn main() -> ExitCode {
                 true => text.ansi().to_string(),
                 false => text.to_string(),
             };
-            terminal.complain(&text);
+            terminal.print_error(&text);
             ExitCode::from(BAD_SETTING)
         }
         // Help or version was requested.
@@ -84,7 +84,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         }
         Some(Command::Status(args)) => match status::run(&args, &settings) {
             Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
-            Err(error) => complain(terminal, &error, 1),
+            Err(error) => print_error(terminal, &error, 1),
         },
         Some(Command::Pause(args)) => answer(terminal, pause::pause(&args, &settings.db())),
         Some(Command::Resume) => answer(terminal, pause::resume(&settings.db())),
@@ -116,7 +116,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         ),
         Some(Command::Unit) => match std::env::current_exe() {
             Ok(program) => answer(terminal, manual::unit(&program, &given)),
-            Err(error) => complain(terminal, &error, 1),
+            Err(error) => print_error(terminal, &error, 1),
         },
         Some(Command::Completions { shell }) => {
             say(terminal, &manual::completions(shell), ExitCode::SUCCESS)
@@ -157,14 +157,14 @@ where
 {
     let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
-        Err(error) => return complain(terminal, &error, BAD_SETTING),
+        Err(error) => return print_error(terminal, &error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
-        return complain(terminal, &error, BAD_SETTING);
+        return print_error(terminal, &error, BAD_SETTING);
     }
     let lock = settings.our_api_lock.as_deref().map(lock_is_usable);
     if let Some(Err(error)) = lock {
-        return complain(terminal, &error, BAD_SETTING);
+        return print_error(terminal, &error, BAD_SETTING);
     }
     log::show_message_text(settings.log_message_text);
     log::start(settings.log_format(), level, terminal);
@@ -177,7 +177,7 @@ where
     let tokens = LiveTokens::from(tokens);
     let stopping = CancellationToken::new();
     if let Err(error) = obey_signals(terminal, &stopping, &tokens, settings.listen) {
-        return complain(terminal, &error, 1);
+        return print_error(terminal, &error, 1);
     }
     let ended = block_on(terminal, async { job(settings, tokens, stopping).await });
     log::report_left_out();
@@ -252,7 +252,7 @@ fn read_again(tokens: &LiveTokens, listen: Listen) {
 
 /// Ends the process as a crash would, without waiting for anything that could hang.
 fn end(terminal: &Terminal, message: &str) -> ! {
-    terminal.complain(&format!("bigchat-sync: {message}\n"));
+    terminal.print_error(&format!("bigchat-sync: {message}\n"));
     terminal.flush(FLUSHED_AT_ONCE);
     signal_hook::low_level::exit(1)
 }
@@ -293,12 +293,12 @@ fn block_on<E: std::error::Error>(
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return complain(terminal, &error, 1),
+        Err(error) => return print_error(terminal, &error, 1),
     };
     let outcome = runtime.block_on(work);
     // A host name look-up may hang for a long time.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| complain(terminal, &error, 1))
+    outcome.unwrap_or_else(|error| print_error(terminal, &error, 1))
 }
 
 /// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at a further one; and
@@ -355,7 +355,7 @@ fn answer<E: std::error::Error>(
 ) -> ExitCode {
     match answer {
         Ok(text) => say(terminal, text.as_ref(), ExitCode::SUCCESS),
-        Err(error) => complain(terminal, &error, 1),
+        Err(error) => print_error(terminal, &error, 1),
     }
 }
 
@@ -366,11 +366,11 @@ fn say(terminal: &Terminal, answer: &[u8], code: ExitCode) -> ExitCode {
         Ok(()) => code,
         // The reader has closed the pipe.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
-        Err(error) => complain(terminal, &error, 1),
+        Err(error) => print_error(terminal, &error, 1),
     }
 }
 
-fn complain(terminal: &Terminal, error: &dyn std::error::Error, code: u8) -> ExitCode {
-    terminal.complain(&format!("bigchat-sync: {error}\n"));
+fn print_error(terminal: &Terminal, error: &dyn std::error::Error, code: u8) -> ExitCode {
+    terminal.print_error(&format!("bigchat-sync: {error}\n"));
     ExitCode::from(code)
 }

@@ -247,7 +247,7 @@ fn settings_for(command: &str) -> Option<&'static [&'static str]> {
 
 /// Makes the help of each command show the settings that matter to it, after its own options.
 fn with_own_help(mut command: clap::Command) -> clap::Command {
-    // From here on each command has the settings as arguments of its own.
+    // From here on, each command has its own copy of the settings as arguments.
     command.build();
     with_more_settings(command).mut_subcommands(|command| match settings_for(command.get_name()) {
         Some(settings) => with_settings(command, settings),

@@ -78,7 +78,7 @@ pub(crate) enum ReadError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Journal(#[from] JournalError),
-    #[error("the operating system refuses: {0}")]
+    #[error("the operating system reports an error: {0}")]
     System(#[from] io::Error),
 }
 

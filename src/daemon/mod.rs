@@ -51,7 +51,7 @@ pub enum DaemonError {
     #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
     Client(#[from] reqwest::Error),
     /// The operating system refuses a thread or a signal handler.
-    #[error("the operating system refuses: {0}")]
+    #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
     /// The daemon was stopped while the disk refused events that BigChat had reported.
     #[error(
@@ -63,12 +63,12 @@ pub enum DaemonError {
     Replaced(u64),
     /// `once` could not read BigChat up to now.
     #[error(
-        "BigChat was not read up to now; the log says why, and the next run goes on from there"
+        "BigChat was not read up to the present; the log has the reason, and the next run continues from there"
     )]
     Unread,
     /// `once` left events undelivered.
     #[error(
-        "{0} events are not delivered yet; the log says why, and the next run goes on with them"
+        "{0} events are not delivered yet; the log has the reason, and the next run continues with them"
     )]
     Undelivered(u64),
 }
@@ -174,7 +174,7 @@ impl Observers {
         let done = alongside(watching, work).await;
         summary.log(parts).await;
         if done.is_ok() {
-            tracing::info!("stopped; nothing is forgotten");
+            tracing::info!("stopped; everything is committed");
         }
         done
     }
@@ -311,7 +311,7 @@ async fn start_when_possible(
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
             Err(error) if error.is_transient() => {
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::error!(reason = %error, "the database cannot be used yet: the daemon starts when it can");
+                    tracing::error!(reason = %error, "the database cannot be used yet; the daemon starts when it can");
                 }
             }
             started => return started.map(Some),
@@ -363,7 +363,7 @@ pub(crate) async fn begin(
     );
     if !session.after_clean_end {
         tracing::warn!(
-            "the last session did not end cleanly; what waits is verified before it is sent"
+            "the last session did not end cleanly; waiting events are verified before they are sent"
         );
         // A request of the last session may still be in flight, and OurAPI may accept only one at a time.
         our_api.hold_until(Millis::now().plus(settings.request_timeout));

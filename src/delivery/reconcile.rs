@@ -144,7 +144,7 @@ impl Reconciled {
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        // Where the messages cannot be read, the fields were.
+        // If the messages cannot be read, the fields were.
         let is_replayed = |event: &Pending| {
             worker.may_be_delivered(event.id)
                 && (event.payload.kind().is_message()

@@ -43,7 +43,7 @@ const IDLE_FACTOR: u32 = 9;
 
 type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 
-/// What the journal has answered.
+/// The journal's response.
 struct Fetched {
     asked_at: Millis,
     /// It was asked for the pass in idle time, too.
@@ -263,8 +263,8 @@ impl Scheduler {
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
             // The journal chooses the conversation to probe with.
-            let keeps = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
-            for work in self.ready.drain(keeps..) {
+            let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
+            for work in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);
             }
         }

@@ -6,9 +6,9 @@
 
 mod chaos;
 mod mishaps;
+mod result;
 mod show;
 mod tally;
-mod verdict;
 
 use std::fs::DirBuilder;
 use std::io;
@@ -38,9 +38,9 @@ use crate::telemetry::terminal::{Terminal, shown};
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
 use mishaps::Mishaps;
+pub use result::{DemoResult, FailedPolls, Figures, Struck};
 use show::{FRAME, Show};
 use tally::{Snapshot, Tally};
-pub use verdict::{FailedPolls, Figures, Struck, Verdict};
 
 /// Time between polls: short, because a user watches.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -192,14 +192,14 @@ pub async fn run(
         serve(args, terminal, stopping).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let verdict = perform(args, settings, terminal, stopping).await?;
+    let result = perform(args, settings, terminal, stopping).await?;
     let summary = match terminal.is_interactive() {
-        true => format!("{BOLD}{}{PLAIN}", verdict.summary()),
-        false => verdict.summary(),
+        true => format!("{BOLD}{}{PLAIN}", result.summary()),
+        false => result.summary(),
     };
-    let text = format!("{}\n\n{summary}", verdict.details());
+    let text = format!("{}\n\n{summary}", result.details());
     terminal.say(&text).await?;
-    Ok(verdict.exit_code())
+    Ok(result.exit_code())
 }
 
 /// Serves both services on the addresses of the real ones, until stopped.
@@ -226,7 +226,7 @@ async fn perform(
     settings: Settings,
     terminal: &Terminal,
     stopping: &CancellationToken,
-) -> Result<Verdict, DemoError> {
+) -> Result<DemoResult, DemoError> {
     let seed = seed(args);
     let (watcher, happenings) = mpsc::unbounded_channel();
     let watch = Watch::to(watcher);
@@ -305,8 +305,8 @@ async fn perform(
         score,
         begun: Instant::now(),
     };
-    let verdict = stage.perform(duration, stopping).await;
-    if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
+    let result = stage.perform(duration, stopping).await;
+    if args.chaos && !matches!(&result, Ok(result) if result.is_good()) {
         let path = scratch.keep();
         terminal
             .say(&format!(
@@ -315,7 +315,7 @@ async fn perform(
             ))
             .await?;
     }
-    verdict
+    result
 }
 
 /// The running daemon, until it has stopped.
@@ -344,7 +344,7 @@ impl Stage {
         mut self,
         duration: Duration,
         stopping: &CancellationToken,
-    ) -> Result<Verdict, DemoError> {
+    ) -> Result<DemoResult, DemoError> {
         while self.begun.elapsed() < duration && !stopping.is_cancelled() {
             self.frame().await?;
             if let Some(mishaps) = &mut self.mishaps
@@ -407,7 +407,7 @@ impl Stage {
                     .count(),
             }),
         };
-        Ok(Verdict::new(self.sim.compare(), figures))
+        Ok(DemoResult::new(self.sim.compare(), figures))
     }
 
     /// Waits for one frame, and shows what happened in it.

@@ -10,7 +10,7 @@ use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
-use super::verdict::FailedPolls;
+use super::result::FailedPolls;
 use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;

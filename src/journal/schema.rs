@@ -72,7 +72,7 @@ pub enum OpenError {
     )]
     Version01(PathBuf),
     /// It does not exist, and the command does not create one.
-    #[error("there is no database {}; name the daemon's with --db", shown(.0))]
+    #[error("database {} does not exist; name the daemon's with --db", shown(.0))]
     Missing(PathBuf),
     /// Truncated or overwritten.
     #[error(

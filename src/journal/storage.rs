@@ -25,7 +25,7 @@ impl Storage {
     pub fn recovered(&self) {
         if self.delivery.load(Ordering::Relaxed) {
             self.delivery.store(false, Ordering::Relaxed);
-            tracing::info!("the journal can be written again");
+            tracing::info!("the journal can be written again; deliveries continue");
         }
     }
 

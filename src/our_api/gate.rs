@@ -57,7 +57,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pause_ends_though_the_clock_was_set_back() {
         let gate = Gate::default();
-        // The wall clock stands still from here on, as if it were set back again and again.
+        // The wall clock is stopped from here on, as if it were set back repeatedly.
         let pause = Pause::begin(Some(HOUR), Millis::now());
         gate.set(Some(pause));
         advance(HOUR - Duration::from_secs(60)).await;

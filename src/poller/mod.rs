@@ -206,7 +206,7 @@ impl Poller {
         match result {
             Ok(outcome) => {
                 if refused.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the journal is writable again; polling continues");
+                    tracing::info!("the journal can be written again; polling continues");
                 }
                 outcome
             }
@@ -336,7 +336,7 @@ impl Poller {
         if let (Some(from), true) = (source.cursor, is_new) {
             tracing::error!(
                 %from, until = %oldest,
-                "BigChat no longer reports events of this period, and they had not been read; they are lost"
+                "BigChat no longer reports events of this period; those not read before are lost"
             );
         }
         Ok(PollOutcome::More)

@@ -52,7 +52,7 @@ fn events(page: &Value) -> &Vec<Value> {
     page["events"].as_array().unwrap()
 }
 
-/// With a clock that stands still an hour after [`T0`].
+/// With a clock that is stopped an hour after [`T0`].
 fn lively() -> Options {
     Options {
         clock: Clock::Still(3600),

@@ -77,7 +77,7 @@ impl Terminal {
     }
 
     /// Writes lines to standard error. [`Self::flush`] waits for them.
-    pub fn complain(&self, lines: &str) {
+    pub fn print_error(&self, lines: &str) {
         self.write_lines(lines.as_bytes(), Level::ERROR);
     }
 

@@ -321,9 +321,15 @@ impl Pair {
         };
         self.store.store_page(&page_to_keep).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
-        let page = pages.last().expect("a page");
+        let stored = pages.last().expect("a page");
         self.store
-            .ingest(page, Epoch(1), &Counts::of(&[page.keys()]), &[], self.now())
+            .ingest(
+                stored,
+                Epoch(1),
+                &Counts::of(&[stored.keys()]),
+                &[],
+                self.now(),
+            )
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);

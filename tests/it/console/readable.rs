@@ -293,7 +293,7 @@ async fn long_message_shown_whole() {
     .await;
 }
 
-/// They are shown exactly, although they are too large for JavaScript's numbers.
+/// Ids of 64 bits are shown exactly, although they are too large for JavaScript's numbers.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn ids_of_64_bits() {

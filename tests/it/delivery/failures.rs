@@ -79,24 +79,24 @@ async fn message_meets_each_failure() {
     let redirect = status(307).header("location", &elsewhere.uri());
     let no_agent_named = status(400).body(r#"{"detail":"That agent does not exist."}"#);
     let (no_agent, lost) = ("OurAPI does not know the agent", "incomplete response: ");
-    let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
+    let (read_back, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
     side_by_side(
         [
-            ("500", status(500), looked_up, NO_ANSWER, "500"),
-            ("502", status(502), looked_up, NO_ANSWER, "502"),
-            ("503", status(503), looked_up, NO_ANSWER, "503"),
-            ("408", status(408), looked_up, NO_ANSWER, "408"),
-            ("425", status(425), looked_up, NO_ANSWER, "425"),
-            ("a redirect", redirect, looked_up, REDIRECT, "307"),
+            ("500", status(500), read_back, NO_ANSWER, "500"),
+            ("502", status(502), read_back, NO_ANSWER, "502"),
+            ("503", status(503), read_back, NO_ANSWER, "503"),
+            ("408", status(408), read_back, NO_ANSWER, "408"),
+            ("425", status(425), read_back, NO_ANSWER, "425"),
+            ("a redirect", redirect, read_back, REDIRECT, "307"),
             (
                 "HTML",
                 status(200).body("<p>"),
-                looked_up,
+                read_back,
                 NO_ANSWER,
                 "200 <p>",
             ),
-            ("dropped", dropped(), looked_up, NO_ANSWER, lost),
-            ("late", late(), looked_up, LATE, "no answer in time"),
+            ("dropped", dropped(), read_back, NO_ANSWER, lost),
+            ("late", late(), read_back, LATE, "no answer in time"),
             (
                 "404",
                 status(404),
@@ -327,7 +327,7 @@ async fn chat_creation_with_unknown_outcome() {
     .await;
 }
 
-/// This is not OurAPI, and the error names the setting.
+/// A service that reports a conflict without having the chat is not OurAPI, and the error names the setting.
 #[tokio::test]
 async fn conflict_without_a_chat() {
     run_test(async |t| {
@@ -580,7 +580,7 @@ async fn poison_event_among_others() {
             "{printed}"
         );
         t.until_events("delivered", others + 4).await;
-        assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
+        assert_eq!(t.our_api.count(poisoned), tries, "its chat was read");
     })
     .await;
 }
@@ -646,19 +646,19 @@ fn in_a_second(upset: Fault) -> Fault {
 async fn retry_after_in_each_form() {
     let past = "Sun, 22 Nov 2020 22:00:00 GMT";
     let after = |code, after: &str| status(code).header("retry-after", after);
-    let (again, looked_up) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
+    let (again, read_back) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
     side_by_side(
         [
             ("429, seconds", after(429, "1"), again, true),
             ("429, a date", in_a_second(status(429)), again, true),
-            ("503, seconds", after(503, "1"), looked_up, true),
-            ("503, a date", in_a_second(status(503)), looked_up, true),
+            ("503, seconds", after(503, "1"), read_back, true),
+            ("503, a date", in_a_second(status(503)), read_back, true),
             ("429, nonsense", after(429, "in a while"), again, false),
             ("429, negative", after(429, "-1"), again, false),
             ("429, past", after(429, past), again, false),
-            ("503, nonsense", after(503, "1.5"), looked_up, false),
-            ("500", after(500, "3600"), looked_up, false),
-            ("408", after(408, "3600"), looked_up, false),
+            ("503, nonsense", after(503, "1.5"), read_back, false),
+            ("500", after(500, "3600"), read_back, false),
+            ("408", after(408, "3600"), read_back, false),
         ],
         async |(case, upset, expected, waits)| {
             run_test(async |t| {
@@ -940,7 +940,7 @@ async fn resolution_while_another_process_writes() {
     .await;
 }
 
-/// It is not confused with the equal message that was delivered before.
+/// A waiting message is not confused with an equal one that was delivered before and is old enough to be dropped.
 #[tokio::test]
 async fn twin_waits_beyond_the_retention() {
     run_test(async |t| {

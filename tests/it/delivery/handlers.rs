@@ -516,7 +516,7 @@ async fn existing_chat_adopted_by_start() {
     }
 }
 
-/// Its messages are read before anything is added to it.
+/// The messages of an adopted chat are read once, before anything is added to it.
 #[tokio::test]
 async fn adopted_chat_is_read_once() {
     run_test(async |t| {
@@ -524,8 +524,8 @@ async fn adopted_chat_is_read_once() {
         t.our_api.has_message("c8", 1, "one");
         t.start();
         let asked = t.delivers([start(42, 0)]).await;
-        let looked_up = |line: &&String| *line == "GET /chats/c8/messages";
-        assert_eq!(asked.iter().filter(looked_up).count(), 1, "{asked:?}");
+        let read_back = |line: &&String| *line == "GET /chats/c8/messages";
+        assert_eq!(asked.iter().filter(read_back).count(), 1, "{asked:?}");
         // Messages found there are not sent, whichever poll reports them.
         assert_eq!(t.delivers([message(42, 1, "one")]).await, NOTHING);
         assert_eq!(

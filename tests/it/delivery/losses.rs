@@ -69,7 +69,7 @@ async fn rebuild_fails_at_first() {
     .await;
 }
 
-/// It stays as another journal has delivered it.
+/// A chat delivered by another journal stays as it is.
 #[tokio::test]
 async fn chat_delivered_by_another_journal() {
     run_live_test(async |t| {

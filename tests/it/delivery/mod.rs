@@ -1,4 +1,4 @@
-//! What is sent to OurAPI, what is sent again, and what is not.
+//! The requests to OurAPI: which are sent, which are repeated, and which are not.
 
 mod failures;
 mod handlers;

@@ -193,7 +193,7 @@ async fn two_verifications_at_once() {
         t.start();
         let first = verify(t, &["--repair"]);
         let second = async {
-            until("it is on its way", async || faults.faults_left() == 0).await;
+            until("it is in flight", async || faults.faults_left() == 0).await;
             verify(t, &["--conversation", "12", "--repair"]).await
         };
         let ((said, _), _) = tokio::join!(first, second);

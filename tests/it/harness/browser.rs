@@ -74,14 +74,14 @@ impl Browser {
         let log = self
             .ask(Method::POST, "/se/log", json!({"type": "browser"}))
             .await;
-        let complaints: Vec<&str> = log
+        let errors: Vec<&str> = log
             .as_array()
             .expect("a log")
             .iter()
             .filter(|entry| entry["level"] == "SEVERE" && entry["source"] != "network")
             .map(|entry| entry["message"].as_str().expect("a message"))
             .collect();
-        assert!(complaints.is_empty(), "{complaints:#?}");
+        assert!(errors.is_empty(), "{errors:#?}");
         self.ask(Method::DELETE, "", Value::Null).await;
     }
 

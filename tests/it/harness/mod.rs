@@ -60,7 +60,7 @@ pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: im
     join_all(cases.into_iter().map(|case| test(case))).await;
 }
 
-/// Runs a test in which nothing happens but what it says, BigChat's clock stands still at [`NOW`], and BigChat knows its
+/// Runs a test in which only scripted events happen, BigChat's clock is stopped at [`NOW`], and BigChat knows its
 /// first conversation, 42 and 43 with advisor 7 (Ann), and advisor 8 (Bob).
 pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
     let options = Options {
@@ -394,7 +394,7 @@ impl Bench {
             .settings
     }
 
-    /// The program as a process of its own, with these settings.
+    /// The program as a separate process, with these settings.
     pub(crate) fn program(&self, command: &str) -> std::process::Command {
         let mut program = process::program();
         program

@@ -1,6 +1,6 @@
 //! Both simulated services for tests, and hand-written servers for responses that no service would send.
 //!
-//! BigChat's clock stands still at [`NOW`] unless a test moves it. Requests are shown line by line
+//! BigChat's clock is stopped at [`NOW`] unless a test moves it. Requests are shown line by line
 //! (`POST /agents {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shown by their
 //! ends: `a1` is the first agent, `c1` the first chat.
 

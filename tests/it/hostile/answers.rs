@@ -255,7 +255,7 @@ async fn page_with_odd_headers() {
     .await;
 }
 
-/// Such a response is no page.
+/// A response with a wrong `content-length` is not accepted as a page.
 #[tokio::test]
 async fn content_length_is_wrong() {
     side_by_side(
@@ -291,7 +291,7 @@ async fn content_length_is_wrong() {
     .await;
 }
 
-/// No more of it is read than the size limit.
+/// Of a response without end, no more is read than the size limit.
 #[tokio::test]
 async fn response_without_end() {
     run_test(async |t| {
@@ -339,7 +339,7 @@ async fn flooding(url: &str, line: &'static str) -> String {
     .await
 }
 
-/// It times out like a response that never comes.
+/// A response that trickles times out like one that never comes.
 #[tokio::test]
 async fn response_that_trickles() {
     run_test(async |t| {
@@ -357,7 +357,7 @@ async fn response_that_trickles() {
     .await;
 }
 
-/// It costs bounded memory, and does not delay other conversations.
+/// A chat of a million messages costs bounded memory, and does not delay other conversations.
 #[tokio::test]
 async fn chat_of_a_million_messages() {
     run_test(async |t| {
@@ -412,7 +412,7 @@ async fn chat_of_a_million_messages() {
     .await;
 }
 
-/// It costs bounded memory and time.
+/// A page of a million events costs bounded memory and time.
 #[tokio::test]
 async fn page_of_a_million_events() {
     run_test(async |t| {
@@ -433,7 +433,7 @@ async fn page_of_a_million_events() {
     .await;
 }
 
-/// It completes the poll.
+/// A next page that cannot be requested completes the poll.
 #[tokio::test]
 async fn next_page_cannot_be_requested() {
     side_by_side(
@@ -458,7 +458,7 @@ async fn next_page_cannot_be_requested() {
     .await;
 }
 
-/// No request can contain it, so the chat has no agent.
+/// No request can contain such an address, so the chat has no agent.
 #[tokio::test]
 async fn advisor_with_an_endless_address() {
     run_test(async |t| {
@@ -558,7 +558,7 @@ async fn redirects_to_another_host() {
     .await;
 }
 
-/// It delays no message of its conversation.
+/// An odd event in the details delays no message of the conversation.
 #[tokio::test]
 async fn details_with_an_odd_event() {
     side_by_side([

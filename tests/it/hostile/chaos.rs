@@ -101,7 +101,7 @@ async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     faults.upset("GET /events", paused());
     until("a poll is under way", async || faults.pausing() == 1).await;
     let locked = (!stored).then(|| t.lock_database());
-    t.bigchat.reports([message(10, now - 5, "in hand")]);
+    t.bigchat.reports([message(10, now - 5, "not stored")]);
     faults.resume();
     until("the event is reported", async || {
         t.bigchat.reported().iter().any(|events| !events.lost)

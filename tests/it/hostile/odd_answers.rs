@@ -74,7 +74,7 @@ async fn odd_value_costs_its_event() {
     .await;
 }
 
-/// It costs no message.
+/// An odd value in an unused field costs no message.
 #[tokio::test]
 async fn odd_value_in_unused_field() {
     let at = unix(5);
@@ -145,7 +145,7 @@ async fn text_decoded_as_declared() {
     .await;
 }
 
-/// They become a dead letter, and are never stored changed.
+/// Events with bytes of another encoding become dead letters, and are never stored changed.
 #[tokio::test]
 async fn bytes_of_another_encoding() {
     for (bad, shown) in [
@@ -289,7 +289,7 @@ async fn page_without_events() {
     .await;
 }
 
-/// It does not end the poll.
+/// An empty page does not end the poll.
 #[tokio::test]
 async fn empty_page_among_others() {
     side_by_side(
@@ -312,7 +312,7 @@ async fn empty_page_among_others() {
     .await;
 }
 
-/// It is followed if it is unambiguous.
+/// A sloppy `nextPageUrl` is followed if it is unambiguous.
 #[tokio::test]
 async fn sloppy_next_page_url() {
     side_by_side(
@@ -451,7 +451,7 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
-/// It leaves no gap.
+/// A wrong date for some polls leaves no gap.
 #[tokio::test]
 async fn wrong_date_for_some_polls() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
@@ -477,7 +477,7 @@ async fn wrong_date_for_some_polls() {
     .await;
 }
 
-/// It is believed after that.
+/// A new date is believed after ten polls.
 #[tokio::test]
 async fn new_date_for_ten_polls() {
     side_by_side([3600, -3600, 86_400], async |off| {

@@ -72,7 +72,7 @@ async fn agent_equal_to_our_api() {
     .await;
 }
 
-/// It is another agent.
+/// An agent whose name differs in case is another agent.
 #[tokio::test]
 async fn agent_name_in_another_case() {
     run_test(async |t| {
@@ -93,7 +93,7 @@ async fn agent_name_in_another_case() {
     .await;
 }
 
-/// It is used as OurAPI stores it.
+/// An agent stored in another spelling is used as OurAPI stores it.
 #[tokio::test]
 async fn agent_stored_in_another_spelling() {
     side_by_side(
@@ -115,7 +115,7 @@ async fn agent_stored_in_another_spelling() {
     .await;
 }
 
-/// It is no outage: the chat has no agent.
+/// An agent that is neither created nor listed is no outage: the chat has no agent.
 #[tokio::test]
 async fn agent_neither_created_nor_listed() {
     side_by_side([404, 409], async |code| {

@@ -12,7 +12,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 
-use bigchat_sync::demo::{FailedPolls, Figures, Verdict};
+use bigchat_sync::demo::{DemoResult, FailedPolls, Figures};
 
 /// The demo, in an environment that would stop a daemon, and with a separate temporary directory.
 fn demo(temporary: &Path) -> Command {
@@ -63,10 +63,10 @@ fn assert_proved(output: &Output) {
     assert_eq!(output.status.code(), Some(0), "{all}");
     assert!(!all.contains('\u{1b}'), "{all}");
     let out = String::from_utf8_lossy(&output.stdout);
-    let verdict = out.lines().last().unwrap_or_default();
+    let result = out.lines().last().unwrap_or_default();
     assert!(
-        verdict.starts_with("No difference: ") && verdict.ends_with("never more than 1 at once"),
-        "{verdict}"
+        result.starts_with("No difference: ") && result.ends_with("never more than 1 at once"),
+        "{result}"
     );
 }
 
@@ -107,8 +107,8 @@ fn signal_ends_the_demo_early() {
     let mut rest = String::new();
     out.read_to_string(&mut rest).expect("the rest");
     assert!(demo.wait().expect("it ends").success(), "{rest}");
-    let verdict = rest.lines().last().unwrap_or_default();
-    assert!(verdict.starts_with("No difference: "), "{rest}");
+    let result = rest.lines().last().unwrap_or_default();
+    assert!(result.starts_with("No difference: "), "{rest}");
     assert_left_clean(temporary.path());
 }
 
@@ -196,8 +196,8 @@ async fn any_difference_is_exit_code_1() {
         let judge = |data: &Data, figures: &Figures| {
             let rules = Rules::default();
             let report = compare(&expected(&t.bigchat.reported(), &rules), data, &rules);
-            let verdict = Verdict::new(report, *figures);
-            (verdict.exit_code(), verdict.to_string())
+            let result = DemoResult::new(report, *figures);
+            (result.exit_code(), result.to_string())
         };
     let held = t.our_api.data();
     let figures = Figures {

@@ -149,7 +149,7 @@ async fn healthy_daemon_logs_summaries_only() {
                     concat!("bigchat-sync ", env!("CARGO_PKG_VERSION"), " is running"),
                     1
                 ),
-                ("stopped; nothing is forgotten", 1),
+                ("stopped; everything is committed", 1),
                 ("stopping; requests in flight are finished first", 1),
             ]
         );

@@ -156,7 +156,7 @@ async fn log_is_not_read() {
     .await;
 }
 
-/// It ends the daemon at once.
+/// A second signal ends the daemon at once, even if its output is stalled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn second_signal_without_output() {
     side_by_side(Sink::all(), async |sink| {

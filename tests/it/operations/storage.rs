@@ -49,7 +49,7 @@ async fn with_events(t: &Test) {
     t.once().await;
 }
 
-/// It is refused, and not changed.
+/// A damaged database is refused, and not changed.
 #[tokio::test]
 async fn damaged_database_is_refused() {
     type Damage = fn(&mut Vec<u8>);
@@ -467,7 +467,7 @@ async fn retention_with_slow_polls() {
     .await;
 }
 
-/// It does not delay other events.
+/// An event deleted by hand while in flight does not delay other events.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn event_deleted_while_in_flight() {
     run_live_test(async |t| {

@@ -35,7 +35,7 @@ async fn machine_clock_an_hour_off() {
     .await;
 }
 
-/// Nothing is lost, and BigChat is polled at the same rate.
+/// If BigChat's clock steps, nothing is lost, and polls keep their rate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_clock_steps() {
     run_live_test(async |t| {
@@ -65,7 +65,7 @@ async fn bigchat_clock_steps() {
     .await;
 }
 
-/// It does not move the cursor.
+/// An event of the future does not move the cursor.
 #[tokio::test]
 async fn event_of_the_future() {
     run_live_test(async |t| {
@@ -83,7 +83,7 @@ async fn event_of_the_future() {
     .await;
 }
 
-/// It leaves no gap, and no window lies in the future.
+/// One wrong date leaves no gap, and no window is in the future.
 #[tokio::test]
 async fn one_wrong_date() {
     // Before each of the first responses of a session, and at a later one.
@@ -133,7 +133,7 @@ async fn one_wrong_date() {
     .await;
 }
 
-/// They are not used for an event from before the restart, whatever the clock said.
+/// Details from after a restart are not used for an event from before it, whatever the clock said.
 #[tokio::test]
 async fn details_from_after_a_restart() {
     side_by_side([false, true], async |was_ahead| {

@@ -48,7 +48,7 @@ async fn failed_page_is_retried_at_once() {
         assert_eq!(
             t.bigchat.queries(),
             [&first_window(), "page=2", "page=2"],
-            "once more at once, while the pages before it are fresh"
+            "again at once, while the pages before it are fresh"
         );
         assert_eq!(t.our_api.messages(), ["one", "two"]);
     })
@@ -105,7 +105,7 @@ async fn missing_page_restarts_the_window() {
     .await;
 }
 
-/// They complete the poll.
+/// Pages in a loop complete the poll.
 #[tokio::test]
 async fn pages_in_a_loop() {
     let first = format!("?{}", first_window());
@@ -142,7 +142,7 @@ async fn pages_in_a_loop() {
     .await;
 }
 
-/// Only its query counts.
+/// Only the query of a `nextPageUrl` is used.
 #[tokio::test]
 async fn next_page_url_of_another_host() {
     let elsewhere = MockServer::start().await;
@@ -171,7 +171,7 @@ async fn next_page_url_of_another_host() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// It is not followed.
+/// A `nextPageUrl` of a wrong type is not followed.
 #[tokio::test]
 async fn next_page_of_wrong_type() {
     side_by_side(
@@ -201,7 +201,7 @@ async fn next_page_of_wrong_type() {
     .await;
 }
 
-/// Each becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
+/// Each unparsable event becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
 #[tokio::test]
 async fn unreadable_events_are_dead_lettered() {
     let at = unix(5);
@@ -333,7 +333,7 @@ fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
 
-/// It is rejected as a page.
+/// A truncated or too large body is not accepted as a page.
 #[tokio::test]
 async fn body_cut_off_or_too_large() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
@@ -374,7 +374,7 @@ fn messages(texts: &str) -> Vec<Value> {
     texts.map(|text| message(42, 5, text)).collect()
 }
 
-/// They count separately, except in an overlap of shifted pages.
+/// Equal messages on later pages count separately, except in an overlap of shifted pages.
 #[tokio::test]
 async fn equal_messages_on_later_pages() {
     for (case, first, second, expected) in [
@@ -407,7 +407,7 @@ async fn equal_messages_on_later_pages() {
     }
 }
 
-/// They count as two once the next poll has reported both.
+/// Twins on either side of a page edge count as two once the next poll has reported both.
 #[tokio::test]
 async fn twins_at_a_page_edge() {
     run_test(async |t| {
@@ -421,7 +421,7 @@ async fn twins_at_a_page_edge() {
     .await;
 }
 
-/// The same page under URLs that differ.
+/// A page repeated under another URL completes the poll.
 #[tokio::test]
 async fn page_repeated_by_another_url() {
     side_by_side(
@@ -456,7 +456,7 @@ async fn page_repeated_by_another_url() {
     .await;
 }
 
-/// Equal ones on successive pages count once.
+/// Equal ENDs and TRANSFERs on successive pages count once.
 #[tokio::test]
 async fn end_and_transfer_repeated() {
     run_test(async |t| {
@@ -494,7 +494,7 @@ async fn transfers_reported_again() {
     .await;
 }
 
-/// Each counts, but not again in a later poll.
+/// Each of equal messages on one page counts, but not again in a later poll.
 #[tokio::test]
 async fn equal_messages_on_one_page() {
     run_test(async |t| {
@@ -578,7 +578,7 @@ async fn windows_by_bigchat_clock() {
     .await;
 }
 
-/// This machine's clock is used instead.
+/// Without a readable date, this machine's clock is used.
 #[tokio::test]
 async fn date_cannot_be_read() {
     run_test(async |t| {
@@ -596,7 +596,7 @@ async fn date_cannot_be_read() {
     .await;
 }
 
-/// It pauses after its page budget, and the next poll continues from there.
+/// A poll without end pauses after its page budget, and the next poll continues from there.
 #[tokio::test]
 async fn poll_without_end() {
     let next = |n: i64| format!("?page={n}");
@@ -627,7 +627,7 @@ async fn poll_without_end() {
     .await;
 }
 
-/// They complete the poll.
+/// Ten successive pages without events complete the poll.
 #[tokio::test]
 async fn ten_pages_without_events() {
     side_by_side(
@@ -762,7 +762,7 @@ async fn bigchat_retry_after() {
     .await;
 }
 
-/// It mixes no epochs.
+/// A wrong date after a restart mixes no epochs.
 #[tokio::test]
 async fn wrong_date_after_a_restart() {
     run_test(async |t| {

@@ -134,7 +134,7 @@ async fn steady_state_requests_per_event() {
     .await;
 }
 
-/// They count as two, however often a log reports them.
+/// Two TRANSFERs in one second count as two, however often a log reports them.
 #[tokio::test]
 async fn two_transfers_in_one_second() {
     run_with(quiet_log(Log::default()), async |t| {

@@ -74,7 +74,7 @@ async fn catch_up(t: &Test) {
     daemon.stop().await;
 }
 
-/// Nothing is lost, and nothing is sent again.
+/// With an older copy of the database, nothing is lost, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn older_copy_of_the_database() {
     side_by_side([21, 22, 23], async |seed| {

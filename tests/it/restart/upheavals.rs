@@ -8,7 +8,7 @@ use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
 
-/// It mixes no epochs.
+/// Repeated restarts of BigChat mix no epochs.
 #[tokio::test]
 async fn bigchat_restarts_again_and_again() {
     run_with(seeded(11), async |t| {
@@ -52,7 +52,7 @@ fn pause_after(faults: &BigChat, passing: usize) {
     faults.upset("GET /events", paused());
 }
 
-/// It mixes no epochs.
+/// A restart between two pages mixes no epochs.
 #[tokio::test]
 async fn restart_between_two_pages() {
     run_live_test(async |t| {
@@ -100,7 +100,7 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     faults.resume();
 }
 
-/// No message is stored twice.
+/// If pages shift before a restart, no message is stored twice.
 #[tokio::test]
 async fn pages_shift_before_a_restart() {
     run_live_test(async |t| {
@@ -165,7 +165,7 @@ async fn losses_of_all_kinds() {
     .await;
 }
 
-/// That is an outage, not a loss.
+/// An OurAPI that answers 404 to everything is down; nothing counts as lost.
 #[tokio::test]
 async fn our_api_answers_404_to_everything() {
     run_with(seeded(14), async |t| {
@@ -282,7 +282,7 @@ async fn faults_of_all_kinds() {
     .await;
 }
 
-/// That is an outage, and no conversation counts as gone.
+/// A BigChat that answers 404 to everything is down; no conversation counts as gone.
 #[tokio::test]
 async fn bigchat_answers_404_to_everything() {
     run_live_test(async |t| {
@@ -305,7 +305,7 @@ async fn bigchat_answers_404_to_everything() {
     .await;
 }
 
-/// It mixes no epochs.
+/// A clock set back after a restart mixes no epochs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clock_set_back_after_restart() {
     run_live_test(async |t| {
@@ -330,7 +330,7 @@ async fn clock_set_back_after_restart() {
     .await;
 }
 
-/// It is not believed.
+/// A single stray 404 is not believed.
 #[tokio::test]
 async fn one_stray_404_of_bigchat() {
     run_test(async |t| {

@@ -62,13 +62,13 @@ pub struct Struck {
 
 /// The result of the demo. Its `Display` is the text to print: the details, and the [summary](Self::summary).
 #[derive(Clone, Debug)]
-pub struct Verdict {
+pub struct DemoResult {
     figures: Figures,
     report: Report,
     wrong: Vec<String>,
 }
 
-impl Verdict {
+impl DemoResult {
     /// Evaluates the comparison. A run without events fails too, because it shows nothing.
     pub fn new(report: Report, figures: Figures) -> Self {
         let mut wrong = Vec::new();
@@ -113,12 +113,12 @@ impl Verdict {
         let Figures {
             events, requests, ..
         } = self.figures;
-        let verdict = match self.is_good() {
+        let result = match self.is_good() {
             true => "No difference".to_owned(),
             false => format!("FAILED, {}", self.wrong.join("; ")),
         };
         format!(
-            "{verdict}: {}, {}, {}{}, never more than {} at once",
+            "{result}: {}, {}, {}{}, never more than {} at once",
             count(self.report.chats(), "conversation"),
             count(events, "event"),
             count(requests, "request"),
@@ -165,7 +165,7 @@ impl Verdict {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for DemoResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}\n\n{}", self.details(), self.summary())
     }
