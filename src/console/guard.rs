@@ -1,12 +1,12 @@
 //! Access control, decided from a request's head before anything else is done.
 //!
 //! - DNS rebinding: `Host` must not be a name that another site can point to this address. Addresses and `localhost`
-//! cannot be rebound; other names are those of `--console-host`.
+//!   cannot be rebound; other names are those of `--console-host`.
 //! - Cross-site requests: the browser's own headers (`Origin`, `Sec-Fetch-Site`) must name the console's page,
-//! including the port. A request that changes something needs a header and a content type that other pages cannot send
-//! without a preflight request, which is never granted.
+//!   including the port. A request that changes something needs a header and a content type that other pages cannot
+//!   send without a preflight request, which is never granted.
 //! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are
-//! refused.
+//!   refused.
 //! - Other users of this machine: without a token they can read and change nothing.
 //! - Responses cannot be framed, sniffed or stored, and only the console's own script runs.
 

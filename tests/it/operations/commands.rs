@@ -561,7 +561,7 @@ fn help_shows_relevant_settings() {
         for part in hidden {
             assert!(!help.contains(part), "{arguments:?} {part}: {help}");
         }
-        if let (Some(own), Some(setting)) = (help.find("\nOptions:"), help.find("\nSettings")) {
+        if let (Some(own), Some(setting)) = (help.find("\nOptions:"), help.find("\nSettings (")) {
             assert!(own < setting, "{arguments:?}: {help}");
         }
     }
