@@ -20,7 +20,7 @@ CREATE TABLE poll_state (
 ) STRICT;
 INSERT INTO poll_state (id) VALUES (1);
 
--- Times of BigChat's of which it no longer reports anything, and which had not been read.
+-- Periods that BigChat no longer reports and that were not read.
 CREATE TABLE gaps (
     id        INTEGER PRIMARY KEY,
     starts_at INTEGER NOT NULL,
@@ -28,7 +28,7 @@ CREATE TABLE gaps (
     found_at  INTEGER NOT NULL
 ) STRICT;
 
--- What delivery as a whole has to remember: one row.
+-- The state of delivery as a whole: one row.
 CREATE TABLE control (
     id                  INTEGER PRIMARY KEY CHECK (id = 1),
     session             INTEGER NOT NULL DEFAULT 0, -- how often the daemon has started
@@ -36,7 +36,7 @@ CREATE TABLE control (
     losses              INTEGER NOT NULL DEFAULT 0, -- how often OurAPI was found to have lost something
     bigchat_retry_after INTEGER NOT NULL DEFAULT 0, -- no request to the API before then
     our_api_retry_after INTEGER NOT NULL DEFAULT 0,
-    late_until          INTEGER NOT NULL DEFAULT 0, -- requests that timed out may be carried out until then
+    timed_out_until     INTEGER NOT NULL DEFAULT 0, -- requests that timed out may be carried out until then
     paused_at           INTEGER,                    -- when deliveries were last paused
     paused_until        INTEGER,                    -- when that pause ends; NULL: only by resuming
     resumed_at          INTEGER,                    -- when it ended; NULL: it has not, as far as is recorded
@@ -83,7 +83,7 @@ CREATE TABLE conversations (
     chat_agent       TEXT,
     chat_advisor     INTEGER,                    -- whose agent that is; NULL: not known
     -- whether what was observed can be relied on
-    stale_seq        INTEGER NOT NULL DEFAULT 0, -- raised by each doubt
+    stale_seq        INTEGER NOT NULL DEFAULT 0, -- raised whenever the chat becomes stale
     fresh_seq        INTEGER NOT NULL DEFAULT 0, -- stale_seq as of the claim that last read the chat
     verified_losses  INTEGER NOT NULL DEFAULT 0, -- control.losses as of that claim
     read_in_session  INTEGER NOT NULL DEFAULT 0, -- the session that last read the chat's messages or created it
@@ -104,7 +104,7 @@ CREATE TABLE conversations (
     UNIQUE (epoch, bigchat_id)
 ) STRICT;
 CREATE INDEX conversations_due ON conversations (due_at) WHERE due_at IS NOT NULL;
--- Not of `waiting`, which changes with each event: whatever waits is due.
+-- The index is not on `waiting`, which changes with each event. A conversation with waiting events has a `due_at`.
 CREATE INDEX conversations_waiting ON conversations (waiting_since) WHERE waiting_since IS NOT NULL;
 CREATE INDEX conversations_by_bigchat_id ON conversations (bigchat_id);
 CREATE INDEX conversations_by_verified_losses ON conversations (verified_losses)
@@ -186,7 +186,7 @@ CREATE TABLE failures (
     PRIMARY KEY (event, attempt)
 ) STRICT, WITHOUT ROWID;
 
--- Events that are not delivered until somebody resolves them.
+-- Events that are not delivered until an operator resolves them.
 CREATE TABLE dead_letters (
     event        INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
     conversation INTEGER,
@@ -200,11 +200,11 @@ CREATE INDEX dead_letters_open ON dead_letters (event) WHERE discarded_at IS NUL
 CREATE INDEX dead_letters_discarded ON dead_letters (discarded_at) WHERE discarded_at IS NOT NULL;
 CREATE INDEX dead_letters_of_conversation ON dead_letters (conversation, event);
 
--- Who retried, discarded or reopened a dead letter, and when: kept for good.
+-- Who retried, discarded or reopened a dead letter, and when. Never dropped.
 CREATE TABLE resolutions (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
     resolved_at  INTEGER NOT NULL,
-    resolved_by  TEXT NOT NULL,                  -- by which way: 'command' or 'console'
+    resolved_by  TEXT NOT NULL,                  -- 'command' or 'console'
     user         TEXT,                           -- as far as it can be known
     resolution   TEXT NOT NULL CHECK (resolution IN ('retry', 'discard', 'undo')),
     event        INTEGER NOT NULL,               -- which the retention may have dropped since
@@ -214,8 +214,8 @@ CREATE TABLE resolutions (
 ) STRICT;
 CREATE INDEX resolutions_by_event ON resolutions (event);
 
--- What is requested of whichever process delivers: that chats be verified. A chat waits for a verification as long as its
--- `verified_in` is smaller, so that a request costs nothing for each chat.
+-- Requests to verify chats, for the process that delivers. A chat waits for a verification as long as its `verified_in` is
+-- smaller, so that the cost of a request does not grow with the chats.
 CREATE TABLE verifications (
     id           INTEGER PRIMARY KEY AUTOINCREMENT, -- never reused
     idle         INTEGER NOT NULL CHECK (idle = 0 OR idle = 1), -- the pass in idle time: one row; else of the `verify` command
@@ -265,7 +265,7 @@ CREATE TABLE api_status (
     request  TEXT NOT NULL,
     response TEXT NOT NULL,
     problem  TEXT,                               -- while it is down: why
-    lasts    INTEGER CHECK (lasts = 0 OR lasts = 1), -- while it is down: until somebody acts
+    lasts    INTEGER CHECK (lasts = 0 OR lasts = 1), -- while it is down: until an operator acts
     CHECK (problem IS NULL OR up = 0)
 ) STRICT, WITHOUT ROWID;
 

@@ -22,13 +22,14 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
 
-/// Whatever hangs, the process ends within 10 s of the signal.
+/// The process ends within 10 s of the signal, whatever hangs.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_500);
 
-/// How long the end waits for the log to be written: less than what remains of [`STOPPED_WITHIN`] after an orderly stop.
+/// How long the process waits at its end for the log to be written: less than the time that an orderly stop leaves of
+/// [`STOPPED_WITHIN`].
 const FLUSHED_WITHIN: Duration = Duration::from_millis(400);
 
-/// The same at an end that waits for nothing.
+/// The same for an immediate exit.
 const FLUSHED_AT_ONCE: Duration = Duration::from_millis(100);
 
 /// Exit code for a setting that cannot be used.
@@ -51,17 +52,17 @@ fn main() -> ExitCode {
                 true => text.ansi().to_string(),
                 false => text.to_string(),
             };
-            terminal.complain(&text);
+            terminal.print_error(&text);
             ExitCode::from(BAD_SETTING)
         }
-        // Help or the version, which was asked for.
+        // Help or version was requested.
         Err(error) => error.exit(),
     };
     terminal.flush(FLUSHED_WITHIN);
     code
 }
 
-/// Does what the command line says.
+/// Runs the command line.
 fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     let Cli {
         command,
@@ -83,7 +84,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         }
         Some(Command::Status(args)) => match status::run(&args, &settings) {
             Ok((text, well)) => say(terminal, text.as_bytes(), ExitCode::from(u8::from(!well))),
-            Err(error) => complain(terminal, &error, 1),
+            Err(error) => print_error(terminal, &error, 1),
         },
         Some(Command::Pause(args)) => answer(terminal, pause::pause(&args, &settings.db())),
         Some(Command::Resume) => answer(terminal, pause::resume(&settings.db())),
@@ -93,7 +94,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             Ok::<_, io::Error>(say(terminal, report.print(&args)?.as_bytes(), code))
         }),
         Some(Command::Demo(args)) => {
-            // The picture shows what a warning would say.
+            // The progress bars show what a warning would say.
             let level = if terminal.is_interactive() {
                 "error"
             } else {
@@ -115,7 +116,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
         ),
         Some(Command::Unit) => match std::env::current_exe() {
             Ok(program) => answer(terminal, manual::unit(&program, &given)),
-            Err(error) => complain(terminal, &error, 1),
+            Err(error) => print_error(terminal, &error, 1),
         },
         Some(Command::Completions { shell }) => {
             say(terminal, &manual::completions(shell), ExitCode::SUCCESS)
@@ -127,7 +128,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     }
 }
 
-/// Polls and delivers as `job` does.
+/// Runs `job`, with polling and delivery.
 fn deliver(
     settings: Settings,
     terminal: &Terminal,
@@ -156,14 +157,14 @@ where
 {
     let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
-        Err(error) => return complain(terminal, &error, BAD_SETTING),
+        Err(error) => return print_error(terminal, &error, BAD_SETTING),
     };
     if let Err(error) = tokens.allow(settings.listen) {
-        return complain(terminal, &error, BAD_SETTING);
+        return print_error(terminal, &error, BAD_SETTING);
     }
     let lock = settings.our_api_lock.as_deref().map(lock_is_usable);
     if let Some(Err(error)) = lock {
-        return complain(terminal, &error, BAD_SETTING);
+        return print_error(terminal, &error, BAD_SETTING);
     }
     log::show_message_text(settings.log_message_text);
     log::start(settings.log_format(), level, terminal);
@@ -176,16 +177,16 @@ where
     let tokens = LiveTokens::from(tokens);
     let stopping = CancellationToken::new();
     if let Err(error) = obey_signals(terminal, &stopping, &tokens, settings.listen) {
-        return complain(terminal, &error, 1);
+        return print_error(terminal, &error, 1);
     }
     let ended = block_on(terminal, async { job(settings, tokens, stopping).await });
     log::report_left_out();
     ended
 }
 
-/// The first SIGTERM or SIGINT stops in good order, and within [`STOPPED_WITHIN`]; a second one at once, as a crash would.
-/// SIGHUP has the token files read again. All of this is done by threads that wait for nothing else: neither for the
-/// runtime nor for a disk, the log or a terminal.
+/// The first SIGTERM or SIGINT stops the process in order, within [`STOPPED_WITHIN`]. A second one stops it at once, as
+/// a crash would. SIGHUP reads the token files again. Separate threads do this and wait for nothing else: neither for
+/// the runtime nor for a disk, the log or a terminal.
 fn obey_signals(
     terminal: &Terminal,
     stopping: &CancellationToken,
@@ -213,11 +214,11 @@ fn obey_signals(
     let (terminal, stopping) = (terminal.clone(), stopping.clone());
     on_signals(
         move || {
-            // One that waits already reads what is there by then.
+            // A reload that waits already reads the current files.
             reload.try_send(()).ok();
         },
         move || {
-            // It takes the first one, and there is no other.
+            // Only the first signal needs to be received, and the channel has room for one.
             stopped.try_send(()).ok();
             stopping.cancel();
             tracing::info!("stopping; requests in flight are finished first");
@@ -249,9 +250,9 @@ fn read_again(tokens: &LiveTokens, listen: Listen) {
     }
 }
 
-/// Ends the process as a crash would: nothing is waited for that could hang.
+/// Ends the process as a crash would, without waiting for anything that could hang.
 fn end(terminal: &Terminal, message: &str) -> ! {
-    terminal.complain(&format!("bigchat-sync: {message}\n"));
+    terminal.print_error(&format!("bigchat-sync: {message}\n"));
     terminal.flush(FLUSHED_AT_ONCE);
     signal_hook::low_level::exit(1)
 }
@@ -269,7 +270,7 @@ async fn show(
     let (stopping, at_once) = (CancellationToken::new(), CancellationToken::new());
     let (hangup, first, second) = (stopping.clone(), stopping.clone(), at_once.clone());
     on_signals(
-        // It has no token files.
+        // The command has no token files.
         move || hangup.cancel(),
         move || first.cancel(),
         move || second.cancel(),
@@ -280,27 +281,27 @@ async fn show(
     }
 }
 
-/// Does the work of a command, and complains if it comes to nothing.
+/// Runs a command, and reports an error if it fails.
 fn block_on<E: std::error::Error>(
     terminal: &Terminal,
     work: impl Future<Output = Result<ExitCode, E>>,
 ) -> ExitCode {
-    // One thread serves all: what takes long is waiting, or has a thread of its own (the journal). More would spend their
-    // time on waking each other.
+    // One thread serves all tasks. Long operations wait, or have a separate thread (the journal). More threads would
+    // spend their time waking each other.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return complain(terminal, &error, 1),
+        Err(error) => return print_error(terminal, &error, 1),
     };
     let outcome = runtime.block_on(work);
-    // A look-up of a host name may hang for longer than anybody waits.
+    // A host name look-up may hang for a long time.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| complain(terminal, &error, 1))
+    outcome.unwrap_or_else(|error| print_error(terminal, &error, 1))
 }
 
-/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at another one after that; and
+/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at a further one; and
 /// `hangup` at each SIGHUP before.
 fn on_signals(
     hangup: impl Fn() + Send + 'static,
@@ -333,8 +334,8 @@ fn on_signals(
     })
 }
 
-/// For how long the same signal counts as one. `timeout` sends it to the process and to its group; whoever presses Ctrl-C
-/// twice means it.
+/// For how long the same signal counts as one. `timeout` sends it to the process and to its group. A second Ctrl-C by
+/// the user takes longer.
 fn repeats_within(signal: i32) -> Duration {
     match signal {
         SIGTERM => Duration::from_secs(1),
@@ -342,7 +343,7 @@ fn repeats_within(signal: i32) -> Duration {
     }
 }
 
-/// Whether the process has a terminal that controls it: whoever closes it has it sent SIGHUP.
+/// Whether the process has a controlling terminal. Closing it sends SIGHUP.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }
@@ -354,7 +355,7 @@ fn answer<E: std::error::Error>(
 ) -> ExitCode {
     match answer {
         Ok(text) => say(terminal, text.as_ref(), ExitCode::SUCCESS),
-        Err(error) => complain(terminal, &error, 1),
+        Err(error) => print_error(terminal, &error, 1),
     }
 }
 
@@ -363,13 +364,13 @@ fn say(terminal: &Terminal, answer: &[u8], code: ExitCode) -> ExitCode {
     let mut out = io::stdout();
     match out.write_all(answer).and_then(|()| out.flush()) {
         Ok(()) => code,
-        // Who reads it has read enough.
+        // The reader has closed the pipe.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => code,
-        Err(error) => complain(terminal, &error, 1),
+        Err(error) => print_error(terminal, &error, 1),
     }
 }
 
-fn complain(terminal: &Terminal, error: &dyn std::error::Error, code: u8) -> ExitCode {
-    terminal.complain(&format!("bigchat-sync: {error}\n"));
+fn print_error(terminal: &Terminal, error: &dyn std::error::Error, code: u8) -> ExitCode {
+    terminal.print_error(&format!("bigchat-sync: {error}\n"));
     ExitCode::from(code)
 }

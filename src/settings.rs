@@ -25,10 +25,10 @@ use crate::domain::time::Timestamp;
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::terminal::shown;
 
-/// Where the console is served unless another address is set.
+/// The default address of the console.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8268));
 
-/// Fewest characters of the console's token.
+/// The minimum length of the console's token, in characters.
 const MIN_CONSOLE_TOKEN: usize = 16;
 
 /// All settings.
@@ -198,7 +198,7 @@ impl fmt::Display for Listen {
 }
 
 impl Settings {
-    /// Where the database is.
+    /// The path of the database.
     pub fn db(&self) -> PathBuf {
         const NAME: &str = "bigchat-sync.db";
         match (&self.db, std::env::var_os("STATE_DIRECTORY")) {
@@ -208,7 +208,7 @@ impl Settings {
         }
     }
 
-    /// How the log is written.
+    /// The format of the log.
     pub fn log_format(&self) -> LogFormat {
         match self.log_format {
             Some(format) => format,
@@ -217,7 +217,7 @@ impl Settings {
         }
     }
 
-    /// How all chats are verified in idle time; `None`: they are not.
+    /// The pass that verifies all chats in idle time; `None`: there is none.
     pub fn idle_pass(&self) -> Option<IdlePass> {
         let VerifyEvery::Within(every) = self.verify_every else {
             return None;
@@ -230,7 +230,7 @@ impl Settings {
         Some(IdlePass { every, mode })
     }
 
-    /// When events are tried again.
+    /// The back-off of events.
     pub fn retry(&self) -> Policy {
         Policy {
             initial: self.retry_initial,
@@ -293,17 +293,17 @@ pub enum TokenError {
     },
     /// The token is empty, or has characters that a header cannot carry.
     #[error(
-        "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot carry"
+        "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot contain"
     )]
     Unusable(String),
-    /// A token of the console can be guessed.
+    /// The console's token is too short.
     #[error(
         "the token from {0} or {0}_FILE has fewer than {MIN_CONSOLE_TOKEN} characters and can be guessed; `openssl rand -hex 16` makes a good one"
     )]
     Short(&'static str),
     /// Only the read token is set, so no client could change anything.
     #[error(
-        "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}: set both, or nobody could change anything"
+        "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}; set both, because no client could change anything"
     )]
     ReadOnly,
     /// The read token could change everything.
@@ -331,7 +331,7 @@ const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
 const CONSOLE_READ_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_READ_TOKEN";
 const HEARTBEAT_URL: &str = "BIGCHAT_SYNC_HEARTBEAT_URL";
 
-/// The path of a token's file. One that is not absolute may be the token itself, set in the wrong variable.
+/// The path of a token file for an error message. A relative one may be the token itself, set in the wrong variable.
 fn token_file(path: &Path) -> String {
     if path.is_absolute() {
         shown(path)
@@ -355,13 +355,13 @@ impl Tokens {
         })
     }
 
-    /// Whether the console may be served there.
+    /// Whether the console may be served at that address.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
         allow(self.console.as_ref(), self.console_read.as_ref(), listen)
     }
 }
 
-/// The token that a variable or its file gives. A file that all users of this machine have access to is added to
+/// The token in a variable or its file. A file that all users of this machine may read or write is added to
 /// `exposed_files`.
 fn read_token(
     name: &str,
@@ -394,7 +394,7 @@ fn read_token(
     Ok(Some(token))
 }
 
-/// Where a heartbeat is sent, if that is a URL it can be sent to.
+/// The URL of heartbeats, if the value is one.
 pub(crate) fn heartbeat_url(text: &SecretString) -> Option<Url> {
     let url = Url::parse(text.expose_secret()).ok()?;
     (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
@@ -462,7 +462,7 @@ pub struct LiveTokens {
     pub console: Token,
     /// The console's read token.
     pub console_read: Token,
-    /// Where heartbeats are sent.
+    /// The URL of heartbeats.
     pub heartbeat_url: Token,
 }
 
@@ -527,10 +527,10 @@ fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
     file.read_to_string(&mut text)?;
     Ok((text, is_exposed))
 }
-// These messages do not repeat the value, which may contain a secret.
+// These errors do not repeat the value, which may contain a secret.
 
 fn base_url(text: &str) -> Result<Url, String> {
-    // Anywhere: a password with a slash in it makes the user a host, and the password a path.
+    // Anywhere in the text, because a password with a slash turns the user into a host and the password into a path.
     if text.contains('@') {
         return Err("a URL must not contain credentials; see --help on tokens".into());
     }
@@ -643,8 +643,9 @@ fn prefix(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
+    /// URLs that cannot work are refused with the reason.
     #[test]
-    fn urls_that_would_not_work_are_refused_with_the_reason() {
+    fn unusable_urls_are_refused() {
         for bad in [
             "127.0.0.1:8266",
             "ftp://host",
@@ -657,8 +658,9 @@ mod tests {
         assert!(base_url("https://host/api/v1/").is_ok());
     }
 
+    /// Durations beyond any calculation are refused.
     #[test]
-    fn times_that_nothing_can_be_reckoned_with_are_refused() {
+    fn unusable_durations_are_refused() {
         assert_eq!(positive("1ms"), Ok(Duration::from_millis(1)));
         assert_eq!(duration("0s"), Ok(Duration::ZERO));
         for bad in ["0s", "999us", "101y", "18446744073709551615s", "soon"] {
@@ -668,8 +670,9 @@ mod tests {
         assert!(at_least_a_second("999ms").is_err());
     }
 
+    /// A token comes from one source, and is never shown.
     #[test]
-    fn a_token_comes_from_one_place_and_never_shows() {
+    fn token_has_one_source() {
         let set = |pairs: &'static [(&str, &str)]| {
             Tokens::read(|name| {
                 pairs
@@ -700,11 +703,12 @@ mod tests {
         ));
     }
 
+    /// A reload replaces the tokens that can be used, and keeps the others.
     #[test]
-    fn a_reload_takes_what_can_be_used_and_keeps_the_rest() {
+    fn reload_replaces_usable_tokens() {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("token");
-        let good = "a-token-that-nobody-guesses";
+        let good = "a-token-that-cannot-be-guessed";
         for name in [BIGCHAT_TOKEN, OUR_API_TOKEN, CONSOLE_TOKEN] {
             let variable = |asked: &str| {
                 (asked == format!("{name}_FILE")).then(|| file.clone().into_os_string())
@@ -733,9 +737,9 @@ mod tests {
             let gone = tokens.reload(|_| None, Listen::Off);
             assert!(matches!(gone[..], [Err(TokenError::Gone(_))]));
             assert!(used.is(&good.into()));
-            std::fs::write(&file, "another-token-that-nobody-guesses\n").expect("a file");
+            std::fs::write(&file, "another-token-that-cannot-be-guessed\n").expect("a file");
             assert!(matches!(reload()[..], [Ok(new)] if new == name));
-            assert!(used.is(&"another-token-that-nobody-guesses".into()));
+            assert!(used.is(&"another-token-that-cannot-be-guessed".into()));
             std::fs::write(&file, "short").expect("a file");
             let short = reload();
             match name {
@@ -745,7 +749,7 @@ mod tests {
         }
     }
 
-    /// The tokens by such variables, or why they cannot be used.
+    /// The tokens from these variables, or why they cannot be used.
     fn console_tokens(pairs: &[(&str, &str)]) -> Result<(), TokenError> {
         let variable = |name: &str| {
             let pair = pairs.iter().find(|(set, _)| *set == name);
@@ -781,8 +785,9 @@ mod tests {
         console_tokens(&[(HEARTBEAT_URL, "https://hc.example/uuid")]).expect("a URL");
     }
 
+    /// A token that did not exist at the start is used once it does.
     #[test]
-    fn a_token_that_was_not_there_at_the_start_is_used_once_it_is() {
+    fn token_added_after_the_start() {
         let tokens = LiveTokens::default();
         let given = |name: &str| (name == CONSOLE_TOKEN).then(|| "0123456789abcdef".into());
         assert!(matches!(

@@ -66,7 +66,7 @@ impl Status {
     pub fn read(store: &mut Store, settings: &Settings, now: Millis) -> Result<Self, JournalError> {
         let mut figures = store.figures(now)?;
         let every = settings.idle_pass().map(|pass| pass.every);
-        // One of before it was turned off.
+        // A status from before verification was turned off does not count.
         figures.verification = figures.verification.filter(|_| every.is_some());
         let daemon_runs = store.is_in_use();
         let problems = problems(&figures, daemon_runs, settings.poll_interval, now);
@@ -86,7 +86,7 @@ impl Status {
     }
 }
 
-/// JSON has no bytes that are not UTF-8.
+/// JSON cannot represent bytes that are not UTF-8.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
@@ -176,7 +176,7 @@ pub(crate) fn problems(
         }
         Some(_) => {}
     }
-    // What waited through a pause is late only if it is not delivered soon after.
+    // An event that waited through a pause is late only if it is not delivered soon after.
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
     if let Some(oldest) = &figures.oldest_waiting
         && figures.paused.is_none()
@@ -212,7 +212,7 @@ pub(crate) fn seconds(count: i64) -> Duration {
     Duration::from_secs(u64::try_from(count).unwrap_or_default())
 }
 
-/// To the second; the longer, the coarser.
+/// In seconds, minutes, hours or days, depending on the length.
 pub(crate) fn duration(duration: Duration) -> String {
     let seconds = match duration.as_secs() {
         seconds if seconds >= 172_800 => seconds / 3600 * 3600,

@@ -1,20 +1,20 @@
-//! Users of this machine: by whom a command is run, and whose process is at the other end of a connection.
+//! Users of this machine: the user who runs a command, and the user whose process has the other end of a connection.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rustix::process::{geteuid, getuid};
 
-/// The name of the superuser's id.
+/// The name of user 0.
 const ROOT: u32 = 0;
 
-/// What the kernel shows of every user that a user namespace has no id for (`/proc/sys/kernel/overflowuid`).
+/// The kernel's id for every user without an id in this user namespace (`/proc/sys/kernel/overflowuid`).
 const OVERFLOW: u32 = 65_534;
 
 /// The connection is established (`TCP_ESTABLISHED`).
 const ESTABLISHED: &str = "01";
 
-/// Who runs this process: `ann`, or `root (sudo by ann)`.
+/// The user who runs this process: `ann`, or `root (sudo by ann)`.
 pub fn of_process() -> String {
     let user = name(getuid().as_raw());
     let by = [("sudo", "SUDO_USER"), ("doas", "DOAS_USER")]
@@ -26,7 +26,7 @@ pub fn of_process() -> String {
     }
 }
 
-/// The name of a user, or the id where there is none.
+/// The name of a user, or the id if there is no name.
 pub fn name(uid: u32) -> String {
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
     name_in(&users, uid).map_or_else(|| format!("user {uid}"), str::to_owned)
@@ -50,22 +50,22 @@ fn trusts(own: u32, uid: u32) -> bool {
     uid == ROOT || uid == own && uid != OVERFLOW
 }
 
-/// Whose process has the other end of a connection within this machine, as Linux tells; `None`: not known.
+/// The user whose process has the other end of a connection within this machine, according to Linux; `None`: unknown.
 pub fn of_peer(peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     let read = || {
-        // Not /proc/net, which systemd's ProcSubset=pid hides.
+        // /proc/net is hidden by systemd's ProcSubset=pid.
         ["/proc/self/net/tcp", "/proc/self/net/tcp6"]
             .into_iter()
             .find_map(|table| owner_in(&fs::read_to_string(table).ok()?, peer, local))
     };
     let owner = read()?;
-    // A socket that its process has closed shows root as its owner. It is not established any more by then, but the kernel
-    // reads the two one after the other. One that is still established now was not closed before.
+    // A socket that its process has closed shows root as its owner. Its state is no longer established by then, but the
+    // kernel reads owner and state one after the other. A socket that is still established now was not closed before.
     read()?;
     Some(owner)
 }
 
-/// The owner of the established connection from `peer` to `local`, in one of Linux' tables of TCP connections.
+/// The owner of the established connection from `peer` to `local`, in one of Linux's tables of TCP connections.
 fn owner_in(table: &str, peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     let ends = [peer, local].map(canonical);
     table.lines().skip(1).find_map(|line| {
@@ -77,7 +77,7 @@ fn owner_in(table: &str, peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     })
 }
 
-/// An address as those tables have it: in hexadecimal, the IP address in words of this machine's byte order.
+/// An address in the format of those tables: hexadecimal, the IP address in words of this machine's byte order.
 fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let word = |at: usize| {
@@ -122,9 +122,10 @@ mod tests {
    7: nonsense
 ";
 
+    /// The owner is that of the peer's established socket.
     #[test]
     #[cfg(target_endian = "little")]
-    fn owner_is_that_of_the_peers_established_socket() {
+    fn owner_of_the_peers_socket() {
         for (peer, local, owner) in [
             ("127.0.0.1:46436", "127.0.0.1:8268", Some(4242)),
             ("127.0.0.1:8268", "127.0.0.1:46436", Some(990)),
@@ -144,15 +145,16 @@ mod tests {
         assert_eq!(owner_in("", any, any), None);
     }
 
+    /// Only root and the daemon's own user are trusted.
     #[test]
-    fn only_root_and_the_own_user_are_trusted() {
+    fn root_and_own_user_are_trusted() {
         for (own, uid, trusted) in [
             (990, 990, true),
             (990, ROOT, true),
             (990, 1000, false),
             (ROOT, 1000, false),
             (ROOT, ROOT, true),
-            // Anybody, in a user namespace.
+            // Any user, in a user namespace.
             (OVERFLOW, OVERFLOW, false),
             (990, OVERFLOW, false),
         ] {
@@ -160,8 +162,9 @@ mod tests {
         }
     }
 
+    /// Names are read from the list of users.
     #[test]
-    fn names_come_from_the_list_of_users() {
+    fn user_names_from_passwd() {
         assert_eq!(name_in(PASSWD, 0), Some("root"));
         assert_eq!(name_in(PASSWD, 1000), Some("ann"));
         assert_eq!(name_in(PASSWD, 7), None, "a name that is empty");

@@ -1,4 +1,4 @@
-//! Which version this is. A build says which commit it is made from by two variables of its environment:
+//! The version. A build receives its commit by two variables of the environment:
 //!
 //! ```sh
 //! BIGCHAT_SYNC_BUILD_COMMIT=$(git rev-parse --short=12 HEAD) BIGCHAT_SYNC_BUILD_DATE=$(git log -1 --format=%cs) cargo build --release
@@ -8,13 +8,13 @@ use std::sync::LazyLock;
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The commit this was built from; `None`: the build did not say.
+/// The commit of the build; `None`: unknown.
 pub const COMMIT: Option<&str> = option_env!("BIGCHAT_SYNC_BUILD_COMMIT");
 
 /// The date of the commit.
 pub const DATE: Option<&str> = option_env!("BIGCHAT_SYNC_BUILD_DATE");
 
-/// All that is known of it, for people.
+/// Version, commit and date, for people.
 pub fn text() -> &'static str {
     static TEXT: LazyLock<String> = LazyLock::new(|| of(VERSION, [COMMIT, DATE]));
     &TEXT

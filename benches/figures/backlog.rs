@@ -7,7 +7,7 @@ use bigchat_sync::domain::dedupe::Counts;
 use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::domain::time::{Millis, Timestamp};
-use bigchat_sync::journal::{NewPage, Progress, Store};
+use bigchat_sync::journal::{NewPage, PollProgress, Store};
 use tempfile::TempDir;
 
 use crate::process::{Process, daemon, until};
@@ -83,7 +83,7 @@ fn keep(store: &mut Store, told: &[String]) {
         served_at: at,
         window: (Timestamp::clamped(START), at),
         events: told.len(),
-        progress: Progress::Complete(at),
+        progress: PollProgress::Complete(at),
         body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, told.join(",")),
     };
     store.store_page(&page).expect("it is kept");

@@ -74,7 +74,7 @@ fn done(work: Work) -> Report {
         outcomes,
         consumed: Vec::new(),
         observation: Observation::None,
-        in_doubt: false,
+        becomes_stale: false,
         due: Due::IfWaiting,
         writes_succeeded: 0,
         verified: None,

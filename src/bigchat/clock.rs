@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(observe(900, 1000), Some(at(902)), "it may be set back");
     }
 
-    /// It is believed if this machine's clock or the next date agrees.
+    /// The first date is believed if this machine's clock or the next date agrees.
     #[test]
     fn first_date_needs_a_second_source() {
         assert_eq!(offset_after(&[1_000_000]), 1_000_000, "the only one");

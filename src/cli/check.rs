@@ -1,7 +1,7 @@
 //! `bigchat-sync check`: tests the settings, the database and both APIs, and prints a remedy for each failure.
 //!
-//! The APIs are asked only if no daemon runs, because OurAPI may take one request at a time; otherwise the daemon's last
-//! exchanges are reported. BigChat is never asked for events, because it reports each only once.
+//! Requests are sent to the APIs only if no daemon runs, because OurAPI may accept one request at a time. Otherwise the
+//! daemon's latest exchanges are reported. BigChat is never asked for events, because it reports each only once.
 
 use std::fmt::{self, Write};
 use std::net::TcpListener;
@@ -25,7 +25,7 @@ use crate::telemetry::terminal::{printable, shown};
 /// An external id that no chat has: the check only needs an answer from OurAPI.
 const NO_CHAT: &str = "bigchat-sync-check";
 
-/// The conversation that BigChat has had from its start.
+/// The conversation that exists from BigChat's start on.
 const FIRST_CONVERSATION: i64 = 1;
 
 /// How to print the report.
@@ -41,7 +41,7 @@ pub struct Args {
 struct CheckItem {
     check: &'static str,
     detail: String,
-    /// What to do about it; `None`: it passed.
+    /// The remedy; `None`: the test passed.
     remedy: Option<String>,
 }
 
@@ -50,7 +50,7 @@ struct CheckItem {
 pub struct Report(Vec<CheckItem>);
 
 impl Report {
-    /// What to print.
+    /// The text to print.
     pub fn print(&self, args: &Args) -> serde_json::Result<String> {
         match args.json {
             true => super::json::text(&json!({ "passed": self.all_passed(), "checks": self.0 })),
@@ -60,7 +60,7 @@ impl Report {
 }
 
 impl Report {
-    /// Whether nothing failed.
+    /// Whether no test failed.
     pub fn all_passed(&self) -> bool {
         self.0.iter().all(|finding| finding.remedy.is_none())
     }
@@ -142,7 +142,10 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     };
     match state {
         State::DaemonRuns(mut store) => {
-            report.pass("daemon", "is running; the APIs are as it last found them");
+            report.pass(
+                "daemon",
+                "is running; the APIs are as of its latest requests",
+            );
             for api in Api::ALL {
                 match store.api(api.name()) {
                     Ok(status) => last_exchange(&mut report, settings, api, &status),
@@ -153,7 +156,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             }
         }
         State::Free(mut kept_for_now) => {
-            report.pass("daemon", "is not running; the APIs are asked now");
+            report.pass("daemon", "is not running; the APIs are checked now");
             let pause = kept_for_now.as_mut().map(Store::pause);
             let pause = pause.and_then(Result::ok).flatten();
             ask(&mut report, settings, tokens, pause).await;
@@ -165,7 +168,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
 
 /// The process that works on the database.
 enum State {
-    /// A daemon does: it can be read.
+    /// A daemon does. The database can be read.
     DaemonRuns(Store),
     /// No daemon does, and none can start while this lock is held.
     Free(Option<Store>),
@@ -279,13 +282,13 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Op
     let bigchat = BigChat::new(Arc::new(bigchat));
     let answer = match bigchat.conversation(FIRST_CONVERSATION).await {
         Ok(_) => Ok("answers as expected"),
-        // It need not know it any more; another server would not know it either.
+        // BigChat may no longer know the conversation. Another server would not know it either.
         Err(error) if matches!(error.kind, ErrorKind::NotFound(_)) => {
             Ok("answers; the first poll will show whether it is BigChat")
         }
         Err(error) => Err(error),
     };
-    tell(report, Api::BigChat, bigchat.http(), claim, answer);
+    describe(report, Api::BigChat, bigchat.http(), claim, answer);
     if let Some(pause) = pause.filter(|pause| pause.left(Millis::now()).is_some()) {
         let text = format!("is not asked: deliveries are {pause}");
         return report.pass(Api::OurApi.title(), text);
@@ -300,18 +303,18 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Op
     let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
-    tell(report, Api::OurApi, our_api.http(), claim, answer);
+    describe(report, Api::OurApi, our_api.http(), claim, answer);
 }
 
-/// What an API says it is.
+/// The API's description of itself.
 struct Claim {
     /// Its title and version.
     name: String,
-    /// Whether it has the route that makes it the expected API.
+    /// Whether it has the route that identifies the expected API.
     fits: bool,
 }
 
-/// Both publish a description of themselves. In production it may be missing, which is no failure.
+/// Both APIs publish a description. It may be missing in production, which is no failure.
 fn claim(description: &Value, route: &str) -> Option<Claim> {
     let text = |field: &str| description["info"][field].as_str();
     Some(Claim {
@@ -320,7 +323,7 @@ fn claim(description: &Value, route: &str) -> Option<Claim> {
     })
 }
 
-fn tell(
+fn describe(
     report: &mut Report,
     api: Api,
     http: &Http,

@@ -1,4 +1,4 @@
-//! `bigchat-sync conversation`: the events of one of BigChat's conversations, and what became of each.
+//! `bigchat-sync conversation`: the events of one of BigChat's conversations, and the outcome of each.
 
 use std::path::Path;
 
@@ -31,7 +31,7 @@ struct Answer {
     our_api_waits_for: Option<String>,
     /// The latest epoch first.
     conversations: Vec<WithEvents>,
-    /// Events that could not be parsed and yet name the id.
+    /// Events that could not be parsed but name the id.
     unparsed_events: Vec<i64>,
 }
 
@@ -177,7 +177,7 @@ fn row(event: &EventRow) -> Row<6> {
     }
 }
 
-/// When and how an event was delivered, or why not and when it is tried next.
+/// When and how an event was delivered, or why not and when the next attempt is due.
 fn fate(event: &EventRow) -> String {
     let at = event.state_since.unwrap_or_default();
     let reason = event.reason.as_deref().unwrap_or_default();

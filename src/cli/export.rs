@@ -1,4 +1,4 @@
-//! `bigchat-sync export`: what was delivered in a span of time, for other programs.
+//! `bigchat-sync export`: what was delivered in a period, for other programs.
 
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::settings::timestamp;
 /// Which deliveries.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    // Of the same name and type as the daemon's, which it replaces here.
+    // It has the name and type of the daemon's setting, which it replaces here.
     /// Delivered at this time or later, RFC 3339 such as 2026-11-22T22:00:00Z.
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     since: Timestamp,
@@ -41,7 +41,7 @@ pub fn run(db: &Path, args: &Args, out: &mut impl Write) -> Result<(), CommandEr
     written(out.flush()).map(drop)
 }
 
-/// Whether it could be written; `false`: the reader has read enough.
+/// Whether the line was written; `false`: the reader has closed the pipe.
 fn written(result: io::Result<()>) -> Result<bool, CommandError> {
     match result {
         Ok(()) => Ok(true),

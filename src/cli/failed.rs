@@ -93,7 +93,7 @@ impl From<Which> for Selection {
 ///
 /// # Errors
 ///
-/// When the database cannot be opened or refuses.
+/// If the database cannot be opened or refuses.
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
@@ -134,14 +134,14 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
         }
         Command::Discard { which, yes } => {
             let which = match which.into() {
-                // Ids are already a selection.
+                // A list of ids needs no confirmation.
                 Selection::By { reason, .. } if !yes => {
                     let (count, failed_by) =
                         store.failed_so_far(reason.as_ref(), Resolution::Discard)?;
                     if count > 0 {
                         confirm(count)?;
                     }
-                    // An event that failed after the question is not meant.
+                    // An event that failed after the question is not included.
                     Selection::By { reason, failed_by }
                 }
                 which => which,
@@ -181,18 +181,18 @@ pub enum FailedError {
     /// There is no failed event with that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
-    /// None has failed for such a reason.
+    /// No reason contains the text.
     #[error(
-        "no such event has a reason with this text, or those that have still cannot be understood; see `bigchat-sync failed list` for the reasons"
+        "no such event has a reason with this text, or those that have still cannot be parsed; see `bigchat-sync failed list` for the reasons"
     )]
     NoSuchReason,
     /// There is no terminal.
     #[error(
-        "this would discard {}, and there is no terminal to ask on; add --yes",
+        "this would discard {}, and there is no terminal for the confirmation; add --yes",
         events(*.count)
     )]
     NoTerminal {
-        /// How many are meant.
+        /// How many events would be discarded.
         count: u64,
     },
     /// The operator did not agree.
@@ -204,9 +204,9 @@ pub enum FailedError {
     /// Some of the named events cannot be resolved in this way.
     #[error("{done} of {asked} resolved; {}", others(*.resolution))]
     Partly {
-        /// How many it was done for.
+        /// How many were resolved.
         done: usize,
-        /// How many were named.
+        /// How many were given.
         asked: usize,
         resolution: Resolution,
     },
@@ -216,7 +216,7 @@ pub enum FailedError {
 fn others(resolution: Resolution) -> &'static str {
     match resolution {
         Resolution::Retry | Resolution::Discard => {
-            "the others are not failed events, or still cannot be understood (discard those)"
+            "the others are not failed events, or still cannot be parsed (discard those)"
         }
         Resolution::Undo => "the others are not discarded events, or were dropped by the retention",
     }
@@ -270,14 +270,14 @@ fn retried(count: usize, left: u64, unreadable: u64) -> String {
     };
     if unreadable > 0 {
         text += &format!(
-            "; {} still cannot be understood (see `bigchat-sync failed list`)",
+            "; {} still cannot be parsed (see `bigchat-sync failed list`)",
             events(unreadable)
         );
     }
     text + "\n"
 }
 
-/// So many failed events.
+/// A count of failed events.
 fn events(count: u64) -> String {
     match count {
         1 => "1 failed event".to_owned(),

@@ -38,12 +38,12 @@ pub enum ForgetError {
     /// The database refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The journal knows of no such conversation.
+    /// The journal has no such conversation.
     #[error(
         "no event of conversation {0} was ever received, or none in that epoch; nothing was erased"
     )]
     NoSuchConversation(i64),
-    /// The id means several conversations.
+    /// Several conversations have the id.
     #[error(
         "conversation {id} means another one in each of the epochs {}; name one with --epoch (`bigchat-sync conversation {id}` shows them)",
         list(.epochs)
@@ -51,7 +51,7 @@ pub enum ForgetError {
     Ambiguous { id: i64, epochs: Vec<Epoch> },
     /// There is no terminal.
     #[error(
-        "this would erase conversation {0} for good, and there is no terminal to ask on: add --yes"
+        "this would erase conversation {0} for good, and there is no terminal for the confirmation; add --yes"
     )]
     NoTerminal(i64),
     /// The operator did not agree.
@@ -60,14 +60,14 @@ pub enum ForgetError {
     /// The operator cannot be asked.
     #[error("the terminal cannot be read: {0}")]
     Terminal(#[from] io::Error),
-    /// Erased, but not from all pages.
+    /// Erased, except on one page.
     #[error(
-        "erased, but for a page of the poll in progress, which is dropped when that poll ends; run the command again then"
+        "erased, except on a page of the poll in progress, which is dropped when that poll ends; run the command again then"
     )]
     OnNewPage,
-    /// Erased, but not from the write-ahead log.
+    /// Erased, except in the write-ahead log.
     #[error(
-        "erased, but another process reads an old state of the database, so that its text may still be in the -wal file; run the command again once that has ended (a backup, say)"
+        "erased, but another process (a backup, for example) reads an old state of the database, so that the text may still be in the -wal file; run the command again when that process has ended"
     )]
     InLog,
 }
@@ -77,7 +77,7 @@ fn list(epochs: &[Epoch]) -> String {
     epochs.join(", ")
 }
 
-/// Erases it. Returns what to print.
+/// Erases the conversation. Returns what to print.
 pub fn run(db: &Path, args: &Args) -> Result<String, ForgetError> {
     let id = args.id;
     let mut store = Store::open_shared(db)?;
@@ -127,7 +127,7 @@ fn text(id: i64, epoch: Epoch, forgotten: Forgotten, row: Option<&ConversationRo
         row.and_then(|row| row.external_id.as_ref().zip(row.chat_id.as_ref()))
     {
         text += &format!(
-            "OurAPI still holds its chat {external_id} (id {chat}) with all messages: erase it there\n"
+            "OurAPI still has its chat {external_id} (id {chat}) with all messages; erase it there\n"
         );
     }
     text += "backups of the database, and logs written with --log-message-text, keep their text\n";

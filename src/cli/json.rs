@@ -1,6 +1,6 @@
 //! `--json`: one style for all commands, which the console's API shares.
 //!
-//! - One object; a list is one of its fields, never the whole. `export` prints one object a line.
+//! - One object; a list is one of its fields, never the top-level value. `export` prints one object a line.
 //! - A name is a whole word of the glossary, in `snake_case`. `conversation` is BigChat's id of one; `event` is the journal's
 //!   id of an event, which the `failed` commands take.
 //! - A point in time is RFC 3339 in UTC with `Z`: to the second if it is by BigChat's clock, to the millisecond if it is by
@@ -8,7 +8,7 @@
 //! - A length of time or a size is a number whose name ends in its unit: `_s`, `_ms` or `_bytes`; a rate ends in
 //!   `_per_minute`.
 //! - A field that has no value is `null`, not missing.
-//! - A new version may add fields. It renames or removes none without saying so in its release notes.
+//! - A new version may add fields. If it renames or removes one, its release notes say so.
 
 use serde::Serialize;
 

@@ -1,5 +1,5 @@
-//! What the program prints about itself: the unit for systemd, completions for shells, the manual page, and the chapters of
-//! the manual.
+//! The texts that the program prints about itself: the systemd unit, shell completions, the manual page, and the
+//! chapters of the manual.
 //!
 //! The manual page covers all commands, with the same text as `--help`. The chapters are the Markdown files beside this one.
 
@@ -60,7 +60,7 @@ impl Chapter {
             Self::Hold => include_str!("manual/hold.md"),
             Self::Design => include_str!("manual/design.md"),
         };
-        // Comments are for those who write the chapters.
+        // Comments are for the authors of the chapters.
         let lines = text.split_inclusive('\n');
         lines.filter(|line| !line.starts_with("<!--")).collect()
     }
@@ -174,16 +174,16 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
 /// A path of the program that systemd does not accept.
 #[derive(Debug, Error)]
 #[error(
-    "systemd accepts no program whose path has quotation marks, backslashes or control characters; move {}",
+    "systemd does not accept a path with quotation marks, backslashes or control characters; move {}",
     shown(.0)
 )]
 pub struct NotStartable(PathBuf);
 
-/// The unit by which systemd runs `program` with these settings, each a flag and its value.
+/// The systemd unit that runs `program` with these settings, each a flag and its value.
 ///
 /// # Errors
 ///
-/// When systemd cannot start a program of this path.
+/// If systemd cannot start a program with this path.
 pub fn unit(program: &Path, settings: &[(String, String)]) -> Result<String, NotStartable> {
     let path = program.as_os_str().as_bytes();
     let is_refused = |byte: &u8| b"\"'\\".contains(byte) || byte.is_ascii_control();
@@ -192,7 +192,7 @@ pub fn unit(program: &Path, settings: &[(String, String)]) -> Result<String, Not
     }
     let flags = settings
         .iter()
-        // In the path itself systemd replaces no variables.
+        // systemd does not replace variables in the path itself.
         .map(|(flag, value)| format!("--{flag}={value}").replace('$', "$$"));
     let line: Vec<String> = [quoted(path), "run".to_owned()]
         .into_iter()
@@ -230,8 +230,8 @@ pub fn completions(shell: Shell) -> Vec<u8> {
     if shell != Shell::Bash {
         return script;
     }
-    // clap_complete 4.6 names the cases for a program with a hyphen otherwise than where it looks them up, and so
-    // completes nothing after a command (clap's issue 6421).
+    // clap_complete 4.6 names the cases for a program with a hyphen differently from where it reads them, so that
+    // nothing is completed after a command (clap's issue 6421).
     let script = String::from_utf8_lossy(&script);
     script
         .replace("bigchat__subcmd__sync", "bigchat__sync")
@@ -333,7 +333,7 @@ fn describe(roff: &mut Roff, command: &Command, above: &[&str]) {
     }
 }
 
-/// An argument's flag, and what its value is called.
+/// An argument's flag, and the name of its value.
 fn parts(argument: &Arg) -> (Option<String>, Option<String>) {
     let value = argument.get_action().takes_values().then(|| {
         let names = argument.get_value_names().unwrap_or_default();
@@ -360,7 +360,7 @@ fn usage(argument: &Arg) -> String {
     }
 }
 
-/// Text of one or more paragraphs, each further one begun by that macro.
+/// Text of one or more paragraphs, separated by that macro.
 fn paragraphs(roff: &mut Roff, next: &str, text: Option<&clap::builder::StyledStr>) {
     let text = text.map(ToString::to_string).unwrap_or_default();
     for line in text.lines() {
@@ -384,8 +384,9 @@ mod tests {
         lines.find_map(|line| Some(line.strip_prefix("ExecStart=")?.to_owned()))
     }
 
+    /// The program's path is written as systemd reads it.
     #[test]
-    fn program_path_is_written_as_systemd_reads_it() {
+    fn program_path_is_quoted_for_systemd() {
         for (path, written) in [
             (&b"/usr/bin/sync"[..], "/usr/bin/sync run"),
             (b"/opt/a b/sync", "\"/opt/a b/sync\" run"),
@@ -400,8 +401,9 @@ mod tests {
         }
     }
 
+    /// A setting stays one word on one line of the unit.
     #[test]
-    fn setting_stays_one_word_on_one_line() {
+    fn setting_stays_one_word() {
         for (value, written) in [
             ("a\nb", r#""--x=a\x0ab""#),
             ("\t", r#""--x=\x09""#),

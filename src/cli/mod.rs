@@ -151,10 +151,10 @@ pub enum CommandError {
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
-    /// The journal knows of no such conversation.
+    /// The journal has no such conversation.
     #[error("no event of conversation {0} was ever received")]
     NoSuchConversation(i64),
-    /// What is exported cannot be written.
+    /// The export cannot be written.
     #[error("standard output cannot be written: {0}")]
     Output(#[source] io::Error),
 }
@@ -172,7 +172,7 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// What is wrong and where it was set; or the help or the version, if asked for.
+    /// What is wrong and where it was set; or the help or the version, if requested.
     pub fn read() -> Result<Self, clap::Error> {
         Self::try_read(std::env::args_os().collect()).map_err(|mut error| {
             let variable = set_by_environment(&error);
@@ -193,7 +193,7 @@ impl Cli {
         let mut command = Self::command();
         let is_demo = line.get(1).is_some_and(|command| command == "demo");
         if is_demo {
-            // Even a bad setting in the environment must not stop it.
+            // A bad setting in the environment must not stop this command.
             command = command.mut_args(|argument| argument.env(None::<&str>).hide(true));
         }
         command = with_own_help(command);
@@ -223,7 +223,7 @@ impl Cli {
             return Err(command.error(ErrorKind::ArgumentConflict, message));
         }
         cli.given = settings_of(&matches, |source| source != ValueSource::DefaultValue);
-        // Set for other commands.
+        // The setting is for other commands.
         cli.given.retain(|(flag, _)| flag != "db");
         Ok(cli)
     }
@@ -245,9 +245,9 @@ fn settings_for(command: &str) -> Option<&'static [&'static str]> {
     })
 }
 
-/// Has the help of each command show the settings that matter to it, after its own options, and no others.
+/// Makes the help of each command show the settings that matter to it, after its own options.
 fn with_own_help(mut command: clap::Command) -> clap::Command {
-    // From here on each command has the settings as arguments of its own.
+    // From here on, each command has its own copy of the settings as arguments.
     command.build();
     with_more_settings(command).mut_subcommands(|command| match settings_for(command.get_name()) {
         Some(settings) => with_settings(command, settings),
@@ -255,7 +255,7 @@ fn with_own_help(mut command: clap::Command) -> clap::Command {
     })
 }
 
-/// Shows the [`BASIC`] settings, and all others only in the long help, below a heading of their own.
+/// Shows the [`BASIC`] settings, and all others only in the long help, below a separate heading.
 fn with_more_settings(command: clap::Command) -> clap::Command {
     command.mut_args(|argument| {
         if argument.is_global_set() && !BASIC.contains(&argument.get_id().as_str()) {
@@ -281,7 +281,7 @@ fn with_settings(command: clap::Command, settings: &'static [&'static str]) -> c
         .mut_subcommands(|command| with_settings(command, settings))
 }
 
-/// The settings from such a source: each flag and its value.
+/// The settings from one source: each flag and its value.
 fn settings_of(matches: &ArgMatches, from: impl Fn(ValueSource) -> bool) -> Vec<(String, String)> {
     let settings = Settings::augment_args(clap::Command::new("settings"));
     let given = settings.get_arguments().filter_map(|argument| {
@@ -392,8 +392,9 @@ fn set_by_environment(error: &clap::Error) -> Option<String> {
 mod tests {
     use super::*;
 
+    /// Unknown variables are named, each with the nearest setting.
     #[test]
-    fn unknown_variables_are_named_with_the_nearest_setting() {
+    fn unknown_variable_names_nearest_setting() {
         for (name, meant) in [
             ("BIGCHAT_SYNC_POL_INTERVAL", "BIGCHAT_SYNC_POLL_INTERVAL"),
             ("BIGCHAT_SYNC_OURAPI_TOKEN", "BIGCHAT_SYNC_OUR_API_TOKEN"),
@@ -411,8 +412,9 @@ mod tests {
         }
     }
 
+    /// Settings, tokens and Kubernetes' service links are known variables.
     #[test]
-    fn settings_tokens_and_service_links_are_known() {
+    fn known_variables_are_accepted() {
         let settings = Settings::augment_args(clap::Command::new("settings"));
         let settings = settings
             .get_arguments()

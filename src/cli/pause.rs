@@ -1,4 +1,4 @@
-//! `bigchat-sync pause` and `resume`: through the database, whether or not a daemon runs.
+//! `bigchat-sync pause` and `resume`: work through the database, whether or not a daemon runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub fn pause(args: &Args, db: &Path) -> Result<String, CommandError> {
     store.set_pause(pause)?;
     let daemon = match store.is_in_use() {
         true => "polling continues",
-        false => "no daemon runs, and the pause applies once one does",
+        false => "no daemon runs; the pause applies when one starts",
     };
     Ok(format!("deliveries are {pause}; {daemon}\n"))
 }

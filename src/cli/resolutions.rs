@@ -1,4 +1,4 @@
-//! `bigchat-sync resolutions`: the record of who resolved which failed event.
+//! `bigchat-sync resolutions`: lists who resolved which failed event.
 
 use std::path::Path;
 

@@ -139,7 +139,7 @@ fn text(status: &Status) -> String {
     lines.join("\n")
 }
 
-/// How far the verification of all chats in idle time is, and what it found.
+/// The progress of the verification of all chats in idle time, and what it found.
 fn verification(status: &Status) -> String {
     let Status { figures, now, .. } = status;
     let Some(every) = status.verify_every_s.map(Duration::from_secs_f64) else {
@@ -171,7 +171,7 @@ fn verification(status: &Status) -> String {
         text += &format!("; longer than --verify-every, {}", duration(every));
     }
     let found = [
-        (figures.incomplete, "not whole in OurAPI"),
+        (figures.incomplete, "not complete in OurAPI"),
         (figures.drifted, "changed by another client"),
     ];
     for (count, what) in found {

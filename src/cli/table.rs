@@ -7,13 +7,13 @@ use rustix::termios::tcgetwinsize;
 
 use crate::telemetry::terminal::printable;
 
-/// For standard output that is no terminal.
+/// The width if standard output is not a terminal.
 const COLUMNS: usize = 80;
 
-/// What stands before a text below its row.
+/// The indentation of a text below its row.
 const INDENT: &str = "    ";
 
-/// A row, and the text below it, of which one line is shown.
+/// A row, and the text below it, which is cut to one line.
 pub(super) struct Row<const N: usize> {
     pub(super) cells: [String; N],
     pub(super) text: Option<String>,
@@ -45,13 +45,13 @@ fn table_of_width<const N: usize>(header: [&str; N], rows: &[Row<N>], columns: u
     shown
 }
 
-/// A text of at most so many characters, with an ellipsis if there were more.
+/// A text of at most that many characters, with an ellipsis if it was longer.
 fn cut(text: &str, characters: usize) -> String {
     if text.chars().count() <= characters {
         return text.to_owned();
     }
-    let kept = text.chars().take(characters.saturating_sub(1));
-    kept.chain(['…']).collect()
+    let shown = text.chars().take(characters.saturating_sub(1));
+    shown.chain(['…']).collect()
 }
 
 fn columns() -> usize {
@@ -65,8 +65,9 @@ fn columns() -> usize {
 mod tests {
     use super::*;
 
+    /// Each text is one line that fits the width.
     #[test]
-    fn each_text_is_one_line_that_fits() {
+    fn text_fits_on_one_line() {
         let row = |id: &str, text: Option<&str>| Row {
             cells: [id.to_owned(), "a\nb".to_owned()],
             text: text.map(str::to_owned),

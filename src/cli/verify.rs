@@ -183,7 +183,7 @@ async fn watch(
             match (&waits_for, &bar) {
                 (Some(reason), None) => tracing::warn!("verification waits: {reason}"),
                 (None, None) => tracing::warn!("verification continues"),
-                // The bar says it.
+                // The bar shows it.
                 (_, Some(_)) => {}
             }
             waited_for.clone_from(&waits_for);
@@ -235,7 +235,7 @@ async fn report(
     Ok(terminal.say(&text).await?)
 }
 
-/// So many of something.
+/// A count with its noun.
 fn count(count: u64, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

@@ -1,5 +1,5 @@
-//! What the console asks: JSON, read through the web's own connection to the database. Only resolutions go to the daemon's
-//! journal, a few hundred events at a time, so that delivery is never kept waiting for long.
+//! The console's API: JSON, read through the console's own connection to the database. Only resolutions go to the
+//! daemon's journal, a few hundred events at a time, so that delivery never waits long.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,26 +20,26 @@ use crate::domain::time::Millis;
 use crate::journal::{Operator, Reason, Resolution, Search, Selection};
 use crate::settings::LONGEST;
 
-/// The furthest that activity is kept back, in hours.
+/// The longest period of activity, in hours.
 const HOURS: u32 = 7 * 24;
 
-/// The longest text that is searched for, in characters.
+/// The maximum length of a search text, in characters.
 const MAX_QUERY: usize = 200;
 
-/// For how long resolutions are carried out before the console is told how far they are.
+/// How long a request resolves events before it reports progress.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
-/// An answer, or why there is none.
+/// The response, or an error.
 type Answer = Result<Response, ApiError>;
 
-/// Why a question of the console is not answered.
+/// Why a request of the console fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApiError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("{0}")]
     ParseError(String),
-    #[error("there is no {0} {1}; it may have been resolved, or dropped by the retention")]
+    #[error("{0} {1} does not exist; it may have been resolved, or dropped by the retention")]
     NotThere(&'static str, i64),
 }
 
@@ -71,7 +71,7 @@ impl From<JsonRejection> for ApiError {
     }
 }
 
-/// `GET /api/status`: what `bigchat-sync status --json` tells.
+/// `GET /api/status`: the same as `bigchat-sync status --json`.
 pub(super) async fn status(State(web): State<Arc<Web>>) -> Answer {
     Ok(Json(&*web.status().await?).into_response())
 }
@@ -81,7 +81,8 @@ pub(super) struct Span {
     hours: Option<u32>,
 }
 
-/// `GET /api/activity?hours=6`: how many events were told, delivered and refused, minute by minute or coarser.
+/// `GET /api/activity?hours=6`: how many events were received, delivered and dead-lettered, in intervals of a minute or
+/// more.
 pub(super) async fn activity(
     State(web): State<Arc<Web>>,
     span: Result<Query<Span>, QueryRejection>,
@@ -99,7 +100,8 @@ pub(super) struct OfReason {
     after: Option<i64>,
 }
 
-/// `GET /api/failed`: how many events have failed, by reason. With `?reason=…&after=ID`: those, a page at a time.
+/// `GET /api/failed`: how many events have failed, by reason. With `?reason=…&after=ID`: the failed events of that
+/// reason, one page at a time.
 pub(super) async fn failed(
     State(web): State<Arc<Web>>,
     which: Result<Query<OfReason>, QueryRejection>,
@@ -123,7 +125,7 @@ pub(super) async fn failed(
     Ok(Json(page).into_response())
 }
 
-/// `GET /api/failed/{id}`: an event whole, also one that has not failed, or not any more.
+/// `GET /api/failed/{id}`: an event with all its details, whether or not it has failed.
 pub(super) async fn event(
     State(web): State<Arc<Web>>,
     id: Result<Path<i64>, PathRejection>,
@@ -134,16 +136,16 @@ pub(super) async fn event(
     Ok(Json(event).into_response())
 }
 
-/// Which failed events a decision is about: exactly one of these.
+/// Which failed events to resolve. Exactly one of the fields is set.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Which {
     ids: Option<BTreeSet<i64>>,
     reason: Option<String>,
     all: Option<bool>,
-    /// Of a reason, or of all: only those that had failed by then. What fails meanwhile is not meant.
+    /// With a reason or `all`: only events that had failed by then, not those that fail meanwhile.
     failed_by: Option<Millis>,
-    /// Only those after this one.
+    /// Only events after this one.
     #[serde(default)]
     after: i64,
 }
@@ -159,7 +161,7 @@ impl Which {
                 Selection::By { reason, failed_by }
             }
             _ => {
-                let what = r#"exactly one of "ids", "reason" and "all": true is needed"#;
+                let what = r#"exactly one of "ids", "reason" and "all": true is required"#;
                 return Err(ApiError::ParseError(what.to_owned()));
             }
         };
@@ -167,7 +169,7 @@ impl Which {
     }
 }
 
-/// `POST /api/failed/retry`: lets failed events be tried again.
+/// `POST /api/failed/retry`: retries failed events.
 pub(super) async fn retry(
     State(web): State<Arc<Web>>,
     Extension(client): Extension<Client>,
@@ -176,7 +178,7 @@ pub(super) async fn retry(
     resolve(&web, client, which?.0, Resolution::Retry).await
 }
 
-/// `POST /api/failed/discard`: gives failed events up.
+/// `POST /api/failed/discard`: discards failed events.
 pub(super) async fn discard(
     State(web): State<Arc<Web>>,
     Extension(client): Extension<Client>,
@@ -194,7 +196,7 @@ pub(super) async fn undo(
     resolve(&web, client, which?.0, Resolution::Undo).await
 }
 
-/// Answers for how many it was done, and, where there is more to do than anybody waits for, after which it goes on.
+/// Answers with the number of events resolved and, if more are left, the event after which to continue.
 async fn resolve(web: &Web, client: Client, which: Which, resolution: Resolution) -> Answer {
     let who = Operator::Console(client.0);
     let (selection, mut after) = which.selection()?;
@@ -230,11 +232,11 @@ async fn resolve(web: &Web, client: Client, which: Which, resolution: Resolution
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Length {
-    /// Missing: until an operator resumes.
+    /// Absent: until an operator resumes.
     seconds: Option<u64>,
 }
 
-/// `POST /api/pause`: pauses deliveries, for so many seconds if that is said.
+/// `POST /api/pause`: pauses deliveries, for the given number of seconds if there is one.
 pub(super) async fn pause(
     State(web): State<Arc<Web>>,
     length: Result<Json<Length>, JsonRejection>,
@@ -250,7 +252,7 @@ pub(super) async fn pause(
         .journal
         .with(move |store| store.set_pause(pause));
     paused.await.map_err(ReadError::from)?;
-    // It begins now, not when the journal is next read.
+    // The pause begins now, not when the journal is next read.
     web.console.our_api.set_pause(Some(pause));
     web.forget_status().await;
     Ok(Json(json!({ "paused": pause })).into_response())
@@ -277,8 +279,8 @@ pub(super) struct Text {
     q: Option<String>,
 }
 
-/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's name or address; the latest
-/// ones for nothing. A number may also be the id of an event.
+/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's name or address; without a text, the
+/// latest. A number may also be the id of an event.
 pub(super) async fn search(
     State(web): State<Arc<Web>>,
     text: Result<Query<Text>, QueryRejection>,
@@ -299,7 +301,8 @@ pub(super) struct After {
     after: Option<i64>,
 }
 
-/// `GET /api/conversations/{key}?after=ID`: a conversation, by the journal's id of it, and its events, a page at a time.
+/// `GET /api/conversations/{key}?after=ID`: a conversation by its key in the journal, and its events, one page at a
+/// time.
 pub(super) async fn conversation(
     State(web): State<Arc<Web>>,
     key: Result<Path<i64>, PathRejection>,

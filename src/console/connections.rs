@@ -1,8 +1,8 @@
-//! Connections, so many at a time and each bounded: a client that says nothing, or says it slowly, or reads nothing, costs
-//! a few kilobytes for a while, and keeps nobody else out.
+//! Accepts a limited number of connections, each bounded: a client that sends nothing, sends slowly or reads nothing
+//! costs a few kilobytes for a while.
 //!
-//! When all places are taken, the connection that has been open for longest gives way, of those on which no request is being
-//! answered that has arrived whole: who says what he wants is answered, however many there are who do not.
+//! At the limit, the oldest connection without a complete request is closed, so that slow clients cannot starve active
+//! ones.
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,36 +23,36 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-/// How many connections there may be at once: a few browsers, a monitor.
+/// The maximum number of connections: enough for a few browsers and a monitor.
 pub(super) const MAX_CONNECTIONS: usize = 64;
 
-/// How long the head of a request may take, and so how long a connection may be idle.
+/// The time limit for the head of a request, and so for an idle connection.
 const HEAD: Duration = Duration::from_secs(15);
 
-/// How much a request's head may have.
+/// The maximum size of a request's head.
 const MAX_HEAD: usize = 16 << 10;
 
-/// How long to wait when the operating system has no more connections to give.
+/// How long to wait when the operating system has no more connections.
 const EXHAUSTED: Duration = Duration::from_secs(1);
 
-/// A connection, as seen from those who look for a place.
+/// A connection, as seen by the accept loop.
 struct Connection {
     task: AbortHandle,
     place: Place,
 }
 
-/// A connection, as seen from the requests on it.
+/// A connection, as seen by its requests.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Place {
-    /// How many of them have arrived and are not answered.
+    /// How many complete requests are not answered yet.
     answering: Arc<AtomicUsize>,
 }
 
 impl Place {
-    /// Keeps the connection from giving way until that is dropped.
-    pub(super) fn keep(&self) -> Kept {
+    /// Keeps the connection open at the limit, until the result is dropped.
+    pub(super) fn hold_open(&self) -> HeldOpen {
         self.answering.fetch_add(1, Ordering::Relaxed);
-        Kept(self.clone())
+        HeldOpen(self.clone())
     }
 
     fn may_give_way(&self) -> bool {
@@ -60,17 +60,17 @@ impl Place {
     }
 }
 
-/// See [`Place::keep`].
-pub(super) struct Kept(Place);
+/// See [`Place::hold_open`].
+pub(super) struct HeldOpen(Place);
 
-impl Drop for Kept {
+impl Drop for HeldOpen {
     fn drop(&mut self) {
         self.0.answering.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// Accepts connections and answers what is asked on them, until they are to close: then it cuts them, and has let go of
-/// all they used when it returns.
+/// Accepts connections and answers their requests until `closing` is cancelled. Then it closes all of them, and returns
+/// when their resources are released.
 pub(super) async fn accept(listener: TcpListener, router: Router, closing: CancellationToken) {
     let mut tasks = JoinSet::new();
     closing
@@ -124,17 +124,17 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// The two ends of a connection.
+/// Both addresses of a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ends {
-    /// The client's.
+    /// The client's address.
     pub(super) peer: SocketAddr,
-    /// This side's; `None`: the operating system does not know it any more.
+    /// The local address; `None`: the operating system no longer knows it.
     pub(super) local: Option<SocketAddr>,
 }
 
 async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place) {
-    // Where it cannot be set answers are merely slower.
+    // Without it, responses are only slower.
     stream.set_nodelay(true).ok();
     let local = stream.local_addr().ok();
     let router = TowerToHyperService::new(router);

@@ -1,13 +1,14 @@
-//! Who may ask: decided from a request's head alone, before anything is done about it.
+//! Access control, decided from a request's head before anything else is done.
 //!
-//! - DNS rebinding: a name that a stranger's page resolved to this address is not in `Host` here. Addresses and
-//!   `localhost` are nobody's to rebind; other names are those of `--console-host`.
-//! - Cross-site requests: what a browser says of itself (`Origin`, `Sec-Fetch-Site`) must be that the page is the console's
-//!   own, down to the port; and what changes something needs a header and a type that no page can send elsewhere without
-//!   asking first, which nobody answers.
-//! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are refused.
-//! - Other users of this machine: without a token they may read, and change nothing.
-//! - What comes back is nobody else's: nothing is framed, sniffed, stored, or run but the console's own script.
+//! - DNS rebinding: `Host` must not be a name that another site can point to this address. Addresses and `localhost`
+//!   cannot be rebound; other names are those of `--console-host`.
+//! - Cross-site requests: the browser's own headers (`Origin`, `Sec-Fetch-Site`) must name the console's page,
+//!   including the port. A request that changes something needs a header and a content type that other pages cannot
+//!   send without a preflight request, which is never granted.
+//! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are
+//!   refused.
+//! - Other users of this machine: without a token they can read and change nothing.
+//! - Responses cannot be framed, sniffed or stored, and only the console's own script runs.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -29,19 +30,19 @@ use super::login::Access;
 use super::{Web, error};
 use crate::user;
 
-/// What tells a request of the console from any other: `1`, or the key that a login gave.
+/// The header that only the console's requests have: `1`, or the key returned by a login.
 pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
 
-/// Where a session ends.
+/// The path that ends a session.
 pub(super) const LOGOUT: &str = "/api/logout";
 
-/// How long a request's body may take to arrive, and then its answer.
+/// The time limit for a request's body, and then for its response.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// How much a body may have: ids of some thousand events.
+/// The maximum size of a body: ids of some thousand events.
 const MAX_BODY: usize = 64 << 10;
 
-/// What a browser may do with an answer, whatever it is.
+/// Restrictions for browsers, sent with every response.
 const HEADERS: [(HeaderName, &str); 8] = [
     (
         header::CONTENT_SECURITY_POLICY,
@@ -66,10 +67,10 @@ const HEADERS: [(HeaderName, &str); 8] = [
     ),
 ];
 
-/// Why a request is not answered.
+/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub(crate) enum Rejection {
-    #[error("a request needs one Host header, and a target that begins with a slash")]
+    #[error("a request must have one Host header, and a target that begins with a slash")]
     Malformed,
     #[error(
         "the console does not know this host name; use its address, or add the name with --console-host"
@@ -77,13 +78,13 @@ pub(crate) enum Rejection {
     UnknownHost,
     #[error("requests from pages of other sites are refused")]
     CrossSite,
-    #[error("a request that changes something needs the header X-Bigchat-Sync")]
+    #[error("a request that changes something must have the header X-Bigchat-Sync")]
     NotOurs,
-    #[error("a body needs a Content-Length")]
+    #[error("a body must have a Content-Length")]
     NoLength,
     #[error("a body must be application/json")]
     NotJson,
-    #[error("a body must have at most {MAX_BODY} bytes")]
+    #[error("a body must be at most {MAX_BODY} bytes long")]
     TooLarge,
     #[error("a token is needed; log in, or send it as `Authorization: Bearer …`")]
     Unidentified,
@@ -132,7 +133,7 @@ impl IntoResponse for Rejection {
             Self::TooManyTries(seconds) => {
                 headers.insert(header::RETRY_AFTER, seconds.into());
             }
-            // What follows on the connection may be anything.
+            // The rest of the connection cannot be parsed reliably.
             Self::Malformed | Self::NoLength | Self::TooLarge => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
@@ -142,7 +143,7 @@ impl IntoResponse for Rejection {
     }
 }
 
-/// Refuses what must not be answered, and marks what is.
+/// Refuses requests that fail the checks, and adds the headers to responses.
 pub(super) async fn csrf_guard(
     State(web): State<Arc<Web>>,
     Extension(place): Extension<Place>,
@@ -157,7 +158,7 @@ pub(super) async fn csrf_guard(
             request.headers(),
         )?;
         let request = timeout(ANSWER, buffer_body(request)).await??;
-        let _kept = place.keep();
+        let _open = place.hold_open();
         Ok::<_, Rejection>(timeout(ANSWER, next.run(request)).await?)
     };
     let mut response = answer.await.unwrap_or_else(IntoResponse::into_response);
@@ -169,7 +170,7 @@ pub(super) async fn csrf_guard(
     response
 }
 
-/// The request, once all of it has arrived.
+/// The request with its complete body.
 async fn buffer_body(request: Request) -> Result<Request, Rejection> {
     let (head, body) = request.into_parts();
     if body
@@ -185,12 +186,12 @@ async fn buffer_body(request: Request) -> Result<Request, Rejection> {
     Ok(Request::from_parts(head, body.into()))
 }
 
-/// The client that changes something, in words: of a handler of such requests.
+/// The client of a request that changes something, for the record of resolutions.
 #[derive(Debug, Clone)]
 pub(super) struct Client(pub(super) String);
 
-/// Refuses who is not known. Where a token is set, that is who does not have it. Where none is, everybody on this machine
-/// may read, but only the daemon's own user and root may change anything.
+/// Refuses unknown clients. If a token is set, a client must have it. If none is set, every user of this machine may
+/// read, but only the daemon's own user and root may change anything.
 pub(super) async fn authenticate(
     State(web): State<Arc<Web>>,
     Extension(ends): Extension<Ends>,
@@ -199,7 +200,7 @@ pub(super) async fn authenticate(
 ) -> Response {
     let known = if web.login.is_needed() {
         let peer = ends.peer.ip();
-        // Signing out changes nothing but the client's own session.
+        // A logout changes only the client's own session.
         let changes = !reads(request.method()) && request.uri().path() != LOGOUT;
         match web.login.authenticate(peer, request.headers()) {
             Ok(Access::Read) if changes => Err(Rejection::ReadToken),
@@ -219,7 +220,7 @@ pub(super) async fn authenticate(
     }
 }
 
-/// The name of the user whose process asks, if that is one who may do whatever the daemon may.
+/// The name of the client process's user, if this user may do whatever the daemon may.
 async fn trusted(ends: Ends) -> Result<String, Rejection> {
     let owner = move || user::of_peer(ends.peer, ends.local?);
     let uid = spawn_blocking(owner).await.ok().flatten();
@@ -229,7 +230,7 @@ async fn trusted(ends: Ends) -> Result<String, Rejection> {
     }
 }
 
-/// Whether such a request changes nothing.
+/// Whether a request with this method only reads.
 fn reads(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD)
 }
@@ -255,7 +256,7 @@ fn allow(
     }
     match fetch(headers, "site")? {
         None | Some("same-origin" | "none") => {}
-        // A link to the console may stand anywhere.
+        // Another site may link to the console.
         Some(_)
             if reads
                 && fetch(headers, "mode")? == Some("navigate")
@@ -279,7 +280,7 @@ fn allow(
     }
 }
 
-/// The value of a header that must not be there twice.
+/// The value of a header that must not be repeated.
 fn single_header<'a>(
     headers: &'a HeaderMap,
     name: &HeaderName,
@@ -292,7 +293,7 @@ fn single_header<'a>(
     }
 }
 
-/// What the browser says of the page that asks.
+/// The value of a `Sec-Fetch` header.
 fn fetch<'a>(headers: &'a HeaderMap, what: &str) -> Result<Option<&'a str>, Rejection> {
     let name = match what {
         "site" => HeaderName::from_static("sec-fetch-site"),
@@ -302,7 +303,7 @@ fn fetch<'a>(headers: &'a HeaderMap, what: &str) -> Result<Option<&'a str>, Reje
     single_header(headers, &name)
 }
 
-/// Whether a `Host` is one that no stranger can have a browser send here.
+/// Whether a `Host` is a name that other sites cannot point to this machine.
 fn is_ours(host: &str, names: &[String]) -> bool {
     let (name, port) = match host.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
@@ -326,7 +327,7 @@ fn is_ours(host: &str, names: &[String]) -> bool {
         })
 }
 
-/// Whether an `Origin` is that of the console under this `Host`. Its scheme may be that of a proxy in front.
+/// Whether an `Origin` is the console's, given this `Host`. The scheme may be that of a proxy in front.
 fn is_of(origin: &str, host: &str) -> bool {
     ["http://", "https://"]
         .iter()
@@ -338,7 +339,7 @@ fn is_of(origin: &str, host: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// What becomes of a request with this head.
+    /// The result of the checks for a request with this head.
     fn ask(method: Method, target: &str, headers: &[(&str, &str)]) -> Result<(), Rejection> {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
@@ -349,8 +350,9 @@ mod tests {
         allow(&names, &method, &target.parse().expect("a target"), &map)
     }
 
+    /// Only host names that other sites cannot rebind are accepted.
     #[test]
-    fn only_names_that_nobody_can_rebind_are_answered_to() {
+    fn rebindable_host_is_refused() {
         for host in [
             "127.0.0.1:8268",
             "127.0.0.1",
@@ -390,8 +392,9 @@ mod tests {
         }
     }
 
+    /// A request that two servers may read differently is refused.
     #[test]
-    fn what_can_be_read_in_two_ways_is_refused() {
+    fn ambiguous_request_is_refused() {
         let host = ("host", "localhost");
         let length = ("transfer-encoding", "chunked");
         for (target, headers, refusal) in [
@@ -424,8 +427,9 @@ mod tests {
         }
     }
 
+    /// Other sites may link to the console, and nothing else.
     #[test]
-    fn other_pages_may_link_to_the_console_and_nothing_else() {
+    fn other_sites_may_only_link() {
         let host = ("host", "localhost:8268");
         let get = |headers: &[(&str, &str)]| ask(Method::GET, "/", &[&[host], headers].concat());
         assert_eq!(get(&[("sec-fetch-site", "same-origin")]), Ok(()));
@@ -465,8 +469,9 @@ mod tests {
         }
     }
 
+    /// A change needs a header and a content type that other pages cannot send.
     #[test]
-    fn what_changes_something_needs_what_no_other_page_can_send() {
+    fn changes_need_header_and_type() {
         let host = ("host", "localhost:8268");
         let origin = ("origin", "http://localhost:8268");
         let (ours, json) = (
@@ -522,7 +527,7 @@ mod tests {
         assert_eq!(
             ask(Method::OPTIONS, "/", &[host]),
             Err(Rejection::NotOurs),
-            "nobody is told that he may"
+            "a preflight request is never granted"
         );
     }
 }

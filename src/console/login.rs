@@ -1,9 +1,8 @@
-//! Who is known: by the token itself, or by a session that a login with it has begun.
+//! Authentication: by the token itself, or by a session that a login with the token has begun.
 //!
-//! A session is a cookie that no script can read, together with a key that only the console's own pages can: browsers
-//! send a host's cookies to all its ports, and to whoever else listens there. Neither is worth anything without the
-//! other. Sessions end with the daemon, and when the token
-//! is replaced.
+//! A session is a cookie that scripts cannot read, together with a key that only the console's own pages have. Both are
+//! required, because browsers send a host's cookies to all its ports, and so to other programs that listen there.
+//! Sessions end with the daemon, and when the token is replaced.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -24,22 +23,22 @@ use super::guard::{KEY, Rejection};
 use super::{Web, error};
 use crate::settings::Token;
 
-/// How many sessions there may be: the oldest gives way.
+/// The maximum number of sessions. Beyond it the oldest ends.
 const MAX_SESSIONS: usize = 32;
 
-/// How long a session lasts: a day's work.
+/// How long a session lasts: a working day.
 const SESSION: Duration = Duration::from_secs(12 * 3600);
 
-/// How many wrong tokens one network may send at once.
+/// How many wrong tokens one network may send in a burst.
 const TRIES: f64 = 10.0;
 
-/// How long it waits for each further one.
+/// The time after which a network may send one more.
 const TRY_EVERY: Duration = Duration::from_secs(6);
 
-/// Of how many networks it is known how often they tried; the others share what is left.
+/// For how many networks attempts are counted separately. All others share one count.
 const MAX_NETWORKS: usize = 1000;
 
-/// The token, who has shown it, and who has failed to.
+/// The tokens, the sessions, and the failed attempts.
 #[derive(Debug)]
 pub(super) struct Login {
     token: Token,
@@ -50,17 +49,17 @@ pub(super) struct Login {
     failures: AtomicU64,
 }
 
-/// What a token allows.
+/// The access that a token gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
     All,
     Read,
 }
 
-/// Its `Debug` shows no secret.
+/// `Debug` must not show a secret.
 struct Session {
     access: Access,
-    /// The token it began with: it ends with it.
+    /// The token of its login. The session ends with it.
     token: SecretString,
     cookie: String,
     key: String,
@@ -79,7 +78,7 @@ pub(super) struct Credentials {
     token: String,
 }
 
-/// Begins a session: the answer sets its cookie, and holds the key to be sent as `X-Bigchat-Sync` from then on.
+/// Begins a session: the response sets its cookie, and contains the key to send as `X-Bigchat-Sync`.
 pub(super) async fn login(
     State(web): State<Arc<Web>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
@@ -106,7 +105,7 @@ pub(super) async fn login(
     }
 }
 
-/// Ends the session.
+/// Ends the client's session.
 pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> Response {
     let login = &web.login;
     if !login.is_needed() {
@@ -118,7 +117,8 @@ pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> R
 }
 
 impl Login {
-    /// With the token that allows everything, and the one that allows to read; the port tells the cookies of several daemons on one host apart.
+    /// The first token gives full access, the second read access. The port distinguishes the cookies of several daemons
+    /// on one host.
     pub(super) fn new([token, read_token]: [Token; 2], port: u16) -> Self {
         Self {
             token,
@@ -135,12 +135,12 @@ impl Login {
         self.token.get().is_some()
     }
 
-    /// How many wrong tokens there were.
+    /// How many wrong tokens were sent.
     pub(super) fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// What the client of a request may do.
+    /// The access of a request's client.
     pub(super) fn authenticate(
         &self,
         peer: IpAddr,
@@ -177,13 +177,13 @@ impl Login {
             key: secret(),
             until: now + SESSION,
         };
-        let told = (session.cookie.clone(), session.key.clone());
+        let login = (session.cookie.clone(), session.key.clone());
         let mut sessions = self.sessions(now);
         if sessions.len() >= MAX_SESSIONS {
             sessions.remove(0);
         }
         sessions.push(session);
-        Ok(told)
+        Ok(login)
     }
 
     fn end(&self, headers: &HeaderMap) {
@@ -193,7 +193,7 @@ impl Login {
             .retain(|session| !cookies.iter().any(|cookie| session.is(cookie, key)));
     }
 
-    /// What a token allows. Too many wrong ones, and nobody of that network is told.
+    /// The access that a token gives. After too many wrong tokens, requests from that network are refused unchecked.
     fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<Access, Rejection> {
         let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
         tries.may_try(peer, now)?;
@@ -212,7 +212,7 @@ impl Login {
         }
     }
 
-    /// The sessions that last.
+    /// The sessions that have not ended.
     fn sessions(&self, now: Instant) -> MutexGuard<'_, Vec<Session>> {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         let (token, read_token) = (self.token.get(), self.read_token.get());
@@ -227,7 +227,7 @@ impl Login {
         sessions
     }
 
-    /// The cookies of our name: another port of the host may have set some too.
+    /// The cookies with our name. Another port of the host may have set some, too.
     fn cookies<'a>(&'a self, headers: &'a HeaderMap) -> impl Iterator<Item = &'a [u8]> {
         headers
             .get_all(header::COOKIE)
@@ -242,7 +242,7 @@ impl Login {
     fn set_cookie(&self, value: &str, lasts: Duration, headers: &HeaderMap) -> String {
         let name = &self.cookie;
         let seconds = lasts.as_secs();
-        // Behind a proxy only the browser itself tells how it is spoken to.
+        // Behind a proxy, only the browser's headers show whether it uses HTTPS.
         let secure = headers
             .get(header::ORIGIN)
             .is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
@@ -264,7 +264,7 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
 }
 
-/// What nobody guesses.
+/// A random secret.
 fn secret() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
@@ -318,7 +318,7 @@ impl Tries {
         self.networks.insert(network, credit);
     }
 
-    /// Who counts as one: whoever has one IPv6 address has as many as he likes.
+    /// The network of an address. For IPv6 it is the prefix, because a client has many addresses.
     fn network(&self, peer: IpAddr) -> IpAddr {
         const OTHERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
         let network = match peer.to_canonical() {
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_cookie_and_key_together_and_ends() {
+    fn session_needs_cookie_and_key() {
         let (login, now) = (login(), Instant::now());
         let (cookie, key) = login.begin(peer(1), TOKEN, now).expect("a session");
         let ask = |cookie: &str, key: &str| {
@@ -385,8 +385,9 @@ mod tests {
         );
     }
 
+    /// A session of the read token can only read.
     #[test]
-    fn session_reads_only_with_the_read_token() {
+    fn session_of_the_read_token() {
         let (login, now) = (login(), Instant::now());
         assert_eq!(
             login.check(peer(1), READ_TOKEN.as_bytes(), now),
@@ -407,8 +408,9 @@ mod tests {
         assert_eq!(login.sessions(now).len(), MAX_SESSIONS);
     }
 
+    /// Guessing is slowed down, and locks out no other network.
     #[test]
-    fn guessing_is_slowed_and_locks_nobody_else_out() {
+    fn guessing_slows_only_its_network() {
         let (login, now) = (login(), Instant::now());
         let wrong = |who, at| login.check(who, b"wrong", at);
         let right = |who, at| login.check(who, TOKEN.as_bytes(), at);
@@ -422,7 +424,7 @@ mod tests {
         assert_eq!(
             right(peer(1), now),
             Err(Rejection::TooManyTries(TRY_EVERY.as_secs())),
-            "else one would only have to ask on"
+            "a wrong token must use up an attempt"
         );
         assert_eq!(right(peer(2), now), Ok(Access::All));
         assert_eq!(right(peer(1), now + TRY_EVERY), Ok(Access::All));
@@ -437,11 +439,12 @@ mod tests {
         let refused = addresses
             .filter(|who| wrong(*who, now) != Err(Rejection::Unidentified))
             .count();
-        assert_eq!(refused, 10, "a network is one");
+        assert_eq!(refused, 10, "addresses of one network share a count");
     }
 
+    /// Attempts from everywhere share the count of the other networks.
     #[test]
-    fn those_who_try_from_everywhere_share_what_is_left() {
+    fn other_networks_share_a_count() {
         let (login, now) = (login(), Instant::now());
         let everybody = (0..2_000_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, n, 0, 0, 0, 1]));
         let refused = everybody
@@ -453,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cookie_is_for_this_console_only() {
+    fn cookie_is_bound_to_its_console() {
         let cookie = login().set_cookie("x", SESSION, &HeaderMap::new());
         assert_eq!(
             cookie,
@@ -465,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn no_secret_is_printed() {
+    fn debug_prints_no_secret() {
         let login = login();
         let (cookie, key) = login
             .begin(peer(1), TOKEN, Instant::now())

@@ -1,9 +1,8 @@
-//! The daemon over HTTP, for whoever runs it: probes and metrics for machines, a console for people.
+//! HTTP: probes and metrics for machines, and a console for people.
 //!
-//! It shows and it passes on resolutions; it decides nothing, and the daemon does its work whether it can listen or not.
-//! What it reads goes through a connection of its own to the database, never through the journal's thread, which the
-//! daemon needs. `guard` keeps strangers out: other machines, other users with the token missing, and web pages of
-//! others in the browser of somebody who may come in.
+//! The console shows state and passes on resolutions. The daemon works whether or not it can listen. Reads use their
+//! own connection to the database, not the journal's thread, which the daemon needs. `guard` refuses other machines,
+//! other users without the token, and web pages of other sites.
 
 mod api;
 mod connections;
@@ -38,48 +37,48 @@ use crate::status::Status;
 use crate::telemetry::liveness::Liveness;
 use login::Login;
 
-/// How long to wait before a port that was taken is tried again.
+/// How long to wait before a port in use is tried again.
 const TAKEN: Duration = Duration::from_secs(30);
 
-/// For how long a status is as good as a new one.
+/// How long a status may be reused.
 const FRESH: Duration = Duration::from_millis(500);
 
-/// What the console shows of the daemon, and whom it notifies.
+/// What the console shows of the daemon, and what it notifies.
 #[derive(Debug)]
 pub struct Console {
     pub settings: Settings,
     pub apis: Apis,
     pub our_api: Arc<OurApi>,
-    /// What changes something goes through the daemon's own connection.
+    /// Changes go through the daemon's own connection.
     pub journal: Arc<Journal>,
     pub storage: Arc<Storage>,
     pub metrics: Arc<Metrics>,
     pub liveness: Arc<Liveness>,
-    /// Notified of events to be delivered again.
+    /// Notified when events are to be delivered again.
     pub work_available: Arc<Notify>,
 }
 
-/// What the answers are made from.
+/// The state behind all responses.
 #[derive(Debug)]
 pub(crate) struct Web {
     pub(crate) console: Console,
-    /// By which names it may be asked, besides addresses and localhost.
+    /// The names accepted as `Host`, besides addresses and localhost.
     names: Vec<String>,
-    /// Without a token everybody on this machine may read, and the daemon's own user and root may do everything.
+    /// Without a token, every user of this machine may read, and the daemon's own user and root may do everything.
     login: Login,
-    /// Opened when it is first needed.
+    /// Opened by the first read.
     reader: OnceCell<Journal>,
     status: Mutex<Option<(Instant, Arc<Status>)>>,
 }
 
-/// Why something could not be read.
+/// Why a read failed.
 #[derive(Debug, Error)]
 pub(crate) enum ReadError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(transparent)]
     Journal(#[from] JournalError),
-    #[error("the operating system refuses: {0}")]
+    #[error("the operating system reports an error: {0}")]
     System(#[from] io::Error),
 }
 
@@ -90,13 +89,13 @@ impl IntoResponse for ReadError {
 }
 
 impl Web {
-    /// Reads from the database, in its latest state, and keeps nobody waiting who writes to it.
+    /// Reads from the latest state of the database, without blocking writers.
     pub(crate) async fn read<T: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut Store) -> Result<T, JournalError> + Send + 'static,
     ) -> Result<T, ReadError> {
         let reader = self.reader.get_or_try_init(|| self.open_reader()).await?;
-        // Who has gone waits for nothing: what they asked would be read after all, and keep others, and the stop, waiting.
+        // If the caller is gone when its turn comes, the read is skipped: it would only delay others and the stop.
         let asking = Arc::new(());
         let asked = Arc::downgrade(&asking);
         let read = reader.with(move |store| match asked.upgrade() {
@@ -114,9 +113,9 @@ impl Web {
         Ok(Journal::start(store.await.map_err(io::Error::other)??)?)
     }
 
-    /// How things stand; as of a moment ago, if somebody has just asked.
+    /// The status, perhaps a moment old.
     pub(crate) async fn status(&self) -> Result<Arc<Status>, ReadError> {
-        // Held meanwhile: who asks at the same time gets the same answer.
+        // The lock is held during the read, so that concurrent callers share one status.
         let mut status = self.status.lock().await;
         if let Some((at, status)) = &*status
             && at.elapsed() < FRESH
@@ -131,22 +130,22 @@ impl Web {
         Ok(read)
     }
 
-    /// Something has changed: whoever asks next gets a new status.
+    /// Makes the next caller get a new status.
     pub(crate) async fn forget_status(&self) {
         *self.status.lock().await = None;
     }
 }
 
-/// Where to listen.
+/// The listener, or where to open it.
 #[derive(Debug)]
 pub enum Listener {
-    /// There, as soon as nobody else does.
+    /// Open it there as soon as the port is free.
     At(SocketAddr),
-    /// Here already.
+    /// It is open already.
     Open(std::net::TcpListener),
 }
 
-/// Serves until it is to close. The first token allows everything, the second to read.
+/// Serves until `closing` is cancelled. The first token gives full access, the second read access.
 pub(crate) async fn serve(
     console: Console,
     listener: Listener,
@@ -159,7 +158,7 @@ pub(crate) async fn serve(
     let (listener, address) = match opened {
         Ok(opened) => opened,
         Err(error) => {
-            tracing::error!(reason = %error, "cannot listen: there is neither console nor metrics");
+            tracing::error!(reason = %error, "cannot listen; console and metrics are off");
             return;
         }
     };
@@ -186,7 +185,7 @@ async fn open(listener: Listener) -> io::Result<(TcpListener, SocketAddr)> {
     Ok((listener, address))
 }
 
-/// Listens at an address, once it can be had.
+/// Listens at an address as soon as that is possible.
 async fn bind(address: SocketAddr) -> TcpListener {
     let mut refused = false;
     loop {
@@ -196,7 +195,7 @@ async fn bind(address: SocketAddr) -> TcpListener {
                 if !std::mem::replace(&mut refused, true) {
                     tracing::error!(
                         %address, reason = %error,
-                        "cannot listen: the daemon works without console and metrics and tries again every {} s; {}",
+                        "cannot listen; the daemon works without console and metrics, and tries again every {} s; {}",
                         TAKEN.as_secs(), remedy(&error)
                     );
                 }
@@ -209,13 +208,13 @@ async fn bind(address: SocketAddr) -> TcpListener {
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "something else listens there, another bigchat-sync perhaps: end it, or set another address with --listen"
+            "another program listens there, perhaps another bigchat-sync; stop it, or set another address with --listen"
         }
         io::ErrorKind::AddrNotAvailable => {
-            "this machine has no such address: set another one with --listen"
+            "this machine has no such address; set another one with --listen"
         }
         io::ErrorKind::PermissionDenied => {
-            "this user may not: set a port from 1024 on with --listen"
+            "this user may not use that port; set a port from 1024 on with --listen"
         }
         _ => "set another address with --listen, or `off`",
     }
@@ -248,9 +247,12 @@ fn router(web: Arc<Web>) -> Router {
         ));
     for_all
         .merge(for_known)
-        .fallback(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") })
+        .fallback(|| async { error(StatusCode::NOT_FOUND, "this path does not exist") })
         .method_not_allowed_fallback(|| async {
-            error(StatusCode::METHOD_NOT_ALLOWED, "this cannot be done here")
+            error(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this path does not accept that method",
+            )
         })
         .layer(middleware::from_fn_with_state(
             Arc::clone(&web),
@@ -259,7 +261,7 @@ fn router(web: Arc<Web>) -> Router {
         .with_state(web)
 }
 
-/// An answer that says what is wrong.
+/// An error response with a message.
 pub(crate) fn error(status: StatusCode, what: &str) -> Response {
     (status, Json(json!({ "error": what }))).into_response()
 }
@@ -282,8 +284,9 @@ mod tests {
         Journal::start(Store::in_memory(connection, true).expect("a schema")).expect("a thread")
     }
 
+    /// A read whose caller is gone is skipped.
     #[tokio::test]
-    async fn what_nobody_waits_for_any_more_is_not_read() {
+    async fn abandoned_read_is_skipped() {
         let settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("good flags")
             .settings;
@@ -321,14 +324,14 @@ mod tests {
             status: Mutex::default(),
         };
         let (go_on, waits) = mpsc::channel::<()>();
-        let (tell, read) = mpsc::channel();
+        let (done, read) = mpsc::channel();
         let slow = web.read(move |_| {
             waits.recv().ok();
             Ok(())
         });
         let impatient = async {
-            let tell = tell.clone();
-            let asked = web.read(move |_| Ok(tell.send("what nobody waits for").ok()));
+            let done = done.clone();
+            let asked = web.read(move |_| Ok(done.send("an abandoned read").ok()));
             timeout(Duration::from_millis(1), asked)
                 .await
                 .expect_err("it has to wait");
@@ -336,7 +339,7 @@ mod tests {
         };
         let (slow, ()) = tokio::join!(slow, impatient);
         slow.expect("it is read");
-        let last = web.read(move |_| Ok(tell.send("the last one").ok())).await;
+        let last = web.read(move |_| Ok(done.send("the last one").ok())).await;
         last.expect("it is read");
         assert_eq!(read.try_iter().collect::<Vec<_>>(), ["the last one"]);
     }

@@ -1,4 +1,4 @@
-//! The console's page: everything it consists of is in the program.
+//! The console's page. All its files are part of the program.
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
@@ -15,7 +15,7 @@ macro_rules! file {
     };
 }
 
-/// What is served, and as what.
+/// The files, each with its content type.
 const FILES: [((&str, &str), &str); 15] = [
     (("/", include_str!("page/index.html")), HTML),
     (file!("console.css"), STYLE),
@@ -34,7 +34,7 @@ const FILES: [((&str, &str), &str); 15] = [
     (file!("talk.js"), SCRIPT),
 ];
 
-/// The page and its parts. They hold nothing of what the daemon knows: whoever asks may have them, and signs in there.
+/// The page and its files. They contain no data of the daemon, so they need no token; the login is on the page.
 pub(super) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES
         .iter()

@@ -1,4 +1,4 @@
-//! Probes and metrics, for machines. The probes need no token and tell no more than a service manager must know.
+//! Probes and metrics, for machines. The probes need no token, and reveal no more than a service manager needs.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +18,7 @@ use crate::version;
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Whether the process turns over. While it does there is no use in starting it again, whatever is down.
+/// Whether the process makes progress. While it does, a restart would not help, whatever is down.
 pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     match web.console.liveness.stuck(Instant::now()) {
         None => "ok\n".into_response(),
@@ -26,16 +26,19 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events get through: both APIs answer, by the daemon's own last exchanges, and the journal takes them. While
-/// deliveries are paused that is how an operator wants it: the daemon is ready, and the console stays within reach.
+/// Whether events are delivered: both APIs answered the daemon's latest requests, and the journal can be written. While
+/// deliveries are paused the daemon is ready, because an operator has paused them and the console must stay reachable.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let console = &web.console;
     let [bigchat, our_api] = Api::ALL.map(|api| console.apis.status(api).up);
     let paused = console.our_api.paused();
     let why = [
-        (bigchat.is_none(), "BigChat was not asked yet\n"),
+        (
+            bigchat.is_none(),
+            "no request to BigChat has completed yet\n",
+        ),
         (bigchat == Some(false), "BigChat is down\n"),
-        // It is asked only once there is something to deliver.
+        // No request is sent to OurAPI until there is something to deliver.
         (
             our_api == Some(false) && paused.is_none(),
             "OurAPI is down\n",
@@ -54,15 +57,15 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Everything there is to measure, in Prometheus' text format.
+/// All metrics, in Prometheus' text format.
 pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
-    // Without the journal there is still what this process knows, and that the journal is missing.
+    // Without the journal, the process's own metrics are still shown, and that the journal is missing.
     let status = web.status().await;
     let mut now = Now::default();
     of_daemon(&mut now, &web.console);
     now.gauge(
         "journal_readable",
-        "Whether the journal could be read for this: if not, what comes from it is missing here",
+        "Whether the journal could be read; if not, its metrics are missing",
         f64::from(u8::from(status.is_ok())),
     );
     if web.login.is_needed() {
@@ -81,19 +84,19 @@ pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// What the daemon knows itself.
+/// The metrics of the process itself.
 fn of_daemon(now: &mut Now, console: &Console) {
     let apis = Api::ALL.map(|api| (api.name(), console.apis.status(api)));
     now.gauges(
         "api_up",
-        "Whether an API answers, by the daemon's own exchanges with it; missing until it was asked",
+        "Whether the API answers, according to the daemon's own requests; missing before the first",
         "api",
         apis.iter()
             .filter_map(|(name, api)| Some((*name, flag(api.up?)))),
     );
     now.gauges(
         "breaker_open",
-        "Whether an API counts as down, so that one request at a time tells when it is back",
+        "Whether the API's circuit breaker is open, so that one request at a time probes it",
         "api",
         apis.iter()
             .map(|(name, api)| (*name, flag(api.up == Some(false)))),
@@ -104,8 +107,8 @@ fn of_daemon(now: &mut Now, console: &Console) {
         until.since(at).as_secs_f64()
     };
     now.gauges(
-        "api_throttle_remaining_seconds",
-        "For how much longer an API has asked to be left alone",
+        "rate_limit_remaining_seconds",
+        "Remaining time of the API's rate limit",
         "api",
         [
             (Api::BigChat.name(), left(&console.apis.bigchat)),
@@ -115,31 +118,31 @@ fn of_daemon(now: &mut Now, console: &Console) {
     let paused = console.our_api.paused();
     now.gauge(
         "paused",
-        "Whether an operator has paused deliveries",
+        "Whether deliveries are paused by an operator",
         flag(paused.is_some()),
     );
     if let Some(until) = paused.and_then(|pause| pause.until) {
         now.gauge(
             "paused_until_timestamp_seconds",
-            "When the pause ends; missing without a pause, and if only an operator ends it",
+            "When the pause ends; missing without a pause, and if it lasts until an operator resumes",
             until.0 as f64 / 1e3,
         );
     }
     if let Some(waited) = console.our_api.lock_waited() {
         now.seconds(
             "our_api_lock_wait",
-            "For how long requests to OurAPI have waited for --our-api-lock, all together; missing without a lock",
+            "Total time that requests to OurAPI have waited for --our-api-lock; missing without a lock",
             waited,
         );
     }
     now.gauge(
         "journal_writable",
-        "Whether the journal took what the daemon last had for it",
+        "Whether the daemon's latest write to the journal succeeded",
         flag(!console.storage.refuses()),
     );
     now.gauge(
         "stuck",
-        "Whether polling or delivery does not turn over any more, as opposed to waiting for somebody",
+        "Whether polling or delivery has stopped making progress; not while it waits for an API or the disk",
         flag(console.liveness.stuck(Instant::now()).is_some()),
     );
     let build = [
@@ -149,12 +152,12 @@ fn of_daemon(now: &mut Now, console: &Console) {
     ];
     now.info(
         "build_info",
-        "Which version this is, and of which commit if the build said so; always 1",
+        "The version, and the commit and its date if they were known to the build; always 1",
         build,
     );
 }
 
-/// What the journal tells. Times are seconds since 1970 by this machine's clock, as everywhere in Prometheus.
+/// The metrics from the journal. Times are seconds since 1970 by this machine's clock, as usual in Prometheus.
 fn of_journal(now: &mut Now, status: &Status) {
     let Status {
         figures, database, ..
@@ -162,31 +165,31 @@ fn of_journal(now: &mut Now, status: &Status) {
     if let Some(at) = figures.polled_at {
         now.gauge(
             "last_poll_timestamp_seconds",
-            "When BigChat was last read to the end of what was asked for",
+            "When a poll last read its window to the end",
             at.0 as f64 / 1e3,
         );
     }
     if let Some(behind) = figures.behind_s {
         now.gauge(
             "behind_seconds",
-            "How far BigChat was not read yet, by its own clock",
+            "How far the cursor is behind BigChat's clock",
             behind as f64,
         );
     }
     if let Some(at) = figures.cursor_moved_at {
         now.gauge(
             "cursor_moved_timestamp_seconds",
-            "When the time up to which BigChat was read last changed",
+            "When the cursor last changed",
             at.0 as f64 / 1e3,
         );
     }
-    // Its clock's time is the cursor, and as much as that is behind.
+    // BigChat's clock shows the cursor plus the distance.
     if let (Some(cursor), Some(behind), Some(newest)) =
         (figures.cursor_at, figures.behind_s, figures.newest_event_at)
     {
         now.gauge(
             "newest_event_age_seconds",
-            "How long ago the newest event happened that BigChat has told, by its own clock",
+            "Age of the newest event received, by BigChat's clock",
             (cursor.unix() + behind - newest.unix()).max(0) as f64,
         );
     }
@@ -198,7 +201,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     let oldest = figures.oldest_waiting.as_ref();
     now.gauge(
         "oldest_waiting_age_seconds",
-        "For how long the oldest of these has waited; 0 if none does",
+        "Age of the oldest waiting event; 0 if there is none",
         oldest.map_or(0.0, |oldest| status.now.since(oldest.since).as_secs_f64()),
     );
     now.gauge(
@@ -208,17 +211,17 @@ fn of_journal(now: &mut Now, status: &Status) {
     );
     now.gauge(
         "rebuilding_chats",
-        "Chats that are still to be compared with the journal",
+        "Chats still to be verified after a loss or a request",
         figures.rebuilding as f64,
     );
     now.gauge(
         "drifted_chats",
-        "Chats with fields that another client has changed in OurAPI; they stay so",
+        "Chats with fields that another client has changed in OurAPI; they are not overwritten",
         figures.drifted as f64,
     );
     now.gauge(
         "incomplete_chats",
-        "Chats that OurAPI has lost, whole or in part, and that were not restored",
+        "Chats that OurAPI has lost completely or in part, and that were not restored",
         figures.incomplete as f64,
     );
     if let Some(pass) = &figures.verification {
@@ -235,17 +238,17 @@ fn of_journal(now: &mut Now, status: &Status) {
     }
     now.counter(
         "our_api_losses",
-        "How often OurAPI was found to have lost something",
+        "Times OurAPI was found to have lost data",
         figures.losses,
     );
     now.counter(
         "bigchat_restarts",
-        "How often BigChat was found to have restarted",
+        "Times BigChat was found to have restarted",
         figures.restarts,
     );
     now.gauge(
         "database_size_bytes",
-        "How large the database is, with its write-ahead log",
+        "Size of the database, including its write-ahead log",
         database.size_bytes as f64,
     );
 }

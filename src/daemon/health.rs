@@ -1,7 +1,7 @@
-//! Whether the two APIs are up, as the daemon's own exchanges with them tell: nobody asks them for that.
+//! Whether the two APIs are up, according to the daemon's own exchanges with them.
 //!
-//! The daemon says so here when it notices; what is here is kept in the journal by [`keep`], for whoever asks how things
-//! stand, whether the daemon runs or not.
+//! The daemon records it here, and [`record`] stores it in the journal, where commands and the console can read it even
+//! while no daemon runs.
 
 use std::time::Duration;
 
@@ -12,15 +12,16 @@ use super::parts::Parts;
 use crate::domain::time::Millis;
 use crate::http::{Api, ApiStatus};
 
-/// How often it is looked whether there is something to keep.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often to check for a change.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// How often it is kept when an API was last asked, as long as nothing else changes.
-const KEPT_EVERY: Duration = Duration::from_secs(10);
+/// How often to store the time of an API's latest exchange while nothing else changes.
+const STORE_EVERY: Duration = Duration::from_secs(10);
 
-/// Takes over how both APIs were when the last session ended.
+/// Restores the state of both APIs from the end of the last session.
 ///
-/// What was down is not known to be down where nothing will ask it, or where something else is asked now.
+/// An API that was down then is taken as down only if the base URL is the same and a request will be made soon; else
+/// its state is not known.
 async fn recall(parts: &Parts) {
     for api in Api::ALL {
         let here = parts.apis.of(api).base().to_string();
@@ -37,15 +38,15 @@ async fn recall(parts: &Parts) {
             store.forget_api(api.name())?;
             Ok(ApiStatus::default())
         });
-        // A disk that refuses is told of by those who cannot work without it.
+        // Polling and delivery report a disk that refuses.
         if let Ok(status) = recalled.await {
             parts.apis.of(api).recall(&status);
         }
     }
 }
 
-/// Keeps how both APIs are, whenever that changes, until `work` is done.
-pub(super) async fn keep<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
+/// Stores the state of both APIs whenever it changes, until `work` is done.
+pub(super) async fn record<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
     recall(parts).await;
     let done = CancellationToken::new();
     let work = async {
@@ -53,25 +54,28 @@ pub(super) async fn keep<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
         done.cancel();
         outcome
     };
-    let (outcome, ()) = tokio::join!(work, keep_until(parts, &done));
+    let (outcome, ()) = tokio::join!(work, record_until(parts, &done));
     outcome
 }
 
-async fn keep_until(parts: &Parts, done: &CancellationToken) {
-    let mut kept = Api::ALL.map(|_| ApiStatus::default());
+async fn record_until(parts: &Parts, done: &CancellationToken) {
+    let mut stored = Api::ALL.map(|_| ApiStatus::default());
     loop {
         let last = done.is_cancelled();
         let now = Api::ALL.map(|api| parts.apis.status(api));
-        let news = now.iter().zip(&kept).any(|(now, kept)| !is_as(now, kept));
+        let news = now
+            .iter()
+            .zip(&stored)
+            .any(|(now, stored)| !is_stored(now, stored));
         if news || last {
-            // Both at once: where the journal refuses, nobody waits for that twice.
+            // Both in one operation, so that a journal that refuses is waited for only once.
             let names = Api::ALL.map(Api::name);
-            let to_note: Vec<_> = names.into_iter().zip(now.clone()).collect();
-            let noted = parts
+            let found: Vec<_> = names.into_iter().zip(now.clone()).collect();
+            let recorded = parts
                 .journal
-                .with(move |store| store.record_api_status(&to_note));
-            if noted.await.is_ok() {
-                kept = now;
+                .with(move |store| store.record_api_status(&found));
+            if recorded.await.is_ok() {
+                stored = now;
             }
         }
         if last {
@@ -79,14 +83,14 @@ async fn keep_until(parts: &Parts, done: &CancellationToken) {
         }
         tokio::select! {
             () = done.cancelled() => {}
-            () = sleep(LOOK) => {}
+            () = sleep(CHECK_EVERY) => {}
         }
     }
 }
 
-/// Whether nothing is worth keeping that was not kept.
-fn is_as(api: &ApiStatus, kept: &ApiStatus) -> bool {
+/// Whether the stored state is recent enough.
+fn is_stored(api: &ApiStatus, stored: &ApiStatus) -> bool {
     let recent = |at: Option<Millis>| at.unwrap_or_default();
-    (api.up, &api.problem) == (kept.up, &kept.problem)
-        && recent(api.asked_at).since(recent(kept.asked_at)) < KEPT_EVERY
+    (api.up, &api.problem) == (stored.up, &stored.problem)
+        && recent(api.asked_at).since(recent(stored.asked_at)) < STORE_EVERY
 }

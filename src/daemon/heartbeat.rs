@@ -18,10 +18,10 @@ use crate::journal::Figures;
 use crate::settings::{Token, heartbeat_url};
 use crate::status::{self, Problem};
 
-/// What such services expect by default is one a minute.
+/// The default interval of such services.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// How long a request may take, and the journal before it counts as a problem.
+/// The time limit for a request. A journal that does not answer within it counts as a problem.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A heartbeat that keeps failing is logged once an hour.
@@ -29,7 +29,7 @@ const LOGGED_EVERY: u32 = 60;
 
 /// Sends heartbeats.
 pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
-    // Before the first poll the journal is as the last session left it.
+    // Before the first poll the journal has only the state of the last session.
     tokio::select! {
         () = parts.caught_up.cancelled() => {}
         () = sleep(EVERY) => {}
@@ -37,21 +37,21 @@ pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
     let (mut sender, mut beats) = (Sender::default(), beats());
     loop {
         beats.tick().await;
-        // The file that holds it may have been read again.
+        // The token file may have been read again.
         if let Some(url) = url.get().and_then(|url| heartbeat_url(&url)) {
             sender.send(&url, &problems(parts).await).await;
         }
     }
 }
 
-/// One at once, and then one a minute, however long each takes.
+/// The first is due at once, then one a minute, however long each takes.
 fn beats() -> Interval {
     let mut beats = interval(EVERY);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     beats
 }
 
-/// What is wrong, as `status` says it; empty: nothing.
+/// The problems as `status` reports them; empty if there are none.
 async fn problems(parts: &Parts) -> String {
     if let Some(stuck) = parts.liveness.stuck(Instant::now()) {
         return stuck.to_owned();
@@ -72,7 +72,7 @@ async fn problems(parts: &Parts) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Without what an API answered: it may quote a customer, and this leaves the machine.
+/// Removes what the APIs answered: it may quote a customer, and a heartbeat leaves the machine.
 fn without_responses(mut figures: Figures) -> Figures {
     let head = |reason: &mut Option<String>| {
         if let Some(reason) = reason
@@ -91,7 +91,7 @@ fn without_responses(mut figures: Figures) -> Figures {
 
 #[derive(Debug, Default)]
 struct Sender {
-    /// In a row.
+    /// Consecutive failures.
     failures: u32,
 }
 
@@ -116,7 +116,7 @@ impl Sender {
 
 /// Sends one heartbeat. An error does not name the URL, which is a secret.
 async fn send(url: &Url, problems: &str) -> Result<(), String> {
-    // A client takes memory that is needed once a minute.
+    // Each heartbeat has a new client, because an idle one would take memory for a minute.
     let client = http::client(url.scheme() != "http", TIMEOUT).map_err(http::cause)?;
     let request = match problems {
         "" => client.get(url.clone()),
@@ -135,7 +135,7 @@ async fn send(url: &Url, problems: &str) -> Result<(), String> {
     }
 }
 
-/// Where a failure is reported: `/fail` below the URL, before its query.
+/// The URL to report problems to: `/fail` below the URL, before its query.
 fn fail(url: &Url) -> Url {
     let mut fail = url.clone();
     if let Ok(mut segments) = fail.path_segments_mut() {

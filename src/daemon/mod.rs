@@ -34,46 +34,47 @@ use crate::telemetry::liveness::Liveness;
 use crate::telemetry::terminal::{Terminal, shown};
 use crate::version;
 
-/// How long delivery waits for the first poll. An answer takes some ms; what does not come soon may not come at all.
+/// How long delivery waits for the first poll. BigChat usually answers within milliseconds; a slow response may never
+/// come.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why the daemon did not start, or did not stop well.
+/// Why the daemon did not start, or why it stopped with an error.
 #[derive(Debug, Error)]
 pub enum DaemonError {
     /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses.
+    /// The database refuses an operation.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The HTTP client cannot be made.
     #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
     Client(#[from] reqwest::Error),
-    /// The operating system refuses something the daemon cannot do without: a thread, a signal handler.
-    #[error("the operating system refuses: {0}")]
+    /// The operating system refuses a thread or a signal handler.
+    #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
-    /// The daemon was stopped while the disk refused what BigChat had told.
+    /// The daemon was stopped while the disk refused events that BigChat had reported.
     #[error(
-        "stopped while the database could not be written: {0} events that BigChat told are lost"
+        "stopped while the database could not be written: {0} events that BigChat reported are lost"
     )]
     Unstored(usize),
-    /// The database was deleted or replaced under the daemon, and what waits in it goes with it.
+    /// The database was deleted or replaced while the daemon ran. The events waiting in it are lost.
     #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
     Replaced(u64),
     /// `once` could not read BigChat up to now.
     #[error(
-        "BigChat was not read up to now; the log says why, and the next run goes on from there"
+        "BigChat was not read up to the present; the log has the reason, and the next run continues from there"
     )]
     Unread,
     /// `once` left events undelivered.
     #[error(
-        "{0} events are not delivered yet; the log says why, and the next run goes on with them"
+        "{0} events are not delivered yet; the log has the reason, and the next run continues with them"
     )]
     Undelivered(u64),
 }
 
 impl DaemonError {
-    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    /// Whether waiting may help: a full disk, or a database that another process has locked.
     fn is_transient(&self) -> bool {
         match self {
             Self::Open(error) => error.is_transient(),
@@ -83,8 +84,8 @@ impl DaemonError {
     }
 }
 
-/// Polls and delivers until `stopping` is cancelled; then lets what is in flight end, for at most 8 s, and keeps what
-/// came of it, within 1 s.
+/// Polls and delivers until `stopping` is cancelled. Then it waits for requests in flight, for at most 8 s, and stores
+/// their results within 1 s.
 pub async fn run(
     settings: Settings,
     tokens: impl Into<LiveTokens>,
@@ -98,7 +99,7 @@ pub async fn run(
     run_at(listener, settings, tokens, observers, stopping).await
 }
 
-/// The same, answering at that door, whatever the settings say of it.
+/// The same, with the given listener instead of the one in the settings.
 pub async fn run_at(
     listener: Option<Listener>,
     settings: Settings,
@@ -113,7 +114,7 @@ pub async fn run_at(
     let Some(parts) = observers.manager.during_start(starting).await? else {
         return Ok(());
     };
-    // Whoever asks is answered until the daemon has stopped; dropped, it ends too.
+    // The console answers until the daemon has stopped. Dropping the set ends it.
     let (mut web, closing) = (JoinSet::new(), CancellationToken::new());
     if let Some(listener) = listener {
         web.spawn(console::serve(
@@ -123,26 +124,27 @@ pub async fn run_at(
             closing.clone(),
         ));
     }
-    // Boxed: whatever takes a future by value holds it twice.
+    // Boxed, because each function that takes a future by value stores it a second time.
     let work = Box::pin(observers.watch(&parts, serve(&parts)));
-    let work = beside(heartbeat::run(&parts, heartbeat_url), work);
-    let served = health::keep(&parts, work).await;
+    let work = alongside(heartbeat::run(&parts, heartbeat_url), work);
+    let served = health::record(&parts, work).await;
     closing.cancel();
     web.join_all().await;
     served
 }
 
-/// Who watches the daemon, besides those who read its log: nobody, unless it is all that the process does.
+/// The observers of the daemon besides readers of its log. There are none, unless the daemon is all that the process
+/// runs.
 #[derive(Debug, Clone, Default)]
 pub struct Observers {
-    /// Whoever looks at the terminal.
+    /// The terminal, if it is interactive.
     pub terminal: Option<Terminal>,
-    /// What has started the process.
+    /// The service manager that started the process.
     pub manager: SystemdNotifier,
 }
 
 impl Observers {
-    /// Those of this process.
+    /// The observers of this process.
     pub fn of_process(terminal: Terminal) -> Self {
         Self {
             terminal: Some(terminal),
@@ -150,7 +152,7 @@ impl Observers {
         }
     }
 
-    /// Shows all of them how the daemon fares, until `work` is done.
+    /// Shows the daemon's progress to all observers until `work` is done.
     async fn watch(
         &self,
         parts: &Parts,
@@ -163,39 +165,36 @@ impl Observers {
                 progress::show(parts, self.terminal.as_ref()),
                 self.manager.run_watchdog(
                     || parts.liveness.stuck(Instant::now()),
-                    || summary::sentence(parts),
+                    || summary::message(parts),
                     &parts.stopping
                 ),
             );
             never
         };
-        let done = beside(watching, work).await;
-        summary.tell(parts).await;
+        let done = alongside(watching, work).await;
+        summary.log(parts).await;
         if done.is_ok() {
-            tracing::info!("stopped; nothing is forgotten");
+            tracing::info!("stopped; everything is committed");
         }
         done
     }
 }
 
-/// Runs something for as long as `work` takes.
-async fn beside<T>(
-    something: impl Future<Output = Infallible>,
-    work: impl Future<Output = T>,
-) -> T {
+/// Runs `other` for as long as `work` takes.
+async fn alongside<T>(other: impl Future<Output = Infallible>, work: impl Future<Output = T>) -> T {
     tokio::select! {
         biased;
         done = work => done,
-        never = something => match never {},
+        never = other => match never {},
     }
 }
 
-/// The daemon between its start and its end.
+/// Runs the started daemon until it stops.
 pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
-    beside(pause::watch(parts), poll_and_deliver(parts)).await
+    alongside(pause::watch(parts), poll_and_deliver(parts)).await
 }
 
-/// The same without looking for pauses.
+/// The same without checking for pauses.
 pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     let mut poller = parts.poller();
     let polling = until_stopped(parts, poller.run());
@@ -211,11 +210,12 @@ pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     stopped(parts, &poller).await
 }
 
-/// Polls once, as far as now, and delivers what is due; nothing while deliveries are paused, which is no failure.
+/// Polls once, up to the present, and delivers what is due. While deliveries are paused it delivers nothing, which is
+/// no error.
 ///
 /// # Errors
 ///
-/// Also where that came to nothing or not to its end: nobody else tells whoever has started it.
+/// Also if the poll or a delivery did not complete: cron sees only the exit code.
 pub async fn once(
     settings: Settings,
     tokens: impl Into<LiveTokens>,
@@ -245,37 +245,37 @@ pub async fn once(
         }
     };
     let work = Box::pin(observers.watch(&parts, work));
-    let work = beside(pause::watch(&parts), work);
-    health::keep(&parts, work).await
+    let work = alongside(pause::watch(&parts), work);
+    health::record(&parts, work).await
 }
 
-/// Polls nothing: verifies chats where that is requested and, unless `only_look`, delivers what is due, until `stopping`
-/// is cancelled.
+/// Does not poll. Verifies the chats for which that is requested and, unless `verifications_only`, delivers what is
+/// due, until `stopping` is cancelled.
 ///
 /// # Errors
 ///
-/// [`OpenError::InUse`] where a daemon runs: it does so itself.
+/// [`OpenError::InUse`] if a daemon runs, because the daemon does this itself.
 pub async fn verify(
     settings: Settings,
     tokens: LiveTokens,
     stopping: CancellationToken,
-    only_look: bool,
+    verifications_only: bool,
 ) -> Result<(), DaemonError> {
     let parts = start(settings, tokens, stopping).await?;
     let work = async {
-        let scope = if only_look {
+        let scope = if verifications_only {
             Scope::Verifications
         } else {
             Scope::Requested
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::keep(&parts, beside(pause::watch(&parts), Box::pin(work))).await;
+    health::record(&parts, alongside(pause::watch(&parts), Box::pin(work))).await;
     Ok(())
 }
 
-/// Waits until BigChat was read up to now, within a bound. The database may be an older copy: what waits in it of a chat
-/// is delivered together with what happened since, and sets nothing back.
+/// Waits until BigChat was read up to the present, within a bound. The database may be an older copy. Its waiting
+/// changes of a chat are then merged with later ones, so that none sets the chat back.
 async fn caught_up(parts: &Parts) {
     tokio::select! {
         () = parts.caught_up.cancelled() => {}
@@ -284,7 +284,7 @@ async fn caught_up(parts: &Parts) {
     }
 }
 
-/// Lets polling go on until it ends by itself; once the daemon is to stop, only for so long. `None`: it did not end.
+/// Lets polling end. Once the daemon is to stop, it waits for a limited time only. `None`: polling did not end.
 async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Option<T> {
     let last_poll = async {
         parts.stopping.cancelled().await;
@@ -299,8 +299,8 @@ async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Op
     }
 }
 
-/// Starts; a disk that is full or a database that is locked is waited for, as at any other time. `None`: the daemon was
-/// stopped meanwhile.
+/// Starts the daemon. While the disk is full or the database is locked, it waits and tries again. `None`: the daemon
+/// was stopped meanwhile.
 async fn start_when_possible(
     settings: Settings,
     tokens: LiveTokens,
@@ -311,7 +311,7 @@ async fn start_when_possible(
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
             Err(error) if error.is_transient() => {
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::error!(reason = %error, "the database cannot be used yet: the daemon starts when it can");
+                    tracing::error!(reason = %error, "the database cannot be used yet; the daemon starts when it can");
                 }
             }
             started => return started.map(Some),
@@ -338,7 +338,7 @@ async fn start(
     begin(settings, tokens, journal, bigchat, our_api, stopping).await
 }
 
-/// Begins a session over a journal and what carries requests to the two APIs.
+/// Begins a session with a journal and the transports of the two APIs.
 pub(crate) async fn begin(
     settings: Settings,
     tokens: LiveTokens,
@@ -363,9 +363,9 @@ pub(crate) async fn begin(
     );
     if !session.after_clean_end {
         tracing::warn!(
-            "the last session did not end cleanly; what waits is verified before it is sent"
+            "the last session did not end cleanly; waiting events are verified before they are sent"
         );
-        // A request may still be in flight, and OurAPI may take only one at a time.
+        // A request of the last session may still be in flight, and OurAPI may accept only one at a time.
         our_api.hold_until(Millis::now().plus(settings.request_timeout));
     }
     bigchat.hold_until(session.rate_limits.bigchat);
@@ -383,7 +383,7 @@ pub(crate) async fn begin(
         Lock::new(path, timeout, stopping)
     });
     let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
-    our_api.restore_timed_out(session.rate_limits.late);
+    our_api.restore_timed_out(session.rate_limits.timed_out_until);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     Ok(Parts {

@@ -1,4 +1,4 @@
-//! The parts of the daemon, and what polling, delivery and the console get of them.
+//! The parts of the daemon, and those that polling, delivery and the console receive.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::poller::{Poller, Signals};
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 
-/// See the [module](self). Only the daemon itself has all of them.
+/// Only the daemon has all of them; see the [module](self).
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(super) settings: Settings,
@@ -29,9 +29,9 @@ pub(crate) struct Parts {
     pub(super) metrics: Arc<Metrics>,
     pub(crate) liveness: Arc<Liveness>,
     pub(super) work_available: Arc<Notify>,
-    /// Cancelled when BigChat was read up to now for the first time, or could not be.
+    /// Cancelled when the first poll up to the present has ended, successfully or not.
     pub(super) caught_up: CancellationToken,
-    /// Cancelled when the daemon is to stop: no further request is begun.
+    /// Cancelled when the daemon is to stop. From then on no request is begun.
     pub(super) stopping: CancellationToken,
 }
 

@@ -1,4 +1,4 @@
-//! Heeding a pause: the journal says whether deliveries are paused, and commands and the console write it there.
+//! Watches for pauses: commands and the console record them in the journal.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::journal::Store;
 
-/// How often the journal is read: a pause begins within a second.
+/// How often to read the journal. A pause takes effect within a second.
 const CHECK_EVERY: Duration = Duration::from_millis(500);
 
-/// Obeys pauses.
+/// Applies pauses and their ends.
 pub(super) async fn watch(parts: &Parts) -> Infallible {
     let mut known = None;
     loop {
@@ -26,7 +26,7 @@ pub(super) async fn watch(parts: &Parts) -> Infallible {
             if let (Some(over), None) = (stored, paused) {
                 let now = Millis::now();
                 let ended = parts.journal.with(move |store| store.end_pause(over, now));
-                // It is tried again.
+                // A failure is retried in the next round.
                 ended.await.ok();
             }
         }

@@ -1,7 +1,6 @@
-//! Catching up after a downtime or an outage, as it is seen: bars on a terminal, a line of the log now and then anywhere
-//! else.
+//! Progress of catching up after downtime or an outage: bars on a terminal, else a line in the log from time to time.
 //!
-//! What BigChat has not told yet is taken to be as much for each hour as what it told so far.
+//! The estimate assumes that BigChat has as many events an hour for the unread time as for the time already read.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,66 +13,66 @@ use crate::journal::{JournalError, Store};
 use crate::telemetry::pace::{Rate, RateEstimate, in_words};
 use crate::telemetry::terminal::{Terminal, styled};
 
-/// How often it is looked whether there is much to be caught up with, and how far that is.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often to check whether the daemon is far behind, and how far.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// How often a bar moves.
+/// How often a bar is drawn.
 const FRAME: Duration = Duration::from_millis(200);
 
-/// How often there is a line where no bar can be seen.
+/// How often a line is logged if there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Who is so far behind BigChat has been down. (Twice the interval at which it is asked, where that is longer.)
+/// A larger distance means downtime. (Twice the poll interval, if that is longer.)
 const BEHIND: Duration = Duration::from_secs(60);
 
-/// So many events that wait take some seconds.
+/// So many waiting events take several seconds.
 const MANY: u32 = 1000;
 
-/// So few are as good as none.
+/// So few waiting events end the display.
 const FEW: u64 = 100;
 
-/// How often all that waits is counted.
+/// How often all waiting events are counted.
 const COUNT_EVERY: Duration = Duration::from_secs(10);
 
-/// What a bar shows.
+/// The format of a bar.
 const BAR: &str = "  {prefix:<10}{wide_bar:.cyan/dim}  {msg:<40}";
 
-/// Where it stands at one moment.
+/// Progress at one moment.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct Snapshot {
     at: Instant,
-    /// How much of the past is still to be read.
+    /// The time still to be read.
     unread: Duration,
-    /// Events told since the daemon started.
-    told: u64,
+    /// Events received since the daemon started.
+    received: u64,
     /// Events delivered or failed since the daemon started.
     settled: u64,
-    /// Events that wait.
+    /// Waiting events.
     waiting: u64,
 }
 
-/// The way from where it began.
+/// Progress since the display began.
 #[derive(Debug)]
 struct Course {
-    began: Look,
-    /// The longest there was to be read.
+    began: Snapshot,
+    /// The longest time that was left to read.
     to_read: Duration,
     pace: RateEstimate,
 }
 
-/// What there is to be seen.
+/// The figures to show.
 #[derive(Debug, PartialEq)]
 struct View {
     read: Duration,
     to_read: Duration,
     delivered: u64,
-    /// Events that wait, and those that can be expected of what is not read yet.
+    /// Waiting events, and those expected in the unread time.
     left: u64,
     rate: Rate,
 }
 
 impl Course {
-    fn new(began: Look) -> Self {
+    fn new(began: Snapshot) -> Self {
         Self {
             began,
             to_read: began.unread,
@@ -81,28 +80,29 @@ impl Course {
         }
     }
 
-    fn now(&mut self, look: Look) -> View {
-        self.to_read = self.to_read.max(look.unread);
-        let read = self.to_read - look.unread;
-        let told = look.told - self.began.told;
-        let untold = match (read.as_secs_f64(), look.unread.as_secs_f64()) {
+    fn now(&mut self, snapshot: Snapshot) -> View {
+        self.to_read = self.to_read.max(snapshot.unread);
+        let read = self.to_read - snapshot.unread;
+        let received = snapshot.received - self.began.received;
+        let unread_events = match (read.as_secs_f64(), snapshot.unread.as_secs_f64()) {
             (_, 0.0) => Some(0),
             (0.0, _) => None,
-            (read, unread) => Some((told as f64 * unread / read) as u64),
+            (read, unread) => Some((received as f64 * unread / read) as u64),
         };
-        let left = untold.map(|untold| look.waiting + untold);
+        let left = unread_events.map(|unread_events| snapshot.waiting + unread_events);
         View {
             read,
             to_read: self.to_read,
-            delivered: look.settled - self.began.settled,
-            left: left.unwrap_or(look.waiting),
-            rate: self.pace.now(look.at, look.settled, left),
+            delivered: snapshot.settled - self.began.settled,
+            left: left.unwrap_or(snapshot.waiting),
+            rate: self.pace.now(snapshot.at, snapshot.settled, left),
         }
     }
 }
 
 impl View {
-    /// Whether less is to be done than before. It is not in an outage, nor where more is told than can be delivered.
+    /// Whether less is left than before. That is not so in an outage, nor while events are received faster than
+    /// delivered.
     fn is_further_than(&self, before: &Self) -> bool {
         self.left < before.left || self.unread() < before.unread()
     }
@@ -126,18 +126,18 @@ impl View {
     }
 }
 
-/// Shows it whenever there is much to be caught up with.
+/// Shows the progress whenever the daemon is far behind.
 pub(super) async fn show(parts: &Parts, terminal: Option<&Terminal>) -> Infallible {
     loop {
-        // A journal that refuses is told of by those who cannot work without it.
+        // Polling and delivery report a journal that refuses.
         if let Ok(true) = is_far_behind(parts).await {
             catch_up(parts, terminal).await.ok();
         }
-        sleep(LOOK).await;
+        sleep(CHECK_EVERY).await;
     }
 }
 
-/// Shows it until little is left.
+/// Shows the progress until little is left.
 async fn catch_up(parts: &Parts, terminal: Option<&Terminal>) -> Result<(), JournalError> {
     let mut watch = Watch::new(parts).await?;
     let began = watch.counted;
@@ -148,23 +148,23 @@ async fn catch_up(parts: &Parts, terminal: Option<&Terminal>) -> Result<(), Jour
     };
     loop {
         sleep(shown.interval()).await;
-        let look = watch.look().await?;
-        let view = course.now(look);
-        if look.unread.is_zero() && look.waiting < FEW {
+        let snapshot = watch.snapshot().await?;
+        let view = course.now(snapshot);
+        if snapshot.unread.is_zero() && snapshot.waiting < FEW {
             if !matches!(shown, Shown::Lines(None, _)) {
                 tracing::info!(
                     delivered = view.delivered,
-                    seconds = (look.at - began.at).as_secs(),
+                    seconds = (snapshot.at - began.at).as_secs(),
                     "caught up"
                 );
             }
             return Ok(());
         }
-        shown.show(view, look.at);
+        shown.show(view, snapshot.at);
     }
 }
 
-/// How it is seen: bars, or the last line and when it was due.
+/// The display: bars, or the last line logged and when it was due.
 enum Shown {
     Bars(Bars),
     Lines(Option<View>, Instant),
@@ -174,7 +174,7 @@ impl Shown {
     fn interval(&self) -> Duration {
         match self {
             Self::Bars(_) => FRAME,
-            Self::Lines(..) => LOOK,
+            Self::Lines(..) => CHECK_EVERY,
         }
     }
 
@@ -200,14 +200,15 @@ impl Shown {
     }
 }
 
-/// Two bars, as long as there is something to show.
+/// Two bars, shown as long as each has something to show.
 struct Bars([ProgressBar; 3]);
 
 impl Bars {
     fn new(picture: &MultiProgress) -> Self {
         let add = |bar: ProgressBar| picture.add(bar);
         Self([
-            // A ^C that somebody types pushes the picture up by a line, which then stays: an empty one.
+            // A ^C typed by the user pushes the bars up by one line, which stays on the screen. The first bar is empty,
+            // so that the line is.
             add(styled(" ")),
             add(styled(BAR).with_prefix("read")),
             add(styled(BAR).with_prefix("delivered")),
@@ -244,9 +245,9 @@ async fn is_far_behind(parts: &Parts) -> Result<bool, JournalError> {
     Ok(parts.journal.with(waiting).await? >= u64::from(MANY))
 }
 
-/// How much of the past is still to be read, beyond what is so between two polls.
+/// How much of the past is still to be read, beyond the normal distance between two polls.
 async fn unread(parts: &Parts) -> Result<Duration, JournalError> {
-    let cursor = parts.journal.with(|store| store.source()).await?.cursor;
+    let cursor = parts.journal.with(|store| store.poll_state()).await?.cursor;
     let seconds = match (parts.source.clock().now(), cursor) {
         (Some(now), Some(cursor)) => u64::try_from(now.unix() - cursor.unix()).unwrap_or(0),
         _ => 0,
@@ -260,11 +261,11 @@ async fn unread(parts: &Parts) -> Result<Duration, JournalError> {
     })
 }
 
-/// Looks where it stands, without having the journal count all that waits each time.
+/// Takes snapshots without having the journal count all waiting events each time.
 struct Watch<'a> {
     parts: &'a Parts,
-    /// When all was counted last.
-    counted: Look,
+    /// The snapshot of the latest full count.
+    counted: Snapshot,
 }
 
 impl<'a> Watch<'a> {
@@ -273,38 +274,39 @@ impl<'a> Watch<'a> {
         Ok(Self { parts, counted })
     }
 
-    async fn look(&mut self) -> Result<Look, JournalError> {
+    async fn snapshot(&mut self) -> Result<Snapshot, JournalError> {
         let counters = self.parts.metrics.counters();
-        let (told, settled) = (counters.told.get(), counters.settled());
-        let Look {
-            told: told_before,
+        let (received, settled) = (counters.received.get(), counters.settled());
+        let Snapshot {
+            received: received_before,
             settled: settled_before,
             waiting,
             at,
             ..
         } = self.counted;
-        let waiting = (waiting + (told - told_before)).saturating_sub(settled - settled_before);
+        let waiting =
+            (waiting + (received - received_before)).saturating_sub(settled - settled_before);
         if waiting < FEW || at.elapsed() >= COUNT_EVERY {
             self.counted = count(self.parts).await?;
             return Ok(self.counted);
         }
-        Ok(Look {
+        Ok(Snapshot {
             at: Instant::now(),
             unread: unread(self.parts).await?,
-            told,
+            received,
             settled,
             waiting,
         })
     }
 }
 
-async fn count(parts: &Parts) -> Result<Look, JournalError> {
+async fn count(parts: &Parts) -> Result<Snapshot, JournalError> {
     let unread = unread(parts).await?;
     let waiting = parts.journal.with(|store| store.waiting()).await?;
-    Ok(Look {
+    Ok(Snapshot {
         at: Instant::now(),
         unread,
-        told: parts.metrics.counters().told.get(),
+        received: parts.metrics.counters().received.get(),
         settled: parts.metrics.counters().settled(),
         waiting,
     })
@@ -314,37 +316,38 @@ async fn count(parts: &Parts) -> Result<Look, JournalError> {
 mod tests {
     use super::*;
 
+    /// Unread time is assumed to have as many events as time already read.
     #[test]
-    fn what_is_not_read_yet_is_taken_to_be_like_what_is() {
-        let start = Look {
+    fn estimate_of_unread_events() {
+        let start = Snapshot {
             at: Instant::now(),
             unread: Duration::from_secs(4000),
-            told: 10,
+            received: 10,
             settled: 5,
             waiting: 7,
         };
         let mut course = Course::new(start);
         let at = |seconds| start.at + Duration::from_secs(seconds);
-        let view = course.now(Look {
+        let view = course.now(Snapshot {
             at: at(1),
             settled: 6,
             ..start
         });
         assert_eq!(view.delivering(), "1 of about 8, 1.0/s, - left");
-        let view = course.now(Look {
+        let view = course.now(Snapshot {
             at: at(2),
             unread: Duration::from_secs(3000),
-            told: 110,
+            received: 110,
             settled: 25,
             waiting: 87,
         });
         assert_eq!(view.reading(), "16m 40s of 1h 6m 40s");
         assert_eq!(view.left, 87 + 300);
         assert_eq!(view.delivering(), "20 of about 407, 10/s, 39s left");
-        let view = course.now(Look {
+        let view = course.now(Snapshot {
             at: at(60),
             unread: Duration::ZERO,
-            told: 410,
+            received: 410,
             settled: 25,
             waiting: 387,
         });
@@ -352,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_due_only_for_what_goes_on() {
+    fn line_is_due_while_progress_lasts() {
         let view = |read, left| View {
             read: Duration::from_secs(read),
             to_read: Duration::from_secs(100),
@@ -368,7 +371,7 @@ mod tests {
         assert!(!view(100, 50).is_further_than(&view(100, 50)), "an outage");
         assert!(
             !view(100, 60).is_further_than(&view(100, 50)),
-            "more is told than is delivered"
+            "more is received than delivered"
         );
     }
 }

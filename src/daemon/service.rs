@@ -1,7 +1,8 @@
-//! The service manager: systemd, which is told when the daemon is ready, how it fares, and that it is not stuck.
+//! The service manager: systemd, which is notified when the daemon is ready, how it is doing, and that it is not stuck.
 //!
-//! Where none has started the process (no `NOTIFY_SOCKET`), nobody is told. The watchdog is fed only while nothing is
-//! stuck: fed no more, systemd ends the process and starts another, which finds everything in the journal.
+//! Nothing is sent if no service manager started the process (no `NOTIFY_SOCKET`). The watchdog is notified only while
+//! nothing is stuck. Without notifications systemd kills the process and starts another, which continues from the
+//! journal.
 
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
@@ -19,10 +20,10 @@ use sd_notify::NotifyState;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-/// How often it is told how the daemon fares.
+/// How often the status is sent.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
 
-/// How much longer the start may take each time: until a disk has room, a database is free, or a large one is upgraded.
+/// By how much the start is extended each time, while a disk is full, a database is locked or a large one is upgraded.
 const EXTENSION: Duration = Duration::from_secs(30);
 
 type Notify = dyn Fn(&[NotifyState<'_>]) -> io::Result<()> + Send + Sync;
@@ -45,7 +46,7 @@ impl fmt::Debug for SystemdNotifier {
 }
 
 impl SystemdNotifier {
-    /// The one that has started this process.
+    /// The service manager that started this process.
     pub fn detect() -> Self {
         match std::env::var_os("NOTIFY_SOCKET") {
             Some(socket) => Self::new(sd_notify::watchdog_enabled(), move |states| {
@@ -66,7 +67,7 @@ impl SystemdNotifier {
         })))
     }
 
-    /// Waits for the start, however long it takes, and tells that it is over: the daemon works from now on.
+    /// Waits for the start, however long it takes, and notifies the service manager that the daemon is ready.
     pub async fn during_start<T, E>(
         &self,
         start: impl Future<Output = Result<Option<T>, E>>,
@@ -74,7 +75,7 @@ impl SystemdNotifier {
         let more_time = async {
             loop {
                 let micros = u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX);
-                self.tell(&[NotifyState::ExtendTimeoutUsec(micros)]);
+                self.notify(&[NotifyState::ExtendTimeoutUsec(micros)]);
                 sleep(EXTENSION / 3).await;
             }
         };
@@ -84,12 +85,13 @@ impl SystemdNotifier {
             () = more_time => None,
         };
         if started.is_some() {
-            self.tell(&[NotifyState::Ready]);
+            self.notify(&[NotifyState::Ready]);
         }
         Ok(started)
     }
 
-    /// Tells how the daemon fares, as long as nothing is `stuck`, and once when it is to stop.
+    /// Sends the status and the watchdog's notification as long as nothing is `stuck`, and notifies once when the
+    /// daemon is to stop.
     pub async fn run_watchdog<F>(
         &self,
         stuck: impl Fn() -> Option<&'static str>,
@@ -110,11 +112,11 @@ impl SystemdNotifier {
             loop {
                 let what = stuck();
                 match what {
-                    None => self.tell(&[NotifyState::Watchdog]),
+                    None => self.notify(&[NotifyState::Watchdog]),
                     Some(what) if !was_stuck => {
                         tracing::error!(
                             reason = what,
-                            "stuck; unless that passes, the service manager ends this process and starts another"
+                            "the daemon is stuck; unless it recovers, the service manager restarts it"
                         );
                     }
                     Some(_) => {}
@@ -125,7 +127,7 @@ impl SystemdNotifier {
         };
         let log_at = async {
             loop {
-                self.tell(&[NotifyState::Status(&status().await)]);
+                self.notify(&[NotifyState::Status(&status().await)]);
                 sleep(STATUS_EVERY).await;
             }
         };
@@ -134,22 +136,22 @@ impl SystemdNotifier {
             (never, ()) = both => match never {},
             () = stopping.cancelled() => {}
         }
-        self.tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
+        self.notify(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
         std::future::pending().await
     }
 
-    fn tell(&self, states: &[NotifyState<'_>]) {
+    fn notify(&self, states: &[NotifyState<'_>]) {
         let Some(present) = &self.0 else { return };
         if let Err(error) = (present.notify)(states)
             && !present.unheard.swap(true, Ordering::Relaxed)
         {
-            tracing::warn!(reason = %error, "the service manager cannot be told anything");
+            tracing::warn!(reason = %error, "the service manager cannot be notified");
         }
     }
 }
 
-/// Sends states to the service manager's socket, unless it would have to wait: the daemon's work does not stop when the
-/// service manager does.
+/// Sends states to the service manager's socket. Never blocks: the daemon's work must not depend on the service
+/// manager.
 fn send(socket: &OsStr, states: &[NotifyState<'_>]) -> io::Result<()> {
     let address = match socket.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
@@ -162,7 +164,8 @@ fn send(socket: &OsStr, states: &[NotifyState<'_>]) -> io::Result<()> {
     Ok(())
 }
 
-/// The environment, where a file with a token that systemd hands over (`LoadCredential=`) counts as if a variable named it.
+/// A variable of the environment. A token file that systemd hands over (`LoadCredential=`) counts as if a variable
+/// named it.
 pub fn variable(name: &str) -> Option<OsString> {
     let value = std::env::var_os(name);
     if value.is_some() {
@@ -184,26 +187,27 @@ mod tests {
 
     use super::*;
 
-    /// A service manager, and what it was told.
+    /// A service manager, and the notifications sent to it.
     fn manager(watchdog: Option<Duration>) -> (SystemdNotifier, Arc<Mutex<Vec<String>>>) {
-        let told = Arc::<Mutex<Vec<String>>>::default();
-        let log_at = Arc::clone(&told);
+        let sent = Arc::<Mutex<Vec<String>>>::default();
+        let log_at = Arc::clone(&sent);
         let manager = SystemdNotifier::new(watchdog, move |states| {
-            let mut told = log_at.lock().expect("no panic");
-            told.extend(states.iter().map(ToString::to_string));
+            let mut sent = log_at.lock().expect("no panic");
+            sent.extend(states.iter().map(ToString::to_string));
             Ok(())
         });
-        (manager, told)
+        (manager, sent)
     }
 
+    /// The watchdog is notified only while nothing is stuck.
     #[tokio::test(start_paused = true)]
-    async fn the_watchdog_is_fed_only_while_nothing_is_stuck() {
-        let (manager, told) = manager(Some(Duration::from_secs(60)));
+    async fn watchdog_stops_while_stuck() {
+        let (manager, sent) = manager(Some(Duration::from_secs(60)));
         let stuck = AtomicBool::new(false);
         let stopping = CancellationToken::new();
         let fed = || {
-            let told = told.lock().expect("no panic");
-            told.iter().filter(|told| *told == "WATCHDOG=1").count()
+            let sent = sent.lock().expect("no panic");
+            sent.iter().filter(|sent| *sent == "WATCHDOG=1").count()
         };
         let attending = manager.run_watchdog(
             || stuck.load(Ordering::Relaxed).then_some("delivery"),
@@ -222,35 +226,36 @@ mod tests {
             assert!(fed() > well, "it may come loose in time");
             stopping.cancel();
             sleep(Duration::from_secs(1)).await;
-            let last = told.lock().expect("no panic").len();
+            let last = sent.lock().expect("no panic").len();
             sleep(Duration::from_secs(60)).await;
-            assert_eq!(told.lock().expect("no panic").len(), last);
+            assert_eq!(sent.lock().expect("no panic").len(), last);
         };
         tokio::select! {
             never = attending => match never {},
             () = course => {}
         }
-        let told = told.lock().expect("no panic");
-        assert_eq!(told[told.len() - 2..], ["STOPPING=1", "STATUS=stopping"]);
+        let sent = sent.lock().expect("no panic");
+        assert_eq!(sent[sent.len() - 2..], ["STOPPING=1", "STATUS=stopping"]);
     }
 
+    /// A long start is extended again and again.
     #[tokio::test(start_paused = true)]
-    async fn a_long_start_is_given_time_over_and_over() {
-        let (manager, told) = manager(None);
+    async fn long_start_is_extended() {
+        let (manager, sent) = manager(None);
         let start = async {
             sleep(Duration::from_secs(3600)).await;
             Ok::<_, Infallible>(Some(()))
         };
         let Ok(started) = manager.during_start(start).await;
         assert_eq!(started, Some(()));
-        let told = told.lock().expect("no panic");
-        let (extensions, ready) = told.split_at(told.len() - 1);
+        let sent = sent.lock().expect("no panic");
+        let (extensions, ready) = sent.split_at(sent.len() - 1);
         assert_eq!(ready, ["READY=1"]);
         assert!(extensions.len() > 120, "before the last one ends");
         assert!(
             extensions
                 .iter()
-                .all(|told| told == "EXTEND_TIMEOUT_USEC=30000000")
+                .all(|sent| sent == "EXTEND_TIMEOUT_USEC=30000000")
         );
     }
 }

@@ -1,6 +1,7 @@
-//! What the daemon has done so far, counted, and the line in the log that sums it up now and then.
+//! The counts of what the daemon has done, and the summary that is logged from time to time.
 //!
-//! It stands in place of a line for each poll and each event: when all is well and nothing happens, there is none.
+//! The summary replaces a line for each poll and each event. While the daemon is healthy and
+//! idle, none is logged.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -13,14 +14,14 @@ use crate::journal::Store;
 use crate::metrics::Counters;
 use crate::telemetry::log;
 
-/// So many events that wait or have failed are counted, and no more: nobody waits for the count.
+/// Waiting and failed events are counted up to this limit, so that the count is quick.
 const COUNTED: u32 = 100_000;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Counts {
     polls: u64,
     polls_failed: u64,
-    told: u64,
+    received: u64,
     delivered: u64,
     attempts_failed: u64,
     failed: u64,
@@ -31,7 +32,7 @@ impl Counts {
         Self {
             polls: counters.polls.get(),
             polls_failed: counters.polls_failed.get(),
-            told: counters.told.get(),
+            received: counters.received.get(),
             delivered: counters.delivered.get(),
             attempts_failed: counters.attempts_failed.get(),
             failed: counters.failed.get(),
@@ -42,28 +43,28 @@ impl Counts {
         Self {
             polls: self.polls - before.polls,
             polls_failed: self.polls_failed - before.polls_failed,
-            told: self.told - before.told,
+            received: self.received - before.received,
             delivered: self.delivered - before.delivered,
             attempts_failed: self.attempts_failed - before.attempts_failed,
             failed: self.failed - before.failed,
         }
     }
 
-    /// A poll that brought nothing is not worth a line.
+    /// A poll without new events is not logged.
     fn something_happened(&self) -> bool {
         let Self {
             polls: _,
             polls_failed,
-            told,
+            received,
             delivered,
             attempts_failed,
             failed,
         } = self;
-        polls_failed + told + delivered + attempts_failed + failed > 0
+        polls_failed + received + delivered + attempts_failed + failed > 0
     }
 }
 
-/// Sums up what was done since it last did.
+/// Logs the counts since its previous line.
 #[derive(Debug)]
 pub(super) struct Summary {
     before: Counts,
@@ -71,7 +72,7 @@ pub(super) struct Summary {
 }
 
 impl Summary {
-    /// From now on.
+    /// Counts from now on.
     pub(super) fn begin() -> Self {
         Self {
             before: Counts::default(),
@@ -79,16 +80,16 @@ impl Summary {
         }
     }
 
-    /// Logs it every so often.
+    /// Logs a summary at a fixed interval.
     pub(super) async fn run(&mut self, parts: &Parts) -> Infallible {
         loop {
             sleep(parts.settings.log_summary).await;
-            self.tell(parts).await;
+            self.log(parts).await;
         }
     }
 
-    /// Logs it, if there is anything to say.
-    pub(super) async fn tell(&mut self, parts: &Parts) {
+    /// Logs a summary, unless there is nothing to report.
+    pub(super) async fn log(&mut self, parts: &Parts) {
         let left_out = log::report_left_out();
         let counts = Counts::of(parts.metrics.counters());
         let done = counts.since(&self.before);
@@ -106,7 +107,7 @@ impl Summary {
             seconds = rounded(period),
             polls = done.polls,
             polls_failed = done.polls_failed,
-            told = done.told,
+            received = done.received,
             delivered = done.delivered,
             attempts_failed = done.attempts_failed,
             failed = done.failed,
@@ -120,15 +121,15 @@ impl Summary {
     }
 }
 
-/// How the daemon fares, in a sentence.
-pub(super) async fn sentence(parts: &Parts) -> String {
+/// The state of the daemon in one sentence.
+pub(super) async fn message(parts: &Parts) -> String {
     let paused = parts.our_api.paused();
     let mut text = paused.map_or_else(String::new, |pause| format!("deliveries are {pause}; "));
     text += &format!(
-        "BigChat is {}, OurAPI is {}; {} told and {} delivered since the start",
+        "BigChat is {}, OurAPI is {}; {} received and {} delivered since the start",
         state(parts, Api::BigChat),
         state(parts, Api::OurApi),
-        parts.metrics.counters().told.get(),
+        parts.metrics.counters().received.get(),
         parts.metrics.counters().delivered.get(),
     );
     if let Some(Queue { waiting, failed }) = queue(parts).await {
@@ -151,7 +152,7 @@ struct Queue {
     failed: u64,
 }
 
-/// What waits and what has failed, up to so many; `None`: the journal does not tell.
+/// Waiting and failed events, counted up to the limit; `None`: the journal does not answer.
 async fn queue(parts: &Parts) -> Option<Queue> {
     let count = |store: &mut Store| {
         Ok(Queue {

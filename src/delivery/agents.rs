@@ -236,7 +236,7 @@ impl Agents {
             Some(email) => {
                 !self.exists(agent, &email).await? && !self.our_api.has_agent(agent).await?
             }
-            // It is not known whose it is: that of a chat that was taken over.
+            // The chat was adopted, and its agent is not one of ours.
             None => false,
         };
         let mut verified = self.verified();
@@ -245,7 +245,7 @@ impl Agents {
         Ok(gone)
     }
 
-    /// Whether OurAPI has an agent, whoever's it is. After each loss it is asked once.
+    /// Whether OurAPI has an agent, created by any client. Requested once after each loss.
     pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         if let Some(is_there) = self.asked().get(&agent) {

@@ -75,7 +75,7 @@ impl AttemptError {
         matches!(self, Self::Read(_) | Self::Write(_))
     }
 
-    /// A request was not even made. The event is as it was.
+    /// No request was made. The event is unchanged.
     pub(super) fn is_withheld(&self) -> bool {
         matches!(self, Self::Read(error) | Self::Write(error) if error.kind == ErrorKind::Withheld)
     }

@@ -84,8 +84,8 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or adopts the existing one. If only events tell when it started, the start that was
-/// intended first is used again: the chat may have been created with it already, and nothing else identifies it.
+/// Creates the chat with these fields, or adopts the existing one. If only events show when it started, the first
+/// intended start is used again: the chat may have been created with it already, and nothing else identifies it.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,

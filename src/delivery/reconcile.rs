@@ -12,7 +12,7 @@ use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
-use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, Unsure};
+use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, UnknownFields};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
     Claim, Effect, Missing, Observation, VerificationResult, Verify, VerifyMode, Work,
@@ -32,7 +32,7 @@ pub(super) struct Reconciled {
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
     pub(super) observation: Observation,
-    /// A chat was taken over, and its messages could not be read.
+    /// A chat was adopted, and its messages could not be read.
     pub(super) is_unread: bool,
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
@@ -110,7 +110,7 @@ enum Needed {
 }
 
 /// Whether a waiting message may have been delivered.
-pub(super) fn is_in_doubt(worker: &Worker, event: &Pending) -> bool {
+pub(super) fn is_outcome_unknown(worker: &Worker, event: &Pending) -> bool {
     event.payload.kind().is_message()
         && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
 }
@@ -139,18 +139,18 @@ impl Reconciled {
     /// Whether the journal's record of the chat may be wrong.
     fn is_stale(&self, worker: &Worker) -> bool {
         self.conversation.observed.chat.is_some()
-            && (self.claim.is_in_doubt || self.claim.is_lost || self.is_replayed(worker))
+            && (self.claim.became_stale || self.claim.is_lost || self.is_replayed(worker))
     }
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        // Where the messages cannot be read, the fields were.
-        let is_in_doubt = |event: &Pending| {
+        // If the messages cannot be read, the fields were.
+        let is_replayed = |event: &Pending| {
             worker.may_be_delivered(event.id)
                 && (event.payload.kind().is_message()
                     || !worker.is_unreadable(self.conversation.id))
         };
-        !self.claim.is_read && self.events.iter().any(is_in_doubt)
+        !self.claim.is_read && self.events.iter().any(is_replayed)
     }
 
     async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
@@ -158,7 +158,7 @@ impl Reconciled {
         let failed = |error| Stopped::at(first, error);
         let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
             if self.events.is_empty() && !worker.settings.rebuild.restores() {
-                // Nothing needs it. It is forgotten once an event does.
+                // Nothing needs the chat. It is forgotten once an event does.
                 return self.stays_lost();
             }
             return self
@@ -166,9 +166,9 @@ impl Reconciled {
                 .await
                 .map_err(failed);
         };
-        let unsure = self.unsure(worker);
-        let drift = self.merge(worker, &found, unsure).await.map_err(failed)?;
-        // Else it is known.
+        let unknown = self.unknown_fields(worker);
+        let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
+        // A drift that was known before was reported then.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
         }
@@ -188,8 +188,8 @@ impl Reconciled {
 
     /// The fields that may have been written although the journal does not record it: those named by events of unknown
     /// outcome, or which a newer copy of the journal may have delivered. Changes are written together.
-    fn unsure(&self, worker: &Worker) -> Unsure {
-        let is_unsure = |event: &&Pending| {
+    fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
+        let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
                 || self.is_replayed(worker) && worker.may_be_delivered(event.id)
         };
@@ -198,18 +198,18 @@ impl Reconciled {
                 .iter()
                 .filter(|event| !event.payload.kind().is_message())
         };
-        if !self.claim.is_in_doubt || self.events.iter().any(|event| is_unsure(&event)) {
+        if !self.claim.became_stale || self.events.iter().any(|event| is_unknown(&event)) {
             if changes().any(|event| event.attempts.outcome_unknown) {
-                return Unsure::named_by(changes());
+                return UnknownFields::changed_by(changes());
             }
-            return Unsure::named_by(changes().filter(is_unsure));
+            return UnknownFields::changed_by(changes().filter(is_unknown));
         }
         // It is unknown which fields were being written.
-        Unsure::ALL
+        UnknownFields::ALL
     }
 
-    /// After a loss, the agent that the chat names may be gone. It is resolved again, and written if it is another one now.
-    /// One that still exists stays, whoever named it.
+    /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
+    /// that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
@@ -238,15 +238,15 @@ impl Reconciled {
         &mut self,
         worker: &Worker,
         found: &our_api::Chat,
-        unsure: Unsure,
+        unknown: UnknownFields,
     ) -> Result<Drift, AttemptError> {
         let Conversation {
             epoch, observed, ..
         } = &mut self.conversation;
-        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unsure.agent));
-        let mut drift = observed.merge(&found.fields(), unsure);
-        // Once it was read, another client's agent is the one that is remembered.
-        drift.agent |= self.claim.drift.agent && !unsure.agent;
+        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
+        let mut drift = observed.merge(&found.fields(), unknown);
+        // Once it was read, another client's agent is the recorded one.
+        drift.agent |= self.claim.drift.agent && !unknown.agent;
         if drift.agent {
             // It may have been changed back.
             drift.agent = match advisor {
@@ -272,7 +272,7 @@ impl Reconciled {
         }
     }
 
-    /// OurAPI has lost the chat, and nothing is done about it.
+    /// OurAPI has lost the chat, and it is not restored.
     fn stays_lost(&mut self) -> Result<(), Stopped> {
         let missing = Missing {
             chat: true,
@@ -294,7 +294,7 @@ impl Reconciled {
                     .chat
                     .map(tracing::field::display::<Uuid>),
                 %missing,
-                "OurAPI has lost a chat or a part of it; it stays so, since --rebuild does not restore it"
+                "OurAPI has lost a chat or a part of it; it is not restored, because of --rebuild"
             );
         }
     }
@@ -329,7 +329,7 @@ impl Reconciled {
         let recorded = self
             .recorded(worker)
             .await
-            .map_err(|error| Stopped::at(self.first_in_doubt(worker), error))?;
+            .map_err(|error| Stopped::at(self.first_outcome_unknown(worker), error))?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
         let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
         let is_needed = match needed {
@@ -344,7 +344,7 @@ impl Reconciled {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = held(worker, chat, self.first_in_doubt(worker)).await?;
+        let held = held(worker, chat, self.first_outcome_unknown(worker)).await?;
         let mut accounting = account::account(held, &recorded);
         if !worker.settings.rebuild.restores() {
             let missing = Missing {
@@ -366,11 +366,11 @@ impl Reconciled {
     }
 
     /// The first waiting message that may have been delivered. It is the reason to read the chat.
-    fn first_in_doubt(&self, worker: &Worker) -> Option<EventId> {
+    fn first_outcome_unknown(&self, worker: &Worker) -> Option<EventId> {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| is_in_doubt(worker, event));
+            .filter(|event| is_outcome_unknown(worker, event));
         messages.next().map(|event| event.id)
     }
 
@@ -476,7 +476,7 @@ impl Reconciled {
                 && (worker.settings.rebuild.restores() || self.claim.is_rewound);
         if !is_needed {
             if self.claim.is_lost {
-                // Nothing of it is there, and nothing is to be.
+                // No part of the chat exists, and none is desired.
                 self.observation = Observation::Read(None);
             }
             return Ok(Some(Effect::Nothing));
@@ -537,7 +537,7 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                // It was created as was intended first, and more may be known by now.
+                // It was created with the first intended fields, and more may be known by now.
                 let changed = match self.conversation.observed.chat {
                     Some(chat) => self.patch(worker, chat, desired, fields).await?,
                     None => None,
@@ -643,7 +643,7 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Compares the chat with the journal, and does about it what the mode says.
+    /// Compares the chat with the journal, and restores or overwrites as the mode allows.
     async fn verify(
         &mut self,
         worker: &Worker,
@@ -728,8 +728,8 @@ impl Reconciled {
         self.verified = Some((verify, Some(found)));
     }
 
-    /// Compares the fields of a chat with what was written, and merges them unless nothing is to be changed. What is missing
-    /// is written then, and what another client has changed if that is to be overwritten.
+    /// Compares the fields of a chat with what was written, and merges them unless the mode only reports. The next
+    /// write then restores what is missing, and overwrites what another client has changed if the mode says so.
     async fn verify_fields(
         &mut self,
         worker: &Worker,
@@ -737,12 +737,12 @@ impl Reconciled {
         found: &our_api::Chat,
     ) -> Result<(Drift, Missing), AttemptError> {
         let before = self.conversation.observed.clone();
-        let mut drift = self.merge(worker, found, Unsure::default()).await?;
+        let mut drift = self.merge(worker, found, UnknownFields::default()).await?;
         let mut missing = Missing {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
             ..Missing::default()
         };
-        // Another client's agent is none of ours to check.
+        // An agent set by another client is not verified.
         if self.conversation.desired.advisor() == before.advisor
             && (!drift.agent || found.agent_id.is_none())
         {
@@ -756,16 +756,16 @@ impl Reconciled {
             VerifyMode::Restore => {}
             VerifyMode::Overwrite => {
                 *observed = before.clone();
-                let unsure = Unsure {
-                    // Details never undo a TRANSFER, be it one that only another copy of the journal knows.
+                let unknown = UnknownFields {
+                    // Details never override a TRANSFER, even one that only another copy of the journal knows.
                     agent: (!drift.is_none() || missing.ended_at || missing.agent)
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
-                    ..Unsure::ALL
+                    ..UnknownFields::ALL
                 };
-                self.conversation.observed.merge(&found.fields(), unsure);
-                if unsure.agent {
-                    // It is written again, whoever's it is.
+                self.conversation.observed.merge(&found.fields(), unknown);
+                if unknown.agent {
+                    // The agent is written again, whichever client set it.
                     self.conversation.observed.advisor = None;
                 }
             }

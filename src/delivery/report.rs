@@ -1,7 +1,7 @@
 //! The report on a piece of work: the outcome of each event, and the log lines and metrics that follow from it.
 
 use super::attempts::{self, AttemptError, Circumstances};
-use super::reconcile::{Reconciled, is_in_doubt};
+use super::reconcile::{Reconciled, is_outcome_unknown};
 use super::scheduler::{AtWork, Scheduler};
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::EventId;
@@ -31,7 +31,7 @@ impl Scheduler {
             missing,
         } = reconciled;
         self.writes.record(conversation.id, writes);
-        let in_doubt = stopped
+        let outcome_unknown = stopped
             .as_ref()
             .is_some_and(|stopped| stopped.error.outcome_unknown());
         let mut outcomes = Vec::with_capacity(done.len() + 1);
@@ -91,7 +91,7 @@ impl Scheduler {
                                 self.failed_reads.remove(&conversation.id);
                             }
                             None if is_last && stopped.reading_messages => {
-                                // No message is in doubt: the chat is verified by its fields.
+                                // No message has an unknown outcome: the chat is verified by its fields.
                                 self.worker.record_unreadable(conversation.id);
                                 observation = Observation::Read(None);
                                 due = Due::IfWaiting;
@@ -113,7 +113,7 @@ impl Scheduler {
                 .metrics
                 .attempted(outcome.kind, &outcome.outcome);
         }
-        if in_doubt {
+        if outcome_unknown {
             self.worker.metrics.unknown_outcome();
         }
         Report {
@@ -123,7 +123,7 @@ impl Scheduler {
             advance,
             consumed,
             observation,
-            in_doubt: in_doubt || is_unread,
+            becomes_stale: outcome_unknown || is_unread,
             due,
             writes_succeeded: self.writes.count,
             verified,
@@ -132,17 +132,17 @@ impl Scheduler {
         }
     }
 
-    /// The chat's messages cannot be read, so it remains unknown which of the messages in doubt OurAPI has. All of them
-    /// become dead letters.
+    /// The chat's messages cannot be read, so it stays unknown which of the messages of unknown outcome OurAPI has. All
+    /// of them become dead letters.
     fn unreadable(
         &self,
         events: &[Pending],
         failure: &Failure,
     ) -> impl Iterator<Item = EventOutcome> {
-        let in_doubt = events
+        let unknown = events
             .iter()
-            .filter(|event| is_in_doubt(&self.worker, event));
-        in_doubt.map(|event| {
+            .filter(|event| is_outcome_unknown(&self.worker, event));
+        unknown.map(|event| {
             let attempts = Attempts {
                 failed: event.attempts.failed.saturating_add(1),
                 outcome_unknown: true,

@@ -43,7 +43,7 @@ const IDLE_FACTOR: u32 = 9;
 
 type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 
-/// What the journal has answered.
+/// The journal's response.
 struct Fetched {
     asked_at: Millis,
     /// It was asked for the pass in idle time, too.
@@ -188,7 +188,7 @@ impl Scheduler {
         }
     }
 
-    /// For how long there is nothing to do, unless something happens.
+    /// How long there is nothing to do, unless a notification arrives.
     fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
         match circuit {
             Circuit::Open { until } => self.idle.min(until.since(now)),
@@ -233,7 +233,10 @@ impl Scheduler {
             let until = now.plus(CHECK_EVERY);
             return Circuit::Open { until };
         }
-        match (our_api.http().rate_limited_until(now), our_api.room(now)) {
+        match (
+            our_api.http().rate_limited_until(now),
+            our_api.free_permits(now),
+        ) {
             (Some(until), _) | (None, Err(until)) => Circuit::Open { until },
             (None, Ok(_)) => our_api.http().circuit(now),
         }
@@ -246,9 +249,12 @@ impl Scheduler {
             return 0;
         }
         match circuit {
-            Circuit::Closed => {
-                usize::from(self.worker.our_api.room(Millis::now()).unwrap_or_default())
-            }
+            Circuit::Closed => usize::from(
+                self.worker
+                    .our_api
+                    .free_permits(Millis::now())
+                    .unwrap_or_default(),
+            ),
             Circuit::HalfOpen => 1,
             Circuit::Open { .. } => 0,
         }
@@ -257,8 +263,8 @@ impl Scheduler {
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
             // The journal chooses the conversation to probe with.
-            let keeps = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
-            for work in self.ready.drain(keeps..) {
+            let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
+            for work in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);
             }
         }
@@ -290,19 +296,19 @@ impl Scheduler {
         }
     }
 
-    /// Queries the journal for due conversations, if there is room for them.
+    /// Queries the journal for due conversations, if more can be claimed.
     fn fetch(&mut self, circuit: Circuit, now: Millis) {
         if self.fetch.is_some() {
             return;
         }
-        let room = self.room(circuit);
+        let size = self.claim_size(circuit);
         let rate_limits = self.worker.rate_limits();
         let stores_limits = rate_limits != self.rate_limits;
-        if room.is_none() && !stores_limits {
+        if size.is_none() && !stores_limits {
             return;
         }
-        self.check &= room.is_none();
-        let (conversations, bytes) = room.unwrap_or_default();
+        self.check &= size.is_none();
+        let (conversations, bytes) = size.unwrap_or_default();
         self.idle = CHECK_EVERY;
         let instant = Instant::now();
         self.timed_out.retain(|_, until| instant < *until);
@@ -339,7 +345,7 @@ impl Scheduler {
 
     /// How many conversations and bytes to claim; `None`: none now. Called after each piece of work, so the sizes are added
     /// up last.
-    fn room(&self, circuit: Circuit) -> Option<(usize, usize)> {
+    fn claim_size(&self, circuit: Circuit) -> Option<(usize, usize)> {
         let limit = self.limit(circuit);
         if !self.check || limit == 0 {
             return None;
@@ -349,14 +355,14 @@ impl Scheduler {
             Circuit::HalfOpen | Circuit::Open { .. } => 0,
         };
         let wanted = limit + ahead;
-        let room = wanted
+        let free = wanted
             .saturating_sub(self.ready.len() + self.at_work.len())
             .min(MAX_CLAIMED - self.claimed.len());
-        if room * 2 <= wanted {
+        if free * 2 <= wanted {
             return None;
         }
         let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
-        (bytes * 2 > BYTES_AHEAD).then_some((room, bytes))
+        (bytes * 2 > BYTES_AHEAD).then_some((free, bytes))
     }
 
     fn fetched(&mut self, fetched: Fetched) {

@@ -78,7 +78,7 @@ impl Worker {
         RateLimits {
             bigchat: self.apis.bigchat.not_before(),
             our_api: self.apis.our_api.not_before(),
-            late: self.our_api.timed_out_until(),
+            timed_out_until: self.our_api.timed_out_until(),
         }
     }
 }

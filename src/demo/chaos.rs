@@ -1,9 +1,9 @@
-//! `--chaos`: the daemon as a process of its own, which is killed, stopped and started again while both services fail in
-//! every way the plan ([`simulator::chaos`](crate::simulator::chaos)) has.
+//! `--chaos`: the daemon as a separate process, which is killed, stopped and started again while both services fail in
+//! every way of the plan ([`simulator::chaos`](crate::simulator::chaos)).
 //!
-//! In the end all is calm, the daemon runs, and there is nothing to excuse a difference but one thing: what a BigChat
-//! that tells everything once had answered when the daemon was killed, before the daemon had kept it. Whether it had, is
-//! looked up in the journal at each kill ([`count_apart`]).
+//! In the end all faults stop and the daemon runs. Only one difference is excused: events that a BigChat which reports
+//! everything once had sent when the daemon was killed, and that the daemon had not stored. The journal is read at each
+//! kill to find them ([`count_apart`]).
 
 use std::ffi::OsString;
 use std::fmt;
@@ -28,17 +28,17 @@ use crate::simulator::compare::count;
 use crate::simulator::event::message;
 use crate::simulator::{BigChat, Happening, Simulator, Watch};
 
-/// A daemon that is asked to stop has promised to within 10 s; this machine may be busy besides.
+/// The daemon promises to stop within 10 s. This machine may be busy as well.
 const STOPPED_WITHIN: Duration = Duration::from_secs(12);
 
-/// How long anything else may take that needs nobody's patience.
-const AT_ONCE: Duration = Duration::from_secs(30);
+/// The time limit for anything else.
+const SOON: Duration = Duration::from_secs(30);
 
-/// How often it is looked whether something has come about.
-const LOOK: Duration = Duration::from_millis(5);
+/// How often a condition is checked.
+const CHECK_EVERY: Duration = Duration::from_millis(5);
 
-/// The daemon's settings beside where everything is: quick, so that much happens, and with a time-out that outages of
-/// seconds reach.
+/// The daemon's settings besides addresses and paths: short intervals, so that much happens, and a time-out shorter
+/// than the outages.
 const SETTINGS: [&str; 9] = [
     "run",
     "--poll-interval=200ms",
@@ -51,24 +51,24 @@ const SETTINGS: [&str; 9] = [
     "--retention=30d",
 ];
 
-/// What has struck so far.
+/// The faults so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Score {
-    /// The daemon runs.
+    /// Whether the daemon runs.
     pub up: bool,
-    /// How often it was killed.
+    /// How often the daemon was killed.
     pub kills: usize,
-    /// How often it was stopped, and did in good order.
+    /// How often the daemon was stopped cleanly.
     pub stops: usize,
     /// How often BigChat has restarted.
     pub restarts: usize,
-    /// How often OurAPI has lost something.
+    /// How often OurAPI has lost data.
     pub losses: usize,
-    /// How often either service was out of order for a while.
+    /// How often a service was down for a while.
     pub outages: usize,
-    /// Events told that never reached the journal, since the daemon was killed before it could keep them.
+    /// Events reported that never reached the journal, because the daemon was killed before it stored them.
     pub unstored: usize,
-    /// All is calm, and every loss has been touched.
+    /// All faults have ended, and every loss was noticed.
     pub calm: bool,
 }
 
@@ -98,18 +98,18 @@ impl fmt::Display for Score {
     }
 }
 
-/// Takes what the latest answer reported out of what the daemon is to have, if the daemon, which was killed, had not stored
-/// it: of a page that was stored, all is there. Returns how many events that were.
+/// Excludes the events of the latest response from the expected state, if the daemon was killed before it stored them.
+/// Events of a stored page stay. Returns how many events were excluded.
 ///
 /// # Errors
 ///
-/// When the journal cannot be read.
+/// If the journal cannot be read.
 pub fn count_apart(bigchat: &mut BigChat, journal: &mut Store) -> Result<usize> {
     let latest = bigchat.latest();
     for reported in &latest {
-        // What cannot be understood makes no chat.
+        // An event that cannot be parsed belongs to no chat.
         if let Ok(event) = Event::parse(&reported.json().to_string())
-            && journal.holds(&event)?
+            && journal.has_event(&event)?
         {
             return Ok(0);
         }
@@ -121,7 +121,7 @@ pub fn count_apart(bigchat: &mut BigChat, journal: &mut Store) -> Result<usize> 
     })
 }
 
-/// All that strikes, and what it strikes.
+/// The faults, the services and the daemon.
 pub(super) struct Chaos {
     pub(super) sim: Arc<Simulator>,
     pub(super) journal: Arc<Journal>,
@@ -129,16 +129,16 @@ pub(super) struct Chaos {
     pub(super) seed: u64,
     pub(super) watch: Watch,
     pub(super) score: Arc<Mutex<Score>>,
-    /// Cancelled when the demo was asked to stop, which whoever asked may have asked the daemon, too.
+    /// Cancelled when the demo was asked to stop. The daemon may have received the same signal.
     pub(super) stopping: CancellationToken,
-    /// Cancelled when there has been enough of it.
+    /// Cancelled when the faults are to end.
     pub(super) enough: CancellationToken,
     /// Cancelled when the daemon is to stop for good.
     pub(super) stop: CancellationToken,
 }
 
 impl Chaos {
-    /// Lets everything strike until there has been enough; then runs the daemon until it is to stop.
+    /// Runs the faults until they are to end, then the daemon until it is to stop.
     pub(super) async fn run(mut self) -> std::result::Result<(), DemoError> {
         chaos::weather(&self.sim);
         let mut plan = Plan::new(self.seed);
@@ -176,12 +176,12 @@ impl Chaos {
             }
         }
         if struck.is_some() {
-            // No shorter than planned.
+            // A fault lasts no shorter than planned.
             sleep(services_next.saturating_duration_since(Instant::now())).await;
             self.end(&strike.1).await?;
         }
         chaos::calm(&self.sim).await?;
-        self.say("all is calm again".to_owned());
+        self.report("all is calm again".to_owned());
         if !self.score().up {
             self.start()?;
         }
@@ -190,7 +190,7 @@ impl Chaos {
         let stop = self.stop.clone();
         tokio::select! {
             () = stop.cancelled() => {}
-            ended = self.daemon.ended() => self.ended_by_itself(ended?).await?,
+            ended = self.daemon.ended() => self.ended_unexpectedly(ended?).await?,
         }
         self.stop_daemon().await
     }
@@ -199,27 +199,30 @@ impl Chaos {
         self.score.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, what: String) {
+    fn report(&self, what: String) {
         self.watch.report(Some(Happening::Struck(what)));
     }
 
-    /// Waits until then. False: there has been enough.
+    /// Waits until a time. Returns false if the faults are to end.
     async fn pause(&mut self, until: Instant) -> std::result::Result<bool, DemoError> {
         let enough = self.enough.clone();
         tokio::select! {
             () = tokio::time::sleep_until(until.into()) => Ok(true),
             () = enough.cancelled() => Ok(false),
             ended = self.daemon.ended() => {
-                self.ended_by_itself(ended?).await?;
+                self.ended_unexpectedly(ended?).await?;
                 Ok(!self.enough.is_cancelled())
             }
         }
     }
 
-    /// It never does, unless somebody has stopped all of us at once, as Ctrl-C does.
-    async fn ended_by_itself(&mut self, status: ExitStatus) -> std::result::Result<(), DemoError> {
+    /// The daemon ends only if it received a signal meant for the whole process group, such as Ctrl-C.
+    async fn ended_unexpectedly(
+        &mut self,
+        status: ExitStatus,
+    ) -> std::result::Result<(), DemoError> {
         self.score().up = false;
-        match timeout(AT_ONCE / 10, self.stopping.cancelled()).await {
+        match timeout(SOON / 10, self.stopping.cancelled()).await {
             Ok(()) if status.success() => Ok(()),
             _ => Err(DemoError::FetchEnd(status)),
         }
@@ -227,7 +230,7 @@ impl Chaos {
 
     async fn begin(&self, strike: &Strike) {
         strike.begin(&self.sim).await;
-        self.say(strike.to_string());
+        self.report(strike.to_string());
         let mut score = self.score();
         match strike {
             Strike::Outage(..) | Strike::Refuses(_) => score.outages += 1,
@@ -246,7 +249,7 @@ impl Chaos {
 
     fn start(&mut self) -> io::Result<()> {
         self.daemon.start()?;
-        self.say("the daemon is started".to_owned());
+        self.report("the daemon is started".to_owned());
         self.score().up = true;
         Ok(())
     }
@@ -255,8 +258,8 @@ impl Chaos {
         self.daemon.kill().await?;
         self.score().up = false;
         self.score().kills += 1;
-        // What was on its way when it was killed is answered, or given up, by now.
-        until("BigChat has nobody to answer", async || {
+        // Requests in flight at the kill are answered or given up after this.
+        until("BigChat has no open requests", async || {
             self.sim.bigchat.connected() == 0
         })
         .await?;
@@ -266,7 +269,7 @@ impl Chaos {
             .with(move |store| count_apart(&mut sim.bigchat.state(), store))
             .await?;
         self.score().unstored += unstored;
-        self.say("the daemon is killed".to_owned());
+        self.report("the daemon is killed".to_owned());
         Ok(())
     }
 
@@ -277,12 +280,12 @@ impl Chaos {
             score.up = false;
             score.stops += 1;
         }
-        self.say("the daemon is stopped".to_owned());
+        self.report("the daemon is stopped".to_owned());
         Ok(())
     }
 
-    /// A loss of OurAPI is noticed once something touches what is lost, which may never happen again to what was lost
-    /// last. So one more chat is lost, and touched: all that is known is looked for then.
+    /// A loss of OurAPI is noticed only when a lost chat is used, which may never happen for the latest loss. So one
+    /// more chat is lost and used, and then all known chats are checked.
     async fn touch(&self) -> io::Result<()> {
         let [first, second] = ["the chat with this is lost", "this shows that it is"];
         let chat_with = |text: &str| {
@@ -302,9 +305,9 @@ impl Chaos {
         };
         push(first);
         let mut chat = None;
-        let deadline = Instant::now() + super::CHAOS_PATIENCE;
+        let deadline = Instant::now() + super::CHAOS_TIME_LIMIT;
         while chat.is_none() && Instant::now() < deadline && !self.stop.is_cancelled() {
-            sleep(LOOK * 10).await;
+            sleep(CHECK_EVERY * 10).await;
             chat = chat_with(first);
         }
         if let Some(chat) = chat {
@@ -319,28 +322,28 @@ async fn until(
     what: &'static str,
     mut condition: impl AsyncFnMut() -> bool,
 ) -> std::result::Result<(), DemoError> {
-    let deadline = Instant::now() + AT_ONCE;
+    let deadline = Instant::now() + SOON;
     while !condition().await {
         if Instant::now() > deadline {
             return Err(DemoError::Never(what));
         }
-        sleep(LOOK).await;
+        sleep(CHECK_EVERY).await;
     }
     Ok(())
 }
 
-/// The daemon as a process, which never outlives this.
+/// The daemon as a process. It is killed when this is dropped.
 pub(super) struct Daemon {
     program: PathBuf,
     arguments: Vec<OsString>,
     log: PathBuf,
-    /// How long the log was when it was started.
+    /// The size of the log when the daemon was started.
     log_before: u64,
     child: Option<Child>,
 }
 
 impl Daemon {
-    /// This same program between these services, over a database; it logs to a file beside it.
+    /// This program as a daemon between these services, over a database. It logs to a file beside it.
     pub(super) fn new(
         sim: &Simulator,
         db: &Path,
@@ -383,7 +386,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Ends as it ends by itself; never, if there is none.
+    /// Waits for the daemon's end; pending if there is no daemon.
     async fn ended(&mut self) -> io::Result<ExitStatus> {
         match &mut self.child {
             Some(child) => child.wait().await,
@@ -399,11 +402,11 @@ impl Daemon {
         }
     }
 
-    /// SIGTERM, and nothing but exit code 0 in time is right.
+    /// SIGTERM. Any result but exit code 0 in time is an error.
     async fn stop(&mut self) -> std::result::Result<(), DemoError> {
-        // Before, a signal does what it does to any process.
-        until("the daemon says that it runs", async || {
-            self.says_that_it_runs().unwrap_or(false)
+        // Before its log says that it runs, the daemon does not handle signals.
+        until("the daemon's log says that it runs", async || {
+            self.has_started().unwrap_or(false)
         })
         .await?;
         let Some(mut child) = self.child.take() else {
@@ -419,7 +422,7 @@ impl Daemon {
         }
     }
 
-    fn says_that_it_runs(&self) -> io::Result<bool> {
+    fn has_started(&self) -> io::Result<bool> {
         let mut log = File::open(&self.log)?;
         log.seek(SeekFrom::Start(self.log_before))?;
         let mut text = String::new();

@@ -86,7 +86,7 @@ impl Mishaps {
                 self.sim.our_api.down().await;
                 (
                     Stage::Down,
-                    "OurAPI goes down; the daemon retries by itself",
+                    "OurAPI goes down; the daemon retries automatically",
                 )
             }
             Stage::Down if elapsed > self.fixed_at / 2 => {

@@ -6,9 +6,9 @@
 
 mod chaos;
 mod mishaps;
+mod result;
 mod show;
 mod tally;
-mod verdict;
 
 use std::fs::DirBuilder;
 use std::io;
@@ -38,20 +38,20 @@ use crate::telemetry::terminal::{Terminal, shown};
 use chaos::{Chaos, Daemon};
 pub use chaos::{Score, count_apart};
 use mishaps::Mishaps;
+pub use result::{DemoResult, FailedPolls, Figures, Struck};
 use show::{FRAME, Show};
 use tally::{Snapshot, Tally};
-pub use verdict::{FailedPolls, Figures, Struck, Verdict};
 
-/// Time between polls: short, because somebody watches.
+/// Time between polls: short, because a user watches.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the last events may take to arrive, once BigChat reports nothing new.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The time limit for the last events, once BigChat reports nothing new.
+const TIME_LIMIT: Duration = Duration::from_secs(30);
 
 /// The same after chaos, when much may have to be restored.
-const CHAOS_PATIENCE: Duration = Duration::from_secs(180);
+const CHAOS_TIME_LIMIT: Duration = Duration::from_secs(180);
 
-/// After so long without a request to OurAPI, no more will come.
+/// After this time without a request to OurAPI, no more are expected.
 const STILL: Duration = Duration::from_secs(20);
 
 /// About the time that the real OurAPI takes for a request.
@@ -66,10 +66,10 @@ const CHAOS_ACTIVE: usize = 8;
 /// The ports of the real BigChat and the real OurAPI, which are the defaults of the settings.
 const PORTS: [u16; 2] = [8267, 8266];
 
-/// Any that are free.
+/// Any free ports.
 const FREE_PORTS: [u16; 2] = [0, 0];
 
-/// What a terminal shows in bold from here on, and no longer.
+/// Terminal codes for bold text on and off.
 const BOLD: &str = "\x1b[1m";
 const PLAIN: &str = "\x1b[0m";
 
@@ -77,7 +77,7 @@ const PLAIN: &str = "\x1b[0m";
 const DURATION: Duration = Duration::from_secs(30);
 
 /// The same where the operator has something to fix.
-const MENDING: Duration = Duration::from_secs(600);
+const FAULTS_DURATION: Duration = Duration::from_secs(600);
 
 /// The options of the demo.
 #[derive(Debug, Clone, clap::Args)]
@@ -111,7 +111,11 @@ pub struct Args {
 
 impl Args {
     fn duration(&self) -> Duration {
-        let usual = if self.faults { MENDING } else { DURATION };
+        let usual = if self.faults {
+            FAULTS_DURATION
+        } else {
+            DURATION
+        };
         self.duration.unwrap_or(usual)
     }
 }
@@ -125,10 +129,10 @@ pub enum Reporting {
     Log,
 }
 
-/// Why there is no verdict.
+/// Why the demo has no result.
 #[derive(Debug, Error)]
 pub enum DemoError {
-    /// A port is taken, or may not be used.
+    /// A port is in use or not permitted.
     #[error("the simulated {service} cannot listen on {address}: {source}")]
     Listen {
         /// Which service.
@@ -152,16 +156,16 @@ pub enum DemoError {
     /// The temporary database refuses.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The daemon did not start or did not stop well.
+    /// The daemon did not start, or stopped with an error.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
     /// The daemon stopped, which it should only do when asked.
     #[error("the daemon stopped unexpectedly")]
     Stopped,
-    /// The same, of a daemon that is a process of its own, or it did not stop well.
+    /// The daemon process ended unexpectedly, or with an error.
     #[error("the daemon ended with {0}")]
     FetchEnd(ExitStatus),
-    /// A condition that should hold soon does not.
+    /// A condition was not met in time.
     #[error("timed out waiting until {0}")]
     Never(&'static str),
     /// The daemon panicked.
@@ -175,9 +179,9 @@ pub enum DemoError {
     Interrupted,
 }
 
-/// Runs the demo, or only serves, until it is over or `stopping` is cancelled. `settings` are those of the daemon, except
-/// for addresses and the poll interval. Returns 0 if OurAPI has in the end what BigChat reported, else 1. Dropping the future
-/// ends the demo at once, and leaves nothing behind either.
+/// Runs the demo, or only serves, until it is over or `stopping` is cancelled. `settings` are those of the daemon,
+/// except for addresses and the poll interval. Returns 0 if OurAPI has in the end what BigChat reported, else 1.
+/// Dropping the future ends the demo at once and also cleans up.
 pub async fn run(
     args: &Args,
     settings: Settings,
@@ -188,17 +192,17 @@ pub async fn run(
         serve(args, terminal, stopping).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let verdict = perform(args, settings, terminal, stopping).await?;
-    let headline = match terminal.is_interactive() {
-        true => format!("{BOLD}{}{PLAIN}", verdict.headline()),
-        false => verdict.headline(),
+    let result = perform(args, settings, terminal, stopping).await?;
+    let summary = match terminal.is_interactive() {
+        true => format!("{BOLD}{}{PLAIN}", result.summary()),
+        false => result.summary(),
     };
-    let text = format!("{}\n\n{headline}", verdict.details());
+    let text = format!("{}\n\n{summary}", result.details());
     terminal.say(&text).await?;
-    Ok(verdict.exit_code())
+    Ok(result.exit_code())
 }
 
-/// Serves both services where the real ones listen, until stopped.
+/// Serves both services on the addresses of the real ones, until stopped.
 async fn serve(
     args: &Args,
     terminal: &Terminal,
@@ -222,7 +226,7 @@ async fn perform(
     settings: Settings,
     terminal: &Terminal,
     stopping: &CancellationToken,
-) -> Result<Verdict, DemoError> {
+) -> Result<DemoResult, DemoError> {
     let seed = seed(args);
     let (watcher, happenings) = mpsc::unbounded_channel();
     let watch = Watch::to(watcher);
@@ -301,20 +305,20 @@ async fn perform(
         score,
         begun: Instant::now(),
     };
-    let verdict = stage.perform(duration, stopping).await;
-    if args.chaos && !matches!(&verdict, Ok(verdict) if verdict.is_good()) {
-        let kept = scratch.keep();
+    let result = stage.perform(duration, stopping).await;
+    if args.chaos && !matches!(&result, Ok(result) if result.is_good()) {
+        let path = scratch.keep();
         terminal
             .say(&format!(
                 "The daemon's database and log are in {}\n",
-                shown(&kept)
+                shown(&path)
             ))
             .await?;
     }
-    verdict
+    result
 }
 
-/// The daemon at work, until it has stopped.
+/// The running daemon, until it has stopped.
 type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 
 /// Everything while the demo runs.
@@ -340,7 +344,7 @@ impl Stage {
         mut self,
         duration: Duration,
         stopping: &CancellationToken,
-    ) -> Result<Verdict, DemoError> {
+    ) -> Result<DemoResult, DemoError> {
         while self.begun.elapsed() < duration && !stopping.is_cancelled() {
             self.frame().await?;
             if let Some(mishaps) = &mut self.mishaps
@@ -355,13 +359,13 @@ impl Stage {
         self.enough.cancel();
         self.sim.bigchat.state().set_quiet(true);
         self.show.finishing().await?;
-        let patience = match self.score {
-            Some(_) => CHAOS_PATIENCE,
-            None => PATIENCE,
+        let limit = match self.score {
+            Some(_) => CHAOS_TIME_LIMIT,
+            None => TIME_LIMIT,
         };
         let (mut quiet_since, mut polls) = (Instant::now(), self.sim.bigchat.state().polls());
         let (mut still_since, mut requests) = (quiet_since, 0);
-        while quiet_since.elapsed() < patience && still_since.elapsed() < STILL {
+        while quiet_since.elapsed() < limit && still_since.elapsed() < STILL {
             let snapshot = self.frame().await?;
             if requests != self.tally.requests() || snapshot.waiting > 0 {
                 (still_since, requests) = (Instant::now(), self.tally.requests());
@@ -403,10 +407,10 @@ impl Stage {
                     .count(),
             }),
         };
-        Ok(Verdict::new(self.sim.compare(), figures))
+        Ok(DemoResult::new(self.sim.compare(), figures))
     }
 
-    /// Waits for a moment, and shows what happened in it.
+    /// Waits for one frame, and shows what happened in it.
     async fn frame(&mut self) -> Result<Snapshot, DemoError> {
         tokio::select! {
             () = tokio::time::sleep(FRAME) => {}
@@ -462,7 +466,7 @@ impl Stage {
     }
 }
 
-/// A directory of our own, removed with all that is in it when this is dropped.
+/// A temporary directory. It is removed with its content when this is dropped.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -474,7 +478,7 @@ impl Scratch {
         }
     }
 
-    /// Leaves it there. Returns where that is.
+    /// Does not remove the directory. Returns its path.
     fn keep(mut self) -> PathBuf {
         std::mem::take(&mut self.0)
     }
@@ -499,7 +503,7 @@ fn free_address() -> io::Result<SocketAddr> {
 }
 
 fn seed(args: &Args) -> u64 {
-    // Short enough to be typed again.
+    // Short enough to type.
     args.seed.unwrap_or_else(|| rand::random::<u16>().into())
 }
 
@@ -511,14 +515,14 @@ async fn start(
 ) -> Result<Simulator, DemoError> {
     let mode = match args.bigchat {
         Reporting::Once => Mode::Once,
-        // With many pages, which shift.
+        // Small pages, which shift.
         Reporting::Log if args.chaos => Mode::Log(Log {
             events_per_second: 12.0,
             page_size: 6,
             max_late: 4,
             ..Log::default()
         }),
-        // As lively as the other, and sometimes with more than a page.
+        // As many events as in the other mode, and sometimes more than a page.
         Reporting::Log => Mode::Log(Log {
             events_per_second: 6.0,
             page_size: 25,

@@ -1,5 +1,4 @@
-//! How the demo is shown: a moving picture on a terminal, a line a second anywhere else. What is shown is decided by
-//! [`tally`](super::tally).
+//! The display of the demo: bars on a terminal, else a line a second. [`tally`](super::tally) decides what is shown.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,22 +10,22 @@ use super::tally::{Line, Snapshot, Tally, headings};
 use crate::telemetry::pace::Rate;
 use crate::telemetry::terminal::{Terminal, styled};
 
-/// How often the picture changes.
+/// The time between two frames.
 pub(super) const FRAME: Duration = Duration::from_millis(100);
 
 /// How many of the latest lines are shown.
 const LINES: usize = 8;
 
-/// Over how many frames the lines of a poll are spread: its events arrive at once, too fast to be read.
+/// Over how many frames the lines of a poll are spread. Its events arrive together, too fast to be read.
 const SPREAD: usize = 8;
 
-/// Time between two lines without a picture.
+/// Time between two lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
 /// How many lines there are under one pair of headings: about a screen.
 const LINES_PER_HEADING: u32 = 20;
 
-/// A picture on a terminal, or lines.
+/// Bars on a terminal, or lines.
 pub(super) enum Show {
     Picture(Picture),
     Lines {
@@ -91,7 +90,7 @@ impl Show {
         Ok(())
     }
 
-    /// BigChat reports nothing new from now on; the events in flight are waited for.
+    /// Shows that BigChat reports nothing new from now on, and that the last events are being delivered.
     pub(super) async fn finishing(&mut self) -> io::Result<()> {
         const WAITING: &str = "delivering the last events";
         match self {
@@ -125,7 +124,8 @@ impl Picture {
             all.push(bar.clone());
             bar
         };
-        // A typed ^C pushes the picture up by a line, which then stays: an empty one.
+        // A ^C typed by the user pushes the bars up by one line, which stays on the screen. The first bar is empty, so
+        // that the line is.
         add(" ");
         let time = add("  {wide_bar:.cyan/dim}  {msg}");
         add(" ");

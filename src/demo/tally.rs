@@ -1,7 +1,7 @@
-//! What has happened so far, in figures and in words.
+//! Figures and messages about what has happened.
 //!
-//! It observes both ends only, what BigChat reported and what OurAPI answered, and pairs them to show how long each event
-//! took. Text from outside is shown without control characters.
+//! It observes both ends only, what BigChat reported and what OurAPI answered, and pairs them to show how long each
+//! event took. Foreign text is shown without control characters.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -10,15 +10,15 @@ use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
-use super::verdict::FailedPolls;
+use super::result::FailedPolls;
 use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
-/// More of a message than this does not help to tell it from others, and a line is to fit 80 columns.
+/// More of a message is not needed to recognise it, and a line should fit 80 columns.
 const SHOWN: usize = 38;
 
-/// The columns of the figures: whose they are, where that changes, and the heading.
+/// The columns of the figures: the owner, if it changes, and the heading.
 const COLUMNS: [(&str, &str); 9] = [
     ("BigChat", "events"),
     ("", "conversations"),
@@ -53,10 +53,10 @@ fn width(column: (&str, &str)) -> usize {
     gap(column) + owner.len().max(heading.len()).max(NARROWEST)
 }
 
-/// One thing that happened, in words.
+/// A message about one thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
-    /// From BigChat's answer to OurAPI's, where both are known.
+    /// The time from BigChat's response to OurAPI's, if both are known.
     pub(super) took: Option<Duration>,
     /// The service or the conversation.
     pub(super) who: String,
@@ -81,11 +81,11 @@ pub(super) struct Snapshot {
     pub(super) failed: usize,
     /// The discarded events there.
     pub(super) discarded: usize,
-    /// What has struck so far, in chaos.
+    /// The faults so far, with `--chaos`.
     pub(super) score: Option<Score>,
 }
 
-/// The counts, and what was reported and not answered yet.
+/// The counts, and the reported events without a response of OurAPI.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     events: usize,
@@ -111,7 +111,7 @@ impl Tally {
         }
     }
 
-    /// Counts what happened; returns a line about it, if it is worth one.
+    /// Counts what happened. Returns a line about it, if it is of interest.
     pub(super) fn note(&mut self, at: Instant, happening: Happening) -> Option<Line> {
         match happening {
             Happening::Reported(events) => {
@@ -266,7 +266,7 @@ impl Tally {
 }
 
 impl Snapshot {
-    /// What has struck so far, and whether the daemon runs; empty without chaos.
+    /// The faults so far, and whether the daemon runs; empty without chaos.
     pub(super) fn chaos(&self) -> String {
         match self.score {
             None => String::new(),
@@ -301,7 +301,7 @@ fn quoted(text: &Value) -> String {
     format!("“{}”", shown(text.as_str().unwrap_or_default()))
 }
 
-/// Text from outside, harmless and not too long.
+/// Foreign text, shortened and without control characters.
 fn shown(text: &str) -> String {
     let text = printable(text);
     match text.char_indices().nth(SHOWN) {
@@ -364,8 +364,9 @@ mod tests {
         })
     }
 
+    /// Each message is paired with its report.
     #[test]
-    fn each_message_is_paired_with_its_report() {
+    fn messages_are_paired_with_reports() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
@@ -391,8 +392,9 @@ mod tests {
         assert_eq!((tally.events(), tally.requests()), (3, 5));
     }
 
+    /// A line about a change of a chat has its delay.
     #[test]
-    fn changes_of_a_chat_show_their_delay() {
+    fn chat_changes_show_their_delay() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
         let mut note = |millis, happening| tally.note(at(millis), happening);
@@ -416,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_stand_under_their_headings() {
+    fn figures_align_with_headings() {
         let [owners, headings] = headings();
         let mut tally = Tally::new(false);
         tally.note(Instant::now(), Happening::Reported(vec![message("a")]));
@@ -444,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_poll_says_what_is_lost() {
+    fn failed_poll_reports_losses() {
         for (reported_again, says) in [(true, "reported again"), (false, "not recoverable")] {
             let mut tally = Tally::new(reported_again);
             let line = tally
@@ -456,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_words_are_harmless_and_short() {
+    fn foreign_text_is_safe_and_short() {
         let mut tally = Tally::default();
         let mut what = |text: &str| {
             let line = tally.note(Instant::now(), posted(text, 200));

@@ -34,7 +34,7 @@ pub enum MessageState {
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
-    /// The same of a discarded dead letter: its copy is its own if no other message needs it.
+    /// A discarded dead letter of unknown outcome. It accounts for a copy only if no other message needs that copy.
     DiscardedOutcomeUnknown,
     /// It waits and was not sent, or it is a rejected dead letter.
     NotSent,
@@ -204,8 +204,9 @@ mod tests {
         assert!(account([of(1, "a")], &journal).credits.is_empty());
     }
 
+    /// A discarded message does not account for another message of its second.
     #[test]
-    fn a_discarded_message_stands_for_no_other_of_its_second() {
+    fn discarded_message_accounts_only_exactly() {
         use MessageState::{DiscardedOutcomeUnknown, OutcomeUnknown};
         let journal = |text| {
             [
@@ -214,7 +215,7 @@ mod tests {
             ]
         };
         assert!(account([of(1, "a")], &journal("b")).credits.is_empty());
-        // Of two equal ones nobody knows which it is.
+        // Of two equal messages, it is unknown which one OurAPI has.
         let credits = account([of(1, "a")], &journal("a")).credits;
         assert_eq!(credits, HashMap::from([(of(1, "a"), 1)]));
     }

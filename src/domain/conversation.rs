@@ -175,23 +175,23 @@ impl Observed {
         };
     }
 
-    /// Merges the fields read from OurAPI. A field in `unsure` takes the value read, so that it is written if another value
+    /// Merges the fields read from OurAPI. A field in `unknown` takes the value read, so that it is written if another value
     /// is desired. Any other field that differs was changed by another client: it stays in OurAPI and is returned as drift.
-    pub fn merge(&mut self, found: &Fields, unsure: Unsure) -> Drift {
+    pub fn merge(&mut self, found: &Fields, unknown: UnknownFields) -> Drift {
         let mut drift = Drift::default();
-        if unsure.started_at {
+        if unknown.started_at {
             self.started_at = Some(found.started_at);
         } else {
             drift.started_at = self.started_at != Some(found.started_at);
         }
         // A missing end was lost, since nothing clears one.
-        if unsure.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
+        if unknown.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
             self.ended_at = found.ended_at;
         } else {
             drift.ended_at = self.ended_at != found.ended_at;
         }
-        if unsure.agent {
-            // Whose it is is known as long as it is the same.
+        if unknown.agent {
+            // The advisor of the recorded agent is known as long as the agent is the same.
             self.advisor = self.advisor.filter(|_| self.agent == found.agent);
         } else {
             drift.agent = self.agent != found.agent;
@@ -203,13 +203,13 @@ impl Observed {
 
 /// Fields of a chat that may have been written although the journal does not record it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Unsure {
+pub struct UnknownFields {
     pub started_at: bool,
     pub ended_at: bool,
     pub agent: bool,
 }
 
-impl Unsure {
+impl UnknownFields {
     pub const ALL: Self = Self {
         started_at: true,
         ended_at: true,
@@ -217,17 +217,17 @@ impl Unsure {
     };
 
     /// The fields that these events change.
-    pub fn named_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
-        let mut unsure = Self::default();
+    pub fn changed_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
+        let mut unknown = Self::default();
         for event in events {
             match event.payload.kind() {
-                EventKind::Start => unsure.started_at = true,
-                EventKind::End => unsure.ended_at = true,
-                EventKind::Transfer => unsure.agent = true,
+                EventKind::Start => unknown.started_at = true,
+                EventKind::End => unknown.ended_at = true,
+                EventKind::Transfer => unknown.agent = true,
                 EventKind::Message => {}
             }
         }
-        unsure
+        unknown
     }
 }
 
@@ -321,7 +321,7 @@ mod tests {
     #[test]
     fn only_certain_fields_drift() {
         let mut merged = observed();
-        let drift = merged.merge(&found(), Unsure::default());
+        let drift = merged.merge(&found(), UnknownFields::default());
         assert!(drift.started_at && drift.ended_at && drift.agent);
         assert_eq!(
             (merged.started_at, merged.ended_at),
@@ -330,7 +330,7 @@ mod tests {
         assert_eq!(merged.advisor, Some(AdvisorId(1)), "not written again");
 
         let mut merged = observed();
-        assert!(merged.merge(&found(), Unsure::ALL).is_none());
+        assert!(merged.merge(&found(), UnknownFields::ALL).is_none());
         assert_eq!(
             (merged.started_at, merged.ended_at),
             (Some(at(2)), Some(at(8)))
@@ -346,7 +346,7 @@ mod tests {
             started_at: at(1),
             agent: merged.agent,
         };
-        assert!(merged.merge(&later, Unsure::default()).is_none());
+        assert!(merged.merge(&later, UnknownFields::default()).is_none());
         assert_eq!(merged.ended_at, Some(at(20)));
     }
 

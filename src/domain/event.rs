@@ -178,7 +178,7 @@ impl Event {
         serde_json::from_str(name?).ok()
     }
 
-    /// Parses one event. Fields that are not needed may hold anything.
+    /// Parses one event. Fields that are not needed may have any value.
     pub fn parse(raw: &str) -> Result<Self, ParseError> {
         Self::parse_fields(raw).map_err(|error| {
             if has_undecoded(raw) {

@@ -24,8 +24,8 @@ impl Pause {
         }
     }
 
-    /// How much longer it lasts, [`Duration::MAX`] if nothing but an operator ends it; `None`: it is over. A clock that was
-    /// set back does not make it longer than it was meant to be.
+    /// The remaining time, [`Duration::MAX`] if it lasts until an operator resumes; `None`: the pause is over. A clock
+    /// that was set back does not make it longer than intended.
     pub fn left(self, now: Millis) -> Option<Duration> {
         let Some(until) = self.until else {
             return Some(Duration::MAX);
@@ -50,8 +50,9 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
+    /// A clock that was set back does not prolong a pause.
     #[test]
-    fn clock_set_back_does_not_prolong_a_pause() {
+    fn clock_set_back_during_pause() {
         let begin = Millis(100 * 3_600_000);
         let pause = Pause::begin(Some(HOUR), begin);
         assert_eq!(pause.left(begin), Some(HOUR));

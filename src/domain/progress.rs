@@ -39,7 +39,7 @@ pub struct Claim {
     pub last_event: EventId,
     pub stale_seq: i64,
     /// The chat became stale after it was last read.
-    pub is_in_doubt: bool,
+    pub became_stale: bool,
     /// The loss counter of OurAPI.
     pub losses: i64,
     /// OurAPI lost data after the chat was last read or created.
@@ -60,18 +60,18 @@ pub struct Claim {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verify {
     pub mode: VerifyMode,
-    /// Nobody waits for it: it gives way to events.
+    /// A verification in idle time gives way to events.
     pub is_idle: bool,
 }
 
-/// What a verification does about what it finds.
+/// How a verification treats differences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VerifyMode {
     /// Changes nothing.
     Report,
     /// Restores what is missing. A field that another client has changed stays.
     Restore,
-    /// Restores what is missing, and writes what events say, whatever is there.
+    /// Restores what is missing, and overwrites fields with what events say.
     Overwrite,
 }
 
@@ -86,7 +86,7 @@ pub struct IdlePass {
 /// What a verification found of a chat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationResult {
-    /// OurAPI answers again and again that it cannot be read.
+    /// OurAPI repeatedly answers that the chat cannot be read.
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: Drift,
@@ -106,7 +106,7 @@ impl VerificationResult {
         }
     }
 
-    /// What is left of it after a verification of that mode.
+    /// The remaining difference after a verification in that mode.
     pub fn left(&self, mode: VerifyMode) -> (Missing, Drift) {
         match mode {
             VerifyMode::Report => (self.missing, self.drift),
@@ -262,12 +262,12 @@ pub struct Report {
     /// The credits consumed.
     pub consumed: Vec<MessageKey>,
     pub observation: Observation,
-    /// The outcome of a write is unknown, or what a chat holds that was taken over.
-    pub in_doubt: bool,
+    /// The chat becomes stale: the outcome of a write is unknown, or the content of an adopted chat is.
+    pub becomes_stale: bool,
     pub due: Due,
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
-    /// `None` in it: the verification failed, or gave way.
+    /// The inner `None`: the verification failed, or gave way.
     pub verified: Option<(Verify, Option<VerificationResult>)>,
     /// What differs and stays, as far as the chat was read; `None`: it is as before.
     pub drift: Option<Drift>,

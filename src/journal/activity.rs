@@ -1,5 +1,5 @@
-//! How many events were received, delivered and refused in each minute: counted in the transactions in which it happens, so
-//! that a chart of hours costs nobody a walk through millions of events.
+//! How many events were received, delivered and dead-lettered in each minute. They are counted in the transactions that
+//! change them, so that a chart of hours does not scan millions of events.
 
 use rusqlite::{Connection, Transaction, params};
 
@@ -7,10 +7,10 @@ use super::{Result, UNREADABLE};
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
-/// For how many minutes they are kept: a week.
-const KEPT: i64 = 7 * 24 * 60;
+/// For how many minutes the counts are stored: a week.
+const MINUTES_STORED: i64 = 7 * 24 * 60;
 
-/// What has happened to events of one kind.
+/// The counts of one kind of event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Count {
     pub(super) received: u32,
@@ -18,14 +18,14 @@ pub(super) struct Count {
     pub(super) failed: u32,
 }
 
-/// All kinds of events, and those that could not be parsed.
+/// All kinds of events, and events that could not be parsed.
 const KINDS: usize = EventKind::ALL.len() + 1;
 
-/// What has happened in one transaction.
+/// The counts of one transaction.
 #[derive(Debug, Default)]
 pub(super) struct Counts([Count; KINDS]);
 
-/// The names of all kinds, as the journal has them.
+/// The names of all kinds, as the journal stores them.
 pub(super) fn names() -> impl Iterator<Item = &'static str> {
     EventKind::ALL
         .into_iter()
@@ -34,7 +34,7 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 }
 
 impl Counts {
-    /// The count of a kind, by its name in the journal.
+    /// The count of a kind, by its name.
     pub(super) fn of(&mut self, name: &str) -> &mut Count {
         let index = names().position(|kind| kind == name);
         &mut self.0[index.unwrap_or(KINDS - 1)]
@@ -49,7 +49,7 @@ impl Counts {
             .collect()
     }
 
-    /// Adds it all to the present minute.
+    /// Adds the counts to the current minute.
     pub(super) fn store(&self, transaction: &Transaction<'_>, now: Millis) -> Result<()> {
         for (kind, count) in names().zip(&self.0) {
             if *count == Count::default() {
@@ -78,10 +78,10 @@ pub(super) fn minute(at: Millis) -> i64 {
     at.0.div_euclid(60_000)
 }
 
-/// Forgets what is too long ago for any chart.
+/// Drops counts that are too old for any chart.
 pub(super) fn forget(connection: &Connection, now: Millis) -> Result<()> {
     connection
         .prepare_cached("DELETE FROM activity WHERE minute < ?1")?
-        .execute([minute(now) - KEPT])?;
+        .execute([minute(now) - MINUTES_STORED])?;
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Commits: what became of claims, in one transaction.
+//! Commits the reports of claims, each commit in one transaction.
 //!
-//! A commit writes differences, since others write meanwhile: ingest, `failed retry`, a loss, a verification.
+//! A commit writes differences, because others write meanwhile: ingest, `failed retry`, a loss, a verification.
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
@@ -14,10 +14,10 @@ use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Due, EventOutcome, Failure, Lost, Observation, Outcome, Report};
 use crate::domain::time::{Millis, Timestamp};
 
-/// How many of its latest failures are stored with an event.
+/// How many of its latest failures are stored for each event.
 const FAILURES_STORED: u32 = 10;
 
-/// When the oldest of a conversation's events was received that waits for its first delivery, as SQL, given its offset.
+/// When the oldest event that waits for its first delivery was received, as SQL, given the conversation's offset.
 macro_rules! waiting_since {
     ($offset:literal) => {
         concat!(
@@ -36,7 +36,7 @@ macro_rules! waiting_since {
 }
 
 impl Store {
-    /// Commits reports, and the loss of those that will not come.
+    /// Commits reports, and records the claims whose reports will not come.
     pub fn commit<'a>(
         &mut self,
         reports: impl Iterator<Item = std::result::Result<&'a Report, &'a Lost>>,
@@ -86,7 +86,7 @@ fn commit(
     for key in &report.consumed {
         consume(transaction, id, key)?;
     }
-    // Retried meanwhile, a dead letter that the offset passes is to be sent all the same.
+    // A dead letter may have been retried meanwhile. If the offset passes it, it is sent again.
     for skipped in report
         .claim
         .skipped
@@ -106,7 +106,7 @@ fn commit(
         return erase(transaction, id, now);
     }
     match &report.observation {
-        // Nothing that was thought to wait is there: it was deleted by hand.
+        // None of the claimed events exists: they were deleted by hand.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
             recount(transaction, id)?;
             if report.verified.is_none() {
@@ -129,7 +129,7 @@ fn commit(
     Ok(())
 }
 
-/// A worker has ended without a report: the chat is read back before anything is sent again.
+/// A worker has ended without a report. The chat is read back before anything is sent again.
 fn commit_lost(
     transaction: &Transaction<'_>,
     lost: &Lost,
@@ -167,8 +167,8 @@ fn commit_lost(
     }
 }
 
-/// Writes the conversation as it is now: in one statement, since it is all that most commits change. Returns whether it was
-/// forgotten since it was claimed.
+/// Writes the conversation's new state. It is one statement, because most commits change nothing else. Returns whether
+/// the conversation was forgotten after the claim.
 fn update(
     transaction: &Transaction<'_>,
     report: &Report,
@@ -200,7 +200,7 @@ fn update(
     };
     let is_forgotten = transaction
         .prepare_cached(concat!(
-            // Its START may have arrived, or its details been read, meanwhile.
+            // Its START may have arrived meanwhile, or its details may have been read.
             "UPDATE conversations SET
                 started_at = coalesce(started_at, :started_at),
                 first_advisor = coalesce(:first_advisor, first_advisor),
@@ -209,7 +209,7 @@ fn update(
                 transfer_advisor = :transfer_advisor, external_id = :external_id, chat_id = :chat_id,
                 chat_started_at = :chat_started_at, chat_ended_at = :chat_ended_at, chat_agent = :chat_agent,
                 chat_advisor = :chat_advisor,
-                stale_seq = stale_seq + :in_doubt,
+                stale_seq = stale_seq + :becomes_stale,
                 fresh_seq = iif(:is_fresh, :stale_seq, fresh_seq),
                 verified_losses = iif(:is_fresh, :losses, verified_losses),
                 read_in_session = iif(:is_read, :session, read_in_session),
@@ -242,7 +242,7 @@ fn update(
                 ":chat_ended_at": observed.ended_at.map(Timestamp::unix),
                 ":chat_agent": observed.agent.map(|id| id.to_string()),
                 ":chat_advisor": observed.advisor,
-                ":in_doubt": report.in_doubt,
+                ":becomes_stale": report.becomes_stale,
                 ":is_fresh": is_fresh,
                 ":is_read": is_read,
                 ":stale_seq": report.claim.stale_seq,
@@ -258,8 +258,8 @@ fn update(
     present(is_forgotten, &format!("no conversation {}", id.0))
 }
 
-/// Writes how far the chat is verified, and what of it differs and stays. Most commits change nothing of that, and spare
-/// the indexes.
+/// Writes how far the chat is verified, and what differs and stays. Most commits change none of it, and then no index
+/// is updated.
 fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
     let Report {
         conversation,
@@ -277,7 +277,7 @@ fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result
     }
     transaction
         .prepare_cached(
-            // A new chat is as verified as can be, unless something was delivered to another one before it.
+            // A new chat counts as verified, unless something was delivered to an earlier chat of the conversation.
             "UPDATE conversations SET
                 verified_in = CASE
                     WHEN :is_verified AND verified_in IS NOT NULL THEN :verifications
@@ -373,7 +373,7 @@ fn commit_outcome(
     Ok(())
 }
 
-/// Records a failure, unless the event was deleted by hand: that must not keep the others from being committed.
+/// Records a failure, unless the event was deleted by hand: such an event must not stop the commit of the others.
 fn record_attempt(
     transaction: &Transaction<'_>,
     conversation: ConversationId,
@@ -451,7 +451,7 @@ fn consume(
     Ok(())
 }
 
-/// The chat's messages were read: those that are missing wait again.
+/// The chat's messages were read. Those that are missing wait again.
 fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<()> {
     let Accounting { missing, credits } = accounting;
     let id = report.conversation.id;
@@ -465,7 +465,8 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
             )?
             .execute(params![id, sent_at.unix(), text, count, report.claim.last_event])?;
     }
-    // Whether those that wait were sent is known now; but for what was retried meanwhile, which raised a doubt.
+    // It is known now which waiting events OurAPI has. A retry of such an event meanwhile has made the chat stale
+    // again.
     transaction
         .prepare_cached(
             "UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown
@@ -491,7 +492,7 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
     Ok(())
 }
 
-/// The chat is gone. What identifies it is remembered, so that it is created under the same id.
+/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones.
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,
@@ -515,7 +516,7 @@ fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Res
     Ok(())
 }
 
-/// Counts anew what waits of a conversation.
+/// Recounts the waiting events of a conversation.
 fn recount(transaction: &Transaction<'_>, id: ConversationId) -> Result<()> {
     transaction
         .prepare_cached(concat!(

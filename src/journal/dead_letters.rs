@@ -1,4 +1,4 @@
-//! Dead letters: events that are not delivered until somebody resolves them.
+//! Dead letters: events that are not delivered until an operator resolves them.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
@@ -13,10 +13,10 @@ use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::REJECTED_WRITE;
 
-/// A dead letter, with all that is known of it.
+/// A dead letter with its details.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct FailedEvent {
-    /// Its id, by which it is resolved.
+    /// The id by which it is resolved.
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
@@ -26,9 +26,9 @@ pub struct FailedEvent {
     pub chat_id: Option<String>,
     /// When it happened, by BigChat's clock; `None`: it could not be parsed.
     pub event_at: Option<Timestamp>,
-    /// What it says, as people read it.
+    /// Its content as shown to people.
     pub text: Option<String>,
-    /// Its data, as JSON; of one that could not be parsed, all of it, as received.
+    /// Its data, as JSON; the whole raw event if it could not be parsed.
     pub data: Option<String>,
     /// When it became a dead letter, by this machine's clock.
     pub failed_at: Millis,
@@ -36,7 +36,7 @@ pub struct FailedEvent {
     pub discarded_at: Option<Millis>,
     /// How many attempts failed.
     pub attempts: u32,
-    /// Why the last one did.
+    /// Why the last attempt failed.
     pub reason: String,
     pub request: Option<String>,
     pub response: Option<String>,
@@ -45,34 +45,34 @@ pub struct FailedEvent {
 /// One failed attempt at an event.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct FailedAttempt {
-    /// How often it had failed by then, this time included.
+    /// How many attempts had failed, including this one.
     pub attempt: u32,
     /// When it failed.
     pub failed_at: Millis,
     /// Why it failed.
     pub reason: String,
-    /// What was asked.
+    /// The request.
     pub request: String,
-    /// What was answered.
+    /// The response.
     pub response: String,
 }
 
 /// How a dead letter was resolved.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct PastResolution {
-    /// Its own id, in order of time.
+    /// The id, in order of time.
     pub id: i64,
-    /// When.
+    /// When it was resolved.
     pub at: Millis,
-    /// Who, as far as it is known, and by which way: `ann, command line`; without a user: `command` or `console`.
+    /// The user and the way, such as `ann, command line`; if the user is not known, `command` or `console`.
     pub by: String,
     /// `retry`, `discard` or `undo`.
     pub resolution: String,
-    /// The event.
+    /// The event's id.
     pub event: i64,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
-    /// The journal's id of it, as long as the event is stored.
+    /// The conversation's key in the journal, as long as the event is stored.
     pub conversation_key: Option<i64>,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
@@ -82,30 +82,30 @@ pub struct PastResolution {
     pub can_undo: bool,
 }
 
-/// Which dead letters are meant.
+/// Which dead letters to resolve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
-    /// Those of these ids.
+    /// Those with these ids.
     Ids(BTreeSet<i64>),
-    /// All that had failed by then, by this machine's clock: the operator has not seen the later ones.
+    /// All that had failed by a time, by this machine's clock. The operator has not seen later ones.
     By {
         reason: Option<Reason>,
-        /// Until when.
+        /// The time.
         failed_by: Millis,
     },
 }
 
-/// For which reason they failed.
+/// A filter by the reason of failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
     /// Exactly this one.
     Is(String),
-    /// One with this text in it.
+    /// A reason that contains this text.
     Contains(String),
 }
 
 impl Reason {
-    /// What the reason must be, and what it must contain, as SQL takes it.
+    /// The exact reason and the contained text, as SQL takes them.
     fn parts(reason: Option<&Self>) -> (Option<&str>, Option<&str>) {
         match reason {
             None => (None, None),
@@ -118,12 +118,12 @@ impl Reason {
 /// How an operator resolves dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resolution {
-    /// They are tried again, with all their attempts ahead of them. That one may have been carried out stays known, so that
-    /// the chat is read first. Those that could not be parsed are parsed again, as after an upgrade.
+    /// Try them again, with all attempts available. It stays known which may have been carried out, so that the chat is
+    /// read first. Events that could not be parsed are parsed again, as after an upgrade.
     Retry,
-    /// They are given up: never tried again.
+    /// Give them up: they are never tried again.
     Discard,
-    /// The discard is taken back: they are open again.
+    /// Take the discard back: they are open again.
     Undo,
 }
 
@@ -137,11 +137,11 @@ impl Resolution {
         }
     }
 
-    /// The dead letters that can be resolved so, as SQL.
+    /// The dead letters to which the resolution applies, as SQL.
     fn applies_to(self) -> &'static str {
         match self {
             Self::Retry | Self::Discard => "d.discarded_at IS NULL",
-            // Of a forgotten one nothing is left that could be tried again.
+            // A forgotten event has no data left to send.
             Self::Undo => {
                 "d.discarded_at IS NOT NULL AND (d.conversation IS NOT NULL
                     OR (SELECT data FROM events WHERE id = d.event) IS NOT NULL)"
@@ -150,7 +150,7 @@ impl Resolution {
     }
 }
 
-/// The user who resolves failed events, and by which way.
+/// The user who resolves failed events, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operator {
     /// By `bigchat-sync failed`.
@@ -160,7 +160,7 @@ pub enum Operator {
 }
 
 impl Operator {
-    /// The way, as the journal has it, and the user.
+    /// The way, as the journal stores it, and the user.
     fn parts(&self) -> (&'static str, &str) {
         match self {
             Self::Command(user) => ("command", user),
@@ -169,7 +169,7 @@ impl Operator {
     }
 }
 
-/// Who resolved a failed event, in words, by what the journal has of it.
+/// The user and the way in words, from the journal's columns.
 fn by(way: String, user: Option<String>) -> String {
     match (user, &*way) {
         (Some(user), "command") => format!("{user}, command line"),
@@ -178,16 +178,16 @@ fn by(way: String, user: Option<String>) -> String {
     }
 }
 
-/// How far a decision is carried out.
+/// The progress of a resolution.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Resolved {
-    /// For how many events.
+    /// How many events were resolved.
     pub done: usize,
-    /// After which event it goes on; `None`: it is carried out.
+    /// The event after which to continue; `None`: the resolution is complete.
     pub next: Option<i64>,
 }
 
-/// For how many events a decision is carried out at once: nobody waits long for the database.
+/// How many events are resolved in one transaction, so that other users of the database do not wait long.
 const RESOLVED_AT_ONCE: usize = 500;
 
 impl Store {
@@ -200,7 +200,7 @@ impl Store {
         )
     }
 
-    /// How many open dead letters could not be parsed, and so cannot be retried.
+    /// How many open dead letters could not be parsed.
     pub fn count_unreadable(&mut self) -> Result<u64> {
         Ok(self
             .connection
@@ -216,7 +216,7 @@ impl Store {
         self.failed_at_most(u32::MAX)
     }
 
-    /// The same, counted up to so many: nobody waits for more.
+    /// The same, counted up to a limit, so that the count is quick.
     pub fn failed_at_most(&mut self, at_most: u32) -> Result<u64> {
         Ok(self
             .connection
@@ -226,7 +226,7 @@ impl Store {
             .query_row([at_most], count)?)
     }
 
-    /// How many events were ever resolved so.
+    /// How many events were ever resolved this way.
     pub fn count_resolutions(&mut self, resolution: Resolution) -> Result<u64> {
         Ok(self
             .connection
@@ -332,7 +332,7 @@ impl Store {
         Ok(events.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// How many dead letters of that reason, or of any, can be resolved so, and when the last one failed.
+    /// How many dead letters of that reason, or of any, the resolution applies to, and when the last one failed.
     pub fn failed_so_far(
         &mut self,
         reason: Option<&Reason>,
@@ -351,8 +351,8 @@ impl Store {
         Ok((count, Millis(last.unwrap_or_default())))
     }
 
-    /// Resolves some of the dead letters that are meant: those after `after` (0 at first), by their ids. Each resolution is
-    /// recorded, with who did it.
+    /// Resolves some of the selected dead letters: those after `after` (0 at first), in order of their ids. Records
+    /// each resolution with its operator.
     pub fn resolve_failed(
         &mut self,
         which: &Selection,
@@ -378,7 +378,7 @@ impl Store {
     }
 }
 
-/// Conversation and time of an event: of one that could not be understood, what can be read of it.
+/// Conversation and time of an event. If the event could not be parsed, they are read from its JSON as far as possible.
 pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) -> PartialEvent {
     match name {
         UNREADABLE => PartialEvent::of(raw.unwrap_or_default()),
@@ -386,19 +386,18 @@ pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) 
     }
 }
 
-/// Whether a retry can never succeed for an event that failed for `reason`: it could not be understood, or OurAPI
-/// permanently rejected it.
+/// Whether a retry can never succeed: the event could not be parsed, or OurAPI permanently rejected it.
 pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
     name == UNREADABLE || reason.starts_with(REJECTED_WRITE)
 }
 
 const DEAD_LETTERS: &str = "FROM dead_letters d LEFT JOIN attempts a ON a.event = d.event";
 
-/// Of the dead letters after `?1`, those whose reason is `?2`, if that is given, and contains `?3`, if that is.
+/// Dead letters after `?1` whose reason is `?2`, if given, and contains `?3`, if given.
 const HAS_REASON: &str = "d.event > ?1 AND (?2 IS NULL OR coalesce(a.reason, '') = ?2)
     AND (?3 IS NULL OR instr(coalesce(a.reason, ''), ?3) > 0)";
 
-/// The ids of the next events that are meant, in order.
+/// The ids of the next selected events, in order.
 fn selected(
     transaction: &Transaction<'_>,
     which: &Selection,
@@ -424,7 +423,7 @@ fn selected(
     Ok(ids.collect::<rusqlite::Result<_>>()?)
 }
 
-/// Resolves one dead letter, if there is one of that id that can be resolved so.
+/// Resolves one dead letter, if it exists and the resolution applies to it.
 fn resolve(
     transaction: &Transaction<'_>,
     id: i64,
@@ -488,7 +487,7 @@ fn resolve(
             partial.conversation
         ])?;
     if (resolution, conversation) == (Resolution::Retry, None) {
-        // The event that was read from it stands in its place.
+        // The event parsed from it replaces it.
         transaction
             .prepare_cached("DELETE FROM events WHERE id = ?1")?
             .execute([id])?;
@@ -496,7 +495,7 @@ fn resolve(
     Ok(true)
 }
 
-/// Has a dead letter tried again, with all its attempts ahead of it. Above the offset it waits again by being no dead letter
+/// Retries a dead letter, with all attempts available. Above the offset it waits again as soon as it is no dead letter
 /// any more. If the outcome of an attempt is unknown, the chat is read back first.
 fn retry(
     transaction: &Transaction<'_>,

@@ -1,4 +1,4 @@
-//! Epochs of BigChat, its advisors, and the agents they are in OurAPI.
+//! Epochs of BigChat, its advisors, and their agents in OurAPI.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
@@ -8,35 +8,35 @@ use super::{Result, Store};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Timestamp;
 
-/// A conversation by whose start time one run of BigChat is told from the next.
+/// A conversation whose start time shows whether BigChat has restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Probe {
-    /// BigChat's id of it.
+    /// BigChat's id of the conversation.
     pub bigchat_id: i64,
     /// When it started.
     pub started_at: Timestamp,
 }
 
-/// What is known of an advisor.
+/// What the journal knows about an advisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KnownAdvisor {
     /// Name and e-mail address.
     Person {
-        /// Not unique.
+        /// Names are not unique.
         name: String,
-        /// The identity.
+        /// The address identifies the advisor.
         email: String,
     },
     /// BigChat no longer knows it.
     Gone,
 }
 
-/// What is known of an e-mail address at OurAPI.
+/// What the journal knows about an e-mail address in OurAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KnownAgent {
-    /// The agent of that address.
+    /// OurAPI's agent with that address.
     Agent(Uuid),
-    /// OurAPI refuses it for good.
+    /// OurAPI permanently rejects the agent.
     Refused,
 }
 
@@ -52,12 +52,12 @@ impl Store {
         current_epoch(&self.connection)
     }
 
-    /// The conversations of the present run with the lowest ids whose start time is known: after a restart these ids
-    /// are given out first. Together with that run.
+    /// The current epoch, and the conversations in it with the lowest ids whose start time is known. After a restart
+    /// BigChat assigns these ids first.
     pub fn probes(&mut self, at_most: u32) -> Result<(Epoch, Vec<Probe>)> {
         let epoch = self.epoch()?;
         let mut statement = self.connection.prepare_cached(
-            // Told apart, so that each is found by the index, however many there are.
+            // A distinct condition for each, so that each is found by the index whatever the number of conversations.
             "SELECT bigchat_id, started_at FROM conversations
              WHERE epoch = ?1 AND bigchat_id = 1 AND started_at IS NOT NULL
              UNION ALL
@@ -74,7 +74,7 @@ impl Store {
         Ok((epoch, probes.collect::<rusqlite::Result<_>>()?))
     }
 
-    /// When a conversation of the present run started, if that is known.
+    /// When a conversation of the current epoch started, if known.
     pub fn start_of(&mut self, bigchat_id: i64) -> Result<Option<Timestamp>> {
         let epoch = self.epoch()?;
         let started_at: Option<Option<i64>> = self
@@ -87,7 +87,7 @@ impl Store {
         Ok(started_at.flatten().map(Timestamp::clamped))
     }
 
-    /// Notes when a conversation of a run started, and who had it first.
+    /// Records when a conversation started, and its first advisor.
     pub fn record_details(
         &mut self,
         epoch: Epoch,
@@ -98,9 +98,9 @@ impl Store {
         record_details(&self.connection, epoch, bigchat_id, started_at, advisor)
     }
 
-    /// BigChat has restarted since run `epoch`, at `began_at` or before: from then on ids mean new conversations and
-    /// new advisors. `first`: when its first conversation started, and who has it. Returns the new run; `None` if
-    /// one was begun already.
+    /// BigChat has restarted since `epoch`, at `began_at` or before. From then on ids mean new conversations and
+    /// advisors. `first`: the start and the advisor of its first conversation. Returns the new epoch; `None` if another
+    /// caller has begun one already.
     pub fn start_epoch(
         &mut self,
         epoch: Epoch,
@@ -123,7 +123,7 @@ impl Store {
         Ok(Some(epoch))
     }
 
-    /// An advisor, if anything is known of it.
+    /// What is known about an advisor; `None`: nothing.
     pub fn advisor(&mut self, epoch: Epoch, bigchat_id: AdvisorId) -> Result<Option<KnownAdvisor>> {
         let row: Option<(Option<String>, Option<String>)> = self
             .connection
@@ -140,7 +140,7 @@ impl Store {
         }))
     }
 
-    /// Notes what an advisor is.
+    /// Records the answer for an advisor.
     pub fn record_advisor(
         &mut self,
         epoch: Epoch,
@@ -157,7 +157,7 @@ impl Store {
         Ok(())
     }
 
-    /// What is known of the agent of an e-mail address.
+    /// What is known about the agent of an e-mail address.
     pub fn agent(&mut self, email: &str) -> Result<Option<KnownAgent>> {
         let row: Option<Option<String>> = self
             .connection
@@ -172,7 +172,7 @@ impl Store {
         .transpose()
     }
 
-    /// Notes which agent an e-mail address is, and how OurAPI spells the address.
+    /// Records the agent of an e-mail address, and OurAPI's spelling of the address.
     pub fn record_agent(
         &mut self,
         email: &str,
@@ -191,7 +191,7 @@ impl Store {
         Ok(())
     }
 
-    /// The e-mail address of an agent as OurAPI spells it, if it is one of ours.
+    /// The e-mail address of an agent as OurAPI spells it, if the agent is one of ours.
     pub fn email_of(&mut self, agent: Uuid) -> Result<Option<String>> {
         Ok(self
             .connection
@@ -200,8 +200,8 @@ impl Store {
             .optional()?)
     }
 
-    /// OurAPI has lost something: every agent and every chat is to be looked for again before it is relied on.
-    /// Returns how many losses there have been.
+    /// Records that OurAPI has lost data: every agent and every chat is checked again before it is used. Returns how
+    /// many losses there have been.
     pub fn record_loss(&mut self) -> Result<i64> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM agents", [])?;
@@ -214,7 +214,7 @@ impl Store {
         Ok(losses)
     }
 
-    /// The agent of an advisor, if it is known and there is one.
+    /// The agent of an advisor, if known.
     pub fn agent_of(&mut self, epoch: Epoch, advisor: AdvisorId) -> Result<Option<Uuid>> {
         let agent: Option<Option<String>> = self
             .connection
@@ -227,7 +227,7 @@ impl Store {
         agent.flatten().map(|id| uuid(&id)).transpose()
     }
 
-    /// Forgets whose agent that is.
+    /// Forgets the agent.
     pub fn forget_agent(&mut self, agent: Uuid) -> Result<()> {
         self.connection.execute(
             "DELETE FROM agents WHERE agent_id = ?1",

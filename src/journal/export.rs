@@ -1,5 +1,5 @@
-//! What was delivered in a span of time, one delivery at a time: no read is open between two of them, so that an export
-//! of any length, read at any pace, neither fills the memory nor holds back the write-ahead log.
+//! What was delivered in a period, one delivery at a time. No transaction is open between two of them, so that an
+//! export of any length, read at any pace, neither fills the memory nor holds back the write-ahead log.
 
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
@@ -14,15 +14,15 @@ use crate::domain::time::{Millis, Timestamp};
 #[derive(Debug, Serialize)]
 pub struct Exported {
     pub event: EventId,
-    /// BigChat's id of it, in that epoch.
+    /// BigChat's id of the conversation, in that epoch.
     pub conversation: i64,
     pub epoch: i64,
     pub kind: String,
     /// By BigChat's clock.
     pub event_at: Timestamp,
-    /// Of a message.
+    /// The text of a message.
     pub text: Option<String>,
-    /// Of any other event, as BigChat reported it.
+    /// The data of any other event, as BigChat reported it.
     pub data: Option<Box<RawValue>>,
     pub external_id: Option<String>,
     pub chat_id: Option<String>,
@@ -34,7 +34,7 @@ pub struct Exported {
     pub forgotten: bool,
 }
 
-/// A delivery, in the order of export.
+/// A delivery's position in the order of export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
     delivered_at: Millis,
@@ -42,7 +42,7 @@ pub struct Position {
 }
 
 impl Position {
-    /// Before all that was delivered at that time or later.
+    /// The position before all deliveries at that time or later.
     pub fn before(time: Millis) -> Self {
         Self {
             delivered_at: Millis(time.0.saturating_sub(1)),
@@ -52,13 +52,13 @@ impl Position {
 }
 
 impl Store {
-    /// The events of the next delivery after a position and before a time, and its position.
+    /// The events of the next delivery after a position and before a time, and the position of that delivery.
     pub fn delivered_after(
         &mut self,
         after: Position,
         until: Millis,
     ) -> Result<Option<(Position, Vec<Exported>)>> {
-        // Both queries see one state.
+        // Both queries must see the same state.
         let transaction = self.connection.transaction()?;
         let delivery = transaction
             .prepare_cached(NEXT)?
@@ -143,13 +143,13 @@ fn message(kind: &str, data: Option<&str>) -> Result<String> {
     text.ok_or_else(|| JournalError::InvalidRow(format!("the data of a {kind} cannot be read")))
 }
 
-/// What was never delivered before it was forgotten is none of it.
+/// Excludes events that were forgotten before they were delivered.
 const NEXT: &str =
     "SELECT id, conversation, from_event, through, delivered_at, effect FROM deliveries
     WHERE (delivered_at, id) > (?1, ?2) AND delivered_at < ?3 AND effect <> 'forgotten'
     ORDER BY delivered_at, id LIMIT 1";
 
-/// The events that this delivery was the last to deliver.
+/// The events whose latest delivery is this one.
 const EVENTS: &str = "SELECT e.id, e.kind, e.event_at, e.data, c.bigchat_id, c.epoch, c.external_id, c.chat_id,
         c.forgotten_at IS NOT NULL
     FROM events e JOIN conversations c ON c.id = e.conversation
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_export_walks_through_a_table() {
+    fn export_scans_no_table() {
         let memory = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(memory, true).expect("our tables");
         for (sql, index) in [
@@ -185,7 +185,7 @@ mod tests {
             let plan: Vec<String> = plan.and_then(Iterator::collect).expect("a plan");
             assert!(plan.iter().any(|step| step.contains(index)), "{plan:?}");
             let walks = |step: &String| {
-                // Of equal ones, which are few.
+                // A sort is allowed only among equal keys, which are few.
                 let is_sorted = step.contains("TEMP B-TREE") && !step.contains("LAST TERM");
                 step.starts_with("SCAN") || is_sorted
             };

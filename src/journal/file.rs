@@ -1,4 +1,4 @@
-//! The database's file: which one a name means, the lock that keeps a second daemon away, and who may read it.
+//! The database file: which file a path names, the lock that keeps a second daemon out, and who may read the file.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io;
@@ -12,19 +12,19 @@ use uuid::Uuid;
 
 use super::schema::OpenError;
 
-/// What SQLite can open, in bytes: its limit for paths, less the longest ending it adds.
+/// The longest path that SQLite can open, in bytes: its limit, less the longest suffix it appends.
 const LONGEST_PATH: usize = 504;
 
-/// As many symbolic links as Linux follows.
+/// Linux follows as many symbolic links.
 const MOST_LINKS: usize = 40;
 
-/// For how long a command may hold the lock to find out whether a daemon has it.
+/// How long a command may hold the lock to find out whether a daemon holds it.
 const PROBED_WITHIN: Duration = Duration::from_millis(200);
 
-/// Only the owner may read and write: customers' messages are in it.
+/// Only the owner may read and write, because the database contains customers' messages.
 const PRIVATE: u32 = 0o600;
 
-/// A file, whatever its name.
+/// A file, independent of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Inode {
     device: u64,
@@ -40,9 +40,10 @@ impl From<&Metadata> for Inode {
     }
 }
 
-/// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the process
-/// has on it, SQLite's too: the next SQLite to close the database elsewhere would delete the write-ahead log under this one.
-/// So descriptors are reused, and closed only when no connection of this process is left.
+/// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the
+/// process has on it, including SQLite's. The next SQLite to close the database elsewhere would then delete the
+/// write-ahead log that this process uses. So descriptors are reused, and closed only when this process has no
+/// connection left.
 static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
 
 struct Open {
@@ -55,18 +56,19 @@ fn open_files() -> MutexGuard<'static, Vec<Open>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an opened database is locked for.
+/// Who locks an opened database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lock {
-    /// By a daemon, or a command in its place: one at a time.
+    /// A daemon, or a command in its place: one at a time.
     Daemon,
-    /// By commands that can read it only as long as no daemon starts.
+    /// Commands that can read it only as long as no daemon starts.
     Reader,
 }
 
-/// A database's file, open for as long as this lives: longer than SQLite's connection.
+/// A database's file. It stays open for longer than SQLite's connection.
 ///
-/// The lock is `flock`'s, which SQLite does not use. It belongs to the file, not to its name, and ends with the process.
+/// The lock is `flock`'s, which SQLite does not use. It belongs to the file, not to its name, and ends with the
+/// process.
 #[derive(Debug)]
 pub(super) struct DatabaseFile {
     named: PathBuf,
@@ -93,18 +95,18 @@ impl Drop for DatabaseFile {
 }
 
 impl DatabaseFile {
-    /// Opens it for a daemon. Where there is none, it is made.
+    /// Opens the file for a daemon, and creates it if it does not exist.
     pub(super) fn create(named: &Path) -> Result<Self, OpenError> {
         let mut options = File::options();
         options.read(true).write(true).create(true).mode(PRIVATE);
         Self::open_with(named, &options).map_err(|error| match error {
-            // It is the directory that refuses.
+            // The directory refuses, not the file.
             OpenError::Io { .. } if !named.exists() => can_be_made(named).err().unwrap_or(error),
             error => error,
         })
     }
 
-    /// Opens one that is there.
+    /// Opens an existing file.
     pub(super) fn open(named: &Path) -> Result<Self, OpenError> {
         Self::open_with(named, File::options().read(true)).map_err(|error| match error {
             OpenError::NoDirectory { .. } => OpenError::Missing(named.to_owned()),
@@ -150,22 +152,22 @@ impl DatabaseFile {
         })
     }
 
-    /// The name it was opened by, for messages.
+    /// The name it was opened by, for error messages.
     pub(super) fn named(&self) -> &Path {
         &self.named
     }
 
-    /// Its absolute path without symbolic links, which SQLite cannot mistake for anything else.
+    /// The absolute path without symbolic links, which SQLite cannot mistake for another file.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it still goes by the name it was opened by.
+    /// Whether its name still refers to this file.
     pub(super) fn is_in_place(&self) -> bool {
         fs::metadata(&self.named).is_ok_and(|there| Inode::from(&there) == self.inode)
     }
 
-    /// Its first bytes, at most so many.
+    /// Its first bytes, at most this many.
     pub(super) fn head(&self, bytes: usize) -> io::Result<Vec<u8>> {
         let mut head = vec![0; bytes];
         let mut length = 0;
@@ -193,12 +195,12 @@ impl DatabaseFile {
         fs::metadata(self.beside("-wal")).ok().map(|log| log.len())
     }
 
-    /// Whether a write-ahead log has changes that are not in the file yet.
+    /// Whether the write-ahead log has changes that are not in the file yet.
     pub(super) fn has_log(&self) -> bool {
         self.log_bytes().is_some_and(|bytes| bytes > 0)
     }
 
-    /// Locks it, unless a daemon has it.
+    /// Locks the file, unless a daemon holds the lock.
     pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
         let deadline = Instant::now() + PROBED_WITHIN;
         loop {
@@ -231,7 +233,8 @@ impl DatabaseFile {
         Ok(())
     }
 
-    /// Undoes [`Self::lock`]. Closing would do it too, but not while a process just forked off has a copy.
+    /// Undoes [`Self::lock`]. Closing the file is not enough: a process that was just forked may have a copy of the
+    /// descriptor.
     pub(super) fn unlock(&mut self) {
         if self.lock.take().is_some()
             && let Some(file) = &self.descriptor
@@ -240,7 +243,7 @@ impl DatabaseFile {
         }
     }
 
-    /// Whether a daemon has it, or a command in its place. To find out takes the lock for a moment.
+    /// Whether a daemon, or a command in its place, holds the lock. The check takes the lock for a moment.
     pub(super) fn is_in_use(&self) -> bool {
         match (self.lock, self.descriptor()) {
             (Some(lock), _) => lock == Lock::Daemon,
@@ -255,21 +258,21 @@ impl DatabaseFile {
         }
     }
 
-    /// Whether a daemon has it, and not by this name: its write-ahead log would be beside it. Another one made here would
-    /// destroy the database.
+    /// Whether a daemon has the file open by another name. Its write-ahead log is then beside that name, and a second
+    /// one, made here, would destroy the database.
     pub(super) fn is_in_use_by_another_name(&self) -> bool {
         let deadline = Instant::now() + PROBED_WITHIN;
         while self.is_in_use() && self.log_bytes().is_none() {
             if Instant::now() > deadline {
                 return true;
             }
-            // A daemon that is just starting.
+            // The daemon may be just starting.
             std::thread::sleep(PROBED_WITHIN / 20);
         }
         false
     }
 
-    /// Why SQLite may not write it, or make files beside it.
+    /// Why SQLite may not write the file, or create files beside it.
     pub(super) fn why_refused(&self) -> Option<OpenError> {
         for path in ["", "-wal", "-shm"].map(|end| self.beside(end)) {
             match access(&path, Access::WRITE_OK).map_err(io::Error::from) {
@@ -282,7 +285,7 @@ impl DatabaseFile {
         can_be_made(&self.named).err()
     }
 
-    /// Takes it and what is beside it from all users but its owner. What SQLite makes beside it later has the same mode.
+    /// Makes the file and those beside it private to their owner. Files that SQLite creates later inherit the mode.
     pub(super) fn make_private(&self) -> io::Result<()> {
         let private = || Permissions::from_mode(PRIVATE);
         let file = self.descriptor()?;
@@ -295,7 +298,7 @@ impl DatabaseFile {
         Ok(())
     }
 
-    /// Those of its files that others than its owner may read or write.
+    /// Its files that other users may read or write.
     pub(super) fn exposed(&self) -> Vec<PathBuf> {
         let is_exposed = |path: &PathBuf| {
             fs::symlink_metadata(path)
@@ -308,7 +311,7 @@ impl DatabaseFile {
             .collect()
     }
 
-    /// The file beside it whose name ends so.
+    /// The file beside it with that suffix.
     pub(super) fn beside(&self, end: &str) -> PathBuf {
         let mut name = self.path.as_os_str().to_owned();
         name.push(end);
@@ -326,7 +329,7 @@ fn mode(metadata: &Metadata) -> u32 {
     metadata.permissions().mode() & 0o777
 }
 
-/// Whether a database can be made there, or its `-wal` and `-shm` beside it: found out by making another file.
+/// Whether a database, or its `-wal` and `-shm`, can be created there. The check creates and removes another file.
 pub(super) fn can_be_made(named: &Path) -> Result<(), OpenError> {
     let path = resolve(named)?;
     let directory = path.parent().unwrap_or(&path);
@@ -341,7 +344,7 @@ pub(super) fn can_be_made(named: &Path) -> Result<(), OpenError> {
     })
 }
 
-/// The absolute path of the file that a name means, whether or not it is there yet, as SQLite resolves it.
+/// The absolute path of the file that a name refers to, whether or not it exists, resolved as SQLite does.
 fn resolve(named: &Path) -> Result<PathBuf, OpenError> {
     let mut target = named.to_owned();
     for _ in 0..MOST_LINKS {

@@ -1,7 +1,8 @@
-//! Erasure: the text of a conversation leaves the journal and its files for good, and none is stored any more.
+//! Erasure: the text of a conversation is removed from the journal and its files for good, and later text is not
+//! stored.
 //!
-//! Its row stays, marked, and of its events what they are recognised by (kind, time, fingerprint), so that polling does not
-//! ingest them again. All of them count as settled: nothing of it waits, is sent, verified or restored.
+//! The conversation's row stays, marked. Of its events, what identifies them stays (kind, time, fingerprint), so that
+//! polling does not ingest them again. All of them count as settled: none waits, is sent, verified or restored.
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
@@ -11,26 +12,26 @@ use crate::domain::event::{Event, PartialEvent, fingerprint, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Millis;
 
-/// How many free pages of the file are overwritten at once: a daemon that wants to write waits for no longer.
+/// How many free pages of the file are overwritten at once. A daemon that wants to write waits no longer than that.
 const PAGES_AT_ONCE: i64 = 512;
 
-/// How often the log is tried to be emptied while it is read; each try waits as long as a statement waits.
+/// How many attempts to empty the log while another process reads it. Each waits as long as a statement does.
 const CHECKPOINTS: u32 = 5;
 
-/// What was erased.
+/// The result of an erasure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forgotten {
-    /// Events of the conversation, those without a text included.
+    /// Events of the conversation, including those without a text.
     pub events: i64,
     /// Events that could not be parsed and name the conversation.
     pub unparsed: i64,
-    /// The poll in progress has pages that are not ingested yet, and the conversation is on one of them: it is erased there
-    /// once that poll ends.
+    /// A page of the poll in progress names the conversation and is not ingested yet. It is erased there once the poll
+    /// ends.
     pub is_on_new_page: bool,
 }
 
 impl Store {
-    /// The epochs in which a conversation of that id is known, or an event that could not be parsed names it.
+    /// The epochs in which a conversation with that id is known, or is named by an event that could not be parsed.
     pub fn epochs_of(&mut self, bigchat_id: i64) -> Result<Vec<Epoch>> {
         let mut epochs: Vec<Epoch> = self
             .connection
@@ -44,8 +45,8 @@ impl Store {
         Ok(epochs)
     }
 
-    /// Erases the text of a conversation: of its events, its dead letters and their exchanges, and of the pages it is on.
-    /// What is in flight to OurAPI is not called back.
+    /// Erases the text of a conversation: in its events, its dead letters with their requests and responses, and the
+    /// pages it is on. A request in flight to OurAPI is not called back.
     pub fn forget(
         &mut self,
         epoch: Epoch,
@@ -53,7 +54,7 @@ impl Store {
         who: &str,
         now: Millis,
     ) -> Result<Forgotten> {
-        // What is deleted or replaced in this transaction is overwritten with zeros.
+        // Content deleted or replaced in this transaction is overwritten with zeros.
         self.connection.pragma_update(None, "secure_delete", "ON")?;
         let forgotten = self.forget_in_transaction(epoch, bigchat_id, who, now);
         self.connection
@@ -99,7 +100,7 @@ impl Store {
         Ok(forgotten)
     }
 
-    /// Makes sure that nothing erased is left in the database's files: overwrites the pages of the file that are free, and
+    /// Makes sure that no erased text is left in the database's files: overwrites the free pages of the file and
     /// empties the write-ahead log. Returns whether the log could be emptied; if not, another process is reading an old
     /// state of the database.
     pub fn overwrite_erased(&mut self) -> Result<bool> {
@@ -109,7 +110,7 @@ impl Store {
         let free = |connection: &Connection| {
             connection.pragma_query_value(None, "freelist_count", |row| row.get::<_, i64>(0))
         };
-        // Free pages are taken into use, filled with zeros, and given back. Others may free some meanwhile.
+        // Allocates free pages, fills them with zeros, and frees them. Other processes may free more meanwhile.
         let mut left = free(&self.connection)?;
         while left > 0 {
             let pages = left.min(PAGES_AT_ONCE).min(free(&self.connection)?).max(1);
@@ -136,7 +137,7 @@ impl Store {
     }
 }
 
-/// Erases what is stored of a forgotten conversation, and settles its events. May be repeated.
+/// Erases the stored text of a forgotten conversation, and settles its events. Can be repeated.
 pub(super) fn erase(
     transaction: &Transaction<'_>,
     conversation: ConversationId,
@@ -151,7 +152,7 @@ pub(super) fn erase(
         "DELETE FROM dead_letters WHERE conversation = ?1",
         "DELETE FROM redeliveries WHERE conversation = ?1",
         "DELETE FROM credits WHERE conversation = ?1",
-        // A reason may quote what could not be parsed.
+        // A reason may quote an event that could not be parsed.
         "UPDATE resolutions SET reason = '' WHERE event IN (SELECT id FROM events WHERE conversation = ?1)
             OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?1)
                 AND NOT EXISTS (SELECT 1 FROM events WHERE id = resolutions.event)",
@@ -161,8 +162,7 @@ pub(super) fn erase(
     Ok(())
 }
 
-/// Moves the offset of a forgotten conversation past all its events. The retention drops them as if they had been delivered
-/// now.
+/// Moves the offset of a forgotten conversation past all its events. The retention treats them as delivered now.
 pub(super) fn settle(
     transaction: &Transaction<'_>,
     conversation: ConversationId,
@@ -201,7 +201,8 @@ pub(super) fn is_forgotten(connection: &Connection, epoch: Epoch, bigchat_id: i6
         .query_row(params![epoch, bigchat_id], |row| row.get(0))?)
 }
 
-/// What could not be parsed stays as a discarded dead letter, so that it is recognised when it comes again.
+/// An event that could not be parsed stays as a discarded dead letter, so that it is recognised if it is received
+/// again.
 pub(super) fn erase_unparsed(
     transaction: &Transaction<'_>,
     event: EventId,
@@ -221,7 +222,7 @@ pub(super) fn erase_unparsed(
     Ok(())
 }
 
-/// The events that could not be parsed and yet name that conversation, and their epochs.
+/// Events that could not be parsed but name that conversation, and their epochs.
 fn unparsed(connection: &Connection, bigchat_id: i64) -> Result<Vec<(EventId, Epoch)>> {
     let mut statement = connection.prepare_cached(
         "SELECT e.id, e.data, d.epoch FROM events e JOIN dead_letters d ON d.event = e.id
@@ -238,8 +239,8 @@ fn unparsed(connection: &Connection, bigchat_id: i64) -> Result<Vec<(EventId, Ep
     Ok(events)
 }
 
-/// Erases a conversation from the ingested pages of the poll in progress: from then on they serve for counting only.
-/// Returns whether it is on one that is not ingested yet.
+/// Erases a conversation from the ingested pages of the poll in progress. From then on these pages serve only for
+/// counting. Returns whether it is on a page that is not ingested yet.
 fn erase_pages(transaction: &Transaction<'_>, bigchat_id: i64) -> Result<bool> {
     let pages: Vec<(i64, bool)> = transaction
         .prepare("SELECT id, ingested FROM inbox ORDER BY id")?
@@ -266,7 +267,7 @@ fn erase_pages(transaction: &Transaction<'_>, bigchat_id: i64) -> Result<bool> {
     Ok(is_on_new_page)
 }
 
-/// The page with only the keys of the conversation's events. `None`: none is on it.
+/// The page with only the keys of the conversation's events. `None`: it has none.
 fn without_text(body: &str, bigchat_id: i64) -> Option<String> {
     let (mut events, mut is_changed) = (Vec::new(), false);
     page_events(body, |raw| {

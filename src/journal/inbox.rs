@@ -1,4 +1,4 @@
-//! What the poller keeps: the cursor, the pages of the poll under way, and the events on them.
+//! What the poller stores: the cursor, the pages of the poll in progress, and their events.
 
 use std::time::Duration;
 
@@ -12,68 +12,70 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
 
-/// BigChat's `date` header lags behind its clock by up to a second and a half: a page of a run that has just begun may
-/// seem to have been served before.
+/// BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have been served
+/// before the restart.
 const DATE_LAG: Duration = Duration::from_secs(2);
 
-/// BigChat's limit may move on while the rest of a gap is looked for: that is no gap of its own, in seconds.
+/// The limit of what BigChat reports may move while the rest of a gap is searched. A difference of up to so many
+/// seconds is not a new gap.
 const GAP_MARGIN: i64 = 60;
 
-/// How many events that cannot be understood are kept of one page. That many are a mistake worth keeping whole; beyond,
-/// a page is hostile, and each of millions would be a row.
+/// How many unparsable events of one page are stored. Up to this number they are a mistake worth storing as a whole.
+/// Beyond it the page is hostile, and each of millions of events would be a row.
 const MAX_UNREADABLE: usize = 100_000;
 
-/// How far BigChat was read, and the poll under way.
+/// How far BigChat was read, and the poll in progress.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// Up to which BigChat was read, by its clock; `None` before the first poll.
+pub struct PollState {
+    /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
-    /// The window of the poll under way, and the query of its next page; no query: its last page is kept.
+    /// The window of the poll in progress, and the query of its next page; no query: its last page is stored.
     pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
-    /// The window is read again from its beginning, where much is known already: in how many polls still.
+    /// The window is read again from its beginning, where much is known already. In how many polls it may bring nothing
+    /// new.
     pub rescans_left: u32,
 }
 
-/// A page as it came, to be kept before anything is done with it.
+/// A page as received, to be stored before it is processed.
 #[derive(Debug, Clone)]
 pub struct NewPage {
-    /// What it was asked for with.
+    /// The query of its request.
     pub query: String,
-    /// BigChat's clock when it came.
+    /// BigChat's clock when the page was served.
     pub served_at: Timestamp,
-    /// The window of its poll.
+    /// The window of the poll.
     pub window: (Timestamp, Timestamp),
     /// The body.
     pub body: String,
-    /// How many events are on it.
+    /// The number of events on it.
     pub events: usize,
-    /// How its poll goes on.
-    pub progress: Progress,
+    /// How the poll continues.
+    pub progress: PollProgress,
 }
 
-/// How a poll goes on after a page.
+/// How a poll continues after a page.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Progress {
+pub enum PollProgress {
     /// With the page of that query.
     Next(String),
-    /// Not: this was the last one, and BigChat is read up to then.
+    /// Not at all: this was the last page, and BigChat was read up to that time.
     Complete(Timestamp),
 }
 
-/// A page that was kept.
+/// A stored page.
 #[derive(Debug, Clone)]
 pub struct StoredPage {
     /// Its id, in order of arrival.
     pub id: i64,
-    /// What it was asked for with.
+    /// The query of its request.
     pub query: String,
-    /// BigChat's clock when it came.
+    /// BigChat's clock when the page was served.
     pub served_at: Timestamp,
     /// When its window starts.
     pub window_start: Timestamp,
     /// The body.
     pub body: String,
-    /// Whether its events were admitted.
+    /// Whether its events were ingested.
     pub ingested: bool,
     /// The latest known epoch when it was stored.
     pub stored_in: Epoch,
@@ -82,10 +84,10 @@ pub struct StoredPage {
 }
 
 impl StoredPage {
-    /// Those of its events that can be understood.
+    /// Its events, without those that cannot be parsed.
     pub fn events(&self) -> Vec<Event> {
         let mut events = Vec::new();
-        // That it is a page was seen when it came.
+        // The page was valid when it was received.
         page_events(&self.body, |raw| events.extend(Event::parse(raw))).ok();
         events
     }
@@ -111,26 +113,26 @@ pub fn keys(body: &str) -> Vec<Key> {
     keys
 }
 
-/// What became of the events of a page.
+/// The result of ingesting a page.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ingested {
-    /// How many were new.
+    /// New events.
     pub new: usize,
-    /// How many of these could not be understood.
+    /// New events that could not be parsed.
     pub unreadable: usize,
-    /// How many were dropped for their names.
+    /// Events dropped by `--ignore-events`.
     pub ignored: usize,
-    /// Whether there was anything but what is known already. Of what was dropped or could not be understood nobody knows.
+    /// Whether the page had anything besides known events. Ignored and unparsable events do not count as known.
     pub progress: bool,
-    /// How many there were of each kind.
+    /// New events by kind.
     pub received: Vec<(&'static str, u32)>,
-    /// The latest event there is now.
+    /// The latest event in the journal.
     pub last_event: EventId,
 }
 
 impl Store {
-    /// How far BigChat was read.
-    pub fn source(&mut self) -> Result<Source> {
+    /// How far BigChat was read, and the poll in progress.
+    pub fn poll_state(&mut self) -> Result<PollState> {
         let row = self.connection.query_row(
             "SELECT cursor, window_start, window_end, next_query, rescans_left FROM poll_state",
             [],
@@ -148,15 +150,14 @@ impl Store {
         let window = start
             .zip(end)
             .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
-        Ok(Source {
+        Ok(PollState {
             cursor: cursor.map(Timestamp::clamped),
             poll: window.map(|window| (window, next)),
             rescans_left,
         })
     }
 
-    /// Moves the cursor where it is wrong: before the first poll, or ahead of BigChat's clock. Any poll under way
-    /// starts anew.
+    /// Corrects the cursor: before the first poll, or if it is ahead of BigChat's clock. A poll in progress is dropped.
     pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
@@ -166,8 +167,8 @@ impl Store {
         Ok(())
     }
 
-    /// BigChat reports nothing any more of what happened between the cursor and `ends_at`, where the next window is to
-    /// start: `cursor` less the overlap. Returns whether that is a gap of its own, and not the rest of one known.
+    /// BigChat no longer reports what happened between the cursor and `ends_at`, where the next window is to start:
+    /// `cursor` less the overlap. Returns whether that is a new gap, and not the rest of a known one.
     pub fn skip_gap(&mut self, ends_at: Timestamp, cursor: Timestamp, now: Millis) -> Result<bool> {
         let transaction = self.begin()?;
         let starts_at: Option<i64> =
@@ -203,7 +204,7 @@ impl Store {
         Ok(is_new)
     }
 
-    /// The pages of the poll under way, in order of arrival.
+    /// The pages of the poll in progress, in order of arrival.
     pub fn stored_pages(&mut self) -> Result<Vec<StoredPage>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT id, query, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
@@ -223,12 +224,12 @@ impl Store {
         Ok(pages.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Keeps a page and how its poll goes on, durably and together. Returns its id, and the latest run of BigChat that
-    /// is known of.
+    /// Stores a page and how its poll continues, durably and in one transaction. Returns its id, and the latest known
+    /// epoch.
     pub fn store_page(&mut self, page: &NewPage) -> Result<(i64, Epoch)> {
         self.in_place()?;
         let transaction = self.begin()?;
-        let kept = transaction
+        let stored = transaction
             .prepare_cached(
                 "INSERT INTO inbox (query, served_at, window_start, body, stored_in)
                  VALUES (?1, ?2, ?3, ?4, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
@@ -243,8 +244,8 @@ impl Store {
                 |row| Ok((row.get(0)?, row.get(1)?)),
             )?;
         let (next, cursor) = match &page.progress {
-            Progress::Next(query) => (Some(query), None),
-            Progress::Complete(cursor) => (None, Some(cursor.unix())),
+            PollProgress::Next(query) => (Some(query), None),
+            PollProgress::Complete(cursor) => (None, Some(cursor.unix())),
         };
         transaction.execute(
             "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next,
@@ -256,11 +257,11 @@ impl Store {
             },
         )?;
         transaction.commit()?;
-        Ok(kept)
+        Ok(stored)
     }
 
-    /// Which run of BigChat told a page that was served then, and whether that is certain: where it is not, it may be
-    /// the run before.
+    /// The epoch of a page that was served at that time, and whether that is certain. If not, the page may belong to
+    /// the epoch before.
     pub fn epoch_at(&mut self, served_at: Timestamp) -> Result<(Epoch, bool)> {
         let (epoch, began_at): (Epoch, i64) = self
             .connection
@@ -273,8 +274,8 @@ impl Store {
         Ok((epoch, epoch == Epoch(1) || began_at < served_at.unix()))
     }
 
-    /// Whether the journal holds such an event, from whichever run of BigChat, admitted or not.
-    pub fn holds(&mut self, event: &Event) -> Result<bool> {
+    /// Whether the journal has such an event, in any epoch, ingested or on a stored page.
+    pub fn has_event(&mut self, event: &Event) -> Result<bool> {
         if self
             .stored_pages()?
             .iter()
@@ -298,8 +299,8 @@ impl Store {
         Ok(false)
     }
 
-    /// Admits the events of a kept page, each to the conversation it has in the run of BigChat that told it, as far
-    /// as the journal does not hold as many as the poll has `received`. From then on they are due.
+    /// Ingests the events of a stored page into their conversations in the page's epoch, as far as the journal has
+    /// fewer than the poll has `received`. From then on they are due.
     pub fn ingest(
         &mut self,
         page: &StoredPage,
@@ -332,7 +333,7 @@ impl Store {
                 .map(|new| {
                     ingested.new += usize::from(new);
                     counts.of(event.kind.name()).received += u32::from(new);
-                    // What it says of a time to come says nothing of how old its news are.
+                    // A time in the future says nothing about the age of the events.
                     newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
                 Err(reason) => {
@@ -356,7 +357,7 @@ impl Store {
         outcome?;
         if unreadable > MAX_UNREADABLE {
             let beyond = unreadable - MAX_UNREADABLE;
-            tracing::error!(events = beyond, query = %page.query, "a page is full of what cannot be understood: not all of it is kept");
+            tracing::error!(events = beyond, query = %page.query, "a page has too many events that cannot be parsed; the rest is not stored");
         }
         transaction
             .prepare_cached("UPDATE inbox SET ingested = 1 WHERE id = ?1")?
@@ -376,9 +377,9 @@ impl Store {
         Ok(ingested)
     }
 
-    /// Ends the poll under way. `cursor`: where BigChat was read up to, if the last page has not said so; `rescans_left`:
-    /// in how many polls the window is to be read again; `read`: when it was read to its end, and by how many seconds
-    /// BigChat's clock was ahead of this machine's then.
+    /// Ends the poll in progress. `cursor`: the time up to which BigChat was read, if the last page has not set it.
+    /// `rescans_left`: in how many polls the window is to be read again. `read`: when the window was read to its end,
+    /// and by how many seconds BigChat's clock was ahead of this machine's.
     pub fn end_poll(
         &mut self,
         cursor: Option<Timestamp>,
@@ -401,7 +402,7 @@ impl Store {
         Ok(())
     }
 
-    /// One more poll has read on in a window that is read again.
+    /// Records that another poll has continued in a window that is read again.
     pub fn rescan(&mut self) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
@@ -410,13 +411,13 @@ impl Store {
         Ok(())
     }
 
-    /// Lets go of the pages that were kept: all of their events are admitted.
+    /// Deletes the stored pages. All their events are ingested.
     pub fn forget_pages(&mut self) -> Result<()> {
         self.connection.execute("DELETE FROM inbox", [])?;
         Ok(())
     }
 
-    /// Lets go of all but the last of them.
+    /// Deletes all stored pages except the last.
     pub fn forget_pages_but_the_last(&mut self) -> Result<()> {
         self.connection.execute(
             "DELETE FROM inbox WHERE id <> (SELECT max(id) FROM inbox)",
@@ -426,7 +427,7 @@ impl Store {
     }
 }
 
-/// Admits one event, unless the journal holds as many as were received. Returns whether it is new.
+/// Ingests one event, unless the journal has as many equal ones as were received. Returns whether it is new.
 fn ingest(
     transaction: &Transaction<'_>,
     epoch: Epoch,
@@ -443,7 +444,7 @@ fn ingest(
         forget::settle(transaction, known.id, now)?;
         return Ok(true);
     }
-    // Whoever works on the conversation looks again; one that waits for its next attempt goes on waiting.
+    // The conversation is made due, unless it waits for its next attempt.
     transaction
         .prepare_cached(
             "UPDATE conversations SET waiting = waiting + 1, waiting_since = coalesce(waiting_since, ?2),
@@ -454,16 +455,16 @@ fn ingest(
     Ok(true)
 }
 
-/// A conversation of an event.
+/// The conversation of an event.
 #[derive(Debug, Clone, Copy)]
 struct Known {
     id: ConversationId,
-    /// Its events are stored without their data.
+    /// Its events are stored without data.
     is_forgotten: bool,
 }
 
 impl Known {
-    /// The data of one of its events as they are stored.
+    /// The data to store of one of its events.
     fn stored_data(self, event: &Event) -> Option<&str> {
         event.data.as_deref().filter(|_| !self.is_forgotten)
     }
@@ -477,7 +478,7 @@ fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
     )
 }
 
-/// The conversation an event belongs to, made known if it is not; its START gives it its start time.
+/// The conversation of an event. It is inserted if it is new. A START sets its start time.
 fn conversation(transaction: &Transaction<'_>, epoch: Epoch, event: &Event) -> Result<Known> {
     let started_at = (event.kind == EventKind::Start).then_some(event.at.unix());
     let known: Option<(Known, Option<i64>)> = transaction
@@ -549,7 +550,7 @@ fn insert(transaction: &Transaction<'_>, known: Known, event: &Event, now: Milli
     Ok(())
 }
 
-/// Stores an event that cannot be understood as a dead letter, unless it is one already.
+/// Stores an unparsable event as a dead letter, unless it is stored already.
 fn insert_unreadable(
     transaction: &Transaction<'_>,
     epoch: Epoch,
@@ -599,9 +600,9 @@ fn insert_unreadable(
     Ok(true)
 }
 
-/// Parses a dead letter again that could not be understood, as after an upgrade of the program, and ingests it in place of
-/// it: to the conversation of its epoch, as often as it was received. Returns whether that was possible; if not, the
-/// reason is brought up to date.
+/// Parses an unparsable dead letter again, as after an upgrade of the program, and ingests the event in its place: into
+/// the conversation of its epoch, as often as it was received. Returns whether that was possible; if not, the reason is
+/// updated.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,

@@ -1,4 +1,4 @@
-//! What the journal knows of a conversation's messages, and of the identity of its chat.
+//! The recorded messages of a conversation, and the identity of its chat.
 
 use rusqlite::params;
 
@@ -9,8 +9,8 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
 
 impl Store {
-    /// The messages of a conversation in order of arrival, and whether OurAPI holds each, as far as is known. Those that wait
-    /// may have been sent up to `replay_until`.
+    /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Those that
+    /// wait may have been sent up to `replay_until`.
     pub fn recorded_messages(
         &mut self,
         conversation: ConversationId,
@@ -60,7 +60,7 @@ impl Store {
         Ok(messages)
     }
 
-    /// The earliest time any event of a conversation names.
+    /// The earliest time named by an event of a conversation.
     pub fn earliest_event(&mut self, conversation: ConversationId) -> Result<Option<Timestamp>> {
         let earliest: Option<i64> = self
             .connection

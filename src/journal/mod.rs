@@ -1,10 +1,9 @@
-//! The journal: every event in SQLite before anything is done with it, what became of it, and what is known of
-//! either side.
+//! The journal: stores every event in SQLite before it is processed, then its outcome, and what is known of both APIs.
 //!
-//! All SQL is here, as operations with names on [`Store`]. One thread of its own works on the database, so that no
-//! async thread ever waits for a disk; [`Journal::with`] hands it one operation at a time. Each operation that
-//! writes does so in one transaction: it happened or it did not, and none is open across a request. The journal decides nothing about
-//! delivery or polling; it keeps what those decided.
+//! All SQL is here, as named operations of [`Store`]. One thread works on the database, so that no async thread waits
+//! for a disk. [`Journal::with`] passes it one operation at a time. An operation that writes is one transaction, and no
+//! transaction is open across a request. The journal does not decide about delivery or polling; it stores their
+//! decisions.
 
 mod activity;
 mod commit;
@@ -51,7 +50,7 @@ pub use dead_letters::{
 pub use directory::{KnownAdvisor, KnownAgent, Probe};
 pub use export::{Exported, Position};
 pub use forget::Forgotten;
-pub use inbox::{Ingested, NewPage, Progress, Source, StoredPage, keys};
+pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{RateLimits, ReplayUntil, Session};
@@ -59,16 +58,16 @@ pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Veri
 pub use storage::Storage;
 pub use verification::{Difference, Scope, VerificationProgress};
 
-/// Why an operation did not happen.
+/// Why an operation failed.
 #[derive(Debug, Error)]
 pub enum JournalError {
-    /// SQLite or the disk refuses. Nothing was changed; it may work later.
+    /// SQLite or the disk refuses. Nothing was changed; it may succeed later.
     #[error("cannot use the database: {0}")]
     Sqlite(#[from] rusqlite::Error),
-    /// A row that this program never writes: somebody edited the database.
+    /// A row that this program never writes. The database was edited.
     #[error("invalid row in the database: {0}")]
     InvalidRow(String),
-    /// The file was deleted or replaced while it was open. What is written goes nowhere that lasts.
+    /// The file was deleted or replaced while it was open. Further writes would be lost.
     #[error("{} was deleted or replaced; put it back, or restart to continue with the new file", shown(.0))]
     Replaced(PathBuf),
     /// The operation has panicked, or the journal's thread has ended.
@@ -77,7 +76,7 @@ pub enum JournalError {
 }
 
 impl JournalError {
-    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    /// Whether waiting may help: a full disk, or a database that another process has locked.
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Sqlite(error) if schema::is_transient(error))
     }
@@ -86,50 +85,50 @@ impl JournalError {
 /// What an operation returns.
 pub type Result<T> = std::result::Result<T, JournalError>;
 
-/// The kind of what could not be understood.
+/// The kind of an event that could not be parsed.
 pub const UNREADABLE: &str = "UNREADABLE";
 
-/// How long a database that refuses is left alone.
+/// How long to wait after the database has refused an operation.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
-/// An operation on the database, and its answer's way back.
+/// An operation on the database, including the return of its result.
 pub(crate) type Operation = Box<dyn FnOnce(&mut Store) + Send>;
 
-/// What carries operations out, one after the other.
+/// Executes operations one after the other.
 pub(crate) trait Executor: std::fmt::Debug + Send + Sync {
-    /// Takes one over. It may be carried out before or after this ends, or never.
+    /// Accepts an operation. It may be executed before or after this future completes, or never.
     fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
-/// The journal, to be shared by all that use it. Dropping it waits for the operation under way.
+/// The journal, shared by all its users. Dropping it waits for the operation in progress.
 #[derive(Debug)]
 pub struct Journal {
     executor: Box<dyn Executor>,
 }
 
-/// A thread of its own for a database, so that no async thread waits for a disk.
+/// The thread that works on a database.
 #[derive(Debug)]
 struct Thread {
     operations: Option<mpsc::Sender<Operation>>,
     handle: Option<JoinHandle<()>>,
 }
 
-/// The database, as seen from the journal's thread.
+/// The database, for use on the journal's thread.
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
-    /// `None`: it is in memory. It must be closed after the connection.
+    /// `None` for a database in memory. It must be closed after the connection.
     file: Option<DatabaseFile>,
 }
 
 impl Store {
-    /// Opens the database for the daemon: made or upgraded where needed, and kept from other daemons.
+    /// Opens the database for the daemon. Creates or upgrades it if needed, and locks out other daemons.
     pub fn open(path: &Path) -> std::result::Result<Self, OpenError> {
         schema::open_for_daemon(path).map(Self::over)
     }
 
-    /// Opens the database for looking only, beside whoever works on it. One of an older version is upgraded first, unless
-    /// a daemon works on it.
+    /// Opens the database for reading, also while a daemon works on it. An older version is upgraded first, unless a
+    /// daemon works on it.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
         schema::open_reader(path).map(Self::over)
     }
@@ -139,7 +138,7 @@ impl Store {
         schema::open_shared(path).map(Self::over)
     }
 
-    /// Whether [`Self::open`] could make a database there.
+    /// Whether [`Self::open`] could create a database there.
     pub fn can_be_made(path: &Path) -> std::result::Result<(), OpenError> {
         file::can_be_made(path)
     }
@@ -151,24 +150,25 @@ impl Store {
         }
     }
 
-    /// Whether a daemon works on the database, or a command that takes its place.
+    /// Whether a daemon, or a command in its place, works on the database.
     pub fn is_in_use(&self) -> bool {
         self.file.as_ref().is_some_and(DatabaseFile::is_in_use)
     }
 
-    /// How large the database is, with its write-ahead log, in bytes.
+    /// The size of the database with its write-ahead log, in bytes.
     pub fn bytes(&self) -> u64 {
         let file = self.file.as_ref();
         file.map_or(0, |file| file.bytes() + file.log_bytes().unwrap_or(0))
     }
 
-    /// Those of the database's files that others than their owner may read or write.
+    /// The database's files that other users may read or write.
     pub fn exposed_files(&self) -> Vec<PathBuf> {
         let file = self.file.as_ref();
         file.map(DatabaseFile::exposed).unwrap_or_default()
     }
 
-    /// Whether the database is still the file of its name. If not, nothing is taken on that can be had only once.
+    /// Whether the file is still the one of its name. If not, the daemon must not receive events, which BigChat reports
+    /// only once.
     pub fn in_place(&self) -> Result<()> {
         let Some(file) = &self.file else {
             return Ok(());
@@ -180,8 +180,8 @@ impl Store {
         }
     }
 
-    /// Begins a transaction that writes: at once, since one that begins to write later may find that another process
-    /// has written meanwhile, and fail.
+    /// Begins a transaction that writes. It takes the write lock at once: a transaction that begins to write later
+    /// fails if another process has written meanwhile.
     fn begin(&mut self) -> rusqlite::Result<rusqlite::Transaction<'_>> {
         self.connection
             .transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)
@@ -193,7 +193,7 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// When the operating system gives no thread.
+    /// If the operating system refuses a thread.
     pub fn start(store: Store) -> std::io::Result<Self> {
         Ok(Self::over(Thread::start(store)?))
     }
@@ -204,14 +204,14 @@ impl Journal {
         }
     }
 
-    /// Does one operation, and waits for it.
+    /// Executes one operation, and waits for its result.
     pub async fn with<T: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut Store) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let operation: Operation = Box::new(move |store| {
-            // The caller may have gone; what was done is done.
+            // The caller may be gone. The operation stays done.
             drop(reply.send(operation(store)));
         });
         self.executor.execute(operation).await;
@@ -227,7 +227,7 @@ impl Thread {
         let thread = std::thread::Builder::new().name("journal".into());
         let handle = thread.spawn(move || {
             for operation in queue {
-                // Its transaction is rolled back, and the caller receives an error; the others go on.
+                // The transaction is rolled back and the caller receives an error. Other operations continue.
                 if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
                     tracing::error!("an operation of the journal panicked; this is a bug");
                 }
@@ -263,22 +263,22 @@ impl Drop for Thread {
     }
 }
 
-/// A count, of which SQL knows no sign.
+/// A count, for which SQL has no unsigned type.
 fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
     Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
 }
 
-/// The count that a query has in its first column.
+/// The count in the first column of a query.
 fn count(row: &Row<'_>) -> rusqlite::Result<u64> {
     unsigned(row, 0)
 }
 
-/// How many rows at the most, as SQL takes it.
+/// A limit of rows, as SQL takes it.
 fn limit(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// A column that must hold what this program wrote there.
+/// A value in a column that this program always sets.
 fn present<T>(value: Option<T>, what: &str) -> Result<T> {
     value.ok_or_else(|| JournalError::InvalidRow(what.to_owned()))
 }
@@ -288,7 +288,7 @@ mod tests {
     use super::*;
 
     impl Store {
-        /// A database in memory, as a daemon's; `schema::upgrade` is all that is done to a new one.
+        /// A database in memory, as a daemon's. A new one only gets the schema.
         pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
             connection.set_prepared_statement_cache_capacity(64);
             connection.pragma_update(None, "foreign_keys", true)?;
@@ -301,7 +301,7 @@ mod tests {
             })
         }
 
-        /// The database itself, to look at.
+        /// The database itself, for checks.
         pub(crate) fn connection(&mut self) -> &mut Connection {
             &mut self.connection
         }

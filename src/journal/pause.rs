@@ -1,4 +1,4 @@
-//! Pausing deliveries: commands and the console record it here, and the process that delivers obeys it.
+//! Pauses of deliveries: commands and the console record them here, and the process that delivers obeys them.
 
 use rusqlite::{Connection, params};
 
@@ -7,12 +7,12 @@ use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
 impl Store {
-    /// The pause that nobody has ended. Its time may be over.
+    /// The latest pause, unless it was ended. Its time may be over.
     pub fn pause(&mut self) -> Result<Option<Pause>> {
         Ok(latest(&self.connection)?.0)
     }
 
-    /// Pauses deliveries, in place of any earlier pause.
+    /// Pauses deliveries, and replaces any earlier pause.
     pub fn set_pause(&mut self, pause: Pause) -> Result<()> {
         self.connection.execute(
             "UPDATE control SET paused_at = ?1, paused_until = ?2, resumed_at = NULL",
@@ -31,7 +31,7 @@ impl Store {
     }
 }
 
-/// The pause that nobody has ended, and when the latest one ended, if it was ended.
+/// The latest pause, unless it was ended, and when the previous one ended, if it was ended.
 pub(super) fn latest(connection: &Connection) -> Result<(Option<Pause>, Option<Millis>)> {
     let mut statement =
         connection.prepare_cached("SELECT paused_at, paused_until, resumed_at FROM control")?;

@@ -1,7 +1,7 @@
-//! The queue: which conversations are due, and what of them waits.
+//! The queue: which conversations are due, and which of their events wait.
 //!
-//! What waits of a conversation follows from its offset: the events above it that are no dead letters, and its
-//! redeliveries. Nothing is written when it is claimed.
+//! The waiting events of a conversation follow from its offset: those above it that are no dead letters, and its
+//! redeliveries. A claim writes nothing.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -20,47 +20,48 @@ use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::{Millis, Timestamp};
 
-/// How many events of one conversation are claimed at once, so that a long one neither fills the memory nor keeps others
-/// waiting.
+/// How many events of one conversation are claimed at once. A long conversation then neither fills the memory nor
+/// delays others.
 const EVENTS_PER_CLAIM: usize = 200;
 
-/// And how many bytes of messages; the one that exceeds it still belongs to it.
+/// How many bytes of messages are claimed at once. The message that exceeds the limit is included.
 const BYTES_PER_CLAIM: usize = 256 << 10;
 
-/// What the scheduler asks for.
+/// What the scheduler requests.
 #[derive(Debug, Clone)]
 pub struct ClaimRequest {
     /// No events are to be delivered.
     pub verifications_only: bool,
-    /// If nothing else is to be done: the pass in idle time.
+    /// The pass in idle time, to continue if nothing else is to be done.
     pub idle_pass: Option<IdlePass>,
-    /// It is to show whether OurAPI is back: what has never failed comes first, so that an event that always fails does not
-    /// keep others from being tried.
+    /// The claim serves to probe OurAPI. Conversations that have never failed come first, so that an event that always
+    /// fails does not keep others from being tried.
     pub probe: bool,
-    /// How many conversations at most.
+    /// The maximum number of conversations.
     pub conversations: usize,
-    /// Up to how many bytes of messages; the conversation that exceeds it still belongs to it.
+    /// The maximum bytes of messages. The conversation that exceeds it is included.
     pub bytes: usize,
-    /// Those that are claimed already.
+    /// Conversations that are claimed already.
     pub exclude: HashSet<ConversationId>,
     pub session: i64,
-    /// This machine's clock was set back: everything is due now, and after this time what may still be in flight.
+    /// This machine's clock was set back. Everything is due now, except what may still be in flight, which is due after
+    /// this time.
     pub clock_set_back: Option<Duration>,
-    /// To be stored.
+    /// Rate limits to store.
     pub rate_limits: Option<RateLimits>,
 }
 
-/// What is due.
+/// The conversations due.
 #[derive(Debug, Default)]
 pub struct Claimed {
     pub work: Vec<Work>,
-    /// More is due than was asked for.
+    /// More is due than was requested.
     pub is_more: bool,
-    /// When something is due next, beside these.
+    /// When the next other conversation is due.
     pub next_due: Option<Millis>,
 }
 
-/// What is known when work is loaded.
+/// What applies to everything loaded by one claim.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Loading {
     pub(super) session: i64,
@@ -70,9 +71,9 @@ pub(super) struct Loading {
 }
 
 impl Store {
-    /// The conversations that have been due for longest, with what waits of them; then those not verified since OurAPI last
-    /// lost something, then those to be verified by hand; if there is nothing of all that, the next one of the pass in idle
-    /// time.
+    /// Claims in this order: the conversations due for the longest time, with their waiting events; chats not verified
+    /// since OurAPI last lost data; chats to be verified by hand; if there are none of these, the next chat of the pass
+    /// in idle time.
     pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
         if let Some(rate_limits) = request.rate_limits {
             self.record_rate_limits(rate_limits)?;
@@ -115,11 +116,11 @@ impl Store {
                 }
             }
         }
-        let room = request.conversations.saturating_sub(claimed.work.len());
-        if room > 0 {
+        let free = request.conversations.saturating_sub(claimed.work.len());
+        if free > 0 {
             let mut exclude = request.exclude.clone();
             exclude.extend(claimed.work.iter().map(|work| work.conversation.id));
-            let work = claim_verifications(&transaction, room, &exclude, loading, now)?;
+            let work = claim_verifications(&transaction, free, &exclude, loading, now)?;
             claimed.work.extend(work);
         }
         claimed.next_due = next_due(&transaction, now)?;
@@ -141,8 +142,8 @@ impl Store {
         Ok(claimed)
     }
 
-    /// Makes everything due now that would be due later. What may have been delivered is due after `pause`: how long it has
-    /// waited already is not known.
+    /// Makes everything due now that would be due later. What may have been delivered is due after `pause`, because it
+    /// is not known how long it has waited.
     fn make_due(&mut self, pause: Duration, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute(
@@ -186,7 +187,7 @@ fn due(
     {
         return Ok(vec![id]);
     }
-    // Those that are claimed may be among them.
+    // The due conversations may include claimed ones.
     let enough = request.conversations.saturating_add(request.exclude.len());
     let is_free = |id: &ConversationId| !request.exclude.contains(id);
     let mut statement = connection.prepare_cached(
@@ -210,7 +211,7 @@ fn due(
     Ok(ids)
 }
 
-/// The conversation that has been due for longest and of which nothing that waits has failed.
+/// The conversation due for the longest time among those of which no waiting event has failed.
 fn never_failed(
     connection: &Connection,
     request: &ClaimRequest,
@@ -235,7 +236,7 @@ fn next_due(connection: &Connection, now: Millis) -> Result<Option<Millis>> {
     Ok(due.map(Millis))
 }
 
-/// Loads a conversation with up to so many of its events that wait.
+/// Loads a conversation with up to this many of its waiting events.
 pub(super) fn load(
     connection: &Connection,
     id: ConversationId,
@@ -257,22 +258,22 @@ pub(super) fn load(
          FROM redeliveries r JOIN events e ON e.id = r.event WHERE r.conversation = ?1 ORDER BY r.event",
     )?;
     let mut rows = statement.query([id])?;
-    let mut is_room = at_most > 0;
-    while is_room && let Some(row) = rows.next()? {
-        is_room = take(row, true, row.get(5)?)?;
+    let mut is_more_wanted = at_most > 0;
+    while is_more_wanted && let Some(row) = rows.next()? {
+        is_more_wanted = take(row, true, row.get(5)?)?;
     }
     let dead = dead_letters(connection, id, claim.offset)?;
     let mut statement = connection.prepare_cached(
         "SELECT id, kind, event_at, data, received_at FROM events WHERE conversation = ?1 AND id > ?2 ORDER BY id",
     )?;
     let mut rows = statement.query(params![id, claim.offset])?;
-    while is_room && let Some(row) = rows.next()? {
+    while is_more_wanted && let Some(row) = rows.next()? {
         let event: EventId = row.get(0)?;
         claim.through = event;
         if dead.contains(&event) {
             claim.skipped.push(event);
         } else {
-            is_room = take(row, false, event <= restored_through)?;
+            is_more_wanted = take(row, false, event <= restored_through)?;
         }
     }
     credit(connection, id, &mut events)?;
@@ -352,7 +353,7 @@ fn read_conversation(
                 skipped: Vec::new(),
                 last_event: row.get(21)?,
                 stale_seq,
-                is_in_doubt: stale_seq > fresh_seq,
+                became_stale: stale_seq > fresh_seq,
                 losses: loading.losses,
                 is_lost: row.get::<_, i64>(17)? < loading.losses,
                 is_read: row.get::<_, i64>(18)? == loading.session,
@@ -410,7 +411,7 @@ fn read_pending(
     };
     let name = text(1)?.unwrap_or_default();
     let kind = present(EventKind::from_name(name), name)?;
-    // The log has the reason: it must not quote what the data says.
+    // The log shows the reason, so it must not quote the data.
     let payload = Payload::from_data(kind, text(3)?)
         .map_err(|_| JournalError::InvalidRow(format!("the data of a {name} cannot be read")))?;
     let id = row.get(0)?;
@@ -426,7 +427,7 @@ fn read_pending(
     })
 }
 
-/// Marks the messages that OurAPI was found to hold, each copy once.
+/// Marks the messages that OurAPI was found to have, each copy once.
 fn credit(
     connection: &Connection,
     conversation: ConversationId,

@@ -1,4 +1,4 @@
-//! Retention: what is dropped, and when. What waits, open dead letters, conversations and advisors stay.
+//! Retention: what is dropped, and when. Waiting events, open dead letters, conversations and advisors stay.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use super::{Result, Store};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::Millis;
 
-/// The next window may bring again what is a little older than its start, which is a matter of whole seconds: a MESSAGE can
-/// be dated before its START.
+/// The next window may report events slightly older than its start again: it has whole seconds, and a MESSAGE can be
+/// dated before its START.
 const MARGIN: Duration = Duration::from_secs(60);
 
 /// A row of `deliveries` that is old enough to be dropped with its events.
@@ -22,9 +22,9 @@ struct Old {
 }
 
 impl Store {
-    /// Drops events that were delivered or discarded `retention` ago by this machine's clock and happened as long ago by
-    /// BigChat's, unless the next window could bring them again: neither clock alone decides, since either may be wrong.
-    /// Some at a time, so that nothing waits for it. Returns how many.
+    /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
+    /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
+    /// report again stay. Drops only some at a time, so that other operations do not wait. Returns how many.
     pub fn prune(
         &mut self,
         retention: Duration,
@@ -33,7 +33,7 @@ impl Store {
         at_most: u32,
     ) -> Result<usize> {
         activity::forget(&self.connection, now)?;
-        let Some(cursor) = self.source()?.cursor else {
+        let Some(cursor) = self.poll_state()?.cursor else {
             return Ok(0);
         };
         let (delivered_before, happened_before) = (
@@ -93,7 +93,7 @@ impl Store {
     }
 }
 
-/// Without events there is nothing to compare a chat with.
+/// A chat without stored events cannot be verified.
 fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Result<()> {
     connection
         .prepare_cached(
@@ -104,7 +104,8 @@ fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Re
     Ok(())
 }
 
-/// An equal event waits or is an open dead letter: received again, it could no longer be told from it.
+/// An equal event waits or is an open dead letter. If this one were dropped and received again, it would be taken for
+/// that one.
 macro_rules! has_twin {
     () => {
         "EXISTS (
@@ -116,7 +117,7 @@ macro_rules! has_twin {
     };
 }
 
-/// The event was delivered, and not again since.
+/// The event was delivered, and has no later delivery.
 macro_rules! is_droppable {
     ($happened_before:literal, $delivered_before:literal) => {
         concat!(
@@ -163,12 +164,12 @@ mod tests {
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
     use crate::domain::time::Timestamp;
-    use crate::journal::{NewPage, Progress};
+    use crate::journal::{NewPage, PollProgress};
 
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);
 
-    /// A journal of one message, delivered when it happened, and read up to then; all of that at this time.
+    /// A journal with one message that was delivered at `at`, when it happened. BigChat was read up to `cursor`.
     fn journal(at: i64, cursor: i64) -> Store {
         let connection = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(connection, true).expect("a journal");
@@ -182,7 +183,7 @@ mod tests {
             window: (at, at),
             body,
             events: 1,
-            progress: Progress::Complete(Timestamp::clamped(cursor)),
+            progress: PollProgress::Complete(Timestamp::clamped(cursor)),
         };
         store.store_page(&page).expect("a stored page");
         let now = Millis(at.unix() * 1000);
@@ -209,8 +210,9 @@ mod tests {
         store
     }
 
+    /// Neither clock alone drops an event.
     #[test]
-    fn neither_clock_alone_drops_anything() {
+    fn one_clock_drops_nothing() {
         let at = 100 * DAY;
         let days = |days: i64| at + days * DAY;
         for (here, cursor, dropped) in [

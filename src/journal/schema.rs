@@ -1,4 +1,4 @@
-//! Opening the database: the schema brought up to date, and nothing touched that is not ours.
+//! Opens the database: updates the schema, and never changes a file that is not ours.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -14,36 +14,36 @@ use crate::telemetry::terminal::shown;
 /// Marks a database as ours (`PRAGMA application_id`): "BCS2".
 const APPLICATION_ID: i32 = 0x4243_5332;
 
-/// What version 0.1 marked its databases with: "BCSY".
+/// The mark of databases of version 0.1: "BCSY".
 const APPLICATION_ID_0_1: i32 = 0x4243_5359;
 
-/// Each brings the schema from one version (`PRAGMA user_version`) to the next.
+/// Each entry migrates the schema from one version (`PRAGMA user_version`) to the next.
 const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
 
-/// How long a statement waits for another process (a command, a backup) to be done. The daemon tries again anyway,
-/// and must be able to stop.
+/// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again
+/// anyway and must be able to stop.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How large the write-ahead log may stay. It grows for as long as somebody reads an old state of the database (a
-/// backup, a forgotten shell), and would keep that size for ever.
+/// The maximum size of the write-ahead log. It grows for as long as another process (a backup, a forgotten shell) reads
+/// an old state of the database, and would then keep that size for ever.
 const WAL_SIZE: i64 = 8 << 20;
 
-/// SQLite opens a file that may not be written for reading. It makes none: that would be readable by all users.
+/// SQLite opens a read-only file for reading. It creates none, because that would be readable by all users.
 const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
-/// Why a database was not opened. Except for a failing disk, nothing in it was changed.
+/// Why a database was not opened. Unless the disk fails, nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// Another daemon works on it.
+    /// Another daemon uses it.
     #[error("another bigchat-sync uses {}; stop it first, or set another database with --db", shown(.0))]
     InUse(PathBuf),
-    /// A daemon works on it by another hard link or mount, where its write-ahead log is.
+    /// A daemon uses it by another hard link or mount, where its write-ahead log is.
     #[error(
         "the daemon that uses {} has it open by another name, with its -wal and -shm beside that name; set --db as the daemon does",
         shown(.0)
     )]
     OtherName(PathBuf),
-    /// Some other program's database, or no database at all.
+    /// Another program's database, or no database at all.
     #[error("{} is not a bigchat-sync database, and was not changed; set another one with --db", shown(.0))]
     Foreign(PathBuf),
     /// Written by a later version of this program.
@@ -59,9 +59,9 @@ pub enum OpenError {
         /// The latest version this program knows.
         known: usize,
     },
-    /// Written by an earlier version of this program, which still works on it.
+    /// Written by an earlier version of this program, which is still using it.
     #[error(
-        "an older bigchat-sync uses {}, whose tables must not change meanwhile; restart the daemon with this version, or use the older one",
+        "an older bigchat-sync uses {}, so its tables cannot be upgraded now; restart the daemon with this version, or use the older one",
         shown(.0)
     )]
     Older(PathBuf),
@@ -71,10 +71,10 @@ pub enum OpenError {
         shown(.0)
     )]
     Version01(PathBuf),
-    /// There is none, for a command that does not make one.
-    #[error("there is no database {}; name the daemon's with --db", shown(.0))]
+    /// It does not exist, and the command does not create one.
+    #[error("database {} does not exist; name the daemon's with --db", shown(.0))]
     Missing(PathBuf),
-    /// Cut off, or written over.
+    /// Truncated or overwritten.
     #[error(
         "{} is damaged ({why}), and was not changed; restore a copy, or set another database with --db",
         shown(.path)
@@ -85,7 +85,7 @@ pub enum OpenError {
         /// What is wrong with it.
         why: String,
     },
-    /// Its directory does not exist.
+    /// The directory does not exist.
     #[error(
         "{} cannot be opened: the directory {} does not exist; create it, or set another database with --db",
         shown(.path),
@@ -97,7 +97,7 @@ pub enum OpenError {
         /// Its directory.
         directory: PathBuf,
     },
-    /// No file can be made in its directory.
+    /// No file can be created in its directory.
     #[error(
         "{} cannot be opened: no file can be created in {}, where it and its -wal and -shm belong ({source}){}",
         shown(.path),
@@ -119,7 +119,7 @@ pub enum OpenError {
         shown(.0)
     )]
     LogUnreadable(PathBuf),
-    /// SQLite has no room for its path.
+    /// The path is too long for SQLite.
     #[error("{} cannot be opened: SQLite accepts paths of up to 504 bytes; set a shorter one with --db", shown(.0))]
     TooLong(PathBuf),
     /// The file system refuses.
@@ -140,7 +140,7 @@ pub enum OpenError {
     },
 }
 
-/// What to do about a file system that refuses.
+/// The remedy for an error of the file system.
 fn remedy(error: &std::io::Error) -> &'static str {
     use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error.kind() {
@@ -151,7 +151,7 @@ fn remedy(error: &std::io::Error) -> &'static str {
 }
 
 impl OpenError {
-    /// Whether it may pass by itself: a full disk, somebody who holds the database for a while.
+    /// Whether waiting may help: a full disk, or a database that another process has locked.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Sqlite { source, .. } => is_transient(source),
@@ -163,7 +163,7 @@ impl OpenError {
     }
 }
 
-/// Whether what SQLite refuses now it may do later.
+/// Whether SQLite may accept later what it refuses now.
 pub(super) fn is_transient(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
     matches!(
@@ -175,12 +175,12 @@ pub(super) fn is_transient(error: &rusqlite::Error) -> bool {
 /// A database and its file, which must stay open for longer.
 pub(super) type Opened = (Connection, DatabaseFile);
 
-/// Opens the database for a daemon: locked, made if there is none, private, and up to date.
+/// Opens the database for a daemon. Locks it, creates it if it does not exist, makes it private, and upgrades it.
 pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
     let mut file = DatabaseFile::create(path)?;
     file.lock(Lock::Daemon)?;
     if inspect(&file)? {
-        look_through(&file)?;
+        check_tables(&file)?;
     }
     if let Err(error) = file.make_private()
         && !file.exposed().is_empty()
@@ -193,13 +193,13 @@ pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the database for a command beside the daemon. It is brought up to date, unless an older daemon works on it.
+/// Opens the database for a command beside the daemon. Upgrades it, unless an older daemon uses it.
 pub(super) fn open_shared(path: &Path) -> Result<Opened, OpenError> {
     let mut file = open_existing(path)?;
     let mut connection = connect(&file)?;
     let found = known_version(&file, &connection)?;
     if found < MIGRATIONS.len() {
-        // No daemon starts while the tables change.
+        // No daemon may start while the tables change.
         file.lock(Lock::Daemon).map_err(|error| match error {
             OpenError::InUse(path) => OpenError::Older(path),
             error => error,
@@ -211,14 +211,15 @@ pub(super) fn open_shared(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the database for reading, also where nothing can be written; one of an older version as [`open_shared`] does.
+/// Opens the database for reading, even where nothing can be written. An older version is upgraded as by
+/// [`open_shared`].
 pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
     let mut file = open_existing(path)?;
     let connection = match connect_to_read(file.path()) {
         Err(error) if is_refused(&error) && file.has_log() => {
             return Err(OpenError::LogUnreadable(path.to_owned()));
         }
-        // SQLite can make no file beside it. Without a daemon it needs none.
+        // SQLite cannot create a file beside it. It needs none unless a daemon runs.
         Err(error) if is_refused(&error) => {
             file.lock(Lock::Reader)?;
             connect_to_unchanging(file.path())
@@ -233,7 +234,7 @@ pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the file of a database of ours, and creates and changes nothing.
+/// Opens the file of one of our databases, and creates and changes nothing.
 fn open_existing(path: &Path) -> Result<DatabaseFile, OpenError> {
     let file = DatabaseFile::open(path)?;
     if !inspect(&file)? {
@@ -243,12 +244,12 @@ fn open_existing(path: &Path) -> Result<DatabaseFile, OpenError> {
         return Err(OpenError::OtherName(path.to_owned()));
     }
     if !file.is_in_use() {
-        look_through(&file)?;
+        check_tables(&file)?;
     }
     Ok(file)
 }
 
-/// The version of the database's schema, if it is known.
+/// The version of the database's schema, if it is a known one.
 fn known_version(file: &DatabaseFile, connection: &Connection) -> Result<usize, OpenError> {
     let found = version(connection).map_err(|source| sqlite(file.named(), source))?;
     check_version(file, found)
@@ -277,16 +278,16 @@ pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
     }
 }
 
-/// Whether SQLite may not write, or may not make the files it needs.
+/// Whether SQLite may not write, or may not create the files it needs.
 fn is_refused(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{CannotOpen, ReadOnly};
     matches!(error.sqlite_error_code(), Some(CannotOpen | ReadOnly))
 }
 
-/// Reads the heads of all tables, in a way that creates and changes no file: what is damaged must stay as it is. A
-/// thorough check would take as long as the database is large.
-fn look_through(file: &DatabaseFile) -> Result<(), OpenError> {
-    // With a log there is no way to look without taking part.
+/// Reads the heads of all tables, without creating or changing a file, because a damaged database must stay as it is. A
+/// full check would take time in proportion to the size.
+fn check_tables(file: &DatabaseFile) -> Result<(), OpenError> {
+    // With a log, reading would need the `-shm` file.
     if file.has_log() {
         return Ok(());
     }
@@ -307,8 +308,8 @@ fn look_through(file: &DatabaseFile) -> Result<(), OpenError> {
     look().map_err(|source| sqlite(file.named(), source))
 }
 
-/// Whether there is a database of ours. Reads the file's header and nothing else: SQLite itself would already
-/// change a foreign one by opening it (write-ahead log, recovery).
+/// Whether the file is one of our databases. Reads only the header: SQLite itself would change a foreign one on opening
+/// it (write-ahead log, recovery).
 fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
     const MAGIC: &[u8; 16] = b"SQLite format 3\0";
     const HEADER: usize = 100;
@@ -337,14 +338,14 @@ fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
         return Err(OpenError::Foreign(path.to_owned()));
     }
     check_version(file, i64::from(field(60).unwrap_or_default()))?;
-    // In units of pages, the size of the file as of the last checkpoint: at 16 and 28.
+    // The size of the file at the last checkpoint, in pages (offsets 16 and 28).
     let page = match header.get(16..18) {
         Some([0, 1]) => 65_536,
         Some([high, low]) => u64::from(u16::from_be_bytes([*high, *low])),
         _ => 0,
     };
     let pages = u64::from(field(28).unwrap_or_default().cast_unsigned());
-    // After the header: another process may be making it just now.
+    // The size is read after the header, because another process may be creating the file.
     if file.bytes() < page * pages && !file.has_log() {
         return Err(damaged(path));
     }
@@ -358,11 +359,11 @@ fn damaged(path: &Path) -> OpenError {
     }
 }
 
-/// Opens it for writing.
+/// Opens the database for writing.
 fn connect(file: &DatabaseFile) -> Result<Connection, OpenError> {
     let connected = connect_to(file.path());
     connected.map_err(|error| match is_refused(&error) {
-        // SQLite does not say which file, and why.
+        // SQLite does not say which file it is, and why.
         true => file
             .why_refused()
             .unwrap_or_else(|| sqlite(file.named(), error)),
@@ -377,7 +378,7 @@ fn connect_to(path: &Path) -> rusqlite::Result<Connection> {
         return Err(rusqlite::Error::SqliteFailure(read_only, None));
     }
     prepare(&connection)?;
-    // Before the journal mode, so that no file exists that does not say whose it is.
+    // Set before the journal mode, so that every existing file is marked as ours.
     if version(&connection)? == 0 {
         connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     }
@@ -390,7 +391,8 @@ fn connect_to(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Opens it for reading. It is opened for writing where possible: who closes a database last cleans up beside it.
+/// Opens the database for reading, with write access if possible: the last process to close a database cleans up its
+/// files.
 fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, WRITING)?;
     prepare(&connection)?;
@@ -399,7 +401,7 @@ fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Opens it as a file that does not change: no lock, no write-ahead log, nothing made beside it.
+/// Opens the database as a file that does not change: no lock, no write-ahead log, no file created.
 fn connect_to_unchanging(path: &Path) -> rusqlite::Result<Connection> {
     let escaped = path.as_os_str().as_bytes().iter();
     let escaped: String = escaped.map(|byte| format!("%{byte:02x}")).collect();
@@ -414,7 +416,7 @@ fn connect_to_unchanging(path: &Path) -> rusqlite::Result<Connection> {
 
 fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    // A plan is for any values: else statements are planned anew for other ones, again and again.
+    // Query plans must not depend on the values, else SQLite plans statements again for each new value.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(())
@@ -427,7 +429,7 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
 pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
     for (index, migration) in MIGRATIONS.iter().enumerate().skip(from) {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // A command beside the daemon may have done it meanwhile.
+        // A command beside the daemon may have migrated meanwhile.
         if usize::try_from(version(&transaction)?).is_ok_and(|found| found > index) {
             continue;
         }
@@ -454,8 +456,9 @@ mod tests {
         connect_to(path).expect("a database")
     }
 
+    /// A foreign or newer file is refused, and not changed.
     #[test]
-    fn a_foreign_or_newer_file_is_refused_and_left_as_it_is() {
+    fn foreign_or_newer_file_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
         let other = Connection::open(&path).expect("a database");
@@ -500,8 +503,9 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
     }
 
+    /// A database that an older daemon uses is not upgraded.
     #[test]
-    fn what_an_older_daemon_works_on_is_left_as_it_is() {
+    fn database_of_older_daemon_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
         let old = made(&path);
@@ -520,13 +524,13 @@ mod tests {
         assert!(matches!(refused, Err(OpenError::Older(_))), "{refused:?}");
         assert_eq!(version(&old).ok(), Some(newest - 1));
         drop(daemon);
-        let _opened = open_shared(&path).expect("nobody works on it");
+        let _opened = open_shared(&path).expect("no daemon uses it");
         assert_eq!(version(&old).ok(), Some(newest));
-        lock().expect("the command lets go of it");
+        lock().expect("the command releases it");
     }
 
     #[test]
-    fn a_command_makes_no_database() {
+    fn command_creates_no_database() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("a.db");
         assert!(matches!(open_shared(&path), Err(OpenError::Missing(_))));

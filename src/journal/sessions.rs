@@ -1,4 +1,4 @@
-//! Sessions: from one start of the daemon to its end, and what one hands on to the next.
+//! Sessions: the state that passes from one session to the next.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -9,11 +9,11 @@ use crate::domain::ids::EventId;
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
-/// What is due later than this when the daemon starts is due at once: a clock that was wrong must not make it wait for
-/// ever.
+/// At the start of the daemon, whatever is due later than this is due at once: a clock that was wrong must not delay it
+/// for ever.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// What delivery starts with.
+/// The state with which delivery starts.
 #[derive(Debug, Clone)]
 pub struct Session {
     pub id: i64,
@@ -22,15 +22,15 @@ pub struct Session {
     pub writes_succeeded: i64,
     /// How many losses of OurAPI there have been.
     pub losses: i64,
-    /// The session before gave nothing up and committed everything.
+    /// The previous session gave up no request in flight and committed everything.
     pub after_clean_end: bool,
     pub rate_limits: RateLimits,
-    /// That nobody has ended.
+    /// The latest pause, unless it was ended.
     pub pause: Option<Pause>,
 }
 
 /// The latest event that another copy of the database may have delivered: it waited when the session started, or its
-/// window began before that. Shared: polling raises it, delivery reads it.
+/// window began before that. Polling raises it, and delivery reads it.
 #[derive(Debug, Clone, Default)]
 pub struct ReplayUntil(Arc<AtomicI64>);
 
@@ -43,36 +43,36 @@ impl ReplayUntil {
         EventId(self.0.load(Ordering::Relaxed))
     }
 
-    /// Before the event is visible to delivery.
+    /// Must be called before the event is visible to delivery.
     pub fn raise(&self, event: EventId) {
         self.0.fetch_max(event.0, Ordering::Relaxed);
     }
 }
 
-/// Until when the APIs are to be left alone, by this machine's clock.
+/// The times before which no requests may be sent, by this machine's clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RateLimits {
     pub bigchat: Millis,
     pub our_api: Millis,
-    /// OurAPI, since requests that timed out may still be carried out.
-    pub late: Millis,
+    /// OurAPI may carry out requests that timed out until then.
+    pub timed_out_until: Millis,
 }
 
 impl Store {
-    /// Starts a session. Until it ends cleanly, it counts as one that did not.
+    /// Starts a session. It counts as ended uncleanly until it ends cleanly.
     pub fn start_session(&mut self, now: Millis) -> Result<Session> {
         let transaction = self.begin()?;
         let after_clean_end =
             transaction.query_row("SELECT clean_end FROM control", [], |row| row.get(0))?;
         let (pause, _) = pause::latest(&transaction)?;
-        // OurAPI may have been repaired since, and BigChat.
+        // OurAPI or BigChat may have been repaired since.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
         transaction.execute("DELETE FROM advisors WHERE name IS NULL", [])?;
-        // What waits is read back anyway.
+        // Waiting events are read back anyway.
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(
             "UPDATE control SET session = session + 1, clean_end = 0
-             RETURNING session, writes_succeeded, losses, bigchat_retry_after, our_api_retry_after, late_until,
+             RETURNING session, writes_succeeded, losses, bigchat_retry_after, our_api_retry_after, timed_out_until,
                 (SELECT coalesce(max(id), 0) FROM events)",
             [],
             |row| {
@@ -83,7 +83,7 @@ impl Store {
                     rate_limits: RateLimits {
                         bigchat: Millis(row.get(3)?),
                         our_api: Millis(row.get(4)?),
-                        late: Millis(row.get(5)?),
+                        timed_out_until: Millis(row.get(5)?),
                     },
                     replay_until: ReplayUntil::new(row.get(6)?),
                     after_clean_end,
@@ -114,8 +114,8 @@ impl Store {
 
     pub(super) fn record_rate_limits(&mut self, rate_limits: RateLimits) -> Result<()> {
         self.connection.execute(
-            "UPDATE control SET bigchat_retry_after = ?1, our_api_retry_after = ?2, late_until = ?3",
-            [rate_limits.bigchat.0, rate_limits.our_api.0, rate_limits.late.0],
+            "UPDATE control SET bigchat_retry_after = ?1, our_api_retry_after = ?2, timed_out_until = ?3",
+            [rate_limits.bigchat.0, rate_limits.our_api.0, rate_limits.timed_out_until.0],
         )?;
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! What `bigchat-sync status`, the console and the metrics show of the journal. Everything here is bounded: it costs the
-//! same on millions of events, but for the counts of what waits and what failed, which walk an index.
+//! What `bigchat-sync status`, the console and the metrics show of the journal. Its cost does not grow with the number
+//! of events, except for the counts of waiting and failed ones, which scan an index.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
@@ -12,25 +12,25 @@ use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::ApiStatus;
 
-/// Of how many deliveries, the latest ones, it is told how long they took.
+/// Over how many of the latest deliveries the delivery times are measured.
 const DELIVERIES: u32 = 1_000;
 
-/// And how long ago they may be, in ms.
+/// The maximum age of these deliveries, in ms.
 const DELIVERIES_WITHIN: i64 = 3_600_000;
 
-/// How many failed events are grouped by reason at the most.
+/// The maximum number of failed events that are grouped by reason.
 const GROUPED: u32 = 10_000;
 
-/// And of how many reasons.
+/// The maximum number of groups.
 const GROUPS: u32 = 100;
 
-/// How many chats that differ are shown at the most.
+/// The maximum number of differing chats shown.
 const DIFFERING: u32 = 10;
 
-/// How many gaps are shown at the most.
+/// The maximum number of gaps shown.
 const GAPS: u32 = 10;
 
-/// Over how many minutes rates are taken, besides the present one; fewer, where the first event is not as long ago.
+/// The rates are averages over this many minutes and the current one, or fewer if the first event is more recent.
 const RATE_MINUTES: i64 = 5;
 
 /// Failed events of one reason.
@@ -38,15 +38,15 @@ const RATE_MINUTES: i64 = 5;
 pub struct Group {
     /// Why they failed.
     pub reason: String,
-    /// How many did.
+    /// The number of events.
     pub count: u64,
-    /// When the latest one did.
+    /// When the latest one failed.
     pub latest_at: Millis,
     /// Whether a retry can never succeed.
     pub permanent: bool,
 }
 
-/// The event that has waited for longest.
+/// The event that has waited longest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Oldest {
     /// Its id.
@@ -55,35 +55,35 @@ pub struct Oldest {
     pub conversation: i64,
     /// START, END, MESSAGE or TRANSFER.
     pub kind: String,
-    /// Since when it waits.
+    /// When it began to wait.
     pub since: Millis,
     /// How many attempts failed.
     pub attempts: u32,
-    /// Why the last one did.
+    /// Why the last attempt failed.
     pub reason: Option<String>,
 }
 
-/// A time of which BigChat reports nothing any more: what happened then is lost to us.
+/// A period that BigChat no longer reports. Its events are lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Gap {
     /// By BigChat's clock.
     pub from: Timestamp,
     /// By BigChat's clock.
     pub until: Timestamp,
-    /// When that was found out, by this machine's clock.
+    /// When the gap was found, by this machine's clock.
     pub found_at: Millis,
 }
 
-/// How long deliveries took, from the page that told an event to its settlement.
+/// How long deliveries took, from receiving the event to its delivery or dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct DeliveryTimes {
-    /// Half of them took no longer, in ms.
+    /// The median, in ms.
     pub median: i64,
-    /// 95 of 100 took no longer, in ms.
+    /// The 95th percentile, in ms.
     pub p95: i64,
-    /// None took longer, in ms.
+    /// The maximum, in ms.
     pub max: i64,
-    /// How many there were.
+    /// The number of deliveries.
     pub count: usize,
 }
 
@@ -98,7 +98,7 @@ pub struct Verification {
     pub left: u64,
 }
 
-/// A chat that differs from the journal, and stays so.
+/// A chat that differs from the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DifferingChat {
     pub external_id: String,
@@ -108,44 +108,44 @@ pub struct DifferingChat {
     pub missing: Option<String>,
 }
 
-/// What the journal tells of how things stand.
+/// The journal's figures.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
     /// BigChat.
     pub bigchat: ApiStatus,
     /// OurAPI.
     pub our_api: ApiStatus,
-    /// When BigChat was last read to the end of what was asked for.
+    /// When a poll last read its window to the end.
     pub polled_at: Option<Millis>,
-    /// Up to when it was read, by its own clock.
+    /// The time up to which BigChat was read, by its clock.
     pub cursor_at: Option<Timestamp>,
-    /// How far that is behind its clock, in seconds.
+    /// How far that is behind BigChat's clock, in seconds.
     pub behind_s: Option<i64>,
-    /// When that last changed, by this machine's clock.
+    /// When the cursor last changed, by this machine's clock.
     pub cursor_moved_at: Option<Millis>,
-    /// The latest times of which it reports nothing any more and that had not been read, the latest first.
+    /// Periods that BigChat no longer reports and that were not read, the latest first.
     pub gaps: Vec<Gap>,
-    /// When the latest event happened that it ever reported, by its clock.
+    /// The latest time of any event received, by BigChat's clock.
     pub newest_event_at: Option<Timestamp>,
-    /// While deliveries are paused.
+    /// The current pause.
     pub paused: Option<Pause>,
     /// When the latest pause ended.
     pub resumed_at: Option<Millis>,
     /// How many events wait.
     pub waiting: u64,
-    /// The one that has waited for longest.
+    /// The event that has waited longest.
     pub oldest_waiting: Option<Oldest>,
     /// How many events are dead letters that need action.
     pub failed: u64,
-    /// The oldest of these by reason, the most frequent reason first.
+    /// The oldest of these, grouped by reason, the most frequent first.
     pub failed_by_reason: Vec<Group>,
     /// How many events were received in a minute, over the last five or six.
     pub received_per_minute: f64,
     /// How many were delivered.
     pub delivered_per_minute: f64,
-    /// How long deliveries took of late.
+    /// How long recent deliveries took.
     pub delivery_ms: Option<DeliveryTimes>,
-    /// How many chats are still to be compared with the journal, or looked for after a loss.
+    /// How many chats are still to be verified, or checked after a loss.
     pub rebuilding: u64,
     /// The pass in idle time that verifies all chats; `None`: there was none yet.
     pub verification: Option<Verification>,
@@ -153,18 +153,18 @@ pub struct Figures {
     pub drifted: u64,
     /// How many chats have lost something in OurAPI that was not restored.
     pub incomplete: u64,
-    /// Some chats of either kind.
+    /// Some of these chats.
     pub differing: Vec<DifferingChat>,
-    /// How often OurAPI was found to have lost something.
+    /// How many times OurAPI was found to have lost data.
     pub losses: u64,
-    /// How often BigChat was found to have restarted.
+    /// How many times BigChat was found to have restarted.
     pub restarts: u64,
 }
 
 impl Store {
-    /// How things stand.
+    /// The current figures.
     pub fn figures(&mut self, now: Millis) -> Result<Figures> {
-        // One moment, whatever the daemon writes meanwhile.
+        // One transaction, so that all figures are of the same moment.
         let transaction = self.connection.transaction()?;
         let source = source(&transaction, now)?;
         let (waiting, oldest_waiting) = waiting(&transaction)?;
@@ -200,7 +200,7 @@ impl Store {
             gaps: gaps(&transaction)?,
             newest_event_at: source.newest_event.map(Timestamp::clamped),
             paused,
-            // Without a daemon its end is not recorded.
+            // Without a daemon the end of a pause is not recorded.
             resumed_at: match paused {
                 Some(_) => None,
                 None => resumed_at.or(pause.and_then(|pause| pause.until)),
@@ -222,7 +222,7 @@ impl Store {
         })
     }
 
-    /// Keeps how the APIs were found, each by its name: those of them that were asked anything.
+    /// Stores the state of the APIs, each by its name, as far as requests were made to them.
     pub fn record_api_status(&mut self, apis: &[(&'static str, ApiStatus)]) -> Result<()> {
         let transaction = self.begin()?;
         for (name, api) in apis {
@@ -248,19 +248,19 @@ impl Store {
         Ok(transaction.commit()?)
     }
 
-    /// How it was found says nothing any more.
+    /// Deletes the state of an API.
     pub fn forget_api(&mut self, name: &str) -> Result<()> {
         self.connection
             .execute("DELETE FROM api_status WHERE name = ?1", [name])?;
         Ok(())
     }
 
-    /// How an API was last found.
+    /// The stored state of an API.
     pub fn api(&mut self, name: &str) -> Result<ApiStatus> {
         api(&self.connection, name)
     }
 
-    /// Whether the database can be written just now: nothing is.
+    /// Whether the database can be written now. Nothing is written.
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;
         let transaction = self.begin()?;
@@ -392,7 +392,7 @@ fn verification(connection: &Connection) -> Result<Option<Verification>> {
     })
 }
 
-/// What OurAPI has lost comes first.
+/// Chats with losses come first.
 fn differing(connection: &Connection) -> Result<Vec<DifferingChat>> {
     let mut statement = connection.prepare_cached(
         "SELECT external_id, drift, missing FROM (
@@ -412,7 +412,7 @@ fn differing(connection: &Connection) -> Result<Vec<DifferingChat>> {
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {
-    // The least name is UNREADABLE only where there is no other.
+    // UNREADABLE is the greatest name, so it is the least one only of a group without others.
     let mut statement = connection.prepare_cached(
         "SELECT reason, count(*), max(failed_at), min(kind) FROM (
             SELECT coalesce(a.reason, '') AS reason, d.failed_at, e.kind FROM dead_letters d

@@ -1,9 +1,9 @@
-//! Which chats are to be verified, by hand or in idle time, what was found, and how far that is. Whichever process delivers
+//! Which chats are to be verified, by hand or in idle time, the progress, and what was found. The process that delivers
 //! does the work.
 //!
-//! A request is a row with a number. A chat waits for it as long as the number of the verification that it was last verified
-//! in is smaller, so that neither a request nor the memory of it grows with the chats. The pass in idle time is such a
-//! request, too, of the lowest priority. It stands: its end decides when the next one begins.
+//! A request is a row with a number. A chat waits for it as long as the number of its own latest verification is
+//! smaller, so that the cost of a request does not grow with the chats. The pass in idle time is such a request, with
+//! the lowest priority. Its row stays, because its end decides when the next pass begins.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::domain::progress::{Claim, IdlePass, VerificationResult, Verify, Verif
 use crate::domain::time::Millis;
 use crate::http::Api;
 
-/// When a request that nobody waits for any more is dropped.
+/// When a request that was never withdrawn is dropped.
 const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Which conversations' chats to verify.
@@ -25,11 +25,11 @@ const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 pub enum Scope {
     /// All that have a chat and events.
     All,
-    /// Those of this BigChat id, in whichever epoch.
+    /// Those with this id of BigChat, in any epoch.
     Conversation(i64),
 }
 
-/// How far a verification is.
+/// The progress of a verification.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationProgress {
     pub verified: u64,
@@ -41,15 +41,15 @@ pub struct VerificationProgress {
     pub differing: u64,
     /// Messages that were missing.
     pub messages: u64,
-    /// Events of the chats that differed that still wait to be sent again.
+    /// Events of the differing chats that still wait to be sent again.
     pub waiting: u64,
 }
 
-/// A chat that is not as it should be.
+/// A chat that differs from its events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     pub external_id: String,
-    /// `missing`, `differs`, `unreadable`; `same` where only messages were missing.
+    /// `missing`, `differs`, `unreadable`; `same` if only messages were missing.
     pub state: String,
     /// How many messages were missing.
     pub messages: u32,
@@ -60,7 +60,7 @@ impl VerificationProgress {
         self.verified + self.left
     }
 
-    /// Whether all chats are verified and what was missing is sent.
+    /// Whether all chats are verified and missing data was sent.
     pub fn is_done(&self) -> bool {
         self.left == 0 && self.waiting == 0
     }
@@ -75,7 +75,7 @@ struct Pass {
 }
 
 impl Pass {
-    /// Whether the next one is to begin: so early that it ends in time if it takes as long as this one.
+    /// Whether the next pass is to begin: early enough to end in time if it takes as long as this one.
     fn is_over(&self, every: Duration, now: Millis) -> bool {
         let Some(ended_at) = self.ended_at else {
             return false;
@@ -89,7 +89,7 @@ impl Pass {
 }
 
 impl Store {
-    /// Why nothing is asked of OurAPI now, as far as whoever delivers has stored it.
+    /// Why no requests are sent to OurAPI now, as far as the delivering process has stored it.
     pub fn our_api_waits_for(&mut self, now: Millis) -> Result<Option<String>> {
         if let Some(pause) = self.pause()?.filter(|pause| pause.left(now).is_some()) {
             return Ok(Some(format!(
@@ -110,8 +110,8 @@ impl Store {
         Ok((now < until).then(|| format!("OurAPI is rate-limited until {until}")))
     }
 
-    /// Requests that chats be compared with the journal, and repaired if so. Returns the request's id; `None`: there are no
-    /// such chats.
+    /// Requests that chats be verified, and repaired if `repair`. Returns the request's id; `None`: there are no such
+    /// chats.
     pub fn request_verification(
         &mut self,
         scope: Scope,
@@ -137,14 +137,14 @@ impl Store {
         Ok(Some(verification))
     }
 
-    /// Withdraws a request: it is done, or its command has ended.
+    /// Withdraws a request that is done or whose command has ended.
     pub fn withdraw_verification(&mut self, verification: i64) -> Result<()> {
         self.connection
             .execute("DELETE FROM verifications WHERE id = ?1", [verification])?;
         Ok(())
     }
 
-    /// How far a verification is.
+    /// The progress of a verification.
     pub fn verification_progress(&mut self, verification: i64) -> Result<VerificationProgress> {
         let transaction = self.connection.transaction()?;
         let (conversation, progress) = transaction
@@ -173,7 +173,7 @@ impl Store {
         })
     }
 
-    /// The chats that are not as they should be, in order of arrival.
+    /// The chats that differ from their events, in order of arrival.
     pub fn differences(&mut self, verification: i64, at_most: u32) -> Result<Vec<Difference>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT c.external_id, f.state, f.messages FROM findings f JOIN conversations c ON c.id = f.conversation
@@ -189,8 +189,8 @@ impl Store {
         Ok(differences.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Claims the next chat of the pass in idle time; `None`: none is to be verified now. Begins the pass when it is time,
-    /// and ends it when all are verified.
+    /// Claims the next chat of the pass in idle time; `None`: none is due. Begins the pass when it is time, and ends it
+    /// when all chats are verified.
     pub(super) fn claim_idle(
         &mut self,
         idle: IdlePass,
@@ -227,7 +227,7 @@ impl Store {
         Ok(None)
     }
 
-    /// Begins a pass. The very first one has nothing to do yet: the time in which each chat is verified begins with it.
+    /// Begins a pass. The very first one verifies nothing: the period in which each chat is verified begins with it.
     fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM verifications WHERE idle", [])?;
@@ -321,7 +321,7 @@ fn pending(
     at_most: usize,
     now: Millis,
 ) -> Result<Vec<ConversationId>> {
-    // A chat whose reading has failed is due later, and others go first.
+    // A chat that could not be read is due later, and others go first.
     let sql = match conversation {
         None => {
             "SELECT id FROM conversations WHERE verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2) AND ?3 IS NULL
@@ -344,7 +344,7 @@ fn pending(
     Ok(pending)
 }
 
-/// Claims chats that the `verify` command has requested. What waits of their conversations goes on waiting.
+/// Claims chats that the `verify` command has requested. Waiting events of their conversations go on waiting.
 pub(super) fn claim_verifications(
     connection: &Connection,
     at_most: usize,
@@ -359,13 +359,13 @@ pub(super) fn claim_verifications(
     let mut exclude = exclude.clone();
     let mut work = Vec::new();
     for (verification, conversation) in requests {
-        let room = at_most - work.len();
-        if room == 0 {
+        let free = at_most - work.len();
+        if free == 0 {
             break;
         }
-        for id in pending(connection, verification, conversation, &exclude, room, now)? {
+        for id in pending(connection, verification, conversation, &exclude, free, now)? {
             exclude.insert(id);
-            // Requested twice, it is verified once for both.
+            // A chat with several requests is verified once for all of them.
             let repair: bool = connection
                 .prepare_cached(
                     "SELECT max(r.repair) FROM verifications r JOIN conversations c ON c.id = ?1
@@ -405,7 +405,7 @@ fn to_verify(
     }
 }
 
-/// Records what a verification found, for all that had requested it when the chat was claimed.
+/// Records the result of a verification for all requests made before the claim.
 pub(super) fn record_finding(
     connection: &Connection,
     conversation: ConversationId,
@@ -420,7 +420,7 @@ pub(super) fn record_finding(
         state,
         found.missing.messages
     ];
-    // One that no longer exists was withdrawn.
+    // A request that no longer exists was withdrawn.
     connection
         .prepare_cached(
             "UPDATE verifications SET verified = verified + 1, missing = missing + (?4 = 'missing'),
@@ -447,7 +447,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_pass_ends_in_time() {
+    fn next_pass_ends_in_time() {
         let every = Duration::from_secs(100);
         let pass = |began: i64, ended: Option<i64>| Pass {
             id: 1,

@@ -1,42 +1,42 @@
-//! What was done so far, counted for the metrics and for the line that sums it up.
+//! Counts of what was done, for the metrics and for the summary in the log.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What was done since the daemon started.
+/// The counts since the daemon started.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Polls, read to their end or not.
+    /// Polls, completed or not.
     pub polls: Counter,
-    /// Those that were not, through BigChat's or the journal's fault.
+    /// Polls that failed because of BigChat or the journal.
     pub polls_failed: Counter,
-    /// New events that BigChat told.
-    pub told: Counter,
-    /// Events that now stand in OurAPI.
+    /// New events received.
+    pub received: Counter,
+    /// Events delivered.
     pub delivered: Counter,
-    /// Attempts to deliver an event that have failed, and are made again.
+    /// Failed attempts that will be repeated.
     pub attempts_failed: Counter,
-    /// Events that went to the failed events.
+    /// Events that became dead letters.
     pub failed: Counter,
 }
 
-/// Only ever grows.
+/// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// So many more.
+    /// Adds to the count.
     pub fn add(&self, more: u32) {
         self.0.fetch_add(more.into(), Ordering::Relaxed);
     }
 
-    /// How many so far.
+    /// The current count.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
 impl Counters {
-    /// Events that need not be thought of any more.
+    /// Events that no longer wait.
     pub fn settled(&self) -> u64 {
         self.delivered.get() + self.failed.get()
     }

@@ -1,8 +1,8 @@
-//! What the daemon counts and measures, and the format in which Prometheus reads it.
+//! The daemon's metrics, and Prometheus' text format.
 //!
-//! Counters and durations are of this process, and begin at nothing when it does. What is true whether or not it runs
-//! (what waits, what failed, how far behind) is read from the journal when somebody asks, and never kept here too.
-//! There is no global registry: each daemon has its own.
+//! Counters and durations are those of this process, and start at zero with it. State that outlives the process
+//! (waiting and failed events, the distance behind BigChat) is read from the journal on request, and not duplicated
+//! here. There is no global registry: each daemon has its own.
 
 mod counters;
 
@@ -26,21 +26,21 @@ use crate::http::route::Route;
 use crate::http::{Api, ErrorKind, RequestObserver};
 use crate::journal::UNREADABLE;
 
-/// What every name begins with.
+/// The prefix of every name.
 const PREFIX: &str = "bigchat_sync";
 
-/// Upper bounds of how long requests take, in seconds: from a fast service on this machine to a time-out.
+/// Upper bounds of request durations, in seconds: from a fast service on this machine to a time-out.
 const SECONDS: [f64; 12] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
 ];
 
-/// What the daemon counts.
+/// The daemon's own metrics.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     requests: Requests,
     polls: Family<PollLabels, Counter>,
-    told: Family<KindLabels, Counter>,
+    received: Family<KindLabels, Counter>,
     ignored: Counter,
     attempts: Family<AttemptLabels, Counter>,
     unknown_outcomes: Counter,
@@ -83,14 +83,14 @@ struct RebuiltLabels {
     chat: &'static str,
 }
 
-/// What a poll came to.
+/// The outcome of a poll.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Poll {
-    /// What was asked for was read to its end.
+    /// The window was read to its end.
     Complete,
-    /// It goes on with the next poll: there were too many pages, or one of them could not be had.
+    /// The next poll continues: there were too many pages, or one of them could not be read.
     Incomplete,
-    /// BigChat gave no usable answer.
+    /// BigChat sent no usable response.
     BigChatFailed,
     /// The journal refused.
     JournalFailed,
@@ -142,9 +142,9 @@ impl RequestObserver for ApiRequests {
         let status = match answer {
             Ok(status) => code(status),
             Err(ErrorKind::Unreachable) => "not_sent",
-            Err(ErrorKind::OutcomeUnknown { timed_out: true }) => "late",
+            Err(ErrorKind::OutcomeUnknown { timed_out: true }) => "timed_out",
             Err(ErrorKind::OutcomeUnknown { .. }) => "lost",
-            // Not made at all.
+            // The request was not sent.
             Err(_) => return,
         };
         let (api, route) = (self.api, route.name());
@@ -159,7 +159,7 @@ impl RequestObserver for ApiRequests {
     }
 }
 
-/// A status as a label. A server may invent them, which must not become as many series.
+/// A status as a label. Unknown ones share a label, because a server could invent any number of them.
 fn code(status: StatusCode) -> &'static str {
     const KNOWN: [(u16, &str); 16] = [
         (200, "200"),
@@ -202,7 +202,7 @@ impl Default for Metrics {
                 durations: Family::new_with_constructor(ForRequests),
             },
             polls: Family::default(),
-            told: Family::default(),
+            received: Family::default(),
             ignored: Counter::default(),
             attempts: Family::default(),
             unknown_outcomes: Counter::default(),
@@ -210,7 +210,7 @@ impl Default for Metrics {
             panics: Counter::default(),
             counters: Counters::default(),
         };
-        // What has not happened yet is nothing, and not unknown: a first failure is an increase.
+        // All series begin at zero, so that a first failure is an increase.
         for poll in Poll::ALL {
             metrics.poll(poll).inc_by(0);
         }
@@ -232,10 +232,10 @@ impl Default for Metrics {
     }
 }
 
-/// What an attempt at an event may come to.
+/// The outcomes of an attempt.
 const OUTCOMES: [&str; 3] = ["delivered", "waiting", "failed"];
 
-/// How a chat that is built again may have been found.
+/// Why a chat is repaired.
 const MISSING: &str = "missing";
 const DIFFERS: &str = "differs";
 
@@ -244,7 +244,7 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register(
             "requests",
-            "Requests, by API, route and status, which is also not_sent, lost (no complete answer) or late (no answer in time)",
+            "Requests, by API, route and status, which is also not_sent, lost (no complete response) or timed_out",
             self.requests.total.clone(),
         );
         registry.register_with_unit(
@@ -255,9 +255,9 @@ impl Metrics {
         );
         registry.register("polls", "Polls of BigChat, by outcome", self.polls.clone());
         registry.register(
-            "events_told",
+            "events_received",
             "New events received, by kind",
-            self.told.clone(),
+            self.received.clone(),
         );
         registry.register(
             "events_ignored",
@@ -287,12 +287,12 @@ impl Metrics {
         self
     }
 
-    /// The same, for who needs no more than the sums.
+    /// The totals, without labels.
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 
-    /// What counts the requests to an API.
+    /// The counters of requests to an API.
     pub fn requests_to(&self, service: Api) -> ApiRequests {
         ApiRequests {
             api: service.name(),
@@ -300,7 +300,7 @@ impl Metrics {
         }
     }
 
-    /// BigChat was polled.
+    /// Counts a poll.
     pub fn polled(&self, poll: Poll) {
         self.poll(poll).inc();
         self.counters.polls.add(1);
@@ -314,23 +314,23 @@ impl Metrics {
         self.polls.get_or_create_owned(&PollLabels { outcome })
     }
 
-    /// So many events were dropped for their names.
+    /// Counts events dropped by `--ignore-events`.
     pub fn ignored(&self, count: usize) {
         self.ignored.inc_by(count as u64);
     }
 
-    /// BigChat reported so many new events of a kind.
+    /// Counts new events of a kind.
     pub fn received(&self, kind: &'static str, count: u32) {
-        self.told
+        self.received
             .get_or_create(&KindLabels { kind })
             .inc_by(count.into());
-        self.counters.told.add(count);
+        self.counters.received.add(count);
         if kind == UNREADABLE {
             self.counters.failed.add(count);
         }
     }
 
-    /// An event was tried.
+    /// Counts an attempt.
     pub fn attempted(&self, kind: EventKind, outcome: &Outcome) {
         let [delivered, waiting, failed] = OUTCOMES;
         let counters = &self.counters;
@@ -346,29 +346,29 @@ impl Metrics {
             .inc();
     }
 
-    /// It is unknown whether an attempt was carried out.
+    /// Counts an attempt of unknown outcome.
     pub fn unknown_outcome(&self) {
         self.unknown_outcomes.inc();
     }
 
-    /// OurAPI had lost a chat: it is built again.
+    /// Counts a chat that OurAPI had lost and that is rebuilt.
     pub fn chat_was_missing(&self) {
         let chat = MISSING;
         self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
     }
 
-    /// OurAPI held a chat otherwise than the journal says, or not all of its messages: it is put right.
+    /// Counts a chat that differed from the journal and is repaired.
     pub fn chat_differed(&self) {
         let chat = DIFFERS;
         self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
     }
 
-    /// A handler has panicked.
+    /// Counts a panic of a handler.
     pub fn panicked(&self) {
         self.panics.inc();
     }
 
-    /// All of it, in Prometheus' text format, with what is true just now.
+    /// All metrics in Prometheus' text format, including the current values.
     pub fn text(&self, now: &Now) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode_registry(&mut text, &self.registry)?;
@@ -377,7 +377,7 @@ impl Metrics {
     }
 }
 
-/// What is true just now, to be written along with what was counted.
+/// The current values, written together with the counters.
 #[derive(Debug)]
 pub struct Now(Registry);
 
@@ -388,14 +388,14 @@ impl Default for Now {
 }
 
 impl Now {
-    /// A value.
+    /// Adds a value.
     pub fn gauge(&mut self, name: &str, help: &str, value: f64) {
         let gauge = Gauge::<f64, AtomicU64>::default();
         gauge.set(value);
         self.0.register(name, help, gauge);
     }
 
-    /// A value each for some things, told apart by a label.
+    /// Adds a value for each of several things, distinguished by a label.
     pub fn gauges<'a>(
         &mut self,
         name: &str,
@@ -410,7 +410,7 @@ impl Now {
         self.0.register(name, help, gauges);
     }
 
-    /// Facts, as labels of a value that is always 1; those that are not known are left out.
+    /// Adds facts as labels of a value that is always 1. Unknown ones are left out.
     pub fn info<const N: usize>(
         &mut self,
         name: &str,
@@ -426,7 +426,7 @@ impl Now {
         self.0.register(name, help, gauges);
     }
 
-    /// A sum of time that only grows, kept elsewhere.
+    /// Adds a growing sum of time that is counted elsewhere.
     pub fn seconds(&mut self, name: &str, help: &str, value: Duration) {
         let counter = Counter::<f64, AtomicU64>::default();
         counter.inc_by(value.as_secs_f64());
@@ -434,7 +434,7 @@ impl Now {
             .register_with_unit(name, help, Unit::Seconds, counter);
     }
 
-    /// A count that only grows, kept elsewhere.
+    /// Adds a growing count that is counted elsewhere.
     pub fn counter(&mut self, name: &str, help: &str, value: u64) {
         let counter: Counter = Counter::default();
         counter.inc_by(value);
@@ -442,8 +442,8 @@ impl Now {
     }
 }
 
-/// OpenMetrics as the older format that everything reads: there, a counter is called as its sample is, and units have no
-/// line of their own.
+/// Converts OpenMetrics to the older format that every reader accepts. There a counter has the name of its sample, and
+/// units have no line.
 fn classic(text: &str) -> String {
     let mut classic = String::with_capacity(text.len() + 1024);
     let mut help = "";
@@ -453,12 +453,12 @@ fn classic(text: &str) -> String {
         } else if let Some(kind) = line.strip_prefix("# TYPE ") {
             let (name, kind) = kind.split_once(' ').unwrap_or((kind, "untyped"));
             let suffix = if kind == "counter" { "_total" } else { "" };
-            let told = help
+            let rest = help
                 .strip_prefix("# HELP ")
                 .and_then(|help| help.strip_prefix(name))
                 .unwrap_or_default();
             // Writing to a string cannot fail.
-            writeln!(classic, "# HELP {name}{suffix}{told}").ok();
+            writeln!(classic, "# HELP {name}{suffix}{rest}").ok();
             writeln!(classic, "# TYPE {name}{suffix} {kind}").ok();
         } else if !line.starts_with('#') {
             classic.push_str(line);
@@ -472,8 +472,9 @@ fn classic(text: &str) -> String {
 mod tests {
     use super::*;
 
+    /// A server that invents statuses adds no series.
     #[test]
-    fn a_server_that_invents_statuses_makes_no_more_series() {
+    fn unknown_statuses_share_a_series() {
         let metrics = Metrics::default();
         let requests = metrics.requests_to(Api::OurApi);
         for status in 100..1000 {
@@ -488,13 +489,13 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_called_in_the_head_as_they_are_in_the_samples() {
+    fn counter_names_equal_their_samples() {
         let metrics = Metrics::default();
         metrics.unknown_outcome();
-        let late = Err(ErrorKind::OutcomeUnknown { timed_out: true });
+        let timed_out = Err(ErrorKind::OutcomeUnknown { timed_out: true });
         metrics.requests_to(Api::BigChat).request_made(
             Route::Events,
-            late,
+            timed_out,
             Duration::from_millis(4),
         );
         let mut now = Now::default();
@@ -506,7 +507,7 @@ mod tests {
             "bigchat_sync_unknown_outcomes_total 1",
             "# TYPE bigchat_sync_request_duration_seconds histogram",
             r#"bigchat_sync_request_duration_seconds_bucket{le="0.005",api="bigchat",route="GET /events"} 1"#,
-            r#"bigchat_sync_requests_total{api="bigchat",route="GET /events",status="late"} 1"#,
+            r#"bigchat_sync_requests_total{api="bigchat",route="GET /events",status="timed_out"} 1"#,
             "# HELP bigchat_sync_waiting_events Events that wait.",
             "bigchat_sync_waiting_events 3.0",
             r#"bigchat_sync_up{api="a\"b"} 1.0"#,

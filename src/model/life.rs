@@ -1,8 +1,8 @@
-//! One life of the daemon, from its start until all has come to rest, with what strikes in it.
+//! One life of the daemon, from its start until it is at rest, with the faults that strike it.
 //!
-//! It is the daemon itself that runs, poller, delivery, handlers and all, over a journal in memory and two services in
-//! this process, on one thread and by a clock that jumps to whatever is due next; so that the same strikes at the same
-//! steps always make the same life. A step is one request or one operation of the journal.
+//! The daemon itself runs, with poller, delivery and handlers, over a journal in memory and two services in this
+//! process. It runs on one thread and by a clock that jumps to whatever is due next, so that the same faults at the
+//! same steps always give the same life. A step is one request or one operation of the journal.
 
 use std::fmt;
 use std::future::pending;
@@ -25,70 +25,72 @@ use crate::settings::{LiveTokens, Settings};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
 
-/// Longer than anything that is not struck takes: all else comes to rest, or is polled once more, before it is over.
+/// Longer than any step without a fault: everything else comes to rest, or one more poll completes, before this wait is
+/// over.
 const WAIT: Duration = Duration::from_millis(2500);
 
-/// How long the daemon waits for an answer, and reckons with a request after that.
+/// How long the daemon waits for a response, and how long it assumes after a time-out that the request may still be
+/// carried out.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(4);
 
-/// By when all has come to rest.
-const PATIENCE: Duration = Duration::from_secs(100);
+/// The limit for coming to rest.
+const REST_WITHIN: Duration = Duration::from_secs(100);
 
-/// More steps than any life takes that comes to rest; after them it hangs.
+/// More steps than any life needs. A life with more steps hangs.
 const STEPS: usize = 2_000;
 
-/// A step that a life takes.
+/// A step of a life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// A question to BigChat.
-    Ask,
-    /// A question to OurAPI.
-    Look,
-    /// A request that changes something in OurAPI.
-    Write,
-    /// An operation of the journal that changes nothing.
-    Read,
-    /// One that does.
-    Keep,
+    /// A request to BigChat.
+    BigChat,
+    /// A request that reads from OurAPI.
+    ReadOurApi,
+    /// A request that changes OurAPI.
+    WriteOurApi,
+    /// An operation of the journal that only reads.
+    ReadJournal,
+    /// An operation of the journal that writes.
+    WriteJournal,
 }
 
-/// What strikes at a step.
+/// A fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Strike {
-    /// It is not carried out: the request never left.
+    /// The request is not carried out: it never left.
     Refused,
-    /// It is not carried out, and answered by 500.
+    /// The request is not carried out, and answered by 500.
     Failed,
-    /// It is carried out, and the answer is lost.
+    /// The request is carried out, and the response is lost.
     Lost,
-    /// It is carried out, and the answer comes when all else has come to rest.
-    Late,
-    /// It is carried out when all else has come to rest.
+    /// The request is carried out, and the response comes when everything else is at rest.
+    LateResponse,
+    /// The request is carried out when everything else is at rest.
     Wait,
-    /// It is carried out only after it was given up: the longest time after that it has to be reckoned with.
+    /// The request is carried out after the daemon gave it up, at the last moment that the daemon allows for.
     Overdue,
-    /// OurAPI loses everything before it.
+    /// OurAPI loses everything before the step.
     Wipe,
-    /// BigChat restarts before it.
+    /// BigChat restarts before the step.
     Restart,
-    /// Somebody asks before it that all chats be compared with the journal.
+    /// Before the step, an operator requests that all chats be verified.
     Rebuild,
-    /// The daemon is told to stop before it, and started again once it has.
+    /// Before the step, the daemon is asked to stop. It is started again afterwards.
     Stop,
 }
 
-/// What went wrong, as the property that does not hold.
+/// The property that is violated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wrong {
-    /// OurAPI holds what BigChat never told, or not so often, or of another conversation.
+    /// OurAPI has a message that BigChat never reported, or too many copies, or in another conversation's chat.
     Extra,
-    /// The journal holds for delivered what does not stand in OurAPI.
+    /// The journal has a message as delivered that OurAPI does not have.
     Unfounded,
-    /// It never comes to rest, or OurAPI then holds something else than it should.
+    /// The daemon does not come to rest, or OurAPI then differs from what is expected.
     Different,
 }
 
-/// A life, as it went.
+/// The course of a life.
 pub(super) struct Life {
     pub(super) steps: Vec<(Step, String)>,
     /// What would have outlasted the daemon if it had died right after a step.
@@ -96,7 +98,7 @@ pub(super) struct Life {
     pub(super) wrong: Vec<(Wrong, String)>,
 }
 
-/// Lets the daemon live over a world. `from`: from which step on its deaths are of interest, if they are.
+/// Runs the daemon over a world. `from`: the first step after which its death is of interest, if any is.
 pub(super) fn live(
     world: &World,
     settings: &Settings,
@@ -142,7 +144,7 @@ pub(super) fn live(
     }
 }
 
-/// What the daemon runs on.
+/// The environment of the daemon.
 #[derive(Clone)]
 struct Stage(Arc<Mutex<Inner>>);
 
@@ -151,7 +153,7 @@ struct Inner {
     our_api: OurApi,
     bigchat: Scripted,
     wipes: usize,
-    /// A pass in idle time that begins after that finds all that is lost; `None`: there is none.
+    /// A pass in idle time that begins after this time finds all losses; `None`: there are none.
     lost_until: Option<Millis>,
     fate: Vec<(usize, Strike)>,
     from: Option<usize>,
@@ -159,7 +161,7 @@ struct Inner {
     life: Life,
 }
 
-/// The stage, as the wire to one of the services.
+/// The transport to one of the services.
 #[derive(Debug)]
 struct OurApiWire(Stage);
 
@@ -178,7 +180,7 @@ impl Stage {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The daemon; started again whenever it has been stopped.
+    /// Runs the daemon, and starts it again whenever it was stopped.
     async fn run(&self, settings: &Settings) {
         loop {
             let stopping = CancellationToken::new();
@@ -194,15 +196,15 @@ impl Stage {
             .await
             .expect("the daemon starts");
             match daemon::poll_and_deliver(&parts).await {
-                // A page that waited for the disk when the daemon had to end.
-                Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.forsaken(),
+                // A page was still waiting for the disk when the daemon had to end.
+                Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.client_died(),
                 Err(error) => panic!("the daemon stops well: {error}"),
             }
-            assert!(stopping.is_cancelled(), "it ends only when it is told to");
+            assert!(stopping.is_cancelled(), "it ends only when it is asked to");
         }
     }
 
-    /// Waits until all that was told is dealt with, and looks whether it is well.
+    /// Waits until everything reported is settled, and checks the result.
     async fn come_to_rest(&self) {
         let start = Instant::now();
         loop {
@@ -214,7 +216,7 @@ impl Stage {
                         continue;
                     }
                 } else if inner.bigchat.nudges < inner.wipes {
-                    // What OurAPI has lost is noticed when it is touched.
+                    // OurAPI's losses are noticed when a lost chat is used.
                     inner.bigchat.nudges += 1;
                     continue;
                 }
@@ -224,14 +226,14 @@ impl Stage {
                 }
                 return;
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > REST_WITHIN {
                 inner.wrong(Wrong::Different, "it does not come to rest".to_owned());
                 return;
             }
         }
     }
 
-    /// OurAPI carries out what a step asks for.
+    /// Carries out a request to OurAPI.
     fn carry_out(&self, number: usize, method: &Method, url: &Url, body: &[u8]) -> Reply {
         let mut inner = self.inner();
         let target = &url[url::Position::BeforePath..];
@@ -244,7 +246,7 @@ impl Stage {
         reply
     }
 
-    /// Waits for as long as the strike says, before a step is carried out.
+    /// Waits before a step is carried out, as long as the fault requires.
     async fn wait(number: usize, strike: Option<Strike>) {
         if number >= STEPS {
             pending::<()>().await;
@@ -254,7 +256,7 @@ impl Stage {
         }
     }
 
-    /// Takes the next step: its number, and what strikes at it.
+    /// Takes the next step: its number, and its fault.
     fn step(&self, step: Step, what: String) -> (usize, Option<Strike>) {
         let mut inner = self.inner();
         let number = inner.life.steps.len();
@@ -297,7 +299,7 @@ impl Inner {
         self.bigchat.has_reported_all() && nothing_left.expect("an answer")
     }
 
-    /// Whether all chats were verified since something may have been lost.
+    /// Whether all chats were verified after the latest possible loss.
     fn is_verified(&mut self) -> bool {
         let lost_until = self.lost_until.unwrap_or_default();
         let is_verified = self.store.connection().query_row(
@@ -318,7 +320,7 @@ impl Inner {
         self.life.wrong.push((wrong, what));
     }
 
-    /// What may be lost with the daemon from here on.
+    /// Records what the daemon's death after this step may lose.
     fn is_durable(&mut self, step: usize) {
         if self.from.is_none_or(|from| step < from) {
             return;
@@ -336,7 +338,7 @@ impl Inner {
         }
     }
 
-    /// After a change of OurAPI.
+    /// Called after a change of OurAPI.
     fn was_written(&mut self) {
         let report = self.report();
         let wrong = report.agents.iter().any(|agent| agent.contains("twice"))
@@ -352,19 +354,19 @@ impl Inner {
         }
     }
 
-    /// After a change of the journal.
-    fn was_kept(&mut self) {
+    /// Called after a change of the journal.
+    fn was_stored(&mut self) {
         let connection = self.store.connection();
         self.bigchat.arrived(|body| {
-            let is_kept = "SELECT EXISTS (SELECT 1 FROM inbox WHERE body = ?1)";
+            let is_stored = "SELECT EXISTS (SELECT 1 FROM inbox WHERE body = ?1)";
             connection
-                .query_row(is_kept, [body], |row| row.get(0))
+                .query_row(is_stored, [body], |row| row.get(0))
                 .expect("an answer")
         });
         if self.wipes > 0 {
             return;
         }
-        // In whichever chat: that none stands in another's is what [`Wrong::Extra`] is about.
+        // The conversation does not matter here: [`Wrong::Extra`] covers messages in another one's chat.
         const DELIVERED: &str = "SELECT event_at, data ->> 'message', count(*) FROM event_states
              WHERE kind = 'MESSAGE' AND state = 'delivered' GROUP BY event_at, data";
         let mut statement = connection.prepare_cached(DELIVERED).expect("a statement");
@@ -379,7 +381,7 @@ impl Inner {
                 .count();
             if held < count as usize {
                 let what =
-                    format!("{text:?} is delivered {count} times, and stands there {held} times");
+                    format!("{text:?} is delivered {count} times, and OurAPI has it {held} times");
                 self.life.wrong.push((Wrong::Unfounded, what));
             }
         }
@@ -402,9 +404,9 @@ impl Transport for OurApiWire {
         let (url, body) = (request.url.clone(), body.unwrap_or_default());
         let stage = self.0.clone();
         let kind = if method == Method::GET {
-            Step::Look
+            Step::ReadOurApi
         } else {
-            Step::Write
+            Step::WriteOurApi
         };
         let (number, strike) = stage.step(
             kind,
@@ -429,7 +431,7 @@ impl Transport for OurApiWire {
             let reply = stage.carry_out(number, &method, &url, &body);
             match strike {
                 Some(Strike::Lost) => return Err(NoResponse::lost("lost")),
-                Some(Strike::Late) => sleep(WAIT).await,
+                Some(Strike::LateResponse) => sleep(WAIT).await,
                 _ => {}
             }
             let status = StatusCode::from_u16(reply.status).expect("a status");
@@ -442,7 +444,8 @@ impl Transport for BigChatWire {
     fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a> {
         let url = request.url.clone();
         let stage = self.0.clone();
-        let (number, strike) = stage.step(Step::Ask, url[url::Position::BeforePath..].to_owned());
+        let (number, strike) =
+            stage.step(Step::BigChat, url[url::Position::BeforePath..].to_owned());
         stage.inner().bigchat.is_asked(&url);
         Box::pin(async move {
             match strike {
@@ -459,7 +462,7 @@ impl Transport for BigChatWire {
                 }
                 answer
             };
-            if strike == Some(Strike::Late) {
+            if strike == Some(Strike::LateResponse) {
                 sleep(WAIT).await;
             }
             Ok(answer)
@@ -469,15 +472,15 @@ impl Transport for BigChatWire {
 
 impl Executor for Stage {
     fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        let (number, strike) = self.step(Step::Read, String::new());
+        let (number, strike) = self.step(Step::ReadJournal, String::new());
         Box::pin(async move {
             Self::wait(number, strike).await;
             let mut inner = self.inner();
             let before = inner.store.connection().total_changes();
             operation(&mut inner.store);
             if inner.store.connection().total_changes() != before {
-                inner.life.steps[number].0 = Step::Keep;
-                inner.was_kept();
+                inner.life.steps[number].0 = Step::WriteJournal;
+                inner.was_stored();
                 inner.is_durable(number);
             }
         })

@@ -1,12 +1,12 @@
-//! The delivery protocol, checked exhaustively for small cases: keep, claim, send, settle, with whatever strikes at any
-//! step of it.
+//! Exhaustive check of the delivery protocol for small cases: store, claim, send, commit, with every possible fault at
+//! every step.
 //!
-//! A state is what outlasts the daemon, a [`World`], and what strikes in the life it has from there on (`fate`). In each
-//! state the daemon itself lives that life until all has come to rest (see [`life`]), and everything must be right, on
-//! the way and in the end: so from whatever can be reached, going on without further faults leads to exactly what should
-//! be there. From a state lead: one more strike at any later step of that life, and its end by death after any step that
-//! changed something, from where the next life begins. What should be there is worked out by
-//! [`compare`](crate::simulator::compare), which shares no code with the daemon.
+//! A state is what outlasts the daemon, a [`World`], and the faults of the following life (`fate`). In each state the
+//! daemon itself lives that life until it is at rest (see [`life`]), and everything must be right, on the way and in
+//! the end. So from every reachable state, continuing without further faults leads to the expected result. A state has
+//! these successors: one more fault at any later step of that life, and its end by death after any step that changed
+//! something, from where the next life begins. The expected result comes from [`compare`](crate::simulator::compare),
+//! which shares no code with the daemon.
 
 mod life;
 mod script;
@@ -31,11 +31,11 @@ use script::{Epoch, Page, Script};
 use world::World;
 
 thread_local! {
-    /// While the daemon lives here: when it started, by this machine's clock and by the one that jumps.
+    /// While a daemon runs here: when it started, by this machine's clock and by the one that jumps.
     static CLOCK: Cell<Option<(Millis, tokio::time::Instant)>> = const { Cell::new(None) };
 }
 
-/// This machine's clock, where it is made up.
+/// This machine's clock, if it is simulated.
 pub(crate) fn clock() -> Option<Millis> {
     CLOCK.get().map(|(start, at)| start.plus(at.elapsed()))
 }
@@ -44,21 +44,21 @@ fn set_clock(clock: Option<(Millis, tokio::time::Instant)>) {
     CLOCK.set(clock);
 }
 
-/// As often as delivery looks by itself, so that little happens in between.
+/// As often as delivery checks the journal anyway, so that little happens in between.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What happens, and what may strike.
+/// A script, and the faults that may strike.
 struct Case {
     script: Arc<Script>,
     settings: Settings,
-    /// How many strikes and deaths there may be, one after the other.
+    /// The maximum number of faults and deaths, one after the other.
     depth: usize,
     strikes: &'static [Strike],
-    /// Whether an older copy of the database may be put back when the daemon has died.
+    /// Whether an older copy of the database may be restored after a death.
     copies: bool,
-    /// The life lived last: its properties are looked at, and then what leads on from it.
+    /// The latest life: its properties are checked, and then its successors.
     last: Mutex<Option<(State, Arc<Life>)>>,
-    /// The first state in which something was wrong: no other is looked at after it.
+    /// The first state with a violated property. No further state is checked.
     wrong: Mutex<Option<State>>,
 }
 
@@ -66,7 +66,7 @@ struct Case {
 struct State {
     world: Arc<World>,
     fate: Vec<(usize, Strike)>,
-    /// How many more strikes and deaths there may be. Those that come later have fewer, so that it tells no states apart.
+    /// How many more faults and deaths are allowed. States differ only in their faults and worlds, not in this number.
     left: usize,
 }
 
@@ -91,9 +91,9 @@ impl std::fmt::Debug for State {
 
 #[derive(Debug, Clone, PartialEq)]
 enum Action {
-    /// This strikes at that step.
+    /// This fault at that step.
     Strike(usize, Strike, String),
-    /// The daemon dies right after that step, and starts again; with a copy of the database as it was at another.
+    /// The daemon dies right after that step and starts again, perhaps with a copy of the database from another step.
     Die {
         after: usize,
         what: String,
@@ -106,7 +106,7 @@ impl Case {
         let mut settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("defaults")
             .settings;
-        // What failed is due again at once, so that jitter, which is random, makes no difference.
+        // A failed event is due again at once, so that random jitter makes no difference.
         (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
         settings.poll_interval = POLL_INTERVAL;
         settings.request_timeout = life::TIMEOUT;
@@ -148,16 +148,19 @@ impl Case {
                 .count()
         };
         match strike {
-            Strike::Refused | Strike::Lost | Strike::Overdue => step == Step::Write,
-            Strike::Failed => matches!(step, Step::Ask | Step::Look | Step::Write),
-            Strike::Late | Strike::Stop => matches!(step, Step::Ask | Step::Look | Step::Write),
-            Strike::Rebuild => step == Step::Ask && count(strike) == 0,
-            Strike::Wait => step != Step::Read,
+            Strike::Refused | Strike::Lost | Strike::Overdue => step == Step::WriteOurApi,
+            Strike::Failed => matches!(step, Step::BigChat | Step::ReadOurApi | Step::WriteOurApi),
+            Strike::LateResponse | Strike::Stop => {
+                matches!(step, Step::BigChat | Step::ReadOurApi | Step::WriteOurApi)
+            }
+            Strike::Rebuild => step == Step::BigChat && count(strike) == 0,
+            Strike::Wait => step != Step::ReadJournal,
             Strike::Wipe => {
-                matches!(step, Step::Look | Step::Write) && state.world.wipes + count(strike) == 0
+                matches!(step, Step::ReadOurApi | Step::WriteOurApi)
+                    && state.world.wipes + count(strike) == 0
             }
             Strike::Restart => {
-                step == Step::Ask && state.world.bigchat.can_restart() && count(strike) == 0
+                step == Step::BigChat && state.world.bigchat.can_restart() && count(strike) == 0
             }
         }
     }
@@ -178,7 +181,7 @@ impl Case {
         holds
     }
 
-    /// Checks all that can be reached, and shows what is wrong, if anything is.
+    /// Checks all reachable states, and prints the first violation.
     fn check(self, name: &str) {
         let start = Instant::now();
         let checker = self
@@ -192,7 +195,7 @@ impl Case {
             checker.state_count(),
             start.elapsed()
         );
-        // From here on the way there is sought.
+        // From here on, the path to that state is searched.
         *checker.model().wrong() = None;
         if let Some((property, path)) = checker.discoveries().into_iter().next() {
             let (state, actions) = (path.last_state().clone(), path.into_actions());
@@ -280,20 +283,20 @@ impl Model for Case {
 
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
-            Property::always("nothing is doubled or mixed", |case, state| {
+            Property::always("no message is duplicated or misplaced", |case, state| {
                 case.holds(state, Wrong::Extra)
             }),
-            Property::always("what is delivered stands there", |case, state| {
+            Property::always("delivered messages exist in OurAPI", |case, state| {
                 case.holds(state, Wrong::Unfounded)
             }),
-            Property::always("in the end all is there", |case, state| {
+            Property::always("the result is as expected", |case, state| {
                 case.holds(state, Wrong::Different)
             }),
         ]
     }
 }
 
-/// How deep to go, unless `BIGCHAT_SYNC_TEST_DEPTH` says otherwise.
+/// The depth, unless `BIGCHAT_SYNC_TEST_DEPTH` sets another.
 fn depth(usual: usize) -> usize {
     let depth = std::env::var("BIGCHAT_SYNC_TEST_DEPTH");
     depth.map_or(usual, |depth| depth.parse().expect("a number"))
@@ -302,12 +305,12 @@ fn depth(usual: usize) -> usize {
 /// Single requests fail.
 const FAULTS: &[Strike] = &[Strike::Refused, Strike::Failed, Strike::Lost];
 
-/// The same, and others go first, or the daemon is stopped.
+/// The same, and faults that change the order, and stops of the daemon.
 const ORDERS: &[Strike] = &[
     Strike::Refused,
     Strike::Failed,
     Strike::Lost,
-    Strike::Late,
+    Strike::LateResponse,
     Strike::Wait,
     Strike::Overdue,
     Strike::Stop,
@@ -320,7 +323,7 @@ fn page(events: impl IntoIterator<Item = Value>) -> Page {
     }
 }
 
-/// When each conversation began and who had it first, and what is reported.
+/// The start and first advisor of each conversation, and the reported pages.
 fn epoch<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Epoch {
     Epoch {
         conversations: conversations.to_vec(),
@@ -328,7 +331,7 @@ fn epoch<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Epoc
     }
 }
 
-/// In which each page is reported once.
+/// A script in which each page is reported once.
 fn script<const N: usize>(epochs: [Epoch; N]) -> Script {
     Script {
         log: None,
@@ -374,7 +377,7 @@ fn changes_of_a_chat_among_messages() {
 }
 
 #[test]
-fn a_change_that_is_taken_back() {
+fn change_is_reverted() {
     let there = page([start(2, 3), transfer(2, 4, 3)]);
     let and_back = page([transfer(2, 24, 2), message(2, 25, "one")]);
     let pages = [page([message(2, 5, "two")]), there, and_back];
@@ -382,8 +385,9 @@ fn a_change_that_is_taken_back() {
     Case::new(script, depth(1), ORDERS).check("taken back");
 }
 
+/// A change is rejected permanently, although an earlier attempt was carried out.
 #[test]
-fn a_change_that_fails_for_good_and_was_carried_out() {
+fn rejected_change_was_carried_out() {
     let there = page([transfer(2, 14, 3), transfer(3, 14, 3)]);
     let and_back = page([transfer(2, 24, 2), transfer(3, 24, 2)]);
     let pages = [page([start(2, 3), start(3, 4)]), there, and_back];
@@ -395,20 +399,20 @@ fn a_change_that_fails_for_good_and_was_carried_out() {
 
 #[test]
 fn two_conversations_of_one_advisor() {
-    let told = [
+    let reported = [
         start(2, 3),
         start(3, 4),
         message(2, 5, "one"),
         message(3, 5, "two"),
     ];
-    let script = script([epoch(&[(0, 1), (3, 2), (4, 2)], [page(told)])]);
+    let script = script([epoch(&[(0, 1), (3, 2), (4, 2)], [page(reported)])]);
     let mut case = Case::new(script, depth(1), ORDERS);
     case.settings.our_api_concurrency = 2;
     case.check("two conversations");
 }
 
 #[test]
-fn a_message_is_the_first_thing_heard() {
+fn message_comes_first() {
     let pages = [
         page([message(1, 4, "hello")]),
         page([message(2, 5, "too"), start(2, 6)]),
@@ -501,8 +505,8 @@ fn losses_that_no_event_touches() {
     case.check("no event touches it");
 }
 
-/// A log in pages of two, in which one of three equal messages turns up late.
-/// Its pages are so long that none of the equal messages stand on either side of a page's edge, where one poll takes them for
+/// A log in pages of two, in which one of three equal messages arrives late. The pages are so long that no two equal
+/// messages are on either side of a page edge, where one poll would take them for one.
 /// one.
 fn log() -> Script {
     let first = [

@@ -1,4 +1,4 @@
-//! A BigChat that follows a script: its clock and what it reports depend on nothing but what it was asked before.
+//! A BigChat that follows a script. Its clock and its reports depend only on the requests so far.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,36 +13,36 @@ use crate::simulator::bigchat::{Clock, Log, Mode, NextPage, Options, Page as Sho
 use crate::simulator::event::{T0, message};
 use crate::simulator::{Api, BigChat, Reply, Request};
 
-/// How far its clock moves on with each page or, in a log, with each poll, as long as there is more to report.
+/// By how much its clock advances with each page or, in a log, with each poll, as long as there is more to report.
 const TICK: i64 = 10;
 
-/// What happens. All times are in seconds after the epoch began; the first one begins at [`T0`].
+/// A script. All times are in seconds after the epoch began; the first epoch begins at [`T0`].
 #[derive(Debug)]
 pub(super) struct Script {
-    /// In pages of so many events, if it is a log. Each poll finds one more page of the script in it.
+    /// For a log, the number of events per page. Each poll finds one more page of the script in the log.
     pub(super) log: Option<usize>,
-    /// How many seconds after its last word before a restart BigChat begins anew.
+    /// How many seconds pass between its latest report before a restart and the new epoch.
     pub(super) gap: i64,
     pub(super) epochs: Vec<Epoch>,
 }
 
-/// What happens from one restart to the next.
+/// The part of a script from one restart to the next.
 #[derive(Debug)]
 pub(super) struct Epoch {
-    /// By id from 1: when each began, and who had it first.
+    /// By id from 1: the start and the first advisor of each conversation.
     pub(super) conversations: Vec<(i64, i64)>,
     pub(super) pages: Vec<Page>,
 }
 
-/// What is reported at once.
+/// Events reported together.
 #[derive(Debug, Clone)]
 pub(super) struct Page {
     pub(super) events: Vec<Value>,
-    /// The next one belongs to the same poll.
+    /// The next page belongs to the same poll.
     pub(super) more: bool,
 }
 
-/// The one that follows the script.
+/// BigChat as it follows the script.
 #[derive(Debug, Clone)]
 pub(super) struct Scripted {
     script: Arc<Script>,
@@ -50,13 +50,13 @@ pub(super) struct Scripted {
     epoch: usize,
     /// When this epoch began, in seconds after [`T0`].
     began_at: i64,
-    /// How many pages of this epoch were reported; of a log, how many are in it.
+    /// How many pages of this epoch were reported; for a log, how many are in it.
     pages: usize,
-    /// How many messages beyond the script are to be reported.
+    /// How many more messages are to be reported beyond the script.
     pub(super) nudges: usize,
     /// A page that the daemon has not stored.
     in_flight: Option<(Request, Reply)>,
-    /// How often a log was asked for from its beginning since all there is was in it.
+    /// How often a complete log was read from its beginning.
     asked: usize,
 }
 
@@ -96,7 +96,7 @@ impl Scripted {
         }
     }
 
-    /// What tells it from one that will behave otherwise.
+    /// A text that differs for states that behave differently.
     pub(super) fn canonical(&mut self) -> String {
         let mut reported = self.reported();
         reported.retain(|reported| !reported.lost);
@@ -108,7 +108,7 @@ impl Scripted {
                 format!("{}: {} {poll}", reported.epoch, reported.json())
             })
             .collect();
-        // Whether the next page belongs to the poll of the last.
+        // Whether the next page belongs to the poll of the last one.
         let goes_on = self.pages > 0 && self.page(self.pages - 1).more;
         let goes_on = goes_on && polls.last() == Some(&self.bigchat.polls());
         let Self {
@@ -124,7 +124,7 @@ impl Scripted {
         )
     }
 
-    /// Whether it has reported all there is.
+    /// Whether everything was reported.
     pub(super) fn has_reported_all(&self) -> bool {
         let asked = self.script.log.is_none() || self.asked >= 2;
         self.pages == self.all_pages() && self.in_flight.is_none() && asked
@@ -135,7 +135,7 @@ impl Scripted {
         self.epoch + 1 < self.script.epochs.len()
     }
 
-    /// Forgets everything, and gives its ids to others.
+    /// Forgets everything, and reuses its ids.
     pub(super) fn restart(&mut self) {
         self.began_at = self.now() + self.script.gap;
         self.epoch += 1;
@@ -145,13 +145,13 @@ impl Scripted {
         self.open_conversations();
     }
 
-    /// The client has died: what was in flight is gone.
-    pub(super) fn forsaken(&mut self) {
+    /// The client has died: the response in flight is lost.
+    pub(super) fn client_died(&mut self) {
         self.in_flight = None;
         self.asked = 0;
     }
 
-    /// What is in flight is stored, if `stored` says so of its body.
+    /// The response in flight has arrived, if `stored` is true of its body.
     pub(super) fn arrived(&mut self, stored: impl FnOnce(&str) -> bool) {
         let is_stored =
             |(_, reply): &mut (Request, Reply)| std::str::from_utf8(&reply.body).is_ok_and(stored);
@@ -160,12 +160,12 @@ impl Scripted {
         }
     }
 
-    /// All that it has reported.
+    /// Everything reported.
     pub(super) fn reported(&mut self) -> Vec<Reported> {
         self.bigchat.reported()
     }
 
-    /// Time goes on with each poll: what happens meanwhile is in the log, whatever becomes of the request.
+    /// Time advances with each poll. Events of that time are in the log, whatever becomes of the request.
     pub(super) fn is_asked(&mut self, url: &Url) {
         let is_first =
             url.path() == "/events" && !url.query_pairs().any(|(name, _)| name == "page");
@@ -230,7 +230,7 @@ impl Scripted {
         })
     }
 
-    /// Goes on to the next page, of which this is what happens when.
+    /// Advances to the next page, and returns its events with their times.
     fn next_page(&mut self) -> Page {
         let mut page = self.page(self.pages);
         self.pages += 1;

@@ -1,13 +1,13 @@
-//! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with upheavals
+//! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with faults
 //! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
 //!
-//! Of a week nothing is left out: each poll, each check for work and each request happens, but no time passes between
-//! them. A week with polls every 10 s takes half a minute, and one with polls every 10 minutes little less, since delivery
-//! looks for work every second. `BIGCHAT_SYNC_TEST_WEEKS` says how many weeks there are, `BIGCHAT_SYNC_TEST_SEED` which is
-//! the first, `BIGCHAT_SYNC_TEST_HOURS` how long each is.
+//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them. A
+//! week with polls every 10 s takes half a minute. One with polls every 10 minutes takes little less, because delivery
+//! checks for work every second. `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
+//! seed, and `BIGCHAT_SYNC_TEST_HOURS` the length of each.
 //!
-//! What lies in the nature of things is not drawn: an answer of BigChat that is lost (it reports only once), and losses of
-//! OurAPI of what is older than the retention.
+//! Losses that the daemon cannot recover from are not drawn: a lost response of BigChat (it reports only once), and
+//! losses of data in OurAPI older than the retention.
 
 use std::fmt;
 use std::pin::Pin;
@@ -40,26 +40,26 @@ const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// How long the daemon waits for an answer.
+/// How long the daemon waits for a response.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Within which time each chat is verified.
+/// The period in which each chat is verified.
 const VERIFY_EVERY: Duration = Duration::from_secs(2 * 3600);
 
-/// By when all has come to rest once the upheavals are over: a pass that began before, and a whole one.
+/// The limit for coming to rest after the last fault: the pass in progress, and a complete one.
 const REST: Duration = Duration::from_secs(3 * 86_400);
 
-/// What differs between weeks.
+/// The parameters of a week.
 #[derive(Debug, Clone, Copy)]
 struct Week {
     seed: u64,
     length: Duration,
     poll_interval: Duration,
-    /// BigChat has a log; else it reports each event once.
+    /// Whether BigChat has a log; else it reports each event once.
     log: bool,
-    /// Events are dropped within the week, so that OurAPI may lose only what is recent.
+    /// Events are dropped within the week, so that OurAPI may lose only recent data.
     short_retention: bool,
-    /// A failed request is repeated at once, so that the jitter of the back-off, which is random, makes no difference.
+    /// A failed request is repeated at once, so that the random jitter of the back-off makes no difference.
     without_jitter: bool,
 }
 
@@ -108,7 +108,7 @@ impl Week {
             };
             (Mode::Log(log), 10)
         } else {
-            // At each poll something happens to each of these.
+            // Each of these conversations has an event at each poll.
             (Mode::Once, if self.poll_interval < MINUTE { 1 } else { 8 })
         };
         BigChat::new(Options {
@@ -120,7 +120,7 @@ impl Week {
         })
     }
 
-    /// Lives through the week. Returns what happened, line by line, and how it ended.
+    /// Runs the week. Returns what happened, line by line, and the result.
     fn live(self) -> (Vec<String>, Result<Report, String>) {
         let start = Millis(T0 * 1000);
         let stage = Stage(Arc::new(Mutex::new(Inner {
@@ -165,7 +165,7 @@ impl Week {
     }
 }
 
-/// What the daemon runs on.
+/// The environment of the daemon.
 #[derive(Clone)]
 struct Stage(Arc<Mutex<Inner>>);
 
@@ -176,7 +176,7 @@ struct Inner {
     our_api: OurApi,
     bigchat: BigChat,
     begun: Option<Instant>,
-    /// How far this machine's clock is ahead, in milliseconds.
+    /// By how much this machine's clock is ahead, in milliseconds.
     clock_ahead: i64,
     /// The share of requests that meet a fault.
     faults: f64,
@@ -191,17 +191,17 @@ struct Inner {
     story: Vec<String>,
 }
 
-/// What becomes of a request to OurAPI.
+/// The fate of a request to OurAPI.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Answered,
     /// It never left.
     Refused,
-    /// 500, and it is not carried out.
+    /// It is answered by 500, and not carried out.
     Failed,
-    /// It is carried out, and the answer is lost.
+    /// It is carried out, and the response is lost.
     Lost,
-    /// It is carried out after it was given up.
+    /// It is carried out after the daemon gave it up.
     Overdue,
 }
 
@@ -228,7 +228,7 @@ impl Inner {
         self.bigchat.set_clock(Clock::Still(seconds));
     }
 
-    fn tell(&mut self, what: impl fmt::Display) {
+    fn record(&mut self, what: impl fmt::Display) {
         let elapsed = self.elapsed().as_secs();
         let (day, hour, minute) = (elapsed / 86_400, elapsed / 3600 % 24, elapsed / 60 % 60);
         self.story
@@ -237,7 +237,7 @@ impl Inner {
 
     fn between(&mut self, least: Duration, most: Duration) -> Duration {
         let seconds = self.rng.random_range(least.as_secs()..=most.as_secs());
-        // Upheavals come between two steps of the daemon, and within them.
+        // Faults come between two steps of the daemon, and within them.
         Duration::from_secs(seconds) + Duration::from_millis(self.rng.random_range(0..1000))
     }
 
@@ -320,7 +320,7 @@ impl Inner {
         nothing_left.expect("an answer")
     }
 
-    /// Whether a pass that began after that has verified all chats.
+    /// Whether a pass that began after that time has verified all chats.
     fn is_verified(&mut self, since: Millis) -> bool {
         let is_verified = self.store.connection().query_row(
             "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
@@ -336,7 +336,7 @@ impl Stage {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The daemon; started again whenever it was stopped or has crashed.
+    /// Runs the daemon, and starts it again whenever it was stopped or has crashed.
     async fn run(&self, settings: &Settings) {
         loop {
             let (stopping, crash) = (CancellationToken::new(), CancellationToken::new());
@@ -369,7 +369,7 @@ impl Stage {
         }
     }
 
-    /// What happens in the week, and after it, when all has come to rest, how it came out.
+    /// Runs the faults of the week, waits until everything is at rest, and returns the result.
     async fn upheavals(&self) -> Result<Report, String> {
         let end = Instant::now() + self.inner().week.length;
         loop {
@@ -387,7 +387,7 @@ impl Stage {
             inner.set_clocks();
             inner.bigchat.set_quiet(true);
             let retried = inner.retry_failed();
-            inner.tell(format_args!("calm; {retried} dead letters are retried"));
+            inner.record(format_args!("calm; {retried} dead letters are retried"));
             Millis::now()
         };
         let began = Instant::now();
@@ -422,21 +422,21 @@ impl Stage {
                     inner.between(MINUTE, 2 * HOUR)
                 };
                 let down_for = inner.down_for;
-                inner.tell(format_args!("the daemon crashes, for {down_for:?}"));
+                inner.record(format_args!("the daemon crashes, for {down_for:?}"));
                 inner.crash.cancel();
             }
             2 => {
                 let mut inner = self.inner();
                 inner.down_for = inner.between(Duration::ZERO, 2 * HOUR);
                 let down_for = inner.down_for;
-                inner.tell(format_args!("the daemon is stopped, for {down_for:?}"));
+                inner.record(format_args!("the daemon is stopped, for {down_for:?}"));
                 inner.stopping.cancel();
             }
             3 => {
                 let mut inner = self.inner();
                 inner.set_clocks();
                 inner.bigchat.restart();
-                inner.tell("BigChat restarts");
+                inner.record("BigChat restarts");
             }
             4 | 5 => {
                 let mut inner = self.inner();
@@ -445,10 +445,10 @@ impl Stage {
                 };
                 if number == 4 {
                     inner.our_api.lose_chat(&chat);
-                    inner.tell(format_args!("OurAPI loses chat {chat}"));
+                    inner.record(format_args!("OurAPI loses chat {chat}"));
                 } else {
                     inner.our_api.lose_message(&chat);
-                    inner.tell(format_args!("OurAPI loses a message of chat {chat}"));
+                    inner.record(format_args!("OurAPI loses a message of chat {chat}"));
                 }
             }
             6 | 7 => {
@@ -458,16 +458,16 @@ impl Stage {
                 }
                 if number == 6 {
                     inner.our_api.lose_everything();
-                    inner.tell("OurAPI loses everything");
+                    inner.record("OurAPI loses everything");
                 } else {
                     inner.our_api.lose_agents();
-                    inner.tell("OurAPI loses its agents");
+                    inner.record("OurAPI loses its agents");
                 }
             }
             8 => {
                 let duration = self.inner().between(MINUTE, 3 * HOUR);
                 self.inner()
-                    .tell(format_args!("OurAPI is down for {duration:?}"));
+                    .record(format_args!("OurAPI is down for {duration:?}"));
                 self.inner().our_api_down = true;
                 sleep(duration).await;
                 self.inner().our_api_down = false;
@@ -475,7 +475,7 @@ impl Stage {
             9 => {
                 let duration = self.inner().between(MINUTE, 3 * HOUR);
                 self.inner()
-                    .tell(format_args!("BigChat is down for {duration:?}"));
+                    .record(format_args!("BigChat is down for {duration:?}"));
                 self.inner().bigchat_down = true;
                 sleep(duration).await;
                 self.inner().bigchat_down = false;
@@ -487,7 +487,7 @@ impl Stage {
                     let ahead = *steps.choose(&mut inner.rng).expect("some");
                     (ahead, inner.between(Duration::ZERO, HOUR))
                 };
-                self.inner().tell(format_args!(
+                self.inner().record(format_args!(
                     "this machine's clock is {} s ahead, for {duration:?}",
                     ahead / 1000
                 ));
@@ -504,7 +504,7 @@ impl Stage {
                     until: Some(now.plus(duration)),
                 };
                 inner.store.set_pause(pause).expect("a pause");
-                inner.tell(format_args!("deliveries are paused for {duration:?}"));
+                inner.record(format_args!("deliveries are paused for {duration:?}"));
             }
             _ => {
                 let (share, duration) = {
@@ -514,7 +514,7 @@ impl Stage {
                         inner.between(MINUTE, 2 * HOUR),
                     )
                 };
-                self.inner().tell(format_args!(
+                self.inner().record(format_args!(
                     "{share:.2} of the requests fail, for {duration:?}"
                 ));
                 self.inner().faults = share;
@@ -524,7 +524,7 @@ impl Stage {
         }
     }
 
-    /// OurAPI carries out a request, whatever has become of the daemon.
+    /// OurAPI carries out a request, even if the daemon has ended meanwhile.
     fn carry_out(&self, method: &Method, url: &Url, body: &[u8]) -> Reply {
         let mut inner = self.inner();
         inner.in_flight -= 1;
@@ -570,7 +570,7 @@ impl Transport for OurApiWire {
             } else {
                 latency
             };
-            // It goes on when the daemon does not.
+            // The task continues if the daemon ends.
             let carried_out = tokio::spawn({
                 let stage = stage.clone();
                 async move {
@@ -639,7 +639,7 @@ fn number(variable: &str, default: u64) -> u64 {
     number.map_or(default, |number| number.parse().expect("a number"))
 }
 
-/// Weeks, from a seed on.
+/// Runs weeks, from a seed on.
 #[test]
 fn simulated_weeks_end_without_difference() {
     let first = number("BIGCHAT_SYNC_TEST_SEED", 1);
@@ -662,7 +662,7 @@ fn simulated_weeks_end_without_difference() {
     }
 }
 
-/// The same seed tells the same story.
+/// The same seed gives the same events.
 #[test]
 fn simulated_week_can_be_repeated() {
     let week = Week {

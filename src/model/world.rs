@@ -1,4 +1,5 @@
-//! What outlasts the daemon: the journal, OurAPI and BigChat. Plain values, equal where nothing that follows can differ.
+//! What outlasts the daemon: the journal, OurAPI and BigChat. Plain values that are equal if the daemon behaves the
+//! same from there on.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
@@ -17,7 +18,7 @@ use crate::simulator::OurApi;
 /// All that outlasts the daemon.
 #[derive(Clone)]
 pub(super) struct World {
-    /// The journal, as SQLite keeps it.
+    /// The journal, in SQLite's serialised form.
     pub(super) journal: Arc<[u8]>,
     pub(super) our_api: OurApi,
     pub(super) bigchat: Scripted,
@@ -49,10 +50,10 @@ impl fmt::Debug for World {
 }
 
 impl World {
-    /// Before anything has happened.
+    /// The initial world.
     pub(super) fn new(script: Arc<Script>) -> Self {
         let connection = Connection::open_in_memory().expect("a database in memory");
-        // Small, since each state has one.
+        // Small pages, because each state has a database.
         connection
             .pragma_update(None, "page_size", 512)
             .expect("a page size");
@@ -66,7 +67,7 @@ impl World {
         )
     }
 
-    /// As it is now, and would be found by a daemon that starts then.
+    /// The current world, as a daemon that starts then would find it.
     pub(super) fn of(
         store: &mut Store,
         our_api: OurApi,
@@ -74,7 +75,7 @@ impl World {
         wipes: usize,
         now: Millis,
     ) -> Self {
-        bigchat.forsaken();
+        bigchat.client_died();
         let image = store.connection().serialize("main").expect("an image");
         let journal: Arc<[u8]> = Arc::from(&image[..]);
         drop(image);
@@ -92,7 +93,7 @@ impl World {
         }
     }
 
-    /// The same with the journal of another.
+    /// The same, with another world's journal.
     pub(super) fn with_journal_of(&self, other: &Self) -> Self {
         let mut store = other.store();
         Self::of(
@@ -114,11 +115,10 @@ impl World {
     }
 }
 
-/// Rows as text, without what makes no difference to a daemon that starts.
+/// Rows as text, without differences that do not matter to a daemon that starts.
 ///
-/// Of times by this machine's clock only the order counts, since all lie behind it by then; of ids that OurAPI gave
-/// likewise. Sessions are over, so that all they looked up is old. Of the numbers that only ever grow it counts whether
-/// one is behind the other.
+/// Of times by this machine's clock and of OurAPI's ids, only the order counts, because all are in the past by then.
+/// What was read in earlier sessions counts as old. Of growing counters, it counts whether one is behind another.
 #[derive(Default)]
 struct Canonical {
     cells: Vec<Cell>,
@@ -126,7 +126,7 @@ struct Canonical {
     ids: BTreeSet<Uuid>,
 }
 
-/// What numbers that only ever grow are compared with.
+/// The counters that others are compared with.
 struct Numbers {
     losses: i64,
     verifications: Vec<i64>,
@@ -138,7 +138,7 @@ enum Cell {
     Id(Uuid),
 }
 
-/// Times of this machine's clock are milliseconds, and so larger than any other number.
+/// Times by this machine's clock are milliseconds, and so larger than any other number.
 const MILLISECONDS: i64 = 1_000_000_000_000;
 
 impl Canonical {

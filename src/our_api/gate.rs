@@ -1,4 +1,4 @@
-//! The gate in front of OurAPI: while deliveries are paused nothing is sent, whoever asks.
+//! The gate in front of OurAPI: while deliveries are paused, no caller sends anything.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,12 +13,12 @@ pub(super) struct Gate(Mutex<Option<Closed>>);
 #[derive(Debug, Clone, Copy)]
 struct Closed {
     pause: Pause,
-    /// When it ends, whatever happens to this machine's clock; `None`: only an operator ends it.
+    /// The end by the monotonic clock; `None`: until an operator resumes.
     until: Option<Instant>,
 }
 
 impl Gate {
-    /// Closes the gate for a pause, or opens it. A pause that is known already ends when it was to end before.
+    /// Closes the gate for a pause, or opens it. A pause set again keeps its end.
     pub(super) fn set(&self, pause: Option<Pause>) {
         let mut closed = self.closed();
         if closed.map(|closed| closed.pause) == pause {
@@ -31,7 +31,7 @@ impl Gate {
         });
     }
 
-    /// The pause, if there is one and it is not over. A clock that was set ahead ends it, as whoever set the time expects.
+    /// The pause, if it is not over. A clock that was set ahead ends it, as expected of a pause until a given time.
     pub(super) fn paused(&self) -> Option<Pause> {
         let Closed { pause, until } = (*self.closed())?;
         let is_over = until.is_some_and(|until| until <= Instant::now())
@@ -57,7 +57,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pause_ends_though_the_clock_was_set_back() {
         let gate = Gate::default();
-        // The wall clock stands still from here on, as if it were set back again and again.
+        // The wall clock is stopped from here on, as if it were set back repeatedly.
         let pause = Pause::begin(Some(HOUR), Millis::now());
         gate.set(Some(pause));
         advance(HOUR - Duration::from_secs(60)).await;

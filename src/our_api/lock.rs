@@ -1,9 +1,9 @@
-//! The lock of a file around each request to OurAPI, by which several daemons of one machine take turns
+//! The file lock around each request to OurAPI, with which several daemons of one machine take turns
 //! (`--our-api-lock`).
 //!
-//! The operating system releases the lock when its holder dies. OurAPI may still be at work on its request then, so the
-//! file also says whether a request is in flight: it has one byte while that is so. Whoever takes the lock and finds a byte
-//! waits for as long as a request may take.
+//! The operating system releases the lock when its holder dies. OurAPI may still be carrying out its request then, so
+//! the file has one byte while a request is in flight. A process that takes the lock and finds the byte waits as long
+//! as a request may take.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
@@ -20,23 +20,23 @@ use tokio_util::sync::CancellationToken;
 use crate::telemetry::liveness;
 use crate::telemetry::terminal::shown;
 
-/// How often the time spent waiting is counted, and how often a file that cannot be locked is tried again.
+/// How often the waiting time is counted, and how often a file that cannot be locked is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct Lock {
     path: PathBuf,
     request_timeout: Duration,
-    /// Cancelled when no further request is to be begun.
+    /// Cancelled at shutdown: no further request is begun.
     stopping: CancellationToken,
-    /// For how long requests have waited, in µs.
+    /// The total waiting time of requests, in µs.
     waited: AtomicU64,
-    /// The file cannot be locked, which was logged.
+    /// The file cannot be locked, and that was logged.
     is_broken: AtomicBool,
 }
 
 impl Lock {
-    /// The lock of a file that is made where there is none.
+    /// The lock of a file, which is created if it does not exist.
     pub fn new(path: PathBuf, request_timeout: Duration, stopping: CancellationToken) -> Self {
         Self {
             path,
@@ -47,12 +47,12 @@ impl Lock {
         }
     }
 
-    /// For how long requests have waited for it, all together.
+    /// The total waiting time of requests.
     pub(super) fn waited(&self) -> Duration {
         Duration::from_micros(self.waited.load(Ordering::Relaxed))
     }
 
-    /// Waits for the lock; `None`: the daemon is to stop. A file that cannot be locked is waited for, too.
+    /// Waits for the lock, and for a file that cannot be locked; `None`: the daemon is to stop.
     pub(super) async fn acquire(&self) -> Option<Turn> {
         self.stopping.run_until_cancelled(self.wait()).await
     }
@@ -60,7 +60,7 @@ impl Lock {
     async fn wait(&self) -> Turn {
         loop {
             let path = self.path.clone();
-            // Where nobody waits for it any more, the file is closed as soon as it is locked.
+            // If the waiting future is dropped, the file is closed as soon as it is locked.
             let locking = spawn_blocking(move || lock(&path));
             match self.alive(locking).await.map_err(io::Error::other) {
                 Ok(Ok(turn)) => {
@@ -89,7 +89,7 @@ impl Lock {
         }
     }
 
-    /// Waits, which is no standstill, and counts for how long.
+    /// Waits, counts the time, and keeps the liveness check satisfied.
     async fn alive<T>(&self, waiting: impl Future<Output = T>) -> T {
         tokio::pin!(waiting);
         let mut counted = Instant::now();
@@ -116,7 +116,7 @@ impl Lock {
     }
 }
 
-/// The lock is held until this is dropped.
+/// The held lock. It is released when this is dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
     file: File,
@@ -124,18 +124,19 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// A request begins. If the file cannot say so, only the death of this process at just that time is less safe.
+    /// Marks a request as in flight. If the mark cannot be written, only a death of this process during the request is
+    /// less safe.
     pub(super) fn begin(&self) {
         self.file.set_len(1).ok();
     }
 
-    /// No request is in flight any more.
+    /// Removes the mark.
     pub(super) fn finish(self) {
         self.file.set_len(0).ok();
     }
 }
 
-/// A file that cannot serve as a lock.
+/// A file that cannot be used as a lock.
 #[derive(Debug, Error)]
 #[error("--our-api-lock {} cannot be used: {source}", shown(.path))]
 pub struct LockError {
@@ -143,7 +144,7 @@ pub struct LockError {
     source: io::Error,
 }
 
-/// Whether a file can serve as a lock, for a message before it is needed.
+/// Whether a file can be used as a lock, for an error at the start.
 ///
 /// # Errors
 ///
@@ -155,7 +156,7 @@ pub fn usable(path: &Path) -> Result<(), LockError> {
     })
 }
 
-/// Locks the file of that name, and waits for as long as it takes.
+/// Locks the file, however long that takes.
 fn lock(path: &Path) -> io::Result<Turn> {
     loop {
         let file = open(path)?;
@@ -164,7 +165,7 @@ fn lock(path: &Path) -> io::Result<Turn> {
             locked => locked?,
         }
         let locked = file.metadata()?;
-        // It may have been deleted or replaced meanwhile: others lock the new one.
+        // The file may have been deleted or replaced meanwhile. Other processes then lock the new one.
         if fs::metadata(path).is_ok_and(|named| is_same(&named, &locked)) {
             let was_in_flight = locked.len() > 0;
             return Ok(Turn {
@@ -175,11 +176,11 @@ fn lock(path: &Path) -> io::Result<Turn> {
     }
 }
 
-/// Opens the file. One that holds anything is not even opened: closing it would drop a database's own locks.
+/// Opens the file. A file with content is not even opened, because closing it would drop a database's own locks.
 fn open(path: &Path) -> io::Result<File> {
     match fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() || metadata.len() > 1 => {
-            let why = "it is no lock file: name one that does not exist, or an empty one";
+            let why = "it is not a lock file; name a file that is empty or does not exist";
             return Err(io::Error::new(ErrorKind::InvalidInput, why));
         }
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -210,23 +211,26 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("lock");
         let (one, other) = (lock_of(&path, TICK), lock_of(&path, TICK));
-        let turn = one.acquire().await.expect("it is free");
+        let turn = one.acquire().await.expect("the lock is free");
         let waiting = other.acquire();
         tokio::pin!(waiting);
         let brief = Duration::from_millis(50);
-        timeout(brief, &mut waiting).await.expect_err("it is taken");
+        timeout(brief, &mut waiting)
+            .await
+            .expect_err("the lock is taken");
         turn.begin();
         turn.finish();
-        let turn = waiting.await.expect("it is free");
+        let turn = waiting.await.expect("the lock is free");
         assert!(!turn.was_in_flight);
         assert!(other.waited() >= brief / 2);
-        // One that is to stop waits no longer.
+        // A lock that is to stop does not wait.
         one.stopping.cancel();
         assert!(one.acquire().await.is_none());
     }
 
+    /// After the holder's death during a request, the next one waits until the request has ended.
     #[tokio::test]
-    async fn death_in_a_request_is_waited_out() {
+    async fn holder_dies_during_request() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("lock");
         let request_timeout = Duration::from_millis(300);
@@ -268,9 +272,9 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("diary");
         fs::write(&path, "Dear diary").expect("a file");
-        usable(&path).expect_err("it holds something");
+        usable(&path).expect_err("it has content");
         usable(directory.path()).expect_err("a directory");
         usable(&directory.path().join("no/such/place")).expect_err("no directory");
-        usable(&directory.path().join("new")).expect("it is made");
+        usable(&directory.path().join("new")).expect("it is created");
     }
 }

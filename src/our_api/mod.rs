@@ -123,8 +123,8 @@ impl OurApi {
 
     /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
     /// the time when the first permit is free again.
-    pub fn room(&self, now: Millis) -> std::result::Result<u16, Millis> {
-        self.permits.room(now)
+    pub fn free_permits(&self, now: Millis) -> std::result::Result<u16, Millis> {
+        self.permits.free_permits(now)
     }
 
     /// Until when requests that timed out may still be carried out, by this machine's clock.
@@ -143,17 +143,17 @@ impl OurApi {
         self.permits.restore(until);
     }
 
-    /// For how long requests have waited for the lock, all together; `None`: there is no lock.
+    /// The total time that requests have waited for the lock; `None`: there is no lock.
     pub fn lock_waited(&self) -> Option<Duration> {
         self.lock.as_ref().map(Lock::waited)
     }
 
-    /// Sends nothing while that pause lasts; `None`: sends again.
+    /// Holds all requests while that pause lasts; `None` releases them.
     pub fn set_pause(&self, pause: Option<Pause>) {
         self.gate.set(pause);
     }
 
-    /// While deliveries are paused: since when, and until when.
+    /// The current pause.
     pub fn paused(&self) -> Option<Pause> {
         self.gate.paused()
     }
@@ -162,7 +162,7 @@ impl OurApi {
         &self.http
     }
 
-    /// What OurAPI says it is, if it answers.
+    /// OurAPI's description of itself.
     pub async fn description(&self) -> Result<Value> {
         let description = self.http.target(Route::Description, "", None);
         self.send(&description, None::<&()>, json).await

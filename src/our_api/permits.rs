@@ -28,7 +28,7 @@ struct Held {
     until: Instant,
     /// The same by this machine's clock, for a later session.
     by_clock: Millis,
-    /// Nobody else may ask meanwhile either.
+    /// The lock, because no other process may send a request meanwhile either.
     turn: Option<Turn>,
 }
 
@@ -69,13 +69,13 @@ impl Permits {
         }
     }
 
-    /// See [`OurApi::room`](super::OurApi::room).
-    pub(super) fn room(&self, now: Millis) -> Result<u16, Millis> {
+    /// See [`OurApi::free_permits`](super::OurApi::free_permits).
+    pub(super) fn free_permits(&self, now: Millis) -> Result<u16, Millis> {
         let first = self.first_to_end();
         let held: u16 = self.held().iter().map(|held| held.permits).sum();
         match (self.max_in_flight.saturating_sub(held), first) {
             (0, Some(first)) => Err(now.plus(first.saturating_duration_since(Instant::now()))),
-            (room, _) => Ok(room),
+            (free, _) => Ok(free),
         }
     }
 
@@ -168,9 +168,12 @@ mod tests {
             let permits = Permits::new(1, TIMEOUT);
             permits.acquire().await.hold(None);
             let now = Millis::now();
-            assert!(permits.room(now).is_err(), "the request may be in flight");
             assert!(
-                permits.room(Millis(now.0 + step)).is_err(),
+                permits.free_permits(now).is_err(),
+                "the request may be in flight"
+            );
+            assert!(
+                permits.free_permits(Millis(now.0 + step)).is_err(),
                 "the clock stepped by {step} ms"
             );
         }
@@ -180,14 +183,14 @@ mod tests {
     async fn timed_out_request_holds_its_permit() {
         let permits = Permits::new(2, TIMEOUT);
         permits.acquire().await.hold(None);
-        assert_eq!(permits.room(Millis::now()), Ok(1));
+        assert_eq!(permits.free_permits(Millis::now()), Ok(1));
         let other = permits.acquire().await;
         let start = Instant::now();
         let third = permits.acquire();
         let third = timeout(TIMEOUT * 2, third).await.expect("it is freed");
         assert_eq!(start.elapsed().as_secs(), TIMEOUT.as_secs());
         drop((other, third));
-        assert_eq!(permits.room(Millis::now()), Ok(2));
+        assert_eq!(permits.free_permits(Millis::now()), Ok(2));
         assert_eq!(permits.free.available_permits(), 2, "none is lost");
     }
 
@@ -195,7 +198,7 @@ mod tests {
     async fn earlier_session_holds_all_permits() {
         let permits = Permits::new(3, TIMEOUT);
         permits.restore(Millis::now().plus(TIMEOUT * 9));
-        assert!(permits.room(Millis::now()).is_err());
+        assert!(permits.free_permits(Millis::now()).is_err());
         let start = Instant::now();
         permits.acquire().await;
         assert_eq!(

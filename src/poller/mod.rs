@@ -206,7 +206,7 @@ impl Poller {
         match result {
             Ok(outcome) => {
                 if refused.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the journal is writable again; polling continues");
+                    tracing::info!("the journal can be written again; polling continues");
                 }
                 outcome
             }
@@ -316,7 +316,7 @@ impl Poller {
             .journal
             .with(move |store| {
                 store.end_poll(cursor, rescans_left, read)?;
-                store.source()
+                store.poll_state()
             })
             .await?;
         if let (Some(cursor), true) = (source.cursor, outcome == PollOutcome::UpToDate) {
@@ -328,7 +328,7 @@ impl Poller {
     /// Moves the cursor to the oldest time for which BigChat still answers.
     async fn skip_gap(&self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
-        let source = self.journal.with(|store| store.source()).await?;
+        let source = self.journal.with(|store| store.poll_state()).await?;
         let is_new = self
             .journal
             .with(move |store| store.skip_gap(oldest, cursor, Millis::now()))
@@ -336,7 +336,7 @@ impl Poller {
         if let (Some(from), true) = (source.cursor, is_new) {
             tracing::error!(
                 %from, until = %oldest,
-                "BigChat no longer reports events of this period, and they had not been read; they are lost"
+                "BigChat no longer reports events of this period; those not read before are lost"
             );
         }
         Ok(PollOutcome::More)
@@ -345,7 +345,7 @@ impl Poller {
     /// The window and the next page of the poll in progress, else the next window, with the rescans left.
     async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
         let settings = &self.settings;
-        let source = self.journal.with(|store| store.source()).await?;
+        let source = self.journal.with(|store| store.poll_state()).await?;
         if let Some(((start, end), Some(next))) = source.poll {
             let window = Window {
                 start,

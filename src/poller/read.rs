@@ -10,7 +10,7 @@ use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{JournalError, NewPage, Progress, StoredPage, keys};
+use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
 
 /// How often a page after the first is requested in a row.
 const PAGE_ATTEMPTS: u32 = 3;
@@ -73,8 +73,8 @@ impl Poller {
                 end.is_none()
             });
             let progress = match &next {
-                Some(next) => Progress::Next(next.clone()),
-                None => Progress::Complete(window.end.min(now)),
+                Some(next) => PollProgress::Next(next.clone()),
+                None => PollProgress::Complete(window.end.min(now)),
             };
             let page = NewPage {
                 query,
@@ -189,7 +189,7 @@ impl Poller {
             body: page.body,
             events: page.events,
             // After an interruption, the search begins anew.
-            progress: Progress::Next(window_query(window.start, window.end)),
+            progress: PollProgress::Next(window_query(window.start, window.end)),
         };
         pages.add(self.store_new(page).await?, keys);
         self.ingest(pages).await?;

@@ -1,8 +1,8 @@
-//! BigChat: conversations, advisors and events, scripted or made up by chance.
+//! BigChat: conversations, advisors and events, scripted or random.
 //!
-//! In [`Mode::Once`] it behaves as the real one, which makes events up at each poll and reports each once; in [`Mode::Log`]
-//! as a usual vendor, whose log gives the same events for the same window. Either way it remembers what it reported, and
-//! whether the answer went out, which is what the comparison works from. What happens by chance is `chance`'s.
+//! [`Mode::Once`] behaves as the real BigChat, which makes events up at each poll and reports each once. [`Mode::Log`]
+//! behaves as most vendors: a log gives the same events for the same window. In both modes it remembers what it
+//! reported and whether the response was sent; the comparison works from that. Random behaviour is in `chance`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use super::event::{T0, event_at};
 use super::exchange::{Api, Reply, Request, invalid, parse_time};
 use super::watch::Happening;
 
-/// How events come about and are reported.
+/// How events arise and are reported.
 #[derive(Clone, Debug)]
 pub enum Mode {
-    /// As by the real one: events are made up when asked for, reported once, and forgotten.
+    /// As the real BigChat: events are made up on request, reported once, and forgotten.
     Once,
-    /// As usual elsewhere: a log that grows with the clock. A window includes its start and excludes its end; a page is a
-    /// part of the window as the log is now, by `event_at` and then arrival, so that what is late shifts the pages.
+    /// As most vendors: a log that grows with the clock. A window includes its start and excludes its end. A page is a
+    /// part of the current window, by `event_at` and then arrival, so that late events shift the pages.
     Log(Log),
 }
 
@@ -34,7 +34,7 @@ pub struct Log {
     pub events_per_second: f64,
     /// Events per page.
     pub page_size: usize,
-    /// One event in ten turns up late by up to so many seconds.
+    /// One event in ten arrives late, by up to so many seconds.
     pub max_late: u32,
     /// How far the log reaches back at the start.
     pub history: Duration,
@@ -54,9 +54,9 @@ impl Default for Log {
 /// BigChat's own clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// The machine's, so many seconds ahead.
+    /// This machine's clock, plus so many seconds.
     Ahead(i64),
-    /// It stands still, so many seconds after [`T0`].
+    /// A stopped clock, at so many seconds after [`T0`].
     Still(i64),
 }
 
@@ -75,13 +75,13 @@ pub struct Options {
     /// The same seed makes the same choices.
     pub seed: u64,
     pub mode: Mode,
-    /// Nothing happens by chance: no events, no errors, no second pages.
+    /// Nothing random happens: no events, no errors, no second pages.
     pub quiet: bool,
     /// Some messages are short, padded, twins or otherwise awkward, and two advisors share a name.
     pub awkward: bool,
-    /// Advisors' e-mail addresses are made from their own names; the real one makes them from others.
+    /// Advisors' e-mail addresses are made from their own names. The real BigChat makes them from other names.
     pub own_addresses: bool,
-    /// So many of the latest conversations get events; the real one's all do.
+    /// Only so many of the latest conversations get events. In the real BigChat all do.
     pub active: usize,
     pub clock: Clock,
 }
@@ -100,14 +100,14 @@ impl Default for Options {
     }
 }
 
-/// An advisor, as BigChat shows it.
+/// An advisor, as BigChat returns it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Advisor {
     /// From 1, in each epoch.
     pub advisor_id: i64,
-    /// Two may share it.
+    /// Not unique.
     pub name: String,
-    /// The identity.
+    /// The address identifies the advisor.
     pub email_address: String,
 }
 
@@ -116,11 +116,11 @@ pub struct Advisor {
 pub struct Reported {
     /// Counts BigChat's restarts, from 1.
     pub epoch: u32,
-    /// BigChat knows nothing of its conversation any more, or never did.
+    /// BigChat no longer knows its conversation, or never did.
     pub forgotten: bool,
     /// Which poll reported it; 0 in a log, which reports everything in every poll.
     pub poll: u64,
-    /// The answer never went out, and will not again.
+    /// The response was not sent, and never will be.
     pub lost: bool,
     pub conversation_id: i64,
     pub name: String,
@@ -128,14 +128,14 @@ pub struct Reported {
     pub data: Value,
     /// When the conversation really started, if BigChat knows.
     pub started_at: Option<i64>,
-    /// Who had the conversation first, if BigChat knows.
+    /// The conversation's first advisor, if BigChat knows.
     pub first_advisor: Option<Arc<Advisor>>,
-    /// Who gets it, in a TRANSFER to an advisor whom BigChat knows.
+    /// The new advisor of a TRANSFER, if BigChat knows the advisor.
     pub advisor: Option<Arc<Advisor>>,
 }
 
 impl Reported {
-    /// The event, as BigChat shows it.
+    /// The event, as BigChat returns it.
     pub fn json(&self) -> Value {
         event_at(
             self.conversation_id,
@@ -146,25 +146,25 @@ impl Reported {
     }
 }
 
-/// What a scripted page says about the next one.
+/// The link of a scripted page to the next one.
 #[derive(Clone, Debug)]
 pub enum NextPage {
     None,
-    /// The usual address.
+    /// The usual link.
     Usual,
-    /// That of this very page: A A.
+    /// The link to this page: A A.
     Same,
-    /// That of the poll's first page: A B A B.
+    /// The link to the poll's first page: B in A B A B.
     First,
-    /// This, whatever it is.
+    /// This value.
     Is(Value),
 }
 
-/// What one request for events gets.
+/// The response to one request for events.
 #[derive(Clone, Debug)]
 pub enum Page {
     Events(Vec<Value>, NextPage),
-    /// A body as it is, that of a page or not.
+    /// A body as given, whether or not it is a page.
     Raw(String),
 }
 
@@ -174,17 +174,17 @@ impl<E: IntoIterator<Item = Value>> From<E> for Page {
     }
 }
 
-/// A page with what it says of the next one, whatever that is.
+/// A page with a given link to the next one.
 pub fn page(events: impl IntoIterator<Item = Value>, next: impl Into<Value>) -> Page {
     Page::Events(events.into_iter().collect(), NextPage::Is(next.into()))
 }
 
-/// A page that may be none.
+/// A body that may not be a page.
 pub fn raw(body: &str) -> Page {
     Page::Raw(body.to_owned())
 }
 
-/// What a larger body reports is not known.
+/// Events of a larger body are not recorded.
 const MAX_PARSED: usize = 1 << 20;
 
 #[derive(Clone, Debug)]
@@ -197,11 +197,11 @@ enum Item {
 pub(super) struct Conversation {
     pub(super) started_at: i64,
     pub(super) first_advisor: i64,
-    /// What the log has of it.
+    /// Its events in the log.
     events: Vec<usize>,
 }
 
-/// BigChat, without a wire.
+/// BigChat as a plain value, without a network.
 #[derive(Clone, Debug)]
 pub struct BigChat {
     pub(super) options: Options,
@@ -209,9 +209,10 @@ pub struct BigChat {
     epoch: u32,
     first_of_epoch: usize,
     pub(super) last_start: i64,
-    /// The `date` header moves on once a second, at this part of it, as with the real one: it is up to a second behind.
+    /// The `date` header advances once a second, at this fraction of it. As with the real BigChat, it is up to a second
+    /// behind.
     phase: i64,
-    /// Sent instead of the date.
+    /// A value to send instead of the date.
     date: Option<String>,
     advisors: BTreeMap<i64, Arc<Advisor>>,
     pub(super) addresses: HashSet<String>,
@@ -221,16 +222,16 @@ pub struct BigChat {
     poll: u64,
     pushed: Vec<Value>,
     pages: VecDeque<Page>,
-    /// The ENDs and TRANSFERs of the page before.
+    /// The ENDs and TRANSFERs of the previous page.
     pub(super) repeatable: Vec<Value>,
     log: BTreeMap<(i64, usize), Item>,
     /// When the log grows next.
     pub(super) next_arrival: f64,
     restart_at_poll: bool,
-    /// It is not there: nothing happens.
+    /// It is down: nothing happens.
     pub(super) down: bool,
     circles: f64,
-    /// What the latest request for events reported that was never reported before.
+    /// Events of the latest response that were never reported before.
     latest: Vec<usize>,
 }
 
@@ -290,29 +291,29 @@ impl BigChat {
         self.options.clock = clock;
     }
 
-    /// Sends this instead of the date from now on.
+    /// Sends this value instead of the date from now on.
     pub fn set_date(&mut self, date: Option<&str>) {
         self.date = date.map(str::to_owned);
     }
 
-    /// Nothing, or again something, happens by chance from now on.
+    /// Turns random behaviour off or on.
     pub fn set_quiet(&mut self, quiet: bool) {
         self.grow();
         self.options.quiet = quiet;
     }
 
-    /// Whether some messages are awkward from now on.
+    /// Turns awkward messages on or off.
     pub fn set_awkward(&mut self, awkward: bool) {
         self.options.awkward = awkward;
     }
 
-    /// It goes down, or is there again. Meanwhile nothing happens.
+    /// Takes it down or up. While it is down, nothing happens.
     pub fn set_down(&mut self, down: bool) {
         self.grow();
         self.down = down;
     }
 
-    /// So often (0 to 1) the last page of a poll names an earlier one as the next.
+    /// Sets how often (0 to 1) the last page of a poll links to an earlier one.
     pub fn set_circles(&mut self, probability: f64) {
         self.circles = probability;
     }
@@ -322,16 +323,16 @@ impl BigChat {
         self.epoch
     }
 
-    /// The number of the latest poll, as in [`Reported::poll`]; of a log, too. A poll is a request for a first page and those
-    /// for later pages up to the next first one.
+    /// The number of the latest poll, as in [`Reported::poll`], also in a log. A poll is a request for a first page,
+    /// with the requests for later pages up to the next first one.
     pub fn polls(&self) -> u64 {
         self.poll
     }
 
-    /// Knows a conversation of which nothing has been reported; `started_at` in seconds after [`T0`].
+    /// Adds a conversation without events; `started_at` in seconds after [`T0`].
     pub fn open(&mut self, id: i64, started_at: i64, first_advisor: i64) {
         let started_at = T0.saturating_add(started_at);
-        // It may be any number; the next epoch's are to be later only than those that can be.
+        // The time may be arbitrary. Only possible times move the start of the next epoch.
         self.last_start = self.last_start.max(started_at.min(self.unix_now()));
         self.insert_conversation(id, started_at, first_advisor);
     }
@@ -345,7 +346,7 @@ impl BigChat {
         self.conversations.insert(id, conversation);
     }
 
-    /// Knows a conversation no longer.
+    /// Forgets a conversation.
     pub fn forget_conversation(&mut self, id: i64) {
         self.conversations.remove(&id);
     }
@@ -355,7 +356,7 @@ impl BigChat {
         self.advisors.get(&id).cloned()
     }
 
-    /// Knows an advisor by that name and address from now on.
+    /// Adds an advisor, or changes the name and address.
     pub fn set_advisor(&mut self, advisor_id: i64, name: &str, email_address: &str) {
         let advisor = Advisor {
             advisor_id,
@@ -365,12 +366,12 @@ impl BigChat {
         self.advisors.insert(advisor_id, Arc::new(advisor));
     }
 
-    /// Knows an advisor no longer.
+    /// Forgets an advisor.
     pub fn forget_advisor(&mut self, id: i64) {
         self.advisors.remove(&id);
     }
 
-    /// An event: reported on the next page, or put in the log.
+    /// Adds an event to the next page or to the log.
     pub fn push(&mut self, event: Value) {
         if self.in_log() {
             self.log_item(event);
@@ -379,7 +380,8 @@ impl BigChat {
         }
     }
 
-    /// A whole page: in [`Mode::Once`] exactly what the next request gets, in [`Mode::Log`] put in the log.
+    /// Adds a complete page: in [`Mode::Once`] the exact response to the next request, in [`Mode::Log`] events of the
+    /// log.
     pub fn push_page(&mut self, page: impl Into<Page>) {
         match page.into() {
             Page::Events(events, _) if self.in_log() => {
@@ -389,13 +391,13 @@ impl BigChat {
         }
     }
 
-    /// Restarts at once: everything is forgotten, and ids begin at 1 again, for others. What is scripted and not reported yet
-    /// belongs to the next epoch; in a log it is forgotten, too.
+    /// Restarts at once: everything is forgotten, and ids begin at 1 again, for other conversations and advisors.
+    /// Scripted events not reported yet belong to the next epoch; in a log they are forgotten, too.
     pub fn restart(&mut self) {
         self.restart_at(self.now());
     }
 
-    /// The same, its first conversation starting then, or as soon as is later than any before.
+    /// Restarts. The first conversation of the new epoch starts at `at`, or as soon as is later than any before.
     pub fn restart_at(&mut self, at: i64) {
         self.grow();
         let in_log = self.in_log();
@@ -412,7 +414,7 @@ impl BigChat {
         self.last_start - T0
     }
 
-    /// Restarts just before the next poll's first page, so that no poll is half of one epoch and half of the next.
+    /// Restarts just before the next poll's first page, so that no poll spans two epochs.
     pub fn restart_at_next_poll(&mut self) {
         self.restart_at_poll = true;
     }
@@ -447,7 +449,7 @@ impl BigChat {
         }
     }
 
-    /// Everything reported so far, in order; of a log, everything in it.
+    /// Everything reported so far, in order; of a log, all its events.
     pub fn reported(&mut self) -> Vec<Reported> {
         self.grow();
         let in_log = self.in_log();
@@ -464,8 +466,7 @@ impl BigChat {
             .collect()
     }
 
-    /// What the latest request for events reported, as far as nothing equal was reported before: nobody can have it but from
-    /// that answer.
+    /// Events of the latest response that had no equal before. A client can have them only from that response.
     pub fn latest(&self) -> Vec<Reported> {
         let key = |index: &usize| {
             let reported = &self.reported[*index];
@@ -484,13 +485,13 @@ impl BigChat {
         new.map(|index| self.reported[*index].clone()).collect()
     }
 
-    /// What the latest request for events reported has reached nobody: its client was killed before it was stored. Of a log
-    /// that stays it will be reported again; else it is lost. Returns how many events that were.
+    /// The client was killed before it stored the latest response. A log that still exists will report the events
+    /// again; otherwise they are lost. Returns how many events the response had.
     pub fn lose_latest(&mut self) -> usize {
         let latest = std::mem::take(&mut self.latest);
         for index in &latest {
             self.arrived[*index] = false;
-            // A log reports them again, unless it is gone.
+            // A log reports them again, if it still exists.
             let reported = &mut self.reported[*index];
             reported.lost |= reported.epoch < self.epoch;
         }
@@ -522,7 +523,7 @@ impl BigChat {
         index
     }
 
-    /// Reports a scripted event, or, where it is none, just serves it.
+    /// Records a scripted event as reported. Anything that is not an event is only served.
     fn item(&mut self, raw: Value) -> Item {
         let id = raw["conversation_id"].as_i64();
         match (id, raw["event_name"].as_str(), raw["event_at"].as_i64()) {
@@ -540,7 +541,7 @@ impl BigChat {
         self.log.insert((at, arrival), item);
     }
 
-    /// What a request for a page gets; `None` is an error that loses it.
+    /// The response to a request for a page; `None`: an error that loses the page.
     fn page(
         &mut self,
         window: (Option<i64>, Option<i64>),
@@ -630,8 +631,8 @@ impl BigChat {
         Some((Page::Events(events, next), reported))
     }
 
-    /// Where a page of the log begins. Never between two equal events: there nobody could tell twins from pages that have
-    /// shifted, and a client need not.
+    /// Where a page of the log begins. Never between two equal events: there, twins cannot be distinguished from pages
+    /// that have shifted.
     fn edge(&self, window: &[&Item], page: usize, page_size: usize) -> usize {
         let json = |at: usize| match window[at] {
             Item::Event(index) => self.reported[*index].json(),
@@ -684,7 +685,7 @@ impl BigChat {
             NextPage::Is(next) => next,
             NextPage::Same => url(query),
             NextPage::First => url(&first()),
-            // The real one appends, even where there is a `page` already.
+            // The real BigChat appends a second `page` parameter.
             NextPage::Usual if !self.in_log() => url(&format!("{query}&page={}", number + 1)),
             NextPage::Usual => url(&format!("{}&page={}", first(), number + 1)),
         };
@@ -711,7 +712,7 @@ impl BigChat {
             let transfers = all.filter_map(|reported| {
                 Some((reported.event_at, reported.data["new_advisor_id"].as_i64()?))
             });
-            // The last of equals, as they arrived.
+            // Of equal times, the last to arrive.
             let last = transfers.max_by_key(|(at, _)| *at);
             advisor = last.map_or(advisor, |(_, advisor)| advisor);
         }

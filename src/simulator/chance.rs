@@ -1,4 +1,4 @@
-//! What happens in BigChat by chance.
+//! The random behaviour of BigChat.
 
 use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;
@@ -44,7 +44,7 @@ const WORDS: [&str; 16] = [
     "dolor", "sit", "amet", "order", "parcel", "refund", "please", "late", "account", "quidem",
     "vero", "nihil", "invoice", "help", "eos", "when",
 ];
-/// What a service that stores, strips, escapes or measures text may get wrong. The first ones are too short for OurAPI.
+/// Texts that a service may store, strip, escape or measure wrongly. The first ones are too short for OurAPI.
 const AWKWARD: [&str; 14] = [
     "k",
     "😀",
@@ -68,7 +68,7 @@ impl BigChat {
         format!("{first} {}", pick(&mut self.rng, &LAST_NAMES))
     }
 
-    /// A name, and an e-mail address made from another one, unless they are to fit.
+    /// A name, and an e-mail address made from another name, unless they are to match.
     pub(super) fn make_up_advisor(&mut self) -> (String, String) {
         let mut name = self.person();
         loop {
@@ -77,7 +77,7 @@ impl BigChat {
                 name.clone_from(&person);
             }
             let address = person.replace(' ', "_").to_lowercase();
-            // Over several epochs the names run out.
+            // Over several epochs the names are used up.
             let number = match self.addresses.len() {
                 count @ 100.. => format!("{count}."),
                 _ => String::new(),
@@ -89,11 +89,11 @@ impl BigChat {
         }
     }
 
-    /// Opens the next conversation, now.
+    /// Opens the next conversation, with the current time.
     fn open_next(&mut self, now: i64) -> (i64, i64) {
         let last = self.conversations.last_key_value();
         let id = last.map_or(1, |(id, _)| id + 1);
-        // Right after a restart this epoch may have begun a second from now.
+        // Right after a restart, the new epoch may begin a second in the future.
         let first = self.conversations.get(&1);
         let now = first.map_or(now, |first| now.max(first.started_at));
         let advisor = self.rng.random_range(1..=10);
@@ -111,7 +111,7 @@ impl BigChat {
         format!("{}.", words.join(" "))
     }
 
-    /// What happens to a conversation next, if anything.
+    /// The next event of a conversation, if there is one.
     fn happening(&mut self, id: i64) -> Option<(&'static str, Value)> {
         if self.rng.random_bool(0.2) {
             return Some(("END", Value::Null));
@@ -127,7 +127,7 @@ impl BigChat {
         message.then(|| ("MESSAGE", json!({ "message": self.text() })))
     }
 
-    /// How often a message is written, by the probability of a twin.
+    /// How many copies of a message are written, by the probability of a twin.
     fn copies(&mut self, name: &str, twins: f64) -> usize {
         let twin = name == "MESSAGE" && self.options.awkward && self.rng.random_bool(twins);
         1 + usize::from(twin)
@@ -138,8 +138,7 @@ impl BigChat {
         ids.rev().copied().collect()
     }
 
-    /// Adds what the real one makes up for a page, and returns whether there is another page; `None` is an error that loses
-    /// it.
+    /// Adds random events to a page, and returns whether there is another page; `None`: an error that loses the page.
     pub(super) fn make_up(
         &mut self,
         start_at: i64,
@@ -155,7 +154,7 @@ impl BigChat {
             let Some((name, data)) = self.happening(id) else {
                 continue;
             };
-            // A window of a second or less, and one that begins in the future, has but one time.
+            // A window of a second or less, or one that begins in the future, has only one time.
             let at = if now - start_at <= 1 {
                 start_at
             } else {
@@ -181,7 +180,7 @@ impl BigChat {
         Some(page < 1 && !events.is_empty() && self.rng.random_bool(0.2))
     }
 
-    /// Lets the log of [`Mode::Log`] grow up to now.
+    /// Lets the log of [`Mode::Log`] grow up to the present.
     pub(super) fn grow(&mut self) {
         let Mode::Log(Log {
             events_per_second: rate,

@@ -1,8 +1,8 @@
-//! A seeded plan of mischief: what strikes the services and the daemon between them, when, and for how long.
+//! A seeded plan of faults: which ones strike the services and the daemon, when, and for how long.
 //!
-//! The same seed makes the same plan; what of it strikes which request still depends on who comes first. Nothing in it
-//! is beyond what the daemon promises to survive: no answer lies, nothing is carried out after its client has gone.
-//! Killing and starting the daemon is left to whoever runs it.
+//! The same seed gives the same plan, but the requests that meet the faults depend on timing. The plan contains only
+//! faults that the daemon promises to survive: no response lies, and nothing is carried out after its client has gone.
+//! The user of the plan kills and starts the daemon.
 
 use std::{fmt, io, ops::Range, time::Duration};
 
@@ -11,27 +11,27 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use super::Simulator;
 use super::fault::{self, Fault};
 
-/// Longer than any client waits. One that gave up meanwhile gets nothing, and nothing is done for it.
+/// Longer than any client waits. A client that gave up gets no response, and its request is not carried out.
 const FOR_EVER: Duration = Duration::from_secs(600);
 
-/// How often a request meets a fault of its own: one of each kind, in a thousand.
+/// The probability of a fault of each kind, for a single request.
 const OFTEN: f64 = 0.006;
 
-/// The same for those that cost a client seconds each.
+/// The same for faults that cost a client seconds.
 const SELDOM: f64 = 0.001;
 
-/// How often a poll ends in a circle of pages.
+/// The probability that a poll ends in a circle of pages.
 const CIRCLES: f64 = 0.05;
 
-/// The milliseconds between two strikes at the services, and how long one lasts.
+/// Milliseconds between two faults of a service, and their duration.
 const BETWEEN: Range<u64> = 300..3_000;
 const LASTING: Range<u64> = 200..4_000;
 
-/// How long a BigChat that restarts is away. Its dates are whole seconds and lag behind, so that of a page that it served
-/// within 2 s before its new run began nobody can tell which run it is of.
+/// How long a restarting BigChat is down. Its dates are whole seconds and lag behind, so that the epoch of a page
+/// served within 2 s before a new epoch is uncertain.
 const RESTARTING: Range<u64> = 3_000..5_000;
 
-/// The milliseconds that the daemon lives at a time: every other time hardly long enough for a poll. And is dead.
+/// How long the daemon runs, in milliseconds: every other time hardly long enough for a poll. Then how long it is down.
 const ALIVE: [Range<u64>; 2] = [20..500, 500..4_000];
 const DEAD: Range<u64> = 50..1_500;
 
@@ -44,37 +44,37 @@ pub enum Service {
     OurApi,
 }
 
-/// What strikes a service, for a while.
+/// A fault of a service that lasts for a while.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Strike {
     /// Every request meets this fault.
     Outage(Service, Fault),
     /// No connection is accepted.
     Refuses(Service),
-    /// The same, and BigChat has restarted afterwards: its ids are others'.
+    /// The same. Afterwards BigChat has restarted, and reuses its ids.
     BigChatRestarts,
-    /// The same, and OurAPI comes back with nothing.
+    /// The same. Afterwards OurAPI is empty.
     OurApiRestarts,
-    /// OurAPI loses everything in mid-work.
+    /// OurAPI loses everything while it works.
     OurApiLosesAll,
     /// OurAPI loses its agents.
     OurApiLosesAgents,
-    /// OurAPI loses some of its chats: those at these parts of the list.
+    /// OurAPI loses the chats at these positions of the list, as fractions.
     OurApiLosesChats(Vec<f64>),
 }
 
-/// What becomes of the daemon next.
+/// The next end of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
-    /// After so long.
+    /// How long it runs before.
     pub after: Duration,
-    /// Killed, without a word; else stopped in good order.
+    /// Whether it is killed; else it is stopped by SIGTERM.
     pub kill: bool,
-    /// For so long there is no daemon.
+    /// How long it is down.
     pub down: Duration,
 }
 
-/// The plan. Services and daemon have theirs side by side.
+/// The plan. It is the same sequence for services and for the daemon, each independent of the other.
 #[derive(Debug)]
 pub struct Plan {
     services: StdRng,
@@ -90,7 +90,7 @@ impl Plan {
         }
     }
 
-    /// What strikes a service next, after how long, and how long it lasts.
+    /// The next fault of a service: when it begins, what it is, and how long it lasts.
     pub fn strike(&mut self) -> (Duration, Strike, Duration) {
         let rng = &mut self.services;
         let after = millis(rng, BETWEEN);
@@ -115,7 +115,7 @@ impl Plan {
         (after, strike, millis(rng, lasting))
     }
 
-    /// What becomes of the daemon next.
+    /// The next end of the daemon.
     pub fn end(&mut self) -> End {
         let rng = &mut self.daemon;
         let [short, long] = ALIVE;
@@ -135,7 +135,7 @@ fn millis(rng: &mut StdRng, range: Range<u64>) -> Duration {
     Duration::from_millis(rng.random_range(range))
 }
 
-/// A fault that everything may meet for a while.
+/// A fault for every request to a service.
 fn outage(rng: &mut StdRng) -> Fault {
     match rng.random_range(0..8) {
         0 => fault::dropped(),
@@ -149,7 +149,7 @@ fn outage(rng: &mut StdRng) -> Fault {
     }
 }
 
-/// Lets single requests to either service meet faults of all kinds, until [`calm`].
+/// Makes single requests to either service meet faults of all kinds, until [`calm`].
 pub fn weather(simulator: &Simulator) {
     simulator.bigchat.state().set_circles(CIRCLES);
     let often = [
@@ -172,7 +172,7 @@ pub fn weather(simulator: &Simulator) {
             upset(simulator, probability, fault);
         }
     }
-    // A service that says so has done nothing.
+    // A service that answers 429 has carried out nothing.
     let too_many = fault::status(429).header("retry-after", "1");
     upset(simulator, SELDOM, too_many);
 }
@@ -184,11 +184,11 @@ fn upset(simulator: &Simulator, probability: f64, fault: Fault) {
     simulator.our_api.upset_at_random(probability, fault);
 }
 
-/// Ends all faults, and has both services back.
+/// Ends all faults, and brings both services up.
 ///
 /// # Errors
 ///
-/// When a service cannot listen again where it did.
+/// If a service cannot listen on its address again.
 pub async fn calm(simulator: &Simulator) -> io::Result<()> {
     simulator.bigchat.state().set_circles(0.0);
     simulator.bigchat.calm();
@@ -227,7 +227,7 @@ impl Service {
 }
 
 impl Strike {
-    /// Strikes.
+    /// Begins the fault.
     pub async fn begin(&self, simulator: &Simulator) {
         let our_api = || simulator.our_api.state();
         match self {
@@ -240,7 +240,7 @@ impl Strike {
             Self::OurApiLosesChats(parts) => {
                 let chats = our_api().data().chats.clone();
                 for part in parts {
-                    // Of no chats none is lost.
+                    // If there are no chats, none is lost.
                     if let Some(chat) = chats.get((part * chats.len() as f64) as usize) {
                         our_api().lose_chat(&chat.external_id);
                     }
@@ -249,11 +249,11 @@ impl Strike {
         }
     }
 
-    /// It is over.
+    /// Ends the fault.
     ///
     /// # Errors
     ///
-    /// When a service cannot listen again where it did.
+    /// If a service cannot listen on its address again.
     pub async fn end(&self, simulator: &Simulator) -> io::Result<()> {
         match self {
             Self::Outage(service, _) => service.outage(simulator, None),
@@ -286,7 +286,7 @@ impl fmt::Display for Strike {
         match self {
             Self::Outage(service, fault) => write!(f, "{service} {}", fault.in_words()),
             Self::Refuses(service) => write!(f, "{service} is down"),
-            Self::BigChatRestarts => f.write_str("BigChat restarts, its ids are others' now"),
+            Self::BigChatRestarts => f.write_str("BigChat restarts and reuses its ids"),
             Self::OurApiRestarts => f.write_str("OurAPI restarts and has lost everything"),
             Self::OurApiLosesAll => f.write_str("OurAPI loses everything"),
             Self::OurApiLosesAgents => f.write_str("OurAPI loses its agents"),

@@ -1,9 +1,9 @@
-//! What OurAPI should hold after what BigChat reported, and how it differs from what OurAPI does hold.
+//! What OurAPI should have after what BigChat reported, and how that differs from what it has.
 //!
-//! Worked out from the description of the result alone, without any of the daemon's code. Where BigChat restarted and no
-//! longer knows what only it could tell, more than one result is right; [`Report::fallbacks`] counts where that was made
-//! use of. Scripted pages of [`Mode::Once`](super::bigchat::Mode::Once) that imitate a shifting log are beyond it: there
-//! every equal MESSAGE of one poll is taken for a message of its own.
+//! It is derived from the specification of the result, without any of the daemon's code. If BigChat restarted and
+//! forgot what only it knew, several results are right; [`Report::fallbacks`] counts such chats. Scripted pages of
+//! [`Mode::Once`](super::bigchat::Mode::Once) that imitate a shifting log are not supported: every equal MESSAGE of one
+//! poll counts as a separate message.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,59 +19,59 @@ use super::{
     our_api::{Agent, Chat, Data, Message},
 };
 
-/// The settings that bear on the result, and what there was before.
+/// The settings that affect the result, and the initial state.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// Stands before each `external_id`.
+    /// The prefix of each `external_id`.
     pub prefix: String,
-    /// Messages may carry an agent.
+    /// Messages may name an agent.
     pub credited: bool,
-    /// What OurAPI held before the daemon wrote to it.
+    /// What OurAPI had before the daemon wrote to it.
     pub before: Data,
 }
 
-/// What should be there.
+/// The expected state.
 #[derive(Clone, Debug, Default)]
 pub struct Expected {
-    /// By run and conversation.
+    /// By epoch and conversation.
     pub chats: Vec<ExpectedChat>,
-    /// The names that each advisor's e-mail address goes with.
+    /// The names reported for each advisor's e-mail address.
     pub names: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// A chat that should be there. Of several values the first is the usual one.
+/// An expected chat. If several values are accepted, the first is the usual one.
 #[derive(Clone, Debug)]
 pub struct ExpectedChat {
-    /// What it may be called.
+    /// The accepted external ids.
     pub external_ids: Vec<String>,
-    /// When it may have started.
+    /// The accepted start times.
     pub started_at: Vec<NaiveDateTime>,
-    /// The e-mail address of the agent that it may have.
+    /// The accepted agents, by e-mail address.
     pub agents: Vec<Option<String>>,
-    /// When it ended.
+    /// The end time.
     pub ended_at: Option<NaiveDateTime>,
-    /// The messages, and how often each.
+    /// The messages, with the number of copies of each.
     pub messages: BTreeMap<(NaiveDateTime, String), usize>,
-    /// How many messages there were besides that OurAPI can never store.
+    /// How many more messages were reported that OurAPI can never store.
     pub refused: usize,
 }
 
-/// How one chat came out.
+/// The result for one chat.
 #[derive(Clone, Debug, Default)]
 pub struct Line {
     /// The chat's `external_id`.
     pub chat: String,
-    /// Messages that should be there.
+    /// Expected messages.
     pub expected: usize,
-    /// Messages that are.
+    /// Messages in OurAPI.
     pub held: usize,
-    /// Messages that are not there, one entry for each.
+    /// Missing messages, one entry for each copy.
     pub missing: Vec<(NaiveDateTime, String)>,
-    /// Messages that should not be there, doubled ones among them.
+    /// Unexpected messages, including duplicates.
     pub extra: Vec<(NaiveDateTime, String)>,
-    /// What else is wrong, in words.
+    /// Other differences, in words.
     pub differences: Vec<String>,
-    /// Something other than the usual was accepted.
+    /// A value other than the usual one was accepted.
     pub fallback: bool,
 }
 
@@ -81,19 +81,19 @@ impl Line {
     }
 }
 
-/// How everything came out. Its `Display` is a table of the chats that differ, and a summary.
+/// The result for all chats. Its `Display` is a table of the chats that differ, and a summary.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// A line per chat, expected or held.
+    /// A line for each chat, expected or found.
     pub lines: Vec<Line>,
-    /// What is wrong with the agents, in words.
+    /// Differences of agents, in words.
     pub agents: Vec<String>,
-    /// Messages that OurAPI can never store, which are not among those expected there.
+    /// Reported messages that OurAPI can never store. They are not expected.
     pub refused: usize,
 }
 
 impl Report {
-    /// Whether OurAPI holds exactly what it should.
+    /// Whether OurAPI has exactly what is expected.
     pub fn is_clean(&self) -> bool {
         self.agents.is_empty() && self.lines.iter().all(Line::is_clean)
     }
@@ -103,50 +103,50 @@ impl Report {
         self.lines.len()
     }
 
-    /// Messages that should be there.
+    /// Expected messages.
     pub fn expected(&self) -> usize {
         self.lines.iter().map(|line| line.expected).sum()
     }
 
-    /// Messages that are there.
+    /// Messages in OurAPI.
     pub fn held(&self) -> usize {
         self.lines.iter().map(|line| line.held).sum()
     }
 
-    /// Messages lost.
+    /// Missing messages.
     pub fn missing(&self) -> usize {
         self.lines.iter().map(|line| line.missing.len()).sum()
     }
 
-    /// Messages doubled or made up.
+    /// Unexpected messages, including duplicates.
     pub fn extra(&self) -> usize {
         self.lines.iter().map(|line| line.extra.len()).sum()
     }
 
-    /// Chats of which something other than the usual was accepted.
+    /// Chats for which a value other than the usual one was accepted.
     pub fn fallbacks(&self) -> usize {
         self.lines.iter().filter(|line| line.fallback).count()
     }
 }
 
-/// The time as OurAPI keeps it; `None` for what no calendar there has.
+/// The time as OurAPI stores it; `None`: out of its range.
 fn time(at: i64) -> Option<NaiveDateTime> {
     let time = DateTime::from_timestamp(at, 0)?.naive_utc();
     (1..=9999).contains(&time.year()).then_some(time)
 }
 
-/// The text as OurAPI stores it, if it does.
+/// The text as OurAPI stores it; `None`: it cannot be stored.
 fn storable(text: &str) -> Option<String> {
     let text = text.trim();
     (text.chars().count() >= 2).then(|| text.to_owned())
 }
 
-/// The e-mail address of an advisor of whom OurAPI can make an agent.
+/// The e-mail address of an advisor who can become an agent in OurAPI.
 fn address(advisor: &Advisor) -> Option<String> {
     storable(&advisor.name).and(storable(&advisor.email_address))
 }
 
-/// Whether an event says all that its kind is to say; others are nobody's chat.
+/// Whether an event has all required data. Other events belong to no chat.
 fn understood(reported: &Reported) -> bool {
     let complete = match reported.name.as_str() {
         "MESSAGE" => reported.data["message"].is_string(),
@@ -156,7 +156,7 @@ fn understood(reported: &Reported) -> bool {
     complete && reported.event_at >= 0 && time(reported.event_at).is_some()
 }
 
-/// What OurAPI should hold after what was reported. What was lost on the way is left out.
+/// The expected state after these events. Lost ones are left out.
 pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
     let mut conversations = BTreeMap::<(u32, i64), Vec<&Reported>>::new();
     let mut all = Expected::default();
@@ -180,7 +180,7 @@ pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
             }
         }
     }
-    // The details of a log tell who has a conversation now, by a TRANSFER too that the log forgot before it reported of it.
+    // The details of a log name the current advisor, also after a TRANSFER that was forgotten before it was reported.
     let mut gone = HashMap::<(u32, i64), Vec<&Advisor>>::new();
     for reported in reported
         .iter()
@@ -203,7 +203,7 @@ pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
         let by_events = events.iter().any(|reported| reported.name == "TRANSFER");
         for advisor in gone.get(identity).into_iter().flatten() {
             if let Some(address) = address(advisor) {
-                // An agent may be made even where a TRANSFER that was reported has the last word.
+                // An agent may be created even if a later TRANSFER was reported.
                 let names = all.names.entry(address.clone()).or_default();
                 names.insert(advisor.name.trim().to_owned());
                 if !by_events {
@@ -211,7 +211,7 @@ pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
                 }
             }
         }
-        // Whatever its start, it is another conversation to those of later runs.
+        // Later epochs use other external ids, whatever the start time.
         used.insert(format!("{}{id}", rules.prefix), None);
         all.chats.push(chat);
     }
@@ -223,7 +223,7 @@ fn expected_chat(
     events: &[&Reported],
     used: &HashMap<String, Option<NaiveDateTime>>,
 ) -> ExpectedChat {
-    // The last to arrive of those at the latest time; reported again it is the same, and does not arrive again.
+    // The last to arrive of those with the latest time. A repeated report does not count as an arrival.
     let last_at = |name: &str| {
         let of_kind = || events.iter().filter(|reported| reported.name == name);
         let latest = of_kind().map(|reported| reported.event_at).max()?;
@@ -247,7 +247,7 @@ fn expected_chat(
         .or(events.first().and_then(|reported| reported.started_at))
         .into_iter()
         .collect();
-    // The start may be unknown when the chat is created, by whichever event came first; and it may remain so.
+    // The start may be unknown when the chat is created by another event, and may stay unknown.
     let mut created_at = started_at.clone();
     if forgotten {
         created_at.extend(events.iter().map(|reported| reported.event_at));
@@ -281,7 +281,7 @@ fn expected_chat(
     if forgotten {
         agents.push(None);
     }
-    // The same message in several polls is one; as often as in the poll that had it most often.
+    // An equal message in several polls is the same one. The poll with the most copies counts.
     let mut by_poll = BTreeMap::<(i64, &str), BTreeMap<u64, usize>>::new();
     for reported in events.iter().filter(|reported| reported.name == "MESSAGE") {
         let text = reported.data["message"].as_str().unwrap_or_default();
@@ -314,7 +314,7 @@ fn at_seconds(time: NaiveDateTime) -> impl fmt::Display {
     time.format("%Y-%m-%dT%H:%M:%S")
 }
 
-/// Compares what should be there with what is.
+/// Compares the expected state with the actual one.
 pub fn compare(expected: &Expected, held: &Data, rules: &Rules) -> Report {
     let agents: HashMap<Uuid, &Agent> = held
         .agents
@@ -334,7 +334,7 @@ pub fn compare(expected: &Expected, held: &Data, rules: &Rules) -> Report {
         refused: expected.chats.iter().map(|chat| chat.refused).sum(),
     };
     let mut matched = BTreeSet::new();
-    // A name that only may be one chat's is often another's own.
+    // An external id that one chat may have is often the usual one of another.
     let is_held = |id: &&String| by_external_id.contains_key(id.as_str());
     let own = expected
         .chats
@@ -428,13 +428,13 @@ fn line(
             &show(wanted.ended_at.as_ref()),
         );
         let should = wanted.agents.first().cloned().flatten();
-        let nobody = || "nobody".to_owned();
+        let none = || "none".to_owned();
         let who = wanted.agents.iter().position(|wanted| *wanted == agent);
         check(
             "agent",
-            &agent.unwrap_or_else(nobody),
+            &agent.unwrap_or_else(none),
             who,
-            &should.unwrap_or_else(nobody),
+            &should.unwrap_or_else(none),
         );
         line.fallback |= wanted.external_ids.first() != Some(&chat.external_id);
     }
@@ -467,7 +467,7 @@ fn line(
     line
 }
 
-/// Agents that are there twice, under a wrong name, or out of nowhere.
+/// Agents that are duplicated, misnamed or unexpected.
 fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<String> {
     let mut doubtful = Vec::new();
     let before: BTreeSet<Uuid> = rules
@@ -480,13 +480,13 @@ fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<Strin
     for agent in &held.agents {
         let email = agent.email.trim();
         if !seen.insert(email) {
-            doubtful.push(format!("{email} is there twice"));
+            doubtful.push(format!("{email} exists twice"));
         }
         if before.contains(&agent.agent_id) {
             continue;
         }
         let Some(names) = expected.names.get(email) else {
-            doubtful.push(format!("{email} was nobody's advisor"));
+            doubtful.push(format!("{email} belongs to no advisor"));
             continue;
         };
         let taken = |name: &str| {
@@ -498,15 +498,18 @@ fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<Strin
             agent.name == *name || (agent.name == format!("{name} ({email})") && taken(name))
         };
         if !names.iter().any(fits) {
-            doubtful.push(format!("{email} is called {:?}, not {names:?}", agent.name));
+            doubtful.push(format!(
+                "{email} has the name {:?}, not {names:?}",
+                agent.name
+            ));
         }
     }
     doubtful
 }
 
-/// More than fit on a screen help nobody.
+/// More rows do not fit on a screen.
 const ROWS: usize = 40;
-/// What is wrong with one chat is usually one thing.
+/// The differences of one chat usually have one cause.
 const SHOWN: usize = 3;
 
 impl fmt::Display for Report {
@@ -568,7 +571,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Of what there is one or more.
+/// A count with its noun.
 pub fn count(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

@@ -1,4 +1,4 @@
-//! Events as BigChat shows them, in seconds after [`T0`], from which all scripts count.
+//! Events as BigChat returns them, at times in seconds after [`T0`].
 
 use serde_json::{Value, json};
 

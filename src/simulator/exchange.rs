@@ -1,4 +1,4 @@
-//! Requests and replies, as both services read and write them. Nothing here waits or listens.
+//! Requests and replies, as both services read and write them. No I/O.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde::Serialize;
@@ -7,29 +7,29 @@ use url::form_urlencoded;
 
 use super::watch::Happening;
 
-/// The ids that OurAPI gives in order begin with this.
+/// The beginning of the ids that OurAPI assigns in order.
 const ORDERED_ID: &str = "00000000-0000-0000-0000-";
 
-/// One service without a wire: a plain value, whose copies answer alike.
+/// A service without a network: a plain value, whose copies answer alike.
 pub trait Api: Clone + Send + 'static {
-    /// Answers a request that finds so many others being carried out.
+    /// Answers a request that arrives while so many others are carried out.
     fn answer(&mut self, request: &Request, others: usize) -> Reply;
 
-    /// Its clock, as its `date` headers tell it.
+    /// The clock of its `date` headers.
     fn date(&self) -> DateTime<Utc>;
 
-    /// A request was carried out: what an observer is told of that.
+    /// Called when a request was carried out. Returns what an observer receives.
     fn carried_out(&mut self, _: &Request, _: &Reply) -> Option<Happening> {
         None
     }
 
-    /// A reply goes out to a client that still waits: what an observer is told of that.
+    /// Called when a reply is sent to a client that still waits. Returns what an observer receives.
     fn sent(&mut self, _: &Request, _: &Reply) -> Option<Happening> {
         None
     }
 }
 
-/// A request, of its headers what matters here.
+/// A request, with the headers that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Request {
     pub method: String,
@@ -61,7 +61,7 @@ impl Request {
         }
     }
 
-    /// Method, path, query and body in one line: the body's keys sorted, and of ids given in order only their ends.
+    /// Method, path, query and body in one line, with sorted keys and shortened ordered ids.
     pub fn line(&self) -> String {
         let body = match serde_json::from_slice::<Value>(&self.body) {
             Ok(json) => json.to_string(),
@@ -75,7 +75,7 @@ impl Request {
         self.path.split('/').skip(1).collect()
     }
 
-    /// A parameter of the query; of several the last.
+    /// A parameter of the query. The last one counts.
     pub(super) fn parameter(&self, name: &str) -> Option<String> {
         let pairs = form_urlencoded::parse(self.query.as_bytes());
         let values = pairs.filter(|(key, _)| key == name);
@@ -83,29 +83,29 @@ impl Request {
     }
 }
 
-/// The id that ends so.
+/// The ordered id with this end.
 pub fn id(end: &str) -> String {
     format!("{ORDERED_ID}{end:0>12}")
 }
 
-/// A text with only the ends of the ids in it that were given in order.
+/// A text in which ordered ids are reduced to their ends.
 pub fn shortened(text: &str) -> String {
     let mut parts = text.split(ORDERED_ID);
     let first = parts.next().unwrap_or_default().to_owned();
     parts.fold(first, |text, part| text + part.trim_start_matches('0'))
 }
 
-/// An answer.
+/// A response.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reply {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// The connection is closed after it, unannounced, as both services do after an unhandled error.
+    /// The connection is closed after it without a header, as both services do after an unhandled error.
     pub closes: bool,
-    /// So many bytes of what `content-length` promises never come.
+    /// How many of the bytes announced by `content-length` are not sent.
     pub missing: usize,
-    /// The events in it, by their number in BigChat's memory.
+    /// The events in it, as indexes into BigChat's memory.
     pub(super) events: Vec<usize>,
 }
 
@@ -128,7 +128,7 @@ impl Reply {
         }
     }
 
-    /// A refusal, as both services put it.
+    /// An error response in the format of both services.
     pub(super) fn detail(status: u16, detail: impl Into<Value>) -> Self {
         Self::json(status, &json!({ "detail": detail.into() }))
     }
@@ -167,7 +167,7 @@ pub(super) fn invalid(kind: &str, place: [&str; 2], message: &str, input: &Value
     json!({ "type": kind, "loc": place, "msg": message, "input": input })
 }
 
-/// A time as both services read it: the time as written, and its offset from UTC in seconds, if one was given.
+/// A time as both services read it: the local time, and the offset from UTC in seconds, if given.
 pub(super) fn parse_time(text: &str) -> Option<(NaiveDateTime, i32)> {
     if let Ok(time) = DateTime::parse_from_rfc3339(text) {
         return Some((time.naive_local(), time.offset().local_minus_utc()));

@@ -1,7 +1,7 @@
-//! What goes wrong with a request, in one vocabulary: `status(503)`, `dropped().carried_out()`, `slow(SECOND).times(3)`.
+//! Faults of requests, in one vocabulary: `status(503)`, `dropped().carried_out()`, `slow(SECOND).times(3)`.
 //!
-//! A fault is what is answered instead of the usual, how long that takes, and whether the request is carried out all the
-//! same. Which request it strikes is up to [`Service`](super::Service).
+//! A fault is what is answered instead of the usual response, after which delay, and whether the request is carried out
+//! anyway. [`Service`](super::Service) chooses the requests that meet it.
 
 use std::time::Duration;
 
@@ -22,22 +22,22 @@ pub(super) enum Delay {
 pub(super) enum Answer {
     Usual,
     Instead(Reply),
-    /// The connection is closed without one.
+    /// The connection is closed without a response.
     None,
-    /// It breaks off halfway through its body.
+    /// The response breaks off halfway through its body.
     CutOff,
 }
 
-/// What happens to a request instead of the usual.
+/// A fault of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     pub(super) answer: Answer,
     pub(super) delay: Delay,
-    /// The delay and the answer come after it was carried out.
+    /// The request is carried out before the delay and the response.
     pub(super) carried_out: bool,
-    /// It is carried out even if the client has gone by then.
+    /// The request is carried out even if the client has gone by then.
     pub(super) detached: bool,
-    /// A `retry-after` of the date so many seconds from now, by the service's clock.
+    /// A `retry-after` with the date so many seconds from now, by the service's clock.
     pub(super) retry_date: Option<i64>,
     pub(super) times: usize,
 }
@@ -51,7 +51,7 @@ const USUAL: Fault = Fault {
     times: 1,
 };
 
-/// This status, without a body.
+/// A response with this status, without a body.
 pub fn status(status: u16) -> Fault {
     Fault {
         answer: Answer::Instead(Reply::new(status)),
@@ -67,7 +67,7 @@ pub fn crashed() -> Fault {
     }
 }
 
-/// The connection is closed without an answer.
+/// The connection is closed without a response.
 pub fn dropped() -> Fault {
     Fault {
         answer: Answer::None,
@@ -75,7 +75,7 @@ pub fn dropped() -> Fault {
     }
 }
 
-/// An answer that breaks off halfway through its body.
+/// A response that breaks off halfway through its body.
 pub fn cut_off() -> Fault {
     Fault {
         answer: Answer::CutOff,
@@ -83,23 +83,23 @@ pub fn cut_off() -> Fault {
     }
 }
 
-/// A success with a page of HTML, as from a proxy's sign-in.
+/// A success with an HTML page, as from a proxy's login.
 pub fn html() -> Fault {
     let page = "<!doctype html><title>Sign in</title><p>Please sign in.";
     status(200).header("content-type", "text/html").body(page)
 }
 
-/// The usual answer after so long. Nothing is carried out for a client that has gone by then.
+/// The usual response after a delay. The request is not carried out if the client has gone by then.
 pub fn slow(delay: Duration) -> Fault {
     USUAL.after(delay)
 }
 
-/// An answer that nobody waits for.
+/// A response that comes after every client has given up.
 pub fn late() -> Fault {
     status(200).after(TOO_LATE)
 }
 
-/// Carried out after so long even if the client has gone by then, as by the real services.
+/// The request is carried out after a delay, even if the client has gone by then, as in the real services.
 pub fn overdue(delay: Duration) -> Fault {
     Fault {
         detached: true,
@@ -107,7 +107,7 @@ pub fn overdue(delay: Duration) -> Fault {
     }
 }
 
-/// The usual answer, once [`Service::resume`](super::Service::resume) is called.
+/// The usual response, once [`Service::resume`](super::Service::resume) is called.
 pub fn paused() -> Fault {
     Fault {
         delay: Delay::Paused,
@@ -132,13 +132,13 @@ impl Fault {
         self
     }
 
-    /// After so long.
+    /// After this delay.
     pub fn after(mut self, delay: Duration) -> Self {
         self.delay = Delay::For(delay);
         self
     }
 
-    /// Having done what was asked all the same.
+    /// The request is carried out anyway.
     pub fn carried_out(mut self) -> Self {
         self.carried_out = true;
         self
@@ -150,12 +150,12 @@ impl Fault {
         self
     }
 
-    /// Until the service is calmed.
+    /// Until [`Service::calm`](super::Service::calm).
     pub fn always(self) -> Self {
         self.times(usize::MAX)
     }
 
-    /// What it looks like where everything meets it, in words.
+    /// The fault in words, as an outage of a service.
     pub fn in_words(&self) -> String {
         match &self.answer {
             Answer::None => "drops all connections".to_owned(),
@@ -175,8 +175,8 @@ impl Fault {
     }
 }
 
-/// Whether a request's line fits a pattern: the beginning of a line, in which `*` stands for anything and `{id}` for one
-/// part of a path. Where a pattern without `*` ends in the path, the path has to end there, too.
+/// Whether a request's line matches a pattern: the beginning of a line, in which `*` stands for anything and `{id}` for
+/// one segment of a path. If a pattern without `*` ends in the path, the path must end there, too.
 pub(super) fn fits(line: &str, pattern: &str) -> bool {
     let mut rest = line;
     for (number, part) in pattern.split("{id}").enumerate() {

@@ -1,11 +1,11 @@
-//! Both services, with their quirks and faults, and the comparison of what BigChat reported with what OurAPI has in the end:
-//! for the demo, the tests, the exhaustive check and the benchmarks.
+//! Both services, with their quirks and faults, and the comparison of what BigChat reported with what OurAPI has in the
+//! end: for the demo, the tests, the exhaustive check and the benchmarks.
 //!
-//! [`BigChat`] and [`OurApi`] are plain values that answer a request without waiting for anything ([`Api`]); a copy answers
-//! alike. [`Service`] adds the [faults](fault) that strike a request and records what was asked; [`Server`] puts it on the
-//! net. They are true to what the real services were seen to do, and can do better, or worse, on request. The comparison
-//! ([`compare`]) works out on its own what should be there. Nothing in here uses any of the daemon's code, so that a mistake
-//! is not made twice; running a daemon is left to the users.
+//! [`BigChat`] and [`OurApi`] are plain values that answer a request without waiting ([`Api`]); copies answer alike.
+//! [`Service`] adds [faults](fault) and records requests; [`Server`] listens on the network. They behave as the real
+//! services were observed to, and better or worse on request. The comparison ([`compare`]) derives the expected state
+//! on its own. Nothing here uses the daemon's code, so that a mistake is not made twice. The users of this module run
+//! the daemon.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -55,12 +55,12 @@ impl Simulator {
         })
     }
 
-    /// Compares what BigChat reported so far with what OurAPI has now, by the usual rules.
+    /// Compares what BigChat reported with what OurAPI has, by the default rules.
     pub fn compare(&self) -> compare::Report {
         self.compare_by(&compare::Rules::default())
     }
 
-    /// The same by other rules.
+    /// The same, by other rules.
     pub fn compare_by(&self, rules: &compare::Rules) -> compare::Report {
         let expected = compare::expected(&self.bigchat.state().reported(), rules);
         compare::compare(&expected, self.our_api.state().data(), rules)
@@ -83,13 +83,13 @@ impl Starting {
         })
     }
 
-    /// Of the faults that strike by chance.
+    /// The seed of random faults.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Idle connections are closed after so long.
+    /// How long an idle connection stays open.
     pub fn keep_alive(mut self, keep_alive: Duration) -> Self {
         self.keep_alive = keep_alive;
         self

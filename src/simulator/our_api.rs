@@ -1,8 +1,8 @@
 //! OurAPI: chats, agents and messages in memory.
 //!
-//! By default it is as fragile as the real one: two requests at once reach two databases, and from then on any request may
-//! land on the wrong one. It can also be a better one. It promises the answers of the real one, down to the texts that a
-//! client may go by; what the comparison and tests look at is always the first database.
+//! By default it is as fragile as the real one: two concurrent requests reach two databases, and from then on any
+//! request may reach the wrong one. It can also be a better one. Its responses equal those of the real one, including
+//! the texts that a client may depend on. The comparison and the tests read the first database.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::exchange::{Api, Reply, Request, id, invalid, parse_time};
 use super::watch::{Answered, Happening};
 
-/// An agent, as OurAPI shows it.
+/// An agent, as OurAPI returns it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agent {
     /// Unique.
@@ -26,7 +26,7 @@ pub struct Agent {
     pub agent_id: Uuid,
 }
 
-/// A chat, as OurAPI shows it. Its times have no zone.
+/// A chat, as OurAPI returns it. Its times have no zone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chat {
     pub agent_id: Option<Uuid>,
@@ -37,7 +37,7 @@ pub struct Chat {
     pub chat_id: Uuid,
 }
 
-/// A message, as OurAPI shows it. Its time has no zone.
+/// A message, as OurAPI returns it. Its time has no zone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     pub chat_id: Option<Uuid>,
@@ -48,7 +48,7 @@ pub struct Message {
     pub message_id: Uuid,
 }
 
-/// All that OurAPI has.
+/// All data of OurAPI.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Data {
     /// In order of creation.
@@ -59,11 +59,11 @@ pub struct Data {
     pub messages: BTreeMap<Uuid, Vec<Message>>,
 }
 
-/// How it gives ids.
+/// How ids are assigned.
 #[derive(Clone, Debug)]
 enum Ids {
     Random,
-    /// How many agents, chats and messages have got theirs.
+    /// How many agents, chats and messages have one.
     InOrder([u32; 3]),
 }
 
@@ -74,16 +74,16 @@ struct Database {
     by_external_id: HashMap<String, usize>,
 }
 
-/// OurAPI, without a wire.
+/// OurAPI as a plain value, without a network.
 #[derive(Clone, Debug)]
 pub struct OurApi {
     rng: Xoshiro256PlusPlus,
-    /// One, until requests come at once.
+    /// One, until the first concurrent requests.
     databases: Vec<Database>,
     ids: Ids,
-    /// Whether requests at once reach databases of their own.
+    /// Whether concurrent requests reach separate databases.
     fragile: bool,
-    /// What answers the creation of what exists already, instead of 404 (chats) and 500 (agents).
+    /// The status for creating what exists already, instead of 404 (chats) and 500 (agents).
     conflict: Option<u16>,
     spam: Option<String>,
 }
@@ -91,7 +91,7 @@ pub struct OurApi {
 type Answer = Result<Reply, Reply>;
 
 impl OurApi {
-    /// An empty one, as fragile as the real one. `seed`: of which database a request lands on.
+    /// An empty one, as fragile as the real one. `seed`: for the choice of a database.
     pub fn new(seed: u64) -> Self {
         Self {
             rng: Xoshiro256PlusPlus::seed_from_u64(seed),
@@ -103,34 +103,34 @@ impl OurApi {
         }
     }
 
-    /// With ids given in order and never again, so that a run can be had again exactly: agents get `…a1`, `…a2`, chats `…c1`,
-    /// messages `…d1`. See [`id`].
+    /// With ids assigned in order, so that runs are repeatable: agents get `…a1`, `…a2`, chats `…c1`, messages `…d1`.
+    /// See [`id`].
     pub fn in_order(mut self) -> Self {
         self.ids = Ids::InOrder([0; 3]);
         self
     }
 
-    /// From now on is as it may be in production: takes many requests at once, and answers 409 for what exists already.
+    /// Behaves from now on as it may in production: takes concurrent requests, and answers 409 for what exists already.
     pub fn be_good(&mut self) {
         (self.fragile, self.conflict) = (false, Some(409));
     }
 
-    /// Whether two requests at once reach two databases.
+    /// Whether two concurrent requests reach two databases.
     pub fn set_fragile(&mut self, fragile: bool) {
         self.fragile = fragile;
     }
 
-    /// Answers the creation of what exists already so, instead of 404 (chats) and 500 (agents).
+    /// Sets the status for creating what exists already, instead of 404 (chats) and 500 (agents).
     pub fn set_conflict(&mut self, status: u16) {
         self.conflict = Some(status);
     }
 
-    /// Rejects messages with these words from now on, or none any more: a spam filter that somebody has to fix.
+    /// Rejects messages with these words from now on, or none: a spam filter that an operator has to fix.
     pub fn set_spam(&mut self, words: Option<&str>) {
         self.spam = words.map(str::to_owned);
     }
 
-    /// All that it has.
+    /// All its data.
     pub fn data(&self) -> &Data {
         &self.databases[0].data
     }
@@ -140,12 +140,12 @@ impl OurApi {
         self.data().messages.values().map(Vec::len).sum()
     }
 
-    /// Whether requests at once have made it lose track of its data.
+    /// Whether concurrent requests have split its data.
     pub fn has_stumbled(&self) -> bool {
         self.databases.len() > 1
     }
 
-    /// Has this agent, chat or message as well, from another hand.
+    /// Adds an agent, a chat or a message, as another client would.
     pub fn add(&mut self, item: impl Into<Item>) {
         let item = item.into();
         if let Ids::InOrder(given) = &mut self.ids {
@@ -189,7 +189,7 @@ impl OurApi {
         }
     }
 
-    /// The database that a request reaches which finds so many others under way; `None`: one without tables.
+    /// The database that a request reaches while so many others are carried out; `None`: one without tables.
     fn reach(&mut self, others: usize) -> Option<usize> {
         let others = if self.fragile { others } else { 0 };
         let count = self.databases.len();
@@ -381,7 +381,7 @@ impl Api for OurApi {
     }
 }
 
-/// One thing that OurAPI has.
+/// An object of OurAPI.
 #[derive(Clone, Debug)]
 pub enum Item {
     Agent(Agent),
@@ -487,7 +487,7 @@ impl Database {
     }
 }
 
-/// What a body says, or what is wrong with it.
+/// The fields of a body, and what is wrong with them.
 struct Fields<'a> {
     body: &'a Map<String, Value>,
     errors: Vec<Value>,
@@ -507,7 +507,7 @@ impl<'a> Fields<'a> {
         None
     }
 
-    /// `None` where it may be missing and is, or where it is wrong.
+    /// `None` if an optional field is absent, or if the field is invalid.
     fn given(&mut self, name: &str, required: bool) -> Option<&'a Value> {
         let value = self.body.get(name);
         if value.is_none() && required {
@@ -525,7 +525,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A text that is stripped and then needs two characters.
+    /// A text that is stripped and must then have two characters.
     fn text(&mut self, name: &str) -> Option<String> {
         let text = self.string(name)?.trim().to_owned();
         if text.chars().nth(1).is_some() {
@@ -539,7 +539,7 @@ impl<'a> Fields<'a> {
         None
     }
 
-    /// The time as it is written: an offset is dropped.
+    /// The local time as written; an offset is dropped.
     fn time(&mut self, name: &str, required: bool) -> Option<NaiveDateTime> {
         let parsed = match self.given(name, required)? {
             Value::String(text) => parse_time(text),
@@ -558,7 +558,7 @@ impl<'a> Fields<'a> {
         id.or_else(|| self.wrong(name, "uuid_parsing", "Input should be a valid UUID"))
     }
 
-    /// The values, if nothing is wrong with any.
+    /// The values, if all fields are valid.
     fn done<T>(self, values: Option<T>) -> Result<T, Reply> {
         match values {
             Some(values) if self.errors.is_empty() => Ok(values),

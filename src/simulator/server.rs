@@ -1,6 +1,6 @@
-//! A service on the net: as much of HTTP/1.1 as clients speak here, so that serving costs little beside what is served.
+//! A service on the network: only as much of HTTP/1.1 as the clients here use, so that serving costs little.
 //!
-//! It closes a connection that was idle for the keep-alive time, and that of an unhandled error right after the reply.
+//! It closes a connection that was idle for the keep-alive time, and one with an unhandled error right after the reply.
 
 use std::fmt::Write;
 use std::future::poll_fn;
@@ -22,13 +22,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::exchange::{Api, Reply, Request};
 use super::service::{Service, lock};
 
-/// The real services close connections that were idle for so long.
+/// The real services close connections that were idle for this time.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
-/// How much is read at a time.
+/// How many bytes are read at a time.
 const READ: usize = 16 << 10;
 
-/// A thread of its own, so that a caller that blocks does not stop the services.
+/// A thread for the services, so that a caller that blocks does not stop them.
 pub(super) struct Thread {
     handle: Handle,
     _stops: DropGuard,
@@ -52,7 +52,7 @@ impl Thread {
 /// A [`Service`] that listens until it is dropped.
 pub struct Server<A> {
     service: Service<A>,
-    /// Where it listens, or is to.
+    /// The address to listen on.
     address: Mutex<SocketAddr>,
     keep_alive: Duration,
     running: Mutex<Option<(CancellationToken, JoinHandle<()>)>>,
@@ -76,7 +76,7 @@ impl<A> Drop for Server<A> {
 }
 
 impl<A: Api> Server<A> {
-    /// Port 0 takes a free one.
+    /// Port 0 takes a free port.
     pub(super) async fn start(
         thread: &std::sync::Arc<Thread>,
         address: SocketAddr,
@@ -94,7 +94,7 @@ impl<A: Api> Server<A> {
         Ok(server)
     }
 
-    /// Where it listens.
+    /// The base URL.
     pub fn url(&self) -> String {
         format!("http://{}", lock(&self.address))
     }
@@ -104,12 +104,12 @@ impl<A: Api> Server<A> {
         let running = lock(&self.running).take();
         if let Some((stop, listening)) = running {
             stop.cancel();
-            // It does not panic, nor is it aborted.
+            // The task neither panics nor is aborted.
             listening.await.ok();
         }
     }
 
-    /// Is there again, where it was.
+    /// Listens again on the same address.
     pub async fn up(&self) -> io::Result<()> {
         if lock(&self.running).is_none() {
             self.listen().await?;
@@ -117,7 +117,7 @@ impl<A: Api> Server<A> {
         Ok(())
     }
 
-    /// Goes on elsewhere.
+    /// Continues on another address.
     pub async fn move_to(&self, address: SocketAddr) -> io::Result<()> {
         self.down().await;
         *lock(&self.address) = address;
@@ -161,7 +161,7 @@ async fn accept<A: Api>(
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => drop(connections.spawn(serve(stream, service.clone(), keep_alive))),
-                // Out of file descriptors, say: it gets better when a connection ends.
+                // For example out of file descriptors, which passes when a connection ends.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             },
             Some(_) = connections.join_next() => {}
@@ -169,13 +169,13 @@ async fn accept<A: Api>(
     }
 }
 
-/// Answers one request after the other, until either side goes.
+/// Answers one request after the other, until either side closes.
 async fn serve<A: Api>(
     mut stream: TcpStream,
     service: Service<A>,
     keep_alive: Duration,
 ) -> io::Result<()> {
-    // Without it small replies wait for acknowledgements.
+    // Otherwise small replies wait for acknowledgements.
     stream.set_nodelay(true)?;
     let _connected = service.connected_gauge().enter();
     let (mut read, mut part, mut written) = (Vec::new(), vec![0; READ], Vec::new());
@@ -211,7 +211,7 @@ async fn serve<A: Api>(
     }
 }
 
-/// Reads what there is; 0 at the end.
+/// Reads available bytes; 0 at the end.
 async fn read_more(
     stream: &mut TcpStream,
     part: &mut [u8],
@@ -223,7 +223,7 @@ async fn read_more(
     Ok(part.filled().len())
 }
 
-/// The first request that is there as a whole, its length, and whether it is to be the last on its connection.
+/// The first complete request, its length, and whether it is the last of its connection.
 fn parse(bytes: &[u8]) -> Option<(Request, usize, bool)> {
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
     let head = String::from_utf8_lossy(&bytes[..end]);
@@ -259,13 +259,13 @@ fn write(reply: &Reply, bytes: &mut Vec<u8>) {
         .unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", reply.status);
     let mut header = |name: &str, value: &str| {
-        // A string takes all.
+        // Writing to a string cannot fail.
         write!(head, "{name}: {value}\r\n").ok();
     };
     for (name, value) in &reply.headers {
         header(name, value);
     }
-    // Such replies have no body, and say so by their status alone.
+    // A reply with status 204 must not have a body or its length.
     if reply.status != 204 {
         header(
             "content-length",

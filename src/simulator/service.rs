@@ -1,5 +1,5 @@
-//! A service at work: an [`Api`] with the faults that strike it and what it was asked. Who carries the requests,
-//! [`Server`](super::Server) or the caller itself, is no matter of its own.
+//! A service at work: an [`Api`] with its faults and a record of requests. The requests come from
+//! [`Server`](super::Server) or from a caller in this process.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,14 +14,14 @@ use super::exchange::{Api, Reply, Request};
 use super::fault::{Answer, Delay, Fault, fits};
 use super::watch::Watch;
 
-/// How many are inside now, and were at most.
+/// How many are inside now, and the maximum so far.
 #[derive(Debug, Default)]
 pub(super) struct Gauge {
     now: AtomicUsize,
     max: AtomicUsize,
 }
 
-/// Counts as inside until it is dropped.
+/// Counts as inside until dropped.
 pub(super) struct Inside<'a>(&'a Gauge, usize);
 
 impl Gauge {
@@ -42,10 +42,10 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// One request that came.
+/// A request received.
 #[derive(Clone, Debug)]
 pub struct Asked {
-    /// As [`Request::line`] has it.
+    /// See [`Request::line`].
     pub line: String,
     pub at: Instant,
     pub request: Request,
@@ -59,7 +59,7 @@ struct Plans {
     injected: u64,
     /// `None`: not recorded.
     asked: Option<Vec<Asked>>,
-    /// How many of these were returned already.
+    /// How many of these were returned by [`Service::asked`].
     returned: usize,
     total: u64,
     latency: Duration,
@@ -70,14 +70,14 @@ struct Shared<A> {
     api: Mutex<A>,
     plans: Mutex<Plans>,
     held: watch::Sender<bool>,
-    /// Counts how often what pauses was told to go on; each that pauses listens.
+    /// Counts the calls of `resume`. Each paused request waits for the next.
     resumed: watch::Sender<u64>,
     open: Gauge,
     carrying_out: Gauge,
     connected: Gauge,
 }
 
-/// A service; a clone is another handle to the same.
+/// A service. A clone is another handle to the same service.
 pub struct Service<A>(Arc<Shared<A>>);
 
 impl<A> Clone for Service<A> {
@@ -86,13 +86,13 @@ impl<A> Clone for Service<A> {
     }
 }
 
-/// A panic elsewhere in a test must not hide behind a poisoned lock.
+/// A panic elsewhere in a test must not be hidden by a poisoned lock.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<A: Api> Service<A> {
-    /// `seed`: of the faults that strike by chance.
+    /// `seed`: for random faults.
     pub fn new(api: A, seed: u64) -> Self {
         Self(Arc::new(Shared {
             api: Mutex::new(api),
@@ -116,7 +116,7 @@ impl<A: Api> Service<A> {
         }))
     }
 
-    /// The service itself, to look at and to change. Nothing is answered meanwhile.
+    /// The service itself, to read and to change. Nothing is answered meanwhile.
     pub fn state(&self) -> MutexGuard<'_, A> {
         lock(&self.0.api)
     }
@@ -134,39 +134,39 @@ impl<A: Api> Service<A> {
         self.plans().watch = watch;
     }
 
-    /// How long it takes to carry out each request.
+    /// Sets how long it takes to carry out a request.
     pub fn set_latency(&self, latency: Duration) {
         self.plans().latency = latency;
     }
 
-    /// Requests that fit the pattern meet this fault. Of several the first that is left counts. A pattern is the beginning of
-    /// a request's line, `GET /chats?external_id=42`, in which `*` stands for anything and `{id}` for one part of a path;
-    /// `POST /chats` is that path alone.
+    /// Requests that match the pattern meet this fault. Of several faults the first that is left applies. A pattern is
+    /// the beginning of a request's line, `GET /chats?external_id=42`, in which `*` stands for anything and `{id}` for
+    /// one segment of a path. `POST /chats` is that path alone.
     pub fn upset(&self, pattern: &str, fault: Fault) {
         self.plans().faults.push((pattern.to_owned(), fault));
     }
 
-    /// Each request meets this fault with this probability, on top of what was set before.
+    /// Each request meets this fault with this probability, in addition to the faults set before.
     pub fn upset_at_random(&self, probability: f64, fault: Fault) {
         self.plans().rates.push((probability, fault));
     }
 
-    /// Every request meets this fault; `None` ends the outage.
+    /// Every request meets this fault. `None` ends the outage.
     pub fn outage(&self, fault: Option<Fault>) {
         self.plans().outage = fault;
     }
 
-    /// Holds every request, before anything else becomes of it, until let go.
+    /// Holds every request before it is processed, or releases them.
     pub fn hold(&self, hold: bool) {
         self.0.held.send_replace(hold);
     }
 
-    /// Lets go on what pauses.
+    /// Releases paused requests.
     pub fn resume(&self) {
         self.0.resumed.send_modify(|times| *times += 1);
     }
 
-    /// From now on answers as the contract says.
+    /// Ends all faults.
     pub fn calm(&self) {
         let mut plans = self.plans();
         plans.faults.clear();
@@ -177,7 +177,7 @@ impl<A: Api> Service<A> {
         self.resume();
     }
 
-    /// How many requests pause, or are overdue and not carried out yet.
+    /// How many requests are paused, or are overdue and not carried out yet.
     pub fn pausing(&self) -> usize {
         self.0.resumed.receiver_count()
     }
@@ -187,7 +187,7 @@ impl<A: Api> Service<A> {
         self.plans().injected
     }
 
-    /// How many faults have not struck yet, those by chance aside.
+    /// How many faults have not struck yet, without random ones.
     pub fn faults_left(&self) -> usize {
         self.plans()
             .faults
@@ -196,7 +196,7 @@ impl<A: Api> Service<A> {
             .sum()
     }
 
-    /// Requests that wait for their answer now, held and pausing ones too.
+    /// Requests not answered yet, including held and paused ones.
     pub fn open_requests(&self) -> usize {
         self.0.open.now()
     }
@@ -206,7 +206,7 @@ impl<A: Api> Service<A> {
         self.0.connected.now()
     }
 
-    /// The most requests that were ever carried out at once, without what they were held or delayed for.
+    /// The most requests ever carried out at once, not counting times of hold or delay.
     pub fn max_at_once(&self) -> usize {
         self.0.carrying_out.max.load(Relaxed)
     }
@@ -216,7 +216,7 @@ impl<A: Api> Service<A> {
         self.plans().total
     }
 
-    /// Whether requests are recorded from now on, for [`asked`](Self::asked) and [`count`](Self::count). Those before are
+    /// Starts or stops recording requests, for [`asked`](Self::asked) and [`count`](Self::count). Earlier ones are
     /// forgotten.
     pub fn record(&self, record: bool) {
         let mut plans = self.plans();
@@ -224,7 +224,7 @@ impl<A: Api> Service<A> {
         (plans.returned, plans.total) = (0, 0);
     }
 
-    /// The lines of the requests since this was last called.
+    /// The lines of the requests since the previous call.
     pub fn asked(&self) -> Vec<String> {
         let mut plans = self.plans();
         let all = plans.asked.as_deref().unwrap_or_default();
@@ -234,7 +234,7 @@ impl<A: Api> Service<A> {
         lines
     }
 
-    /// All requests that fit the pattern; see [`upset`](Self::upset).
+    /// All requests that match the pattern; see [`upset`](Self::upset).
     pub fn ever_asked(&self, pattern: &str) -> Vec<Asked> {
         let plans = self.plans();
         let all = plans.asked.iter().flatten();
@@ -242,15 +242,15 @@ impl<A: Api> Service<A> {
         fitting.cloned().collect()
     }
 
-    /// How many requests fit the pattern.
+    /// How many requests match the pattern.
     pub fn count(&self, pattern: &str) -> usize {
         let plans = self.plans();
         let all = plans.asked.iter().flatten();
         all.filter(|asked| fits(&asked.line, pattern)).count()
     }
 
-    /// Answers a request, or does what strikes it. `None`: the connection is to be closed. Dropped meanwhile, its client
-    /// has gone.
+    /// Answers a request, or applies its fault. `None`: the connection is to be closed. If the future is dropped, the
+    /// client has gone.
     pub async fn answer(&self, request: Request) -> Option<Reply> {
         let _open = self.0.open.enter();
         let line = self.plans().record(&request);
@@ -304,7 +304,7 @@ impl<A: Api> Service<A> {
             Answer::CutOff => {
                 let whole =
                     reply.map_or_else(|| br#"{"detail": "cut"}"#.to_vec(), |reply| reply.body);
-                // A body of which a part can be sent, even if the true one was empty.
+                // A body that can be cut, even if the true one was empty.
                 let part = if whole.len() < 2 {
                     b"{"
                 } else {
@@ -336,7 +336,7 @@ impl<A: Api> Service<A> {
             )
         };
         if latency.is_zero() {
-            // Lets whatever else has arrived get in, so that requests at once are seen as such.
+            // Lets other requests that have arrived start, so that they count as concurrent.
             tokio::task::yield_now().await;
         } else {
             tokio::time::sleep(latency).await;
@@ -349,7 +349,7 @@ impl<A: Api> Service<A> {
         reply
     }
 
-    /// A reply on its way out, dated.
+    /// Completes a reply with its date, and reports it.
     fn send(&self, request: &Request, mut reply: Reply) -> Reply {
         let mut api = self.state();
         if reply.header("date").is_none() {
@@ -379,7 +379,7 @@ impl Plans {
         Some(line)
     }
 
-    /// The fault that strikes a request, if one does.
+    /// The fault that a request meets, if there is one.
     fn strikes(&mut self, line: Option<String>, request: &Request) -> Option<Fault> {
         let mut fault = self.outage.clone();
         if fault.is_none() && !self.faults.is_empty() {

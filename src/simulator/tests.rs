@@ -1,5 +1,5 @@
-//! The simulated services against the facts that are known of the real ones, and the comparison against both a right and a
-//! wrong result.
+//! Checks the simulated services against known facts about the real ones, and the comparison against right and wrong
+//! results.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail so")]
 
@@ -19,7 +19,7 @@ use super::our_api::Data;
 use super::service::Service;
 use super::{ANY_PORT, Api, BigChat, OurApi, Request, Server, Simulator, Starting};
 
-/// Asks a service that nothing stands in front of, and takes the answer.
+/// Sends a request to a service directly.
 fn ask(api: &mut impl Api, method: &str, target: &str, body: &Value) -> (u16, Value) {
     let body = match body {
         Value::Null => String::new(),
@@ -42,7 +42,7 @@ fn get(api: &mut impl Api, target: &str) -> (u16, Value) {
     ask(api, "GET", target, &Value::Null)
 }
 
-/// The query for a window that begins so many seconds after [`T0`].
+/// The query for a window that begins at so many seconds after [`T0`].
 fn since(at: i64) -> String {
     let time = DateTime::from_timestamp(T0 + at, 0).unwrap();
     format!("/events?start_at={}", time.format("%Y-%m-%dT%H:%M:%SZ"))
@@ -52,7 +52,7 @@ fn events(page: &Value) -> &Vec<Value> {
     page["events"].as_array().unwrap()
 }
 
-/// Its clock stands still an hour after [`T0`].
+/// With a clock that is stopped an hour after [`T0`].
 fn lively() -> Options {
     Options {
         clock: Clock::Still(3600),
@@ -75,7 +75,7 @@ fn log(log: Log) -> Options {
 }
 
 #[test]
-fn once_reports_events_as_the_real_one_does() {
+fn once_reports_as_the_real_one() {
     let mut big = BigChat::new(lively());
     let (mut names, mut counts) = (BTreeMap::<String, u32>::new(), [0; 3]);
     for _ in 0..300 {
@@ -117,8 +117,9 @@ fn once_reports_events_as_the_real_one_does() {
     assert_eq!(big.advisor(3).unwrap().name, big.advisor(7).unwrap().name);
 }
 
+/// In `Mode::Once`, second pages repeat ENDs and TRANSFERs.
 #[test]
-fn once_second_pages_repeat_ends_and_transfers() {
+fn second_pages_repeat_changes() {
     let mut big = BigChat::new(lively());
     let (mut repeated, mut polls) = (0, 0);
     for _ in 0..400 {
@@ -139,7 +140,7 @@ fn once_second_pages_repeat_ends_and_transfers() {
 }
 
 #[test]
-fn once_dates_events_in_the_future_if_asked_to() {
+fn once_dates_events_in_future() {
     let mut big = BigChat::new(lively());
     let others = |big: &mut BigChat| {
         let mut reported = big.reported();
@@ -158,7 +159,7 @@ fn once_dates_events_in_the_future_if_asked_to() {
 }
 
 #[test]
-fn bigchat_rejects_and_shows_as_the_real_one_does() {
+fn bigchat_rejects_as_the_real_one() {
     let mut big = quiet();
     assert_eq!(
         get(&mut big, "/events"),
@@ -220,7 +221,7 @@ fn bigchat_rejects_and_shows_as_the_real_one_does() {
 }
 
 #[test]
-fn a_restart_begins_at_one_again_for_others() {
+fn restart_reuses_ids() {
     let mut big = quiet();
     let mut starts = Vec::new();
     for epoch in 1..=3 {
@@ -244,7 +245,7 @@ fn a_restart_begins_at_one_again_for_others() {
 }
 
 #[test]
-fn the_log_gives_the_same_again_in_pages() {
+fn log_pages_are_repeatable() {
     let mut big = BigChat::new(log(Log {
         events_per_second: 5.0,
         page_size: 40,
@@ -284,12 +285,13 @@ fn the_log_gives_the_same_again_in_pages() {
     );
     big.restart();
     let reported = big.reported();
-    assert!(reported.last().unwrap().lost, "nobody was told of it");
+    assert!(reported.last().unwrap().lost, "its response was not sent");
     assert!(!reported[0].lost && reported.iter().all(|reported| reported.forgotten));
 }
 
+/// OurAPI stores and rejects as the real one does.
 #[test]
-fn our_api_stores_and_rejects_as_the_real_one_does() {
+fn our_api_equals_the_real_one() {
     let our = &mut OurApi::new(1);
     let post = |our: &mut OurApi, target: &str, body: Value| ask(our, "POST", target, &body);
     let patch = |our: &mut OurApi, target: &str, body: Value| ask(our, "PATCH", target, &body);
@@ -311,7 +313,7 @@ fn our_api_stores_and_rejects_as_the_real_one_does() {
     for (target, found) in [
         ("/agents?email=ann%40x.y&name=", json!([ann])),
         ("/agents?email=", json!([ann])),
-        ("/agents?name=nobody", json!([])),
+        ("/agents?name=unknown", json!([])),
         (&format!("/agents/{id}"), ann.clone()),
     ] {
         assert_eq!(get(our, target), (200, found), "{target}");
@@ -329,16 +331,19 @@ fn our_api_stores_and_rejects_as_the_real_one_does() {
         post(our, "/chats", chat("2026-11-22T22:03:27Z")),
         (404, exists)
     );
-    let nobody = "00000000-0000-4000-8000-000000000000";
+    let unknown_id = "00000000-0000-4000-8000-000000000000";
     let no_agent = (400, json!({ "detail": "That agent does not exist." }));
     let mut stranger = chat("2026-11-22T22:03:27Z");
-    stranger["agent_id"] = json!(nobody);
+    stranger["agent_id"] = json!(unknown_id);
     assert_eq!(post(our, "/chats", stranger), no_agent);
     assert_eq!(get(our, "/chats?external_id="), (200, json!([first])));
     assert_eq!(get(our, "/chats?external_id=2"), (200, json!([])));
 
     let path = format!("/chats/{}", first["chat_id"].as_str().unwrap());
-    assert_eq!(patch(our, &path, json!({ "agent_id": nobody })), no_agent);
+    assert_eq!(
+        patch(our, &path, json!({ "agent_id": unknown_id })),
+        no_agent
+    );
     let change =
         json!({ "agent_id": id, "ended_at": "2026-11-22T23:00:00.5Z", "external_id": "9" });
     assert_eq!(patch(our, &path, change), (204, json!("")));
@@ -369,18 +374,22 @@ fn our_api_stores_and_rejects_as_the_real_one_does() {
     );
     let unknown = (404, json!({ "detail": "Chat not found" }));
     assert_eq!(
-        post(our, &format!("/chats/{nobody}/messages"), text("ok")),
+        post(our, &format!("/chats/{unknown_id}/messages"), text("ok")),
         unknown
     );
-    assert_eq!(patch(our, &format!("/chats/{nobody}"), json!({})), unknown);
+    assert_eq!(
+        patch(our, &format!("/chats/{unknown_id}"), json!({})),
+        unknown
+    );
     assert_eq!(ask(our, "DELETE", "/chats", &Value::Null).0, 405);
     our.lose_chat("1");
     our.lose_agents();
     assert_eq!(*our.data(), Data::default());
 }
 
+/// Concurrent requests split OurAPI's data, unless it is a good one.
 #[tokio::test]
-async fn our_api_stumbles_over_requests_at_once_unless_it_is_a_good_one() {
+async fn concurrent_requests_split_our_api() {
     let agent = |n: usize| {
         let body = json!({ "name": format!("Agent {n}"), "email": format!("{n}@x.y") });
         Request::new("POST", "/agents", body.to_string())
@@ -416,7 +425,7 @@ async fn serve<A: Api>(api: A, keep_alive: Duration) -> Server<A> {
     starting.listen(ANY_PORT, api).await.unwrap()
 }
 
-/// Each request has a connection of its own, so that one that a fault has closed does not surprise the next.
+/// A client with one connection for each request, so that a connection closed by a fault does not affect the next one.
 fn client() -> Client {
     let client = Client::builder().no_proxy().pool_max_idle_per_host(0);
     client.retry(reqwest::retry::never()).build().unwrap()
@@ -438,7 +447,7 @@ async fn faults_strike_before_or_after() {
             .send()
             .await
     };
-    let patience = Duration::from_secs(30);
+    let long = Duration::from_secs(30);
     for (fault, answer) in [
         (status(500), Some(500)),
         (crashed(), Some(500)),
@@ -463,7 +472,7 @@ async fn faults_strike_before_or_after() {
             let before = count();
             let waits = matches!(fault.delay, super::fault::Delay::No);
             let timeout = if waits {
-                patience
+                long
             } else {
                 Duration::from_millis(200)
             };
@@ -495,14 +504,14 @@ async fn faults_strike_before_or_after() {
     }
     assert_eq!(count(), before + 1);
     our.outage(Some(status(503)));
-    assert_eq!(post(patience).await.unwrap().status(), 503);
+    assert_eq!(post(long).await.unwrap().status(), 503);
     our.upset_at_random(1.0, html());
     our.calm();
-    assert_eq!(post(patience).await.unwrap().status(), 201);
+    assert_eq!(post(long).await.unwrap().status(), 201);
 }
 
 #[tokio::test]
-async fn what_never_went_out_is_known_to_be_lost() {
+async fn unsent_response_counts_as_lost() {
     let big = Service::new(quiet(), 1);
     for (fault, lost) in [
         (Some(dropped()), true),
@@ -518,7 +527,7 @@ async fn what_never_went_out_is_known_to_be_lost() {
     }
 }
 
-/// What comes back on a connection until the server closes it.
+/// All bytes received on a connection until the server closes it.
 async fn until_closed(url: &str, path: &str) -> String {
     let address = url.replace("http://", "");
     let connection = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -536,8 +545,9 @@ async fn until_closed(url: &str, path: &str) -> String {
     }
 }
 
+/// The server closes idle connections, and those of unhandled errors.
 #[tokio::test]
-async fn the_server_closes_idle_connections_and_those_of_unhandled_errors() {
+async fn server_closes_idle_and_broken_connections() {
     let keep_alive = Duration::from_millis(50);
     let our = serve(OurApi::new(1), keep_alive).await;
     our.set_latency(3 * keep_alive);
@@ -550,8 +560,9 @@ async fn the_server_closes_idle_connections_and_those_of_unhandled_errors() {
     assert!(unannounced, "{answer}");
 }
 
+/// A service that goes down closes its connections, and comes back on its address.
 #[tokio::test]
-async fn a_service_that_goes_down_cuts_its_connections_and_comes_back_where_it_was() {
+async fn service_returns_on_its_address() {
     let our = serve(OurApi::new(1), Duration::from_secs(5)).await;
     let (client, url) = (client(), format!("{}/agents", our.url()));
     our.hold(true);
@@ -572,7 +583,7 @@ async fn a_service_that_goes_down_cuts_its_connections_and_comes_back_where_it_w
     }
 }
 
-/// Writes to OurAPI what a perfect daemon would.
+/// Writes to OurAPI what a perfect daemon would write.
 fn write(our: &mut OurApi, reported: &[Reported]) {
     for chat in expected(reported, &Rules::default()).chats {
         let mut body = json!({ "external_id": chat.external_ids[0], "started_at": chat.started_at[0], "ended_at": chat.ended_at });
@@ -615,8 +626,9 @@ fn write(our: &mut OurApi, reported: &[Reported]) {
     }
 }
 
+/// A right result has no difference, and each wrong one has.
 #[test]
-fn a_right_result_is_clean_and_a_wrong_one_is_not() {
+fn comparison_finds_every_difference() {
     let once = Options {
         active: 5,
         ..lively()
@@ -678,7 +690,7 @@ fn a_right_result_is_clean_and_a_wrong_one_is_not() {
 }
 
 #[test]
-fn the_rules_of_what_is_expected() {
+fn rules_of_expected_state() {
     let mut big = quiet();
     let poll = |big: &mut BigChat, events: Vec<Value>| {
         big.push_page(events);
@@ -717,13 +729,13 @@ fn the_rules_of_what_is_expected() {
     poll(&mut big, vec![start(42, 3700)]);
     let chats = expected(&big.reported(), &Rules::default()).chats;
     let time = |at: i64| DateTime::from_timestamp(T0 + at, 0).unwrap().naive_utc();
-    assert_eq!(chats.len(), 2, "what cannot be understood makes no chat");
+    assert_eq!(chats.len(), 2, "an unparsable event makes no chat");
     assert_eq!(chats[0].external_ids, ["42"]);
     assert_eq!(chats[0].started_at, [time(0)]);
     assert_eq!(
         chats[0].agents,
         [Some(third.email_address.clone()), None],
-        "the later of two at one time, reported again or not; nobody, if there was no time to ask"
+        "the later of two at one time, reported again or not; none if the advisor is not known"
     );
     assert_eq!(chats[0].ended_at, Some(time(9)));
     assert_eq!(
@@ -739,7 +751,7 @@ fn the_rules_of_what_is_expected() {
 }
 
 #[test]
-fn an_advisor_that_only_the_details_of_a_log_told_of_is_accepted() {
+fn advisor_from_log_details_is_accepted() {
     for (mode, accepted) in [(Mode::Log(Log::default()), true), (Mode::Once, false)] {
         let mut big = BigChat::new(Options {
             mode,
@@ -759,8 +771,9 @@ fn an_advisor_that_only_the_details_of_a_log_told_of_is_accepted() {
     }
 }
 
+/// Events of the latest response are lost, unless a log reports them again.
 #[test]
-fn what_the_latest_answer_reported_is_lost_unless_a_log_reports_it_again() {
+fn latest_response_lost_except_in_log() {
     for (mode, lost) in [
         (Mode::Log(Log::default()), [false, true]),
         (Mode::Once, [true, true]),

@@ -1,4 +1,4 @@
-//! What the services do, as they do it, for an observer. There need not be one.
+//! Events of the services for an optional observer.
 
 use std::time::Instant;
 
@@ -12,11 +12,11 @@ use super::bigchat::Reported;
 pub enum Happening {
     /// BigChat reported these, each for the first time.
     Reported(Vec<Reported>),
-    /// BigChat answered a request for events with an error of its own.
+    /// BigChat answered a request for events with an error.
     Failed,
     /// OurAPI answered a request.
     Answered(Answered),
-    /// Something strikes either service, or the daemon: in words.
+    /// A fault begins in a service or in the daemon, in words.
     Struck(String),
 }
 
@@ -33,7 +33,7 @@ pub struct Answered {
     pub status: u16,
 }
 
-/// Where a service reports what it does, and when that was.
+/// The receiver of what the services do, with the time.
 #[derive(Clone, Debug, Default)]
 pub struct Watch(Option<UnboundedSender<(Instant, Happening)>>);
 
@@ -46,10 +46,10 @@ impl Watch {
         self.0.is_some()
     }
 
-    /// Reports what happened, if there is an observer.
+    /// Reports to the observer, if there is one.
     pub fn report(&self, happening: Option<Happening>) {
         if let (Some(observer), Some(happening)) = (&self.0, happening) {
-            // One that has stopped watching misses nothing.
+            // An observer that has stopped is ignored.
             observer.send((Instant::now(), happening)).ok();
         }
     }

@@ -1,4 +1,4 @@
-//! The journal of systemd: what it needs to know how grave a line is.
+//! systemd's journal, which reads the priority of each line.
 
 use std::ffi::OsStr;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use rustix::fs::fstat;
 use tracing::Level;
 
-/// Whether standard error is the journal: systemd says which file that is.
+/// Whether standard error is the journal. systemd names that file in the environment.
 pub(crate) fn is_standard_error() -> bool {
     let Ok(stat) = fstat(io::stderr()) else {
         return false;
@@ -18,7 +18,7 @@ pub(crate) fn is_standard_error() -> bool {
     )
 }
 
-/// Whether `JOURNAL_STREAM` names this file, by its device and its number. A child may have inherited the variable and
+/// Whether `JOURNAL_STREAM` names this file, by its device and inode. A child may have inherited the variable and have
 /// another standard error.
 fn names(variable: Option<&OsStr>, device: u64, number: u64) -> bool {
     let named = variable
@@ -27,7 +27,7 @@ fn names(variable: Option<&OsStr>, device: u64, number: u64) -> bool {
     named == Some((&device.to_string(), &number.to_string()))
 }
 
-/// The lines of an event, each with the priority of its level: the journal takes each line for a message of its own.
+/// The lines of an event, each with the priority of its level, because the journal treats each line as a message.
 pub(crate) fn prefixed(lines: &[u8], level: Level) -> Vec<u8> {
     let priority: &[u8] = match level {
         Level::ERROR => b"<3>",

@@ -1,10 +1,10 @@
-//! Signs of life: whether polling and delivery still turn over, as opposed to waiting for somebody who is down.
+//! Whether polling and delivery still make progress, as opposed to waiting for an API that is down.
 //!
-//! What turns over beats: it says that it beats again within a time, and each request and each operation on the journal
-//! that comes to an end beats for whoever waits for it. A beat that is late by more than a grace means that something
-//! hangs that nothing in this process will ever end, such as a disk that does not answer, or a lock that is never let
-//! go. Failures are no such thing: they end. What follows from it is left to whoever asks: `/healthz` fails, and the
-//! service manager's watchdog is not fed.
+//! Each supervised part beats: it announces that it will beat again within a time, and each request and each operation
+//! on the journal that ends is a beat of the part that waits for it. If a beat is late by more than a grace period,
+//! something hangs that nothing in this process will end, such as a disk that does not respond or a lock that is never
+//! released. A failure is not such a case, because it ends. `/healthz` then fails, and the service manager's watchdog
+//! is not notified.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,45 +12,45 @@ use std::time::{Duration, Instant};
 
 use tokio::task_local;
 
-/// How late a beat may be on a busy machine.
+/// By how much a beat may be late on a busy machine.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// Nothing is to be done, so nothing beats.
+/// There is no work, so no beat is due.
 const AT_REST: u64 = u64::MAX;
 
 task_local! {
-    /// Whose future runs here.
+    /// The heartbeat of the task that runs here.
     static HERE: Heartbeat;
 }
 
-/// The hearts of the daemon.
+/// The heartbeats of the daemon.
 #[derive(Debug)]
 pub struct Liveness {
-    /// The poller's: its polls, and the requests they are made of.
+    /// The poller's, including its requests.
     pub polling: Heartbeat,
-    /// Delivery's, as far as it settles and claims.
+    /// Delivery's, for claims and commits.
     pub delivering: Heartbeat,
-    /// The handlers', all in one: at rest while none is in work.
+    /// The shared one of all handlers. At rest while none works.
     pub handling: Heartbeat,
 }
 
-/// Beats for one part of the daemon.
+/// The heartbeat of a part of the daemon.
 #[derive(Debug, Clone)]
 pub struct Heartbeat(Arc<Beats>);
 
 #[derive(Debug)]
 struct Beats {
     began: Instant,
-    /// How long anything takes that ends by itself.
+    /// The longest time that a request or an operation may take.
     at_the_most: Duration,
-    /// When it beats again at the latest, in ms since `began`.
+    /// When the next beat is due, in ms since `began`.
     due: AtomicU64,
 }
 
 impl Liveness {
-    /// All at rest; a request is over after `request_timeout`.
+    /// All at rest. A request ends within `request_timeout`.
     pub fn new(request_timeout: Duration, now: Instant) -> Self {
-        // A GET whose connection broke is sent twice.
+        // A GET whose connection broke is sent a second time.
         let at_the_most = request_timeout.saturating_mul(2);
         Self {
             polling: Heartbeat::new(at_the_most, now),
@@ -59,14 +59,14 @@ impl Liveness {
         }
     }
 
-    /// What does not turn over, if anything.
+    /// The part that makes no progress, if there is one.
     pub fn stuck(&self, now: Instant) -> Option<&'static str> {
         let parts = [
             (&self.polling, "polling is stuck"),
             (&self.delivering, "delivery is stuck"),
             (
                 &self.handling,
-                "delivery is stuck: what is in work does not end",
+                "delivery is stuck: work in progress does not end",
             ),
         ];
         parts
@@ -85,7 +85,7 @@ impl Heartbeat {
         }))
     }
 
-    /// Lets it beat for `work` until that ends: at once, and with whatever ends in it.
+    /// Supervises `work` until it ends: beats at its start, and at the end of each request and operation in it.
     pub async fn supervise<T>(&self, work: impl Future<Output = T>) -> T {
         self.beat(Duration::ZERO);
         let done = HERE.scope(self.clone(), work).await;
@@ -93,13 +93,13 @@ impl Heartbeat {
         done
     }
 
-    /// The same for one of several pieces of work; that there is none any more is to be told by [`Self::rest`].
+    /// The same for one of several concurrent tasks. [`Self::rest`] must be called when none is left.
     pub async fn supervise_one<T>(&self, work: impl Future<Output = T>) -> T {
         self.beat(Duration::ZERO);
         HERE.scope(self.clone(), work).await
     }
 
-    /// It beats now, and again once it has slept for `sleep` and then done something.
+    /// Beats now. The next beat is due after `sleep` and the longest time of a request.
     pub fn beat(&self, sleep: Duration) {
         self.beat_at(Instant::now(), sleep);
     }
@@ -109,7 +109,7 @@ impl Heartbeat {
         self.0.due.store(due, Ordering::Relaxed);
     }
 
-    /// There is nothing to be done.
+    /// There is no work.
     pub fn rest(&self) {
         self.0.due.store(AT_REST, Ordering::Relaxed);
     }
@@ -124,15 +124,16 @@ impl Heartbeat {
     }
 }
 
-/// A request or an operation on the journal has ended, however it did: whoever waits for it goes on.
+/// Called when a request or an operation on the journal has ended, successfully or not: the task that waits for it
+/// makes progress.
 pub(crate) fn goes_on(now: Instant) {
-    // Commands have no heart.
+    // Commands have no heartbeat.
     HERE.try_with(|heart| heart.beat_at(now, Duration::ZERO))
         .ok();
 }
 
 fn ms(duration: Duration) -> u64 {
-    // Never quite the end of time, which is for those at rest.
+    // Below the value that means at rest.
     u64::try_from(duration.as_millis()).map_or(AT_REST - 1, |ms| ms.min(AT_REST - 1))
 }
 
@@ -157,8 +158,9 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(10);
 
+    /// A part that neither sleeps nor ends is stuck.
     #[tokio::test]
-    async fn what_neither_sleeps_nor_ends_is_stuck() {
+    async fn missing_beat_means_stuck() {
         let now = Instant::now();
         let after = |seconds| now + Duration::from_secs(seconds);
         let liveness = Liveness::new(TIMEOUT, now);
@@ -172,16 +174,17 @@ mod tests {
         liveness.handling.supervise_one(async {}).await;
         assert_eq!(
             liveness.stuck(after(60)),
-            Some("delivery is stuck: what is in work does not end"),
-            "others may be in work"
+            Some("delivery is stuck: work in progress does not end"),
+            "other tasks may be at work"
         );
         liveness.handling.rest();
         liveness.delivering.supervise(async {}).await;
         assert_eq!(liveness.stuck(after(60)), None);
     }
 
+    /// Requests and operations that end are beats of the part that waits for them.
     #[tokio::test]
-    async fn what_ends_in_it_beats_for_whoever_waits_for_it() {
+    async fn inner_ends_are_beats() {
         let now = Instant::now();
         let liveness = Liveness::new(TIMEOUT, now);
         let polling = liveness.polling.supervise(async {
@@ -208,7 +211,7 @@ mod tests {
         heart.0.due.load(Ordering::Relaxed)
     }
 
-    /// Waits until it beats again.
+    /// Waits until the next beat.
     async fn beats(heart: &Heartbeat, what: &str) {
         let before = due(heart);
         until(what, || due(heart) != before && due(heart) != AT_REST).await;
@@ -233,8 +236,9 @@ mod tests {
         Arc::new(parts.expect("a session"))
     }
 
+    /// The daemon beats while it makes progress, and not while the disk hangs.
     #[tokio::test]
-    async fn the_daemon_beats_while_it_turns_over_and_not_when_the_disk_hangs() {
+    async fn hanging_disk_stops_the_beat() {
         let bigchat = BigChat::new(Options::default());
         let simulator = Simulator::start(bigchat, OurApi::new(1)).await;
         let simulator = simulator.expect("the services");
@@ -246,17 +250,20 @@ mod tests {
         beats(&liveness.polling, "polling").await;
         beats(&liveness.delivering, "delivery").await;
 
-        // A request that takes long is beaten for when it begins and when it ends.
+        // A long request is a beat when it begins and when it ends.
         let our_api = &simulator.our_api;
         our_api.upset("*", paused());
         until("a request waits", || our_api.pausing() == 1).await;
         let during = due(&liveness.handling);
-        assert_ne!(during, AT_REST, "somebody is in work");
+        assert_ne!(during, AT_REST, "a handler is at work");
         our_api.resume();
-        until("it goes on", || due(&liveness.handling) != during).await;
+        until("it continues", || due(&liveness.handling) != during).await;
         simulator.bigchat.state().set_quiet(true);
-        until("nobody is in work", || due(&liveness.handling) == AT_REST).await;
-        beats(&liveness.polling, "polling goes on").await;
+        until("no handler is at work", || {
+            due(&liveness.handling) == AT_REST
+        })
+        .await;
+        beats(&liveness.polling, "polling continues").await;
 
         let (go_on, waits) = mpsc::channel::<()>();
         let disk = parts.journal.with(move |_| {
@@ -264,7 +271,7 @@ mod tests {
             Ok(())
         });
         let hangs = async {
-            // What was on its way when it began to hang has ended by then.
+            // Whatever was in flight when the disk began to hang has ended by then.
             let (mut before, mut now) = (0, due(&liveness.polling));
             while before != now {
                 sleep(Duration::from_millis(500)).await;
@@ -276,8 +283,8 @@ mod tests {
             drop(go_on);
         };
         let (outcome, ()) = tokio::join!(disk, hangs);
-        outcome.expect("it goes on");
-        beats(&liveness.polling, "polling goes on").await;
+        outcome.expect("it continues");
+        beats(&liveness.polling, "polling continues").await;
 
         stopping.cancel();
         running.await.expect("no panic").expect("it stops well");

@@ -1,8 +1,8 @@
-//! The log: standard error, as lines for people or as JSON, and never a flood.
+//! The log: standard error, as lines for people or as JSON, rate-limited.
 //!
-//! Of each kind of line (each place in the code that logs) so many are written in full; further ones are only counted
-//! until the next summary, which tells how many they were. So an operator sees what goes wrong, and a thousand
-//! conversations that go wrong in the same way do not hide what goes wrong in another.
+//! Of each kind of line (each place in the code that logs) a limited number is written in full. Further ones are
+//! counted until the next summary, which reports the count. So an operator sees each kind of problem, even if a
+//! thousand conversations have one of them.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
@@ -24,17 +24,17 @@ use tracing_subscriber::{EnvFilter, Registry};
 
 use crate::telemetry::terminal::Terminal;
 
-/// How many lines of a kind are written in full from one summary to the next.
+/// How many lines of a kind are written in full between two summaries.
 pub const BURST: u32 = 10;
 
-/// Where the lines come from that stand for others.
+/// The modules whose lines summarise others, and are never left out.
 const NEVER_LEFT_OUT: [&str; 3] = [
     module_path!(),
     "bigchat_sync::daemon::progress",
     "bigchat_sync::daemon::summary",
 ];
 
-/// What this process has logged since the last summary.
+/// What this process has logged since the latest summary.
 static LINES: LazyLock<Mutex<HashMap<Identifier, Lines>>> = LazyLock::new(Mutex::default);
 
 /// `--log-format`.
@@ -50,11 +50,11 @@ pub enum LogFormat {
 #[derive(Debug, Default)]
 struct Lines {
     count: u32,
-    /// What the first that was left out said.
+    /// The message of the first line left out.
     message: String,
 }
 
-/// A warning where that is so; else the same for who asks for details.
+/// Logs a warning if the condition is true, else the same line at debug level.
 macro_rules! log_at {
     ($so:expr, $($line:tt)+) => {
         if $so {
@@ -67,16 +67,16 @@ macro_rules! log_at {
 
 pub(crate) use log_at;
 
-/// Whether requests and responses are logged whole (`--log-message-text`).
+/// Whether requests and responses are logged completely (`--log-message-text`).
 static MESSAGE_TEXT: AtomicBool = AtomicBool::new(false);
 
-/// Logs requests and responses whole from now on, if so.
+/// Sets whether requests and responses are logged completely.
 pub fn show_message_text(so: bool) {
     MESSAGE_TEXT.store(so, Ordering::Relaxed);
 }
 
-/// What the log shows of a request, a response or a reason: `whole`, if that is allowed, else only its `head`, in which
-/// neither customers' text nor advisors' names can be.
+/// What the log shows of a request, a response or a reason: the whole, if that is allowed, else only its `head`, which
+/// can contain neither customers' text nor advisors' names.
 pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -> &'a str {
     if MESSAGE_TEXT.load(Ordering::Relaxed) {
         whole
@@ -85,10 +85,10 @@ pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -
     }
 }
 
-/// Starts the log, from a level on that RUST_LOG can change.
+/// Starts the log at a level, which RUST_LOG can change.
 pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
-    // Who asks for details wants all of them.
+    // At debug level and below, all lines are written.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
     let lines = tracing_subscriber::fmt::layer().with_writer(terminal.log(format));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
@@ -103,7 +103,7 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
         .with(filter)
         .with(bounded.then_some(Bound))
         .init();
-    // The standard one writes to standard error itself, and waits for whoever reads it.
+    // The default hook writes to standard error directly, and blocks if nothing reads it.
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = Backtrace::capture();
         let backtrace = match backtrace.status() {
@@ -114,7 +114,7 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     }));
 }
 
-/// The line that reports how many others were lost. It is made without the log, which may be what lost them.
+/// The line that reports lost lines. It is made without the log, which may be what lost them.
 pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
     const MESSAGE: &str = "log lines were lost, because nothing read standard error";
     let now = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
@@ -129,7 +129,7 @@ pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
     }
 }
 
-/// Tells what was left out since this was last asked, and begins to count anew. True if anything was.
+/// Reports the lines left out since the previous call, and resets the counts. Returns whether there were any.
 pub fn report_left_out() -> bool {
     let mut left_out: Vec<Lines> = std::mem::take(&mut *lines()).into_values().collect();
     left_out.retain(|lines| lines.count > BURST);
@@ -139,7 +139,7 @@ pub fn report_left_out() -> bool {
     !left_out.is_empty()
 }
 
-/// Leaves out what there has been enough of.
+/// The filter that leaves lines out.
 struct Bound;
 
 impl<S: Subscriber> Layer<S> for Bound {
@@ -158,13 +158,13 @@ impl<S: Subscriber> Layer<S> for Bound {
     }
 }
 
-/// Takes an event's message, of all its fields.
+/// Extracts an event's message from its fields.
 struct Message<'a>(&'a mut String);
 
 impl Visit for Message<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "message" {
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             write!(self.0, "{value:?}").ok();
         }
     }

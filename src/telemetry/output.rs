@@ -1,8 +1,8 @@
-//! Standard output and standard error, written by a thread of their own.
+//! Standard output and standard error, written by a separate thread.
 //!
-//! A pipe that nobody reads, a terminal after Ctrl-S or a log file on a disk that hangs blocks whoever writes to it. Here
-//! that is only this thread. What it has not written yet is bounded: further lines of the log are dropped and counted, and
-//! the next line that gets through says how many they were.
+//! A pipe that nothing reads, a terminal after Ctrl-S or a log file on a hanging disk blocks its writer. Here it blocks
+//! only this thread. The queue is bounded: further log lines are dropped and counted, and the next line written reports
+//! the count.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,14 +18,14 @@ use tracing::Level;
 use crate::telemetry::journal;
 use crate::telemetry::log::{self, LogFormat};
 
-/// How many bytes may wait to be written: some thousand lines.
+/// How many bytes may be queued: some thousand lines.
 const MAX_QUEUED: usize = 1 << 20;
 
-/// How long to wait before a write that would block is tried again, where a file descriptor was made non-blocking by
-/// another process that shares it.
+/// How long to wait before a write that would block is tried again. That happens if another process that shares the
+/// descriptor has made it non-blocking.
 const TRY_AGAIN: Duration = Duration::from_millis(20);
 
-/// The queue of the thread that writes.
+/// The queue of the writing thread.
 pub(crate) struct Output {
     queue: Mutex<Queue>,
     changed: Condvar,
@@ -36,7 +36,7 @@ pub(crate) struct Output {
 #[derive(Default)]
 struct Queue {
     pieces: VecDeque<Piece>,
-    /// The size of all pieces that are not written yet.
+    /// The size of all pieces not written yet.
     bytes: usize,
     /// Whether a piece is being written.
     writing: bool,
@@ -47,9 +47,9 @@ struct Queue {
 enum Piece {
     /// Lines of the log, for standard error.
     Lines(Vec<u8>),
-    /// A frame of moving bars, for standard output.
+    /// A frame of progress bars, for standard output.
     Frame(Vec<u8>),
-    /// What a command answers, for standard output, and who waits until it is written.
+    /// The output of a command, for standard output, and a channel to report that it is written.
     Answer(Vec<u8>, oneshot::Sender<io::Result<()>>),
 }
 
@@ -60,7 +60,7 @@ impl fmt::Debug for Output {
 }
 
 impl Output {
-    /// Starts the thread that writes.
+    /// Starts the writing thread.
     pub(crate) fn start(
         out: impl Write + Send + 'static,
         err: impl Write + Send + 'static,
@@ -78,7 +78,7 @@ impl Output {
         Ok(output)
     }
 
-    /// How the log is written. The first call counts.
+    /// Sets the format of the log. Only the first call has an effect.
     pub(crate) fn set_format(&self, format: LogFormat, is_journal: bool) {
         self.format.get_or_init(|| format);
         self.is_journal.store(is_journal, Ordering::Relaxed);
@@ -88,7 +88,7 @@ impl Output {
         self.format.get().copied().unwrap_or(LogFormat::Text)
     }
 
-    /// Has lines written to standard error, unless too much waits already.
+    /// Queues lines for standard error, unless the queue is full.
     pub(crate) fn lines(&self, lines: &[u8]) {
         let mut queue = self.queue();
         if queue.bytes + lines.len() > MAX_QUEUED {
@@ -103,7 +103,7 @@ impl Output {
         self.changed.notify_all();
     }
 
-    /// Has a frame drawn on standard output, unless too much waits already.
+    /// Queues a frame for standard output, unless the queue is full.
     pub(crate) fn frame(&self, frame: Vec<u8>) {
         let mut queue = self.queue();
         if queue.bytes + frame.len() <= MAX_QUEUED {
@@ -113,7 +113,7 @@ impl Output {
         }
     }
 
-    /// Has an answer written to standard output. It is never dropped: the caller waits until it is written.
+    /// Queues output for standard output. It is never dropped: the caller waits until it is written.
     pub(crate) fn answer(&self, answer: Vec<u8>) -> oneshot::Receiver<io::Result<()>> {
         let (done, written) = oneshot::channel();
         let mut queue = self.queue();
@@ -123,7 +123,7 @@ impl Output {
         written
     }
 
-    /// Waits until everything is written, but no longer than that.
+    /// Waits until everything is written, for a limited time.
     pub(crate) fn flush(&self, within: Duration) {
         let unwritten = |queue: &mut Queue| queue.writing || !queue.pieces.is_empty();
         drop(
@@ -165,13 +165,13 @@ impl Output {
                     lines.len()
                 }
                 Piece::Frame(frame) => {
-                    // A frame that cannot be drawn is not missed.
+                    // A frame that cannot be drawn is dropped.
                     write_all(&mut out, &frame).1.ok();
                     frame.len()
                 }
                 Piece::Answer(answer, done) => {
                     let outcome = write_all(&mut out, &answer).1;
-                    // The caller may have gone.
+                    // The caller may be gone.
                     done.send(outcome).ok();
                     answer.len()
                 }
@@ -181,7 +181,7 @@ impl Output {
         }
     }
 
-    /// What comes before the next lines: the end of a line that was cut off, and how many lines were lost.
+    /// The text before the next lines: the end of a truncated line, and the number of lost lines.
     fn head(&self, lost: u64, torn: bool) -> Vec<u8> {
         let mut head = Vec::new();
         if torn {
@@ -204,12 +204,12 @@ impl Output {
     }
 }
 
-/// How many lines these are; the last one may be cut off at its beginning.
+/// The number of lines. The last one may be truncated at its beginning.
 fn count(lines: &[u8]) -> u64 {
     lines.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// Writes as much as can be written, and says how many bytes that was.
+/// Writes as much as possible, and returns how many bytes were written.
 fn write_all(to: &mut impl Write, bytes: &[u8]) -> (usize, io::Result<()>) {
     let mut written = 0;
     while written < bytes.len() {
@@ -230,10 +230,10 @@ mod tests {
 
     use super::*;
 
-    /// Long, since the machine may be busy.
-    const PATIENCE: Duration = Duration::from_secs(30);
+    /// Long, because the machine may be busy.
+    const TIME_LIMIT: Duration = Duration::from_secs(30);
 
-    /// Does with each write what the test says: takes so many bytes, or fails.
+    /// A writer under the test's control: takes so many bytes, or fails.
     struct Scripted {
         next: mpsc::Receiver<Result<usize, ErrorKind>>,
         written: Arc<Mutex<Vec<u8>>>,
@@ -241,7 +241,7 @@ mod tests {
 
     impl Write for Scripted {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            // Blocks until the test goes on.
+            // Blocks until the test continues.
             let most = self.next.recv().unwrap_or(Ok(usize::MAX))?;
             let taken = most.min(bytes.len());
             let mut written = self.written.lock().expect("no panic");
@@ -281,18 +281,18 @@ mod tests {
             self.go_on.send(outcome).expect("it writes");
         }
 
-        /// Waits until `condition` holds of the queue.
+        /// Waits until `condition` is true of the queue.
         fn until(&self, condition: impl Fn(&Queue) -> bool) {
             let (queue, waited) = self
                 .output
                 .changed
-                .wait_timeout_while(self.output.queue(), PATIENCE, |queue| !condition(queue))
+                .wait_timeout_while(self.output.queue(), TIME_LIMIT, |queue| !condition(queue))
                 .expect("no panic");
             drop(queue);
             assert!(!waited.timed_out());
         }
 
-        /// Waits until nothing is to be written, and says what was written.
+        /// Waits until the queue is empty, and returns what was written.
         fn written(&self) -> String {
             self.until(|queue| queue.pieces.is_empty() && !queue.writing);
             let written = self.written.lock().expect("no panic").clone();
@@ -300,7 +300,7 @@ mod tests {
         }
     }
 
-    /// The numbers of lost lines that a log reports.
+    /// The numbers of lost lines reported in a log.
     fn reported(log: &str) -> Vec<u64> {
         log.lines()
             .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_beyond_the_bound_are_dropped_and_counted() {
+    fn lines_beyond_limit_are_counted() {
         for (size, more) in [(10, 3), (1000, 1), (70_000, 40)] {
             let scene = Scene::new();
             let line = "x".repeat(size - 1) + "\n";
@@ -336,8 +336,9 @@ mod tests {
         }
     }
 
+    /// Lines that cannot be written are counted, and reported with the next line that can.
     #[test]
-    fn lines_that_cannot_be_written_are_counted_and_reported_with_the_next_that_can() {
+    fn unwritable_lines_are_counted() {
         for kind in [
             ErrorKind::BrokenPipe,
             ErrorKind::StorageFull,
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_cut_off_spoils_no_other() {
+    fn truncated_line_spoils_no_other() {
         for cut in [1, 4, 6] {
             let scene = Scene::new();
             scene.go_on(Ok(cut));
@@ -380,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_would_block_is_waited_for() {
+    fn blocking_descriptor_is_waited_for() {
         for times in 1..4 {
             let scene = Scene::new();
             for _ in 0..times {
@@ -394,14 +395,15 @@ mod tests {
         }
     }
 
+    /// A flush waits for a stalled log for a limited time only.
     #[test]
-    fn the_end_waits_for_a_stalled_log_within_a_bound() {
+    fn flush_of_stalled_log_is_bounded() {
         for lines in [1, 100, 100_000] {
             let scene = Scene::new();
             for _ in 0..lines {
-                scene.output.lines(b"a line that nobody reads\n");
+                scene.output.lines(b"a line that is never read\n");
             }
-            // It comes back, which is all there is to show.
+            // The test ends only if the call returns.
             scene.output.flush(Duration::from_millis(10));
             assert!(scene.output.queue().bytes > 0);
             assert!(scene.written.lock().expect("no panic").is_empty());

@@ -1,24 +1,24 @@
-//! How fast something goes on, and for how long it still will: the same for every bar and line that shows it.
+//! Rate and remaining time, for every progress bar and line.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Over how long the rate is taken.
+/// The period over which the rate is measured.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// How much was done at some moments of late.
+/// How much was done, at some recent moments.
 #[derive(Debug)]
 pub struct RateEstimate(VecDeque<(Instant, u64)>);
 
 impl RateEstimate {
-    /// So much is done when it begins.
+    /// Begins with so much done.
     pub fn new(at: Instant, done: u64) -> Self {
         Self(VecDeque::from([(at, done)]))
     }
 
-    /// So much is done now, and so much is left; `None`: nobody knows.
+    /// Records that so much is done and so much is left; `None`: unknown.
     pub fn now(&mut self, at: Instant, done: u64, left: Option<u64>) -> Rate {
         self.0.push_back((at, done));
         while self.0.len() > 2 && at - self.0[1].0 >= WINDOW {
@@ -41,12 +41,12 @@ impl RateEstimate {
     }
 }
 
-/// How fast it goes on now.
+/// The current rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rate {
-    /// How much is done in a second.
+    /// How much is done per second.
     pub per_second: f64,
-    /// How long it takes at that rate; `None`: that cannot be told.
+    /// The remaining time at that rate; `None`: unknown.
     pub time_left: Option<Duration>,
 }
 
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_is_that_of_late() {
+    fn rate_is_recent() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut pace = RateEstimate::new(start, 5);

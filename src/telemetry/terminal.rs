@@ -1,7 +1,7 @@
-//! Standard output, where commands that take long are watched: moving pictures on a terminal, plain lines anywhere else.
+//! Standard output, where long commands are watched: progress bars on a terminal, plain lines anywhere else.
 //!
-//! On a terminal all else that is written, the log above all, goes above the picture and does not tear it. Elsewhere there
-//! is not one escape code. Nothing here blocks, whatever reads it: `output` does the writing.
+//! On a terminal, other output, such as the log, appears above the bars and does not tear them. Elsewhere there are no
+//! escape codes. Nothing here blocks, whatever reads the output: `output` writes it.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -18,27 +18,27 @@ use crate::telemetry::journal;
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::output::Output;
 
-/// How often the picture is drawn anew, at most.
+/// The maximum frame rate of the bars.
 const FRAMES_PER_SECOND: u8 = 20;
 
-/// The size of a terminal that does not say how large it is: rows and columns.
+/// The rows and columns of a terminal that does not report its size.
 const USUAL_SIZE: (u16, u16) = (24, 80);
 
-/// Standard output and standard error, as what they are.
+/// Standard output and standard error.
 #[derive(Debug, Clone)]
 pub struct Terminal {
     picture: Option<MultiProgress>,
     output: Arc<Output>,
-    /// Standard error is the journal of systemd, which reads priorities.
+    /// Standard error is systemd's journal, which reads priorities.
     is_journal: bool,
 }
 
 impl Terminal {
-    /// Finds out whether anybody sees pictures, and starts to write.
+    /// Detects a terminal, and starts to write.
     ///
     /// # Errors
     ///
-    /// When the operating system has no thread left.
+    /// If the operating system refuses a thread.
     pub fn detect() -> io::Result<Self> {
         let output = Output::start(io::stdout(), io::stderr())?;
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
@@ -58,26 +58,26 @@ impl Terminal {
         })
     }
 
-    /// Whether the picture tells the most of what a log would say as a warning.
+    /// Whether progress bars show most of what a log would say as a warning.
     pub fn is_interactive(&self) -> bool {
         self.picture.is_some()
     }
 
-    /// Standard error for a log of that format that does not tear the picture.
+    /// Standard error for a log of that format, which does not tear the bars.
     pub fn log(&self, format: LogFormat) -> LogWriter {
         self.output.set_format(format, self.is_journal);
         LogWriter(self.clone())
     }
 
-    /// Writes something that stays, and waits until it is written.
+    /// Writes a text to standard output, and waits until it is written.
     pub async fn say(&self, text: &str) -> io::Result<()> {
         let line = format!("{text}\n").into_bytes();
         let written = self.above(|| self.output.answer(line));
         written.await.map_err(io::Error::other)?
     }
 
-    /// Writes lines to standard error, for [`Self::flush`] to wait for.
-    pub fn complain(&self, lines: &str) {
+    /// Writes lines to standard error. [`Self::flush`] waits for them.
+    pub fn print_error(&self, lines: &str) {
         self.write_lines(lines.as_bytes(), Level::ERROR);
     }
 
@@ -93,12 +93,12 @@ impl Terminal {
         self.above(|| self.output.lines(lines));
     }
 
-    /// Waits until everything is written, but no longer than that.
+    /// Waits until everything is written, for a limited time.
     pub fn flush(&self, within: Duration) {
         self.output.flush(within);
     }
 
-    /// The picture, if anybody sees it.
+    /// The progress bars, on a terminal.
     pub fn picture(&self) -> Option<&MultiProgress> {
         self.picture.as_ref()
     }
@@ -127,7 +127,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// One event of the log, on its way.
+/// One event of the log, to be written.
 #[derive(Debug)]
 pub struct Log(Terminal, Level);
 
@@ -142,7 +142,7 @@ impl Write for Log {
     }
 }
 
-/// The terminal as the picture is drawn on it: frame by frame, none of which blocks.
+/// The terminal on which the bars are drawn, without blocking.
 #[derive(Debug)]
 struct Frames {
     output: Arc<Output>,
@@ -163,7 +163,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Moves the cursor by `n` in a direction, as ECMA-48 names it.
+    /// Moves the cursor by `n` in a direction, by its letter in ECMA-48.
     fn move_cursor(&self, n: usize, direction: char) -> io::Result<()> {
         match n {
             0 => Ok(()),
@@ -219,23 +219,23 @@ impl TermLike for Frames {
     }
 }
 
-/// A bar of this look.
+/// A bar with this template.
 pub fn styled(template: &str) -> ProgressBar {
-    // A template that is wrong shows in any run; the default one does no harm.
+    // A wrong template is seen in every run, and the default style does no harm.
     let style = ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─");
     ProgressBar::no_length().with_style(style)
 }
 
-/// What strangers wrote, without what a terminal would obey.
+/// Foreign text without the control characters that a terminal would obey.
 pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()
 }
 
-/// A path that can be recognised, whatever its bytes: plain, or else quoted and escaped.
+/// A path in readable form, whatever its bytes: plain, or quoted and escaped.
 pub fn shown(path: &Path) -> String {
     let quoted = format!("{path:?}");
     match path.to_str() {

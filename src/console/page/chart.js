@@ -1,4 +1,4 @@
-// Events a minute by kind: what BigChat told as stacked bars, what OurAPI got as a line, failures below.
+// Events a minute by kind: events received as stacked bars, deliveries as a line, failures below.
 
 import { byId, el, show, svg } from "./dom.js";
 import { axisText, clockText, count, now, perMinute, some, timeText, zone } from "./format.js";
@@ -16,17 +16,17 @@ const MINUTE = 60_000;
 export function buckets({ from, to, step, minutes }) {
   const all = [];
   for (let minute = from; minute <= to; minute += step) {
-    all.push({ minute, told: {}, sum: 0, delivered: 0, failed: 0, length: Math.min(step, to - minute + 1), running: minute + step > to });
+    all.push({ minute, received: {}, sum: 0, delivered: 0, failed: 0, length: Math.min(step, to - minute + 1), running: minute + step > to });
   }
-  for (const { minute, kind, told, delivered, failed } of minutes) {
+  for (const { minute, kind, received, delivered, failed } of minutes) {
     const bucket = all[Math.floor((minute - from) / step)];
     if (!bucket) continue;
-    bucket.told[kind] = (bucket.told[kind] ?? 0) + told;
-    bucket.sum += told;
+    bucket.received[kind] = (bucket.received[kind] ?? 0) + received;
+    bucket.sum += received;
     bucket.delivered += delivered;
     bucket.failed += failed;
   }
-  // Of the minute under way only so much has passed.
+  // The current minute is not over.
   const last = all.at(-1);
   if (last) last.length = Math.max(0.25, last.length - 1 + ((now() / MINUTE) % 1));
   return all;
@@ -35,9 +35,9 @@ export function buckets({ from, to, step, minutes }) {
 const start = (bucket) => bucket.minute * MINUTE;
 const span = (bucket, step) => (step === 1 ? clockText(start(bucket)).slice(0, 5) : `${timeText(start(bucket)).slice(0, -3)} to ${clockText(start(bucket) + step * MINUTE).slice(0, 5)}`);
 
-/** What a bucket holds, in words. */
+/** The counts of a bucket in words. */
 function words(bucket, step) {
-  const kinds = Object.entries(bucket.told).filter(([, told]) => told).map(([kind, told]) => `${count(told)} ${kind}`);
+  const kinds = Object.entries(bucket.received).filter(([, received]) => received).map(([kind, received]) => `${count(received)} ${kind}`);
   const parts = [`${span(bucket, step)} ${zone(start(bucket))}: ${some(bucket.sum, "event")}`, ...kinds, `${count(bucket.delivered)} delivered`];
   if (bucket.failed) parts.push(`${count(bucket.failed)} failed`);
   return parts.join(", ");
@@ -45,7 +45,7 @@ function words(bucket, step) {
 
 let drawn = null;
 let place = null;
-/** What the reader points at, counted from the latest. */
+/** The selected bucket, counted from the latest. */
 let pointed = null;
 
 /** Draws `activity` into the page's chart, at its present width. */
@@ -55,10 +55,10 @@ export function draw(activity) {
   const step = activity.step;
   const all = buckets(activity);
   const width = Math.max(240, host.clientWidth);
-  // What is delivered at once after an outage would dwarf all else: its line is cut off at the top.
+  // Deliveries after an outage would dwarf all other values, so their line is cut off at the top.
   const highest = (what) => Math.max(...all.map((bucket) => bucket[what] / bucket.length), 0);
-  const told = highest("sum");
-  const scale = niceScale(told > 0 ? Math.max(told, Math.min(highest("delivered"), told * 1.25)) : highest("delivered"));
+  const received = highest("sum");
+  const scale = niceScale(received > 0 ? Math.max(received, Math.min(highest("delivered"), received * 1.25)) : highest("delivered"));
   const marks = scale.marks.map((value) => [value, axisText(value)]);
   const edge = Math.max(34, Math.ceil(widest(host, marks.map(([, label]) => label)) + AXIS_GAP + 2));
   const inner = { width: width - edge - EDGE.right, height: HEIGHT - EDGE.top - EDGE.bottom };
@@ -81,11 +81,11 @@ export function draw(activity) {
   all.forEach((bucket, index) => {
     let below = 0;
     for (const kind of activity.kinds) {
-      const value = (bucket.told[kind] ?? 0) / bucket.length;
+      const value = (bucket.received[kind] ?? 0) / bucket.length;
       if (value === 0) continue;
       const [bottom, top] = [y(below), y(below + value)];
       below += value;
-      picture.append(svg(`rect.told.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
+      picture.append(svg(`rect.received.${kind.toLowerCase()}`, { x: x(index) + gap / 2, y: top, width: wide, height: Math.max(0.5, bottom - top), "data-running": bucket.running || null }));
     }
     if (bucket.failed) picture.append(svg("rect.fell", { x: x(index) + gap / 2, y: base + 4, width: Math.max(2, wide), height: LANE, rx: 1.5 }));
     if (!bucket.running) line.push(`${(x(index) + wide / 2).toFixed(1)},${y(Math.min(bucket.delivered / bucket.length, scale.top)).toFixed(1)}`);
@@ -96,17 +96,17 @@ export function draw(activity) {
     picture.append(svg("line.mark", { x1: middle, x2: middle, y1: base + 14, y2: base + 18 }), svg("text.axis", { x: middle, y: base + 31, "text-anchor": anchor }, label));
   }
 
-  // The last kind are events that could not be understood: usually there are none.
-  const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.told[kind]));
-  const toldOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.told[kind] ?? 0), 0);
+  // The last kind is of events that could not be parsed. Usually there are none.
+  const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.received[kind]));
+  const receivedOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.received[kind] ?? 0), 0);
   const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
   show(
     byId("legend"),
-    kinds.map((kind) => el("li", { title: `${count(toldOf(kind))} told by BigChat` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(toldOf(kind))))),
+    kinds.map((kind) => el("li", { title: `${count(receivedOf(kind))} received` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(receivedOf(kind))))),
     el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
     sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
   );
-  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "BigChat has told nothing in this time."));
+  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "Nothing was received in this time."));
   host.querySelector("svg")?.remove();
   host.prepend(picture);
   drawn = { all, step, kinds, pointer };
@@ -126,12 +126,12 @@ function table(all, step, kinds) {
       null,
       el("caption.unseen", null, `Events by kind, ${step === 1 ? "minute by minute" : `for every ${step} minutes`}, the latest first`),
       el("thead", null, el("tr", null, head.map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", null, all.toReversed().map((bucket) => el("tr", { "data-key": bucket.minute }, el("th", { scope: "row" }, timeText(start(bucket)).slice(0, -3)), [...kinds.map((kind) => bucket.told[kind] ?? 0), bucket.sum, bucket.delivered, bucket.failed].map((n) => el("td", { class: n ? null : "faint" }, count(n)))))),
+      el("tbody", null, all.toReversed().map((bucket) => el("tr", { "data-key": bucket.minute }, el("th", { scope: "row" }, timeText(start(bucket)).slice(0, -3)), [...kinds.map((kind) => bucket.received[kind] ?? 0), bucket.sum, bucket.delivered, bucket.failed].map((n) => el("td", { class: n ? null : "faint" }, count(n)))))),
     ),
   );
 }
 
-/** A top that is a round number, and round marks up to it. */
+/** A round maximum, and round marks up to it. */
 function niceScale(most) {
   const highest = most > 0 ? Math.max(most, 1) : 4;
   const rough = highest / 4;
@@ -142,7 +142,7 @@ function niceScale(most) {
   return { top: marks.at(-1), marks };
 }
 
-/** How wide the widest of these labels of an axis is, in the font the page has. */
+/** The width of the widest label of an axis, in the page's font. */
 function widest(host, labels) {
   const probe = svg("svg", { width: 0, height: 0, "aria-hidden": "true" }, labels.map((label) => svg("text.axis", null, label)));
   host.append(probe);
@@ -151,7 +151,7 @@ function widest(host, labels) {
   return Math.max(...widths);
 }
 
-/** Where the time axis has labels: at round hours of this time zone, as many as there is room for. */
+/** The labels of the time axis: at round hours of this time zone, as many as fit. */
 function hours(all, step, width) {
   const room = Math.max(2, Math.floor(width / 84));
   const minutes = all.length * step;
@@ -169,7 +169,7 @@ function hours(all, step, width) {
   return labels;
 }
 
-/** Points at the bucket so many before the latest, or at none. */
+/** Selects the bucket that many before the latest, or none. */
 function point(back) {
   const tip = byId("chart-tip");
   const slider = byId("chart-slider");
@@ -191,14 +191,14 @@ function point(back) {
     el(
       "dl",
       null,
-      drawn.kinds.toReversed().filter((kind) => bucket.told[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.told[kind])),
-      el("div.sum", null, el("dt", null, "told"), el("dd", null, count(bucket.sum))),
+      drawn.kinds.toReversed().filter((kind) => bucket.received[kind]).map((kind) => row(kind.toLowerCase(), kind, bucket.received[kind])),
+      el("div.sum", null, el("dt", null, "received"), el("dd", null, count(bucket.sum))),
       row("line", "delivered", bucket.delivered),
       bucket.failed > 0 && row("fell", "failed", bucket.failed),
     ),
     el("p", null, `${perMinute(bucket.sum / bucket.length)} a minute`),
   );
-  // Beside what is pointed at.
+  // Beside the selected bucket.
   const right = left + place.wide + 14;
   const beside = right + tip.offsetWidth <= place.width ? right : left - tip.offsetWidth - 14;
   tip.style.left = `${Math.max(0, beside)}px`;
@@ -224,7 +224,7 @@ function under(event) {
   return drawn.all.length - 1 - index;
 }
 
-/** Lets the chart be read by pointer and by key. */
+/** Makes the chart usable by pointer and keyboard. */
 export function listen(root) {
   root.addEventListener("pointermove", (event) => {
     if (event.target.id === "chart-slider" && drawn) point(under(event));

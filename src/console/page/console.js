@@ -1,7 +1,7 @@
-// The console: which view is shown, keeping it up to date, and what keys and buttons do.
+// The console: chooses the view, keeps it up to date, and handles keys and buttons.
 //
-// The page asks the daemon again and again while it is looked at. Where there is no answer, what was shown last stays,
-// marked as old, and nothing can be resolved until there is one.
+// While the page is visible, it polls the daemon. Without a response, the last state stays on the screen, marked as old,
+// and nothing can be resolved.
 
 import { Denied, get, KEY, Lost, post, Refused } from "./daemon.js";
 import { listen } from "./chart.js";
@@ -14,9 +14,9 @@ import { head, loading, nothing } from "./parts.js";
 import { banner, pauseActions } from "./pause.js";
 import { search, talk } from "./talk.js";
 
-/** How often the daemon's state is asked for. */
+/** How often the daemon is polled. */
 const BEAT = 2000;
-/** The longest wait between tries while there is no answer. */
+/** The longest wait between attempts while there is no response. */
 const LONGEST = 15_000;
 
 const ROUTES = [
@@ -30,13 +30,13 @@ const ROUTES = [
 
 const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be of another version.") };
 
-/** What is shown. `asked` tells an answer that came too late from one that did not. */
+/** What is shown. A response to an older request than `asked` is dropped. */
 const now = { view: null, params: {}, shown: {}, data: null, error: null, asked: 0, loadedAt: 0 };
 let status = null;
 let version = null;
 let guarded = false;
 
-/** Whether there is a connection, and when it is tried again. */
+/** Whether there is a connection, and when the next attempt is due. */
 const line = { lost: false, since: null, wait: BEAT, at: 0, last: null, trying: false };
 
 // --- which view
@@ -55,7 +55,7 @@ async function go() {
   const { view, params } = route();
   const same = now.view === view && now.params.id === params.id;
   Object.assign(now, { view, params, error: null, data: same ? now.data : null });
-  // What is still shown is of what was asked for before.
+  // The view still shows the previous request.
   if (now.data === null) now.shown = params;
   for (const tab of document.querySelectorAll("[data-tab]")) {
     if (tab.dataset.tab === view.tab) tab.setAttribute("aria-current", "page");
@@ -66,7 +66,7 @@ async function go() {
   showAgain();
   if (!same) scrollTo(0, 0);
   await load();
-  // A reader is told where they are, and goes on from there.
+  // A screen reader announces the new view and continues there.
   if (document.activeElement === document.body || !document.activeElement?.isConnected) byId("title")?.focus({ preventScroll: true });
 }
 
@@ -100,7 +100,7 @@ function showAgain() {
   else show(main, now.view.show(now.data, { status, params: now.shown }));
   main.toggleAttribute("data-busy", !now.data && !now.error);
   rove(main);
-  // What had the focus may be gone: a reader goes on from the beginning of the view.
+  // The focused element may be gone. Then a screen reader continues at the beginning of the view.
   if (focused && !main.contains(document.activeElement)) byId("title")?.focus({ preventScroll: true });
   now.view.shown?.(now.data);
 }
@@ -147,7 +147,7 @@ function found() {
   if (!line.lost) return;
   line.lost = false;
   lost();
-  tell("Connected again.");
+  announce("Connected again.");
   now.loadedAt = 0;
 }
 
@@ -182,7 +182,7 @@ function say(id, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Tells those who do not see the page what has changed for the worse or the better. */
+/** Announces new and solved problems to screen readers. */
 function announce(before, next) {
   if (before === null) return;
   const news = [];
@@ -231,7 +231,7 @@ function signIn(wrong) {
   byId("token").select();
 }
 
-/** Whoever has signed in can sign out. */
+/** The button to sign out, after a login. */
 function leaving() {
   byId("leave").hidden = remembered(KEY) === null;
 }
@@ -257,7 +257,7 @@ async function enter(form) {
   }
 }
 
-// --- asking and telling
+// --- questions and announcements
 
 let asking = null;
 
@@ -274,15 +274,15 @@ function answer(yes) {
   asking = null;
 }
 
-// The browser tells of the close only after the dialog has gone. By then a reader may have gone on, even to the next
-// question: the answer counts as soon as it is given.
+// The browser reports the close only after the dialog has gone. By then the next question may be open, so the answer
+// counts as soon as it is given.
 byId("ask").addEventListener("submit", (event) => answer(event.submitter?.value === "yes"));
 byId("ask").addEventListener("cancel", () => answer(false));
 byId("ask").addEventListener("close", () => byId("ask").open || answer(false));
 
 let silence;
 
-function tell(text) {
+function announce(text) {
   const toast = byId("toast");
   show(toast, el("p", null, text));
   toast.toggleAttribute("data-on", true);
@@ -294,7 +294,7 @@ async function lookAgain() {
   await Promise.all([beat(), load()]);
 }
 
-const page = { ask, tell, lookAgain, showAgain };
+const page = { ask, announce, lookAgain, showAgain };
 
 const buttons = {
   ...actions,
@@ -305,7 +305,7 @@ const buttons = {
     remember("theme", chosen);
     document.documentElement.dataset.theme = chosen;
     themeButton();
-    tell({ system: "Theme: as the system has it.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
+    announce({ system: "Theme: as the system has it.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
   },
   help: () => byId("help").showModal(),
   leave: async () => {
@@ -315,24 +315,24 @@ const buttons = {
   },
   copy: async (button) => {
     await navigator.clipboard.writeText(button.dataset.text);
-    tell("Copied.");
+    announce("Copied.");
   },
 };
 
 async function act(element, why) {
-  // Not twice at once.
+  // A second click is ignored while the first is in progress.
   if (element.hasAttribute("data-busy")) return;
   const changes = ["retry", "discard", "undo", "pause", "resume"].includes(element.dataset.do);
-  if (changes && line.lost) return tell("Not now: there is no connection.");
+  if (changes && line.lost) return announce("Not now: there is no connection.");
   element.toggleAttribute("data-busy", true);
   try {
     await buttons[element.dataset.do](element, page, why);
   } catch (error) {
     if (error instanceof Lost) {
       lose();
-      tell(changes ? "There was no answer: look again before you repeat it." : "There is no connection.");
+      announce(changes ? "There was no answer: look again before you repeat it." : "There is no connection.");
     } else if (error instanceof Denied) signIn();
-    else if (error instanceof Refused) tell(error.message);
+    else if (error instanceof Refused) announce(error.message);
     else throw error;
   } finally {
     element.removeAttribute("data-busy");
@@ -367,7 +367,7 @@ document.addEventListener("submit", (event) => {
 
 // --- keys
 
-/** In each list one entry is in the order of tabs; the arrows go on from there. */
+/** One entry of each list is reached with the tab key, the others with the arrows. */
 function rove(root) {
   for (const list of root.querySelectorAll("[data-list]")) {
     const rows = [...list.children].filter((row) => steps(row).length > 0);
@@ -378,7 +378,7 @@ function rove(root) {
 
 const steps = (row) => (row.dataset.step !== undefined ? [row] : [...row.querySelectorAll("[data-step]")]);
 
-/** Moves the focus along the list it is in, or to the first one. */
+/** Moves the focus along its list, or to the first list. */
 function move(by) {
   const focused = document.activeElement;
   const list = focused.closest("[data-list]") ?? ["[data-list=events]", "[data-list]"].map((what) => byId("main").querySelector(what)).find(Boolean);

@@ -1,10 +1,10 @@
-// What the page asks the daemon.
+// Requests to the daemon.
 
-/** There is no answer: the daemon is down, or the network is. */
+/** There was no response: the daemon or the network is down. */
 export class Lost extends Error {}
-/** The console asks for a token. */
+/** The console requires a token. */
 export class Denied extends Error {}
-/** The daemon says no; the message says why. */
+/** The daemon refused the request; the message says why. */
 export class Refused extends Error {
   constructor(status, message) {
     super(message);
@@ -12,38 +12,38 @@ export class Refused extends Error {
   }
 }
 
-const PATIENCE = 10_000;
+const TIMEOUT = 10_000;
 
-/** Where the key of a session is: what a login gives, and worth nothing without the cookie that comes with it. */
+/** The storage key of a session's key. A login returns it; without the login's cookie it is useless. */
 export const KEY = "key";
 
 export const get = (path) => ask(path, { method: "GET" });
 
 export const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body ?? {}) }, { "Content-Type": "application/json" });
 
-/** What the daemon calls a point in time. */
+/** The daemon's names of times. */
 const TIME = /^(at|now|since|from|until)$|_(at|since)$/;
 
-/** Ids have up to 64 bits, and a number holds only 53 of them: a greater integer stays the text it came as. Times become Unix ms. */
+/** Ids have up to 64 bits, but a number only 53: a greater integer stays text. Times become Unix ms. */
 function exactly(name, value, context) {
   if (typeof value === "string" && TIME.test(name)) return Date.parse(value);
   const source = context?.source;
   return typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? source : value;
 }
 
-/** A point in time as the daemon takes it. */
+/** A time in the daemon's format. */
 export const instant = (ms) => new Date(Number(ms)).toISOString();
 
-/** An id, be it a number or a text, as an integer in what is sent. */
+/** An id, a number or a text, as an integer of the request. */
 export const integer = JSON.rawJSON ?? Number;
 
 async function ask(path, options, headers) {
-  // No other site can make a browser send this.
+  // Other sites cannot make a browser send this header.
   const ours = { "X-Bigchat-Sync": remembered(KEY) ?? "1" };
   let response;
   let text;
   try {
-    response = await fetch(path, { ...options, headers: { ...ours, ...headers }, credentials: "same-origin", cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
+    response = await fetch(path, { ...options, headers: { ...ours, ...headers }, credentials: "same-origin", cache: "no-store", redirect: "error", signal: AbortSignal.timeout(TIMEOUT) });
     text = await response.text();
   } catch (error) {
     throw new Lost(error.message);
@@ -52,7 +52,7 @@ async function ask(path, options, headers) {
   try {
     if (text !== "") body = JSON.parse(text, exactly);
   } catch {
-    // Said below.
+    // Handled below.
   }
   if (response.status === 401) throw new Denied(body?.error ?? "");
   if (!response.ok) throw new Refused(response.status, body?.error ?? `The daemon answered ${response.status}.`);

@@ -1,12 +1,12 @@
-// Elements, and how what is shown becomes what should be shown.
+// Elements, and updating the page.
 //
-// Everything that is shown is made here, of elements and text nodes: what strangers wrote stays text. A view makes the
-// whole of what it shows each time, and `show` changes only what differs, so that focus, scrolling, opened details and
-// a reader's place stay as they are.
+// All content is made here from elements and text nodes, so that foreign text stays text. A view makes its complete content
+// each time, and `show` changes only what differs. So focus, scroll position, open details and a screen reader's position
+// stay as they are.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element: `el("p.muted", { title: "…" }, "text", child, …)`. What is null, undefined or false is left out. */
+/** An element: `el("p.muted", { title: "…" }, "text", child, …)`. Null, undefined and false are left out. */
 export function el(name, attributes, ...children) {
   return make((tag) => document.createElement(tag), name, attributes, children);
 }
@@ -37,8 +37,8 @@ function append(element, children) {
   }
 }
 
-// Control characters, bidirectional overrides and what else has no glyph: it would be invisible, or change how the text
-// around it is shown. Line breaks, joiners and variation selectors belong to ordinary text.
+// Control characters, bidirectional overrides and others without a glyph: they would be invisible, or change how the text
+// around them is shown. Line breaks, joiners and variation selectors are ordinary text.
 const SPECIAL = /\r(?!\n)|[[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]--[\n\r\t\u200c\u200d\p{Variation_Selector}]]/gv;
 
 /** A text in pieces, with a mark in place of each special character. */
@@ -53,7 +53,7 @@ function visible(text) {
   return pieces.filter((piece) => piece !== "");
 }
 
-/** The same as one text, where there is no room for elements. */
+/** The same as one text, for places without elements. */
 export const visibleText = (text) => text.replace(SPECIAL, codePoint);
 
 const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
@@ -63,14 +63,14 @@ export function icon(name) {
   return svg("svg.i", { "aria-hidden": "true" }, svg("use", { href: `#i-${name}` }));
 }
 
-/** Makes `children` what `parent` shows. */
+/** Makes `children` the content of `parent`. */
 export function show(parent, ...children) {
   const next = document.createElement("div");
   append(next, children);
   patchChildren(parent, next);
 }
 
-// Children with a `data-key` are known by it; the others by their place.
+// Children are matched by `data-key`, the others by position.
 function patchChildren(parent, next) {
   const keyed = new Map();
   for (const child of parent.children) {
@@ -111,11 +111,11 @@ function patch(there, wanted) {
     if (there.getAttribute(name) !== value && !isTheReaders(there, name)) there.setAttribute(name, value);
   }
   if (there instanceof HTMLInputElement) there.checked = wanted.checked;
-  // What is drawn in there is somebody else's.
+  // Another module draws the content.
   if (there.dataset.own === undefined) patchChildren(there, wanted);
 }
 
-/** What the reader has done to it: opened it, moved along it. */
+/** The user's changes to it: opened details, scroll position. */
 function isTheReaders(element, attribute) {
   return (attribute === "open" && element.nodeName === "DETAILS") || (attribute === "tabindex" && element.dataset.step !== undefined);
 }

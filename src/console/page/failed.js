@@ -1,4 +1,4 @@
-// The failed events, grouped by reason, and one of them whole; and how they are resolved.
+// The failed events, grouped by reason; one of them in detail; and how they are resolved.
 
 import { get, instant, integer, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is kept here until you resolve it.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is listed here until you resolve it.")];
     return [
       head(
         "Failed events",
@@ -122,7 +122,7 @@ const all = (n) => (n === 1 ? "it" : n === 2 ? "both" : `all ${count(n)}`);
 
 const PERMANENT = "A retry fails again unless OurAPI, or this program, has changed since. Check what was received and answered, then discard.";
 
-// What a reason asks of the operator where a retry can succeed.
+// What the operator should do first, by reason, if a retry can succeed.
 const ADVICE = [
   [/rejected the credentials/, "Renew the token, then retry."],
   [/does not seem to be (OurAPI|BigChat)/, "Something else answers there. Set the URL right, then retry."],
@@ -190,7 +190,7 @@ export const event = {
 
 const BY = { console: "the console", command: "the command line" };
 
-/** Who resolved it. */
+/** The user who resolved it. */
 export const by = (resolution) => BY[resolution.by] ?? resolution.by;
 
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
@@ -207,7 +207,7 @@ function attempts(event) {
         el("details", null, el("summary", null, el("b", null, `${failure.attempt}.`), el("span", null, sentence(failure.reason)), ago(failure.failed_at)), request(failure.request), response(failure.response)),
       ),
     ),
-    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are kept.`),
+    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are stored.`),
   );
 }
 
@@ -217,7 +217,7 @@ function clear(reason) {
   selection.last = null;
 }
 
-/** Which failed events a button means: those that had failed when it was drawn, and none that fails meanwhile. */
+/** The failed events that a button applies to: those that had failed when it was drawn, not those that fail later. */
 function meant({ ids, reason, all, count, by }) {
   const failed_by = by && instant(by);
   if (all !== undefined) return { which: { all: true, failed_by }, number: Number(all) };
@@ -226,12 +226,12 @@ function meant({ ids, reason, all, count, by }) {
   return { which: { ids: numbers }, number: numbers.length };
 }
 
-/** What the buttons of these views do; `page` lets them ask, tell and look again. */
+/** The actions of these views' buttons; `page` asks, announces and refreshes. */
 export const actions = {
   async retry(button, page) {
     const { which, number } = meant(button.dataset);
     const done = await resolve("retry", which, page);
-    page.tell(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: resolved already, or not to be understood.`);
+    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: resolved already, or not to be understood.`);
     await afterResolution(page);
   },
   async discard(button, page) {
@@ -243,13 +243,13 @@ export const actions = {
     );
     if (!sure) return;
     const done = await resolve("discard", which, page);
-    page.tell(`${some(done, "event")} discarded.`);
+    page.announce(`${some(done, "event")} discarded.`);
     await afterResolution(page);
   },
   async undo(button, page) {
     const { which } = meant(button.dataset);
     const done = await resolve("undo", which, page);
-    page.tell(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: it was resolved otherwise, or dropped by the retention.");
+    page.announce(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: it was resolved otherwise, or dropped by the retention.");
     await afterResolution(page);
   },
   select(box, page, event) {
@@ -279,7 +279,7 @@ export const actions = {
 
 const left = (n) => `${count(n)} ${n === 1 ? "is" : "are"}`;
 
-/** Goes on until it is done for all that are meant: with many, the daemon does it in pieces. */
+/** Repeats the request until all selected events are resolved: the daemon resolves a limited number at a time. */
 async function resolve(resolution, which, page) {
   let done = 0;
   let next = 0;
@@ -287,7 +287,7 @@ async function resolve(resolution, which, page) {
     const piece = await post(`/api/failed/${resolution}`, { ...which, after: integer(next) });
     done += piece.done;
     next = piece.next;
-    if (next !== null) page.tell(`${some(done, "event")} so far…`);
+    if (next !== null) page.announce(`${some(done, "event")} so far…`);
   }
   return done;
 }

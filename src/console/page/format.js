@@ -1,4 +1,4 @@
-// Numbers and times as people read them, by this browser's time zone and the daemon's clock.
+// Numbers and times for people, in this browser's time zone and by the daemon's clock.
 
 import { el } from "./dom.js";
 
@@ -8,7 +8,7 @@ const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-dig
 const date = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
 const longDate = new Intl.DateTimeFormat("en-GB", { weekday: "long", day: "numeric", month: "long", year: "numeric" });
 
-/** How far the daemon's clock is ahead of the browser's, in ms. */
+/** By how much the daemon's clock is ahead of the browser's, in ms. */
 let ahead = 0;
 
 export function setNow(now) {
@@ -48,7 +48,7 @@ export function lasting(ms) {
   return hours % 24 && days < 10 ? `${days} d ${hours % 24} h` : `${count(days)} d`;
 }
 
-/** A duration for which whole seconds will do. */
+/** A duration in whole seconds. */
 export const roughly = (ms) => (ms < 1000 ? "0 s" : lasting(Math.floor(ms / 1000) * 1000));
 
 export function size(bytes) {
@@ -59,7 +59,7 @@ export function size(bytes) {
 
 const sameDay = (one, other) => new Date(one).toDateString() === new Date(other).toDateString();
 
-/** The time of day; with the date where that is not today. */
+/** The time of day, with the date unless it is today. */
 export function timeText(ms) {
   return sameDay(ms, now()) ? clock.format(ms) : `${date.format(ms)}, ${clock.format(ms)}`;
 }
@@ -85,12 +85,12 @@ export function at(ms) {
   return el("time", { datetime: utc(ms), title: fullTime(ms) }, `${timeText(ms)} ${zone(ms)}`);
 }
 
-/** How long ago it is; goes on by itself. */
+/** How long ago it was; updated automatically. */
 export function ago(ms) {
   return el("time", { datetime: utc(ms), title: fullTime(ms), "data-ago": ms }, agoText(ms));
 }
 
-/** How long it has lasted; goes on by itself. */
+/** How long it has lasted; updated automatically. */
 export function since(ms) {
   return el("time", { datetime: utc(ms), title: `since ${fullTime(ms)}`, "data-since": ms }, roughly(now() - ms));
 }
@@ -100,7 +100,7 @@ function agoText(ms) {
   return passed < 1500 ? "just now" : `${roughly(passed)} ago`;
 }
 
-/** Brings all that goes on by itself up to date. */
+/** Updates these times. */
 export function tick() {
   for (const time of document.querySelectorAll("time[data-ago]")) say(time, agoText(Number(time.dataset.ago)));
   for (const time of document.querySelectorAll("time[data-since]")) say(time, roughly(now() - Number(time.dataset.since)));

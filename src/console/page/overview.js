@@ -1,4 +1,4 @@
-// Whether all is well, and where it is not; how much goes through.
+// Whether the daemon is healthy, what is wrong, and the rates.
 
 import { draw, frame } from "./chart.js";
 import { byId, el } from "./dom.js";
@@ -48,10 +48,10 @@ function verdict(status) {
   );
 }
 
-/** A text in which `…` is something to type. */
+/** A text in which `…` is code. */
 const commands = (text) => text.split("`").map((part, index) => (index % 2 ? el("code", null, part) : part));
 
-// BigChat, the journal, OurAPI, and what goes on between them.
+// BigChat, the journal, OurAPI, and the flow between them.
 function pipe(status) {
   return el(
     "section.pipe",
@@ -190,7 +190,7 @@ function lists(data, status) {
   );
 }
 
-/** Draws the chart again where its width or its table has changed. */
+/** Redraws the chart if its width or its table has changed. */
 export function watch(current) {
   new ResizeObserver(() => overview.shown(current())).observe(byId("main"));
   byId("main").addEventListener("toggle", (event) => event.target.id === "chart-details" && overview.shown(current()), true);

@@ -1,4 +1,4 @@
-// What several views show.
+// Parts shared by several views.
 
 import { el, icon } from "./dom.js";
 
@@ -11,12 +11,12 @@ export function conversation(key, id) {
   return key === null ? String(id) : el("a", { href: `#/conversations/${key}` }, String(id));
 }
 
-/** What there is to say where there is nothing to show. */
+/** A message in place of content. */
 export function nothing(symbol, title, ...more) {
   return el("div.nothing", null, icon(symbol), el("h2", null, title), more.map((text) => el("p", null, text)));
 }
 
-/** The shape of what is on its way; appears only where that takes long. */
+/** A placeholder while loading; appears only if that takes long. */
 export function loading(rows = 5) {
   return el(
     "div.loading",
@@ -26,7 +26,7 @@ export function loading(rows = 5) {
   );
 }
 
-/** A heading, and what can be done there. */
+/** A heading with its buttons. */
 export function head(title, under, ...actions) {
   return el("div.head", null, el("div", null, el("h1", { id: "title", tabindex: -1 }, title), under && el("div.under", null, under)), actions.some(Boolean) && el("div.buttons", null, actions));
 }
@@ -34,17 +34,17 @@ export function head(title, under, ...actions) {
 /** The way back. */
 export const back = (href, text) => el("nav.back", { "aria-label": "Back" }, el("a", { href }, icon("left"), text));
 
-/** Facts: pairs of a name and what it is; those without a value are left out. */
+/** Facts: pairs of a name and a value; those without a value are left out. */
 export function facts(pairs) {
   return el("dl.facts", null, pairs.filter(([, value]) => value !== null && value !== undefined && value !== false).map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value))));
 }
 
-/** Something to be copied. */
+/** A text with a button to copy it. */
 export const copyable = (text) => el("span.copyable", null, el("code", null, text), el("button.icon", { type: "button", "data-do": "copy", "data-text": text, title: "Copy" }, icon("copy"), el("span.unseen", null, "Copy")));
 
 const TOKEN = /"(?:[^"\\]+|\\.)*"|[[\]{},:]|[^\s[\]{},:"]+/g;
 
-/** JSON as people read it, with every number and every key as it came; what is no JSON as it is. */
+/** JSON with indentation, every number and key as received; other text unchanged. */
 export function pretty(text) {
   try {
     JSON.parse(text);
@@ -64,7 +64,7 @@ export function pretty(text) {
       if (opened || previous === ",") lines += newLine();
       else if (previous === ":") lines += " ";
       if (token === "{" || token === "[") depth += 1;
-      // Without needless escapes.
+      // Needless escapes are removed.
       lines += token.startsWith('"') ? JSON.stringify(JSON.parse(token)) : token;
     }
     previous = token;
@@ -72,7 +72,7 @@ export function pretty(text) {
   return lines;
 }
 
-/** A message; one without anything to be seen says so. */
+/** A message, or a note that it has no visible text. */
 export function words(text) {
   if (!/^[\s\u2800\u200c\u200d\p{Variation_Selector}]*$/v.test(text)) return text;
   return el("span.muted", { title: text === "" ? "no text" : "only white space" }, "(empty message)");
@@ -92,17 +92,17 @@ const RESOLVED = { retry: "retried", discard: "discarded", undo: "reopened" };
 /** How an event was resolved. */
 export const resolved = ({ resolution }) => el("b", { class: resolution }, RESOLVED[resolution] ?? resolution);
 
-/** Takes a discard back, as long as it can be. */
+/** The button that undoes a discard, as long as that is possible. */
 export const undo = ({ can_undo, event }) => can_undo && el("button.quiet", { type: "button", "data-do": "undo", "data-ids": event }, "Undo");
 
-/** What was asked: the line, and the body below it. */
+/** A request: its line, and its body below. */
 export function request(text) {
   if (!text) return el("p.muted", null, "Nothing was asked of an API.");
   const [, method, path, body] = /^([A-Z]+) (\S+)\s*([^]*)$/.exec(text) ?? [null, "", "", text];
   return el("div.wire", null, method && el("p", null, el("b", null, method), " ", el("code", null, path)), body && el("pre", { tabindex: 0 }, pretty(body)));
 }
 
-/** What was answered. */
+/** A response. */
 export function response(text) {
   if (!text) return el("p.muted", null, "Nothing was answered.");
   const [, status, body] = /^(\d{3})\b\s*([^]*)$/.exec(text) ?? [null, null, text];

@@ -17,7 +17,7 @@ export function banner(pause) {
 
 export const pauseButton = () => el("button.quiet", { type: "button", "data-do": "pause" }, "Pause deliveries…");
 
-/** For how long, in seconds; "": until somebody resumes; null: not at all. */
+/** For how long, in seconds; "": until an operator resumes; null: not at all. */
 function askLength() {
   const dialog = byId("pause");
   dialog.returnValue = "";
@@ -32,12 +32,12 @@ export const pauseActions = {
     const seconds = await askLength();
     if (seconds === null) return;
     await post("/api/pause", seconds === "" ? {} : { seconds: Number(seconds) });
-    page.tell("Deliveries are paused.");
+    page.announce("Deliveries are paused.");
     await page.lookAgain();
   },
   async resume(_, page) {
     await post("/api/resume");
-    page.tell("Deliveries resume.");
+    page.announce("Deliveries resume.");
     await page.lookAgain();
   },
 };

@@ -12,7 +12,7 @@ export const resolutions = {
   every: 6000,
   load: ({ before }) => get(`/api/resolutions${before ? `?before=${encodeURIComponent(before)}` : ""}`),
   show(data, { params }) {
-    const title = head("Resolutions", "Who retried, discarded or reopened which failed event. Kept for good.");
+    const title = head("Resolutions", "Who retried, discarded or reopened which failed event. Never dropped.");
     if (!data) return [title, loading(6)];
     if (data.rows.length === 0) return [head("Resolutions"), nothing("audit", "Nothing was resolved yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
     return [

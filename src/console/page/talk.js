@@ -1,4 +1,4 @@
-// Conversations: found by id, chat or agent, and one of them whole.
+// Conversations: search by id, chat or agent, and one in detail.
 
 import { get } from "./daemon.js";
 import { el, icon } from "./dom.js";
@@ -19,7 +19,7 @@ export const search = {
         head("Conversations"),
         q
           ? nothing("find", `Nothing for “${q}”`, "Search by BigChat’s id of a conversation (42), by the id of an event, by OurAPI’s id of a chat, by its external id, or by an agent’s name or e-mail address.")
-          : nothing("talk", "No conversation yet", "The first one shows here as soon as BigChat tells of it."),
+          : nothing("talk", "No conversation yet", "The first one is shown as soon as BigChat reports it."),
       ];
     }
     return [
@@ -82,8 +82,8 @@ export const talk = {
         el(
           "section.card.talk",
           { "aria-labelledby": "events" },
-          el("header", null, el("h2", { id: "events" }, "What happened"), el("span.muted", null, "in the order it was told")),
-          data.events.length === 0 ? el("p.quietly", null, "No event of it is kept any more, or none was told yet.") : el("ol.line", { "data-list": "line" }, days(data.events)),
+          el("header", null, el("h2", { id: "events" }, "What happened"), el("span.muted", null, "in the order of arrival")),
+          data.events.length === 0 ? el("p.quietly", null, "No event of it is stored any more, or none was received yet.") : el("ol.line", { "data-list": "line" }, days(data.events)),
           (params.after || data.next !== null) && el("p.pages", null, params.after && el("a", { href: page() }, "From the beginning"), data.next !== null && el("a", { href: page(data.next) }, "Go on")),
         ),
         el(

@@ -3,7 +3,7 @@
 
 const THEMES = ["system", "light", "dark"];
 
-/** What this browser remembers under `key`; nothing where the browser remembers nothing. */
+/** The value stored by this browser for `key`, if it stores any. */
 function remembered(key) {
   try {
     return localStorage.getItem(key);
@@ -12,13 +12,13 @@ function remembered(key) {
   }
 }
 
-/** Remembers it, as long as the browser does; `null` forgets. */
+/** Stores the value in this browser; `null` deletes it. */
 function remember(key, value) {
   try {
     if (value === null) localStorage.removeItem(key);
     else localStorage.setItem(key, value);
   } catch {
-    // It is so for as long as the page is open.
+    // The choice lasts as long as the page is open.
   }
 }
 

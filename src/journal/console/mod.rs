@@ -1,7 +1,7 @@
-//! What the console shows of the journal beside the figures: a page of it at a time.
+//! What the console shows of the journal besides the figures, one page at a time.
 //!
-//! Each query goes along an index and ends after so many rows, whatever the journal holds; the largest text is cut off. A
-//! page says after what the next one begins, so that nothing is counted or skipped over to get there.
+//! Each query uses an index and ends after a fixed number of rows, whatever the size of the journal. Large texts are
+//! truncated. A page ends with the key after which the next one begins, so that no rows are counted or skipped.
 
 mod rows;
 pub(super) mod says;
@@ -22,21 +22,21 @@ pub use rows::{
 /// How many rows a page has.
 const PAGE: usize = 50;
 
-/// How many failed events are looked at for a page of those of one reason.
-const LOOKED_AT: usize = 10_000;
+/// How many failed events are searched for a page of those with one reason.
+const SEARCHED: usize = 10_000;
 
-/// How many agents an address's beginning may mean.
+/// How many agents the beginning of an address may match.
 const AGENTS: usize = 20;
 
-/// How many events of a conversation that wait or failed are counted.
+/// How many waiting or failed events of a conversation are counted.
 const COUNTED: usize = 100;
 
-/// How many characters of an event are shown in a list, in its conversation, and by itself.
+/// How many characters of an event are shown in a list, in its conversation, and on its own page.
 const IN_A_LIST: usize = 200;
 const IN_ITS_CONVERSATION: usize = 4_000;
 const BY_ITSELF: usize = 1 << 20;
 
-/// The data of the event `e`, and how many bytes that is. JSON that is larger than any that should be is not even read.
+/// The data of the event `e`, and its size in bytes. JSON larger than any valid event is not even read.
 const DATA: &str =
     "iif(octet_length(e.data) > 1048576, NULL, e.data) AS data, octet_length(e.data) AS bytes";
 
@@ -47,7 +47,7 @@ pub enum Search {
     Latest,
     /// BigChat's id of a conversation.
     Conversation(i64),
-    /// OurAPI's external id of a chat, and the id of BigChat that it was made of.
+    /// OurAPI's external id of a chat, and BigChat's id in it.
     ExternalId(String, i64),
     /// OurAPI's id of a chat or an agent.
     Id(Uuid),
@@ -56,7 +56,7 @@ pub enum Search {
 }
 
 impl Search {
-    /// What somebody means who writes `text`; external ids begin with `prefix`.
+    /// What a user searches for with `text`. External ids begin with `prefix`.
     pub fn read(text: &str, prefix: &str) -> Self {
         let text = text.trim();
         if text.is_empty() {
@@ -79,7 +79,7 @@ impl Search {
 }
 
 impl Store {
-    /// What happened in the last `minutes` minutes, so many of them taken together that a chart can show it.
+    /// The activity of the last `minutes` minutes, summed over intervals that a chart can show.
     pub fn activity(&mut self, minutes: u32, now: Millis) -> Result<Activity> {
         let step = match minutes {
             0..=60 => 1,
@@ -94,7 +94,7 @@ impl Store {
             Ok(Minutes {
                 minute: row.get(0)?,
                 kind: row.get(1)?,
-                told: unsigned(row, 2)?,
+                received: unsigned(row, 2)?,
                 delivered: unsigned(row, 3)?,
                 failed: unsigned(row, 4)?,
             })
@@ -112,7 +112,7 @@ impl Store {
     pub fn failed_for(&mut self, reason: &str, after: i64) -> Result<Page<FailedRow>> {
         let transaction = self.connection.transaction()?;
         let mut statement = transaction.prepare_cached(FAILED)?;
-        let mut found = statement.query(params![after, limit(LOOKED_AT)])?;
+        let mut found = statement.query(params![after, limit(SEARCHED)])?;
         let (mut ids, mut looked_at, mut last) = (Vec::new(), 0, after);
         let mut more = false;
         while let Some(row) = found.next()? {
@@ -128,7 +128,7 @@ impl Store {
         }
         let mut page = Page {
             rows: Vec::with_capacity(ids.len()),
-            next: (more || looked_at == LOOKED_AT).then_some(last),
+            next: (more || looked_at == SEARCHED).then_some(last),
         };
         for id in ids {
             let mut statement = transaction.prepare_cached(&failed_row())?;
@@ -137,7 +137,7 @@ impl Store {
         Ok(page)
     }
 
-    /// An event, if there still is one of that id.
+    /// An event, if it exists.
     pub fn whole_event(&mut self, id: i64) -> Result<Option<WholeEvent>> {
         let event = self
             .connection
@@ -152,7 +152,7 @@ impl Store {
         Ok(Some(event))
     }
 
-    /// The conversations that are wanted, the latest first, and whether there are more than these.
+    /// The matching conversations, the latest first, and whether there are more.
     pub fn find_conversations(&mut self, wanted: &Search) -> Result<(Vec<ConversationRow>, bool)> {
         let transaction = self.connection.transaction()?;
         let more_than_enough = limit(PAGE + 1);
@@ -192,10 +192,10 @@ impl Store {
         Ok((rows.collect::<Result<_>>()?, more))
     }
 
-    /// The events that could not be parsed and yet name this conversation, as far as they are searched.
+    /// Events that could not be parsed but name this conversation, as far as they are searched.
     pub fn unparsed_of(&mut self, conversation: i64) -> Result<Vec<i64>> {
         let mut statement = self.connection.prepare_cached(UNPARSED)?;
-        let mut events = statement.query([limit(LOOKED_AT)])?;
+        let mut events = statement.query([limit(SEARCHED)])?;
         let mut ids = Vec::new();
         while let Some(event) = events.next()? {
             let raw: Option<String> = event.get(1)?;
@@ -227,13 +227,13 @@ impl Store {
         Ok(event?)
     }
 
-    /// A conversation by the journal's id of it.
+    /// A conversation by its key in the journal.
     pub fn conversation_row(&mut self, key: i64) -> Result<Option<ConversationRow>> {
         let transaction = self.connection.transaction()?;
         conversation(&transaction, key)
     }
 
-    /// The events of a conversation after `after`, in the order in which they were told.
+    /// The events of a conversation after `after`, in the order in which they were received.
     pub fn events_of(&mut self, key: i64, after: i64) -> Result<Page<EventRow>> {
         let mut statement = self.connection.prepare_cached(&events_of())?;
         let rows = statement.query_map(params![key, after, limit(PAGE + 1)], |row| {
@@ -280,7 +280,7 @@ const WHOLE: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_i
     FROM event_states e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
     WHERE e.id = ?2";
 
-/// All but those that nothing was told of: conversation 1 is only known to tell restarts by.
+/// Conversations with at least one event. Conversation 1 may be known only as a probe.
 const LATEST: &str = "SELECT id FROM conversations c
     WHERE external_id IS NOT NULL OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = c.id)
     ORDER BY id DESC LIMIT ?1";
@@ -293,7 +293,7 @@ const BY_AGENT: &str =
 const EVENT: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation
     FROM events e LEFT JOIN conversations c ON c.id = e.conversation WHERE e.id = ?1";
 
-/// There are as many agents as people.
+/// There are few agents, so a scan is cheap.
 const BY_NAME_OR_EMAIL: &str = "SELECT agent_id FROM agents
     WHERE agent_id IS NOT NULL AND (email LIKE ?1 ESCAPE '\\'
         OR email IN (SELECT email FROM advisors
@@ -340,7 +340,7 @@ fn events_of() -> String {
     )
 }
 
-/// What an event says, at most so many characters of it, and whether there is more.
+/// The content of an event, up to `at_most` characters, and whether there is more.
 fn says(row: &Row<'_>, at_most: usize) -> rusqlite::Result<(Option<String>, bool)> {
     let (name, data): (String, Option<String>) = (row.get("kind")?, row.get("data")?);
     if let (None, Some(bytes)) = (&data, row.get::<_, Option<i64>>("bytes")?) {
@@ -362,7 +362,7 @@ fn keys(connection: &Connection, sql: &str, params: impl rusqlite::Params) -> Re
     Ok(keys.collect::<rusqlite::Result<_>>()?)
 }
 
-/// The pattern of what begins with a text.
+/// The pattern for texts with this beginning.
 fn beginning(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 1);
     for c in text.chars() {
@@ -402,7 +402,7 @@ fn conversation(connection: &Connection, key: i64) -> Result<Option<Conversation
     Ok(Some(row))
 }
 
-/// What BigChat said of the advisor, if it was asked.
+/// What BigChat answered about the advisor, if it was asked.
 fn known_advisor(row: &Row<'_>) -> rusqlite::Result<Option<KnownAdvisor>> {
     let id: Option<i64> = row.get("advisor")?;
     Ok(match (id, row.get("name")?, row.get("email")?) {
@@ -515,7 +515,7 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
     })
 }
 
-/// A page of at most [`PAGE`] rows, of one row more where there are more.
+/// A page of at most [`PAGE`] rows, from a query that returns one row more if there are more.
 fn paged<T>(mut rows: Vec<T>, id: impl Fn(&T) -> i64) -> Page<T> {
     let more = rows.len() > PAGE;
     rows.truncate(PAGE);
@@ -527,7 +527,7 @@ fn paged<T>(mut rows: Vec<T>, id: impl Fn(&T) -> i64) -> Page<T> {
 mod tests {
     use super::*;
 
-    /// How SQLite goes about a query.
+    /// SQLite's plan for a query.
     fn plan(store: &mut Store, sql: &str) -> Vec<String> {
         let mut statement = store
             .connection()
@@ -541,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn no_query_walks_through_a_table() {
+    fn query_scans_no_table() {
         let memory = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(memory, true).expect("our tables");
         for (sql, index) in [
@@ -575,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn a_search_means_what_somebody_writes() {
+    fn search_text_is_classified() {
         let id = Uuid::from_u128(7);
         for (text, wanted) in [
             ("  ", Search::Latest),

@@ -1,41 +1,41 @@
-//! What the console and the commands show, row by row.
+//! The rows that the console and the commands show.
 
 use serde::Serialize;
 
 use crate::domain::time::{Millis, Timestamp};
 use crate::journal::{FailedAttempt, PastResolution};
 
-/// What happened in each of some minutes.
+/// The activity of some minutes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Activity {
     /// The first minute, in Unix seconds / 60.
     pub from: i64,
-    /// The last one, which is not over.
+    /// The last minute, which is not over.
     pub to: i64,
-    /// How many minutes are taken together.
+    /// The length of an interval, in minutes.
     pub step: i64,
-    /// The names of all kinds of events, and of those that could not be understood, which come last.
+    /// The names of all kinds of events; last, the one of events that could not be parsed.
     pub kinds: Vec<&'static str>,
-    /// What happened, where anything did.
+    /// The intervals with activity.
     pub minutes: Vec<Minutes>,
 }
 
-/// What happened to events of one kind in some minutes.
+/// The activity of one kind of event in an interval.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Minutes {
-    /// The first of the minutes.
+    /// The first minute of the interval.
     pub minute: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
-    /// How many BigChat told.
-    pub told: u64,
+    /// How many were received.
+    pub received: u64,
     /// How many were delivered.
     pub delivered: u64,
-    /// How many went to the failed events.
+    /// How many became dead letters.
     pub failed: u64,
 }
 
-/// Some rows, and after which id it goes on.
+/// Some rows, and the id after which the next ones begin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Page<T> {
     /// The rows.
@@ -53,7 +53,7 @@ pub struct FailedRow {
     pub kind: String,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
-    /// The beginning of what it says.
+    /// The beginning of its content.
     pub text: Option<String>,
     /// How many attempts failed.
     pub attempts: u32,
@@ -68,13 +68,13 @@ pub struct FoundEvent {
     pub id: i64,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub name: String,
-    /// BigChat's id of its conversation; `None`: that could not be understood.
+    /// BigChat's id of its conversation; `None`: the event could not be parsed.
     pub conversation: Option<i64>,
-    /// The journal's id of it.
+    /// The conversation's key in the journal.
     pub conversation_key: Option<i64>,
 }
 
-/// An event whole, whatever became of it.
+/// An event with all its details.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WholeEvent {
     /// Its id.
@@ -83,15 +83,15 @@ pub struct WholeEvent {
     pub kind: String,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
-    /// The journal's id of it.
+    /// The conversation's key in the journal.
     pub conversation_key: Option<i64>,
     /// OurAPI's id of the chat, if there is one.
     pub chat_id: Option<String>,
     /// When it happened, by BigChat's clock; `None`: it could not be parsed.
     pub event_at: Option<Timestamp>,
-    /// The event as BigChat reported it; of one that was parsed, put together again.
+    /// The raw event as BigChat reported it; put together again if it was parsed.
     pub raw: String,
-    /// Whether that is not all of it.
+    /// Whether `raw` is truncated.
     pub raw_truncated: bool,
     /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
     pub state: String,
@@ -101,15 +101,15 @@ pub struct WholeEvent {
     pub state_since: Option<Millis>,
     /// How many attempts failed.
     pub attempts: u32,
-    /// Whether OurAPI may hold it all the same.
+    /// Whether OurAPI may have carried it out.
     pub outcome_unknown: bool,
-    /// Why it failed last.
+    /// Why the last attempt failed.
     pub reason: Option<String>,
     /// Whether a retry can never succeed.
     pub permanent: bool,
-    /// What was asked then.
+    /// The last request.
     pub request: Option<String>,
-    /// What was answered.
+    /// The last response.
     pub response: Option<String>,
     /// The latest failed attempts, the last one first.
     pub failures: Vec<FailedAttempt>,
@@ -117,10 +117,10 @@ pub struct WholeEvent {
     pub resolutions: Vec<PastResolution>,
 }
 
-/// A conversation, the chat it is, and how it stands.
+/// A conversation, its chat, and their state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ConversationRow {
-    /// The journal's id of it, which no other ever has.
+    /// The key in the journal, which is never reused.
     pub key: i64,
     /// BigChat's id of it.
     pub conversation: i64,
@@ -132,27 +132,27 @@ pub struct ConversationRow {
     pub started_at: Option<Timestamp>,
     /// When it ended, by the latest END that was delivered.
     pub ended_at: Option<Timestamp>,
-    /// Who had it first, by BigChat's id.
+    /// BigChat's id of its first advisor.
     pub first_advisor: Option<i64>,
-    /// Who has it since a TRANSFER.
+    /// BigChat's id of the advisor of the latest TRANSFER.
     pub transfer_advisor: Option<i64>,
-    /// When that happened.
+    /// The time of that TRANSFER.
     pub transfer_at: Option<Timestamp>,
-    /// Whether BigChat's details of it were read: `unread`, `read` or `gone`.
+    /// The state of BigChat's details of it: `unread`, `read` or `gone`.
     pub details: String,
     /// OurAPI's external id of the chat.
     pub external_id: Option<String>,
     /// OurAPI's id of the chat.
     pub chat_id: Option<String>,
-    /// When the chat says it started.
+    /// The start time of the chat.
     pub chat_started_at: Option<Timestamp>,
-    /// And ended.
+    /// The end time of the chat.
     pub chat_ended_at: Option<Timestamp>,
-    /// OurAPI's id of its agent.
+    /// OurAPI's id of the chat's agent.
     pub chat_agent: Option<String>,
-    /// The name of the advisor who is that agent.
+    /// The agent's name.
     pub agent_name: Option<String>,
-    /// The address.
+    /// The agent's address.
     pub agent_email: Option<String>,
     /// Why the chat has no agent; `None`: it has one.
     pub no_agent: Option<String>,
@@ -160,11 +160,11 @@ pub struct ConversationRow {
     pub forgotten_at: Option<Millis>,
     /// Who erased it.
     pub forgotten_by: Option<String>,
-    /// Whether the chat is read back before anything is sent: the outcome of a change is unknown, say.
+    /// Whether the chat is read back before anything is sent, for example because the outcome of a change is unknown.
     pub stale: bool,
-    /// How many of its events wait, as far as they are counted.
+    /// How many of its events wait, counted up to a limit.
     pub waiting: u64,
-    /// Which of its events have failed, as far as they are counted.
+    /// Its failed events, up to a limit.
     pub failed: Vec<i64>,
     /// Whether a retry can never succeed for any of these.
     pub permanent: bool,
@@ -179,9 +179,9 @@ pub struct EventRow {
     pub kind: String,
     /// When it happened, by BigChat's clock.
     pub event_at: Timestamp,
-    /// What it says.
+    /// Its content.
     pub text: Option<String>,
-    /// Whether that is only its beginning.
+    /// Whether the text is truncated.
     pub text_truncated: bool,
     /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
     pub state: String,
@@ -193,8 +193,8 @@ pub struct EventRow {
     pub effect: Option<String>,
     /// How many attempts failed.
     pub attempts: u32,
-    /// Why the last one did.
+    /// Why the last attempt failed.
     pub reason: Option<String>,
-    /// When the next one is due.
+    /// When the next attempt is due.
     pub next_at: Option<Millis>,
 }

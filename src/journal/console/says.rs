@@ -1,10 +1,10 @@
-//! What the console and the commands say of an event and of a chat without an agent: pure, from what the journal holds.
+//! The texts that the console and the commands show for an event and for a chat without an agent. Pure.
 
 use crate::domain::event::{EventKind, Payload};
 use crate::journal::KnownAdvisor;
 
-/// What an event says, as people read it: its message whole, whatever characters are in it. SQLite's text functions would
-/// end it at the first NUL.
+/// The content of an event for people. A message is complete, whatever characters are in it: SQLite's text functions
+/// would end it at the first NUL.
 pub(in crate::journal) fn event(name: &str, data: Option<String>) -> Option<String> {
     let Some(kind) = EventKind::from_name(name) else {
         return data;
@@ -17,9 +17,9 @@ pub(in crate::journal) fn event(name: &str, data: Option<String>) -> Option<Stri
     }
 }
 
-/// Why a chat has no agent. `advisor`: who should be the agent, by BigChat's id; `details`: whether the conversation's
-/// were read, which name the first one; `known`: what BigChat said of the advisor, if it was asked; `accepted`: whether
-/// OurAPI has the agent or permanently rejected it, if it was asked.
+/// Why a chat has no agent. `advisor`: BigChat's id of the advisor who should be the agent. `details`: whether the
+/// conversation's details, which name the first advisor, were read. `known`: what BigChat answered about the advisor.
+/// `accepted`: whether OurAPI has the agent or permanently rejected it.
 pub(super) fn no_agent(
     details: &str,
     advisor: Option<i64>,
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_whole_whatever_is_in_them() {
+    fn messages_are_complete() {
         for text in [
             "",
             "a\0b",
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_says_what_it_can() {
+    fn every_kind_has_content() {
         for (name, data, expected) in [
             ("START", Some("null"), None),
             ("END", None, None),
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chat_without_an_agent_says_why() {
+    fn chat_without_agent_has_reason() {
         let ann = KnownAdvisor::Person {
             name: "Ann".into(),
             email: "ann@x.test".into(),

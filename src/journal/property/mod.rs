@@ -1,8 +1,8 @@
-//! Any sequence of operations on the journal, compared after each with a [plain model](plain) of it: the state of every
+//! Random sequences of operations on the journal, compared after each with a [plain model](plain): the state of every
 //! event, what is claimed, and when the rest is due.
 //!
-//! Reports are built as `delivery` builds them, from a script that says what becomes of each event, so that more is tried
-//! than OurAPI would do. They wait for their commit, as in the committer's channel, while anything else happens.
+//! Reports are built as `delivery` builds them, from a script of outcomes, so that more cases are covered than OurAPI
+//! would produce. They wait for their commit, as in the committer's channel, while other operations run.
 
 mod plain;
 
@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::{ClaimRequest, NewPage, Operator, Progress, Resolution, Scope, Selection, Store};
+use super::{ClaimRequest, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store};
 use crate::domain::account::{self, Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
@@ -26,7 +26,7 @@ use crate::domain::progress::{
 use crate::domain::time::{Millis, Timestamp};
 use plain::{Plain, State};
 
-/// How long what is unknown is left alone, in milliseconds.
+/// How long an unknown outcome is left alone, in milliseconds.
 const PAUSE: i64 = 500;
 
 const RETENTION: Duration = Duration::from_secs(100);
@@ -34,7 +34,7 @@ const OVERLAP: Duration = Duration::from_secs(30);
 
 const CONVERSATIONS: i64 = 3;
 
-/// Within which time each chat is verified, in milliseconds.
+/// The period in which each chat is verified, in milliseconds.
 const EVERY: i64 = 2_000;
 
 const IDLE_PASS: IdlePass = IdlePass {
@@ -42,7 +42,7 @@ const IDLE_PASS: IdlePass = IdlePass {
     mode: VerifyMode::Restore,
 };
 
-/// When it all begins, in Unix seconds.
+/// The initial time, in Unix seconds.
 const START: i64 = 1_000_000;
 
 /// An event that BigChat may report.
@@ -63,7 +63,7 @@ impl Reported {
     }
 }
 
-/// All events that BigChat may report of a conversation. The last message fills a claim by itself.
+/// All events that BigChat may report of a conversation. The last message fills a claim alone.
 static EVENTS: LazyLock<Vec<Reported>> = LazyLock::new(|| {
     let message = |text: &str| serde_json::json!({ "message": text });
     [
@@ -85,87 +85,87 @@ static EVENTS: LazyLock<Vec<Reported>> = LazyLock::new(|| {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// A page comes with events of conversations.
+    /// A page with events arrives.
     Ingest(Vec<(i64, usize)>),
-    /// Up to so many conversations are claimed.
+    /// Up to this many conversations are claimed.
     Claim(usize),
     Probe,
-    /// A worker is done with one of those that are claimed. Its report is not committed yet.
+    /// A worker finishes one of the claims. Its report is not committed yet.
     Report(prop::sample::Index, Script),
-    /// The worker of one of those that are claimed has panicked, which is an attempt at its first event.
+    /// The worker of one of the claims has panicked, which counts as an attempt of its first event.
     Lose(prop::sample::Index, Fate),
-    /// One of those that are claimed is given back without having been worked on.
+    /// One of the claims is released without work.
     Release(prop::sample::Index),
-    /// The next reports are committed, so many at once.
+    /// The next reports are committed together.
     Commit(usize),
-    /// All reports are to be committed, and the database refuses.
+    /// The database refuses the commit of all reports.
     Refuse,
-    /// All that is due is worked on, and committed. Other things happen between claim and commit.
+    /// All due work is done and committed. Other operations happen between claim and commit.
     Deliver(Script, Vec<Step>),
     /// The operator resolves one dead letter, or all.
     Retry(Option<prop::sample::Index>),
     Discard(Option<prop::sample::Index>),
-    /// OurAPI is found to have lost something.
+    /// OurAPI is found to have lost data.
     Loss,
-    /// `verify` is requested, of all chats or one of them; what was requested before may be withdrawn.
+    /// `verify` is requested for all chats or one of them; an earlier request may be withdrawn.
     Verify {
         repair: bool,
         conversation: Option<i64>,
         withdraws: bool,
     },
-    /// If there is nothing else to do, the next chat of the pass in idle time is claimed.
+    /// If nothing else is due, the next chat of the pass in idle time is claimed.
     Idle,
     /// The daemon dies and starts again.
     Restart,
     Later(i64),
     SetBack(i64),
-    /// Old events are dropped after a while.
+    /// Time passes, and old events are dropped.
     Prune {
         after: i64,
         at_most: u32,
     },
 }
 
-/// What becomes of the events of a claim.
+/// The outcomes of the events of a claim.
 #[derive(Debug, Clone)]
 struct Script {
     fates: Vec<Fate>,
     found: Found,
-    /// Which of the delivered messages are missing.
+    /// Which delivered messages are missing.
     missing: Vec<bool>,
-    /// What OurAPI holds beyond, of each event that is a message.
+    /// How many unaccounted copies OurAPI has of each message.
     credits: [u32; 2],
 }
 
-/// What an attempt at an event comes to.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, Copy)]
 enum Fate {
     Delivered,
-    /// It is permanently rejected, and the next is tried.
+    /// It is permanently rejected, and the next event is tried.
     Rejected,
-    /// It fails, and nothing else is tried.
+    /// It fails, and no further event is tried.
     Retried {
         pause: i64,
         outcome_unknown: bool,
     },
-    /// The same, and once too often.
+    /// The same, with no attempts left.
     GivenUp {
         outcome_unknown: bool,
     },
-    /// The database interrupts it.
+    /// The database interrupts the attempt.
     Interrupted,
     /// The daemon is to stop.
     NotTried,
 }
 
-/// What the chat is found to be.
+/// The state of the chat as read.
 #[derive(Debug, Clone, Copy)]
 enum Found {
     AsRemembered,
     Read,
-    /// It is read, but for its messages: none may be delivered.
+    /// The fields are read, but not the messages: none may have been delivered.
     ReadWithoutMessages,
-    /// It is read, but its messages cannot be: those that may be delivered are dead letters.
+    /// The fields are read, but the messages cannot be: those that may have been delivered become dead letters.
     UnreadableMessages,
     /// It cannot be read.
     Failed {
@@ -176,7 +176,7 @@ enum Found {
     },
 }
 
-/// The journal and the plain one, side by side, and what is in memory.
+/// The journal and the plain model, and what is in memory.
 struct Pair {
     store: Store,
     plain: Plain,
@@ -317,13 +317,19 @@ impl Pair {
             window: (at, at),
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
             events: events.len(),
-            progress: Progress::Complete(at),
+            progress: PollProgress::Complete(at),
         };
         self.store.store_page(&page_to_keep).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
-        let kept = pages.last().expect("a page");
+        let stored = pages.last().expect("a page");
         self.store
-            .ingest(kept, Epoch(1), &Counts::of(&[kept.keys()]), &[], self.now())
+            .ingest(
+                stored,
+                Epoch(1),
+                &Counts::of(&[stored.keys()]),
+                &[],
+                self.now(),
+            )
             .expect("its events are ingested");
         self.store.end_poll(None, 0, None).expect("the poll ends");
         self.plain.ingest(page);
@@ -377,14 +383,14 @@ impl Pair {
             assert_eq!(work.conversation.id.0, id, "what is due for longest");
             self.claimed(work);
         }
-        let room = at_most - self.work_since(request).min(at_most);
-        for _ in 0..room.min(lost.len()) {
+        let free = at_most - self.work_since(request).min(at_most);
+        for _ in 0..free.min(lost.len()) {
             let work = work.next().expect("what is lost is claimed");
             assert!(lost.remove(&work.conversation.id.0), "it may be lost");
             self.claimed(work);
         }
-        let room = at_most - self.work_since(request).min(at_most);
-        for id in self.plain.to_verify().into_iter().take(room) {
+        let free = at_most - self.work_since(request).min(at_most);
+        for id in self.plain.to_verify().into_iter().take(free) {
             let work = work.next().expect("what is to be verified is claimed");
             assert_eq!(work.conversation.id.0, id, "what is to be verified");
             let verify = work.verify.expect("only that");
@@ -416,7 +422,7 @@ impl Pair {
         let id = work.conversation.id.0;
         let before = &self.plain.conversations[&id];
         assert!(before.claimed.is_none(), "it is claimed once");
-        assert_eq!(work.claim.is_in_doubt, before.stale, "stale");
+        assert_eq!(work.claim.became_stale, before.stale, "stale");
         assert_eq!(work.claim.is_read, before.is_read, "read in this session");
         let is_lost = before.verified_losses < self.plain.losses;
         assert_eq!(work.claim.is_lost, is_lost, "may be lost");
@@ -461,7 +467,7 @@ impl Pair {
         self.work.push(work);
     }
 
-    /// What a worker reports, as `delivery` does.
+    /// The report of a worker, as `delivery` builds it.
     fn report(&mut self, work: Work, script: &Script) -> Report {
         let now = self.plain.now;
         let Work {
@@ -474,7 +480,7 @@ impl Pair {
         let mut outcomes: Vec<EventOutcome> = Vec::new();
         let mut consumed = Vec::new();
         let mut observation = Observation::None;
-        let (mut in_doubt, mut due) = (false, Due::IfWaiting);
+        let (mut becomes_stale, mut due) = (false, Due::IfWaiting);
         let mut verified = None;
         let has_chat = conversation.observed.chat.is_some();
         let found = match script.found {
@@ -493,7 +499,7 @@ impl Pair {
                     due = Due::At(Millis(now + pause));
                     (None, Observation::None)
                 }
-                // It gives way to events.
+                // The verification gives way to events.
                 Found::ReadWithoutMessages if verify.is_idle => (None, Observation::None),
                 _ => (Some(false), self.read(id, script)),
             };
@@ -546,32 +552,32 @@ impl Pair {
                                 outcome_unknown, ..
                             }
                             | Fate::GivenUp { outcome_unknown } => {
-                                in_doubt = *outcome_unknown;
+                                becomes_stale = *outcome_unknown;
                                 break;
                             }
                             Fate::Interrupted | Fate::NotTried => {}
                         }
                     }
                     if let Found::Gone { rebuild } = found {
-                        // Nothing failed but the request that told.
+                        // Only the request that showed the loss failed.
                         outcomes.retain(|outcome| match outcome.outcome {
                             Outcome::Delivered(_) => !rebuild,
                             Outcome::DeadLetter { .. } => true,
                             Outcome::Retry { .. } => false,
                         });
-                        (due, in_doubt) = (Due::IfWaiting, false);
+                        (due, becomes_stale) = (Due::IfWaiting, false);
                         observation = Observation::Gone { rebuild };
                     }
                 }
                 Found::Read => {
-                    // One without a chat takes over the one that it finds.
+                    // A conversation without a chat adopts the one it finds.
                     conversation.observed.chat = Some(Uuid::from_u128(1));
                     conversation.observed.external_id = Some(id.to_string());
                     observation = self.read(id, script);
                 }
                 Found::ReadWithoutMessages => observation = Observation::Read(None),
                 Found::UnreadableMessages => {
-                    let is_in_doubt = |event: &&Pending| {
+                    let is_outcome_unknown = |event: &&Pending| {
                         event.payload.text().is_some()
                             && (event.attempts.outcome_unknown || event.id.0 <= self.replay_until)
                     };
@@ -580,7 +586,7 @@ impl Pair {
                     };
                     let dead = events
                         .iter()
-                        .filter(is_in_doubt)
+                        .filter(is_outcome_unknown)
                         .map(|event| EventOutcome::of(event, self.outcome(event, fate)));
                     outcomes.extend(dead);
                     observation = Observation::Read(None);
@@ -606,7 +612,7 @@ impl Pair {
             outcomes,
             consumed,
             observation,
-            in_doubt,
+            becomes_stale,
             due,
             writes_succeeded: self.writes,
             verified,
@@ -615,7 +621,7 @@ impl Pair {
         }
     }
 
-    /// What an attempt comes to: see `delivery::attempts`.
+    /// The outcome of an attempt; see `delivery::attempts`.
     fn outcome(&self, event: &Pending, fate: Fate) -> Outcome {
         let failure = Failure::default();
         let attempts = |counts: bool, outcome_unknown: bool| Attempts {
@@ -650,7 +656,7 @@ impl Pair {
         }
     }
 
-    /// What reading the chat of a conversation tells.
+    /// The result of reading a conversation's chat.
     fn read(&mut self, id: i64, script: &Script) -> Observation {
         let messages = EVENTS.iter().filter_map(Reported::key);
         let credits = messages.zip(script.credits);
@@ -660,7 +666,7 @@ impl Pair {
         }))
     }
 
-    /// Those of the delivered messages that are missing.
+    /// The delivered messages that are missing.
     fn missing(&mut self, id: i64, script: &Script) -> Vec<EventId> {
         let (conversation, replay_until) = (ConversationId(id), EventId(self.replay_until));
         let recorded = self.store.recorded_messages(conversation, replay_until);
@@ -788,8 +794,8 @@ impl Pair {
             .iter()
             .map(|id| self.plain.events[id].conversation)
             .collect();
-        let kept: Vec<_> = gone.difference(&may_be).collect();
-        assert!(kept.is_empty(), "events {kept:?} must not be dropped");
+        let needed: Vec<_> = gone.difference(&may_be).collect();
+        assert!(needed.is_empty(), "events {needed:?} must not be dropped");
         assert!(
             at_most < 100 || must_be.is_subset(&gone),
             "{must_be:?} are to be dropped, and {gone:?} are"
@@ -798,7 +804,7 @@ impl Pair {
         self.plain.dropped(&of_gone);
     }
 
-    /// Whether both agree, and what must hold of either whatever was done.
+    /// Checks that both agree, and the invariants of either.
     fn compare(&mut self) {
         self.compare_events();
         self.compare_conversations();
@@ -827,10 +833,7 @@ impl Pair {
         let in_memory = self.work.iter().flat_map(|work| &work.events);
         let mut handed_out = HashSet::new();
         for event in in_memory.map(|event| event.id).chain(reported) {
-            assert!(
-                handed_out.insert(event),
-                "event {event} is handed out twice"
-            );
+            assert!(handed_out.insert(event), "event {event} is claimed twice");
             assert!(self.plain.events[&event.0].waits(), "event {event} waits");
         }
     }
@@ -1055,7 +1058,7 @@ fn script() -> impl Strategy<Value = Script> {
         pause,
         outcome_unknown,
     });
-    // A change goes first and is done with, and a message before it waits.
+    // A change of the chat is done first, and a message before it waits.
     let change = prop_oneof![Just(Fate::Delivered), Just(Fate::Rejected)];
     let fates = prop_oneof![
         3 => proptest::collection::vec(fate(), 1..5),
@@ -1075,7 +1078,7 @@ fn script() -> impl Strategy<Value = Script> {
         })
 }
 
-/// A page: some events, each so many times.
+/// A page with events, each in a number of copies.
 fn page() -> impl Strategy<Value = Step> {
     let last = EVENTS.len() - 1;
     let conversation = prop_oneof![3 => Just(1), 2 => 2..=CONVERSATIONS];
@@ -1085,7 +1088,7 @@ fn page() -> impl Strategy<Value = Step> {
     proptest::collection::vec(events, 1..4).prop_map(|events| Step::Ingest(events.concat()))
 }
 
-/// What others do, whatever is claimed.
+/// Operations of other processes, at any time.
 fn meanwhile() -> impl Strategy<Value = Step> {
     let index = any::<prop::sample::Index>;
     let after = prop_oneof![Just(0_i64), 0_i64..150_000];
@@ -1132,7 +1135,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Few enough to take seconds, unless `PROPTEST_CASES` asks for more.
+/// Few enough for seconds, unless `PROPTEST_CASES` sets another number.
 fn config() -> ProptestConfig {
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => ProptestConfig::default(),
@@ -1143,7 +1146,7 @@ fn config() -> ProptestConfig {
 proptest! {
     #![proptest_config(config())]
     #[test]
-    fn the_journal_does_as_a_plain_one_would(steps in proptest::collection::vec(step(), 1..60)) {
+    fn journal_equals_plain_model(steps in proptest::collection::vec(step(), 1..60)) {
         let mut pair = Pair::new();
         for step in steps {
             pair.step(step);

@@ -1,4 +1,4 @@
-//! The journal as plainly as can be: no database, no offset, one flag for one fact.
+//! The journal as a plain model: no database, no offset, one flag for each fact.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -8,13 +8,13 @@ use crate::domain::account::{Accounting, MessageState};
 use crate::domain::conversation::Attempts;
 use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report};
 
-/// What a claim may hold of messages: see `queue`.
+/// The limits of a claim; see `queue`.
 const BYTES_PER_CLAIM: usize = 256 << 10;
 
-/// Waits longer than this end with the session.
+/// Longer waits end with the session.
 const LONGEST_WAIT: i64 = 3_600_000;
 
-/// How much older than the next window an event is that can be dropped, in seconds.
+/// By how much an event must be older than the next window to be dropped, in seconds.
 const MARGIN: i64 = 60;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,18 +39,18 @@ impl State {
 #[derive(Debug, Clone)]
 pub(super) struct Event {
     pub(super) conversation: i64,
-    /// Which of [`EVENTS`].
+    /// The index into [`EVENTS`].
     pub(super) what: usize,
     pub(super) state: State,
     pub(super) attempts: Attempts,
     pub(super) next_at: Option<i64>,
-    /// It had its turn, in order of arrival: if it waits, it is to be sent once more, and alone.
+    /// It was processed, in order of arrival. If it waits, it is to be sent again, alone.
     pub(super) passed: bool,
-    /// It waits since OurAPI has lost it.
+    /// It waits because OurAPI has lost it.
     pub(super) lost: bool,
-    /// It had its turn in a chat that is gone.
+    /// It was processed in a chat that is gone.
     pub(super) rewound: bool,
-    /// When it was delivered or discarded last, and the latest such time: the clock may have been set back in between.
+    /// When it was last delivered or discarded, and the latest such time: the clock may have been set back in between.
     pub(super) settled_at: i64,
     pub(super) latest: i64,
 }
@@ -71,21 +71,21 @@ impl Event {
     }
 }
 
-/// What is in memory of a claim.
+/// A claim in memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Claimed {
-    /// What is to be sent, in order.
+    /// The events to send, in order.
     pub(super) events: Vec<i64>,
-    /// What had not had its turn and has it with this claim: what waits, and the dead letters in between.
+    /// The events processed with this claim: those that wait, and the dead letters between them.
     pub(super) covered: Vec<i64>,
     pub(super) last_event: i64,
     pub(super) losses: i64,
-    /// A doubt arose since.
+    /// The chat became stale after the claim.
     pub(super) doubted: bool,
-    /// The latest verification of all, and of the chat.
+    /// The latest verification of all chats, and of this one.
     pub(super) verifications: i64,
     pub(super) verified_in: Option<i64>,
-    /// Nothing had had its turn in a chat.
+    /// No event was processed in a chat yet.
     pub(super) is_first: bool,
 }
 
@@ -95,25 +95,25 @@ pub(super) struct Conversation {
     pub(super) claimed: Option<Claimed>,
     pub(super) stale: bool,
     pub(super) has_chat: bool,
-    /// It was created at some time.
+    /// When it was created.
     pub(super) is_known: bool,
     pub(super) verified_losses: i64,
     pub(super) is_read: bool,
-    /// In which verification its chat was last verified; `None`: there is nothing to verify.
+    /// The verification that last verified its chat; `None`: there is nothing to verify.
     pub(super) verified_in: Option<i64>,
-    /// Something had its turn since its chat was last lost.
+    /// An event was processed after its chat was last lost.
     pub(super) had_turn: bool,
-    /// By [`EVENTS`]: how many, and as of which event.
+    /// By [`EVENTS`]: the number of credits, and the latest event before the read.
     pub(super) credits: BTreeMap<usize, (u32, i64)>,
 }
 
-/// A verification that was requested, or the pass in idle time.
+/// A requested verification, or the pass in idle time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) id: i64,
     pub(super) idle: bool,
     pub(super) repair: bool,
-    /// Of all, or of this one.
+    /// All chats, or this one.
     pub(super) conversation: Option<i64>,
     pub(super) began_at: i64,
     pub(super) ended_at: Option<i64>,
@@ -141,7 +141,7 @@ pub(super) struct Plain {
     pub(super) losses: i64,
     pub(super) events: BTreeMap<i64, Event>,
     pub(super) conversations: BTreeMap<i64, Conversation>,
-    /// In order; of the passes only the latest.
+    /// In order. Of the passes only the latest.
     pub(super) requests: Vec<Request>,
     pub(super) last_request: i64,
     pub(super) counted: Counted,
@@ -167,7 +167,7 @@ impl Plain {
             .for_each(&mut change);
     }
 
-    /// A page: events of conversations, in order.
+    /// Stores a page with events of conversations, in order.
     pub(super) fn ingest(&mut self, page: &[(i64, usize)]) {
         for (conversation, what) in page {
             let on_page = page
@@ -202,7 +202,7 @@ impl Plain {
         self.cursor = Some(self.now / 1000);
     }
 
-    /// What is to be claimed because it is due, the longest first. A probe prefers what has never failed.
+    /// The due conversations, the longest due first. A probe prefers those that have never failed.
     pub(super) fn due(&self, at_most: usize, probe: bool) -> Vec<i64> {
         let mut due: Vec<(i64, i64)> = self
             .conversations
@@ -224,7 +224,7 @@ impl Plain {
         due.into_iter().take(at_most).map(|(_, id)| id).collect()
     }
 
-    /// What was not verified since the last loss, in any order.
+    /// Chats not verified since the last loss, in any order.
     pub(super) fn lost(&self) -> BTreeSet<i64> {
         let lost = self.conversations.iter().filter(|(_, conversation)| {
             conversation.is_known
@@ -235,7 +235,7 @@ impl Plain {
         lost.map(|(id, _)| *id).collect()
     }
 
-    /// What is to be verified by hand, in order.
+    /// Chats to be verified by hand, in order.
     pub(super) fn to_verify(&self) -> Vec<i64> {
         let mut all = Vec::new();
         for request in self.requests.iter().filter(|request| !request.idle) {
@@ -248,7 +248,7 @@ impl Plain {
         all
     }
 
-    /// Whether what is to be verified by hand is to be repaired.
+    /// Whether a chat to be verified by hand is to be repaired.
     pub(super) fn is_to_be_repaired(&self, id: i64) -> bool {
         let verified_in = self.conversations[&id].verified_in.unwrap_or_default();
         let requests = self.requests.iter().filter(|request| !request.idle);
@@ -257,7 +257,7 @@ impl Plain {
             .any(|request| request.repair)
     }
 
-    /// The chats that wait for a verification and can be verified now, in order.
+    /// Chats that wait for a verification and can be verified now, in order.
     fn wait_for(&self, request: &Request) -> Vec<i64> {
         let mut waiting: Vec<(i64, i64)> = self
             .conversations
@@ -294,8 +294,8 @@ impl Plain {
         self.requests.last_mut().expect("it was pushed")
     }
 
-    /// The next chat of the pass in idle time, which begins and ends meanwhile. Within `every` milliseconds each chat is to be
-    /// verified.
+    /// The next chat of the pass in idle time, which begins and ends here. Each chat is to be verified within `every`
+    /// milliseconds.
     pub(super) fn next_idle(&mut self, every: i64) -> Option<i64> {
         let now = self.now;
         let pass = self.requests.iter().find(|request| request.idle).copied();
@@ -380,7 +380,7 @@ impl Plain {
         claimed
     }
 
-    pub(super) fn doubt(&mut self, id: i64) {
+    pub(super) fn mark_stale(&mut self, id: i64) {
         let conversation = self.conversation(id);
         conversation.stale = true;
         if let Some(claimed) = &mut conversation.claimed {
@@ -393,15 +393,15 @@ impl Plain {
         if let Some(outcome) = &lost.outcome {
             self.record(outcome);
         }
-        self.doubt(id);
+        self.mark_stale(id);
         let conversation = self.conversation(id);
         (conversation.claimed, conversation.due) = (None, Some(lost.due_at.0));
     }
 
-    /// What became of an event, but for whether it had its turn.
+    /// Records the outcome of an event.
     fn record(&mut self, outcome: &EventOutcome) {
         let event = self.events.get_mut(&outcome.event.0).expect("an event");
-        assert!(event.waits(), "nothing is done twice");
+        assert!(event.waits(), "no event is processed twice");
         match &outcome.outcome {
             Outcome::Delivered(_) if event.attempts == Attempts::default() => {}
             Outcome::Delivered(_) => {
@@ -418,7 +418,7 @@ impl Plain {
         }
     }
 
-    /// What becomes of a report. Where it says that the offset is now, and how many events wait no longer, is not looked at.
+    /// Commits a report. The report's new offset and number of settled events are not used.
     pub(super) fn commit(&mut self, report: &Report) {
         let id = report.conversation.id.0;
         let now = self.now;
@@ -434,7 +434,7 @@ impl Plain {
             }
             settled.insert(outcome.event.0);
         }
-        // In order of arrival: what comes after the first one that still waits has not had its turn, be it sent or not.
+        // In order of arrival: events after the first one that still waits are not processed yet, whether sent or not.
         let covered = claimed.covered.iter();
         let had_turn: Vec<i64> = covered
             .take_while(|id| settled.contains(id) || !claimed.events.contains(id))
@@ -474,7 +474,7 @@ impl Plain {
         conversation.verified_in = match conversation.verified_in {
             _ if !conversation.has_chat => None,
             Some(_) if matches!(report.verified, Some((_, Some(_)))) => Some(claimed.verifications),
-            // A new chat, or one of which there are events again.
+            // A new chat, or one that has events again.
             None if has_events && claimed.verified_in.is_none() && claimed.is_first => {
                 Some(claimed.verifications)
             }
@@ -482,8 +482,8 @@ impl Plain {
             before => before,
         };
         let ends_claim = self.observe(id, &claimed, &report.observation);
-        if report.in_doubt {
-            self.doubt(id);
+        if report.becomes_stale {
+            self.mark_stale(id);
         }
         let waits = !self.waiting(id).is_empty();
         let (due, is_certain) = match report.due {
@@ -492,7 +492,7 @@ impl Plain {
         };
         let conversation = self.conversation(id);
         conversation.due = match conversation.due {
-            // A verification comes at any time, and puts nothing forward.
+            // A verification comes at any time, and makes nothing due earlier.
             Some(before) if report.verified.is_some() => Some(due.unwrap_or(before).max(before)),
             None if report.verified.is_some() => due.filter(|_| is_certain),
             _ => due,
@@ -510,7 +510,7 @@ impl Plain {
         }
     }
 
-    /// Returns whether new events are to be looked at afresh.
+    /// Returns whether new events must be checked again.
     fn observe(&mut self, id: i64, claimed: &Claimed, observation: &Observation) -> bool {
         let losses = self.losses;
         let conversation = self.conversation(id);
@@ -542,7 +542,7 @@ impl Plain {
                         doubted || matches!(event.state, State::Failed | State::Discarded);
                 });
                 for event in missing {
-                    // It may have been dropped meanwhile.
+                    // The event may have been dropped meanwhile.
                     if let Some(event) = self.events.get_mut(&event.0) {
                         (event.state, event.lost) = (State::Waiting, true);
                     }
@@ -577,7 +577,7 @@ impl Plain {
         let (conversation, unknown) = (event.conversation, event.attempts.outcome_unknown);
         let was_stale = self.conversation(conversation).stale;
         if unknown {
-            self.doubt(conversation);
+            self.mark_stale(conversation);
         }
         let due = &mut self.conversation(conversation).due;
         // A write that may still be in flight goes on waiting.
@@ -610,9 +610,9 @@ impl Plain {
 
     pub(super) fn set_back(&mut self, pause: i64) {
         let now = self.now;
-        let due = |at: &mut Option<i64>, in_doubt: bool| {
+        let due = |at: &mut Option<i64>, is_outcome_unknown: bool| {
             if at.is_some_and(|at| at > now) {
-                *at = Some(if in_doubt { now + pause } else { now });
+                *at = Some(if is_outcome_unknown { now + pause } else { now });
             }
         };
         for conversation in self.conversations.values_mut() {
@@ -623,7 +623,7 @@ impl Plain {
         }
     }
 
-    /// What may be dropped, and of that what must be.
+    /// The events that may be dropped, and those of them that must be.
     pub(super) fn droppable(
         &self,
         retention: Duration,
@@ -655,7 +655,7 @@ impl Plain {
         (may_be, must_be)
     }
 
-    /// What is known of whether OurAPI holds each message of a conversation.
+    /// Whether OurAPI has each message of a conversation, as far as known.
     pub(super) fn standings(
         &self,
         conversation: i64,

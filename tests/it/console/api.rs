@@ -8,7 +8,7 @@ use bigchat_sync::simulator::event::{message, start};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-/// SQL for so many failed messages, every third of them for another reason.
+/// SQL for so many failed messages. Every third one has another reason.
 fn failed(count: usize) -> String {
     let reasons = ["a & b", "a & b", "another"].into_iter().cycle();
     failed_messages(reasons.take(count))
@@ -49,7 +49,7 @@ async fn failed_events_by_reason_and_page() {
     .await;
 }
 
-/// A resolution applies to the events that it names and to no others, and it is recorded. A request that names none is
+/// A resolution applies only to the events that it names, and it is recorded. A request that names none is
 /// rejected.
 #[tokio::test]
 async fn resolution_by_id_reason_and_all() {
@@ -73,7 +73,7 @@ async fn resolution_by_id_reason_and_all() {
             discard(json!({"ids": [1, 2, 2, 99]})).await,
             json!({"done": 2, "next": null})
         );
-        // All of them failed at 2000: who decided before has not seen them.
+        // All of them failed at 2000. An operator who resolves earlier ones has not seen them.
         for unseen in [
             json!({"reason": "another", "failed_by": "1970-01-01T00:00:01.999Z"}),
             json!({"all": true, "failed_by": "1970-01-01T00:00:01.999Z"}),
@@ -118,7 +118,7 @@ async fn resolution_by_id_reason_and_all() {
         assert!(!can_undo(11) && can_undo(1), "{log}");
         assert_eq!(discard(json!({"ids": [11]})).await["done"], 1);
 
-        // The rest is tried again, at once, and reaches OurAPI.
+        // The rest is retried at once, and delivered.
         assert_eq!(
             console.resolve("retry", json!({"all": true})).await.1["done"],
             5
@@ -179,7 +179,7 @@ async fn conversation_shows_each_effect() {
                 .sum()
         };
         assert_eq!(
-            (total("told"), total("delivered"), total("failed")),
+            (total("received"), total("delivered"), total("failed")),
             (3, 3, 0)
         );
         console.daemon.stop().await;
@@ -243,8 +243,9 @@ async fn search_finds_agents_by_name() {
     .await;
 }
 
+/// A search for a number finds the event with that id.
 #[tokio::test]
-async fn search_finds_an_event_by_its_id() {
+async fn search_by_event_id() {
     run_test(async |t| {
         let console = Console::new(t, Tokens::default());
         t.delivers([start(42, 0), message(42, 5, "Hello")]).await;

@@ -1,4 +1,4 @@
-//! The console in a real browser: what an operator does there, and its effect in OurAPI and in the journal.
+//! The console in a real browser: an operator's actions, and their effect in OurAPI and in the journal.
 //!
 //! `cargo test console:: -- --ignored` runs these; they need Debian's `chromium` and `chromium-driver`.
 
@@ -16,10 +16,10 @@ use crate::harness::browser::{
     Browser, DESK, DOWN, ENTER, ESCAPE, HOME, LEFT, PHONE, RIGHT, SPACE, TAB,
 };
 
-/// What OurAPI says of a message that it never stores.
+/// OurAPI's response to a message that it never stores.
 const NO: &str = r#"{"detail":[{"msg":"String should have at least 2 characters"}]}"#;
 
-/// The list of what failed for that.
+/// The list of events that failed for that reason.
 const REFUSED: &str = "#/failed?reason=OurAPI%20permanently%20rejects%20it%3A%20String%20should%20have%20at%20least%202%20characters";
 
 /// A daemon with a console, and a conversation 42 with a chat in OurAPI.
@@ -41,7 +41,7 @@ impl<'a> Desk<'a> {
         Self { t, daemon, url }
     }
 
-    /// With messages in conversation 42 that OurAPI refuses, each by its text.
+    /// Adds messages to conversation 42 that OurAPI rejects.
     async fn with_failed(t: &'a Test, texts: &[&str]) -> Self {
         let desk = Self::new(t).await;
         desk.fail(texts).await;
@@ -69,7 +69,7 @@ impl<'a> Desk<'a> {
         format!("{}/{view}", self.url)
     }
 
-    /// What was decided: `retry 3`, say, the latest last.
+    /// The resolutions, such as `retry 3`, the latest last.
     fn decided(&self) -> String {
         let resolutions = self.t.resolutions().into_iter().map(|past| {
             let way = past.by.rsplit(", ").next().unwrap_or_default();
@@ -323,7 +323,7 @@ async fn theme_of_system_until_chosen() {
     .await;
 }
 
-/// The page says so, still shows what it had, and resolves nothing until it is connected again.
+/// The page reports it, still shows the last state, and resolves nothing until it is connected again.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn lost_connection_to_the_daemon() {
@@ -505,7 +505,7 @@ async fn phone_width_in_both_themes() {
                 browser
                     .until(&format!("document.querySelector('{there}')"))
                     .await;
-                // A page that does not fit is scaled down, and then all of it "fits".
+                // A page that is too wide is scaled down until it fits, so the scale is checked, too.
                 let width = browser
                     .eval("[innerWidth, document.documentElement.scrollWidth]")
                     .await;
@@ -599,7 +599,7 @@ async fn login_and_logout_with_token() {
     .await;
 }
 
-/// What six busy hours leave in the journal, OurAPI being down for a while in the middle of them.
+/// A journal after six busy hours, with an outage of OurAPI in the middle.
 fn six_hours() -> String {
     let now = chrono::Utc::now().timestamp_millis();
     let mut sql = String::from("BEGIN;");

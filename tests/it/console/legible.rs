@@ -1,4 +1,4 @@
-//! What the API shows of texts, of chats without an agent, and of retries that can succeed.
+//! The API's texts, reasons for chats without an agent, and retries that can succeed.
 
 use crate::harness::journal::{CONVERSATION, failed_message, spent};
 use crate::harness::web::Console;
@@ -9,7 +9,7 @@ use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
-/// What the console answers; it must be a success.
+/// The console's response, which must be a success.
 async fn get(console: &Console<'_>, path: &str, query: &[(&str, &str)]) -> Value {
     let query = url::form_urlencoded::Serializer::new(String::new())
         .extend_pairs(query)
@@ -25,7 +25,7 @@ async fn found(console: &Console<'_>, id: i64) -> Value {
     found["conversations"][0].take()
 }
 
-/// The same; its own page shows the same.
+/// The same. The conversation's own page must show the same.
 async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let found = found(console, id).await;
     let path = format!("/api/conversations/{}", found["key"]);
@@ -34,7 +34,7 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     found
 }
 
-/// A text is shown whole, whatever characters are in it.
+/// A text is complete, whatever characters are in it.
 #[tokio::test]
 async fn texts_with_control_characters() {
     let texts = [
@@ -174,7 +174,7 @@ async fn agent_not_resolved_yet() {
     .await;
 }
 
-/// The console knows of each failed event whether a retry can succeed.
+/// For each failed event, the console shows whether a retry can succeed.
 #[tokio::test]
 async fn retries_that_can_succeed() {
     run_test(async |t| {
@@ -202,7 +202,7 @@ async fn retries_that_can_succeed() {
         }
         let Console { t, daemon, .. } = console;
         daemon.stop().await;
-        // What failed after all its attempts may succeed once whatever it was is over.
+        // An event that failed after all its attempts may succeed once the cause is gone.
         t.execute(&spent(90, 42));
         let console = Console::new(t, Tokens::default());
         assert_eq!(conversation(&console, 42).await["permanent"], false);

@@ -1,4 +1,4 @@
-//! The console in a real browser: everything can be read, at any magnitude, with any characters, and on a phone.
+//! The console in a real browser: everything is readable, with any numbers and characters, and on a phone.
 
 use crate::harness::journal::{CONVERSATION, dead_letter, failed_message, spent};
 use crate::harness::{Daemon, Test, run_test};
@@ -17,7 +17,7 @@ struct Desk {
 }
 
 impl Desk {
-    /// Over a journal with what some SQL adds to an empty one.
+    /// With a journal filled by SQL.
     async fn over(t: &Test, sql: &str) -> Self {
         t.fill(sql).await;
         Self::new(t).await
@@ -40,7 +40,7 @@ impl Desk {
         self.browser.until(&there).await;
     }
 
-    /// The texts of all that a selector finds.
+    /// The texts of all elements that match a selector.
     async fn texts(&self, selector: &str) -> Value {
         let all = format!("[...document.querySelectorAll({selector:?})]");
         self.browser
@@ -62,17 +62,17 @@ impl Desk {
     }
 }
 
-/// What of all that a selector finds is to be read: its text, or `false`.
+/// For each element that matches a selector, its text, or `false` if it is not readable.
 fn shown(selector: &str) -> String {
     let all = format!("[...document.querySelectorAll({selector:?})]");
     format!("{all}.map((e) => e.checkVisibility() && e.innerText)")
 }
 
-/// The labels of the chart's vertical axis for so many events a minute, and how many of all its labels stick out.
+/// The labels of the chart's vertical axis for so many events a minute, and how many of all labels are cut off.
 async fn axis(browser: &Browser, received: i64, delivered: i64) -> (Vec<String>, Value) {
     let kinds = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
     let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": kinds, "minutes": [
-        {"minute": 7, "kind": "MESSAGE", "told": received, "delivered": delivered, "failed": 0},
+        {"minute": 7, "kind": "MESSAGE", "received": received, "delivered": delivered, "failed": 0},
     ]});
     let drawn = browser
         .eval(&format!(
@@ -293,7 +293,7 @@ async fn long_message_shown_whole() {
     .await;
 }
 
-/// They are shown exactly, although they are too large for JavaScript's numbers.
+/// Ids of 64 bits are shown exactly, although they are too large for JavaScript's numbers.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn ids_of_64_bits() {
@@ -352,7 +352,7 @@ async fn ids_of_64_bits() {
             desk.browser.until_text(".audit", &format!("#{key}")).await;
             desk.browser.until_text(".audit", &id.to_string()).await;
         }
-        // One is meant, and no other.
+        // Only one matches.
         let second = 9_007_199_254_740_994_i64;
         desk.go("#/failed?reason=why", ".rows li").await;
         desk.browser
@@ -516,7 +516,7 @@ async fn retry_highlighted_if_it_can_succeed() {
             (unreadable, "discard"),
             (spent, "retry"),
         ] {
-            // The first one, and no other.
+            // Only the first one.
             let primary = |within: &str| {
                 format!(
                     "JSON.stringify([...document.querySelectorAll('{within} button:not(.icon)')] \

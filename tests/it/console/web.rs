@@ -21,15 +21,15 @@ use tokio::time::timeout;
 
 const READ_TOKEN: &str = "0123456789abcdef-readers";
 
-/// How long anything may take that is to be answered at once.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The time limit for a response that needs no work.
+const TIME_LIMIT: Duration = Duration::from_secs(30);
 
-/// What is answered to these bytes, until the connection is closed.
+/// The bytes received in response to these bytes, until the connection is closed.
 async fn raw(url: &str, request: &str) -> String {
     let mut stream = connect(url).await;
     stream.write_all(request.as_bytes()).await.expect("written");
     let mut answer = String::new();
-    timeout(PATIENCE, stream.read_to_string(&mut answer))
+    timeout(TIME_LIMIT, stream.read_to_string(&mut answer))
         .await
         .expect("an end")
         .ok();
@@ -41,7 +41,7 @@ async fn connect(url: &str) -> TcpStream {
     TcpStream::connect(address).await.expect("a connection")
 }
 
-/// `/healthz` is about the daemon alone; `/readyz` names the API or the journal because of which no event gets through.
+/// `/healthz` is about the daemon alone; `/readyz` names the API or the journal that keeps events from being delivered.
 #[tokio::test]
 async fn probes_during_outages() {
     run_live_test(async |t| {
@@ -157,8 +157,9 @@ async fn metrics_need_the_token() {
     .await;
 }
 
+/// The read token reads everything and changes nothing.
 #[tokio::test]
-async fn read_token_sees_all_and_changes_nothing() {
+async fn read_token_changes_nothing() {
     run_live_test(async |t| {
         let tokens = Tokens {
             console_read: Some(READ_TOKEN.into()),
@@ -195,8 +196,8 @@ async fn read_token_sees_all_and_changes_nothing() {
         let answer = log_in(&url, READ_TOKEN).await;
         let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
         let cookie = set.split(';').next().expect("its value").to_owned();
-        let told: Value = answer.json().await.expect("JSON");
-        let key = told["key"].as_str().expect("a key").to_owned();
+        let login: Value = answer.json().await.expect("JSON");
+        let key = login["key"].as_str().expect("a key").to_owned();
         let of_session = |request: RequestBuilder| {
             sent(
                 request
@@ -218,7 +219,7 @@ async fn read_token_sees_all_and_changes_nothing() {
     .await;
 }
 
-/// A login as the console does it.
+/// A login, as the console's page sends it.
 async fn log_in(url: &str, token: &str) -> Response {
     let login = client()
         .post(format!("{url}/api/login"))
@@ -283,7 +284,7 @@ async fn guessing_tokens_is_slowed() {
             let status = log_in(&url, "wrong").await.status();
             *statuses.entry(status).or_insert(0) += 1;
         }
-        // One or two more may be let through while this takes its time.
+        // One or two more may be accepted while this takes its time.
         assert!(
             (10..14).contains(&statuses[&StatusCode::UNAUTHORIZED]),
             "{statuses:?}"
@@ -341,7 +342,7 @@ async fn ambiguous_requests_are_rejected() {
         let post = |headers: &str, body: &str| {
             format!("POST /api/logout HTTP/1.1\r\n{ours}{headers}\r\n{body}")
         };
-        // Refused before it is understood, another request that it carries must not be answered either.
+        // The connection must be closed, so that a request smuggled in the body is not answered.
         let smuggled = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
         let long = format!("X: {}\r\n", "x".repeat(20_000));
         for (request, status) in [
@@ -414,7 +415,7 @@ async fn idle_connections_starve_no_client() {
             let begun = match kind % 3 {
                 0 => "",
                 1 => "GET /healthz HTTP/1.1\r\nHost: loc",
-                // Answered long ago, and open still.
+                // Answered long ago, and still open.
                 _ => "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
             };
             stream.write_all(begun.as_bytes()).await.expect("written");
@@ -440,7 +441,7 @@ async fn unfinished_requests_starve_no_client() {
             let mut stream = connect(&url).await;
             stream.write_all(head.as_bytes()).await.expect("written");
             let mut go_on = [0; 12];
-            // It waits for the body from then on.
+            // From then on the server waits for the body.
             stream.read_exact(&mut go_on).await.expect("an answer");
             assert_eq!(&go_on, b"HTTP/1.1 100");
             stream.write_all(b"{").await.expect("written");

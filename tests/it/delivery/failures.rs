@@ -1,4 +1,4 @@
-//! What each failure of either API leads to, and what the journal shows of it.
+//! The consequences of each failure of either API, and the journal's record of it.
 
 use crate::harness::process::free_address;
 use crate::harness::services::{NOW, line, time};
@@ -44,7 +44,7 @@ fn heads(asked: &[String]) -> Vec<&str> {
     asked.iter().map(|line| &line[..head(line)]).collect()
 }
 
-/// Has requests time out soon where a response is late; elsewhere a busy machine could make any other one late, too.
+/// Shortens the time-out for cases with a late response. In other cases, a busy machine could time out, too.
 fn time_out_if_late(t: &Bench, case: &str) {
     if case.contains("late") {
         t.set("--request-timeout", "1s");
@@ -77,26 +77,26 @@ fn failed_once(t: &Bench, kind: &str, case: &str, reason: &str, request: &str, r
 async fn message_meets_each_failure() {
     let elsewhere = MockServer::start().await;
     let redirect = status(307).header("location", &elsewhere.uri());
-    let nobody = status(400).body(r#"{"detail":"That agent does not exist."}"#);
+    let no_agent_named = status(400).body(r#"{"detail":"That agent does not exist."}"#);
     let (no_agent, lost) = ("OurAPI does not know the agent", "incomplete response: ");
-    let (looked_up, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
+    let (read_back, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
     side_by_side(
         [
-            ("500", status(500), looked_up, NO_ANSWER, "500"),
-            ("502", status(502), looked_up, NO_ANSWER, "502"),
-            ("503", status(503), looked_up, NO_ANSWER, "503"),
-            ("408", status(408), looked_up, NO_ANSWER, "408"),
-            ("425", status(425), looked_up, NO_ANSWER, "425"),
-            ("a redirect", redirect, looked_up, REDIRECT, "307"),
+            ("500", status(500), read_back, NO_ANSWER, "500"),
+            ("502", status(502), read_back, NO_ANSWER, "502"),
+            ("503", status(503), read_back, NO_ANSWER, "503"),
+            ("408", status(408), read_back, NO_ANSWER, "408"),
+            ("425", status(425), read_back, NO_ANSWER, "425"),
+            ("a redirect", redirect, read_back, REDIRECT, "307"),
             (
                 "HTML",
                 status(200).body("<p>"),
-                looked_up,
+                read_back,
                 NO_ANSWER,
                 "200 <p>",
             ),
-            ("dropped", dropped(), looked_up, NO_ANSWER, lost),
-            ("late", late(), looked_up, LATE, "no answer in time"),
+            ("dropped", dropped(), read_back, NO_ANSWER, lost),
+            ("late", late(), read_back, LATE, "no answer in time"),
             (
                 "404",
                 status(404),
@@ -107,7 +107,7 @@ async fn message_meets_each_failure() {
             ("429", status(429), not, TURNED_AWAY, "429"),
             ("401", status(401), not, DENIED, "401"),
             ("403", status(403), not, DENIED, "403"),
-            ("400", nobody, not, no_agent, "400 {"),
+            ("400", no_agent_named, not, no_agent, "400 {"),
         ],
         async |(case, upset, asked, reason, response)| {
             let may_be_there = asked.contains(&LOOK);
@@ -300,9 +300,9 @@ async fn chat_creation_with_unknown_outcome() {
             ("429", status(429), false),
             ("401", status(401), false),
         ],
-        async |(case, upset, in_doubt)| {
+        async |(case, upset, outcome_unknown)| {
             for carried_out in [false, true] {
-                let (upset, expected) = match (in_doubt, carried_out) {
+                let (upset, expected) = match (outcome_unknown, carried_out) {
                     (true, false) => (upset.clone(), vec![create, create]),
                     // The conflict shows that it was carried out.
                     (true, true) => (
@@ -327,7 +327,7 @@ async fn chat_creation_with_unknown_outcome() {
     .await;
 }
 
-/// This is not OurAPI, and the error names the setting.
+/// A service that reports a conflict without having the chat is not OurAPI, and the error names the setting.
 #[tokio::test]
 async fn conflict_without_a_chat() {
     run_test(async |t| {
@@ -570,7 +570,7 @@ async fn poison_event_among_others() {
         messages.retain(|text| !text.starts_with("other"));
         assert_eq!(messages, ["after"]);
 
-        // Sent once more, it may be there by now.
+        // The next attempt finds out whether the last one was carried out.
         t.our_api.has_message("c1", 5, "poison");
         t.our_api.calm();
         let id = failed.id.to_string();
@@ -580,7 +580,7 @@ async fn poison_event_among_others() {
             "{printed}"
         );
         t.until_events("delivered", others + 4).await;
-        assert_eq!(t.our_api.count(poisoned), tries, "it was looked up");
+        assert_eq!(t.our_api.count(poisoned), tries, "its chat was read");
     })
     .await;
 }
@@ -646,19 +646,19 @@ fn in_a_second(upset: Fault) -> Fault {
 async fn retry_after_in_each_form() {
     let past = "Sun, 22 Nov 2020 22:00:00 GMT";
     let after = |code, after: &str| status(code).header("retry-after", after);
-    let (again, looked_up) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
+    let (again, read_back) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
     side_by_side(
         [
             ("429, seconds", after(429, "1"), again, true),
             ("429, a date", in_a_second(status(429)), again, true),
-            ("503, seconds", after(503, "1"), looked_up, true),
-            ("503, a date", in_a_second(status(503)), looked_up, true),
+            ("503, seconds", after(503, "1"), read_back, true),
+            ("503, a date", in_a_second(status(503)), read_back, true),
             ("429, nonsense", after(429, "in a while"), again, false),
             ("429, negative", after(429, "-1"), again, false),
             ("429, past", after(429, past), again, false),
-            ("503, nonsense", after(503, "1.5"), looked_up, false),
-            ("500", after(500, "3600"), looked_up, false),
-            ("408", after(408, "3600"), looked_up, false),
+            ("503, nonsense", after(503, "1.5"), read_back, false),
+            ("500", after(500, "3600"), read_back, false),
+            ("408", after(408, "3600"), read_back, false),
         ],
         async |(case, upset, expected, waits)| {
             run_test(async |t| {
@@ -699,7 +699,7 @@ async fn retry_after_across_a_restart() {
         t.our_api.asked();
         t.bigchat.reports([message(42, 5, "Hello")]);
         let left = |t: &Bench| t.left_alone_until(Api::OurApi) - now();
-        until("it is kept", async || left(t) > 0).await;
+        until("it is stored", async || left(t) > 0).await;
         assert!(left(t) <= 3_600_000);
         daemon.stop().await;
         assert_eq!(heads(&t.our_api.asked()), [POST]);
@@ -791,7 +791,7 @@ async fn bigchat_outage_spends_no_attempts() {
                 t.start();
                 t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
                 t.bigchat.upset("GET /conversations/42", upset);
-                // These need nothing of BigChat, and get through between the tries of the first.
+                // These need no request to BigChat, and are delivered between the attempts of the first.
                 let others = (100..140).flat_map(|id| [start(id, 3), transfer(id, 4, 8)]);
                 t.bigchat
                     .reports(std::iter::once(start(42, 0)).chain(others));
@@ -880,7 +880,7 @@ async fn failed_events_resolved_beside_daemon() {
         assert!(answer(&["retry", "--all"]).starts_with("1 failed event will be retried"));
         t.until_events("delivered", 2).await;
         assert_eq!(t.our_api.count(POST), 3);
-        // What was decided stays known, and how each attempt went.
+        // The resolutions and the attempts stay recorded.
         let resolutions = t.resolutions();
         assert_eq!(resolutions.len(), 2);
         for past in resolutions {
@@ -929,7 +929,7 @@ async fn resolution_while_another_process_writes() {
         daemon.stop().await;
         let writer = t.lock_database();
         let written = std::thread::spawn(move || {
-            // The command waits inside SQLite, which nothing shows from outside.
+            // The command waits inside SQLite, which cannot be observed from outside.
             std::thread::sleep(Duration::from_millis(200));
             drop(writer);
         });
@@ -940,7 +940,7 @@ async fn resolution_while_another_process_writes() {
     .await;
 }
 
-/// It is not taken for the equal message that was delivered before.
+/// A waiting message is not confused with an equal one that was delivered before and is old enough to be dropped.
 #[tokio::test]
 async fn twin_waits_beyond_the_retention() {
     run_test(async |t| {

@@ -125,7 +125,7 @@ async fn requests_of_an_idle_poll() {
     .await;
 }
 
-/// All that one page says of a chat is written with its creation.
+/// All changes of a chat on one page are written with its creation.
 #[tokio::test]
 async fn one_page_makes_one_chat() {
     run_test(async |t| {
@@ -154,7 +154,7 @@ async fn one_page_makes_one_chat() {
         assert_eq!(
             t.bigchat.asked_besides(),
             ["GET /advisors/8"],
-            "the events tell start and advisor: no details are needed"
+            "the events have start and advisor: no details are needed"
         );
     })
     .await;
@@ -276,7 +276,7 @@ async fn chat_without_agent_until_transfer() {
                 assert_eq!(
                     t.delivers([start(43, 1)]).await,
                     [line("POST /chats", chat)],
-                    "nobody is asked about that advisor again"
+                    "no advisor is requested again"
                 );
                 assert_eq!(t.bigchat.asked_besides(), ["GET /conversations/43"]);
                 assert_eq!(
@@ -352,7 +352,7 @@ async fn rejected_agent_in_next_session() {
     .await;
 }
 
-/// Whatever comes first creates the chat, with the start and the advisor of the details.
+/// The first event of any kind creates the chat, with the start and the advisor of the details.
 #[tokio::test]
 async fn first_event_of_any_kind() {
     let first = |body: Value| line("POST /chats", body);
@@ -445,7 +445,7 @@ async fn start_known_from_later_events() {
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
         daemon.stop().await;
-        // One 404 may be a stray one; after three it is never requested again.
+        // A single 404 may be a mistake; after three it is never requested again.
         assert_eq!(t.bigchat.count("GET /conversations/42"), 3);
     })
     .await;
@@ -516,7 +516,7 @@ async fn existing_chat_adopted_by_start() {
     }
 }
 
-/// Its messages are read before anything is added to it.
+/// The messages of an adopted chat are read once, before anything is added to it.
 #[tokio::test]
 async fn adopted_chat_is_read_once() {
     run_test(async |t| {
@@ -524,9 +524,9 @@ async fn adopted_chat_is_read_once() {
         t.our_api.has_message("c8", 1, "one");
         t.start();
         let asked = t.delivers([start(42, 0)]).await;
-        let looked_up = |line: &&String| *line == "GET /chats/c8/messages";
-        assert_eq!(asked.iter().filter(looked_up).count(), 1, "{asked:?}");
-        // What was found there is not sent, whichever poll reports it.
+        let read_back = |line: &&String| *line == "GET /chats/c8/messages";
+        assert_eq!(asked.iter().filter(read_back).count(), 1, "{asked:?}");
+        // Messages found there are not sent, whichever poll reports them.
         assert_eq!(t.delivers([message(42, 1, "one")]).await, NOTHING);
         assert_eq!(
             t.delivers([message(42, 2, "two")]).await,
@@ -573,7 +573,7 @@ async fn reads_after_a_restart() {
     .await;
 }
 
-/// The latest END and TRANSFER count, in whatever order they come; what changes nothing costs no request.
+/// The latest END and TRANSFER count, in any order of arrival. An event that changes nothing costs no request.
 #[tokio::test]
 async fn latest_end_and_transfer_count() {
     let agent = |agent: &str| vec![changed("c1", json!({"agent_id": agent}))];
@@ -753,7 +753,7 @@ async fn tokens_sent_but_never_shown() {
                 .env("RUST_LOG", "trace")
                 .output()
                 .expect("it runs");
-            // Most of it fails, and some of it for good.
+            // Most events fail, some of them permanently.
             assert!(once.status.code().is_some_and(|code| code < 2));
             log += &printed(&once);
         }

@@ -49,7 +49,7 @@ async fn crash_with_an_overdue_request() {
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         t.bigchat.reports([message(10, now - 4, "two")]);
-        until("the second is on its way", async || {
+        until("the second is in flight", async || {
             faults.faults_left() == 0
         })
         .await;

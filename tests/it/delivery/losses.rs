@@ -1,4 +1,4 @@
-//! OurAPI loses what it had, or has what this journal knows nothing of.
+//! OurAPI loses data, or has data that this journal does not know.
 
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
@@ -69,7 +69,7 @@ async fn rebuild_fails_at_first() {
     .await;
 }
 
-/// It stays as another journal has delivered it.
+/// A chat delivered by another journal stays as it is.
 #[tokio::test]
 async fn chat_delivered_by_another_journal() {
     run_live_test(async |t| {

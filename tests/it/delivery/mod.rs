@@ -1,10 +1,10 @@
-//! What is sent to OurAPI, what is sent again, and what is not.
+//! The requests to OurAPI: which are sent, which are repeated, and which are not.
 
-mod doubts;
 mod failures;
 mod handlers;
 mod late;
 mod losses;
 mod passes;
 mod poison;
+mod stale;
 mod verify;

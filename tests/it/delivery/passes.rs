@@ -59,8 +59,9 @@ fn writes(asked: &[String]) -> Vec<&String> {
     asked.iter().filter(is_write).collect()
 }
 
+/// Losses that no event touches are restored.
 #[tokio::test]
-async fn losses_that_nothing_touches_are_restored() {
+async fn untouched_losses_are_restored() {
     run_test(async |t| {
         delivered(t, 10..13).await;
         t.our_api.loses_chat("10");
@@ -71,8 +72,9 @@ async fn losses_that_nothing_touches_are_restored() {
     .await;
 }
 
+/// An end time that OurAPI has lost is restored.
 #[tokio::test]
-async fn an_end_that_vanishes_is_restored() {
+async fn lost_end_is_restored() {
     run_test(async |t| {
         delivered(t, 10..11).await;
         t.bigchat.reports([end(10, 300)]);
@@ -84,8 +86,9 @@ async fn an_end_that_vanishes_is_restored() {
     .await;
 }
 
+/// Agents that OurAPI has lost are restored.
 #[tokio::test]
-async fn agents_that_vanish_are_restored() {
+async fn untouched_agents_are_restored() {
     run_test(async |t| {
         delivered(t, 10..12).await;
         t.our_api.loses_agents();
@@ -110,7 +113,7 @@ async fn passes_follow_one_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn drift_is_reported_once_a_pass() {
+async fn drift_reported_once_a_pass() {
     run_test(async |t| {
         t.differs("another client changes a chat");
         delivered(t, 10..12).await;
@@ -151,8 +154,9 @@ async fn drift_is_reported_once_a_pass() {
     .await;
 }
 
+/// With `--rebuild report`, an erased chat stays erased.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_report_an_erased_chat_stays_erased() {
+async fn erased_chat_with_rebuild_report() {
     run_test(async |t| {
         t.differs("what is lost is not restored");
         t.set("--rebuild", "report");
@@ -172,8 +176,8 @@ async fn with_report_an_erased_chat_stays_erased() {
         assert_eq!(shown["differing"], expected, "{shown:#}");
         assert_eq!(shown["incomplete"], json!(2));
         assert_eq!(writes(&t.our_api.asked()), Vec::<&String>::new());
-        // Only what a new event needs is built.
-        let asked = t.delivers([message(10, 400, "anybody there?")]).await;
+        // Only the chat of a new event is built.
+        let asked = t.delivers([message(10, 400, "Is this on?")]).await;
         assert_eq!(writes(&asked).len(), 2, "{asked:#?}");
         daemon.stop().await;
         assert_eq!(
@@ -198,8 +202,9 @@ async fn with_report_an_erased_chat_stays_erased() {
     .await;
 }
 
+/// No chat is read if passes are off.
 #[tokio::test]
-async fn nothing_is_read_when_it_is_off() {
+async fn passes_are_off() {
     let off = [("--rebuild", "off"), ("--verify-every", "off")];
     side_by_side(off, async |(flag, value)| {
         run_test(async |t| {
@@ -209,7 +214,7 @@ async fn nothing_is_read_when_it_is_off() {
             t.our_api.loses_chat("10");
             pass_is_due(t);
             t.start();
-            // Longer than delivery checks by itself whether there is something to do.
+            // Longer than the interval at which delivery checks the journal anyway.
             t.bigchat.further_polls(40).await;
             assert_eq!(t.our_api.asked(), Vec::<String>::new());
         })
@@ -245,8 +250,9 @@ async fn a_pass_gives_way_to_events() {
     .await;
 }
 
+/// An outage only interrupts a pass.
 #[tokio::test]
-async fn an_outage_only_interrupts_a_pass() {
+async fn outage_interrupts_a_pass() {
     run_test(async |t| {
         delivered(t, 10..16).await;
         pass_is_due(t);
@@ -270,8 +276,9 @@ async fn an_outage_only_interrupts_a_pass() {
     .await;
 }
 
+/// After a restart, the pass continues.
 #[tokio::test]
-async fn a_restart_goes_on_with_the_pass() {
+async fn pass_continues_after_restart() {
     run_test(async |t| {
         delivered(t, 10..18).await;
         pass_is_due(t);
@@ -290,7 +297,7 @@ async fn a_restart_goes_on_with_the_pass() {
             t.value("SELECT verified FROM verifications"),
         );
         assert_eq!(verified, (pass, 8));
-        // What was in flight as the daemon stopped is read once more.
+        // The chat in flight when the daemon stopped is read again.
         let reads = t.our_api.count("GET /chats?");
         assert!((8..=9).contains(&reads), "{reads}");
     })
@@ -320,8 +327,9 @@ async fn chats_of_all_epochs_are_restored() {
     .await;
 }
 
+/// With a short `--verify-every`, passes take at most a tenth of the time.
 #[tokio::test]
-async fn a_short_time_takes_a_tenth_at_most() {
+async fn passes_take_a_tenth_of_time() {
     run_test(async |t| {
         const LATENCY: Duration = Duration::from_millis(10);
         t.set("--verify-every", "1ms");
@@ -332,7 +340,7 @@ async fn a_short_time_takes_a_tenth_at_most() {
         let reads = || t.our_api.ever_asked("GET /chats/{id}/messages").len();
         until("two passes", async || reads() >= 7).await;
         let (took, reads) = (began.elapsed(), u32::try_from(reads()).expect("few"));
-        // Of each chat the list and the messages are read, and after the last one there is no pause yet.
+        // For each chat, the list and the messages are read. After the last one there is no pause yet.
         let at_least = LATENCY * 2 * 10 * (reads - 1);
         assert!(took >= at_least, "{reads} chats in {took:?}");
         until("status says that it takes longer", async || {
@@ -344,8 +352,9 @@ async fn a_short_time_takes_a_tenth_at_most() {
     .await;
 }
 
+/// A chat that cannot be read does not stop a pass.
 #[tokio::test]
-async fn an_unreadable_chat_does_not_stop_a_pass() {
+async fn unreadable_chat_in_a_pass() {
     run_test(async |t| {
         t.set("--max-attempts", "3");
         delivered(t, 10..13).await;

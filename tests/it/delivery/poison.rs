@@ -74,7 +74,7 @@ async fn event_waiting_for_bigchat_backs_off() {
     .await;
 }
 
-/// What always fails in many conversations is not tried before what never failed.
+/// Events that always fail, in many conversations, are not tried before events that never failed.
 #[tokio::test]
 async fn never_failed_is_probed_first() {
     run_test(async |t| {
@@ -90,10 +90,10 @@ async fn never_failed_is_probed_first() {
         t.our_api.upset(refused, status(500).always());
         let events = poisoned.map(|id| message(id, 4, "poison"));
         t.bigchat.reports(events.collect::<Vec<_>>());
-        // Each of them is due again by the time that it could be its turn: OurAPI counts as down.
+        // Each of them would be due again before the turn of the others, because OurAPI counts as down.
         until("each has failed", async || t.our_api.count(refused) >= 40).await;
         t.bigchat.reports([message(43, 5, "well")]);
-        until("it is kept", async || {
+        until("it is stored", async || {
             t.events("waiting") == 21 || !t.our_api.messages().is_empty()
         })
         .await;

@@ -37,7 +37,7 @@ pub(super) async fn verify(t: &Bench, arguments: &[&str]) -> (String, bool) {
     let text = String::from_utf8(output.stdout).expect("text");
     let found_nothing = match output.status.code() {
         Some(0) => true,
-        // Else it was an error, which is not written there.
+        // An error is written to standard error.
         Some(1) if !text.is_empty() => false,
         other => panic!("{other:?}: {}", String::from_utf8_lossy(&output.stderr)),
     };
@@ -71,12 +71,12 @@ async fn drift_is_reported_and_repaired() {
             difference("12", "differs", 0),
         ],
     });
-    // With a daemon that does it, and without.
+    // With and without a running daemon.
     side_by_side([true, false], async |daemon_runs| {
         run_live_test(async |t| {
             delivered(t).await;
             let daemon = daemon_runs.then(|| t.start());
-            // Else the command may lock the database before the daemon does.
+            // Otherwise the command may lock the database before the daemon does.
             until("the database is locked by the daemon or free", async || {
                 Store::open_shared(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
             })
@@ -180,20 +180,20 @@ async fn verification_while_an_event_waits() {
     .await;
 }
 
-/// A second command does not make the first one forget what it found.
+/// A second command does not discard the findings of the first one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_verifications_at_once() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_message("10");
-        // It takes a while to be sent again.
+        // The resend takes a while.
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(3));
         faults.upset(ADD_MESSAGE, slow);
         t.start();
         let first = verify(t, &["--repair"]);
         let second = async {
-            until("it is on its way", async || faults.faults_left() == 0).await;
+            until("it is in flight", async || faults.faults_left() == 0).await;
             verify(t, &["--conversation", "12", "--repair"]).await
         };
         let ((said, _), _) = tokio::join!(first, second);

@@ -25,7 +25,7 @@ pub(crate) const DOWN: &str = "\u{e015}";
 pub(crate) const SPACE: &str = " ";
 
 /// How long a change of the page may take: less than [`until`] waits, so that the test can show what is there instead.
-const PATIENCE: Duration = Duration::from_secs(25);
+const TIME_LIMIT: Duration = Duration::from_secs(25);
 
 /// A page as wide and as high as a desk's, and a phone's.
 pub(crate) const DESK: (u32, u32) = (1280, 900);
@@ -36,7 +36,7 @@ pub(crate) struct Browser {
     client: Client,
     session: String,
     _driver: Process,
-    /// It would end if its output were closed.
+    /// Chromium ends if its output is closed.
     _says: Lines<BufReader<ChildStdout>>,
 }
 
@@ -45,9 +45,9 @@ impl Browser {
     ///
     /// # Panics
     ///
-    /// Where there is no `chromedriver` with its chromium: `apt-get install chromium chromium-driver`.
+    /// If `chromedriver` or chromium is missing: `apt-get install chromium chromium-driver`.
     pub(crate) async fn open(url: &str, size: (u32, u32)) -> Self {
-        // Between choosing a port and listening there it may be taken: then it ends.
+        // Another process may take the port before chromedriver listens; then chromedriver ends.
         let (driver, says, port) = (0..5).find_map(|_| start_driver()).expect("a chromedriver");
         let client = Client::builder()
             .no_proxy()
@@ -69,19 +69,19 @@ impl Browser {
         browser
     }
 
-    /// Ends it, and fails if the browser has logged an error other than a response of the console.
+    /// Closes the browser, and fails if it has logged an error other than a response of the console.
     pub(crate) async fn close(self) {
         let log = self
             .ask(Method::POST, "/se/log", json!({"type": "browser"}))
             .await;
-        let complaints: Vec<&str> = log
+        let errors: Vec<&str> = log
             .as_array()
             .expect("a log")
             .iter()
             .filter(|entry| entry["level"] == "SEVERE" && entry["source"] != "network")
             .map(|entry| entry["message"].as_str().expect("a message"))
             .collect();
-        assert!(complaints.is_empty(), "{complaints:#?}");
+        assert!(errors.is_empty(), "{errors:#?}");
         self.ask(Method::DELETE, "", Value::Null).await;
     }
 
@@ -104,7 +104,7 @@ impl Browser {
         answer.unwrap_or_else(|error| panic!("{path}: {}", error["message"]))
     }
 
-    /// Asks chromium itself for what WebDriver does not have.
+    /// A command of chromium itself, for functions that WebDriver lacks.
     async fn devtools(&self, command: &str, params: Value) {
         let body = json!({"cmd": command, "params": params});
         self.ask(Method::POST, "/goog/cdp/execute", body).await;
@@ -117,7 +117,7 @@ impl Browser {
             .await;
     }
 
-    /// Has the system prefer a theme.
+    /// Sets the system's preferred theme.
     pub(crate) async fn system_prefers(&self, theme: &str) {
         let features = json!({"features": [{"name": "prefers-color-scheme", "value": theme}]});
         self.devtools("Emulation.setEmulatedMedia", features).await;
@@ -133,17 +133,17 @@ impl Browser {
         self.ask(Method::POST, "/refresh", json!({})).await;
     }
 
-    /// What a function in the page returns.
+    /// The result of a function in the page.
     pub(crate) async fn eval(&self, body: &str) -> Value {
         let script = json!({"script": format!("return {body}"), "args": []});
         self.ask(Method::POST, "/execute/sync", script).await
     }
 
-    /// Waits until something is so in the page.
+    /// Waits until a function in the page returns a value.
     pub(crate) async fn until(&self, condition: &str) {
         self.patiently(condition, async || {
             let script = json!({"script": format!("return Boolean({condition})"), "args": []});
-            // Between two pages there is none to ask.
+            // Between two pages there is no document.
             let holds = self.try_to_ask(Method::POST, "/execute/sync", script).await;
             holds.is_ok_and(|holds| holds == true)
         })
@@ -152,14 +152,14 @@ impl Browser {
 
     /// Waits until a condition is true; if it never is, fails with the text of the page.
     async fn patiently(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
-        let waited = tokio::time::timeout(PATIENCE, until(what, condition)).await;
+        let waited = tokio::time::timeout(TIME_LIMIT, until(what, condition)).await;
         if waited.is_err() {
             let there = self.eval("location.href + '\\n' + document.body.innerText");
             panic!("{what}: not so at {}", there.await.as_str().unwrap_or("?"));
         }
     }
 
-    /// Waits until a text is to be seen in what a selector finds.
+    /// Waits until an element that matches a selector shows a text.
     pub(crate) async fn until_text(&self, selector: &str, text: &str) {
         let text = json!(text);
         self.until(&format!(
@@ -168,7 +168,7 @@ impl Browser {
         .await;
     }
 
-    /// What is to be read in the first element that a selector finds.
+    /// The visible text of the first element that matches a selector.
     pub(crate) async fn text(&self, selector: &str) -> String {
         let text = self
             .eval(&format!("document.querySelector({selector:?})?.innerText"))
@@ -176,7 +176,7 @@ impl Browser {
         text.as_str().unwrap_or_default().to_owned()
     }
 
-    /// Clicks, as soon as it can be clicked, on the first element that a selector finds whose text begins so.
+    /// Clicks the first element that matches a selector and begins with a text, as soon as it can be clicked.
     pub(crate) async fn click(&self, selector: &str, text: &str) {
         let what = format!("a click on {selector} {text}");
         let find = format!(
@@ -189,7 +189,7 @@ impl Browser {
             let Some(id) = found[ELEMENT].as_str() else {
                 return false;
             };
-            // It may have been replaced, or something may be on top of it for a moment.
+            // The element may have been replaced, or be covered for a moment.
             let click = format!("/element/{id}/click");
             let clicked = self.try_to_ask(Method::POST, &click, json!({})).await;
             clicked.is_ok()
@@ -197,7 +197,7 @@ impl Browser {
         .await;
     }
 
-    /// Presses keys, one after the other, wherever the focus is.
+    /// Presses keys, one after the other, in the focused element.
     pub(crate) async fn press(&self, keys: &str) {
         let strokes: Vec<Value> = keys
             .chars()
@@ -212,14 +212,14 @@ impl Browser {
         self.ask(Method::POST, "/actions", actions).await;
     }
 
-    /// A picture of what is to be seen, as PNG.
+    /// A screenshot, as PNG.
     pub(crate) async fn picture(&self) -> Vec<u8> {
         let picture = self.ask(Method::GET, "/screenshot", Value::Null).await;
         base64(picture.as_str().expect("a picture"))
     }
 }
 
-/// A chromedriver, what it says, and its port.
+/// A chromedriver, its output, and its port.
 fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
     let mut driver = Command::new("chromedriver");
     driver.arg("--port=0").stdin(Stdio::null());

@@ -1,4 +1,4 @@
-//! The journal as a test sees it: what its views and the program's own operations show, and SQL where neither does.
+//! The journal for tests: its views, the program's own operations, and SQL for the rest.
 //!
 //! SQL is for three things: the view `event_states`, a change that would take too long to bring about (an hour's wait, a
 //! thousand failed events), and what no command shows. Each use says which.
@@ -16,10 +16,10 @@ use rusqlite::Connection;
 use rusqlite::types::FromSql;
 use serde_json::{Value, json};
 
-use crate::harness::{Bench, PATIENCE, Test, until};
+use crate::harness::{Bench, TIME_LIMIT, Test, until};
 
 impl Bench {
-    /// Whether the daemon has made the database.
+    /// Whether the daemon has created the database.
     pub(crate) fn is_ready(&self) -> bool {
         self.db().exists()
             && self.value::<i64>("SELECT count(*) FROM sqlite_master WHERE name = 'control'") == 1
@@ -30,7 +30,7 @@ impl Bench {
         self.count_events(&format!("state = '{state}'"))
     }
 
-    /// Of how many events of the view `event_states` a condition is true.
+    /// The number of events in the view `event_states` for which a condition is true.
     pub(crate) fn count_events(&self, condition: &str) -> i64 {
         self.value(&format!(
             "SELECT count(*) FROM event_states WHERE {condition}"
@@ -49,7 +49,7 @@ impl Bench {
         Store::open_shared(&self.db()).expect("a database")
     }
 
-    /// What the status shows of the journal; `None`: the daemon has not made it yet.
+    /// The status of the journal; `None`: the daemon has not created it yet.
     fn figures(&self) -> Option<Figures> {
         if !self.is_ready() {
             return None;
@@ -82,12 +82,12 @@ impl Bench {
         until("a poll", async || self.cursor().is_some()).await;
     }
 
-    /// Waits until the windows begin after now: what comes from before is read back after a restart in any case.
+    /// Waits until the windows begin after the present. Chats with earlier events are read back after a restart anyway.
     pub(crate) async fn until_cursor_passes(&self, now: i64) {
         until("a later window", async || self.cursor() > Some(now + 1)).await;
     }
 
-    /// Whether an API was up when it last answered or did not; `None`: no request was sent to it yet.
+    /// Whether an API was up at the latest request; `None`: no request was sent to it yet.
     pub(crate) fn is_up(&self, api: Api) -> Option<bool> {
         let figures = self.figures()?;
         match api {
@@ -119,7 +119,7 @@ impl Bench {
         self.value("SELECT coalesce(max(counted), 0) FROM attempts")
     }
 
-    /// At how many events the outcome of an attempt is unknown. No command shows that once they are delivered.
+    /// The number of events with an attempt of unknown outcome. No command shows that once they are delivered.
     pub(crate) fn unknown_outcomes(&self) -> i64 {
         self.value("SELECT count(*) FROM attempts WHERE outcome_unknown = 1")
     }
@@ -164,7 +164,7 @@ impl Bench {
         resolutions
     }
 
-    /// Runs `bigchat-sync failed` with those arguments, beside whatever runs.
+    /// Runs `bigchat-sync failed` with those arguments, whether or not a daemon runs.
     pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
         let line = ["bigchat-sync", "failed"].iter().chain(arguments);
         match Cli::try_parse_from(line).expect("a good command").command {
@@ -192,7 +192,7 @@ impl Bench {
         self.connection().execute_batch(sql).expect(sql);
     }
 
-    /// The database, where no other process can write to it until this is dropped.
+    /// Locks the database against writes of other processes until this is dropped.
     pub(crate) fn lock_database(&self) -> Connection {
         let connection = self.connection();
         let begun = connection.execute_batch("BEGIN IMMEDIATE");
@@ -202,7 +202,7 @@ impl Bench {
 
     fn connection(&self) -> Connection {
         let connection = Connection::open(self.db()).expect("a database");
-        connection.busy_timeout(PATIENCE).expect("a busy timeout");
+        connection.busy_timeout(TIME_LIMIT).expect("a busy timeout");
         connection
     }
 }

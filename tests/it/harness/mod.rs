@@ -1,4 +1,4 @@
-//! One harness for all: [`run_test`] owns both services, the database, the daemons that a test starts, and what must hold
+//! One harness for all: [`run_test`] owns both services, the database, the daemons that a test starts, and what must be true
 //! in the end.
 //!
 //! A test says what happens at BigChat, what goes wrong, and what OurAPI has. When it is over, daemons that still run are
@@ -41,23 +41,26 @@ use tracing::subscriber::DefaultGuard;
 use self::services::{BigChat, NOW, OurApi, Tampered, tampering};
 
 /// How long anything may take before the test fails. Long, since the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` is true.
 pub(crate) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIME_LIMIT;
     while !condition().await {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "not within {TIME_LIMIT:?}: {what}"
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// Runs a test for each case, all of them side by side.
+/// Runs a test for each case, all of them concurrently.
 pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: impl AsyncFn(C)) {
     join_all(cases.into_iter().map(|case| test(case))).await;
 }
 
-/// Runs a test in which nothing happens but what it says, BigChat's clock stands still at [`NOW`], and BigChat knows its
+/// Runs a test in which only scripted events happen, BigChat's clock is stopped at [`NOW`], and BigChat knows its
 /// first conversation, 42 and 43 with advisor 7 (Ann), and advisor 8 (Bob).
 pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
     let options = Options {
@@ -133,8 +136,8 @@ impl Test {
         Log::begin();
         test(&self).await;
         if self.differs.borrow().is_none() {
-            // Of what a running daemon has still to do, it is waited for.
-            let deadline = Instant::now() + PATIENCE;
+            // A running daemon completes its work first.
+            let deadline = Instant::now() + TIME_LIMIT;
             while self.is_running() && self.problem().is_some() && Instant::now() < deadline {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
@@ -157,7 +160,7 @@ impl Test {
         self.failed.replace(count);
     }
 
-    /// By which rules OurAPI's data are compared.
+    /// Sets the rules of the comparison.
     pub(crate) fn rules(&self, rules: Rules) {
         self.rules.replace(rules);
     }
@@ -171,7 +174,7 @@ impl Test {
         }
     }
 
-    /// Has the next pages changed on their way, so many of them.
+    /// Changes the next pages, so many of them, on the way to the daemon.
     pub(crate) async fn tamper_pages<T: Into<Tampered>>(
         &self,
         count: usize,
@@ -189,7 +192,7 @@ impl Test {
         self.set("--bigchat-url", &url);
     }
 
-    /// Both services answer as the contract says from now on.
+    /// Ends all faults of both services.
     pub(crate) fn calm(&self) {
         self.bigchat.calm();
         self.our_api.calm();
@@ -222,7 +225,7 @@ impl Test {
         simulator::compare::compare(&expected, &self.our_api.data(), &rules)
     }
 
-    /// What is wrong in the end.
+    /// The differences at the end.
     fn problem(&self) -> Option<String> {
         let report = self.compare();
         if !report.is_clean() {
@@ -246,7 +249,7 @@ impl Test {
         }
     }
 
-    /// Waits until OurAPI has what BigChat reported, and nothing else, and no event waits: the last ones may change nothing.
+    /// Waits until OurAPI has exactly what BigChat reported and no event waits. The last events may change nothing.
     pub(crate) async fn agrees(&self) {
         until("no difference", async || {
             let report = self.compare();
@@ -256,7 +259,7 @@ impl Test {
         .await;
     }
 
-    /// BigChat reports a page of events, which the running daemon is to deliver; returns the requests to OurAPI for them.
+    /// Reports a page of events, waits until the running daemon has delivered them, and returns the requests to OurAPI.
     pub(crate) async fn delivers(&self, events: impl IntoIterator<Item = Value>) -> Vec<String> {
         let events: Vec<Value> = events.into_iter().collect();
         let before = match self.is_ready() {
@@ -280,7 +283,7 @@ impl Drop for Test {
     }
 }
 
-/// What daemons have logged on this thread.
+/// The log of the daemons on this thread.
 #[derive(Clone, Copy)]
 struct Log;
 
@@ -361,22 +364,22 @@ impl Bench {
         self
     }
 
-    /// Where the database is.
+    /// The path of the database.
     pub(crate) fn db(&self) -> PathBuf {
         self.directory.path().join("journal.db")
     }
 
-    /// Where the database and all its files are.
+    /// The directory of the database and all its files.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Where daemons log that are processes of their own.
+    /// The log file of daemons in separate processes.
     pub(crate) fn log(&self) -> PathBuf {
         self.directory().join("log")
     }
 
-    /// All that they have logged so far.
+    /// Their log so far.
     pub(crate) fn logged(&self) -> String {
         let log = std::fs::read(self.log()).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
@@ -391,7 +394,7 @@ impl Bench {
             .settings
     }
 
-    /// The program as a process of its own, with these settings.
+    /// The program as a separate process, with these settings.
     pub(crate) fn program(&self, command: &str) -> std::process::Command {
         let mut program = process::program();
         program
@@ -445,7 +448,7 @@ impl Bench {
             .any(|daemon| lock(&daemon.task).is_some())
     }
 
-    /// Stops what still runs.
+    /// Stops the daemons that still run.
     async fn stop_daemons(&self) {
         let daemons = std::mem::take(&mut *lock(&self.daemons));
         for daemon in daemons {
@@ -467,10 +470,10 @@ impl Bench {
         (stopping, tokio::spawn(once))
     }
 
-    /// Polls once, delivers what is due, and ends, with all of it done or not.
+    /// Polls once, delivers what is due, and ends. Returns the result.
     pub(crate) async fn once(&self) {
         let (_stopping, once) = self.start_once();
-        let ended = timeout(PATIENCE, once).await.expect("it ends");
+        let ended = timeout(TIME_LIMIT, once).await.expect("it ends");
         match ended.expect("no panic") {
             Ok(()) | Err(DaemonError::Unread | DaemonError::Undelivered(_)) => {}
             Err(error) => panic!("{error}"),
@@ -504,11 +507,11 @@ impl Daemon {
     /// Stops it as a signal would, and returns how it ended.
     pub(crate) async fn outcome(self) -> Result<(), DaemonError> {
         self.stopping.cancel();
-        let ended = timeout(PATIENCE, self.task()).await.expect("it ends");
+        let ended = timeout(TIME_LIMIT, self.task()).await.expect("it ends");
         ended.expect("no panic")
     }
 
-    /// Ends it in the middle of whatever it is doing, as a crash would, and waits until it has closed the database.
+    /// Ends it at any point of its work, as a crash would, and waits until it has closed the database.
     pub(crate) async fn crash(self, bench: &Bench) {
         let task = self.task();
         task.abort();

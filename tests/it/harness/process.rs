@@ -1,4 +1,4 @@
-//! The program as a process of its own, for what only a process shows: memory, limits of the operating system, exit codes.
+//! The program as a separate process, for memory, limits of the operating system, and exit codes.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -15,7 +15,7 @@ use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 
 use crate::harness::{Bench, until};
 
-/// How long a stop may take, whatever hangs.
+/// The time limit for a stop.
 pub(crate) const STOPS_WITHIN: Duration = Duration::from_secs(10);
 
 /// The program.
@@ -39,7 +39,7 @@ pub(crate) fn unreachable(directory: &Path, command: &str, db: impl AsRef<OsStr>
     program
 }
 
-/// A command as the arguments of another one, which becomes it.
+/// A command as the arguments of another one, which executes it.
 pub(crate) fn through(wrapper: &[&str], command: &Command) -> Command {
     let mut wrapped = Command::new(wrapper[0]);
     wrapped
@@ -65,7 +65,7 @@ pub(crate) fn in_shell(prepare: &str, command: &Command) -> Command {
     through(&["sh", "-c", &script], command)
 }
 
-/// A command in a mount namespace of its own, after such a command of a shell. `None`: this user may make none.
+/// A command in a new mount namespace, after a shell command. `None`: this user may not create one.
 pub(crate) fn in_own_mounts(prepare: &str, command: &Command) -> Option<Command> {
     let allowed = Command::new("unshare")
         .args(["-m", "mount", "--bind", "/tmp", "/tmp"])
@@ -77,7 +77,7 @@ pub(crate) fn in_own_mounts(prepare: &str, command: &Command) -> Option<Command>
     Some(through(&["unshare", "-m"], &in_shell(prepare, command)))
 }
 
-/// All that a program has printed.
+/// A program's output.
 pub(crate) fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
@@ -88,7 +88,7 @@ pub(crate) async fn finished(mut command: Command) -> Output {
     output.await.expect("no panic").expect("a process")
 }
 
-/// Runs a command with that on standard input. `None`: there is no such program.
+/// Runs a command with that on standard input. `None`: the program does not exist.
 pub(crate) fn fed(command: &mut Command, input: &str) -> Option<Output> {
     let child = command
         .stdin(Stdio::piped())
@@ -105,7 +105,7 @@ pub(crate) fn fed(command: &mut Command, input: &str) -> Option<Output> {
     Some(output)
 }
 
-/// An address at which nothing listens.
+/// An address on which nothing listens.
 pub(crate) fn free_address() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     listener.local_addr().expect("its address").to_string()
@@ -133,7 +133,7 @@ pub(crate) fn files(directory: &Path) -> Vec<OsString> {
     files
 }
 
-/// Whether this process has SQLite's lock on a database, by which other processes know that it is open.
+/// Whether this process has SQLite's lock on a database, which shows other processes that it is open.
 pub(crate) fn has_posix_lock(db: &Path) -> bool {
     let inode = format!(":{} ", std::fs::metadata(db).expect("a file").ino());
     let process = format!(" {} ", std::process::id());
@@ -143,11 +143,11 @@ pub(crate) fn has_posix_lock(db: &Path) -> bool {
         .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
 }
 
-/// A process that does not outlive its test: it is killed when dropped. A daemon left behind would send requests to ports
+/// A process that is killed when dropped, so that it does not outlive its test. A daemon left behind would send requests to ports
 /// that belong to other tests by then.
 pub(crate) struct Process {
     child: Child,
-    /// Where it logs, if that is the log of a [`Bench`].
+    /// Its log, if it is the log of a [`Bench`].
     log: Option<PathBuf>,
 }
 
@@ -178,12 +178,12 @@ impl Process {
         Self { child, log: None }
     }
 
-    /// Its standard output, if that is a pipe that was not taken before.
+    /// Its standard output, if it is a pipe and was not taken before.
     pub(crate) fn stdout(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("a pipe")
     }
 
-    /// All that it has logged so far, and those started before it on the same bench.
+    /// Its log so far, with those of earlier processes on the same bench.
     pub(crate) fn log(&self) -> String {
         let log = self.log.as_ref().expect("a process with a log");
         let bytes = std::fs::read(log).expect("a log");
@@ -263,7 +263,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended; there is nothing to be done about either outcome.
+        // It may have ended already. Either outcome is fine.
         self.child.kill().ok();
         self.child.wait().ok();
     }

@@ -1,7 +1,7 @@
-//! Both simulated services as a test sees them, and servers by hand for what no service would send.
+//! Both simulated services for tests, and hand-written servers for responses that no service would send.
 //!
-//! BigChat's clock stands still at [`NOW`] unless a test moves it. Requests are shown line by line
-//! (`POST /agents {"email":…}`), so that a test can say exactly what it expects. The ids that OurAPI gives are shown by their
+//! BigChat's clock is stopped at [`NOW`] unless a test moves it. Requests are shown line by line
+//! (`POST /agents {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shown by their
 //! ends: `a1` is the first agent, `c1` the first chat.
 
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::harness::until;
 
-/// Every request there is.
+/// A pattern for every request.
 pub(crate) const ROUTES: [&str; 10] = [
     "GET /events",
     "GET /conversations/{id}",
@@ -51,7 +51,7 @@ fn naive(seconds: i64) -> NaiveDateTime {
     time.naive_utc()
 }
 
-/// The time so many seconds after 22:00:00, as OurAPI should be sent it.
+/// The time so many seconds after 22:00:00, as it should be sent to OurAPI.
 pub(crate) fn time(seconds: i64) -> String {
     naive(seconds).format("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
@@ -67,7 +67,7 @@ pub(crate) fn window(start: i64, end: i64) -> String {
     format!("start_at={start}&end_at={end}")
 }
 
-/// A BigChat that reports events by chance, each once.
+/// A BigChat that reports random events, each once.
 pub(crate) fn seeded(seed: u64) -> Options {
     Options {
         seed,
@@ -75,7 +75,7 @@ pub(crate) fn seeded(seed: u64) -> Options {
     }
 }
 
-/// A BigChat that keeps its events, and reports so many a second by chance.
+/// A BigChat that stores its events, and has so many random ones a second.
 pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> Options {
     let log = Log {
         events_per_second,
@@ -88,7 +88,7 @@ pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> O
     }
 }
 
-/// A BigChat that keeps its events, and reports only what the test says.
+/// A BigChat that stores its events, and has only those of the test.
 pub(crate) fn quiet_log(log: Log) -> Options {
     Options {
         quiet: true,
@@ -116,7 +116,7 @@ impl Deref for BigChat {
 impl BigChat {
     /// Responds to the next request for events with this page; the following ones get the following pages.
     pub(crate) fn reports(&self, page: impl Into<Page>) {
-        // An iterator may ask this service for something.
+        // An iterator may use this service.
         let page = page.into();
         self.state().push_page(page);
     }
@@ -131,13 +131,13 @@ impl BigChat {
         self.state().now()
     }
 
-    /// Sets its clock, which stands still.
+    /// Sets its clock, which is stopped.
     pub(crate) fn clock(&self, at: i64) {
         self.state().set_date(None);
         self.state().set_clock(Clock::Still(at));
     }
 
-    /// Lets its clock run, so many seconds ahead of this machine's.
+    /// Makes its clock run, so many seconds ahead of this machine's.
     pub(crate) fn clock_runs(&self, ahead: i64) {
         self.state().set_clock(Clock::Ahead(ahead));
     }
@@ -147,22 +147,22 @@ impl BigChat {
         self.state().set_date(Some(date));
     }
 
-    /// Nothing happens by chance any more.
+    /// Stops random events.
     pub(crate) fn calms_down(&self) {
         self.state().set_quiet(true);
     }
 
-    /// Knows an advisor.
+    /// Adds an advisor.
     pub(crate) fn advisor(&self, id: i64, name: &str, email: &str) {
         self.state().set_advisor(id, name, email);
     }
 
-    /// Knows a conversation of which nothing has been reported.
+    /// Adds a conversation without events.
     pub(crate) fn open(&self, conversation: i64, at: i64, advisor: i64) {
         self.state().open(conversation, at, advisor);
     }
 
-    /// Restarts: it knows its first conversation and one more, both with advisor 7, and nothing of before.
+    /// Restarts, with its first conversation and one more, both with advisor 7.
     pub(crate) fn restarts(&self, conversation: i64, at: i64) {
         let mut bigchat = self.state();
         bigchat.restart_at(at - 1);
@@ -172,12 +172,12 @@ impl BigChat {
         bigchat.set_advisor(8, "Bob", "bob@x.test");
     }
 
-    /// Restarts at once, and gives its ids to others.
+    /// Restarts at once, and reuses its ids.
     pub(crate) fn restart(&self) {
         self.state().restart();
     }
 
-    /// Restarts before the next poll, and waits until it has. Its first conversation starts later than any before; no clock
+    /// Restarts before the next poll, and waits for that. Its first conversation starts later than any before; no clock
     /// is so far behind that this lies in its future.
     pub(crate) async fn restarts_between_polls(&self) {
         until("a later second", async || {
@@ -190,17 +190,17 @@ impl BigChat {
         until("a restart", async || self.state().epoch() > before).await;
     }
 
-    /// Knows a conversation no longer.
+    /// Forgets a conversation.
     pub(crate) fn forgets_conversation(&self, id: i64) {
         self.state().forget_conversation(id);
     }
 
-    /// Knows an advisor no longer.
+    /// Forgets an advisor.
     pub(crate) fn forgets_advisor(&self, id: i64) {
         self.state().forget_advisor(id);
     }
 
-    /// Everything that it has reported.
+    /// All reported events.
     pub(crate) fn reported(&self) -> Vec<Reported> {
         self.state().reported()
     }
@@ -219,7 +219,7 @@ impl BigChat {
         self.state().polls()
     }
 
-    /// Waits for so many further polls: whatever follows from those before has had its time.
+    /// Waits for so many further polls, so that the consequences of earlier ones are complete.
     pub(crate) async fn further_polls(&self, polls: usize) {
         let before = self.count("GET /events");
         until("further polls", async || {
@@ -236,7 +236,7 @@ impl BigChat {
             .collect()
     }
 
-    /// The requests but for those of every poll: for the events and for the first conversation.
+    /// The requests except those of every poll, for events and for the first conversation.
     pub(crate) fn asked_besides(&self) -> Vec<String> {
         let mut lines = self.asked();
         lines.retain(|line| !line.starts_with("GET /events") && line != "GET /conversations/1");
@@ -247,7 +247,7 @@ impl BigChat {
 /// OurAPI.
 pub(crate) struct OurApi {
     server: Server<simulator::OurApi>,
-    /// What it had from another hand.
+    /// Data of other clients.
     pub(crate) before: Mutex<Data>,
 }
 
@@ -265,7 +265,7 @@ impl OurApi {
         Self { server, before }
     }
 
-    /// Answers this to the creation of a chat that exists already, instead of 404.
+    /// Sets the status for creating a chat that exists already, instead of 404.
     pub(crate) fn conflict_is(&self, status: u16) {
         self.state().set_conflict(status);
     }
@@ -286,7 +286,7 @@ impl OurApi {
         *self.before.lock().unwrap_or_else(PoisonError::into_inner) = before;
     }
 
-    /// Has an agent.
+    /// Adds an agent.
     pub(crate) fn has_agent(&self, end: &str, name: &str, email: &str) {
         self.has(Agent {
             agent_id: uuid(end),
@@ -295,7 +295,7 @@ impl OurApi {
         });
     }
 
-    /// Has a chat without an agent, from another hand.
+    /// Adds a chat without an agent, as another client would.
     pub(crate) fn has_chat(&self, end: &str, external_id: &str, started_at: i64) {
         self.has(Chat {
             chat_id: uuid(end),
@@ -306,7 +306,7 @@ impl OurApi {
         });
     }
 
-    /// Has a message in a chat.
+    /// Adds a message to a chat.
     pub(crate) fn has_message(&self, chat: &str, at: i64, text: &str) {
         let mut our_api = self.state();
         our_api.add(Message {
@@ -314,12 +314,12 @@ impl OurApi {
             agent_id: None,
             sent_at: naive(at),
             text: text.to_owned(),
-            // After those that were there before.
+            // After the existing ones.
             message_id: Uuid::from_u128(u128::MAX),
         });
     }
 
-    /// Has nothing any more.
+    /// Loses everything.
     pub(crate) fn loses_everything(&self) {
         self.state().lose_everything();
         *self.before.lock().unwrap_or_else(PoisonError::into_inner) = Data::default();
@@ -340,7 +340,7 @@ impl OurApi {
         self.state().lose_agents();
     }
 
-    /// All that it has.
+    /// All its data.
     pub(crate) fn data(&self) -> Data {
         self.state().data().clone()
     }
@@ -358,7 +358,7 @@ impl OurApi {
         self.data().chats.iter().map(line).collect()
     }
 
-    /// The texts of all messages, in the order in which they came.
+    /// The texts of all messages, in order of arrival.
     pub(crate) fn messages(&self) -> Vec<String> {
         let data = self.data();
         let mut messages: Vec<&Message> = data.messages.values().flatten().collect();
@@ -369,7 +369,7 @@ impl OurApi {
             .collect()
     }
 
-    /// The same in the order of the alphabet.
+    /// The same in alphabetical order.
     pub(crate) fn sorted_messages(&self) -> Vec<String> {
         let mut messages = self.messages();
         messages.sort();
@@ -381,12 +381,12 @@ impl OurApi {
         self.state().message_count()
     }
 
-    /// Whether requests at once have made it lose track of its data.
+    /// Whether concurrent requests have split its data.
     pub(crate) fn has_stumbled(&self) -> bool {
         self.state().has_stumbled()
     }
 
-    /// Goes on elsewhere, with all it has.
+    /// Continues on another address, with its data.
     pub(crate) async fn move_to(&self, address: SocketAddr) {
         self.server
             .move_to(address)
@@ -395,7 +395,7 @@ impl OurApi {
     }
 }
 
-/// What a server by hand sends instead of an answer.
+/// The response of a hand-written server.
 pub(crate) struct Tampered {
     bytes: Vec<u8>,
     forever: Vec<u8>,
@@ -413,7 +413,7 @@ impl From<Vec<u8>> for Tampered {
 }
 
 impl Tampered {
-    /// First these, then those again and again, with a pause between, for as long as the client reads.
+    /// First these bytes, then those repeatedly, with a pause between, as long as the client reads.
     pub(crate) fn without_end(bytes: &[u8], forever: &[u8], pause: Duration) -> Self {
         Self {
             bytes: bytes.to_owned(),
@@ -423,7 +423,7 @@ impl Tampered {
     }
 }
 
-/// A server by hand in front of another: `tamper` makes of each request's line and the whole answer what is sent
+/// A hand-written server in front of another: `tamper` turns each request's line and the complete response into what is sent
 /// instead of it, and the connection is closed after that. Returns its URL.
 pub(crate) async fn tampering<T: Into<Tampered>>(
     url: &str,
@@ -478,7 +478,7 @@ async fn relay(
     client.shutdown().await
 }
 
-/// Whether a request has come to its end.
+/// Whether a request is complete.
 fn is_whole(request: &[u8]) -> bool {
     let text = String::from_utf8_lossy(request);
     text.split_once("\r\n\r\n").is_some_and(|(head, body)| {
@@ -491,7 +491,7 @@ fn is_whole(request: &[u8]) -> bool {
     })
 }
 
-/// The answer with other headers and another body, but with its date.
+/// The response with other headers and another body, and the same date.
 pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     let is_date = |line: &&str| line.to_ascii_lowercase().starts_with("date:");
@@ -503,16 +503,16 @@ pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// The answer with that header instead of its own.
+/// The response with that header replaced.
 pub(crate) fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
     let split = answer
         .windows(4)
         .position(|four| four == b"\r\n\r\n")
         .expect("an answer");
     let head = String::from_utf8_lossy(&answer[..split]).into_owned();
-    let kept = head
+    let others = head
         .lines()
         .filter(|line| !line.to_ascii_lowercase().starts_with(&format!("{name}:")));
-    let head = kept.chain([header]).collect::<Vec<_>>().join("\r\n");
+    let head = others.chain([header]).collect::<Vec<_>>().join("\r\n");
     [head.as_bytes(), &answer[split..]].concat()
 }

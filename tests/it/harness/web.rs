@@ -1,4 +1,4 @@
-//! Clients of the daemon over HTTP: of its console and of what it measures.
+//! HTTP clients of the daemon's console and metrics.
 
 use bigchat_sync::settings::Tokens;
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::harness::{Daemon, Test};
 
-/// The console's token, where it has one.
+/// The console's token, if it has one.
 pub(crate) const TOKEN: &str = "0123456789abcdef-console";
 
 pub(crate) fn console_token() -> Tokens {

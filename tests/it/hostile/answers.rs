@@ -1,4 +1,4 @@
-//! Answers that are hostile or broken: bounded time and memory, a warning, and nothing else lost.
+//! Hostile or broken responses cost bounded time and memory and give a warning; nothing else is lost.
 
 use crate::harness::process::Process;
 use crate::harness::services::{NOW, ROUTES, Tampered, tampering, unix, window, with_header};
@@ -11,14 +11,14 @@ use std::time::Duration;
 use serde::de::IgnoredAny;
 use serde_json::json;
 
-/// More than the program ever needs for what it reads of one answer (32 MiB), in a debug build, in MiB.
+/// More than a debug build needs for the largest response that it reads (32 MiB), in MiB.
 const MEMORY: u64 = 256;
 
 fn deep(levels: usize) -> String {
     format!("{}{}", "[".repeat(levels), "]".repeat(levels))
 }
 
-/// Bodies that no request expects.
+/// Bodies that no route returns.
 fn bodies() -> Vec<String> {
     let id = "\"chat_id\":\"7\",\"agent_id\":\"7\",\"message_id\":\"7\"";
     vec![
@@ -53,17 +53,17 @@ async fn success_with_another_body() {
                 let events = vec![message(10, now - 9, "one"), message(10, now - 9, "one")];
                 t.bigchat.reports(events);
                 // A request that was carried out must not be sent again, and one that was not must be.
-                let told_once = route.ends_with("events");
+                let reported_once = route.ends_with("events");
                 let json = body.trim_start_matches('\u{feff}');
                 let may_be_success =
                     json.is_empty() || serde_json::from_str::<IgnoredAny>(json).is_ok();
                 let fault = status(200).body(body.clone());
-                let first = match told_once {
+                let first = match reported_once {
                     true => fault.clone(),
                     false => fault.clone().carried_out(),
                 };
                 t.upset(route, first);
-                if !may_be_success && !told_once {
+                if !may_be_success && !reported_once {
                     t.upset(route, fault);
                 }
                 let case = format!("{route}: {}", body.chars().take(60).collect::<String>());
@@ -190,7 +190,7 @@ async fn event_with_any_value() {
             "{texts:?}"
         );
         assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
-        // What is reported again is known, understood or not.
+        // An event reported again is recognised, parsed or not.
         t.bigchat.reports(raw(&body));
         t.once().await;
         assert_eq!(t.count_events("true"), before);
@@ -255,7 +255,7 @@ async fn page_with_odd_headers() {
     .await;
 }
 
-/// Such a response is no page.
+/// A response with a wrong `content-length` is not accepted as a page.
 #[tokio::test]
 async fn content_length_is_wrong() {
     side_by_side(
@@ -291,7 +291,7 @@ async fn content_length_is_wrong() {
     .await;
 }
 
-/// No more of it is read than the size limit.
+/// Of a response without end, no more is read than the size limit.
 #[tokio::test]
 async fn response_without_end() {
     run_test(async |t| {
@@ -324,7 +324,7 @@ async fn response_without_end() {
     .await;
 }
 
-/// A server in front of another whose first three answers to those requests have no end. The last of them was carried
+/// A server in front of another whose first three responses to those requests never end. The last of them was carried
 /// out.
 async fn flooding(url: &str, line: &'static str) -> String {
     let mut left = 3;
@@ -339,7 +339,7 @@ async fn flooding(url: &str, line: &'static str) -> String {
     .await
 }
 
-/// It times out like one that never comes.
+/// A response that trickles times out like one that never comes.
 #[tokio::test]
 async fn response_that_trickles() {
     run_test(async |t| {
@@ -357,7 +357,7 @@ async fn response_that_trickles() {
     .await;
 }
 
-/// It costs bounded memory, and delays no other conversation.
+/// A chat of a million messages costs bounded memory, and does not delay other conversations.
 #[tokio::test]
 async fn chat_of_a_million_messages() {
     run_test(async |t| {
@@ -412,7 +412,7 @@ async fn chat_of_a_million_messages() {
     .await;
 }
 
-/// It costs bounded memory and time.
+/// A page of a million events costs bounded memory and time.
 #[tokio::test]
 async fn page_of_a_million_events() {
     run_test(async |t| {
@@ -420,7 +420,7 @@ async fn page_of_a_million_events() {
         let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
         t.bigchat.reports(raw(&body));
         let daemon = Process::start(t);
-        until("it is kept", async || {
+        until("it is stored", async || {
             t.is_ready() && t.events("failed") == 1
         })
         .await;
@@ -433,7 +433,7 @@ async fn page_of_a_million_events() {
     .await;
 }
 
-/// It completes the poll.
+/// A next page that cannot be requested completes the poll.
 #[tokio::test]
 async fn next_page_cannot_be_requested() {
     side_by_side(
@@ -458,7 +458,7 @@ async fn next_page_cannot_be_requested() {
     .await;
 }
 
-/// No request can carry it: the chat has no agent.
+/// No request can contain such an address, so the chat has no agent.
 #[tokio::test]
 async fn advisor_with_an_endless_address() {
     run_test(async |t| {
@@ -503,7 +503,7 @@ async fn messages_of_impossible_times() {
     .await;
 }
 
-/// No request and no token goes to another host, whatever names one.
+/// No request and no token goes to another host, even if a response names one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redirects_to_another_host() {
     let trap = tokio::net::TcpListener::bind("127.0.0.1:0")
@@ -558,7 +558,7 @@ async fn redirects_to_another_host() {
     .await;
 }
 
-/// It delays no message of its conversation.
+/// An odd event in the details delays no message of the conversation.
 #[tokio::test]
 async fn details_with_an_odd_event() {
     side_by_side([
@@ -573,8 +573,8 @@ async fn details_with_an_odd_event() {
             let details = format!(
                 r#"{{"events": [{odd}, {start}], "conversation_id": 42, "advisor_id": 7}}"#
             );
-            let told = status(200).body(&details).always();
-            t.bigchat.upset("GET /conversations/42", told);
+            let response = status(200).body(&details).always();
+            t.bigchat.upset("GET /conversations/42", response);
             let daemon = t.start();
             t.delivers([message(42, 2, "hello")]).await;
             daemon.stop().await;

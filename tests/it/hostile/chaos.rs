@@ -1,7 +1,7 @@
 //! Everything fails at once: `demo --chaos`, the real daemon killed and started again between services that fail in every
-//! way, over seeds; and its verdict, which must excuse nothing else.
+//! way, over seeds; and its result, which must excuse no other difference.
 //!
-//! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` say over how many seeds and for how long.
+//! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` set the number of seeds and the duration.
 
 use crate::harness::process::{Process, files, finished, printed, program};
 use crate::harness::services::ADD_MESSAGE;
@@ -14,7 +14,7 @@ use std::process::Command;
 use bigchat_sync::demo::count_apart;
 use bigchat_sync::journal::Store;
 
-/// How many seeds, and for how many seconds each, if the environment does not say otherwise.
+/// The default number of seeds, and the seconds for each.
 const SEEDS: u64 = 2;
 const SECONDS: u64 = 5;
 
@@ -39,9 +39,9 @@ async fn survives(bigchat: &str) {
         let temporary = tempfile::tempdir().expect("a directory");
         let output = finished(chaos(temporary.path(), seed, seconds, bigchat)).await;
         if !output.status.success() {
-            // Its database is for those who read the failure.
-            let kept = temporary.keep();
-            panic!("seed {seed}, {}: {}", kept.display(), printed(&output));
+            // The database is stored for the analysis of the failure.
+            let stored = temporary.keep();
+            panic!("seed {seed}, {}: {}", stored.display(), printed(&output));
         }
         let left = files(temporary.path());
         assert!(left.is_empty(), "the temporary database is gone: {left:?}");
@@ -72,12 +72,15 @@ async fn success_without_its_body() {
             t.our_api.upset(route, fault);
         }
         let daemon = t.start();
-        for (told, events) in [
+        for (reported, events) in [
             (1, vec![message(10, now - 5, "one")]),
             (3, vec![message(10, now - 5, "two"), end(10, now)]),
         ] {
             t.bigchat.reports(events);
-            until("it is told", async || t.bigchat.reported().len() == told).await;
+            until("the event is reported", async || {
+                t.bigchat.reported().len() == reported
+            })
+            .await;
             t.agrees().await;
         }
         daemon.stop().await;
@@ -86,7 +89,7 @@ async fn success_without_its_body() {
     .await;
 }
 
-/// How many events the verdict counts apart once a daemon was killed that had, or had not, stored a page; and whether
+/// How many events the demo excludes after a daemon was killed that had, or had not, stored a page; and whether
 /// OurAPI, which is down, then has all others.
 async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;
@@ -98,9 +101,9 @@ async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     faults.upset("GET /events", paused());
     until("a poll is under way", async || faults.pausing() == 1).await;
     let locked = (!stored).then(|| t.lock_database());
-    t.bigchat.reports([message(10, now - 5, "in hand")]);
+    t.bigchat.reports([message(10, now - 5, "not stored")]);
     faults.resume();
-    until("it is told", async || {
+    until("the event is reported", async || {
         t.bigchat.reported().iter().any(|events| !events.lost)
     })
     .await;
@@ -115,7 +118,7 @@ async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     (apart, t.compare().is_clean())
 }
 
-/// The verdict counts the events of a page apart that a killed daemon had not stored.
+/// The demo excludes the events of a page that a killed daemon had not stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_with_an_unstored_page() {
     run_live_test(async |t| {
@@ -124,7 +127,7 @@ async fn killed_with_an_unstored_page() {
     .await;
 }
 
-/// The verdict excuses no event of a stored page.
+/// The demo excludes no event of a stored page.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_with_a_stored_page() {
     run_live_test(async |t| {

@@ -1,8 +1,8 @@
-//! Random input wherever strangers provide it: pages, `nextPageUrl`, dates, OurAPI's answers, requests to the console, and
-//! the database file.
+//! Random input for everything read from outside: pages, `nextPageUrl`, dates, OurAPI's responses, requests to the console,
+//! and the database file.
 //!
-//! Generators know the form of what they spoil, so that most cases get past the first check. `PROPTEST_CASES` (256 by
-//! default) says how many cases there are; a failed one prints itself, or its seed.
+//! Generators know the format that they corrupt, so that most cases pass the first check. `PROPTEST_CASES` (256 by default)
+//! sets the number of cases. A failed case prints itself or its seed.
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -35,10 +35,10 @@ use crate::harness::{Test, run_test, until};
 
 const READ_TOKEN: &str = "0123456789abcdef-readers";
 
-/// How long any single case may take.
+/// The time limit for a single case.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How many cases, where one takes as long as so many usual ones.
+/// The number of cases, if one takes as long as so many usual ones.
 fn cases(weight: u32) -> u32 {
     (ProptestConfig::default().cases / weight).max(1)
 }
@@ -53,7 +53,7 @@ struct Good {
     json: String,
 }
 
-/// A string in JSON, with every character for which `escaped` says so as `\uXXXX`.
+/// A string in JSON. Characters for which `escaped` is true are written as `\uXXXX`.
 fn spelled(text: &str, escaped: &[bool]) -> String {
     let mut escaped = escaped.iter().cycle();
     let characters = text.chars().map(|character| {
@@ -69,7 +69,7 @@ fn spelled(text: &str, escaped: &[bool]) -> String {
     format!("\"{}\"", characters.collect::<String>())
 }
 
-/// What may stand where no value is needed, or where it costs its event: JSON that no parser accepts, too.
+/// A value for an unneeded field, or one that costs its event: any JSON, including text that no parser accepts.
 fn odd_value() -> impl Strategy<Value = String> {
     prop_oneof![
         select(vec![
@@ -136,7 +136,7 @@ fn good() -> impl Strategy<Value = Good> {
     )
 }
 
-/// What is no event, and costs no other one.
+/// An item that is not an event, and costs no other one.
 fn bad() -> impl Strategy<Value = String> {
     let needed = select(vec!["conversation_id", "event_name", "event_at"]);
     let spoiled = (good(), needed).prop_map(|(good, field)| {
@@ -160,7 +160,7 @@ impl Item {
         }
     }
 
-    /// Checks what was read for it.
+    /// Checks the parsed event.
     fn check(&self, read: &str) -> Result<(), TestCaseError> {
         let event = Event::parse(read);
         let Self::Good(good) = self else {
@@ -207,7 +207,7 @@ fn events(body: &str) -> Option<Vec<&str>> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// An event is read as it was written, whatever stands beside it on the page and in its own unneeded fields.
+    /// An event is read as it was written, whatever is beside it on the page and in its unneeded fields.
     #[test]
     fn fuzzed_page_costs_only_odd_events(items in items()) {
         let body = page(&items);
@@ -233,7 +233,7 @@ proptest! {
             body.extend(if number == 0 { &b"{\"events\":["[..] } else { b"," });
             body.extend(item.json().as_bytes());
             if number == spoiled {
-                // Within the name of a field that is needed.
+                // Within the name of a needed field.
                 let name = item.json().find("\"event_name\"").expect("its field");
                 body.insert(body.len() - item.json().len() + name + 2, byte);
             }
@@ -312,7 +312,7 @@ proptest! {
         }
     }
 
-    /// An HTTP date is read as it was written; anything else is none, or some time.
+    /// An HTTP date is read as it was written. Any other text gives no date, or an arbitrary one.
     #[test]
     fn fuzzed_date_is_read_or_none(at in 0_i64..253_402_300_800, edit in (any::<prop::sample::Index>(), "[ -~]")) {
         let at = Timestamp::from_unix(at).expect("a time");
@@ -327,7 +327,7 @@ proptest! {
     }
 }
 
-/// Spoils the body of an HTTP answer, whose length may be wrong then.
+/// Corrupts the body of an HTTP response. Its length may then be wrong.
 fn spoil(random: &mut impl Rng, mut answer: Vec<u8>) -> Vec<u8> {
     let head = answer.windows(4).position(|end| end == b"\r\n\r\n");
     let body = head.map_or(answer.len(), |head| head + 4);
@@ -348,8 +348,8 @@ fn spoil(random: &mut impl Rng, mut answer: Vec<u8>) -> Vec<u8> {
     answer
 }
 
-/// Answers that were spoiled on their way, but for the events, of which an altered one is another one: in the end each
-/// message is there, and nothing waits.
+/// Responses are corrupted on the way, except events, which would become other events. In the end OurAPI has each message,
+/// and no event waits.
 async fn with_spoiled_answers(t: &Test, seed: u64) {
     let spoiling = |seed: u64, share: f64, left: u32| {
         let (mut random, mut left) = (StdRng::seed_from_u64(seed), left);
@@ -415,7 +415,7 @@ async fn fuzzed_answers_lose_no_message() {
     }
 }
 
-/// A request in about the form of HTTP. The token, if any, allows to read.
+/// A request in approximate HTTP format. The token, if any, gives read access.
 fn request(random: &mut StdRng, host: &str) -> (Vec<u8>, bool) {
     fn one<'a>(random: &mut StdRng, of: &[&'a str]) -> &'a str {
         of.choose(random).copied().unwrap_or_default()
@@ -533,8 +533,7 @@ fn request(random: &mut StdRng, host: &str) -> (Vec<u8>, bool) {
     (bytes, is_known)
 }
 
-/// Whatever is sent to the console without the token that allows it changes nothing, shows nothing, and is no internal
-/// error.
+/// Requests to the console without the required token change nothing, show nothing, and cause no internal error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fuzzed_requests_change_nothing() {
     run_test(async |t| {
@@ -553,7 +552,7 @@ async fn fuzzed_requests_change_nothing() {
             let mut random = StdRng::seed_from_u64(u64::from(seed));
             let (bytes, is_known) = request(&mut random, address);
             let mut stream = TcpStream::connect(address).await.expect("a connection");
-            // It may be refused before all of it is sent.
+            // The request may be rejected before it is sent completely.
             drop(stream.write_all(&bytes).await);
             drop(stream.shutdown().await);
             let mut answer = Vec::new();
@@ -586,7 +585,7 @@ async fn fuzzed_requests_change_nothing() {
     .await;
 }
 
-/// Reads of a database what the daemon and its commands read first.
+/// Reads from a database what the daemon and its commands read first.
 fn read_all(db: &Path, t: &Test) {
     let now = Millis::now();
     for open in [Store::open_reader, Store::open_shared, Store::open] {
@@ -600,7 +599,7 @@ fn read_all(db: &Path, t: &Test) {
     }
 }
 
-/// A database that was damaged on disk is refused, or read as far as it is whole: no panic, and no endless loop.
+/// A damaged database is refused, or read as far as it is intact, without a panic or an endless loop.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fuzzed_database_never_panics() {
     run_test(async |t| {
@@ -620,7 +619,7 @@ async fn fuzzed_database_never_panics() {
             for _ in 0..random.random_range(1..6) {
                 let at = random.random_range(0..bytes.len());
                 match random.random_range(0..4) {
-                    // The header and the roots of the tables are where most can go wrong.
+                    // Damage to the header and the roots of the tables has the most effects.
                     0 => bytes[at % 4096] = random.random(),
                     1 => bytes[at] = random.random(),
                     2 => {

@@ -1,4 +1,4 @@
-//! Odd bytes in a page, pages that are empty in many ways, URLs of all spellings, dates that are wrong: each costs one event
+//! Odd bytes in a page, empty pages of all kinds, URLs of all spellings, wrong dates: each costs one event
 //! at the most, and nothing is stored changed.
 
 use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
@@ -28,7 +28,7 @@ fn dead_letters(t: &Bench) -> Vec<String> {
     failed.filter_map(|failed| failed.data).collect()
 }
 
-/// One odd value costs its event, and no other of its page.
+/// An odd value costs only its own event.
 #[tokio::test]
 async fn odd_value_costs_its_event() {
     let at = unix(5);
@@ -74,7 +74,7 @@ async fn odd_value_costs_its_event() {
     .await;
 }
 
-/// It costs no message.
+/// An odd value in an unused field costs no message.
 #[tokio::test]
 async fn odd_value_in_unused_field() {
     let at = unix(5);
@@ -145,7 +145,7 @@ async fn text_decoded_as_declared() {
     .await;
 }
 
-/// They become a dead letter, and are never stored changed.
+/// Events with bytes of another encoding become dead letters, and are never stored changed.
 #[tokio::test]
 async fn bytes_of_another_encoding() {
     for (bad, shown) in [
@@ -210,7 +210,7 @@ async fn compressed_body_is_read() {
         },
     )
     .await;
-    // What expands without measure is read no further.
+    // A body that inflates beyond the limit is not read to its end.
     let mut bomb = GzEncoder::new(Vec::new(), Compression::fast());
     for _ in 0..64 {
         bomb.write_all(&[b' '; 1 << 20]).expect("bytes");
@@ -271,7 +271,7 @@ async fn page_without_events() {
         .into_iter()
         .enumerate(),
         async |(case, upset)| {
-            // A quiet hour in a backlog.
+            // An hour without events in a backlog.
             run_test(async |t| {
                 t.set("--since", &time(-7200));
                 t.bigchat.reports([message(42, 1, "one")]);
@@ -289,7 +289,7 @@ async fn page_without_events() {
     .await;
 }
 
-/// It does not end the poll.
+/// An empty page does not end the poll.
 #[tokio::test]
 async fn empty_page_among_others() {
     side_by_side(
@@ -312,7 +312,7 @@ async fn empty_page_among_others() {
     .await;
 }
 
-/// It is followed where it can only mean one thing.
+/// A sloppy `nextPageUrl` is followed if it is unambiguous.
 #[tokio::test]
 async fn sloppy_next_page_url() {
     side_by_side(
@@ -376,7 +376,7 @@ async fn next_page_is_same_page() {
     .await;
 }
 
-/// A scene whose answers to questions for events carry one more header.
+/// A test whose responses to requests for events have an additional header.
 async fn with_one_more(t: &Test, header: &'static str) {
     let url = tampering(&t.bigchat.url(), move |_, answer| {
         with_header(&answer, "none", header)
@@ -385,7 +385,7 @@ async fn with_one_more(t: &Test, header: &'static str) {
     t.set("--bigchat-url", &url);
 }
 
-/// The `age` header says how old the `date` is.
+/// The `age` header gives the age of the `date`.
 #[tokio::test]
 async fn date_of_a_cached_response() {
     side_by_side(
@@ -424,7 +424,7 @@ async fn cursor_does_not_move() {
             whats.any(|what| what.contains("has not advanced"))
         };
         assert!(!shown());
-        // Two minutes are too long to wait for.
+        // Two minutes are too long for a test.
         t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 121000");
         for what in ["at first", "after another poll"] {
             assert!(shown(), "{what}");
@@ -451,7 +451,7 @@ fn start_of(window: &str) -> String {
     format!("GET /events?{start}")
 }
 
-/// It leaves no gap.
+/// A wrong date for some polls leaves no gap.
 #[tokio::test]
 async fn wrong_date_for_some_polls() {
     side_by_side([3600, 86_400, -7200, 700], async |off| {
@@ -477,7 +477,7 @@ async fn wrong_date_for_some_polls() {
     .await;
 }
 
-/// It is believed then.
+/// A new date is believed after ten polls.
 #[tokio::test]
 async fn new_date_for_ten_polls() {
     side_by_side([3600, -3600, 86_400], async |off| {
@@ -606,7 +606,7 @@ async fn ignored_kinds_hide_nothing() {
     .await;
 }
 
-/// A page budget that brought only events that cannot be understood hides none after them.
+/// A page budget of unparsable events hides no event after them.
 #[tokio::test]
 async fn page_budget_of_unreadable_events() {
     run_test(async |t| {
@@ -628,7 +628,7 @@ async fn page_budget_of_unreadable_events() {
     .await;
 }
 
-/// A dead letter that can be understood by now is ingested by a retry, in the epoch it is from.
+/// A dead letter that can be parsed by now is ingested by a retry, into its own epoch.
 #[tokio::test]
 async fn dead_letter_readable_after_upgrade() {
     let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
@@ -650,11 +650,11 @@ async fn dead_letter_readable_after_upgrade() {
                 let retry = || t.failed_command(&["retry", "--all"]).ok();
                 retry();
                 assert_eq!(t.events("failed"), 1, "it is not understood yet");
-                // BigChat restarts: the id means another conversation by then.
+                // BigChat restarts, and the id means another conversation.
                 t.bigchat.restarts(42, NOW - 1);
                 t.bigchat.reports([message(42, NOW, "of after")]);
                 t.once().await;
-                // As if this were a version that understands it.
+                // As if this version could parse it.
                 let known = event.to_string().replace('\'', "''");
                 t.execute(&format!(
                     "UPDATE events SET data = '{known}' WHERE conversation IS NULL"

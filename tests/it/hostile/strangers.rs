@@ -19,7 +19,7 @@ fn agents(listed: &[(&str, &str, &str)]) -> Fault {
         .always()
 }
 
-/// OurAPI takes two spellings of an address for the same agent, and so does the daemon.
+/// OurAPI treats two spellings of an address as the same agent, and so does the daemon.
 #[tokio::test]
 async fn agent_equal_to_our_api() {
     let taken = |code| status(code).body("{}").always();
@@ -72,7 +72,7 @@ async fn agent_equal_to_our_api() {
     .await;
 }
 
-/// It is another agent.
+/// An agent whose name differs in case is another agent.
 #[tokio::test]
 async fn agent_name_in_another_case() {
     run_test(async |t| {
@@ -88,12 +88,12 @@ async fn agent_name_in_another_case() {
         let named = created
             .last()
             .is_some_and(|asked| asked.line.contains("Ann (ann@x.test)"));
-        assert!(named, "the address tells them apart");
+        assert!(named, "the address distinguishes them");
     })
     .await;
 }
 
-/// It is used as OurAPI has it.
+/// An agent stored in another spelling is used as OurAPI stores it.
 #[tokio::test]
 async fn agent_stored_in_another_spelling() {
     side_by_side(
@@ -115,7 +115,7 @@ async fn agent_stored_in_another_spelling() {
     .await;
 }
 
-/// It is no outage: the chat has no agent.
+/// An agent that is neither created nor listed is no outage: the chat has no agent.
 #[tokio::test]
 async fn agent_neither_created_nor_listed() {
     side_by_side([404, 409], async |code| {
@@ -135,7 +135,7 @@ async fn agent_neither_created_nor_listed() {
     .await;
 }
 
-/// What `status` says of an API once it is down: why, and what to do.
+/// The problem and the remedy that `status` shows once an API is down.
 async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
     until(&format!("{case}: {api} is down"), async || {
         t.is_up(api) == Some(false)
@@ -238,7 +238,7 @@ async fn outages_that_need_a_correction() {
                 daemon.stop().await;
 
                 if case == "400" {
-                    // To OurAPI's list it says that it does not take the address.
+                    // It rejects the address in the query of OurAPI's list.
                     return;
                 }
                 run_test(async |t| {
@@ -257,7 +257,7 @@ async fn outages_that_need_a_correction() {
     .await;
 }
 
-/// The conversation and the time of an event that cannot be understood are shown, if they can be read.
+/// The conversation and the time of an unparsable event are shown, if they can be read.
 #[tokio::test]
 async fn readable_part_of_unreadable_event() {
     let event = |conversation: Value, name: &str, at: Value, data: Value| json!({"conversation_id": conversation, "event_name": name, "event_at": at, "data": data});
@@ -290,7 +290,7 @@ async fn readable_part_of_unreadable_event() {
                 assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
                 let retried = said(&["retry", "--all"]);
                 assert!(
-                    retried.contains("1 failed event still cannot be understood"),
+                    retried.contains("1 failed event still cannot be parsed"),
                     "{retried}"
                 );
             })

@@ -2,7 +2,7 @@
 
 use crate::harness::process::{printed, program};
 
-/// What the program prints, and its exit code. Nothing is in its environment but that.
+/// The program's output and exit code, with only these variables in its environment.
 fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> (String, Option<i32>) {
     let output = program()
         .args(arguments)
@@ -87,6 +87,7 @@ fn token_in_the_file_variable() {
     }
 }
 
+/// Unknown variables are named, each with the nearest setting.
 #[test]
 fn unknown_variable_names_nearest_setting() {
     for (variable, meant, command) in [
@@ -111,7 +112,7 @@ fn unknown_variable_names_nearest_setting() {
         }
         assert!(!said.contains("S3cret"), "{said}");
     }
-    // Those of Kubernetes, for a service of this name.
+    // Variables of Kubernetes, for a service of this name.
     let service = [
         ("BIGCHAT_SYNC_SERVICE_HOST", "10.0.0.1"),
         ("BIGCHAT_SYNC_PORT", "tcp://10.0.0.1:8268"),

@@ -1,4 +1,4 @@
-//! The operator's commands: what they show of the journal, in text and in JSON, and what they change.
+//! The operator's commands: their output as text and as JSON, and their changes.
 
 use std::io::Read;
 use std::process::{Output, Stdio};
@@ -11,7 +11,7 @@ use crate::harness::journal::dead_letter;
 use crate::harness::process::printed as said;
 use crate::harness::{Bench, Test, run_test, until};
 
-/// Runs a command beside whatever runs.
+/// Runs a command, whether or not a daemon runs.
 pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
     let mut program = t.program(arguments[0]);
     program.args(&arguments[1..]);
@@ -36,7 +36,7 @@ fn is_time(value: &Value) -> bool {
     time.ends_with('Z') && chrono::DateTime::parse_from_rfc3339(time).is_ok()
 }
 
-/// Conversation 42 with an event in each state, while OurAPI takes no message any more. The third event failed.
+/// Conversation 42 with an event in each state, while OurAPI rejects messages. The third event failed.
 async fn each_state(t: &Test) {
     t.differs("one event failed, and one waits");
     t.start();
@@ -53,8 +53,9 @@ async fn each_state(t: &Test) {
     .await;
 }
 
+/// `conversation` shows each event with its state.
 #[tokio::test]
-async fn conversation_shows_each_event_with_its_state() {
+async fn conversation_shows_event_states() {
     run_test(async |t| {
         each_state(t).await;
         let answer = json_of(t, &["conversation", "42"]);
@@ -133,8 +134,9 @@ async fn two_epochs() -> Bench {
     bench
 }
 
+/// `conversation` shows every epoch of an id.
 #[tokio::test]
-async fn conversation_shows_every_epoch_of_an_id() {
+async fn conversation_shows_all_epochs() {
     let bench = two_epochs().await;
     let answer = json_of(&bench, &["conversation", "42"]);
     let of = |name: &str| -> Vec<&Value> {
@@ -164,8 +166,9 @@ async fn conversation_shows_every_epoch_of_an_id() {
     );
 }
 
+/// Failed events are shown with their texts, and selected by their reasons.
 #[tokio::test]
-async fn failed_events_show_texts_and_match_reasons() {
+async fn failed_list_and_reason_filter() {
     let bench = two_epochs().await;
     let list = done(&bench, &["failed", "list"]);
     for part in ["\n    S3cretOne\n", "3 failed events;"] {
@@ -196,8 +199,9 @@ async fn failed_events_show_texts_and_match_reasons() {
     assert_eq!(bench.events("failed"), 1);
 }
 
+/// A discard can be undone until the event is resolved otherwise.
 #[tokio::test]
-async fn a_discard_is_undone_until_it_is_resolved_otherwise() {
+async fn discard_can_be_undone() {
     let bench = two_epochs().await;
     done(&bench, &["failed", "discard", "1", "2", "3"]);
     let shown = done(&bench, &["failed", "show", "1"]);
@@ -220,7 +224,7 @@ async fn a_discard_is_undone_until_it_is_resolved_otherwise() {
         "0 failed events reopened\n"
     );
 
-    // The latest first, and what could not be parsed with the conversation that it names.
+    // The latest first. The unparsable event has the conversation that it names.
     let log = json_of(&bench, &["resolutions"]);
     let rows = log["resolutions"].as_array().expect("rows");
     let of = |name: &str| -> Vec<&Value> { rows.iter().map(|row| &row[name]).collect() };
@@ -244,7 +248,7 @@ async fn a_discard_is_undone_until_it_is_resolved_otherwise() {
     assert_eq!(log["resolutions"][0]["can_undo"], true);
 }
 
-/// What an export prints, line by line.
+/// The lines of an export.
 fn exported(t: &Bench, arguments: &[&str]) -> Vec<Value> {
     let text = done(t, &[&["export"], arguments].concat());
     text.lines()
@@ -265,7 +269,7 @@ async fn export_has_what_was_delivered_once() {
         .await;
         t.bigchat.reports([message(42, 7, "k")]);
         t.until_events("failed", 1).await;
-        // What is sent again counts by its last delivery.
+        // An event that is sent again counts by its latest delivery.
         t.our_api.loses_message("42");
         let mut verify = t.program("verify");
         verify.arg("--repair");
@@ -294,7 +298,7 @@ async fn export_has_what_was_delivered_once() {
         let ended = [&since[..], &["--until", "2020-01-02T00:00:00Z"]].concat();
         assert_eq!(exported(t, &ended), [] as [Value; 0]);
 
-        // From the first time on, up to the second.
+        // From the first time on, and before the second.
         t.execute("UPDATE deliveries SET delivered_at = 1000 * id");
         let span = [
             "--since",
@@ -311,8 +315,9 @@ async fn export_has_what_was_delivered_once() {
     .await;
 }
 
+/// An export whose reader stalls delays no checkpoint.
 #[tokio::test]
-async fn a_stalled_export_holds_up_no_checkpoint() {
+async fn stalled_export_and_checkpoint() {
     let bench = Bench::unreachable();
     bench.once().await;
     bench.execute(
@@ -327,7 +332,7 @@ async fn a_stalled_export_holds_up_no_checkpoint() {
     export.args(["--since", "1970-01-01T00:00:00Z"]);
     let mut export = export.stdout(Stdio::piped()).spawn().expect("a process");
     let mut output = export.stdout.take().expect("a pipe");
-    // It has begun, and has more to say than a pipe holds.
+    // The export has begun, and is larger than a pipe's buffer.
     let mut text = vec![0; 1];
     output.read_exact(&mut text).expect("a byte");
     let writer = rusqlite::Connection::open(bench.db()).expect("a database");
@@ -344,7 +349,7 @@ async fn a_stalled_export_holds_up_no_checkpoint() {
     assert_eq!(lines.lines().count(), 5000);
 }
 
-/// The database's files that hold such bytes.
+/// The database's files that contain such bytes.
 fn files_with(t: &Bench, text: &str) -> Vec<String> {
     let files = ["journal.db", "journal.db-wal"].map(|name| t.directory().join(name));
     let holds = |bytes: &[u8]| {
@@ -359,8 +364,9 @@ fn files_with(t: &Bench, text: &str) -> Vec<String> {
         .collect()
 }
 
+/// Forgotten text leaves every file for good.
 #[tokio::test]
-async fn forgotten_text_leaves_every_file_for_good() {
+async fn forgotten_text_leaves_all_files() {
     run_test(async |t| {
         t.differs("a conversation is forgotten");
         let reject = status(422).body(r#"{"detail":"S3cretEcho"}"#).always();
@@ -391,13 +397,13 @@ async fn forgotten_text_leaves_every_file_for_good() {
 
         let text = done(t, &["forget", "42", "--yes"]);
         assert!(text.contains("the text of its 6 events was erased"), "{text}");
-        assert!(text.contains("OurAPI still holds its chat 42 (id "), "{text}");
+        assert!(text.contains("OurAPI still has its chat 42 (id "), "{text}");
         assert_eq!(files_with(t, "S3cret"), [] as [String; 0]);
         assert!(!files_with(t, "Not forgotten").is_empty());
         assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
         assert_eq!(t.events("forgotten"), 6);
 
-        // Reported again, it is known; a new event is counted, and its text is not stored.
+        // An event reported again is recognised; a new one is counted, and its text is not stored.
         t.bigchat.reports(reported);
         t.bigchat.reports([message(42, 20, "S3cretNew"), end(42, 21)]);
         t.bigchat.reports(bigchat_sync::simulator::bigchat::raw(
@@ -470,8 +476,9 @@ async fn forget_names_one_epoch_and_asks() {
     );
 }
 
+/// A request in flight during `forget` stores no forgotten text.
 #[tokio::test]
-async fn what_was_in_flight_stores_no_forgotten_text() {
+async fn forget_with_request_in_flight() {
     run_test(async |t| {
         t.differs("a conversation is forgotten");
         t.set("--request-timeout", "300ms");
@@ -508,8 +515,9 @@ fn printed(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
+/// The help of each command shows the settings that matter to it.
 #[test]
-fn each_help_shows_the_settings_that_matter() {
+fn help_shows_relevant_settings() {
     for (arguments, shown, hidden) in [
         (
             &["-h"][..],
@@ -553,7 +561,7 @@ fn each_help_shows_the_settings_that_matter() {
         for part in hidden {
             assert!(!help.contains(part), "{arguments:?} {part}: {help}");
         }
-        if let (Some(own), Some(setting)) = (help.find("\nOptions:"), help.find("\nSettings")) {
+        if let (Some(own), Some(setting)) = (help.find("\nOptions:"), help.find("\nSettings (")) {
             assert!(own < setting, "{arguments:?}: {help}");
         }
     }

@@ -1,4 +1,4 @@
-//! The demo as a user runs it: its output, its exit code, and that it leaves nothing behind.
+//! The demo as a user runs it: its output, its exit code, and that it cleans up.
 
 use crate::harness::process::{files, printed, program};
 use crate::harness::run_live_test;
@@ -12,9 +12,9 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 
-use bigchat_sync::demo::{FailedPolls, Figures, Verdict};
+use bigchat_sync::demo::{DemoResult, FailedPolls, Figures};
 
-/// The demo, in surroundings that would stop a daemon, and with a temporary directory of its own.
+/// The demo, in an environment that would stop a daemon, and with a separate temporary directory.
 fn demo(temporary: &Path) -> Command {
     let mut demo = program();
     demo.arg("demo")
@@ -63,10 +63,10 @@ fn assert_proved(output: &Output) {
     assert_eq!(output.status.code(), Some(0), "{all}");
     assert!(!all.contains('\u{1b}'), "{all}");
     let out = String::from_utf8_lossy(&output.stdout);
-    let verdict = out.lines().last().unwrap_or_default();
+    let result = out.lines().last().unwrap_or_default();
     assert!(
-        verdict.starts_with("No difference: ") && verdict.ends_with("never more than 1 at once"),
-        "{verdict}"
+        result.starts_with("No difference: ") && result.ends_with("never more than 1 at once"),
+        "{result}"
     );
 }
 
@@ -87,7 +87,7 @@ fn demo_with_a_stable_log() {
     ]));
 }
 
-/// The demo still compares both services then.
+/// The demo still compares both services.
 #[test]
 fn signal_ends_the_demo_early() {
     let temporary = tempfile::tempdir().expect("a directory");
@@ -107,8 +107,8 @@ fn signal_ends_the_demo_early() {
     let mut rest = String::new();
     out.read_to_string(&mut rest).expect("the rest");
     assert!(demo.wait().expect("it ends").success(), "{rest}");
-    let verdict = rest.lines().last().unwrap_or_default();
-    assert!(verdict.starts_with("No difference: "), "{rest}");
+    let result = rest.lines().last().unwrap_or_default();
+    assert!(result.starts_with("No difference: "), "{rest}");
     assert_left_clean(temporary.path());
 }
 
@@ -131,7 +131,7 @@ fn failed_events_retried_beside_demo() {
         fixed |= line.starts_with("OurAPI is fixed");
         // Not until the end: an event retried during the comparison would still be waiting.
         if fixed && retried < 3 && figure(&line, "failed").is_some_and(|failed| failed > 0) {
-            // All but what can never be stored gets through this time.
+            // This time, everything that can be stored is delivered.
             let retry = program()
                 .args(["failed", "retry", "--all", "--db", &db])
                 .output();
@@ -171,7 +171,7 @@ fn setting_without_effect_in_demo() {
 
 #[test]
 fn demo_port_is_taken() {
-    // By this test, or by another process.
+    // The port is in use by this test or by another process.
     let taken = TcpListener::bind("127.0.0.1:8267");
     let output = run(&["--serve"]);
     assert_eq!(output.status.code(), Some(1));
@@ -196,8 +196,8 @@ async fn any_difference_is_exit_code_1() {
         let judge = |data: &Data, figures: &Figures| {
             let rules = Rules::default();
             let report = compare(&expected(&t.bigchat.reported(), &rules), data, &rules);
-            let verdict = Verdict::new(report, *figures);
-            (verdict.exit_code(), verdict.to_string())
+            let result = DemoResult::new(report, *figures);
+            (result.exit_code(), result.to_string())
         };
     let held = t.our_api.data();
     let figures = Figures {

@@ -2,8 +2,8 @@
 //!
 //! A fenced `sh` or `console` block is run by a shell in a scratch directory, between the simulated services, over a
 //! database in which conversation 42 was delivered and events 17 to 20 have failed. The shell finds stand-ins for what
-//! needs root, systemd or a build ([`NOT_RUN`]), and one for the program that bounds what would run for long. Whatever the
-//! program was called with must also parse.
+//! needs root, systemd or a build ([`NOT_RUN`]), and one for the program that limits long runs. The arguments that the
+//! program was called with must also be valid.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,14 +31,14 @@ const NOT_RUN: [&str; 3] = [
     "litestream",
 ];
 
-/// What stands in for `cargo`: the program is built, and running the tests in a test would never end.
+/// Replaces `cargo`: the program is built, and running the tests in a test would never end.
 const CARGO: &str = r#"case "$1" in
     build | test | bench) exit 0 ;;
     run) while [ "$1" != -- ]; do shift; done; shift; exec bigchat-sync "$@" ;;
 esac
 exit 64"#;
 
-/// What stands in for the program. It records the arguments, stops a daemon once that runs, and shortens a demo.
+/// Replaces the program. It records the arguments, stops a daemon once that runs, and shortens a demo.
 const BOUNDED: &str = r#"{ for argument; do printf '%s\037' "$argument"; done; echo; } >> "$RECORD"
 case "$1" in
 run)
@@ -154,7 +154,7 @@ fn spans(text: &str) -> Vec<&str> {
     spans.collect()
 }
 
-/// A directory that stands in for the root of the machine.
+/// A directory that replaces the root of the machine.
 struct Machine<'a> {
     t: &'a Test,
     root: tempfile::TempDir,
@@ -462,7 +462,9 @@ async fn every_metric_is_documented() {
         until("an event is measured", async || {
             let request = client().get(format!("{url}/metrics")).bearer_auth(TOKEN);
             metrics = sent(request).await.text().await.expect("text");
+            // The pass in idle time begins once nothing waits.
             metrics.contains("bigchat_sync_newest_event_age_seconds ")
+                && metrics.contains("bigchat_sync_verification_left_chats ")
         })
         .await;
         t.until_events("delivered", 1).await;
@@ -508,8 +510,9 @@ fn every_alert_is_documented() {
     );
 }
 
+/// Messages explained in the run book are messages of the program.
 #[test]
-fn explained_messages_are_those_of_the_program() {
+fn explained_messages_exist() {
     let sources = files(&repository().join("src"));
     let sources = sources
         .iter()

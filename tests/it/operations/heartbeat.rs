@@ -1,4 +1,4 @@
-//! The heartbeat: what a dead man's switch receives, and that nothing follows from how it answers.
+//! The heartbeat: what a dead man's switch receives, and that its response has no effect.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -50,7 +50,7 @@ impl Switch {
     }
 }
 
-/// A request, once all of it has arrived.
+/// A complete request.
 async fn read_request(stream: &mut tokio::net::TcpStream) -> String {
     let mut request = Vec::new();
     loop {
@@ -73,7 +73,7 @@ async fn read_request(stream: &mut tokio::net::TcpStream) -> String {
     }
 }
 
-/// A daemon as a process of its own, with the URL in its environment.
+/// A daemon in a separate process, with the URL in its environment.
 fn start(t: &Bench, url: &str) -> Process {
     let mut program = t.program("run");
     program.env("BIGCHAT_SYNC_HEARTBEAT_URL", url);
@@ -125,8 +125,9 @@ async fn problems_are_posted_without_customers_text() {
     .await;
 }
 
+/// A waiting event is a problem, unless deliveries are paused.
 #[tokio::test]
-async fn waiting_event_is_a_problem_unless_paused() {
+async fn waiting_event_and_pause() {
     run_live_test(async |t| {
         t.differs("nothing is delivered");
         t.our_api.outage(Some(

@@ -16,7 +16,7 @@ use crate::harness::process::{Process, printed};
 use crate::harness::services::BigChat;
 use crate::harness::{Bench, Test, run_live_test, until};
 
-/// A daemon between a BigChat of its own and the OurAPI of the test.
+/// A daemon between its own BigChat and the OurAPI of the test.
 struct Neighbour {
     bigchat: BigChat,
     bench: Bench,
@@ -25,7 +25,7 @@ struct Neighbour {
 
 impl Neighbour {
     async fn new(t: &Test, seed: u64, quiet: bool) -> Self {
-        // One that keeps its events: a daemon that dies before it has stored them reads them again.
+        // It stores its events, so that a daemon that dies before it has stored them reads them again.
         let log = Log {
             events_per_second: 3.0,
             ..Log::default()
@@ -61,7 +61,7 @@ fn kill(daemon: &Process) {
     assert!(killed.expect("a process").success());
 }
 
-/// How OurAPI differs from what all of them reported.
+/// The differences between OurAPI and all reports.
 fn difference(t: &Test, neighbours: &[Neighbour]) -> Option<String> {
     let mut all = expected(&[], &Rules::default());
     for Neighbour {
@@ -111,7 +111,7 @@ async fn three_daemons_take_turns() {
         for neighbour in &neighbours {
             neighbour.bigchat.reports_more(8).await;
         }
-        // One of them dies in the midst of its work, and starts again.
+        // One of them dies during its work, and starts again.
         let dead = daemons.remove(0);
         kill(&dead);
         dead.ended().await;
@@ -130,8 +130,9 @@ async fn three_daemons_take_turns() {
     .await;
 }
 
+/// The request of a dead daemon is waited for.
 #[tokio::test]
-async fn request_of_a_dead_daemon_is_waited_out() {
+async fn daemon_dies_during_request() {
     run_live_test(async |t| {
         t.differs("other daemons write to this OurAPI; they are compared together");
         let mut neighbours = Vec::new();
@@ -142,7 +143,7 @@ async fn request_of_a_dead_daemon_is_waited_out() {
             neighbour.bigchat.open(10, now - 100, 1);
             neighbours.push(neighbour);
         }
-        let tell = |neighbour: &Neighbour, text: &str| {
+        let report = |neighbour: &Neighbour, text: &str| {
             let now = neighbour.bigchat.now();
             neighbour.bigchat.reports([message(10, now - 1, text)]);
         };
@@ -156,10 +157,10 @@ async fn request_of_a_dead_daemon_is_waited_out() {
         // OurAPI carries it out even though the client is dead.
         let at_work = overdue(Duration::from_secs(2));
         t.our_api.upset("POST /chats/{id}/messages", at_work);
-        tell(one, "from the dead");
+        report(one, "from the dead");
         until("OurAPI is at work", async || t.our_api.pausing() == 1).await;
         let asked = t.our_api.total();
-        tell(other, "from the living");
+        report(other, "from the living");
         other.bench.until_events("waiting", 1).await;
         assert_eq!(t.our_api.total(), asked, "it waits for its turn");
         kill(&dead);
@@ -197,7 +198,7 @@ async fn waiting_for_the_lock_is_no_attempt() {
             value.expect("a sample").parse::<f64>().expect("a number")
         };
         until("the time is counted", async || waited().await > 0.0).await;
-        // Nor does it delay the stop: of 8 s that a request may take then, none is used.
+        // The lock does not delay the stop, which would wait up to 8 s for a request.
         let began = std::time::Instant::now();
         daemon.stop().await;
         assert!(began.elapsed() < Duration::from_secs(5));
@@ -225,7 +226,7 @@ async fn file_with_content_is_never_locked() {
             let said = printed(&refused);
             assert_eq!(refused.status.code(), Some(code), "{said}");
             assert!(said.contains("--our-api-lock"), "{said}");
-            assert!(said.contains("it is no lock file"), "{said}");
+            assert!(said.contains("it is not a lock file"), "{said}");
         }
         let content = fs::read_to_string(&path).expect("a file");
         assert_eq!(content, "Dear diary");

@@ -14,7 +14,7 @@ use serde_json::Value;
 /// How many lines of a kind are written in full between two summaries.
 const BURST: usize = 10;
 
-/// All that was logged, each line read as JSON.
+/// The log, each line parsed as JSON.
 fn lines(log: &str) -> Vec<Value> {
     let lines = log.lines();
     lines
@@ -40,7 +40,7 @@ fn summed(log: &str, figure: &str) -> u64 {
     summaries.filter_map(|line| line[figure].as_u64()).sum()
 }
 
-/// The fields that the manual gives, in its chapter on the log.
+/// The fields listed in the manual's chapter on the log.
 fn documented() -> BTreeSet<String> {
     let chapter = Chapter::Log.text();
     let rows = chapter.lines().filter(|line| line.starts_with("| `"));
@@ -132,7 +132,10 @@ async fn healthy_daemon_logs_summaries_only() {
         assert_eq!(daemon.log(), before);
         assert!(daemon.stop().await.success());
         let log = t.logged();
-        assert_eq!((summed(&log, "told"), summed(&log, "delivered")), (20, 20));
+        assert_eq!(
+            (summed(&log, "received"), summed(&log, "delivered")),
+            (20, 20)
+        );
         let mut messages = messages(&log);
         assert!(messages.remove("summary").is_some_and(|count| count <= 21));
         let said: Vec<_> = messages
@@ -146,7 +149,7 @@ async fn healthy_daemon_logs_summaries_only() {
                     concat!("bigchat-sync ", env!("CARGO_PKG_VERSION"), " is running"),
                     1
                 ),
-                ("stopped; nothing is forgotten", 1),
+                ("stopped; everything is committed", 1),
                 ("stopping; requests in flight are finished first", 1),
             ]
         );
@@ -198,7 +201,7 @@ async fn outage_is_logged_twice() {
     .await;
 }
 
-/// Of many failures at once the first are logged in full, and the others are counted.
+/// If there are many failures, the first are logged in full, and the others are counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_failures_are_counted() {
     run_live_test(async |t| {
@@ -210,7 +213,7 @@ async fn many_failures_are_counted() {
         let mut events = Vec::new();
         for id in 10..110 {
             t.bigchat.open(id, now - 100, 1);
-            // OurAPI never takes the first one.
+            // OurAPI never accepts the first one.
             events.push(message(id, now - 6, "k"));
             events.push(message(id, now - 5, "hello"));
         }
@@ -218,7 +221,7 @@ async fn many_failures_are_counted() {
         let daemon = with_log(t, "1h").await;
         t.until_events("failed", 100).await;
         t.until_events("delivered", 100).await;
-        // Now every other message meets a 500: some are tried again and again while others get through.
+        // Now every other message meets a 500: some are retried repeatedly while others succeed.
         t.our_api.upset_at_random(0.5, crashed());
         let events = (10..110).map(|id| message(id, now - 4, "and on"));
         t.bigchat.reports(events);
@@ -279,7 +282,7 @@ async fn once_logs_a_summary() {
         assert!(output.status.success());
         let log = String::from_utf8(output.stderr).expect("text");
         assert_eq!(
-            (summed(&log, "told"), summed(&log, "delivered")),
+            (summed(&log, "received"), summed(&log, "delivered")),
             (1, 1),
             "{log}"
         );

@@ -12,7 +12,7 @@ use bigchat_sync::settings::Tokens;
 use reqwest::header::CONTENT_TYPE;
 use serde_json::json;
 
-/// A daemon, and what it measures.
+/// A daemon and its metrics.
 struct Measured {
     daemon: Daemon,
     url: String,
@@ -31,7 +31,7 @@ impl Measured {
         answer.text().await.expect("a text")
     }
 
-    /// A sample's value; 0 if it is not there.
+    /// A sample's value; 0 if it is missing.
     async fn value(&self, series: &str) -> f64 {
         value(&self.text().await, series).unwrap_or_default()
     }
@@ -60,7 +60,7 @@ fn value(text: &str, series: &str) -> Option<f64> {
     rest?.trim().parse().ok()
 }
 
-/// The sum of all samples that begin so.
+/// The sum of all samples with that prefix.
 fn sum(text: &str, series: &str) -> f64 {
     let samples = text.lines().filter(|line| line.starts_with(series));
     samples
@@ -68,7 +68,7 @@ fn sum(text: &str, series: &str) -> f64 {
         .sum()
 }
 
-/// Requests and events are counted as the services and the journal have them.
+/// Requests and events are counted as in the services and the journal.
 #[tokio::test]
 async fn counts_match_the_services() {
     run_with(seeded(12), async |t| {
@@ -107,7 +107,7 @@ async fn counts_match_the_services() {
             let events = t.count_events(&format!("kind = '{kind}'"));
             (kind, events as f64)
         }) {
-            let series = format!("bigchat_sync_events_told_total{{kind=\"{kind}\"}}");
+            let series = format!("bigchat_sync_events_received_total{{kind=\"{kind}\"}}");
             assert_eq!(value(&text, &series), Some(events), "{kind}");
         }
         let (delivered, failed) = (t.events("delivered"), t.events("failed"));
@@ -133,7 +133,7 @@ async fn counts_match_the_services() {
     .await;
 }
 
-/// The metrics tell a stuck source, stale data and a stuck delivery apart.
+/// The metrics distinguish a stuck source, stale data and a stuck delivery.
 #[tokio::test]
 async fn stuck_source_and_stuck_delivery() {
     run_live_test(async |t| {
@@ -144,7 +144,7 @@ async fn stuck_source_and_stuck_delivery() {
         let (all_well, up) = ((true, true, true), "bigchat_sync_api_up");
         measured.until_signs("all is well", all_well).await;
 
-        // Polls come back empty: the only sign is that BigChat reports nothing new. A minute is too long to wait for.
+        // Polls are empty: the only sign is that BigChat reports nothing new. A minute is too long for a test.
         t.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
         measured
             .until_signs("stale data", (true, false, true))
@@ -177,14 +177,14 @@ async fn stuck_source_and_stuck_delivery() {
         let open = "bigchat_sync_breaker_open{api=\"our_api\"}";
         assert_eq!(measured.value(open).await, 1.0);
         t.our_api.outage(None);
-        measured.until_signs("delivery goes on", all_well).await;
+        measured.until_signs("delivery continues", all_well).await;
         assert_eq!(measured.value(open).await, 0.0);
         measured.daemon.stop().await;
     })
     .await;
 }
 
-/// Unknown outcomes, losses and events that cannot be understood are counted.
+/// Unknown outcomes, losses and unparsable events are counted.
 #[tokio::test]
 async fn rare_incidents_are_counted() {
     run_live_test(async |t| {
@@ -207,7 +207,7 @@ async fn rare_incidents_are_counted() {
         assert_eq!(measured.value(series).await, 1.0);
         assert_eq!(
             measured
-                .value("bigchat_sync_events_told_total{kind=\"UNREADABLE\"}")
+                .value("bigchat_sync_events_received_total{kind=\"UNREADABLE\"}")
                 .await,
             1.0
         );
@@ -238,7 +238,7 @@ async fn metrics_without_the_journal() {
         .await;
         let away = t.directory().join("away.db");
         std::fs::rename(t.db(), &away).expect("it is moved");
-        until("it is told", async || {
+        until("the event is reported", async || {
             measured.value("bigchat_sync_journal_writable").await == 0.0
         })
         .await;
@@ -249,7 +249,7 @@ async fn metrics_without_the_journal() {
                 > 0.0
         );
         std::fs::rename(away, t.db()).expect("it is moved back");
-        until("it is told", async || {
+        until("the event is reported", async || {
             measured.value("bigchat_sync_journal_writable").await == 1.0
         })
         .await;

@@ -1,4 +1,4 @@
-//! What an operator sets, runs, reads and finds on the disk.
+//! Settings, commands, output and files, as an operator uses them.
 
 mod bad_settings;
 mod commands;

@@ -1,4 +1,4 @@
-//! One daemon for each database, by whatever name it is opened; SQLite's own locks stay.
+//! One daemon for each database, whatever the name by which it is opened; SQLite's own locks stay.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::harness::process::{
 };
 use crate::harness::until;
 
-/// A directory with a daemon that has made its database through a symbolic link that dangled.
+/// A directory with a daemon that has created its database through a dangling symbolic link.
 async fn started_by_dangling_link() -> (TempDir, Process) {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
@@ -79,7 +79,7 @@ async fn second_daemon_through_bind_mount() {
     }
 }
 
-/// SQLite names the write-ahead log after the database: by another name a command would make a second one.
+/// SQLite names the write-ahead log after the database, so a command with another name would create a second one.
 #[tokio::test]
 async fn command_by_another_database_name() {
     let (directory, _daemon) = started_by_dangling_link().await;

@@ -1,4 +1,4 @@
-//! Any path works, again and again, and is recognisable where it is printed.
+//! Any path works, repeatedly, and is recognisable where it is printed.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::harness::process::{files, printed, program, unreachable};
 
-/// Names that something on the way to SQLite could mistake for anything else.
+/// Names that some layer above SQLite could misinterpret.
 const NAMES: [&[u8]; 18] = [
     b"plain.db",
     b"a%20b.db",
@@ -36,7 +36,7 @@ fn run(directory: &Path, command: &str, db: &OsStr) -> Output {
     program.output().expect("a process")
 }
 
-/// A database of that name, made, used and checked again and again.
+/// A database with that name is created, used and checked repeatedly.
 fn works_again_and_again(name: &OsStr) {
     for is_absolute in [false, true] {
         let directory = tempfile::tempdir().expect("a directory");
@@ -103,7 +103,7 @@ fn odd_path_printed_escaped() {
                 true => [output.stdout, output.stderr].concat(),
             };
             let said = String::from_utf8(said).expect("UTF-8");
-            // In a line of the log it is text in JSON.
+            // In the log it is a JSON string.
             let in_json = serde_json::to_string(shown).expect("JSON");
             assert!(
                 said.contains(shown) || said.contains(&in_json),
@@ -165,7 +165,7 @@ fn bad_setting_beside_odd_path() {
     }
 }
 
-/// The unit has its database in the state directory: a path set for other commands is not for it.
+/// The unit has its database in the state directory, and ignores a path set for other commands.
 #[test]
 fn unit_ignores_database_in_environment() {
     for db in [&b"/srv/a.db"[..], b"\xff.db", b"a\nb"] {

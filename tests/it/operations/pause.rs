@@ -1,4 +1,4 @@
-//! `bigchat-sync pause` and `resume`: BigChat is polled on, and nothing is sent to OurAPI.
+//! `bigchat-sync pause` and `resume`: polling continues, and nothing is sent to OurAPI.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ fn resume(t: &Bench) -> String {
     said
 }
 
-/// Waits until the daemon has taken up its pause, and what was in flight has ended. Returns how many requests OurAPI had.
+/// Waits until the daemon is paused and requests in flight have ended. Returns how many requests OurAPI had.
 async fn until_paused(t: &Test, daemon: &Process) -> u64 {
     until("the pause is taken up", async || {
         daemon.lines_with("polling continues") > 0 && t.our_api.open_requests() == 0
@@ -66,7 +66,7 @@ async fn paused_daemon_polls_and_sends_nothing() {
         t.bigchat.further_polls(20).await;
         assert_eq!(t.our_api.total(), asked, "not even a probe");
 
-        // OurAPI's maintenance, and a restart of the daemon meanwhile.
+        // During OurAPI's maintenance, the daemon restarts.
         t.our_api.down().await;
         t.our_api.loses_everything();
         assert!(daemon.stop().await.success());
@@ -87,7 +87,7 @@ async fn paused_daemon_polls_and_sends_nothing() {
         assert!(resume(t).contains("deliveries resume"));
         t.agrees().await;
         assert_eq!(daemon.lines_with("deliveries resume"), 1);
-        // What waited through the pause is not late; that OurAPI is up is recorded within a second.
+        // Events that waited through the pause are not late. That OurAPI is up is recorded within a second.
         until("there is no problem", async || t.status().1).await;
         assert!(resume(t).contains("are not paused"));
         assert!(daemon.stop().await.success());
@@ -167,8 +167,9 @@ async fn pause_interrupts_a_long_conversation() {
     .await;
 }
 
+/// `verify` waits for the end of a pause.
 #[tokio::test]
-async fn verify_waits_for_the_end_of_a_pause() {
+async fn verify_waits_for_resume() {
     run_live_test(async |t| {
         t.bigchat.open(10, t.now() - 100, 1);
         t.bigchat.reports([message(10, t.now() - 1, "delivered")]);

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-/// The database and what SQLite has beside it while the daemon runs.
+/// The database and SQLite's files beside it while the daemon runs.
 const FILES: [&str; 3] = ["journal.db", "journal.db-shm", "journal.db-wal"];
 
 fn mode(path: &Path) -> u32 {

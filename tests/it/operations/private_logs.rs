@@ -1,4 +1,4 @@
-//! Texts of customers, and names and addresses of advisors, are in no log and no status, unless a setting allows it.
+//! Customers' texts and advisors' names and addresses are in no log and no status, unless a setting allows it.
 
 use crate::harness::process::Process;
 use crate::harness::{Test, run_test, side_by_side};
@@ -10,13 +10,13 @@ use serde_json::json;
 /// In each text, name and address.
 const SECRET: &str = "S3cret";
 
-/// What OurAPI answers that repeats what it was sent, as validators do.
+/// A response that repeats the request, as validators do.
 fn echo(code: u16) -> Fault {
     let wrong = json!({"detail": [{"loc": ["body", "text"], "msg": "no: S3cret words", "input": "S3cret words"}]});
     status(code).body(wrong.to_string()).always()
 }
 
-/// One way in which something goes wrong with a secret in it.
+/// A failure of a request that contains a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Case {
     MessageRefused,
@@ -37,7 +37,7 @@ impl Case {
         Self::BigChatUnusable,
     ];
 
-    /// What the log says then.
+    /// The resulting text in the log.
     fn line(self) -> &'static str {
         match self {
             Self::MessageRefused => "OurAPI permanently rejects an event",
@@ -50,7 +50,7 @@ impl Case {
 
     fn begin(self, t: &Test) {
         t.bigchat.advisor(1, "Ann S3cret", "ann.S3cret@x.test");
-        let told = [start(42, 0), message(42, 5, "S3cret words")];
+        let events = [start(42, 0), message(42, 5, "S3cret words")];
         match self {
             Self::MessageRefused => t.our_api.upset("POST /chats/c1/messages*", echo(422)),
             Self::MessageFailsAgain => t.our_api.upset("POST /chats/c1/messages*", echo(500)),
@@ -62,11 +62,11 @@ impl Case {
                 return (0..100).for_each(|_| t.bigchat.reports(raw(broken)));
             }
         }
-        t.bigchat.reports(told);
+        t.bigchat.reports(events);
     }
 }
 
-/// The log and the status, once that has happened.
+/// The log and the status after that.
 async fn said(t: &Test, case: Case, allowed: &str) -> String {
     t.set("--log-message-text", allowed);
     case.begin(t);
@@ -76,7 +76,7 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
     daemon.until_logged(case.line()).await;
     let mut status = String::new();
     if !matches!(case, Case::MessageRefused) {
-        // The reasons of failed events are as OurAPI words them.
+        // The reasons of failed events are OurAPI's own words.
         status = t.status().0.to_string();
     }
     let log = daemon.log();
@@ -98,7 +98,7 @@ async fn log_message_text_is_off() {
     .await;
 }
 
-/// Requests and responses are logged whole.
+/// Requests and responses are logged completely.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {

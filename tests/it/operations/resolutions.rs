@@ -1,4 +1,4 @@
-//! Resolutions of failed events: who may make them, when they need a confirmation, and who is recorded.
+//! Resolutions of failed events: permissions, confirmations, and the recorded user.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
@@ -164,7 +164,7 @@ async fn resolution_without_console_token() {
     let bench = four_failed().await;
     let (daemon, url) = bench.start_listening(Tokens::default());
     let own = rustix::process::geteuid();
-    // As another user only root can ask.
+    // Only root can send requests as another user.
     let others = if own.is_root() {
         &[4242, 65_534, 1][..]
     } else {

@@ -1,4 +1,4 @@
-//! What the program and its documents say of several processes on one OurAPI: their requests add up.
+//! The advice in help and documents on several processes with one OurAPI: their requests add up.
 
 use bigchat_sync::cli::manual::Chapter;
 

@@ -71,7 +71,7 @@ async fn systemd_is_notified_of_state() {
         until("it is ready", async || manager.count("READY=1") == 1).await;
         assert!(t.is_ready(), "not before the session has begun");
         until("it is alive", async || manager.count("WATCHDOG=1") > 3).await;
-        until("it tells how it fares", async || {
+        until("the status is sent", async || {
             manager.count("STATUS=BigChat is up, OurAPI is up; ") > 0
         })
         .await;
@@ -83,7 +83,7 @@ async fn systemd_is_notified_of_state() {
     .await;
 }
 
-/// The start is given more time, and is not reported as ready.
+/// The start is extended, and not reported as ready.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_start_with_locked_database() {
     run_live_test(async |t| {
@@ -99,7 +99,7 @@ async fn systemd_start_with_locked_database() {
         drop(other);
         until("it is ready", async || manager.count("READY=1") == 1).await;
         assert!(daemon.stop().await.success());
-        assert_eq!(manager.count("WATCHDOG=1"), 0, "nobody asked for that");
+        assert_eq!(manager.count("WATCHDOG=1"), 0, "no watchdog was requested");
     })
     .await;
 }
@@ -111,7 +111,7 @@ async fn systemd_credentials_are_used() {
         let token = |name: &str, text: &str| {
             std::fs::write(credentials.path().join(name), text).expect("a file");
         };
-        // An empty one is an error, which shows that it was read.
+        // An empty token is an error, which shows that the file was read.
         token("bigchat-sync.our-api-token", "");
         let once = |variable: Option<&str>| {
             let mut once = t.program("once");
@@ -175,7 +175,7 @@ fn unit_has_the_settings_given() {
     assert!(text(&refused.stderr).contains("--db would have no effect"));
 }
 
-/// It finds it well confined, too.
+/// systemd also rates its confinement as good.
 #[test]
 #[ignore = "needs systemd"]
 fn systemd_accepts_the_unit() {
@@ -205,7 +205,7 @@ fn completions_for_every_shell() {
         for known in ["verify", "discard", "our-api-url", "repair"] {
             assert!(script.contains(known), "{shell} does not know {known}");
         }
-        // Those of these shells that are there must be able to read it.
+        // The shells that are installed must accept it.
         if let "bash" | "fish" | "zsh" = shell
             && let Some(read) = fed(Command::new(shell).arg("-n"), &script)
         {
@@ -253,7 +253,7 @@ fn manual_has_commands_and_settings() {
             "{command}"
         );
     }
-    // As `man` would show it, where it is there.
+    // As `man` shows it, if it is installed.
     let mut groff = Command::new("groff");
     groff.args(["-man", "-Tascii", "-P-cbu", "-ww"]);
     let Some(rendered) = fed(&mut groff, &page) else {
@@ -276,8 +276,9 @@ fn manual_has_commands_and_settings() {
     }
 }
 
+/// Each line for systemd's journal has a priority.
 #[tokio::test]
-async fn journal_gets_a_priority_for_each_line() {
+async fn journal_lines_have_priorities() {
     run_live_test(async |t| {
         let once = |format: &str, stream: Option<&str>| {
             let path = t.directory().join("stderr");
@@ -292,7 +293,7 @@ async fn journal_gets_a_priority_for_each_line() {
             once.status().expect("a process");
             std::fs::read_to_string(path).expect("a log")
         };
-        // That a poll failed is a detail; why the program failed is an error.
+        // A failed poll is a detail; the reason for a failed program is an error.
         t.bigchat.outage(Some(status(401)));
         let log = once("text", None);
         let mut lines: Vec<&str> = log.lines().collect();

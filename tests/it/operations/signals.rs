@@ -34,7 +34,7 @@ fn only(token: &str) -> BTreeSet<Option<String>> {
     BTreeSet::from([Some(format!("Bearer {token}"))])
 }
 
-/// Has BigChat report another message, and waits until it is delivered, both with that token.
+/// Reports another message, and waits until it is delivered, with that token in both requests.
 async fn delivers_with(t: &Test, token: &str) {
     let delivered = t.our_api.message_count();
     let text = format!("message {delivered}");
@@ -49,10 +49,10 @@ async fn delivers_with(t: &Test, token: &str) {
     .await;
 }
 
-/// They are used without a restart; a bad one is rejected, and the old token stays in use.
+/// New tokens are used without a restart; a bad one is rejected, and the old one stays in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rotated_token_files() {
-    // As variables name them, and as systemd hands them over.
+    // Files named by variables, and files that systemd hands over.
     side_by_side([false, true], async |systemd| {
         run_test(async |t| {
             let tokens = tempfile::tempdir().expect("a directory");
@@ -77,7 +77,7 @@ async fn rotated_token_files() {
             let daemon = Process::start_as(t, run);
             delivers_with(t, OLD).await;
 
-            // Bad ones are refused, each with an error, and the old ones stay.
+            // Bad tokens are rejected, each with an error, and the old ones stay.
             for (bad, reloads) in [("", 1), ("two words", 2), ("\u{e4}", 3)] {
                 for name in &names {
                     write(tokens, name, bad);
@@ -114,7 +114,7 @@ async fn rotated_token_files() {
     .await;
 }
 
-/// They stay, and the daemon keeps running.
+/// The tokens stay, and the daemon keeps running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sighup_with_tokens_in_environment() {
     run_test(async |t| {
@@ -178,7 +178,7 @@ async fn rotated_console_token() {
         let session = || [("cookie", cookie.clone()), ("x-bigchat-sync", key.clone())];
         assert_eq!(status(session()).await, 200);
 
-        // One that can be guessed is refused.
+        // A token that can be guessed is rejected.
         write(t.directory(), "console", "short");
         daemon.signal(Signal::HUP);
         daemon
@@ -215,17 +215,17 @@ async fn stop_while_token_file_hangs() {
         assert!(made.expect("mkfifo").success());
         daemon.signal(Signal::HUP);
         let cursor = t.cursor();
-        until("it goes on", async || t.cursor() > cursor).await;
+        until("polling continues", async || t.cursor() > cursor).await;
         assert!(daemon.stop().await.success());
     })
     .await;
 }
 
-/// Starts a daemon that has a terminal of its own: what it logs, and the other end of the terminal.
+/// Starts a daemon with its own terminal. Returns its log, and the other end of the terminal.
 fn start_on_a_terminal(t: &Bench, command: &str) -> (Process, File) {
     let (master, slave) = terminal();
     let log = File::create(t.log()).expect("a log");
-    // It makes standard input its terminal, and becomes the program.
+    // Makes standard input the controlling terminal, and executes the program.
     let mut setsid = through(&["setsid", "--ctty"], &t.program(command));
     setsid
         .stdin(Stdio::from(slave.try_clone().expect("a descriptor")))
@@ -242,9 +242,9 @@ async fn closed_terminal_stops_daemon_cleanly() {
             t.set("--request-timeout", "60s");
             let (daemon, terminal) = start_on_a_terminal(t, command);
             until("a request", async || t.bigchat.open_requests() > 0).await;
-            // As long as the terminal is there, SIGHUP is about the tokens.
+            // As long as the terminal is open, SIGHUP reloads the tokens.
             daemon.signal(Signal::HUP);
-            until("it goes on", async || {
+            until("polling continues", async || {
                 t.logged().contains("no token has changed")
             })
             .await;

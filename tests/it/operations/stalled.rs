@@ -1,4 +1,4 @@
-//! Standard error that is not read, and standard error that is broken: polling, delivery, `/healthz`, exit codes and time
+//! If standard error is not read, or is broken: polling, delivery, `/healthz`, exit codes and time
 //! limits do not depend on it.
 
 use crate::harness::process::{Process, Signal, free_address, terminal};
@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_setfl};
 
-/// How long an end may take that waits for nothing; the machine may be busy.
+/// The time limit for an end that waits for nothing; the machine may be busy.
 const AT_ONCE: Duration = Duration::from_secs(4);
 
-/// Where output goes, and what must stay open for it to be so.
+/// The output's destination, and the files that must stay open for it.
 struct Sink {
     what: &'static str,
     to: OwnedFd,
@@ -25,7 +25,7 @@ struct Sink {
 }
 
 impl Sink {
-    /// Those that accept nothing more, without an error.
+    /// Destinations that accept no more bytes, without an error.
     fn stalled() -> [Self; 3] {
         let (reader, mut pipe) = std::io::pipe().expect("a pipe");
         fcntl_setfl(&pipe, OFlags::NONBLOCK).expect("flags");
@@ -45,7 +45,7 @@ impl Sink {
         ]
     }
 
-    /// Those that fail.
+    /// Destinations that fail.
     fn broken() -> [Self; 3] {
         let (_, pipe) = std::io::pipe().expect("a pipe");
         let full = File::options().write(true).open("/dev/full");
@@ -69,7 +69,7 @@ impl Sink {
         }
     }
 
-    /// Starts a command that writes all it has to say there.
+    /// Starts a command with that output.
     fn start(&self, mut command: Command) -> Process {
         let to = || Stdio::from(self.to.try_clone().expect("a descriptor"));
         command.stdin(Stdio::null()).stdout(to()).stderr(to());
@@ -88,7 +88,7 @@ fn fill(sink: &mut impl Write) {
     }
 }
 
-/// A disk that does not answer: opening the file waits until a lease on it is returned, for 45 s at the most.
+/// A disk that does not respond: opening the file waits until a lease on it is returned, for at most 45 s.
 struct HangingDisk(Process);
 
 impl HangingDisk {
@@ -125,7 +125,7 @@ impl HangingDisk {
 async fn log_is_not_read() {
     side_by_side(Sink::all(), async |sink| {
         let what = sink.what;
-        // Enough to be caught up with, which is shown on a terminal.
+        // Enough for the display of progress on a terminal.
         run_live_test(async |t| {
             t.differs("it is stopped before all is delivered");
             t.our_api.set_latency(Duration::from_millis(2));
@@ -156,7 +156,7 @@ async fn log_is_not_read() {
     .await;
 }
 
-/// It ends the daemon at once.
+/// A second signal ends the daemon at once, even if its output is stalled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn second_signal_without_output() {
     side_by_side(Sink::all(), async |sink| {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use wiremock::matchers::{method, path};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
-/// A conversation that was delivered, and the daemon that did it.
+/// A delivered conversation, and the daemon that delivered it.
 async fn delivered(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -37,7 +37,7 @@ fn problems(status: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Waits until the status has these problems and no others: what each of them begins with.
+/// Waits until the status has exactly the problems that begin with these texts.
 async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
@@ -82,7 +82,7 @@ async fn status_with_and_without_daemon() {
             (&json!(0), &json!(0))
         );
         assert_eq!(status["delivery_ms"]["count"], json!(2));
-        // Of a journal that is younger than what rates are taken over.
+        // The journal is younger than the period over which rates are measured.
         for rate in ["received_per_minute", "delivered_per_minute"] {
             assert!(
                 status[rate].as_f64().is_some_and(|rate| rate > 0.9),
@@ -149,7 +149,7 @@ async fn check_beside_a_daemon() {
         let (well, report) = check(t).await;
         assert!(well, "{report}");
         assert!(
-            report.contains("the APIs are as it last found them"),
+            report.contains("the APIs are as of its latest requests"),
             "{report}"
         );
         assert_eq!(t.our_api.total(), requests, "OurAPI is not asked beside it");
@@ -179,7 +179,7 @@ async fn check_beside_a_daemon() {
         assert_eq!(
             t.bigchat.polls(),
             polled,
-            "BigChat tells everything only once"
+            "BigChat reports everything only once"
         );
 
         t.our_api.down().await;
@@ -194,7 +194,7 @@ async fn check_beside_a_daemon() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_of_wrong_settings() {
-    // Each says of itself what it is.
+    // Each describes itself.
     let server = async |title: &str, route: &str, answers: &str, body: Value| {
         let server = MockServer::start().await;
         let description = json!({"info": {"title": title, "version": "1"}, "paths": {route: {}}});
@@ -248,7 +248,7 @@ async fn check_of_wrong_settings() {
     );
 }
 
-/// The exit code of `once` says whether everything was read and delivered.
+/// The exit code of `once` shows whether everything was read and delivered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exit_code_of_once() {
     run_live_test(async |t| {

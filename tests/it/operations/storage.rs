@@ -21,9 +21,9 @@ use tokio::time::timeout;
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
 /// Less than so many statements would wait for it as there are conversations claimed at once.
-const PATIENCE: Duration = Duration::from_secs(15);
+const TIME_LIMIT: Duration = Duration::from_secs(15);
 
-/// The database and what is beside it, byte by byte.
+/// The database and the files beside it, byte by byte.
 fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(directory).expect("a directory");
     let file = |entry: std::io::Result<std::fs::DirEntry>| {
@@ -40,7 +40,7 @@ fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// A database with some events, as a daemon leaves it that was stopped.
+/// A database with some events, as left by a daemon that was stopped.
 async fn with_events(t: &Test) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -49,7 +49,7 @@ async fn with_events(t: &Test) {
     t.once().await;
 }
 
-/// It is refused, and left as it is.
+/// A damaged database is refused, and not changed.
 #[tokio::test]
 async fn damaged_database_is_refused() {
     type Damage = fn(&mut Vec<u8>);
@@ -128,14 +128,14 @@ async fn second_daemon_is_refused() {
     .await;
 }
 
-/// The program with room for files of so many KiB only, until [`lift`]ed, as on a disk that is full.
+/// The program with a limit on the size of files in KiB, until [`lift`]ed, as on a full disk.
 fn on_a_small_disk(t: &Bench, kibibytes: u32) -> Process {
     // Writing beyond the limit is then refused like any other write, instead of ending the process.
     let limit = format!("trap '' XFSZ; ulimit -S -f {}", kibibytes * 2);
     Process::start_as(t, in_shell(&limit, &t.program("run")))
 }
 
-/// Makes room.
+/// Lifts the limit.
 fn lift(process: &Process) {
     let lifted = Command::new("prlimit")
         .args(["--fsize=unlimited:", "--pid", &process.id()])
@@ -145,14 +145,14 @@ fn lift(process: &Process) {
 
 const REFUSED: &str = "the journal cannot be written; polling pauses";
 
-/// A daemon that has received a page of three events for which there is no room.
-async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
+/// A daemon that has received a page of three events while the disk is full.
+async fn received_on_full_disk(t: &Test) -> (Process, Option<i64>) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = on_a_small_disk(t, 1024);
     t.bigchat.reports([message(10, now - 6, "before")]);
     t.until_events("delivered", 1).await;
-    // A twin, so that it would show if the page were taken twice; and one that fills the page.
+    // A twin, which would show whether the page was ingested twice; and an event that fills the page.
     let large = "x".repeat(2 << 20);
     let events = ["twin", "twin", &large].map(|text| message(10, now - 5, text));
     t.bigchat.reports(events);
@@ -161,11 +161,11 @@ async fn told_without_room(t: &Test) -> (Process, Option<i64>) {
     (daemon, cursor)
 }
 
-/// Polling pauses with one error, and continues once there is room.
+/// Polling pauses with one error, and continues once there is space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn full_disk_pauses_polling() {
     run_live_test(async |t| {
-        let (daemon, cursor) = told_without_room(t).await;
+        let (daemon, cursor) = received_on_full_disk(t).await;
         let polls = t.bigchat.count("GET /events");
         tokio::time::sleep(LONGER_THAN_A_STATEMENT).await;
         assert_eq!(
@@ -177,7 +177,7 @@ async fn full_disk_pauses_polling() {
         assert_eq!(daemon.lines_with("ERROR"), 1, "{}", daemon.log());
         lift(&daemon);
         t.agrees().await;
-        until("it goes on", async || {
+        until("polling continues", async || {
             t.bigchat.count("GET /events") > polls + 2
         })
         .await;
@@ -199,18 +199,18 @@ async fn full_disk_pauses_polling() {
 async fn stop_while_disk_is_full() {
     run_live_test(async |t| {
         t.differs("events are lost with the daemon");
-        let (daemon, _) = told_without_room(t).await;
+        let (daemon, _) = received_on_full_disk(t).await;
         assert_eq!(daemon.stop().await.code(), Some(1));
         let said = t.logged();
         assert!(
-            said.contains("3 events that BigChat told are lost"),
+            said.contains("3 events that BigChat reported are lost"),
             "{said}"
         );
     })
     .await;
 }
 
-/// The daemon waits for room.
+/// The daemon waits for space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_at_the_start() {
     run_live_test(async |t| {
@@ -250,10 +250,10 @@ async fn database_locked_at_the_start() {
     .await;
 }
 
-/// What was claimed is delivered while the database is locked, and committed afterwards.
+/// Claimed events are delivered while the database is locked, and committed afterwards.
 #[tokio::test]
 async fn delivery_while_database_is_locked() {
-    // As many as are claimed at once, and more messages each than are sent before the database is locked.
+    // As many conversations as are claimed at once, each with more messages than are sent before the database is locked.
     let conversations = 2..34;
     run_test(async |t| {
         let daemon = t.start();
@@ -266,9 +266,9 @@ async fn delivery_while_database_is_locked() {
         t.bigchat.reports(messages);
         until("the first is sent", async || sent() > 0).await;
         let other = t.lock_database();
-        // To wait for a commit after each conversation would take longer.
+        // A commit after each conversation would take longer.
         let all = until("all are sent", async || sent() == count);
-        timeout(PATIENCE, all).await.expect("nobody waits");
+        timeout(TIME_LIMIT, all).await.expect("no wait for commits");
         drop(other);
         t.until_events("delivered", i64::try_from(count + 32).expect("few"))
             .await;
@@ -323,7 +323,7 @@ async fn write_ahead_log_after_long_reader() {
     .await;
 }
 
-/// Nothing is polled until it is back.
+/// Nothing is polled until the file is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_moved_away() {
     run_live_test(async |t| {
@@ -355,7 +355,7 @@ async fn database_moved_away() {
     .await;
 }
 
-/// What waits in it is delivered, or reported as lost.
+/// Waiting events are delivered, or reported as lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn database_deleted_while_running() {
     side_by_side([true, false], async |our_api_is_up| {
@@ -389,7 +389,7 @@ async fn database_deleted_while_running() {
     .await;
 }
 
-/// A command beside a daemon that makes its database gets in the way of neither.
+/// A command and a daemon that creates its database do not disturb each other.
 #[test]
 fn command_while_database_is_made() {
     std::thread::scope(|scope| {
@@ -430,7 +430,7 @@ async fn console_leaves_the_database_lock() {
         until("it is ready", async || succeeds(&ready).await).await;
         assert!(has_posix_lock(&t.db()), "SQLite locks what it has open");
         assert!(succeeds(&format!("{url}/api/status")).await);
-        // Without it, the next `sqlite3` that closes the database takes the write-ahead log with it.
+        // Without the lock, the next `sqlite3` that closes the database deletes the write-ahead log.
         assert!(has_posix_lock(&t.db()), "the lock is gone");
     })
     .await;
@@ -441,7 +441,7 @@ async fn console_leaves_the_database_lock() {
 async fn retention_with_slow_polls() {
     run_live_test(async |t| {
         with_events(t).await;
-        // To deliver ten thousand events takes too long.
+        // Delivering ten thousand events takes too long.
         t.execute(
         "WITH RECURSIVE number(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM number WHERE n < 10000)
          INSERT INTO events (conversation, kind, event_at, data, fingerprint, received_at)
@@ -467,7 +467,7 @@ async fn retention_with_slow_polls() {
     .await;
 }
 
-/// It delays no other event.
+/// An event deleted by hand while in flight does not delay other events.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn event_deleted_while_in_flight() {
     run_live_test(async |t| {

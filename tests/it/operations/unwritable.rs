@@ -13,7 +13,7 @@ use crate::harness::process::{
 };
 
 /// An account without rights.
-const NOBODY: u32 = 65_534;
+const UNPRIVILEGED: u32 = 65_534;
 
 /// Makes the directory read-only, for one process.
 const READ_ONLY: &str = "mount --bind \"$PWD\" \"$PWD\" && mount -o remount,bind,ro \"$PWD\"";
@@ -111,17 +111,21 @@ fn directory_on_read_only_system() {
     }
 }
 
-/// As an account that may not write; `None`: it cannot be taken on.
-fn as_nobody(mut program: Command) -> Option<Command> {
+/// Runs it as an account that may not write; `None`: this user cannot switch to it.
+fn unprivileged(mut program: Command) -> Option<Command> {
     let mut probe = Command::new(program.get_program());
-    let started = probe.arg("--version").uid(NOBODY).gid(NOBODY).output();
+    let started = probe
+        .arg("--version")
+        .uid(UNPRIVILEGED)
+        .gid(UNPRIVILEGED)
+        .output();
     if !started.is_ok_and(|output| output.status.success()) {
         println!(
             "not tested: only root can run this program as another account, and not from here"
         );
         return None;
     }
-    program.uid(NOBODY).gid(NOBODY);
+    program.uid(UNPRIVILEGED).gid(UNPRIVILEGED);
     Some(program)
 }
 
@@ -135,24 +139,24 @@ fn account_without_rights() {
     std::fs::create_dir(path.join("closed")).expect("a directory");
     std::fs::set_permissions(path.join("closed"), open(0o700)).expect("a directory of ours");
     for db in ["new.db", "root.db", "closed/a.db"] {
-        if as_nobody(program(path, "check", db)).is_none() {
+        if unprivileged(program(path, "check", db)).is_none() {
             return;
         }
         both_say(
-            |command| as_nobody(program(path, command, db)).expect("it could be run"),
+            |command| unprivileged(program(path, command, db)).expect("it could be run"),
             &["Permission denied", "use the account of its owner"],
         );
     }
-    // A file that may be written, in a directory that may not.
+    // A writable file in a read-only directory.
     let owned = path.join("owned.db");
     run(program(path, "once", "owned.db"));
-    std::os::unix::fs::chown(&owned, Some(NOBODY), Some(NOBODY)).expect("root");
+    std::os::unix::fs::chown(&owned, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).expect("root");
     let expected = ["no file can be created in", "Permission denied"];
     both_say(
-        |command| as_nobody(program(path, command, "owned.db")).expect("it could be run"),
+        |command| unprivileged(program(path, command, "owned.db")).expect("it could be run"),
         &expected,
     );
-    let reads = as_nobody(program(path, "failed list", "owned.db")).expect("it could be run");
+    let reads = unprivileged(program(path, "failed list", "owned.db")).expect("it could be run");
     let (well, text) = run(reads);
     assert!(well && text.contains("no event has failed"), "{text}");
 }

@@ -1,4 +1,4 @@
-//! Clocks that are wrong or step: nothing is lost, no window lies in BigChat's future, and polls keep their interval.
+//! Wrong or stepping clocks: nothing is lost, no window is in BigChat's future, and the poll interval stays the same.
 
 use crate::harness::services::{NOW, busy_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
@@ -23,7 +23,7 @@ async fn machine_clock_an_hour_off() {
                 let daemon = t.start();
                 t.bigchat.reports_more(60).await;
                 daemon.stop().await;
-                // A second at the most, by which the `date` header lags.
+                // At most a second, by which the `date` header lags.
                 let ahead = t.cursor().expect("a cursor") - t.now();
                 assert!((-20..=0).contains(&ahead), "{offset}: {ahead} s");
             }
@@ -35,7 +35,7 @@ async fn machine_clock_an_hour_off() {
     .await;
 }
 
-/// Nothing is lost, and BigChat is polled at the same rate.
+/// If BigChat's clock steps, nothing is lost, and polls keep their rate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_clock_steps() {
     run_live_test(async |t| {
@@ -52,7 +52,7 @@ async fn bigchat_clock_steps() {
                 (-20..=0).contains(&ahead)
             })
             .await;
-            // An hour is read in one window, and then it waits again.
+            // An hour is read in one window, followed by the usual wait.
             let (before, since) = (t.bigchat.polls(), std::time::Instant::now());
             until("some polls", async || t.bigchat.polls() >= before + 5).await;
             assert!(
@@ -65,7 +65,7 @@ async fn bigchat_clock_steps() {
     .await;
 }
 
-/// It does not move the cursor.
+/// An event of the future does not move the cursor.
 #[tokio::test]
 async fn event_of_the_future() {
     run_live_test(async |t| {
@@ -83,10 +83,10 @@ async fn event_of_the_future() {
     .await;
 }
 
-/// It leaves no gap, and no window lies in the future.
+/// One wrong date leaves no gap, and no window is in the future.
 #[tokio::test]
 async fn one_wrong_date() {
-    // Before each of the answers that a session begins with, and at a later one.
+    // Before each of the first responses of a session, and at a later one.
     side_by_side(
         [0, 1, 2, 3]
             .into_iter()
@@ -121,7 +121,7 @@ async fn one_wrong_date() {
                     queries[0].starts_with(window(NOW - 5, 0).split('&').next().expect("a start")),
                     "{case}"
                 );
-                // What was read up to is never later than the time it was.
+                // The cursor is never ahead of the true time.
                 let cursor = t.cursor().expect("a cursor");
                 assert!(cursor <= NOW + 600, "{case}: {cursor}");
                 let last = window(NOW + 595, NOW + 600);
@@ -133,18 +133,18 @@ async fn one_wrong_date() {
     .await;
 }
 
-/// They are not believed for an event from before it, whatever the clock said.
+/// Details from after a restart are not used for an event from before it, whatever the clock said.
 #[tokio::test]
 async fn details_from_after_a_restart() {
     side_by_side([false, true], async |was_ahead| {
-        // The details come before the next poll could notice the restart.
+        // The details are read before the next poll can notice the restart.
         run_test(async |t| {
             t.set("--poll-interval", "1s")
                 .set("--retry-initial", "100ms");
             let daemon = t.start();
             t.until_cursor(NOW).await;
             if was_ahead {
-                // By so little that it is believed at once.
+                // The difference is so small that the date is believed at once.
                 t.bigchat.clock(NOW + 500);
                 t.until_cursor(NOW + 500).await;
                 t.bigchat.further_polls(1).await;

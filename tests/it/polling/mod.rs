@@ -1,4 +1,4 @@
-//! The requests to BigChat, and what of its responses is ingested.
+//! The requests to BigChat, and the events ingested from its responses.
 
 mod clocks;
 mod paging;

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 use wiremock::MockServer;
 
-/// The query of the first window there is.
+/// The query of the first window.
 fn first_window() -> String {
     window(NOW - 10, NOW)
 }
@@ -48,14 +48,14 @@ async fn failed_page_is_retried_at_once() {
         assert_eq!(
             t.bigchat.queries(),
             [&first_window(), "page=2", "page=2"],
-            "once more at once, while the pages before it are fresh"
+            "again at once, while the pages before it are fresh"
         );
         assert_eq!(t.our_api.messages(), ["one", "two"]);
     })
     .await;
 }
 
-/// The next poll goes on from the page that failed.
+/// The next poll continues from the page that failed.
 #[tokio::test]
 async fn failed_page_across_restarts() {
     run_test(async |t| {
@@ -105,7 +105,7 @@ async fn missing_page_restarts_the_window() {
     .await;
 }
 
-/// They complete the poll.
+/// Pages in a loop complete the poll.
 #[tokio::test]
 async fn pages_in_a_loop() {
     let first = format!("?{}", first_window());
@@ -142,7 +142,7 @@ async fn pages_in_a_loop() {
     .await;
 }
 
-/// Only its query counts.
+/// Only the query of a `nextPageUrl` is used.
 #[tokio::test]
 async fn next_page_url_of_another_host() {
     let elsewhere = MockServer::start().await;
@@ -171,7 +171,7 @@ async fn next_page_url_of_another_host() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// It is none.
+/// A `nextPageUrl` of a wrong type is not followed.
 #[tokio::test]
 async fn next_page_of_wrong_type() {
     side_by_side(
@@ -201,7 +201,7 @@ async fn next_page_of_wrong_type() {
     .await;
 }
 
-/// Each becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
+/// Each unparsable event becomes a dead letter with its raw JSON and the reason; the others on the page are delivered.
 #[tokio::test]
 async fn unreadable_events_are_dead_lettered() {
     let at = unix(5);
@@ -322,7 +322,7 @@ async fn response_that_is_no_page() {
     assert_eq!(received.expect("it records").len(), 0);
 }
 
-/// A page with that much beside its events.
+/// A page with additional data of that size.
 fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     let (_, body) = text.split_once("\r\n\r\n").expect("an answer");
@@ -333,7 +333,7 @@ fn padded(answer: &[u8], mebibytes: usize) -> Vec<u8> {
 
 type Tamper = fn(Vec<u8>) -> Vec<u8>;
 
-/// It is no page.
+/// A truncated or too large body is not accepted as a page.
 #[tokio::test]
 async fn body_cut_off_or_too_large() {
     let cut_off: Tamper = |answer| answer[..answer.len() - 10].to_vec();
@@ -374,7 +374,7 @@ fn messages(texts: &str) -> Vec<Value> {
     texts.map(|text| message(42, 5, text)).collect()
 }
 
-/// They are others, except in an overlap of shifted pages.
+/// Equal messages on later pages count separately, except in an overlap of shifted pages.
 #[tokio::test]
 async fn equal_messages_on_later_pages() {
     for (case, first, second, expected) in [
@@ -407,7 +407,7 @@ async fn equal_messages_on_later_pages() {
     }
 }
 
-/// They are two once the next poll has reported both.
+/// Twins on either side of a page edge count as two once the next poll has reported both.
 #[tokio::test]
 async fn twins_at_a_page_edge() {
     run_test(async |t| {
@@ -421,7 +421,7 @@ async fn twins_at_a_page_edge() {
     .await;
 }
 
-/// The same page by URLs that cannot be known to be the same.
+/// A page repeated under another URL completes the poll.
 #[tokio::test]
 async fn page_repeated_by_another_url() {
     side_by_side(
@@ -456,7 +456,7 @@ async fn page_repeated_by_another_url() {
     .await;
 }
 
-/// Equal ones on successive pages are one.
+/// Equal ENDs and TRANSFERs on successive pages count once.
 #[tokio::test]
 async fn end_and_transfer_repeated() {
     run_test(async |t| {
@@ -494,7 +494,7 @@ async fn transfers_reported_again() {
     .await;
 }
 
-/// They are that many, and no more when they are reported again.
+/// Each of equal messages on one page counts, but not again in a later poll.
 #[tokio::test]
 async fn equal_messages_on_one_page() {
     run_test(async |t| {
@@ -536,7 +536,7 @@ async fn first_window_as_set() {
     .await;
 }
 
-/// A long time back is read in windows, back to back.
+/// A long backfill is read in consecutive windows.
 #[tokio::test]
 async fn backfill_in_windows() {
     run_test(async |t| {
@@ -578,7 +578,7 @@ async fn windows_by_bigchat_clock() {
     .await;
 }
 
-/// This machine's clock counts then.
+/// Without a readable date, this machine's clock is used.
 #[tokio::test]
 async fn date_cannot_be_read() {
     run_test(async |t| {
@@ -596,18 +596,18 @@ async fn date_cannot_be_read() {
     .await;
 }
 
-/// It pauses after its page budget, and the next poll goes on from there.
+/// A poll without end pauses after its page budget, and the next poll continues from there.
 #[tokio::test]
 async fn poll_without_end() {
     let next = |n: i64| format!("?page={n}");
-    let tells = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
+    let reports = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
         for n in 1..pages {
             t.bigchat.reports(page(events(n), next(n + 1)));
         }
         t.bigchat.reports(Page::from(events(pages)));
     };
     run_test(async |t| {
-        tells(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
         t.once().await;
         assert_eq!(t.bigchat.queries().len(), 200);
         assert_eq!(t.our_api.messages().len(), 200);
@@ -615,7 +615,7 @@ async fn poll_without_end() {
         assert_eq!(t.bigchat.queries(), ["page=201", "page=202", "page=203"]);
         assert_eq!(t.our_api.messages().len(), 203);
 
-        tells(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
         t.once().await;
         t.once().await;
         assert_eq!(
@@ -627,7 +627,7 @@ async fn poll_without_end() {
     .await;
 }
 
-/// They complete the poll.
+/// Ten successive pages without events complete the poll.
 #[tokio::test]
 async fn ten_pages_without_events() {
     side_by_side(
@@ -672,7 +672,7 @@ async fn window_rescanned_across_restarts() {
         t.once().await;
         t.once().await;
         assert_eq!(t.our_api.messages().len(), 202);
-        // From the beginning, where one poll's pages bring nothing new.
+        // From the beginning, although a poll's pages have no new events.
         pages(202);
         t.bigchat.reports([message(42, 203, "text 203")]);
         t.once().await;
@@ -762,7 +762,7 @@ async fn bigchat_retry_after() {
     .await;
 }
 
-/// It mixes no epochs.
+/// A wrong date after a restart mixes no epochs.
 #[tokio::test]
 async fn wrong_date_after_a_restart() {
     run_test(async |t| {

@@ -87,7 +87,7 @@ async fn backfill_of_a_stable_log() {
 #[tokio::test]
 async fn crashes_at_any_moment() {
     run_with(busy_log(6, 60.0, 7), async |t| {
-        // After each crash OurAPI is left alone for so long.
+        // After each crash, nothing is sent to OurAPI for this time.
         t.set("--request-timeout", "200ms");
         for crash in 0..12_u8 {
             let asked = t.our_api.total();
@@ -134,7 +134,7 @@ async fn steady_state_requests_per_event() {
     .await;
 }
 
-/// They are two, however often a log reports them.
+/// Two TRANSFERs in one second count as two, however often a log reports them.
 #[tokio::test]
 async fn two_transfers_in_one_second() {
     run_with(quiet_log(Log::default()), async |t| {
@@ -146,7 +146,7 @@ async fn two_transfers_in_one_second() {
         let daemon = t.start();
         t.agrees().await;
         let polls = t.bigchat.polls();
-        until("the same told again", async || {
+        until("the same event is reported again", async || {
             t.bigchat.polls() > polls + 5
         })
         .await;

@@ -9,7 +9,7 @@ use bigchat_sync::simulator::fault::slow;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A BigChat that keeps its events, busy enough to have something of everything in a few seconds. OurAPI
+/// A BigChat that stores its events, busy enough to have every kind of event within a few seconds. OurAPI
 /// rejects none of it: a rejected event would be sent again.
 fn keeps_its_events(seed: u64) -> Options {
     Options {
@@ -19,28 +19,28 @@ fn keeps_its_events(seed: u64) -> Options {
     }
 }
 
-/// Takes a copy as a backup does that does not stop the daemon.
+/// Copies the database as an online backup does.
 fn copy(t: &Bench) -> PathBuf {
     let copy = t.directory().join("copy.db");
     t.execute(&format!("VACUUM INTO '{}'", copy.display()));
     copy
 }
 
-/// Puts a copy in the place of the database.
+/// Replaces the database by a copy.
 fn restore(t: &Bench, copy: &PathBuf) {
     lose(t);
     std::fs::copy(copy, t.db()).expect("a copy");
 }
 
-/// Loses the database.
+/// Deletes the database.
 fn lose(t: &Bench) {
     for end in ["", "-wal", "-shm"] {
-        // After a clean stop there is only the first of them.
+        // After a clean stop only the first file exists.
         std::fs::remove_file(format!("{}{end}", t.db().display())).ok();
     }
 }
 
-/// The requests that changed something, or would have. (The creation of a chat that is there is refused, and harmless.)
+/// The requests that changed OurAPI, or would have. (Creating a chat that exists is rejected, and harmless.)
 fn writes(t: &Test) -> [usize; 3] {
     let routes = [
         "POST /agents",
@@ -50,14 +50,14 @@ fn writes(t: &Test) -> [usize; 3] {
     routes.map(|route| t.our_api.count(route))
 }
 
-/// All that OurAPI has, to be compared.
+/// OurAPI's data, for comparison.
 fn held(t: &Test) -> impl PartialEq + std::fmt::Debug {
     let held = t.our_api.data();
     let messages: std::collections::BTreeMap<_, _> = held.messages.into_iter().collect();
     (held.chats, held.agents, messages)
 }
 
-/// Lets a daemon read up to now and deliver all of it.
+/// Runs a daemon until everything up to the present is delivered.
 async fn catch_up(t: &Test) {
     // Later than any cursor by now.
     let now = unix(t.now() + 1);
@@ -74,14 +74,14 @@ async fn catch_up(t: &Test) {
     daemon.stop().await;
 }
 
-/// Nothing is lost, and nothing is sent again.
+/// With an older copy of the database, nothing is lost, and nothing is sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn older_copy_of_the_database() {
     side_by_side([21, 22, 23], async |seed| {
         run_with(keeps_its_events(seed), async |t| {
             let daemon = t.start();
             t.bigchat.reports_more(120).await;
-            // In the middle of whatever it is doing.
+            // At any point of its work.
             let copy = copy(t);
             t.bigchat.reports_more(150).await;
             t.bigchat.calms_down();
@@ -92,7 +92,7 @@ async fn older_copy_of_the_database() {
             catch_up(t).await;
             assert!(held(t) == before, "seed {seed}: {}", t.compare());
             assert_eq!(writes(t), sent, "seed {seed}");
-            // From there on it makes progress as usual.
+            // From there on it works as usual.
             t.bigchat.state().set_quiet(false);
             t.start();
             t.bigchat.reports_more(60).await;
@@ -107,7 +107,7 @@ async fn older_copy_of_the_database() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn copies_and_crashes() {
     run_with(keeps_its_events(24), async |t| {
-        // After each crash OurAPI is left alone for so long.
+        // After each crash, nothing is sent to OurAPI for this time.
         t.set("--request-timeout", "500ms");
         for _ in 0..3 {
             let daemon = t.start();
@@ -161,7 +161,7 @@ async fn copy_with_equal_messages() {
         reports("twin");
         catch_up(t).await;
         let copy = copy(t);
-        // One more of what the copy knows, and others.
+        // One more copy of a message in the database copy, and other messages.
         (0..4).for_each(|_| reports("twin"));
         (0..3).for_each(|n| reports(&format!("number {n}")));
         let daemon = t.start();
@@ -170,7 +170,7 @@ async fn copy_with_equal_messages() {
         let (before, sent) = (held(t), writes(t));
         restore(t, &copy);
         catch_up(t).await;
-        assert_eq!(t.events("delivered"), 8, "all of them were told again");
+        assert_eq!(t.events("delivered"), 8, "all of them were reported again");
         assert_eq!(held(t), before);
         assert_eq!(writes(t), sent);
     })
@@ -183,33 +183,33 @@ async fn copy_without_the_last_end() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.reports(events);
-        tell(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
+        let report = |events| t.bigchat.reports(events);
+        report(vec![message(10, now - 20, "hello"), end(10, now - 15)]);
         t.once().await;
         let copy = copy(t);
-        tell(vec![end(10, now - 5), transfer(10, now - 5, 7)]);
+        report(vec![end(10, now - 5), transfer(10, now - 5, 7)]);
         t.once().await;
         let (before, sent) = (held(t), writes(t));
         restore(t, &copy);
-        tell(vec![end(10, now - 10)]);
+        report(vec![end(10, now - 10)]);
         t.once().await;
         assert_eq!(held(t), before);
         assert_eq!(writes(t), sent);
-        // What it did not know it knows now: a later one counts.
-        tell(vec![end(10, now - 7), end(10, now - 4)]);
+        // After that, a later END counts.
+        report(vec![end(10, now - 7), end(10, now - 4)]);
         t.once().await;
         assert!(t.compare().is_clean(), "{}", t.compare());
     })
     .await;
 }
 
-/// Conversations of a BigChat that restarted after the copy are told apart.
+/// Conversations of a BigChat that restarted after the copy are distinguished.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn copy_from_before_a_restart() {
     run_with(keeps_its_events(27), async |t| {
         let daemon = t.start();
         t.bigchat.reports_more(80).await;
-        // Nothing waits in the copy: a BigChat that restarts forgets everything.
+        // No event waits in the copy, because a BigChat that restarts forgets everything.
         t.bigchat.calms_down();
         t.agrees().await;
         t.until_events("waiting", 0).await;
@@ -243,17 +243,17 @@ async fn copy_with_a_message_in_flight() {
         t.set("--poll-overlap", "0s");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let tell = |events| t.bigchat.reports(events);
-        tell(vec![message(10, now - 20, "hello")]);
+        let report = |events| t.bigchat.reports(events);
+        report(vec![message(10, now - 20, "hello")]);
         let daemon = t.start();
         t.until_events("delivered", 1).await;
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(2));
         faults.upset(ADD_MESSAGE, slow.carried_out());
-        tell(vec![message(10, now - 19, "in work")]);
+        report(vec![message(10, now - 19, "in work")]);
         until("it is in work", async || t.our_api.message_count() == 2).await;
         let copy = copy(t);
-        tell(vec![transfer(10, now - 5, 7)]);
+        report(vec![transfer(10, now - 5, 7)]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
         let agent = t.our_api.data().chats[0].agent_id;
@@ -263,7 +263,7 @@ async fn copy_with_a_message_in_flight() {
         let started = t.now();
         t.until_cursor_passes(started).await;
         let at = t.now();
-        tell(vec![end(10, at)]);
+        report(vec![end(10, at)]);
         t.until_events("delivered", 3).await;
         daemon.stop().await;
         assert_eq!(t.our_api.message_count(), 2);

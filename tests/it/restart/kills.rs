@@ -28,7 +28,7 @@ async fn killed_at_random_moments() {
         let mut random = StdRng::seed_from_u64(seed);
         for _ in 0..kills {
             let daemon = Process::start(t);
-            // From before the first poll to well into the work.
+            // From before the first poll until the work is in full progress.
             tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
             drop(daemon);
         }
@@ -103,23 +103,23 @@ async fn killed_before_bigchat_restarts() {
     .await;
 }
 
-/// How far a request has come when the daemon is killed.
+/// The progress of a request when the daemon is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Moment {
-    /// It has arrived, and is not carried out.
+    /// It has arrived and is not carried out.
     Sent,
-    /// It is carried out, and not answered.
+    /// It is carried out and not answered.
     CarriedOut,
     /// It is answered, and the response cannot be stored: another process locks the database.
     Answered,
 }
 
-/// Longer than it takes to kill a daemon; OurAPI is left alone for as long afterwards.
+/// Longer than it takes to kill a daemon. Afterwards, nothing is sent to OurAPI for as long.
 const TIMEOUT: &str = "8s";
 
 const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
 
-/// The request whose answer must be lost for a request of that route, if it is not sent otherwise.
+/// The request whose response must be lost to make a request of that route necessary.
 fn cause(route: &str) -> Option<&'static str> {
     match route {
         "GET /chats" => Some("POST /chats"),
@@ -158,8 +158,8 @@ async fn killed_at(route: &str, moment: Moment) {
             t.our_api.upset(cause, lost.carried_out());
         }
         let mut more = Some(());
-        // What there is to do for a chat that is there already.
-        let mut tell_more = || {
+        // The work for a chat that exists already.
+        let mut report_more = || {
             let now = t.now();
             if more.take().is_some() {
                 let events = vec![
@@ -175,21 +175,22 @@ async fn killed_at(route: &str, moment: Moment) {
             let daemon = Process::start(t);
             until(&format!("{moment:?} {route}"), async || {
                 if t.is_ready() && t.events("delivered") >= 3 {
-                    tell_more();
+                    report_more();
                 }
-                // What was carried out the first time need not be requested again.
+                // A request carried out the first time need not be sent again.
                 let done = round > 0 && t.events("delivered") == 6;
                 t.pausing() > 0 || done
             })
             .await;
             kill_at(moment, daemon, t).await;
-            until(&format!("nobody waits: {moment:?} {route}"), async || {
-                t.pausing() == 0
-            })
+            until(
+                &format!("no request waits: {moment:?} {route}"),
+                async || t.pausing() == 0,
+            )
             .await;
         }
         t.calm();
-        tell_more();
+        report_more();
         let daemon = t.start();
         t.until_events("delivered", 6).await;
         daemon.stop().await;
@@ -199,7 +200,7 @@ async fn killed_at(route: &str, moment: Moment) {
     .await;
 }
 
-/// Kills the daemon, one request of which waits, once that has come as far as `moment`.
+/// Kills the daemon once its request has reached `moment`.
 async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
     let _locked = (moment == Moment::Answered).then(|| t.lock_database());
     if moment == Moment::Answered {

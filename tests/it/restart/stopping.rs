@@ -29,7 +29,7 @@ async fn stop_while_both_apis_hang() {
 }
 
 /// A daemon that receives an event while another process locks the database.
-async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
+async fn received_while_locked(t: &Test) -> (Daemon, rusqlite::Connection) {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let daemon = t.start();
@@ -40,8 +40,12 @@ async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
     t.bigchat.upset("GET /events", late);
     until("a poll under way", async || polls() > before).await;
     let other = t.lock_database();
-    t.bigchat.reports([message(10, now - 5, "told meanwhile")]);
-    until("it is told", async || !t.bigchat.reported().is_empty()).await;
+    t.bigchat
+        .reports([message(10, now - 5, "reported meanwhile")]);
+    until("the event is reported", async || {
+        !t.bigchat.reported().is_empty()
+    })
+    .await;
     (daemon, other)
 }
 
@@ -49,11 +53,11 @@ async fn told_while_held(t: &Test) -> (Daemon, rusqlite::Connection) {
 async fn stop_while_database_is_locked() {
     run_live_test(async |t| {
         t.differs("an event is lost with the daemon");
-        let (daemon, _other) = told_while_held(t).await;
+        let (daemon, _other) = received_while_locked(t).await;
         let stopped = Instant::now();
         let outcome = daemon.outcome().await;
         assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
-        let error = outcome.expect_err("an event was told and could not be kept");
+        let error = outcome.expect_err("an event was received and could not be stored");
         assert!(error.to_string().contains("1 events"), "{error}");
     })
     .await;
@@ -63,7 +67,7 @@ async fn stop_while_database_is_locked() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn page_while_database_is_locked() {
     run_live_test(async |t| {
-        let (_, other) = told_while_held(t).await;
+        let (_, other) = received_while_locked(t).await;
         let polls = t.bigchat.count("GET /events");
         // Longer than any statement waits for a locked database.
         tokio::time::sleep(Duration::from_millis(2_500)).await;
@@ -73,7 +77,7 @@ async fn page_while_database_is_locked() {
     .await;
 }
 
-/// What was delivered and could not be committed is read back after the restart.
+/// Deliveries that could not be committed are read back after the restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn delivered_but_not_committed() {
     run_live_test(async |t| {
@@ -86,7 +90,10 @@ async fn delivered_but_not_committed() {
         let daemon = t.start();
         until("one is sent", async || t.our_api.count(ADD_MESSAGE) == 1).await;
         let other = t.lock_database();
-        until("both stand there", async || t.our_api.message_count() == 2).await;
+        until("both exist in OurAPI", async || {
+            t.our_api.message_count() == 2
+        })
+        .await;
         let stopped = Instant::now();
         // Nothing that it has received is lost.
         daemon.stop().await;

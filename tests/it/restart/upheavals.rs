@@ -8,7 +8,7 @@ use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
 
-/// It mixes no epochs.
+/// Repeated restarts of BigChat mix no epochs.
 #[tokio::test]
 async fn bigchat_restarts_again_and_again() {
     run_with(seeded(11), async |t| {
@@ -26,7 +26,7 @@ async fn bigchat_restarts_again_and_again() {
     .await;
 }
 
-/// It is noticed by a message, too.
+/// A message shows the restart, too.
 #[tokio::test]
 async fn restart_while_daemon_is_stopped() {
     run_live_test(async |t| {
@@ -45,14 +45,14 @@ async fn restart_while_daemon_is_stopped() {
     .await;
 }
 
-/// Lets so many requests for events pass, and has the next one wait for [`Test::resume`].
+/// Lets so many requests for events pass. The next one waits for [`Test::resume`].
 fn pause_after(faults: &BigChat, passing: usize) {
     let as_ever = slow(Duration::ZERO);
     faults.upset("GET /events", as_ever.times(passing));
     faults.upset("GET /events", paused());
 }
 
-/// It mixes no epochs.
+/// A restart between two pages mixes no epochs.
 #[tokio::test]
 async fn restart_between_two_pages() {
     run_live_test(async |t| {
@@ -72,7 +72,7 @@ async fn restart_between_two_pages() {
         until("half a poll", async || faults.pausing() == 1).await;
         t.bigchat.restart();
         let now = t.now();
-        // The new epoch has given out the ids up to 2 so far.
+        // The new epoch has used the ids up to 2 so far.
         t.bigchat.open(2, now, 1);
         let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
         t.bigchat.reports(of_after);
@@ -100,7 +100,7 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     faults.resume();
 }
 
-/// No message is stored twice.
+/// If pages shift before a restart, no message is stored twice.
 #[tokio::test]
 async fn pages_shift_before_a_restart() {
     run_live_test(async |t| {
@@ -140,7 +140,7 @@ async fn page_before_a_restart() {
     .await;
 }
 
-/// What OurAPI loses is rebuilt.
+/// Chats that OurAPI has lost are rebuilt.
 #[tokio::test]
 async fn losses_of_all_kinds() {
     run_with(
@@ -165,7 +165,7 @@ async fn losses_of_all_kinds() {
     .await;
 }
 
-/// That is an outage, and no loss.
+/// An OurAPI that answers 404 to everything is down; nothing counts as lost.
 #[tokio::test]
 async fn our_api_answers_404_to_everything() {
     run_with(seeded(14), async |t| {
@@ -182,7 +182,7 @@ async fn our_api_answers_404_to_everything() {
     .await;
 }
 
-/// They spend no attempts, and are probed by one request at a time.
+/// Outages spend no attempts, and are probed with one request at a time.
 #[tokio::test]
 async fn outages_of_each_kind() {
     for (fault, what) in [
@@ -225,7 +225,7 @@ async fn memory_and_requests_of_outage() {
         let now = t.now();
         t.our_api.outage(Some(status(503)));
         let daemon = Process::start(t);
-        let tell = |poll: i64, count: i64| {
+        let report = |poll: i64, count: i64| {
             let event = |n: i64| {
                 let text = format!("number {n} of {poll} {}", "x".repeat(10_000));
                 message(10 + n, now - 5, &text)
@@ -233,11 +233,11 @@ async fn memory_and_requests_of_outage() {
             t.bigchat.reports((0..count).map(event));
         };
         (10..30).for_each(|id| t.bigchat.open(id, now - 100, 1));
-        tell(0, 20);
+        report(0, 20);
         t.until_events("waiting", 20).await;
         let before = daemon.mebibytes("VmRSS");
         for poll in 1..=40 {
-            tell(poll, 20);
+            report(poll, 20);
         }
         t.until_events("waiting", 41 * 20).await;
         let probes = t.our_api.total();
@@ -246,7 +246,7 @@ async fn memory_and_requests_of_outage() {
         assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
         assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
         assert_eq!(t.counted_attempts(), 0);
-        // At most one more than the probe that succeeded: not everything that waits is tried at once.
+        // At most one more than the successful probe: the waiting events are not all tried at once.
         t.our_api.outage(None);
         t.agrees().await;
         assert_eq!(t.our_api.max_at_once(), 1);
@@ -282,7 +282,7 @@ async fn faults_of_all_kinds() {
     .await;
 }
 
-/// That is an outage: no conversation counts as gone.
+/// A BigChat that answers 404 to everything is down; no conversation counts as gone.
 #[tokio::test]
 async fn bigchat_answers_404_to_everything() {
     run_live_test(async |t| {
@@ -305,7 +305,7 @@ async fn bigchat_answers_404_to_everything() {
     .await;
 }
 
-/// It mixes no epochs.
+/// A clock set back after a restart mixes no epochs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clock_set_back_after_restart() {
     run_live_test(async |t| {
@@ -330,7 +330,7 @@ async fn clock_set_back_after_restart() {
     .await;
 }
 
-/// It is not believed.
+/// A single stray 404 is not believed.
 #[tokio::test]
 async fn one_stray_404_of_bigchat() {
     run_test(async |t| {
@@ -345,7 +345,7 @@ async fn one_stray_404_of_bigchat() {
     .await;
 }
 
-/// An advisor whom BigChat did not know is requested again by the next session.
+/// An advisor that BigChat did not know is requested again by the next session.
 #[tokio::test]
 async fn unknown_advisor_in_next_session() {
     run_test(async |t| {
@@ -379,7 +379,7 @@ async fn stray_404s_before_a_restart() {
             t.value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1") > 0
         })
         .await;
-        // Conversation 1 starts anew, 42 is unknown, and advisor 7 is another one.
+        // Conversation 1 has a new start, 42 is unknown, and advisor 7 is another one.
         t.bigchat.restarts(2, 100);
         t.bigchat.advisor(7, "Carl", "carl@x.test");
         t.delivers([start(2, 100), message(2, 101, "of after")])

@@ -1,4 +1,4 @@
-//! The end of the demo: whether OurAPI has what BigChat reported, with the figures, and the exit code.
+//! The result of the demo: whether OurAPI has what BigChat reported, with the figures, and the exit code.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -7,26 +7,26 @@ use super::chaos::Score;
 use super::tally::per_event;
 use crate::simulator::compare::{Report, count};
 
-/// What the comparison does not tell.
+/// Figures besides the comparison.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
     /// Events that BigChat reported.
     pub events: usize,
-    /// What became of the events of polls that failed.
+    /// The polls that failed, and their events.
     pub failed_polls: FailedPolls,
-    /// Requests that OurAPI got.
+    /// Requests to OurAPI.
     pub requests: usize,
-    /// The most of them that it carried out at once.
+    /// The most requests that OurAPI carried out at once.
     pub at_once: usize,
-    /// Failed events in the daemon's journal, those included that somebody has given up.
+    /// Failed events in the daemon's journal, including discarded ones.
     pub failed: usize,
-    /// Events that still wait there.
+    /// Events that still wait in the journal.
     pub waiting: usize,
-    /// What struck meanwhile, if anything was to.
+    /// The faults, with `--chaos`.
     pub chaos: Option<Struck>,
 }
 
-/// Polls that BigChat answered with an error of its own. It reports the events of such a poll again if it stores them.
+/// Polls that BigChat answered with an error. If it stores its events, it reports them again.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FailedPolls {
     /// How many.
@@ -49,10 +49,10 @@ impl fmt::Display for FailedPolls {
     }
 }
 
-/// What struck, and which events were lost by it.
+/// The faults, and the events lost by them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Struck {
-    /// What was done to the services and the daemon.
+    /// The faults of the services and the daemon.
     pub score: Score,
     /// How many requests met a fault.
     pub faults: u64,
@@ -60,16 +60,16 @@ pub struct Struck {
     pub lost: usize,
 }
 
-/// How the demo came out. Its `Display` is what is to be printed: the details, and the [headline](Self::headline).
+/// The result of the demo. Its `Display` is the text to print: the details, and the [summary](Self::summary).
 #[derive(Clone, Debug)]
-pub struct Verdict {
+pub struct DemoResult {
     figures: Figures,
     report: Report,
     wrong: Vec<String>,
 }
 
-impl Verdict {
-    /// Judges. A run in which nothing was reported fails too, because it shows nothing.
+impl DemoResult {
+    /// Evaluates the comparison. A run without events fails too, because it shows nothing.
     pub fn new(report: Report, figures: Figures) -> Self {
         let mut wrong = Vec::new();
         if figures.events == 0 {
@@ -98,7 +98,7 @@ impl Verdict {
         }
     }
 
-    /// Whether nothing is wrong.
+    /// Whether there is no difference and nothing else is wrong.
     pub fn is_good(&self) -> bool {
         self.wrong.is_empty()
     }
@@ -108,17 +108,17 @@ impl Verdict {
         ExitCode::from(u8::from(!self.is_good()))
     }
 
-    /// The verdict in one line.
-    pub fn headline(&self) -> String {
+    /// The result in one line.
+    pub fn summary(&self) -> String {
         let Figures {
             events, requests, ..
         } = self.figures;
-        let verdict = match self.is_good() {
+        let result = match self.is_good() {
             true => "No difference".to_owned(),
             false => format!("FAILED, {}", self.wrong.join("; ")),
         };
         format!(
-            "{verdict}: {}, {}, {}{}, never more than {} at once",
+            "{result}: {}, {}, {}{}, never more than {} at once",
             count(self.report.chats(), "conversation"),
             count(events, "event"),
             count(requests, "request"),
@@ -165,8 +165,8 @@ impl Verdict {
     }
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for DemoResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n\n{}", self.details(), self.headline())
+        write!(f, "{}\n\n{}", self.details(), self.summary())
     }
 }

@@ -1,4 +1,4 @@
-//! What the journal remembers of OurAPI, doubted once too little or once too much.
+//! Stale chats: read back in exactly the right cases.
 
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, dropped, status};
@@ -7,7 +7,7 @@ use serde_json::json;
 use super::verify::{outcome, verify};
 use crate::harness::{Bench, Daemon, Test, run_live_test, run_test, until};
 
-/// A daemon whose windows begin after it did, so that nothing is looked up for that reason.
+/// A daemon whose windows begin after its start, so that no chat is read back because of earlier events.
 async fn settled(t: &Test, bench: &Bench) -> Daemon {
     bench.set("--poll-overlap", "0s");
     let daemon = bench.start();
@@ -19,7 +19,7 @@ async fn settled(t: &Test, bench: &Bench) -> Daemon {
     daemon
 }
 
-/// Another client gives a chat to another agent.
+/// Another client changes a chat's agent.
 async fn gives(t: &Test, external_id: &str, email: &str) {
     let agents = t.our_api.data().agents;
     let agent = agents.iter().find(|agent| agent.email == email);
@@ -27,7 +27,7 @@ async fn gives(t: &Test, external_id: &str, email: &str) {
     t.our_api.is_changed(external_id, &change).await;
 }
 
-/// Two chats that are delivered: advisor 7 has the first one since a TRANSFER.
+/// Two delivered chats. The first one has advisor 7 since a TRANSFER.
 async fn two_chats(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
@@ -42,7 +42,7 @@ async fn two_chats(t: &Test) -> Daemon {
     daemon
 }
 
-/// Who has a chat.
+/// The agent of a chat, by e-mail address.
 fn agent(t: &Test, external_id: &str) -> Option<String> {
     let data = t.our_api.data();
     let chat = data
@@ -56,7 +56,7 @@ fn agent(t: &Test, external_id: &str) -> Option<String> {
     Some(agent.email.clone())
 }
 
-/// OurAPI loses a chat, which a message shows, and every other is read back.
+/// Makes OurAPI lose a chat. A message shows the loss, and all other chats are read back.
 async fn loses(t: &Test, bench: &Bench, external_id: i64, text: &str) {
     let losses = bench.value::<i64>("SELECT losses FROM control");
     t.our_api.loses_chat(&external_id.to_string());
@@ -71,14 +71,15 @@ async fn loses(t: &Test, bench: &Bench, external_id: i64, text: &str) {
     .await;
 }
 
+/// A chat that was not lost, and cannot be read at once, gets no message a second time.
 #[tokio::test]
-async fn a_chat_that_was_not_lost_and_cannot_be_read_at_once_is_not_filled_again() {
+async fn unreadable_chat_was_not_lost() {
     run_live_test(async |t| {
         let daemon = settled(t, t).await;
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
-        let told = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
-        t.bigchat.reports(told);
+        let equal = vec![message(10, now - 1, "one"), message(10, now - 1, "two")];
+        t.bigchat.reports(equal);
         t.until_events("delivered", 2).await;
         t.our_api.upset("POST /chats/{id}/messages", status(404));
         t.our_api.upset("GET /chats", status(200).body("[]"));
@@ -91,8 +92,9 @@ async fn a_chat_that_was_not_lost_and_cannot_be_read_at_once_is_not_filled_again
     .await;
 }
 
+/// The agent of an adopted chat stays when other data are lost.
 #[tokio::test]
-async fn an_adopted_agent_stays_when_something_else_is_lost() {
+async fn adopted_agent_survives_other_loss() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -101,7 +103,7 @@ async fn an_adopted_agent_stays_when_something_else_is_lost() {
             .reports([message(10, now - 9, "hello"), transfer(10, now - 8, 7)]);
         t.once().await;
         let transferred = agent(t, "10");
-        // That database is lost.
+        // Another daemon starts without that database.
         let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
         let daemon = settled(t, &other).await;
         t.our_api.upset("GET /chats/{id}/messages", crashed());
@@ -119,8 +121,9 @@ async fn an_adopted_agent_stays_when_something_else_is_lost() {
     .await;
 }
 
+/// An agent set by another client stays after every loss.
 #[tokio::test]
-async fn an_agent_that_another_client_gave_stays_after_every_loss() {
+async fn foreign_agent_survives_losses() {
     run_live_test(async |t| {
         t.differs("another client changes a chat");
         let daemon = two_chats(t).await;
@@ -135,8 +138,9 @@ async fn an_agent_that_another_client_gave_stays_after_every_loss() {
     .await;
 }
 
+/// A drift that was reported once still counts as one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_drift_that_was_reported_is_still_one() {
+async fn reported_drift_is_still_drift() {
     run_live_test(async |t| {
         t.differs("another client changes a chat");
         let daemon = two_chats(t).await;
@@ -157,8 +161,9 @@ async fn a_drift_that_was_reported_is_still_one() {
     .await;
 }
 
+/// The agent of an adopted chat is no difference.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_adopted_agent_is_no_difference() {
+async fn adopted_agent_is_no_drift() {
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -178,14 +183,15 @@ async fn an_adopted_agent_is_no_difference() {
     .await;
 }
 
+/// A discarded message that OurAPI has does not account for another message of its second.
 #[tokio::test]
-async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
+async fn discarded_message_accounts_for_itself() {
     run_test(async |t| {
         t.set("--max-attempts", "2").set("--retry-max", "40ms");
         t.differs("the discarded message is there");
         let daemon = t.start();
         t.delivers([start(42, 0), start(43, 1)]).await;
-        // It is stored, and nobody can see it.
+        // The message is stored, and cannot be read.
         t.our_api
             .upset("POST /chats/c1/messages", crashed().carried_out());
         t.our_api
@@ -213,8 +219,9 @@ async fn what_was_discarded_and_is_there_stands_for_no_other_message() {
     .await;
 }
 
+/// Without rebuilding, a chat that can never be created is not read back for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
+async fn rejected_chat_without_rebuild() {
     run_test(async |t| {
         t.differs("a chat is refused");
         t.set("--rebuild", "off");
@@ -244,8 +251,9 @@ async fn what_can_never_be_built_is_left_alone_where_nothing_is_rebuilt() {
     .await;
 }
 
+/// A chat whose messages can never be read still gets the changes that wait at a start.
 #[tokio::test]
-async fn a_chat_whose_messages_can_never_be_read_takes_what_else_waits_at_a_start() {
+async fn change_of_unreadable_chat_at_start() {
     run_test(async |t| {
         t.set("--max-attempts", "2").set("--retry-max", "40ms");
         let daemon = t.start();
@@ -264,19 +272,20 @@ async fn a_chat_whose_messages_can_never_be_read_takes_what_else_waits_at_a_star
             t.our_api.chats()[0].contains("22:00:09")
         })
         .await;
-        // The last page may have been asked for and not stored yet.
+        // The last page may have been requested and not stored yet.
         t.until_events("delivered", 4 + others).await;
     })
     .await;
 }
 
+/// An earlier message does not create a second chat if the first one may have been created.
 #[tokio::test]
-async fn an_earlier_message_makes_no_second_chat_of_one_that_may_be_created() {
+async fn earlier_message_after_lost_creation() {
     run_test(async |t| {
         t.set("--retry-initial", "2s").set("--retry-max", "2s");
         t.start();
         t.our_api.upset("POST /chats", dropped().carried_out());
-        // BigChat does not know the conversation: only its events tell when it started.
+        // BigChat does not know the conversation: only its events show when it started.
         t.bigchat.reports([message(99, 10, "later")]);
         until("it may be created", async || t.our_api.chats().len() == 1).await;
         t.bigchat.reports([message(99, 5, "sooner")]);
@@ -286,8 +295,9 @@ async fn an_earlier_message_makes_no_second_chat_of_one_that_may_be_created() {
     .await;
 }
 
+/// A message of unknown outcome is read back, although many changes wait before it.
 #[tokio::test]
-async fn a_message_that_may_be_there_is_looked_up_though_many_changes_wait_before_it() {
+async fn read_back_behind_many_changes() {
     run_test(async |t| {
         t.set("--retry-initial", "5s").set("--retry-max", "5s");
         t.start();
