@@ -115,7 +115,7 @@ async function beat() {
     if (version !== null && next.version !== version) location.reload();
     version = next.version;
     setNow(next.now);
-    announce(status, next);
+    announceChange(status, next);
     const first = status === null;
     status = next;
     header();
@@ -183,7 +183,7 @@ function say(id, text) {
 }
 
 /** Announces new and solved problems to screen readers. */
-function announce(before, next) {
+function announceChange(before, next) {
   if (before === null) return;
   const news = [];
   for (const [key, name] of [["bigchat", "BigChat"], ["our_api", "OurAPI"]]) {
