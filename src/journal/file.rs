@@ -200,6 +200,11 @@ impl DatabaseFile {
         self.log_bytes().is_some_and(|bytes| bytes > 0)
     }
 
+    /// Whether a transaction was interrupted before the write-ahead log was there.
+    pub(super) fn has_rollback_journal(&self) -> bool {
+        fs::metadata(self.beside("-journal")).is_ok_and(|journal| journal.len() > 0)
+    }
+
     /// Locks the file, unless a daemon holds the lock.
     pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
         let deadline = Instant::now() + PROBED_WITHIN;

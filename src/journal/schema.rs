@@ -318,7 +318,9 @@ fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
         path: path.to_owned(),
         source,
     })?;
-    if header.is_empty() {
+    // The power failed while SQLite wrote the first page of a new one: it undoes that with its rollback journal.
+    let is_unwritten = header.iter().all(|byte| *byte == 0) && file.has_rollback_journal();
+    if header.is_empty() || is_unwritten {
         return Ok(false);
     }
     // Offsets by SQLite's file format: user version at 60, application id at 68, both big-endian.
@@ -501,6 +503,28 @@ mod tests {
             .expect("one file only");
         drop((newer, _opened));
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
+    }
+
+    /// The size of a new database has reached the disk, its first page has not, and the rollback journal says how to undo
+    /// both.
+    #[test]
+    fn power_cut_during_the_first_write() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("a.db");
+        std::fs::write(&path, [0; 4096]).expect("a file");
+        let refused = open_for_daemon(&path).map(drop);
+        assert!(matches!(refused, Err(OpenError::Foreign(_))), "{refused:?}");
+        let magic = [0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+        // Records, nonce, former size in pages, size of a sector, size of a page.
+        let numbers = [0_u32, 7, 0, 512, 4096].map(u32::to_be_bytes);
+        let mut journal = [&magic[..], numbers.as_flattened()].concat();
+        journal.resize(512, 0);
+        std::fs::write(directory.path().join("a.db-journal"), journal).expect("a file");
+        let (connection, _file) = open_for_daemon(&path).expect("a new database");
+        assert_eq!(
+            version(&connection).ok(),
+            i64::try_from(MIGRATIONS.len()).ok()
+        );
     }
 
     /// A database that an older daemon uses is not upgraded.

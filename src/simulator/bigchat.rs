@@ -233,6 +233,8 @@ pub struct BigChat {
     circles: f64,
     /// Events of the latest response that were never reported before.
     latest: Vec<usize>,
+    /// How many events were reported by the end of each request for events.
+    reported_by: Vec<usize>,
 }
 
 impl BigChat {
@@ -265,6 +267,7 @@ impl BigChat {
             down: false,
             circles: 0.0,
             latest: Vec::new(),
+            reported_by: Vec::new(),
         };
         bigchat.boot(start);
         bigchat
@@ -464,6 +467,11 @@ impl BigChat {
             .zip(&self.arrived)
             .map(with_fate)
             .collect()
+    }
+
+    /// How many of [`Self::reported`] were reported by the end of each request for events, the first one first.
+    pub fn reported_by(&self) -> &[usize] {
+        &self.reported_by
     }
 
     /// Events of the latest response that had no equal before. A client can have them only from that response.
@@ -741,6 +749,9 @@ impl BigChat {
 impl Api for BigChat {
     fn answer(&mut self, request: &Request, _: usize) -> Reply {
         let reply = self.try_answer(request).unwrap_or_else(|refusal| refusal);
+        if request.path == "/events" {
+            self.reported_by.push(self.reported.len());
+        }
         match &self.date {
             None => reply,
             Some(date) => reply.with("date", date),

@@ -3,5 +3,6 @@
 mod daemon;
 mod failover;
 mod kills;
+mod power;
 mod stopping;
 mod upheavals;
