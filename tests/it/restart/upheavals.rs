@@ -390,3 +390,52 @@ async fn stray_404s_before_a_restart() {
     })
     .await;
 }
+
+/// BigChat serves a page, restarts, and delivery notices the restart before the page arrives.
+async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
+    let command = |name| {
+        let output = t.program(name).output().expect("a process");
+        assert!(output.status.success(), "{output:?}");
+    };
+    t.once().await;
+    command("pause");
+    t.start();
+    t.bigchat.reports([message(42, 5, "one")]);
+    t.until_events("waiting", 1).await;
+    let faults = &t.bigchat;
+    faults.hold(true);
+    faults.upset("GET /events", paused().carried_out());
+    faults.date("Sun, 22 Nov 2026 22:10:00 GMT");
+    t.bigchat.reports(page);
+    faults.hold(false);
+    until("it is served", async || faults.pausing() == 1).await;
+    t.bigchat.clock(700);
+    t.bigchat.restarts(42, 695);
+    command("resume");
+    until("the restart is noticed", async || t.restarts() == 1).await;
+}
+
+#[tokio::test]
+async fn page_served_before_a_restart_that_is_known_when_it_is_stored() {
+    run_test(async |t| {
+        page_arrives_after_a_restart(t, [message(42, 6, "two")]).await;
+        t.bigchat.resume();
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:05 - -"]);
+    })
+    .await;
+}
+
+/// The page is no sign of another restart.
+#[tokio::test]
+async fn start_on_a_page_served_before_a_restart() {
+    run_test(async |t| {
+        page_arrives_after_a_restart(t, [start(1, -3600)]).await;
+        t.bigchat
+            .upset("GET /conversations/{id}", crashed().always());
+        t.bigchat.resume();
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.restarts(), 1);
+    })
+    .await;
+}
