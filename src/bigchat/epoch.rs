@@ -96,6 +96,8 @@ pub async fn begin(
     let verified_until = source.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= verified_until => first.min(started_at),
+        // The clock was set back with the restart, and dates it while the old epoch was still verified.
+        _ if started_at < verified_until => source.clock().now().unwrap_or(verified_until),
         _ => started_at,
     };
     let mark = source.epochs.mark();

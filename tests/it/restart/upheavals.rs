@@ -439,3 +439,35 @@ async fn start_on_a_page_served_before_a_restart() {
     })
     .await;
 }
+
+/// It mixes no epochs.
+#[tokio::test]
+async fn restart_that_sets_the_clock_back() {
+    run_live_test(async |t| {
+        t.start();
+        // The epoch has been verified.
+        t.bigchat.further_polls(3).await;
+        let faults = &t.bigchat;
+        faults.hold(true);
+        pause_after(faults, 1);
+        let now = t.now();
+        t.bigchat.open(2, now - 100, 1);
+        t.bigchat.open(3, now - 100, 2);
+        let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
+        let next = NextPage::Usual;
+        t.bigchat.reports(Page::Events(of_before, next));
+        faults.hold(false);
+        until("half a poll", async || faults.pausing() == 1).await;
+        t.bigchat.clock_runs(-3600);
+        t.bigchat.restart();
+        let now = t.now();
+        t.bigchat.open(1, now, 1);
+        t.bigchat.open(2, now, 1);
+        let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+        t.bigchat.reports(of_after);
+        faults.resume();
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 4);
+    })
+    .await;
+}
