@@ -1,7 +1,7 @@
 //! Stale chats: read back in exactly the right cases.
 
 use bigchat_sync::simulator::event::{end, message, start, transfer};
-use bigchat_sync::simulator::fault::{crashed, dropped, status};
+use bigchat_sync::simulator::fault::{crashed, dropped, paused, status};
 use serde_json::json;
 
 use super::verify::{outcome, verify};
@@ -317,6 +317,42 @@ async fn read_back_behind_many_changes() {
         .await;
         t.failed_command(&["retry", "--all"])
             .expect("all are tried again");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_agent_found_just_before_a_loss_is_looked_for_again() {
+    run_test(async |t| {
+        t.set("--our-api-concurrency", "4");
+        t.our_api.state().set_fragile(false);
+        t.start();
+        // BigChat does not know the last two, which get no agent.
+        t.delivers([
+            start(42, 0),
+            message(98, 5, "hello"),
+            message(99, 6, "hello"),
+        ])
+        .await;
+        let losses = |of: i64| {
+            t.value::<i64>(&format!(
+                "SELECT verified_losses FROM conversations WHERE bigchat_id = {of}"
+            ))
+        };
+        t.our_api.upset("GET /agents", paused().carried_out());
+        t.our_api.loses_chat("98");
+        t.bigchat.reports([message(98, 10, "are you there?")]);
+        until("the agent is found", async || {
+            t.our_api.pausing() == 1 && losses(99) == 1
+        })
+        .await;
+        t.our_api.loses_agents();
+        t.our_api.loses_chat("99");
+        t.bigchat.reports([message(99, 11, "and you?")]);
+        until("that is noticed", async || t.losses() == 2).await;
+        t.our_api.resume();
+        t.until_events("delivered", 5).await;
+        t.agrees().await;
     })
     .await;
 }
