@@ -51,6 +51,8 @@ pub(super) struct Stopped {
     pub(super) error: AttemptError,
     /// The chat's messages could not be read.
     pub(super) reading_messages: bool,
+    /// A change of the chat failed that no event requests: the event was not sent.
+    pub(super) changing_chat: bool,
 }
 
 impl Stopped {
@@ -59,6 +61,7 @@ impl Stopped {
             at: event,
             error,
             reading_messages: false,
+            changing_chat: false,
         }
     }
 }
@@ -198,14 +201,22 @@ impl Reconciled {
                 .iter()
                 .filter(|event| !event.payload.kind().is_message())
         };
-        if !self.claim.became_stale || self.events.iter().any(|event| is_unknown(&event)) {
-            if changes().any(|event| event.attempts.outcome_unknown) {
-                return UnknownFields::changed_by(changes());
-            }
-            return UnknownFields::changed_by(changes().filter(is_unknown));
+        let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
+        if self.claim.became_stale && !is_any_unknown {
+            // It is unknown which fields were being written.
+            return UnknownFields::ALL;
         }
-        // It is unknown which fields were being written.
-        UnknownFields::ALL
+        let unknown = if changes().any(|event| event.attempts.outcome_unknown) {
+            UnknownFields::changed_by(changes())
+        } else {
+            UnknownFields::changed_by(changes().filter(is_unknown))
+        };
+        UnknownFields {
+            // Any event may correct a start that only events tell.
+            started_at: unknown.started_at
+                || is_any_unknown && self.conversation.desired.started_at.is_none(),
+            ..unknown
+        }
     }
 
     /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
@@ -419,7 +430,10 @@ impl Reconciled {
                 }
                 Err(error) if !error.is_rejection() => {
                     let first = changes.first().or(self.events.first());
-                    return Err(Stopped::at(first.map(|event| event.id), error));
+                    return Err(Stopped {
+                        changing_chat: changes.is_empty(),
+                        ..Stopped::at(first.map(|event| event.id), error)
+                    });
                 }
                 Err(error) if changes.is_empty() => return self.unchangeable(error),
                 Err(error) if changes.len() == 1 => {
@@ -788,9 +802,8 @@ async fn held(
     match worker.our_api.messages(chat).await {
         Ok(held) => Ok(held.iter().map(Message::key).collect()),
         Err(error) => Err(Stopped {
-            at,
-            error: error.into(),
             reading_messages: true,
+            ..Stopped::at(at, error.into())
         }),
     }
 }

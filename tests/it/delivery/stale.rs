@@ -356,3 +356,41 @@ async fn an_agent_found_just_before_a_loss_is_looked_for_again() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_message_that_was_never_sent_is_no_altered_one_of_its_second() {
+    run_test(async |t| {
+        t.differs("a message of another client");
+        t.our_api.has_chat("c1", "42", 0);
+        t.our_api.has_message("c1", 5, "of another client");
+        t.our_api.upset("POST /chats", dropped());
+        t.start();
+        t.delivers([message(42, 5, "hello")]).await;
+        assert_eq!(t.our_api.messages(), ["hello", "of another client"]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_start_that_was_corrected_is_no_drift() {
+    run_test(async |t| {
+        t.start();
+        // BigChat does not know the conversation: only its events tell when it started.
+        for first in [message(99, 10, "later"), end(98, 10)] {
+            t.delivers([first.clone()]).await;
+            t.our_api
+                .upset("PATCH /chats/{id}", dropped().carried_out());
+            let id = first["conversation_id"].as_i64().expect("an id");
+            t.delivers([message(id, 5, "sooner")]).await;
+        }
+        t.delivers([message(97, 10, "later")]).await;
+        t.our_api
+            .upset("PATCH /chats/{id}", dropped().carried_out());
+        t.delivers([message(97, 5, "sooner"), end(97, 20)]).await;
+        assert_eq!(
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE drift IS NOT NULL"),
+            0
+        );
+    })
+    .await;
+}
