@@ -458,18 +458,19 @@ impl Reconciled {
     }
 
     /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages;
-    /// without a chat, the first message fails.
+    /// without a chat, the first message fails, or there is none until the next event.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
-        let Some(chat) = self.conversation.observed.chat else {
-            let Some(first) = self.events.first() else {
-                return Err(Stopped::at(None, error));
-            };
-            self.done.push((first.id, Err(error)));
-            return Ok(());
-        };
+        let chat = self.conversation.observed.chat;
+        if chat.is_none() {
+            if let Some(first) = self.events.first() {
+                self.done.push((first.id, Err(error)));
+                return Ok(());
+            }
+            self.observation = Observation::Read(None);
+        }
         let failure = error.logged();
         tracing::warn!(
-            conversation = self.conversation.bigchat_id, %chat,
+            conversation = self.conversation.bigchat_id, chat = chat.map(tracing::field::display),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "OurAPI rejects a change of a chat; it stays as it is"
         );

@@ -251,6 +251,34 @@ async fn rejected_chat_without_rebuild() {
     .await;
 }
 
+/// A chat that OurAPI refuses is not tried again and again after a loss.
+#[tokio::test]
+async fn what_can_never_be_built_is_not_tried_again_and_again_after_a_loss() {
+    run_test(async |t| {
+        t.differs("a chat is refused");
+        t.our_api
+            .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
+        t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        // BigChat does not know it.
+        t.bigchat.reports([message(99, 5, "who?")]);
+        t.until_events("failed", 1).await;
+        t.our_api.loses_chat("42");
+        t.bigchat.reports([message(42, 2, "are you there?")]);
+        until("it is settled", async || {
+            t.losses() == 1
+                && t.value::<i64>(
+                    "SELECT count(*) FROM conversations WHERE bigchat_id = 99 AND verified_losses = 1
+                        AND due_at IS NULL",
+                ) == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"]).expect("it is tried again");
+        t.until_events("failed", 1).await;
+    })
+    .await;
+}
+
 /// A chat whose messages can never be read still gets the changes that wait at a start.
 #[tokio::test]
 async fn change_of_unreadable_chat_at_start() {
