@@ -202,20 +202,27 @@ impl Reconciled {
                 .filter(|event| !event.payload.kind().is_message())
         };
         let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
-        if self.claim.became_stale && !is_any_unknown {
+        if !is_any_unknown {
             // It is unknown which fields were being written.
-            return UnknownFields::ALL;
+            return match self.claim.became_stale {
+                true => UnknownFields::ALL,
+                false => UnknownFields::default(),
+            };
         }
-        let unknown = if changes().any(|event| event.attempts.outcome_unknown) {
-            UnknownFields::changed_by(changes())
-        } else {
-            UnknownFields::changed_by(changes().filter(is_unknown))
+        let changed = match changes().any(|event| event.attempts.outcome_unknown) {
+            true => UnknownFields::changed_by(changes()),
+            false => UnknownFields::changed_by(changes().filter(is_unknown)),
         };
+        // A field that differs from the desired one may have been written with them.
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
         UnknownFields {
-            // Any event may correct a start that only events tell.
-            started_at: unknown.started_at
-                || is_any_unknown && self.conversation.desired.started_at.is_none(),
-            ..unknown
+            started_at: changed.started_at
+                || desired.started_at.is_none()
+                || desired.started_at != observed.started_at,
+            ended_at: changed.ended_at || desired.ended_at > observed.ended_at,
+            agent: changed.agent || desired.advisor() != observed.advisor,
         }
     }
 

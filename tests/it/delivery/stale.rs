@@ -422,3 +422,35 @@ async fn a_start_that_was_corrected_is_no_drift() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn an_agent_that_was_restored_with_an_end_is_no_drift() {
+    run_test(async |t| {
+        t.start();
+        // BigChat does not know the second one, which gets no agent.
+        t.delivers([start(42, 0), message(98, 5, "hello")]).await;
+        t.our_api.loses_agents();
+        t.our_api.loses_chat("98");
+        t.our_api.upset("GET /chats?external_id=42", paused());
+        t.our_api
+            .upset("PATCH /chats/{id}", dropped().carried_out());
+        t.bigchat.reports([message(98, 10, "are you there?")]);
+        until("the other chat is read back", async || {
+            t.our_api.pausing() == 1
+        })
+        .await;
+        t.bigchat.reports([end(42, 20)]);
+        until("its end waits", async || {
+            t.count_events("kind = 'END' AND state = 'waiting'") == 1
+        })
+        .await;
+        t.our_api.resume();
+        t.until_events("delivered", 4).await;
+        assert_eq!(t.our_api.count("PATCH *agent_id*ended_at"), 1);
+        assert_eq!(
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE drift IS NOT NULL"),
+            0
+        );
+    })
+    .await;
+}
