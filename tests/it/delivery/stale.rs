@@ -253,7 +253,7 @@ async fn rejected_chat_without_rebuild() {
 
 /// A chat that OurAPI refuses is not tried again and again after a loss.
 #[tokio::test]
-async fn what_can_never_be_built_is_not_tried_again_and_again_after_a_loss() {
+async fn rejected_chat_after_a_loss() {
     run_test(async |t| {
         t.differs("a chat is refused");
         t.our_api
@@ -349,8 +349,9 @@ async fn read_back_behind_many_changes() {
     .await;
 }
 
+/// An agent found just before a loss is searched again.
 #[tokio::test]
-async fn an_agent_found_just_before_a_loss_is_looked_for_again() {
+async fn agent_found_just_before_a_loss() {
     run_test(async |t| {
         t.set("--our-api-concurrency", "4");
         t.our_api.state().set_fragile(false);
@@ -385,8 +386,9 @@ async fn an_agent_found_just_before_a_loss_is_looked_for_again() {
     .await;
 }
 
+/// A message whose chat could not be created is not matched with another of its second.
 #[tokio::test]
-async fn a_message_that_was_never_sent_is_no_altered_one_of_its_second() {
+async fn unsent_message_matches_no_other() {
     run_test(async |t| {
         t.differs("a message of another client");
         t.our_api.has_chat("c1", "42", 0);
@@ -399,8 +401,9 @@ async fn a_message_that_was_never_sent_is_no_altered_one_of_its_second() {
     .await;
 }
 
+/// A start that only events tell is no drift if its correction has no answer.
 #[tokio::test]
-async fn a_start_that_was_corrected_is_no_drift() {
+async fn corrected_start_is_no_drift() {
     run_test(async |t| {
         t.start();
         // BigChat does not know the conversation: only its events tell when it started.
@@ -423,8 +426,9 @@ async fn a_start_that_was_corrected_is_no_drift() {
     .await;
 }
 
+/// An agent restored by the request that sets an end is no drift if that request has no answer.
 #[tokio::test]
-async fn an_agent_that_was_restored_with_an_end_is_no_drift() {
+async fn agent_restored_with_an_end() {
     run_test(async |t| {
         t.start();
         // BigChat does not know the second one, which gets no agent.

@@ -439,9 +439,9 @@ async fn forgotten_text_leaves_all_files() {
     .await;
 }
 
-/// What was loaded long before is not sent either.
+/// A conversation loaded long before is not sent either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forgotten_while_many_others_wait_before_it() {
+async fn forgotten_behind_many_others() {
     run_test(async |t| {
         t.differs("a conversation is forgotten");
         let daemon = t.start();

@@ -415,8 +415,9 @@ async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
     until("the restart is noticed", async || t.restarts() == 1).await;
 }
 
+/// A page that arrives after the restart was noticed belongs to the epoch in which it was served.
 #[tokio::test]
-async fn page_served_before_a_restart_that_is_known_when_it_is_stored() {
+async fn late_page_of_the_last_epoch() {
     run_test(async |t| {
         page_arrives_after_a_restart(t, [message(42, 6, "two")]).await;
         t.bigchat.resume();
@@ -426,9 +427,9 @@ async fn page_served_before_a_restart_that_is_known_when_it_is_stored() {
     .await;
 }
 
-/// The page is no sign of another restart.
+/// Such a page is no sign of another restart.
 #[tokio::test]
-async fn start_on_a_page_served_before_a_restart() {
+async fn late_start_of_the_last_epoch() {
     run_test(async |t| {
         page_arrives_after_a_restart(t, [start(1, -3600)]).await;
         t.bigchat
@@ -442,7 +443,7 @@ async fn start_on_a_page_served_before_a_restart() {
 
 /// It mixes no epochs.
 #[tokio::test]
-async fn restart_that_sets_the_clock_back() {
+async fn clock_set_back_by_a_restart() {
     run_live_test(async |t| {
         t.start();
         // The epoch has been verified.
