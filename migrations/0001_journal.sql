@@ -59,7 +59,7 @@ CREATE TABLE inbox (
     served_at    INTEGER NOT NULL,               -- by BigChat's clock
     window_start INTEGER NOT NULL,
     body         TEXT NOT NULL,
-    stored_in    INTEGER NOT NULL,               -- the latest known epoch when it was stored: it belongs to that or a later one
+    requested_in INTEGER NOT NULL,               -- the latest known epoch when it was requested: it belongs to that or a later one
     ingested     INTEGER NOT NULL DEFAULT 0 CHECK (ingested = 0 OR ingested = 1)
 ) STRICT;
 

@@ -80,6 +80,7 @@ fn keep(store: &mut Store, told: &[String]) {
     let at = Timestamp::clamped(START + 1000);
     let page = NewPage {
         query: "page=1".to_owned(),
+        requested_in: Epoch(1),
         served_at: at,
         window: (Timestamp::clamped(START), at),
         events: told.len(),

@@ -96,6 +96,8 @@ pub async fn begin(
     let verified_until = source.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= verified_until => first.min(started_at),
+        // The clock was set back with the restart, and dates it while the old epoch was still verified.
+        _ if started_at < verified_until => source.clock().now().unwrap_or(verified_until),
         _ => started_at,
     };
     let mark = source.epochs.mark();
@@ -113,7 +115,7 @@ pub async fn begin(
     Ok(())
 }
 
-/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was stored, it is the current
+/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the current
 /// one. If the page was served at about the time of the restart, its time does not decide: it belongs to the previous epoch
 /// if it reports a conversation that BigChat no longer knows, or that now has another start time.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
@@ -123,8 +125,8 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     let served_at = page.served_at;
     let by_time = move |store: &mut Store| store.epoch_at(served_at);
     let (epoch, certain) = source.journal.with(by_time).await?;
-    if certain || epoch <= page.stored_in {
-        return Ok(Some(epoch.max(page.stored_in)));
+    if certain || epoch <= page.requested_in {
+        return Ok(Some(epoch.max(page.requested_in)));
     }
     let events = page.events();
     // The highest first: the new epoch has used only few ids yet, the lowest ones.

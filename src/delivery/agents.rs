@@ -85,7 +85,9 @@ impl Agents {
         let losses = self.losses();
         let agent = match details::advisor(&self.source, epoch, advisor).await? {
             KnownAdvisor::Gone => None,
-            KnownAdvisor::Person { name, email } => self.of_person(advisor, &name, &email).await?,
+            KnownAdvisor::Person { name, email } => {
+                self.of_person(advisor, &name, &email, losses).await?
+            }
         };
         let mut known = self.known();
         if losses == self.losses() {
@@ -99,6 +101,7 @@ impl Agents {
         advisor: AdvisorId,
         name: &str,
         email: &str,
+        losses: i64,
     ) -> Result<Option<Uuid>, AttemptError> {
         let address = email.to_owned();
         let known = match self
@@ -130,7 +133,9 @@ impl Agents {
                 };
                 let address = email.to_owned();
                 self.journal
-                    .with(move |store| store.record_agent(&address, spelled.as_deref(), found))
+                    .with(move |store| {
+                        store.record_agent(&address, spelled.as_deref(), found, losses)
+                    })
                     .await?;
                 found
             }
@@ -251,8 +256,12 @@ impl Agents {
         if let Some(is_there) = self.asked().get(&agent) {
             return Ok(*is_there);
         }
+        let losses = self.losses();
         let is_there = self.our_api.has_agent(agent).await?;
-        self.asked().insert(agent, is_there);
+        let mut asked = self.asked();
+        if losses == self.losses() {
+            asked.insert(agent, is_there);
+        }
         Ok(is_there)
     }
 

@@ -51,6 +51,8 @@ pub(super) struct Stopped {
     pub(super) error: AttemptError,
     /// The chat's messages could not be read.
     pub(super) reading_messages: bool,
+    /// A change of the chat failed that no event requests: the event was not sent.
+    pub(super) changing_chat: bool,
 }
 
 impl Stopped {
@@ -59,6 +61,7 @@ impl Stopped {
             at: event,
             error,
             reading_messages: false,
+            changing_chat: false,
         }
     }
 }
@@ -198,14 +201,29 @@ impl Reconciled {
                 .iter()
                 .filter(|event| !event.payload.kind().is_message())
         };
-        if !self.claim.became_stale || self.events.iter().any(|event| is_unknown(&event)) {
-            if changes().any(|event| event.attempts.outcome_unknown) {
-                return UnknownFields::changed_by(changes());
-            }
-            return UnknownFields::changed_by(changes().filter(is_unknown));
+        let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
+        if !is_any_unknown {
+            // It is unknown which fields were being written.
+            return match self.claim.became_stale {
+                true => UnknownFields::ALL,
+                false => UnknownFields::default(),
+            };
         }
-        // It is unknown which fields were being written.
-        UnknownFields::ALL
+        let changed = match changes().any(|event| event.attempts.outcome_unknown) {
+            true => UnknownFields::changed_by(changes()),
+            false => UnknownFields::changed_by(changes().filter(is_unknown)),
+        };
+        // A field that differs from the desired one may have been written with them.
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        UnknownFields {
+            started_at: changed.started_at
+                || desired.started_at.is_none()
+                || desired.started_at != observed.started_at,
+            ended_at: changed.ended_at || desired.ended_at > observed.ended_at,
+            agent: changed.agent || desired.advisor() != observed.advisor,
+        }
     }
 
     /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
@@ -419,7 +437,10 @@ impl Reconciled {
                 }
                 Err(error) if !error.is_rejection() => {
                     let first = changes.first().or(self.events.first());
-                    return Err(Stopped::at(first.map(|event| event.id), error));
+                    return Err(Stopped {
+                        changing_chat: changes.is_empty(),
+                        ..Stopped::at(first.map(|event| event.id), error)
+                    });
                 }
                 Err(error) if changes.is_empty() => return self.unchangeable(error),
                 Err(error) if changes.len() == 1 => {
@@ -444,18 +465,19 @@ impl Reconciled {
     }
 
     /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages;
-    /// without a chat, the first message fails.
+    /// without a chat, the first message fails, or there is none until the next event.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
-        let Some(chat) = self.conversation.observed.chat else {
-            let Some(first) = self.events.first() else {
-                return Err(Stopped::at(None, error));
-            };
-            self.done.push((first.id, Err(error)));
-            return Ok(());
-        };
+        let chat = self.conversation.observed.chat;
+        if chat.is_none() {
+            if let Some(first) = self.events.first() {
+                self.done.push((first.id, Err(error)));
+                return Ok(());
+            }
+            self.observation = Observation::Read(None);
+        }
         let failure = error.logged();
         tracing::warn!(
-            conversation = self.conversation.bigchat_id, %chat,
+            conversation = self.conversation.bigchat_id, chat = chat.map(tracing::field::display),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "OurAPI rejects a change of a chat; it stays as it is"
         );
@@ -788,9 +810,8 @@ async fn held(
     match worker.our_api.messages(chat).await {
         Ok(held) => Ok(held.iter().map(Message::key).collect()),
         Err(error) => Err(Stopped {
-            at,
-            error: error.into(),
             reading_messages: true,
+            ..Stopped::at(at, error.into())
         }),
     }
 }

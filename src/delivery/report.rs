@@ -70,7 +70,10 @@ impl Scheduler {
                             observation = Observation::Read(None);
                             outcomes.extend(self.unreadable(&events, &failure));
                         }
-                        outcome => {
+                        mut outcome => {
+                            if stopped.changing_chat {
+                                outcome.was_not_sent(event);
+                            }
                             if let Outcome::Retry { next_at, .. } = &outcome {
                                 due = Due::At(*next_at);
                             }

@@ -35,6 +35,9 @@ const AHEAD: usize = 256;
 /// How many bytes of message text are loaded ahead, so that memory stays bounded.
 const BYTES_AHEAD: usize = 2 << 20;
 
+/// After so long, work loaded ahead is loaded anew: its conversation may have been forgotten.
+const LOADED_FOR: Duration = Duration::from_secs(5);
+
 /// How often the journal is queried for due conversations without a notification, since commands write to it, too.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
@@ -85,8 +88,8 @@ pub(super) struct Scheduler {
     liveness: Arc<Liveness>,
     work_available: Arc<Notify>,
     scope: Scope,
-    /// Claimed, and not at work yet.
-    ready: VecDeque<Work>,
+    /// Claimed, and not at work yet; and when it was loaded.
+    ready: VecDeque<(Instant, Work)>,
     /// Claimed: ready, at work, or reported and not committed yet.
     claimed: HashSet<ConversationId>,
     at_work: JoinSet<Reconciled>,
@@ -264,13 +267,21 @@ impl Scheduler {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
             // The journal chooses the conversation to probe with.
             let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
-            for work in self.ready.drain(from..) {
+            for (_, work) in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);
             }
         }
+        let now = Instant::now();
+        while let Some((_, old)) = self
+            .ready
+            .pop_front_if(|(loaded_at, _)| now - *loaded_at > LOADED_FOR)
+        {
+            self.claimed.remove(&old.conversation.id);
+            self.check = true;
+        }
         let limit = self.limit(circuit);
         while self.at_work.len() < limit
-            && let Some(work) = self.ready.pop_front()
+            && let Some((_, work)) = self.ready.pop_front()
         {
             let worker = Arc::clone(&self.worker);
             let liveness = Arc::clone(&self.liveness);
@@ -361,7 +372,8 @@ impl Scheduler {
         if free * 2 <= wanted {
             return None;
         }
-        let bytes = BYTES_AHEAD.saturating_sub(self.ready.iter().map(Work::bytes).sum());
+        let bytes =
+            BYTES_AHEAD.saturating_sub(self.ready.iter().map(|(_, work)| work.bytes()).sum());
         (bytes * 2 > BYTES_AHEAD).then_some((free, bytes))
     }
 
@@ -390,10 +402,11 @@ impl Scheduler {
                 }
                 self.idle =
                     next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
+                let loaded_at = Instant::now();
                 for work in work {
                     // Released meanwhile, a conversation may come twice.
                     if self.claimed.insert(work.conversation.id) {
-                        self.ready.push_back(work);
+                        self.ready.push_back((loaded_at, work));
                     }
                 }
             }

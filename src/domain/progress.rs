@@ -196,6 +196,15 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// The failed request was not the event's own: whether OurAPI has the event is as unknown as before.
+    pub fn was_not_sent(&mut self, event: &Pending) {
+        if let Self::Retry { attempts, .. } | Self::DeadLetter { attempts, .. } = self {
+            attempts.outcome_unknown = event.attempts.outcome_unknown;
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventOutcome {
     pub event: EventId,

@@ -190,10 +190,12 @@ fn update(
         report.observation,
         Observation::Read(Some(_)) | Observation::Created
     );
-    let ends_claim = matches!(
-        report.observation,
-        Observation::Read(_) | Observation::Gone { .. }
-    );
+    let ends_claim = match report.observation {
+        // Without a chat, nothing of it is to be written next.
+        Observation::Read(None) => observed.chat.is_some(),
+        Observation::Read(Some(_)) | Observation::Gone { .. } => true,
+        Observation::None | Observation::Created => false,
+    };
     let due_at = match report.due {
         Due::At(at) => Some(at.0),
         Due::IfWaiting => ends_claim.then_some(now.0),

@@ -172,12 +172,14 @@ impl Store {
         .transpose()
     }
 
-    /// Records the agent of an e-mail address, and OurAPI's spelling of the address.
+    /// Records the agent of an e-mail address, and OurAPI's spelling of the address; unless there was a loss in OurAPI since
+    /// it was asked, when there had been `losses`.
     pub fn record_agent(
         &mut self,
         email: &str,
         spelled: Option<&str>,
         agent: KnownAgent,
+        losses: i64,
     ) -> Result<()> {
         let id = match agent {
             KnownAgent::Agent(id) => Some(id.to_string()),
@@ -185,9 +187,10 @@ impl Store {
         };
         self.connection
             .prepare_cached(
-                "INSERT OR REPLACE INTO agents (email, spelled, agent_id) VALUES (?1, ?2, ?3)",
+                "INSERT OR REPLACE INTO agents (email, spelled, agent_id)
+                 SELECT ?1, ?2, ?3 FROM control WHERE losses = ?4",
             )?
-            .execute(params![email, spelled, id])?;
+            .execute(params![email, spelled, id, losses])?;
         Ok(())
     }
 

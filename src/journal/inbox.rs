@@ -41,6 +41,8 @@ pub struct PollState {
 pub struct NewPage {
     /// The query of its request.
     pub query: String,
+    /// The latest known epoch when the page was requested: the page belongs to that or a later one.
+    pub requested_in: Epoch,
     /// BigChat's clock when the page was served.
     pub served_at: Timestamp,
     /// The window of the poll.
@@ -77,8 +79,8 @@ pub struct StoredPage {
     pub body: String,
     /// Whether its events were ingested.
     pub ingested: bool,
-    /// The latest known epoch when it was stored.
-    pub stored_in: Epoch,
+    /// The latest known epoch when it was requested.
+    pub requested_in: Epoch,
     /// Its epoch, once that is certain.
     pub epoch: Option<Epoch>,
 }
@@ -207,7 +209,7 @@ impl Store {
     /// The pages of the poll in progress, in order of arrival.
     pub fn stored_pages(&mut self) -> Result<Vec<StoredPage>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT id, query, served_at, window_start, body, ingested, stored_in FROM inbox ORDER BY id",
+            "SELECT id, query, served_at, window_start, body, ingested, requested_in FROM inbox ORDER BY id",
         )?;
         let pages = statement.query_map([], |row| {
             Ok(StoredPage {
@@ -217,31 +219,31 @@ impl Store {
                 window_start: Timestamp::clamped(row.get(3)?),
                 body: row.get(4)?,
                 ingested: row.get(5)?,
-                stored_in: row.get(6)?,
+                requested_in: row.get(6)?,
                 epoch: None,
             })
         })?;
         Ok(pages.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// Stores a page and how its poll continues, durably and in one transaction. Returns its id, and the latest known
-    /// epoch.
-    pub fn store_page(&mut self, page: &NewPage) -> Result<(i64, Epoch)> {
+    /// Stores a page and how its poll continues, durably and in one transaction. Returns its id.
+    pub fn store_page(&mut self, page: &NewPage) -> Result<i64> {
         self.in_place()?;
         let transaction = self.begin()?;
-        let stored = transaction
+        let id = transaction
             .prepare_cached(
-                "INSERT INTO inbox (query, served_at, window_start, body, stored_in)
-                 VALUES (?1, ?2, ?3, ?4, (SELECT max(id) FROM epochs)) RETURNING id, stored_in",
+                "INSERT INTO inbox (query, served_at, window_start, body, requested_in)
+                 VALUES (?1, ?2, ?3, ?4, ?5) RETURNING id",
             )?
             .query_row(
                 params![
                     page.query,
                     page.served_at.unix(),
                     page.window.0.unix(),
-                    page.body
+                    page.body,
+                    page.requested_in
                 ],
-                |row| Ok((row.get(0)?, row.get(1)?)),
+                |row| row.get(0),
             )?;
         let (next, cursor) = match &page.progress {
             PollProgress::Next(query) => (Some(query), None),
@@ -257,7 +259,7 @@ impl Store {
             },
         )?;
         transaction.commit()?;
-        Ok(stored)
+        Ok(id)
     }
 
     /// The epoch of a page that was served at that time, and whether that is certain. If not, the page may belong to

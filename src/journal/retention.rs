@@ -179,6 +179,7 @@ mod tests {
         let at = Timestamp::clamped(at);
         let page = NewPage {
             query: String::new(),
+            requested_in: Epoch(1),
             served_at: at,
             window: (at, at),
             body,

@@ -89,7 +89,10 @@ impl Poller {
         let probed = self.probe(pages).await?;
         let mut starts = Vec::new();
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
-            for page in pages.stored.iter().filter(|page| !page.ingested) {
+            let current = self.source.epochs.current(&self.journal).await?;
+            // A page requested in an earlier epoch may report a START of that.
+            let is_current = |page: &&StoredPage| !page.ingested && page.requested_in == current;
+            for page in pages.stored.iter().filter(is_current) {
                 let events = page
                     .events()
                     .into_iter()
@@ -120,13 +123,13 @@ impl Poller {
         Ok(())
     }
 
-    /// Probes BigChat for a restart. Without one, pages stored in the current epoch also belong to it.
+    /// Probes BigChat for a restart. Without one, pages requested in the current epoch also belong to it.
     async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {
             let current = self.source.epochs.current(&self.journal).await?;
             let stored = pages.stored.iter_mut();
-            for page in stored.filter(|page| page.stored_in == current) {
+            for page in stored.filter(|page| page.requested_in == current) {
                 page.epoch = Some(current);
             }
         }

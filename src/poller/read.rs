@@ -5,7 +5,6 @@ use std::sync::Arc;
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
 use crate::bigchat::{Page, canonical_query, window_query};
-use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
@@ -47,6 +46,8 @@ impl Poller {
             let Some(query) = next else {
                 return Ok(FetchEnd::Complete);
             };
+            // BigChat may restart before the page is stored.
+            let requested_in = self.source.epochs.current(&self.journal).await?;
             let page = match self.request(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
@@ -78,6 +79,7 @@ impl Poller {
             };
             let page = NewPage {
                 query,
+                requested_in,
                 served_at: now,
                 window: (window.start, window.end),
                 body: page.body,
@@ -176,6 +178,7 @@ impl Poller {
         let now = self.source.clock().now().unwrap_or(window.end);
         let end = start.plus(self.settings.max_window).min(now).max(start);
         let query = window_query(start, end);
+        let requested_in = self.source.epochs.current(&self.journal).await?;
         let page = match self.request(&query, false).await {
             Ok(page) => page,
             Err(error) if error.kind == ErrorKind::Rejected => return Ok(false),
@@ -184,6 +187,7 @@ impl Poller {
         let keys = keys(&page.body);
         let page = NewPage {
             query,
+            requested_in,
             served_at: now,
             window: (window.start, window.end),
             body: page.body,
@@ -199,10 +203,11 @@ impl Poller {
 
     async fn store_new(&mut self, page: NewPage) -> Result<StoredPage, PollError> {
         let page = Arc::new(page);
-        let (id, stored_in) = self.store(Arc::clone(&page)).await?;
+        let id = self.store(Arc::clone(&page)).await?;
         tracing::debug!(events = page.events, query = %page.query, "page stored");
         let NewPage {
             query,
+            requested_in,
             served_at,
             window,
             body,
@@ -215,20 +220,20 @@ impl Poller {
             window_start: window.0,
             body,
             ingested: false,
-            stored_in,
+            requested_in,
             epoch: None,
         })
     }
 
-    /// Stores a received page, which stays in memory if the disk refuses. Returns its id and the current epoch.
-    pub(super) async fn store(&mut self, page: Arc<NewPage>) -> Result<(i64, Epoch), JournalError> {
+    /// Stores a received page, which stays in memory if the disk refuses. Returns its id.
+    pub(super) async fn store(&mut self, page: Arc<NewPage>) -> Result<i64, JournalError> {
         self.unstored = Some(Arc::clone(&page));
-        let stored = self
+        let id = self
             .journal
             .with(move |store| store.store_page(&page))
             .await?;
         self.unstored = None;
-        Ok(stored)
+        Ok(id)
     }
 }
 

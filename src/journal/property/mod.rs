@@ -313,6 +313,7 @@ impl Pair {
         let at = Timestamp::clamped(self.plain.now / 1000);
         let page_to_keep = NewPage {
             query: "page".into(),
+            requested_in: Epoch(1),
             served_at: at,
             window: (at, at),
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),

@@ -1,7 +1,7 @@
 //! Stale chats: read back in exactly the right cases.
 
 use bigchat_sync::simulator::event::{end, message, start, transfer};
-use bigchat_sync::simulator::fault::{crashed, dropped, status};
+use bigchat_sync::simulator::fault::{crashed, dropped, paused, status};
 use serde_json::json;
 
 use super::verify::{outcome, verify};
@@ -251,6 +251,34 @@ async fn rejected_chat_without_rebuild() {
     .await;
 }
 
+/// A chat that OurAPI refuses is not tried again and again after a loss.
+#[tokio::test]
+async fn rejected_chat_after_a_loss() {
+    run_test(async |t| {
+        t.differs("a chat is refused");
+        t.our_api
+            .upset(r#"POST /chats {"external_id":"99"*"#, status(422).always());
+        t.start();
+        t.delivers([start(42, 0), message(42, 1, "hello")]).await;
+        // BigChat does not know it.
+        t.bigchat.reports([message(99, 5, "who?")]);
+        t.until_events("failed", 1).await;
+        t.our_api.loses_chat("42");
+        t.bigchat.reports([message(42, 2, "are you there?")]);
+        until("it is settled", async || {
+            t.losses() == 1
+                && t.value::<i64>(
+                    "SELECT count(*) FROM conversations WHERE bigchat_id = 99 AND verified_losses = 1
+                        AND due_at IS NULL",
+                ) == 1
+        })
+        .await;
+        t.failed_command(&["retry", "--all"]).expect("it is tried again");
+        t.until_events("failed", 1).await;
+    })
+    .await;
+}
+
 /// A chat whose messages can never be read still gets the changes that wait at a start.
 #[tokio::test]
 async fn change_of_unreadable_chat_at_start() {
@@ -317,6 +345,116 @@ async fn read_back_behind_many_changes() {
         .await;
         t.failed_command(&["retry", "--all"])
             .expect("all are tried again");
+    })
+    .await;
+}
+
+/// An agent found just before a loss is searched again.
+#[tokio::test]
+async fn agent_found_just_before_a_loss() {
+    run_test(async |t| {
+        t.set("--our-api-concurrency", "4");
+        t.our_api.state().set_fragile(false);
+        t.start();
+        // BigChat does not know the last two, which get no agent.
+        t.delivers([
+            start(42, 0),
+            message(98, 5, "hello"),
+            message(99, 6, "hello"),
+        ])
+        .await;
+        let losses = |of: i64| {
+            t.value::<i64>(&format!(
+                "SELECT verified_losses FROM conversations WHERE bigchat_id = {of}"
+            ))
+        };
+        t.our_api.upset("GET /agents", paused().carried_out());
+        t.our_api.loses_chat("98");
+        t.bigchat.reports([message(98, 10, "are you there?")]);
+        until("the agent is found", async || {
+            t.our_api.pausing() == 1 && losses(99) == 1
+        })
+        .await;
+        t.our_api.loses_agents();
+        t.our_api.loses_chat("99");
+        t.bigchat.reports([message(99, 11, "and you?")]);
+        until("that is noticed", async || t.losses() == 2).await;
+        t.our_api.resume();
+        t.until_events("delivered", 5).await;
+        t.agrees().await;
+    })
+    .await;
+}
+
+/// A message whose chat could not be created is not matched with another of its second.
+#[tokio::test]
+async fn unsent_message_matches_no_other() {
+    run_test(async |t| {
+        t.differs("a message of another client");
+        t.our_api.has_chat("c1", "42", 0);
+        t.our_api.has_message("c1", 5, "of another client");
+        t.our_api.upset("POST /chats", dropped());
+        t.start();
+        t.delivers([message(42, 5, "hello")]).await;
+        assert_eq!(t.our_api.messages(), ["hello", "of another client"]);
+    })
+    .await;
+}
+
+/// A start that only events tell is no drift if its correction has no answer.
+#[tokio::test]
+async fn corrected_start_is_no_drift() {
+    run_test(async |t| {
+        t.start();
+        // BigChat does not know the conversation: only its events tell when it started.
+        for first in [message(99, 10, "later"), end(98, 10)] {
+            t.delivers([first.clone()]).await;
+            t.our_api
+                .upset("PATCH /chats/{id}", dropped().carried_out());
+            let id = first["conversation_id"].as_i64().expect("an id");
+            t.delivers([message(id, 5, "sooner")]).await;
+        }
+        t.delivers([message(97, 10, "later")]).await;
+        t.our_api
+            .upset("PATCH /chats/{id}", dropped().carried_out());
+        t.delivers([message(97, 5, "sooner"), end(97, 20)]).await;
+        assert_eq!(
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE drift IS NOT NULL"),
+            0
+        );
+    })
+    .await;
+}
+
+/// An agent restored by the request that sets an end is no drift if that request has no answer.
+#[tokio::test]
+async fn agent_restored_with_an_end() {
+    run_test(async |t| {
+        t.start();
+        // BigChat does not know the second one, which gets no agent.
+        t.delivers([start(42, 0), message(98, 5, "hello")]).await;
+        t.our_api.loses_agents();
+        t.our_api.loses_chat("98");
+        t.our_api.upset("GET /chats?external_id=42", paused());
+        t.our_api
+            .upset("PATCH /chats/{id}", dropped().carried_out());
+        t.bigchat.reports([message(98, 10, "are you there?")]);
+        until("the other chat is read back", async || {
+            t.our_api.pausing() == 1
+        })
+        .await;
+        t.bigchat.reports([end(42, 20)]);
+        until("its end waits", async || {
+            t.count_events("kind = 'END' AND state = 'waiting'") == 1
+        })
+        .await;
+        t.our_api.resume();
+        t.until_events("delivered", 4).await;
+        assert_eq!(t.our_api.count("PATCH *agent_id*ended_at"), 1);
+        assert_eq!(
+            t.value::<i64>("SELECT count(*) FROM conversations WHERE drift IS NOT NULL"),
+            0
+        );
     })
     .await;
 }

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
@@ -434,6 +435,26 @@ async fn forgotten_text_leaves_all_files() {
         let answer = json_of(t, &["conversation", "42"]);
         assert!(is_time(&answer["conversations"][0]["forgotten_at"]), "{answer}");
         daemon.stop().await;
+    })
+    .await;
+}
+
+/// A conversation loaded long before is not sent either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forgotten_behind_many_others() {
+    run_test(async |t| {
+        t.differs("a conversation is forgotten");
+        let daemon = t.start();
+        t.delivers([start(43, 1), start(42, 0)]).await;
+        t.our_api.set_latency(Duration::from_millis(150));
+        let others = (0..60).map(|n| message(43, n, "before it"));
+        let events: Vec<_> = others.chain([message(42, 5, "S3cret")]).collect();
+        t.bigchat.reports(events);
+        until("one is sent", async || t.our_api.message_count() == 1).await;
+        done(t, &["forget", "42", "--yes"]);
+        t.until_events("delivered", 61).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.count("*S3cret*"), 0);
     })
     .await;
 }

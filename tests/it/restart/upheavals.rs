@@ -390,3 +390,85 @@ async fn stray_404s_before_a_restart() {
     })
     .await;
 }
+
+/// BigChat serves a page, restarts, and delivery notices the restart before the page arrives.
+async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
+    let command = |name| {
+        let output = t.program(name).output().expect("a process");
+        assert!(output.status.success(), "{output:?}");
+    };
+    t.once().await;
+    command("pause");
+    t.start();
+    t.bigchat.reports([message(42, 5, "one")]);
+    t.until_events("waiting", 1).await;
+    let faults = &t.bigchat;
+    faults.hold(true);
+    faults.upset("GET /events", paused().carried_out());
+    faults.date("Sun, 22 Nov 2026 22:10:00 GMT");
+    t.bigchat.reports(page);
+    faults.hold(false);
+    until("it is served", async || faults.pausing() == 1).await;
+    t.bigchat.clock(700);
+    t.bigchat.restarts(42, 695);
+    command("resume");
+    until("the restart is noticed", async || t.restarts() == 1).await;
+}
+
+/// A page that arrives after the restart was noticed belongs to the epoch in which it was served.
+#[tokio::test]
+async fn late_page_of_the_last_epoch() {
+    run_test(async |t| {
+        page_arrives_after_a_restart(t, [message(42, 6, "two")]).await;
+        t.bigchat.resume();
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:05 - -"]);
+    })
+    .await;
+}
+
+/// Such a page is no sign of another restart.
+#[tokio::test]
+async fn late_start_of_the_last_epoch() {
+    run_test(async |t| {
+        page_arrives_after_a_restart(t, [start(1, -3600)]).await;
+        t.bigchat
+            .upset("GET /conversations/{id}", crashed().always());
+        t.bigchat.resume();
+        t.until_events("delivered", 2).await;
+        assert_eq!(t.restarts(), 1);
+    })
+    .await;
+}
+
+/// It mixes no epochs.
+#[tokio::test]
+async fn clock_set_back_by_a_restart() {
+    run_live_test(async |t| {
+        t.start();
+        // The epoch has been verified.
+        t.bigchat.further_polls(3).await;
+        let faults = &t.bigchat;
+        faults.hold(true);
+        pause_after(faults, 1);
+        let now = t.now();
+        t.bigchat.open(2, now - 100, 1);
+        t.bigchat.open(3, now - 100, 2);
+        let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
+        let next = NextPage::Usual;
+        t.bigchat.reports(Page::Events(of_before, next));
+        faults.hold(false);
+        until("half a poll", async || faults.pausing() == 1).await;
+        t.bigchat.clock_runs(-3600);
+        t.bigchat.restart();
+        let now = t.now();
+        t.bigchat.open(1, now, 1);
+        t.bigchat.open(2, now, 1);
+        let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+        t.bigchat.reports(of_after);
+        faults.resume();
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 4);
+    })
+    .await;
+}
