@@ -39,6 +39,8 @@ pub enum Chapter {
     Log,
     /// What is guaranteed, what is not, and the tests that prove it.
     Guarantees,
+    /// What was shown, with how many cases, by which command.
+    Evidence,
     /// Pause, heartbeat, several daemons, the read token, the package.
     Hold,
     /// How it works.
@@ -57,6 +59,7 @@ impl Chapter {
             Self::Verify => include_str!("manual/verify.md"),
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
+            Self::Evidence => include_str!("manual/evidence.md"),
             Self::Hold => include_str!("manual/hold.md"),
             Self::Design => include_str!("manual/design.md"),
         };
