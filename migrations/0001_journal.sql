@@ -237,6 +237,7 @@ CREATE TABLE findings (
     conversation INTEGER NOT NULL REFERENCES conversations (id),
     state        TEXT NOT NULL,
     messages     INTEGER NOT NULL,               -- how many were missing
+    fields       TEXT NOT NULL,                  -- those that differ, as a JSON array
     PRIMARY KEY (verification, conversation)
 ) STRICT, WITHOUT ROWID;
 

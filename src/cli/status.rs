@@ -10,6 +10,9 @@ use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
 
+/// What is known of a field that differs, and that this database did not change.
+const CHANGED: &str = "changed by another client, or after this copy of the database was made";
+
 /// The options.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
@@ -119,9 +122,7 @@ fn text(status: &Status) -> String {
         let lost = missing
             .as_ref()
             .map(|missing| format!("OurAPI has lost {missing}; not restored"));
-        let drift = drift
-            .as_ref()
-            .map(|drift| format!("another client changed {drift}"));
+        let drift = drift.as_ref().map(|drift| format!("{drift} was {CHANGED}"));
         let what: Vec<String> = lost.into_iter().chain(drift).collect();
         line("", format!("chat {external_id}: {}", what.join("; ")));
     }
@@ -172,7 +173,7 @@ fn verification(status: &Status) -> String {
     }
     let found = [
         (figures.incomplete, "not complete in OurAPI"),
-        (figures.drifted, "changed by another client"),
+        (figures.drifted, CHANGED),
     ];
     for (count, what) in found {
         if count > 0 {

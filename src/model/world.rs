@@ -181,6 +181,7 @@ impl Canonical {
             ("attempts" | "failures", "reason" | "request" | "response", _)
             | ("events", "fingerprint", _)
             | ("conversations", "read_in_session" | "stale_seq", _)
+            | ("findings", "fields", _)
             | ("deliveries" | "credits" | "activity", _, _)
             | ("control", "session" | "writes_succeeded" | "losses", _) => {}
             ("attempts", "writes_then", _) => self.push("some ".to_owned()),

@@ -59,7 +59,7 @@ fn writes(t: &Test) -> usize {
 async fn drift_is_reported_and_repaired() {
     let difference = |id: &str, chat: &str, messages: u32| {
         json!({
-            "external_id": id, "chat": chat, "messages_missing": messages,
+            "external_id": id, "chat": chat, "messages_missing": messages, "fields": [],
         })
     };
     let expected = json!({
@@ -98,12 +98,22 @@ async fn drift_is_reported_and_repaired() {
             assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
             assert_eq!(rows[3], ["12", "differs", "0"], "{said}");
             assert!(said.contains("nothing was changed"), "{said}");
+            let fields = "chat 12: ended_at is none in OurAPI, 20";
+            assert!(
+                said.contains(fields)
+                    && said.contains("do not repair if this database is an older copy"),
+                "{said}"
+            );
             let (json, clean) = verify(t, &["--json"]).await;
             assert!(!clean, "{json}");
+            let mut found: Value = serde_json::from_str(&json).expect("JSON");
+            let fields = std::mem::replace(&mut found["differences"][2]["fields"], json!([]));
             assert_eq!(
-                serde_json::from_str::<Value>(&json).expect("JSON"),
-                expected
+                (&fields[0]["field"], &fields[0]["found"]),
+                (&json!("ended_at"), &Value::Null)
             );
+            assert!(fields[0]["recorded"].is_string(), "{fields}");
+            assert_eq!(found, expected);
             assert_eq!(writes(t), before, "nothing is changed");
             assert!(!t.compare().is_clean());
             // One alone, then the rest.
