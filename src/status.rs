@@ -23,6 +23,9 @@ const NO_POLL: Duration = Duration::from_secs(30);
 /// Longest time behind BigChat's clock, in poll intervals; at least [`STALE`].
 const INTERVALS_BEHIND: u32 = 6;
 
+/// So many losses of OurAPI within an hour are no single restart or restore.
+const LOSSES: u64 = 3;
+
 /// A disk with less space, in bytes, is about to refuse a write.
 const SCARCE: u64 = 1 << 20;
 
@@ -216,6 +219,15 @@ pub(crate) fn problems(
             )
         }
         Some(_) => {}
+    }
+    if figures.recent_losses >= LOSSES {
+        problem(
+            format!(
+                "OurAPI lost data {} times within the last hour",
+                figures.recent_losses
+            ),
+            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man hold`)",
+        );
     }
     // An event that waited through a pause is late only if it is not delivered soon after.
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());

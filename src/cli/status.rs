@@ -98,8 +98,10 @@ fn text(status: &Status) -> String {
         line(
             "delivery",
             format!(
-                "median {} ms, p95 {} ms, max {} ms",
-                times.median, times.p95, times.max
+                "median {}, p95 {}, max {}",
+                millis(times.median),
+                millis(times.p95),
+                millis(times.max)
             ),
         );
     }
@@ -110,6 +112,15 @@ fn text(status: &Status) -> String {
                 1 => "1 chat to be verified".to_owned(),
                 count => format!("{count} chats to be verified"),
             },
+        );
+    }
+    if figures.losses > 0 {
+        line(
+            "losses",
+            format!(
+                "OurAPI lost data {} times, {} of them within the last hour",
+                figures.losses, figures.recent_losses
+            ),
         );
     }
     line("verification", verification(status));
@@ -156,6 +167,10 @@ fn verification(status: &Status) -> String {
         return "not begun yet".into();
     };
     let took = ended_at.unwrap_or(*now).since(began_at);
+    // The very first pass only begins the period.
+    if ended_at.is_some() && verified == 0 && left == 0 {
+        return format!("none yet; the first begins at {}", began_at.plus(every));
+    }
     let mut text = match ended_at {
         Some(ended_at) => format!(
             "{verified} chats in {}, {} ago",
@@ -181,6 +196,15 @@ fn verification(status: &Status) -> String {
         }
     }
     text
+}
+
+/// In milliseconds, or in seconds if there are many.
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+fn millis(ms: i64) -> String {
+    match ms {
+        10_000.. => format!("{:.1} s", ms as f64 / 1e3),
+        _ => format!("{ms} ms"),
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]

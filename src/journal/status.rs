@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::activity::minute;
 use super::dead_letters::is_permanent;
+use super::directory::LOSS_MINUTES;
 use super::file::DatabaseFile;
 use super::verification::left;
 use super::{Result, Store, count, pause, unsigned};
@@ -162,6 +163,8 @@ pub struct Figures {
     pub differing: Vec<DifferingChat>,
     /// How many times OurAPI was found to have lost data.
     pub losses: u64,
+    /// How many times within the last hour.
+    pub recent_losses: u64,
     /// How many times BigChat was found to have restarted.
     pub restarts: u64,
     /// What is left on the disk of the database; `None`: unknown.
@@ -192,6 +195,9 @@ impl Store {
                  FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
+        let recent_losses = transaction
+            .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2")?
+            .query_row([minute(now), LOSS_MINUTES], count)?;
         let (drifted, incomplete) = transaction
             .prepare_cached(
                 "SELECT (SELECT count(*) FROM conversations WHERE drift IS NOT NULL),
@@ -226,6 +232,7 @@ impl Store {
             incomplete,
             differing: differing(&transaction)?,
             losses,
+            recent_losses,
             restarts,
             disk_free_bytes,
         })

@@ -182,7 +182,7 @@ impl Canonical {
             | ("events", "fingerprint", _)
             | ("conversations", "read_in_session" | "stale_seq", _)
             | ("findings", "fields", _)
-            | ("deliveries" | "credits" | "activity", _, _)
+            | ("deliveries" | "credits" | "activity" | "losses", _, _)
             | ("control", "session" | "writes_succeeded" | "losses", _) => {}
             ("attempts", "writes_then", _) => self.push("some ".to_owned()),
             ("attempts", "attempts", _) | ("failures", "attempt", _) => {
