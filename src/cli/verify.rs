@@ -110,23 +110,26 @@ pub async fn run(
     let (worked, watched) = tokio::join!(working, watching);
     worked?;
     let progress = watched?;
-    if !progress.is_done() && repair {
-        return Err(VerifyError::Interrupted(
-            "interrupted; the daemon finishes the repair, now or when it next runs",
-        ));
-    }
+    let is_done = progress.is_done();
     let differences = journal
         .with(move |store| {
             let differences = store.differences(verification, LISTED)?;
-            store.withdraw_verification(verification)?;
+            if is_done || !repair {
+                store.withdraw_verification(verification)?;
+            }
             Ok(differences)
         })
         .await?;
-    if !progress.is_done() {
-        return Err(VerifyError::Interrupted("interrupted; nothing was changed"));
+    if is_done || args.json {
+        report(&args, &terminal, &progress, &differences).await?;
     }
-    report(&args, &terminal, &progress, &differences).await?;
-    Ok(differences.is_empty())
+    match (is_done, repair) {
+        (true, _) => Ok(differences.is_empty()),
+        (false, true) => Err(VerifyError::Interrupted(
+            "interrupted; the daemon finishes the repair, now or when it next runs",
+        )),
+        (false, false) => Err(VerifyError::Interrupted("interrupted; nothing was changed")),
+    }
 }
 
 /// Takes the place of the daemon if none runs, or if the daemon stops meanwhile.
@@ -261,7 +264,8 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
         "chats_missing": progress.missing,
         "chats_differing": progress.differing,
         "messages_missing": progress.messages,
-        "repaired": repair,
+        "repaired": repair && progress.is_done(),
+        "complete": progress.is_done(),
         "differences": differences,
     })
     .to_string()
