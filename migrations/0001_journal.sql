@@ -44,6 +44,12 @@ CREATE TABLE control (
 ) STRICT;
 INSERT INTO control (id) VALUES (1);
 
+-- How often OurAPI was found to have lost something, per minute of this machine's clock, in the last hour.
+CREATE TABLE losses (
+    minute INTEGER PRIMARY KEY,
+    count  INTEGER NOT NULL
+) STRICT;
+
 -- From one restart of BigChat to the next: in another epoch an id means another conversation or advisor.
 CREATE TABLE epochs (
     id       INTEGER PRIMARY KEY,
@@ -237,6 +243,7 @@ CREATE TABLE findings (
     conversation INTEGER NOT NULL REFERENCES conversations (id),
     state        TEXT NOT NULL,
     messages     INTEGER NOT NULL,               -- how many were missing
+    fields       TEXT NOT NULL,                  -- those that differ, as a JSON array
     PRIMARY KEY (verification, conversation)
 ) STRICT, WITHOUT ROWID;
 
@@ -279,7 +286,7 @@ CREATE TABLE activity (
     PRIMARY KEY (minute, kind)
 ) STRICT, WITHOUT ROWID;
 
--- Zeros in pages that were free, to overwrite what was deleted; empty but for that moment.
+-- Zeros in pages that were free, to overwrite what was deleted, or to try a write; empty but for that moment.
 CREATE TABLE scratch (
     id    INTEGER PRIMARY KEY,
     zeros BLOB NOT NULL

@@ -17,7 +17,7 @@ use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::our_api::lock_is_usable;
 use bigchat_sync::settings::{Listen, LiveTokens, Settings, Tokens};
 use bigchat_sync::telemetry::log::{self, LogFormat};
-use bigchat_sync::telemetry::terminal::{Terminal, shown};
+use bigchat_sync::telemetry::terminal::{Terminal, shown, shown_in_full};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
@@ -103,7 +103,16 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             log::start(LogFormat::Text, level, terminal);
             block_on(terminal, show(args, settings, terminal))
         }
-        None | Some(Command::Run) => deliver(settings, terminal, daemon::run),
+        None => {
+            if io::stderr().is_terminal() {
+                terminal.print_error(&format!(
+                    "no command given: running as `bigchat-sync run`; see `bigchat-sync help`; database {}\n",
+                    shown_in_full(&settings.db())
+                ));
+            }
+            deliver(settings, terminal, daemon::run)
+        }
+        Some(Command::Run) => deliver(settings, terminal, daemon::run),
         Some(Command::Once) => deliver(settings, terminal, daemon::once),
         Some(Command::Verify(args)) => work(
             settings,
@@ -276,7 +285,13 @@ async fn show(
         move || second.cancel(),
     )?;
     tokio::select! {
-        outcome = demo::run(&args, settings, terminal, &stopping) => outcome,
+        outcome = demo::run(&args, settings, terminal, &stopping) => match outcome {
+            // The reader has closed the pipe.
+            Err(DemoError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+                Ok(ExitCode::SUCCESS)
+            }
+            outcome => outcome,
+        },
         () = at_once.cancelled() => Err(DemoError::Interrupted),
     }
 }

@@ -534,10 +534,22 @@ fn base_url(text: &str) -> Result<Url, String> {
     if text.contains('@') {
         return Err("a URL must not contain credentials; see --help on tokens".into());
     }
-    let url = Url::parse(text)
-        .map_err(|error| format!("{error}; expected a URL such as http://127.0.0.1:8266"))?;
+    let no_scheme = || Err("it has no scheme: put http:// or https:// in front".into());
+    let url = match Url::parse(text) {
+        Ok(url) => url,
+        Err(url::ParseError::RelativeUrlWithoutBase) if !text.is_empty() => return no_scheme(),
+        Err(error) => {
+            return Err(format!(
+                "{error}; expected a URL such as https://api.example"
+            ));
+        }
+    };
     if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
-        return Err("expected http:// or https:// and a host".into());
+        // The host counts as the scheme of `localhost:8266`.
+        return match text.contains("://") {
+            true => Err("expected http:// or https:// and a host".into()),
+            false => no_scheme(),
+        };
     }
     if url.query().is_some() || url.fragment().is_some() {
         return Err("expected a host or a path at the end, without ? or #".into());
@@ -558,7 +570,7 @@ fn up_to_256(text: &str) -> Result<u16, String> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<u32, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<u32, String> {
     match text.parse() {
         Ok(count @ 1..) => Ok(count),
         _ => Err("expected a whole number from 1 to 4294967295, such as 10".into()),
@@ -611,8 +623,8 @@ fn verify_every(text: &str) -> Result<VerifyEvery, String> {
         .map_err(|_| "expected a duration with its unit, such as 12h or 7d, or off".into())
 }
 
-fn at_least_a_second(text: &str) -> Result<Duration, String> {
-    match positive(text)? {
+pub(crate) fn at_least_a_second(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
         duration if duration < Duration::from_secs(1) => Err("expected at least 1s".into()),
         duration => Ok(duration),
     }

@@ -10,14 +10,26 @@ use serde::{Serialize, Serializer};
 
 use crate::domain::time::Millis;
 use crate::http::Api;
-use crate::journal::{Figures, JournalError, Store};
+use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::settings::Settings;
 use crate::version;
 
-/// Longest time without a completed poll, in poll intervals; at least [`STALE`].
-const INTERVALS: u32 = 6;
+/// Longest time without a completed poll of a running daemon, in poll intervals; at least [`NO_POLL`].
+const INTERVALS: u32 = 3;
 
-/// Longest time without a completed poll, behind BigChat's clock, and of an event that waits.
+/// Longest time without a completed poll of a running daemon.
+const NO_POLL: Duration = Duration::from_secs(30);
+
+/// Longest time behind BigChat's clock, in poll intervals; at least [`STALE`].
+const INTERVALS_BEHIND: u32 = 6;
+
+/// So many losses of OurAPI within an hour are no single restart or restore.
+const LOSSES: u64 = 3;
+
+/// A disk with less space, in bytes, is about to refuse a write.
+const SCARCE: u64 = 1 << 20;
+
+/// Longest time behind BigChat's clock, and of an event that waits.
 const STALE: Duration = Duration::from_secs(120);
 
 /// The state.
@@ -84,7 +96,24 @@ impl Status {
             figures,
         })
     }
+
+    /// Adds that the daemon cannot write the journal, which only the daemon itself knows.
+    pub(crate) fn journal_refuses(&mut self, refusal: &Refusal) {
+        let remedy = match refusal.is_replaced {
+            true => "put the file back with its -wal and -shm, or restart the daemon",
+            false => WRITABLE,
+        };
+        let problem = Problem {
+            what: format!("the journal cannot be written: {}", refusal.reason),
+            remedy: remedy.to_owned(),
+        };
+        self.problems.insert(0, problem);
+        self.healthy = false;
+    }
 }
+
+/// The remedy for a database that cannot be written.
+pub(crate) const WRITABLE: &str = "free disk space, fix its permissions, or end the process that locks it; a running daemon then continues automatically";
 
 /// JSON cannot represent bytes that are not UTF-8.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
@@ -137,15 +166,30 @@ pub(crate) fn problems(
             problem(format!("{api} is down since {since}: {why}"), &remedy);
         }
     }
-    let stale = STALE.max(poll_interval.saturating_mul(INTERVALS));
+    if let Some(free) = figures.disk_free_bytes
+        && free < SCARCE
+    {
+        problem(
+            format!(
+                "the disk of the database is full: {} KiB are left",
+                free / 1024
+            ),
+            WRITABLE,
+        );
+    }
+    let stale = STALE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
+    let no_poll = match daemon_runs && figures.bigchat.up != Some(false) {
+        true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
+        false => stale,
+    };
     match figures.polled_at {
         None => problem(
             "no poll of BigChat was completed yet".into(),
             "wait for the first poll; if this stays, see the log",
         ),
-        Some(at) if now.since(at) > stale => problem(
-            format!("the last poll was completed at {at}"),
-            "no new events arrive; start the daemon if it is not running, otherwise see the state of BigChat above, or the log",
+        Some(at) if now.since(at) > no_poll => problem(
+            format!("no poll was completed for {}", duration(now.since(at))),
+            "no new events arrive; start the daemon if it is not running, otherwise see the other problems, `bigchat-sync check` and the log",
         ),
         Some(_)
             if figures
@@ -175,6 +219,15 @@ pub(crate) fn problems(
             )
         }
         Some(_) => {}
+    }
+    if figures.recent_losses >= LOSSES {
+        problem(
+            format!(
+                "OurAPI lost data {} times within the last hour",
+                figures.recent_losses
+            ),
+            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man hold`)",
+        );
     }
     // An event that waited through a pause is late only if it is not delivered soon after.
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());

@@ -4,23 +4,27 @@
 //! daemon's latest exchanges are reported. BigChat is never asked for events, because it reports each only once.
 
 use std::fmt::{self, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use reqwest::header;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::BigChat;
+use crate::console::guard;
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::http::route::Route;
-use crate::http::{Api, ApiError, ApiStatus, ErrorKind, Http, Network, json};
+use crate::http::{self, Api, ApiError, ApiStatus, ErrorKind, Http, Network, json};
 use crate::journal::{OpenError, Store};
 use crate::our_api::{Lock, OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
-use crate::telemetry::terminal::{printable, shown};
+use crate::status::WRITABLE;
+use crate::telemetry::terminal::{printable, shown, shown_in_full};
 
 /// An external id that no chat has: the check only needs an answer from OurAPI.
 const NO_CHAT: &str = "bigchat-sync-check";
@@ -108,6 +112,7 @@ impl fmt::Display for Report {
 pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Report {
     let mut report = Report::default();
     let tokens = tokens.and_then(|tokens| tokens.allow(settings.listen).map(|()| tokens));
+    let has_tokens = tokens.is_ok();
     let tokens = match tokens {
         Ok(tokens) if settings.bigchat_url == settings.our_api_url => {
             let text = "--bigchat-url and --our-api-url are the same";
@@ -156,10 +161,29 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             }
         }
         State::Free(mut kept_for_now) => {
-            report.pass("daemon", "is not running; the APIs are checked now");
-            let pause = kept_for_now.as_mut().map(Store::pause);
-            let pause = pause.and_then(Result::ok).flatten();
-            ask(&mut report, settings, tokens, pause).await;
+            if let Listen::At(address) = settings.listen
+                && is_console(address, settings.request_timeout).await
+            {
+                // That daemon may be at work with OurAPI, which may accept one request at a time.
+                let text = format!(
+                    "a bigchat-sync already serves the console at http://{address}/, with another database or with one that was deleted or replaced; the APIs are not asked"
+                );
+                let remedy = format!(
+                    "if its database was {}, put the file back (with its -wal and -shm), or restart that daemon; otherwise set --db as that daemon does, or another --listen",
+                    shown_in_full(&db)
+                );
+                report.fail("daemon", text, remedy);
+                return report;
+            }
+            if has_tokens {
+                report.pass("daemon", "is not running; the APIs are checked now");
+                let pause = kept_for_now.as_mut().map(Store::pause);
+                let pause = pause.and_then(Result::ok).flatten();
+                ask(&mut report, settings, tokens, pause).await;
+            } else {
+                let text = "is not running; the APIs are not asked without their tokens";
+                report.pass("daemon", text);
+            }
             check_console(&mut report, settings.listen);
         }
     }
@@ -204,7 +228,7 @@ fn check_database(report: &mut Report, db: &Path) -> Option<State> {
         Err(error) => report.fail(
             "database",
             format!("{} is not writable: {error}", shown(db)),
-            "free disk space, fix its permissions, or end the process that locks it; a running daemon then continues automatically",
+            WRITABLE,
         ),
     }
     for file in store.exposed_files() {
@@ -343,6 +367,24 @@ fn describe(
         Ok(answer) => report.pass(what, format!("{url} {answer}{says}")),
         Err(error) => report.fail(what, error.to_string(), error.remedy()),
     }
+}
+
+/// Whether a bigchat-sync answers there.
+async fn is_console(mut address: SocketAddr, timeout: Duration) -> bool {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    let Ok(client) = http::client(false, timeout) else {
+        return false;
+    };
+    let answer = client.get(format!("http://{address}/healthz")).send().await;
+    answer.is_ok_and(|answer| {
+        let server = answer.headers().get(header::SERVER);
+        server.is_some_and(|server| server == guard::SERVER)
+    })
 }
 
 fn check_console(report: &mut Report, listen: Listen) {

@@ -26,8 +26,12 @@ pub fn run(db: &Path, args: &Args, out: &mut impl Write) -> Result<(), CommandEr
     let mut store = Store::open_reader(db)?;
     let millis = |time: Timestamp| Millis(time.unix() * 1000);
     let until = args.until.map_or_else(Millis::now, millis);
+    let since = millis(args.since);
+    if until <= since {
+        return Err(CommandError::EmptyPeriod);
+    }
     let mut out = BufWriter::new(out);
-    let mut position = Position::before(millis(args.since));
+    let mut position = Position::before(since);
     while let Some((next, events)) = store.delivered_after(position, until)? {
         position = next;
         for event in &events {

@@ -13,7 +13,7 @@ use crate::journal::{
     FailedAttempt, FailedEvent, JournalError, OpenError, Operator, PastResolution, Reason,
     Resolution, Selection, Store,
 };
-use crate::settings::number;
+use crate::settings::{at_least_one, number};
 use crate::telemetry::terminal::printable;
 use crate::user;
 
@@ -26,7 +26,7 @@ pub enum Command {
     /// List dead letters with their texts, oldest first.
     List {
         /// Maximum number of rows.
-        #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = at_least_one, allow_hyphen_values = true)]
         limit: u32,
         /// Only events whose reason contains this text.
         #[arg(long, value_name = "TEXT")]
@@ -202,23 +202,35 @@ pub enum FailedError {
     #[error("cannot ask on the terminal: {0}")]
     Terminal(#[from] io::Error),
     /// Some of the named events cannot be resolved in this way.
-    #[error("{done} of {asked} resolved; {}", others(*.resolution))]
+    #[error("{done} of {asked} resolved; not {}", others(.left, *.resolution))]
     Partly {
         /// How many were resolved.
         done: usize,
         /// How many were given.
         asked: usize,
+        /// The others.
+        left: Vec<i64>,
         resolution: Resolution,
     },
 }
 
-/// Why the other named events could not be resolved.
-fn others(resolution: Resolution) -> &'static str {
-    match resolution {
-        Resolution::Retry | Resolution::Discard => {
-            "the others are not failed events, or still cannot be parsed (discard those)"
+/// The other named events, and why they could not be resolved.
+fn others(left: &[i64], resolution: Resolution) -> String {
+    let ids: Vec<String> = left.iter().map(ToString::to_string).collect();
+    let ids = ids.join(", ");
+    match (resolution, left.len()) {
+        (Resolution::Retry | Resolution::Discard, 1) => {
+            format!("{ids}: it is no failed event, or still cannot be parsed (then discard it)")
         }
-        Resolution::Undo => "the others are not discarded events, or were dropped by the retention",
+        (Resolution::Retry | Resolution::Discard, _) => format!(
+            "{ids}: they are no failed events, or still cannot be parsed (then discard them)"
+        ),
+        (Resolution::Undo, 1) => {
+            format!("{ids}: it is no discarded event, or was dropped by the retention")
+        }
+        (Resolution::Undo, _) => {
+            format!("{ids}: they are no discarded events, or were dropped by the retention")
+        }
     }
 }
 
@@ -239,16 +251,18 @@ fn resolve(
     resolution: Resolution,
 ) -> Result<usize, FailedError> {
     let who = Operator::Command(user::of_process());
-    let (mut done, mut next) = (0, Some(0));
+    let (mut done, mut left, mut next) = (0, Vec::new(), Some(0));
     while let Some(after) = next {
         let resolved = store.resolve_failed(which, resolution, &who, after, Millis::now())?;
         done += resolved.done;
+        left.extend(resolved.left);
         next = resolved.next;
     }
     match which {
         Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
             done,
             asked: ids.len(),
+            left,
             resolution,
         }),
         Selection::By {

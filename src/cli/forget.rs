@@ -117,12 +117,20 @@ fn confirm(id: i64, epoch: Epoch) -> Result<(), ForgetError> {
 
 fn text(id: i64, epoch: Epoch, forgotten: Forgotten, row: Option<&ConversationRow>) -> String {
     let Forgotten {
-        events, unparsed, ..
+        before,
+        events,
+        unparsed,
+        ..
     } = forgotten;
-    let events = events + unparsed;
-    let mut text = format!(
-        "conversation {id} of epoch {epoch} is forgotten: the text of its {events} events was erased\n"
-    );
+    let mut text = match before {
+        Some(at) => format!(
+            "conversation {id} of epoch {epoch} was already forgotten at {at}; none of its text is left\n"
+        ),
+        None => format!(
+            "conversation {id} of epoch {epoch} is forgotten: the text of its {} events was erased\n",
+            events + unparsed
+        ),
+    };
     if let Some((external_id, chat)) =
         row.and_then(|row| row.external_id.as_ref().zip(row.chat_id.as_ref()))
     {

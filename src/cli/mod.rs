@@ -154,6 +154,9 @@ pub enum CommandError {
     /// The journal has no such conversation.
     #[error("no event of conversation {0} was ever received")]
     NoSuchConversation(i64),
+    /// The export would be empty.
+    #[error("the period is empty: --until (now, if it is not given) must be after --since")]
+    EmptyPeriod,
     /// The export cannot be written.
     #[error("standard output cannot be written: {0}")]
     Output(#[source] io::Error),

@@ -7,13 +7,13 @@ use serde_json::json;
 use super::table::{Row, table};
 use super::{CommandError, json};
 use crate::journal::Store;
-use crate::settings::number;
+use crate::settings::at_least_one;
 
 /// What to list.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Maximum number of rows.
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = number::<u32>, allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = at_least_one, allow_hyphen_values = true)]
     limit: u32,
 
     /// Print one JSON object instead of a table.

@@ -10,6 +10,9 @@ use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
 
+/// What is known of a field that differs, and that this database did not change.
+const CHANGED: &str = "changed by another client, or after this copy of the database was made";
+
 /// The options.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
@@ -95,8 +98,10 @@ fn text(status: &Status) -> String {
         line(
             "delivery",
             format!(
-                "median {} ms, p95 {} ms, max {} ms",
-                times.median, times.p95, times.max
+                "median {}, p95 {}, max {}",
+                millis(times.median),
+                millis(times.p95),
+                millis(times.max)
             ),
         );
     }
@@ -109,6 +114,15 @@ fn text(status: &Status) -> String {
             },
         );
     }
+    if figures.losses > 0 {
+        line(
+            "losses",
+            format!(
+                "OurAPI lost data {} times, {} of them within the last hour",
+                figures.losses, figures.recent_losses
+            ),
+        );
+    }
     line("verification", verification(status));
     for chat in &figures.differing {
         let DifferingChat {
@@ -119,9 +133,7 @@ fn text(status: &Status) -> String {
         let lost = missing
             .as_ref()
             .map(|missing| format!("OurAPI has lost {missing}; not restored"));
-        let drift = drift
-            .as_ref()
-            .map(|drift| format!("another client changed {drift}"));
+        let drift = drift.as_ref().map(|drift| format!("{drift} was {CHANGED}"));
         let what: Vec<String> = lost.into_iter().chain(drift).collect();
         line("", format!("chat {external_id}: {}", what.join("; ")));
     }
@@ -155,6 +167,10 @@ fn verification(status: &Status) -> String {
         return "not begun yet".into();
     };
     let took = ended_at.unwrap_or(*now).since(began_at);
+    // The very first pass only begins the period.
+    if ended_at.is_some() && verified == 0 && left == 0 {
+        return format!("none yet; the first begins at {}", began_at.plus(every));
+    }
     let mut text = match ended_at {
         Some(ended_at) => format!(
             "{verified} chats in {}, {} ago",
@@ -172,7 +188,7 @@ fn verification(status: &Status) -> String {
     }
     let found = [
         (figures.incomplete, "not complete in OurAPI"),
-        (figures.drifted, "changed by another client"),
+        (figures.drifted, CHANGED),
     ];
     for (count, what) in found {
         if count > 0 {
@@ -180,6 +196,15 @@ fn verification(status: &Status) -> String {
         }
     }
     text
+}
+
+/// In milliseconds, or in seconds if there are many.
+#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
+fn millis(ms: i64) -> String {
+    match ms {
+        10_000.. => format!("{:.1} s", ms as f64 / 1e3),
+        _ => format!("{ms} ms"),
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]

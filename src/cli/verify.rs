@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::daemon::{self, DaemonError};
+use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
 use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
@@ -26,6 +27,9 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// What the bar shows.
 const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
+
+/// What to know before a repair of fields.
+const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event once: the copy does not know the latest TRANSFERs and ENDs";
 
 /// Maximum number of listed differences.
 const LISTED: u32 = 100;
@@ -106,23 +110,26 @@ pub async fn run(
     let (worked, watched) = tokio::join!(working, watching);
     worked?;
     let progress = watched?;
-    if !progress.is_done() && repair {
-        return Err(VerifyError::Interrupted(
-            "interrupted; the daemon finishes the repair, now or when it next runs",
-        ));
-    }
+    let is_done = progress.is_done();
     let differences = journal
         .with(move |store| {
             let differences = store.differences(verification, LISTED)?;
-            store.withdraw_verification(verification)?;
+            if is_done || !repair {
+                store.withdraw_verification(verification)?;
+            }
             Ok(differences)
         })
         .await?;
-    if !progress.is_done() {
-        return Err(VerifyError::Interrupted("interrupted; nothing was changed"));
+    if is_done || args.json {
+        report(&args, &terminal, &progress, &differences).await?;
     }
-    report(&args, &terminal, &progress, &differences).await?;
-    Ok(differences.is_empty())
+    match (is_done, repair) {
+        (true, _) => Ok(differences.is_empty()),
+        (false, true) => Err(VerifyError::Interrupted(
+            "interrupted; the daemon finishes the repair, now or when it next runs",
+        )),
+        (false, false) => Err(VerifyError::Interrupted("interrupted; nothing was changed")),
+    }
 }
 
 /// Takes the place of the daemon if none runs, or if the daemon stops meanwhile.
@@ -248,6 +255,7 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
                 "external_id": difference.external_id,
                 "chat": difference.state,
                 "messages_missing": difference.messages,
+                "fields": difference.fields,
             })
         })
         .collect();
@@ -256,7 +264,8 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
         "chats_missing": progress.missing,
         "chats_differing": progress.differing,
         "messages_missing": progress.messages,
-        "repaired": repair,
+        "repaired": repair && progress.is_done(),
+        "complete": progress.is_done(),
         "differences": differences,
     })
     .to_string()
@@ -287,13 +296,31 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
         ];
         table.add_row(row);
     }
-    let end = if repair {
-        "everything was repaired"
+    let mut end = if repair {
+        "everything was repaired".to_owned()
     } else {
         "nothing was changed; add --repair to send what is missing and overwrite what differs"
+            .to_owned()
     };
+    if !repair && *differing > 0 {
+        end += WARNING;
+    }
+    let fields = differences.iter().flat_map(|difference| {
+        let line = |field: &FieldDifference| {
+            let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "none".to_owned());
+            format!(
+                "chat {}: {} is {} in OurAPI, {} in this database\n",
+                difference.external_id,
+                field.field,
+                value(&field.found),
+                value(&field.recorded)
+            )
+        };
+        difference.fields.iter().map(line)
+    });
+    let fields: String = fields.collect();
     format!(
-        "{}\n\n{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
+        "{}\n\n{fields}{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
         table.trim_fmt(),
         count(chats, "chat"),
         count(*messages, "message")

@@ -42,8 +42,13 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// The maximum size of a body: ids of some thousand events.
 const MAX_BODY: usize = 64 << 10;
 
-/// Restrictions for browsers, sent with every response.
-const HEADERS: [(HeaderName, &str); 8] = [
+/// The name of this program in its responses.
+pub(crate) const SERVER: &str = "bigchat-sync";
+
+/// Restrictions for browsers, and the name of this program, sent with every response.
+const HEADERS: [(HeaderName, &str); 9] = [
+    // By it, `check` recognises the console of a daemon.
+    (header::SERVER, SERVER),
     (
         header::CONTENT_SECURITY_POLICY,
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \

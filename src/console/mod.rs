@@ -80,6 +80,9 @@ pub(crate) enum ReadError {
     Journal(#[from] JournalError),
     #[error("the operating system reports an error: {0}")]
     System(#[from] io::Error),
+    /// The daemon itself cannot use its database, which it has reported.
+    #[error("the journal cannot be written: {0}")]
+    Refused(String),
 }
 
 impl IntoResponse for ReadError {
@@ -125,7 +128,17 @@ impl Web {
         let settings = &self.console.settings;
         let settings = settings.clone();
         let read = move |store: &mut Store| Status::read(store, &settings, Millis::now());
-        let read = Arc::new(self.read(read).await?);
+        let read = self.read(read).await;
+        let refusal = self.console.storage.refusal();
+        let read = match (read, refusal) {
+            (Ok(mut status), Some(refusal)) => {
+                status.journal_refuses(&refusal);
+                status
+            }
+            (Err(_), Some(refusal)) => return Err(ReadError::Refused(refusal.reason)),
+            (read, None) => read?,
+        };
+        let read = Arc::new(read);
         *status = Some((Instant::now(), Arc::clone(&read)));
         Ok(read)
     }

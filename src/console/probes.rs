@@ -43,7 +43,10 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
             our_api == Some(false) && paused.is_none(),
             "OurAPI is down\n",
         ),
-        (console.storage.refuses(), "the journal cannot be written\n"),
+        (
+            console.storage.refusal().is_some(),
+            "the journal cannot be written\n",
+        ),
     ];
     let why: String = why
         .iter()
@@ -138,7 +141,7 @@ fn of_daemon(now: &mut Now, console: &Console) {
     now.gauge(
         "journal_writable",
         "Whether the daemon's latest write to the journal succeeded",
-        flag(!console.storage.refuses()),
+        flag(console.storage.refusal().is_none()),
     );
     now.gauge(
         "stuck",

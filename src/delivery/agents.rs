@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::attempts::AttemptError;
 use crate::bigchat::{Source, details};
 use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
@@ -60,7 +61,10 @@ impl Agents {
 
     /// Records that OurAPI has lost data, so that everything else is verified before it is used.
     pub(super) async fn record_loss(&self) -> Result<(), JournalError> {
-        let losses = self.journal.with(|store| store.record_loss()).await?;
+        let losses = self
+            .journal
+            .with(|store| store.record_loss(Millis::now()))
+            .await?;
         self.losses.fetch_max(losses, Ordering::Relaxed);
         self.forget();
         Ok(())

@@ -138,7 +138,7 @@ impl Committer {
             store.commit(reports, session, Millis::now())
         });
         committed.await?;
-        self.storage.recovered();
+        self.storage.delivery_recovered();
         Ok(())
     }
 }

@@ -15,7 +15,8 @@ use crate::domain::account::{self, MessageKey, MessageState, Recorded};
 use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending, UnknownFields};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
-    Claim, Effect, Missing, Observation, VerificationResult, Verify, VerifyMode, Work,
+    Claim, DifferingFields, Effect, Missing, Observation, VerificationResult, Verify, VerifyMode,
+    Work,
 };
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::our_api::{self, Message};
@@ -285,7 +286,7 @@ impl Reconciled {
         if !drift.is_none() {
             tracing::warn!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
-                "a chat was changed in OurAPI by another client; it stays as it is"
+                "a chat was changed in OurAPI by another client, or after this copy of the database was made; it stays as it is"
             );
         }
     }
@@ -687,7 +688,7 @@ impl Reconciled {
         let recorded = self.recorded(worker).await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
         let fields = self.verify_fields(worker, verify, &found).await;
-        let (drift, missing) = fields.map_err(failed)?;
+        let (drift, missing, fields) = fields.map_err(failed)?;
         let found_now = VerificationResult {
             is_unreadable: false,
             missing: Missing {
@@ -695,6 +696,7 @@ impl Reconciled {
                 ..missing
             },
             drift,
+            fields,
         };
         self.verified(verify, found_now);
         if verify.is_idle {
@@ -757,7 +759,7 @@ impl Reconciled {
         worker: &Worker,
         verify: Verify,
         found: &our_api::Chat,
-    ) -> Result<(Drift, Missing), AttemptError> {
+    ) -> Result<(Drift, Missing, DifferingFields), AttemptError> {
         let before = self.conversation.observed.clone();
         let mut drift = self.merge(worker, found, UnknownFields::default()).await?;
         let mut missing = Missing {
@@ -772,6 +774,25 @@ impl Reconciled {
             missing.agent = worker.agents.is_gone(verification, before.agent).await?;
         }
         drift.agent &= !missing.agent;
+        let advisor = before.advisor.or(self.conversation.desired.advisor());
+        let recorded_agent = match (self.conversation.epoch, advisor) {
+            // Another client's agent is the recorded one, once it was read.
+            (epoch, Some(advisor)) if drift.agent => {
+                let agent = worker
+                    .journal
+                    .with(move |store| store.agent_of(epoch, advisor));
+                agent.await?
+            }
+            _ => before.agent,
+        };
+        let fields = DifferingFields {
+            started_at: drift
+                .started_at
+                .then_some((before.started_at, found.started_at)),
+            ended_at: (drift.ended_at || missing.ended_at)
+                .then_some((before.ended_at, found.ended_at)),
+            agent: (drift.agent || missing.agent).then_some((recorded_agent, found.agent_id)),
+        };
         let observed = &mut self.conversation.observed;
         match verify.mode {
             VerifyMode::Report => *observed = before.clone(),
@@ -797,7 +818,7 @@ impl Reconciled {
             self.conversation.observed.advisor = None;
             self.conversation.observed.agent = None;
         }
-        Ok((drift, missing))
+        Ok((drift, missing, fields))
     }
 }
 

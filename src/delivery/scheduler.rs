@@ -4,7 +4,6 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -248,7 +247,7 @@ impl Scheduler {
     /// How many conversations may be at work.
     fn limit(&self, circuit: Circuit) -> usize {
         // While the disk refuses reports, no work is begun.
-        if self.uncommitted() > 0 && self.storage.delivery.load(Ordering::Relaxed) {
+        if self.uncommitted() > 0 && self.storage.refuses_delivery() {
             return 0;
         }
         match circuit {
@@ -391,7 +390,7 @@ impl Scheduler {
                 next_due,
             }) => {
                 if self.uncommitted() == 0 {
-                    self.storage.recovered();
+                    self.storage.delivery_recovered();
                 }
                 self.check |= is_more;
                 let mut verifications = work.iter().filter_map(|work| work.verify);

@@ -56,7 +56,7 @@ Ctrl-C ends the demo, and compares.
 }
 
 /// A text as a shell reads it back.
-fn shell_word(text: &str) -> String {
+pub(super) fn shell_word(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
     match text.chars().all(is_plain) {
         true => text.to_owned(),

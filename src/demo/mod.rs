@@ -28,9 +28,10 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 use uuid::Uuid;
 
+use crate::console::Listener;
 use crate::daemon::{self, DaemonError, Observers};
 use crate::journal::{Journal, JournalError, OpenError, Resolution, Store};
-use crate::settings::{DEFAULT_LISTEN, Listen, Settings, Tokens, duration, number};
+use crate::settings::{DEFAULT_LISTEN, Settings, Tokens, at_least_a_second, number};
 use crate::simulator::bigchat::{self, Log, Mode};
 use crate::simulator::{BigChat, Happening, OurApi, Simulator, Starting, Watch};
 use crate::telemetry::terminal::{Terminal, shown};
@@ -83,7 +84,7 @@ const FAULTS_DURATION: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// How long BigChat reports events; the last ones are then waited for [default: 30s].
-    #[arg(long, value_name = "TIME", value_parser = duration, allow_hyphen_values = true)]
+    #[arg(long, value_name = "TIME", value_parser = at_least_a_second, allow_hyphen_values = true)]
     pub duration: Option<Duration>,
 
     /// Seed of the simulated services [default: a random number, which is printed].
@@ -211,8 +212,9 @@ async fn serve(
     let seed = seed(args);
     let sim = start(args, seed, PORTS, Watch::default()).await?;
     terminal.say(&format!(
-        "{}\n\nTry in another terminal:\n\n    cargo run --release\n    curl {}/chats\n\nCtrl-C stops it.",
+        "{}\n\nTry in another terminal:\n\n    {} run\n\nWhile no daemon runs (two requests at once corrupt this OurAPI, like the real one):\n\n    curl {}/chats\n\nCtrl-C stops it.",
         services(&sim, args.bigchat, seed),
+        mishaps::shell_word(&std::env::current_exe()?.to_string_lossy()),
         sim.our_api.url()
     )).await?;
     sim.bigchat.record(false);
@@ -244,7 +246,8 @@ async fn perform(
             services(&sim, args.bigchat, seed)
         ))
         .await?;
-    let listen = free_address()?;
+    let console = console(args.chaos)?;
+    let listen = console.local_addr()?;
     terminal
         .say(&format!("Console  http://{listen}/\n"))
         .await?;
@@ -252,6 +255,7 @@ async fn perform(
     let score = args.chaos.then(Arc::<Mutex<Score>>::default);
     let daemon: Running = match &score {
         Some(score) => {
+            drop(console);
             let chaos = Chaos {
                 daemon: Daemon::new(&sim, &db, listen, scratch.0.join("daemon.log"))?,
                 sim: Arc::clone(&sim),
@@ -271,10 +275,10 @@ async fn perform(
                 our_api_url: Url::parse(&sim.our_api.url()).map_err(io::Error::other)?,
                 db: Some(db.clone()),
                 poll_interval: POLL_INTERVAL,
-                listen: Listen::At(listen),
                 ..settings
             };
-            let daemon = tokio::spawn(daemon::run(
+            let daemon = tokio::spawn(daemon::run_at(
+                Some(Listener::Open(console)),
                 settings,
                 Tokens::default(),
                 Observers::default(),
@@ -494,12 +498,14 @@ impl Drop for Scratch {
     }
 }
 
-/// Where the console is served: at its default address, if that is free.
-fn free_address() -> io::Result<SocketAddr> {
+/// The listener of the console: at its default address, if that is free. A daemon that is killed cannot hold that address,
+/// so that another demo may take it.
+fn console(is_killed: bool) -> io::Result<TcpListener> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    TcpListener::bind(DEFAULT_LISTEN)
-        .or_else(|_| TcpListener::bind(any))?
-        .local_addr()
+    if is_killed {
+        return TcpListener::bind(any);
+    }
+    TcpListener::bind(DEFAULT_LISTEN).or_else(|_| TcpListener::bind(any))
 }
 
 fn seed(args: &Args) -> u64 {
@@ -572,4 +578,21 @@ fn services(sim: &Simulator, reporting: Reporting, seed: u64) -> String {
         sim.bigchat.url(),
         sim.our_api.url()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two demos, or a demo beside a daemon, have a console each.
+    #[test]
+    fn two_demos_have_two_consoles() {
+        let (one, other) = (console(false), console(false));
+        let address = |listener: io::Result<TcpListener>| {
+            let listener = listener.expect("a port");
+            (listener.local_addr().expect("its address"), listener)
+        };
+        let (one, other) = (address(one), address(other));
+        assert_ne!(one.0, other.0);
+    }
 }

@@ -3,11 +3,14 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Drift, Pending};
 use super::ids::{ConversationId, EventId};
 use crate::domain::event::EventKind;
-use crate::domain::time::Millis;
+use crate::domain::time::{Millis, Timestamp};
 
 /// A claimed conversation with the next of its waiting events. No other worker gets it before its report is committed.
 #[derive(Debug, Clone)]
@@ -90,6 +93,51 @@ pub struct VerificationResult {
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: Drift,
+    pub fields: DifferingFields,
+}
+
+/// The fields of a chat that differ, each as recorded and as found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DifferingFields {
+    pub started_at: Option<(Option<Timestamp>, Timestamp)>,
+    pub ended_at: Option<(Option<Timestamp>, Option<Timestamp>)>,
+    pub agent: Option<(Option<Uuid>, Option<Uuid>)>,
+}
+
+/// One of them, by OurAPI's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldDifference {
+    pub field: String,
+    /// As this database has it.
+    pub recorded: Option<String>,
+    /// As OurAPI has it.
+    pub found: Option<String>,
+}
+
+impl DifferingFields {
+    /// As a list.
+    pub fn list(&self) -> Vec<FieldDifference> {
+        let difference = |field: &str, recorded, found| FieldDifference {
+            field: field.to_owned(),
+            recorded,
+            found,
+        };
+        let time = |at: Option<Timestamp>| at.map(|at| at.to_string());
+        let id = |id: Option<Uuid>| id.map(|id| id.to_string());
+        let started_at = self.started_at.map(|(recorded, found)| {
+            difference("started_at", time(recorded), Some(found.to_string()))
+        });
+        let ended_at = self
+            .ended_at
+            .map(|(recorded, found)| difference("ended_at", time(recorded), time(found)));
+        let agent = self
+            .agent
+            .map(|(recorded, found)| difference("agent_id", id(recorded), id(found)));
+        [started_at, ended_at, agent]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
 }
 
 impl VerificationResult {
@@ -395,7 +443,6 @@ mod tests {
 
     use super::*;
     use crate::domain::event::Payload;
-    use crate::domain::time::Timestamp;
 
     fn pending(id: i64, redelivery: bool) -> Pending {
         Pending {

@@ -179,10 +179,12 @@ fn by(way: String, user: Option<String>) -> String {
 }
 
 /// The progress of a resolution.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Resolved {
     /// How many events were resolved.
     pub done: usize,
+    /// The selected events to which the resolution does not apply.
+    pub left: Vec<i64>,
     /// The event after which to continue; `None`: the resolution is complete.
     pub next: Option<i64>,
 }
@@ -365,13 +367,17 @@ impl Store {
         let ids = selected(&transaction, which, resolution, after)?;
         let mut resolved = Resolved {
             done: 0,
+            left: Vec::new(),
             next: ids
                 .last()
                 .copied()
                 .filter(|_| ids.len() == RESOLVED_AT_ONCE),
         };
         for id in ids {
-            resolved.done += usize::from(resolve(&transaction, id, resolution, who, now)?);
+            match resolve(&transaction, id, resolution, who, now)? {
+                true => resolved.done += 1,
+                false => resolved.left.push(id),
+            }
         }
         transaction.commit()?;
         Ok(resolved)

@@ -3,10 +3,14 @@
 use rusqlite::{Connection, OptionalExtension, params};
 use uuid::Uuid;
 
+use super::activity::minute;
 use super::queue::uuid;
 use super::{Result, Store};
 use crate::domain::ids::{AdvisorId, Epoch};
-use crate::domain::time::Timestamp;
+use crate::domain::time::{Millis, Timestamp};
+
+/// For how many minutes a loss is recent.
+pub(super) const LOSS_MINUTES: i64 = 60;
 
 /// A conversation whose start time shows whether BigChat has restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,8 +209,18 @@ impl Store {
 
     /// Records that OurAPI has lost data: every agent and every chat is checked again before it is used. Returns how
     /// many losses there have been.
-    pub fn record_loss(&mut self) -> Result<i64> {
+    pub fn record_loss(&mut self, now: Millis) -> Result<i64> {
         let transaction = self.begin()?;
+        let minute = minute(now);
+        // A clock that was set back must not make old losses look recent for ever.
+        transaction.execute(
+            "DELETE FROM losses WHERE minute NOT BETWEEN ?1 - ?2 AND ?1",
+            [minute, LOSS_MINUTES],
+        )?;
+        transaction.execute(
+            "INSERT INTO losses (minute, count) VALUES (?1, 1) ON CONFLICT (minute) DO UPDATE SET count = count + 1",
+            [minute],
+        )?;
         transaction.execute("DELETE FROM agents", [])?;
         let losses = transaction.query_row(
             "UPDATE control SET losses = losses + 1 RETURNING losses",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Access, access};
+use rustix::fs::{Access, access, fstatvfs};
 use uuid::Uuid;
 
 use super::schema::OpenError;
@@ -193,6 +193,12 @@ impl DatabaseFile {
     /// The size of its write-ahead log, in bytes. `None`: there is none.
     pub(super) fn log_bytes(&self) -> Option<u64> {
         fs::metadata(self.beside("-wal")).ok().map(|log| log.len())
+    }
+
+    /// What is left on its disk for users other than root, in bytes.
+    pub(super) fn disk_free_bytes(&self) -> Option<u64> {
+        let disk = fstatvfs(self.descriptor().ok()?).ok()?;
+        Some(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
     /// Whether the write-ahead log has changes that are not in the file yet.

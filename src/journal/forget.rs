@@ -21,6 +21,8 @@ const CHECKPOINTS: u32 = 5;
 /// The result of an erasure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forgotten {
+    /// When it was forgotten before; `None`: it was not.
+    pub before: Option<Millis>,
     /// Events of the conversation, including those without a text.
     pub events: i64,
     /// Events that could not be parsed and name the conversation.
@@ -70,6 +72,13 @@ impl Store {
         now: Millis,
     ) -> Result<Forgotten> {
         let transaction = self.begin()?;
+        let before: Option<Option<i64>> = transaction
+            .query_row(
+                "SELECT forgotten_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
+                params![epoch, bigchat_id],
+                |row| row.get(0),
+            )
+            .optional()?;
         let conversation: ConversationId = transaction.query_row(
             "INSERT INTO conversations (epoch, bigchat_id, forgotten_at, forgotten_by) VALUES (?1, ?2, ?3, ?4)
              ON CONFLICT (epoch, bigchat_id) DO UPDATE SET
@@ -88,6 +97,7 @@ impl Store {
             erase_unparsed(&transaction, *event, now)?;
         }
         let forgotten = Forgotten {
+            before: before.flatten().map(Millis),
             events: transaction.query_row(
                 "SELECT count(*) FROM events WHERE conversation = ?1",
                 [conversation],

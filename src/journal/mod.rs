@@ -55,7 +55,7 @@ pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
 pub use sessions::{RateLimits, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
-pub use storage::Storage;
+pub use storage::{Refusal, Storage};
 pub use verification::{Difference, Scope, VerificationProgress};
 
 /// Why an operation failed.

@@ -9,7 +9,7 @@ use rusqlite::{Connection, MAIN_DB, OpenFlags, TransactionBehavior, ffi};
 use thiserror::Error;
 
 use super::file::{DatabaseFile, Lock};
-use crate::telemetry::terminal::shown;
+use crate::telemetry::terminal::{shown, shown_in_full};
 
 /// Marks a database as ours (`PRAGMA application_id`): "BCS2".
 const APPLICATION_ID: i32 = 0x4243_5332;
@@ -72,7 +72,10 @@ pub enum OpenError {
     )]
     Version01(PathBuf),
     /// It does not exist, and the command does not create one.
-    #[error("database {} does not exist; name the daemon's with --db", shown(.0))]
+    #[error(
+        "there is no database {}; start the daemon first, or name its database with --db (of a service: /var/lib/bigchat-sync/bigchat-sync.db)",
+        shown_in_full(.0)
+    )]
     Missing(PathBuf),
     /// Truncated or overwritten.
     #[error(

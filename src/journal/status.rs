@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use super::activity::minute;
 use super::dead_letters::is_permanent;
+use super::directory::LOSS_MINUTES;
+use super::file::DatabaseFile;
 use super::verification::left;
 use super::{Result, Store, count, pause, unsigned};
 use crate::domain::pause::Pause;
@@ -29,6 +31,10 @@ const DIFFERING: u32 = 10;
 
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
+
+/// The size of a trial write in bytes: more than a failed write of the daemon usually leaves in the write-ahead log, which
+/// could be written again on a full disk.
+const PROBE: i64 = 64 << 10;
 
 /// The rates are averages over this many minutes and the current one, or fewer if the first event is more recent.
 const RATE_MINUTES: i64 = 5;
@@ -157,13 +163,18 @@ pub struct Figures {
     pub differing: Vec<DifferingChat>,
     /// How many times OurAPI was found to have lost data.
     pub losses: u64,
+    /// How many times within the last hour.
+    pub recent_losses: u64,
     /// How many times BigChat was found to have restarted.
     pub restarts: u64,
+    /// What is left on the disk of the database; `None`: unknown.
+    pub disk_free_bytes: Option<u64>,
 }
 
 impl Store {
     /// The current figures.
     pub fn figures(&mut self, now: Millis) -> Result<Figures> {
+        let disk_free_bytes = self.file.as_ref().and_then(DatabaseFile::disk_free_bytes);
         // One transaction, so that all figures are of the same moment.
         let transaction = self.connection.transaction()?;
         let source = source(&transaction, now)?;
@@ -184,6 +195,9 @@ impl Store {
                  FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
+        let recent_losses = transaction
+            .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2")?
+            .query_row([minute(now), LOSS_MINUTES], count)?;
         let (drifted, incomplete) = transaction
             .prepare_cached(
                 "SELECT (SELECT count(*) FROM conversations WHERE drift IS NOT NULL),
@@ -218,7 +232,9 @@ impl Store {
             incomplete,
             differing: differing(&transaction)?,
             losses,
+            recent_losses,
             restarts,
+            disk_free_bytes,
         })
     }
 
@@ -260,12 +276,16 @@ impl Store {
         api(&self.connection, name)
     }
 
-    /// Whether the database can be written now. Nothing is written.
+    /// Whether the database can be written now. A row that is not committed would never reach the disk.
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;
         let transaction = self.begin()?;
-        transaction.execute("UPDATE poll_state SET id = id", [])?;
-        Ok(transaction.rollback()?)
+        transaction.execute("INSERT INTO scratch (zeros) VALUES (zeroblob(?1))", [PROBE])?;
+        let id = transaction.last_insert_rowid();
+        transaction.commit()?;
+        self.connection
+            .execute("DELETE FROM scratch WHERE id = ?1", [id])?;
+        Ok(())
     }
 }
 

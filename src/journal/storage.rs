@@ -1,36 +1,90 @@
 //! Whether the journal can be written, as polling and delivery find it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::JournalError;
 
 /// Whether the poller and delivery can currently write to the journal.
 #[derive(Debug, Default)]
 pub struct Storage {
-    /// The journal refuses the poller.
-    pub polling: AtomicBool,
-    /// The journal refuses delivery.
-    pub delivery: AtomicBool,
+    poller: Writer,
+    delivery: Writer,
+}
+
+/// Why the journal refuses one of its writers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub reason: String,
+    /// The file was deleted or replaced.
+    pub is_replaced: bool,
+}
+
+/// `None`: its latest write succeeded.
+#[derive(Debug, Default)]
+struct Writer(Mutex<Option<Refusal>>);
+
+impl Writer {
+    fn lock(&self) -> MutexGuard<'_, Option<Refusal>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the write before had succeeded.
+    fn failed(&self, error: &JournalError) -> bool {
+        let refusal = Refusal {
+            reason: error.to_string(),
+            is_replaced: matches!(error, JournalError::Replaced(_)),
+        };
+        self.lock().replace(refusal).is_none()
+    }
+
+    /// Whether the write before had failed.
+    fn succeeded(&self) -> bool {
+        self.lock().take().is_some()
+    }
 }
 
 impl Storage {
+    /// Records that the poller could not write.
+    pub fn polling_failed(&self, error: &JournalError) {
+        if self.poller.failed(error) {
+            tracing::error!(reason = %error, "the journal cannot be written; polling pauses until it can");
+        }
+    }
+
+    /// Records that the poller could write.
+    pub fn polling_recovered(&self) {
+        if self.poller.succeeded() {
+            tracing::info!("the journal can be written again; polling continues");
+        }
+    }
+
     /// Records that delivery could not write.
     pub fn delivery_failed(&self, error: &JournalError) {
-        if !self.delivery.swap(true, Ordering::Relaxed) {
+        if self.delivery.failed(error) {
             tracing::error!(reason = %error, "the journal cannot be written; pausing deliveries until it can");
         }
     }
 
     /// Records that delivery could write.
-    pub fn recovered(&self) {
-        if self.delivery.load(Ordering::Relaxed) {
-            self.delivery.store(false, Ordering::Relaxed);
+    pub fn delivery_recovered(&self) {
+        if self.delivery.succeeded() {
             tracing::info!("the journal can be written again; deliveries continue");
         }
     }
 
-    /// Whether the journal refuses either of them.
-    pub fn refuses(&self) -> bool {
-        self.polling.load(Ordering::Relaxed) || self.delivery.load(Ordering::Relaxed)
+    /// Whether the journal refuses the poller.
+    pub fn refuses_polling(&self) -> bool {
+        self.poller.lock().is_some()
+    }
+
+    /// Whether the journal refuses delivery.
+    pub fn refuses_delivery(&self) -> bool {
+        self.delivery.lock().is_some()
+    }
+
+    /// Why the journal refuses either of them; `None`: it does not.
+    pub fn refusal(&self) -> Option<Refusal> {
+        let refusal = self.poller.lock().clone();
+        refusal.or_else(|| self.delivery.lock().clone())
     }
 }

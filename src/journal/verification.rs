@@ -8,12 +8,15 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::queue::{Loading, load_chat};
 use super::{JournalError, Result, Store, count, limit, unsigned};
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{Claim, IdlePass, VerificationResult, Verify, VerifyMode, Work};
+use crate::domain::progress::{
+    Claim, FieldDifference, IdlePass, VerificationResult, Verify, VerifyMode, Work,
+};
 use crate::domain::time::Millis;
 use crate::http::Api;
 
@@ -53,6 +56,8 @@ pub struct Difference {
     pub state: String,
     /// How many messages were missing.
     pub messages: u32,
+    /// The fields that differ.
+    pub fields: Vec<FieldDifference>,
 }
 
 impl VerificationProgress {
@@ -176,7 +181,7 @@ impl Store {
     /// The chats that differ from their events, in order of arrival.
     pub fn differences(&mut self, verification: i64, at_most: u32) -> Result<Vec<Difference>> {
         let mut statement = self.connection.prepare_cached(
-            "SELECT c.external_id, f.state, f.messages FROM findings f JOIN conversations c ON c.id = f.conversation
+            "SELECT c.external_id, f.state, f.messages, f.fields FROM findings f JOIN conversations c ON c.id = f.conversation
              WHERE f.verification = ?1 ORDER BY c.id LIMIT ?2",
         )?;
         let differences = statement.query_map(params![verification, at_most], |row| {
@@ -184,6 +189,9 @@ impl Store {
                 external_id: row.get::<_, Option<String>>(0)?.unwrap_or_default(),
                 state: row.get(1)?,
                 messages: row.get(2)?,
+                fields: serde_json::from_str(row.get_ref(3)?.as_str()?).map_err(|error| {
+                    rusqlite::Error::FromSqlConversionFailure(3, Type::Text, error.into())
+                })?,
             })
         })?;
         Ok(differences.collect::<rusqlite::Result<_>>()?)
@@ -430,10 +438,20 @@ pub(super) fn record_finding(
         )?
         .execute(range)?;
     if *found != VerificationResult::default() {
+        let fields = serde_json::to_string(&found.fields.list())
+            .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
+        let range = params![
+            claim.verified_in.unwrap_or_default(),
+            claim.verifications,
+            conversation,
+            state,
+            found.missing.messages,
+            fields
+        ];
         connection
             .prepare_cached(
-                "INSERT INTO findings (verification, conversation, state, messages)
-                 SELECT id, ?3, ?4, ?5 FROM verifications
+                "INSERT INTO findings (verification, conversation, state, messages, fields)
+                 SELECT id, ?3, ?4, ?5, ?6 FROM verifications
                  WHERE id > ?1 AND id <= ?2 AND NOT idle
                     AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
             )?

@@ -181,7 +181,8 @@ impl Canonical {
             ("attempts" | "failures", "reason" | "request" | "response", _)
             | ("events", "fingerprint", _)
             | ("conversations", "read_in_session" | "stale_seq", _)
-            | ("deliveries" | "credits" | "activity", _, _)
+            | ("findings", "fields", _)
+            | ("deliveries" | "credits" | "activity" | "losses", _, _)
             | ("control", "session" | "writes_succeeded" | "losses", _) => {}
             ("attempts", "writes_then", _) => self.push("some ".to_owned()),
             ("attempts", "attempts", _) | ("failures", "attempt", _) => {

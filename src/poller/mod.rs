@@ -10,7 +10,6 @@ mod read;
 mod standstill;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -154,7 +153,7 @@ impl Poller {
                 (_, true) => STORAGE_PAUSE.min(interval),
                 (PollOutcome::More, _) => Duration::ZERO,
                 _ => {
-                    if !self.signals.storage.polling.load(Ordering::Relaxed) {
+                    if !self.signals.storage.refuses_polling() {
                         self.prune(tick + interval).await;
                     }
                     interval
@@ -202,12 +201,9 @@ impl Poller {
             Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
             Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
         });
-        let refused = &storage.polling;
         match result {
             Ok(outcome) => {
-                if refused.swap(false, Ordering::Relaxed) {
-                    tracing::info!("the journal can be written again; polling continues");
-                }
+                storage.polling_recovered();
                 outcome
             }
             Err(PollError::BigChat(error)) => {
@@ -229,9 +225,7 @@ impl Poller {
                 PollOutcome::Incomplete
             }
             Err(PollError::Journal(error)) => {
-                if !refused.swap(true, Ordering::Relaxed) {
-                    tracing::error!(reason = %error, "the journal cannot be written; polling pauses until it can");
-                }
+                storage.polling_failed(&error);
                 PollOutcome::Incomplete
             }
         }

@@ -235,6 +235,11 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
+/// The absolute path in readable form.
+pub fn shown_in_full(path: &Path) -> String {
+    shown(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned()))
+}
+
 /// A path in readable form, whatever its bytes: plain, or quoted and escaped.
 pub fn shown(path: &Path) -> String {
     let quoted = format!("{path:?}");

@@ -267,7 +267,7 @@ impl Pair {
             }
             Step::Loss => {
                 self.plain.losses += 1;
-                let losses = self.store.record_loss().expect("a loss");
+                let losses = self.store.record_loss(self.now()).expect("a loss");
                 assert_eq!(losses, self.plain.losses, "losses");
             }
             Step::Verify {

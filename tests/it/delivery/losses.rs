@@ -96,6 +96,33 @@ async fn chat_delivered_by_another_journal() {
     .await;
 }
 
+/// Losses again and again have a cause that an operator must find.
+#[tokio::test]
+async fn repeated_losses_are_a_problem() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.reports([message(10, now - 9, "hello")]);
+        t.start();
+        t.until_events("delivered", 1).await;
+        for loss in 1..=3_u8 {
+            t.our_api.loses_everything();
+            let text = format!("loss {loss}");
+            t.bigchat
+                .reports([message(10, now - 9 + i64::from(loss), &text)]);
+            until("it is found", async || t.losses() >= u64::from(loss)).await;
+            t.agrees().await;
+            let is_reported = || {
+                t.status().0["problems"]
+                    .to_string()
+                    .contains("OurAPI lost data ")
+            };
+            assert_eq!(is_reported(), t.losses() >= 3, "loss {loss}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn false_loss_duplicates_nothing() {
     run_live_test(async |t| {

@@ -1,11 +1,12 @@
 //! `bigchat-sync verify`: drift is found, and repaired only with `--repair`.
 
-use crate::harness::process::{Process, finished};
+use crate::harness::process::{Process, Signal, finished};
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::{slow, status};
-use std::process::Output;
+use std::io::Read;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use bigchat_sync::journal::Store;
@@ -59,12 +60,12 @@ fn writes(t: &Test) -> usize {
 async fn drift_is_reported_and_repaired() {
     let difference = |id: &str, chat: &str, messages: u32| {
         json!({
-            "external_id": id, "chat": chat, "messages_missing": messages,
+            "external_id": id, "chat": chat, "messages_missing": messages, "fields": [],
         })
     };
     let expected = json!({
         "chats": 3, "chats_missing": 1, "chats_differing": 1, "messages_missing": 2,
-        "repaired": false,
+        "repaired": false, "complete": true,
         "differences": [
             difference("10", "same", 1),
             difference("11", "missing", 1),
@@ -98,12 +99,22 @@ async fn drift_is_reported_and_repaired() {
             assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
             assert_eq!(rows[3], ["12", "differs", "0"], "{said}");
             assert!(said.contains("nothing was changed"), "{said}");
+            let fields = "chat 12: ended_at is none in OurAPI, 20";
+            assert!(
+                said.contains(fields)
+                    && said.contains("do not repair if this database is an older copy"),
+                "{said}"
+            );
             let (json, clean) = verify(t, &["--json"]).await;
             assert!(!clean, "{json}");
+            let mut found: Value = serde_json::from_str(&json).expect("JSON");
+            let fields = std::mem::replace(&mut found["differences"][2]["fields"], json!([]));
             assert_eq!(
-                serde_json::from_str::<Value>(&json).expect("JSON"),
-                expected
+                (&fields[0]["field"], &fields[0]["found"]),
+                (&json!("ended_at"), &Value::Null)
             );
+            assert!(fields[0]["recorded"].is_string(), "{fields}");
+            assert_eq!(found, expected);
             assert_eq!(writes(t), before, "nothing is changed");
             assert!(!t.compare().is_clean());
             // One alone, then the rest.
@@ -236,5 +247,36 @@ async fn verification_waits_for_our_api() {
             .await;
         },
     )
+    .await;
+}
+
+/// An interrupted `verify --json` prints what it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interrupted_verification_in_json() {
+    run_live_test(async |t| {
+        delivered(t).await;
+        t.our_api.outage(Some(status(503)));
+        let mut verify = t.program("verify");
+        verify
+            .arg("--json")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut verify = Process::spawn(verify);
+        let mut stdout = verify.stdout();
+        until("it is requested", async || {
+            t.value::<i64>("SELECT count(*) FROM verifications WHERE NOT idle") == 1
+        })
+        .await;
+        verify.signal(Signal::TERM);
+        assert_eq!(verify.ended().await.code(), Some(1));
+        let mut json = String::new();
+        stdout.read_to_string(&mut json).expect("text");
+        let object: Value = serde_json::from_str(&json).expect("JSON");
+        assert_eq!(
+            (&object["complete"], &object["chats"]),
+            (&json!(false), &json!(3))
+        );
+        t.our_api.outage(None);
+    })
     .await;
 }

@@ -56,6 +56,11 @@ impl<'a> Console<'a> {
         Self::new(t, Tokens::default())
     }
 
+    /// Its address and port.
+    pub(crate) fn address(&self) -> &str {
+        self.url.strip_prefix("http://").expect("its URL")
+    }
+
     pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
         let answer = sent(self.client.get(format!("{}{path}", self.url))).await;
         let status = answer.status();

@@ -1,6 +1,8 @@
 //! Bad settings: exit code 2, the error, the form expected, and no secret.
 
-use crate::harness::process::{printed, program};
+use std::process::Command;
+
+use crate::harness::process::{fed, printed, program};
 
 /// The program's output and exit code, with only these variables in its environment.
 fn refused(arguments: &[&str], environment: &[(&str, &str)]) -> (String, Option<i32>) {
@@ -140,6 +142,11 @@ fn bad_value_of_each_setting() {
         (&["--our-api-concurrency", "257"], "from 1 to 256"),
         (&["--our-api-concurrency", "x"], "from 1 to 256"),
         (&["failed", "list", "--limit", "-1"], number),
+        (&["failed", "list", "--limit", "0"], number),
+        (&["resolutions", "--limit", "0"], number),
+        (&["demo", "--duration", "0s"], "at least 1s"),
+        (&["--bigchat-url", "bigchat.example"], "it has no scheme"),
+        (&["--our-api-url", "localhost:8266"], "it has no scheme"),
         (&["failed", "show", "x"], number),
         (&["failed", "retry", "1", "x"], number),
         (&["verify", "--conversation", "x"], number),
@@ -156,4 +163,19 @@ fn bad_value_of_each_setting() {
         assert_eq!(code, Some(2), "{arguments:?}: {said}");
         assert!(said.contains(expected), "{arguments:?}: {said}");
     }
+}
+
+/// On a terminal, the program without a command says that it is a daemon, and where its database is.
+#[test]
+fn program_without_a_command() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let line = format!("{} --db=missing/a.db", program().get_program().display());
+    // `script` gives the program a terminal.
+    let mut script = Command::new("script");
+    script
+        .current_dir(directory.path())
+        .args(["-qec", &line, "/dev/null"]);
+    let said = printed(&fed(&mut script, "").expect("script, of Debian's bsdutils"));
+    assert!(said.contains("no command given: running as "), "{said}");
+    assert!(said.contains("/missing/a.db"), "{said}");
 }

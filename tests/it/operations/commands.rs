@@ -624,3 +624,35 @@ async fn check_has_the_same_in_json() {
     })
     .await;
 }
+
+/// An error names what is refused, and a command claims nothing that it did not do.
+#[tokio::test]
+async fn commands_name_what_they_refuse() {
+    let (bench, empty) = (two_epochs().await, Bench::unreachable());
+    let missing = format!("there is no database {}; start", empty.db().display());
+    let (since, until) = ("2026-11-22T22:00:00Z", "2026-11-22T21:00:00Z");
+    for (bench, arguments, expected) in [
+        (
+            &bench,
+            &["failed", "discard", "1", "999999"][..],
+            "1 of 2 resolved; not 999999: it is no failed event",
+        ),
+        (
+            &bench,
+            &["export", "--since", since, "--until", until],
+            "the period is empty",
+        ),
+        (&empty, &["status"], &missing),
+    ] {
+        let output = command(bench, arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(said(&output).contains(expected), "{}", said(&output));
+    }
+    let forget = ["forget", "42", "--epoch", "1", "--yes"];
+    done(&bench, &forget);
+    let again = done(&bench, &forget);
+    assert!(
+        again.contains("was already forgotten at 20") && !again.contains("was erased"),
+        "{again}"
+    );
+}

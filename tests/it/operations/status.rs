@@ -282,3 +282,39 @@ async fn exit_code_of_once() {
     })
     .await;
 }
+
+/// The first pass only begins the period, and many milliseconds are shown in seconds.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_before_first_verification() {
+    run_live_test(async |t| {
+        let daemon = delivered(t).await;
+        t.execute("UPDATE deliveries SET waited = 20660");
+        until("the status says so", async || {
+            let ended = finished(t.program("status")).await;
+            let text = String::from_utf8(ended.stdout).expect("text");
+            text.contains("verification  none yet; the first begins at 20")
+                && text.contains("median 20.7 s, p95 20.7 s, max 20.7 s")
+        })
+        .await;
+        daemon.stop().await;
+    })
+    .await;
+}
+
+/// Without the tokens, no API is asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_without_token_file() {
+    run_live_test(async |t| {
+        let mut check = t.program("check");
+        check.env("BIGCHAT_SYNC_OUR_API_TOKEN_FILE", "/does/not/exist");
+        let ended = finished(check).await;
+        let report = String::from_utf8(ended.stdout).expect("text");
+        assert!(
+            !ended.status.success() && report.contains("FAIL  settings"),
+            "{report}"
+        );
+        assert!(report.contains("the APIs are not asked"), "{report}");
+        assert_eq!((t.bigchat.total(), t.our_api.total()), (0, 0));
+    })
+    .await;
+}

@@ -1,9 +1,11 @@
 //! A full disk, a database that another process locks, reads, moves or deletes: polling pauses, the cursor stays, and it
 //! continues automatically. A damaged database is refused untouched.
 
-use crate::harness::process::{Process, has_posix_lock, in_shell};
+use crate::harness::process::{
+    Process, finished, has_posix_lock, in_own_mounts, in_shell, printed, unreachable,
+};
 use crate::harness::services::{ADD_MESSAGE, NOW};
-use crate::harness::web::succeeds;
+use crate::harness::web::{Console, succeeds};
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
 use bigchat_sync::simulator::fault::{paused, slow};
@@ -488,6 +490,100 @@ async fn event_deleted_while_in_flight() {
         t.until_events("delivered", 1).await;
         daemon.stop().await;
         assert_eq!(t.events("waiting"), 0);
+    })
+    .await;
+}
+
+/// `check` writes to the disk, and not only to SQLite's cache.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_on_full_disk() {
+    run_live_test(async |t| {
+        with_events(t).await;
+        // The -shm file needs 32 KiB.
+        let full = "trap '' XFSZ; ulimit -S -f 96";
+        let checked = finished(in_shell(full, &t.program("check"))).await;
+        let said = printed(&checked);
+        assert!(said.contains("FAIL  database"), "{said}");
+        assert!(said.contains("is not writable"), "{said}");
+        let checked = finished(t.program("check")).await;
+        let said = printed(&checked);
+        assert!(said.contains("is writable"), "{said}");
+    })
+    .await;
+}
+
+/// `status` reads only, so it looks at the space that is left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_on_full_disk() {
+    run_live_test(async |t| {
+        with_events(t).await;
+        let full = "mkdir full && mount -t tmpfs -o size=2m none full && cp journal.db full \
+            && head -c 200K /dev/zero > full/room && { cat /dev/zero > full/rest; rm full/room; }";
+        let status = unreachable(t.directory(), "status", "full/journal.db");
+        let Some(status) = in_own_mounts(full, &status) else {
+            return;
+        };
+        let said = printed(&finished(status).await);
+        assert!(
+            said.contains("! the disk of the database is full: "),
+            "{said}"
+        );
+    })
+    .await;
+}
+
+/// Only for a while is it normal that no poll completes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_without_completed_poll() {
+    run_live_test(async |t| {
+        t.set("--poll-interval", "1h");
+        let daemon = t.start();
+        until("a poll is completed", async || t.status().1).await;
+        t.execute("UPDATE poll_state SET polled_at = polled_at - 100000");
+        assert!(t.status().1, "less than three intervals");
+        t.set("--poll-interval", "10s");
+        let (status, well) = t.status();
+        let what = status["problems"][0]["what"].as_str().unwrap_or_default();
+        assert!(
+            !well && what.starts_with("no poll was completed for 1m 4"),
+            "{status}"
+        );
+        daemon.stop().await;
+    })
+    .await;
+}
+
+/// `check` does not ask OurAPI beside a daemon, although the database is no longer there to show that one runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_after_database_was_deleted() {
+    run_live_test(async |t| {
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
+        let console = Console::new(t, Tokens::default());
+        t.until_events("delivered", 1).await;
+        t.set("--listen", console.address());
+        let away = t.directory().join("away.db");
+        std::fs::rename(t.db(), &away).expect("it is moved");
+        until("the console reports it", async || {
+            let (_, status) = console.get("/api/status").await;
+            let text = status.to_string();
+            text.contains("the journal cannot be written")
+                && text.contains("was deleted or replaced")
+        })
+        .await;
+        let requests = t.our_api.total();
+        let said = printed(&finished(t.program("check")).await);
+        for part in [
+            "FAIL  daemon    a bigchat-sync already serves the console at ",
+            &format!("its database was {}, put the file back", t.db().display()),
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert_eq!(t.our_api.total(), requests, "OurAPI is not asked");
+        std::fs::rename(&away, t.db()).expect("it is moved back");
+        let said = printed(&finished(t.program("check")).await);
+        assert!(said.contains("is running"), "{said}");
     })
     .await;
 }
