@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use crate::bigchat::clock;
 use crate::domain::time::Millis;
 use crate::http::Api;
 use crate::journal::{Figures, JournalError, Store};
@@ -201,6 +202,12 @@ pub(crate) fn problems(
             )
         }
         Some(_) => {}
+    }
+    if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
+        problem(
+            difference,
+            "set the wrong one right; polling goes by BigChat's clock, and only ages and rates shown are wrong",
+        );
     }
     // An event that waited through a pause is late only if it is not delivered soon after.
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());

@@ -121,6 +121,8 @@ pub struct Figures {
     pub cursor_at: Option<Timestamp>,
     /// How far that is behind BigChat's clock, in seconds.
     pub behind_s: Option<i64>,
+    /// How far BigChat's clock was ahead of this machine's at the latest completed poll, in seconds.
+    pub clock_ahead_s: Option<i64>,
     /// When the cursor last changed, by this machine's clock.
     pub cursor_moved_at: Option<Millis>,
     /// Periods that BigChat no longer reports and that were not read, the latest first.
@@ -196,6 +198,7 @@ impl Store {
             polled_at: source.polled_at,
             cursor_at: source.cursor.map(Timestamp::clamped),
             behind_s: source.behind,
+            clock_ahead_s: source.clock_ahead,
             cursor_moved_at: source.cursor_moved_at,
             gaps: gaps(&transaction)?,
             newest_event_at: source.newest_event.map(Timestamp::clamped),
@@ -307,6 +310,7 @@ struct Read {
     polled_at: Option<Millis>,
     cursor: Option<i64>,
     behind: Option<i64>,
+    clock_ahead: Option<i64>,
     cursor_moved_at: Option<Millis>,
     newest_event: Option<i64>,
 }
@@ -326,6 +330,7 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
                 behind: there
                     .zip(cursor)
                     .map(|(there, cursor)| there.saturating_sub(cursor).max(0)),
+                clock_ahead: ahead,
                 newest_event: row.get(3)?,
                 cursor_moved_at: row.get::<_, Option<i64>>(4)?.map(Millis),
             })

@@ -3,9 +3,12 @@
 
 use super::status::{check, delivered, until_problems};
 use crate::harness::process::{Process, finished, printed};
+use crate::harness::services::{tampering, with_header};
 use crate::harness::web::{client, sent};
-use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
+use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::settings::Tokens;
+use bigchat_sync::simulator::bigchat::{Clock, Options};
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{Fault, status};
 
@@ -180,6 +183,7 @@ async fn bigchat_was_never_reached() {
     );
     assert!(daemon.stop().await.success());
     let log = t.logged();
+    assert!(!log.contains("usable date"), "it has sent nothing: {log}");
     assert!(log.contains(r#""bigchat":"unknown""#), "{log}");
 }
 
@@ -238,6 +242,48 @@ async fn each_new_reason_is_logged() {
         t.agrees().await;
         assert!(daemon.stop().await.success());
         assert_eq!(t.logged().matches("OurAPI is down").count(), 1);
+    })
+    .await;
+}
+
+/// A clock that differs by more than a minute is a problem, and logged at the start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clocks_that_differ() {
+    // 19 h 52 min, and half a minute for the test.
+    side_by_side([(71_550, "ahead of"), (-71_550, "behind")], async |case| {
+        let (ahead, direction) = case;
+        let bigchat = Options {
+            quiet: true,
+            clock: Clock::Ahead(ahead),
+            ..Options::default()
+        };
+        run_with(bigchat, async |t| {
+            let difference = format!("BigChat's clock is 19h 52m {direction} this machine's");
+            let daemon = Process::start(t);
+            daemon.until_logged(&difference).await;
+            until_problems(t, &[&difference]).await;
+            assert!(daemon.stop().await.success());
+            assert_eq!(t.logged().matches(&difference).count(), 1);
+        })
+        .await;
+    })
+    .await;
+}
+
+/// Only a BigChat that answers can lack a date.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bigchat_without_a_date() {
+    run_live_test(async |t| {
+        let url = tampering(&t.bigchat.url(), |_, answer| {
+            with_header(&answer, "date", "x-date: none")
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        let daemon = Process::start(t);
+        daemon.until_logged("BigChat sends no usable date").await;
+        until("it is up", async || t.is_up(Api::BigChat) == Some(true)).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(t.logged().matches("no usable date").count(), 1);
     })
     .await;
 }
