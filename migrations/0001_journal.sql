@@ -265,15 +265,20 @@ CREATE TABLE agents (
 
 -- How each API was when the daemon last asked it.
 CREATE TABLE api_status (
-    name     TEXT PRIMARY KEY CHECK (name = 'bigchat' OR name = 'our_api'),
-    up       INTEGER CHECK (up = 0 OR up = 1),   -- NULL: not known yet
-    since    INTEGER NOT NULL,                   -- up or down since then
-    asked_at INTEGER NOT NULL,                   -- the latest exchange
-    request  TEXT NOT NULL,
-    response TEXT NOT NULL,
-    problem  TEXT,                               -- while it is down: why
-    lasts    INTEGER CHECK (lasts = 0 OR lasts = 1), -- while it is down: until an operator acts
-    CHECK (problem IS NULL OR up = 0)
+    name          TEXT PRIMARY KEY CHECK (name = 'bigchat' OR name = 'our_api'),
+    state         TEXT NOT NULL CHECK (state IN ('unknown', 'up', 'failing', 'down')),
+    since         INTEGER,                       -- when that began; NULL while it is unknown
+    problem       TEXT,                          -- why its latest requests failed
+    lasts         INTEGER NOT NULL CHECK (lasts = 0 OR lasts = 1), -- the problem, until an operator acts
+    limited_at    INTEGER,                       -- the latest rate limit: from when on, until when,
+    limited_until INTEGER,
+    limited_by    INTEGER,                       -- and the status of the response that asked for it
+    asked_at      INTEGER NOT NULL,              -- the latest exchange
+    request       TEXT NOT NULL,
+    response      TEXT NOT NULL,
+    CHECK ((since IS NULL) = (state = 'unknown')),
+    CHECK (problem IS NULL OR state <> 'up'),
+    CHECK ((limited_at IS NULL) = (limited_until IS NULL))
 ) STRICT, WITHOUT ROWID;
 
 -- Events per minute of this machine's clock (Unix seconds / 60), for charts and rates.

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use crate::bigchat::clock;
 use crate::domain::time::Millis;
-use crate::http::Api;
+use crate::http::{Api, ApiState};
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::settings::Settings;
 use crate::version;
@@ -146,7 +147,33 @@ pub(crate) fn problems(
     ] {
         // A pause is for the time in which OurAPI is down.
         let is_expected = api == Api::OurApi && figures.paused.is_some();
-        if status.up == Some(false) && !is_expected {
+        if is_expected {
+            continue;
+        }
+        if let Some(limit) = status.long_limit() {
+            let before = match status.since.filter(|_| status.is_down()) {
+                Some(since) => format!(", and is down since {since}"),
+                None => String::new(),
+            };
+            let (wait, remedy) = match (api, figures.waiting) {
+                (Api::BigChat, _) => (
+                    String::new(),
+                    "it is asked again then, and the events of that time are read afterwards",
+                ),
+                (Api::OurApi, waiting) => (
+                    match waiting {
+                        0 => String::new(),
+                        1 => "; 1 event waits".to_owned(),
+                        _ => format!("; {waiting} events wait"),
+                    },
+                    "deliveries continue then, and nothing is lost",
+                ),
+            };
+            problem(
+                format!("{api} asked to be left alone {limit}{before}{wait}"),
+                &format!("{remedy}; if this lasts, ask the operator of {api}"),
+            );
+        } else if status.is_down() {
             let since = status.since.unwrap_or_default();
             let why = status.problem.as_deref().unwrap_or("it does not answer");
             let remedy = match (status.lasts, api) {
@@ -178,7 +205,7 @@ pub(crate) fn problems(
         );
     }
     let stale = STALE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
-    let no_poll = match daemon_runs && figures.bigchat.up != Some(false) {
+    let no_poll = match daemon_runs && figures.bigchat.state != ApiState::Down {
         true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
         false => stale,
     };
@@ -229,10 +256,18 @@ pub(crate) fn problems(
             "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man hold`)",
         );
     }
+    if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
+        problem(
+            difference,
+            "set the wrong one right; polling goes by BigChat's clock, and only ages and rates shown are wrong",
+        );
+    }
     // An event that waited through a pause is late only if it is not delivered soon after.
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
     if let Some(oldest) = &figures.oldest_waiting
         && figures.paused.is_none()
+        // That is the reason, and was reported.
+        && figures.our_api.long_limit().is_none()
         && now.since(could_be_sent_since(oldest.since)) > STALE
     {
         let why = oldest

@@ -18,6 +18,24 @@ const JUMP: Duration = Duration::from_secs(600);
 /// while BigChat's date is wrong for some minutes.
 const POLLS: u64 = 10;
 
+/// A smaller difference from this machine's clock is no problem, in seconds. Dates are whole seconds, and requests take
+/// time.
+const TOLERANCE: u64 = 60;
+
+/// The difference of the two clocks in words; `None`: they agree. `ahead` is in seconds.
+pub fn difference(ahead: i64) -> Option<String> {
+    let seconds = ahead.unsigned_abs();
+    if seconds <= TOLERANCE {
+        return None;
+    }
+    let minutes = Duration::from_secs(seconds / 60 * 60);
+    let direction = if ahead > 0 { "ahead of" } else { "behind" };
+    Some(format!(
+        "BigChat's clock is {} {direction} this machine's",
+        humantime::format_duration(minutes)
+    ))
+}
+
 #[derive(Debug, Default)]
 pub struct BigChatClock {
     readings: Mutex<Readings>,
@@ -147,6 +165,16 @@ impl SteadyClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn difference_in_words() {
+        assert_eq!(difference(60), None);
+        assert_eq!(difference(-60), None);
+        let ahead = difference(71_530).expect("a difference");
+        assert_eq!(ahead, "BigChat's clock is 19h 52m ahead of this machine's");
+        let behind = difference(-61).expect("a difference");
+        assert_eq!(behind, "BigChat's clock is 1m behind this machine's");
+    }
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::clamped(seconds)

@@ -13,13 +13,14 @@ use reqwest::header;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use crate::bigchat::BigChat;
 use crate::console::guard;
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::http::route::Route;
-use crate::http::{self, Api, ApiError, ApiStatus, ErrorKind, Http, Network, json};
+use crate::http::{self, Api, ApiError, ApiState, ApiStatus, ErrorKind, Http, Network, json};
 use crate::journal::{OpenError, Store};
 use crate::our_api::{Lock, OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
@@ -153,7 +154,10 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             );
             for api in Api::ALL {
                 match store.api(api.name()) {
-                    Ok(status) => last_exchange(&mut report, settings, api, &status),
+                    Ok(status) => {
+                        let status = status.without_passed_limit(Millis::now());
+                        last_exchange(&mut report, settings, api, &status);
+                    }
                     Err(error) => {
                         report.fail(api.title(), "state cannot be read", error.to_string())
                     }
@@ -179,7 +183,11 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
                 report.pass("daemon", "is not running; the APIs are checked now");
                 let pause = kept_for_now.as_mut().map(Store::pause);
                 let pause = pause.and_then(Result::ok).flatten();
-                ask(&mut report, settings, tokens, pause).await;
+                let last = Api::ALL.map(|api| {
+                    let status = kept_for_now.as_mut().map(|store| store.api(api.name()));
+                    status.and_then(Result::ok).unwrap_or_default()
+                });
+                ask(&mut report, settings, tokens, pause, last).await;
             } else {
                 let text = "is not running; the APIs are not asked without their tokens";
                 report.pass("daemon", text);
@@ -246,12 +254,9 @@ fn check_database(report: &mut Report, db: &Path) -> Option<State> {
 
 fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &ApiStatus) {
     let (what, flag) = (api.title(), api.url_setting());
-    let url = match api {
-        Api::BigChat => &settings.bigchat_url,
-        Api::OurApi => &settings.our_api_url,
-    };
+    let url = base(settings, api);
     let ApiStatus {
-        up,
+        state,
         asked_at: Some(asked_at),
         request: Some(request),
         response: Some(response),
@@ -266,23 +271,51 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
         let remedy = format!("give this command the settings of the daemon; {flag} is {url} here");
         return report.fail(what, text, remedy);
     }
-    match up {
-        Some(false) => {
-            let why = status.problem.as_deref().unwrap_or_default();
-            let remedy = match status.lasts {
-                true => format!("correct what the reason names; {flag} is {url} here"),
-                false => format!(
-                    "wait, if it is an outage; otherwise correct {flag}, which is {url} here"
-                ),
-            };
-            report.fail(what, format!("is down: {why} ({last})"), remedy);
+    if let Some(limit) = status.long_limit() {
+        let remedy =
+            format!("wait; nothing is lost, and if this lasts, ask the operator of {what}");
+        return report.fail(
+            what,
+            format!("asked to be left alone {limit} ({last})"),
+            remedy,
+        );
+    }
+    let Some(problem) = &status.problem else {
+        let is = match state {
+            ApiState::Unknown => "is probably up",
+            _ => "is up",
+        };
+        return report.pass(what, format!("{is}: {last}"));
+    };
+    let is = match state {
+        ApiState::Down => "is down",
+        ApiState::Unknown => "is not reached yet",
+        ApiState::Up | ApiState::Failing => "is failing, not yet counted as down",
+    };
+    let remedy = match status.lasts {
+        true => format!("correct what the reason names; {flag} is {url} here"),
+        false => {
+            format!("wait, if it is an outage; otherwise correct {flag}, which is {url} here")
         }
-        Some(true) => report.pass(what, format!("is up: {last}")),
-        None => report.pass(what, format!("is probably up: {last}")),
+    };
+    report.fail(what, format!("{is}: {problem} (at {asked_at})"), remedy);
+}
+
+fn base(settings: &Settings, api: Api) -> &Url {
+    match api {
+        Api::BigChat => &settings.bigchat_url,
+        Api::OurApi => &settings.our_api_url,
     }
 }
 
-async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Option<Pause>) {
+/// Sends requests to both APIs. A rate limit of the last session is obeyed.
+async fn ask(
+    report: &mut Report,
+    settings: &Settings,
+    tokens: Tokens,
+    pause: Option<Pause>,
+    last: [ApiStatus; 2],
+) {
     let timeout = settings.request_timeout;
     let networks = Network::new(&settings.bigchat_url, timeout)
         .and_then(|bigchat| Ok((bigchat, Network::new(&settings.our_api_url, timeout)?)));
@@ -299,6 +332,16 @@ async fn ask(report: &mut Report, settings: &Settings, tokens: Tokens, pause: Op
             return report.fail("HTTP", format!("cannot create the client: {error}"), remedy);
         }
     };
+    for ((http, api), last) in [&bigchat, &our_api].into_iter().zip(Api::ALL).zip(last) {
+        let url = base(settings, api).as_str();
+        if last
+            .request
+            .as_ref()
+            .is_some_and(|asked| asked.contains(url))
+        {
+            http.recall(&last);
+        }
+    }
     let description = bigchat.target(Route::Description, "", None);
     let description = bigchat.call(&description, None::<&()>, |answer| json(&answer.body));
     let description: Option<Value> = description.await.ok();

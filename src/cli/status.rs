@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{CommandError, json};
 use crate::domain::time::Millis;
-use crate::http::ApiStatus;
+use crate::http::{ApiState, ApiStatus};
 use crate::journal::{DifferingChat, Gap, Store, Verification};
 use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds};
@@ -54,8 +54,12 @@ fn text(status: &Status) -> String {
         "not running"
     };
     line("daemon", daemon.into());
-    line("BigChat", api(&figures.bigchat, &ago));
-    line("OurAPI", api(&figures.our_api, &ago));
+    for (name, status) in [("BigChat", &figures.bigchat), ("OurAPI", &figures.our_api)] {
+        line(name, api(status, &ago));
+        if let Some(limit) = status.rate_limit {
+            line("", format!("asked to be left alone {limit}"));
+        }
+    }
     let behind = figures.behind_s.map_or_else(String::new, |behind| {
         format!(", {} behind BigChat", duration(seconds(behind)))
     });
@@ -214,7 +218,7 @@ fn mega(bytes: u64) -> f64 {
 
 fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
     let ApiStatus {
-        up,
+        state,
         since,
         asked_at,
         request,
@@ -222,13 +226,16 @@ fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
         ..
     } = api;
     let (Some(asked_at), Some(request), Some(response)) = (asked_at, request, response) else {
-        return "not asked yet".into();
-    };
-    let state = match up {
-        Some(true) => "up",
-        Some(false) => "down",
-        None => "unknown",
+        return api.to_string();
     };
     let since = since.map_or_else(String::new, |since| format!(" since {since}"));
-    format!("{state}{since}; {}: {request} → {response}", ago(*asked_at))
+    let note = match state {
+        ApiState::Failing => " (not yet counted as down)",
+        _ => "",
+    };
+    format!(
+        "{}{since}{note}; {}: {request} → {response}",
+        api.state_in_words(),
+        ago(*asked_at)
+    )
 }

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use super::Console;
 use super::Web;
 use crate::domain::time::Millis;
-use crate::http::{Api, Http};
+use crate::http::{Api, ApiState, Http};
 use crate::metrics::Now;
 use crate::status::Status;
 use crate::version;
@@ -26,36 +26,39 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events are delivered: both APIs answered the daemon's latest requests, and the journal can be written. While
-/// deliveries are paused the daemon is ready, because an operator has paused them and the console must stay reachable.
+/// Whether events are delivered: no API is down or has asked to be left alone for more than a minute, and the journal can
+/// be written. While deliveries are paused the daemon is ready, because an operator has paused them and the console must
+/// stay reachable.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let console = &web.console;
-    let [bigchat, our_api] = Api::ALL.map(|api| console.apis.status(api).up);
     let paused = console.our_api.paused();
-    let why = [
-        (
-            bigchat.is_none(),
-            "no request to BigChat has completed yet\n",
-        ),
-        (bigchat == Some(false), "BigChat is down\n"),
-        // No request is sent to OurAPI until there is something to deliver.
-        (
-            our_api == Some(false) && paused.is_none(),
-            "OurAPI is down\n",
-        ),
-        (
-            console.storage.refusal().is_some(),
-            "the journal cannot be written\n",
-        ),
-    ];
-    let why: String = why
-        .iter()
-        .filter(|(is, _)| *is)
-        .map(|(_, why)| *why)
-        .collect();
-    match (why.is_empty(), paused) {
-        (true, None) => "ok\n".into_response(),
-        (true, Some(pause)) => format!("ok: deliveries are {pause}\n").into_response(),
+    let (mut why, mut notes) = (String::new(), Vec::new());
+    for api in Api::ALL {
+        let status = console.apis.status(api);
+        if api == Api::OurApi && paused.is_some() {
+            continue;
+        }
+        if let Some(limit) = status.long_limit() {
+            why += &format!("{api} asked to be left alone until {}\n", limit.until);
+            continue;
+        }
+        match status.state {
+            ApiState::Down => why += &format!("{api} is down\n"),
+            ApiState::Failing => notes.push(format!("{api} is failing, not yet counted as down")),
+            // No request is sent to OurAPI until there is something to deliver.
+            ApiState::Unknown if api == Api::BigChat => {
+                why += "no request to BigChat has succeeded yet\n";
+            }
+            ApiState::Unknown | ApiState::Up => {}
+        }
+    }
+    if console.storage.refusal().is_some() {
+        why += "the journal cannot be written\n";
+    }
+    notes.extend(paused.map(|pause| format!("deliveries are {pause}")));
+    match (why.is_empty(), notes.is_empty()) {
+        (true, true) => "ok\n".into_response(),
+        (true, false) => format!("ok: {}\n", notes.join("; ")).into_response(),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, why).into_response(),
     }
 }
@@ -92,17 +95,17 @@ fn of_daemon(now: &mut Now, console: &Console) {
     let apis = Api::ALL.map(|api| (api.name(), console.apis.status(api)));
     now.gauges(
         "api_up",
-        "Whether the API answers, according to the daemon's own requests; missing before the first",
+        "Whether the API answers, according to the daemon's own requests; missing while that is not known",
         "api",
         apis.iter()
-            .filter_map(|(name, api)| Some((*name, flag(api.up?)))),
+            .filter(|(_, api)| api.state != ApiState::Unknown)
+            .map(|(name, api)| (*name, flag(!api.is_down()))),
     );
     now.gauges(
         "breaker_open",
         "Whether the API's circuit breaker is open, so that one request at a time probes it",
         "api",
-        apis.iter()
-            .map(|(name, api)| (*name, flag(api.up == Some(false)))),
+        apis.iter().map(|(name, api)| (*name, flag(api.is_down()))),
     );
     let at = Millis::now();
     let left = |http: &Http| {

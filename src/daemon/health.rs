@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::parts::Parts;
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiStatus};
+use crate::http::{Api, ApiState, ApiStatus};
 
 /// How often to check for a change.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -21,22 +21,38 @@ const STORE_EVERY: Duration = Duration::from_secs(10);
 /// Restores the state of both APIs from the end of the last session.
 ///
 /// An API that was down then is taken as down only if the base URL is the same and a request will be made soon; else
-/// its state is not known.
+/// its state is not known. A rate limit in force remains.
 async fn recall(parts: &Parts) {
     for api in Api::ALL {
         let here = parts.apis.of(api).base().to_string();
         let recalled = parts.journal.with(move |store| {
-            let status = store.api(api.name())?;
+            let now = Millis::now();
+            let status = store.api(api.name())?.without_passed_limit(now);
             let is_this = status
                 .request
                 .as_ref()
                 .is_some_and(|asked| asked.contains(&here));
             let is_asked = api == Api::BigChat || store.is_any_waiting()?;
-            if is_this && (status.up == Some(true) || is_asked) {
+            let is_known = match status.state {
+                ApiState::Unknown | ApiState::Failing => false,
+                ApiState::Up => true,
+                ApiState::Down => is_asked,
+            };
+            if is_this && is_known {
                 return Ok(status);
             }
             store.forget_api(api.name())?;
-            Ok(ApiStatus::default())
+            let unknown = ApiStatus {
+                rate_limit: status.rate_limit.filter(|_| is_this),
+                asked_at: status.asked_at,
+                request: status.request,
+                response: status.response,
+                ..ApiStatus::default()
+            };
+            if unknown.rate_limit.is_some() {
+                store.record_api_status(&[(api.name(), unknown.clone())])?;
+            }
+            Ok(unknown)
         });
         // Polling and delivery report a disk that refuses.
         if let Ok(status) = recalled.await {
@@ -91,6 +107,6 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
 /// Whether the stored state is recent enough.
 fn is_stored(api: &ApiStatus, stored: &ApiStatus) -> bool {
     let recent = |at: Option<Millis>| at.unwrap_or_default();
-    (api.up, &api.problem) == (stored.up, &stored.problem)
-        && recent(api.asked_at).since(recent(stored.asked_at)) < STORE_EVERY
+    let state = |api: &ApiStatus| (api.state, api.since, api.problem.clone(), api.rate_limit);
+    state(api) == state(stored) && recent(api.asked_at).since(recent(stored.asked_at)) < STORE_EVERY
 }

@@ -62,15 +62,11 @@ pub enum DaemonError {
     #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
     Replaced(u64),
     /// `once` could not read BigChat up to now.
-    #[error(
-        "BigChat was not read up to the present; the log has the reason, and the next run continues from there"
-    )]
-    Unread,
+    #[error("BigChat was not read up to the present: {0}; the next run continues from there")]
+    Unread(String),
     /// `once` left events undelivered.
-    #[error(
-        "{0} events are not delivered yet; the log has the reason, and the next run continues with them"
-    )]
-    Undelivered(u64),
+    #[error("{waiting} events are not delivered yet: {reason}; the next run continues with them")]
+    Undelivered { waiting: u64, reason: String },
 }
 
 impl DaemonError {
@@ -232,21 +228,33 @@ pub async fn once(
             return Ok(());
         }
         if up_to_date != Some(true) {
-            return Err(DaemonError::Unread);
+            let reason = parts.apis.status(Api::BigChat).reason(Api::BigChat);
+            return Err(DaemonError::Unread(reason.unwrap_or_else(in_the_log)));
         }
-        let waiting = parts.journal.with(Store::waiting).await?;
+        let now = Millis::now();
+        let figures = parts.journal.with(move |store| store.figures(now)).await?;
+        let waiting = figures.waiting;
         if let Some(pause) = parts.our_api.paused() {
             tracing::warn!(waiting, "nothing was delivered: deliveries are {pause}");
             return Ok(());
         }
         match waiting {
             0 => Ok(()),
-            waiting => Err(DaemonError::Undelivered(waiting)),
+            waiting => {
+                let reason = parts.apis.status(Api::OurApi).reason(Api::OurApi);
+                let of_oldest = figures.oldest_waiting.and_then(|oldest| oldest.reason);
+                let reason = reason.or(of_oldest).unwrap_or_else(in_the_log);
+                Err(DaemonError::Undelivered { waiting, reason })
+            }
         }
     };
     let work = Box::pin(observers.watch(&parts, work));
     let work = alongside(pause::watch(&parts), work);
     health::record(&parts, work).await
+}
+
+fn in_the_log() -> String {
+    "the log has the reason".to_owned()
 }
 
 /// Does not poll. Verifies the chats for which that is requested and, unless `verifications_only`, delivers what is

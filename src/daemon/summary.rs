@@ -95,11 +95,16 @@ impl Summary {
         let done = counts.since(&self.before);
         let period = self.at.elapsed();
         (self.before, self.at) = (counts, Instant::now());
-        let down = Api::ALL.iter().any(|api| parts.apis.of(*api).is_down());
+        let apis = Api::ALL.map(|api| parts.apis.status(api));
         let queue = queue(parts).await;
         let paused = parts.our_api.paused();
-        let all_is_well =
-            !down && paused.is_none() && !left_out && queue.is_some_and(|queue| queue.waiting == 0);
+        let has_problem = apis
+            .iter()
+            .any(|api| api.is_down() || api.long_limit().is_some());
+        let all_is_well = !has_problem
+            && paused.is_none()
+            && !left_out
+            && queue.is_some_and(|queue| queue.waiting == 0);
         if all_is_well && !done.something_happened() {
             return;
         }
@@ -113,8 +118,8 @@ impl Summary {
             failed = done.failed,
             waiting = queue.map(|queue| queue.waiting),
             failed_in_all = queue.map(|queue| queue.failed),
-            bigchat = state(parts, Api::BigChat),
-            our_api = state(parts, Api::OurApi),
+            bigchat = parts.apis.status(Api::BigChat).word(),
+            our_api = parts.apis.status(Api::OurApi).word(),
             paused = paused.map(|_| true),
             "summary"
         );
@@ -127,8 +132,8 @@ pub(super) async fn message(parts: &Parts) -> String {
     let mut text = paused.map_or_else(String::new, |pause| format!("deliveries are {pause}; "));
     text += &format!(
         "BigChat is {}, OurAPI is {}; {} received and {} delivered since the start",
-        state(parts, Api::BigChat),
-        state(parts, Api::OurApi),
+        parts.apis.status(Api::BigChat),
+        parts.apis.status(Api::OurApi),
         parts.metrics.counters().received.get(),
         parts.metrics.counters().delivered.get(),
     );
@@ -136,14 +141,6 @@ pub(super) async fn message(parts: &Parts) -> String {
         text += &format!(", {waiting} waiting, {failed} failed");
     }
     text
-}
-
-fn state(parts: &Parts, api: Api) -> &'static str {
-    if parts.apis.of(api).is_down() {
-        "down"
-    } else {
-        "up"
-    }
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -87,6 +87,11 @@ impl Breaker {
         }
     }
 
+    /// Whether the latest request has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failures > 0
+    }
+
     pub(super) fn is_failing(&self) -> bool {
         self.failures >= OPEN_AFTER
     }

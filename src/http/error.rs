@@ -188,6 +188,9 @@ impl ApiError {
             (None, ErrorKind::Unauthorized) => {
                 format!("renew {} or correct {url}", api.token_setting())
             }
+            (None, ErrorKind::RateLimited { .. }) => {
+                format!("wait; nothing is lost, and if this lasts, ask the operator of {api}")
+            }
             (None, kind) if kind.is_transient() => {
                 format!("start {api}, or correct {url}")
             }
@@ -313,7 +316,7 @@ mod tests {
             let response = Response {
                 status: StatusCode::from_u16(status).expect("a status"),
                 date: None,
-                retry_at: None,
+                rate_limit: None,
                 location: None,
                 body: body.into(),
             };

@@ -1,16 +1,20 @@
-//! Whether an API is up, by the results of ordinary requests. Changes are logged.
+//! The state of an API, by the results of ordinary requests, and its rate limit. Changes are logged.
 //!
 //! An outage that may end without action of the operator is a warning, as is its end. One that lasts until the operator
 //! acts is an error.
 
+use std::fmt;
+use std::mem::{Discriminant, discriminant};
 use std::time::Instant;
 
 use reqwest::StatusCode;
 use serde::Serialize;
-use url::Url;
+use url::{Position, Url};
 
 use super::breaker::{Breaker, Circuit};
-use super::error::{ApiError, Sign};
+use super::error::{ApiError, ErrorKind, Sign};
+use super::exchange::{Cause, request_head};
+use super::rate_limit::RateLimit;
 use super::route::Route;
 use super::{Api, Target};
 use crate::domain::backoff::Policy;
@@ -19,22 +23,107 @@ use crate::domain::time::Millis;
 /// Maximum length in characters of the response that is stored with a problem.
 const MAX_RESPONSE: usize = 200;
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ApiState {
+    /// Neither a success nor an outage was seen yet.
+    #[default]
+    Unknown,
+    Up,
+    /// It was up, and its latest requests fail, too few of them for an outage.
+    Failing,
+    /// An outage. One from the last session counts until a request succeeds.
+    Down,
+}
+
+impl ApiState {
+    const ALL: [Self; 4] = [Self::Unknown, Self::Up, Self::Failing, Self::Down];
+
+    /// In the journal, the log and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Failing => "failing",
+            Self::Down => "down",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+}
+
+/// What is known of an API: all that commands, probes, console and log report of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ApiStatus {
-    /// `None`: unknown.
-    pub up: Option<bool>,
-    /// The time of the latest change of `up`.
+    pub state: ApiState,
+    /// When the state began; `None` while it is unknown.
     pub since: Option<Millis>,
+    /// Why the latest requests fail, and the latest of them; `None` while it is up.
+    pub problem: Option<String>,
+    /// The problem lasts until the operator acts.
+    pub lasts: bool,
+    /// The rate limit in force.
+    pub rate_limit: Option<RateLimit>,
     /// The end of the latest exchange.
     pub asked_at: Option<Millis>,
     /// Method and URL of it, without the query, which may have an e-mail address.
     pub request: Option<String>,
     /// Its status, or why there was no response.
     pub response: Option<String>,
-    /// The cause of an outage.
-    pub problem: Option<String>,
-    /// The outage lasts until the operator acts.
-    pub lasts: bool,
+}
+
+impl ApiStatus {
+    pub fn is_down(&self) -> bool {
+        self.state == ApiState::Down
+    }
+
+    /// The rate limit, if it is long enough to be a problem.
+    pub fn long_limit(&self) -> Option<RateLimit> {
+        self.rate_limit.filter(RateLimit::is_long)
+    }
+
+    /// Why no request succeeds now.
+    pub fn reason(&self, api: Api) -> Option<String> {
+        let limit = self.rate_limit;
+        limit
+            .map(|limit| format!("{api} asked to be left alone {limit}"))
+            .or_else(|| self.problem.clone())
+    }
+
+    pub fn state_in_words(&self) -> &'static str {
+        match (self.state, self.asked_at, &self.problem) {
+            (ApiState::Unknown, None, _) => "not asked yet",
+            (ApiState::Unknown, _, Some(_)) => "not reached yet",
+            (ApiState::Unknown, _, None) => "not known yet",
+            (state, ..) => state.name(),
+        }
+    }
+
+    /// The state in one word, for the log.
+    pub fn word(&self) -> &'static str {
+        match self.long_limit() {
+            Some(_) => "rate_limited",
+            None => self.state.name(),
+        }
+    }
+
+    pub fn without_passed_limit(self, now: Millis) -> Self {
+        let rate_limit = self.rate_limit.filter(|limit| limit.is_in_force(now));
+        Self { rate_limit, ..self }
+    }
+}
+
+/// The state in a sentence: `OurAPI is up`.
+impl fmt::Display for ApiStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.state_in_words())?;
+        match self.long_limit() {
+            Some(limit) => write!(f, " and rate-limited until {}", limit.until),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The latest exchange.
@@ -45,22 +134,22 @@ pub(super) struct Latest {
     pub(super) response: Result<StatusCode, String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Logged {
-    Transient,
-    Lasting,
-}
+/// The kind of a problem. A new one in the same outage is logged again.
+type ProblemKind = (Discriminant<ErrorKind>, Option<Discriminant<Cause>>);
 
 #[derive(Debug, Default)]
 pub(super) struct Health {
     pub(super) breaker: Breaker,
+    /// `None`: unknown. Failures that are no outage yet are in the breaker only.
     up: Option<bool>,
     since: Option<Millis>,
     problem: Option<String>,
     lasts: bool,
-    /// How the outage was logged in this session.
-    logged: Option<Logged>,
+    /// What was logged last of the outage in this session.
+    logged: Option<ProblemKind>,
     pub(super) latest: Option<Latest>,
+    /// The latest rate limit, even if it has passed.
+    pub(super) rate_limit: Option<RateLimit>,
 }
 
 impl Health {
@@ -72,8 +161,31 @@ impl Health {
         self.breaker.circuit(now)
     }
 
+    pub(super) fn limit(&mut self, limit: RateLimit) {
+        self.rate_limit = Some(limit.later(self.rate_limit, Millis::now()));
+    }
+
+    /// Records a rate limit that the API asked for, and logs it if it begins and is long.
+    pub(super) fn limited(&mut self, limit: RateLimit, api: Api) {
+        let now = Millis::now();
+        let is_logged = self.rate_limit.is_some_and(|limit| {
+            limit.is_in_force(now) && limit.is_long() && limit.status.is_some()
+        });
+        if limit.is_long() && !is_logged {
+            tracing::warn!(
+                "{api} asked to be left alone {limit}; no request is sent to it until then"
+            );
+        }
+        self.limit(limit);
+    }
+
     pub(super) fn succeeded(&mut self, api: Api, route: Route) {
-        if !self.breaker.succeeded(route) || self.up == Some(true) {
+        if !self.breaker.succeeded(route) {
+            return;
+        }
+        self.problem = None;
+        self.lasts = false;
+        if self.up == Some(true) {
             return;
         }
         if self.is_down() {
@@ -82,78 +194,131 @@ impl Health {
         self.logged = None;
         self.up = Some(true);
         self.since = Some(Millis::now());
-        self.problem = None;
-        self.lasts = false;
     }
 
     pub(super) fn failed(&mut self, error: &ApiError, route: Route, base: &Url, policy: &Policy) {
         match error.kind.sign(route.is_read()) {
             Sign::Up => return self.succeeded(error.api, route),
-            Sign::Neither => return,
+            Sign::Neither => {
+                // An older problem may have ended behind the rate limit.
+                if matches!(error.kind, ErrorKind::RateLimited { .. }) && self.problem.is_some() {
+                    self.set_problem(error, base);
+                }
+                return;
+            }
             Sign::Down => {}
         }
         self.breaker
             .failed(route, Millis::now(), policy, rand::random());
+        self.set_problem(error, base);
         if !self.breaker.is_down() {
             return;
         }
-        self.log(error, base);
-        let response = error.exchange.logged().response;
-        let response: String = response.chars().take(MAX_RESPONSE).collect();
         if !self.is_down() {
             self.since = Some(self.breaker.since());
         }
         self.up = Some(false);
-        self.problem = Some(format!("{}: {response}", error.summary()));
-        self.lasts = error.lasts();
+        self.log(error, base);
     }
 
-    /// Logs an outage when it begins, and again if it proves lasting.
+    fn set_problem(&mut self, error: &ApiError, base: &Url) {
+        let request = request_head(&error.exchange.request);
+        let (method, path) = request.split_once(' ').unwrap_or((request, ""));
+        let response = error.exchange.logged().response;
+        let response: String = response.chars().take(MAX_RESPONSE).collect();
+        self.problem = Some(format!(
+            "{}: {method} {}{path} → {response}",
+            error.summary(),
+            &base[..Position::BeforePath]
+        ));
+        self.lasts = error.lasts() && !matches!(error.kind, ErrorKind::RateLimited { .. });
+    }
+
+    /// Logs an outage when it begins, and again when its problem is of another kind.
     fn log(&mut self, error: &ApiError, base: &Url) {
-        let kind = match error.lasts() {
-            false => Logged::Transient,
-            true => Logged::Lasting,
+        let kind = (
+            discriminant(&error.kind),
+            error.exchange.cause.as_ref().map(discriminant),
+        );
+        let Some(before) = self.logged.replace(kind) else {
+            return log_outage(error, base);
         };
-        if self.logged.is_some() && (self.logged == Some(kind) || kind == Logged::Transient) {
-            return;
-        }
-        self.logged = Some(kind);
-        let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
-        let (request, response) = (exchange.request, exchange.response);
-        if kind == Logged::Transient {
-            tracing::warn!(
-                reason, request, response, url = %base,
-                "{api} is down; pausing requests to it and probing with one at a time"
-            );
-        } else {
-            tracing::error!(
-                reason, request, response, url = %base,
-                "{api} is down until its settings are corrected; pausing requests to it and probing with one at a time"
-            );
+        if before != kind {
+            log_other_problem(error, base);
         }
     }
 
     pub(super) fn status(&self) -> ApiStatus {
         let latest = self.latest.as_ref();
-        ApiStatus {
-            up: self.up,
-            since: self.since,
+        let (state, since) = match self.up {
+            None => (ApiState::Unknown, None),
+            Some(false) => (ApiState::Down, self.since),
+            Some(true) if self.breaker.has_failed() => {
+                (ApiState::Failing, Some(self.breaker.since()))
+            }
+            Some(true) => (ApiState::Up, self.since),
+        };
+        let status = ApiStatus {
+            state,
+            since,
             problem: self.problem.clone(),
             lasts: self.lasts,
+            rate_limit: self.rate_limit.filter(|limit| limit.status.is_some()),
             asked_at: latest.map(|latest| Millis::now().minus(latest.at.elapsed())),
             request: latest.map(|latest| latest.target.name()),
             response: latest.map(|latest| match &latest.response {
                 Ok(status) => status.to_string(),
                 Err(reason) => reason.clone(),
             }),
-        }
+        };
+        status.without_passed_limit(Millis::now())
     }
 
-    /// Restores the status at the end of the last session.
-    pub(super) fn recall(&mut self, status: &ApiStatus) {
-        self.up = status.up;
+    /// Restores the status at the end of the last session. A few failures of that session are no sign.
+    pub(super) fn recall(&mut self, api: Api, status: &ApiStatus) {
+        if let Some(limit) = status.rate_limit {
+            self.limited(limit, api);
+        }
+        let up = match status.state {
+            ApiState::Unknown | ApiState::Failing => return,
+            ApiState::Up => true,
+            ApiState::Down => false,
+        };
+        self.up = Some(up);
         self.since = status.since;
         self.problem = status.problem.clone();
         self.lasts = status.lasts;
+    }
+}
+
+fn log_outage(error: &ApiError, base: &Url) {
+    let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
+    let (request, response) = (exchange.request, exchange.response);
+    if error.lasts() {
+        tracing::error!(
+            reason, request, response, url = %base,
+            "{api} is down until its settings are corrected; pausing requests to it and probing with one at a time"
+        );
+    } else {
+        tracing::warn!(
+            reason, request, response, url = %base,
+            "{api} is down; pausing requests to it and probing with one at a time"
+        );
+    }
+}
+
+fn log_other_problem(error: &ApiError, base: &Url) {
+    let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
+    let (request, response) = (exchange.request, exchange.response);
+    if error.lasts() {
+        tracing::error!(
+            reason, request, response, url = %base,
+            "{api} is still down, now for another reason, until its settings are corrected"
+        );
+    } else {
+        tracing::warn!(
+            reason, request, response, url = %base,
+            "{api} is still down, now for another reason"
+        );
     }
 }

@@ -27,9 +27,9 @@ pub use self::error::{ApiError, ErrorKind, REJECTED_WRITE, Resource};
 pub use self::exchange::{
     Cause, Exchange, json, request_head, response_head, shortened, unreadable,
 };
-pub use self::health::ApiStatus;
+pub use self::health::{ApiState, ApiStatus};
 use self::health::{Health, Latest};
-use self::rate_limit::RateLimit;
+pub use self::rate_limit::RateLimit;
 use self::route::Route;
 pub use self::transport::{Network, NoResponse, Request, Response, Sending, Transport};
 pub(crate) use self::transport::{cause, client};
@@ -47,7 +47,6 @@ pub struct Http {
     token: Token,
     /// Back-off between probes.
     policy: Policy,
-    rate_limit: RateLimit,
     health: Mutex<Health>,
     observer: Option<Box<dyn RequestObserver>>,
 }
@@ -110,7 +109,6 @@ impl Http {
             base,
             token,
             policy,
-            rate_limit: RateLimit::default(),
             health: Mutex::default(),
             observer: None,
         }
@@ -129,17 +127,24 @@ impl Http {
 
     /// The end of the rate limit, if it is in force.
     pub fn rate_limited_until(&self, now: Millis) -> Option<Millis> {
-        self.rate_limit.until(now)
+        let limit = self.health().rate_limit?;
+        limit.is_in_force(now).then_some(limit.until)
     }
 
     /// The end of the latest rate limit, even if it has passed.
     pub fn not_before(&self) -> Millis {
-        self.rate_limit.not_before()
+        let limit = self.health().rate_limit;
+        limit.map_or_else(Millis::default, |limit| limit.until)
     }
 
     /// Sends no request before `until`.
     pub fn hold_until(&self, until: Millis) {
-        self.rate_limit.raise(until);
+        let at = Millis::now();
+        self.health().limit(RateLimit {
+            at,
+            until,
+            status: None,
+        });
     }
 
     /// The state of the circuit breaker, apart from the rate limit.
@@ -163,7 +168,7 @@ impl Http {
 
     /// Restores the status at the end of the last session.
     pub fn recall(&self, status: &ApiStatus) {
-        self.health().recall(status);
+        self.health().recall(self.api, status);
     }
 
     /// The target of a route, with `id` and `query` (already encoded) if the route has them.
@@ -197,7 +202,10 @@ impl Http {
         target: &Target,
         body: Option<&impl Serialize>,
     ) -> Result<Response, NoResponse> {
-        if let Some(until) = self.rate_limit.until_now() {
+        let limit = self.health().rate_limit;
+        if let Some(RateLimit { until, .. }) =
+            limit.filter(|limit| limit.is_in_force(Millis::now()))
+        {
             return Err(NoResponse {
                 kind: ErrorKind::RateLimited {
                     until,
@@ -236,7 +244,15 @@ impl Http {
         if let Some(observer) = &self.observer {
             observer.request_made(target.route, status, ended - sent);
         }
-        self.health().latest = Some(Latest {
+        let mut health = self.health();
+        if let Ok(Response {
+            rate_limit: Some(limit),
+            ..
+        }) = &response
+        {
+            health.limited(*limit, self.api);
+        }
+        health.latest = Some(Latest {
             at: ended,
             target: target.clone(),
             response: match &response {
@@ -244,11 +260,7 @@ impl Http {
                 Err(error) => Err(error.reason.clone()),
             },
         });
-        if let Ok(response) = &response
-            && let Some(until) = response.retry_at
-        {
-            self.rate_limit.raise(until);
-        }
+        drop(health);
         response
     }
 
@@ -261,13 +273,20 @@ impl Http {
         read: impl FnOnce(&mut Response) -> Result<T, String>,
     ) -> Result<T, ApiError> {
         let route = target.route;
+        let is_withheld = matches!(
+            &sent,
+            Err(NoResponse {
+                kind: ErrorKind::RateLimited { .. },
+                ..
+            })
+        );
         let mut cause = None;
         let (kind, mut exchange) = match sent {
             Ok(mut response) => {
                 cause = Cause::of(&response);
-                let kind = match (ErrorKind::of(route, &response), response.retry_at) {
-                    (_, Some(until)) => ErrorKind::RateLimited {
-                        until,
+                let kind = match (ErrorKind::of(route, &response), response.rate_limit) {
+                    (_, Some(limit)) => ErrorKind::RateLimited {
+                        until: limit.until,
                         outcome_unknown: response.status.is_server_error(),
                     },
                     (Some(kind), None) => kind,
@@ -292,7 +311,9 @@ impl Http {
             kind,
             exchange: Box::new(exchange),
         };
-        self.failed(&error, route);
+        if !is_withheld {
+            self.failed(&error, route);
+        }
         Err(error)
     }
 

@@ -1,42 +1,61 @@
 //! The rate limit of an API, from `Retry-After`.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::fmt;
 use std::time::Duration;
+
+use serde::Serialize;
 
 use crate::domain::time::{Millis, Timestamp};
 
 /// Maximum `Retry-After`: a mistyped one must not stop the daemon for days.
 pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
-/// The end of the limit by this machine's clock; 0: there never was one.
-#[derive(Debug, Default)]
-pub(super) struct RateLimit(AtomicI64);
+/// A longer limit is a problem: events are late, and nobody would see why.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A period without requests, by this machine's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RateLimit {
+    pub at: Millis,
+    pub until: Millis,
+    /// The status of the response that asked for it; `None`: the daemon does this of its own accord.
+    pub status: Option<u16>,
+}
 
 impl RateLimit {
-    /// The end of the latest limit, even if it has passed.
-    pub(super) fn not_before(&self) -> Millis {
-        Millis(self.0.load(Ordering::Relaxed))
-    }
-
-    /// The end of the limit, if it is in force.
-    pub(super) fn until(&self, now: Millis) -> Option<Millis> {
-        let until = self.not_before();
+    pub fn is_in_force(&self, now: Millis) -> bool {
         // An end beyond the maximum means that this machine's clock was set back.
-        (now < until && until <= now.plus(RETRY_AFTER_MAX)).then_some(until)
+        now < self.until && self.until <= now.plus(RETRY_AFTER_MAX)
     }
 
-    /// [`Self::until`] as of now, without reading the clock if there never was a limit.
-    pub(super) fn until_now(&self) -> Option<Millis> {
-        match self.not_before() {
-            Millis(0) => None,
-            _ => self.until(Millis::now()),
+    /// Whether it is a problem while it is in force.
+    pub fn is_long(&self) -> bool {
+        self.until.since(self.at) > LONG
+    }
+
+    /// The one that ends later. An earlier one may have been set while this machine's clock was wrong.
+    pub(super) fn later(self, earlier: Option<Self>, now: Millis) -> Self {
+        match earlier.filter(|earlier| earlier.is_in_force(now)) {
+            Some(earlier) if earlier.until > self.until => earlier,
+            _ => self,
         }
     }
+}
 
-    pub(super) fn raise(&self, until: Millis) {
-        // An earlier end may have been set while this machine's clock was wrong.
-        let valid = self.until(Millis::now()).unwrap_or_default();
-        self.0.store(until.max(valid).0, Ordering::Relaxed);
+/// `until 2026-11-22T22:00:00Z (429, Retry-After 3600 s)`
+impl fmt::Display for RateLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "until {}", self.until)?;
+        if let Some(status) = self.status {
+            let wait = self.until.since(self.at);
+            let more = if wait < RETRY_AFTER_MAX {
+                ""
+            } else {
+                " or more"
+            };
+            write!(f, " ({status}, Retry-After {} s{more})", wait.as_secs())?;
+        }
+        Ok(())
     }
 }
 
@@ -72,10 +91,16 @@ mod tests {
 
     #[test]
     fn clock_set_back_ends_rate_limit() {
-        let limit = RateLimit::default();
-        limit.raise(Millis(10_000_000));
-        assert_eq!(limit.until(Millis(9_000_000)), Some(Millis(10_000_000)));
-        assert_eq!(limit.until(Millis(10_000_000)), None);
-        assert_eq!(limit.until(Millis(1_000_000)), None);
+        let limit = |until| RateLimit {
+            at: Millis(9_000_000),
+            until: Millis(until),
+            status: Some(429),
+        };
+        let (short, long) = (limit(9_000_500), limit(10_000_000));
+        assert!(long.is_in_force(Millis(9_000_000)));
+        assert!(!long.is_in_force(Millis(10_000_000)));
+        assert!(!long.is_in_force(Millis(1_000_000)));
+        assert_eq!(short.later(Some(long), Millis(9_000_000)), long);
+        assert_eq!(short.later(Some(long), Millis(1_000_000)), short);
     }
 }

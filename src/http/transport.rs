@@ -12,7 +12,7 @@ use url::Url;
 
 use super::error::ErrorKind;
 use super::exchange::location;
-use super::rate_limit::retry_after;
+use super::rate_limit::{RateLimit, retry_after};
 use crate::domain::text::{decoded, inflated};
 use crate::domain::time::{Millis, Timestamp};
 
@@ -50,8 +50,8 @@ pub struct Response {
     pub status: StatusCode,
     /// The server's clock, from the `date` header.
     pub date: Option<Timestamp>,
-    /// The end of the wait in `Retry-After`.
-    pub retry_at: Option<Millis>,
+    /// The wait in `Retry-After`.
+    pub rate_limit: Option<RateLimit>,
     /// The location of a redirect, without secrets.
     pub location: Option<String>,
     pub body: Vec<u8>,
@@ -205,10 +205,17 @@ impl Network {
             status,
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
         );
-        let retry_at = text(response.headers(), header::RETRY_AFTER)
+        let rate_limit = text(response.headers(), header::RETRY_AFTER)
             .filter(|_| is_rate_limited)
             .and_then(|value| retry_after(value, date))
-            .map(|wait| Millis::now().plus(wait));
+            .map(|wait| {
+                let at = Millis::now();
+                RateLimit {
+                    at,
+                    until: at.plus(wait),
+                    status: Some(status.as_u16()),
+                }
+            });
         let location = text(response.headers(), header::LOCATION)
             .filter(|_| status.is_redirection())
             .map(location);
@@ -218,7 +225,7 @@ impl Network {
                 Ok(Some(chunk)) => chunk,
                 Ok(None) => break,
                 // The body is not needed.
-                Err(_) if retry_at.is_some() => break,
+                Err(_) if rate_limit.is_some() => break,
                 Err(error) => return Err(lost(error)),
             };
             if body.len() + chunk.len() > MAX_BODY {
@@ -231,7 +238,7 @@ impl Network {
         Ok(Response {
             status,
             date,
-            retry_at,
+            rate_limit,
             location,
             body: decoded(body, &content_type).into_bytes(),
         })

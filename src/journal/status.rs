@@ -12,7 +12,7 @@ use super::verification::left;
 use super::{Result, Store, count, pause, unsigned};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
-use crate::http::ApiStatus;
+use crate::http::{ApiState, ApiStatus, RateLimit};
 
 /// Over how many of the latest deliveries the delivery times are measured.
 const DELIVERIES: u32 = 1_000;
@@ -127,6 +127,8 @@ pub struct Figures {
     pub cursor_at: Option<Timestamp>,
     /// How far that is behind BigChat's clock, in seconds.
     pub behind_s: Option<i64>,
+    /// How far BigChat's clock was ahead of this machine's at the latest completed poll, in seconds.
+    pub clock_ahead_s: Option<i64>,
     /// When the cursor last changed, by this machine's clock.
     pub cursor_moved_at: Option<Millis>,
     /// Periods that BigChat no longer reports and that were not read, the latest first.
@@ -205,11 +207,12 @@ impl Store {
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))?;
         Ok(Figures {
-            bigchat: api(&transaction, "bigchat")?,
-            our_api: api(&transaction, "our_api")?,
+            bigchat: api(&transaction, "bigchat")?.without_passed_limit(now),
+            our_api: api(&transaction, "our_api")?.without_passed_limit(now),
             polled_at: source.polled_at,
             cursor_at: source.cursor.map(Timestamp::clamped),
             behind_s: source.behind,
+            clock_ahead_s: source.clock_ahead,
             cursor_moved_at: source.cursor_moved_at,
             gaps: gaps(&transaction)?,
             newest_event_at: source.newest_event.map(Timestamp::clamped),
@@ -247,18 +250,22 @@ impl Store {
             };
             transaction
                 .prepare_cached(
-                    "INSERT OR REPLACE INTO api_status (name, up, since, asked_at, request, response, problem, lasts)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+                    "INSERT OR REPLACE INTO api_status (name, state, since, problem, lasts,
+                        limited_at, limited_until, limited_by, asked_at, request, response)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
                 )?
                 .execute(params![
                     name,
-                    api.up,
-                    api.since.unwrap_or_default().0,
+                    api.state.name(),
+                    api.since.map(|since| since.0),
+                    api.problem,
+                    api.lasts,
+                    api.rate_limit.map(|limit| limit.at.0),
+                    api.rate_limit.map(|limit| limit.until.0),
+                    api.rate_limit.and_then(|limit| limit.status),
                     asked_at.0,
                     api.request.as_deref().unwrap_or_default(),
                     api.response.as_deref().unwrap_or_default(),
-                    api.problem,
-                    api.lasts,
                 ])?;
         }
         Ok(transaction.commit()?)
@@ -292,17 +299,27 @@ impl Store {
 fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
     let api = connection
         .prepare_cached(
-            "SELECT up, since, asked_at, request, response, problem, lasts FROM api_status WHERE name = ?1",
+            "SELECT state, since, problem, lasts, limited_at, limited_until, limited_by, asked_at, request, response
+             FROM api_status WHERE name = ?1",
         )?
         .query_row([name], |row| {
+            let state: String = row.get(0)?;
+            let millis = |column: usize| -> rusqlite::Result<Option<Millis>> {
+                Ok(row.get::<_, Option<i64>>(column)?.map(Millis))
+            };
+            let limit = (millis(4)?, millis(5)?, row.get(6)?);
             Ok(ApiStatus {
-                up: row.get(0)?,
-                since: row.get::<_, Option<i64>>(1)?.map(Millis),
-                asked_at: row.get::<_, Option<i64>>(2)?.map(Millis),
-                request: row.get(3)?,
-                response: row.get(4)?,
-                problem: row.get(5)?,
-                lasts: row.get::<_, Option<bool>>(6)?.unwrap_or_default(),
+                state: ApiState::from_name(&state).unwrap_or_default(),
+                since: millis(1)?,
+                problem: row.get(2)?,
+                lasts: row.get(3)?,
+                rate_limit: match limit {
+                    (Some(at), Some(until), status) => Some(RateLimit { at, until, status }),
+                    _ => None,
+                },
+                asked_at: millis(7)?,
+                request: row.get(8)?,
+                response: row.get(9)?,
             })
         })
         .optional()?;
@@ -313,6 +330,7 @@ struct Read {
     polled_at: Option<Millis>,
     cursor: Option<i64>,
     behind: Option<i64>,
+    clock_ahead: Option<i64>,
     cursor_moved_at: Option<Millis>,
     newest_event: Option<i64>,
 }
@@ -332,6 +350,7 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
                 behind: there
                     .zip(cursor)
                     .map(|(there, cursor)| there.saturating_sub(cursor).max(0)),
+                clock_ahead: ahead,
                 newest_event: row.get(3)?,
                 cursor_moved_at: row.get::<_, Option<i64>>(4)?.map(Millis),
             })

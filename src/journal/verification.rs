@@ -18,7 +18,7 @@ use crate::domain::progress::{
     Claim, FieldDifference, IdlePass, VerificationResult, Verify, VerifyMode, Work,
 };
 use crate::domain::time::Millis;
-use crate::http::Api;
+use crate::http::{Api, ApiState};
 
 /// When a request that was never withdrawn is dropped.
 const DROPPED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -101,18 +101,16 @@ impl Store {
                 "deliveries are {pause}; `bigchat-sync resume` ends the pause"
             )));
         }
-        let status = self.api(Api::OurApi.name())?;
-        if status.up == Some(false) {
-            let since = status.since.unwrap_or_default();
-            let problem = status.problem.unwrap_or_default();
-            return Ok(Some(format!("OurAPI is down since {since}: {problem}")));
-        }
-        let until: Option<i64> = self
-            .connection
-            .prepare_cached("SELECT our_api_retry_after FROM control")?
-            .query_row([], |row| row.get(0))?;
-        let until = Millis(until.unwrap_or_default());
-        Ok((now < until).then(|| format!("OurAPI is rate-limited until {until}")))
+        let status = self.api(Api::OurApi.name())?.without_passed_limit(now);
+        let reason = status.reason(Api::OurApi);
+        Ok(match (status.rate_limit, status.state, status.since) {
+            (None, ApiState::Down, Some(since)) => {
+                let problem = reason.unwrap_or_default();
+                Some(format!("OurAPI is down since {since}: {problem}"))
+            }
+            (Some(_), ..) => reason,
+            _ => None,
+        })
     }
 
     /// Requests that chats be verified, and repaired if `repair`. Returns the request's id; `None`: there are no such

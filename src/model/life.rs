@@ -392,7 +392,7 @@ fn answer(status: StatusCode, body: Vec<u8>) -> Response {
     Response {
         status,
         date: None,
-        retry_at: None,
+        rate_limit: None,
         location: None,
         body,
     }

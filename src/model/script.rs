@@ -199,7 +199,7 @@ impl Scripted {
         let response = Response {
             status: StatusCode::from_u16(reply.status).expect("a status"),
             date: Some(Timestamp::clamped(T0 + self.now())),
-            retry_at: None,
+            rate_limit: None,
             location: None,
             body: reply.body.clone(),
         };

@@ -628,7 +628,7 @@ fn response(reply: &Reply, status: StatusCode, date: Option<Timestamp>) -> Respo
     Response {
         status,
         date,
-        retry_at: None,
+        rate_limit: None,
         location: None,
         body: reply.body.clone(),
     }

@@ -21,7 +21,7 @@ use self::pages::Pages;
 use self::read::FetchEnd;
 use self::standstill::Standstill;
 use crate::bigchat::Source;
-use crate::bigchat::clock::SteadyClock;
+use crate::bigchat::clock::{self, SteadyClock};
 use crate::bigchat::epoch;
 use crate::bigchat::window_query;
 use crate::domain::time::{Millis, Timestamp};
@@ -77,8 +77,8 @@ pub struct Poller {
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
-    /// It was logged that BigChat's time is unknown.
-    without_clock: bool,
+    /// It was logged how BigChat's clock differs from this machine's.
+    clock_reported: bool,
     /// In how many polls the same page after the first could not be fetched.
     page_failures: u32,
     /// In how many polls the probe for a restart had no response.
@@ -126,7 +126,7 @@ impl Poller {
             signals,
             unstored: None,
             started_at: None,
-            without_clock: false,
+            clock_reported: false,
             page_failures: 0,
             failed_probes: 0,
             failed_page_probes: 0,
@@ -242,13 +242,11 @@ impl Poller {
                 epoch::probe(&self.source).await?;
             }
         }
-        let now = self.source.clock().now().unwrap_or_else(|| {
-            let now = Timestamp::of_this_machine();
-            if !std::mem::replace(&mut self.without_clock, true) {
-                tracing::warn!(date = %now, "BigChat sends no usable date; using this machine's clock instead");
-            }
-            now
-        });
+        let now = self
+            .source
+            .clock()
+            .now()
+            .unwrap_or_else(Timestamp::of_this_machine);
         self.started_at.get_or_insert(now);
         // Pages stored and not yet ingested: the daemon was stopped, or the journal refused. The earlier pages of an
         // unfinished poll also show which messages on later pages are repeats.
@@ -303,8 +301,11 @@ impl Poller {
         };
         let read = (outcome != PollOutcome::Incomplete).then(|| {
             let here = Timestamp::of_this_machine();
-            let there = self.source.clock().now().unwrap_or(here);
-            (Millis::now(), there.unix() - here.unix())
+            let there = self.source.clock().now();
+            if !std::mem::replace(&mut self.clock_reported, true) {
+                report_clock(here, there);
+            }
+            (Millis::now(), there.unwrap_or(here).unix() - here.unix())
         });
         let source = self
             .journal
@@ -400,5 +401,18 @@ impl Poller {
                 }
             }
         }
+    }
+}
+
+/// Logs how BigChat's clock differs from this machine's, once a session.
+fn report_clock(here: Timestamp, there: Option<Timestamp>) {
+    match there.map(|there| (there, clock::difference(there.unix() - here.unix()))) {
+        None => {
+            tracing::warn!(date = %here, "BigChat sends no usable date; using this machine's clock instead");
+        }
+        Some((there, Some(difference))) => {
+            tracing::warn!(date = %there, "{difference}; set the wrong one right");
+        }
+        Some((_, None)) => {}
     }
 }

@@ -187,7 +187,8 @@ function announceChange(before, next) {
   if (before === null) return;
   const news = [];
   for (const [key, name] of [["bigchat", "BigChat"], ["our_api", "OurAPI"]]) {
-    if (before[key].up !== next[key].up && next[key].up !== null) news.push(`${name} is ${next[key].up ? "up" : "down"}.`);
+    const is = next[key].state;
+    if (before[key].state !== is && is !== "unknown") news.push(`${name} is ${is}.`);
   }
   if (next.failed > before.failed) news.push(`${some(next.failed - before.failed, "more event")} failed.`);
   if (news.length > 0) byId("said").textContent = news.join(" ");

@@ -57,7 +57,7 @@ function pipe(status) {
     "section.pipe",
     { "aria-label": "From BigChat to OurAPI" },
     api("BigChat", "source", status.bigchat),
-    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, status.bigchat.up === false),
+    link(status.behind_s === null ? "not read yet" : status.behind_s < 1 ? "up to now" : `${roughly(status.behind_s * 1000)} behind`, cut(status.bigchat)),
     el(
       "article.node.middle",
       { "aria-labelledby": "node-journal" },
@@ -72,19 +72,24 @@ function pipe(status) {
       status.drifted > 0 && el("p.note", null, `${some(status.drifted, "chat")} changed in OurAPI by another client, or after this copy of the database was made`),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} to be verified or rebuilt`),
     ),
-    link(status.our_api.up === false ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", status.our_api.up === false),
+    link(cut(status.our_api) ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", cut(status.our_api)),
     api("OurAPI", "destination", status.our_api),
   );
 }
 
+/** Whether no event gets through. */
+const cut = (api) => api.state === "down" || api.rate_limit !== null;
+
 function api(name, what, state) {
-  const word = state.up === null ? "Not asked yet" : state.up ? "Up" : "Down";
+  const word = state.state === "unknown" && state.asked_at !== null ? (state.problem ? "Not reached yet" : "Not known yet") : { unknown: "Not asked yet", up: "Up", failing: "Failing", down: "Down" }[state.state];
+  const limit = state.rate_limit;
   const id = `node-${name.toLowerCase()}`;
   return el(
     "article.node",
-    { "aria-labelledby": id, "data-up": state.up === null ? "unknown" : state.up ? "yes" : "no" },
+    { "aria-labelledby": id, "data-state": state.state },
     el("header", null, el("h2", { id }, name), el("span.muted", null, what)),
-    el("p.state", null, el("i.dot", { "aria-hidden": "true" }), el("b", null, word), state.since !== null && state.up !== null && el("span.muted", null, " for ", since(state.since))),
+    el("p.state", null, el("i.dot", { "aria-hidden": "true" }), el("b", null, word), state.since !== null && el("span.muted", null, " for ", since(state.since))),
+    limit && el("p.note", null, "asked to be left alone until ", at(limit.until), limit.status !== null && ` (${limit.status}, Retry-After)`),
     state.problem && el("p.note", null, state.problem),
     state.request
       ? el(

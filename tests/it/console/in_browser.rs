@@ -678,8 +678,9 @@ fn six_hours() -> String {
     }
     sql + &format!(
         "UPDATE poll_state SET newest_event = {now} / 1000 - 4;
-         INSERT OR REPLACE INTO api_status VALUES ('bigchat', 1, {now} - 52000000, {now} - 2000, 'GET /events', '200', NULL, NULL),
-            ('our_api', 1, {now} - 9000000, {now} - 1000, 'POST /chats', '201', NULL, NULL);
+         INSERT OR REPLACE INTO api_status VALUES
+            ('bigchat', 'up', {now} - 52000000, NULL, 0, NULL, NULL, NULL, {now} - 2000, 'GET /events', '200'),
+            ('our_api', 'up', {now} - 9000000, NULL, 0, NULL, NULL, NULL, {now} - 1000, 'POST /chats', '201');
          COMMIT;"
     )
 }

@@ -264,7 +264,7 @@ async fn outage_interrupts_a_pass() {
         t.our_api.loses_chat("15");
         t.our_api.resume();
         until("OurAPI is down", async || {
-            t.value("SELECT EXISTS (SELECT 1 FROM api_status WHERE name = 'our_api' AND up = 0)")
+            t.value("SELECT EXISTS (SELECT 1 FROM api_status WHERE name = 'our_api' AND state = 'down')")
         })
         .await;
         assert!(t.value::<bool>("SELECT ended_at IS NULL FROM verifications"));

@@ -8,7 +8,7 @@ use std::fmt::Display;
 use bigchat_sync::cli::failed::{self, FailedError};
 use bigchat_sync::cli::{Cli, Command};
 use bigchat_sync::domain::time::{Millis, Timestamp};
-use bigchat_sync::http::Api;
+use bigchat_sync::http::{Api, ApiState};
 use bigchat_sync::journal::{FailedAttempt, FailedEvent, Figures, PastResolution, Store};
 use bigchat_sync::simulator::event::T0;
 use clap::Parser;
@@ -90,9 +90,14 @@ impl Bench {
     /// Whether an API was up at the latest request; `None`: no request was sent to it yet.
     pub(crate) fn is_up(&self, api: Api) -> Option<bool> {
         let figures = self.figures()?;
-        match api {
-            Api::BigChat => figures.bigchat.up,
-            Api::OurApi => figures.our_api.up,
+        let state = match api {
+            Api::BigChat => figures.bigchat.state,
+            Api::OurApi => figures.our_api.state,
+        };
+        match state {
+            ApiState::Unknown => None,
+            ApiState::Up | ApiState::Failing => Some(true),
+            ApiState::Down => Some(false),
         }
     }
 

@@ -475,7 +475,7 @@ impl Bench {
         let (_stopping, once) = self.start_once();
         let ended = timeout(TIME_LIMIT, once).await.expect("it ends");
         match ended.expect("no panic") {
-            Ok(()) | Err(DaemonError::Unread | DaemonError::Undelivered(_)) => {}
+            Ok(()) | Err(DaemonError::Unread(_) | DaemonError::Undelivered { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }

@@ -1,5 +1,6 @@
 //! Settings, commands, output and files, as an operator uses them.
 
+mod api_states;
 mod bad_settings;
 mod commands;
 mod demo;

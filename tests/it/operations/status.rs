@@ -11,7 +11,7 @@ use wiremock::matchers::{method, path};
 use wiremock::{Mock, MockServer, ResponseTemplate};
 
 /// A delivered conversation, and the daemon that delivered it.
-async fn delivered(t: &Test) -> Daemon {
+pub(super) async fn delivered(t: &Test) -> Daemon {
     let now = t.now();
     t.bigchat.open(10, now - 100, 1);
     let events = vec![message(10, now - 5, "hello"), end(10, now - 4)];
@@ -38,7 +38,7 @@ fn problems(status: &Value) -> Vec<String> {
 }
 
 /// Waits until the status has exactly the problems that begin with these texts.
-async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
+pub(super) async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
         let (status, well) = t.status();
@@ -63,7 +63,7 @@ async fn until_found_up(t: &Bench) {
     .await;
 }
 
-async fn check(t: &Bench) -> (bool, String) {
+pub(super) async fn check(t: &Bench) -> (bool, String) {
     let Output { status, stdout, .. } = finished(t.program("check")).await;
     (status.success(), String::from_utf8(stdout).expect("text"))
 }
@@ -76,7 +76,7 @@ async fn status_with_and_without_daemon() {
         until_found_up(t).await;
         let status = until_problems(t, &[]).await;
         assert_eq!(status["daemon_runs"], json!(true));
-        assert_eq!(status["our_api"]["up"], json!(true));
+        assert_eq!(status["our_api"]["state"], json!("up"));
         assert_eq!(
             (&status["waiting"], &status["failed"]),
             (&json!(0), &json!(0))

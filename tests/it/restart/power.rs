@@ -262,7 +262,7 @@ impl Recording {
             loop {
                 match t.start_once().1.await.expect("no panic") {
                     // It has not read or delivered everything yet.
-                    Err(DaemonError::Unread | DaemonError::Undelivered(_)) => {}
+                    Err(DaemonError::Unread(_) | DaemonError::Undelivered { .. }) => {}
                     ended => return ended,
                 }
             }
