@@ -274,9 +274,12 @@ impl Health {
         status.without_passed_limit(Millis::now())
     }
 
-    /// Restores the status at the end of the last session. A few failures of that session are no sign.
+    /// Restores the status at the end of the last session. A few failures of that session are no sign. Of the rate limit,
+    /// this restores the status of the response; [`Self::limit`] has put it in force.
     pub(super) fn recall(&mut self, api: Api, status: &ApiStatus) {
-        if let Some(limit) = status.rate_limit {
+        if let (Some(limit), Some(held)) = (status.rate_limit, self.rate_limit)
+            && limit.until == held.until
+        {
             self.limited(limit, api);
         }
         let up = match status.state {

@@ -35,6 +35,8 @@ impl<'a> Desk<'a> {
     }
 
     async fn over(t: &'a Test, tokens: Tokens) -> Self {
+        // A wrong clock would be a problem.
+        t.bigchat.clock_runs(0);
         let (daemon, url) = t.start_listening(tokens);
         t.delivers([start(42, 0), message(42, 5, "Hello, is anybody there?")])
             .await;
@@ -691,6 +693,7 @@ fn six_hours() -> String {
 #[ignore = "needs chromium"]
 async fn pictures_in_both_themes() {
     run_test(async |t| {
+        t.bigchat.clock_runs(0);
         t.fill(&six_hours()).await;
         let (_, url) = t.start_listening(Tokens::default());
         let browser = Browser::open(&url, (1280, 1120)).await;

@@ -164,7 +164,9 @@ async fn failing_is_not_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_was_never_reached() {
     let t = Bench::unreachable();
+    // Neither a further poll nor, after two failures, a further probe.
     t.set("--poll-interval", "1h");
+    t.set("--retry-initial", "1h").set("--retry-max", "1h");
     let daemon = Process::start(&t);
     until("the first poll has failed", async || {
         t.is_ready() && t.status().0["bigchat"]["problem"].is_string()
