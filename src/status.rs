@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::bigchat::clock;
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiState};
+use crate::http::Api;
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::settings::Settings;
 use crate::version;
@@ -205,10 +205,11 @@ pub(crate) fn problems(
         );
     }
     let stale = STALE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
-    let no_poll = match daemon_runs && figures.bigchat.state != ApiState::Down {
-        true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
-        false => stale,
-    };
+    let no_poll =
+        match daemon_runs && !figures.bigchat.is_down() && figures.bigchat.long_limit().is_none() {
+            true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
+            false => stale,
+        };
     match figures.polled_at {
         None => problem(
             "no poll of BigChat was completed yet".into(),

@@ -44,7 +44,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 const TIMEOUT: Duration = Duration::from_secs(4);
 
 /// The period in which each chat is verified.
-const VERIFY_EVERY: Duration = Duration::from_secs(2 * 3600);
+const VERIFY_EVERY: Duration = Duration::from_secs(30 * 60);
 
 /// The limit for coming to rest after the last fault: the pass in progress, and a complete one.
 const REST: Duration = Duration::from_secs(3 * 86_400);
@@ -643,8 +643,8 @@ fn number(variable: &str, default: u64) -> u64 {
 #[test]
 fn simulated_weeks_end_without_difference() {
     let first = number("BIGCHAT_SYNC_TEST_SEED", 1);
-    let hours = number("BIGCHAT_SYNC_TEST_HOURS", 5);
-    let weeks = number("BIGCHAT_SYNC_TEST_WEEKS", 4);
+    let hours = number("BIGCHAT_SYNC_TEST_HOURS", 3);
+    let weeks = number("BIGCHAT_SYNC_TEST_WEEKS", 1);
     let length = HOUR * u32::try_from(hours).expect("few hours");
     for seed in first..first + weeks {
         let began = std::time::Instant::now();
@@ -667,7 +667,7 @@ fn simulated_weeks_end_without_difference() {
 fn simulated_week_can_be_repeated() {
     let week = Week {
         without_jitter: true,
-        ..Week::of(3, 4 * HOUR)
+        ..Week::of(3, 2 * HOUR)
     };
     let [first, second] = [(); 2].map(|()| {
         let (story, outcome) = week.live();
