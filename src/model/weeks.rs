@@ -1,9 +1,9 @@
 //! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with faults
 //! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
 //!
-//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them. A
-//! week with polls every 10 s takes half a minute. One with polls every 10 minutes takes little less, because delivery
-//! checks for work every second. `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
+//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them. In
+//! a release build, a week with polls every 10 minutes takes about a minute, because delivery checks for work every second.
+//! With polls every 10 s, it takes several. `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
 //! seed, and `BIGCHAT_SYNC_TEST_HOURS` the length of each.
 //!
 //! Losses that the daemon cannot recover from are not drawn: a lost response of BigChat (it reports only once), and
