@@ -72,7 +72,7 @@ async fn systemd_is_notified_of_state() {
         assert!(t.is_ready(), "not before the session has begun");
         until("it is alive", async || manager.count("WATCHDOG=1") > 3).await;
         until("the status is sent", async || {
-            manager.count("STATUS=BigChat is up, OurAPI is up; ") > 0
+            manager.count("STATUS=BigChat is up, OurAPI is not asked yet; ") > 0
         })
         .await;
         assert_eq!(manager.count("STOPPING=1"), 0);
