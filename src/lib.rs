@@ -22,19 +22,22 @@
 //!
 //! # Where to start
 //!
-//! Each of these is a change in one place; the compiler and the tests name the rest.
+//! Begin at these places; the compiler and the tests name most of the rest.
 //!
-//! - **A kind of event:** [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If it changes the
-//!   chat, a file in `delivery/handlers/` with its fold; if it is stored as a message,
-//!   [`Payload::text`](domain::event::Payload::text). The chart of the console has its own list, in `console/page/chart.js`.
-//! - **A setting:** a field of [`Settings`](settings::Settings), and its row in `cli/manual/settings.md`.
-//! - **A command:** a file in [`cli`] with its arguments and a function that returns what to print, a variant of
-//!   [`cli::Command`], and its line in `main.rs`.
-//! - **A metric:** a counter of what the process does in [`metrics`]; a gauge of what the journal knows in
-//!   `console/probes.rs`. Its row in `cli/manual/monitoring.md`.
-//! - **Another target than OurAPI:** [`our_api`] is all that knows its requests, and
-//!   [`ErrorKind::of`](http::ErrorKind) what its statuses mean; [`delivery`] asks it to create, change and list chats, agents
-//!   and messages.
+//! - **A kind of event:** [`EventKind`](domain::event::EventKind) with its list `ALL`, and
+//!   [`Payload`](domain::event::Payload). If it changes the chat, a file in `delivery/handlers/` with its fold. If it is
+//!   stored as a message, `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); nothing else in
+//!   delivery. No compiler names the colours in `console/page/console.css`, how `failed.js` and `talk.js` show its text, and
+//!   the [`simulator`], which shares no code and has names of its own (`bigchat`, `chance`, `compare`).
+//! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
+//!   `cli/manual/settings.md`.
+//! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a
+//!   variant of [`cli::Command`]; its line in `main.rs`; its section in `cli/manual/commands.md`.
+//! - **A metric:** a counter of what the process does in [`metrics`]; a gauge in `console/probes.rs`, of what the journal
+//!   knows with its value from `journal/status.rs`. Its row in `cli/manual/monitoring.md`.
+//! - **Another target:** a replacement of OurAPI, not a second one beside it. Its requests are in [`our_api`] and
+//!   `http/route.rs`, and [`ErrorKind::of`](http::ErrorKind) says what its statuses mean; the fields of a chat that change
+//!   are in [`domain::conversation`]; [`delivery`] creates, changes and lists chats, agents and messages.
 //!
 //! # Glossary
 //!
@@ -42,7 +45,8 @@
 //!
 //! - **advisor**: who answers in BigChat, by BigChat's id; in OurAPI an *agent*.
 //! - **agent**: who answers in OurAPI, found by e-mail address.
-//! - **attempt**: one try to deliver an event; it counts only if another conversation succeeded since the last one.
+//! - **attempt**: one try to deliver an event. A failed one counts towards `--max-attempts` only if a write of another
+//!   conversation has succeeded since the event's previous attempt.
 //! - **back-off**: the wait before the next attempt: exponential, with full jitter.
 //! - **circuit breaker**: per API; while it is open, one request at a time probes the API.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
