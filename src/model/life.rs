@@ -211,8 +211,8 @@ impl Stage {
             sleep(Duration::from_millis(500)).await;
             let mut inner = self.inner();
             if inner.is_at_rest() {
-                if inner.lost_until.is_some() {
-                    if !inner.is_verified() {
+                if let Some(lost_until) = inner.lost_until {
+                    if !super::is_verified(&mut inner.store, lost_until) {
                         continue;
                     }
                 } else if inner.bigchat.nudges < inner.wipes {
@@ -297,17 +297,6 @@ impl Inner {
         let connection = self.store.connection();
         let nothing_left = connection.query_row(NOTHING_LEFT, [], |row| row.get(0));
         self.bigchat.has_reported_all() && nothing_left.expect("an answer")
-    }
-
-    /// Whether all chats were verified after the latest possible loss.
-    fn is_verified(&mut self) -> bool {
-        let lost_until = self.lost_until.unwrap_or_default();
-        let is_verified = self.store.connection().query_row(
-            "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
-            [lost_until.0],
-            |row| row.get(0),
-        );
-        is_verified.expect("an answer")
     }
 
     fn report(&mut self) -> Report {

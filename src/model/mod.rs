@@ -24,6 +24,7 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use crate::cli::Cli;
 use crate::domain::time::Millis;
+use crate::journal::Store;
 use crate::settings::{Settings, VerifyEvery};
 use crate::simulator::event::{T0, end, message, start, transfer};
 use life::{Life, Step, Strike, Wrong};
@@ -42,6 +43,16 @@ pub(crate) fn clock() -> Option<Millis> {
 
 fn set_clock(clock: Option<(Millis, tokio::time::Instant)>) {
     CLOCK.set(clock);
+}
+
+/// Whether a pass in idle time that began after `since` has verified all chats.
+fn is_verified(store: &mut Store, since: Millis) -> bool {
+    let is_verified = store.connection().query_row(
+        "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
+        [since.0],
+        |row| row.get(0),
+    );
+    is_verified.expect("an answer")
 }
 
 /// As often as delivery checks the journal anyway, so that little happens in between.

@@ -319,16 +319,6 @@ impl Inner {
             .query_row(NOTHING_LEFT, [], |row| row.get(0));
         nothing_left.expect("an answer")
     }
-
-    /// Whether a pass that began after that time has verified all chats.
-    fn is_verified(&mut self, since: Millis) -> bool {
-        let is_verified = self.store.connection().query_row(
-            "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
-            [since.0],
-            |row| row.get(0),
-        );
-        is_verified.expect("an answer")
-    }
 }
 
 impl Stage {
@@ -394,7 +384,7 @@ impl Stage {
         loop {
             sleep(10 * MINUTE).await;
             let mut inner = self.inner();
-            if inner.is_at_rest() && inner.is_verified(calm) {
+            if inner.is_at_rest() && super::is_verified(&mut inner.store, calm) {
                 let report = inner.report();
                 let failed = inner.store.count_failed().expect("a count");
                 return if !report.is_clean() {

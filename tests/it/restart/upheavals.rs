@@ -52,6 +52,22 @@ fn pause_after(faults: &BigChat, passing: usize) {
     faults.upset("GET /events", paused());
 }
 
+/// The daemon has the first of two pages, with a message each of conversations 2 and 3, and has requested the second.
+async fn half_a_poll(t: &Test) -> &BigChat {
+    let faults = &t.bigchat;
+    faults.hold(true);
+    pause_after(faults, 1);
+    let now = t.now();
+    t.bigchat.open(2, now - 100, 1);
+    t.bigchat.open(3, now - 100, 2);
+    let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
+    let next = NextPage::Usual;
+    t.bigchat.reports(Page::Events(of_before, next));
+    faults.hold(false);
+    until("half a poll", async || faults.pausing() == 1).await;
+    faults
+}
+
 /// A restart between two pages mixes no epochs.
 #[tokio::test]
 async fn restart_between_two_pages() {
@@ -59,17 +75,7 @@ async fn restart_between_two_pages() {
         t.start();
         t.until_polled().await;
         // BigChat restarts between the first page and the second one.
-        let faults = &t.bigchat;
-        faults.hold(true);
-        pause_after(faults, 1);
-        let now = t.now();
-        t.bigchat.open(2, now - 100, 1);
-        t.bigchat.open(3, now - 100, 2);
-        let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
-        let next = NextPage::Usual;
-        t.bigchat.reports(Page::Events(of_before, next));
-        faults.hold(false);
-        until("half a poll", async || faults.pausing() == 1).await;
+        let faults = half_a_poll(t).await;
         t.bigchat.restart();
         let now = t.now();
         // The new epoch has used the ids up to 2 so far.
@@ -448,17 +454,7 @@ async fn clock_set_back_by_a_restart() {
         t.start();
         // The epoch has been verified.
         t.bigchat.further_polls(3).await;
-        let faults = &t.bigchat;
-        faults.hold(true);
-        pause_after(faults, 1);
-        let now = t.now();
-        t.bigchat.open(2, now - 100, 1);
-        t.bigchat.open(3, now - 100, 2);
-        let of_before = vec![message(2, now, "of before"), message(3, now, "of before")];
-        let next = NextPage::Usual;
-        t.bigchat.reports(Page::Events(of_before, next));
-        faults.hold(false);
-        until("half a poll", async || faults.pausing() == 1).await;
+        let faults = half_a_poll(t).await;
         t.bigchat.clock_runs(-3600);
         t.bigchat.restart();
         let now = t.now();
