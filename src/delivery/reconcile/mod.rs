@@ -1,0 +1,391 @@
+//! Reconciling a conversation: sends the difference between the desired and the observed chat.
+//!
+//! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with an
+//! older copy of the database. The conversation is *stale* then, and there is one cure: the chat is read back, and its
+//! messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
+
+mod read_back;
+mod verify;
+
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use self::read_back::{Needed, Refreshed};
+use super::attempts::AttemptError;
+use super::chat;
+use super::handlers::{self, message};
+use super::worker::Worker;
+use crate::domain::account::{self, MessageKey};
+use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending};
+use crate::domain::ids::EventId;
+use crate::domain::progress::{
+    Claim, Effect, Missing, Observation, VerificationResult, Verify, Work,
+};
+use crate::http::{ApiError, ErrorKind, Resource};
+use crate::our_api;
+use crate::settings::MessageAuthor;
+
+/// The result of a piece of work.
+#[derive(Debug)]
+pub(super) struct Reconciled {
+    pub(super) conversation: Conversation,
+    pub(super) events: Vec<Pending>,
+    pub(super) claim: Claim,
+    /// The events delivered or permanently rejected. The others were not attempted.
+    pub(super) done: Vec<(EventId, Result<Effect, AttemptError>)>,
+    /// Set if the work ended early.
+    pub(super) stopped: Option<Stopped>,
+    pub(super) observation: Observation,
+    /// A chat was adopted, and its messages could not be read.
+    pub(super) is_unread: bool,
+    pub(super) consumed: Vec<MessageKey>,
+    /// How many writes OurAPI carried out.
+    pub(super) writes: u32,
+    pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
+    /// What differs and stays, as far as the chat was read.
+    pub(super) drift: Option<Drift>,
+    pub(super) missing: Option<Missing>,
+}
+
+/// Why the work ended early.
+#[derive(Debug)]
+pub(super) struct Stopped {
+    /// The event; `None`: the chat itself.
+    pub(super) at: Option<EventId>,
+    pub(super) error: AttemptError,
+    /// The chat's messages could not be read.
+    pub(super) reading_messages: bool,
+    /// A change of the chat failed that no event requests: the event was not sent.
+    pub(super) changing_chat: bool,
+}
+
+impl Stopped {
+    fn at(event: Option<EventId>, error: AttemptError) -> Self {
+        Self {
+            at: event,
+            error,
+            reading_messages: false,
+            changing_chat: false,
+        }
+    }
+}
+
+/// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
+/// before its next request once it is to give way.
+pub(super) async fn reconcile(
+    worker: &Worker,
+    work: Work,
+    give_way: &CancellationToken,
+) -> Reconciled {
+    let Work {
+        conversation,
+        events,
+        claim,
+        verify,
+    } = work;
+    let mut run = Reconciled {
+        conversation,
+        events,
+        claim,
+        done: Vec::new(),
+        stopped: None,
+        observation: Observation::None,
+        is_unread: false,
+        consumed: Vec::new(),
+        writes: 0,
+        verified: verify.map(|verify| (verify, None)),
+        drift: None,
+        missing: None,
+    };
+    let ended = match verify {
+        Some(verify) => Box::pin(run.verify(worker, verify, give_way)).await,
+        None => run.deliver(worker).await,
+    };
+    run.stopped = ended.err();
+    run
+}
+
+/// Whether a waiting message may have been delivered.
+pub(super) fn is_outcome_unknown(worker: &Worker, event: &Pending) -> bool {
+    event.payload.kind().is_message()
+        && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
+}
+
+impl Reconciled {
+    async fn deliver(&mut self, worker: &Worker) -> Result<(), Stopped> {
+        if self.is_stale(worker) {
+            return Box::pin(self.read_back(worker)).await;
+        }
+        // Rare futures are boxed, so that the one polled for each message stays small.
+        Box::pin(self.change_chat(worker)).await?;
+        if self.observation != Observation::None && self.observation != Observation::Created {
+            return Ok(());
+        }
+        self.send_messages(worker).await
+    }
+
+    /// Whether the journal's record of the chat may be wrong.
+    fn is_stale(&self, worker: &Worker) -> bool {
+        self.conversation.observed.chat.is_some()
+            && (self.claim.became_stale || self.claim.is_lost || self.is_replayed(worker))
+    }
+
+    /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
+    fn is_replayed(&self, worker: &Worker) -> bool {
+        // If the messages cannot be read, the fields were.
+        let is_replayed = |event: &Pending| {
+            worker.may_be_delivered(event.id)
+                && (event.payload.kind().is_message()
+                    || !worker.is_unreadable(self.conversation.id))
+        };
+        !self.claim.is_read && self.events.iter().any(is_replayed)
+    }
+
+    /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or OurAPI
+    /// rejects them together.
+    async fn change_chat(&mut self, worker: &Worker) -> Result<(), Stopped> {
+        let changes: Vec<Pending> = self
+            .events
+            .iter()
+            .filter(|event| !event.payload.kind().is_message())
+            .cloned()
+            .collect();
+        let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
+        if changes.len() < 2 || !has_failed {
+            match self.write_chat(worker, &changes).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(effect)) => {
+                    self.done
+                        .extend(changes.iter().map(|event| (event.id, Ok(effect))));
+                    return Ok(());
+                }
+                Err(error) if !error.is_rejection() => {
+                    let first = changes.first().or(self.events.first());
+                    return Err(Stopped {
+                        changing_chat: changes.is_empty(),
+                        ..Stopped::at(first.map(|event| event.id), error)
+                    });
+                }
+                Err(error) if changes.is_empty() => return self.unchangeable(error),
+                Err(error) if changes.len() == 1 => {
+                    self.done.push((changes[0].id, Err(error)));
+                    return Ok(());
+                }
+                Err(_) => {}
+            }
+        }
+        for event in changes {
+            if worker.stopping.is_cancelled() {
+                return Ok(());
+            }
+            match self.write_chat(worker, std::slice::from_ref(&event)).await {
+                Ok(None) => return Ok(()),
+                Ok(Some(effect)) => self.done.push((event.id, Ok(effect))),
+                Err(error) if error.is_rejection() => self.done.push((event.id, Err(error))),
+                Err(error) => return Err(Stopped::at(Some(event.id), error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages;
+    /// without a chat, the first message fails, or there is none until the next event.
+    fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
+        let chat = self.conversation.observed.chat;
+        if chat.is_none() {
+            if let Some(first) = self.events.first() {
+                self.done.push((first.id, Err(error)));
+                return Ok(());
+            }
+            self.observation = Observation::Read(None);
+        }
+        let failure = error.logged();
+        tracing::warn!(
+            conversation = self.conversation.bigchat_id, chat = chat.map(tracing::field::display),
+            reason = %failure.reason, request = %failure.request, response = %failure.response,
+            "OurAPI rejects a change of a chat; it stays as it is"
+        );
+        Ok(())
+    }
+
+    /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing was
+    /// written.
+    async fn write_chat(
+        &mut self,
+        worker: &Worker,
+        changes: &[Pending],
+    ) -> Result<Option<Effect>, AttemptError> {
+        let observed = &self.conversation.observed;
+        let is_needed = !self.events.is_empty()
+            || observed.chat.is_some()
+            || observed.external_id.is_some()
+                && (worker.settings.rebuild.restores() || self.claim.is_rewound);
+        if !is_needed {
+            if self.claim.is_lost {
+                // No part of the chat exists, and none is desired.
+                self.observation = Observation::Read(None);
+            }
+            return Ok(Some(Effect::Nothing));
+        }
+        chat::read_details(worker, &mut self.conversation, changes).await?;
+        let mut desired = self.conversation.desired;
+        for event in changes {
+            handlers::fold(&mut desired, event);
+        }
+        let earliest = self.events.iter().map(|event| event.at).min();
+        let fields = chat::fields(worker, &self.conversation, &desired, changes, earliest).await?;
+        let effect = match self.conversation.observed.chat {
+            Some(chat) => self.patch(worker, chat, &desired, &fields).await?,
+            None => self.create(worker, &desired, &fields).await?,
+        };
+        if effect.is_some() {
+            self.conversation.desired = desired;
+        }
+        Ok(effect)
+    }
+
+    async fn patch(
+        &mut self,
+        worker: &Worker,
+        chat: Uuid,
+        desired: &Desired,
+        fields: &Fields,
+    ) -> Result<Option<Effect>, AttemptError> {
+        let observed = &mut self.conversation.observed;
+        let change = observed.diff(fields);
+        if change.is_empty() {
+            observed.apply(fields, desired.advisor());
+            return Ok(Some(Effect::Nothing));
+        }
+        let Err(error) = worker.our_api.change_chat(chat, &change).await else {
+            observed.apply(fields, desired.advisor());
+            self.writes += 1;
+            return Ok(Some(Effect::ChatChanged));
+        };
+        match error.kind {
+            ErrorKind::NotFound(Resource::Chat) => {
+                self.chat_missing(worker, error).await.map(|()| None)
+            }
+            ErrorKind::NotFound(Resource::Agent) => {
+                Err(self.agent_missing(worker, fields.agent, error).await)
+            }
+            _ => Err(AttemptError::Write(error)),
+        }
+    }
+
+    async fn create(
+        &mut self,
+        worker: &Worker,
+        desired: &Desired,
+        fields: &Fields,
+    ) -> Result<Option<Effect>, AttemptError> {
+        match chat::create(worker, &mut self.conversation, desired, fields).await? {
+            chat::Created::New => {
+                self.writes += 1;
+                self.observation = Observation::Created;
+                // It was created with the first intended fields, and more may be known by now.
+                let changed = match self.conversation.observed.chat {
+                    Some(chat) => self.patch(worker, chat, desired, fields).await?,
+                    None => None,
+                };
+                Ok(changed.map(|_| Effect::ChatCreated))
+            }
+            chat::Created::Adopted(chat) => {
+                let accounted = self.account(worker, chat, Needed::Always).await;
+                self.is_unread = accounted.is_err();
+                accounted.map_err(|stopped| stopped.error)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Handles a response that the chat does not exist. It is believed only if OurAPI's list confirms it.
+    async fn chat_missing(&mut self, worker: &Worker, error: ApiError) -> Result<(), AttemptError> {
+        match self.refresh(worker).await? {
+            Refreshed::Gone => self.gone(worker, worker.settings.rebuild.restores()).await,
+            // The list has the chat.
+            Refreshed::Ours(_) => Err(AttemptError::Write(
+                error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
+            )),
+        }
+    }
+
+    /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created again.
+    async fn agent_missing(
+        &mut self,
+        worker: &Worker,
+        agent: Option<Uuid>,
+        error: ApiError,
+    ) -> AttemptError {
+        let error = worker.agents.missing(agent, error).await;
+        if matches!(error, AttemptError::DataLost(_)) {
+            self.conversation.observed.agent = None;
+            self.conversation.observed.advisor = None;
+        }
+        error
+    }
+
+    async fn send_messages(&mut self, worker: &Worker) -> Result<(), Stopped> {
+        let Some(chat) = self.conversation.observed.chat else {
+            return Ok(());
+        };
+        let target = worker.our_api.message_target(chat);
+        let events = std::mem::take(&mut self.events);
+        let sent = self.send_all(worker, &target, &events).await;
+        self.events = events;
+        sent
+    }
+
+    async fn send_all(
+        &mut self,
+        worker: &Worker,
+        target: &our_api::MessageTarget,
+        events: &[Pending],
+    ) -> Result<(), Stopped> {
+        let author = match worker.settings.message_author {
+            MessageAuthor::None => None,
+            MessageAuthor::Agent => self.conversation.observed.agent,
+        };
+        for event in events {
+            let Some(text) = event.payload.text() else {
+                continue;
+            };
+            if worker.stopping.is_cancelled() {
+                return Ok(());
+            }
+            // A credit counts only for a message that may have been sent before.
+            if event
+                .credit
+                .is_some_and(|as_of| event.id <= as_of.max(worker.session.replay_until.get()))
+            {
+                self.consumed.push(account::key(event.at, text));
+                self.done.push((event.id, Ok(Effect::Nothing)));
+                continue;
+            }
+            let sent = message::send(&worker.our_api, target, event, text, author).await;
+            let Err(error) = sent else {
+                self.writes += 1;
+                self.done.push((event.id, Ok(Effect::MessageAdded)));
+                continue;
+            };
+            let error = match error.kind {
+                ErrorKind::NotFound(Resource::Chat) => {
+                    match Box::pin(self.chat_missing(worker, error)).await {
+                        Ok(()) => return Ok(()),
+                        Err(error) => error,
+                    }
+                }
+                ErrorKind::NotFound(Resource::Agent) => {
+                    Box::pin(self.agent_missing(worker, author, error)).await
+                }
+                _ => AttemptError::Write(error),
+            };
+            if error.is_rejection() {
+                self.done.push((event.id, Err(error)));
+            } else {
+                return Err(Stopped::at(Some(event.id), error));
+            }
+        }
+        Ok(())
+    }
+}

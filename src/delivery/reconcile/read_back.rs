@@ -1,0 +1,317 @@
+//! The cure for a stale conversation: the chat is read back, and its messages are accounted for.
+
+use uuid::Uuid;
+
+use super::{Reconciled, Stopped, is_outcome_unknown};
+use crate::delivery::attempts::AttemptError;
+use crate::delivery::worker::Worker;
+use crate::domain::account::{self, MessageKey, MessageState, Recorded};
+use crate::domain::conversation::{Conversation, Drift, Pending, UnknownFields};
+use crate::domain::ids::EventId;
+use crate::domain::progress::{Missing, Observation};
+use crate::our_api::{self, Message};
+
+/// When the chat's messages have to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needed {
+    /// The chat may have messages that the journal does not know.
+    Always,
+    /// If messages were delivered, which may be missing.
+    IfAny,
+    /// If messages wait, which may have been delivered.
+    IfWaiting,
+}
+
+/// A chat as read back.
+pub(super) enum Refreshed {
+    /// The known chat, perhaps changed.
+    Ours(our_api::Chat),
+    /// The chat does not exist, or another one has its external id.
+    Gone,
+}
+
+impl Reconciled {
+    pub(super) async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
+        let first = self.events.first().map(|event| event.id);
+        let failed = |error| Stopped::at(first, error);
+        let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
+            if self.events.is_empty() && !worker.settings.rebuild.restores() {
+                // Nothing needs the chat. It is forgotten once an event does.
+                return self.stays_lost();
+            }
+            return self
+                .gone(worker, worker.settings.rebuild.restores())
+                .await
+                .map_err(failed);
+        };
+        let unknown = self.unknown_fields(worker);
+        let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
+        // A drift that was known before was reported then.
+        if drift != self.claim.drift {
+            self.report_drift(drift, &found);
+        }
+        self.drift = Some(drift);
+        self.agent_may_be_gone(worker, found.agent_id)
+            .await
+            .map_err(failed)?;
+        let needed = if self.is_replayed(worker) {
+            Needed::Always
+        } else if self.claim.is_lost && worker.settings.rebuild.restores() {
+            Needed::IfAny
+        } else {
+            Needed::IfWaiting
+        };
+        self.account(worker, found.chat_id, needed).await
+    }
+
+    /// The fields that may have been written although the journal does not record it: those named by events of unknown
+    /// outcome, or which a newer copy of the journal may have delivered. Changes are written together.
+    fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
+        let is_unknown = |event: &&Pending| {
+            event.attempts.outcome_unknown
+                || self.is_replayed(worker) && worker.may_be_delivered(event.id)
+        };
+        let changes = || {
+            self.events
+                .iter()
+                .filter(|event| !event.payload.kind().is_message())
+        };
+        let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
+        if !is_any_unknown {
+            // It is unknown which fields were being written.
+            return match self.claim.became_stale {
+                true => UnknownFields::ALL,
+                false => UnknownFields::default(),
+            };
+        }
+        let changed = match changes().any(|event| event.attempts.outcome_unknown) {
+            true => UnknownFields::changed_by(changes()),
+            false => UnknownFields::changed_by(changes().filter(is_unknown)),
+        };
+        // A field that differs from the desired one may have been written with them.
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        UnknownFields {
+            started_at: changed.started_at
+                || desired.started_at.is_none()
+                || desired.started_at != observed.started_at,
+            ended_at: changed.ended_at || desired.ended_at > observed.ended_at,
+            agent: changed.agent || desired.advisor() != observed.advisor,
+        }
+    }
+
+    /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
+    /// that still exists stays, whichever client set it.
+    async fn agent_may_be_gone(
+        &mut self,
+        worker: &Worker,
+        named: Option<Uuid>,
+    ) -> Result<(), AttemptError> {
+        let Conversation {
+            epoch,
+            desired,
+            observed,
+            ..
+        } = &mut self.conversation;
+        if let Some(advisor) = desired.advisor()
+            && self.claim.is_lost
+            && observed.advisor == Some(advisor)
+            && worker.agents.resolve(*epoch, advisor).await? != named
+            && !worker.agents.is_there(named).await?
+        {
+            observed.agent = named;
+            observed.advisor = None;
+        }
+        Ok(())
+    }
+
+    /// Merges what was read, and returns the fields that another client has changed.
+    pub(super) async fn merge(
+        &mut self,
+        worker: &Worker,
+        found: &our_api::Chat,
+        unknown: UnknownFields,
+    ) -> Result<Drift, AttemptError> {
+        let Conversation {
+            epoch, observed, ..
+        } = &mut self.conversation;
+        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
+        let mut drift = observed.merge(&found.fields(), unknown);
+        // Once it was read, another client's agent is the recorded one.
+        drift.agent |= self.claim.drift.agent && !unknown.agent;
+        if drift.agent {
+            // It may have been changed back.
+            drift.agent = match advisor {
+                None => found.agent_id.is_some(),
+                Some(advisor) => {
+                    let agent = worker
+                        .journal
+                        .with(move |store| store.agent_of(epoch, advisor));
+                    let agent = agent.await?;
+                    agent.is_none_or(|agent| found.agent_id != Some(agent))
+                }
+            };
+        }
+        Ok(drift)
+    }
+
+    pub(super) fn report_drift(&self, drift: Drift, found: &our_api::Chat) {
+        if !drift.is_none() {
+            tracing::warn!(
+                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
+                "a chat was changed in OurAPI by another client, or after this copy of the database was made; it stays as it is"
+            );
+        }
+    }
+
+    /// OurAPI has lost the chat, and it is not restored.
+    fn stays_lost(&mut self) -> Result<(), Stopped> {
+        let missing = Missing {
+            chat: true,
+            ..Missing::default()
+        };
+        self.report_missing(missing);
+        self.missing = Some(missing);
+        self.observation = Observation::Read(None);
+        Ok(())
+    }
+
+    pub(super) fn report_missing(&self, missing: Missing) {
+        if !missing.is_none() {
+            tracing::error!(
+                conversation = self.conversation.bigchat_id,
+                chat = self
+                    .conversation
+                    .observed
+                    .chat
+                    .map(tracing::field::display::<Uuid>),
+                %missing,
+                "OurAPI has lost a chat or a part of it; it is not restored, because of --rebuild"
+            );
+        }
+    }
+
+    /// Reads the chat by its external id.
+    pub(super) async fn refresh(&self, worker: &Worker) -> Result<Refreshed, AttemptError> {
+        let observed = &self.conversation.observed;
+        let external_id = observed.external_id.as_deref().unwrap_or_default();
+        Ok(match worker.our_api.chat(external_id).await? {
+            Some(found) if Some(found.chat_id) == observed.chat => Refreshed::Ours(found),
+            _ => Refreshed::Gone,
+        })
+    }
+
+    /// The conversation's messages in the journal.
+    pub(super) async fn recorded(&self, worker: &Worker) -> Result<Vec<Recorded>, AttemptError> {
+        let id = self.conversation.id;
+        let replay_until = worker.session.replay_until.get();
+        let recorded = worker
+            .journal
+            .with(move |store| store.recorded_messages(id, replay_until));
+        Ok(recorded.await?)
+    }
+
+    /// Reads the chat's messages, if needed, and accounts for them.
+    pub(super) async fn account(
+        &mut self,
+        worker: &Worker,
+        chat: Uuid,
+        needed: Needed,
+    ) -> Result<(), Stopped> {
+        let recorded = self
+            .recorded(worker)
+            .await
+            .map_err(|error| Stopped::at(self.first_outcome_unknown(worker), error))?;
+        let is_message = |event: &Pending| event.payload.kind().is_message();
+        let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
+        let is_needed = match needed {
+            Needed::Always => true,
+            Needed::IfAny => !recorded.is_empty(),
+            // More may wait than was claimed.
+            Needed::IfWaiting => {
+                self.events.iter().any(is_message) || recorded.iter().any(is_unknown)
+            }
+        };
+        if !is_needed {
+            self.observation = Observation::Read(None);
+            return Ok(());
+        }
+        let held = held(worker, chat, self.first_outcome_unknown(worker)).await?;
+        let mut accounting = account::account(held, &recorded);
+        if !worker.settings.rebuild.restores() {
+            let missing = Missing {
+                messages: count(&accounting.missing),
+                ..Missing::default()
+            };
+            self.report_missing(missing);
+            self.missing = Some(missing);
+            accounting.missing.clear();
+        }
+        if !accounting.missing.is_empty() {
+            tracing::error!(
+                conversation = self.conversation.bigchat_id, %chat, messages = accounting.missing.len(),
+                "OurAPI has lost messages of a chat; they are sent again"
+            );
+        }
+        self.observation = Observation::Read(Some(accounting));
+        Ok(())
+    }
+
+    /// The first waiting message that may have been delivered. It is the reason to read the chat.
+    fn first_outcome_unknown(&self, worker: &Worker) -> Option<EventId> {
+        let mut messages = self
+            .events
+            .iter()
+            .filter(|event| is_outcome_unknown(worker, event));
+        messages.next().map(|event| event.id)
+    }
+
+    /// Handles a lost chat. OurAPI has probably lost other data, too.
+    pub(super) async fn gone(
+        &mut self,
+        worker: &Worker,
+        rebuild: bool,
+    ) -> Result<(), AttemptError> {
+        tracing::error!(
+            conversation = self.conversation.bigchat_id,
+            chat = self
+                .conversation
+                .observed
+                .chat
+                .map(tracing::field::display::<Uuid>),
+            rebuild,
+            "OurAPI has lost a chat"
+        );
+        let is_known = self.claim.is_lost && self.observation != Observation::Created
+            || worker.agents.losses() > self.claim.losses;
+        if !rebuild {
+            // The agents may be gone, too; a check costs one request each.
+            worker.agents.forget();
+        } else if !is_known {
+            worker.agents.record_loss().await?;
+        }
+        worker.metrics.chat_was_missing();
+        self.observation = Observation::Gone { rebuild };
+        Ok(())
+    }
+}
+
+/// The messages that OurAPI has of a chat. A failure is one of the event `at`.
+pub(super) async fn held(
+    worker: &Worker,
+    chat: Uuid,
+    at: Option<EventId>,
+) -> Result<Vec<MessageKey>, Stopped> {
+    match worker.our_api.messages(chat).await {
+        Ok(held) => Ok(held.iter().map(Message::key).collect()),
+        Err(error) => Err(Stopped {
+            reading_messages: true,
+            ..Stopped::at(at, error.into())
+        }),
+    }
+}
+
+pub(super) fn count(missing: &[EventId]) -> u32 {
+    u32::try_from(missing.len()).unwrap_or(u32::MAX)
+}
