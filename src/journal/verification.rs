@@ -451,7 +451,9 @@ pub(super) fn record_finding(
                 "INSERT INTO findings (verification, conversation, state, messages, fields)
                  SELECT id, ?3, ?4, ?5, ?6 FROM verifications
                  WHERE id > ?1 AND id <= ?2 AND NOT idle
-                    AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
+                    AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))
+                 -- A chat that was created again meanwhile is verified again.
+                 ON CONFLICT DO UPDATE SET state = excluded.state, messages = excluded.messages, fields = excluded.fields",
             )?
             .execute(range)?;
     }

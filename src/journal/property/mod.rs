@@ -1154,3 +1154,33 @@ proptest! {
         }
     }
 }
+
+/// A chat that a verification has found to differ, and that is lost and created again, is verified again by it.
+#[test]
+fn chat_differs_twice_in_a_verification() {
+    let script = |found, missing| Script {
+        fates: vec![Fate::Delivered],
+        found,
+        missing: vec![missing],
+        credits: [0, 0],
+    };
+    let deliver = |found, missing, meanwhile| Step::Deliver(script(found, missing), meanwhile);
+    let verify = Step::Verify {
+        repair: true,
+        conversation: None,
+        withdraws: false,
+    };
+    let gone = Found::Gone { rebuild: false };
+    let mut pair = Pair::new();
+    for step in [
+        Step::Ingest(vec![(3, 0)]),
+        deliver(Found::AsRemembered, false, vec![]),
+        deliver(Found::AsRemembered, false, vec![verify]),
+        deliver(Found::AsRemembered, true, vec![]),
+        deliver(gone, false, vec![]),
+        deliver(Found::AsRemembered, false, vec![]),
+        deliver(gone, false, vec![]),
+    ] {
+        pair.step(step);
+    }
+}
