@@ -40,7 +40,10 @@ CREATE TABLE control (
     paused_at           INTEGER,                    -- when deliveries were last paused
     paused_until        INTEGER,                    -- when that pause ends; NULL: only by resuming
     resumed_at          INTEGER,                    -- when it ended; NULL: it has not, as far as is recorded
-    clean_end           INTEGER NOT NULL DEFAULT 1 CHECK (clean_end = 0 OR clean_end = 1)
+    clean_end           INTEGER NOT NULL DEFAULT 1 CHECK (clean_end = 0 OR clean_end = 1),
+    -- the settings of the last session that decide what is a problem, in seconds
+    poll_interval       REAL NOT NULL DEFAULT 0,
+    verify_every        REAL                        -- NULL: chats are not verified in idle time
 ) STRICT;
 INSERT INTO control (id) VALUES (1);
 

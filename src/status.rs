@@ -12,7 +12,6 @@ use crate::bigchat::clock;
 use crate::domain::time::Millis;
 use crate::http::Api;
 use crate::journal::{Figures, JournalError, Refusal, Store};
-use crate::settings::Settings;
 use crate::version;
 
 /// Longest time without a completed poll of a running daemon, in poll intervals; at least [`NO_POLL`].
@@ -48,8 +47,6 @@ pub struct Status {
     pub problems: Vec<Problem>,
     /// The database.
     pub database: Database,
-    /// Within which time each chat is verified, in seconds; `None`: not at all.
-    pub verify_every_s: Option<f64>,
     /// The figures of the journal.
     #[serde(flatten)]
     pub figures: Figures,
@@ -75,14 +72,15 @@ pub struct Problem {
 }
 
 impl Status {
-    /// Reads it from the journal. The settings decide how long without a poll is too long.
-    pub fn read(store: &mut Store, settings: &Settings, now: Millis) -> Result<Self, JournalError> {
+    /// Reads it from the journal in the file `path`.
+    pub fn read(store: &mut Store, path: PathBuf, now: Millis) -> Result<Self, JournalError> {
         let mut figures = store.figures(now)?;
-        let every = settings.idle_pass().map(|pass| pass.every);
-        // A status from before verification was turned off does not count.
-        figures.verification = figures.verification.filter(|_| every.is_some());
+        // A pass from before verification was turned off does not count.
+        figures.verification = figures
+            .verification
+            .filter(|_| figures.verify_every_s.is_some());
         let daemon_runs = store.is_in_use();
-        let problems = problems(&figures, daemon_runs, settings.poll_interval, now);
+        let problems = problems(&figures, daemon_runs, now);
         Ok(Self {
             version: version::VERSION,
             now,
@@ -90,10 +88,9 @@ impl Status {
             healthy: problems.is_empty(),
             problems,
             database: Database {
-                path: settings.db(),
+                path,
                 size_bytes: store.bytes(),
             },
-            verify_every_s: every.map(|every| every.as_secs_f64()),
             figures,
         })
     }
@@ -122,12 +119,7 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
 }
 
 /// The problems, the worst first.
-pub(crate) fn problems(
-    figures: &Figures,
-    daemon_runs: bool,
-    poll_interval: Duration,
-    now: Millis,
-) -> Vec<Problem> {
+pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec<Problem> {
     let mut problems = Vec::new();
     let mut problem = |what: String, remedy: &str| {
         problems.push(Problem {
@@ -204,6 +196,7 @@ pub(crate) fn problems(
             WRITABLE,
         );
     }
+    let poll_interval = Duration::from_secs_f64(figures.poll_interval_s);
     let stale = STALE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
     let no_poll =
         match daemon_runs && !figures.bigchat.is_down() && figures.bigchat.long_limit().is_none() {

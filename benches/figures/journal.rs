@@ -2,13 +2,13 @@
 //! it.
 
 use std::collections::HashSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bigchat_sync::domain::progress::{
     Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
 };
 use bigchat_sync::domain::time::Millis;
-use bigchat_sync::journal::{ClaimRequest, Store};
+use bigchat_sync::journal::{ClaimRequest, Intervals, Store};
 
 use crate::backlog::{usual, waiting};
 use crate::{Scale, row};
@@ -23,7 +23,13 @@ pub(crate) fn measure(scale: Scale) {
     let (_directory, db) = waiting(conversations, usual);
     let stored = began.elapsed();
     let mut store = Store::open(&db).expect("a database");
-    let session = store.start_session(Millis::now()).expect("a session");
+    let intervals = Intervals {
+        poll_interval: Duration::from_secs(10),
+        verify_every: None,
+    };
+    let session = store
+        .start_session(intervals, Millis::now())
+        .expect("a session");
     let mut delivered = 0;
     let began = Instant::now();
     loop {

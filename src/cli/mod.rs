@@ -241,7 +241,6 @@ fn settings_for(command: &str) -> Option<&'static [&'static str]> {
         "run" | "once" | "unit" => return None,
         "check" => &["bigchat_url", "our_api_url", "db", "listen"],
         "verify" => &["bigchat_url", "our_api_url", "db", "our_api_concurrency"],
-        "status" => &["db", "poll_interval"],
         "demo" | "completions" | "man" => &[],
         // The others only work on the journal.
         _ => &["db"],

@@ -25,7 +25,7 @@ pub struct Args {
 pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), CommandError> {
     let db = &settings.db();
     let mut store = Store::open_reader(db)?;
-    let status = Status::read(&mut store, settings, Millis::now())?;
+    let status = Status::read(&mut store, db.clone(), Millis::now())?;
     let text = if args.json {
         json::text(&status)?
     } else {
@@ -158,7 +158,7 @@ fn text(status: &Status) -> String {
 /// The progress of the verification of all chats in idle time, and what it found.
 fn verification(status: &Status) -> String {
     let Status { figures, now, .. } = status;
-    let Some(every) = status.verify_every_s.map(Duration::from_secs_f64) else {
+    let Some(every) = figures.verify_every_s.map(Duration::from_secs_f64) else {
         return "off".into();
     };
     let Some(Verification {

@@ -125,9 +125,8 @@ impl Web {
         {
             return Ok(Arc::clone(status));
         }
-        let settings = &self.console.settings;
-        let settings = settings.clone();
-        let read = move |store: &mut Store| Status::read(store, &settings, Millis::now());
+        let db = self.console.settings.db();
+        let read = move |store: &mut Store| Status::read(store, db, Millis::now());
         let read = self.read(read).await;
         let refusal = self.console.storage.refusal();
         let read = match (read, refusal) {

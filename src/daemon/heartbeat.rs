@@ -61,7 +61,7 @@ async fn problems(parts: &Parts) -> String {
     let problems = match timeout(TIMEOUT, figures).await {
         Ok(Ok(figures)) => {
             let figures = without_responses(figures);
-            status::problems(&figures, true, parts.settings.poll_interval, now)
+            status::problems(&figures, true, now)
         }
         Ok(Err(error)) => return format!("the database cannot be read: {error}"),
         Err(_) => return "the database does not answer".to_owned(),

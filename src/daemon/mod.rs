@@ -25,7 +25,7 @@ use crate::console::{self, Listener};
 use crate::delivery::{self, Scope, Until};
 use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
-use crate::journal::{Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
+use crate::journal::{Intervals, Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::metrics::Metrics;
 use crate::our_api::{Lock, OurApi};
 use crate::poller::Poller;
@@ -362,8 +362,12 @@ pub(crate) async fn begin(
     let (url, token) = (settings.our_api_url.clone(), tokens.our_api);
     let our_api = Http::new(Api::OurApi, our_api, url, token, settings.retry())
         .observed_by(metrics.requests_to(Api::OurApi));
+    let intervals = Intervals {
+        poll_interval: settings.poll_interval,
+        verify_every: settings.idle_pass().map(|pass| pass.every),
+    };
     let session = journal
-        .with(|store| store.start_session(Millis::now()))
+        .with(move |store| store.start_session(intervals, Millis::now()))
         .await?;
     tracing::info!(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,

@@ -53,7 +53,7 @@ pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
-pub use sessions::{RateLimits, ReplayUntil, Session};
+pub use sessions::{Intervals, RateLimits, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::{Refusal, Storage};
 pub use verification::{Difference, Scope, VerificationProgress};

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
+use rusqlite::params;
+
 use super::{Result, Store, pause};
 use crate::domain::ids::EventId;
 use crate::domain::pause::Pause;
@@ -58,9 +60,18 @@ pub struct RateLimits {
     pub timed_out_until: Millis,
 }
 
+/// The settings of a session by which its progress is judged, also by another process.
+#[derive(Debug, Clone, Copy)]
+pub struct Intervals {
+    /// Time between polls.
+    pub poll_interval: Duration,
+    /// Within which time each chat is verified; `None`: not at all.
+    pub verify_every: Option<Duration>,
+}
+
 impl Store {
     /// Starts a session. It counts as ended uncleanly until it ends cleanly.
-    pub fn start_session(&mut self, now: Millis) -> Result<Session> {
+    pub fn start_session(&mut self, intervals: Intervals, now: Millis) -> Result<Session> {
         let transaction = self.begin()?;
         let after_clean_end =
             transaction.query_row("SELECT clean_end FROM control", [], |row| row.get(0))?;
@@ -71,10 +82,13 @@ impl Store {
         // Waiting events are read back anyway.
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(
-            "UPDATE control SET session = session + 1, clean_end = 0
+            "UPDATE control SET session = session + 1, clean_end = 0, poll_interval = ?1, verify_every = ?2
              RETURNING session, writes_succeeded, losses, bigchat_retry_after, our_api_retry_after, timed_out_until,
                 (SELECT coalesce(max(id), 0) FROM events)",
-            [],
+            params![
+                intervals.poll_interval.as_secs_f64(),
+                intervals.verify_every.map(|every| every.as_secs_f64())
+            ],
             |row| {
                 Ok(Session {
                     id: row.get(0)?,

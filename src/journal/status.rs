@@ -121,6 +121,10 @@ pub struct Figures {
     pub bigchat: ApiStatus,
     /// OurAPI.
     pub our_api: ApiStatus,
+    /// Time between polls of the daemon that runs, or ran last, in seconds.
+    pub poll_interval_s: f64,
+    /// Within which time it verifies each chat, in seconds; `None`: not at all.
+    pub verify_every_s: Option<f64>,
     /// When a poll last read its window to the end.
     pub polled_at: Option<Millis>,
     /// The time up to which BigChat was read, by its clock.
@@ -197,6 +201,9 @@ impl Store {
                  FROM control",
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
+        let (poll_interval_s, verify_every_s) = transaction
+            .prepare_cached("SELECT poll_interval, verify_every FROM control")?
+            .query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let recent_losses = transaction
             .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2")?
             .query_row([minute(now), LOSS_MINUTES], count)?;
@@ -209,6 +216,8 @@ impl Store {
         Ok(Figures {
             bigchat: api(&transaction, "bigchat")?.without_passed_limit(now),
             our_api: api(&transaction, "our_api")?.without_passed_limit(now),
+            poll_interval_s,
+            verify_every_s,
             polled_at: source.polled_at,
             cursor_at: source.cursor.map(Timestamp::clamped),
             behind_s: source.behind,

@@ -14,7 +14,9 @@ use proptest::prelude::*;
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::{ClaimRequest, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store};
+use super::{
+    ClaimRequest, Intervals, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store,
+};
 use crate::domain::account::{self, Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
@@ -36,6 +38,11 @@ const CONVERSATIONS: i64 = 3;
 
 /// The period in which each chat is verified, in milliseconds.
 const EVERY: i64 = 2_000;
+
+const INTERVALS: Intervals = Intervals {
+    poll_interval: Duration::from_secs(10),
+    verify_every: None,
+};
 
 const IDLE_PASS: IdlePass = IdlePass {
     every: Duration::from_millis(EVERY.unsigned_abs()),
@@ -771,7 +778,10 @@ impl Pair {
     fn restart(&mut self) {
         self.work.clear();
         self.reports.clear();
-        let session = self.store.start_session(self.now()).expect("a session");
+        let session = self
+            .store
+            .start_session(INTERVALS, self.now())
+            .expect("a session");
         self.plain.restart();
         (self.session, self.replay_until) = (session.id, session.replay_until.get().0);
         let last = self.plain.events.keys().last().copied().unwrap_or(0);

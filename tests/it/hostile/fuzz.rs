@@ -593,7 +593,7 @@ fn read_all(db: &Path, t: &Test) {
             continue;
         };
         drop(store.waiting());
-        drop(Status::read(&mut store, &t.settings(), now));
+        drop(Status::read(&mut store, t.settings().db(), now));
         drop(store.stored_pages());
         drop(store.failed(100, None));
     }

@@ -542,7 +542,7 @@ async fn status_without_completed_poll() {
         until("a poll is completed", async || t.status().1).await;
         t.execute("UPDATE poll_state SET polled_at = polled_at - 100000");
         assert!(t.status().1, "less than three intervals");
-        t.set("--poll-interval", "10s");
+        t.execute("UPDATE control SET poll_interval = 10");
         let (status, well) = t.status();
         let what = status["problems"][0]["what"].as_str().unwrap_or_default();
         assert!(
