@@ -331,7 +331,7 @@ async fn ids_of_64_bits() {
                 .until_text(".change", &format!("to advisor {id}"))
                 .await;
             desk.browser
-                .until_text("aside", &format!("{id}, by the TRANSFER"))
+                .until_text("aside", &format!("{id}, set by the TRANSFER"))
                 .await;
             desk.browser.click(".fate a.bad", "failed").await;
             desk.browser.until_text("h1", &format!("Event {key}")).await;
