@@ -254,7 +254,7 @@ pub(crate) fn problems(
                 "OurAPI lost data {} times within the last hour",
                 figures.recent_losses
             ),
-            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man hold`)",
+            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
         );
     }
     if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {

@@ -54,7 +54,7 @@ pub enum Command {
         #[arg(long)]
         yes: bool,
     },
-    /// Reopen discarded events, until the retention drops them. They need action again.
+    /// Reopen discarded events that the retention has not dropped yet. They then need action again.
     Undo(Which),
 }
 

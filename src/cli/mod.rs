@@ -91,7 +91,7 @@ pub enum Command {
     /// Erase the text of a conversation from the database, for a person's right to erasure.
     ///
     /// The text is erased from the events, the failed events with their requests and responses, the stored pages and
-    /// the files of the database. Kinds, times and fingerprints of the events remain, to recognise events that BigChat
+    /// the files of the database. Kinds, times and fingerprints of the events remain, to recognize events that BigChat
     /// reports again. The conversation is no longer sent, verified, restored, or exported with its text. An event that
     /// arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat, backups of the
     /// database, and logs that were written with --log-message-text. The command asks for confirmation, unless --yes is
