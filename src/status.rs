@@ -260,7 +260,7 @@ pub(crate) fn problems(
     if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
         problem(
             difference,
-            "set the wrong one right; polling goes by BigChat's clock, and only ages and rates shown are wrong",
+            "correct the wrong clock; polling uses BigChat's clock, and only the ages and rates shown are wrong",
         );
     }
     // An event that waited through a pause is late only if it is not delivered soon after.

@@ -408,10 +408,10 @@ mod tests {
             ("BIGCHAT_SYNC_LISTEN_ON", "BIGCHAT_SYNC_LISTEN"),
             ("BIGCHAT_SYNC_XYZZY", "--help"),
         ] {
-            let said = unknown_variables([(name.into(), "s3cret".into())]).expect("it is unknown");
-            assert!(said.contains(&format!("{name} is not")), "{said}");
-            assert!(said.contains(meant), "{said}");
-            assert!(!said.contains("s3cret"), "{said}");
+            let text = unknown_variables([(name.into(), "s3cret".into())]).expect("it is unknown");
+            assert!(text.contains(&format!("{name} is not")), "{text}");
+            assert!(text.contains(meant), "{text}");
+            assert!(!text.contains("s3cret"), "{text}");
         }
     }
 

@@ -293,8 +293,8 @@ fn changes(answered: &Answered, with: &str) -> String {
     let agent = agent
         .as_ref()
         .map(|agent| format!("{with} {}", shown(agent)));
-    let said: Vec<String> = [started, ended, agent].into_iter().flatten().collect();
-    said.join(", ")
+    let parts: Vec<String> = [started, ended, agent].into_iter().flatten().collect();
+    parts.join(", ")
 }
 
 fn quoted(text: &Value) -> String {

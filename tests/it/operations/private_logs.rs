@@ -67,7 +67,7 @@ impl Case {
 }
 
 /// The log and the status after that.
-async fn said(t: &Test, case: Case, allowed: &str) -> String {
+async fn log_and_status(t: &Test, case: Case, allowed: &str) -> String {
     t.set("--log-message-text", allowed);
     case.begin(t);
     let mut program = t.program("run");
@@ -90,8 +90,8 @@ async fn log_message_text_is_off() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");
-            let said = said(t, case, "false").await;
-            assert!(!said.contains(SECRET), "{case:?}: {said}");
+            let text = log_and_status(t, case, "false").await;
+            assert!(!text.contains(SECRET), "{case:?}: {text}");
         })
         .await;
     })
@@ -104,8 +104,8 @@ async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
             t.differs("nothing gets well again");
-            let said = said(t, case, "true").await;
-            assert!(said.contains("S3cret words"), "{case:?}: {said}");
+            let text = log_and_status(t, case, "true").await;
+            assert!(text.contains("S3cret words"), "{case:?}: {text}");
         })
         .await;
     })
