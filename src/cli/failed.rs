@@ -234,7 +234,7 @@ fn others(left: &[i64], resolution: Resolution) -> String {
     }
 }
 
-/// Asks on the terminal for confirmation to discard so many events.
+/// Asks on the terminal for confirmation to discard this many events.
 fn confirm(count: u64) -> Result<(), FailedError> {
     if !io::stdin().is_terminal() {
         return Err(FailedError::NoTerminal { count });

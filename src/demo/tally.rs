@@ -15,7 +15,7 @@ use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
-/// More of a message is not needed to recognise it, and a line should fit 80 columns.
+/// More of a message is not needed to recognize it, and a line should fit 80 columns.
 const SHOWN: usize = 38;
 
 /// The columns of the figures: the owner, if it changes, and the heading.

@@ -83,7 +83,10 @@ async fn drift_is_reported_and_repaired() {
             })
             .await;
             let (output, clean) = verify(t, &[]).await;
-            assert!(clean && output.contains("OurAPI has everything"), "{output}");
+            assert!(
+                clean && output.contains("OurAPI has everything"),
+                "{output}"
+            );
             t.our_api.loses_chat("11");
             t.our_api.loses_message("10");
             let not_ended = json!({"ended_at": null});
@@ -117,16 +120,25 @@ async fn drift_is_reported_and_repaired() {
             assert_eq!(found, expected);
             assert_eq!(writes(t), before, "nothing is changed");
             assert!(!t.compare().is_clean());
-            // One alone, then the rest.
+            // First one conversation, then the rest.
             let (output, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
-            assert!(!clean && output.contains("everything was repaired"), "{output}");
+            assert!(
+                !clean && output.contains("everything was repaired"),
+                "{output}"
+            );
             assert_eq!(t.our_api.chats().len(), 3);
             assert!(!t.compare().is_clean());
             let (output, clean) = verify(t, &["--repair"]).await;
-            assert!(!clean && output.contains("everything was repaired"), "{output}");
+            assert!(
+                !clean && output.contains("everything was repaired"),
+                "{output}"
+            );
             t.agrees().await;
             let (output, clean) = verify(t, &[]).await;
-            assert!(clean && output.contains("OurAPI has everything"), "{output}");
+            assert!(
+                clean && output.contains("OurAPI has everything"),
+                "{output}"
+            );
             if let Some(daemon) = daemon {
                 daemon.stop().await;
             }
@@ -180,7 +192,7 @@ async fn verification_while_an_event_waits() {
     run_live_test(async |t| {
         t.differs("an event is made to wait by hand");
         delivered(t).await;
-        // As after a failure, or of a page that was stored as the daemon was stopped.
+        // Like an event after a failure, or an event of a page that was stored when the daemon was stopped.
         t.execute(
             "UPDATE conversations SET offset = 2, waiting = 1, waiting_since = 1, due_at = 1
          WHERE bigchat_id = 10",

@@ -22,7 +22,11 @@ pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
 /// The same; it must succeed.
 pub(crate) fn done(t: &Bench, arguments: &[&str]) -> String {
     let output = command(t, arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", printed(&output));
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        printed(&output)
+    );
     String::from_utf8(output.stdout).expect("text")
 }
 
@@ -214,7 +218,11 @@ async fn discard_can_be_undone() {
     assert_eq!((bench.events("failed"), bench.events("discarded")), (1, 2));
     let again = command(&bench, &["failed", "undo", "1", "2"]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(printed(&again).contains("1 of 2 resolved"), "{}", printed(&again));
+    assert!(
+        printed(&again).contains("1 of 2 resolved"),
+        "{}",
+        printed(&again)
+    );
     assert_eq!(
         done(&bench, &["failed", "undo", "--all"]),
         "1 failed event reopened\n"
@@ -404,7 +412,7 @@ async fn forgotten_text_leaves_all_files() {
         assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
         assert_eq!(t.events("forgotten"), 6);
 
-        // An event reported again is recognised; a new one is counted, and its text is not stored.
+        // An event reported again is recognized; a new one is counted, and its text is not stored.
         t.bigchat.reports(reported);
         t.bigchat.reports([message(42, 20, "S3cretNew"), end(42, 21)]);
         t.bigchat.reports(bigchat_sync::simulator::bigchat::raw(
@@ -532,7 +540,11 @@ fn stdout_of(arguments: &[&str]) -> String {
     let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
     let output = program.args(arguments).env_clear().output();
     let output = output.expect("a process");
-    assert!(output.status.success(), "{arguments:?}: {}", printed(&output));
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        printed(&output)
+    );
     String::from_utf8(output.stdout).expect("text")
 }
 

@@ -1,4 +1,4 @@
-//! Any path works, repeatedly, and is recognisable where it is printed.
+//! Any path works, repeatedly, and is recognizable where it is printed.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

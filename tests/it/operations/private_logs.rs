@@ -66,7 +66,7 @@ impl Case {
     }
 }
 
-/// The log and the status after that.
+/// The log and the status after the case.
 async fn log_and_status(t: &Test, case: Case, allowed: &str) -> String {
     t.set("--log-message-text", allowed);
     case.begin(t);
@@ -89,7 +89,7 @@ async fn log_and_status(t: &Test, case: Case, allowed: &str) -> String {
 async fn log_message_text_is_off() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
-            t.differs("nothing gets well again");
+            t.differs("the faults last to the end");
             let text = log_and_status(t, case, "false").await;
             assert!(!text.contains(SECRET), "{case:?}: {text}");
         })
@@ -103,7 +103,7 @@ async fn log_message_text_is_off() {
 async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
-            t.differs("nothing gets well again");
+            t.differs("the faults last to the end");
             let text = log_and_status(t, case, "true").await;
             assert!(text.contains("S3cret words"), "{case:?}: {text}");
         })

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 /// Longer than any statement waits for a locked database.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
-/// Less than so many statements would wait for it as there are conversations claimed at once.
+/// Shorter than the total wait of one statement for each claimed conversation.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// The database and the files beside it, byte by byte.
