@@ -1,6 +1,6 @@
-//! bigchat-sync keeps OurAPI's chats, agents and messages in step with what happens in BigChat.
+//! bigchat-sync keeps OurAPI's chats, agents and messages in sync with BigChat.
 //!
-//! It is a reconciler over an append-only log. The log says what should be; what differs in OurAPI is sent.
+//! It is a reconciler over an append-only log. The log defines the desired chats, and the difference is sent to OurAPI.
 //!
 //! ```text
 //! poller ──pages──▶ inbox ──▶ events ──due conversations──▶ scheduler ──▶ reconcile (start, end, message, transfer) ──▶ OurAPI
@@ -9,14 +9,14 @@
 //! ```
 //!
 //! - [`poller`] stores each page of BigChat's events, and ingests them into the [`journal`].
-//! - [`domain`] is pure: the events of a conversation add up to the *desired* chat; against the *observed* one, which the
-//!   journal remembers, that gives the difference. If what is remembered may be wrong, the conversation is *stale*, and its
-//!   chat is read back first.
-//! - [`delivery`] hands out what is due, sends the difference, and commits the conversation's *offset*: events up to it are
-//!   delivered, unless a *dead letter* says otherwise.
-//! - [`bigchat`] and [`our_api`] are the clients; [`http`] carries their requests, and knows of each API whether it is up.
-//! - [`daemon`] builds all that, runs it and stops it; [`console`] answers over HTTP, [`cli`] has a file for each command,
-//!   [`metrics`] what is measured, [`telemetry`] the log and the signs of life.
+//! - [`domain`] is pure. The events of a conversation add up to the *desired* chat. It is compared with the *observed*
+//!   chat, which the journal remembers. If the observed chat may be wrong, the conversation is *stale*, and its chat is read
+//!   back first.
+//! - [`delivery`] hands out due conversations, sends the difference, and commits the conversation's *offset*. Every event
+//!   up to the offset has been delivered, unless there is a *dead letter* for it.
+//! - [`bigchat`] and [`our_api`] are the clients. [`http`] sends their requests, and tracks whether each API is up.
+//! - [`daemon`] builds, runs and stops all of these. [`console`] serves HTTP, [`cli`] has a file for each command,
+//!   [`metrics`] has the counters, and [`telemetry`] the log and the liveness checks.
 //!
 //! [`simulator`] stands in for both services, and [`demo`] shows the daemon at work between them.
 //!
@@ -27,14 +27,15 @@
 //! - **A kind of event:** [`EventKind`](domain::event::EventKind) with its list `ALL`, and
 //!   [`Payload`](domain::event::Payload). If it changes the chat, a file in `delivery/handlers/` with its fold. If it is
 //!   stored as a message, `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); nothing else in
-//!   delivery. No compiler names the colours in `console/page/console.css`, how `failed.js` and `talk.js` show its text, and
-//!   the [`simulator`], which shares no code and has names of its own (`bigchat`, `chance`, `compare`).
+//!   delivery. The compiler does not point to three places: the colors in `console/page/console.css`, the display of the
+//!   text in `failed.js` and `talk.js`, and the [`simulator`], which has its own names because it shares no code (`bigchat`,
+//!   `chance`, `compare`).
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a
 //!   variant of [`cli::Command`]; its line in `main.rs`; its section in `cli/manual/commands.md`.
-//! - **A metric:** a counter of what the process does in [`metrics`]; a gauge in `console/probes.rs`, of what the journal
-//!   knows with its value from `journal/status.rs`. Its row in `cli/manual/monitoring.md`.
+//! - **A metric:** a counter of the process goes into [`metrics`]. A gauge goes into `console/probes.rs`; if its value comes
+//!   from the journal, `journal/status.rs` reads it. Each has a row in `cli/manual/monitoring.md`.
 //! - **Another target:** a replacement of OurAPI, not a second one beside it. Its requests are in [`our_api`] and
 //!   `http/route.rs`, and [`ErrorKind::of`](http::ErrorKind) says what its statuses mean; the fields of a chat that change
 //!   are in [`domain::conversation`]; [`delivery`] creates, changes and lists chats, agents and messages.
@@ -43,29 +44,29 @@
 //!
 //! One word for one idea, in code, log, console and manual.
 //!
-//! - **advisor**: who answers in BigChat, by BigChat's id; in OurAPI an *agent*.
-//! - **agent**: who answers in OurAPI, found by e-mail address.
+//! - **advisor**: a person who answers in BigChat, identified by BigChat's id; in OurAPI an *agent*.
+//! - **agent**: a person who answers in OurAPI, found by e-mail address.
 //! - **attempt**: one try to deliver an event. A failed one counts towards `--max-attempts` only if a write of another
 //!   conversation has succeeded since the event's previous attempt.
 //! - **back-off**: the wait before the next attempt: exponential, with full jitter.
 //! - **circuit breaker**: per API; while it is open, one request at a time probes the API.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
-//! - **dead letter**: an event that cannot be delivered or understood, until an operator resolves it; `failed` on the
+//! - **dead letter**: an event that cannot be delivered or parsed, until an operator resolves it; `failed` on the
 //!   command line.
-//! - **desired**: the chat as its events say it should be.
+//! - **desired**: the chat that the events define.
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field that another client changed in OurAPI.
-//! - **epoch**: from one restart of BigChat to the next; ids are unique within it.
+//! - **epoch**: the time from one restart of BigChat to the next; ids are unique within it.
 //! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated.
-//! - **fingerprint**: hash by which equal events are recognised, because events have no id.
+//! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
-//! - **offset**: the last event of a conversation up to which all is delivered.
+//! - **offset**: the last event of a conversation up to which every event is delivered or a dead letter.
 //! - **outcome unknown**: of a request that may or may not have been carried out.
 //! - **overlap**: how far a window reaches back before the cursor, for late events.
-//! - **page**: one answer of BigChat with events; stored before the next is requested.
+//! - **page**: one response of BigChat with events; stored before the next is requested.
 //! - **poll**: one pass over a window, page by page.
 //! - **probe**: a request that finds out whether an API is back, or whether BigChat restarted.
 //! - **rate limit**: a time before which an API asked not to be called.
@@ -73,7 +74,7 @@
 //! - **reconcile**: to compare desired with observed, and send the difference.
 //! - **retention**: how long delivered events are stored.
 //! - **retry**: the resolution that delivers a dead letter again.
-//! - **session**: from one start of the daemon to its end.
+//! - **session**: the time from one start of the daemon to its end.
 //! - **stale**: of a conversation whose observed chat may be wrong; it is read back first.
 //! - **verify**: to compare a chat with OurAPI although no event needs it.
 //! - **window**: the range of BigChat's time that one poll reads.

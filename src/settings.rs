@@ -59,7 +59,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
-    /// Start of the first poll, RFC 3339 such as 2026-11-22T22:00:00Z; first start only [default: 10 s ago].
+    /// Start of the first poll, RFC 3339 such as 2026-11-22T22:00:00Z; used at the first start only [default: 10 s ago].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
@@ -118,8 +118,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_REBUILD", value_enum, default_value_t = Rebuild::Auto)]
     pub rebuild: Rebuild,
 
-    /// Period in which every chat is compared once with the journal (the database), if its events are still stored, or
-    /// `off`. This happens in idle time, and takes at most a tenth of OurAPI's time.
+    /// Period in which every chat with stored events is compared once with the journal (the database); `off` disables
+    /// this. It happens in idle time, and takes at most a tenth of OurAPI's time.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_VERIFY_EVERY", value_name = "TIME", allow_hyphen_values = true, default_value = "24h", value_parser = verify_every)]
     pub verify_every: VerifyEvery,
 

@@ -247,13 +247,13 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
                 "OurAPI lost data {} times within the last hour",
                 figures.recent_losses
             ),
-            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man hold`)",
+            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
         );
     }
     if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
         problem(
             difference,
-            "set the wrong one right; polling goes by BigChat's clock, and only ages and rates shown are wrong",
+            "correct the wrong clock; polling uses BigChat's clock, and only the ages and rates shown are wrong",
         );
     }
     // An event that waited through a pause is late only if it is not delivered soon after.

@@ -1,4 +1,4 @@
-//! A backlog that is delivered as fast as OurAPI takes it.
+//! Delivery of a backlog, as fast as OurAPI accepts it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,13 +14,13 @@ use crate::process::{Process, daemon, until};
 use crate::server::Server;
 use crate::{Scale, bare, row};
 
-/// How many rounds there are, of each the daemon and the bare client by turns; the middle one counts.
+/// The number of rounds. In each, the daemon and the bare client run one after the other. The median round is printed.
 const ROUNDS: usize = 3;
 
-/// When all of it begins, by BigChat's clock.
+/// When the conversations begin, by BigChat's clock.
 pub(crate) const START: i64 = 1_795_384_800;
 
-/// What a conversation's events are, in order.
+/// The events of a conversation, by their number.
 type Story = fn(conversation: i64, number: i64) -> Option<(&'static str, String)>;
 
 /// START, 18 MESSAGEs, END.
@@ -57,44 +57,44 @@ pub(crate) fn waiting(conversations: i64, story: Story) -> (TempDir, PathBuf) {
     let db = directory.path().join("journal.db");
     let mut store = Store::open(&db).expect("a database");
     for from in (0..conversations).step_by(100) {
-        let told: Vec<String> = (from + 1..=conversations.min(from + 100))
-            .flat_map(|id| tell(id, story))
+        let events: Vec<String> = (from + 1..=conversations.min(from + 100))
+            .flat_map(|id| events_of(id, story))
             .collect();
-        keep(&mut store, &told);
+        ingest(&mut store, &events);
     }
     drop(store);
     (directory, db)
 }
 
-fn tell(id: i64, story: Story) -> impl Iterator<Item = String> {
+fn events_of(id: i64, story: Story) -> impl Iterator<Item = String> {
     let events = (0..).map_while(move |number| Some((number, story(id, number)?)));
     events.map(move |(number, (name, data))| event(id, name, START + number * 10, &data))
 }
 
-/// An event, as BigChat tells it.
+/// An event, as BigChat reports it.
 pub(crate) fn event(id: i64, name: &str, at: i64, data: &str) -> String {
     format!(r#"{{"conversation_id":{id},"event_name":"{name}","event_at":{at},"data":{data}}}"#)
 }
 
-fn keep(store: &mut Store, told: &[String]) {
+fn ingest(store: &mut Store, events: &[String]) {
     let at = Timestamp::clamped(START + 1000);
     let page = NewPage {
         query: "page=1".to_owned(),
         requested_in: Epoch(1),
         served_at: at,
         window: (Timestamp::clamped(START), at),
-        events: told.len(),
+        events: events.len(),
         progress: PollProgress::Complete(at),
-        body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, told.join(",")),
+        body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, events.join(",")),
     };
-    store.store_page(&page).expect("it is kept");
+    store.store_page(&page).expect("it is stored");
     let page = store.stored_pages().expect("pages").pop().expect("one");
     let mut count = 0;
     page_events(&page.body, |_| count += 1).expect("a page");
-    assert_eq!(count, told.len());
+    assert_eq!(count, events.len());
     store
         .ingest(&page, Epoch(1), &Counts::default(), &[], Millis::now())
-        .expect("it is admitted");
+        .expect("it is ingested");
     store.end_poll(None, 0, None).expect("it ends");
 }
 
@@ -102,7 +102,7 @@ fn keep(store: &mut Store, told: &[String]) {
 pub(crate) struct Delivered {
     pub(crate) requests: u64,
     pub(crate) took: Duration,
-    pub(crate) on_processor: Duration,
+    pub(crate) cpu_time: Duration,
     pub(crate) peak_kib: u64,
 }
 
@@ -112,14 +112,14 @@ impl Delivered {
     }
 }
 
-/// Lets a daemon deliver all that waits.
+/// Lets a daemon deliver all waiting events.
 pub(crate) fn deliver(server: &Server, db: &Path, flags: &[&str]) -> Delivered {
     until_delivered(server, db, daemon(server, db, flags))
 }
 
-/// The same with a daemon that runs already.
+/// The same with a daemon that is already running.
 pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> Delivered {
-    // To look into the journal meanwhile would cost the daemon time.
+    // Queries of the journal meanwhile would slow down the daemon.
     let mut before = u64::MAX;
     until("no more requests", Duration::from_secs(900), || {
         std::thread::sleep(Duration::from_millis(1500));
@@ -129,7 +129,7 @@ pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> De
     let delivered = Delivered {
         requests: server.count(),
         took: server.took(),
-        on_processor: daemon.on_processor(),
+        cpu_time: daemon.cpu_time(),
         peak_kib: daemon.peak_kib(),
     };
     drop(daemon);
@@ -146,14 +146,14 @@ pub(crate) fn measure_eight(scale: Scale) {
     measure(scale, 8);
 }
 
-fn measure(scale: Scale, at_once: u16) {
+fn measure(scale: Scale, in_flight: u16) {
     let conversations = scale.of(5_000);
     let (_directory, db) = waiting(conversations, usual);
     let events = conversations * 20;
     let server = Server::start(Duration::ZERO);
-    let flags = ["--our-api-concurrency", &at_once.to_string()];
+    let flags = ["--our-api-concurrency", &in_flight.to_string()];
     let mut rounds = Vec::new();
-    // Those of the first round are noted for the bare client, and not measured: to note them takes time.
+    // The first round is not measured. It records the requests for the bare client, which takes time.
     let mut made = Vec::new();
     for round in 0..=ROUNDS {
         let directory = tempfile::tempdir().expect("a directory");
@@ -165,34 +165,34 @@ fn measure(scale: Scale, at_once: u16) {
             made = server.made();
             continue;
         }
-        let (took, on_processor) = bare::replay(&server, &made, at_once);
+        let (took, cpu_time) = bare::replay(&server, &made, in_flight);
         let each = |time: Duration| time.as_secs_f64() * 1e6 / ours.requests as f64;
         let ratio = took.as_secs_f64() / ours.took.as_secs_f64();
-        let told = format!(
-            "{ratio:.2} ({:.0} of {:.0} a second; on the processor {:.1} of {:.1} µs a request; peak {:.1} MiB)",
+        let measured = format!(
+            "{ratio:.2} ({:.0} and {:.0} per second; CPU time {:.1} and {:.1} µs per request; peak {:.1} MiB)",
             ours.per_second(),
             ours.requests as f64 / took.as_secs_f64(),
-            each(ours.on_processor),
-            each(on_processor),
+            each(ours.cpu_time),
+            each(cpu_time),
             ours.peak_kib as f64 / 1024.0,
         );
-        rounds.push((ratio, told));
+        rounds.push((ratio, measured));
         if round == ROUNDS {
             let bytes = bytes_beyond_payload(&copy) as f64 / events as f64;
             row(
-                "journal on disk, beyond its payload",
-                &format!("{bytes:.0} bytes an event"),
+                "journal on disk, without the data of the events",
+                &format!("{bytes:.0} bytes per event"),
                 "≤ 300",
             );
         }
     }
     rounds.sort_by(|one, other| one.0.total_cmp(&other.0));
     let what =
-        format!("backlog of {events} events, {at_once} in flight, of the bare client's rate");
+        format!("backlog of {events} events, {in_flight} in flight, relative to a bare client");
     row(&what, &rounds[ROUNDS / 2].1, "≥ 0.9");
 }
 
-/// How large the journal is, less what BigChat told as it stands in it.
+/// The size of the journal without the data of its events.
 fn bytes_beyond_payload(db: &Path) -> i64 {
     let connection = rusqlite::Connection::open(db).expect("a database");
     let all = "SELECT (page_count - freelist_count) * page_size
@@ -204,7 +204,7 @@ fn bytes_beyond_payload(db: &Path) -> i64 {
 }
 
 pub(crate) fn measure_merging(scale: Scale) {
-    for (what, story, reach) in [
+    for (what, story, target) in [
         ("requests per event, backlog", usual as Story, "< 1"),
         ("the same with repeated ENDs and TRANSFERs", restless, "< 1"),
     ] {
@@ -213,11 +213,11 @@ pub(crate) fn measure_merging(scale: Scale) {
         let server = Server::start(Duration::ZERO);
         server.reset(true);
         deliver(&server, &db, &[]);
-        tell_ratio(what, server.made_to_our_api(), conversations * 20, reach);
+        print_ratio(what, server.made_to_our_api(), conversations * 20, target);
     }
 }
 
-/// Each poll brings the next event of each conversation, and all of it is delivered before the next one.
+/// Each poll returns the next event of each conversation. The next poll follows when all of them are delivered.
 pub(crate) fn measure_steady(scale: Scale) {
     let conversations = scale.of(1_000);
     let directory = tempfile::tempdir().expect("a directory");
@@ -230,33 +230,33 @@ pub(crate) fn measure_steady(scale: Scale) {
         server.polled().is_some()
     });
     let mut store = Store::open_shared(&db).expect("a database");
-    let mut tell_all = |number: i64| {
-        let told = (1..=conversations).filter_map(|id| {
+    let mut report_all = |number: i64| {
+        let events = (1..=conversations).filter_map(|id| {
             let (name, data) = usual(id, number)?;
             Some(event(id, name, START + number * 10, &data))
         });
-        let told: Vec<String> = told.collect();
+        let events: Vec<String> = events.collect();
         let before = server.polls();
-        server.tell(&told.join(","));
-        until("all of it is delivered", Duration::from_secs(60), || {
-            // The poll after the one that brings it: by then all is admitted.
+        server.report(&events.join(","));
+        until("all events are delivered", Duration::from_secs(60), || {
+            // After the poll that follows the one with the events, all of them are ingested.
             server.polls() > before + 2 && store.waiting().expect("a number") == 0
         });
-        told.len() as i64
+        events.len() as i64
     };
-    let events = (0..20).map(&mut tell_all).sum();
+    let events = (0..20).map(&mut report_all).sum();
     let made = server.made_to_our_api();
-    tell_ratio("requests per event, steady state", made, events, "≤ 1.02");
+    print_ratio("requests per event, steady state", made, events, "≤ 1.02");
     server.reset(true);
-    let events = (0..20).map(&mut tell_all).sum();
+    let events = (0..20).map(&mut report_all).sum();
     let made = server.made_to_our_api();
-    tell_ratio("the same where nothing changes", made, events, "0");
+    print_ratio("the same if nothing changes", made, events, "0");
 }
 
-fn tell_ratio(what: &str, requests: usize, events: i64, reach: &str) {
+fn print_ratio(what: &str, requests: usize, events: i64, target: &str) {
     row(
         what,
         &format!("{:.3}", requests as f64 / events as f64),
-        reach,
+        target,
     );
 }

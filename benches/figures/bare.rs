@@ -16,8 +16,8 @@ use crate::server::Server;
 /// The argument that makes this program the bare client.
 pub(crate) const MODE: &str = "bare-client";
 
-/// Makes the requests again, so many at once, and tells how long that took, and how long on a processor.
-pub(crate) fn replay(server: &Server, made: &[Request], at_once: u16) -> (Duration, Duration) {
+/// Sends the requests again, `in_flight` at a time. Returns how long that took, and the CPU time.
+pub(crate) fn replay(server: &Server, made: &[Request], in_flight: u16) -> (Duration, Duration) {
     let directory = tempfile::tempdir().expect("a directory");
     let list = directory.path().join("requests");
     let lines: Vec<String> = made
@@ -33,25 +33,25 @@ pub(crate) fn replay(server: &Server, made: &[Request], at_once: u16) -> (Durati
         process::itself()
             .arg(MODE)
             .arg(server.url())
-            .arg(at_once.to_string())
+            .arg(in_flight.to_string())
             .arg(&list),
     );
-    // It stays until it is told that its time was taken.
+    // The client exits when its list is deleted, after its CPU time was read.
     process::until("all requests", Duration::from_secs(600), || {
         server.count() == made.len() as u64
     });
     std::thread::sleep(Duration::from_millis(100));
-    let on_processor = bare.on_processor();
+    let cpu_time = bare.cpu_time();
     std::fs::remove_file(&list).expect("the file");
     bare.succeeds();
-    (server.took(), on_processor)
+    (server.took(), cpu_time)
 }
 
 pub(crate) fn main(arguments: &[String]) {
-    let [url, at_once, list] = arguments else {
-        panic!("{MODE} URL AT_ONCE LIST");
+    let [url, in_flight, list] = arguments else {
+        panic!("{MODE} URL IN_FLIGHT LIST");
     };
-    let at_once: usize = at_once.parse().expect("a number");
+    let in_flight: usize = in_flight.parse().expect("a number");
     let file = Path::new(list);
     let list = std::fs::read_to_string(file).expect("a list");
     let requests: Vec<(Method, String, String)> = list
@@ -70,7 +70,7 @@ pub(crate) fn main(arguments: &[String]) {
     runtime.block_on(async {
         let (requests, next) = (Arc::new(requests), Arc::new(AtomicUsize::new(0)));
         let client = client();
-        let workers = (0..at_once).map(|_| {
+        let workers = (0..in_flight).map(|_| {
             let (requests, next, client) =
                 (Arc::clone(&requests), Arc::clone(&next), client.clone());
             tokio::spawn(async move {
@@ -84,7 +84,7 @@ pub(crate) fn main(arguments: &[String]) {
                             .body(body.clone());
                     }
                     let answer = request.send().await.expect("an answer");
-                    // With several in flight one may overtake the creation of its chat.
+                    // If several are in flight, a request may overtake the creation of its chat and get 404.
                     assert!(!answer.status().is_server_error());
                     answer.bytes().await.expect("a body");
                 }
@@ -94,12 +94,12 @@ pub(crate) fn main(arguments: &[String]) {
             worker.await.expect("no panic");
         }
     });
-    process::until("its time was taken", Duration::from_secs(60), || {
+    process::until("the list is deleted", Duration::from_secs(60), || {
         !file.exists()
     });
 }
 
-/// As the daemon's is.
+/// A client with the daemon's settings.
 fn client() -> Client {
     Client::builder()
         .user_agent("bigchat-sync-bench")

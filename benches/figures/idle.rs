@@ -13,7 +13,7 @@ pub(crate) fn measure(scale: Scale) {
     let directory = tempfile::tempdir().expect("a directory");
     let db = directory.path().join("journal.db");
     let server = Server::start(Duration::ZERO);
-    // The first time of all, the database is made.
+    // The first start creates the database.
     let mut starts = Vec::new();
     let mut last = None;
     for _ in 0..5 {
@@ -37,9 +37,9 @@ pub(crate) fn measure(scale: Scale) {
 
     let daemon = last.expect("it runs");
     std::thread::sleep(Duration::from_secs(1));
-    let (before, began) = (daemon.on_processor(), Instant::now());
+    let (before, began) = (daemon.cpu_time(), Instant::now());
     std::thread::sleep(time);
-    let share = (daemon.on_processor() - before).as_secs_f64() / began.elapsed().as_secs_f64();
+    let share = (daemon.cpu_time() - before).as_secs_f64() / began.elapsed().as_secs_f64();
     row(
         "idle",
         &format!("{:.2}% of a core", share * 100.0),
@@ -51,7 +51,7 @@ pub(crate) fn measure(scale: Scale) {
         "< 15 MiB",
     );
     drop(daemon);
-    Store::open(&db).expect("nobody holds it any more");
+    Store::open(&db).expect("the database is no longer locked");
 }
 
 pub(crate) fn ms(time: Duration) -> f64 {

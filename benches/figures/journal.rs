@@ -1,5 +1,4 @@
-//! The journal's share: what it takes to store an event, and to claim it and commit its delivery, without a daemon around
-//! it.
+//! The journal alone, without a daemon: the time to store an event, and to claim it and commit its delivery.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -59,9 +58,9 @@ pub(crate) fn measure(scale: Scale) {
     assert_eq!(store.waiting().expect("a number"), 0);
     let each =
         |time: std::time::Duration| format!("{:.2} µs", time.as_secs_f64() * 1e6 / events as f64);
-    row("the journal alone: to store an event", &each(stored), "");
+    row("the journal alone: store an event", &each(stored), "");
     row(
-        "the journal alone: to claim it and commit its delivery",
+        "the journal alone: claim an event and commit its delivery",
         &each(committed),
         "≤ 0.5 µs",
     );

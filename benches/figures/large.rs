@@ -1,4 +1,4 @@
-//! A large journal: what has been delivered costs nothing any more, and what waits is not held in memory.
+//! A large journal: delivered events cost nothing, and waiting events are not held in memory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,18 +18,18 @@ const LONG: u32 = 10_000;
 /// How many events a conversation has.
 pub(crate) const EVENTS: i64 = 20;
 
-/// How the events of a conversation stand that a journal need not be told one by one.
+/// The state of the events that [`add`] writes directly to a journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Before {
-    /// They wait.
+    /// Waiting for delivery.
     Waiting,
-    /// They are delivered.
+    /// Delivered.
     Delivered,
-    /// They were delivered so long ago that they are dropped.
+    /// Delivered so long ago that the retention drops them.
     Old,
 }
 
-/// Adds conversations to a journal, the first of which is of this id.
+/// Adds conversations to a journal, with ids from `first` on.
 pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
     let connection = Connection::open(db).expect("a database");
     let each = format!(
@@ -99,21 +99,21 @@ pub(crate) fn measure(scale: Scale) {
             let requests = delivered.requests as f64;
             (
                 delivered.took.as_secs_f64() / requests,
-                delivered.on_processor.as_secs_f64() / requests,
+                delivered.cpu_time.as_secs_f64() / requests,
             )
         };
         let (small, large) = (cost(&small), cost(&large));
         ratios.push((large.0 / small.0, large.1 / small.1));
     }
     ratios.sort_by(|one, other| one.0.total_cmp(&other.0));
-    let (took, on_processor) = ratios[1];
+    let (took, cpu_time) = ratios[1];
     let what = format!(
-        "per event with {} events in the journal, against an empty one",
+        "cost per event with {} events in the journal, relative to an empty journal",
         before * EVENTS
     );
     row(
         &what,
-        &format!("{took:.2} × (on the processor {on_processor:.2} ×)"),
+        &format!("{took:.2} × (CPU time {cpu_time:.2} ×)"),
         "≤ 1.1 ×",
     );
 }
@@ -122,7 +122,7 @@ pub(crate) fn measure_memory(scale: Scale) {
     let events = scale.of(1_000_000);
     let (_directory, db) = journal();
     add(&db, 1, events / EVENTS, Before::Waiting);
-    tell_peaks(
+    print_peaks(
         &db,
         events,
         &format!("resident memory with {events} waiting, 1 and 8 in flight"),
@@ -135,20 +135,20 @@ pub(crate) fn measure_memory(scale: Scale) {
     Connection::open(&db)
         .and_then(|connection| connection.execute_batch(&lengthen))
         .expect("they are long");
-    tell_peaks(
+    print_peaks(
         &db,
         events,
         &format!("the same with {events} messages of {LONG} bytes"),
     );
 }
 
-/// Tells the most memory it takes to deliver the first events that wait, with 1 and 8 requests in flight.
-fn tell_peaks(db: &Path, events: i64, what: &str) {
+/// Prints the peak memory during the delivery of the first waiting events, with 1 and 8 requests in flight.
+fn print_peaks(db: &Path, events: i64, what: &str) {
     let enough = events.unsigned_abs().min(100_000) / 5;
-    let peak = |at_once| {
+    let peak = |in_flight| {
         let server = Server::start(Duration::ZERO);
         server.reset(false);
-        let daemon = daemon(&server, db, &["--our-api-concurrency", at_once]);
+        let daemon = daemon(&server, db, &["--our-api-concurrency", in_flight]);
         until("it delivers", Duration::from_secs(300), || {
             server.count() > enough
         });

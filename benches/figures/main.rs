@@ -1,8 +1,8 @@
-//! What the daemon costs beside the two APIs: `cargo bench`, or `cargo bench -- [--quick] [NAME…]` for some of it.
+//! The costs of the daemon itself, without the two APIs: `cargo bench`, or `cargo bench -- [--quick] [NAME…]` for a part.
 //!
-//! Rates are ratios within one run, against a bare client that makes the same requests to the same server with the same
-//! client settings and no journal. Each figure stands beside what it should reach. On a busy machine ratios say little;
-//! the times on the processor, in brackets, say more.
+//! Rates are relative to a bare client in the same run, which sends the same requests to the same server with the same
+//! client settings and without a journal. Each figure is printed beside its target. On a busy machine the ratios mean
+//! little; the CPU times in parentheses are more reliable.
 
 mod backlog;
 mod bare;
@@ -20,14 +20,14 @@ use std::process::ExitCode;
 /// How much is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scale {
-    /// What the figures are about.
+    /// The full size, for published figures.
     Full,
-    /// A tenth of it or less, to see that a change goes the right way.
+    /// A tenth of it or less, to see whether a change is an improvement.
     Quick,
 }
 
 impl Scale {
-    /// So many; a tenth of them where it has to be quick.
+    /// The number, or a tenth of it in a quick run.
     pub(crate) fn of(self, many: i64) -> i64 {
         match self {
             Self::Full => many,
@@ -36,9 +36,9 @@ impl Scale {
     }
 }
 
-/// Prints a row of the table: what, what was measured, and what it should reach.
-pub(crate) fn row(what: &str, measured: &str, reach: &str) {
-    println!("| {what} | {measured} | {reach} |");
+/// Prints a row of the table: the name, the measured value, and its target.
+pub(crate) fn row(what: &str, measured: &str, target: &str) {
+    println!("| {what} | {measured} | {target} |");
 }
 
 type Measure = fn(Scale);
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
         Scale::Full
     };
     let all = !MEASURES.iter().any(|(name, _)| is_wanted(name));
-    println!("| what | measured | reach |\n| --- | --- | --- |");
+    println!("| what | measured | target |\n| --- | --- | --- |");
     for (name, measure) in MEASURES {
         if all || is_wanted(name) {
             measure(scale);

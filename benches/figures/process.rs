@@ -1,4 +1,4 @@
-//! Processes, and what they cost.
+//! Processes, with their memory and CPU time.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::server::Server;
 
-/// What the kernel counts a process's time in: 1/100 s.
+/// The unit in which the kernel reports a process's CPU time: 1/100 s.
 const TICK: Duration = Duration::from_millis(10);
 
 /// This program.
@@ -14,10 +14,10 @@ pub(crate) fn itself() -> Command {
     Command::new(std::env::current_exe().expect("a path"))
 }
 
-/// A process at work; dropped, it is killed.
+/// A running process. Dropping it kills it.
 pub(crate) struct Process(Child);
 
-/// The daemon over a database.
+/// Starts the daemon with this database.
 pub(crate) fn daemon(server: &Server, db: &Path, flags: &[&str]) -> Process {
     daemon_under(
         Command::new(env!("CARGO_BIN_EXE_bigchat-sync")),
@@ -27,7 +27,7 @@ pub(crate) fn daemon(server: &Server, db: &Path, flags: &[&str]) -> Process {
     )
 }
 
-/// The same, started by another program.
+/// The same, started by another program, such as `strace`.
 pub(crate) fn daemon_under(
     mut command: Command,
     server: &Server,
@@ -55,17 +55,17 @@ impl Process {
         Self(command.stdin(Stdio::null()).spawn().expect("a process"))
     }
 
-    /// Waits for its end, which has to be a good one.
+    /// Waits until the process exits, which must be with code 0.
     pub(crate) fn succeeds(&mut self) {
         assert!(self.0.wait().expect("an end").success());
     }
 
-    /// The most memory it has held so far, in KiB.
+    /// The peak of its resident memory, in KiB.
     pub(crate) fn peak_kib(&self) -> u64 {
         self.status("VmHWM")
     }
 
-    /// The memory it holds, in KiB.
+    /// Its resident memory, in KiB.
     pub(crate) fn resident_kib(&self) -> u64 {
         self.status("VmRSS")
     }
@@ -79,8 +79,8 @@ impl Process {
             .expect("a number")
     }
 
-    /// How long it was on a processor so far.
-    pub(crate) fn on_processor(&self) -> Duration {
+    /// Its CPU time so far.
+    pub(crate) fn cpu_time(&self) -> Duration {
         let stat = self.read("stat");
         let after_name = stat.rsplit(')').next().expect("a name");
         let ticks = after_name.split_whitespace().skip(11).take(2);
@@ -96,13 +96,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // One that has ended by itself is nobody to be killed any more.
+        // An error means that the process has already exited.
         self.0.kill().ok();
         self.0.wait().ok();
     }
 }
 
-/// Waits until `condition` holds, at most so long.
+/// Waits until `condition` is true, and panics after `at_most`.
 pub(crate) fn until(what: &str, at_most: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + at_most;
     while !condition() {

@@ -1,4 +1,4 @@
-//! How soon after a page what it tells is on its way: in a small journal, and while a large one is pruned.
+//! The delay from a page to the first request of its events: with a small journal, and while a large one is pruned.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use crate::process::{daemon, until};
 use crate::server::Server;
 use crate::{Scale, row};
 
-/// The first conversation told of; those that a journal holds before have smaller ids.
+/// The first reported conversation. Conversations that the journal already has have smaller ids.
 const FIRST: i64 = 1_000_000_000;
 
-/// How many conversations there are. The first event of each begins with a question to BigChat, and is not measured.
+/// How many conversations there are. The first event of each needs a request to BigChat, and is not measured.
 const CONVERSATIONS: i64 = 100;
 
 pub(crate) fn measure(scale: Scale) {
@@ -23,7 +23,7 @@ pub(crate) fn measure(scale: Scale) {
     let times = times(&db, CONVERSATIONS + scale.of(1_000));
     row(
         "a page received → the first request of its events, 99th percentile",
-        &told(&times),
+        &percentiles(&times),
         "≤ 5 ms",
     );
 }
@@ -42,17 +42,17 @@ pub(crate) fn measure_pruning(scale: Scale) {
     assert!(left < events, "nothing was pruned");
     row(
         &format!("the same while {events} old events are pruned"),
-        &format!("{}; {} pruned", told(&times), events - left),
+        &format!("{}; {} pruned", percentiles(&times), events - left),
         "≤ 5 ms",
     );
 }
 
-fn told(times: &[Duration]) -> String {
+fn percentiles(times: &[Duration]) -> String {
     let at = |share: usize| ms(times[(times.len() - 1) * share / 100]);
     format!("{:.1} ms (median {:.1} ms)", at(99), at(50))
 }
 
-/// How long it took for each of so many pages with one message, sorted.
+/// The sorted delays of this many pages with one message each.
 fn times(db: &Path, pages: i64) -> Vec<Duration> {
     let server = Server::start(Duration::ZERO);
     let since = "2026-11-22T00:00:00Z";
@@ -62,13 +62,13 @@ fn times(db: &Path, pages: i64) -> Vec<Duration> {
         server.reset(false);
         let data = format!(r#"{{"message":"Message {number}"}}"#);
         let conversation = FIRST + number % CONVERSATIONS;
-        server.tell(&event(conversation, "MESSAGE", START + number, &data));
+        server.report(&event(conversation, "MESSAGE", START + number, &data));
         until("a request", Duration::from_secs(10), || {
             server.sent().is_some()
         });
         if number >= CONVERSATIONS {
             let time = server.sent().zip(server.polled());
-            times.push(time.map(|(sent, told)| sent - told).expect("both"));
+            times.push(time.map(|(sent, polled)| sent - polled).expect("both"));
         }
     }
     times.sort();

@@ -1,5 +1,5 @@
-//! Both simulated services on one port, and what this benchmark wants to know of the requests. BigChat reports what it is
-//! given, and knows every conversation that a journal may ask for; OurAPI takes as many requests at once as come.
+//! Both simulated services on one port, with the counts and times of their requests. BigChat reports the events that it is
+//! given, and has every conversation that a journal may ask for. OurAPI accepts any number of requests at once.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
@@ -11,27 +11,27 @@ use serde_json::json;
 
 use crate::large::EVENTS;
 
-/// Both services, and what was seen of the requests.
+/// Both services, with the counts and times of their requests.
 #[derive(Clone)]
 struct Both {
     bigchat: BigChat,
     our_api: OurApi,
-    /// Stored only while they are wanted.
+    /// The requests; `None` while they are not recorded.
     made: Option<Vec<Request>>,
-    /// How many there were, those to /events aside.
+    /// The number of requests, except those to `/events`.
     count: u64,
     first: Option<Instant>,
-    /// The last to OurAPI: each poll asks BigChat something, when all is delivered too.
+    /// The last request to OurAPI. Requests to BigChat do not count, because each poll sends some even if nothing waits.
     last: Option<Instant>,
-    /// The first to OurAPI.
+    /// The first request to OurAPI.
     sent: Option<Instant>,
-    /// The first of these that changes something.
+    /// The first request to OurAPI that changes something.
     written: Option<Instant>,
-    /// When all chats began that a journal was made with; `None`: OurAPI has only what it was sent.
+    /// The start of all chats that the journal was created with; `None`: OurAPI has only the chats that it was sent.
     chats_of: Option<i64>,
-    /// How often the messages of one of them were read.
+    /// How often the messages of one of these chats were read.
     verified: u64,
-    /// When BigChat was polled last; of the polls after that only those with news count.
+    /// The last poll that returned new events; before any, the first poll.
     polled: Option<Instant>,
     polls: u64,
     has_news: bool,
@@ -70,7 +70,7 @@ impl Both {
 }
 
 impl Both {
-    /// What is asked of a chat as `large::add` has it, if it is one.
+    /// The answer to a read of a chat from `large::add`; `None` if the request is not such a read.
     fn chat(&mut self, request: &Request, start: i64) -> Option<Reply> {
         let time = |second: i64| {
             let time = DateTime::from_timestamp(start + second, 0).expect("a time");
@@ -167,7 +167,7 @@ impl Server {
         self.0.url()
     }
 
-    /// Begins anew to count, and to store requests if they are wanted.
+    /// Resets the counts and times, and records requests from now on if `store` is set.
     pub(crate) fn reset(&self, store: bool) {
         let mut both = self.both();
         let before = std::mem::replace(&mut *both, Both::new());
@@ -176,7 +176,7 @@ impl Server {
         both.made = store.then(Vec::new);
     }
 
-    /// The same with nothing in OurAPI.
+    /// The same with an empty OurAPI.
     pub(crate) fn restart(&self, store: bool) {
         *self.both() = Both {
             made: store.then(Vec::new),
@@ -184,38 +184,38 @@ impl Server {
         };
     }
 
-    /// How many requests there were, those to /events aside.
+    /// The number of requests, except those to `/events`.
     pub(crate) fn count(&self) -> u64 {
         self.both().count
     }
 
-    /// How long it was from the first request to the last to OurAPI.
+    /// The time from the first request to the last request to OurAPI.
     pub(crate) fn took(&self) -> Duration {
         let both = self.both();
         both.last.expect("requests") - both.first.expect("requests")
     }
 
-    /// When the first request to OurAPI came.
+    /// When the first request to OurAPI arrived.
     pub(crate) fn sent(&self) -> Option<Instant> {
         self.both().sent
     }
 
-    /// When the first request to OurAPI came that changes something.
+    /// When the first request to OurAPI that changes something arrived.
     pub(crate) fn written(&self) -> Option<Instant> {
         self.both().written
     }
 
-    /// OurAPI has all chats of `large::add` whose conversations began then.
+    /// Makes OurAPI have all chats of `large::add`, with this start.
     pub(crate) fn has_chats_of(&self, start: i64) {
         self.both().chats_of = Some(start);
     }
 
-    /// How many of them were verified.
+    /// How many of these chats were verified.
     pub(crate) fn verified(&self) -> u64 {
         self.both().verified
     }
 
-    /// When BigChat was polled last.
+    /// When BigChat last returned new events; before any, the first poll.
     pub(crate) fn polled(&self) -> Option<Instant> {
         self.both().polled
     }
@@ -225,21 +225,21 @@ impl Server {
         self.both().polls
     }
 
-    /// Has BigChat report these events when it is polled next.
-    pub(crate) fn tell(&self, events: &str) {
+    /// Makes BigChat report these events at the next poll.
+    pub(crate) fn report(&self, events: &str) {
         let page = format!(r#"{{"events":[{events}],"nextPageUrl":null}}"#);
         let mut both = self.both();
         both.bigchat.push_page(raw(&page));
         both.has_news = true;
     }
 
-    /// How many of the requests that were stored went to OurAPI.
+    /// How many of the recorded requests went to OurAPI.
     pub(crate) fn made_to_our_api(&self) -> usize {
         let made = self.made();
         made.iter().filter(|made| is_to_our_api(made)).count()
     }
 
-    /// The requests that were made, in order.
+    /// The recorded requests, in order.
     pub(crate) fn made(&self) -> Vec<Request> {
         self.both().made.take().unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! What the verification of all chats in idle time costs events that arrive meanwhile.
+//! How much the verification of all chats in idle time delays events that arrive meanwhile.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,10 +18,10 @@ const LATENCY: Duration = Duration::from_millis(5);
 /// How often an event arrives.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// The first conversation with events; those that the journal has before have smaller ids.
+/// The first conversation with new events. Conversations that the journal already has have smaller ids.
 const FIRST: i64 = 1_000_000_000;
 
-/// How many conversations have events. The first event of each creates its chat, and is not measured.
+/// How many conversations have new events. The first event of each creates its chat, and is not measured.
 const CONVERSATIONS: i64 = 20;
 
 pub(crate) fn measure(scale: Scale) {
@@ -33,7 +33,7 @@ pub(crate) fn measure(scale: Scale) {
         .and_then(|connection| connection.execute_batch(due))
         .expect("a pass is due");
     let events = scale.of(600);
-    // Of each its own, since neither OurAPI has the chats of the other.
+    // Each run needs its own copy, because its OurAPI does not have the chats of the other run.
     let copy = db.with_file_name("copy.db");
     std::fs::copy(&db, &copy).expect("a copy");
     let (without, none) = times(&copy, events, "off");
@@ -43,7 +43,7 @@ pub(crate) fn measure(scale: Scale) {
     let at = |times: &[Duration], share: usize| ms(times[(times.len() - 1) * share / 100]);
     row(
         &format!(
-            "10 events a second: a page received → the first write, 99th percentile, while {chats} chats of {} messages are verified",
+            "10 events per second: a page received → the first write, 99th percentile, while {chats} chats of {} messages are verified",
             large::EVENTS - 2
         ),
         &format!(
@@ -53,11 +53,11 @@ pub(crate) fn measure(scale: Scale) {
             at(&with, 50),
             at(&without, 50)
         ),
-        &format!("≤ {:.0} ms apart, one request", ms(LATENCY)),
+        &format!("≤ {:.0} ms more, one request", ms(LATENCY)),
     );
 }
 
-/// How long it took for each of so many pages with one message, sorted; and how many chats were verified meanwhile.
+/// The sorted delays of this many pages with one message each, and how many chats were verified meanwhile.
 fn times(db: &Path, events: i64, verify_every: &str) -> (Vec<Duration>, u64) {
     let server = Server::start(LATENCY);
     server.has_chats_of(START);
@@ -77,13 +77,16 @@ fn times(db: &Path, events: i64, verify_every: &str) -> (Vec<Duration>, u64) {
         server.reset(false);
         let text = format!(r#"{{"message":"Message {number}, --verify-every {verify_every}"}}"#);
         let conversation = FIRST + number % CONVERSATIONS;
-        server.tell(&event(conversation, "MESSAGE", START + number, &text));
+        server.report(&event(conversation, "MESSAGE", START + number, &text));
         until("a write", Duration::from_secs(10), || {
             server.written().is_some()
         });
         if number >= CONVERSATIONS {
             let time = server.written().zip(server.polled());
-            times.push(time.map(|(written, told)| written - told).expect("both"));
+            times.push(
+                time.map(|(written, polled)| written - polled)
+                    .expect("both"),
+            );
         }
         std::thread::sleep(next - Instant::now());
     }

@@ -54,7 +54,7 @@ pub enum Command {
         #[arg(long)]
         yes: bool,
     },
-    /// Reopen discarded events, until the retention drops them. They need action again.
+    /// Reopen discarded events that the retention has not dropped yet. They then need action again.
     Undo(Which),
 }
 
@@ -234,7 +234,7 @@ fn others(left: &[i64], resolution: Resolution) -> String {
     }
 }
 
-/// Asks on the terminal for confirmation to discard so many events.
+/// Asks on the terminal for confirmation to discard this many events.
 fn confirm(count: u64) -> Result<(), FailedError> {
     if !io::stdin().is_terminal() {
         return Err(FailedError::NoTerminal { count });

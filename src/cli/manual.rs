@@ -39,10 +39,12 @@ pub enum Chapter {
     Log,
     /// What is guaranteed, what is not, and the tests that prove it.
     Guarantees,
-    /// What was shown, with how many cases, by which command.
+    /// What was tested, with how many cases, by which command.
     Evidence,
-    /// Pause, heartbeat, several daemons, the read token, the package.
-    Hold,
+    /// Pausing deliveries during maintenance of OurAPI.
+    Pause,
+    /// Heartbeat, several daemons, the read-only token, the systemd journal, the Debian package.
+    Deployment,
     /// How it works.
     Design,
 }
@@ -60,7 +62,8 @@ impl Chapter {
             Self::Log => include_str!("manual/log.md"),
             Self::Guarantees => include_str!("manual/guarantees.md"),
             Self::Evidence => include_str!("manual/evidence.md"),
-            Self::Hold => include_str!("manual/hold.md"),
+            Self::Pause => include_str!("manual/pause.md"),
+            Self::Deployment => include_str!("manual/deployment.md"),
             Self::Design => include_str!("manual/design.md"),
         };
         // Comments are for the authors of the chapters.

@@ -91,7 +91,7 @@ pub enum Command {
     /// Erase the text of a conversation from the database, for a person's right to erasure.
     ///
     /// The text is erased from the events, the failed events with their requests and responses, the stored pages and
-    /// the files of the database. Kinds, times and fingerprints of the events remain, to recognise events that BigChat
+    /// the files of the database. Kinds, times and fingerprints of the events remain, to recognize events that BigChat
     /// reports again. The conversation is no longer sent, verified, restored, or exported with its text. An event that
     /// arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat, backups of the
     /// database, and logs that were written with --log-message-text. The command asks for confirmation, unless --yes is
@@ -407,10 +407,10 @@ mod tests {
             ("BIGCHAT_SYNC_LISTEN_ON", "BIGCHAT_SYNC_LISTEN"),
             ("BIGCHAT_SYNC_XYZZY", "--help"),
         ] {
-            let said = unknown_variables([(name.into(), "s3cret".into())]).expect("it is unknown");
-            assert!(said.contains(&format!("{name} is not")), "{said}");
-            assert!(said.contains(meant), "{said}");
-            assert!(!said.contains("s3cret"), "{said}");
+            let text = unknown_variables([(name.into(), "s3cret".into())]).expect("it is unknown");
+            assert!(text.contains(&format!("{name} is not")), "{text}");
+            assert!(text.contains(meant), "{text}");
+            assert!(!text.contains("s3cret"), "{text}");
         }
     }
 

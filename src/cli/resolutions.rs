@@ -29,7 +29,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
         return Ok(json::text(&json!({ "resolutions": resolutions }))?);
     }
     if resolutions.is_empty() {
-        return Ok("no failed event was resolved yet\n".to_owned());
+        return Ok("no failed event has been resolved yet\n".to_owned());
     }
     let rows = resolutions.into_iter().map(|resolution| Row {
         cells: [

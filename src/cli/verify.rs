@@ -37,7 +37,7 @@ const LISTED: u32 = 100;
 /// Which chats to verify, and whether to repair them.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// Verify only the conversation with this BigChat id, in every epoch that had one [default: all chats].
+    /// Verify only the conversation with this BigChat id, in every epoch that has such an id [default: all chats].
     #[arg(long, value_name = "ID", value_parser = number::<i64>, allow_hyphen_values = true)]
     conversation: Option<i64>,
 

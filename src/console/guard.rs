@@ -47,7 +47,7 @@ pub(crate) const SERVER: &str = "bigchat-sync";
 
 /// Restrictions for browsers, and the name of this program, sent with every response.
 const HEADERS: [(HeaderName, &str); 9] = [
-    // By it, `check` recognises the console of a daemon.
+    // `check` recognizes a daemon's console by this header.
     (header::SERVER, SERVER),
     (
         header::CONTENT_SECURITY_POLICY,

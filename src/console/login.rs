@@ -23,7 +23,7 @@ use super::guard::{KEY, Rejection};
 use super::{Web, error};
 use crate::settings::Token;
 
-/// The maximum number of sessions. Beyond it the oldest ends.
+/// The maximum number of sessions. Beyond it, the oldest session ends.
 const MAX_SESSIONS: usize = 32;
 
 /// How long a session lasts: a working day.

@@ -98,7 +98,7 @@ impl Web {
         operation: impl FnOnce(&mut Store) -> Result<T, JournalError> + Send + 'static,
     ) -> Result<T, ReadError> {
         let reader = self.reader.get_or_try_init(|| self.open_reader()).await?;
-        // If the caller is gone when its turn comes, the read is skipped: it would only delay others and the stop.
+        // If the caller is gone by now, the read is skipped, because it would only delay other reads and shutdown.
         let asking = Arc::new(());
         let asked = Arc::downgrade(&asking);
         let read = reader.with(move |store| match asked.upgrade() {

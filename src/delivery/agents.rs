@@ -26,7 +26,7 @@ pub(super) struct Agents {
     known: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
     /// Whether an agent is gone, by the id of a verification and the agent.
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
-    /// The agents that were asked for by id since the last loss, and whether they exist.
+    /// The agents queried by id since the last loss, and whether they exist.
     asked: Mutex<HashMap<Uuid, bool>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
@@ -245,7 +245,7 @@ impl Agents {
             Some(email) => {
                 !self.exists(agent, &email).await? && !self.our_api.has_agent(agent).await?
             }
-            // The chat was adopted, and its agent is not one of ours.
+            // The chat was adopted, and the daemon does not know its agent.
             None => false,
         };
         let mut verified = self.verified();
@@ -254,7 +254,7 @@ impl Agents {
         Ok(gone)
     }
 
-    /// Whether OurAPI has an agent, created by any client. Requested once after each loss.
+    /// Whether OurAPI has an agent, created by any client. OurAPI is queried once per agent after each loss.
     pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         if let Some(is_there) = self.asked().get(&agent) {

@@ -51,7 +51,7 @@ impl From<ApiError> for AttemptError {
 }
 
 impl AttemptError {
-    /// OurAPI will never accept the event. A rejected read is no rejection of the event.
+    /// OurAPI will never accept the event. The rejection of a read does not count.
     pub fn is_rejection(&self) -> bool {
         matches!(self, Self::Write(error) if error.kind == ErrorKind::Rejected)
     }

@@ -15,7 +15,7 @@ use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 use super::Delivery;
 use super::scheduler::MAX_CLAIMED;
 
-/// After a commit, the committer pauses for this many times its duration, so that the reports of that time share the next
+/// After a commit, the committer pauses for this many times its duration, so that reports that arrive meanwhile share the next
 /// commit and the disk is free for other writers. No request is delayed, since enough conversations are claimed ahead.
 const PAUSE_FACTOR: u32 = 20;
 

@@ -1,4 +1,5 @@
-//! The scheduler: hands out due conversations, at most as many at a time as requests may be in flight, and none twice.
+//! The scheduler: hands out due conversations, never one that is already claimed. At most as many are in progress as
+//! requests may be in flight.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::pending;
@@ -24,7 +25,7 @@ use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
 
-/// Maximum of claimed conversations: at work, loaded ahead, or waiting for the commit of their reports. Enough that no
+/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that no
 /// worker waits for a commit of 20 ms.
 pub(super) const MAX_CLAIMED: usize = 1024;
 
@@ -34,13 +35,13 @@ const AHEAD: usize = 256;
 /// How many bytes of message text are loaded ahead, so that memory stays bounded.
 const BYTES_AHEAD: usize = 2 << 20;
 
-/// After so long, work loaded ahead is loaded anew: its conversation may have been forgotten.
+/// After this time, work loaded ahead is loaded again, because its conversation may have been forgotten.
 const LOADED_FOR: Duration = Duration::from_secs(5);
 
 /// How often the journal is queried for due conversations without a notification, since commands write to it, too.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// After each verification in idle time, none follows for so many times as long as it took.
+/// After each verification in idle time, the next one waits for this many times its duration.
 const IDLE_FACTOR: u32 = 9;
 
 type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
@@ -48,7 +49,7 @@ type Fetch = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 /// The journal's response.
 struct Fetched {
     asked_at: Millis,
-    /// It was asked for the pass in idle time, too.
+    /// The request included the pass in idle time.
     was_idle_time: bool,
     claimed: Result<Claimed, JournalError>,
 }
@@ -67,14 +68,14 @@ struct Idle {
     pass: Option<IdlePass>,
     /// The next verification does not begin before then.
     not_before: Instant,
-    /// The pass is in progress, as far as is known.
+    /// The journal's latest response shows the pass in progress.
     is_open: bool,
-    /// Cancelled when the one at work is to give way to events.
+    /// Cancelled when the verification in progress must give way to events.
     give_way: CancellationToken,
 }
 
 impl Idle {
-    /// One has ended that began then.
+    /// Sets the pause after a verification that began at this time and has just ended.
     fn ended(&mut self, began: Instant) {
         self.not_before = Instant::now() + began.elapsed() * IDLE_FACTOR;
     }
@@ -87,9 +88,9 @@ pub(super) struct Scheduler {
     liveness: Arc<Liveness>,
     work_available: Arc<Notify>,
     scope: Scope,
-    /// Claimed, and not at work yet; and when it was loaded.
+    /// Claimed work that has not been started, each with the time of loading.
     ready: VecDeque<(Instant, Work)>,
-    /// Claimed: ready, at work, or reported and not committed yet.
+    /// Claimed: ready, in progress, or reported and not committed yet.
     claimed: HashSet<ConversationId>,
     at_work: JoinSet<Reconciled>,
     tasks: HashMap<task::Id, AtWork>,
@@ -100,7 +101,7 @@ pub(super) struct Scheduler {
     reports: mpsc::Sender<ToCommit>,
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
-    /// A due conversation may be unclaimed.
+    /// There may be a due conversation that is not claimed.
     check: bool,
     /// The time until the next query without a notification.
     idle: Duration,
@@ -190,7 +191,7 @@ impl Scheduler {
         }
     }
 
-    /// How long there is nothing to do, unless a notification arrives.
+    /// How long to wait if no notification arrives.
     fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
         match circuit {
             Circuit::Open { until } => self.idle.min(until.since(now)),
@@ -223,7 +224,7 @@ impl Scheduler {
             .saturating_sub(self.ready.len() + self.at_work.len() + self.set_aside)
     }
 
-    /// Holds a conversation as long as a write that timed out may still be carried out.
+    /// Holds back a conversation as long as a write that timed out may still be carried out.
     pub(super) fn hold_until(&mut self, conversation: ConversationId) {
         let until = Instant::now() + self.worker.settings.request_timeout;
         self.timed_out.insert(conversation, until);
@@ -244,7 +245,7 @@ impl Scheduler {
         }
     }
 
-    /// How many conversations may be at work.
+    /// How many conversations may be in progress.
     fn limit(&self, circuit: Circuit) -> usize {
         // While the disk refuses reports, no work is begun.
         if self.uncommitted() > 0 && self.storage.refuses_delivery() {
@@ -353,8 +354,8 @@ impl Scheduler {
         }));
     }
 
-    /// How many conversations and bytes to claim; `None`: none now. Called after each piece of work, so the sizes are added
-    /// up last.
+    /// How many conversations and bytes to claim; `None`: none now. The sizes are added up last, because this is called
+    /// after each piece of work.
     fn claim_size(&self, circuit: Circuit) -> Option<(usize, usize)> {
         let limit = self.limit(circuit);
         if !self.check || limit == 0 {
@@ -403,7 +404,7 @@ impl Scheduler {
                     next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
                 let loaded_at = Instant::now();
                 for work in work {
-                    // Released meanwhile, a conversation may come twice.
+                    // A conversation that was released meanwhile may be returned twice.
                     if self.claimed.insert(work.conversation.id) {
                         self.ready.push_back((loaded_at, work));
                     }
@@ -477,7 +478,7 @@ impl Scheduler {
     }
 }
 
-/// Waits for the query in progress; for ever if there is none.
+/// Waits for the query in progress; forever if there is none.
 async fn fetched(fetch: &mut Option<Fetch>) -> Fetched {
     match fetch {
         Some(fetch) => fetch.await,

@@ -15,7 +15,7 @@ use crate::simulator::bigchat::Reported;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
-/// More of a message is not needed to recognise it, and a line should fit 80 columns.
+/// More of a message is not needed to recognize it, and a line should fit 80 columns.
 const SHOWN: usize = 38;
 
 /// The columns of the figures: the owner, if it changes, and the heading.
@@ -293,8 +293,8 @@ fn changes(answered: &Answered, with: &str) -> String {
     let agent = agent
         .as_ref()
         .map(|agent| format!("{with} {}", shown(agent)));
-    let said: Vec<String> = [started, ended, agent].into_iter().flatten().collect();
-    said.join(", ")
+    let parts: Vec<String> = [started, ended, agent].into_iter().flatten().collect();
+    parts.join(", ")
 }
 
 fn quoted(text: &Value) -> String {

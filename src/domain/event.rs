@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn fingerprint_is_stable_across_releases() {
-        // With another value, no event of an existing journal would be recognised.
+        // With another value, no event of an existing journal would be recognized.
         let event = Event {
             conversation: 1,
             at: Timestamp::clamped(1),

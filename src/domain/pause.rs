@@ -16,7 +16,7 @@ pub struct Pause {
 }
 
 impl Pause {
-    /// A pause from `now` on, for so long or until an operator resumes.
+    /// A pause from `now` on, for this long or until an operator resumes.
     pub fn begin(length: Option<Duration>, now: Millis) -> Self {
         Self {
             since: now,

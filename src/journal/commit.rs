@@ -1,6 +1,7 @@
 //! Commits the reports of claims, each commit in one transaction.
 //!
-//! A commit writes differences, because others write meanwhile: ingest, `failed retry`, a loss, a verification.
+//! A commit writes differences, because other operations change the same rows after the claim: ingest, `failed retry`, a
+//! loss, a verification.
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
@@ -36,7 +37,7 @@ macro_rules! waiting_since {
 }
 
 impl Store {
-    /// Commits reports, and records the claims whose reports will not come.
+    /// Commits reports, and records the claims that will have no report.
     pub fn commit<'a>(
         &mut self,
         reports: impl Iterator<Item = std::result::Result<&'a Report, &'a Lost>>,
@@ -191,7 +192,7 @@ fn update(
         Observation::Read(Some(_)) | Observation::Created
     );
     let ends_claim = match report.observation {
-        // Without a chat, nothing of it is to be written next.
+        // If there is no chat, the claim has nothing more to write.
         Observation::Read(None) => observed.chat.is_some(),
         Observation::Read(Some(_)) | Observation::Gone { .. } => true,
         Observation::None | Observation::Created => false,
@@ -218,7 +219,7 @@ fn update(
                 offset = :offset,
                 waiting = max(waiting - :settled, 0),
                 waiting_since = iif(waiting > :settled, (", waiting_since!(":offset"), "), NULL),
-                -- A verification comes at any time: what waits for its next attempt goes on waiting.
+                -- A verification may come at any time. An event that waits for its next attempt continues to wait.
                 due_at = CASE
                     WHEN NOT :is_verification THEN coalesce(:due_at, iif(waiting > :settled, :now, NULL))
                     ELSE coalesce(max(coalesce(:due_at, iif(waiting > :settled, :now, due_at)), due_at), :due_at)
@@ -260,7 +261,7 @@ fn update(
     present(is_forgotten, &format!("no conversation {}", id.0))
 }
 
-/// Writes how far the chat is verified, and what differs and stays. Most commits change none of it, and then no index
+/// Writes how far the chat is verified, and the differences that are not repaired. Most commits change none of it, and then no index
 /// is updated.
 fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
     let Report {

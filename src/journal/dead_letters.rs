@@ -524,7 +524,7 @@ fn retry(
     transaction
         .prepare_cached(
             "UPDATE conversations SET waiting = waiting + 1,
-                -- A write that may still be in flight goes on waiting.
+                -- A write that may still be in flight continues to wait.
                 due_at = iif(stale_seq > fresh_seq, coalesce(due_at, ?3), ?3),
                 waiting_since = coalesce(waiting_since, (SELECT received_at FROM events WHERE id = ?2)),
                 stale_seq = stale_seq

@@ -212,7 +212,7 @@ impl Store {
     pub fn record_loss(&mut self, now: Millis) -> Result<i64> {
         let transaction = self.begin()?;
         let minute = minute(now);
-        // A clock that was set back must not make old losses look recent for ever.
+        // A clock that was set back must not make old losses look recent forever.
         transaction.execute(
             "DELETE FROM losses WHERE minute NOT BETWEEN ?1 - ?2 AND ?1",
             [minute, LOSS_MINUTES],

@@ -211,7 +211,7 @@ pub(super) fn is_forgotten(connection: &Connection, epoch: Epoch, bigchat_id: i6
         .query_row(params![epoch, bigchat_id], |row| row.get(0))?)
 }
 
-/// An event that could not be parsed stays as a discarded dead letter, so that it is recognised if it is received
+/// An event that could not be parsed stays as a discarded dead letter, so that it is recognized if it is received
 /// again.
 pub(super) fn erase_unparsed(
     transaction: &Transaction<'_>,

@@ -16,12 +16,12 @@ use crate::http::shortened;
 /// before the restart.
 const DATE_LAG: Duration = Duration::from_secs(2);
 
-/// The limit of what BigChat reports may move while the rest of a gap is searched. A difference of up to so many
-/// seconds is not a new gap.
+/// The oldest time for which BigChat still answers may advance while the end of a gap is searched. An advance of up to
+/// this many seconds is not a new gap.
 const GAP_MARGIN: i64 = 60;
 
-/// How many unparsable events of one page are stored. Up to this number they are a mistake worth storing as a whole.
-/// Beyond it the page is hostile, and each of millions of events would be a row.
+/// How many unparsable events of one page are stored. A page with more is considered hostile, and must not add millions
+/// of rows.
 const MAX_UNREADABLE: usize = 100_000;
 
 /// How far BigChat was read, and the poll in progress.
@@ -31,8 +31,7 @@ pub struct PollState {
     pub cursor: Option<Timestamp>,
     /// The window of the poll in progress, and the query of its next page; no query: its last page is stored.
     pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
-    /// The window is read again from its beginning, where much is known already. In how many polls it may bring nothing
-    /// new.
+    /// How many more polls may find nothing new in a window that is read again from its beginning.
     pub rescans_left: u32,
 }
 
@@ -81,7 +80,7 @@ pub struct StoredPage {
     pub ingested: bool,
     /// The latest known epoch when it was requested.
     pub requested_in: Epoch,
-    /// Its epoch, once that is certain.
+    /// The epoch to which it belongs, once that is certain.
     pub epoch: Option<Epoch>,
 }
 
@@ -124,7 +123,7 @@ pub struct Ingested {
     pub unreadable: usize,
     /// Events dropped by `--ignore-events`.
     pub ignored: usize,
-    /// Whether the page had anything besides known events. Ignored and unparsable events do not count as known.
+    /// Whether the page had any event that was not known. Ignored and unparsable events do not count as known.
     pub progress: bool,
     /// New events by kind.
     pub received: Vec<(&'static str, u32)>,
@@ -169,8 +168,9 @@ impl Store {
         Ok(())
     }
 
-    /// BigChat no longer reports what happened between the cursor and `ends_at`, where the next window is to start:
-    /// `cursor` less the overlap. Returns whether that is a new gap, and not the rest of a known one.
+    /// Records that BigChat no longer reports events between the old cursor and `ends_at`, and sets the new `cursor`. The
+    /// next window starts at `ends_at`, which is `cursor` minus the overlap. Returns whether this is a new gap, and not the
+    /// rest of a known one.
     pub fn skip_gap(&mut self, ends_at: Timestamp, cursor: Timestamp, now: Millis) -> Result<bool> {
         let transaction = self.begin()?;
         let starts_at: Option<i64> =
@@ -380,8 +380,8 @@ impl Store {
     }
 
     /// Ends the poll in progress. `cursor`: the time up to which BigChat was read, if the last page has not set it.
-    /// `rescans_left`: in how many polls the window is to be read again. `read`: when the window was read to its end,
-    /// and by how many seconds BigChat's clock was ahead of this machine's.
+    /// `rescans_left`: see [`PollState`]. `read`: when the window was read to its end, and by how many seconds BigChat's
+    /// clock was ahead of this machine's; `None` if it was not.
     pub fn end_poll(
         &mut self,
         cursor: Option<Timestamp>,
@@ -404,7 +404,7 @@ impl Store {
         Ok(())
     }
 
-    /// Records that another poll has continued in a window that is read again.
+    /// Counts another poll in a window that is read again.
     pub fn rescan(&mut self) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET rescans_left = rescans_left - 1 WHERE rescans_left > 0",
@@ -602,9 +602,9 @@ fn insert_unreadable(
     Ok(true)
 }
 
-/// Parses an unparsable dead letter again, as after an upgrade of the program, and ingests the event in its place: into
-/// the conversation of its epoch, as often as it was received. Returns whether that was possible; if not, the reason is
-/// updated.
+/// Parses an unparsable dead letter again, for example after an upgrade of the program. If that succeeds, the event
+/// replaces the dead letter, in the conversation of its epoch and as often as it was received. Returns whether it
+/// succeeded; if not, the reason is updated.
 pub(super) fn ingest_dead_letter(
     transaction: &Transaction<'_>,
     id: EventId,

@@ -1,4 +1,5 @@
-//! The journal: stores every event in SQLite before it is processed, then its outcome, and what is known of both APIs.
+//! The journal stores every event in SQLite before it is processed, then its outcome. It also stores what is known
+//! about both APIs.
 //!
 //! All SQL is here, as named operations of [`Store`]. One thread works on the database, so that no async thread waits
 //! for a disk. [`Journal::with`] passes it one operation at a time. An operation that writes is one transaction, and no
@@ -117,7 +118,7 @@ struct Thread {
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
-    /// `None` for a database in memory. It must be closed after the connection.
+    /// `None` for a database in memory. Declared after the connection, so that it is closed last.
     file: Option<DatabaseFile>,
 }
 
@@ -150,7 +151,7 @@ impl Store {
         }
     }
 
-    /// Whether a daemon, or a command in its place, works on the database.
+    /// Whether the database is locked by a daemon, or by a command that does a daemon's work.
     pub fn is_in_use(&self) -> bool {
         self.file.as_ref().is_some_and(DatabaseFile::is_in_use)
     }
@@ -167,8 +168,8 @@ impl Store {
         file.map(DatabaseFile::exposed).unwrap_or_default()
     }
 
-    /// Whether the file is still the one of its name. If not, the daemon must not receive events, which BigChat reports
-    /// only once.
+    /// Fails if the path no longer refers to the open file. The daemon must not receive events then, because BigChat
+    /// reports them only once.
     pub fn in_place(&self) -> Result<()> {
         let Some(file) = &self.file else {
             return Ok(());
@@ -211,7 +212,7 @@ impl Journal {
     ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let operation: Operation = Box::new(move |store| {
-            // The caller may be gone. The operation stays done.
+            // The caller may be gone. The operation is not undone.
             drop(reply.send(operation(store)));
         });
         self.executor.execute(operation).await;
@@ -288,7 +289,7 @@ mod tests {
     use super::*;
 
     impl Store {
-        /// A database in memory, as a daemon's. A new one only gets the schema.
+        /// A database in memory, opened like a daemon's. A new one only gets the schema.
         pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
             connection.set_prepared_statement_cache_capacity(64);
             connection.pragma_update(None, "foreign_keys", true)?;

@@ -32,10 +32,10 @@ const BYTES_PER_CLAIM: usize = 256 << 10;
 pub struct ClaimRequest {
     /// No events are to be delivered.
     pub verifications_only: bool,
-    /// The pass in idle time, to continue if nothing else is to be done.
+    /// The pass in idle time, which continues if nothing else is due.
     pub idle_pass: Option<IdlePass>,
-    /// The claim serves to probe OurAPI. Conversations that have never failed come first, so that an event that always
-    /// fails does not keep others from being tried.
+    /// The claim serves to probe OurAPI. Conversations without a failed waiting event come first, so that an event that always
+    /// fails does not prevent attempts of others.
     pub probe: bool,
     /// The maximum number of conversations.
     pub conversations: usize,
@@ -61,7 +61,7 @@ pub struct Claimed {
     pub next_due: Option<Millis>,
 }
 
-/// What applies to everything loaded by one claim.
+/// The values that apply to everything loaded by one claim.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Loading {
     pub(super) session: i64,
@@ -142,8 +142,8 @@ impl Store {
         Ok(claimed)
     }
 
-    /// Makes everything due now that would be due later. What may have been delivered is due after `pause`, because it
-    /// is not known how long it has waited.
+    /// Makes everything due now that would be due later. An event that may have been delivered is due after `pause`,
+    /// because it is not known how long it has waited.
     fn make_due(&mut self, pause: Duration, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute(
@@ -211,7 +211,7 @@ fn due(
     Ok(ids)
 }
 
-/// The conversation due for the longest time among those of which no waiting event has failed.
+/// The conversation due for the longest time, among those without a failed waiting event.
 fn never_failed(
     connection: &Connection,
     request: &ClaimRequest,

@@ -25,7 +25,7 @@ const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")]
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The maximum size of the write-ahead log. It grows for as long as another process (a backup, a forgotten shell) reads
-/// an old state of the database, and would then keep that size for ever.
+/// an old state of the database, and would then keep that size forever.
 const WAL_SIZE: i64 = 8 << 20;
 
 /// SQLite opens a read-only file for reading. It creates none, because that would be readable by all users.

@@ -350,7 +350,7 @@ fn pending(
     Ok(pending)
 }
 
-/// Claims chats that the `verify` command has requested. Waiting events of their conversations go on waiting.
+/// Claims chats that the `verify` command has requested. Waiting events of their conversations continue to wait.
 pub(super) fn claim_verifications(
     connection: &Connection,
     at_most: usize,

@@ -198,7 +198,7 @@ impl Stage {
             match daemon::poll_and_deliver(&parts).await {
                 // A page was still waiting for the disk when the daemon had to end.
                 Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.client_died(),
-                Err(error) => panic!("the daemon stops well: {error}"),
+                Err(error) => panic!("the daemon stops without an error: {error}"),
             }
             assert!(stopping.is_cancelled(), "it ends only when it is asked to");
         }

@@ -132,7 +132,7 @@ impl OurApi {
         self.permits.timed_out_until()
     }
 
-    /// Records that so many requests were given up and may still be in flight.
+    /// Records that this many requests were given up and may still be in flight.
     pub fn record_timeout(&self, requests: usize) {
         self.permits
             .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));

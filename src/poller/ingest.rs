@@ -10,7 +10,7 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, StoredPage};
 
-/// After so many polls without a response to the probe, BigChat counts as not restarted.
+/// After this many polls without a response to the probe, BigChat counts as not restarted.
 const MAX_FAILED_PROBES: u32 = 3;
 
 impl Poller {
@@ -68,7 +68,7 @@ impl Poller {
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// The epoch of a page. If BigChat does not answer, the page waits, for a few polls.
+    /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
             self.failed_page_probes = 0;
@@ -90,7 +90,7 @@ impl Poller {
         let mut starts = Vec::new();
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
             let current = self.source.epochs.current(&self.journal).await?;
-            // A page requested in an earlier epoch may report a START of that.
+            // A page requested in an earlier epoch may report a START of that epoch.
             let is_current = |page: &&StoredPage| !page.ingested && page.requested_in == current;
             for page in pages.stored.iter().filter(is_current) {
                 let events = page

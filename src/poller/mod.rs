@@ -33,16 +33,16 @@ use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
-/// Page budget of a poll. A `nextPageUrl` may lead on for ever; the pages so far are delivered first.
+/// Page budget of a poll. A `nextPageUrl` may lead on forever; the events of the pages so far are delivered first.
 const MAX_PAGES: usize = 200;
 
 /// Size budget of a poll in bytes, all of which are in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How many responses may set BigChat's clock before the first poll: a wrong one, and two that agree.
+/// How many responses may set BigChat's clock before the first poll. Three suffice for two that agree if one is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// In how many polls a window that is read again may have no new events before it counts as read.
+/// How often a window is read again without a new event before it counts as read.
 const MAX_RESCANS: u32 = 100;
 
 /// The length of the first window without `--since`.
@@ -77,7 +77,7 @@ pub struct Poller {
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started, by BigChat's clock.
     started_at: Option<Timestamp>,
-    /// It was logged how BigChat's clock differs from this machine's.
+    /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
     /// In how many polls the same page after the first could not be fetched.
     page_failures: u32,
@@ -238,7 +238,7 @@ impl Poller {
         self.journal.with(|store| store.in_place()).await?;
         for _ in 0..CLOCK_ATTEMPTS {
             if !self.source.clock().is_sure() {
-                // The first window needs BigChat's time, which the first response has.
+                // The first window needs BigChat's time, which the probe's response contains.
                 epoch::probe(&self.source).await?;
             }
         }
@@ -248,8 +248,8 @@ impl Poller {
             .now()
             .unwrap_or_else(Timestamp::of_this_machine);
         self.started_at.get_or_insert(now);
-        // Pages stored and not yet ingested: the daemon was stopped, or the journal refused. The earlier pages of an
-        // unfinished poll also show which messages on later pages are repeats.
+        // Stored pages may not be ingested yet, because the daemon was stopped or the journal refused. The earlier pages
+        // of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
         if pages.has_new() {
             self.ingest(&mut pages).await?;
@@ -411,7 +411,7 @@ fn report_clock(here: Timestamp, there: Option<Timestamp>) {
             tracing::warn!(date = %here, "BigChat sends no usable date; using this machine's clock instead");
         }
         Some((there, Some(difference))) => {
-            tracing::warn!(date = %there, "{difference}; set the wrong one right");
+            tracing::warn!(date = %there, "{difference}; correct the wrong clock");
         }
         Some((_, None)) => {}
     }

@@ -1,4 +1,4 @@
-//! The pages of the poll in progress, in memory as in the journal. Equal messages are counted over all of them.
+//! The pages of the poll in progress, in memory and in the journal. Equal messages are counted across all pages.
 
 use std::collections::HashSet;
 

@@ -96,7 +96,7 @@ impl Poller {
     }
 
     /// Requests a page. With `retry`, a transient failure is retried at once: this poll has just read the pages before it,
-    /// and later they may have shifted beyond recognition.
+    /// and by the next poll their events may have moved to other pages.
     async fn request(&self, query: &str, retry: bool) -> Result<Page, ApiError> {
         let attempts = if retry { PAGE_ATTEMPTS } else { 1 };
         let bigchat = &self.source.client;
@@ -237,7 +237,7 @@ impl Poller {
     }
 }
 
-/// Whether other pages would fail, too.
+/// Whether requests for other pages would fail, too.
 fn is_outage(error: &ApiError) -> bool {
     matches!(
         error.kind,

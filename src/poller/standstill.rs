@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::domain::time::Timestamp;
 
-/// How long the cursor may stay the same before that is reported.
+/// How long the cursor may stay the same before a warning is logged.
 const THRESHOLD: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Default)]
@@ -29,7 +29,7 @@ impl Standstill {
         }
     }
 
-    /// Whether the cursor stands still, and for how long; `None` if that was reported already.
+    /// Whether the cursor has stopped, and for how long; `None` if that was reported already.
     fn observed(&mut self, cursor: Timestamp, now: Instant) -> Option<(bool, Duration)> {
         match self.since {
             Some((same, since)) if same == cursor => {

@@ -2,7 +2,7 @@
 //!
 //! [`Mode::Once`] behaves as the real BigChat, which makes events up at each poll and reports each once. [`Mode::Log`]
 //! behaves as most vendors: a log gives the same events for the same window. In both modes it remembers what it
-//! reported and whether the response was sent; the comparison works from that. Random behaviour is in `chance`.
+//! reported and whether the response was sent; the comparison works from that. Random behavior is in `chance`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub struct Log {
     pub events_per_second: f64,
     /// Events per page.
     pub page_size: usize,
-    /// One event in ten arrives late, by up to so many seconds.
+    /// One event in ten arrives late, by up to this many seconds.
     pub max_late: u32,
     /// How far the log reaches back at the start.
     pub history: Duration,
@@ -54,9 +54,9 @@ impl Default for Log {
 /// BigChat's own clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
-    /// This machine's clock, plus so many seconds.
+    /// This machine's clock, plus this many seconds.
     Ahead(i64),
-    /// A stopped clock, at so many seconds after [`T0`].
+    /// A stopped clock, at this many seconds after [`T0`].
     Still(i64),
 }
 
@@ -81,7 +81,7 @@ pub struct Options {
     pub awkward: bool,
     /// Advisors' e-mail addresses are made from their own names. The real BigChat makes them from other names.
     pub own_addresses: bool,
-    /// Only so many of the latest conversations get events. In the real BigChat all do.
+    /// Only this many of the latest conversations get events. In the real BigChat all do.
     pub active: usize,
     pub clock: Clock,
 }
@@ -299,7 +299,7 @@ impl BigChat {
         self.date = date.map(str::to_owned);
     }
 
-    /// Turns random behaviour off or on.
+    /// Turns random behavior off or on.
     pub fn set_quiet(&mut self, quiet: bool) {
         self.grow();
         self.options.quiet = quiet;

@@ -1,4 +1,4 @@
-//! The random behaviour of BigChat.
+//! The random behavior of BigChat.
 
 use rand::RngExt;
 use rand::rngs::Xoshiro256PlusPlus;

@@ -12,7 +12,7 @@ const ORDERED_ID: &str = "00000000-0000-0000-0000-";
 
 /// A service without a network: a plain value, whose copies answer alike.
 pub trait Api: Clone + Send + 'static {
-    /// Answers a request that arrives while so many others are carried out.
+    /// Answers a request that arrives while this many others are carried out.
     fn answer(&mut self, request: &Request, others: usize) -> Reply;
 
     /// The clock of its `date` headers.

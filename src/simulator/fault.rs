@@ -37,7 +37,7 @@ pub struct Fault {
     pub(super) carried_out: bool,
     /// The request is carried out even if the client has gone by then.
     pub(super) detached: bool,
-    /// A `retry-after` with the date so many seconds from now, by the service's clock.
+    /// A `retry-after` with the date this many seconds from now, by the service's clock.
     pub(super) retry_date: Option<i64>,
     pub(super) times: usize,
 }
@@ -126,7 +126,7 @@ impl Fault {
         self.change(|reply| reply.headers.push((name.to_owned(), value.to_owned())))
     }
 
-    /// With a `retry-after` of the date so many seconds from now, by the service's clock.
+    /// With a `retry-after` of the date this many seconds from now, by the service's clock.
     pub fn retry_date(mut self, seconds: i64) -> Self {
         self.retry_date = Some(seconds);
         self

@@ -189,7 +189,7 @@ impl OurApi {
         }
     }
 
-    /// The database that a request reaches while so many others are carried out; `None`: one without tables.
+    /// The database that a request reaches while this many others are carried out; `None`: one without tables.
     fn reach(&mut self, others: usize) -> Option<usize> {
         let others = if self.fragile { others } else { 0 };
         let count = self.databases.len();

@@ -42,7 +42,7 @@ fn get(api: &mut impl Api, target: &str) -> (u16, Value) {
     ask(api, "GET", target, &Value::Null)
 }
 
-/// The query for a window that begins at so many seconds after [`T0`].
+/// The query for a window that begins at this many seconds after [`T0`].
 fn since(at: i64) -> String {
     let time = DateTime::from_timestamp(T0 + at, 0).unwrap();
     format!("/events?start_at={}", time.format("%Y-%m-%dT%H:%M:%SZ"))

@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn journal_is_recognised_by_its_file() {
+    fn journal_is_recognized_by_its_file() {
         let is_named = |variable: &str| names(Some(OsStr::new(variable)), 8, 4711);
         assert!(is_named("8:4711"));
         for other in ["8:4712", "9:4711", "8:47", "8", "", ":", "8:4711:1"] {

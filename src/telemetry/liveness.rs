@@ -287,7 +287,10 @@ mod tests {
         beats(&liveness.polling, "polling continues").await;
 
         stopping.cancel();
-        running.await.expect("no panic").expect("it stops well");
+        running
+            .await
+            .expect("no panic")
+            .expect("a stop without an error");
         for heart in [&liveness.polling, &liveness.delivering] {
             assert_eq!(due(heart), AT_REST);
         }

@@ -40,9 +40,9 @@ static LINES: LazyLock<Mutex<HashMap<Identifier, Lines>>> = LazyLock::new(Mutex:
 /// `--log-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Lines for people.
+    /// Human-readable lines.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 

@@ -233,7 +233,7 @@ mod tests {
     /// Long, because the machine may be busy.
     const TIME_LIMIT: Duration = Duration::from_secs(30);
 
-    /// A writer under the test's control: takes so many bytes, or fails.
+    /// A writer under the test's control: takes this many bytes, or fails.
     struct Scripted {
         next: mpsc::Receiver<Result<usize, ErrorKind>>,
         written: Arc<Mutex<Vec<u8>>>,

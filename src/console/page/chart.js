@@ -106,7 +106,7 @@ export function draw(activity) {
     el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
     sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
   );
-  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "Nothing was received in this time."));
+  show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "Nothing was received in this period."));
   host.querySelector("svg")?.remove();
   host.prepend(picture);
   drawn = { all, step, kinds, pointer };
@@ -169,7 +169,7 @@ function hours(all, step, width) {
   return labels;
 }
 
-/** Selects the bucket that many before the latest, or none. */
+/** Selects the bucket `back` steps before the latest; `null` selects none. */
 function point(back) {
   const tip = byId("chart-tip");
   const slider = byId("chart-slider");

@@ -28,7 +28,7 @@ const ROUTES = [
   [/^\/resolutions$/, resolutions],
 ];
 
-const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be of another version.") };
+const nowhere = { title: () => "Not found", load: async () => ({}), show: () => nothing("find", "There is no such page", "The link may be from another version.") };
 
 /** What is shown. A response to an older request than `asked` is dropped. */
 const now = { view: null, params: {}, shown: {}, data: null, error: null, asked: 0, loadedAt: 0 };
@@ -95,8 +95,8 @@ function showAgain() {
   const focused = main.contains(document.activeElement) && document.activeElement !== main;
   const title = visibleText(now.view.title(now.data, now.shown));
   document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
-  if (now.error) show(main, head(now.error.status === 404 ? "Not there" : "That did not work"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: what was delivered is kept only for so long." : "It is tried again by itself."));
-  else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This shows as soon as it answers."));
+  if (now.error) show(main, head(now.error.status === 404 ? "Not found" : "The request failed"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: delivered events are stored only for the retention period." : "The request is retried automatically."));
+  else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This page loads as soon as it responds."));
   else show(main, now.view.show(now.data, { status, params: now.shown }));
   main.toggleAttribute("data-busy", !now.data && !now.error);
   rove(main);
@@ -157,7 +157,7 @@ function lost() {
   if (line.lost)
     show(
       byId("lost"),
-      el("p", null, el("b", null, "No connection to bigchat-sync."), line.last === null ? " It may not be running." : [" What you see is of ", ago(line.last), "."]),
+      el("p", null, el("b", null, "No connection to bigchat-sync."), line.last === null ? " It may not be running." : [" The data shown is from ", ago(line.last), "."]),
       el("span.muted", { id: "again", "aria-hidden": "true" }),
       el("button", { type: "button", "data-do": "again" }, "Try now"),
     );
@@ -191,7 +191,7 @@ function announceChange(before, next) {
     if (before[key].state !== is && is !== "unknown") news.push(`${name} is ${is}.`);
   }
   if (next.failed > before.failed) news.push(`${some(next.failed - before.failed, "more event")} failed.`);
-  if (news.length > 0) byId("said").textContent = news.join(" ");
+  if (news.length > 0) byId("announcement").textContent = news.join(" ");
 }
 
 setInterval(() => {
@@ -221,7 +221,7 @@ function signIn(wrong) {
       { id: "door" },
       icon("overview"),
       el("h1", { id: "title", tabindex: -1 }, "Sign in"),
-      el("p.under", null, "This console asks for a token: the one that ", el("code", null, "BIGCHAT_SYNC_CONSOLE_TOKEN"), " or its file gives the daemon."),
+      el("p.under", null, "Enter the token of the console: the value of ", el("code", null, "BIGCHAT_SYNC_CONSOLE_TOKEN"), ", or the content of its token file."),
       el("label", { for: "token" }, "Token"),
       el("input", { id: "token", name: "token", type: "password", required: true, autocomplete: "current-password", "aria-describedby": wrong ? "wrong" : null, "aria-invalid": wrong ? "true" : null }),
       wrong && el("p.bad", { id: "wrong", role: "alert" }, wrong),
@@ -251,7 +251,7 @@ async function enter(form) {
     await go();
   } catch (error) {
     button.disabled = false;
-    if (error instanceof Denied) signIn("That is not the token.");
+    if (error instanceof Denied) signIn("Wrong token.");
     else if (error instanceof Refused) signIn(error.message);
     else if (error instanceof Lost) signIn("bigchat-sync does not answer.");
     else throw error;
@@ -291,11 +291,11 @@ function announce(text) {
   silence = setTimeout(() => toast.removeAttribute("data-on"), 6000);
 }
 
-async function lookAgain() {
+async function refresh() {
   await Promise.all([beat(), load()]);
 }
 
-const page = { ask, announce, lookAgain, showAgain };
+const page = { ask, announce, refresh, showAgain };
 
 const buttons = {
   ...actions,
@@ -306,7 +306,7 @@ const buttons = {
     remember("theme", chosen);
     document.documentElement.dataset.theme = chosen;
     themeButton();
-    announce({ system: "Theme: as the system has it.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
+    announce({ system: "Theme: system.", light: "Theme: light.", dark: "Theme: dark." }[chosen]);
   },
   help: () => byId("help").showModal(),
   leave: async () => {
@@ -331,7 +331,7 @@ async function act(element, why) {
   } catch (error) {
     if (error instanceof Lost) {
       lose();
-      announce(changes ? "There was no answer: look again before you repeat it." : "There is no connection.");
+      announce(changes ? "No response. Check the result before you try again." : "There is no connection.");
     } else if (error instanceof Denied) signIn();
     else if (error instanceof Refused) announce(error.message);
     else throw error;
@@ -342,8 +342,8 @@ async function act(element, why) {
 
 function themeButton() {
   const name = document.documentElement.dataset.theme;
-  byId("theme").title = `Theme: ${name === "system" ? "as the system" : name} (t)`;
-  byId("theme").querySelector("span").textContent = `Theme: ${name === "system" ? "as the system" : name}`;
+  byId("theme").title = `Theme: ${name} (t)`;
+  byId("theme").querySelector("span").textContent = `Theme: ${name}`;
 }
 
 document.addEventListener("click", (event) => {

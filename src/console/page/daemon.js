@@ -14,7 +14,8 @@ export class Refused extends Error {
 
 const TIMEOUT = 10_000;
 
-/** The storage key of a session's key. A login returns it; without the login's cookie it is useless. */
+/** The name under which the browser stores the session's key. A login returns the key, which is useless without the
+ * login's cookie. */
 export const KEY = "key";
 
 export const get = (path) => ask(path, { method: "GET" });
@@ -24,7 +25,7 @@ export const post = (path, body) => ask(path, { method: "POST", body: JSON.strin
 /** The daemon's names of times. */
 const TIME = /^(at|now|since|from|until)$|_(at|since)$/;
 
-/** Ids have up to 64 bits, but a number only 53: a greater integer stays text. Times become Unix ms. */
+/** A number represents only 53 bits of an id's 64, so a larger integer stays text. Times become Unix ms. */
 function exactly(name, value, context) {
   if (typeof value === "string" && TIME.test(name)) return Date.parse(value);
   const source = context?.source;

@@ -46,14 +46,14 @@ function visible(text) {
   const pieces = [];
   let from = 0;
   for (const { 0: character, index } of text.matchAll(SPECIAL)) {
-    pieces.push(text.slice(from, index), el("mark.special", { title: "a character that cannot be seen" }, codePoint(character)));
+    pieces.push(text.slice(from, index), el("mark.special", { title: "invisible character" }, codePoint(character)));
     from = index + character.length;
   }
   pieces.push(text.slice(from));
   return pieces.filter((piece) => piece !== "");
 }
 
-/** The same as one text, for places without elements. */
+/** The same as a single string, for places that cannot contain elements. */
 export const visibleText = (text) => text.replace(SPECIAL, codePoint);
 
 const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
@@ -115,7 +115,7 @@ function patch(there, wanted) {
   if (there.dataset.own === undefined) patchChildren(there, wanted);
 }
 
-/** The user's changes to it: opened details, scroll position. */
+/** Whether the user, not the view, sets this attribute: open details, or the focused entry of a list. */
 function isTheReaders(element, attribute) {
   return (attribute === "open" && element.nodeName === "DETAILS") || (attribute === "tabindex" && element.dataset.step !== undefined);
 }

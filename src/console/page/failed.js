@@ -26,7 +26,7 @@ export const failed = {
   },
   show(data) {
     if (!data) return [head("Failed events"), loading(6)];
-    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "What OurAPI permanently rejects, and what could not be delivered after all its attempts, is listed here until you resolve it.")];
+    if (data.total === 0) return [head("Failed events"), nothing("check", "Nothing has failed", "Events that OurAPI permanently rejects, or that could not be delivered after all attempts, are listed here until you resolve them.")];
     return [
       head(
         "Failed events",
@@ -60,7 +60,7 @@ function groups({ groups, chosen, more }) {
         ),
       ),
     ),
-    more && el("p.quietly", null, "More reasons than are shown: these are the most frequent."),
+    more && el("p.quietly", null, "Only the most frequent reasons are shown."),
   );
 }
 
@@ -120,16 +120,16 @@ function group({ chosen, page, after, now }) {
 
 const all = (n) => (n === 1 ? "it" : n === 2 ? "both" : `all ${count(n)}`);
 
-const PERMANENT = "A retry fails again unless OurAPI, or this program, has changed since. Check what was received and answered, then discard.";
+const PERMANENT = "A retry fails again unless OurAPI, or this program, has changed since. Check the event and the response, then discard.";
 
 // What the operator should do first, by reason, if a retry can succeed.
 const ADVICE = [
   [/rejected the credentials/, "Renew the token, then retry."],
-  [/does not seem to be (OurAPI|BigChat)/, "Something else answers there. Set the URL right, then retry."],
+  [/does not seem to be (OurAPI|BigChat)/, "Another service answers at this URL. Correct the URL, then retry."],
   [/no usable answer|did not answer in time/, "Retry: OurAPI is checked first, and nothing is sent twice."],
 ];
 
-const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "Retrying is as safe as the first try."));
+const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "A retry is as safe as the first attempt."));
 
 const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded", forgotten: "Forgotten: its text was erased" };
 
@@ -155,22 +155,22 @@ export const event = {
         el(
           "div",
           null,
-          block("What BigChat reported", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_truncated && el("p.muted", null, "It is longer than is shown here.")),
-          (event.request || event.response) && el("div.exchange", { "data-key": "exchange" }, block("What was asked last", request(event.request)), block("What was answered", response(event.response))),
+          block("What BigChat reported", el("pre", { tabindex: 0, id: "raw" }, pretty(event.raw)), event.raw_truncated && el("p.muted", null, "Truncated: the complete text is longer.")),
+          (event.request || event.response) && el("div.exchange", { "data-key": "exchange" }, block("Last request", request(event.request)), block("Last response", response(event.response))),
           block("Attempts", attempts(event)),
         ),
         el(
           "aside",
           { "aria-label": "About this event" },
           block(
-            "About it",
+            "Details",
             facts([
               ["Conversation", event.conversation === null ? null : event.conversation_key === null ? String(event.conversation) : conversation(event.conversation_key, event.conversation)],
               ["Happened", event.event_at === null ? null : at(event.event_at)],
               ["Received", at(event.received_at)],
               ["Tried", event.attempts === 0 ? "never" : some(event.attempts, "time")],
               ["Chat", event.chat_id && copyable(event.chat_id)],
-              ["May exist in OurAPI", event.outcome_unknown && "yes: the chat is read before it is sent again"],
+              ["May exist in OurAPI", event.outcome_unknown && "yes: the chat is read before the event is sent again"],
             ]),
           ),
           event.resolutions.length > 0 &&
@@ -196,7 +196,7 @@ export const by = (resolution) => BY[resolution.by] ?? resolution.by;
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
 
 function attempts(event) {
-  if (event.failures.length === 0) return el("p.quietly", null, event.kind === "UNREADABLE" ? "None: it could not be understood." : "None is on record.");
+  if (event.failures.length === 0) return el("p.quietly", null, event.kind === "UNREADABLE" ? "None: the event could not be parsed." : "None is on record.");
   return el(
     "ol.attempts",
     null,
@@ -207,7 +207,7 @@ function attempts(event) {
         el("details", null, el("summary", null, el("b", null, `${failure.attempt}.`), el("span", null, sentence(failure.reason)), ago(failure.failed_at)), request(failure.request), response(failure.response)),
       ),
     ),
-    event.failures.length < event.attempts && el("li.quietly", null, `Of ${count(event.attempts)} attempts the last ${count(event.failures.length)} are stored.`),
+    event.failures.length < event.attempts && el("li.quietly", null, `Only the last ${count(event.failures.length)} of ${count(event.attempts)} attempts are stored.`),
   );
 }
 
@@ -231,14 +231,14 @@ export const actions = {
   async retry(button, page) {
     const { which, number } = meant(button.dataset);
     const done = await resolve("retry", which, page);
-    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} left: resolved already, or not to be understood.`);
+    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} not: already resolved, or still cannot be parsed.`);
     await afterResolution(page);
   },
   async discard(button, page) {
     const { which, number } = meant(button.dataset);
     const sure = await page.ask(
       `Discard ${some(number, "event")}?`,
-      `OurAPI will never get ${number === 1 ? "it" : "them"}. It can be undone in the list of resolutions, until the retention drops it.`,
+      `OurAPI will never get ${number === 1 ? "it" : "them"}. You can undo this in the list of resolutions until the retention drops ${number === 1 ? "the event" : "the events"}.`,
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;
@@ -249,7 +249,7 @@ export const actions = {
   async undo(button, page) {
     const { which } = meant(button.dataset);
     const done = await resolve("undo", which, page);
-    page.announce(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: it was resolved otherwise, or dropped by the retention.");
+    page.announce(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: the event was resolved in another way, or dropped by the retention.");
     await afterResolution(page);
   },
   select(box, page, event) {
@@ -294,7 +294,7 @@ async function resolve(resolution, which, page) {
 
 async function afterResolution(page) {
   selection.ids.clear();
-  await page.lookAgain();
+  await page.refresh();
 }
 
 /** Whether there was a selection to clear. */

@@ -36,7 +36,7 @@ function verdict(status) {
     el(
       "p.under",
       null,
-      status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_at === null ? "; it has reported nothing yet." : ["; its newest event is of ", at(status.newest_event_at), "."]],
+      status.polled_at === null ? "BigChat has not been read yet." : ["BigChat was read ", ago(status.polled_at), status.newest_event_at === null ? "; it has reported nothing yet." : ["; its newest event is from ", at(status.newest_event_at), "."]],
     ),
     status.paused === null && el("p.buttons", null, pauseButton()),
     problems.length > 0 &&
@@ -81,7 +81,7 @@ function pipe(status) {
 const cut = (api) => api.state === "down" || api.rate_limit !== null;
 
 function api(name, what, state) {
-  const word = state.state === "unknown" && state.asked_at !== null ? (state.problem ? "Not reached yet" : "Not known yet") : { unknown: "Not asked yet", up: "Up", failing: "Failing", down: "Down" }[state.state];
+  const word = state.state === "unknown" && state.asked_at !== null ? (state.problem ? "Not reached yet" : "Not known yet") : { unknown: "No request yet", up: "Up", failing: "Failing", down: "Down" }[state.state];
   const limit = state.rate_limit;
   const id = `node-${name.toLowerCase()}`;
   return el(
@@ -95,11 +95,11 @@ function api(name, what, state) {
       ? el(
           "details.last",
           { "data-key": "last" },
-          el("summary", null, "last asked ", state.asked_at === null ? "" : ago(state.asked_at)),
+          el("summary", null, "last request ", state.asked_at === null ? "" : ago(state.asked_at)),
           el("code", null, state.request),
-          el("code", null, state.response ?? "no answer"),
+          el("code", null, state.response ?? "no response"),
         )
-      : el("p.muted.last", null, "nothing was asked yet"),
+      : el("p.muted.last", null, "no request yet"),
   );
 }
 
@@ -153,7 +153,7 @@ function lists(data, status) {
       { "aria-labelledby": "reasons" },
       el("header", null, el("h2", { id: "reasons" }, "Failed, by reason"), status.failed > 0 && el("a", { href: "#/failed" }, "Resolve")),
       status.failed === 0
-        ? el("p.quietly", null, "Nothing has failed. What does waits here until you resolve it.")
+        ? el("p.quietly", null, "Nothing has failed. Failed events stay here until you resolve them.")
         : el(
             "ul.reasons",
             null,
@@ -176,7 +176,7 @@ function lists(data, status) {
       !data
         ? loading(3)
         : data.resolutions.length === 0
-          ? el("p.quietly", null, "Nothing was resolved yet.")
+          ? el("p.quietly", null, "Nothing has been resolved yet.")
           : el(
               "ul.lately",
               null,

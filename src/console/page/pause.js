@@ -33,11 +33,11 @@ export const pauseActions = {
     if (seconds === null) return;
     await post("/api/pause", seconds === "" ? {} : { seconds: Number(seconds) });
     page.announce("Deliveries are paused.");
-    await page.lookAgain();
+    await page.refresh();
   },
   async resume(_, page) {
     await post("/api/resume");
     page.announce("Deliveries resume.");
-    await page.lookAgain();
+    await page.refresh();
   },
 };

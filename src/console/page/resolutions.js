@@ -12,9 +12,9 @@ export const resolutions = {
   every: 6000,
   load: ({ before }) => get(`/api/resolutions${before ? `?before=${encodeURIComponent(before)}` : ""}`),
   show(data, { params }) {
-    const title = head("Resolutions", "Who retried, discarded or reopened which failed event. Never dropped.");
+    const title = head("Resolutions", "Who retried, discarded or reopened which failed event. This record is permanent.");
     if (!data) return [title, loading(6)];
-    if (data.rows.length === 0) return [head("Resolutions"), nothing("audit", "Nothing was resolved yet", "Each retry and each discard of a failed event is recorded here, by whichever way it was done.")];
+    if (data.rows.length === 0) return [head("Resolutions"), nothing("audit", "Nothing has been resolved yet", "Each retry, discard and reopening of a failed event is recorded here, whether done in the console or with a command.")];
     return [
       title,
       el(
@@ -23,7 +23,7 @@ export const resolutions = {
         el(
           "table.audit",
           null,
-          el("thead", null, el("tr", null, ["When", "What", "Event", "Conversation", "It had failed since", "By"].map((name) => el("th", { scope: "col" }, name)))),
+          el("thead", null, el("tr", null, ["When", "What", "Event", "Conversation", "Reason of the failure", "By"].map((name) => el("th", { scope: "col" }, name)))),
           el(
             "tbody",
             null,

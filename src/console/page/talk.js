@@ -57,7 +57,7 @@ function state(one) {
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
-  return one.ended_at === null ? el("span.chip.fine", null, "in step") : el("span.chip.fine", null, "in step, ended");
+  return one.ended_at === null ? el("span.chip.fine", null, "in sync") : el("span.chip.fine", null, "in sync, ended");
 }
 
 export const talk = {
@@ -73,7 +73,7 @@ export const talk = {
       back("#/search", "Conversations"),
       head(
         `Conversation ${one.conversation}`,
-        [state(one), " ", one.forgotten_at !== null && ["Its text was erased ", at(one.forgotten_at), ` by ${one.forgotten_by}. `], one.epoch < one.current_epoch && "Of an earlier epoch: since BigChat restarted, this id means another conversation."],
+        [state(one), " ", one.forgotten_at !== null && ["Its text was erased ", at(one.forgotten_at), ` by ${one.forgotten_by}. `], one.epoch < one.current_epoch && "From an earlier epoch: since BigChat restarted, this id means another conversation."],
         one.failed.length > 0 && resolutions(one.permanent, { "data-ids": one.failed.join(" ") }, `Retry ${failedOf(one)}`, `Discard ${failedOf(one)}…`),
       ),
       el(
@@ -82,9 +82,9 @@ export const talk = {
         el(
           "section.card.talk",
           { "aria-labelledby": "events" },
-          el("header", null, el("h2", { id: "events" }, "What happened"), el("span.muted", null, "in the order of arrival")),
-          data.events.length === 0 ? el("p.quietly", null, "No event of it is stored any more, or none was received yet.") : el("ol.line", { "data-list": "line" }, days(data.events)),
-          (params.after || data.next !== null) && el("p.pages", null, params.after && el("a", { href: page() }, "From the beginning"), data.next !== null && el("a", { href: page(data.next) }, "Go on")),
+          el("header", null, el("h2", { id: "events" }, "Events"), el("span.muted", null, "in order of arrival")),
+          data.events.length === 0 ? el("p.quietly", null, "No events are stored: they were dropped, or none has been received yet.") : el("ol.line", { "data-list": "line" }, days(data.events)),
+          (params.after || data.next !== null) && el("p.pages", null, params.after && el("a", { href: page() }, "From the beginning"), data.next !== null && el("a", { href: page(data.next) }, "Next page")),
         ),
         el(
           "aside",
@@ -122,7 +122,7 @@ export const talk = {
               ["Started", time(one.started_at) ?? "not known"],
               ["Last END", time(one.ended_at)],
               ["First advisor", one.first_advisor],
-              ["Advisor since", one.transfer_at === null ? null : [`${one.transfer_advisor}, by the TRANSFER of `, time(one.transfer_at)]],
+              ["Advisor since", one.transfer_at === null ? null : [`${one.transfer_advisor}, set by the TRANSFER of `, time(one.transfer_at)]],
               ["Details", { unread: "not read yet", read: null, gone: "BigChat no longer knows them" }[one.details]],
             ]),
           ),
@@ -170,7 +170,7 @@ function fate(event) {
     case "delivered":
       return el("span.fine", null, icon("check"), SENT[event.effect] ?? "delivered", " ", at(event.state_since), el("span.muted", null, `, ${lasting(Math.max(0, event.state_since - event.received_at))} after it was received`));
     case "waiting":
-      return el("span.wait", null, icon("clock"), event.reason ? `waits after ${some(event.attempts, "failure")}: ${event.reason}` : ["waits since ", ago(event.received_at)], event.next_at > now() && `; tried again in ${lasting(event.next_at - now())}`);
+      return el("span.wait", null, icon("clock"), event.reason ? `waiting after ${some(event.attempts, "failure")}: ${event.reason}` : ["waiting, received ", ago(event.received_at)], event.next_at > now() && `; next attempt in ${lasting(event.next_at - now())}`);
     case "failed":
       return el("a.bad", { href: `#/failed/${event.id}` }, icon("cross"), `failed: ${event.reason}`);
     case "forgotten":
@@ -184,5 +184,5 @@ const SENT = {
   "chat created": "chat created",
   "chat changed": "chat changed",
   "message added": "message added",
-  nothing: "nothing to send: it stood there already",
+  nothing: "nothing to send: OurAPI already had it",
 };

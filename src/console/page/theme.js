@@ -1,4 +1,4 @@
-// The theme that was chosen, before anything is painted: as the system, light, or dark.
+// Applies the chosen theme (system, light or dark) before anything is painted.
 "use strict";
 
 const THEMES = ["system", "light", "dark"];

@@ -1,7 +1,7 @@
 //! Reconciling a conversation: sends the difference between the desired and the observed chat.
 //!
 //! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with an
-//! older copy of the database. The conversation is *stale* then, and there is one cure: the chat is read back, and its
+//! older copy of the database. The conversation is *stale* then, and there is one remedy: the chat is read back, and its
 //! messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
 
 mod read_back;
@@ -42,7 +42,7 @@ pub(super) struct Reconciled {
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
     pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
-    /// What differs and stays, as far as the chat was read.
+    /// Differences that are not repaired; `None`: the chat was not read.
     pub(super) drift: Option<Drift>,
     pub(super) missing: Option<Missing>,
 }
@@ -50,12 +50,12 @@ pub(super) struct Reconciled {
 /// Why the work ended early.
 #[derive(Debug)]
 pub(super) struct Stopped {
-    /// The event; `None`: the chat itself.
+    /// The event that failed; `None`: the chat itself.
     pub(super) at: Option<EventId>,
     pub(super) error: AttemptError,
     /// The chat's messages could not be read.
     pub(super) reading_messages: bool,
-    /// A change of the chat failed that no event requests: the event was not sent.
+    /// The failed request was a change of the chat that no event requests; the event was not sent.
     pub(super) changing_chat: bool,
 }
 
@@ -71,7 +71,7 @@ impl Stopped {
 }
 
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
-/// before its next request once it is to give way.
+/// before its next request once `give_way` is cancelled.
 pub(super) async fn reconcile(
     worker: &Worker,
     work: Work,
@@ -132,7 +132,7 @@ impl Reconciled {
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        // If the messages cannot be read, the fields were.
+        // If the messages cannot be read, the chat's fields have been read nevertheless.
         let is_replayed = |event: &Pending| {
             worker.may_be_delivered(event.id)
                 && (event.payload.kind().is_message()
@@ -188,8 +188,8 @@ impl Reconciled {
         Ok(())
     }
 
-    /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages;
-    /// without a chat, the first message fails, or there is none until the next event.
+    /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages.
+    /// Without a chat, the first waiting event fails; if none waits, there is no chat until the next event.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
         let chat = self.conversation.observed.chat;
         if chat.is_none() {
@@ -283,7 +283,7 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                // It was created with the first intended fields, and more may be known by now.
+                // A retried creation repeats the first intended fields, and more may be known by now.
                 let changed = match self.conversation.observed.chat {
                     Some(chat) => self.patch(worker, chat, desired, fields).await?,
                     None => None,

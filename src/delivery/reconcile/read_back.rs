@@ -1,4 +1,4 @@
-//! The cure for a stale conversation: the chat is read back, and its messages are accounted for.
+//! The remedy for a stale conversation: the chat is read back, and its messages are accounted for.
 
 use uuid::Uuid;
 
@@ -36,7 +36,7 @@ impl Reconciled {
         let failed = |error| Stopped::at(first, error);
         let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
             if self.events.is_empty() && !worker.settings.rebuild.restores() {
-                // Nothing needs the chat. It is forgotten once an event does.
+                // No event needs the chat. The chat is recorded as gone once an event does.
                 return self.stays_lost();
             }
             return self
@@ -46,7 +46,7 @@ impl Reconciled {
         };
         let unknown = self.unknown_fields(worker);
         let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
-        // A drift that was known before was reported then.
+        // Drift that was already known has been reported.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
         }
@@ -64,8 +64,9 @@ impl Reconciled {
         self.account(worker, found.chat_id, needed).await
     }
 
-    /// The fields that may have been written although the journal does not record it: those named by events of unknown
-    /// outcome, or which a newer copy of the journal may have delivered. Changes are written together.
+    /// The fields that may have been written although the journal does not record it. They are those that an event of
+    /// unknown outcome changes, or an event that a newer copy of the journal may have delivered. Because changes are
+    /// written together, one such event affects the fields of the others.
     fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
@@ -78,7 +79,7 @@ impl Reconciled {
         };
         let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
         if !is_any_unknown {
-            // It is unknown which fields were being written.
+            // It is unknown which fields were written.
             return match self.claim.became_stale {
                 true => UnknownFields::ALL,
                 false => UnknownFields::default(),
@@ -88,7 +89,7 @@ impl Reconciled {
             true => UnknownFields::changed_by(changes()),
             false => UnknownFields::changed_by(changes().filter(is_unknown)),
         };
-        // A field that differs from the desired one may have been written with them.
+        // A field whose desired value differs from the observed one may have been written together with these.
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
@@ -101,7 +102,7 @@ impl Reconciled {
         }
     }
 
-    /// After a loss, the chat's agent may be gone. It is resolved again, and written if another one results. An agent
+    /// After a loss, the chat's agent may be gone. The agent is resolved again, and written if the result is another agent. An agent
     /// that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
@@ -138,7 +139,7 @@ impl Reconciled {
         } = &mut self.conversation;
         let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
         let mut drift = observed.merge(&found.fields(), unknown);
-        // Once it was read, another client's agent is the recorded one.
+        // After the first reading, the observed agent is the one that another client set, so `merge` finds no difference.
         drift.agent |= self.claim.drift.agent && !unknown.agent;
         if drift.agent {
             // It may have been changed back.
@@ -297,7 +298,7 @@ impl Reconciled {
     }
 }
 
-/// The messages that OurAPI has of a chat. A failure is one of the event `at`.
+/// The messages that OurAPI has of a chat. A failure is attributed to the event `at`.
 pub(super) async fn held(
     worker: &Worker,
     chat: Uuid,

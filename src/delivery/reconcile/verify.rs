@@ -124,7 +124,7 @@ impl Reconciled {
         drift.agent &= !missing.agent;
         let advisor = before.advisor.or(self.conversation.desired.advisor());
         let recorded_agent = match (self.conversation.epoch, advisor) {
-            // Another client's agent is the recorded one, once it was read.
+            // After the first reading, the observed agent is the one that another client set.
             (epoch, Some(advisor)) if drift.agent => {
                 let agent = worker
                     .journal

@@ -8,7 +8,7 @@ use bigchat_sync::simulator::event::{message, start};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-/// SQL for so many failed messages. Every third one has another reason.
+/// SQL for this many failed messages. Every third one has another reason.
 fn failed(count: usize) -> String {
     let reasons = ["a & b", "a & b", "another"].into_iter().cycle();
     failed_messages(reasons.take(count))

@@ -586,7 +586,7 @@ async fn login_and_logout_with_token() {
         browser.until_text("main", "Sign in").await;
         browser.press("wrong").await;
         browser.press(ENTER).await;
-        browser.until_text("#wrong", "That is not the token").await;
+        browser.until_text("#wrong", "Wrong token").await;
         browser.press(TOKEN).await;
         browser.press(ENTER).await;
         browser.until_text(".found", "Conversation 42").await;

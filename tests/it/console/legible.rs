@@ -51,15 +51,15 @@ async fn texts_with_control_characters() {
         .collect();
     run_test(async |t| {
         let console = Console::over(t, &format!("{CONVERSATION}{events}")).await;
-        let said = |rows: &Value| -> Vec<String> {
+        let texts_of = |rows: &Value| -> Vec<String> {
             let rows = rows.as_array().expect("rows").iter();
             rows.map(|row| row["text"].as_str().expect("a text").to_owned())
                 .collect()
         };
         let list = get(&console, "/api/failed", &[("reason", "why")]).await;
-        assert_eq!(said(&list["rows"]), texts);
+        assert_eq!(texts_of(&list["rows"]), texts);
         let conversation = get(&console, "/api/conversations/100", &[]).await;
-        assert_eq!(said(&conversation["events"]), texts);
+        assert_eq!(texts_of(&conversation["events"]), texts);
         for (id, text) in (1..).zip(texts) {
             let event = get(&console, &format!("/api/failed/{id}"), &[]).await;
             let raw: Value =
@@ -154,10 +154,10 @@ async fn agent_not_resolved_yet() {
                 let console = Console::new(t, Tokens::default());
                 t.bigchat.reports([start(42, 0)]);
                 t.until_events("waiting", 1).await;
-                let mut said = Value::Null;
+                let mut no_agent = Value::Null;
                 until("it says so", async || {
-                    said = found(&console, 42).await["no_agent"].take();
-                    said == expected
+                    no_agent = found(&console, 42).await["no_agent"].take();
+                    no_agent == expected
                 })
                 .await;
                 t.bigchat.calm();

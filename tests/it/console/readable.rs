@@ -68,7 +68,7 @@ fn shown(selector: &str) -> String {
     format!("{all}.map((e) => e.checkVisibility() && e.innerText)")
 }
 
-/// The labels of the chart's vertical axis for so many events a minute, and how many of all labels are cut off.
+/// The labels of the chart's vertical axis for this many events a minute, and how many of all labels are cut off.
 async fn axis(browser: &Browser, received: i64, delivered: i64) -> (Vec<String>, Value) {
     let kinds = ["MESSAGE", "START", "TRANSFER", "END", "UNREADABLE"];
     let activity = json!({"from": 0, "to": 59, "step": 1, "kinds": kinds, "minutes": [
@@ -331,7 +331,7 @@ async fn ids_of_64_bits() {
                 .until_text(".change", &format!("to advisor {id}"))
                 .await;
             desk.browser
-                .until_text("aside", &format!("{id}, by the TRANSFER"))
+                .until_text("aside", &format!("{id}, set by the TRANSFER"))
                 .await;
             desk.browser.click(".fate a.bad", "failed").await;
             desk.browser.until_text("h1", &format!("Event {key}")).await;

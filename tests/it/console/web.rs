@@ -183,11 +183,11 @@ async fn read_token_changes_nothing() {
         ] {
             let refused = post(path, READ_TOKEN).await;
             assert_eq!(refused.status(), StatusCode::FORBIDDEN, "{path}");
-            let said: Value = refused.json().await.expect("JSON");
-            let said = said["error"].as_str().expect("a text");
+            let answer: Value = refused.json().await.expect("JSON");
+            let error = answer["error"].as_str().expect("a text");
             assert!(
-                said.contains("this token can read and change nothing"),
-                "{said}"
+                error.contains("this token can read and change nothing"),
+                "{error}"
             );
         }
         assert_eq!(post("/api/resume", TOKEN).await.status(), StatusCode::OK);

@@ -1,5 +1,6 @@
 //! OurAPI loses data, or has data that this journal does not know.
 
+use crate::harness::process::Process;
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, run_live_test, run_test, until};
 use bigchat_sync::simulator::compare::Rules;
@@ -36,11 +37,24 @@ async fn messages_lost_without_their_chat() {
             message(11, now - 5, "good morning"),
         ];
         t.bigchat.reports(events);
-        t.start();
+        let daemon = Process::start(t);
         t.until_events("delivered", 3).await;
         t.our_api.loses_message("10");
         t.our_api.loses_chat("11");
         t.bigchat.reports([message(11, now - 4, "are you there?")]);
+        until("the message is back", async || {
+            t.our_api.data().messages.len() == 4
+        })
+        .await;
+        assert!(daemon.stop().await.success());
+        let log = t.logged();
+        for (lost, times) in [
+            ("messages of a chat; they are sent again", 1),
+            ("a chat\"", 1),
+        ] {
+            let line = format!("OurAPI has lost {lost}");
+            assert_eq!(log.matches(&line).count(), times, "{line}: {log}");
+        }
     })
     .await;
 }

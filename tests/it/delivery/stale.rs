@@ -153,9 +153,9 @@ async fn reported_drift_is_still_drift() {
             (&["--repair"], false, ours.clone()),
             (&[], true, ours),
         ] {
-            let (said, found_nothing) = verify(t, arguments).await;
-            assert_eq!(found_nothing, clean, "{arguments:?}: {said}");
-            assert_eq!(agent(t, "10"), holder, "{arguments:?}: {said}");
+            let (output, found_nothing) = verify(t, arguments).await;
+            assert_eq!(found_nothing, clean, "{arguments:?}: {output}");
+            assert_eq!(agent(t, "10"), holder, "{arguments:?}: {output}");
         }
     })
     .await;
@@ -175,8 +175,8 @@ async fn adopted_agent_is_no_drift() {
         t.bigchat.reports([message(10, now - 5, "hello again")]);
         other.once().await;
         for arguments in [&[][..], &["--repair"], &[]] {
-            let (said, found_nothing) = verify(&other, arguments).await;
-            assert!(found_nothing, "{arguments:?}: {said}");
+            let (output, found_nothing) = verify(&other, arguments).await;
+            assert!(found_nothing, "{arguments:?}: {output}");
             assert_eq!(agent(t, "10"), transferred, "{arguments:?}");
         }
     })

@@ -82,28 +82,31 @@ async fn drift_is_reported_and_repaired() {
                 Store::open_shared(&t.db()).is_ok_and(|store| store.is_in_use()) == daemon_runs
             })
             .await;
-            let (said, clean) = verify(t, &[]).await;
-            assert!(clean && said.contains("OurAPI has everything"), "{said}");
+            let (output, clean) = verify(t, &[]).await;
+            assert!(
+                clean && output.contains("OurAPI has everything"),
+                "{output}"
+            );
             t.our_api.loses_chat("11");
             t.our_api.loses_message("10");
             let not_ended = json!({"ended_at": null});
             t.our_api.is_changed("12", &not_ended).await;
             let before = writes(t);
-            let (said, clean) = verify(t, &[]).await;
-            assert!(!clean, "{said}");
-            let rows: Vec<Vec<&str>> = said
+            let (output, clean) = verify(t, &[]).await;
+            assert!(!clean, "{output}");
+            let rows: Vec<Vec<&str>> = output
                 .lines()
                 .map(|line| line.split_whitespace().collect())
                 .collect();
-            assert_eq!(rows[1], ["10", "same", "1"], "{said}");
-            assert_eq!(rows[2], ["11", "missing", "1"], "{said}");
-            assert_eq!(rows[3], ["12", "differs", "0"], "{said}");
-            assert!(said.contains("nothing was changed"), "{said}");
+            assert_eq!(rows[1], ["10", "same", "1"], "{output}");
+            assert_eq!(rows[2], ["11", "missing", "1"], "{output}");
+            assert_eq!(rows[3], ["12", "differs", "0"], "{output}");
+            assert!(output.contains("nothing was changed"), "{output}");
             let fields = "chat 12: ended_at is none in OurAPI, 20";
             assert!(
-                said.contains(fields)
-                    && said.contains("do not repair if this database is an older copy"),
-                "{said}"
+                output.contains(fields)
+                    && output.contains("do not repair if this database is an older copy"),
+                "{output}"
             );
             let (json, clean) = verify(t, &["--json"]).await;
             assert!(!clean, "{json}");
@@ -117,16 +120,25 @@ async fn drift_is_reported_and_repaired() {
             assert_eq!(found, expected);
             assert_eq!(writes(t), before, "nothing is changed");
             assert!(!t.compare().is_clean());
-            // One alone, then the rest.
-            let (said, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
-            assert!(!clean && said.contains("everything was repaired"), "{said}");
+            // First one conversation, then the rest.
+            let (output, clean) = verify(t, &["--conversation", "11", "--repair"]).await;
+            assert!(
+                !clean && output.contains("everything was repaired"),
+                "{output}"
+            );
             assert_eq!(t.our_api.chats().len(), 3);
             assert!(!t.compare().is_clean());
-            let (said, clean) = verify(t, &["--repair"]).await;
-            assert!(!clean && said.contains("everything was repaired"), "{said}");
+            let (output, clean) = verify(t, &["--repair"]).await;
+            assert!(
+                !clean && output.contains("everything was repaired"),
+                "{output}"
+            );
             t.agrees().await;
-            let (said, clean) = verify(t, &[]).await;
-            assert!(clean && said.contains("OurAPI has everything"), "{said}");
+            let (output, clean) = verify(t, &[]).await;
+            assert!(
+                clean && output.contains("OurAPI has everything"),
+                "{output}"
+            );
             if let Some(daemon) = daemon {
                 daemon.stop().await;
             }
@@ -142,8 +154,8 @@ async fn lost_chats_are_restored() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_everything();
-        let (said, clean) = verify(t, &[]).await;
-        assert!(!clean && said.contains("3 missing"), "{said}");
+        let (output, clean) = verify(t, &[]).await;
+        assert!(!clean && output.contains("3 missing"), "{output}");
         assert!(t.our_api.chats().is_empty());
         verify(t, &["--repair"]).await;
     })
@@ -155,8 +167,8 @@ async fn lost_agents_are_restored() {
     run_live_test(async |t| {
         delivered(t).await;
         t.our_api.loses_agents();
-        let (said, clean) = verify(t, &[]).await;
-        assert!(!clean && said.contains("3 with differences"), "{said}");
+        let (output, clean) = verify(t, &[]).await;
+        assert!(!clean && output.contains("3 with differences"), "{output}");
         t.start();
         verify(t, &["--repair"]).await;
     })
@@ -180,7 +192,7 @@ async fn verification_while_an_event_waits() {
     run_live_test(async |t| {
         t.differs("an event is made to wait by hand");
         delivered(t).await;
-        // As after a failure, or of a page that was stored as the daemon was stopped.
+        // Like an event after a failure, or an event of a page that was stored when the daemon was stopped.
         t.execute(
             "UPDATE conversations SET offset = 2, waiting = 1, waiting_since = 1, due_at = 1
          WHERE bigchat_id = 10",
@@ -207,8 +219,8 @@ async fn two_verifications_at_once() {
             until("it is in flight", async || faults.faults_left() == 0).await;
             verify(t, &["--conversation", "12", "--repair"]).await
         };
-        let ((said, _), _) = tokio::join!(first, second);
-        assert!(said.contains("1 message missing"), "{said}");
+        let ((output, _), _) = tokio::join!(first, second);
+        assert!(output.contains("1 message missing"), "{output}");
     })
     .await;
 }

@@ -37,7 +37,7 @@ impl Bench {
         ))
     }
 
-    /// Waits until so many events are in a state.
+    /// Waits until this many events are in a state.
     pub(crate) async fn until_events(&self, state: &str, count: i64) {
         until(&format!("{count} events {state}"), async || {
             self.is_ready() && self.events(state) == count
@@ -225,7 +225,7 @@ impl Test {
 pub(crate) const CONVERSATION: &str =
     "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
 
-/// SQL for a dead letter: an event of the conversation of that key, in SQL, with so many failed attempts.
+/// SQL for a dead letter: an event of the conversation of that key, in SQL, with this many failed attempts.
 pub(crate) fn dead_letter(
     id: impl Display,
     conversation: impl Display,

@@ -174,7 +174,7 @@ impl Test {
         }
     }
 
-    /// Changes the next pages, so many of them, on the way to the daemon.
+    /// Changes the next pages, this many of them, on the way to the daemon.
     pub(crate) async fn tamper_pages<T: Into<Tampered>>(
         &self,
         count: usize,

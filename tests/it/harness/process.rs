@@ -204,7 +204,7 @@ impl Process {
         .await;
     }
 
-    /// Waits until exactly so many lines of its log contain that.
+    /// Waits until exactly this many lines of its log contain that.
     pub(crate) async fn until_logged_times(&self, part: &str, lines: usize) {
         until(&format!("{lines} lines with {part:?}"), async || {
             self.lines_with(part) == lines

@@ -41,7 +41,7 @@ pub(crate) const ADD_MESSAGE: &str = "POST /chats/{id}/messages";
 /// BigChat's clock, in seconds after 22:00:00.
 pub(crate) const NOW: i64 = 600;
 
-/// The time so many seconds after 22:00:00, in Unix seconds.
+/// The time this many seconds after 22:00:00, in Unix seconds.
 pub(crate) fn unix(seconds: i64) -> i64 {
     T0 + seconds
 }
@@ -51,7 +51,7 @@ fn naive(seconds: i64) -> NaiveDateTime {
     time.naive_utc()
 }
 
-/// The time so many seconds after 22:00:00, as it should be sent to OurAPI.
+/// The time this many seconds after 22:00:00, as it should be sent to OurAPI.
 pub(crate) fn time(seconds: i64) -> String {
     naive(seconds).format("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
@@ -75,7 +75,7 @@ pub(crate) fn seeded(seed: u64) -> Options {
     }
 }
 
-/// A BigChat that stores its events, and has so many random ones a second.
+/// A BigChat that stores its events, and has this many random ones a second.
 pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> Options {
     let log = Log {
         events_per_second,
@@ -137,7 +137,7 @@ impl BigChat {
         self.state().set_clock(Clock::Still(at));
     }
 
-    /// Makes its clock run, so many seconds ahead of this machine's.
+    /// Makes its clock run, this many seconds ahead of this machine's.
     pub(crate) fn clock_runs(&self, ahead: i64) {
         self.state().set_clock(Clock::Ahead(ahead));
     }
@@ -205,7 +205,7 @@ impl BigChat {
         self.state().reported()
     }
 
-    /// Waits until it has reported so many more events than now.
+    /// Waits until it has reported this many more events than now.
     pub(crate) async fn reports_more(&self, more: usize) {
         let before = self.reported().len();
         until("more events", async || {
@@ -219,7 +219,7 @@ impl BigChat {
         self.state().polls()
     }
 
-    /// Waits for so many further polls, so that the consequences of earlier ones are complete.
+    /// Waits for this many further polls, so that the consequences of earlier ones are complete.
     pub(crate) async fn further_polls(&self, polls: usize) {
         let before = self.count("GET /events");
         until("further polls", async || {

@@ -190,7 +190,7 @@ async fn event_with_any_value() {
             "{texts:?}"
         );
         assert_eq!(t.bigchat.queries(), [window(NOW - 10, NOW)]);
-        // An event reported again is recognised, parsed or not.
+        // An event reported again is recognized, parsed or not.
         t.bigchat.reports(raw(&body));
         t.once().await;
         assert_eq!(t.count_events("true"), before);

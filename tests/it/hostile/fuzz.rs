@@ -38,7 +38,7 @@ const READ_TOKEN: &str = "0123456789abcdef-readers";
 /// The time limit for a single case.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The number of cases, if one takes as long as so many usual ones.
+/// The number of cases, if one takes as long as this many usual ones.
 fn cases(weight: u32) -> u32 {
     (ProptestConfig::default().cases / weight).max(1)
 }

@@ -2,6 +2,6 @@
 
 mod answers;
 mod chaos;
+mod contract_deviations;
 mod fuzz;
 mod odd_answers;
-mod strangers;

@@ -43,10 +43,10 @@ fn bad_url_is_not_repeated() {
             let by_flag = refused(&[command, &format!("{flag}={url}")], &[]);
             let by_variable = refused(&[command], &[(variable, url)]);
             assert!(by_variable.0.contains(variable), "{}", by_variable.0);
-            for (said, code) in [by_flag, by_variable] {
-                assert_eq!(code, Some(2), "{url}: {said}");
-                assert!(!said.contains("S3cret"), "{url}: {said}");
-                assert!(said.contains(flag), "{url}: {said}");
+            for (text, code) in [by_flag, by_variable] {
+                assert_eq!(code, Some(2), "{url}: {text}");
+                assert!(!text.contains("S3cret"), "{url}: {text}");
+                assert!(text.contains(flag), "{url}: {text}");
             }
         }
     }
@@ -67,9 +67,9 @@ fn url_in_the_wrong_place() {
         &["status", "--log-format", url],
         &["failed", "show", url],
     ] {
-        let (said, code) = refused(arguments, &[]);
-        assert_eq!(code, Some(2), "{arguments:?}: {said}");
-        assert!(!said.contains("S3cret"), "{arguments:?}: {said}");
+        let (text, code) = refused(arguments, &[]);
+        assert_eq!(code, Some(2), "{arguments:?}: {text}");
+        assert!(!text.contains("S3cret"), "{arguments:?}: {text}");
     }
 }
 
@@ -79,11 +79,11 @@ fn token_in_the_file_variable() {
     for token in ["S3cret", "S3cret/with=slash", "a.S3cret"] {
         for name in ["BIGCHAT", "OUR_API", "CONSOLE"] {
             let variable = format!("BIGCHAT_SYNC_{name}_TOKEN_FILE");
-            let (said, code) = refused(&["run", "--db=/does/not/exist/db"], &[(&variable, token)]);
-            assert_eq!(code, Some(2), "{said}");
+            let (text, code) = refused(&["run", "--db=/does/not/exist/db"], &[(&variable, token)]);
+            assert_eq!(code, Some(2), "{text}");
             assert!(
-                said.contains(&variable) && !said.contains("S3cret"),
-                "{said}"
+                text.contains(&variable) && !text.contains("S3cret"),
+                "{text}"
             );
         }
     }
@@ -107,12 +107,12 @@ fn unknown_variable_names_nearest_setting() {
         ("BIGCHAT_SYNC_LISTENER", "BIGCHAT_SYNC_LISTEN", "unit"),
         ("BIGCHAT_SYNC_XYZZY", "--help", "unit"),
     ] {
-        let (said, code) = refused(&[command], &[(variable, "S3cret")]);
-        assert_eq!(code, Some(2), "{said}");
+        let (text, code) = refused(&[command], &[(variable, "S3cret")]);
+        assert_eq!(code, Some(2), "{text}");
         for part in [variable, meant] {
-            assert!(said.contains(part), "{part}: {said}");
+            assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(!said.contains("S3cret"), "{said}");
+        assert!(!text.contains("S3cret"), "{text}");
     }
     // Variables of Kubernetes, for a service of this name.
     let service = [
@@ -159,9 +159,9 @@ fn bad_value_of_each_setting() {
         (&["--rebuild", "maybe"], "auto, report, off"),
         (&["--verify-every", "sometimes"], "12h or 7d, or off"),
     ] {
-        let (said, code) = refused(arguments, &[]);
-        assert_eq!(code, Some(2), "{arguments:?}: {said}");
-        assert!(said.contains(expected), "{arguments:?}: {said}");
+        let (text, code) = refused(arguments, &[]);
+        assert_eq!(code, Some(2), "{arguments:?}: {text}");
+        assert!(text.contains(expected), "{arguments:?}: {text}");
     }
 }
 
@@ -175,7 +175,7 @@ fn program_without_a_command() {
     script
         .current_dir(directory.path())
         .args(["-qec", &line, "/dev/null"]);
-    let said = printed(&fed(&mut script, "").expect("script, of Debian's bsdutils"));
-    assert!(said.contains("no command given: running as "), "{said}");
-    assert!(said.contains("/missing/a.db"), "{said}");
+    let text = printed(&fed(&mut script, "").expect("script, of Debian's bsdutils"));
+    assert!(text.contains("no command given: running as "), "{text}");
+    assert!(text.contains("/missing/a.db"), "{text}");
 }

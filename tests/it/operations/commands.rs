@@ -9,7 +9,7 @@ use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
 use crate::harness::journal::dead_letter;
-use crate::harness::process::printed as said;
+use crate::harness::process::printed;
 use crate::harness::{Bench, Test, run_test, until};
 
 /// Runs a command, whether or not a daemon runs.
@@ -22,7 +22,11 @@ pub(crate) fn command(t: &Bench, arguments: &[&str]) -> Output {
 /// The same; it must succeed.
 pub(crate) fn done(t: &Bench, arguments: &[&str]) -> String {
     let output = command(t, arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        printed(&output)
+    );
     String::from_utf8(output.stdout).expect("text")
 }
 
@@ -161,9 +165,9 @@ async fn conversation_shows_all_epochs() {
     let unknown = command(&bench, &["conversation", "-7"]);
     assert_eq!(unknown.status.code(), Some(1));
     assert!(
-        said(&unknown).contains("no event of conversation -7"),
+        printed(&unknown).contains("no event of conversation -7"),
         "{}",
-        said(&unknown)
+        printed(&unknown)
     );
 }
 
@@ -214,7 +218,11 @@ async fn discard_can_be_undone() {
     assert_eq!((bench.events("failed"), bench.events("discarded")), (1, 2));
     let again = command(&bench, &["failed", "undo", "1", "2"]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(said(&again).contains("1 of 2 resolved"), "{}", said(&again));
+    assert!(
+        printed(&again).contains("1 of 2 resolved"),
+        "{}",
+        printed(&again)
+    );
     assert_eq!(
         done(&bench, &["failed", "undo", "--all"]),
         "1 failed event reopened\n"
@@ -277,7 +285,7 @@ async fn export_has_what_was_delivered_once() {
         // The daemon does the work, on this thread.
         let verified = tokio::task::spawn_blocking(move || verify.output()).await;
         let verified = verified.expect("no panic").expect("a process");
-        assert_eq!(verified.status.code(), Some(1), "{}", said(&verified));
+        assert_eq!(verified.status.code(), Some(1), "{}", printed(&verified));
         until("it is sent again", async || {
             t.our_api.messages() == ["Hello"]
         })
@@ -404,7 +412,7 @@ async fn forgotten_text_leaves_all_files() {
         assert_eq!((t.events("failed"), t.events("waiting")), (0, 0));
         assert_eq!(t.events("forgotten"), 6);
 
-        // An event reported again is recognised; a new one is counted, and its text is not stored.
+        // An event reported again is recognized; a new one is counted, and its text is not stored.
         t.bigchat.reports(reported);
         t.bigchat.reports([message(42, 20, "S3cretNew"), end(42, 21)]);
         t.bigchat.reports(bigchat_sync::simulator::bigchat::raw(
@@ -429,7 +437,7 @@ async fn forgotten_text_leaves_all_files() {
         .await;
         assert_eq!(t.our_api.chats().len(), 1);
         let verified = command(t, &["verify", "--conversation", "42"]);
-        assert!(said(&verified).contains("or it was forgotten"), "{}", said(&verified));
+        assert!(printed(&verified).contains("or it was forgotten"), "{}", printed(&verified));
         let export = done(t, &["export", "--since", "2020-01-01T00:00:00Z"]);
         assert!(!export.contains("S3cret"), "{export}");
         let answer = json_of(t, &["conversation", "42"]);
@@ -476,7 +484,7 @@ async fn forget_names_one_epoch_and_asks() {
     ] {
         let output = command(&bench, arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
-        assert!(said(&output).contains(expected), "{}", said(&output));
+        assert!(printed(&output).contains(expected), "{}", printed(&output));
         assert_eq!(bench.events("failed"), 3, "{arguments:?}");
     }
     let text = done(&bench, &["forget", "42", "--epoch", "1", "--yes"]);
@@ -491,7 +499,7 @@ async fn forget_names_one_epoch_and_asks() {
     assert_eq!((bench.events("failed"), bench.events("forgotten")), (1, 2));
     let undone = command(&bench, &["failed", "undo", "--all"]);
     assert_eq!(
-        said(&undone),
+        printed(&undone),
         "0 failed events reopened\n",
         "nothing is left of it"
     );
@@ -528,11 +536,15 @@ async fn forget_with_request_in_flight() {
 }
 
 /// What the program prints on standard output; it must succeed.
-fn printed(arguments: &[&str]) -> String {
+fn stdout_of(arguments: &[&str]) -> String {
     let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_bigchat-sync"));
     let output = program.args(arguments).env_clear().output();
     let output = output.expect("a process");
-    assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        printed(&output)
+    );
     String::from_utf8(output.stdout).expect("text")
 }
 
@@ -575,7 +587,7 @@ fn help_shows_relevant_settings() {
         (&["help", "demo"], &["--faults"], &["--db"]),
         (&["help", "man"], &["Usage"], &["--db"]),
     ] {
-        let help = printed(arguments);
+        let help = stdout_of(arguments);
         for part in shown {
             assert!(help.contains(part), "{arguments:?} {part}: {help}");
         }
@@ -586,7 +598,7 @@ fn help_shows_relevant_settings() {
             assert!(own < setting, "{arguments:?}: {help}");
         }
     }
-    let page = printed(&["man"]);
+    let page = stdout_of(&["man"]);
     for section in ["EXAMPLES", "ENVIRONMENT", "FILES", "EXIT STATUS"] {
         assert!(
             page.contains(&format!(".SH \"{section}\""))
@@ -646,7 +658,7 @@ async fn commands_name_what_they_refuse() {
     ] {
         let output = command(bench, arguments);
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
-        assert!(said(&output).contains(expected), "{}", said(&output));
+        assert!(printed(&output).contains(expected), "{}", printed(&output));
     }
     let forget = ["forget", "42", "--epoch", "1", "--yes"];
     done(&bench, &forget);

@@ -207,9 +207,9 @@ async fn heartbeat_url_is_checked_at_start() {
         program.env("BIGCHAT_SYNC_HEARTBEAT_URL", "hc.example/s3cret");
         let refused = program.output().expect("a process");
         assert_eq!(refused.status.code(), Some(2));
-        let said = crate::harness::process::printed(&refused);
-        assert!(said.contains("BIGCHAT_SYNC_HEARTBEAT_URL"), "{said}");
-        assert!(!said.contains("s3cret"), "{said}");
+        let text = crate::harness::process::printed(&refused);
+        assert!(text.contains("BIGCHAT_SYNC_HEARTBEAT_URL"), "{text}");
+        assert!(!text.contains("s3cret"), "{text}");
     })
     .await;
 }

@@ -226,10 +226,10 @@ async fn file_with_content_is_never_locked() {
         t.set("--our-api-lock", &path.display().to_string());
         for (command, code) in [("run", 2), ("once", 2), ("check", 1)] {
             let refused = t.program(command).output().expect("a process");
-            let said = printed(&refused);
-            assert_eq!(refused.status.code(), Some(code), "{said}");
-            assert!(said.contains("--our-api-lock"), "{said}");
-            assert!(said.contains("it is not a lock file"), "{said}");
+            let text = printed(&refused);
+            assert_eq!(refused.status.code(), Some(code), "{text}");
+            assert!(text.contains("--our-api-lock"), "{text}");
+            assert!(text.contains("it is not a lock file"), "{text}");
         }
         let content = fs::read_to_string(&path).expect("a file");
         assert_eq!(content, "Dear diary");

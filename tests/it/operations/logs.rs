@@ -138,12 +138,12 @@ async fn healthy_daemon_logs_summaries_only() {
         );
         let mut messages = messages(&log);
         assert!(messages.remove("summary").is_some_and(|count| count <= 21));
-        let said: Vec<_> = messages
+        let counts: Vec<_> = messages
             .iter()
             .map(|(message, count)| (message.as_str(), *count))
             .collect();
         assert_eq!(
-            said,
+            counts,
             [
                 (
                     concat!("bigchat-sync ", env!("CARGO_PKG_VERSION"), " is running"),

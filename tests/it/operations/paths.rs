@@ -1,4 +1,4 @@
-//! Any path works, repeatedly, and is recognisable where it is printed.
+//! Any path works, repeatedly, and is recognizable where it is printed.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -47,9 +47,9 @@ fn works_again_and_again(name: &OsStr) {
         };
         for sessions in 1..=3 {
             let once = run(path, "once", &db);
-            let said = String::from_utf8_lossy(&once.stderr);
-            assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
-            assert_eq!(files(path), [name], "{said}");
+            let text = String::from_utf8_lossy(&once.stderr);
+            assert!(text.contains("BigChat was not read"), "{name:?}: {text}");
+            assert_eq!(files(path), [name], "{text}");
             // No command shows how many sessions there were.
             let connection = rusqlite::Connection::open(path.join(name)).expect("a database");
             let counted: i64 = connection
@@ -63,8 +63,8 @@ fn works_again_and_again(name: &OsStr) {
         let listed = run(path, "failed list", &db);
         assert!(listed.status.success(), "{name:?}: {listed:?}");
         let check = run(path, "check", &db);
-        let said = String::from_utf8_lossy(&check.stdout);
-        assert!(said.contains("is writable"), "{name:?}: {said}");
+        let text = String::from_utf8_lossy(&check.stdout);
+        assert!(text.contains("is writable"), "{name:?}: {text}");
     }
 }
 
@@ -98,21 +98,21 @@ fn odd_path_printed_escaped() {
             ("check", true),
         ] {
             let output = run(path, command, name);
-            let said = match made {
+            let text = match made {
                 false => output.stderr,
                 true => [output.stdout, output.stderr].concat(),
             };
-            let said = String::from_utf8(said).expect("UTF-8");
+            let text = String::from_utf8(text).expect("UTF-8");
             // It may be shown in its directory; in the log it is a JSON string.
             let shown = shown.trim_start_matches('"');
             let in_json = serde_json::to_string(shown).expect("JSON");
             assert!(
-                said.contains(shown) || said.contains(in_json.trim_matches('"')),
-                "{command} {name:?}: {said}"
+                text.contains(shown) || text.contains(in_json.trim_matches('"')),
+                "{command} {name:?}: {text}"
             );
             let is_plain = |c: char| c == '\n' || !c.is_control();
-            assert!(said.chars().all(is_plain), "{command} {name:?}: {said:?}");
-            assert!(made || said.trim_end().lines().count() == 1, "{said}");
+            assert!(text.chars().all(is_plain), "{command} {name:?}: {text:?}");
+            assert!(made || text.trim_end().lines().count() == 1, "{text}");
         }
     }
 }
@@ -127,8 +127,8 @@ fn directory_of_any_name() {
         std::os::unix::fs::symlink(below.join("a.db"), &link).expect("a link");
         for db in [&link, &below.join("a.db"), &link] {
             let once = run(directory.path(), "once", db.as_os_str());
-            let said = String::from_utf8_lossy(&once.stderr);
-            assert!(said.contains("BigChat was not read"), "{name:?}: {said}");
+            let text = String::from_utf8_lossy(&once.stderr);
+            assert!(text.contains("BigChat was not read"), "{name:?}: {text}");
         }
         assert_eq!(files(&below), ["a.db"]);
     }
@@ -143,8 +143,8 @@ fn path_too_long_for_sqlite() {
         let db = long.join("f".repeat(length));
         for command in ["once", "check"] {
             let output = run(directory.path(), command, db.as_os_str());
-            let said = printed(&output);
-            assert!(said.contains("SQLite accepts paths of up to"), "{said}");
+            let text = printed(&output);
+            assert!(text.contains("SQLite accepts paths of up to"), "{text}");
         }
         assert!(files(&long).is_empty());
     }
@@ -160,9 +160,9 @@ fn bad_setting_beside_odd_path() {
             .env("BIGCHAT_SYNC_POLL_INTERVAL", "soon")
             .output()
             .expect("a process");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains("BIGCHAT_SYNC_POLL_INTERVAL"), "{said}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("BIGCHAT_SYNC_POLL_INTERVAL"), "{text}");
     }
 }
 

@@ -19,15 +19,15 @@ fn command(t: &Bench, name: &str, arguments: &[&str]) -> (Option<i32>, String) {
 }
 
 fn pause(t: &Bench, arguments: &[&str]) -> String {
-    let (code, said) = command(t, "pause", arguments);
-    assert_eq!(code, Some(0), "{said}");
-    said
+    let (code, text) = command(t, "pause", arguments);
+    assert_eq!(code, Some(0), "{text}");
+    text
 }
 
 fn resume(t: &Bench) -> String {
-    let (code, said) = command(t, "resume", &[]);
-    assert_eq!(code, Some(0), "{said}");
-    said
+    let (code, text) = command(t, "resume", &[]);
+    assert_eq!(code, Some(0), "{text}");
+    text
 }
 
 /// Waits until the daemon is paused and requests in flight have ended. Returns how many requests OurAPI had.
@@ -57,8 +57,8 @@ async fn paused_daemon_polls_and_sends_nothing() {
         })
         .await;
 
-        let said = pause(t, &["--for", "1h"]);
-        assert!(said.contains("polling continues"), "{said}");
+        let text = pause(t, &["--for", "1h"]);
+        assert!(text.contains("polling continues"), "{text}");
         let asked = until_paused(t, &daemon).await;
         t.bigchat
             .reports([message(11, now - 3, "during the pause")]);
@@ -79,10 +79,10 @@ async fn paused_daemon_polls_and_sends_nothing() {
         let (status, is_healthy) = t.status();
         assert!(is_healthy, "{status}");
         assert!(status["paused"]["until"].is_string() || status["paused"]["until"].is_i64());
-        let (code, said) = command(t, "status", &[]);
-        assert_eq!(code, Some(0), "{said}");
-        assert!(said.contains("`bigchat-sync resume` ends"), "{said}");
-        assert!(said.contains("deliveries are paused"), "{said}");
+        let (code, text) = command(t, "status", &[]);
+        assert_eq!(code, Some(0), "{text}");
+        assert!(text.contains("`bigchat-sync resume` ends"), "{text}");
+        assert!(text.contains("deliveries are paused"), "{text}");
 
         assert!(resume(t).contains("deliveries resume"));
         t.agrees().await;
@@ -100,8 +100,8 @@ async fn pause_ends_by_itself() {
     run_live_test(async |t| {
         t.once().await;
         t.bigchat.open(10, t.now() - 100, 1);
-        let said = pause(t, &["--for", "2s"]);
-        assert!(said.contains("no daemon runs"), "{said}");
+        let text = pause(t, &["--for", "2s"]);
+        assert!(text.contains("no daemon runs"), "{text}");
         let daemon = t.start();
         t.bigchat.reports([message(10, t.now() - 1, "held back")]);
         t.until_events("delivered", 1).await;
@@ -123,15 +123,15 @@ async fn once_while_paused_only_polls() {
         pause(t, &[]);
         t.bigchat.open(10, t.now() - 100, 1);
         t.bigchat.reports([message(10, t.now() - 1, "held back")]);
-        let (code, said) = command(t, "once", &[]);
-        assert_eq!(code, Some(0), "{said}");
+        let (code, text) = command(t, "once", &[]);
+        assert_eq!(code, Some(0), "{text}");
         assert!(
-            said.contains("nothing was delivered: deliveries are paused"),
-            "{said}"
+            text.contains("nothing was delivered: deliveries are paused"),
+            "{text}"
         );
         assert_eq!(t.events("waiting"), 1);
-        let (_, said) = command(t, "check", &[]);
-        assert!(said.contains("is not asked: deliveries are"), "{said}");
+        let (_, text) = command(t, "check", &[]);
+        assert!(text.contains("is not asked: deliveries are"), "{text}");
         assert_eq!(t.our_api.total(), asked);
         resume(t);
         t.once().await;
@@ -212,13 +212,13 @@ async fn console_pauses_and_resumes() {
         }
         assert_eq!(get("/readyz").await.1, "ok\n");
 
-        let (code, said) = post("/api/pause", json!({"seconds": 3600})).await;
-        assert_eq!(code, StatusCode::OK, "{said}");
-        let (code, said) = get("/readyz").await;
+        let (code, text) = post("/api/pause", json!({"seconds": 3600})).await;
+        assert_eq!(code, StatusCode::OK, "{text}");
+        let (code, text) = get("/readyz").await;
         assert_eq!(code, StatusCode::OK);
         assert!(
-            said.starts_with("ok: deliveries are paused until"),
-            "{said}"
+            text.starts_with("ok: deliveries are paused until"),
+            "{text}"
         );
         assert_eq!(get("/healthz").await, (StatusCode::OK, "ok\n".into()));
         let metrics = get("/metrics").await.1;
@@ -233,8 +233,8 @@ async fn console_pauses_and_resumes() {
         assert_eq!(t.our_api.total(), asked);
         assert!(!t.status().0["paused"].is_null());
 
-        let (code, said) = post("/api/resume", json!({})).await;
-        assert_eq!(code, StatusCode::OK, "{said}");
+        let (code, text) = post("/api/resume", json!({})).await;
+        assert_eq!(code, StatusCode::OK, "{text}");
         t.until_events("delivered", 1).await;
         assert_eq!(get("/readyz").await.1, "ok\n");
         let metrics = get("/metrics").await.1;

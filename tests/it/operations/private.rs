@@ -108,11 +108,11 @@ fn exposed_token_file_gets_warning() {
         for variable in ["BIGCHAT", "OUR_API", "CONSOLE"] {
             let variable = format!("BIGCHAT_SYNC_{variable}_TOKEN_FILE");
             for command in ["once", "check"] {
-                let said = run(command, &variable);
-                let warned = said
+                let text = run(command, &variable);
+                let warned = text
                     .lines()
                     .any(|line| line.contains("chmod 600") || line.contains("have access to"));
-                assert_eq!(warned, warns, "{open:o} {variable} {command}: {said}");
+                assert_eq!(warned, warns, "{open:o} {variable} {command}: {text}");
             }
         }
     }

@@ -66,8 +66,8 @@ impl Case {
     }
 }
 
-/// The log and the status after that.
-async fn said(t: &Test, case: Case, allowed: &str) -> String {
+/// The log and the status after the case.
+async fn log_and_status(t: &Test, case: Case, allowed: &str) -> String {
     t.set("--log-message-text", allowed);
     case.begin(t);
     let mut program = t.program("run");
@@ -89,9 +89,9 @@ async fn said(t: &Test, case: Case, allowed: &str) -> String {
 async fn log_message_text_is_off() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
-            t.differs("nothing gets well again");
-            let said = said(t, case, "false").await;
-            assert!(!said.contains(SECRET), "{case:?}: {said}");
+            t.differs("the faults last to the end");
+            let text = log_and_status(t, case, "false").await;
+            assert!(!text.contains(SECRET), "{case:?}: {text}");
         })
         .await;
     })
@@ -103,9 +103,9 @@ async fn log_message_text_is_off() {
 async fn log_message_text_is_on() {
     side_by_side(Case::ALL, async |case| {
         run_test(async |t| {
-            t.differs("nothing gets well again");
-            let said = said(t, case, "true").await;
-            assert!(said.contains("S3cret words"), "{case:?}: {said}");
+            t.differs("the faults last to the end");
+            let text = log_and_status(t, case, "true").await;
+            assert!(text.contains("S3cret words"), "{case:?}: {text}");
         })
         .await;
     })

@@ -43,10 +43,10 @@ async fn discarding_needs_yes_without_terminal() {
         (&["discard", "--reason=early"], 2),
     ] {
         let output = failed(&bench, arguments).output().expect("a process");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
-        assert!(said.contains("--yes"), "{said}");
-        assert!(said.contains(&format!("discard {count} failed")), "{said}");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains("--yes"), "{text}");
+        assert!(text.contains(&format!("discard {count} failed")), "{text}");
         assert_eq!(bench.events("failed"), 4);
     }
     for (arguments, left) in [
@@ -78,12 +78,12 @@ async fn discarding_asks_on_a_terminal() {
         let mut script = Command::new("script");
         script.args(["-qec", &line, "/dev/null"]);
         let output = fed(&mut script, answer).expect("script, of Debian's bsdutils");
-        let said = String::from_utf8_lossy(&output.stdout);
+        let text = String::from_utf8_lossy(&output.stdout);
         assert!(
-            said.contains(&format!("Discard {count} failed events")),
-            "{said}"
+            text.contains(&format!("Discard {count} failed events")),
+            "{text}"
         );
-        assert_eq!(bench.events("failed"), left, "{arguments} {answer}: {said}");
+        assert_eq!(bench.events("failed"), left, "{arguments} {answer}: {text}");
         assert_eq!(
             output.status.success(),
             answer.to_lowercase().starts_with('y')

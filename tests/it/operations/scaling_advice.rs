@@ -23,9 +23,9 @@ fn words(text: &str) -> String {
 fn help_says_processes_count_together() {
     let rule = "All processes that use one OurAPI count together";
     for arguments in [&["--help"][..], &["run", "--help"], &["man"]] {
-        let said = printed(arguments);
-        assert!(said.contains(rule), "{arguments:?}");
-        assert!(said.contains("see --our-api-concurrency"), "{arguments:?}");
+        let text = printed(arguments);
+        assert!(text.contains(rule), "{arguments:?}");
+        assert!(text.contains("see --our-api-concurrency"), "{arguments:?}");
     }
 }
 

@@ -189,9 +189,9 @@ fn systemd_accepts_the_unit() {
             .arg(&path)
             .output();
         let analyzed = analyzed.expect("systemd-analyze, of Debian's systemd");
-        let said = process::printed(&analyzed);
-        assert!(analyzed.status.success(), "{said}");
-        said
+        let text = process::printed(&analyzed);
+        assert!(analyzed.status.success(), "{text}");
+        text
     };
     assert_eq!(analyze(&["verify"]), "", "not even a warning");
     // Of 10; the unit of most services is above 9.

@@ -256,28 +256,28 @@ async fn exit_code_of_once() {
         daemon.stop().await;
         let once = async || {
             let ended = finished(t.program("once")).await;
-            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-            (ended.status.code(), said)
+            let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+            (ended.status.code(), text)
         };
         assert_eq!(once().await.0, Some(0));
         t.our_api.down().await;
         let events = vec![message(10, t.now(), "anybody?")];
         t.bigchat.reports(events);
-        let (code, said) = once().await;
+        let (code, text) = once().await;
         assert!(
-            code == Some(1) && said.contains("1 events are not delivered yet"),
-            "{said}"
+            code == Some(1) && text.contains("1 events are not delivered yet"),
+            "{text}"
         );
         t.bigchat.down().await;
-        let (code, said) = once().await;
+        let (code, text) = once().await;
         assert!(
-            code == Some(1) && said.contains("BigChat was not read"),
-            "{said}"
+            code == Some(1) && text.contains("BigChat was not read"),
+            "{text}"
         );
         t.bigchat.up().await.expect("it is up");
         t.our_api.up().await.expect("it is up");
-        let (code, said) = once().await;
-        assert_eq!(code, Some(0), "{said}");
+        let (code, text) = once().await;
+        assert_eq!(code, Some(0), "{text}");
         t.until_events("delivered", 3).await;
     })
     .await;

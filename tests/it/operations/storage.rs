@@ -22,7 +22,7 @@ use tokio::time::timeout;
 /// Longer than any statement waits for a locked database.
 const LONGER_THAN_A_STATEMENT: Duration = Duration::from_millis(2_500);
 
-/// Less than so many statements would wait for it as there are conversations claimed at once.
+/// Shorter than the total wait of one statement for each claimed conversation.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
 /// The database and the files beside it, byte by byte.
@@ -80,11 +80,11 @@ async fn damaged_database_is_refused() {
             let before = contents(t.directory());
             let requests = t.bigchat.total();
             let run = t.program("once").output().expect("it runs");
-            let said = String::from_utf8_lossy(&run.stderr);
-            assert_eq!(run.status.code(), Some(1), "{case}: {said}");
+            let text = String::from_utf8_lossy(&run.stderr);
+            assert_eq!(run.status.code(), Some(1), "{case}: {text}");
             assert!(
-                said.contains("is damaged") && said.contains("was not changed"),
-                "{case}: {said}"
+                text.contains("is damaged") && text.contains("was not changed"),
+                "{case}: {text}"
             );
             assert!(contents(t.directory()) == before, "{case}: untouched");
             assert_eq!(t.bigchat.total(), requests, "{case}");
@@ -100,11 +100,11 @@ async fn database_in_an_impossible_place() {
         let t = Bench::unreachable();
         t.set("--db", db);
         let run = t.program("once").output().expect("it runs");
-        let said = String::from_utf8_lossy(&run.stderr);
-        assert_eq!(run.status.code(), Some(1), "{said}");
+        let text = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(1), "{text}");
         assert!(
-            said.contains(db) && said.contains("cannot be opened"),
-            "{said}"
+            text.contains(db) && text.contains("cannot be opened"),
+            "{text}"
         );
     }
 }
@@ -118,9 +118,9 @@ async fn second_daemon_is_refused() {
         until("it polls", async || t.bigchat.polls() > polls).await;
         for name in ["run", "once"] {
             let second = t.program(name).output().expect("it runs");
-            let said = String::from_utf8_lossy(&second.stderr);
-            assert_eq!(second.status.code(), Some(1), "{said}");
-            assert!(said.contains("another bigchat-sync uses"), "{said}");
+            let text = String::from_utf8_lossy(&second.stderr);
+            assert_eq!(second.status.code(), Some(1), "{text}");
+            assert!(text.contains("another bigchat-sync uses"), "{text}");
         }
         t.bigchat.reports([message(10, t.now() - 1, "and on")]);
         t.until_events("delivered", 51).await;
@@ -203,10 +203,10 @@ async fn stop_while_disk_is_full() {
         t.differs("events are lost with the daemon");
         let (daemon, _) = received_on_full_disk(t).await;
         assert_eq!(daemon.stop().await.code(), Some(1));
-        let said = t.logged();
+        let text = t.logged();
         assert!(
-            said.contains("3 events that BigChat reported are lost"),
-            "{said}"
+            text.contains("3 events that BigChat reported are lost"),
+            "{text}"
         );
     })
     .await;
@@ -381,8 +381,8 @@ async fn database_deleted_while_running() {
                 assert!(daemon.stop().await.success());
             } else {
                 assert_eq!(daemon.stop().await.code(), Some(1));
-                let said = t.logged();
-                assert!(said.contains("1 events in it are lost"), "{said}");
+                let text = t.logged();
+                assert!(text.contains("1 events in it are lost"), "{text}");
             }
             assert!(!t.db().exists(), "none is made in its place");
         })
@@ -502,12 +502,12 @@ async fn check_on_full_disk() {
         // The -shm file needs 32 KiB.
         let full = "trap '' XFSZ; ulimit -S -f 96";
         let checked = finished(in_shell(full, &t.program("check"))).await;
-        let said = printed(&checked);
-        assert!(said.contains("FAIL  database"), "{said}");
-        assert!(said.contains("is not writable"), "{said}");
+        let text = printed(&checked);
+        assert!(text.contains("FAIL  database"), "{text}");
+        assert!(text.contains("is not writable"), "{text}");
         let checked = finished(t.program("check")).await;
-        let said = printed(&checked);
-        assert!(said.contains("is writable"), "{said}");
+        let text = printed(&checked);
+        assert!(text.contains("is writable"), "{text}");
     })
     .await;
 }
@@ -523,10 +523,10 @@ async fn status_on_full_disk() {
         let Some(status) = in_own_mounts(full, &status) else {
             return;
         };
-        let said = printed(&finished(status).await);
+        let text = printed(&finished(status).await);
         assert!(
-            said.contains("! the disk of the database is full: "),
-            "{said}"
+            text.contains("! the disk of the database is full: "),
+            "{text}"
         );
     })
     .await;
@@ -574,17 +574,17 @@ async fn check_after_database_was_deleted() {
         })
         .await;
         let requests = t.our_api.total();
-        let said = printed(&finished(t.program("check")).await);
+        let text = printed(&finished(t.program("check")).await);
         for part in [
             "FAIL  daemon    a bigchat-sync already serves the console at ",
             &format!("its database was {}, put the file back", t.db().display()),
         ] {
-            assert!(said.contains(part), "{part}: {said}");
+            assert!(text.contains(part), "{part}: {text}");
         }
         assert_eq!(t.our_api.total(), requests, "OurAPI is not asked");
         std::fs::rename(&away, t.db()).expect("it is moved back");
-        let said = printed(&finished(t.program("check")).await);
-        assert!(said.contains("is running"), "{said}");
+        let text = printed(&finished(t.program("check")).await);
+        assert!(text.contains("is running"), "{text}");
     })
     .await;
 }

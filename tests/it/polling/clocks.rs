@@ -23,7 +23,7 @@ async fn machine_clock_an_hour_off() {
                 let daemon = t.start();
                 t.bigchat.reports_more(60).await;
                 daemon.stop().await;
-                // At most a second, by which the `date` header lags.
+                // The `date` header lags by up to a second.
                 let ahead = t.cursor().expect("a cursor") - t.now();
                 assert!((-20..=0).contains(&ahead), "{offset}: {ahead} s");
             }
@@ -65,7 +65,7 @@ async fn bigchat_clock_steps() {
     .await;
 }
 
-/// An event of the future does not move the cursor.
+/// An event in the future does not move the cursor.
 #[tokio::test]
 async fn event_of_the_future() {
     run_live_test(async |t| {
@@ -86,7 +86,7 @@ async fn event_of_the_future() {
 /// One wrong date leaves no gap, and no window is in the future.
 #[tokio::test]
 async fn one_wrong_date() {
-    // Before each of the first responses of a session, and at a later one.
+    // The wrong date is in one of the first three responses of a session, or in a later one.
     side_by_side(
         [0, 1, 2, 3]
             .into_iter()
@@ -133,7 +133,7 @@ async fn one_wrong_date() {
     .await;
 }
 
-/// Details from after a restart are not used for an event from before it, whatever the clock said.
+/// Details read after a restart are not used for an event from before the restart, even if the clock was wrong.
 #[tokio::test]
 async fn details_from_after_a_restart() {
     side_by_side([false, true], async |was_ahead| {

@@ -23,7 +23,7 @@ async fn killed_at_random_moments() {
     let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
     // With a stable log nothing may be lost, not even a response that was not stored.
     run_with(busy_log(seed, 40.0, 20), async |t| {
-        // After each kill OurAPI is left alone for so long.
+        // After each kill OurAPI is left alone for this long.
         t.set("--request-timeout", "300ms");
         let mut random = StdRng::seed_from_u64(seed);
         for _ in 0..kills {

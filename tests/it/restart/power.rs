@@ -50,10 +50,10 @@ const CUTS: usize = 300;
 /// How many daemons recover at once. Most of the time they leave OurAPI alone, as after any unclean end.
 const AT_ONCE: usize = 16;
 
-/// How long a request may be on its way.
+/// How long a request may be in flight.
 const ARRIVED: Duration = Duration::from_secs(5);
 
-/// For so long.
+/// The request timeout of the daemon.
 const TIMEOUT: &str = "250ms";
 
 /// How long a recovery may take. Long, since the machine may be busy.
@@ -143,7 +143,7 @@ struct Recording {
 }
 
 impl Recording {
-    /// A daemon starts, works so long, delivers everything, stops, starts again, works on and is killed.
+    /// A daemon starts, works this long, delivers everything, stops, starts again, works on and is killed.
     async fn of_a_daemon(works: impl AsyncFnOnce(&Test)) -> Self {
         let seed = number("BIGCHAT_SYNC_TEST_SEED", 1) as u64;
         let options = Options {
@@ -220,7 +220,7 @@ impl Recording {
             .buffer_unordered(AT_ONCE)
     }
 
-    /// Power cuts at every sync point, and so many besides, at any step. What leaves the same as one shortly before is left
+    /// Power cuts at every sync point, and this many besides, at any step. What leaves the same as one shortly before is left
     /// out.
     fn cuts(&self, besides: usize) -> impl Iterator<Item = Cut> {
         let mut random = StdRng::seed_from_u64(self.seed);

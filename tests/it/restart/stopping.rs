@@ -118,7 +118,9 @@ async fn once_while_bigchat_hangs() {
         until("a request", async || t.bigchat.open_requests() > 0).await;
         let stopped = Instant::now();
         stopping.cancel();
-        once.await.expect("no panic").expect("it stops well");
+        once.await
+            .expect("no panic")
+            .expect("a stop without an error");
         assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
     })
     .await;

@@ -45,7 +45,7 @@ async fn restart_while_daemon_is_stopped() {
     .await;
 }
 
-/// Lets so many requests for events pass. The next one waits for [`Test::resume`].
+/// Lets this many requests for events pass. The next one waits for [`Test::resume`].
 fn pause_after(faults: &BigChat, passing: usize) {
     let as_ever = slow(Duration::ZERO);
     faults.upset("GET /events", as_ever.times(passing));

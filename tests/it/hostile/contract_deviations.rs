@@ -1,4 +1,4 @@
-//! Services that differ from those of the contract.
+//! Services that deviate from the contract: their spelling of agents, their errors, and their events.
 
 use crate::harness::services::{time, unix};
 use crate::harness::{Bench, run_test, side_by_side, until};
@@ -19,7 +19,7 @@ fn agents(listed: &[(&str, &str, &str)]) -> Fault {
         .always()
 }
 
-/// OurAPI treats two spellings of an address as the same agent, and so does the daemon.
+/// If OurAPI treats two spellings of an address as the same agent, so does the daemon.
 #[tokio::test]
 async fn agent_equal_to_our_api() {
     let taken = |code| status(code).body("{}").always();
@@ -44,7 +44,7 @@ async fn agent_equal_to_our_api() {
                 taken(404),
             ),
             (
-                "a dot that counts for nothing, and the same name",
+                "an ignored dot, and the same name",
                 "a.nn@x.test",
                 ("a9", "Ann", "ann@x.test"),
                 taken(500),
@@ -115,12 +115,12 @@ async fn agent_stored_in_another_spelling() {
     .await;
 }
 
-/// An agent that is neither created nor listed is no outage: the chat has no agent.
+/// If an agent is neither created nor listed, that is no outage, and the chat has no agent.
 #[tokio::test]
 async fn agent_neither_created_nor_listed() {
     side_by_side([404, 409], async |code| {
         run_test(async |t| {
-            t.differs("there is no agent to be had");
+            t.differs("there can be no agent");
             t.our_api.upset("POST /agents", status(code).always());
             t.start();
             t.delivers([start(42, 0)]).await;
@@ -149,10 +149,10 @@ async fn until_down(t: &Bench, case: &str, api: Api) -> (String, String) {
         what.starts_with(&begins)
             .then(|| (what.to_owned(), remedy.to_owned()))
     });
-    problem.expect("it is said")
+    problem.expect("the problem is listed")
 }
 
-/// The status says of each outage why, whether it ends automatically, and what to correct.
+/// For each outage, `status` gives the reason, whether it ends automatically, and what to correct.
 #[tokio::test]
 async fn outages_that_need_a_correction() {
     let html = "<html>secret</html>";
@@ -238,7 +238,7 @@ async fn outages_that_need_a_correction() {
                 daemon.stop().await;
 
                 if case == "400" {
-                    // It rejects the address in the query of OurAPI's list.
+                    // From OurAPI, a 400 would reject the address in the query, not the service.
                     return;
                 }
                 run_test(async |t| {
@@ -279,16 +279,16 @@ async fn readable_part_of_unreadable_event() {
                 assert_eq!(failed[0].conversation, Some(42), "{event}");
                 let at = failed[0].event_at.expect("a time");
                 assert_eq!(at.to_string(), time(5), "{event}");
-                let said = |arguments: &[&str]| {
-                    let said = t.failed_command(arguments);
-                    said.unwrap_or_else(|error| error.to_string())
+                let run = |arguments: &[&str]| {
+                    let output = t.failed_command(arguments);
+                    output.unwrap_or_else(|error| error.to_string())
                 };
-                let list = said(&["list"]);
+                let list = run(&["list"]);
                 assert!(list.contains(" 42 ") && list.contains(&time(5)), "{list}");
                 assert!(!list.contains("1970"), "{list}");
-                let show = said(&["show", &failed[0].id.to_string()]);
+                let show = run(&["show", &failed[0].id.to_string()]);
                 assert!(show.contains(&time(5)) && !show.contains("1970"), "{show}");
-                let retried = said(&["retry", "--all"]);
+                let retried = run(&["retry", "--all"]);
                 assert!(
                     retried.contains("1 failed event still cannot be parsed"),
                     "{retried}"
