@@ -24,12 +24,11 @@
 //!
 //! Begin at these places; the compiler and the tests name most of the rest.
 //!
-//! - **A kind of event:** [`EventKind`](domain::event::EventKind) with its list `ALL`, and
-//!   [`Payload`](domain::event::Payload). If it changes the chat, a file in `delivery/handlers/` with its fold. If it is
-//!   stored as a message, `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); nothing else in
-//!   delivery. The compiler does not point to three places: the colors in `console/page/console.css`, the display of the
-//!   text in `failed.js` and `talk.js`, and the [`simulator`], which has its own names because it shares no code (`bigchat`,
-//!   `chance`, `compare`).
+//! - **A kind of event:** [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If it changes
+//!   the chat, a file in `delivery/handlers/` with its fold. If it is stored as a message, `EventKind::is_message` and
+//!   [`Payload::text`](domain::event::Payload::text); nothing else in delivery. A test points to its color in
+//!   `console/page/console.css`. Nothing points to two places: `isMessage` in `console/page/parts.js`, and the [`simulator`]
+//!   and [`demo`], which have names of their own because they share no code (`bigchat`, `chance`, `compare`; `demo/tally.rs`).
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a

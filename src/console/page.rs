@@ -45,3 +45,26 @@ pub(super) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
             )
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::event::EventKind;
+    use crate::journal::UNREADABLE;
+
+    #[test]
+    fn each_kind_has_a_color() {
+        let css = include_str!("page/console.css");
+        for kind in EventKind::ALL
+            .map(EventKind::name)
+            .into_iter()
+            .chain([UNREADABLE])
+        {
+            let rule = format!(
+                ":is(.kind, .swatch, rect.received).{},\n.entry[data-kind=\"{kind}\"] {{\n  --c: ",
+                kind.to_lowercase()
+            );
+            assert!(css.contains(&rule), "console.css has no {rule}");
+        }
+    }
+}

@@ -62,7 +62,10 @@ impl Key {
 
     /// Whether BigChat repeats such an event on later pages of the same poll.
     fn is_repeated(&self) -> bool {
-        matches!(self.kind, Some(EventKind::End | EventKind::Transfer))
+        match self.kind {
+            Some(EventKind::End | EventKind::Transfer) => true,
+            Some(EventKind::Start | EventKind::Message) | None => false,
+        }
     }
 }
 

@@ -12,32 +12,40 @@ use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::text::has_undecoded;
 use crate::domain::time::Timestamp;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum EventKind {
-    /// The conversation began.
-    Start,
-    /// The conversation ended. BigChat reports it repeatedly; the latest counts.
-    End,
+/// Defines the kinds of events, so that the list of them cannot lack one.
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident = $name:literal,)*) => {
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum EventKind {
+            $($(#[$doc])* $kind,)*
+        }
+
+        impl EventKind {
+            /// In the order in which charts stack them.
+            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$kind),*];
+
+            /// BigChat's name of the kind.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$kind => $name,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
     /// A message was written. BigChat does not report the author.
-    Message,
+    Message = "MESSAGE",
+    /// The conversation began.
+    Start = "START",
     /// Another advisor took over, or the same one again.
-    Transfer,
+    Transfer = "TRANSFER",
+    /// The conversation ended. BigChat reports it repeatedly; the latest counts.
+    End = "END",
 }
 
 impl EventKind {
-    /// In the order in which charts stack them.
-    pub const ALL: [Self; 4] = [Self::Message, Self::Start, Self::Transfer, Self::End];
-
-    /// BigChat's name of the kind.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Start => "START",
-            Self::End => "END",
-            Self::Message => "MESSAGE",
-            Self::Transfer => "TRANSFER",
-        }
-    }
-
     /// Whether events of this kind are stored as messages of the chat; all others change the chat itself.
     pub fn is_message(self) -> bool {
         match self {
@@ -72,7 +80,7 @@ pub enum Payload {
     Start,
     End,
     Message {
-        /// As received; OurAPI strips white space from both ends.
+        /// As it is to be sent, before OurAPI strips white space from both ends.
         text: String,
     },
     Transfer {

@@ -3,7 +3,7 @@
 import { get, instant, integer, post } from "./daemon.js";
 import { byId, el } from "./dom.js";
 import { ago, at, count, sentence, some } from "./format.js";
-import { back, conversation, copyable, facts, head, kind, loading, nothing, pretty, request, resolutions, resolved, response, undo, words } from "./parts.js";
+import { back, conversation, copyable, facts, head, isMessage, kind, loading, nothing, pretty, request, resolutions, resolved, response, undo, words } from "./parts.js";
 
 /** The events that are selected, and the reason they have in common. */
 const selection = { reason: null, ids: new Set(), last: null };
@@ -100,7 +100,7 @@ function group({ chosen, page, after, now }) {
             "a",
             { href: `#/failed/${event.id}`, "data-step": "", tabindex: -1 },
             kind(event.kind),
-            el("span.says", null, event.kind === "MESSAGE" ? words(event.text) : event.text),
+            el("span.says", null, isMessage(event.kind) ? words(event.text) : event.text),
             el("span.where", null, event.conversation === null ? `#${event.id}` : `conversation ${event.conversation}`),
             el("span.when", null, ago(event.failed_at)),
           ),

@@ -2,6 +2,9 @@
 
 import { el, icon } from "./dom.js";
 
+/** Whether events of this kind are stored as messages: their text is what somebody wrote. */
+export const isMessage = (name) => name === "MESSAGE";
+
 /** The kind of an event. */
 export const kind = (name) => el(`span.kind.${name.toLowerCase()}`, null, name);
 

@@ -3,7 +3,7 @@
 import { get } from "./daemon.js";
 import { el, icon } from "./dom.js";
 import { ago, at, clockText, count, dayText, fullTime, lasting, now, some } from "./format.js";
-import { back, conversation, copyable, facts, head, kind, loading, nothing, resolutions, words } from "./parts.js";
+import { back, conversation, copyable, facts, head, isMessage, kind, loading, nothing, resolutions, words } from "./parts.js";
 
 export const search = {
   tab: "search",
@@ -159,7 +159,7 @@ function entry(event, happened, late) {
     el(
       "div.what",
       null,
-      event.kind === "MESSAGE" ? el("p.words", null, words(event.text), event.text_truncated && [" … ", el("a", { href: `#/failed/${event.id}` }, "show all of it")]) : el("p.change", null, kind(event.kind), event.text && ` ${event.text}`),
+      isMessage(event.kind) ? el("p.words", null, words(event.text), event.text_truncated && [" … ", el("a", { href: `#/failed/${event.id}` }, "show all of it")]) : el("p.change", null, kind(event.kind), event.text && ` ${event.text}`),
       el("p.fate", null, fate(event), late && el("span.muted", { title: "It happened before an event that was received earlier." }, "out of order")),
     ),
   );
