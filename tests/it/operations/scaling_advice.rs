@@ -37,7 +37,7 @@ fn documents_recommend_no_second_daemon() {
         .find(|part| part.starts_with("Size it"));
     let sizing = words(sizing.expect("a section on sizing"));
     for part in [
-        "do not run several daemons side by side on it",
+        "do not let several daemons use it",
         "`check`, `once` and `verify`",
     ] {
         assert!(sizing.contains(part), "{part}");
