@@ -48,7 +48,6 @@ pub(super) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::domain::event::EventKind;
     use crate::journal::UNREADABLE;
 
