@@ -1,7 +1,7 @@
 //! The journal alone, without a daemon: the time to store an event, and to claim it and commit its delivery.
 
 use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bigchat_sync::domain::progress::{
     Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
@@ -22,12 +22,8 @@ pub(crate) fn measure(scale: Scale) {
     let (_directory, db) = waiting(conversations, usual);
     let stored = began.elapsed();
     let mut store = Store::open(&db).expect("a database");
-    let intervals = Intervals {
-        poll_interval: Duration::from_secs(10),
-        verify_every: None,
-    };
     let session = store
-        .start_session(intervals, Millis::now())
+        .start_session(Intervals::default(), Millis::now())
         .expect("a session");
     let mut delivered = 0;
     let began = Instant::now();

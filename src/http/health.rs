@@ -241,10 +241,10 @@ impl Health {
             error.exchange.cause.as_ref().map(discriminant),
         );
         let Some(before) = self.logged.replace(kind) else {
-            return log_outage(error, base);
+            return log_outage(error, base, true);
         };
         if before != kind {
-            log_other_problem(error, base);
+            log_outage(error, base, false);
         }
     }
 
@@ -294,34 +294,25 @@ impl Health {
     }
 }
 
-fn log_outage(error: &ApiError, base: &Url) {
+/// Logs an outage: its beginning, or another reason for it.
+fn log_outage(error: &ApiError, base: &Url, begins: bool) {
     let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
     let (request, response) = (exchange.request, exchange.response);
-    if error.lasts() {
-        tracing::error!(
-            reason, request, response, url = %base,
+    let text = match (begins, error.lasts()) {
+        (true, true) => format!(
             "{api} is down until its settings are corrected; pausing requests to it and probing with one at a time"
-        );
-    } else {
-        tracing::warn!(
-            reason, request, response, url = %base,
-            "{api} is down; pausing requests to it and probing with one at a time"
-        );
-    }
-}
-
-fn log_other_problem(error: &ApiError, base: &Url) {
-    let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
-    let (request, response) = (exchange.request, exchange.response);
+        ),
+        (true, false) => {
+            format!("{api} is down; pausing requests to it and probing with one at a time")
+        }
+        (false, true) => {
+            format!("{api} is still down, now for another reason, until its settings are corrected")
+        }
+        (false, false) => format!("{api} is still down, now for another reason"),
+    };
     if error.lasts() {
-        tracing::error!(
-            reason, request, response, url = %base,
-            "{api} is still down, now for another reason, until its settings are corrected"
-        );
+        tracing::error!(reason, request, response, url = %base, "{text}");
     } else {
-        tracing::warn!(
-            reason, request, response, url = %base,
-            "{api} is still down, now for another reason"
-        );
+        tracing::warn!(reason, request, response, url = %base, "{text}");
     }
 }

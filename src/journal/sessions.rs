@@ -61,7 +61,7 @@ pub struct RateLimits {
 }
 
 /// The settings of a session by which its progress is judged, also by another process.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Intervals {
     /// Time between polls.
     pub poll_interval: Duration,

@@ -191,19 +191,20 @@ impl Store {
         let failed = transaction
             .prepare_cached("SELECT count(*) FROM dead_letters WHERE discarded_at IS NULL")?
             .query_row([], count)?;
-        let (losses, restarts, rebuilding) = transaction
+        let (losses, restarts, rebuilding, poll_interval_s, verify_every_s) = transaction
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
                     (SELECT coalesce(sum((SELECT count(*) FROM conversations
                             WHERE verified_in < v.id AND (v.conversation IS NULL OR bigchat_id = v.conversation))), 0)
                         FROM verifications v WHERE NOT v.idle)
-                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < losses)
+                        + (SELECT count(*) FROM conversations WHERE external_id IS NOT NULL AND forgotten_at IS NULL AND verified_losses < losses),
+                    poll_interval, verify_every
                  FROM control",
             )?
-            .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)))?;
-        let (poll_interval_s, verify_every_s) = transaction
-            .prepare_cached("SELECT poll_interval, verify_every FROM control")?
-            .query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            .query_row([], |row| {
+                let (losses, restarts) = (unsigned(row, 0)?, unsigned(row, 1)?);
+                Ok((losses, restarts, unsigned(row, 2)?, row.get(3)?, row.get(4)?))
+            })?;
         let recent_losses = transaction
             .prepare_cached("SELECT coalesce(sum(count), 0) FROM losses WHERE minute > ?1 - ?2")?
             .query_row([minute(now), LOSS_MINUTES], count)?;

@@ -191,8 +191,7 @@ impl Reconciled {
     /// OurAPI rejects a change that no waiting event requests. An existing chat stays as it is and still gets messages.
     /// Without a chat, the first waiting event fails; if none waits, there is no chat until the next event.
     fn unchangeable(&mut self, error: AttemptError) -> Result<(), Stopped> {
-        let chat = self.conversation.observed.chat;
-        if chat.is_none() {
+        if self.conversation.observed.chat.is_none() {
             if let Some(first) = self.events.first() {
                 self.done.push((first.id, Err(error)));
                 return Ok(());
@@ -201,7 +200,7 @@ impl Reconciled {
         }
         let failure = error.logged();
         tracing::warn!(
-            conversation = self.conversation.bigchat_id, chat = chat.map(tracing::field::display),
+            conversation = self.conversation.bigchat_id, chat = self.logged_chat(),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
             "OurAPI rejects a change of a chat; it stays as it is"
         );

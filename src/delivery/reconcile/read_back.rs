@@ -1,5 +1,6 @@
 //! The remedy for a stale conversation: the chat is read back, and its messages are accounted for.
 
+use tracing::field::{DisplayValue, display};
 use uuid::Uuid;
 
 use super::{Reconciled, Stopped, is_outcome_unknown};
@@ -181,16 +182,15 @@ impl Reconciled {
     pub(super) fn report_missing(&self, missing: Missing) {
         if !missing.is_none() {
             tracing::error!(
-                conversation = self.conversation.bigchat_id,
-                chat = self
-                    .conversation
-                    .observed
-                    .chat
-                    .map(tracing::field::display::<Uuid>),
-                %missing,
+                conversation = self.conversation.bigchat_id, chat = self.logged_chat(), %missing,
                 "OurAPI has lost a chat or a part of it; it is not restored, because of --rebuild"
             );
         }
+    }
+
+    /// The chat's id as a field of the log.
+    pub(super) fn logged_chat(&self) -> Option<DisplayValue<Uuid>> {
+        self.conversation.observed.chat.map(display)
     }
 
     /// Reads the chat by its external id.
@@ -276,11 +276,7 @@ impl Reconciled {
     ) -> Result<(), AttemptError> {
         tracing::error!(
             conversation = self.conversation.bigchat_id,
-            chat = self
-                .conversation
-                .observed
-                .chat
-                .map(tracing::field::display::<Uuid>),
+            chat = self.logged_chat(),
             rebuild,
             "OurAPI has lost a chat"
         );

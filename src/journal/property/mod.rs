@@ -39,11 +39,6 @@ const CONVERSATIONS: i64 = 3;
 /// The period in which each chat is verified, in milliseconds.
 const EVERY: i64 = 2_000;
 
-const INTERVALS: Intervals = Intervals {
-    poll_interval: Duration::from_secs(10),
-    verify_every: None,
-};
-
 const IDLE_PASS: IdlePass = IdlePass {
     every: Duration::from_millis(EVERY.unsigned_abs()),
     mode: VerifyMode::Restore,
@@ -780,7 +775,7 @@ impl Pair {
         self.reports.clear();
         let session = self
             .store
-            .start_session(INTERVALS, self.now())
+            .start_session(Intervals::default(), self.now())
             .expect("a session");
         self.plain.restart();
         (self.session, self.replay_until) = (session.id, session.replay_until.get().0);
