@@ -34,8 +34,6 @@ CREATE TABLE control (
     session             INTEGER NOT NULL DEFAULT 0, -- how often the daemon has started
     writes_succeeded    INTEGER NOT NULL DEFAULT 0,
     losses              INTEGER NOT NULL DEFAULT 0, -- how often OurAPI was found to have lost something
-    bigchat_retry_after INTEGER NOT NULL DEFAULT 0, -- no request to the API before then
-    our_api_retry_after INTEGER NOT NULL DEFAULT 0,
     timed_out_until     INTEGER NOT NULL DEFAULT 0, -- requests that timed out may be carried out until then
     paused_at           INTEGER,                    -- when deliveries were last paused
     paused_until        INTEGER,                    -- when that pause ends; NULL: only by resuming

@@ -37,7 +37,6 @@ pub(crate) fn measure(scale: Scale) {
             exclude: HashSet::new(),
             session: session.id,
             clock_set_back: None,
-            rate_limits: None,
         };
         let claimed = store.claim(&request, Millis::now()).expect("a claim");
         let reports: Vec<Report> = claimed.work.into_iter().map(done).collect();

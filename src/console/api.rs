@@ -247,28 +247,28 @@ pub(super) async fn pause(
         return Err(ApiError::ParseError(what.to_owned()));
     }
     let pause = Pause::begin(length, Millis::now());
-    let paused = web
-        .console
-        .journal
-        .with(move |store| store.set_pause(pause));
+    let our_api = Arc::clone(&web.console.our_api);
+    let paused = web.console.journal.with(move |store| {
+        store.set_pause(pause)?;
+        our_api.set_pause(Some(pause));
+        Ok(())
+    });
     paused.await.map_err(ReadError::from)?;
-    // The pause begins now, not when the journal is next read.
-    web.console.our_api.set_pause(Some(pause));
     web.forget_status().await;
     Ok(Json(json!({ "paused": pause })).into_response())
 }
 
 /// `POST /api/resume`: ends the pause, if there is one.
 pub(super) async fn resume(State(web): State<Arc<Web>>) -> Answer {
-    let ended = web.console.journal.with(|store| {
-        let pause = store.pause()?;
-        if let Some(pause) = pause {
+    let our_api = Arc::clone(&web.console.our_api);
+    let ended = web.console.journal.with(move |store| {
+        if let Some(pause) = store.pause()? {
             store.end_pause(pause, Millis::now())?;
         }
-        Ok(pause)
+        our_api.set_pause(None);
+        Ok(())
     });
     ended.await.map_err(ReadError::from)?;
-    web.console.our_api.set_pause(None);
     web.console.work_available.notify_one();
     web.forget_status().await;
     Ok(Json(json!({ "paused": null })).into_response())

@@ -11,18 +11,19 @@ use tokio_util::sync::CancellationToken;
 use super::parts::Parts;
 use crate::domain::time::Millis;
 use crate::http::{Api, ApiState, ApiStatus};
+use crate::journal::STORAGE_PAUSE;
 
-/// How often to check for a change.
-const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How often to check for a later exchange while nothing else changes.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 
-/// How often to store the time of an API's latest exchange while nothing else changes.
+/// How often to store the time of the latest exchange while nothing else changes.
 const STORE_EVERY: Duration = Duration::from_secs(10);
 
 /// Restores the state of both APIs from the end of the last session.
 ///
 /// An API that was down then is taken as down only if the base URL is the same and a request will be made soon; else
 /// its state is not known. A rate limit in force remains.
-async fn recall(parts: &Parts) {
+pub(super) async fn recall(parts: &Parts) {
     for api in Api::ALL {
         let here = parts.apis.of(api).base().to_string();
         let recalled = parts.journal.with(move |store| {
@@ -63,7 +64,6 @@ async fn recall(parts: &Parts) {
 
 /// Stores the state of both APIs whenever it changes, until `work` is done.
 pub(super) async fn record<T>(parts: &Parts, work: impl Future<Output = T>) -> T {
-    recall(parts).await;
     let done = CancellationToken::new();
     let work = async {
         let outcome = work.await;
@@ -79,6 +79,7 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
     loop {
         let last = done.is_cancelled();
         let now = Api::ALL.map(|api| parts.apis.status(api));
+        let mut rest = CHECK_EVERY;
         let news = now
             .iter()
             .zip(&stored)
@@ -90,8 +91,9 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
             let recorded = parts
                 .journal
                 .with(move |store| store.record_api_status(&found));
-            if recorded.await.is_ok() {
-                stored = now;
+            match recorded.await {
+                Ok(()) => stored = now,
+                Err(_) => rest = STORAGE_PAUSE,
             }
         }
         if last {
@@ -99,7 +101,9 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
         }
         tokio::select! {
             () = done.cancelled() => {}
-            () = sleep(CHECK_EVERY) => {}
+            () = parts.apis.bigchat.changed() => {}
+            () = parts.apis.our_api.changed() => {}
+            () = sleep(rest) => {}
         }
     }
 }

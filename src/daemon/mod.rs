@@ -1,9 +1,9 @@
 //! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
 
+mod changes;
 mod health;
 mod heartbeat;
 mod parts;
-mod pause;
 mod progress;
 pub mod service;
 mod summary;
@@ -187,7 +187,7 @@ async fn alongside<T>(other: impl Future<Output = Infallible>, work: impl Future
 
 /// Runs the started daemon until it stops.
 pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
-    alongside(pause::watch(parts), poll_and_deliver(parts)).await
+    alongside(changes::watch(parts), poll_and_deliver(parts)).await
 }
 
 /// The same without checking for pauses.
@@ -249,7 +249,7 @@ pub async fn once(
         }
     };
     let work = Box::pin(observers.watch(&parts, work));
-    let work = alongside(pause::watch(&parts), work);
+    let work = alongside(changes::watch(&parts), work);
     health::record(&parts, work).await
 }
 
@@ -278,7 +278,7 @@ pub async fn verify(
         };
         parts.delivery().run(scope, Until::Stopped).await;
     };
-    health::record(&parts, alongside(pause::watch(&parts), Box::pin(work))).await;
+    health::record(&parts, alongside(changes::watch(&parts), Box::pin(work))).await;
     Ok(())
 }
 
@@ -380,8 +380,6 @@ pub(crate) async fn begin(
         // A request of the last session may still be in flight, and OurAPI may accept only one at a time.
         our_api.hold_until(Millis::now().plus(settings.request_timeout));
     }
-    bigchat.hold_until(session.rate_limits.bigchat);
-    our_api.hold_until(session.rate_limits.our_api);
     let apis = Apis {
         bigchat: Arc::new(bigchat),
         our_api: Arc::new(our_api),
@@ -395,10 +393,10 @@ pub(crate) async fn begin(
         Lock::new(path, timeout, stopping)
     });
     let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
-    our_api.restore_timed_out(session.rate_limits.timed_out_until);
+    our_api.restore_timed_out(session.timed_out_until);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
-    Ok(Parts {
+    let parts = Parts {
         settings,
         apis,
         source: Arc::new(source),
@@ -411,7 +409,9 @@ pub(crate) async fn begin(
         work_available: Arc::default(),
         caught_up: CancellationToken::new(),
         stopping,
-    })
+    };
+    health::recall(&parts).await;
+    Ok(parts)
 }
 
 async fn stopped(parts: &Parts, poller: &Poller) -> Result<(), DaemonError> {

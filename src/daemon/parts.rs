@@ -66,7 +66,7 @@ impl Parts {
         }
     }
 
-    pub(super) fn console(&self) -> Console {
+    pub(crate) fn console(&self) -> Console {
         Console {
             settings: self.settings.clone(),
             apis: self.apis.clone(),

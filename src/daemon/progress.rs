@@ -128,10 +128,15 @@ impl View {
 
 /// Shows the progress whenever the daemon is far behind.
 pub(super) async fn show(parts: &Parts, terminal: Option<&Terminal>) -> Infallible {
+    let mut checked = None;
     loop {
-        // Polling and delivery report a journal that refuses.
-        if let Ok(true) = is_far_behind(parts).await {
-            catch_up(parts, terminal).await.ok();
+        let counters = parts.metrics.counters();
+        let polled = (counters.polls.get(), counters.received.get());
+        if checked.replace(polled) != Some(polled) {
+            // Polling and delivery report a journal that refuses.
+            if let Ok(true) = is_far_behind(parts).await {
+                catch_up(parts, terminal).await.ok();
+            }
         }
         sleep(CHECK_EVERY).await;
     }

@@ -110,10 +110,11 @@ impl Delivery {
             }
         };
         let (nothing_given_up, committed) = tokio::join!(deliver, commit);
-        let (rate_limits, clean) = (worker.rate_limits(), nothing_given_up && committed);
+        let clean = nothing_given_up && committed;
+        let timed_out_until = worker.our_api.timed_out_until();
         let ended = self
             .journal
-            .with(move |store| store.end_session(rate_limits, clean));
+            .with(move |store| store.end_session(timed_out_until, clean));
         if let Ok(Err(error)) = timeout(STORAGE_PAUSE, ended).await {
             tracing::error!(reason = %error, "the end of the session could not be recorded");
         }

@@ -22,7 +22,7 @@ use crate::domain::ids::ConversationId;
 use crate::domain::progress::{IdlePass, Work};
 use crate::domain::time::Millis;
 use crate::http::Circuit;
-use crate::journal::{ClaimRequest, Claimed, JournalError, RateLimits, STORAGE_PAUSE, Storage};
+use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
 
 /// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that no
@@ -38,8 +38,8 @@ const BYTES_AHEAD: usize = 2 << 20;
 /// After this time, work loaded ahead is loaded again, because its conversation may have been forgotten.
 const LOADED_FOR: Duration = Duration::from_secs(5);
 
-/// How often the journal is queried for due conversations without a notification, since commands write to it, too.
-const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How often the journal is queried for due conversations without a notification, since this machine's clock may be set.
+const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// After each verification in idle time, the next one waits for this many times its duration.
 const IDLE_FACTOR: u32 = 9;
@@ -110,7 +110,6 @@ pub(super) struct Scheduler {
     pub(super) failed_reads: HashMap<ConversationId, u32>,
     idle_pass: Idle,
     last_check: Millis,
-    rate_limits: RateLimits,
 }
 
 impl Scheduler {
@@ -122,7 +121,6 @@ impl Scheduler {
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
         let writes = Writes::since(worker.session.writes_succeeded);
-        let rate_limits = worker.rate_limits();
         Self {
             worker,
             storage: Arc::clone(&delivery.storage),
@@ -149,7 +147,6 @@ impl Scheduler {
                 give_way: CancellationToken::new(),
             },
             last_check: Millis::now(),
-            rate_limits,
         }
     }
 
@@ -193,7 +190,7 @@ impl Scheduler {
 
     /// How long to wait if no notification arrives.
     fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
-        match circuit {
+        let rest = match circuit {
             Circuit::Open { until } => self.idle.min(until.since(now)),
             Circuit::Closed | Circuit::HalfOpen => {
                 let pause = self.idle_pass.not_before - Instant::now();
@@ -204,7 +201,9 @@ impl Scheduler {
                     self.idle
                 }
             }
-        }
+        };
+        let held = self.timed_out.values().map(|until| *until - Instant::now());
+        held.fold(rest, Duration::min)
     }
 
     fn is_unoccupied(&self) -> bool {
@@ -312,14 +311,10 @@ impl Scheduler {
         if self.fetch.is_some() {
             return;
         }
-        let size = self.claim_size(circuit);
-        let rate_limits = self.worker.rate_limits();
-        let stores_limits = rate_limits != self.rate_limits;
-        if size.is_none() && !stores_limits {
+        let Some((conversations, bytes)) = self.claim_size(circuit) else {
             return;
-        }
-        self.check &= size.is_none();
-        let (conversations, bytes) = size.unwrap_or_default();
+        };
+        self.check = false;
         self.idle = CHECK_EVERY;
         let instant = Instant::now();
         self.timed_out.retain(|_, until| instant < *until);
@@ -340,9 +335,7 @@ impl Scheduler {
             exclude,
             session: self.worker.session.id,
             clock_set_back: clock_set_back.then_some(self.worker.settings.request_timeout),
-            rate_limits: stores_limits.then_some(rate_limits),
         };
-        self.rate_limits = rate_limits;
         let journal = Arc::clone(&self.worker.journal);
         self.fetch = Some(Box::pin(async move {
             let claimed = journal.with(move |store| store.claim(&request, now));
@@ -412,7 +405,6 @@ impl Scheduler {
             }
             Err(error) => {
                 self.storage.delivery_failed(&error);
-                self.rate_limits = RateLimits::default();
                 self.check = false;
                 self.idle = STORAGE_PAUSE;
                 self.idle_pass.not_before = Instant::now() + STORAGE_PAUSE;

@@ -10,7 +10,7 @@ use super::agents::Agents;
 use crate::bigchat::Source;
 use crate::domain::ids::{ConversationId, EventId};
 use crate::http::Apis;
-use crate::journal::{Journal, RateLimits, Session};
+use crate::journal::{Journal, Session};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
@@ -72,13 +72,5 @@ impl Worker {
     /// Whether a newer copy of this database may already have delivered an event.
     pub(super) fn may_be_delivered(&self, event: EventId) -> bool {
         event <= self.session.replay_until.get()
-    }
-
-    pub(super) fn rate_limits(&self) -> RateLimits {
-        RateLimits {
-            bigchat: self.apis.bigchat.not_before(),
-            our_api: self.apis.our_api.not_before(),
-            timed_out_until: self.our_api.timed_out_until(),
-        }
     }
 }

@@ -5,10 +5,12 @@
 
 use std::fmt;
 use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
 use std::time::Instant;
 
 use reqwest::StatusCode;
 use serde::Serialize;
+use tokio::sync::Notify;
 use url::{Position, Url};
 
 use super::breaker::{Breaker, Circuit};
@@ -150,6 +152,8 @@ pub(super) struct Health {
     pub(super) latest: Option<Latest>,
     /// The latest rate limit, even if it has passed.
     pub(super) rate_limit: Option<RateLimit>,
+    /// Notified of a rate limit, of a failure, and when one ends.
+    pub(super) changed: Arc<Notify>,
 }
 
 impl Health {
@@ -177,13 +181,16 @@ impl Health {
             );
         }
         self.limit(limit);
+        self.changed.notify_one();
     }
 
     pub(super) fn succeeded(&mut self, api: Api, route: Route) {
         if !self.breaker.succeeded(route) {
             return;
         }
-        self.problem = None;
+        if self.problem.take().is_some() || self.up != Some(true) {
+            self.changed.notify_one();
+        }
         self.lasts = false;
         if self.up == Some(true) {
             return;
@@ -222,6 +229,7 @@ impl Health {
     }
 
     fn set_problem(&mut self, error: &ApiError, base: &Url) {
+        self.changed.notify_one();
         let request = request_head(&error.exchange.request);
         let (method, path) = request.split_once(' ').unwrap_or((request, ""));
         let response = error.exchange.logged().response;
@@ -274,12 +282,9 @@ impl Health {
         status.without_passed_limit(Millis::now())
     }
 
-    /// Restores the status at the end of the last session. A few failures of that session are no sign. Of the rate limit,
-    /// this restores the status of the response; [`Self::limit`] has put it in force.
+    /// Restores the status at the end of the last session. A few failures of that session are no sign.
     pub(super) fn recall(&mut self, api: Api, status: &ApiStatus) {
-        if let (Some(limit), Some(held)) = (status.rate_limit, self.rate_limit)
-            && limit.until == held.until
-        {
+        if let Some(limit) = status.rate_limit {
             self.limited(limit, api);
         }
         let up = match status.state {

@@ -131,12 +131,6 @@ impl Http {
         limit.is_in_force(now).then_some(limit.until)
     }
 
-    /// The end of the latest rate limit, even if it has passed.
-    pub fn not_before(&self) -> Millis {
-        let limit = self.health().rate_limit;
-        limit.map_or_else(Millis::default, |limit| limit.until)
-    }
-
     /// Sends no request before `until`.
     pub fn hold_until(&self, until: Millis) {
         let at = Millis::now();
@@ -164,6 +158,12 @@ impl Http {
 
     pub fn status(&self) -> ApiStatus {
         self.health().status()
+    }
+
+    /// Waits for a rate limit, for a failure, or for the end of one.
+    pub async fn changed(&self) {
+        let changed = Arc::clone(&self.health().changed);
+        changed.notified().await;
     }
 
     /// Restores the status at the end of the last session.

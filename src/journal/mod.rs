@@ -54,7 +54,7 @@ pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use schema::OpenError;
-pub use sessions::{Intervals, RateLimits, ReplayUntil, Session};
+pub use sessions::{Intervals, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::{Refusal, Storage};
 pub use verification::{Difference, Scope, VerificationProgress};
@@ -179,6 +179,12 @@ impl Store {
         } else {
             Err(JournalError::Replaced(file.named().to_owned()))
         }
+    }
+
+    /// A number that changes whenever another process has written to the database.
+    pub fn data_version(&mut self) -> Result<i64> {
+        let mut version = self.connection.prepare_cached("PRAGMA data_version")?;
+        Ok(version.query_row([], |row| row.get(0))?)
     }
 
     /// Begins a transaction that writes. It takes the write lock at once: a transaction that begins to write later

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::verification::claim_verifications;
-use super::{JournalError, RateLimits, Result, Store, count, limit, present};
+use super::{JournalError, Result, Store, count, limit, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, Drift, Observed, Pending, Transfer,
@@ -47,8 +47,6 @@ pub struct ClaimRequest {
     /// This machine's clock was set back. Everything is due now, except what may still be in flight, which is due after
     /// this time.
     pub clock_set_back: Option<Duration>,
-    /// Rate limits to store.
-    pub rate_limits: Option<RateLimits>,
 }
 
 /// The conversations due.
@@ -75,14 +73,8 @@ impl Store {
     /// since OurAPI last lost data; chats to be verified by hand; if there are none of these, the next chat of the pass
     /// in idle time.
     pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
-        if let Some(rate_limits) = request.rate_limits {
-            self.record_rate_limits(rate_limits)?;
-        }
         if let Some(pause) = request.clock_set_back {
             self.make_due(pause, now)?;
-        }
-        if request.conversations == 0 {
-            return Ok(Claimed::default());
         }
         let transaction = self.connection.transaction()?;
         let (losses, verifications) = transaction

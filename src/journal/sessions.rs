@@ -26,7 +26,8 @@ pub struct Session {
     pub losses: i64,
     /// The previous session gave up no request in flight and committed everything.
     pub after_clean_end: bool,
-    pub rate_limits: RateLimits,
+    /// OurAPI may carry out requests that timed out until then, by this machine's clock.
+    pub timed_out_until: Millis,
     /// The latest pause, unless it was ended.
     pub pause: Option<Pause>,
 }
@@ -49,15 +50,6 @@ impl ReplayUntil {
     pub fn raise(&self, event: EventId) {
         self.0.fetch_max(event.0, Ordering::Relaxed);
     }
-}
-
-/// The times before which no requests may be sent, by this machine's clock.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RateLimits {
-    pub bigchat: Millis,
-    pub our_api: Millis,
-    /// OurAPI may carry out requests that timed out until then.
-    pub timed_out_until: Millis,
 }
 
 /// The settings of a session by which its progress is judged, also by another process.
@@ -83,7 +75,7 @@ impl Store {
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(
             "UPDATE control SET session = session + 1, clean_end = 0, poll_interval = ?1, verify_every = ?2
-             RETURNING session, writes_succeeded, losses, bigchat_retry_after, our_api_retry_after, timed_out_until,
+             RETURNING session, writes_succeeded, losses, timed_out_until,
                 (SELECT coalesce(max(id), 0) FROM events)",
             params![
                 intervals.poll_interval.as_secs_f64(),
@@ -94,12 +86,8 @@ impl Store {
                     id: row.get(0)?,
                     writes_succeeded: row.get(1)?,
                     losses: row.get(2)?,
-                    rate_limits: RateLimits {
-                        bigchat: Millis(row.get(3)?),
-                        our_api: Millis(row.get(4)?),
-                        timed_out_until: Millis(row.get(5)?),
-                    },
-                    replay_until: ReplayUntil::new(row.get(6)?),
+                    timed_out_until: Millis(row.get(3)?),
+                    replay_until: ReplayUntil::new(row.get(4)?),
                     after_clean_end,
                     pause,
                 })
@@ -119,17 +107,10 @@ impl Store {
     }
 
     /// Ends the session.
-    pub fn end_session(&mut self, rate_limits: RateLimits, clean: bool) -> Result<()> {
-        self.record_rate_limits(rate_limits)?;
-        self.connection
-            .execute("UPDATE control SET clean_end = ?1", [clean])?;
-        Ok(())
-    }
-
-    pub(super) fn record_rate_limits(&mut self, rate_limits: RateLimits) -> Result<()> {
+    pub fn end_session(&mut self, timed_out_until: Millis, clean: bool) -> Result<()> {
         self.connection.execute(
-            "UPDATE control SET bigchat_retry_after = ?1, our_api_retry_after = ?2, timed_out_until = ?3",
-            [rate_limits.bigchat.0, rate_limits.our_api.0, rate_limits.timed_out_until.0],
+            "UPDATE control SET timed_out_until = ?1, clean_end = ?2",
+            params![timed_out_until.0, clean],
         )?;
         Ok(())
     }

@@ -1,9 +1,8 @@
 //! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with faults
 //! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
 //!
-//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them. In
-//! a release build, a week with polls every 10 minutes takes about a minute, because delivery checks for work every second.
-//! With polls every 10 s, it takes several. `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
+//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them.
+//! `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
 //! seed, and `BIGCHAT_SYNC_TEST_HOURS` the length of each.
 //!
 //! Losses that the daemon cannot recover from are not drawn: a lost response of BigChat (it reports only once), and
@@ -24,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use url::{Position, Url};
 
 use crate::cli::Cli;
+use crate::console::Console;
 use crate::daemon::{self, DaemonError};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
@@ -142,6 +142,7 @@ impl Week {
             stopping: CancellationToken::new(),
             crash: CancellationToken::new(),
             down_for: Duration::ZERO,
+            console: None,
             story: Vec::new(),
         })));
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -188,6 +189,8 @@ struct Inner {
     crash: CancellationToken,
     /// How long the daemon stays down.
     down_for: Duration,
+    /// The console of the running daemon.
+    console: Option<Console>,
     story: Vec<String>,
 }
 
@@ -344,15 +347,17 @@ impl Stage {
             )
             .await
             .expect("the daemon starts");
+            self.inner().console = Some(parts.console());
             tokio::select! {
                 biased;
                 () = crash.cancelled() => {}
-                ended = daemon::serve(&parts) => match ended {
+                ended = daemon::poll_and_deliver(&parts) => match ended {
                     Ok(()) => assert!(stopping.is_cancelled(), "it ends only at a stop"),
                     Err(error @ DaemonError::Unstored(_)) => panic!("the journal is never refused: {error}"),
                     Err(error) => panic!("the daemon does not stop well: {error}"),
                 },
             }
+            self.inner().console = None;
             drop(parts);
             let down_for = std::mem::take(&mut self.inner().down_for);
             sleep(down_for).await;
@@ -494,6 +499,9 @@ impl Stage {
                     until: Some(now.plus(duration)),
                 };
                 inner.store.set_pause(pause).expect("a pause");
+                if let Some(console) = &inner.console {
+                    console.our_api.set_pause(Some(pause));
+                }
                 inner.record(format_args!("deliveries are paused for {duration:?}"));
             }
             _ => {

@@ -352,7 +352,6 @@ impl Pair {
             exclude: exclude.collect(),
             session: self.session,
             clock_set_back: None,
-            rate_limits: None,
         }
     }
 

@@ -133,14 +133,16 @@ impl Bench {
     pub(crate) fn left_alone_until(&self, api: Api) -> i64 {
         let name = api.name();
         self.value(&format!(
-            "SELECT coalesce({name}_retry_after, 0) FROM control"
+            "SELECT coalesce(max(limited_until), 0) FROM api_status WHERE name = '{name}'"
         ))
     }
 
     /// Moves the end of a rate limit: an hour is too long to wait for.
     pub(crate) fn leave_alone_until(&self, api: Api, at: i64) {
         let name = api.name();
-        self.execute(&format!("UPDATE control SET {name}_retry_after = {at}"));
+        self.execute(&format!(
+            "UPDATE api_status SET limited_until = {at} WHERE name = '{name}'"
+        ));
     }
 
     /// The id of the latest event of a kind.
