@@ -27,8 +27,8 @@
 //! - **A kind of event:** [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If it changes
 //!   the chat, a file in `delivery/handlers/` with its fold. If it is stored as a message, `EventKind::is_message` and
 //!   [`Payload::text`](domain::event::Payload::text); nothing else in delivery. A test points to its color in
-//!   `console/page/console.css`. Nothing points to two places: `isMessage` in `console/page/parts.js`, and the [`simulator`]
-//!   and [`demo`], which have names of their own because they share no code (`bigchat`, `chance`, `compare`; `demo/tally.rs`).
+//!   `console/page/console.css`. Nothing points to two places: `isMessage` in `console/page/parts.js`, and the [`simulator`],
+//!   which shares no code with what it judges: its own names in `simulator/event.rs`, and what it makes up in `chance.rs`.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a

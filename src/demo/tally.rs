@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::chaos::Score;
 use super::result::FailedPolls;
 use crate::simulator::bigchat::Reported;
+use crate::simulator::event::message_text;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
@@ -165,14 +166,14 @@ impl Tally {
         if self.conversations.insert(event.conversation_id) {
             self.changes.insert((chat.clone(), "START"), at);
         }
-        match (event.name.as_str(), event.data["message"].as_str()) {
-            ("MESSAGE", Some(text)) => {
-                let key = (chat, event.event_at, text.trim().to_owned());
-                self.messages.entry(key).or_default().push_back(at);
-            }
-            ("END", _) => drop(self.changes.insert((chat, "END"), at)),
-            ("TRANSFER", _) => drop(self.changes.insert((chat, "TRANSFER"), at)),
-            _ => {}
+        if let Some(text) = message_text(&event.name, &event.data) {
+            let key = (chat, event.event_at, text.trim().to_owned());
+            self.messages.entry(key).or_default().push_back(at);
+        } else if let Some(change) = ["END", "TRANSFER"]
+            .into_iter()
+            .find(|kind| *kind == event.name)
+        {
+            self.changes.insert((chat, change), at);
         }
     }
 

@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::event::{T0, event_at};
+use super::event::{T0, event_at, is_known};
 use super::exchange::{Api, Reply, Request, invalid, parse_time};
 use super::watch::Happening;
 
@@ -535,7 +535,7 @@ impl BigChat {
     fn item(&mut self, raw: Value) -> Item {
         let id = raw["conversation_id"].as_i64();
         match (id, raw["event_name"].as_str(), raw["event_at"].as_i64()) {
-            (Some(id), Some(name @ ("START" | "END" | "MESSAGE" | "TRANSFER")), Some(at)) => {
+            (Some(id), Some(name), Some(at)) if is_known(name) => {
                 Item::Event(self.report(id, name, at, raw["data"].clone()))
             }
             _ => Item::Raw(raw),

@@ -6,7 +6,7 @@ use rand::seq::IndexedRandom;
 use serde_json::{Value, json};
 
 use super::bigchat::{BigChat, Log, Mode};
-use super::event::event_at;
+use super::event::{event_at, is_message};
 
 const FIRST_NAMES: [&str; 14] = [
     "Ann-Marie",
@@ -129,7 +129,7 @@ impl BigChat {
 
     /// How many copies of a message are written, by the probability of a twin.
     fn copies(&mut self, name: &str, twins: f64) -> usize {
-        let twin = name == "MESSAGE" && self.options.awkward && self.rng.random_bool(twins);
+        let twin = is_message(name) && self.options.awkward && self.rng.random_bool(twins);
         1 + usize::from(twin)
     }
 

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::{
     bigchat::{Advisor, Reported},
+    event::{is_message, message_text},
     our_api::{Agent, Chat, Data, Message},
 };
 
@@ -149,7 +150,7 @@ fn address(advisor: &Advisor) -> Option<String> {
 /// Whether an event has all required data. Other events belong to no chat.
 fn understood(reported: &Reported) -> bool {
     let complete = match reported.name.as_str() {
-        "MESSAGE" => reported.data["message"].is_string(),
+        name if is_message(name) => message_text(name, &reported.data).is_some(),
         "TRANSFER" => reported.data["new_advisor_id"].is_i64(),
         _ => true,
     };
@@ -283,8 +284,10 @@ fn expected_chat(
     }
     // An equal message in several polls is the same one. The poll with the most copies counts.
     let mut by_poll = BTreeMap::<(i64, &str), BTreeMap<u64, usize>>::new();
-    for reported in events.iter().filter(|reported| reported.name == "MESSAGE") {
-        let text = reported.data["message"].as_str().unwrap_or_default();
+    for reported in events {
+        let Some(text) = message_text(&reported.name, &reported.data) else {
+            continue;
+        };
         *by_poll
             .entry((reported.event_at, text))
             .or_default()

@@ -5,6 +5,31 @@ use serde_json::{Value, json};
 /// 2026-11-22T22:00:00Z, in Unix seconds.
 pub const T0: i64 = 1_795_384_800;
 
+/// The names of events. The second value is the field of `data` that has the text of a message; `None`: the event is no
+/// message.
+const KINDS: [(&str, Option<&str>); 4] = [
+    ("START", None),
+    ("END", None),
+    ("MESSAGE", Some("message")),
+    ("TRANSFER", None),
+];
+
+pub(super) fn is_known(name: &str) -> bool {
+    KINDS.iter().any(|(known, _)| *known == name)
+}
+
+pub(super) fn is_message(name: &str) -> bool {
+    KINDS
+        .iter()
+        .any(|(known, field)| *known == name && field.is_some())
+}
+
+/// The text of a message, as reported; `None`: the event is no message, or has none.
+pub fn message_text<'a>(name: &str, data: &'a Value) -> Option<&'a str> {
+    let (_, field) = KINDS.iter().find(|(known, _)| *known == name)?;
+    data[(*field)?].as_str()
+}
+
 /// An event at a time in Unix seconds.
 pub(super) fn event_at(conversation: i64, name: &str, at: i64, data: Value) -> Value {
     json!({"conversation_id": conversation, "event_name": name, "event_at": at, "data": data})
