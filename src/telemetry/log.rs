@@ -17,7 +17,7 @@ use serde_json::json;
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
@@ -85,9 +85,35 @@ pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -
     }
 }
 
+/// The filter in `RUST_LOG`, if it is set; an error if it would hide every line of this program. A mistyped level does,
+/// because it is a valid filter of a module of that name.
+fn filter() -> Result<Option<EnvFilter>, String> {
+    let Ok(set) = std::env::var(EnvFilter::DEFAULT_ENV) else {
+        return Ok(None);
+    };
+    if set.is_empty() {
+        return Ok(None);
+    }
+    let parsed = || EnvFilter::try_new(&set).map_err(|error| error.to_string());
+    let shows_errors =
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(parsed()?), || {
+            tracing::enabled!(Level::ERROR)
+        });
+    if shows_errors || set == "off" {
+        parsed().map(Some)
+    } else {
+        Err(format!(
+            "{set} is no level, and hides all lines of this program"
+        ))
+    }
+}
+
 /// Starts the log at a level, which RUST_LOG can change.
 pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = filter();
+    let invalid = filter.as_ref().err().cloned();
+    let filter = filter.ok().flatten();
+    let filter = filter.unwrap_or_else(|| EnvFilter::new(level));
     // At debug level and below, all lines are written.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
     let lines = tracing_subscriber::fmt::layer().with_writer(terminal.log(format));
@@ -112,6 +138,12 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
         };
         tracing::error!(reason = %format_args!("{panic}{backtrace}"), "panicked; this is a bug");
     }));
+    if let Some(reason) = invalid {
+        tracing::warn!(
+            reason,
+            "RUST_LOG is ignored; set it to error, warn, info, debug or trace"
+        );
+    }
 }
 
 /// The line that reports lost lines. It is made without the log, which may be what lost them.

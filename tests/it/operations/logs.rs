@@ -1,6 +1,6 @@
 //! The log of the real process: JSON with documented names, a line for each failure, none for routine, and no flood.
 
-use crate::harness::process::{Process, finished};
+use crate::harness::process::{Process, finished, printed, unreachable};
 use crate::harness::services::seeded;
 use crate::harness::{Bench, run_live_test, run_with, until};
 use bigchat_sync::cli::manual::Chapter;
@@ -54,6 +54,27 @@ async fn with_log(t: &Bench, summary: &str) -> Process {
     let daemon = Process::start(t);
     daemon.until_logged("is running").await;
     daemon
+}
+
+/// A mistyped level is the name of a module, and would hide every line.
+#[test]
+fn invalid_rust_log_is_reported() {
+    for (level, is_invalid) in [
+        ("inof", true),
+        ("a=b=c", true),
+        ("off", false),
+        ("info", false),
+    ] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut once = unreachable(directory.path(), "once", "journal.db");
+        let log = printed(&once.env("RUST_LOG", level).output().expect("a process"));
+        assert_eq!(
+            log.contains("RUST_LOG is ignored"),
+            is_invalid,
+            "{level}: {log}"
+        );
+        assert_eq!(log.contains("is running"), level != "off", "{level}: {log}");
+    }
 }
 
 /// Every line is JSON with fields that the manual lists.
