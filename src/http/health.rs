@@ -321,3 +321,36 @@ fn log_outage(error: &ApiError, base: &Url, begins: bool) {
         tracing::warn!(reason, request, response, url = %base, "{text}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// What the daemon stores at once: a crash must not hide a rate limit.
+    #[tokio::test]
+    async fn changes_are_announced() {
+        let mut health = Health::default();
+        let is_changed = async |health: &Health| {
+            let changed = health.changed.notified();
+            timeout(Duration::ZERO, changed).await.is_ok()
+        };
+        assert!(!is_changed(&health).await);
+        health.succeeded(Api::BigChat, Route::Events);
+        assert!(is_changed(&health).await);
+        health.succeeded(Api::BigChat, Route::Events);
+        assert!(!is_changed(&health).await, "it was up");
+        let now = Millis::now();
+        let limit = RateLimit {
+            at: now,
+            until: now.plus(Duration::from_secs(30)),
+            status: Some(429),
+        };
+        health.limited(limit, Api::BigChat);
+        assert!(is_changed(&health).await);
+        assert_eq!(health.status().rate_limit, Some(limit));
+    }
+}
