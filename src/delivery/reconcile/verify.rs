@@ -149,7 +149,7 @@ impl Reconciled {
                 *observed = before.clone();
                 let unknown = UnknownFields {
                     // Details never override a TRANSFER, even one that only another copy of the journal knows.
-                    agent: (!drift.is_none() || missing.ended_at || missing.agent)
+                    agent: drift.agent
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
                     ..UnknownFields::ALL

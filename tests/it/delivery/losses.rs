@@ -107,6 +107,29 @@ async fn chat_delivered_by_another_journal() {
     .await;
 }
 
+/// Each lost chat would otherwise make all others stale again.
+#[tokio::test]
+async fn loss_of_many_chats_is_one_loss() {
+    run_live_test(async |t| {
+        let now = t.now();
+        let (chats, daemon) = (10..16, t.start());
+        for id in chats.clone() {
+            t.bigchat.open(id, now - 100, 1);
+        }
+        t.bigchat
+            .reports(chats.clone().map(|id| message(id, now - 9, "hello")));
+        t.until_events("delivered", 6).await;
+        t.our_api.loses_everything();
+        t.bigchat
+            .reports(chats.map(|id| message(id, now - 8, "hello again")));
+        t.until_events("delivered", 12).await;
+        t.agrees().await;
+        daemon.stop().await;
+        assert_eq!(t.losses(), 1);
+    })
+    .await;
+}
+
 /// Losses again and again have a cause that an operator must find.
 #[tokio::test]
 async fn repeated_losses_are_a_problem() {
