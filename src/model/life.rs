@@ -36,7 +36,7 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(4);
 /// The limit for coming to rest.
 const REST_WITHIN: Duration = Duration::from_secs(100);
 
-/// More steps than any life needs. A life with more steps hangs.
+/// More steps than any life needs. A longer life is stuck in a loop.
 const STEPS: usize = 2_000;
 
 /// A step of a life.
@@ -73,8 +73,8 @@ pub(super) enum Strike {
     Wipe,
     /// BigChat restarts before the step.
     Restart,
-    /// Before the step, an operator requests that all chats be verified.
-    Rebuild,
+    /// Before the step, an operator requests that all chats be verified and repaired.
+    Verify,
     /// Before the step, the daemon is asked to stop. It is started again afterwards.
     Stop,
 }
@@ -84,7 +84,7 @@ pub(super) enum Strike {
 pub(super) enum Wrong {
     /// OurAPI has a message that BigChat never reported, or too many copies, or in another conversation's chat.
     Extra,
-    /// The journal has a message as delivered that OurAPI does not have.
+    /// A message is delivered according to the journal, but OurAPI does not have it.
     Unfounded,
     /// The daemon does not come to rest, or OurAPI then differs from what is expected.
     Different,
@@ -98,7 +98,8 @@ pub(super) struct Life {
     pub(super) wrong: Vec<(Wrong, String)>,
 }
 
-/// Runs the daemon over a world. `from`: the first step after which its death is of interest, if any is.
+/// Runs the daemon over a world. `from`: the first step after which the daemon's death is recorded; `None`: it never
+/// is.
 pub(super) fn live(
     world: &World,
     settings: &Settings,
@@ -153,7 +154,7 @@ struct Inner {
     our_api: OurApi,
     bigchat: Scripted,
     wipes: usize,
-    /// A pass in idle time that begins after this time finds all losses; `None`: there are none.
+    /// A verification pass in idle time that begins after this time finds all losses; `None`: there are no such passes.
     lost_until: Option<Millis>,
     fate: Vec<(usize, Strike)>,
     from: Option<usize>,
@@ -198,7 +199,7 @@ impl Stage {
             match daemon::poll_and_deliver(&parts).await {
                 // A page was still waiting for the disk when the daemon had to end.
                 Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.client_died(),
-                Err(error) => panic!("the daemon stops without an error: {error}"),
+                Err(error) => panic!("the daemon ends with an error: {error}"),
             }
             assert!(stopping.is_cancelled(), "it ends only when it is asked to");
         }
@@ -216,7 +217,7 @@ impl Stage {
                         continue;
                     }
                 } else if inner.bigchat.nudges < inner.wipes {
-                    // OurAPI's losses are noticed when a lost chat is used.
+                    // A loss in OurAPI is noticed when a lost chat is used, so BigChat reports one more message.
                     inner.bigchat.nudges += 1;
                     continue;
                 }
@@ -241,7 +242,7 @@ impl Stage {
         let reply = inner.our_api.answer(&request, 0);
         if method != Method::GET {
             inner.was_written();
-            inner.is_durable(number);
+            inner.record_death(number);
         }
         reply
     }
@@ -273,11 +274,11 @@ impl Stage {
                 inner.lost_until = inner.lost_until.map(|_| Millis::now());
             }
             Some(Strike::Restart) => inner.bigchat.restart(),
-            Some(Strike::Rebuild) => {
-                let asked = inner
+            Some(Strike::Verify) => {
+                let requested = inner
                     .store
                     .request_verification(Scope::All, true, Millis::now());
-                asked.expect("it is asked for");
+                requested.expect("a request to verify");
             }
             Some(Strike::Stop) => inner.stopping.cancel(),
             _ => {}
@@ -309,8 +310,8 @@ impl Inner {
         self.life.wrong.push((wrong, what));
     }
 
-    /// Records what the daemon's death after this step may lose.
-    fn is_durable(&mut self, step: usize) {
+    /// Records the world that would remain if the daemon died after this step.
+    fn record_death(&mut self, step: usize) {
         if self.from.is_none_or(|from| step < from) {
             return;
         }
@@ -435,7 +436,7 @@ impl Transport for BigChatWire {
         let stage = self.0.clone();
         let (number, strike) =
             stage.step(Step::BigChat, url[url::Position::BeforePath..].to_owned());
-        stage.inner().bigchat.is_asked(&url);
+        stage.inner().bigchat.on_request(&url);
         Box::pin(async move {
             match strike {
                 Some(Strike::Failed) => {
@@ -447,7 +448,7 @@ impl Transport for BigChatWire {
                 let mut inner = stage.inner();
                 let answer = inner.bigchat.answer(&url);
                 if url.path() == "/events" {
-                    inner.is_durable(number);
+                    inner.record_death(number);
                 }
                 answer
             };
@@ -470,7 +471,7 @@ impl Executor for Stage {
             if inner.store.connection().total_changes() != before {
                 inner.life.steps[number].0 = Step::WriteJournal;
                 inner.was_stored();
-                inner.is_durable(number);
+                inner.record_death(number);
             }
         })
     }

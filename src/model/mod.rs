@@ -1,11 +1,11 @@
 //! Exhaustive check of the delivery protocol for small cases: store, claim, send, commit, with every possible fault at
 //! every step.
 //!
-//! A state is what outlasts the daemon, a [`World`], and the faults of the following life (`fate`). In each state the
-//! daemon itself lives that life until it is at rest (see [`life`]), and everything must be right, on the way and in
-//! the end. So from every reachable state, continuing without further faults leads to the expected result. A state has
-//! these successors: one more fault at any later step of that life, and its end by death after any step that changed
-//! something, from where the next life begins. The expected result comes from [`compare`](crate::simulator::compare),
+//! A state is a [`World`], which outlasts the daemon, and the faults of the daemon's next life (`fate`). For each
+//! state, the real daemon runs through that life until it is at rest (see [`life`]). The properties must be true at
+//! every step and at the end, so every reachable state leads to the expected result if no further fault occurs. The
+//! successors of a state are the same life with one more fault at a later step, and the life that begins after the
+//! daemon dies at a step that changed something. The expected result comes from [`compare`](crate::simulator::compare),
 //! which shares no code with the daemon.
 
 mod life;
@@ -32,7 +32,7 @@ use script::{Epoch, Page, Script};
 use world::World;
 
 thread_local! {
-    /// While a daemon runs here: when it started, by this machine's clock and by the one that jumps.
+    /// When the daemon on this thread started, by the simulated clock of this machine and by Tokio's, which jumps.
     static CLOCK: Cell<Option<(Millis, tokio::time::Instant)>> = const { Cell::new(None) };
 }
 
@@ -45,7 +45,7 @@ fn set_clock(clock: Option<(Millis, tokio::time::Instant)>) {
     CLOCK.set(clock);
 }
 
-/// Whether a pass in idle time that began after `since` has verified all chats.
+/// Whether a verification pass in idle time has begun after `since` and verified all chats.
 fn is_verified(store: &mut Store, since: Millis) -> bool {
     let is_verified = store.connection().query_row(
         "SELECT EXISTS (SELECT 1 FROM verifications WHERE idle AND requested_at > ?1 AND ended_at IS NOT NULL)",
@@ -164,7 +164,7 @@ impl Case {
             Strike::LateResponse | Strike::Stop => {
                 matches!(step, Step::BigChat | Step::ReadOurApi | Step::WriteOurApi)
             }
-            Strike::Rebuild => step == Step::BigChat && count(strike) == 0,
+            Strike::Verify => step == Step::BigChat && count(strike) == 0,
             Strike::Wait => step != Step::ReadJournal,
             Strike::Wipe => {
                 matches!(step, Step::ReadOurApi | Step::WriteOurApi)
@@ -206,7 +206,7 @@ impl Case {
             checker.state_count(),
             start.elapsed()
         );
-        // From here on, the path to that state is searched.
+        // Without this, the path to the violation could not be reconstructed.
         *checker.model().wrong() = None;
         if let Some((property, path)) = checker.discoveries().into_iter().next() {
             let (state, actions) = (path.last_state().clone(), path.into_actions());
@@ -219,7 +219,7 @@ impl Case {
                 .collect();
             let (_, wrong) = &life.wrong[0];
             panic!(
-                "not {property:?} after {actions:?}:\n{wrong}\nfrom\n{state:?}\nby\n{}",
+                "violated: {property:?} after {actions:?}:\n{wrong}\nfrom\n{state:?}\nby\n{}",
                 steps.join("\n")
             );
         }
@@ -393,7 +393,7 @@ fn change_is_reverted() {
     let and_back = page([transfer(2, 24, 2), message(2, 25, "one")]);
     let pages = [page([message(2, 5, "two")]), there, and_back];
     let script = script([epoch(&[(0, 1), (3, 2)], pages)]);
-    Case::new(script, depth(1), ORDERS).check("taken back");
+    Case::new(script, depth(1), ORDERS).check("change reverted");
 }
 
 /// A change is rejected permanently, although an earlier attempt was carried out.
@@ -405,7 +405,7 @@ fn rejected_change_was_carried_out() {
     let script = script([epoch(&[(0, 1), (3, 2), (4, 2)], pages)]);
     let mut case = Case::new(script, depth(2), &[Strike::Overdue, Strike::Lost]);
     case.settings.max_attempts = 1;
-    case.check("fails for good");
+    case.check("permanent rejection");
 }
 
 #[test]
@@ -429,7 +429,7 @@ fn message_comes_first() {
         page([message(2, 5, "too"), start(2, 6)]),
     ];
     let script = script([epoch(&[(0, 1), (6, 2)], pages)]);
-    Case::new(script, depth(1), ORDERS).check("first a message");
+    Case::new(script, depth(1), ORDERS).check("message first");
 }
 
 #[test]
@@ -463,7 +463,8 @@ fn bigchat_restarts_right_after_a_page() {
         gap: 1,
         ..script(epochs)
     };
-    Case::new(script, depth(2), &[Strike::Restart, Strike::Failed]).check("restarts right after");
+    Case::new(script, depth(2), &[Strike::Restart, Strike::Failed])
+        .check("restarts right after a page");
 }
 
 #[test]
@@ -487,7 +488,7 @@ fn our_api_loses_everything() {
 }
 
 #[test]
-fn chats_are_compared_by_hand() {
+fn chats_are_verified_on_request() {
     let first = [
         start(2, 3),
         message(2, 4, "one"),
@@ -498,9 +499,9 @@ fn chats_are_compared_by_hand() {
     Case::new(
         script,
         depth(2),
-        &[Strike::Rebuild, Strike::Wipe, Strike::Lost],
+        &[Strike::Verify, Strike::Wipe, Strike::Lost],
     )
-    .check("compared by hand");
+    .check("verified on request");
 }
 
 #[test]
@@ -513,12 +514,11 @@ fn losses_that_no_event_touches() {
         &[Strike::Wipe, Strike::Failed, Strike::Lost],
     );
     case.settings.verify_every = VerifyEvery::Within(Duration::from_secs(3));
-    case.check("no event touches it");
+    case.check("losses without events");
 }
 
-/// A log in pages of two, in which one of three equal messages arrives late. The pages are so long that no two equal
-/// messages are on either side of a page edge, where one poll would take them for one.
-/// one.
+/// A log in which one of three equal messages arrives out of order. The pages are so long that no page edge separates
+/// two equal messages; one poll would take them for one.
 fn log() -> Script {
     let first = [
         start(2, 3),

@@ -13,7 +13,8 @@ use crate::simulator::bigchat::{Clock, Log, Mode, NextPage, Options, Page as Sho
 use crate::simulator::event::{T0, message};
 use crate::simulator::{Api, BigChat, Reply, Request};
 
-/// By how much its clock advances with each page or, in a log, with each poll, as long as there is more to report.
+/// By how many seconds BigChat's clock advances with each page or, in a log, with each poll, as long as there is more
+/// to report.
 const TICK: i64 = 10;
 
 /// A script. All times are in seconds after the epoch began; the first epoch begins at [`T0`].
@@ -21,7 +22,7 @@ const TICK: i64 = 10;
 pub(super) struct Script {
     /// For a log, the number of events per page. Each poll finds one more page of the script in the log.
     pub(super) log: Option<usize>,
-    /// How many seconds pass between its latest report before a restart and the new epoch.
+    /// How many seconds pass between BigChat's last report before a restart and the new epoch.
     pub(super) gap: i64,
     pub(super) epochs: Vec<Epoch>,
 }
@@ -56,7 +57,7 @@ pub(super) struct Scripted {
     pub(super) nudges: usize,
     /// A page that the daemon has not stored.
     in_flight: Option<(Request, Reply)>,
-    /// How often a complete log was read from its beginning.
+    /// How many polls have begun since the log was complete.
     asked: usize,
 }
 
@@ -96,7 +97,7 @@ impl Scripted {
         }
     }
 
-    /// A text that differs for states that behave differently.
+    /// A text that is different for states that behave differently.
     pub(super) fn canonical(&mut self) -> String {
         let mut reported = self.reported();
         reported.retain(|reported| !reported.lost);
@@ -109,8 +110,8 @@ impl Scripted {
             })
             .collect();
         // Whether the next page belongs to the poll of the last one.
-        let goes_on = self.pages > 0 && self.page(self.pages - 1).more;
-        let goes_on = goes_on && polls.last() == Some(&self.bigchat.polls());
+        let continues = self.pages > 0 && self.page(self.pages - 1).more;
+        let continues = continues && polls.last() == Some(&self.bigchat.polls());
         let Self {
             epoch,
             began_at,
@@ -119,7 +120,7 @@ impl Scripted {
             ..
         } = self;
         format!(
-            "BigChat: epoch {epoch} from {began_at}, {pages} pages {goes_on}, {nudges} nudges, {}\n",
+            "BigChat: epoch {epoch} from {began_at}, {pages} pages {continues}, {nudges} nudges, {}\n",
             shown.join("; ")
         )
     }
@@ -165,8 +166,8 @@ impl Scripted {
         self.bigchat.reported()
     }
 
-    /// Time advances with each poll. Events of that time are in the log, whatever becomes of the request.
-    pub(super) fn is_asked(&mut self, url: &Url) {
+    /// Called when a request arrives. In a log, each poll adds the next page of events, even if the request then fails.
+    pub(super) fn on_request(&mut self, url: &Url) {
         let is_first =
             url.path() == "/events" && !url.query_pairs().any(|(name, _)| name == "page");
         if self.script.log.is_none() || !is_first {

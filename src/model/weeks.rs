@@ -2,11 +2,11 @@
 //! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
 //!
 //! A week is complete: each poll, each check for work and each request happens, but no real time passes between them.
-//! `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first
-//! seed, and `BIGCHAT_SYNC_TEST_HOURS` the length of each.
+//! `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first seed, and
+//! `BIGCHAT_SYNC_TEST_HOURS` the length of each.
 //!
-//! Losses that the daemon cannot recover from are not drawn: a lost response of BigChat (it reports only once), and
-//! losses of data in OurAPI older than the retention.
+//! Losses that the daemon cannot recover from do not occur: lost responses of BigChat, which reports events only once,
+//! and losses in OurAPI of data older than the retention.
 
 use std::fmt;
 use std::pin::Pin;
@@ -46,7 +46,8 @@ const TIMEOUT: Duration = Duration::from_secs(4);
 /// The period in which each chat is verified.
 const VERIFY_EVERY: Duration = Duration::from_secs(30 * 60);
 
-/// The limit for coming to rest after the last fault: the pass in progress, and a complete one.
+/// The time limit for coming to rest after the last fault. It includes the verification pass in progress and a complete
+/// one.
 const REST: Duration = Duration::from_secs(3 * 86_400);
 
 /// The parameters of a week.
@@ -57,7 +58,7 @@ struct Week {
     poll_interval: Duration,
     /// Whether BigChat has a log; else it reports each event once.
     log: bool,
-    /// Events are dropped within the week, so that OurAPI may lose only recent data.
+    /// Delivered events are deleted within the week. OurAPI may then lose only recent data.
     short_retention: bool,
     /// A failed request is repeated at once, so that the random jitter of the back-off makes no difference.
     without_jitter: bool,
@@ -278,7 +279,7 @@ impl Inner {
         recent.choose(&mut self.rng).map(|id| (*id).to_owned())
     }
 
-    /// An operator retries what failed while many requests did: returns how many events.
+    /// Retries all failed events as an operator would. Returns how many there were.
     fn retry_failed(&mut self) -> usize {
         let now = Millis::now();
         let all = Selection::By {
@@ -352,9 +353,9 @@ impl Stage {
                 biased;
                 () = crash.cancelled() => {}
                 ended = daemon::poll_and_deliver(&parts) => match ended {
-                    Ok(()) => assert!(stopping.is_cancelled(), "it ends only at a stop"),
-                    Err(error @ DaemonError::Unstored(_)) => panic!("the journal is never refused: {error}"),
-                    Err(error) => panic!("the daemon does not stop well: {error}"),
+                    Ok(()) => assert!(stopping.is_cancelled(), "the daemon ends only when it is stopped"),
+                    Err(error @ DaemonError::Unstored(_)) => panic!("the journal never fails: {error}"),
+                    Err(error) => panic!("the daemon ends with an error: {error}"),
                 },
             }
             self.inner().console = None;
@@ -395,7 +396,10 @@ impl Stage {
                 return if !report.is_clean() {
                     Err(report.to_string())
                 } else if failed != u64::try_from(report.refused).expect("few") {
-                    Err(format!("{failed} dead letters, and not {}", report.refused))
+                    Err(format!(
+                        "{failed} dead letters instead of {}",
+                        report.refused
+                    ))
                 } else {
                     Ok(report)
                 };
@@ -417,14 +421,18 @@ impl Stage {
                     inner.between(MINUTE, 2 * HOUR)
                 };
                 let down_for = inner.down_for;
-                inner.record(format_args!("the daemon crashes, for {down_for:?}"));
+                inner.record(format_args!(
+                    "the daemon crashes and is down for {down_for:?}"
+                ));
                 inner.crash.cancel();
             }
             2 => {
                 let mut inner = self.inner();
                 inner.down_for = inner.between(Duration::ZERO, 2 * HOUR);
                 let down_for = inner.down_for;
-                inner.record(format_args!("the daemon is stopped, for {down_for:?}"));
+                inner.record(format_args!(
+                    "the daemon is stopped and is down for {down_for:?}"
+                ));
                 inner.stopping.cancel();
             }
             3 => {
@@ -637,7 +645,7 @@ fn number(variable: &str, default: u64) -> u64 {
     number.map_or(default, |number| number.parse().expect("a number"))
 }
 
-/// Runs weeks, from a seed on.
+/// Runs weeks with consecutive seeds.
 #[test]
 fn simulated_weeks_end_without_difference() {
     let first = number("BIGCHAT_SYNC_TEST_SEED", 1);

@@ -1,4 +1,4 @@
-//! What outlasts the daemon: the journal, OurAPI and BigChat. Plain values that are equal if the daemon behaves the
+//! The state that outlasts the daemon: the journal, OurAPI and BigChat. Two worlds are equal if the daemon behaves the
 //! same from there on.
 
 use std::collections::BTreeSet;
@@ -67,7 +67,7 @@ impl World {
         )
     }
 
-    /// The current world, as a daemon that starts then would find it.
+    /// The current world, as a daemon that starts now would find it.
     pub(super) fn of(
         store: &mut Store,
         our_api: OurApi,
@@ -117,8 +117,9 @@ impl World {
 
 /// Rows as text, without differences that do not matter to a daemon that starts.
 ///
-/// Of times by this machine's clock and of OurAPI's ids, only the order counts, because all are in the past by then.
-/// What was read in earlier sessions counts as old. Of growing counters, it counts whether one is behind another.
+/// Only the order matters of times by this machine's clock, which are all in the past when the daemon starts, and of
+/// OurAPI's ids. Data that was read in earlier sessions counts as old. Of two counters, it only matters whether one is
+/// behind the other.
 #[derive(Default)]
 struct Canonical {
     cells: Vec<Cell>,
@@ -138,7 +139,7 @@ enum Cell {
     Id(Uuid),
 }
 
-/// Times by this machine's clock are milliseconds, and so larger than any other number.
+/// Larger numbers are times by this machine's clock, in milliseconds.
 const MILLISECONDS: i64 = 1_000_000_000_000;
 
 impl Canonical {
@@ -262,7 +263,7 @@ impl Canonical {
                 Cell::Time(time) => write!(text, "t{} ", self.times.range(..time).count()),
                 Cell::Id(id) => write!(text, "#{} ", self.ids.range(..id).count()),
             };
-            written.expect("a string takes all");
+            written.expect("writing to a string cannot fail");
         }
         text
     }

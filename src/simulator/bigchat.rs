@@ -1,8 +1,9 @@
 //! BigChat: conversations, advisors and events, scripted or random.
 //!
 //! [`Mode::Once`] behaves as the real BigChat, which makes events up at each poll and reports each once. [`Mode::Log`]
-//! behaves as most vendors: a log gives the same events for the same window. In both modes it remembers what it
-//! reported and whether the response was sent; the comparison works from that. Random behavior is in `chance`.
+//! behaves like the APIs of most vendors: a log gives the same events for the same window. In both modes, BigChat
+//! records what it reported and whether the response was sent; the comparison uses that record. Random behavior is in
+//! `chance`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -23,8 +24,9 @@ use super::watch::Happening;
 pub enum Mode {
     /// As the real BigChat: events are made up on request, reported once, and forgotten.
     Once,
-    /// As most vendors: a log that grows with the clock. A window includes its start and excludes its end. A page is a
-    /// part of the current window, by `event_at` and then arrival, so that late events shift the pages.
+    /// Like most vendors: a log that grows with the clock. A window includes its start and excludes its end. Pages are
+    /// parts of the window's current events, ordered by `event_at` and then by arrival, so that late events shift the
+    /// pages.
     Log(Log),
 }
 
@@ -114,7 +116,7 @@ pub struct Advisor {
 /// An event that was reported, with what only BigChat knows about it.
 #[derive(Clone, Debug)]
 pub struct Reported {
-    /// Counts BigChat's restarts, from 1.
+    /// BigChat's epoch, from 1.
     pub epoch: u32,
     /// BigChat no longer knows its conversation, or never did.
     pub forgotten: bool,
@@ -152,9 +154,9 @@ pub enum NextPage {
     None,
     /// The usual link.
     Usual,
-    /// The link to this page: A A.
+    /// A link to the page itself: A, A, …
     Same,
-    /// The link to the poll's first page: B in A B A B.
+    /// A link to the poll's first page: A, B, A, B, …
     First,
     /// This value.
     Is(Value),
@@ -209,8 +211,7 @@ pub struct BigChat {
     epoch: u32,
     first_of_epoch: usize,
     pub(super) last_start: i64,
-    /// The `date` header advances once a second, at this fraction of it. As with the real BigChat, it is up to a second
-    /// behind.
+    /// Milliseconds by which the `date` header is behind the clock: up to a second, as with the real BigChat.
     phase: i64,
     /// A value to send instead of the date.
     date: Option<String>,
@@ -233,7 +234,7 @@ pub struct BigChat {
     circles: f64,
     /// Events of the latest response that were never reported before.
     latest: Vec<usize>,
-    /// How many events were reported by the end of each request for events.
+    /// The number of reported events after each request for events.
     reported_by: Vec<usize>,
 }
 
@@ -316,7 +317,7 @@ impl BigChat {
         self.down = down;
     }
 
-    /// Sets how often (0 to 1) the last page of a poll links to an earlier one.
+    /// Sets how often (0 to 1) the last page of a poll links to itself or to the first page.
     pub fn set_circles(&mut self, probability: f64) {
         self.circles = probability;
     }
@@ -335,7 +336,7 @@ impl BigChat {
     /// Adds a conversation without events; `started_at` in seconds after [`T0`].
     pub fn open(&mut self, id: i64, started_at: i64, first_advisor: i64) {
         let started_at = T0.saturating_add(started_at);
-        // The time may be arbitrary. Only possible times move the start of the next epoch.
+        // The start may be arbitrary. One in the future does not delay the start of the next epoch.
         self.last_start = self.last_start.max(started_at.min(self.unix_now()));
         self.insert_conversation(id, started_at, first_advisor);
     }
@@ -400,7 +401,8 @@ impl BigChat {
         self.restart_at(self.now());
     }
 
-    /// Restarts. The first conversation of the new epoch starts at `at`, or as soon as is later than any before.
+    /// Restarts. The first conversation of the new epoch starts at `at`, or a second after the latest start so far if
+    /// that is later.
     pub fn restart_at(&mut self, at: i64) {
         self.grow();
         let in_log = self.in_log();
@@ -412,7 +414,7 @@ impl BigChat {
         self.boot(T0 + at);
     }
 
-    /// The latest start of a conversation that began an epoch, in seconds after [`T0`].
+    /// The latest start of a conversation so far, in seconds after [`T0`].
     pub fn latest_start(&self) -> i64 {
         self.last_start - T0
     }
@@ -469,7 +471,7 @@ impl BigChat {
             .collect()
     }
 
-    /// How many of [`Self::reported`] were reported by the end of each request for events, the first one first.
+    /// The number of events in [`Self::reported`] after each request for events, the first request first.
     pub fn reported_by(&self) -> &[usize] {
         &self.reported_by
     }
@@ -639,8 +641,8 @@ impl BigChat {
         Some((Page::Events(events, next), reported))
     }
 
-    /// Where a page of the log begins. Never between two equal events: there, twins cannot be distinguished from pages
-    /// that have shifted.
+    /// The index at which a page of the log begins. It is never between two equal events, because there a client cannot
+    /// distinguish twins from pages that have shifted.
     fn edge(&self, window: &[&Item], page: usize, page_size: usize) -> usize {
         let json = |at: usize| match window[at] {
             Item::Event(index) => self.reported[*index].json(),

@@ -127,7 +127,7 @@ impl BigChat {
         message.then(|| ("MESSAGE", json!({ "message": self.text() })))
     }
 
-    /// How many copies of a message are written, by the probability of a twin.
+    /// How many copies of an event are reported. `twins` is the probability that a message has a second copy.
     fn copies(&mut self, name: &str, twins: f64) -> usize {
         let twin = is_message(name) && self.options.awkward && self.rng.random_bool(twins);
         1 + usize::from(twin)

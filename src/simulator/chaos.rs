@@ -20,7 +20,7 @@ const OFTEN: f64 = 0.006;
 /// The same for faults that cost a client seconds.
 const SELDOM: f64 = 0.001;
 
-/// The probability that a poll ends in a circle of pages.
+/// The probability that the pagination of a poll loops.
 const CIRCLES: f64 = 0.05;
 
 /// Milliseconds between two faults of a service, and their duration.
@@ -31,7 +31,8 @@ const LASTING: Range<u64> = 200..4_000;
 /// served within 2 s before a new epoch is uncertain.
 const RESTARTING: Range<u64> = 3_000..5_000;
 
-/// How long the daemon runs, in milliseconds: every other time hardly long enough for a poll. Then how long it is down.
+/// How long the daemon runs, in milliseconds, half of the time hardly long enough for a poll. `DEAD` is how long it is
+/// then down.
 const ALIVE: [Range<u64>; 2] = [20..500, 500..4_000];
 const DEAD: Range<u64> = 50..1_500;
 
@@ -63,7 +64,7 @@ pub enum Strike {
     OurApiLosesChats(Vec<f64>),
 }
 
-/// The next end of the daemon.
+/// How and when the daemon ends next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
     /// How long it runs before.
@@ -74,7 +75,7 @@ pub struct End {
     pub down: Duration,
 }
 
-/// The plan. It is the same sequence for services and for the daemon, each independent of the other.
+/// The plan: two independent random sequences, one for the services and one for the daemon.
 #[derive(Debug)]
 pub struct Plan {
     services: StdRng,
@@ -115,7 +116,7 @@ impl Plan {
         (after, strike, millis(rng, lasting))
     }
 
-    /// The next end of the daemon.
+    /// How and when the daemon ends next.
     pub fn end(&mut self) -> End {
         let rng = &mut self.daemon;
         let [short, long] = ALIVE;
@@ -149,7 +150,7 @@ fn outage(rng: &mut StdRng) -> Fault {
     }
 }
 
-/// Makes single requests to either service meet faults of all kinds, until [`calm`].
+/// Injects faults of all kinds into random requests to both services, until [`calm`].
 pub fn weather(simulator: &Simulator) {
     simulator.bigchat.state().set_circles(CIRCLES);
     let often = [

@@ -1,7 +1,7 @@
-//! What OurAPI should have after what BigChat reported, and how that differs from what it has.
+//! Derives what OurAPI should have from what BigChat reported, and compares that with what OurAPI has.
 //!
-//! It is derived from the specification of the result, without any of the daemon's code. If BigChat restarted and
-//! forgot what only it knew, several results are right; [`Report::fallbacks`] counts such chats. Scripted pages of
+//! The expected state follows from the specification, without any of the daemon's code. If BigChat restarted and forgot
+//! what only it knew, several results are accepted; [`Report::fallbacks`] counts such chats. Scripted pages of
 //! [`Mode::Once`](super::bigchat::Mode::Once) that imitate a shifting log are not supported: every equal MESSAGE of one
 //! poll counts as a separate message.
 
@@ -181,7 +181,8 @@ pub fn expected(reported: &[Reported], rules: &Rules) -> Expected {
             }
         }
     }
-    // The details of a log name the current advisor, also after a TRANSFER that was forgotten before it was reported.
+    // With a log, the details of a conversation name the current advisor, even after a TRANSFER that BigChat forgot
+    // before it reported it.
     let mut gone = HashMap::<(u32, i64), Vec<&Advisor>>::new();
     for reported in reported
         .iter()
@@ -257,12 +258,12 @@ fn expected_chat(
         }
     }
     let started_at: Vec<_> = started_at.into_iter().filter_map(time).collect();
-    let stands_for_another = match used.get(&plain) {
+    let is_taken = match used.get(&plain) {
         None => false,
         Some(None) => true,
         Some(Some(start)) => !started_at.contains(start),
     };
-    let external_ids = if stands_for_another {
+    let external_ids = if is_taken {
         let with_start = |at| format!("{plain}@{}Z", at_seconds(at));
         created_at
             .into_iter()
@@ -337,7 +338,7 @@ pub fn compare(expected: &Expected, held: &Data, rules: &Rules) -> Report {
         refused: expected.chats.iter().map(|chat| chat.refused).sum(),
     };
     let mut matched = BTreeSet::new();
-    // An external id that one chat may have is often the usual one of another.
+    // An alternative external id of one chat is often the usual one of another.
     let is_held = |id: &&String| by_external_id.contains_key(id.as_str());
     let own = expected
         .chats

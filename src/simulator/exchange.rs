@@ -10,9 +10,9 @@ use super::watch::Happening;
 /// The beginning of the ids that OurAPI assigns in order.
 const ORDERED_ID: &str = "00000000-0000-0000-0000-";
 
-/// A service without a network: a plain value, whose copies answer alike.
+/// A service without a network: a plain value whose copies give the same answers.
 pub trait Api: Clone + Send + 'static {
-    /// Answers a request that arrives while this many others are carried out.
+    /// Answers a request that arrives while this many others are being carried out.
     fn answer(&mut self, request: &Request, others: usize) -> Reply;
 
     /// The clock of its `date` headers.
@@ -75,7 +75,7 @@ impl Request {
         self.path.split('/').skip(1).collect()
     }
 
-    /// A parameter of the query. The last one counts.
+    /// A parameter of the query. If it is repeated, the last value counts.
     pub(super) fn parameter(&self, name: &str) -> Option<String> {
         let pairs = form_urlencoded::parse(self.query.as_bytes());
         let values = pairs.filter(|(key, _)| key == name);
@@ -83,12 +83,12 @@ impl Request {
     }
 }
 
-/// The ordered id with this end.
+/// The full form of an id assigned in order, from its end.
 pub fn id(end: &str) -> String {
     format!("{ORDERED_ID}{end:0>12}")
 }
 
-/// A text in which ordered ids are reduced to their ends.
+/// The text, with each id assigned in order reduced to its end.
 pub fn shortened(text: &str) -> String {
     let mut parts = text.split(ORDERED_ID);
     let first = parts.next().unwrap_or_default().to_owned();
@@ -101,11 +101,12 @@ pub struct Reply {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// The connection is closed after it without a header, as both services do after an unhandled error.
+    /// The connection is closed after this reply without a `connection: close` header, as both services do after an
+    /// unhandled error.
     pub closes: bool,
     /// How many of the bytes announced by `content-length` are not sent.
     pub missing: usize,
-    /// The events in it, as indexes into BigChat's memory.
+    /// The events in it, as indexes into BigChat's list of reported events.
     pub(super) events: Vec<usize>,
 }
 

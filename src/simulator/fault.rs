@@ -1,7 +1,7 @@
 //! Faults of requests, in one vocabulary: `status(503)`, `dropped().carried_out()`, `slow(SECOND).times(3)`.
 //!
-//! A fault is what is answered instead of the usual response, after which delay, and whether the request is carried out
-//! anyway. [`Service`](super::Service) chooses the requests that meet it.
+//! A fault replaces or delays the usual response. It also says whether the request is carried out anyway.
+//! [`Service`](super::Service) chooses the requests that meet it.
 
 use std::time::Duration;
 
@@ -144,13 +144,13 @@ impl Fault {
         self
     }
 
-    /// So many times instead of once.
+    /// Strikes this many times instead of once.
     pub fn times(mut self, times: usize) -> Self {
         self.times = times;
         self
     }
 
-    /// Until [`Service::calm`](super::Service::calm).
+    /// Strikes until [`Service::calm`](super::Service::calm).
     pub fn always(self) -> Self {
         self.times(usize::MAX)
     }
@@ -176,7 +176,7 @@ impl Fault {
 }
 
 /// Whether a request's line matches a pattern: the beginning of a line, in which `*` stands for anything and `{id}` for
-/// one segment of a path. If a pattern without `*` ends in the path, the path must end there, too.
+/// one segment of a path. If a pattern has no `*` or `?` and ends within the path, the path must end there, too.
 pub(super) fn fits(line: &str, pattern: &str) -> bool {
     let mut rest = line;
     for (number, part) in pattern.split("{id}").enumerate() {

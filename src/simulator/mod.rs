@@ -1,11 +1,11 @@
-//! Both services, with their quirks and faults, and the comparison of what BigChat reported with what OurAPI has in the
-//! end: for the demo, the tests, the exhaustive check and the benchmarks.
+//! Simulates both services, with their quirks and faults, and compares what BigChat reported with what OurAPI has in
+//! the end. Used by the demo, the tests, the exhaustive check and the benchmarks.
 //!
-//! [`BigChat`] and [`OurApi`] are plain values that answer a request without waiting ([`Api`]); copies answer alike.
-//! [`Service`] adds [faults](fault) and records requests; [`Server`] listens on the network. They behave as the real
-//! services were observed to, and better or worse on request. The comparison ([`compare`]) derives the expected state
-//! on its own. Nothing here uses the daemon's code, so that a mistake is not made twice. The users of this module run
-//! the daemon.
+//! [`BigChat`] and [`OurApi`] are plain values that answer a request without waiting ([`Api`]). A copy gives the same
+//! answers. [`Service`] adds [faults](fault) and records requests; [`Server`] listens on the network. They behave as
+//! the real services were observed to; options make them better or worse. The comparison ([`compare`]) derives the
+//! expected state on its own. Nothing here uses the daemon's code, so that a mistake is not made twice. The users of
+//! this module run the daemon themselves.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};

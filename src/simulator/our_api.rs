@@ -1,8 +1,8 @@
 //! OurAPI: chats, agents and messages in memory.
 //!
 //! By default it is as fragile as the real one: two concurrent requests reach two databases, and from then on any
-//! request may reach the wrong one. It can also be a better one. Its responses equal those of the real one, including
-//! the texts that a client may depend on. The comparison and the tests read the first database.
+//! request may reach the wrong one. [`OurApi::be_good`] makes it robust. Its responses equal those of the real one,
+//! including the texts that a client may depend on. The comparison and the tests read the first database.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -83,7 +83,7 @@ pub struct OurApi {
     ids: Ids,
     /// Whether concurrent requests reach separate databases.
     fragile: bool,
-    /// The status for creating what exists already, instead of 404 (chats) and 500 (agents).
+    /// The status for creating an object that exists already, instead of 404 (chats) and 500 (agents).
     conflict: Option<u16>,
     spam: Option<String>,
 }
@@ -110,7 +110,8 @@ impl OurApi {
         self
     }
 
-    /// Behaves from now on as it may in production: takes concurrent requests, and answers 409 for what exists already.
+    /// Behaves from now on as OurAPI may in production: it accepts concurrent requests, and answers 409 if an object
+    /// exists already.
     pub fn be_good(&mut self) {
         (self.fragile, self.conflict) = (false, Some(409));
     }
@@ -120,7 +121,7 @@ impl OurApi {
         self.fragile = fragile;
     }
 
-    /// Sets the status for creating what exists already, instead of 404 (chats) and 500 (agents).
+    /// Sets the status for creating an object that exists already, instead of 404 (chats) and 500 (agents).
     pub fn set_conflict(&mut self, status: u16) {
         self.conflict = Some(status);
     }
@@ -189,7 +190,8 @@ impl OurApi {
         }
     }
 
-    /// The database that a request reaches while this many others are carried out; `None`: one without tables.
+    /// The database that a request reaches while this many others are being carried out; `None`: a database without
+    /// tables.
     fn reach(&mut self, others: usize) -> Option<usize> {
         let others = if self.fragile { others } else { 0 };
         let count = self.databases.len();
@@ -525,7 +527,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A text that is stripped and must then have two characters.
+    /// A text that is stripped and must then have at least two characters.
     fn text(&mut self, name: &str) -> Option<String> {
         let text = self.string(name)?.trim().to_owned();
         if text.chars().nth(1).is_some() {

@@ -14,7 +14,7 @@ use super::exchange::{Api, Reply, Request};
 use super::fault::{Answer, Delay, Fault, fits};
 use super::watch::Watch;
 
-/// How many are inside now, and the maximum so far.
+/// A gauge of how many callers are inside now, with the maximum so far.
 #[derive(Debug, Default)]
 pub(super) struct Gauge {
     now: AtomicUsize,
@@ -116,7 +116,7 @@ impl<A: Api> Service<A> {
         }))
     }
 
-    /// The service itself, to read and to change. Nothing is answered meanwhile.
+    /// The service itself, to read and to change. No request is answered while it is locked.
     pub fn state(&self) -> MutexGuard<'_, A> {
         lock(&self.0.api)
     }
@@ -139,9 +139,9 @@ impl<A: Api> Service<A> {
         self.plans().latency = latency;
     }
 
-    /// Requests that match the pattern meet this fault. Of several faults the first that is left applies. A pattern is
-    /// the beginning of a request's line, `GET /chats?external_id=42`, in which `*` stands for anything and `{id}` for
-    /// one segment of a path. `POST /chats` is that path alone.
+    /// Requests that match the pattern meet this fault. If several faults match, the first one that is not used up
+    /// applies. A pattern is the beginning of a request's line, such as `GET /chats?external_id=42`, in which `*`
+    /// stands for anything and `{id}` for one segment of a path. `POST /chats` matches only that path.
     pub fn upset(&self, pattern: &str, fault: Fault) {
         self.plans().faults.push((pattern.to_owned(), fault));
     }
@@ -206,7 +206,8 @@ impl<A: Api> Service<A> {
         self.0.connected.now()
     }
 
-    /// The most requests ever carried out at once, not counting times of hold or delay.
+    /// The maximum number of requests carried out concurrently so far. A request does not count while it is held or
+    /// delayed.
     pub fn max_at_once(&self) -> usize {
         self.0.carrying_out.max.load(Relaxed)
     }
@@ -255,7 +256,7 @@ impl<A: Api> Service<A> {
         let _open = self.0.open.enter();
         let line = self.plans().record(&request);
         if *self.0.held.borrow() {
-            // It only fails without a sender, and this is one.
+            // This fails only if there is no sender, but `self` has one.
             self.0.held.subscribe().wait_for(|held| !held).await.ok();
         }
         let fault = self.plans().strikes(line, &request);

@@ -1,7 +1,7 @@
 //! Checks the simulated services against known facts about the real ones, and the comparison against right and wrong
 //! results.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail so")]
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -52,7 +52,7 @@ fn events(page: &Value) -> &Vec<Value> {
     page["events"].as_array().unwrap()
 }
 
-/// With a clock that is stopped an hour after [`T0`].
+/// Options with random events, and a clock that is stopped an hour after [`T0`].
 fn lively() -> Options {
     Options {
         clock: Clock::Still(3600),
@@ -277,7 +277,7 @@ fn log_pages_are_repeatable() {
     big.set_quiet(true);
     big.push(transfer(1, 3660, 9));
     let (_, shown) = get(&mut big, "/conversations/1");
-    assert_eq!(shown["advisor_id"], 9, "the advisor of now");
+    assert_eq!(shown["advisor_id"], 9, "the current advisor");
     let of_first = |reported: &&Reported| reported.conversation_id == 1;
     assert_eq!(
         events(&shown).len(),
@@ -467,11 +467,11 @@ async fn faults_strike_before_or_after() {
             assert_eq!(
                 get(&mut *our.state(), "/agents").0,
                 200,
-                "not meant for this"
+                "the fault applies only to POST"
             );
             let before = count();
-            let waits = matches!(fault.delay, super::fault::Delay::No);
-            let timeout = if waits {
+            let is_prompt = matches!(fault.delay, super::fault::Delay::No);
+            let timeout = if is_prompt {
                 long
             } else {
                 Duration::from_millis(200)
@@ -480,11 +480,14 @@ async fn faults_strike_before_or_after() {
                 (Some(status), answer) => {
                     let answer = answer.unwrap();
                     assert_eq!(answer.status(), status);
-                    let is_asked = matches!(status, 503 | 429);
-                    assert_eq!(answer.headers().contains_key("retry-after"), is_asked);
+                    let has_retry_after = matches!(status, 503 | 429);
+                    assert_eq!(
+                        answer.headers().contains_key("retry-after"),
+                        has_retry_after
+                    );
                 }
                 (None, Ok(answer)) => drop(answer.bytes().await.unwrap_err()),
-                (None, Err(error)) => assert_eq!(error.is_timeout(), !waits, "{fault:?}"),
+                (None, Err(error)) => assert_eq!(error.is_timeout(), !is_prompt, "{fault:?}"),
             }
             assert_eq!(count() - before, done, "{fault:?}");
         }
@@ -553,7 +556,7 @@ async fn server_closes_idle_and_broken_connections() {
     our.set_latency(3 * keep_alive);
     let answer = until_closed(&our.url(), "/agents").await;
     let whole = answer.starts_with("HTTP/1.1 200") && answer.ends_with("[]");
-    assert!(whole, "one in use is not idle: {answer}");
+    assert!(whole, "a connection in use is not idle: {answer}");
     let big = serve(quiet(), Duration::from_secs(3600)).await;
     let answer = until_closed(&big.url(), "/events").await;
     let unannounced = answer.starts_with("HTTP/1.1 500") && !answer.contains("connection: close");
@@ -626,7 +629,7 @@ fn write(our: &mut OurApi, reported: &[Reported]) {
     }
 }
 
-/// A right result has no difference, and each wrong one has.
+/// A correct result shows no difference, and each wrong result shows one.
 #[test]
 fn comparison_finds_every_difference() {
     let once = Options {
@@ -672,8 +675,8 @@ fn comparison_finds_every_difference() {
         }
         let lost = spoiled(&|data| drop(any(data).remove(0)));
         assert_eq!((lost.missing(), lost.extra()), (1, 0));
-        let doubled = spoiled(&|data| any(data).extend_from_within(..1));
-        assert_eq!((doubled.missing(), doubled.extra()), (0, 1));
+        let duplicated = spoiled(&|data| any(data).extend_from_within(..1));
+        assert_eq!((duplicated.missing(), duplicated.extra()), (0, 1));
         let wrongs: [&dyn Fn(&mut Data); 7] = [
             &|data| data.chats.last_mut().unwrap().agent_id = None,
             &|data| data.chats[0].ended_at = Some(NaiveDateTime::MIN),
@@ -735,14 +738,14 @@ fn rules_of_expected_state() {
     assert_eq!(
         chats[0].agents,
         [Some(third.email_address.clone()), None],
-        "the later of two at one time, reported again or not; none if the advisor is not known"
+        "of two at the same time, the last to arrive for the first time; or none, because BigChat has restarted"
     );
     assert_eq!(chats[0].ended_at, Some(time(9)));
     assert_eq!(
         chats[0].messages,
         BTreeMap::from([((time(0), "ok".to_owned()), 3)])
     );
-    assert_eq!(chats[0].refused, 1, "one character is too little");
+    assert_eq!(chats[0].refused, 1, "one character is too short");
     assert_eq!(chats[1].external_ids, ["42@2026-11-22T23:01:40Z"]);
     assert_eq!(
         chats[1].agents,
@@ -814,7 +817,7 @@ async fn both_services_are_served_and_compared() {
     let date = polled.headers()["date"].to_str().unwrap();
     assert_eq!(
         date, "Sun, 22 Nov 2026 23:00:00 GMT",
-        "the date is by its own clock"
+        "the date comes from BigChat's clock"
     );
     let report = simulator.compare();
     assert_eq!(

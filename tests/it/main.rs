@@ -1,6 +1,6 @@
-//! What the daemon does, seen from outside, between both simulated services.
+//! Tests of the daemon from outside, between both simulated services.
 //!
-//! Each folder holds what its tests show; `harness` has what they share.
+//! Each folder is one topic. `harness` is shared by all tests.
 
 mod console;
 mod delivery;

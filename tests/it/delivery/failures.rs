@@ -678,7 +678,7 @@ async fn retry_after_in_each_form() {
                     );
                 }
                 assert_eq!(
-                    t.left_alone_until(Api::OurApi) > 1000,
+                    t.limited_until(Api::OurApi) > 1000,
                     waits || case == "429, past",
                     "{case}"
                 );
@@ -698,7 +698,7 @@ async fn retry_after_across_a_restart() {
         t.our_api.upset(POST, upset);
         t.our_api.asked();
         t.bigchat.reports([message(42, 5, "Hello")]);
-        let left = |t: &Bench| t.left_alone_until(Api::OurApi) - now();
+        let left = |t: &Bench| t.limited_until(Api::OurApi) - now();
         until("it is stored", async || left(t) > 0).await;
         assert!(left(t) <= 3_600_000);
         daemon.stop().await;
@@ -713,8 +713,8 @@ async fn retry_after_across_a_restart() {
         assert_eq!(t.our_api.asked().len(), 0, "nothing is asked meanwhile");
         assert!(left(t) > 3_500_000);
 
-        let soon = t.left_alone_until(Api::OurApi) - left(t) + 500;
-        t.leave_alone_until(Api::OurApi, soon);
+        let soon = t.limited_until(Api::OurApi) - left(t) + 500;
+        t.set_limited_until(Api::OurApi, soon);
         let daemon = t.start();
         t.until_events("delivered", 4).await;
         daemon.stop().await;
@@ -798,7 +798,7 @@ async fn bigchat_outage_spends_no_attempts() {
                 t.until_events("delivered", 2 + 80).await;
                 until("it waits or fails", async || {
                     let waits = match for_an_hour {
-                        true => t.left_alone_until(Api::BigChat) > now() + 3_500_000,
+                        true => t.limited_until(Api::BigChat) > now() + 3_500_000,
                         false => t.attempts() >= 3,
                     };
                     waits || t.events("failed") > 0

@@ -1,5 +1,5 @@
-//! A browser for the console: Debian's chromium without a screen, driven over WebDriver by clicks and keys. A script that
-//! the browser blocks, or one that fails, fails the test.
+//! A browser for tests of the console: headless Chromium, driven over WebDriver by clicks and keys. A test fails if the
+//! browser blocks a script or a script fails.
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{ChildStdout, Command, Stdio};
@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use crate::harness::process::Process;
 use crate::harness::until;
 
-/// How WebDriver names an element.
+/// The key under which WebDriver returns the id of an element.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 
-/// Keys that are no characters.
+/// Keys for [`Browser::press`].
 pub(crate) const TAB: &str = "\u{e004}";
 pub(crate) const ENTER: &str = "\u{e007}";
 pub(crate) const ESCAPE: &str = "\u{e00c}";
@@ -24,10 +24,11 @@ pub(crate) const RIGHT: &str = "\u{e014}";
 pub(crate) const DOWN: &str = "\u{e015}";
 pub(crate) const SPACE: &str = " ";
 
-/// How long a change of the page may take: less than [`until`] waits, so that the test can show what is there instead.
+/// The time limit for a change of the page. It is shorter than that of [`until`], so that a failed test can print the
+/// page.
 const TIME_LIMIT: Duration = Duration::from_secs(25);
 
-/// A page as wide and as high as a desk's, and a phone's.
+/// Page sizes in pixels: a desktop's and a phone's.
 pub(crate) const DESK: (u32, u32) = (1280, 900);
 pub(crate) const PHONE: (u32, u32) = (360, 740);
 
@@ -36,7 +37,7 @@ pub(crate) struct Browser {
     client: Client,
     session: String,
     _driver: Process,
-    /// Chromium ends if its output is closed.
+    /// Must stay open, because Chromium exits if its output is closed.
     _says: Lines<BufReader<ChildStdout>>,
 }
 
@@ -104,13 +105,13 @@ impl Browser {
         answer.unwrap_or_else(|error| panic!("{path}: {}", error["message"]))
     }
 
-    /// A command of chromium itself, for functions that WebDriver lacks.
+    /// Sends a DevTools command, for functions that WebDriver lacks.
     async fn devtools(&self, command: &str, params: Value) {
         let body = json!({"cmd": command, "params": params});
         self.ask(Method::POST, "/goog/cdp/execute", body).await;
     }
 
-    /// Makes the page that large.
+    /// Sets the size of the page.
     pub(crate) async fn resize(&self, (width, height): (u32, u32)) {
         let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600});
         self.devtools("Emulation.setDeviceMetricsOverride", size)
@@ -133,19 +134,19 @@ impl Browser {
         self.ask(Method::POST, "/refresh", json!({})).await;
     }
 
-    /// The result of a function in the page.
+    /// The value of a JavaScript expression in the page.
     pub(crate) async fn eval(&self, body: &str) -> Value {
         let script = json!({"script": format!("return {body}"), "args": []});
         self.ask(Method::POST, "/execute/sync", script).await
     }
 
-    /// Waits until a function in the page returns a value.
+    /// Waits until a JavaScript expression is truthy in the page.
     pub(crate) async fn until(&self, condition: &str) {
         self.patiently(condition, async || {
             let script = json!({"script": format!("return Boolean({condition})"), "args": []});
-            // Between two pages there is no document.
-            let holds = self.try_to_ask(Method::POST, "/execute/sync", script).await;
-            holds.is_ok_and(|holds| holds == true)
+            // During navigation there is no document.
+            let value = self.try_to_ask(Method::POST, "/execute/sync", script).await;
+            value.is_ok_and(|value| value == true)
         })
         .await;
     }
@@ -155,7 +156,10 @@ impl Browser {
         let waited = tokio::time::timeout(TIME_LIMIT, until(what, condition)).await;
         if waited.is_err() {
             let there = self.eval("location.href + '\\n' + document.body.innerText");
-            panic!("{what}: not so at {}", there.await.as_str().unwrap_or("?"));
+            panic!(
+                "timed out: {what}; the page is {}",
+                there.await.as_str().unwrap_or("?")
+            );
         }
     }
 

@@ -1,7 +1,7 @@
-//! The journal for tests: its views, the program's own operations, and SQL for the rest.
+//! Access to the journal for tests, by the program's own operations where they exist, and by SQL otherwise.
 //!
-//! SQL is for three things: the view `event_states`, a change that would take too long to bring about (an hour's wait, a
-//! thousand failed events), and what no command shows. Each use says which.
+//! SQL is used to read the view `event_states`, to make a change that would otherwise take too long (an hour's wait, a
+//! thousand failed events), and to read what no command shows. A comment at each use gives the reason.
 
 use std::fmt::Display;
 
@@ -82,7 +82,8 @@ impl Bench {
         until("a poll", async || self.cursor().is_some()).await;
     }
 
-    /// Waits until the windows begin after the present. Chats with earlier events are read back after a restart anyway.
+    /// Waits until the windows of the polls begin after `now`. After a restart, chats with earlier events would be read
+    /// back anyway.
     pub(crate) async fn until_cursor_passes(&self, now: i64) {
         until("a later window", async || self.cursor() > Some(now + 1)).await;
     }
@@ -111,7 +112,7 @@ impl Bench {
         self.figures().expect("a journal").losses
     }
 
-    /// The largest number of failed attempts at one event. No command shows those at every event that waits.
+    /// The largest number of failed attempts at one event. No command shows this number for each waiting event.
     pub(crate) fn attempts(&self) -> i64 {
         match self.is_ready() {
             true => self.value("SELECT coalesce(max(attempts), 0) FROM attempts"),
@@ -130,7 +131,7 @@ impl Bench {
     }
 
     /// Until when an API is rate limited, in Unix ms; 0: it never was. No command shows that.
-    pub(crate) fn left_alone_until(&self, api: Api) -> i64 {
+    pub(crate) fn limited_until(&self, api: Api) -> i64 {
         let name = api.name();
         self.value(&format!(
             "SELECT coalesce(max(limited_until), 0) FROM api_status WHERE name = '{name}'"
@@ -138,7 +139,7 @@ impl Bench {
     }
 
     /// Moves the end of a rate limit: an hour is too long to wait for.
-    pub(crate) fn leave_alone_until(&self, api: Api, at: i64) {
+    pub(crate) fn set_limited_until(&self, api: Api, at: i64) {
         let name = api.name();
         self.execute(&format!(
             "UPDATE api_status SET limited_until = {at} WHERE name = '{name}'"
@@ -171,7 +172,7 @@ impl Bench {
         resolutions
     }
 
-    /// Runs `bigchat-sync failed` with those arguments, whether or not a daemon runs.
+    /// Runs `bigchat-sync failed` with these arguments, whether or not a daemon runs.
     pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
         let line = ["bigchat-sync", "failed"].iter().chain(arguments);
         match Cli::try_parse_from(line).expect("a good command").command {
@@ -203,7 +204,7 @@ impl Bench {
     pub(crate) fn lock_database(&self) -> Connection {
         let connection = self.connection();
         let begun = connection.execute_batch("BEGIN IMMEDIATE");
-        begun.expect("no transaction takes long");
+        begun.expect("no transaction lasts longer than the busy timeout");
         connection
     }
 
@@ -223,11 +224,12 @@ impl Test {
     }
 }
 
-/// SQL for conversation 42, which has this key in the journal.
+/// SQL that inserts conversation 42 with key 100 in the journal.
 pub(crate) const CONVERSATION: &str =
     "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
 
-/// SQL for a dead letter: an event of the conversation of that key, in SQL, with this many failed attempts.
+/// SQL that inserts a dead letter with this many failed attempts. `conversation` is the key of the conversation, or an
+/// SQL expression for it.
 pub(crate) fn dead_letter(
     id: impl Display,
     conversation: impl Display,
@@ -263,7 +265,7 @@ pub(crate) fn failed_messages<'a>(reasons: impl IntoIterator<Item = &'a str>) ->
         .collect()
 }
 
-/// SQL for a message of a known conversation that has failed after all its attempts.
+/// SQL that inserts a message that failed after its last attempt. Its conversation must be known.
 pub(crate) fn spent(id: i64, conversation: i64) -> String {
     let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
     let data = r#"{"message":"x"}"#;

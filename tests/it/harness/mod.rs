@@ -1,10 +1,10 @@
-//! One harness for all: [`run_test`] owns both services, the database, the daemons that a test starts, and what must be true
-//! in the end.
+//! The test harness. [`run_test`] owns both services, the database and the daemons that a test starts, and checks the
+//! final state.
 //!
-//! A test says what happens at BigChat, what goes wrong, and what OurAPI has. When it is over, daemons that still run are
-//! stopped as a signal would stop them, and OurAPI must have exactly what BigChat reported, with nothing waiting and nothing
-//! failed that OurAPI could have stored, unless the test says otherwise. A test that fails shows what was expected, what
-//! there was, and the daemon's log.
+//! A test scripts BigChat's events and the faults, and checks what OurAPI has. Afterwards, the harness stops the
+//! daemons that still run, as a signal would. Unless the test allows otherwise, OurAPI must then have exactly what
+//! BigChat reported, no event may be waiting, and only events that OurAPI cannot store may have failed. A failed test
+//! prints the expected and the actual state, and the daemon's log.
 
 pub(crate) mod browser;
 pub(crate) mod journal;
@@ -81,7 +81,7 @@ pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
     t.run(test).await;
 }
 
-/// The same where BigChat's clock is this machine's, and BigChat knows only its first conversation and its ten advisors.
+/// The same with this machine's clock. BigChat knows only its first conversation and its ten advisors.
 pub(crate) async fn run_live_test(test: impl AsyncFnOnce(&Test)) {
     let options = Options {
         quiet: true,
@@ -90,7 +90,7 @@ pub(crate) async fn run_live_test(test: impl AsyncFnOnce(&Test)) {
     run_with(options, test).await;
 }
 
-/// Runs a test with another BigChat, and an OurAPI as fragile as the real one.
+/// Runs a test with these options of BigChat, and an OurAPI as fragile as the real one.
 pub(crate) async fn run_with(bigchat: Options, test: impl AsyncFnOnce(&Test)) {
     let bigchat = simulator::BigChat::new(bigchat);
     let t = Test::new(bigchat, simulator::OurApi::new(1)).await;
@@ -103,9 +103,9 @@ pub(crate) struct Test {
     pub(crate) our_api: OurApi,
     bench: Bench,
     rules: RefCell<Rules>,
-    /// Why OurAPI may differ in the end, if it may.
+    /// Why OurAPI may differ from the expected state in the end; `None`: it must not differ.
     differs: RefCell<Option<&'static str>>,
-    /// How many events may have failed that OurAPI could have stored.
+    /// How many events have failed in the end although OurAPI could have stored them.
     failed: RefCell<usize>,
 }
 
@@ -150,12 +150,12 @@ impl Test {
         }
     }
 
-    /// OurAPI may differ in the end, for this reason.
+    /// Allows OurAPI to differ from the expected state in the end, for this reason.
     pub(crate) fn differs(&self, why: &'static str) {
         self.differs.replace(Some(why));
     }
 
-    /// So many events have failed in the end that OurAPI could have stored.
+    /// Expects that this many events have failed in the end, in addition to those that OurAPI cannot store.
     pub(crate) fn fails(&self, count: usize) {
         self.failed.replace(count);
     }
@@ -165,7 +165,7 @@ impl Test {
         self.rules.replace(rules);
     }
 
-    /// Requests that fit the pattern meet this fault, whichever service they are to.
+    /// Injects this fault into requests that match the pattern, to either service.
     pub(crate) fn upset(&self, pattern: &str, fault: Fault) {
         let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
         match of_bigchat.iter().any(|route| pattern.starts_with(route)) {
@@ -174,7 +174,7 @@ impl Test {
         }
     }
 
-    /// Changes the next pages, this many of them, on the way to the daemon.
+    /// Alters the next `count` pages on their way to the daemon.
     pub(crate) async fn tamper_pages<T: Into<Tampered>>(
         &self,
         count: usize,
@@ -198,7 +198,7 @@ impl Test {
         self.our_api.calm();
     }
 
-    /// How many requests pause, or are overdue and not carried out yet.
+    /// How many requests are paused, or overdue and not carried out yet.
     pub(crate) fn pausing(&self) -> usize {
         self.bigchat.pausing() + self.our_api.pausing()
     }
@@ -214,7 +214,7 @@ impl Test {
         self.bigchat.now()
     }
 
-    /// What BigChat reported against what OurAPI has.
+    /// Compares what BigChat reported with what OurAPI has.
     pub(crate) fn compare(&self) -> Report {
         let before = self.our_api.before.lock();
         let rules = Rules {
@@ -225,7 +225,7 @@ impl Test {
         simulator::compare::compare(&expected, &self.our_api.data(), &rules)
     }
 
-    /// The differences at the end.
+    /// The first problem with the current state, if there is one.
     fn problem(&self) -> Option<String> {
         let report = self.compare();
         if !report.is_clean() {
@@ -241,7 +241,7 @@ impl Test {
             Some(format!("{waiting} events still wait"))
         } else if !(failed..=failed + discarded).contains(&right) {
             Some(format!(
-                "{failed} events failed, and not {right}: {:#?}",
+                "{failed} events failed instead of {right}: {:#?}",
                 self.failed()
             ))
         } else {
@@ -249,7 +249,8 @@ impl Test {
         }
     }
 
-    /// Waits until OurAPI has exactly what BigChat reported and no event waits. The last events may change nothing.
+    /// Waits until OurAPI has exactly what BigChat reported and no event waits. The comparison alone is not enough,
+    /// because the last events may not change OurAPI.
     pub(crate) async fn agrees(&self) {
         until("no difference", async || {
             let report = self.compare();
@@ -293,7 +294,7 @@ thread_local! {
 }
 
 impl Log {
-    /// Logs here from now on.
+    /// Starts to capture the log of this thread.
     fn begin() {
         GUARD.with_borrow_mut(|guard| {
             guard.get_or_insert_with(|| {
@@ -355,7 +356,7 @@ impl Bench {
         Self::new("http://127.0.0.1:1", "http://127.0.0.1:2")
     }
 
-    /// Sets one more flag, or sets it otherwise.
+    /// Sets a flag, or replaces its value.
     pub(crate) fn set(&self, flag: &str, value: &str) -> &Self {
         let mut flags = lock(&self.flags);
         flags.retain(|set| !set.starts_with(&format!("{flag}=")));
@@ -379,7 +380,7 @@ impl Bench {
         self.directory().join("log")
     }
 
-    /// Their log so far.
+    /// The log of daemons in separate processes, so far.
     pub(crate) fn logged(&self) -> String {
         let log = std::fs::read(self.log()).unwrap_or_default();
         String::from_utf8_lossy(&log).into_owned()
@@ -416,7 +417,7 @@ impl Bench {
         self.daemon(stopping, task)
     }
 
-    /// Starts a daemon with a console on a free port, and returns its URL, too.
+    /// Starts a daemon with a console on a free port. Also returns the console's URL.
     pub(crate) fn start_listening(&self, tokens: Tokens) -> (Daemon, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("its address"));
@@ -441,7 +442,7 @@ impl Bench {
         daemon
     }
 
-    /// Whether a daemon runs that was started here.
+    /// Whether a daemon that was started here still runs.
     fn is_running(&self) -> bool {
         lock(&self.daemons)
             .iter()
@@ -458,7 +459,7 @@ impl Bench {
         }
     }
 
-    /// Starts a daemon that polls once, delivers what is due, and ends; returns what stops it, too.
+    /// Starts a daemon that polls once, delivers what is due, and ends. Also returns the token that stops it.
     pub(crate) fn start_once(&self) -> (CancellationToken, JoinHandle<Result<(), DaemonError>>) {
         let stopping = CancellationToken::new();
         let once = daemon::once(
@@ -470,7 +471,7 @@ impl Bench {
         (stopping, tokio::spawn(once))
     }
 
-    /// Polls once, delivers what is due, and ends. Returns the result.
+    /// Runs such a daemon to its end. Unread or undelivered events are not an error.
     pub(crate) async fn once(&self) {
         let (_stopping, once) = self.start_once();
         let ended = timeout(TIME_LIMIT, once).await.expect("it ends");
@@ -487,7 +488,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A daemon, running until it is stopped, by its test or after it.
+/// A daemon that runs until its test, or the harness after the test, stops it.
 #[derive(Clone)]
 pub(crate) struct Daemon {
     stopping: CancellationToken,

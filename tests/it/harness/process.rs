@@ -1,4 +1,4 @@
-//! The program as a separate process, for memory, limits of the operating system, and exit codes.
+//! The program as a separate process, for tests of its memory, of limits of the operating system, and of exit codes.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -39,7 +39,7 @@ pub(crate) fn unreachable(directory: &Path, command: &str, db: impl AsRef<OsStr>
     program
 }
 
-/// A command as the arguments of another one, which executes it.
+/// A command that runs another one, which it receives as its arguments.
 pub(crate) fn through(wrapper: &[&str], command: &Command) -> Command {
     let mut wrapped = Command::new(wrapper[0]);
     wrapped
@@ -59,7 +59,7 @@ pub(crate) fn through(wrapper: &[&str], command: &Command) -> Command {
     wrapped
 }
 
-/// A command in a shell, after another command of that shell.
+/// A shell that runs `prepare` and then executes the command.
 pub(crate) fn in_shell(prepare: &str, command: &Command) -> Command {
     let script = format!("{prepare} && exec \"$0\" \"$@\"");
     through(&["sh", "-c", &script], command)
@@ -88,7 +88,7 @@ pub(crate) async fn finished(mut command: Command) -> Output {
     output.await.expect("no panic").expect("a process")
 }
 
-/// Runs a command with that on standard input. `None`: the program does not exist.
+/// Runs a command with this standard input. `None`: the program does not exist.
 pub(crate) fn fed(command: &mut Command, input: &str) -> Option<Output> {
     let child = command
         .stdin(Stdio::piped())
@@ -111,13 +111,13 @@ pub(crate) fn free_address() -> String {
     listener.local_addr().expect("its address").to_string()
 }
 
-/// A terminal: its other end, and the end for the program.
+/// A pseudo-terminal: the end for the test, and the end for the program.
 pub(crate) fn terminal() -> (File, File) {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
     let master = master.expect("a terminal");
     unlockpt(&master).expect("a terminal");
     let name = ptsname(&master, Vec::new()).expect("a name");
-    // It must not become the terminal of the test.
+    // It must not become the controlling terminal of the test.
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let slave = open(name, flags, Mode::empty()).expect("a terminal");
     (File::from(master), File::from(slave))
@@ -143,11 +143,11 @@ pub(crate) fn has_posix_lock(db: &Path) -> bool {
         .any(|line| line.contains("POSIX") && line.contains(&inode) && line.contains(&process))
 }
 
-/// A process that is killed when dropped, so that it does not outlive its test. A daemon left behind would send requests to ports
-/// that belong to other tests by then.
+/// A process that is killed when dropped, so that it does not outlive its test. A daemon left behind would send
+/// requests to ports that other tests use by then.
 pub(crate) struct Process {
     child: Child,
-    /// Its log, if it is the log of a [`Bench`].
+    /// The log of its [`Bench`]; `None`: the process does not log there.
     log: Option<PathBuf>,
 }
 
@@ -170,7 +170,7 @@ impl Process {
         process
     }
 
-    /// Starts a command whose output goes where the command says.
+    /// Starts a command without redirecting its output to a log.
     pub(crate) fn spawn(mut command: Command) -> Self {
         let child = command.spawn();
         let name = command.get_program().display();
@@ -178,7 +178,7 @@ impl Process {
         Self { child, log: None }
     }
 
-    /// Its standard output, if it is a pipe and was not taken before.
+    /// Takes its standard output, which must be a pipe.
     pub(crate) fn stdout(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("a pipe")
     }
@@ -190,13 +190,13 @@ impl Process {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// How many lines of its log contain that.
+    /// How many lines of its log contain `part`.
     pub(crate) fn lines_with(&self, part: &str) -> usize {
         let log = self.log();
         log.lines().filter(|line| line.contains(part)).count()
     }
 
-    /// Waits until a line of its log contains that.
+    /// Waits until a line of its log contains `part`.
     pub(crate) async fn until_logged(&self, part: &str) {
         until(&format!("a line with {part:?}"), async || {
             self.lines_with(part) > 0
@@ -204,7 +204,7 @@ impl Process {
         .await;
     }
 
-    /// Waits until exactly this many lines of its log contain that.
+    /// Waits until exactly this many lines of its log contain `part`.
     pub(crate) async fn until_logged_times(&self, part: &str, lines: usize) {
         until(&format!("{lines} lines with {part:?}"), async || {
             self.lines_with(part) == lines
@@ -251,12 +251,12 @@ impl Process {
         self.child.wait().expect("it has ended")
     }
 
-    /// The same, within a time.
+    /// The same, but fails if that takes `limit` or longer.
     pub(crate) async fn ends_within(self, limit: Duration) -> ExitStatus {
         let since = Instant::now();
         let status = self.ended().await;
         let took = since.elapsed();
-        assert!(took < limit, "it ended {took:?} later");
+        assert!(took < limit, "the process took {took:?} to end");
         status
     }
 }

@@ -1,8 +1,8 @@
-//! Both simulated services for tests, and hand-written servers for responses that no service would send.
+//! Both simulated services for tests, and a proxy for responses that no service would send.
 //!
 //! BigChat's clock is stopped at [`NOW`] unless a test moves it. Requests are shown line by line
-//! (`POST /agents {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shown by their
-//! ends: `a1` is the first agent, `c1` the first chat.
+//! (`POST /agents {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shortened to their
+//! last characters: `a1` is the first agent, `c1` the first chat.
 
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::harness::until;
 
-/// A pattern for every request.
+/// A pattern for each kind of request.
 pub(crate) const ROUTES: [&str; 10] = [
     "GET /events",
     "GET /conversations/{id}",
@@ -97,7 +97,7 @@ pub(crate) fn quiet_log(log: Log) -> Options {
     }
 }
 
-/// An id by its end.
+/// The full id with this end.
 fn uuid(end: &str) -> Uuid {
     Uuid::try_parse(&simulator::id(end)).expect("an id")
 }
@@ -116,7 +116,7 @@ impl Deref for BigChat {
 impl BigChat {
     /// Responds to the next request for events with this page; the following ones get the following pages.
     pub(crate) fn reports(&self, page: impl Into<Page>) {
-        // An iterator may use this service.
+        // The iterator may lock this service, too.
         let page = page.into();
         self.state().push_page(page);
     }
@@ -177,8 +177,8 @@ impl BigChat {
         self.state().restart();
     }
 
-    /// Restarts before the next poll, and waits for that. Its first conversation starts later than any before; no clock
-    /// is so far behind that this lies in its future.
+    /// Restarts before the next poll, and waits for that poll. The first conversation of the new epoch starts later
+    /// than any before, so the clock must have passed the latest start.
     pub(crate) async fn restarts_between_polls(&self) {
         until("a later second", async || {
             let state = self.state();
@@ -236,7 +236,7 @@ impl BigChat {
             .collect()
     }
 
-    /// The requests except those of every poll, for events and for the first conversation.
+    /// The requests except those that every poll makes: for events, and for the first conversation.
     pub(crate) fn asked_besides(&self) -> Vec<String> {
         let mut lines = self.asked();
         lines.retain(|line| !line.starts_with("GET /events") && line != "GET /conversations/1");
@@ -265,7 +265,7 @@ impl OurApi {
         Self { server, before }
     }
 
-    /// Sets the status for creating a chat that exists already, instead of 404.
+    /// Sets the status for creating a chat or an agent that exists already.
     pub(crate) fn conflict_is(&self, status: u16) {
         self.state().set_conflict(status);
     }
@@ -395,7 +395,7 @@ impl OurApi {
     }
 }
 
-/// The response of a hand-written server.
+/// A response altered by [`tampering`].
 pub(crate) struct Tampered {
     bytes: Vec<u8>,
     forever: Vec<u8>,
@@ -413,7 +413,7 @@ impl From<Vec<u8>> for Tampered {
 }
 
 impl Tampered {
-    /// First these bytes, then those repeatedly, with a pause between, as long as the client reads.
+    /// Sends `bytes`, and then `forever` again and again, after a pause each time, as long as the client reads.
     pub(crate) fn without_end(bytes: &[u8], forever: &[u8], pause: Duration) -> Self {
         Self {
             bytes: bytes.to_owned(),
@@ -423,8 +423,8 @@ impl Tampered {
     }
 }
 
-/// A hand-written server in front of another: `tamper` turns each request's line and the complete response into what is sent
-/// instead of it, and the connection is closed after that. Returns its URL.
+/// Starts a proxy in front of a service, and returns its URL. `tamper` receives the request line and the complete
+/// response, and returns what is sent instead. After that, the connection is closed.
 pub(crate) async fn tampering<T: Into<Tampered>>(
     url: &str,
     tamper: impl FnMut(&str, Vec<u8>) -> T + Send + 'static,
@@ -443,7 +443,7 @@ pub(crate) async fn tampering<T: Into<Tampered>>(
                     let mut tamper = tamper.lock().unwrap_or_else(PoisonError::into_inner);
                     tamper(line, answer).into()
                 };
-                // The client may not read all of it.
+                // It is no error if the client does not read the whole response.
                 drop(relay(stream, &backend, tamper).await);
             });
         }
@@ -491,7 +491,7 @@ fn is_whole(request: &[u8]) -> bool {
     })
 }
 
-/// The response with other headers and another body, and the same date.
+/// A response with these headers, this body and the date of `answer`.
 pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(answer);
     let is_date = |line: &&str| line.to_ascii_lowercase().starts_with("date:");
@@ -503,7 +503,7 @@ pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// The response with that header replaced.
+/// The response with this header replaced.
 pub(crate) fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
     let split = answer
         .windows(4)

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::harness::{Daemon, Test};
 
-/// The console's token, if it has one.
+/// The token of a console that requires one.
 pub(crate) const TOKEN: &str = "0123456789abcdef-console";
 
 pub(crate) fn console_token() -> Tokens {
@@ -50,7 +50,7 @@ impl<'a> Console<'a> {
         }
     }
 
-    /// The console of a journal that SQL has filled.
+    /// The console of a journal that was filled by this SQL.
     pub(crate) async fn over(t: &'a Test, sql: &str) -> Self {
         t.fill(sql).await;
         Self::new(t, Tokens::default())

@@ -1,4 +1,4 @@
-//! Hostile or broken responses cost bounded time and memory and give a warning; nothing else is lost.
+//! Hostile or broken responses cost bounded time and memory and cause a warning. No other data is lost.
 
 use crate::harness::process::Process;
 use crate::harness::services::{NOW, ROUTES, Tampered, tampering, unix, window, with_header};
@@ -42,7 +42,7 @@ fn bodies() -> Vec<String> {
     ]
 }
 
-/// A success with another body than the contract's loses nothing and duplicates nothing.
+/// A successful response whose body violates the contract loses nothing and duplicates nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn success_with_another_body() {
     side_by_side(ROUTES, async |route| {
@@ -291,7 +291,7 @@ async fn content_length_is_wrong() {
     .await;
 }
 
-/// Of a response without end, no more is read than the size limit.
+/// An endless response is read only up to the size limit.
 #[tokio::test]
 async fn response_without_end() {
     run_test(async |t| {
@@ -324,8 +324,7 @@ async fn response_without_end() {
     .await;
 }
 
-/// A server in front of another whose first three responses to those requests never end. The last of them was carried
-/// out.
+/// A proxy whose first three responses to requests with this line never end. The requests themselves are carried out.
 async fn flooding(url: &str, line: &'static str) -> String {
     let mut left = 3;
     tampering(url, move |asked, answer| {
@@ -375,7 +374,7 @@ async fn chat_of_a_million_messages() {
         t.bigchat
             .reports([message(42, 5, "hello"), message(43, 6, "other")]);
         let mut n = 0;
-        until("it is given up", async || {
+        until("the event has failed", async || {
             n += 1;
             t.bigchat.reports([message(43, 7, &format!("number {n}"))]);
             t.events("failed") == 1
@@ -393,14 +392,14 @@ async fn chat_of_a_million_messages() {
                 .is_some_and(|response| response.contains("32 MiB")),
             "{failed:?}"
         );
-        // Fewer fit in, and each is counted.
+        // Half as many messages fit within the limit, and the message is found among them.
         t.our_api.calm();
         let many = r#"{"text":"hello","sent_at":"2026-11-22T22:00:05"},"#.repeat(500_000);
         let many = format!("[{}]", many.trim_end_matches(','));
         t.our_api.upset(messages, status(200).body(&many));
         t.failed_command(&["retry", "--all"]).expect("a retry");
         let daemon = Process::start(t);
-        until("it is found", async || {
+        until("the message is found", async || {
             t.events("failed") + t.events("waiting") == 0
         })
         .await;
@@ -420,7 +419,7 @@ async fn page_of_a_million_events() {
         let body = format!(r#"{{"events":[{}0]}}"#, "0,".repeat(1 << 20));
         t.bigchat.reports(raw(&body));
         let daemon = Process::start(t);
-        until("it is stored", async || {
+        until("the dead letter is stored", async || {
             t.is_ready() && t.events("failed") == 1
         })
         .await;
@@ -458,11 +457,11 @@ async fn next_page_cannot_be_requested() {
     .await;
 }
 
-/// No request can contain such an address, so the chat has no agent.
+/// No request can contain an address of 100,000 characters, so the chat has no agent.
 #[tokio::test]
 async fn advisor_with_an_endless_address() {
     run_test(async |t| {
-        t.differs("the advisor cannot be asked for");
+        t.differs("no request can contain the advisor's address");
         t.bigchat
             .advisor(7, "Ann", &format!("{}@x.test", "a".repeat(100_000)));
         let daemon = t.start();
@@ -473,7 +472,7 @@ async fn advisor_with_an_endless_address() {
     .await;
 }
 
-/// Messages in OurAPI with times that no event has delay no event.
+/// Messages in OurAPI whose times are impossible for an event do not delay events.
 #[tokio::test]
 async fn messages_of_impossible_times() {
     run_test(async |t| {

@@ -1,7 +1,8 @@
-//! Everything fails at once: `demo --chaos`, the real daemon killed and started again between services that fail in every
-//! way, over seeds; and its result, which must excuse no other difference.
+//! Everything fails at once. `demo --chaos`, with several seeds, kills and restarts the real daemon between services
+//! that fail in every way. Its comparison may exclude only events that cannot be recovered.
 //!
-//! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` set the number of seeds and the duration.
+//! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` set the number of seeds and the
+//! duration.
 
 use crate::harness::process::{Process, files, finished, printed, program};
 use crate::harness::services::ADD_MESSAGE;
@@ -14,7 +15,7 @@ use std::process::Command;
 use bigchat_sync::demo::count_apart;
 use bigchat_sync::journal::Store;
 
-/// The default number of seeds, and the seconds for each.
+/// The default number of seeds, and the default duration for each, in seconds.
 const SEEDS: u64 = 2;
 const SECONDS: u64 = 5;
 
@@ -29,7 +30,7 @@ fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
     demo
 }
 
-/// So many seeds after one another, each of which must end without a difference and leave nothing behind.
+/// Runs one seed after the other. Each run must end without a difference and leave no files behind.
 async fn survives(bigchat: &str) {
     let number = |name: &str, default| {
         std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
@@ -39,12 +40,12 @@ async fn survives(bigchat: &str) {
         let temporary = tempfile::tempdir().expect("a directory");
         let output = finished(chaos(temporary.path(), seed, seconds, bigchat)).await;
         if !output.status.success() {
-            // The database is stored for the analysis of the failure.
+            // The database is not deleted, so that the failure can be analyzed.
             let stored = temporary.keep();
             panic!("seed {seed}, {}: {}", stored.display(), printed(&output));
         }
         let left = files(temporary.path());
-        assert!(left.is_empty(), "the temporary database is gone: {left:?}");
+        assert!(left.is_empty(), "files left behind: {left:?}");
     }
 }
 
@@ -89,8 +90,8 @@ async fn success_without_its_body() {
     .await;
 }
 
-/// How many events the demo excludes after a daemon was killed that had, or had not, stored a page; and whether
-/// OurAPI, which is down, then has all others.
+/// Kills a daemon that has, or has not, stored a page, while OurAPI is down. Returns how many events the demo excludes
+/// from the comparison, and whether OurAPI has all others.
 async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;
     let now = t.now();

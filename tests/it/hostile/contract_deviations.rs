@@ -9,7 +9,7 @@ use bigchat_sync::simulator::fault::{Fault, status};
 use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
-/// An answer to a list of agents.
+/// Answers every request for agents with these.
 fn agents(listed: &[(&str, &str, &str)]) -> Fault {
     let listed = listed
         .iter()
@@ -52,7 +52,7 @@ async fn agent_equal_to_our_api() {
         ],
         async |(case, email, (end, name, spelled), refusal)| {
             run_test(async |t| {
-                t.differs("OurAPI spells its agents otherwise");
+                t.differs("OurAPI spells its agents differently");
                 t.bigchat.advisor(7, "Ann", email);
                 t.our_api.has_agent(end, name, spelled);
                 let found = agents(&[(end, name, spelled)]);
@@ -76,7 +76,7 @@ async fn agent_equal_to_our_api() {
 #[tokio::test]
 async fn agent_name_in_another_case() {
     run_test(async |t| {
-        t.differs("OurAPI spells its agents otherwise");
+        t.differs("OurAPI spells its agents differently");
         t.our_api.has_agent("a3", "ANN", "other@x.test");
         let namesake = agents(&[("a3", "ANN", "other@x.test")]);
         t.our_api.upset("GET /agents?name=", namesake);
@@ -100,7 +100,7 @@ async fn agent_stored_in_another_spelling() {
         ["ANN@X.TEST", "ann@x.test.", "Ann <ann@x.test>"],
         async |spelled| {
             run_test(async |t| {
-                t.differs("OurAPI spells its agents otherwise");
+                t.differs("OurAPI spells its agents differently");
                 let stored = json!({"agent_id": id("a1"), "name": "ann", "email": spelled});
                 let answer = status(201).body(stored.to_string()).carried_out();
                 t.our_api.upset("POST /agents", answer);
@@ -238,7 +238,7 @@ async fn outages_that_need_a_correction() {
                 daemon.stop().await;
 
                 if case == "400" {
-                    // From OurAPI, a 400 would reject the address in the query, not the service.
+                    // A 400 from OurAPI only means that it rejects the address in the query, and is no outage.
                     return;
                 }
                 run_test(async |t| {

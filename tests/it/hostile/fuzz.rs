@@ -1,8 +1,8 @@
-//! Random input for everything read from outside: pages, `nextPageUrl`, dates, OurAPI's responses, requests to the console,
-//! and the database file.
+//! Random input for everything read from outside: pages, `nextPageUrl`, dates, OurAPI's responses, requests to the
+//! console, and the database file.
 //!
-//! Generators know the format that they corrupt, so that most cases pass the first check. `PROPTEST_CASES` (256 by default)
-//! sets the number of cases. A failed case prints itself or its seed.
+//! Generators know the format that they corrupt, so that most cases pass the first check. `PROPTEST_CASES` (256 by
+//! default) sets the number of cases. A failed case prints itself or its seed.
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -36,9 +36,9 @@ use crate::harness::{Test, run_test, until};
 const READ_TOKEN: &str = "0123456789abcdef-readers";
 
 /// The time limit for a single case.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIME_LIMIT: Duration = Duration::from_secs(20);
 
-/// The number of cases, if one takes as long as this many usual ones.
+/// The number of cases for a test in which each takes as long as `weight` ordinary ones.
 fn cases(weight: u32) -> u32 {
     (ProptestConfig::default().cases / weight).max(1)
 }
@@ -69,7 +69,8 @@ fn spelled(text: &str, escaped: &[bool]) -> String {
     format!("\"{}\"", characters.collect::<String>())
 }
 
-/// A value for an unneeded field, or one that costs its event: any JSON, including text that no parser accepts.
+/// An odd value, which may be text that no parser accepts. In an unneeded field it does no harm; in place of an event
+/// it costs that event.
 fn odd_value() -> impl Strategy<Value = String> {
     prop_oneof![
         select(vec![
@@ -103,7 +104,7 @@ fn good() -> impl Strategy<Value = Good> {
         any::<String>().prop_map(|text| ("MESSAGE", json!({ "message": text }))),
         any::<i64>().prop_map(|advisor| ("TRANSFER", json!({ "new_advisor_id": advisor }))),
     ];
-    // RFC 3339 has no other times.
+    // The event times that the daemon accepts: 1970 to 9999.
     let at = 0_i64..253_402_300_800;
     let spelling = (vec(any::<bool>(), 1..8), 0_usize..4, "[ \t\r\n]{0,3}");
     let unneeded = vec(("[a-z]{1,6}_x", odd_value()), 0..3);
@@ -136,7 +137,7 @@ fn good() -> impl Strategy<Value = Good> {
     )
 }
 
-/// An item that is not an event, and costs no other one.
+/// An item that is not an event. It must not cost any other item.
 fn bad() -> impl Strategy<Value = String> {
     let needed = select(vec!["conversation_id", "event_name", "event_at"]);
     let spoiled = (good(), needed).prop_map(|(good, field)| {
@@ -207,7 +208,7 @@ fn events(body: &str) -> Option<Vec<&str>> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// An event is read as it was written, whatever is beside it on the page and in its unneeded fields.
+    /// An event is read as it was written, whatever else is on the page or in its unneeded fields.
     #[test]
     fn fuzzed_page_costs_only_odd_events(items in items()) {
         let body = page(&items);
@@ -220,7 +221,7 @@ proptest! {
         }
     }
 
-    /// A byte in another encoding costs the event that contains it.
+    /// A byte in another encoding costs only the event that contains it.
     #[test]
     fn fuzzed_byte_costs_one_event(
         items in vec(good().prop_map(Item::Good), 1..8),
@@ -253,7 +254,7 @@ proptest! {
         }
     }
 
-    /// Arbitrary bytes instead of a page, in any declared encoding, are an error and no panic.
+    /// A corrupted page, in any declared encoding, never causes a panic.
     #[test]
     fn fuzzed_body_never_panics(
         items in items(),
@@ -275,7 +276,7 @@ proptest! {
         }
     }
 
-    /// Two spellings of a query are the same page, and two queries are not.
+    /// Two spellings of one query mean the same page, and two different queries do not.
     #[test]
     fn fuzzed_next_page_has_one_meaning(
         pairs in vec(("[a-z]{1,5}", any::<String>()), 1..6),
@@ -327,7 +328,7 @@ proptest! {
     }
 }
 
-/// Corrupts the body of an HTTP response. Its length may then be wrong.
+/// Corrupts the body of an HTTP response. Its `content-length` may then be wrong.
 fn spoil(random: &mut impl Rng, mut answer: Vec<u8>) -> Vec<u8> {
     let head = answer.windows(4).position(|end| end == b"\r\n\r\n");
     let body = head.map_or(answer.len(), |head| head + 4);
@@ -348,8 +349,8 @@ fn spoil(random: &mut impl Rng, mut answer: Vec<u8>) -> Vec<u8> {
     answer
 }
 
-/// Responses are corrupted on the way, except events, which would become other events. In the end OurAPI has each message,
-/// and no event waits.
+/// Corrupts responses in transit, except pages of events, because they would then contain different events. In the end
+/// OurAPI has each message, and no event waits.
 async fn with_spoiled_answers(t: &Test, seed: u64) {
     let spoiling = |seed: u64, share: f64, left: u32| {
         let (mut random, mut left) = (StdRng::seed_from_u64(seed), left);
@@ -380,7 +381,8 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
         texts.push(text);
         t.bigchat.further_polls(2).await;
     }
-    // More, if an altered answer looks like a restart of BigChat: a START may then begin another chat.
+    // There may be more if an altered response looks like a restart of BigChat, because a START may then begin another
+    // chat.
     let count = 2 + 4 + 4;
     let nothing_is = async |states: &str| {
         until(states, async || {
@@ -395,7 +397,7 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
     }
     let there = t.our_api.messages();
     let missing: Vec<&String> = texts.iter().filter(|text| !there.contains(text)).collect();
-    assert!(missing.is_empty(), "not there: {missing:?}");
+    assert!(missing.is_empty(), "missing messages: {missing:?}");
     daemon.stop().await;
 }
 
@@ -415,7 +417,7 @@ async fn fuzzed_answers_lose_no_message() {
     }
 }
 
-/// A request in approximate HTTP format. The token, if any, gives read access.
+/// An HTTP request that may be malformed, and whether it has the token for read access.
 fn request(random: &mut StdRng, host: &str) -> (Vec<u8>, bool) {
     fn one<'a>(random: &mut StdRng, of: &[&'a str]) -> &'a str {
         of.choose(random).copied().unwrap_or_default()
@@ -556,11 +558,11 @@ async fn fuzzed_requests_change_nothing() {
             drop(stream.write_all(&bytes).await);
             drop(stream.shutdown().await);
             let mut answer = Vec::new();
-            let ended = timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+            let ended = timeout(TIME_LIMIT, stream.read_to_end(&mut answer)).await;
             let asked = String::from_utf8_lossy(&bytes);
             assert!(
                 ended.is_ok(),
-                "seed {seed}: no end of the answer to {asked}"
+                "seed {seed}: the response does not end: {asked}"
             );
             let answer = String::from_utf8_lossy(&answer);
             let status = answer.split(' ').nth(1).unwrap_or_default();
@@ -619,7 +621,7 @@ async fn fuzzed_database_never_panics() {
             for _ in 0..random.random_range(1..6) {
                 let at = random.random_range(0..bytes.len());
                 match random.random_range(0..4) {
-                    // Damage to the header and the roots of the tables has the most effects.
+                    // Damage to the header and the roots of the tables has the greatest effect.
                     0 => bytes[at % 4096] = random.random(),
                     1 => bytes[at] = random.random(),
                     2 => {
@@ -634,7 +636,7 @@ async fn fuzzed_database_never_panics() {
             let began = Instant::now();
             read_all(&damaged, t);
             assert!(
-                began.elapsed() < PATIENCE,
+                began.elapsed() < TIME_LIMIT,
                 "seed {seed} took {:?}",
                 began.elapsed()
             );

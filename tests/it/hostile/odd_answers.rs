@@ -1,5 +1,5 @@
-//! Odd bytes in a page, empty pages of all kinds, URLs of all spellings, wrong dates: each costs one event
-//! at the most, and nothing is stored changed.
+//! Odd bytes in a page, empty pages of all kinds, URLs in all spellings and wrong dates. Each costs at most one event,
+//! and no data is altered.
 
 use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
 use crate::harness::{Bench, Test, run_test, side_by_side};
@@ -12,7 +12,7 @@ use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
 use serde_json::json;
 
-/// The next page is this one.
+/// Replaces the headers and the body of the next page.
 async fn answering(t: &Test, headers: &'static str, body: Vec<u8>) {
     t.tamper_pages(1, move |answer| with_body(&answer, headers, &body))
         .await;
@@ -145,7 +145,7 @@ async fn text_decoded_as_declared() {
     .await;
 }
 
-/// Events with bytes of another encoding become dead letters, and are never stored changed.
+/// Events with bytes of another encoding become dead letters. Their text is never altered and stored as a message.
 #[tokio::test]
 async fn bytes_of_another_encoding() {
     for (bad, shown) in [
@@ -257,7 +257,7 @@ async fn requests_forbid_cache_and_compression() {
     .await;
 }
 
-/// The poll reads on after it.
+/// A page without events is read like any other, and the poll continues.
 #[tokio::test]
 async fn page_without_events() {
     side_by_side(
@@ -376,7 +376,7 @@ async fn next_page_is_same_page() {
     .await;
 }
 
-/// A test whose responses to requests for events have an additional header.
+/// Adds a header to all responses of BigChat.
 async fn with_one_more(t: &Test, header: &'static str) {
     let url = tampering(&t.bigchat.url(), move |_, answer| {
         with_header(&answer, "none", header)
@@ -385,7 +385,7 @@ async fn with_one_more(t: &Test, header: &'static str) {
     t.set("--bigchat-url", &url);
 }
 
-/// The `age` header gives the age of the `date`.
+/// The `age` header of a cached response is added to its `date`.
 #[tokio::test]
 async fn date_of_a_cached_response() {
     side_by_side(
@@ -432,7 +432,7 @@ async fn cursor_does_not_move() {
         }
         t.bigchat.clock(NOW + 1);
         t.once().await;
-        assert!(!shown(), "it moves on");
+        assert!(!shown(), "the cursor advances again");
     })
     .await;
 }
@@ -508,7 +508,7 @@ async fn refusing(t: &Test, code: u16, starts: &[&str]) {
     }
 }
 
-/// The oldest window answered is read, and the status shows the gap.
+/// The oldest window that BigChat answers is read, and the status shows the gap.
 #[tokio::test]
 async fn window_is_too_old() {
     let quarters = ["20", "21%3A0", "21%3A1", "21%3A2"];
@@ -533,7 +533,7 @@ async fn window_is_too_old() {
                     .iter()
                     .filter(|query| start_of(query) == start_of(&window(oldest, 0)));
                 assert!(read.count() >= 1, "{code}: {queries:?}");
-                // Events of the search are delivered, too.
+                // Events in responses to the search are delivered, too.
                 assert_eq!(
                     t.our_api.sorted_messages(),
                     ["one", "three", "two"],
@@ -580,7 +580,8 @@ async fn rejection_that_is_no_gap() {
     .await;
 }
 
-/// Kinds of `--ignore-events` are dropped, and a page budget of them hides no event after them.
+/// Events of the kinds in `--ignore-events` are dropped. Even the maximum number of pages of a poll, full of them, does
+/// not hide a later event.
 #[tokio::test]
 async fn ignored_kinds_hide_nothing() {
     let odd = |n: i64| event(42, "TYPING", n, json!({"n": n}));
@@ -606,7 +607,7 @@ async fn ignored_kinds_hide_nothing() {
     .await;
 }
 
-/// A page budget of unparsable events hides no event after them.
+/// Even the maximum number of pages of a poll, full of unparsable events, does not hide a later event.
 #[tokio::test]
 async fn page_budget_of_unreadable_events() {
     run_test(async |t| {
@@ -628,7 +629,7 @@ async fn page_budget_of_unreadable_events() {
     .await;
 }
 
-/// A dead letter that can be parsed by now is ingested by a retry, into its own epoch.
+/// If a newer version can parse a dead letter, a retry ingests it into the epoch in which it was reported.
 #[tokio::test]
 async fn dead_letter_readable_after_upgrade() {
     let unknown = r#"{"event_name":"OF ANOTHER VERSION"}"#;
@@ -649,7 +650,7 @@ async fn dead_letter_readable_after_upgrade() {
                 assert_eq!(t.events("failed"), 1);
                 let retry = || t.failed_command(&["retry", "--all"]).ok();
                 retry();
-                assert_eq!(t.events("failed"), 1, "it is not understood yet");
+                assert_eq!(t.events("failed"), 1, "it cannot be parsed yet");
                 // BigChat restarts, and the id means another conversation.
                 t.bigchat.restarts(42, NOW - 1);
                 t.bigchat.reports([message(42, NOW, "of after")]);

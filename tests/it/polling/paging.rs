@@ -721,7 +721,7 @@ async fn bigchat_retry_after_across_restart() {
                 t.bigchat.reports([message(42, 1, "one")]);
                 t.once().await;
                 assert_eq!(t.bigchat.count("GET /events"), 1, "{code} {after}");
-                let until = t.left_alone_until(Api::BigChat);
+                let until = t.limited_until(Api::BigChat);
                 t.once().await;
                 let asked = if waits { 1 } else { 2 };
                 assert_eq!(t.bigchat.count("GET /events"), asked, "{code} {after}");
@@ -730,7 +730,7 @@ async fn bigchat_retry_after_across_restart() {
                     let left = until
                         - i64::try_from(since.expect("after 1970").as_millis()).expect("soon");
                     assert!((3_500_000..=3_600_000).contains(&left), "{left}");
-                    t.leave_alone_until(Api::BigChat, 1);
+                    t.set_limited_until(Api::BigChat, 1);
                     t.once().await;
                 }
                 assert_eq!(t.our_api.messages(), ["one"], "{code} {after}");

@@ -24,7 +24,7 @@ async fn events_reported_once_across_restarts() {
     .await;
 }
 
-/// With late events and small pages.
+/// With out-of-order events and small pages.
 #[tokio::test]
 async fn stable_log_across_restarts() {
     run_with(busy_log(3, 60.0, 7), async |t| {
@@ -87,7 +87,7 @@ async fn backfill_of_a_stable_log() {
 #[tokio::test]
 async fn crashes_at_any_moment() {
     run_with(busy_log(6, 60.0, 7), async |t| {
-        // After each crash, nothing is sent to OurAPI for this time.
+        // After each crash, nothing is sent to OurAPI for this long.
         t.set("--request-timeout", "200ms");
         for crash in 0..12_u8 {
             let asked = t.our_api.total();
@@ -123,7 +123,7 @@ async fn steady_state_requests_per_event() {
             t.agrees().await;
             daemon.stop().await;
             let (requests, events) = (t.our_api.total(), t.events("delivered"));
-            // Each of the ten agents costs one request to look it up and one to create it.
+            // Each of the ten agents costs one request to search for it and one to create it.
             let agents = 20;
             assert!(
                 requests <= u64::try_from(events).expect("few") + agents + 10,

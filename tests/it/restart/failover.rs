@@ -1,5 +1,5 @@
-//! A daemon with an older database (a copy, a replica), or with none and `--since`, as on another machine: if BigChat keeps
-//! its events, nothing is lost, and nothing that OurAPI has is sent again.
+//! The daemon starts with an older database (a copy, a replica), or with none and `--since`, as on another machine. If
+//! BigChat stores its events, nothing is lost, and nothing that OurAPI has is sent again.
 
 use crate::harness::services::{ADD_MESSAGE, busy_log, quiet_log, time, unix};
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// A BigChat that stores its events, busy enough to have every kind of event within a few seconds. OurAPI
 /// rejects none of it: a rejected event would be sent again.
-fn keeps_its_events(seed: u64) -> Options {
+fn stores_its_events(seed: u64) -> Options {
     Options {
         active: 6,
         awkward: false,
@@ -78,10 +78,10 @@ async fn catch_up(t: &Test) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn older_copy_of_the_database() {
     side_by_side([21, 22, 23], async |seed| {
-        run_with(keeps_its_events(seed), async |t| {
+        run_with(stores_its_events(seed), async |t| {
             let daemon = t.start();
             t.bigchat.reports_more(120).await;
-            // At any point of its work.
+            // The database is copied in the middle of the daemon's work.
             let copy = copy(t);
             t.bigchat.reports_more(150).await;
             t.bigchat.calms_down();
@@ -92,7 +92,7 @@ async fn older_copy_of_the_database() {
             catch_up(t).await;
             assert!(held(t) == before, "seed {seed}: {}", t.compare());
             assert_eq!(writes(t), sent, "seed {seed}");
-            // From there on it works as usual.
+            // Afterwards, the daemon works as usual.
             t.bigchat.state().set_quiet(false);
             t.start();
             t.bigchat.reports_more(60).await;
@@ -106,8 +106,8 @@ async fn older_copy_of_the_database() {
 /// With an older copy and new events, nothing is lost or duplicated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn copies_and_crashes() {
-    run_with(keeps_its_events(24), async |t| {
-        // After each crash, nothing is sent to OurAPI for this time.
+    run_with(stores_its_events(24), async |t| {
+        // After each crash, nothing is sent to OurAPI for this long.
         t.set("--request-timeout", "500ms");
         for _ in 0..3 {
             let daemon = t.start();
@@ -128,7 +128,7 @@ async fn copies_and_crashes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_database_with_since() {
     side_by_side([25, 26], async |seed| {
-        run_with(keeps_its_events(seed), async |t| {
+        run_with(stores_its_events(seed), async |t| {
             let since = time(t.now() - 60);
             let daemon = t.start();
             t.bigchat.reports_more(200).await;
@@ -147,7 +147,7 @@ async fn lost_database_with_since() {
     .await;
 }
 
-/// Equal messages of one second are as many as before.
+/// The number of equal messages in one second does not change.
 #[tokio::test]
 async fn copy_with_equal_messages() {
     let log = Log {
@@ -161,7 +161,7 @@ async fn copy_with_equal_messages() {
         reports("twin");
         catch_up(t).await;
         let copy = copy(t);
-        // One more copy of a message in the database copy, and other messages.
+        // More messages equal to the one in the copied database, and other messages.
         (0..4).for_each(|_| reports("twin"));
         (0..3).for_each(|n| reports(&format!("number {n}")));
         let daemon = t.start();
@@ -177,7 +177,7 @@ async fn copy_with_equal_messages() {
     .await;
 }
 
-/// An END that the copy does not know is not set back.
+/// An END that is missing from the copy is not replaced by an earlier one.
 #[tokio::test]
 async fn copy_without_the_last_end() {
     run_live_test(async |t| {
@@ -203,10 +203,10 @@ async fn copy_without_the_last_end() {
     .await;
 }
 
-/// Conversations of a BigChat that restarted after the copy are distinguished.
+/// If BigChat restarts after the copy was made, conversations of both epochs are distinguished.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn copy_from_before_a_restart() {
-    run_with(keeps_its_events(27), async |t| {
+    run_with(stores_its_events(27), async |t| {
         let daemon = t.start();
         t.bigchat.reports_more(80).await;
         // No event waits in the copy, because a BigChat that restarts forgets everything.
@@ -218,7 +218,8 @@ async fn copy_from_before_a_restart() {
         t.bigchat.reports_more(80).await;
         t.bigchat.calms_down();
         t.agrees().await;
-        // BigChat's `date` has whole seconds and lags a little: pages from just before and just after look the same.
+        // BigChat's `date` has whole seconds and lags a little: pages from just before and just after a restart look
+        // the same.
         let restart = t.now() + 3;
         until("some seconds", async || t.now() > restart).await;
         t.bigchat.restarts_between_polls().await;
@@ -236,7 +237,7 @@ async fn copy_from_before_a_restart() {
     .await;
 }
 
-/// An END does not set back the agent of a chat that was being written when the database was copied.
+/// A message was in flight to a chat when the database was copied. A later END does not reset the agent of that chat.
 #[tokio::test]
 async fn copy_with_a_message_in_flight() {
     run_live_test(async |t| {
@@ -250,8 +251,11 @@ async fn copy_with_a_message_in_flight() {
         let faults = &t.our_api;
         let slow = slow(Duration::from_secs(2));
         faults.upset(ADD_MESSAGE, slow.carried_out());
-        report(vec![message(10, now - 19, "in work")]);
-        until("it is in work", async || t.our_api.message_count() == 2).await;
+        report(vec![message(10, now - 19, "in flight")]);
+        until("the message is in flight", async || {
+            t.our_api.message_count() == 2
+        })
+        .await;
         let copy = copy(t);
         report(vec![transfer(10, now - 5, 7)]);
         t.until_events("delivered", 3).await;

@@ -23,12 +23,12 @@ async fn killed_at_random_moments() {
     let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
     // With a stable log nothing may be lost, not even a response that was not stored.
     run_with(busy_log(seed, 40.0, 20), async |t| {
-        // After each kill OurAPI is left alone for this long.
+        // After each kill, nothing is sent to OurAPI for this long.
         t.set("--request-timeout", "300ms");
         let mut random = StdRng::seed_from_u64(seed);
         for _ in 0..kills {
             let daemon = Process::start(t);
-            // From before the first poll until the work is in full progress.
+            // Some kills come before the first poll, and others in the middle of the work.
             tokio::time::sleep(Duration::from_millis(random.random_range(20..1200))).await;
             drop(daemon);
         }
@@ -66,10 +66,13 @@ async fn killed_during_a_backlog() {
             interrupted += usize::from(t.events("waiting") > 32);
             uncommitted += usize::from(t.our_api.message_count() > delivered);
         }
-        assert!(interrupted > 3, "in the midst of it: {interrupted} times");
+        assert!(
+            interrupted > 3,
+            "killed in the middle of the backlog {interrupted} times"
+        );
         assert!(
             uncommitted > 3,
-            "done and not committed: {uncommitted} times"
+            "killed {uncommitted} times with a delivery that was not committed"
         );
         t.start();
         t.agrees().await;
@@ -78,8 +81,8 @@ async fn killed_during_a_backlog() {
     .await;
 }
 
-/// A conversation without a START is known by its details alone, and BigChat forgets them: the chat that was created from
-/// them must be found again.
+/// The start of a conversation without a START event is known only from its details, and a restart of BigChat erases
+/// them. The chat that was created from them must be found again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_before_bigchat_restarts() {
     side_by_side(MOMENTS, async |moment| {
@@ -91,7 +94,7 @@ async fn killed_before_bigchat_restarts() {
             t.bigchat.reports(events);
             t.upset("POST /chats", moment.pause());
             let daemon = Process::start(t);
-            until("it is being created", async || t.pausing() > 0).await;
+            until("the chat is being created", async || t.pausing() > 0).await;
             kill_at(moment, daemon, t).await;
             t.bigchat.restart();
             t.start();
@@ -114,12 +117,12 @@ enum Moment {
     Answered,
 }
 
-/// Longer than it takes to kill a daemon. Afterwards, nothing is sent to OurAPI for as long.
+/// The request timeout: longer than it takes to kill a daemon. After a kill, nothing is sent to OurAPI for this long.
 const TIMEOUT: &str = "8s";
 
 const MOMENTS: [Moment; 3] = [Moment::Sent, Moment::CarriedOut, Moment::Answered];
 
-/// The request whose response must be lost to make a request of that route necessary.
+/// The request whose response must be lost to make a request of this route necessary.
 fn cause(route: &str) -> Option<&'static str> {
     match route {
         "GET /chats" => Some("POST /chats"),
@@ -128,7 +131,8 @@ fn cause(route: &str) -> Option<&'static str> {
     }
 }
 
-/// Before each kind of request is carried out, before it is answered, and before its response is stored.
+/// The daemon is killed before each kind of request is carried out, before it is answered, and before its response is
+/// stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_at_every_request() {
     let points = ROUTES
@@ -158,7 +162,7 @@ async fn killed_at(route: &str, moment: Moment) {
             t.our_api.upset(cause, lost.carried_out());
         }
         let mut more = Some(());
-        // The work for a chat that exists already.
+        // Events that need requests for an existing chat.
         let mut report_more = || {
             let now = t.now();
             if more.take().is_some() {
@@ -211,7 +215,7 @@ async fn kill_at(moment: Moment, daemon: Process, t: &Test) {
 }
 
 impl Moment {
-    /// The fault that stops a request there.
+    /// The fault that pauses a request at this moment.
     fn pause(self) -> Fault {
         match self {
             Self::Sent | Self::Answered => paused(),

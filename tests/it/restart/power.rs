@@ -1,22 +1,24 @@
-//! A power cut at any moment: nothing of an acknowledged page is lost, nothing is doubled, and the database is sound.
+//! A power cut at any moment: nothing of an acknowledged page is lost, nothing is duplicated, and the database is
+//! intact.
 //!
-//! SIGKILL cannot show that: what a killed process has written survives in the memory of the operating system. A power cut
-//! leaves what was synced, and of the rest any part, in any order, torn at sectors. So the real binary works under strace,
-//! which records every write and sync of its database files and every request, in one order. For moments of that trace the
-//! files are built as a power cut could have left them. The daemon starts on these files, between OurAPI as it was at that
-//! moment and a BigChat that reports nothing again, and catches up. Then OurAPI is compared with what BigChat reported.
+//! SIGKILL cannot show that, because the operating system still has everything that a killed process has written. A
+//! power cut preserves everything that was synced. Of the rest, any part may survive, in any order, and torn at
+//! sectors. So the real binary runs under strace, which records every write and sync of its database files and every
+//! request, in one order. For moments of that trace, the test builds the files that a power cut could have left. The
+//! daemon starts on these files, between OurAPI as it was at that moment and a BigChat that reports nothing again, and
+//! catches up. Then OurAPI is compared with what BigChat reported.
 //!
-//! A page is acknowledged once the daemon asks for the next one. Of the page that it asked for last, all may be there or
-//! nothing. A request that was in flight may have been carried out or not.
+//! A page is acknowledged once the daemon asks for the next one. The events of the last requested page may all exist,
+//! or none of them. A request that was in flight may have been carried out or not.
 //!
-//! Two controls show that the search would find a fault: without the syncs of the write-ahead log it finds a loss, and with
-//! an OurAPI that conceals its messages when they are read back it finds doubles.
+//! Two controls show that the search would find a fault: it finds a loss without the syncs of the write-ahead log, and
+//! duplicates if OurAPI conceals its messages when they are read back.
 //!
-//! Not shown: a disk that reports a sync before it is done, that tears a sector of 512 bytes, or that rots loses data here as
-//! everywhere.
+//! Not covered: a disk that reports a sync too early, tears a sector of 512 bytes, or corrupts data. It loses data here
+//! as it does everywhere.
 //!
-//! Short by default. `BIGCHAT_SYNC_TEST_CUTS` says how many power cuts there are besides those at the sync points, and
-//! `BIGCHAT_SYNC_TEST_SEED` makes other choices.
+//! Short by default. `BIGCHAT_SYNC_TEST_CUTS` sets the number of power cuts in addition to those at the sync points,
+//! and `BIGCHAT_SYNC_TEST_SEED` the seed of all random choices.
 
 mod disk;
 mod trace;
@@ -44,13 +46,14 @@ use crate::harness::process::{Process, Signal};
 use crate::harness::services::seeded;
 use crate::harness::{Test, until};
 
-/// How many power cuts there are besides those at the sync points, if the environment does not say otherwise.
+/// The default number of power cuts in addition to those at the sync points.
 const CUTS: usize = 300;
 
-/// How many daemons recover at once. Most of the time they leave OurAPI alone, as after any unclean end.
+/// How many daemons recover concurrently. Most of the time they only wait: after an unclean end, nothing is sent to
+/// OurAPI for a while.
 const AT_ONCE: usize = 16;
 
-/// How long a request may be in flight.
+/// How long the last requests may take to arrive.
 const ARRIVED: Duration = Duration::from_secs(5);
 
 /// The request timeout of the daemon.
@@ -59,13 +62,13 @@ const TIMEOUT: &str = "250ms";
 /// How long a recovery may take. Long, since the machine may be busy.
 const CATCHES_UP_WITHIN: Duration = Duration::from_secs(60);
 
-/// With how many before it a power cut is compared, so that the same is not tried again and again.
+/// How many earlier power cuts each one is compared with, so that the same result is not tried repeatedly.
 const REMEMBERED: usize = 8;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs strace"]
 async fn power_cut_at_any_moment() {
-    let recording = Recording::of_a_daemon(log_begins_anew).await;
+    let recording = Recording::of_a_daemon(log_is_reused).await;
     let cuts = number("BIGCHAT_SYNC_TEST_CUTS", CUTS);
     let recoveries: Vec<_> = recording.recoveries(cuts, |_| {}).collect().await;
     let problems: Vec<String> = recoveries
@@ -83,7 +86,7 @@ async fn power_cut_at_any_moment() {
     );
 }
 
-/// What is not synced may be lost, and that is noticed.
+/// A control: without syncs of the write-ahead log, events are lost, and the search finds that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs strace"]
 async fn power_cut_without_log_syncs() {
@@ -91,10 +94,10 @@ async fn power_cut_without_log_syncs() {
     let syncs_log = |step: &Step| matches!(step, Step::Disk(file, Change::Sync) if file == "-wal");
     recording.steps.retain(|step| !syncs_log(step));
     let found = recording.finds(|_| {}, |problem| problem.lost > 0).await;
-    assert!(found, "the search finds no loss, and proves nothing");
+    assert!(found, "the search finds no loss, so it proves nothing");
 }
 
-/// What was delivered and not committed may be sent again, and that is noticed.
+/// A control: if OurAPI conceals its messages, uncommitted deliveries are sent again, and the search finds that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs strace"]
 async fn power_cut_with_concealed_messages() {
@@ -106,13 +109,13 @@ async fn power_cut_with_concealed_messages() {
         t.upset("GET /chats/{id}/messages", none.always());
     };
     let found = recording
-        .finds(conceal, |problem| problem.doubled > 0)
+        .finds(conceal, |problem| problem.duplicated > 0)
         .await;
-    assert!(found, "the search finds no double, and proves nothing");
+    assert!(found, "the search finds no duplicate, so it proves nothing");
 }
 
-/// Waits until the write-ahead log was written back, and begins at its start again.
-async fn log_begins_anew(t: &Test) {
+/// Waits until the write-ahead log has been checkpointed and is written from its start again.
+async fn log_is_reused(t: &Test) {
     let log = format!("{}-wal", t.db().display());
     let header = || -> Option<[u8; 32]> {
         let mut header = [0; 32];
@@ -143,7 +146,8 @@ struct Recording {
 }
 
 impl Recording {
-    /// A daemon starts, works this long, delivers everything, stops, starts again, works on and is killed.
+    /// Records a daemon that starts, works until `works` returns, delivers everything, stops, starts again, continues
+    /// and is killed.
     async fn of_a_daemon(works: impl AsyncFnOnce(&Test)) -> Self {
         let seed = number("BIGCHAT_SYNC_TEST_SEED", 1) as u64;
         let options = Options {
@@ -151,7 +155,7 @@ impl Recording {
             ..seeded(seed)
         };
         let t = Test::new(BigChat::new(options), OurApi::new(1).in_order()).await;
-        // So that it keeps up under strace: each event that waits costs the recovery its requests.
+        // Slow enough for the daemon under strace. Each event that is still waiting costs every recovery its requests.
         t.set("--poll-interval", "100ms");
         let trace = t.directory().join("trace");
         let trace_of = async |daemon: Process, signal: Signal| {
@@ -170,7 +174,8 @@ impl Recording {
         t.bigchat.reports_more(30).await;
         steps.extend(trace_of(daemon, Signal::KILL).await);
 
-        // What was sent last may not have arrived yet. What the kill cut off never arrives: the recording ends before it.
+        // The last requests may not have arrived yet. A request that the kill cut off never arrives. The recording then
+        // ends before it.
         let bigchat_port = port(&t.bigchat.url());
         let asked = |steps: &[Step], wanted: fn(bool, &str) -> bool| {
             let is_wanted = |step: &&Step| match step {
@@ -202,14 +207,15 @@ impl Recording {
         }
     }
 
-    /// Whether the daemon recovers with such a problem from one of the power cuts.
+    /// Whether the recovery from any of the power cuts has such a problem.
     async fn finds(&self, prepare: impl Fn(&Test) + Copy, is_such: fn(&Problem) -> bool) -> bool {
         let recoveries = self.recoveries(CUTS, prepare);
         let found = recoveries.any(async |problem| problem.as_ref().is_some_and(is_such));
         found.await
     }
 
-    /// Lets the daemon recover from each power cut, between services prepared for that, and returns what is wrong then.
+    /// Lets the daemon recover from each power cut, after `prepare`, and returns the problem of each recovery, if there
+    /// is one.
     fn recoveries(
         &self,
         cuts: usize,
@@ -220,8 +226,8 @@ impl Recording {
             .buffer_unordered(AT_ONCE)
     }
 
-    /// Power cuts at every sync point, and this many besides, at any step. What leaves the same as one shortly before is left
-    /// out.
+    /// Power cuts at every sync point, and this many more at random steps. A power cut with the same result as a recent
+    /// one is left out.
     fn cuts(&self, besides: usize) -> impl Iterator<Item = Cut> {
         let mut random = StdRng::seed_from_u64(self.seed);
         let mut moment = Moment::at_the_start(self);
@@ -275,8 +281,11 @@ impl Recording {
         });
         match caught_up.await {
             Ok(Ok(())) => self.problem(&t, &cut),
-            Ok(Err(error)) => Some(Problem::of(&cut, format!("it does not start: {error}"))),
-            Err(late) => Some(Problem::of(&cut, format!("it does not catch up: {late}"))),
+            Ok(Err(error)) => Some(Problem::of(&cut, format!("the daemon fails: {error}"))),
+            Err(late) => Some(Problem::of(
+                &cut,
+                format!("the daemon does not catch up: {late}"),
+            )),
         }
     }
 
@@ -289,7 +298,7 @@ impl Recording {
             let least = |count: fn(&Report) -> usize| reports.iter().map(count).min();
             return Some(Problem {
                 lost: least(Report::missing).unwrap_or_default(),
-                doubled: least(Report::extra).unwrap_or_default(),
+                duplicated: least(Report::extra).unwrap_or_default(),
                 ..Problem::of(cut, reports[0].to_string())
             });
         };
@@ -306,7 +315,7 @@ impl Recording {
         let right = ("ok".to_owned(), 0, 0, 0, refused);
         let what = || {
             format!(
-                "integrity, orphans, unread, waiting and failed: {found:?} instead of {right:?}"
+                "integrity, orphans, stored pages, waiting and failed: {found:?} instead of {right:?}"
             )
         };
         (found != right).then(|| Problem::of(cut, what()))
@@ -387,7 +396,7 @@ impl<'a> Moment<'a> {
         let left = Left {
             files: self.disk.after_a_power_cut(survival, random),
             carried_out,
-            // The page asked for last is not acknowledged.
+            // The last requested page is not acknowledged.
             reported: [reported(self.polls.saturating_sub(1)), reported(self.polls)],
         };
         Cut {
@@ -401,7 +410,7 @@ impl<'a> Moment<'a> {
 
 /// A power cut.
 struct Cut {
-    /// Before which step.
+    /// The power fails before this step.
     at: usize,
     survival: Survival,
     left: Left,
@@ -412,7 +421,7 @@ struct Cut {
 #[derive(Clone, PartialEq)]
 struct Left {
     files: Files,
-    /// Of the requests to OurAPI.
+    /// How many requests to OurAPI were carried out.
     carried_out: usize,
     /// How many events must survive, and how many may.
     reported: [usize; 2],
@@ -422,9 +431,10 @@ struct Left {
 struct Problem {
     at: usize,
     survival: Survival,
-    /// Messages.
+    /// Lost messages.
     lost: usize,
-    doubled: usize,
+    /// Duplicated messages.
+    duplicated: usize,
     what: String,
 }
 
@@ -434,7 +444,7 @@ impl Problem {
             at: cut.at,
             survival: cut.survival,
             lost: 0,
-            doubled: 0,
+            duplicated: 0,
             what,
         }
     }
@@ -447,7 +457,7 @@ impl fmt::Display for Problem {
         } = self;
         writeln!(
             f,
-            "before step {at}; of what was not synced survives {survival:?}:\n{what}"
+            "power cut before step {at}, surviving unsynced changes: {survival:?}\n{what}"
         )
     }
 }

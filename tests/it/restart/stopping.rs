@@ -1,4 +1,4 @@
-//! Stops within 10 s, whatever hangs, and without losing anything.
+//! The daemon stops within 10 s, whatever hangs, and loses nothing that is stored.
 
 use crate::harness::process::STOPS_WITHIN;
 use crate::harness::services::ADD_MESSAGE;
@@ -63,7 +63,7 @@ async fn stop_while_database_is_locked() {
     .await;
 }
 
-/// A page that the database refuses is stored before anything else is requested.
+/// No further page is requested until a received page is stored, even if the database is locked for long.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn page_while_database_is_locked() {
     run_live_test(async |t| {
@@ -95,7 +95,7 @@ async fn delivered_but_not_committed() {
         })
         .await;
         let stopped = Instant::now();
-        // Nothing that it has received is lost.
+        // This is no error: nothing that the daemon has received is lost.
         daemon.stop().await;
         assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         drop(other);

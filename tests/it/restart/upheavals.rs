@@ -8,7 +8,7 @@ use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
 
-/// Repeated restarts of BigChat mix no epochs.
+/// Repeated restarts of BigChat do not mix up epochs.
 #[tokio::test]
 async fn bigchat_restarts_again_and_again() {
     run_with(seeded(11), async |t| {
@@ -26,7 +26,7 @@ async fn bigchat_restarts_again_and_again() {
     .await;
 }
 
-/// A message shows the restart, too.
+/// A restart is noticed even if only a message is reported after it.
 #[tokio::test]
 async fn restart_while_daemon_is_stopped() {
     run_live_test(async |t| {
@@ -52,7 +52,8 @@ fn pause_after(faults: &BigChat, passing: usize) {
     faults.upset("GET /events", paused());
 }
 
-/// The daemon has the first of two pages, with a message each of conversations 2 and 3, and has requested the second.
+/// Waits until the daemon has received the first of two pages, with a message of conversation 2 and one of 3, and has
+/// requested the second.
 async fn half_a_poll(t: &Test) -> &BigChat {
     let faults = &t.bigchat;
     faults.hold(true);
@@ -68,7 +69,7 @@ async fn half_a_poll(t: &Test) -> &BigChat {
     faults
 }
 
-/// A restart between two pages mixes no epochs.
+/// A restart between two pages does not mix up epochs.
 #[tokio::test]
 async fn restart_between_two_pages() {
     run_live_test(async |t| {
@@ -89,8 +90,8 @@ async fn restart_between_two_pages() {
     .await;
 }
 
-/// Reports a conversation on two pages, the second of which begins as the first one ended: they have shifted. BigChat
-/// restarts before the next poll.
+/// Reports messages of a conversation on two pages. The second page begins with the last message of the first, as if
+/// the pages had shifted. BigChat restarts before the next poll.
 async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
     let faults = &t.bigchat;
     faults.hold(true);
@@ -101,7 +102,7 @@ async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
         .reports(Page::Events(vec![say("one"), say("two")], NextPage::Usual));
     t.bigchat.reports([say("two"), say("three")]);
     faults.hold(false);
-    until("the third question", async || faults.pausing() == 1).await;
+    until("the third request", async || faults.pausing() == 1).await;
     t.bigchat.restart();
     faults.resume();
 }
@@ -123,7 +124,7 @@ async fn pages_shift_before_a_restart() {
     .await;
 }
 
-/// A page is of the epoch that was verified after it.
+/// A page belongs to the epoch that is verified after the page has arrived.
 #[tokio::test]
 async fn page_before_a_restart() {
     run_live_test(async |t| {
@@ -131,11 +132,12 @@ async fn page_before_a_restart() {
         t.start();
         t.until_polled().await;
         t.bigchat.restart();
-        until("it is noticed", async || t.restarts() == 1).await;
-        // Each epoch has this conversation, and the times are those of the restart: nothing on the page shows its epoch.
+        until("the restart is noticed", async || t.restarts() == 1).await;
+        // Each epoch has this conversation, and the times are those of the restart: nothing on the page shows its
+        // epoch.
         restart_among_shifted_pages(t, 1).await;
         t.until_events("delivered", 3).await;
-        until("it is noticed", async || t.restarts() == 2).await;
+        until("the restart is noticed", async || t.restarts() == 2).await;
         // No command shows the epoch of an event.
         let epochs: i64 = t.value(
             "SELECT min(c.epoch) * max(c.epoch) FROM event_states e
@@ -223,7 +225,7 @@ async fn outages_of_each_kind() {
     }
 }
 
-/// An outage takes no memory, and no storm of requests follows it.
+/// Memory does not grow during an outage, and no burst of requests follows it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_and_requests_of_outage() {
     run_live_test(async |t| {
@@ -252,7 +254,7 @@ async fn memory_and_requests_of_outage() {
         assert!(grown < 8, "8 MB wait, and it has grown by {grown} MiB");
         assert_eq!(t.our_api.max_at_once(), 0, "none was carried out");
         assert_eq!(t.counted_attempts(), 0);
-        // At most one more than the successful probe: the waiting events are not all tried at once.
+        // The waiting events are not all sent at once after the outage.
         t.our_api.outage(None);
         t.agrees().await;
         assert_eq!(t.our_api.max_at_once(), 1);
@@ -302,7 +304,7 @@ async fn bigchat_answers_404_to_everything() {
         faults.calm();
         faults.outage(Some(status(404)));
         let daemon = t.start();
-        until("it is tried", async || t.attempts() > 3).await;
+        until("attempts fail", async || t.attempts() > 3).await;
         faults.outage(None);
         t.agrees().await;
         daemon.stop().await;
@@ -311,7 +313,7 @@ async fn bigchat_answers_404_to_everything() {
     .await;
 }
 
-/// A clock set back after a restart mixes no epochs.
+/// A clock set back after a restart does not mix up epochs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clock_set_back_after_restart() {
     run_live_test(async |t| {
@@ -351,7 +353,7 @@ async fn one_stray_404_of_bigchat() {
     .await;
 }
 
-/// An advisor that BigChat did not know is requested again by the next session.
+/// An advisor that BigChat did not know is requested again after the daemon restarts.
 #[tokio::test]
 async fn unknown_advisor_in_next_session() {
     run_test(async |t| {
@@ -379,7 +381,7 @@ async fn stray_404s_before_a_restart() {
         let daemon = t.start();
         t.delivers([start(42, 0), message(42, 2, "of before")])
             .await;
-        until("it is known", async || {
+        until("conversation 1 is known", async || {
             t.bigchat.further_polls(1).await;
             // No command lists a conversation without events.
             t.value::<i64>("SELECT count(*) FROM conversations WHERE bigchat_id = 1") > 0
@@ -414,7 +416,7 @@ async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
     faults.date("Sun, 22 Nov 2026 22:10:00 GMT");
     t.bigchat.reports(page);
     faults.hold(false);
-    until("it is served", async || faults.pausing() == 1).await;
+    until("the page is served", async || faults.pausing() == 1).await;
     t.bigchat.clock(700);
     t.bigchat.restarts(42, 695);
     command("resume");
@@ -423,7 +425,7 @@ async fn page_arrives_after_a_restart(t: &Test, page: impl Into<Page>) {
 
 /// A page that arrives after the restart was noticed belongs to the epoch in which it was served.
 #[tokio::test]
-async fn late_page_of_the_last_epoch() {
+async fn late_page_of_the_previous_epoch() {
     run_test(async |t| {
         page_arrives_after_a_restart(t, [message(42, 6, "two")]).await;
         t.bigchat.resume();
@@ -433,9 +435,9 @@ async fn late_page_of_the_last_epoch() {
     .await;
 }
 
-/// Such a page is no sign of another restart.
+/// A START on such a page is not taken for another restart.
 #[tokio::test]
-async fn late_start_of_the_last_epoch() {
+async fn late_start_of_the_previous_epoch() {
     run_test(async |t| {
         page_arrives_after_a_restart(t, [start(1, -3600)]).await;
         t.bigchat
@@ -447,7 +449,7 @@ async fn late_start_of_the_last_epoch() {
     .await;
 }
 
-/// It mixes no epochs.
+/// A restart that also sets BigChat's clock back does not mix up epochs.
 #[tokio::test]
 async fn clock_set_back_by_a_restart() {
     run_live_test(async |t| {

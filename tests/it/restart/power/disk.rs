@@ -1,17 +1,17 @@
-//! A disk that forgets: of each file what is safe, and what was written since and may be lost.
+//! A simulated disk. For each file it has the synced content, and the later changes that a power cut may lose.
 
 use std::collections::BTreeMap;
 
 use rand::RngExt;
 use rand::rngs::StdRng;
 
-/// What a disk writes whole or not at all, in bytes.
+/// The unit that a disk writes completely or not at all, in bytes.
 const SECTOR: usize = 512;
 
 /// What the daemon does to a file of its database, or to the directory that names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Creates it where it does not exist.
+    /// Creates it if it does not exist.
     Create,
     Write {
         at: usize,
@@ -21,7 +21,7 @@ pub(super) enum Change {
     Remove,
     /// Everything done to its content so far is safe from here on.
     Sync,
-    /// The same of all names in the directory.
+    /// The same for all names in the directory.
     SyncNames,
 }
 
@@ -31,16 +31,16 @@ pub(super) enum Survival {
     Nothing,
     /// Names and sizes, and no content: zeros where a file has grown.
     Sizes,
-    /// Of each file the first ones, in order.
+    /// The first changes to each file, in order.
     Prefix,
-    /// Any, out of order, each whole or not at all.
+    /// Any changes, each completely or not at all.
     Subset,
-    /// Any sector of any.
+    /// Any sectors of any changes.
     Torn,
 }
 
 impl Survival {
-    /// One in which some of the content survives.
+    /// A random case in which some of the content survives.
     pub(super) fn by_chance(random: &mut StdRng) -> Self {
         [Self::Prefix, Self::Subset, Self::Torn][random.random_range(0..3)]
     }
@@ -55,8 +55,8 @@ struct Content {
     unsynced: Vec<Change>,
 }
 
-/// One directory on a disk. A file that is removed and created again is another file under the same name, and the old one
-/// may be back after a power cut.
+/// One directory on a disk. A file that is removed and created again is another file under the same name, and the old
+/// one may be back after a power cut.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Disk {
     files: Vec<Content>,
@@ -74,22 +74,22 @@ impl Disk {
             }
             (Change::Create, None) => {
                 self.files.push(Content::default());
-                self.rename(name, Some(self.files.len() - 1));
+                self.set_name(name, Some(self.files.len() - 1));
             }
             (Change::Create, Some(_)) => {}
-            (Change::Remove, _) => self.rename(name, None),
+            (Change::Remove, _) => self.set_name(name, None),
             (Change::Sync, Some(file)) => self.files[*file].sync(),
             (change, Some(file)) => self.files[*file].unsynced.push(change.clone()),
             (change, None) => panic!("{change:?} of {name}, which does not exist"),
         }
     }
 
-    fn rename(&mut self, name: &str, file: Option<usize>) {
+    fn set_name(&mut self, name: &str, file: Option<usize>) {
         put(&mut self.names, name, file);
         self.unsynced_names.push((name.to_owned(), file));
     }
 
-    /// What is there after a power cut.
+    /// The files after a power cut.
     pub(super) fn after_a_power_cut(&self, survival: Survival, random: &mut StdRng) -> Files {
         let mut names = self.safe_names.clone();
         let prefix = random.random_range(0..=self.unsynced_names.len());
@@ -124,14 +124,16 @@ impl Content {
         }
     }
 
-    /// A sector that survives has all that was written to it so far, since that was together in memory. The others are as
-    /// they were, or zeros where the file was shorter. The size is stored apart from the content, and survives by itself.
+    /// A sector that survives contains everything written to it so far, because it is written from memory as a whole.
+    /// The other sectors are unchanged, or zeros where the file was shorter. The size is stored separately, so it
+    /// survives independently of the content.
     fn after_a_power_cut(&self, survival: Survival, random: &mut StdRng) -> Vec<u8> {
         let (mut memory, mut disk) = (self.safe.clone(), self.safe.clone());
         // After each change, and before the first.
         let mut sizes = vec![memory.len()];
         let prefix = random.random_range(0..=self.unsynced.len());
-        // Rarely, often or nearly always: with a half only, hardly any log would get past its first frames.
+        // Rarely, often or nearly always. If it were always one half, hardly any log would survive beyond its first
+        // frames.
         let chance = [0.1, 0.5, 0.9, 0.99][random.random_range(0..4)];
         for (number, change) in self.unsynced.iter().enumerate() {
             change.apply(&mut memory);
@@ -182,7 +184,7 @@ impl Change {
         }
     }
 
-    /// Where the sectors begin that a write touches.
+    /// The start of each sector that a write touches.
     fn sectors(&self) -> impl Iterator<Item = usize> {
         let range = match self {
             Self::Write { at, bytes } => at / SECTOR * SECTOR..at + bytes.len(),

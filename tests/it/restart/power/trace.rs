@@ -1,5 +1,5 @@
-//! What the daemon asked of the operating system, as strace saw it: its changes to the files of the database, its requests
-//! and their answers, in one order.
+//! The daemon's system calls, as recorded by strace: its changes to the database files, its requests and the responses,
+//! in one order.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,27 +11,27 @@ use std::process::Command;
 use super::disk::Change;
 use crate::harness::process::through;
 
-/// Every call by which a file can be changed, renamed or mapped, and those that send and receive. Not every processor has
-/// those with a question mark.
+/// Every call by which a file can be changed, renamed or mapped, and those that send and receive. Calls with a question
+/// mark do not exist on every architecture.
 const CALLS: &str = "trace=?open,openat,openat2,?creat,write,pwrite64,writev,pwritev,pwritev2,truncate,ftruncate,\
     fallocate,copy_file_range,sendfile,splice,fsync,fdatasync,sync_file_range,?unlink,unlinkat,?rename,?renameat,renameat2,\
     ?link,linkat,?symlink,symlinkat,mmap,sendto,sendmsg,recvfrom,io_uring_setup";
 
-/// One thing that the daemon did or met.
+/// One recorded step of the daemon.
 #[derive(Clone, Debug)]
 pub(super) enum Step {
     /// It changed a file of its database.
     Disk(String, Change),
-    /// A request left for the service at this port: its line. It may have been carried out from here on.
+    /// A request with this line was sent to the service at this port. It may have been carried out from here on.
     Asked(u16, String),
     /// An answer arrived from the service at this port. The request has been carried out.
     Answered(u16),
 }
 
-/// The command under strace. The process that starts is the command itself.
+/// The command under strace. The started process is the command itself; strace runs in the background.
 pub(super) fn traced(command: &Command, trace: &Path) -> Command {
     let trace = trace.to_str().expect("a path in UTF-8");
-    // All text in hex, whatever its length; file descriptors with what they are.
+    // Text is in hex and complete. File descriptors have their paths or addresses.
     let options = "strace -D -f -yy -xx --seccomp-bpf -s 10000000 -e";
     let mut strace: Vec<&str> = options.split(' ').collect();
     strace.extend([CALLS, "-o", trace]);
@@ -55,17 +55,17 @@ pub(super) fn is_complete(trace: &Path, process: &str) -> bool {
     last.is_some_and(|last| last.starts_with(&format!("{process} ")) && last.contains(" +++ "))
 }
 
-/// The steps of a trace; of the files those of this database.
+/// The steps of a trace. Files other than those of this database are ignored.
 pub(super) fn steps(trace: &str, db: &Path) -> Vec<Step> {
     let mut steps = Vec::new();
-    // By thread, the call that strace saw begin and not end yet.
+    // The call of each thread that has begun and not ended yet.
     let mut begun = HashMap::<&str, &str>::new();
     for line in trace.lines() {
         let (thread, event) = line.split_once(' ').expect("a thread");
         let event = event.trim_start();
         if let Some(call) = event.strip_suffix(" <unfinished ...>") {
             if !call.starts_with("<...") {
-                // The service may read a request before the call ends that sent it.
+                // The service may read a request before the call that sent it ends.
                 steps.extend(asked(call));
                 begun.insert(thread, call);
             }
@@ -83,7 +83,7 @@ pub(super) fn steps(trace: &str, db: &Path) -> Vec<Step> {
     steps
 }
 
-/// The request that a call sends, if it does.
+/// The request that a call sends, if it sends one.
 fn asked(call: &str) -> Option<Step> {
     let (name, rest) = call.split_once('(')?;
     if !matches!(name, "write" | "writev" | "sendto" | "sendmsg") {
@@ -96,7 +96,7 @@ fn asked(call: &str) -> Option<Step> {
     Some(Step::Asked(port, line.to_owned()))
 }
 
-/// What a call did that has ended.
+/// What a completed call did to the database files or received.
 fn done(call: &str, db: &Path) -> Option<Step> {
     let (name, rest) = call.split_once('(').expect("a call");
     let (arguments, result) = rest.rsplit_once(" = ").expect("a result");
@@ -129,7 +129,7 @@ fn done(call: &str, db: &Path) -> Option<Step> {
     let file = path.strip_prefix(db_name)?;
     let file = String::from_utf8(file.to_vec()).expect("the end of a name");
     if file == "-shm" {
-        // An index of the log in shared memory; SQLite makes it anew after a power cut.
+        // An index of the log in shared memory; SQLite rebuilds it after a power cut.
         return None;
     }
     let change = match name {
@@ -175,7 +175,7 @@ fn text(arguments: &str) -> Option<Vec<u8>> {
     quoted(arguments).next()
 }
 
-/// All of them.
+/// All texts among a call's arguments.
 fn quoted(arguments: &str) -> impl Iterator<Item = Vec<u8>> {
     let texts = arguments.split('"').skip(1).step_by(2);
     texts.map(|text| bytes(text.strip_prefix("\\x").unwrap_or_default()))
