@@ -10,10 +10,10 @@
 //!
 //! - [`poller`] stores each page of BigChat's events, and ingests them into the [`journal`].
 //! - [`domain`] is pure. The events of a conversation add up to the *desired* chat. It is compared with the *observed*
-//!   chat, which the journal remembers. If the observed chat may be wrong, the conversation is *stale*, and its chat is read
-//!   back first.
-//! - [`delivery`] hands out due conversations, sends the difference, and commits the conversation's *offset*. Every event
-//!   up to the offset has been delivered, unless there is a *dead letter* for it.
+//!   chat, which the journal remembers. If the observed chat may be wrong, the conversation is *stale*, and its chat is
+//!   read back first.
+//! - [`delivery`] hands out due conversations, sends the difference, and commits the conversation's *offset*. Every
+//!   event up to the offset has been delivered, unless there is a *dead letter* for it.
 //! - [`bigchat`] and [`our_api`] are the clients. [`http`] sends their requests, and tracks whether each API is up.
 //! - [`daemon`] builds, runs and stops all of these. [`console`] serves HTTP, [`cli`] has a file for each command,
 //!   [`metrics`] has the counters, and [`telemetry`] the log and the liveness checks.
@@ -24,20 +24,22 @@
 //!
 //! Begin at these places; the compiler and the tests name most of the rest.
 //!
-//! - **A kind of event:** [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If it changes
-//!   the chat, a file in `delivery/handlers/` with its fold. If it is stored as a message, `EventKind::is_message` and
-//!   [`Payload::text`](domain::event::Payload::text); nothing else in delivery. A test points to its color in
-//!   `console/page/console.css`. Nothing points to two places: `isMessage` in `console/page/parts.js`, and the [`simulator`],
-//!   which shares no code with what it judges: its own names in `simulator/event.rs`, and what it makes up in `chance.rs`.
+//! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
+//!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
+//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); delivery needs nothing else. A test
+//!   names the missing color in `console/page/console.css`. Neither the compiler nor a test names two more places:
+//!   `isMessage` in `console/page/parts.js`, and the [`simulator`], which shares no code with the daemon that it
+//!   checks: it lists the kinds in `simulator/event.rs`, and makes up events in `simulator/chance.rs`.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a
 //!   variant of [`cli::Command`]; its line in `main.rs`; its section in `cli/manual/commands.md`.
-//! - **A metric:** a counter of the process goes into [`metrics`]. A gauge goes into `console/probes.rs`; if its value comes
-//!   from the journal, `journal/status.rs` reads it. Each has a row in `cli/manual/monitoring.md`.
-//! - **Another target:** a replacement of OurAPI, not a second one beside it. Its requests are in [`our_api`] and
-//!   `http/route.rs`, and [`ErrorKind::of`](http::ErrorKind) says what its statuses mean; the fields of a chat that change
-//!   are in [`domain::conversation`]; [`delivery`] creates, changes and lists chats, agents and messages.
+//! - **A metric:** a counter of the process goes into [`metrics`]. A gauge goes into `console/probes.rs`; if its value
+//!   comes from the journal, `journal/status.rs` reads it. Each has a row in `cli/manual/monitoring.md`.
+//! - **Another target:** this replaces OurAPI; a second target beside it is not supported. The requests are in
+//!   [`our_api`] and `http/route.rs`, and [`ErrorKind::of`](http::ErrorKind) gives the meaning of each status. The
+//!   fields of a chat that change are in [`domain::conversation`]. [`delivery`] creates, changes and lists chats,
+//!   agents and messages.
 //!
 //! # Glossary
 //!

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 /// The process ends within 10 s of the signal, whatever hangs.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_500);
 
-/// How long the process waits at its end for the log to be written: less than the time that an orderly stop leaves of
+/// How long the process waits at its end for the log to be written. It is short enough for a clean stop to end within
 /// [`STOPPED_WITHIN`].
 const FLUSHED_WITHIN: Duration = Duration::from_millis(400);
 
@@ -193,7 +193,7 @@ where
     ended
 }
 
-/// The first SIGTERM or SIGINT stops the process in order, within [`STOPPED_WITHIN`]. A second one stops it at once, as
+/// The first SIGTERM or SIGINT stops the process cleanly, within [`STOPPED_WITHIN`]. A second one stops it at once, as
 /// a crash would. SIGHUP reads the token files again. Separate threads do this and wait for nothing else: neither for
 /// the runtime nor for a disk, the log or a terminal.
 fn obey_signals(
@@ -223,7 +223,7 @@ fn obey_signals(
     let (terminal, stopping) = (terminal.clone(), stopping.clone());
     on_signals(
         move || {
-            // A reload that waits already reads the current files.
+            // If a reload is already queued, it will read the current files.
             reload.try_send(()).ok();
         },
         move || {
@@ -316,8 +316,8 @@ fn block_on<E: std::error::Error>(
     outcome.unwrap_or_else(|error| print_error(terminal, &error, 1))
 }
 
-/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at a further one; and
-/// `hangup` at each SIGHUP before.
+/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at the next one; and
+/// `hangup` at each SIGHUP before the first.
 fn on_signals(
     hangup: impl Fn() + Send + 'static,
     first: impl FnOnce() + Send + 'static,
@@ -349,8 +349,8 @@ fn on_signals(
     })
 }
 
-/// For how long the same signal counts as one. `timeout` sends it to the process and to its group. A second Ctrl-C by
-/// the user takes longer.
+/// Within this time, repetitions of a signal count as one: `timeout` sends its signal to the process and again to its
+/// group. A user takes longer for a second Ctrl-C.
 fn repeats_within(signal: i32) -> Duration {
     match signal {
         SIGTERM => Duration::from_secs(1),

@@ -1,7 +1,7 @@
 //! The settings: each a flag and an environment variable named after it, checked at start.
 //!
-//! Bearer tokens come from the environment or from a file, never from a flag: any user of the machine can read flags in the
-//! list of processes.
+//! Bearer tokens come from the environment or from a file, never from a flag: any user of the machine can read flags in
+//! the process list.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -51,7 +51,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_INTERVAL", value_name = "TIME", allow_hyphen_values = true, default_value = "10s", value_parser = positive)]
     pub poll_interval: Duration,
 
-    /// How far each poll reaches back before the previous one, to catch late events.
+    /// How far each poll overlaps the previous one, to catch late events.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_POLL_OVERLAP", value_name = "TIME", allow_hyphen_values = true, default_value = "5s", value_parser = duration)]
     pub poll_overlap: Duration,
 
@@ -59,7 +59,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_WINDOW", value_name = "TIME", allow_hyphen_values = true, default_value = "1h", value_parser = at_least_a_second)]
     pub max_window: Duration,
 
-    /// Start of the first poll, RFC 3339 such as 2026-11-22T22:00:00Z; used at the first start only [default: 10 s ago].
+    /// Time from which the first poll reads, RFC 3339 such as 2026-11-22T22:00:00Z; used at the first start only
+    /// [default: 10 s ago].
     #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
     pub since: Option<Timestamp>,
 
@@ -93,7 +94,7 @@ pub struct Settings {
     pub request_timeout: Duration,
 
     /// Back-off after the first failure of an event; doubles with each further failure. The actual wait is a random
-    /// part of it.
+    /// fraction of it.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETRY_INITIAL", value_name = "TIME", allow_hyphen_values = true, default_value = "1s", value_parser = positive)]
     pub retry_initial: Duration,
 
@@ -341,7 +342,7 @@ fn token_file(path: &Path) -> String {
 }
 
 impl Tokens {
-    /// Reads the tokens from the environment, `variable`.
+    /// Reads the tokens from the environment. `variable` returns the value of a variable.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, TokenError> {
         let mut exposed_files = Vec::new();
         let mut token = |name| read_token(name, &variable, &mut exposed_files);
@@ -479,8 +480,8 @@ impl From<Tokens> for LiveTokens {
 }
 
 impl LiveTokens {
-    /// Reads them again from the environment, `variable`. If a token cannot be read, the old one stays in use. Returns
-    /// the variable of each new token, or why the old one stays.
+    /// Reads the tokens again. `variable` returns the value of an environment variable. If a token cannot be read, the
+    /// old one stays in use. Returns the variable of each new token, or why the old one stays.
     pub fn reload(
         &self,
         variable: impl Fn(&str) -> Option<OsString>,
@@ -530,7 +531,8 @@ fn read_file(path: &Path) -> std::io::Result<(String, bool)> {
 // These errors do not repeat the value, which may contain a secret.
 
 fn base_url(text: &str) -> Result<Url, String> {
-    // Anywhere in the text, because a password with a slash turns the user into a host and the password into a path.
+    // An `@` is refused anywhere, because a slash in a password makes the parser take the user for the host and the
+    // password for a path.
     if text.contains('@') {
         return Err("a URL must not contain credentials; see --help on tokens".into());
     }
@@ -545,7 +547,7 @@ fn base_url(text: &str) -> Result<Url, String> {
         }
     };
     if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
-        // The host counts as the scheme of `localhost:8266`.
+        // The parser takes the host in `localhost:8266` for a scheme.
         return match text.contains("://") {
             true => Err("expected http:// or https:// and a host".into()),
             false => no_scheme(),
@@ -715,7 +717,7 @@ mod tests {
         ));
     }
 
-    /// A reload replaces the tokens that can be used, and keeps the others.
+    /// A reload replaces the tokens that can be used; the others stay as they are.
     #[test]
     fn reload_replaces_usable_tokens() {
         let directory = tempfile::tempdir().expect("a directory");
@@ -797,7 +799,7 @@ mod tests {
         console_tokens(&[(HEARTBEAT_URL, "https://hc.example/uuid")]).expect("a URL");
     }
 
-    /// A token that did not exist at the start is used once it does.
+    /// A token that is set only after the start is used from the next reload on.
     #[test]
     fn token_added_after_the_start() {
         let tokens = LiveTokens::default();

@@ -150,7 +150,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
         State::DaemonRuns(mut store) => {
             report.pass(
                 "daemon",
-                "is running; the APIs are as of its latest requests",
+                "is running; the results for the APIs are from its latest requests",
             );
             for api in Api::ALL {
                 match store.api(api.name()) {
@@ -168,7 +168,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             if let Listen::At(address) = settings.listen
                 && is_console(address, settings.request_timeout).await
             {
-                // That daemon may be at work with OurAPI, which may accept one request at a time.
+                // That daemon may have a request in flight to OurAPI, which may accept one request at a time.
                 let text = format!(
                     "a bigchat-sync already serves the console at http://{address}/, with another database or with one that was deleted or replaced; the APIs are not asked"
                 );
@@ -267,7 +267,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     };
     let last = format!("at {asked_at}, {request} → {response}");
     if !request.contains(url.as_str()) {
-        let text = format!("has another URL in the daemon: {last}");
+        let text = format!("the daemon uses another URL for it: {last}");
         let remedy = format!("give this command the settings of the daemon; {flag} is {url} here");
         return report.fail(what, text, remedy);
     }
@@ -382,7 +382,7 @@ struct Claim {
     fits: bool,
 }
 
-/// Both APIs publish a description. It may be missing in production, which is no failure.
+/// Both APIs publish a description. It may be missing in production, which does not count as a failure.
 fn claim(description: &Value, route: &str) -> Option<Claim> {
     let text = |field: &str| description["info"][field].as_str();
     Some(Claim {

@@ -23,7 +23,7 @@ pub struct Args {
     json: bool,
 }
 
-/// Everything that is known of the conversations that had an id.
+/// All conversations that had this id, and their events.
 #[derive(Debug, Serialize)]
 struct Answer {
     now: Millis,
@@ -86,7 +86,7 @@ fn text(answer: &Answer) -> String {
         }
         text.push('\n');
         if events.is_empty() {
-            text += "no event of it is stored\n\n";
+            text += "none of its events are stored\n\n";
             continue;
         }
         let rows: Vec<_> = events.iter().map(row).collect();
@@ -116,7 +116,9 @@ fn about(conversation: &ConversationRow) -> Vec<(&'static str, String)> {
     let which = match epoch == current_epoch {
         true => format!("{id}, epoch {epoch}"),
         false => {
-            format!("{id}, epoch {epoch} (BigChat has restarted since; now it is {current_epoch})")
+            format!(
+                "{id}, epoch {epoch} (BigChat has restarted since; the current epoch is {current_epoch})"
+            )
         }
     };
     let times = |started: Option<Timestamp>, ended: Option<Timestamp>| {
@@ -156,8 +158,7 @@ fn about(conversation: &ConversationRow) -> Vec<(&'static str, String)> {
         about.push(("forgotten", format!("at {at} by {by}; its text was erased")));
     }
     if conversation.stale {
-        let stale =
-            "the chat is read back before anything is sent: what OurAPI holds is not certain";
+        let stale = "the chat in OurAPI may differ from the record; it is read back before anything is sent";
         about.push(("stale", stale.to_owned()));
     }
     about

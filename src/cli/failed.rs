@@ -93,7 +93,7 @@ impl From<Which> for Selection {
 ///
 /// # Errors
 ///
-/// If the database cannot be opened or refuses.
+/// If the database cannot be opened, read or written.
 pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
@@ -173,7 +173,7 @@ pub enum FailedError {
     /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses.
+    /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]
@@ -181,9 +181,9 @@ pub enum FailedError {
     /// There is no failed event with that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
-    /// No reason contains the text.
+    /// No event with the text in its reason can be resolved in this way.
     #[error(
-        "no such event has a reason with this text, or those that have still cannot be parsed; see `bigchat-sync failed list` for the reasons"
+        "nothing was resolved: no such event has this text in its reason, or the events that have it still cannot be parsed; see `bigchat-sync failed list` for the reasons"
     )]
     NoSuchReason,
     /// There is no terminal.
@@ -220,16 +220,18 @@ fn others(left: &[i64], resolution: Resolution) -> String {
     let ids = ids.join(", ");
     match (resolution, left.len()) {
         (Resolution::Retry | Resolution::Discard, 1) => {
-            format!("{ids}: it is no failed event, or still cannot be parsed (then discard it)")
+            format!(
+                "{ids}: it is not a failed event, or it still cannot be parsed (then discard it)"
+            )
         }
         (Resolution::Retry | Resolution::Discard, _) => format!(
-            "{ids}: they are no failed events, or still cannot be parsed (then discard them)"
+            "{ids}: they are not failed events, or they still cannot be parsed (then discard them)"
         ),
         (Resolution::Undo, 1) => {
-            format!("{ids}: it is no discarded event, or was dropped by the retention")
+            format!("{ids}: it is not a discarded event, or the retention has dropped it")
         }
         (Resolution::Undo, _) => {
-            format!("{ids}: they are no discarded events, or were dropped by the retention")
+            format!("{ids}: they are not discarded events, or the retention has dropped them")
         }
     }
 }

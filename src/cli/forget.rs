@@ -35,7 +35,7 @@ pub enum ForgetError {
     /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses.
+    /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The journal has no such conversation.
@@ -45,7 +45,7 @@ pub enum ForgetError {
     NoSuchConversation(i64),
     /// Several conversations have the id.
     #[error(
-        "conversation {id} means another one in each of the epochs {}; name one with --epoch (`bigchat-sync conversation {id}` shows them)",
+        "several conversations have the id {id}, one in each of the epochs {}; choose one with --epoch (`bigchat-sync conversation {id}` shows them)",
         list(.epochs)
     )]
     Ambiguous { id: i64, epochs: Vec<Epoch> },
@@ -138,6 +138,6 @@ fn text(id: i64, epoch: Epoch, forgotten: Forgotten, row: Option<&ConversationRo
             "OurAPI still has its chat {external_id} (id {chat}) with all messages; erase it there\n"
         );
     }
-    text += "backups of the database, and logs written with --log-message-text, keep their text\n";
+    text += "backups of the database, and logs written with --log-message-text, still contain the text\n";
     text
 }

@@ -1,7 +1,8 @@
 //! The texts that the program prints about itself: the systemd unit, shell completions, the manual page, and the
 //! chapters of the manual.
 //!
-//! The manual page covers all commands, with the same text as `--help`. The chapters are the Markdown files beside this one.
+//! The manual page covers all commands, with the same text as `--help`. The chapters are the Markdown files beside this
+//! one.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -112,7 +113,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "SUDO_USER, DOAS_USER",
-                "Recorded in the name of the operator who resolves a failed event or erases a conversation.",
+                "The user who ran sudo or doas; recorded with each resolution of a failed event and each erasure.",
             ),
         ],
     ),

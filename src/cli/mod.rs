@@ -146,7 +146,7 @@ pub enum CommandError {
     /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses.
+    /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]

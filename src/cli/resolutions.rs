@@ -52,7 +52,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
         "kind",
         "conversation",
         "by",
-        "reason it had failed",
+        "reason for the failure",
     ];
     Ok(table(header, &rows.collect::<Vec<_>>()))
 }

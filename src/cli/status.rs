@@ -10,7 +10,7 @@ use crate::settings::Settings;
 use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
 
-/// What is known of a field that differs, and that this database did not change.
+/// Why a field may differ from the value that this database recorded.
 const CHANGED: &str = "changed by another client, or after this copy of the database was made";
 
 /// The options.
@@ -92,7 +92,7 @@ fn text(status: &Status) -> String {
         line("", format!("{} × {}", group.count, group.reason));
     }
     line(
-        "a minute",
+        "per minute",
         format!(
             "{:.1} received, {:.1} delivered, over the last 5 minutes",
             figures.received_per_minute, figures.delivered_per_minute
@@ -182,7 +182,7 @@ fn verification(status: &Status) -> String {
             duration(now.since(ended_at))
         ),
         None => format!(
-            "{verified} of {} chats, for {}",
+            "{verified} of {} chats, running for {}",
             verified + left,
             duration(took)
         ),

@@ -1,7 +1,7 @@
 //! `bigchat-sync verify`: requests a verification through the database, and shows its progress and result.
 //!
-//! If a daemon runs, it does the work, because it bounds all requests to OurAPI. Otherwise this process takes its place until
-//! the work is done. The lock on the database decides which.
+//! If a daemon runs, it does the work, because it bounds all requests to OurAPI. Otherwise this process takes its place
+//! until the work is done. The lock on the database determines which.
 
 use std::time::Duration;
 
@@ -56,7 +56,7 @@ pub enum VerifyError {
     /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses.
+    /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// This process cannot take the place of the daemon.

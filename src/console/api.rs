@@ -1,5 +1,5 @@
-//! The console's API: JSON, read through the console's own connection to the database. Only resolutions go to the
-//! daemon's journal, a few hundred events at a time, so that delivery never waits long.
+//! The console's API, in JSON. Reads use the console's own connection to the database. Only resolutions and pauses go
+//! through the daemon's journal; events are resolved a few hundred at a time, so that delivery never waits long.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

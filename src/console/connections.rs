@@ -32,7 +32,7 @@ const HEAD: Duration = Duration::from_secs(15);
 /// The maximum size of a request's head.
 const MAX_HEAD: usize = 16 << 10;
 
-/// How long to wait when the operating system has no more connections.
+/// How long to wait when the operating system cannot accept another connection.
 const EXHAUSTED: Duration = Duration::from_secs(1);
 
 /// A connection, as seen by the accept loop.

@@ -1,4 +1,4 @@
-//! Access control, decided from a request's head before anything else is done.
+//! Access control, based on a request's head.
 //!
 //! - DNS rebinding: `Host` must not be a name that another site can point to this address. Addresses and `localhost`
 //!   cannot be rebound; other names are those of `--console-host`.
@@ -7,7 +7,7 @@
 //!   send without a preflight request, which is never granted.
 //! - Requests that two servers may read differently (two hosts, a host in the target, a body without a length) are
 //!   refused.
-//! - Other users of this machine: without a token they can read and change nothing.
+//! - Other users of this machine: without a token, they can read but not change anything.
 //! - Responses cannot be framed, sniffed or stored, and only the console's own script runs.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -99,7 +99,7 @@ pub(crate) enum Rejection {
     )]
     ReadOnly(Option<u32>),
     #[error(
-        "this token can read and change nothing; log in with the token from BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE"
+        "this token gives read-only access; log in with the token from BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE"
     )]
     ReadToken,
     #[error("too many wrong tokens; wait {0} s")]

@@ -226,7 +226,7 @@ fn remedy(error: &io::Error) -> &'static str {
             "this machine has no such address; set another one with --listen"
         }
         io::ErrorKind::PermissionDenied => {
-            "this user may not use that port; set a port from 1024 on with --listen"
+            "this user may not use that port; set a port of 1024 or above with --listen"
         }
         _ => "set another address with --listen, or `off`",
     }

@@ -26,9 +26,9 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events are delivered: no API is down or has asked to be left alone for more than a minute, and the journal can
-/// be written. While deliveries are paused the daemon is ready, because an operator has paused them and the console must
-/// stay reachable.
+/// Whether events are delivered: no API is down or has asked to be left alone for more than a minute, and the journal
+/// can be written. While deliveries are paused the daemon is ready, because an operator has paused them and the console
+/// must stay reachable.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let console = &web.console;
     let paused = console.our_api.paused();
@@ -65,7 +65,7 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
 
 /// All metrics, in Prometheus' text format.
 pub(super) async fn metrics(State(web): State<Arc<Web>>) -> Response {
-    // Without the journal, the process's own metrics are still shown, and that the journal is missing.
+    // If the journal cannot be read, the process's own metrics are still served, and `journal_readable` is 0.
     let status = web.status().await;
     let mut now = Now::default();
     of_daemon(&mut now, &web.console);
@@ -130,7 +130,7 @@ fn of_daemon(now: &mut Now, console: &Console) {
     if let Some(until) = paused.and_then(|pause| pause.until) {
         now.gauge(
             "paused_until_timestamp_seconds",
-            "When the pause ends; missing without a pause, and if it lasts until an operator resumes",
+            "When the pause ends; missing if there is no pause, or if it lasts until an operator resumes",
             until.0 as f64 / 1e3,
         );
     }
@@ -148,7 +148,7 @@ fn of_daemon(now: &mut Now, console: &Console) {
     );
     now.gauge(
         "stuck",
-        "Whether polling or delivery has stopped making progress; not while it waits for an API or the disk",
+        "Whether polling or delivery has stopped making progress; waits after a failure of an API or the disk do not count",
         flag(console.liveness.stuck(Instant::now()).is_some()),
     );
     let build = [
@@ -189,7 +189,7 @@ fn of_journal(now: &mut Now, status: &Status) {
             at.0 as f64 / 1e3,
         );
     }
-    // BigChat's clock shows the cursor plus the distance.
+    // The cursor plus `behind` is the time on BigChat's clock.
     if let (Some(cursor), Some(behind), Some(newest)) =
         (figures.cursor_at, figures.behind_s, figures.newest_event_at)
     {

@@ -150,9 +150,9 @@ impl Agents {
         })
     }
 
-    /// The agent of an e-mail address. OurAPI decides which addresses or names are equal: it may compare, and store, case,
-    /// accents, normal forms and domains in its own way. If it refuses to create an agent, its lists identify the existing
-    /// one.
+    /// The agent of an e-mail address. Which addresses or names are equal is up to OurAPI: it may compare, and store,
+    /// case, accents, normal forms and domains in its own way. If it refuses to create an agent, its lists identify the
+    /// existing one.
     async fn find_or_create(
         &self,
         advisor: AdvisorId,
@@ -185,7 +185,8 @@ impl Agents {
             let kind = ErrorKind::OutcomeUnknown { timed_out: false };
             return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
         }
-        // An agent with both, or the only one with the address, is not merely a namesake.
+        // If one agent has both the address and the name, or one agent alone has the address, it is the one to use, not
+        // a namesake.
         let error = if both.len() == 1 || !is_named && listed.len() == 1 {
             error
         } else {
@@ -194,7 +195,7 @@ impl Agents {
                 Err(error) if error.kind == ErrorKind::Conflict => error,
                 outcome => {
                     if outcome.is_ok() {
-                        tracing::warn!(%advisor, "another agent has the name; the new one's has the e-mail address added");
+                        tracing::warn!(%advisor, "another agent has the same name; added the e-mail address to the new agent's name");
                     }
                     return outcome;
                 }
@@ -220,8 +221,8 @@ impl Agents {
         Ok(agent)
     }
 
-    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything else
-    /// is verified before it is used, and the agent is created again.
+    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything
+    /// else is verified before it is used, and the agent is created again.
     pub(super) async fn missing(&self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         match self.forget_if_lost(agent).await {
             Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),

@@ -229,7 +229,7 @@ fn back_off(
     policy.backoff(attempts, fraction).max(arrival)
 }
 
-/// Counts successful writes. The last two conversations suffice to check whether one of another conversation succeeded.
+/// Counts successful writes. The last two conversations suffice to know whether a write of another one has succeeded.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Writes {
     pub(super) count: i64,

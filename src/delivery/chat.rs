@@ -59,8 +59,8 @@ pub(super) async fn fields(
                 .unwrap_or_else(Timestamp::of_this_machine)
         }
     };
-    // Another client, or a newer copy of the journal, may have changed the agent meanwhile. The agent of a new TRANSFER is
-    // written anyway.
+    // Another client, or a newer copy of the journal, may have changed the agent meanwhile. The agent of a new TRANSFER
+    // is written anyway.
     let latest = desired.transfer.map(|transfer| transfer.event);
     let is_named = changes.iter().any(|event| Some(event.id) == latest);
     let agent = match desired.advisor() {
@@ -128,7 +128,7 @@ pub(super) async fn create(
             _ => return Err(AttemptError::Write(error)),
         }
         match worker.our_api.chat(&external_id).await? {
-            // Taken, yet not listed: the service is not OurAPI, or not all of it.
+            // The external id is taken but not listed, so the service does not behave like OurAPI.
             None => {
                 let http = worker.our_api.http();
                 let kind = ErrorKind::WrongService;
@@ -146,7 +146,7 @@ pub(super) async fn create(
                 }
                 tracing::warn!(
                     conversation = conversation.bigchat_id, %external_id, started_at = %found.started_at,
-                    "OurAPI has a chat of another conversation with this external id; adding the start time to it"
+                    "OurAPI has a chat of another conversation with this external id; adding the start time to the external id"
                 );
                 record_intent(worker, conversation, &extended, fields.started_at).await?;
                 external_id = extended;
@@ -155,8 +155,8 @@ pub(super) async fn create(
     }
 }
 
-/// Whether the chat is this conversation's: it has its start time, or the one with which it was created before a better one
-/// was known.
+/// Whether the chat belongs to this conversation: its start is the conversation's, or the start with which the chat was
+/// created before the conversation's was known.
 fn is_ours(conversation: &Conversation, fields: &Fields, found: &our_api::Chat) -> bool {
     found.started_at == fields.started_at
         || conversation.observed.started_at == Some(found.started_at)
@@ -200,8 +200,8 @@ fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestam
     format!("{}@{started_at}", plain(worker, conversation))
 }
 
-/// Stores the identity of a chat before it is created, where it could not be derived again. After a lost response, only
-/// this identifies the chat.
+/// Stores the identity of a chat before it is created, if it could not be derived again. After a lost response, nothing
+/// else identifies the chat.
 async fn record_intent(
     worker: &Worker,
     conversation: &mut Conversation,

@@ -15,8 +15,9 @@ use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 use super::Delivery;
 use super::scheduler::MAX_CLAIMED;
 
-/// After a commit, the committer pauses for this many times its duration, so that reports that arrive meanwhile share the next
-/// commit and the disk is free for other writers. No request is delayed, since enough conversations are claimed ahead.
+/// After a commit, the committer pauses for this many times its duration, so that reports that arrive meanwhile share
+/// the next commit and the disk is free for other writers. No request is delayed, since enough conversations are
+/// claimed ahead.
 const PAUSE_FACTOR: u32 = 20;
 
 /// Maximum pause, so that a crash leaves few chats to read back.
@@ -66,7 +67,8 @@ impl Committer {
         }
     }
 
-    /// Commits until the channel of reports is closed. While the disk refuses, the same batch is retried.
+    /// Commits until the channel of reports is closed. While the database cannot be written, the same batch
+    /// is retried.
     pub(super) async fn run(
         &self,
         mut reported: Receiver<ToCommit>,

@@ -57,7 +57,7 @@ impl Scheduler {
                 match (event, &stopped.error) {
                     (_, error) if error.is_withheld() => due = Due::At(now),
                     (Some(event), AttemptError::Journal(error)) => {
-                        // This is no failed attempt of the event.
+                        // This does not count as an attempt of the event.
                         tracing::error!(
                             conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
                             reason = %error, "the database interrupted a delivery"
@@ -204,7 +204,7 @@ impl Scheduler {
             return outcome;
         };
         let failure = error.logged();
-        // A macro, since the number of lines in full is limited by message.
+        // A macro, so that each message is a call site of its own: the log limits the lines of each call site.
         macro_rules! log {
             ($so:expr, $message:literal) => {
                 log_at!(
@@ -252,8 +252,8 @@ impl Scheduler {
         }
     }
 
-    /// Handles a failed read of a chat without waiting events. Returns the number of failures while OurAPI was up, and the
-    /// time of the next attempt.
+    /// Handles a failed read of a chat without waiting events. Returns the number of failures while OurAPI was up, and
+    /// the time of the next attempt.
     fn read_failed(
         &mut self,
         conversation: &Conversation,
@@ -289,7 +289,7 @@ impl Scheduler {
     }
 }
 
-/// Finds an event in order of arrival.
+/// Finds an event by its id. `events` is sorted by id.
 fn find(events: &[Pending], id: EventId) -> Option<&Pending> {
     let at = events.binary_search_by_key(&id, |event| event.id).ok()?;
     events.get(at)

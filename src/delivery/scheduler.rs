@@ -25,8 +25,8 @@ use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
 
-/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that no
-/// worker waits for a commit of 20 ms.
+/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
+/// no worker waits for a commit of 20 ms.
 pub(super) const MAX_CLAIMED: usize = 1024;
 
 /// How many conversations are loaded ahead of the workers.
@@ -38,7 +38,8 @@ const BYTES_AHEAD: usize = 2 << 20;
 /// After this time, work loaded ahead is loaded again, because its conversation may have been forgotten.
 const LOADED_FOR: Duration = Duration::from_secs(5);
 
-/// How often the journal is queried for due conversations without a notification, since this machine's clock may be set.
+/// How often the journal is queried for due conversations without a notification, since this machine's clock may be
+/// set.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// After each verification in idle time, the next one waits for this many times its duration.
@@ -246,7 +247,7 @@ impl Scheduler {
 
     /// How many conversations may be in progress.
     fn limit(&self, circuit: Circuit) -> usize {
-        // While the disk refuses reports, no work is begun.
+        // While reports cannot be committed, no work is begun.
         if self.uncommitted() > 0 && self.storage.refuses_delivery() {
             return 0;
         }

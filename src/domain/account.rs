@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use super::ids::EventId;
 use crate::domain::time::Timestamp;
 
-/// Equal for equal messages of a chat: the time of sending, and the text without the white space that OurAPI strips from
-/// both ends.
+/// Equal for equal messages of a chat: the time of sending, and the text without the white space that OurAPI strips
+/// from both ends.
 pub type MessageKey = (Timestamp, String);
 
 pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {

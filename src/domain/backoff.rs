@@ -1,4 +1,4 @@
-//! Exponential back-off with full jitter. Pure. Delivery decides when an event has no attempts left.
+//! Exponential back-off with full jitter. Pure. Delivery determines when an event has no attempts left.
 
 use std::time::Duration;
 

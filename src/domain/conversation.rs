@@ -26,7 +26,7 @@ pub struct Conversation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Details {
     Unread,
-    /// Never read again, since most vendors' details name the current advisor.
+    /// Never read again, since later details may name a later advisor.
     Read,
     /// BigChat no longer knows the conversation.
     Gone,
@@ -161,8 +161,8 @@ impl Observed {
         self.advisor = advisor;
     }
 
-    /// Adopts an existing chat with the conversation's external id. Its agent counts as the desired one, unless it has none
-    /// or a TRANSFER names one.
+    /// Adopts an existing chat with the conversation's external id. Its agent counts as the desired one, unless it has
+    /// none or a TRANSFER names one.
     pub fn adopt(&mut self, external_id: String, chat: Uuid, found: &Fields, desired: &Desired) {
         let agent_counts = found.agent.is_some() && desired.transfer.is_none();
         *self = Self {
@@ -175,8 +175,9 @@ impl Observed {
         };
     }
 
-    /// Merges the fields read from OurAPI. A field in `unknown` takes the value read, so that it is written if another value
-    /// is desired. Any other field that differs was changed by another client: it stays in OurAPI and is returned as drift.
+    /// Merges the fields read from OurAPI. A field in `unknown` takes the value read, so that it is written if another
+    /// value is desired. Any other field that differs was changed by another client: it stays in OurAPI and is returned
+    /// as drift.
     pub fn merge(&mut self, found: &Fields, unknown: UnknownFields) -> Drift {
         let mut drift = Drift::default();
         if unknown.started_at {
@@ -243,8 +244,8 @@ pub struct Pending {
     pub redelivery: bool,
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
-    /// OurAPI had an equal message that no delivered event accounts for. The value is the conversation's latest event when
-    /// the chat was read.
+    /// OurAPI had an equal message that no delivered event accounts for. The value is the conversation's latest event
+    /// when the chat was read.
     pub credit: Option<EventId>,
 }
 
@@ -260,7 +261,7 @@ impl Pending {
 pub struct Attempts {
     /// All of them, for the back-off.
     pub failed: u32,
-    /// Those while writes of other conversations succeeded.
+    /// Those that failed while writes of other conversations succeeded.
     pub counted: u32,
     /// How many writes had succeeded at the last failure.
     pub writes_then: Option<i64>,

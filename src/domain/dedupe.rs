@@ -1,9 +1,9 @@
 //! Counting events that carry no id.
 //!
 //! Conversation, name, time and data identify an event ([`Key`]), together with how many equal ones a poll reports.
-//! Each equal MESSAGE counts, on one page or on several, with one exception. A late event that is inserted before a page
-//! shifts the following pages, so that the next page begins with the end of this one. Events in that overlap count once.
-//! Equal events of all other kinds count once, since BigChat repeats ENDs and TRANSFERs on several pages.
+//! Each equal MESSAGE counts, on one page or on several, with one exception. A late event that is inserted before a
+//! page shifts the following pages, so that the next page begins with the end of this one. Events in that overlap count
+//! once. Equal events of all other kinds count once, since BigChat repeats ENDs and TRANSFERs on several pages.
 //!
 //! Pure. The journal then stores only those that earlier polls have not reported.
 
@@ -31,7 +31,7 @@ impl Key {
         }
     }
 
-    /// In place of an event on a stored page from which it is erased.
+    /// The replacement for an event that is erased from a stored page.
     pub fn to_json(self) -> String {
         let kind = self.kind.map(EventKind::name);
         serde_json::json!({ "erased": [self.conversation, self.fingerprint, kind] }).to_string()
@@ -109,8 +109,8 @@ fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
     last(before).map_or(0, |last| overlap(last, page))
 }
 
-/// Whether a page repeats an earlier one under another URL, so that the pagination loops. ENDs and TRANSFERs repeat anyway;
-/// a page with a single other event counts only if it repeats the page just before it.
+/// Whether a page repeats an earlier one under another URL, so that the pagination loops. ENDs and TRANSFERs repeat
+/// anyway; a page with a single other event counts only if it repeats the page just before it.
 pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
     match page.iter().filter(|key| !key.is_repeated()).count() {
         0 => false,
@@ -128,7 +128,7 @@ fn last(pages: &[Vec<Key>]) -> Option<&[Key]> {
 }
 
 /// Length of the longest suffix of `page` that is a prefix of `next`. Linear (Knuth-Morris-Pratt), since a hostile page
-/// has a million equal events.
+/// may have a million equal events.
 fn overlap(page: &[Key], next: &[Key]) -> usize {
     // For each prefix of `next`, the length of its longest proper prefix that is also its suffix.
     let mut borders = vec![0; next.len()];

@@ -156,7 +156,7 @@ pub enum ParseError {
     Shape(#[from] Malformed),
     #[error("not a BigChat event: missing field `{0}`")]
     Missing(&'static str),
-    /// A field is not of the type that the contract gives.
+    /// A field does not have the type that the contract specifies.
     #[error("not a BigChat event: {name}: {source}")]
     Field {
         name: &'static str,
@@ -218,7 +218,8 @@ impl Event {
         })
     }
 
-    /// The same for equal events. Others may share it, so it serves as an index and is no proof of equality.
+    /// Equal events have the same fingerprint. Other events may share it, so it serves as an index and does not prove
+    /// equality.
     pub fn fingerprint(&self) -> i64 {
         fingerprint(&[
             self.kind.name().as_bytes(),
@@ -270,12 +271,13 @@ fn bare_field(raw: &str, name: &str) -> Option<String> {
     Some(value[..end].to_owned())
 }
 
-/// Calls `each` with the raw JSON of every event of a page. It collects none of them, since a hostile page has millions.
+/// Calls `each` with the raw JSON of every event of a page. It collects none of them, since a hostile page may have
+/// millions.
 ///
 /// # Errors
 ///
-/// If the body is not a page. Without `events` it is an empty page only if it has `nextPageUrl` or no fields at all. Any
-/// other object may be an error report.
+/// If the body is not a page. Without `events` it is an empty page only if it has `nextPageUrl` or no fields at all.
+/// Any other object may be an error report.
 pub fn page_events<'a>(body: &'a str, each: impl FnMut(&'a str)) -> Result<(), Malformed> {
     let mut fields = 0;
     json::all_fields(body, |_, _| fields += 1)?;

@@ -1,6 +1,6 @@
 //! A lenient JSON splitter: it separates the values of an object or list without parsing them, so that an invalid value
-//! does not affect the others. `NaN`, a number out of range, an unpaired surrogate or a byte in another encoding costs only
-//! the value that contains it.
+//! does not affect the others. `NaN`, a number out of range, an unpaired surrogate or a byte in another encoding costs
+//! only the value that contains it.
 
 use std::borrow::Cow;
 
@@ -53,7 +53,8 @@ pub fn all_fields<'a>(object: &'a str, mut each: impl FnMut(&str, &'a str)) -> R
     scanner.end()
 }
 
-/// Calls `each` with the raw JSON of every item of a list. It collects none of them, since a hostile list has millions.
+/// Calls `each` with the raw JSON of every item of a list. It collects none of them, since a hostile list may have
+/// millions.
 pub fn items<'a>(list: &'a str, mut each: impl FnMut(&'a str)) -> Result<()> {
     let mut scanner = Scanner::open(list, b'[', "a list")?;
     while !scanner.closes(b']')? {

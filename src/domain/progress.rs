@@ -74,14 +74,14 @@ pub enum VerifyMode {
     Report,
     /// Restores what is missing. A field that another client has changed stays.
     Restore,
-    /// Restores what is missing, and overwrites fields with what events say.
+    /// Restores what is missing, and overwrites fields with the values from the events.
     Overwrite,
 }
 
 /// The verification of all chats in idle time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IdlePass {
-    /// Within which time each chat is verified.
+    /// The period in which each chat is verified once.
     pub every: Duration,
     pub mode: VerifyMode,
 }
@@ -89,7 +89,7 @@ pub struct IdlePass {
 /// What a verification found of a chat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VerificationResult {
-    /// OurAPI repeatedly answers that the chat cannot be read.
+    /// Reading the chat failed repeatedly while OurAPI was up.
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: Drift,
@@ -245,7 +245,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The failed request was not the event's own: whether OurAPI has the event is as unknown as before.
+    /// The failed request did not send the event, so the failure does not make the event's outcome unknown.
     pub fn was_not_sent(&mut self, event: &Pending) {
         if let Self::Retry { attempts, .. } | Self::DeadLetter { attempts, .. } = self {
             attempts.outcome_unknown = event.attempts.outcome_unknown;
@@ -370,8 +370,8 @@ pub struct Lost {
     pub due_at: Millis,
 }
 
-/// Moves the offset to the end of the claim, or to just before the first event that still waits. A change delivered above
-/// the new offset is folded again with the next claim, which has no effect.
+/// Moves the offset to the end of the claim, or to just before the first event that still waits. A change delivered
+/// above the new offset is folded again with the next claim, which has no effect.
 pub fn advance(claim: &Claim, events: &[Pending], outcomes: &[EventOutcome]) -> Advance {
     let mut in_order: Vec<&EventOutcome> = outcomes.iter().collect();
     in_order.sort_by_key(|outcome| outcome.event);

@@ -1,7 +1,7 @@
 //! Decoding the body of a response: compression and character encoding.
 //!
-//! No byte is guessed or replaced. A byte that is not in the declared encoding becomes `\xNN`, which is invalid in a JSON
-//! string: it costs only the value that contains it, and the dead letter shows the byte.
+//! No byte is guessed or replaced. A byte that is not in the declared encoding becomes `\xNN`, which is invalid in a
+//! JSON string: it costs only the value that contains it, and the dead letter shows the byte.
 
 use std::io::{self, Read};
 

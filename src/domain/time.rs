@@ -1,8 +1,8 @@
 //! Points in time.
 //!
-//! BigChat reports whole Unix seconds ([`Timestamp`]). OurAPI takes RFC 3339 and ignores the offset, so times are sent in
-//! UTC with `Z`. This machine's clock ([`Millis`]) serves for the journal's own times: retries, retention, status. It
-//! replaces BigChat's clock only as long as that is unknown.
+//! BigChat reports whole Unix seconds ([`Timestamp`]). OurAPI takes RFC 3339 and ignores the offset, so times are sent
+//! in UTC with `Z`. This machine's clock ([`Millis`]) serves for the journal's own times: retries, retention, status.
+//! It replaces BigChat's clock only as long as that is unknown.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -52,8 +52,8 @@ impl Timestamp {
         (self < middle && middle < later).then_some(middle)
     }
 
-    /// Parses a time from OurAPI: RFC 3339, or the same without an offset, which means UTC. Other clients may have stored a
-    /// year outside the range of `Timestamp`; the nearest time in range is returned.
+    /// Parses a time from OurAPI: RFC 3339, or the same without an offset, which means UTC. Other clients may have
+    /// stored a year outside the range of `Timestamp`; the nearest time in range is returned.
     pub fn parse(text: &str) -> Option<Self> {
         let seconds = match DateTime::parse_from_rfc3339(text) {
             Ok(time) => time.timestamp(),

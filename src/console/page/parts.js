@@ -2,7 +2,7 @@
 
 import { el, icon } from "./dom.js";
 
-/** Whether events of this kind are stored as messages: their text is what somebody wrote. */
+/** Whether events of this kind are stored as messages. */
 export const isMessage = (name) => name === "MESSAGE";
 
 /** The kind of an event. */

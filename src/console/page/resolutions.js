@@ -23,7 +23,7 @@ export const resolutions = {
         el(
           "table.audit",
           null,
-          el("thead", null, el("tr", null, ["When", "What", "Event", "Conversation", "Reason of the failure", "By"].map((name) => el("th", { scope: "col" }, name)))),
+          el("thead", null, el("tr", null, ["When", "What", "Event", "Conversation", "Reason for the failure", "By"].map((name) => el("th", { scope: "col" }, name)))),
           el(
             "tbody",
             null,

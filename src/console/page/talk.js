@@ -122,7 +122,7 @@ export const talk = {
               ["Started", time(one.started_at) ?? "not known"],
               ["Last END", time(one.ended_at)],
               ["First advisor", one.first_advisor],
-              ["Advisor since", one.transfer_at === null ? null : [`${one.transfer_advisor}, set by the TRANSFER of `, time(one.transfer_at)]],
+              ["Latest advisor", one.transfer_at === null ? null : [`${one.transfer_advisor}, set by the TRANSFER of `, time(one.transfer_at)]],
               ["Details", { unread: "not read yet", read: null, gone: "BigChat no longer knows them" }[one.details]],
             ]),
           ),

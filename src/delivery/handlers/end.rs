@@ -1,5 +1,5 @@
-//! END: the chat gets its end time. BigChat reports several for the same conversation, of which the latest counts. Messages
-//! after the end are delivered, too.
+//! END: the chat gets its end time. BigChat reports several for the same conversation, of which the latest counts.
+//! Messages after the end are delivered, too.
 
 use crate::domain::conversation::{Desired, Pending};
 

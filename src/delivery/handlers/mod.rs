@@ -1,7 +1,7 @@
 //! The handlers: one file for each of START, END, MESSAGE and TRANSFER.
 //!
-//! Changes of the chat itself are folded into the desired chat, and the difference is sent as one change. Messages are sent
-//! one by one, in order of arrival.
+//! Changes of the chat itself are folded into the desired chat, and the difference is sent as one change. Messages are
+//! sent one by one, in order of arrival.
 
 pub(super) mod end;
 pub(super) mod message;

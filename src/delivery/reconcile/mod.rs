@@ -1,8 +1,8 @@
 //! Reconciling a conversation: sends the difference between the desired and the observed chat.
 //!
-//! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with an
-//! older copy of the database. The conversation is *stale* then, and there is one remedy: the chat is read back, and its
-//! messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
+//! The journal's record of the chat may be wrong: after a write of unknown outcome, a crash, a loss in OurAPI, or with
+//! an older copy of the database. The conversation is *stale* then, and there is one remedy: the chat is read back, and
+//! its messages are accounted for. That ends the claim; the next claim sends missing and waiting events.
 
 mod read_back;
 mod verify;
@@ -141,8 +141,8 @@ impl Reconciled {
         !self.claim.is_read && self.events.iter().any(is_replayed)
     }
 
-    /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or OurAPI
-    /// rejects them together.
+    /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or
+    /// OurAPI rejects them together.
     async fn change_chat(&mut self, worker: &Worker) -> Result<(), Stopped> {
         let changes: Vec<Pending> = self
             .events
@@ -207,8 +207,8 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing was
-    /// written.
+    /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing
+    /// was written.
     async fn write_chat(
         &mut self,
         worker: &Worker,
@@ -309,7 +309,8 @@ impl Reconciled {
         }
     }
 
-    /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created again.
+    /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created
+    /// again.
     async fn agent_missing(
         &mut self,
         worker: &Worker,

@@ -103,8 +103,8 @@ impl Reconciled {
         }
     }
 
-    /// After a loss, the chat's agent may be gone. The agent is resolved again, and written if the result is another agent. An agent
-    /// that still exists stays, whichever client set it.
+    /// After a loss, the chat's agent may be gone. The agent is resolved again, and written if the result is another
+    /// agent. An agent that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
@@ -140,7 +140,8 @@ impl Reconciled {
         } = &mut self.conversation;
         let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
         let mut drift = observed.merge(&found.fields(), unknown);
-        // After the first reading, the observed agent is the one that another client set, so `merge` finds no difference.
+        // After the first reading, the observed agent is the one that another client set, so `merge` finds no
+        // difference.
         drift.agent |= self.claim.drift.agent && !unknown.agent;
         if drift.agent {
             // It may have been changed back.

@@ -186,7 +186,7 @@ async fn read_token_changes_nothing() {
             let answer: Value = refused.json().await.expect("JSON");
             let error = answer["error"].as_str().expect("a text");
             assert!(
-                error.contains("this token can read and change nothing"),
+                error.contains("this token gives read-only access"),
                 "{error}"
             );
         }

@@ -155,7 +155,7 @@ async fn conversation_shows_all_epochs() {
     let text = done(&bench, &["conversation", "42"]);
     for part in [
         "42, epoch 2\n",
-        "42, epoch 1 (BigChat has restarted since; now it is 2)",
+        "42, epoch 1 (BigChat has restarted since; the current epoch is 2)",
         "failed show 3",
         "none: not resolved yet",
         "S3cretTwo",
@@ -647,7 +647,7 @@ async fn commands_name_what_they_refuse() {
         (
             &bench,
             &["failed", "discard", "1", "999999"][..],
-            "1 of 2 resolved; not 999999: it is no failed event",
+            "1 of 2 resolved; not 999999: it is not a failed event",
         ),
         (
             &bench,

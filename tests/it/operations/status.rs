@@ -149,7 +149,7 @@ async fn check_beside_a_daemon() {
         let (well, report) = check(t).await;
         assert!(well, "{report}");
         assert!(
-            report.contains("the APIs are as of its latest requests"),
+            report.contains("the results for the APIs are from its latest requests"),
             "{report}"
         );
         assert_eq!(t.our_api.total(), requests, "OurAPI is not asked beside it");
@@ -162,7 +162,7 @@ async fn check_beside_a_daemon() {
             .expect("a process");
         let report = String::from_utf8_lossy(&elsewhere.stdout);
         assert!(
-            !elsewhere.status.success() && report.contains("has another URL in the daemon"),
+            !elsewhere.status.success() && report.contains("the daemon uses another URL for it"),
             "{report}"
         );
         daemon.stop().await;
