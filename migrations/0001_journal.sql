@@ -10,7 +10,7 @@ CREATE TABLE poll_state (
     window_start INTEGER,                        -- of the poll in progress; NULL: there is none
     window_end   INTEGER,
     next_query   TEXT,                           -- its next page; NULL: its last page is stored
-    rescans_left INTEGER NOT NULL DEFAULT 0,     -- polls in which a window read again may bring nothing new
+    rescans_left INTEGER NOT NULL DEFAULT 0,     -- how many more polls of a window read again may be empty
     cursor_moved_at INTEGER,                     -- when the cursor last changed
     polled_at    INTEGER,                        -- when a poll last completed
     clock_ahead  INTEGER,                        -- seconds BigChat's clock was ahead of this machine's then
@@ -82,7 +82,7 @@ CREATE TABLE conversations (
     transfer_at      INTEGER,
     transfer_event   INTEGER,
     transfer_advisor INTEGER,
-    -- observed: what OurAPI holds, as last written or read
+    -- observed: what OurAPI has, as last written or read
     external_id      TEXT,                       -- once chosen
     chat_id          TEXT,                       -- NULL: no chat yet
     chat_started_at  INTEGER,                    -- also while its creation is in progress
@@ -100,12 +100,12 @@ CREATE TABLE conversations (
     drift            TEXT,                       -- the fields that another client has changed, when last read; NULL: none
     missing          TEXT,                       -- what OurAPI has lost of it and was not restored, when last verified
     -- progress
-    offset           INTEGER NOT NULL DEFAULT 0, -- events up to this one are delivered, but for dead letters and redeliveries
+    offset           INTEGER NOT NULL DEFAULT 0, -- events up to this one are delivered, except dead letters and redeliveries
     restored_through INTEGER NOT NULL DEFAULT 0, -- events up to this one were delivered before, to a chat that is gone
     waiting          INTEGER NOT NULL DEFAULT 0, -- events above the offset that are no dead letters, and redeliveries
     waiting_since    INTEGER,                    -- when the oldest of those was received
     due_at           INTEGER,                    -- when it is to be worked on; NULL: there is nothing to do
-    -- erasure: of a forgotten one no event's data is stored, and nothing is sent or verified any more
+    -- erasure: no data of a forgotten conversation's events is stored, and none of it is sent or verified any more
     forgotten_at     INTEGER,
     forgotten_by     TEXT,
     UNIQUE (epoch, bigchat_id)
@@ -144,7 +144,7 @@ CREATE TABLE redeliveries (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX redeliveries_by_event ON redeliveries (event);
 
--- Messages that OurAPI holds and that no delivered event accounts for, as of the last read of the chat.
+-- Messages that OurAPI has and that no delivered event accounts for, as of the last read of the chat.
 CREATE TABLE credits (
     conversation INTEGER NOT NULL REFERENCES conversations (id),
     sent_at      INTEGER NOT NULL,
@@ -172,7 +172,7 @@ CREATE TABLE attempts (
     event           INTEGER PRIMARY KEY REFERENCES events (id) ON DELETE CASCADE,
     conversation    INTEGER,
     attempts        INTEGER NOT NULL,            -- all failures, for the back-off
-    counted         INTEGER NOT NULL,            -- those while other conversations got through
+    counted         INTEGER NOT NULL,            -- failures while other conversations were delivered
     next_at         INTEGER,                     -- NULL: no attempt is scheduled
     writes_then     INTEGER,                     -- control.writes_succeeded at the last failure
     outcome_unknown INTEGER NOT NULL DEFAULT 0 CHECK (outcome_unknown = 0 OR outcome_unknown = 1),
@@ -182,7 +182,7 @@ CREATE TABLE attempts (
 ) STRICT;
 CREATE INDEX attempts_of_conversation ON attempts (conversation) WHERE conversation IS NOT NULL;
 
--- The latest failures of an event, by how often it had failed by then.
+-- The latest failures of an event. `attempt` is the number of its failures up to and including this one.
 CREATE TABLE failures (
     event     INTEGER NOT NULL REFERENCES attempts (event) ON DELETE CASCADE,
     attempt   INTEGER NOT NULL,
@@ -199,7 +199,7 @@ CREATE TABLE dead_letters (
     conversation INTEGER,
     failed_at    INTEGER NOT NULL,
     discarded_at INTEGER,                        -- NULL: open
-    -- of what could not be parsed, for when it can be:
+    -- of an event that could not be parsed, for a later version that can parse it:
     epoch        INTEGER REFERENCES epochs (id),
     received     INTEGER                         -- how many equal ones one poll reported
 ) STRICT;
@@ -212,7 +212,7 @@ CREATE TABLE resolutions (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
     resolved_at  INTEGER NOT NULL,
     resolved_by  TEXT NOT NULL,                  -- 'command' or 'console'
-    user         TEXT,                           -- as far as it can be known
+    user         TEXT,                           -- NULL: unknown
     resolution   TEXT NOT NULL CHECK (resolution IN ('retry', 'discard', 'undo')),
     event        INTEGER NOT NULL,               -- which the retention may have dropped since
     conversation INTEGER,                        -- BigChat's id; NULL: not even that could be parsed
@@ -225,7 +225,7 @@ CREATE INDEX resolutions_by_event ON resolutions (event);
 -- smaller, so that the cost of a request does not grow with the chats.
 CREATE TABLE verifications (
     id           INTEGER PRIMARY KEY AUTOINCREMENT, -- never reused
-    idle         INTEGER NOT NULL CHECK (idle = 0 OR idle = 1), -- the pass in idle time: one row; else of the `verify` command
+    idle         INTEGER NOT NULL CHECK (idle = 0 OR idle = 1), -- 1: the pass in idle time, one row; 0: by the `verify` command
     requested_at INTEGER NOT NULL,
     ended_at     INTEGER,                        -- of the pass in idle time; NULL: it is in progress
     conversation INTEGER,                        -- BigChat's id; NULL: all chats
@@ -238,7 +238,7 @@ CREATE TABLE verifications (
     messages     INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
--- The chats that are not as they should be, of a verification by the command.
+-- The chats that a `verify` command has found to differ from their events.
 CREATE TABLE findings (
     verification INTEGER NOT NULL REFERENCES verifications (id) ON DELETE CASCADE,
     conversation INTEGER NOT NULL REFERENCES conversations (id),
@@ -264,14 +264,14 @@ CREATE TABLE agents (
     agent_id TEXT                                -- NULL: OurAPI permanently rejects it
 ) STRICT, WITHOUT ROWID;
 
--- How each API was when the daemon last asked it.
+-- The state of each API as of the daemon's latest request.
 CREATE TABLE api_status (
     name          TEXT PRIMARY KEY CHECK (name = 'bigchat' OR name = 'our_api'),
     state         TEXT NOT NULL CHECK (state IN ('unknown', 'up', 'failing', 'down')),
     since         INTEGER,                       -- when that began; NULL while it is unknown
     problem       TEXT,                          -- why its latest requests failed
-    lasts         INTEGER NOT NULL CHECK (lasts = 0 OR lasts = 1), -- the problem, until an operator acts
-    limited_at    INTEGER,                       -- the latest rate limit: from when on, until when,
+    lasts         INTEGER NOT NULL CHECK (lasts = 0 OR lasts = 1), -- 1: the problem lasts until an operator acts
+    limited_at    INTEGER,                       -- the latest rate limit: its start, its end,
     limited_until INTEGER,
     limited_by    INTEGER,                       -- and the status of the response that asked for it
     asked_at      INTEGER NOT NULL,              -- the latest exchange
@@ -292,7 +292,7 @@ CREATE TABLE activity (
     PRIMARY KEY (minute, kind)
 ) STRICT, WITHOUT ROWID;
 
--- Zeros in pages that were free, to overwrite what was deleted, or to try a write; empty but for that moment.
+-- Zeros that overwrite deleted data in free pages, or serve as a trial write. Otherwise the table is empty.
 CREATE TABLE scratch (
     id    INTEGER PRIMARY KEY,
     zeros BLOB NOT NULL

@@ -23,7 +23,7 @@ const NO_POLL: Duration = Duration::from_secs(30);
 /// Longest time behind BigChat's clock, in poll intervals; at least [`STALE`].
 const INTERVALS_BEHIND: u32 = 6;
 
-/// So many losses of OurAPI within an hour are no single restart or restore.
+/// This many losses of OurAPI within an hour are not explained by a single restart or restore.
 const LOSSES: u64 = 3;
 
 /// A disk with less space, in bytes, is about to refuse a write.
@@ -206,7 +206,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
     match figures.polled_at {
         None => problem(
             "no poll of BigChat was completed yet".into(),
-            "wait for the first poll; if this stays, see the log",
+            "wait for the first poll; if this persists, see the log",
         ),
         Some(at) if now.since(at) > no_poll => problem(
             format!("no poll was completed for {}", duration(now.since(at))),
@@ -247,7 +247,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
                 "OurAPI lost data {} times within the last hour",
                 figures.recent_losses
             ),
-            "if nobody restarts or restores it, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
+            "if it was not restarted or restored, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
         );
     }
     if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
@@ -260,7 +260,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
     let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
     if let Some(oldest) = &figures.oldest_waiting
         && figures.paused.is_none()
-        // That is the reason, and was reported.
+        // A long rate limit is the reason, and was reported above.
         && figures.our_api.long_limit().is_none()
         && now.since(could_be_sent_since(oldest.since)) > STALE
     {

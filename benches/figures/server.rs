@@ -167,19 +167,19 @@ impl Server {
         self.0.url()
     }
 
-    /// Resets the counts and times, and records requests from now on if `store` is set.
-    pub(crate) fn reset(&self, store: bool) {
+    /// Resets the counts and times, and records requests from now on if `record` is set.
+    pub(crate) fn reset(&self, record: bool) {
         let mut both = self.both();
         let before = std::mem::replace(&mut *both, Both::new());
         (both.bigchat, both.our_api) = (before.bigchat, before.our_api);
         both.chats_of = before.chats_of;
-        both.made = store.then(Vec::new);
+        both.made = record.then(Vec::new);
     }
 
     /// The same with an empty OurAPI.
-    pub(crate) fn restart(&self, store: bool) {
+    pub(crate) fn restart(&self, record: bool) {
         *self.both() = Both {
-            made: store.then(Vec::new),
+            made: record.then(Vec::new),
             ..Both::new()
         };
     }

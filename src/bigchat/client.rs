@@ -1,4 +1,4 @@
-//! The client of BigChat's three routes, typed after the contract.
+//! The client of BigChat's three routes, with types that follow the contract.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -18,8 +18,8 @@ const JUMP: Duration = Duration::from_secs(600);
 /// while BigChat's date is wrong for some minutes.
 const POLLS: u64 = 10;
 
-/// A smaller difference from this machine's clock is no problem, in seconds. Dates are whole seconds, and requests take
-/// time.
+/// Differences from this machine's clock of up to this many seconds are ignored. Dates are whole seconds, and requests
+/// take time.
 const TOLERANCE: u64 = 60;
 
 /// The difference of the two clocks in words; `None`: they agree. `ahead` is in seconds.

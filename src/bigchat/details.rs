@@ -9,8 +9,8 @@ use crate::domain::time::Timestamp;
 use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::KnownAdvisor;
 
-/// How many 404s in a row are believed. The result is final, and one of several instances behind the same address may only
-/// lag.
+/// How many 404s in a row are believed. The result is final, and a single 404 may come from an instance that lags
+/// behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the conversation,
@@ -60,8 +60,8 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
     Ok(())
 }
 
-/// Stores a start time that no START has reported before a chat is created with it. If the creation is interrupted and
-/// BigChat then no longer knows the conversation, only this start time identifies the chat.
+/// Stores a start time that is known only from the details. A chat will be created with it. If the creation is
+/// interrupted and BigChat then no longer knows the conversation, only this start time identifies the chat.
 async fn record(
     source: &Source,
     conversation: &Conversation,

@@ -18,7 +18,7 @@ use crate::journal::{JournalError, Probe, Store, StoredPage};
 /// How many conversations a probe requests while BigChat no longer knows the earlier ones.
 const PROBE_CONVERSATIONS: u32 = 3;
 
-/// How often a request is made in a row while it fails transiently: about one in twenty fails at BigChat.
+/// Attempts in a row for a request that fails transiently. About one request in twenty to BigChat does.
 const ATTEMPTS: u32 = 3;
 
 /// How many conversations of a page are requested to determine its epoch.
@@ -96,7 +96,7 @@ pub async fn begin(
     let verified_until = source.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= verified_until => first.min(started_at),
-        // The clock was set back with the restart, and dates it while the old epoch was still verified.
+        // BigChat's clock was set back at the restart, so the start seems to precede the old epoch's last check.
         _ if started_at < verified_until => source.clock().now().unwrap_or(verified_until),
         _ => started_at,
     };
@@ -116,7 +116,7 @@ pub async fn begin(
 }
 
 /// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the current
-/// one. If the page was served at about the time of the restart, its time does not decide: it belongs to the previous epoch
+/// one. If the page was served at about the time of the restart, its time proves nothing: it belongs to the previous epoch
 /// if it reports a conversation that BigChat no longer knows, or that now has another start time.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
@@ -129,7 +129,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
         return Ok(Some(epoch.max(page.requested_in)));
     }
     let events = page.events();
-    // The highest first: the new epoch has used only few ids yet, the lowest ones.
+    // The highest first: so far, the new epoch has used only the lowest ids.
     let ids: BTreeSet<_> = events
         .iter()
         .map(|event| Reverse(event.conversation))

@@ -7,7 +7,7 @@ use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::journal::{Journal, JournalError};
 
-/// After this many probes, a missing conversation 1 is requested again: with a probe every 10 s, some ten minutes.
+/// After this many probes, a missing conversation 1 is requested again: with a probe every 10 s, about ten minutes.
 const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
 #[derive(Debug, Default)]

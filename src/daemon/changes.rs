@@ -10,10 +10,10 @@ use super::parts::Parts;
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
-/// How often to look. A command takes effect within a second.
+/// How often to check. A command takes effect within a second.
 const CHECK_EVERY: Duration = Duration::from_millis(500);
 
-/// Applies pauses and their ends, and has delivery look for work.
+/// Applies pauses and their ends, and wakes delivery, since there may be work.
 pub(super) async fn watch(parts: &Parts) -> Infallible {
     let (mut seen, mut logged) = (None, None);
     loop {

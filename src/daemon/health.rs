@@ -21,7 +21,7 @@ const STORE_EVERY: Duration = Duration::from_secs(10);
 
 /// Restores the state of both APIs from the end of the last session.
 ///
-/// An API that was down then is taken as down only if the base URL is the same and a request will be made soon; else
+/// An API that was down then counts as down only if the base URL is the same and a request will be made soon; else
 /// its state is not known. A rate limit in force remains.
 pub(super) async fn recall(parts: &Parts) {
     for api in Api::ALL {

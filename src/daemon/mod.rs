@@ -59,7 +59,7 @@ pub enum DaemonError {
     )]
     Unstored(usize),
     /// The database was deleted or replaced while the daemon ran. The events waiting in it are lost.
-    #[error("stopped while the database was deleted or replaced: {0} events in it are lost")]
+    #[error("stopped after the database had been deleted or replaced: {0} events in it are lost")]
     Replaced(u64),
     /// `once` could not read BigChat up to now.
     #[error("BigChat was not read up to the present: {0}; the next run continues from there")]
@@ -129,8 +129,8 @@ pub async fn run_at(
     served
 }
 
-/// The observers of the daemon besides readers of its log. There are none, unless the daemon is all that the process
-/// runs.
+/// The observers of the daemon besides readers of its log. There are none if the process runs more than the daemon, as
+/// the demo does.
 #[derive(Debug, Clone, Default)]
 pub struct Observers {
     /// The terminal, if it is interactive.
@@ -292,7 +292,7 @@ async fn caught_up(parts: &Parts) {
     }
 }
 
-/// Lets polling end. Once the daemon is to stop, it waits for a limited time only. `None`: polling did not end.
+/// Waits for the end of polling; once the daemon is to stop, for a limited time only. `None`: polling did not end.
 async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Option<T> {
     let last_poll = async {
         parts.stopping.cancelled().await;

@@ -25,10 +25,10 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// A larger distance means downtime. (Twice the poll interval, if that is longer.)
 const BEHIND: Duration = Duration::from_secs(60);
 
-/// So many waiting events take several seconds.
+/// Delivering this many waiting events takes several seconds, so they are worth a display.
 const MANY: u32 = 1000;
 
-/// So few waiting events end the display.
+/// The display ends when no more than this many events wait.
 const FEW: u64 = 100;
 
 /// How often all waiting events are counted.
@@ -213,7 +213,7 @@ impl Bars {
         let add = |bar: ProgressBar| picture.add(bar);
         Self([
             // A ^C typed by the user pushes the bars up by one line, which stays on the screen. The first bar is empty,
-            // so that the line is.
+            // so that this line is empty, too.
             add(styled(" ")),
             add(styled(BAR).with_prefix("read")),
             add(styled(BAR).with_prefix("delivered")),

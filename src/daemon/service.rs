@@ -216,14 +216,14 @@ mod tests {
         );
         let course = async {
             sleep(Duration::from_secs(301)).await;
-            let well = fed();
-            assert!(well >= 10, "at least every half interval: {well}");
+            let before = fed();
+            assert!(before >= 10, "at least every half interval: {before}");
             stuck.store(true, Ordering::Relaxed);
             sleep(Duration::from_secs(300)).await;
-            assert_eq!(fed(), well);
+            assert_eq!(fed(), before);
             stuck.store(false, Ordering::Relaxed);
             sleep(Duration::from_secs(60)).await;
-            assert!(fed() > well, "it may come loose in time");
+            assert!(fed() > before, "it may recover in time");
             stopping.cancel();
             sleep(Duration::from_secs(1)).await;
             let last = sent.lock().expect("no panic").len();

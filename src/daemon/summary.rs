@@ -101,11 +101,11 @@ impl Summary {
         let has_problem = apis
             .iter()
             .any(|api| api.is_down() || api.long_limit().is_some());
-        let all_is_well = !has_problem
+        let is_healthy = !has_problem
             && paused.is_none()
             && !left_out
             && queue.is_some_and(|queue| queue.waiting == 0);
-        if all_is_well && !done.something_happened() {
+        if is_healthy && !done.something_happened() {
             return;
         }
         tracing::info!(

@@ -1,8 +1,8 @@
 //! `--chaos`: the daemon as a separate process, which is killed, stopped and started again while both services fail in
 //! every way of the plan ([`simulator::chaos`](crate::simulator::chaos)).
 //!
-//! In the end all faults stop and the daemon runs. Only one difference is excused: events that a BigChat which reports
-//! everything once had sent when the daemon was killed, and that the daemon had not stored. The journal is read at each
+//! In the end all faults stop and the daemon runs. Only one difference is excused: events that BigChat reports only
+//! once, and that it had sent to a daemon that was killed before it stored them. The journal is read at each
 //! kill to find them ([`count_apart`]).
 
 use std::ffi::OsString;

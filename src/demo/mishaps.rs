@@ -20,7 +20,7 @@ const FIXED_AT: Duration = Duration::from_secs(60);
 /// Probability that a request to either service meets a temporary fault.
 const NOW_AND_THEN: f64 = 0.01;
 
-/// How far the mishaps are.
+/// The current stage of the mishaps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Begun,
@@ -39,8 +39,8 @@ pub(super) struct Mishaps {
 /// What the operator can try.
 pub(super) fn what_to_do(program: &Path, db: &Path) -> String {
     format!(
-        "Requests fail now, and one of the failures needs you. The console shows what failed, why, and what to do. So does
-another terminal, while the daemon runs:
+        "Requests fail now, and one of the failures needs action. The console shows what failed, why, and what to do.
+So does another terminal, while the daemon runs:
 
     alias bigchat-sync={}; export BIGCHAT_SYNC_DB={}
     bigchat-sync status
@@ -80,7 +80,7 @@ impl Mishaps {
     }
 
     /// Starts the next mishap if it is due. Returns its announcement.
-    pub(super) async fn go_on(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
+    pub(super) async fn advance(&mut self, elapsed: Duration) -> io::Result<Option<&'static str>> {
         let (stage, news) = match self.stage {
             Stage::Begun if elapsed > self.fixed_at / 3 => {
                 self.sim.our_api.down().await;

@@ -352,7 +352,7 @@ impl Stage {
         while self.begun.elapsed() < duration && !stopping.is_cancelled() {
             self.frame().await?;
             if let Some(mishaps) = &mut self.mishaps
-                && let Some(news) = mishaps.go_on(self.begun.elapsed()).await?
+                && let Some(news) = mishaps.advance(self.begun.elapsed()).await?
             {
                 self.terminal.say(news).await?;
             }
@@ -433,7 +433,7 @@ impl Stage {
 
     fn record_happenings(&mut self) {
         while let Ok((at, happening)) = self.happenings.try_recv() {
-            if let Some(line) = self.tally.note(at, happening) {
+            if let Some(line) = self.tally.record(at, happening) {
                 self.show.push(line);
             }
         }
@@ -498,8 +498,8 @@ impl Drop for Scratch {
     }
 }
 
-/// The listener of the console: at its default address, if that is free. A daemon that is killed cannot hold that address,
-/// so that another demo may take it.
+/// The listener of the console: at its default address, if that is free. A daemon that is killed from time to time gets
+/// another one, because a second demo could take the default address meanwhile.
 fn console(is_killed: bool) -> io::Result<TcpListener> {
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     if is_killed {

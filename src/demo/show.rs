@@ -125,7 +125,7 @@ impl Picture {
             bar
         };
         // A ^C typed by the user pushes the bars up by one line, which stays on the screen. The first bar is empty, so
-        // that the line is.
+        // that this line is empty, too.
         add(" ");
         let time = add("  {wide_bar:.cyan/dim}  {msg}");
         add(" ");

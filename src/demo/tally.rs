@@ -113,7 +113,7 @@ impl Tally {
     }
 
     /// Counts what happened. Returns a line about it, if it is of interest.
-    pub(super) fn note(&mut self, at: Instant, happening: Happening) -> Option<Line> {
+    pub(super) fn record(&mut self, at: Instant, happening: Happening) -> Option<Line> {
         match happening {
             Happening::Reported(events) => {
                 for event in &events {
@@ -370,24 +370,27 @@ mod tests {
     fn messages_are_paired_with_reports() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
-        let mut note = |millis, happening| tally.note(at(millis), happening);
+        let mut record = |millis, happening| tally.record(at(millis), happening);
         assert_eq!(
-            note(0, Happening::Reported(vec![message("a"), message(" ok")])),
+            record(0, Happening::Reported(vec![message("a"), message(" ok")])),
             None
         );
-        assert_eq!(note(10, Happening::Reported(vec![message(" ok")])), None);
+        assert_eq!(record(10, Happening::Reported(vec![message(" ok")])), None);
         assert_eq!(
-            note(12, posted(" ok", 503)),
+            record(12, posted(" ok", 503)),
             line(None, "message “ ok”: 503")
         );
         assert_eq!(
-            note(15, posted(" ok", 200)),
+            record(15, posted(" ok", 200)),
             line(Some(15), "message “ ok”")
         );
-        assert_eq!(note(16, posted(" ok", 200)), line(Some(6), "message “ ok”"));
-        assert_eq!(note(17, posted(" ok", 200)), line(None, "message “ ok”"));
         assert_eq!(
-            note(18, posted("a", 422)),
+            record(16, posted(" ok", 200)),
+            line(Some(6), "message “ ok”")
+        );
+        assert_eq!(record(17, posted(" ok", 200)), line(None, "message “ ok”"));
+        assert_eq!(
+            record(18, posted("a", 422)),
             line(None, "message “a”: permanently rejected")
         );
         assert_eq!((tally.events(), tally.requests()), (3, 5));
@@ -398,22 +401,22 @@ mod tests {
     fn chat_changes_show_their_delay() {
         let (start, mut tally) = (Instant::now(), Tally::default());
         let at = |millis| start + Duration::from_millis(millis);
-        let mut note = |millis, happening| tally.note(at(millis), happening);
+        let mut record = |millis, happening| tally.record(at(millis), happening);
         let (time, agent) = ("2025-11-22T22:03:27Z", "its id");
-        note(
+        record(
             0,
             Happening::Reported(vec![reported(4, "START", Value::Null)]),
         );
         let chat = json!({ "external_id": "4", "started_at": time, "agent_id": agent });
         assert_eq!(
-            note(9, answered("POST", None, chat, 201)),
+            record(9, answered("POST", None, chat, 201)),
             line(Some(9), "new chat, started 22:03:27, with Zoë Ng")
         );
         let change = ["TRANSFER", "END"].map(|name| reported(4, name, Value::Null));
-        note(1000, Happening::Reported(change.into()));
+        record(1000, Happening::Reported(change.into()));
         let change = json!({ "ended_at": time, "agent_id": agent });
         assert_eq!(
-            note(1007, answered("PATCH", Some("4"), change, 204)),
+            record(1007, answered("PATCH", Some("4"), change, 204)),
             line(Some(7), "ended 22:03:27, now with Zoë Ng")
         );
     }
@@ -422,8 +425,8 @@ mod tests {
     fn figures_align_with_headings() {
         let [owners, headings] = headings();
         let mut tally = Tally::new(false);
-        tally.note(Instant::now(), Happening::Reported(vec![message("a")]));
-        tally.note(Instant::now(), Happening::Failed);
+        tally.record(Instant::now(), Happening::Reported(vec![message("a")]));
+        tally.record(Instant::now(), Happening::Failed);
         let snapshot = Snapshot {
             chats: 2,
             failed: 9,
@@ -451,7 +454,7 @@ mod tests {
         for (reported_again, says) in [(true, "reported again"), (false, "not recoverable")] {
             let mut tally = Tally::new(reported_again);
             let line = tally
-                .note(Instant::now(), Happening::Failed)
+                .record(Instant::now(), Happening::Failed)
                 .expect("a line");
             assert!(line.what.contains(says), "{line:?}");
             assert!(tally.failed_polls().to_string().contains(says));
@@ -462,7 +465,7 @@ mod tests {
     fn foreign_text_is_safe_and_short() {
         let mut tally = Tally::default();
         let mut what = |text: &str| {
-            let line = tally.note(Instant::now(), posted(text, 200));
+            let line = tally.record(Instant::now(), posted(text, 200));
             line.expect("a line").what
         };
         assert_eq!(

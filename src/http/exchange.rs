@@ -150,7 +150,7 @@ impl Exchange {
     }
 }
 
-/// The request of an [`Exchange`] without query and body, which have messages, names and addresses.
+/// The request of an [`Exchange`] without query and body, which contain messages, names and addresses.
 pub fn request_head(request: &str) -> &str {
     let path = request.find(' ').map_or(0, |space| space + 1);
     let end = request[path..].find([' ', '?']);

@@ -70,7 +70,7 @@ pub struct ApiStatus {
     pub rate_limit: Option<RateLimit>,
     /// The end of the latest exchange.
     pub asked_at: Option<Millis>,
-    /// Method and URL of it, without the query, which may have an e-mail address.
+    /// Method and URL of it, without the query, which may contain an e-mail address.
     pub request: Option<String>,
     /// Its status, or why there was no response.
     pub response: Option<String>,
@@ -152,7 +152,7 @@ pub(super) struct Health {
     pub(super) latest: Option<Latest>,
     /// The latest rate limit, even if it has passed.
     pub(super) rate_limit: Option<RateLimit>,
-    /// Notified of a rate limit, of a failure, and when one ends.
+    /// Notified when a rate limit begins, a request fails, or a failure ends.
     pub(super) changed: Arc<Notify>,
 }
 
@@ -282,7 +282,7 @@ impl Health {
         status.without_passed_limit(Millis::now())
     }
 
-    /// Restores the status at the end of the last session. A few failures of that session are no sign.
+    /// Restores the status at the end of the last session. Failures too few for an outage are not restored.
     pub(super) fn recall(&mut self, api: Api, status: &ApiStatus) {
         if let Some(limit) = status.rate_limit {
             self.limited(limit, api);

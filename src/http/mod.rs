@@ -88,7 +88,7 @@ impl Target {
         &self.url[url::Position::BeforePath..]
     }
 
-    /// Method and URL, without the query, which may have an e-mail address.
+    /// Method and URL, without the query, which may contain an e-mail address.
     fn name(&self) -> String {
         let Self { route, url } = self;
         format!("{} {}", route.method(), &url[..url::Position::AfterPath])
@@ -160,7 +160,7 @@ impl Http {
         self.health().status()
     }
 
-    /// Waits for a rate limit, for a failure, or for the end of one.
+    /// Waits until a rate limit begins, a request fails, or a failure ends.
     pub async fn changed(&self) {
         let changed = Arc::clone(&self.health().changed);
         changed.notified().await;

@@ -10,7 +10,7 @@ use crate::domain::time::{Millis, Timestamp};
 /// Maximum `Retry-After`: a mistyped one must not stop the daemon for days.
 pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
-/// A longer limit is a problem: events are late, and nobody would see why.
+/// A longer limit is reported as a problem, because it delays events without any other visible cause.
 const LONG: Duration = Duration::from_secs(60);
 
 /// A period without requests, by this machine's clock.
@@ -18,7 +18,7 @@ const LONG: Duration = Duration::from_secs(60);
 pub struct RateLimit {
     pub at: Millis,
     pub until: Millis,
-    /// The status of the response that asked for it; `None`: the daemon does this of its own accord.
+    /// The status of the response that asked for it; `None`: the daemon has set the limit itself.
     pub status: Option<u16>,
 }
 

@@ -1,4 +1,4 @@
-//! The routes of the two APIs, after the contract.
+//! The routes of the two APIs, as in the contract.
 
 use reqwest::Method;
 

@@ -25,7 +25,7 @@ const MAX_AGE: u64 = 366 * 86_400;
 /// Both servers close connections after 5 s idle; an older one may break in mid-request.
 const POOL_IDLE: Duration = Duration::from_secs(4);
 
-/// Over the network, or to a service in this process.
+/// Sends requests over the network, or to a service in this process.
 pub trait Transport: fmt::Debug + Send + Sync {
     /// Sends a request once, and reads the complete response.
     fn send<'a>(&'a self, request: Request<'a>) -> Sending<'a>;
@@ -100,7 +100,7 @@ impl NoResponse {
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
 /// HTTP over the network: no redirects, no proxies, no cached responses, and no retry except of a GET whose connection
-/// broke. Unrequested compression is inflated, and text is decoded as declared.
+/// broke. Compressed responses are decompressed, although compression is never requested; text is decoded as declared.
 ///
 /// After a lost response or a server error, open connections are not used again: they lead to the same server, which may
 /// have closed them, too.
@@ -313,7 +313,7 @@ fn lost(error: reqwest::Error) -> NoResponse {
     }
 }
 
-/// The root cause of an error, without the URL, whose query may have an e-mail address.
+/// The root cause of an error, without the URL, whose query may contain an e-mail address.
 pub(crate) fn cause(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut cause: &dyn std::error::Error = &error;

@@ -192,7 +192,7 @@ fn update(
         Observation::Read(Some(_)) | Observation::Created
     );
     let ends_claim = match report.observation {
-        // If there is no chat, the claim has nothing more to write.
+        // Without a chat there is nothing left to write, so the conversation is not due again at once.
         Observation::Read(None) => observed.chat.is_some(),
         Observation::Read(Some(_)) | Observation::Gone { .. } => true,
         Observation::None | Observation::Created => false,

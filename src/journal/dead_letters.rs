@@ -64,7 +64,7 @@ pub struct PastResolution {
     pub id: i64,
     /// When it was resolved.
     pub at: Millis,
-    /// The user and the way, such as `ann, command line`; if the user is not known, `command` or `console`.
+    /// The user and the interface, such as `ann, command line`; if the user is not known, `command` or `console`.
     pub by: String,
     /// `retry`, `discard` or `undo`.
     pub resolution: String,
@@ -118,8 +118,8 @@ impl Reason {
 /// How an operator resolves dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resolution {
-    /// Try them again, with all attempts available. It stays known which may have been carried out, so that the chat is
-    /// read first. Events that could not be parsed are parsed again, as after an upgrade.
+    /// Try them again, with all attempts available. The journal still knows which may have been carried out, so that
+    /// their chats are read first. Events that could not be parsed are parsed again, as after an upgrade.
     Retry,
     /// Give them up: they are never tried again.
     Discard,
@@ -160,7 +160,7 @@ pub enum Operator {
 }
 
 impl Operator {
-    /// The way, as the journal stores it, and the user.
+    /// The interface, as the journal stores it, and the user.
     fn parts(&self) -> (&'static str, &str) {
         match self {
             Self::Command(user) => ("command", user),
@@ -169,12 +169,12 @@ impl Operator {
     }
 }
 
-/// The user and the way in words, from the journal's columns.
-fn by(way: String, user: Option<String>) -> String {
-    match (user, &*way) {
+/// The user and the interface in words, from the journal's columns.
+fn by(interface: String, user: Option<String>) -> String {
+    match (user, &*interface) {
         (Some(user), "command") => format!("{user}, command line"),
-        (Some(user), _) => format!("{user}, {way}"),
-        (None, _) => way,
+        (Some(user), _) => format!("{user}, {interface}"),
+        (None, _) => interface,
     }
 }
 
@@ -501,8 +501,8 @@ fn resolve(
     Ok(true)
 }
 
-/// Retries a dead letter, with all attempts available. Above the offset it waits again as soon as it is no dead letter
-/// any more. If the outcome of an attempt is unknown, the chat is read back first.
+/// Retries a dead letter, with all attempts available. Above the offset it waits again once it is no longer a dead
+/// letter. If the outcome of an attempt is unknown, the chat is read back first.
 fn retry(
     transaction: &Transaction<'_>,
     event: EventId,

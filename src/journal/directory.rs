@@ -176,8 +176,8 @@ impl Store {
         .transpose()
     }
 
-    /// Records the agent of an e-mail address, and OurAPI's spelling of the address; unless there was a loss in OurAPI since
-    /// it was asked, when there had been `losses`.
+    /// Records the agent of an e-mail address, and OurAPI's spelling of the address. Does nothing if OurAPI has lost
+    /// data since the agent was requested, that is, if the number of losses is no longer `losses`.
     pub fn record_agent(
         &mut self,
         email: &str,

@@ -15,7 +15,7 @@ use super::schema::OpenError;
 /// The longest path that SQLite can open, in bytes: its limit, less the longest suffix it appends.
 const LONGEST_PATH: usize = 504;
 
-/// Linux follows as many symbolic links.
+/// How many symbolic links are followed: as many as Linux does.
 const MOST_LINKS: usize = 40;
 
 /// How long a command may hold the lock to find out whether a daemon holds it.
@@ -41,7 +41,7 @@ impl From<&Metadata> for Inode {
 }
 
 /// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the
-/// process has on it, including SQLite's. The next SQLite to close the database elsewhere would then delete the
+/// process has on it, including SQLite's. Another process that closes the database would then delete the
 /// write-ahead log that this process uses. So descriptors are reused, and closed only when this process has no
 /// connection left.
 static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
@@ -100,7 +100,7 @@ impl DatabaseFile {
         let mut options = File::options();
         options.read(true).write(true).create(true).mode(PRIVATE);
         Self::open_with(named, &options).map_err(|error| match error {
-            // The directory refuses, not the file.
+            // The error is from the directory, not from the file.
             OpenError::Io { .. } if !named.exists() => can_be_made(named).err().unwrap_or(error),
             error => error,
         })
@@ -195,7 +195,7 @@ impl DatabaseFile {
         fs::metadata(self.beside("-wal")).ok().map(|log| log.len())
     }
 
-    /// What is left on its disk for users other than root, in bytes.
+    /// The free space on its disk for users other than root, in bytes.
     pub(super) fn disk_free_bytes(&self) -> Option<u64> {
         let disk = fstatvfs(self.descriptor().ok()?).ok()?;
         Some(disk.f_bavail.saturating_mul(disk.f_frsize))

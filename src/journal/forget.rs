@@ -1,7 +1,7 @@
 //! Erasure: the text of a conversation is removed from the journal and its files for good, and later text is not
 //! stored.
 //!
-//! The conversation's row stays, marked. Of its events, what identifies them stays (kind, time, fingerprint), so that
+//! The conversation's row stays, marked. The identity of its events stays (kind, time, fingerprint), so that
 //! polling does not ingest them again. All of them count as settled: none waits, is sent, verified or restored.
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
@@ -48,7 +48,7 @@ impl Store {
     }
 
     /// Erases the text of a conversation: in its events, its dead letters with their requests and responses, and the
-    /// pages it is on. A request in flight to OurAPI is not called back.
+    /// pages it is on. A request in flight to OurAPI is not cancelled.
     pub fn forget(
         &mut self,
         epoch: Epoch,

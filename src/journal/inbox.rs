@@ -301,8 +301,8 @@ impl Store {
         Ok(false)
     }
 
-    /// Ingests the events of a stored page into their conversations in the page's epoch, as far as the journal has
-    /// fewer than the poll has `received`. From then on they are due.
+    /// Ingests the events of a stored page into their conversations in the page's epoch. An event is new if the journal
+    /// has fewer equal ones than the poll has `received`. The conversations of new events become due.
     pub fn ingest(
         &mut self,
         page: &StoredPage,

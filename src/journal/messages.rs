@@ -9,8 +9,8 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
 
 impl Store {
-    /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Those that
-    /// wait may have been sent up to `replay_until`.
+    /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Waiting
+    /// messages up to `replay_until` may have been sent.
     pub fn recorded_messages(
         &mut self,
         conversation: ConversationId,

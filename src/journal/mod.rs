@@ -223,7 +223,7 @@ impl Journal {
         });
         self.executor.execute(operation).await;
         let answer = answer.await;
-        liveness::goes_on(Instant::now());
+        liveness::record_progress(Instant::now());
         answer.map_err(|_| JournalError::Closed)?
     }
 }

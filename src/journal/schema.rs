@@ -28,7 +28,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// an old state of the database, and would then keep that size forever.
 const WAL_SIZE: i64 = 8 << 20;
 
-/// SQLite opens a read-only file for reading. It creates none, because that would be readable by all users.
+/// With these flags, SQLite opens a read-only file for reading only. `SQLITE_OPEN_CREATE` is left out, because all users
+/// could read a file that SQLite creates.
 const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
 /// Why a database was not opened. Unless the disk fails, nothing in it was changed.
@@ -368,7 +369,7 @@ fn damaged(path: &Path) -> OpenError {
 fn connect(file: &DatabaseFile) -> Result<Connection, OpenError> {
     let connected = connect_to(file.path());
     connected.map_err(|error| match is_refused(&error) {
-        // SQLite does not say which file it is, and why.
+        // SQLite's error names neither the file nor the reason.
         true => file
             .why_refused()
             .unwrap_or_else(|| sqlite(file.named(), error)),

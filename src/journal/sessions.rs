@@ -57,7 +57,7 @@ impl ReplayUntil {
 pub struct Intervals {
     /// Time between polls.
     pub poll_interval: Duration,
-    /// Within which time each chat is verified; `None`: not at all.
+    /// The period in which each chat is verified; `None`: chats are not verified in idle time.
     pub verify_every: Option<Duration>,
 }
 

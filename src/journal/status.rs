@@ -32,8 +32,8 @@ const DIFFERING: u32 = 10;
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
 
-/// The size of a trial write in bytes: more than a failed write of the daemon usually leaves in the write-ahead log, which
-/// could be written again on a full disk.
+/// The size of a trial write in bytes. A failed write of the daemon leaves space in the write-ahead log, which can be
+/// overwritten even on a full disk. The trial write is usually larger.
 const PROBE: i64 = 64 << 10;
 
 /// The rates are averages over this many minutes and the current one, or fewer if the first event is more recent.
@@ -123,7 +123,7 @@ pub struct Figures {
     pub our_api: ApiStatus,
     /// Time between polls of the daemon that runs, or ran last, in seconds.
     pub poll_interval_s: f64,
-    /// Within which time it verifies each chat, in seconds; `None`: not at all.
+    /// The period in which it verifies each chat, in seconds; `None`: it does not verify chats in idle time.
     pub verify_every_s: Option<f64>,
     /// When a poll last read its window to the end.
     pub polled_at: Option<Millis>,
@@ -173,7 +173,7 @@ pub struct Figures {
     pub recent_losses: u64,
     /// How many times BigChat was found to have restarted.
     pub restarts: u64,
-    /// What is left on the disk of the database; `None`: unknown.
+    /// The free space on the disk of the database; `None`: unknown.
     pub disk_free_bytes: Option<u64>,
 }
 
@@ -293,7 +293,7 @@ impl Store {
         api(&self.connection, name)
     }
 
-    /// Whether the database can be written now. A row that is not committed would never reach the disk.
+    /// Checks that the database can be written now. It commits, because an uncommitted row would not reach the disk.
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;
         let transaction = self.begin()?;
@@ -461,7 +461,7 @@ fn differing(connection: &Connection) -> Result<Vec<DifferingChat>> {
 }
 
 fn groups(connection: &Connection) -> Result<Vec<Group>> {
-    // UNREADABLE is the greatest name, so it is the least one only of a group without others.
+    // UNREADABLE sorts last, so it is the minimum only of a group without other kinds.
     let mut statement = connection.prepare_cached(
         "SELECT reason, count(*), max(failed_at), min(kind) FROM (
             SELECT coalesce(a.reason, '') AS reason, d.failed_at, e.kind FROM dead_letters d

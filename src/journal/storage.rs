@@ -28,7 +28,7 @@ impl Writer {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the write before had succeeded.
+    /// Records a failed write. Returns whether the previous one had succeeded.
     fn failed(&self, error: &JournalError) -> bool {
         let refusal = Refusal {
             reason: error.to_string(),
@@ -37,7 +37,7 @@ impl Writer {
         self.lock().replace(refusal).is_none()
     }
 
-    /// Whether the write before had failed.
+    /// Records a successful write. Returns whether the previous one had failed.
     fn succeeded(&self) -> bool {
         self.lock().take().is_some()
     }

@@ -109,7 +109,7 @@ impl Lock {
                 }
                 () = sleep(TICK) => {
                     count();
-                    liveness::goes_on(std::time::Instant::now());
+                    liveness::record_progress(std::time::Instant::now());
                 }
             }
         }
@@ -124,8 +124,8 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// Marks a request as in flight. If the mark cannot be written, only a death of this process during the request is
-    /// less safe.
+    /// Marks a request as in flight. If the mark cannot be written, the lock still works, but if this process dies
+    /// during the request, the next holder does not wait for its end.
     pub(super) fn begin(&self) {
         self.file.set_len(1).ok();
     }

@@ -1,4 +1,4 @@
-//! The OurAPI client, typed after the contract. It bounds the requests in flight of all callers together.
+//! The OurAPI client, with types that follow the contract. It bounds the requests in flight of all callers together.
 
 mod gate;
 mod lock;

@@ -1,7 +1,8 @@
 //! Permits for requests in flight, so that OurAPI never has more at a time than the settings allow.
 //!
-//! A request that timed out may still be carried out, so its permit is held for another time-out. Otherwise, an OurAPI that
-//! hung and then continues would have two requests at once, which one that allows a single request may not survive.
+//! A request that timed out may still be carried out, so its permit is held for another time-out. Without that, an
+//! OurAPI that hangs for a while would receive a second request meanwhile, which may corrupt its data if it allows only
+//! one.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -61,7 +61,7 @@ impl Poller {
             if ingested.new > 0 {
                 tracing::debug!(events = ingested.new, query = %query, "events ingested");
                 self.signals.work_available.notify_one();
-                // Delivery's claim comes before the next operation of the poll.
+                // Lets delivery claim these events before the poll's next operation.
                 yield_now().await;
             }
         }

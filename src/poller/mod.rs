@@ -33,7 +33,8 @@ use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
-/// Page budget of a poll. A `nextPageUrl` may lead on forever; the events of the pages so far are delivered first.
+/// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the events of the pages so far are delivered
+/// before the next poll continues.
 const MAX_PAGES: usize = 200;
 
 /// Size budget of a poll in bytes, all of which are in memory.

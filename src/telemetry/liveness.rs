@@ -42,7 +42,7 @@ pub struct Heartbeat(Arc<Beats>);
 struct Beats {
     began: Instant,
     /// The longest time that a request or an operation may take.
-    at_the_most: Duration,
+    max_duration: Duration,
     /// When the next beat is due, in ms since `began`.
     due: AtomicU64,
 }
@@ -51,11 +51,11 @@ impl Liveness {
     /// All at rest. A request ends within `request_timeout`.
     pub fn new(request_timeout: Duration, now: Instant) -> Self {
         // A GET whose connection broke is sent a second time.
-        let at_the_most = request_timeout.saturating_mul(2);
+        let max_duration = request_timeout.saturating_mul(2);
         Self {
-            polling: Heartbeat::new(at_the_most, now),
-            delivering: Heartbeat::new(at_the_most, now),
-            handling: Heartbeat::new(at_the_most, now),
+            polling: Heartbeat::new(max_duration, now),
+            delivering: Heartbeat::new(max_duration, now),
+            handling: Heartbeat::new(max_duration, now),
         }
     }
 
@@ -77,10 +77,10 @@ impl Liveness {
 }
 
 impl Heartbeat {
-    fn new(at_the_most: Duration, began: Instant) -> Self {
+    fn new(max_duration: Duration, began: Instant) -> Self {
         Self(Arc::new(Beats {
             began,
-            at_the_most,
+            max_duration,
             due: AtomicU64::new(AT_REST),
         }))
     }
@@ -105,7 +105,7 @@ impl Heartbeat {
     }
 
     fn beat_at(&self, now: Instant, sleep: Duration) {
-        let due = self.ms(now + sleep + self.0.at_the_most);
+        let due = self.ms(now + sleep + self.0.max_duration);
         self.0.due.store(due, Ordering::Relaxed);
     }
 
@@ -126,7 +126,7 @@ impl Heartbeat {
 
 /// Called when a request or an operation on the journal has ended, successfully or not: the task that waits for it
 /// makes progress.
-pub(crate) fn goes_on(now: Instant) {
+pub(crate) fn record_progress(now: Instant) {
     // Commands have no heartbeat.
     HERE.try_with(|heart| heart.beat_at(now, Duration::ZERO))
         .ok();
@@ -190,12 +190,12 @@ mod tests {
         let polling = liveness.polling.supervise(async {
             let before = due(&liveness.polling);
             liveness.polling.0.due.store(0, Ordering::Relaxed);
-            goes_on(Instant::now());
+            record_progress(Instant::now());
             assert!(due(&liveness.polling) >= before);
             assert_eq!(due(&liveness.handling), AT_REST, "not for others");
         });
         polling.await;
-        goes_on(Instant::now());
+        record_progress(Instant::now());
         assert_eq!(due(&liveness.polling), AT_REST);
     }
 

@@ -56,8 +56,8 @@ struct Lines {
 
 /// Logs a warning if the condition is true, else the same line at debug level.
 macro_rules! log_at {
-    ($so:expr, $($line:tt)+) => {
-        if $so {
+    ($is_warning:expr, $($line:tt)+) => {
+        if $is_warning {
             tracing::warn!($($line)+);
         } else {
             tracing::debug!($($line)+);
@@ -71,11 +71,11 @@ pub(crate) use log_at;
 static MESSAGE_TEXT: AtomicBool = AtomicBool::new(false);
 
 /// Sets whether requests and responses are logged completely.
-pub fn show_message_text(so: bool) {
-    MESSAGE_TEXT.store(so, Ordering::Relaxed);
+pub fn show_message_text(enabled: bool) {
+    MESSAGE_TEXT.store(enabled, Ordering::Relaxed);
 }
 
-/// What the log shows of a request, a response or a reason: the whole, if that is allowed, else only its `head`, which
+/// What the log shows of a request, a response or a reason: all of it, if that is allowed, else only its `head`, which
 /// can contain neither customers' text nor advisors' names.
 pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -> &'a str {
     if MESSAGE_TEXT.load(Ordering::Relaxed) {
@@ -85,8 +85,8 @@ pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -
     }
 }
 
-/// The filter in `RUST_LOG`, if it is set; an error if it would hide every line of this program. A mistyped level does,
-/// because it is a valid filter of a module of that name.
+/// The filter in `RUST_LOG`, if it is set; an error if it would hide every line of this program. A mistyped level
+/// would, because it is a valid filter that shows only a module of that name.
 fn filter() -> Result<Option<EnvFilter>, String> {
     let Ok(set) = std::env::var(EnvFilter::DEFAULT_ENV) else {
         return Ok(None);
@@ -103,7 +103,7 @@ fn filter() -> Result<Option<EnvFilter>, String> {
         parsed().map(Some)
     } else {
         Err(format!(
-            "{set} is no level, and hides all lines of this program"
+            "{set} is not a level, and hides all lines of this program"
         ))
     }
 }
@@ -114,7 +114,7 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     let invalid = filter.as_ref().err().cloned();
     let filter = filter.ok().flatten();
     let filter = filter.unwrap_or_else(|| EnvFilter::new(level));
-    // At debug level and below, all lines are written.
+    // At levels debug and trace, all lines are written.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
     let lines = tracing_subscriber::fmt::layer().with_writer(terminal.log(format));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {

@@ -256,13 +256,13 @@ mod tests {
 
     struct Scene {
         output: Arc<Output>,
-        go_on: mpsc::Sender<Result<usize, ErrorKind>>,
+        outcomes: mpsc::Sender<Result<usize, ErrorKind>>,
         written: Arc<Mutex<Vec<u8>>>,
     }
 
     impl Scene {
         fn new() -> Self {
-            let (go_on, next) = mpsc::channel();
+            let (outcomes, next) = mpsc::channel();
             let written = Arc::<Mutex<Vec<u8>>>::default();
             let err = Scripted {
                 next,
@@ -272,13 +272,13 @@ mod tests {
             output.set_format(LogFormat::Json, false);
             Self {
                 output,
-                go_on,
+                outcomes,
                 written,
             }
         }
 
-        fn go_on(&self, outcome: Result<usize, ErrorKind>) {
-            self.go_on.send(outcome).expect("it writes");
+        fn unblock(&self, outcome: Result<usize, ErrorKind>) {
+            self.outcomes.send(outcome).expect("it writes");
         }
 
         /// Waits until `condition` is true of the queue.
@@ -323,7 +323,7 @@ mod tests {
                 "what is being written counts"
             );
             for _ in 0..4 {
-                scene.go_on(Ok(usize::MAX));
+                scene.unblock(Ok(usize::MAX));
             }
             let written = scene.written();
             assert_eq!(written.matches(&line).count(), room);
@@ -346,16 +346,16 @@ mod tests {
         ] {
             let scene = Scene::new();
             for _ in 0..3 {
-                scene.go_on(Err(kind));
+                scene.unblock(Err(kind));
                 scene.output.lines(b"lost\n");
                 assert_eq!(scene.written(), "", "and nothing is tried meanwhile");
             }
-            scene.go_on(Ok(usize::MAX));
+            scene.unblock(Ok(usize::MAX));
             scene.output.lines(b"after\n");
             let written = scene.written();
             assert_eq!(reported(&written), [3], "{written}");
             assert!(written.ends_with("after\n"));
-            scene.go_on(Ok(usize::MAX));
+            scene.unblock(Ok(usize::MAX));
             scene.output.lines(b"and on\n");
             assert_eq!(reported(&scene.written()), [3], "once");
         }
@@ -365,11 +365,11 @@ mod tests {
     fn truncated_line_spoils_no_other() {
         for cut in [1, 4, 6] {
             let scene = Scene::new();
-            scene.go_on(Ok(cut));
-            scene.go_on(Err(ErrorKind::StorageFull));
+            scene.unblock(Ok(cut));
+            scene.unblock(Err(ErrorKind::StorageFull));
             scene.output.lines(b"one\ntwo\n");
             scene.written();
-            scene.go_on(Ok(usize::MAX));
+            scene.unblock(Ok(usize::MAX));
             scene.output.lines(b"{\"after\":1}\n");
             let written = scene.written();
             assert!(written.ends_with("\n{\"after\":1}\n"), "{written}");
@@ -385,11 +385,11 @@ mod tests {
         for times in 1..4 {
             let scene = Scene::new();
             for _ in 0..times {
-                scene.go_on(Err(ErrorKind::WouldBlock));
+                scene.unblock(Err(ErrorKind::WouldBlock));
             }
-            scene.go_on(Err(ErrorKind::Interrupted));
-            scene.go_on(Ok(2));
-            scene.go_on(Ok(usize::MAX));
+            scene.unblock(Err(ErrorKind::Interrupted));
+            scene.unblock(Ok(2));
+            scene.unblock(Ok(usize::MAX));
             scene.output.lines(b"late\n");
             assert_eq!(scene.written(), "late\n");
         }

@@ -13,12 +13,12 @@ const WINDOW: Duration = Duration::from_secs(10);
 pub struct RateEstimate(VecDeque<(Instant, u64)>);
 
 impl RateEstimate {
-    /// Begins with so much done.
+    /// Begins the measurement with what is already done.
     pub fn new(at: Instant, done: u64) -> Self {
         Self(VecDeque::from([(at, done)]))
     }
 
-    /// Records that so much is done and so much is left; `None`: unknown.
+    /// Records how much is done and how much is left; `None`: unknown.
     pub fn now(&mut self, at: Instant, done: u64, left: Option<u64>) -> Rate {
         self.0.push_back((at, done));
         while self.0.len() > 2 && at - self.0[1].0 >= WINDOW {

@@ -58,7 +58,7 @@ impl Terminal {
         })
     }
 
-    /// Whether progress bars show most of what a log would say as a warning.
+    /// Whether progress bars are shown. The demo then logs only errors, because the bars show the rest.
     pub fn is_interactive(&self) -> bool {
         self.picture.is_some()
     }

@@ -207,7 +207,7 @@ impl Store {
         Ok(ids)
     }
 
-    /// The event that a search for a number may mean.
+    /// The event whose id is the number that was searched for.
     pub fn found_event(&mut self, wanted: &Search) -> Result<Option<FoundEvent>> {
         let Search::Conversation(id) = wanted else {
             return Ok(None);

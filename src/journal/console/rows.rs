@@ -61,7 +61,7 @@ pub struct FailedRow {
     pub failed_at: Millis,
 }
 
-/// An event that a search for a number may mean.
+/// An event whose id is the number that was searched for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FoundEvent {
     /// Its id.
@@ -89,7 +89,7 @@ pub struct WholeEvent {
     pub chat_id: Option<String>,
     /// When it happened, by BigChat's clock; `None`: it could not be parsed.
     pub event_at: Option<Timestamp>,
-    /// The raw event as BigChat reported it; put together again if it was parsed.
+    /// The raw event as BigChat reported it; reassembled if it was parsed.
     pub raw: String,
     /// Whether `raw` is truncated.
     pub raw_truncated: bool,

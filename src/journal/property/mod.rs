@@ -28,7 +28,7 @@ use crate::domain::progress::{
 use crate::domain::time::{Millis, Timestamp};
 use plain::{Plain, State};
 
-/// How long an unknown outcome is left alone, in milliseconds.
+/// How long a conversation waits after a write of unknown outcome, in milliseconds.
 const PAUSE: i64 = 500;
 
 const RETENTION: Duration = Duration::from_secs(100);
@@ -165,7 +165,7 @@ enum Fate {
 enum Found {
     AsRemembered,
     Read,
-    /// The fields are read, but not the messages: none may have been delivered.
+    /// The fields are read, but not the messages, because none can have been delivered.
     ReadWithoutMessages,
     /// The fields are read, but the messages cannot be: those that may have been delivered become dead letters.
     UnreadableMessages,
@@ -313,7 +313,7 @@ impl Pair {
             })
             .collect();
         let at = Timestamp::clamped(self.plain.now / 1000);
-        let page_to_keep = NewPage {
+        let new_page = NewPage {
             query: "page".into(),
             requested_in: Epoch(1),
             served_at: at,
@@ -322,7 +322,7 @@ impl Pair {
             events: events.len(),
             progress: PollProgress::Complete(at),
         };
-        self.store.store_page(&page_to_keep).expect("a stored page");
+        self.store.store_page(&new_page).expect("a stored page");
         let pages = self.store.stored_pages().expect("the stored pages");
         let stored = pages.last().expect("a page");
         self.store
@@ -673,12 +673,12 @@ impl Pair {
         let (conversation, replay_until) = (ConversationId(id), EventId(self.replay_until));
         let recorded = self.store.recorded_messages(conversation, replay_until);
         let recorded = recorded.expect("the messages");
-        let standings: Vec<_> = recorded
+        let states: Vec<_> = recorded
             .iter()
             .map(|message| (message.id.0, message.state))
             .collect();
-        let expected = self.plain.standings(id, self.replay_until);
-        assert_eq!(standings, expected, "what is known of each message");
+        let expected = self.plain.message_states(id, self.replay_until);
+        assert_eq!(states, expected, "what is known of each message");
         let is_missing = script.missing.iter().cycle();
         let delivered = recorded
             .iter()
@@ -726,7 +726,7 @@ impl Pair {
     }
 
     /// The operator resolves one of the dead letters, or all.
-    fn resolve(&mut self, which: Option<prop::sample::Index>, decision: Resolution) -> Vec<i64> {
+    fn resolve(&mut self, which: Option<prop::sample::Index>, resolution: Resolution) -> Vec<i64> {
         let mut ids = self.plain.ids(|event| event.state == State::Failed);
         if let Some(which) = which
             && !ids.is_empty()
@@ -734,14 +734,14 @@ impl Pair {
             ids = vec![*which.get(&ids)];
         }
         let which = Selection::Ids(ids.iter().copied().collect());
-        let decided = self.store.resolve_failed(
+        let resolved = self.store.resolve_failed(
             &which,
-            decision,
+            resolution,
             &Operator::Command("ann".into()),
             0,
             self.now(),
         );
-        assert_eq!(decided.expect("a decision").done, ids.len(), "resolved");
+        assert_eq!(resolved.expect("a resolution").done, ids.len(), "resolved");
         ids
     }
 

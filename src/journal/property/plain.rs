@@ -81,7 +81,7 @@ pub(super) struct Claimed {
     pub(super) last_event: i64,
     pub(super) losses: i64,
     /// The chat became stale after the claim.
-    pub(super) doubted: bool,
+    pub(super) became_stale: bool,
     /// The latest verification of all chats, and of this one.
     pub(super) verifications: i64,
     pub(super) verified_in: Option<i64>,
@@ -384,7 +384,7 @@ impl Plain {
         let conversation = self.conversation(id);
         conversation.stale = true;
         if let Some(claimed) = &mut conversation.claimed {
-            claimed.doubted = true;
+            claimed.became_stale = true;
         }
     }
 
@@ -515,7 +515,7 @@ impl Plain {
         let losses = self.losses;
         let conversation = self.conversation(id);
         if matches!(observation, Observation::Created | Observation::Read(_)) {
-            conversation.stale &= claimed.doubted;
+            conversation.stale &= claimed.became_stale;
             conversation.verified_losses = claimed.losses;
         }
         if matches!(
@@ -536,10 +536,10 @@ impl Plain {
                         (what.expect("a message"), (*count, claimed.last_event))
                     })
                     .collect();
-                let doubted = claimed.doubted;
+                let became_stale = claimed.became_stale;
                 self.each_of(id, |event| {
                     event.attempts.outcome_unknown &=
-                        doubted || matches!(event.state, State::Failed | State::Discarded);
+                        became_stale || matches!(event.state, State::Failed | State::Discarded);
                 });
                 for event in missing {
                     // The event may have been dropped meanwhile.
@@ -580,7 +580,7 @@ impl Plain {
             self.mark_stale(conversation);
         }
         let due = &mut self.conversation(conversation).due;
-        // A write that may still be in flight goes on waiting.
+        // A write that may still be in flight continues to wait.
         *due = due.filter(|_| was_stale).or(Some(now));
     }
 
@@ -656,7 +656,7 @@ impl Plain {
     }
 
     /// Whether OurAPI has each message of a conversation, as far as known.
-    pub(super) fn standings(
+    pub(super) fn message_states(
         &self,
         conversation: i64,
         replay_until: i64,
@@ -667,7 +667,7 @@ impl Plain {
         messages
             .map(|(id, event)| {
                 let unknown = event.attempts.outcome_unknown;
-                let standing = match event.state {
+                let state = match event.state {
                     State::Delivered => MessageState::Delivered,
                     State::Failed if unknown => MessageState::DeadOutcomeUnknown,
                     State::Discarded if unknown => MessageState::DiscardedOutcomeUnknown,
@@ -676,7 +676,7 @@ impl Plain {
                     State::Waiting if *id <= replay_until => MessageState::MaybeSent,
                     State::Waiting => MessageState::NotSent,
                 };
-                (*id, standing)
+                (*id, state)
             })
             .collect()
     }

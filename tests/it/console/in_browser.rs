@@ -63,7 +63,7 @@ impl<'a> Desk<'a> {
         self.t.until_events("failed", failed).await;
     }
 
-    async fn look(&self, view: &str) -> Browser {
+    async fn open(&self, view: &str) -> Browser {
         Browser::open(&self.at(view), DESK).await
     }
 
@@ -72,10 +72,10 @@ impl<'a> Desk<'a> {
     }
 
     /// The resolutions, such as `retry 3`, the latest last.
-    fn decided(&self) -> String {
+    fn resolutions(&self) -> String {
         let resolutions = self.t.resolutions().into_iter().map(|past| {
-            let way = past.by.rsplit(", ").next().unwrap_or_default();
-            format!("{} {} {way}", past.resolution, past.event)
+            let interface = past.by.rsplit(", ").next().unwrap_or_default();
+            format!("{} {} {interface}", past.resolution, past.event)
         });
         resolutions.collect::<Vec<_>>().join(", ")
     }
@@ -91,7 +91,7 @@ impl<'a> Desk<'a> {
 async fn deliveries_are_paused_and_resumed() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
-        let browser = desk.look("").await;
+        let browser = desk.open("").await;
         browser.click(".verdict button", "Pause deliveries").await;
         browser.until("document.querySelector('#pause').open").await;
         browser
@@ -124,7 +124,7 @@ async fn deliveries_are_paused_and_resumed() {
 async fn failed_event_found_and_retried() {
     run_test(async |t| {
         let desk = Desk::with_failed(t, &["Refused for now"]).await;
-        let browser = desk.look("").await;
+        let browser = desk.open("").await;
         browser
             .until_text(".verdict h1", "One thing needs attention")
             .await;
@@ -154,7 +154,7 @@ async fn failed_event_found_and_retried() {
         browser
             .until("document.querySelector('#failed-count').hidden")
             .await;
-        assert_eq!(desk.decided(), "retry 3 console");
+        assert_eq!(desk.resolutions(), "retry 3 console");
         browser.click(".tabs a", "Resolutions").await;
         browser.until_text(".audit", "retried").await;
         browser.until_text(".audit", ", console").await;
@@ -169,7 +169,7 @@ async fn selected_events_discarded_after_asking() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two", "three", "four"]).await;
-        let browser = desk.look("#/failed").await;
+        let browser = desk.open("#/failed").await;
         browser
             .until("document.querySelectorAll('.rows li').length === 4")
             .await;
@@ -183,7 +183,7 @@ async fn selected_events_discarded_after_asking() {
         browser.until_text("#ask", "Discard 2 events?").await;
         browser.click("#ask button", "Keep").await;
         browser.until("!document.querySelector('#ask').open").await;
-        assert_eq!((t.events("failed"), desk.decided().as_str()), (4, ""));
+        assert_eq!((t.events("failed"), desk.resolutions().as_str()), (4, ""));
 
         browser.click(".chosen button", "Discard").await;
         browser.click("#ask button", "Discard 2").await;
@@ -191,7 +191,7 @@ async fn selected_events_discarded_after_asking() {
         browser
             .until("document.querySelectorAll('.rows li').length === 2")
             .await;
-        assert_eq!(desk.decided(), "discard 3 console, discard 5 console");
+        assert_eq!(desk.resolutions(), "discard 3 console, discard 5 console");
 
         t.our_api.calm();
         browser.click(".group button", "Retry both").await;
@@ -216,7 +216,7 @@ async fn groups_discarded_one_and_all() {
             &json!({"events": [event(42, "PAUSE", 100, json!(null))]}).to_string(),
         ));
         t.until_events("failed", 3).await;
-        let browser = desk.look("#/failed").await;
+        let browser = desk.open("#/failed").await;
         browser.click(".groups a", "Unknown event name").await;
         browser.until_text(".rows", "PAUSE").await;
         browser.click(".group button", "Discard it").await;
@@ -245,7 +245,7 @@ async fn conversations_found_by_search() {
         t.bigchat.advisor(8, "Wei Zhang", "wei@example.com");
         let desk = Desk::over(t, Tokens::default()).await;
         t.delivers([start(43, 20), transfer(43, 30, 8)]).await;
-        let browser = desk.look("#/search").await;
+        let browser = desk.open("#/search").await;
         browser
             .until("document.querySelectorAll('.found li').length === 2")
             .await;
@@ -302,7 +302,7 @@ async fn conversations_found_by_search() {
 async fn theme_of_system_until_chosen() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
-        let browser = desk.look("").await;
+        let browser = desk.open("").await;
         let is_dark =
             "getComputedStyle(document.documentElement).backgroundColor === 'rgb(14, 17, 22)'";
         let is_light =
@@ -325,7 +325,7 @@ async fn theme_of_system_until_chosen() {
     .await;
 }
 
-/// The page reports it, still shows the last state, and resolves nothing until it is connected again.
+/// The page reports the lost connection, still shows the last state, and resolves nothing until it is connected again.
 #[tokio::test]
 #[ignore = "needs chromium"]
 async fn lost_connection_to_the_daemon() {
@@ -376,7 +376,7 @@ async fn html_in_messages_stays_text() {
         t.bigchat.reports(vec![unreadable]);
         t.until_events("failed", 2).await;
 
-        let browser = desk.look("").await;
+        let browser = desk.open("").await;
         for (view, wherein) in [
             ("", ".reasons"),
             ("#/failed", ".groups"),
@@ -415,7 +415,7 @@ async fn console_by_keyboard_alone() {
     run_test(async |t| {
         t.differs("OurAPI rejects messages that it could store");
         let desk = Desk::with_failed(t, &["one", "two", "three"]).await;
-        let browser = desk.look("").await;
+        let browser = desk.open("").await;
         browser.until_text(".verdict", "attention").await;
         let focused = "document.activeElement";
         browser.press(TAB).await;
@@ -440,7 +440,7 @@ async fn console_by_keyboard_alone() {
         let outline = browser
             .eval(&format!("getComputedStyle({focused}).outlineStyle"))
             .await;
-        assert_eq!(outline, "solid", "the focus is to be seen");
+        assert_eq!(outline, "solid", "the focus is visible");
         browser.press("x").await;
         browser.press(DOWN).await;
         browser.press("x").await;
@@ -543,7 +543,7 @@ async fn phone_width_in_both_themes() {
 async fn chart_by_keyboard_and_as_table() {
     run_test(async |t| {
         let desk = Desk::new(t).await;
-        let browser = desk.look("#/?hours=1").await;
+        let browser = desk.open("#/?hours=1").await;
         browser.until_text("#legend", "MESSAGE\n1").await;
         browser.until_text("#legend", "delivered\n2").await;
         let slider = "document.querySelector('#chart-slider')";
@@ -582,7 +582,7 @@ async fn chart_by_keyboard_and_as_table() {
 async fn login_and_logout_with_token() {
     run_test(async |t| {
         let desk = Desk::over(t, console_token()).await;
-        let browser = desk.look("#/search").await;
+        let browser = desk.open("#/search").await;
         browser.until_text("main", "Sign in").await;
         browser.press("wrong").await;
         browser.press(ENTER).await;

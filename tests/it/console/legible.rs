@@ -79,7 +79,7 @@ async fn long_text_truncated_in_lists_only() {
         (4_001, 200, 4_000),
         (300_000, 200, 4_000),
     ] {
-        // Of two bytes each, and one that ends texts in C.
+        // Characters of two bytes each, after a NUL, which would end a text in C.
         let text = format!("\0{}", "é".repeat(length - 1));
         let events = failed_message(1, &text, "why");
         run_test(async |t| {
@@ -109,7 +109,7 @@ async fn chat_without_agent_has_reason() {
     let details = "no advisor is known, and BigChat no longer knows the conversation";
     side_by_side(["advisor", "agent", "details"], async |case| {
         run_test(async |t| {
-            t.differs("there is no agent to be had");
+            t.differs("the chat gets no agent");
             let (id, expected, events) = match case {
                 "advisor" => (
                     42,

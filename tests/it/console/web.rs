@@ -53,7 +53,7 @@ async fn probes_during_outages() {
             (status, answer.text().await.expect("a text"))
         };
         let ready = async || ask("/readyz").await.0 == StatusCode::OK;
-        until("it is ready before it had to ask OurAPI", ready).await;
+        until("it is ready before any request to OurAPI", ready).await;
 
         t.bigchat.outage(Some(dropped()));
         let down = (StatusCode::SERVICE_UNAVAILABLE, "BigChat is down\n".into());
@@ -80,7 +80,7 @@ async fn probes_during_outages() {
         .await;
         assert_eq!(ask("/healthz").await.0, StatusCode::OK);
         std::fs::rename(away, t.db()).expect("it is moved back");
-        until("the journal takes it again", ready).await;
+        until("the journal can be written again", ready).await;
     })
     .await;
 }
@@ -284,7 +284,7 @@ async fn guessing_tokens_is_slowed() {
             let status = log_in(&url, "wrong").await.status();
             *statuses.entry(status).or_insert(0) += 1;
         }
-        // One or two more may be accepted while this takes its time.
+        // A few more attempts may be allowed if the loop takes long.
         assert!(
             (10..14).contains(&statuses[&StatusCode::UNAUTHORIZED]),
             "{statuses:?}"
@@ -333,7 +333,7 @@ async fn requests_from_another_site() {
     .await;
 }
 
-/// Two servers could read such a request differently, and so one that it carries would pass the first of them.
+/// Two servers could parse such a request differently, so that a request hidden in its body would pass the first one.
 #[tokio::test]
 async fn ambiguous_requests_are_rejected() {
     run_live_test(async |t| {
@@ -440,19 +440,16 @@ async fn unfinished_requests_starve_no_client() {
         for _ in 0..64 {
             let mut stream = connect(&url).await;
             stream.write_all(head.as_bytes()).await.expect("written");
-            let mut go_on = [0; 12];
+            let mut interim = [0; 12];
             // From then on the server waits for the body.
-            stream.read_exact(&mut go_on).await.expect("an answer");
-            assert_eq!(&go_on, b"HTTP/1.1 100");
+            stream.read_exact(&mut interim).await.expect("an answer");
+            assert_eq!(&interim, b"HTTP/1.1 100");
             stream.write_all(b"{").await.expect("written");
             slow.push(stream);
         }
         let probe = sent(client().get(format!("{url}/healthz")));
         let answer = timeout(Duration::from_secs(5), probe).await;
-        assert_eq!(
-            answer.expect("before they are over").status(),
-            StatusCode::OK
-        );
+        assert_eq!(answer.expect("before they end").status(), StatusCode::OK);
     })
     .await;
 }

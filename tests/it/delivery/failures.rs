@@ -28,7 +28,7 @@ fn now() -> i64 {
 }
 
 const POST: &str = "POST /chats/c1/messages";
-const LOOK: &str = "GET /chats/c1/messages";
+const READ: &str = "GET /chats/c1/messages";
 const FIND: &str = "GET /chats?external_id=42";
 
 /// A running daemon that has written the chat of conversation 42 with its agent.
@@ -79,7 +79,7 @@ async fn message_meets_each_failure() {
     let redirect = status(307).header("location", &elsewhere.uri());
     let no_agent_named = status(400).body(r#"{"detail":"That agent does not exist."}"#);
     let (no_agent, lost) = ("OurAPI does not know the agent", "incomplete response: ");
-    let (read_back, not) = (&[POST, FIND, LOOK, POST][..], &[POST, POST][..]);
+    let (read_back, not) = (&[POST, FIND, READ, POST][..], &[POST, POST][..]);
     side_by_side(
         [
             ("500", status(500), read_back, NO_ANSWER, "500"),
@@ -100,7 +100,7 @@ async fn message_meets_each_failure() {
             (
                 "404",
                 status(404),
-                &[POST, FIND, FIND, LOOK, POST],
+                &[POST, FIND, FIND, READ, POST],
                 NO_ANSWER,
                 "404",
             ),
@@ -110,7 +110,7 @@ async fn message_meets_each_failure() {
             ("400", no_agent_named, not, no_agent, "400 {"),
         ],
         async |(case, upset, asked, reason, response)| {
-            let may_be_there = asked.contains(&LOOK);
+            let may_be_there = asked.contains(&READ);
             for carried_out in [false, true] {
                 if carried_out && !may_be_there {
                     continue;
@@ -175,7 +175,7 @@ async fn permanent_rejection_is_dead_lettered() {
             assert_eq!(
                 t.delivers([end(42, 8)]).await,
                 [line(patch, json!({"ended_at": time(8)}))],
-                "{refusal}: what was refused is not sent along"
+                "{refusal}: the rejected end is not sent again"
             );
         })
         .await;
@@ -229,7 +229,7 @@ async fn crash_with_a_message_in_flight() {
             t.until_events("delivered", 3).await;
             daemon.stop().await;
             let left = if carried_out { 1 } else { 2 };
-            let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+            let expected = [vec![POST, FIND, READ], vec![POST; left]].concat();
             assert_eq!(heads(&t.our_api.asked()), expected);
             assert_eq!(t.our_api.messages(), ["one", "two"]);
         })
@@ -262,7 +262,7 @@ async fn crash_during_a_chat_change() {
             let daemon = t.start();
             t.until_events("delivered", 1).await;
             let asked = t.our_api.asked();
-            let conflict = if carried_out { &[FIND, LOOK][..] } else { &[] };
+            let conflict = if carried_out { &[FIND, READ][..] } else { &[] };
             assert_eq!(heads(&asked), [&[create], conflict].concat());
 
             t.our_api.upset(change, upset());
@@ -273,7 +273,7 @@ async fn crash_during_a_chat_change() {
             t.until_events("delivered", 2).await;
             daemon.stop().await;
             let again = if carried_out { &[][..] } else { &[&*part] };
-            assert_eq!(t.our_api.asked(), [&[&*part, FIND, LOOK], again].concat());
+            assert_eq!(t.our_api.asked(), [&[&*part, FIND, READ], again].concat());
             assert_eq!(t.our_api.chats(), ["42 22:00:00 22:00:09 a1"]);
         })
         .await;
@@ -290,7 +290,7 @@ async fn chat_creation_with_unknown_outcome() {
             ("500", status(500), true),
             ("503", status(503), true),
             (
-                "503, and when",
+                "503 with Retry-After",
                 status(503).header("retry-after", "0"),
                 true,
             ),
@@ -307,7 +307,7 @@ async fn chat_creation_with_unknown_outcome() {
                     // The conflict shows that it was carried out.
                     (true, true) => (
                         upset.clone().carried_out(),
-                        vec![create, create, FIND, LOOK],
+                        vec![create, create, FIND, READ],
                     ),
                     (false, _) => (upset.clone(), vec![create, create]),
                 };
@@ -359,7 +359,7 @@ async fn change_with_unknown_outcome() {
             ("late", late().carried_out(), carried_out.clone()),
             ("404", status(404), vec![part, FIND, FIND, part]),
             (
-                "503, and when",
+                "503 with Retry-After",
                 status(503).header("retry-after", "0").carried_out(),
                 carried_out,
             ),
@@ -484,7 +484,7 @@ async fn equal_messages_with_unknown_outcome() {
                 t.bigchat.reports([hi.clone(), hi]);
                 t.until_events("delivered", 3).await;
                 let left = usize::from(first) + usize::from(!carried_out);
-                let expected = [vec![POST, FIND, LOOK], vec![POST; left]].concat();
+                let expected = [vec![POST, FIND, READ], vec![POST; left]].concat();
                 assert_eq!(
                     heads(&t.our_api.asked()),
                     expected,
@@ -498,7 +498,7 @@ async fn equal_messages_with_unknown_outcome() {
     .await;
 }
 
-/// A request that never left needs no read.
+/// A request that was never sent needs no read-back.
 #[tokio::test]
 async fn no_connection_needs_no_read() {
     run_test(async |t| {
@@ -646,7 +646,7 @@ fn in_a_second(upset: Fault) -> Fault {
 async fn retry_after_in_each_form() {
     let past = "Sun, 22 Nov 2020 22:00:00 GMT";
     let after = |code, after: &str| status(code).header("retry-after", after);
-    let (again, read_back) = (&[POST, POST][..], &[POST, FIND, LOOK, POST][..]);
+    let (again, read_back) = (&[POST, POST][..], &[POST, FIND, READ, POST][..]);
     side_by_side(
         [
             ("429, seconds", after(429, "1"), again, true),
@@ -786,7 +786,7 @@ async fn bigchat_outage_spends_no_attempts() {
         ],
         async |(upset, for_an_hour)| {
             run_test(async |t| {
-                t.differs("BigChat is left alone to the end");
+                t.differs("BigChat is rate-limited or fails to the end");
                 t.set("--max-attempts", "1");
                 t.start();
                 t.delivers([start(43, 1), transfer(43, 2, 8)]).await;
@@ -950,7 +950,7 @@ async fn twin_waits_beyond_the_retention() {
         t.delivers([start(42, 0), events.clone()]).await;
         let failing = status(500).always();
         t.our_api.upset("POST /chats/*/messages", failing);
-        // On one page there are two of it: the other one is new.
+        // The page has the message twice, so one of the two is new.
         t.bigchat.reports([events.clone(), events]);
         t.until_events("waiting", 1).await;
         until("what is delivered and has no twin is dropped", async || {
@@ -970,7 +970,7 @@ async fn twin_waits_beyond_the_retention() {
 async fn read_back_ends_an_outage() {
     run_test(async |t| {
         let daemon = with_a_chat(t).await;
-        t.our_api.upset(LOOK, status(503).always());
+        t.our_api.upset(READ, status(503).always());
         t.our_api.upset(POST, status(503).carried_out());
         t.bigchat.reports([message(42, 5, "one")]);
         until("it is down", async || t.is_up(Api::OurApi) == Some(false)).await;

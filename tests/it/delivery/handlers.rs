@@ -112,12 +112,12 @@ async fn requests_of_an_idle_poll() {
         t.bigchat.further_polls(3).await;
         daemon.stop().await;
         let (asked, our_api) = (t.bigchat.asked(), t.our_api.asked());
-        let (events, looks): (Vec<_>, Vec<_>) = asked
+        let (events, probes): (Vec<_>, Vec<_>) = asked
             .iter()
             .partition(|line| line.starts_with("GET /events?"));
-        assert!(looks.iter().all(|line| *line == "GET /conversations/1"));
+        assert!(probes.iter().all(|line| *line == "GET /conversations/1"));
         assert!(
-            events.len().abs_diff(looks.len()) <= 1,
+            events.len().abs_diff(probes.len()) <= 1,
             "one each: {asked:?}"
         );
         assert_eq!(our_api, NOTHING);
@@ -169,7 +169,7 @@ async fn agent_by_its_address() {
         [
             ("none", vec![], vec![ANN[0], ANN[1]], "a1"),
             (
-                "another has a like one",
+                "another agent has a similar address",
                 vec![("a1", "Ann B", "ann@x.test.test")],
                 vec![ANN[0], ANN[1]],
                 "a2",
@@ -583,7 +583,7 @@ async fn latest_end_and_transfer_count() {
         t.delivers([start(42, 0), transfer(42, 10, 8)]).await;
         t.delivers([transfer(42, 20, 7)]).await;
         for (event, expected, why) in [
-            (transfer(42, 30, 7), vec![], "who has it already"),
+            (transfer(42, 30, 7), vec![], "the agent of the chat already"),
             (
                 transfer(42, 15, 8),
                 vec![],
@@ -608,7 +608,7 @@ async fn latest_end_and_transfer_count() {
         assert_eq!(
             t.delivers([message(42, 120, "on")]).await,
             [sent("c1", 120, "on")],
-            "reported again: neither"
+            "reported again: no change"
         );
         assert_eq!(t.count_events("true"), held + 1);
         daemon.stop().await;
@@ -624,7 +624,7 @@ async fn external_ids_have_the_prefix() {
         line("POST /chats", chat)
     };
     run_test(async |t| {
-        t.differs("a chat is there from another hand, without the prefix");
+        t.differs("another client has created a chat without the prefix");
         t.set("--external-id-prefix", "eu/");
         t.our_api.has_chat("c7", "42", 0);
         t.our_api.has_chat("c8", "eu/42", 50);

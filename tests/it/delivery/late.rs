@@ -1,4 +1,4 @@
-//! Requests that OurAPI carries out only after they have timed out: nothing is sent again before.
+//! Requests that OurAPI carries out only after they have timed out: nothing is sent again before that.
 
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{run_live_test, side_by_side, until};
@@ -22,7 +22,7 @@ async fn timed_out_request_is_in_flight() {
             let events = vec![message(10, now - 5, "hello"), message(10, now - 5, "hello")];
             t.bigchat.reports(events);
             t.start();
-            until("it is under way", async || faults.pausing() == 1).await;
+            until("it is in flight", async || faults.pausing() == 1).await;
             let asked = t.our_api.total();
             t.bigchat.reports([message(11, now - 4, "are you there?")]);
             until("it is carried out", async || faults.pausing() == 0).await;
@@ -91,12 +91,12 @@ async fn timed_out_request_across_a_restart() {
             faults.pausing() == 0
         })
         .await;
-        assert_eq!(meanwhile, 0, "asked while it was under way");
+        assert_eq!(meanwhile, 0, "requests while one was in flight");
     })
     .await;
 }
 
-/// A request that did not end in time at the stop may still be carried out: the chat is not read too early.
+/// A request in flight when the daemon stopped may still be carried out, so the chat is not read too early.
 #[tokio::test]
 async fn stop_with_an_overdue_request() {
     run_live_test(async |t| {
@@ -107,7 +107,7 @@ async fn stop_with_an_overdue_request() {
         faults.upset(ADD_MESSAGE, late);
         t.bigchat.reports([message(10, now - 5, "hello")]);
         let daemon = t.start();
-        until("it is under way", async || faults.pausing() == 1).await;
+        until("it is in flight", async || faults.pausing() == 1).await;
         daemon.stop().await;
         let daemon = t.start();
         until("it is carried out", async || faults.pausing() == 0).await;

@@ -26,7 +26,7 @@ async fn chat_lost_among_its_messages() {
 /// Messages that are gone while their chat exists are sent again.
 #[tokio::test]
 async fn messages_lost_without_their_chat() {
-    // As after OurAPI was restored from a copy of some time ago.
+    // As after OurAPI was restored from an older copy.
     run_live_test(async |t| {
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -56,7 +56,7 @@ async fn messages_lost_without_their_chat() {
     .await;
 }
 
-/// Chats without messages are rebuilt, too, although the first attempt fails.
+/// Chats without messages are rebuilt, too, even if the first attempt fails.
 #[tokio::test]
 async fn rebuild_fails_at_first() {
     run_live_test(async |t| {
@@ -73,7 +73,7 @@ async fn rebuild_fails_at_first() {
         t.start();
         t.until_events("delivered", 3).await;
         t.our_api.loses_everything();
-        // The first try to create each of them fails.
+        // The first attempt to create each of them fails.
         t.our_api.upset("POST /chats", crashed().times(3));
         t.bigchat.reports([message(11, now - 3, "hello again")]);
     })
@@ -93,7 +93,7 @@ async fn chat_delivered_by_another_journal() {
         ];
         t.bigchat.reports(events);
         t.once().await;
-        // That database is lost; with another one an earlier END comes, and a message.
+        // That database is lost. With a new one, an earlier END and a message arrive.
         let other = Bench::new(&t.bigchat.url(), &t.our_api.url());
         let events = vec![end(10, now - 7), message(10, now - 5, "hello again")];
         t.bigchat.reports(events);
@@ -130,7 +130,7 @@ async fn loss_of_many_chats_is_one_loss() {
     .await;
 }
 
-/// Losses again and again have a cause that an operator must find.
+/// Repeated losses have a cause that an operator must find.
 #[tokio::test]
 async fn repeated_losses_are_a_problem() {
     run_live_test(async |t| {
@@ -246,7 +246,7 @@ async fn lost_agent_delays_no_message() {
     .await;
 }
 
-/// All others are rebuilt.
+/// All chats except those whose agent cannot be created are rebuilt.
 #[tokio::test]
 async fn chats_that_cannot_be_rebuilt() {
     run_test(async |t| {
@@ -262,7 +262,7 @@ async fn chats_that_cannot_be_rebuilt() {
         let ann = r#"POST /agents {"email":"ann@x.test""#;
         t.our_api.upset(ann, status(500).always());
         t.bigchat.reports([message(44, 20, "more news")]);
-        until("what is not Ann's is built again", async || {
+        until("the chats of other agents are rebuilt", async || {
             t.our_api.messages().iter().any(|text| text == "lost")
         })
         .await;

@@ -24,7 +24,7 @@ async fn delivered(t: &Test, conversations: std::ops::Range<i64>) {
     t.our_api.asked();
 }
 
-/// The next daemon begins a pass at once, and no other in the next day.
+/// The next daemon begins a pass at once, and no other within a day.
 fn pass_is_due(t: &Bench) {
     t.execute(
         "DELETE FROM verifications;

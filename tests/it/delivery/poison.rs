@@ -7,7 +7,7 @@ use bigchat_sync::simulator::fault::{crashed, status};
 #[tokio::test]
 async fn change_fails_behind_older_message() {
     run_live_test(async |t| {
-        t.differs("OurAPI takes no change");
+        t.differs("OurAPI fails all changes");
         t.set("--max-attempts", "3").set("--retry-max", "40ms");
         let now = t.now();
         t.bigchat.open(10, now - 100, 1);
@@ -90,7 +90,7 @@ async fn never_failed_is_probed_first() {
         t.our_api.upset(refused, status(500).always());
         let events = poisoned.map(|id| message(id, 4, "poison"));
         t.bigchat.reports(events.collect::<Vec<_>>());
-        // Each of them would be due again before the turn of the others, because OurAPI counts as down.
+        // Each of them would be due again before any other event is tried, because OurAPI counts as down.
         until("each has failed", async || t.our_api.count(refused) >= 40).await;
         t.bigchat.reports([message(43, 5, "well")]);
         until("it is stored", async || {

@@ -183,7 +183,7 @@ async fn adopted_agent_is_no_drift() {
     .await;
 }
 
-/// A discarded message that OurAPI has does not account for another message of its second.
+/// A discarded message that OurAPI has does not account for another message of the same second.
 #[tokio::test]
 async fn discarded_message_accounts_for_itself() {
     run_test(async |t| {
@@ -349,7 +349,7 @@ async fn read_back_behind_many_changes() {
     .await;
 }
 
-/// An agent found just before a loss is searched again.
+/// An agent found just before a loss is requested again.
 #[tokio::test]
 async fn agent_found_just_before_a_loss() {
     run_test(async |t| {
@@ -386,7 +386,7 @@ async fn agent_found_just_before_a_loss() {
     .await;
 }
 
-/// A message whose chat could not be created is not matched with another of its second.
+/// A message whose chat could not be created is not matched with another of the same second.
 #[tokio::test]
 async fn unsent_message_matches_no_other() {
     run_test(async |t| {
@@ -401,12 +401,12 @@ async fn unsent_message_matches_no_other() {
     .await;
 }
 
-/// A start that only events tell is no drift if its correction has no answer.
+/// A start known only from events is not reported as drift if its correction gets no response.
 #[tokio::test]
 async fn corrected_start_is_no_drift() {
     run_test(async |t| {
         t.start();
-        // BigChat does not know the conversation: only its events tell when it started.
+        // BigChat does not know the conversation: only its events show when it started.
         for first in [message(99, 10, "later"), end(98, 10)] {
             t.delivers([first.clone()]).await;
             t.our_api
@@ -426,7 +426,7 @@ async fn corrected_start_is_no_drift() {
     .await;
 }
 
-/// An agent restored by the request that sets an end is no drift if that request has no answer.
+/// An agent restored by the request that sets an end is not reported as drift if that request gets no response.
 #[tokio::test]
 async fn agent_restored_with_an_end() {
     run_test(async |t| {

@@ -234,7 +234,7 @@ async fn verification_waits_for_our_api() {
             ("no connection", None, false),
             ("503", Some(status(503)), false),
             ("401, with a daemon", Some(status(401)), true),
-            ("429, and when", Some(limited), true),
+            ("429 with Retry-After", Some(limited), true),
         ],
         async |(case, fault, daemon_runs)| {
             run_live_test(async |t| {

@@ -1,5 +1,5 @@
-//! What `status`, `check`, `once`, the probes, the log and the summary report of an API: it is not reached yet, up, failing
-//! or down, with the latest reason, and apart from that it may have asked to be left alone.
+//! What `status`, `check`, `once`, the probes, the log and the summary report of an API: its state (not reached yet,
+//! up, failing or down), the latest reason, and its rate limit.
 
 use super::status::{check, delivered, until_problems};
 use crate::harness::process::{Process, finished, printed};
@@ -75,7 +75,7 @@ async fn long_limit_of_our_api() {
         assert!(!passed && report.contains("is rate-limited"), "{report}");
         t.start();
         until_problems(t, &begins).await;
-        assert_eq!(t.our_api.total(), asked, "nobody asks it meanwhile");
+        assert_eq!(t.our_api.total(), asked, "nothing is sent to it meanwhile");
     })
     .await;
 }
@@ -96,7 +96,7 @@ async fn long_limit_of_bigchat() {
     .await;
 }
 
-/// The reason of an outage does not outlive the answer of a rate limit, which is logged in any case.
+/// A rate limit replaces the earlier reason of an outage, and is logged in any case.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limit_replaces_an_older_reason() {
     side_by_side([401, 503], async |before| {
@@ -160,7 +160,7 @@ async fn failing_is_not_up() {
     .await;
 }
 
-/// Before the first success there is no time since when it is so.
+/// Before the first success, the state has no start time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bigchat_was_never_reached() {
     let t = Bench::unreachable();

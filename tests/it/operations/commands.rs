@@ -117,7 +117,7 @@ async fn conversation_shows_event_states() {
 }
 
 /// A journal in which two conversations have had the id 42, an event that could not be parsed names it, and both APIs are
-/// away.
+/// down.
 async fn two_epochs() -> Bench {
     let bench = Bench::unreachable();
     bench.once().await;

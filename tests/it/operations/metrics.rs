@@ -141,8 +141,10 @@ async fn stuck_source_and_stuck_delivery() {
         t.bigchat.open(2, old, 1);
         t.bigchat.reports_event(message(2, t.now() - 1, "Hello"));
         let measured = Measured::start(t);
-        let (all_well, up) = ((true, true, true), "bigchat_sync_api_up");
-        measured.until_signs("all is well", all_well).await;
+        let (all_healthy, up) = ((true, true, true), "bigchat_sync_api_up");
+        measured
+            .until_signs("everything is healthy", all_healthy)
+            .await;
 
         // Polls are empty: the only sign is that BigChat reports nothing new. A minute is too long for a test.
         t.execute(&format!("UPDATE poll_state SET newest_event = {old}"));
@@ -151,7 +153,7 @@ async fn stuck_source_and_stuck_delivery() {
             .await;
         t.bigchat
             .reports_event(message(2, t.now() - 1, "Still there?"));
-        measured.until_signs("news", all_well).await;
+        measured.until_signs("news", all_healthy).await;
 
         t.bigchat.outage(Some(dropped()));
         measured
@@ -166,7 +168,9 @@ async fn stuck_source_and_stuck_delivery() {
             1.0
         );
         t.bigchat.outage(None);
-        measured.until_signs("the source is back", all_well).await;
+        measured
+            .until_signs("the source is back", all_healthy)
+            .await;
 
         t.our_api.outage(Some(status(503)));
         t.bigchat.reports_event(message(2, t.now() - 1, "And now?"));
@@ -177,7 +181,9 @@ async fn stuck_source_and_stuck_delivery() {
         let open = "bigchat_sync_breaker_open{api=\"our_api\"}";
         assert_eq!(measured.value(open).await, 1.0);
         t.our_api.outage(None);
-        measured.until_signs("delivery continues", all_well).await;
+        measured
+            .until_signs("delivery continues", all_healthy)
+            .await;
         assert_eq!(measured.value(open).await, 0.0);
         measured.daemon.stop().await;
     })
@@ -238,7 +244,7 @@ async fn metrics_without_the_journal() {
         .await;
         let away = t.directory().join("away.db");
         std::fs::rename(t.db(), &away).expect("it is moved");
-        until("the event is reported", async || {
+        until("the journal refuses", async || {
             measured.value("bigchat_sync_journal_writable").await == 0.0
         })
         .await;
@@ -249,7 +255,7 @@ async fn metrics_without_the_journal() {
                 > 0.0
         );
         std::fs::rename(away, t.db()).expect("it is moved back");
-        until("the event is reported", async || {
+        until("the journal can be written again", async || {
             measured.value("bigchat_sync_journal_writable").await == 1.0
         })
         .await;
@@ -293,7 +299,7 @@ async fn promtool_accepts_metrics_and_alerts() {
                 line.strip_prefix(name)
                     .is_some_and(|rest| rest.starts_with(['{', ' ']))
             });
-            assert!(is_there, "an alert goes by {name}, which there is not");
+            assert!(is_there, "an alert uses {name}, which does not exist");
         }
         measured.daemon.stop().await;
     })

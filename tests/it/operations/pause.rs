@@ -32,7 +32,7 @@ fn resume(t: &Bench) -> String {
 
 /// Waits until the daemon is paused and requests in flight have ended. Returns how many requests OurAPI had.
 async fn until_paused(t: &Test, daemon: &Process) -> u64 {
-    until("the pause is taken up", async || {
+    until("the pause takes effect", async || {
         daemon.lines_with("polling continues") > 0 && t.our_api.open_requests() == 0
     })
     .await;
@@ -96,7 +96,7 @@ async fn paused_daemon_polls_and_sends_nothing() {
 }
 
 #[tokio::test]
-async fn pause_ends_by_itself() {
+async fn pause_ends_automatically() {
     run_live_test(async |t| {
         t.once().await;
         t.bigchat.open(10, t.now() - 100, 1);

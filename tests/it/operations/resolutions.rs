@@ -12,7 +12,7 @@ use crate::harness::journal::failed_messages;
 use crate::harness::process::{fed, finished, program};
 use crate::harness::web::{TOKEN, client, console_token};
 
-/// A journal with four failed events, two for each of two reasons; both APIs are away.
+/// A journal with four failed events, two for each of two reasons; both APIs are down.
 async fn four_failed() -> Bench {
     let bench = Bench::unreachable();
     bench.once().await;

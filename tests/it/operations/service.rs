@@ -128,7 +128,7 @@ async fn systemd_credentials_are_used() {
         assert!(text(&refused.stderr).contains("BIGCHAT_SYNC_OUR_API_TOKEN_FILE"));
         assert!(
             once(Some("t0ken")).status.success(),
-            "a variable counts more"
+            "a variable takes precedence"
         );
         token("bigchat-sync.our-api-token", "t0ken\n");
         assert!(once(None).status.success());
@@ -194,7 +194,7 @@ fn systemd_accepts_the_unit() {
         text
     };
     assert_eq!(analyze(&["verify"]), "", "not even a warning");
-    // Of 10; the unit of most services is above 9.
+    // An exposure of at most 1.5 of 10; the unit of most services is above 9.
     analyze(&["security", "--offline=true", "--threshold=15"]);
 }
 

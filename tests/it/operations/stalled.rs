@@ -1,5 +1,5 @@
-//! If standard error is not read, or is broken: polling, delivery, `/healthz`, exit codes and time
-//! limits do not depend on it.
+//! Polling, delivery, `/healthz`, exit codes and time limits do not depend on whether standard error is read, or works
+//! at all.
 
 use crate::harness::process::{Process, Signal, free_address, terminal};
 use crate::harness::web::succeeds;
@@ -125,7 +125,6 @@ impl HangingDisk {
 async fn log_is_not_read() {
     side_by_side(Sink::all(), async |sink| {
         let what = sink.what;
-        // Enough for the display of progress on a terminal.
         run_live_test(async |t| {
             t.differs("it is stopped before all is delivered");
             t.our_api.set_latency(Duration::from_millis(2));
@@ -133,6 +132,7 @@ async fn log_is_not_read() {
             t.set("--listen", &address);
             let now = t.now();
             t.bigchat.open(10, now - 100, 1);
+            // Enough for the display of progress on a terminal.
             let events = (0..1500).map(|n| message(10, now - 5, &format!("message {n}")));
             t.bigchat.reports(events);
             let daemon = sink.start(t.program("run"));
@@ -140,7 +140,7 @@ async fn log_is_not_read() {
                 t.our_api.message_count() > 600
             })
             .await;
-            until(&format!("{what}: it is well"), async || {
+            until(&format!("{what}: it is healthy"), async || {
                 succeeds(&format!("http://{address}/healthz")).await
             })
             .await;

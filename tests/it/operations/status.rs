@@ -41,8 +41,8 @@ fn problems(status: &Value) -> Vec<String> {
 pub(super) async fn until_problems(t: &Bench, expected: &[&str]) -> Value {
     let mut last = Value::Null;
     until(&format!("{expected:?}"), async || {
-        let (status, well) = t.status();
-        assert_eq!(json!(well), status["healthy"]);
+        let (status, healthy) = t.status();
+        assert_eq!(json!(healthy), status["healthy"]);
         let problems = problems(&status);
         let as_expected = problems.len() == expected.len()
             && problems
@@ -130,7 +130,7 @@ async fn status_with_and_without_daemon() {
         let text = String::from_utf8(text.stdout).expect("text");
         assert!(text.contains(&format!("1 × {reason}")), "{text}");
         t.failed_command(&["discard", "--yes", "--reason", "another one"])
-            .expect_err("none is meant");
+            .expect_err("no event has that reason");
         assert_eq!(t.events("failed"), 1);
         t.failed_command(&["discard", "--yes", "--reason", reason])
             .expect("it is done");
@@ -146,8 +146,8 @@ async fn check_beside_a_daemon() {
         let daemon = delivered(t).await;
         until_found_up(t).await;
         let (polls, requests) = (t.bigchat.polls(), t.our_api.total());
-        let (well, report) = check(t).await;
-        assert!(well, "{report}");
+        let (passed, report) = check(t).await;
+        assert!(passed, "{report}");
         assert!(
             report.contains("the results for the APIs are from its latest requests"),
             "{report}"
@@ -169,8 +169,8 @@ async fn check_beside_a_daemon() {
 
         let polled = t.bigchat.polls();
         assert!(polled >= polls);
-        let (well, report) = check(t).await;
-        assert!(well, "{report}");
+        let (passed, report) = check(t).await;
+        assert!(passed, "{report}");
         assert_eq!(
             t.our_api.total(),
             requests + 2,
@@ -183,9 +183,9 @@ async fn check_beside_a_daemon() {
         );
 
         t.our_api.down().await;
-        let (well, report) = check(t).await;
+        let (passed, report) = check(t).await;
         assert!(
-            !well && report.contains("FAIL  OurAPI") && report.contains("--our-api-url"),
+            !passed && report.contains("FAIL  OurAPI") && report.contains("--our-api-url"),
             "{report}"
         );
     })
@@ -210,16 +210,16 @@ async fn check_of_wrong_settings() {
     let bigchat = server("Big Chat", "/events", "/conversations/1", bigchat).await;
     let our_api = server("Our API", "/chats", "/chats", json!([])).await;
     let bench = Bench::new(&bigchat.uri(), &our_api.uri());
-    let (well, report) = check(&bench).await;
+    let (passed, report) = check(&bench).await;
     assert!(
-        well && report.contains("says it is \"Big Chat 1\""),
+        passed && report.contains("says it is \"Big Chat 1\""),
         "{report}"
     );
     assert!(!bench.db().exists(), "it makes no database");
 
     let swapped = Bench::new(&our_api.uri(), &bigchat.uri());
-    let (well, report) = check(&swapped).await;
-    assert!(!well, "{report}");
+    let (passed, report) = check(&swapped).await;
+    assert!(!passed, "{report}");
     assert_eq!(
         report.matches("are the two URLs swapped?").count(),
         2,
@@ -227,23 +227,23 @@ async fn check_of_wrong_settings() {
     );
 
     let twice = Bench::new(&our_api.uri(), &our_api.uri());
-    let (well, report) = check(&twice).await;
+    let (passed, report) = check(&twice).await;
     assert!(
-        !well && report.contains("--bigchat-url and --our-api-url are the same"),
+        !passed && report.contains("--bigchat-url and --our-api-url are the same"),
         "{report}"
     );
 
     bench.set("--listen", "0.0.0.0:8268");
-    let (well, report) = check(&bench).await;
+    let (passed, report) = check(&bench).await;
     assert!(
-        !well && report.contains("BIGCHAT_SYNC_CONSOLE_TOKEN"),
+        !passed && report.contains("BIGCHAT_SYNC_CONSOLE_TOKEN"),
         "{report}"
     );
 
     std::fs::write(bench.db(), "Dear diary").expect("a file");
-    let (well, report) = check(&bench).await;
+    let (passed, report) = check(&bench).await;
     assert!(
-        !well && report.contains("is not a bigchat-sync database"),
+        !passed && report.contains("is not a bigchat-sync database"),
         "{report}"
     );
 }

@@ -417,10 +417,10 @@ fn make_beside_a_command(n: u32) {
     };
     let daemon = Store::open(&path).map(drop);
     let beside = beside.join().expect("no panic");
-    let well = daemon
+    let is_acceptable = daemon
         .as_ref()
         .map_or_else(OpenError::is_transient, |()| true);
-    assert!(well, "{n}: daemon {daemon:?}, beside {beside:?}");
+    assert!(is_acceptable, "{n}: daemon {daemon:?}, beside {beside:?}");
 }
 
 /// The reads of the console leave the daemon its lock on the database.
@@ -512,7 +512,7 @@ async fn check_on_full_disk() {
     .await;
 }
 
-/// `status` reads only, so it looks at the space that is left.
+/// `status` never writes, so it checks the free space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_on_full_disk() {
     run_live_test(async |t| {
@@ -532,7 +532,7 @@ async fn status_on_full_disk() {
     .await;
 }
 
-/// Only for a while is it normal that no poll completes.
+/// It is normal that no poll completes for a while, but not for longer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_without_completed_poll() {
     run_live_test(async |t| {
@@ -543,10 +543,10 @@ async fn status_without_completed_poll() {
         t.execute("UPDATE poll_state SET polled_at = polled_at - 100000");
         assert!(t.status().1, "less than three intervals");
         t.execute("UPDATE control SET poll_interval = 10");
-        let (status, well) = t.status();
+        let (status, healthy) = t.status();
         let what = status["problems"][0]["what"].as_str().unwrap_or_default();
         assert!(
-            !well && what.starts_with("no poll was completed for "),
+            !healthy && what.starts_with("no poll was completed for "),
             "{status}"
         );
         daemon.stop().await;

@@ -26,9 +26,9 @@ fn run(mut program: Command) -> (bool, String) {
 /// `check` and `once` report the same problem and the same remedy.
 fn both_say(program: impl Fn(&str) -> Command, expected: &[&str]) {
     for command in ["check", "once"] {
-        let (well, text) = run(program(command));
+        let (succeeded, text) = run(program(command));
         assert!(
-            !well && !text.contains("will be created at the first start"),
+            !succeeded && !text.contains("will be created at the first start"),
             "{text}"
         );
         assert!(!text.contains(".lock"), "{text}");
@@ -157,8 +157,8 @@ fn account_without_rights() {
         &expected,
     );
     let reads = unprivileged(program(path, "failed list", "owned.db")).expect("it could be run");
-    let (well, text) = run(reads);
-    assert!(well && text.contains("no event has failed"), "{text}");
+    let (succeeded, text) = run(reads);
+    assert!(succeeded && text.contains("no event has failed"), "{text}");
 }
 
 /// A database with a failed event, and whether the daemon was killed.
@@ -194,12 +194,15 @@ async fn reading_on_read_only_system() {
             assert_eq!(status["failed"], 1);
             assert_eq!(status["daemon_runs"], false);
             for command in ["failed list", "failed show 2"] {
-                let (well, text) = read_only(command).expect("it could be mounted");
-                assert!(well && text.contains("10"), "{command}: {text}");
+                let (succeeded, text) = read_only(command).expect("it could be mounted");
+                assert!(succeeded && text.contains("10"), "{command}: {text}");
             }
             for command in ["failed retry --all", "failed discard 2", "once"] {
-                let (well, text) = read_only(command).expect("it could be mounted");
-                assert!(!well && text.contains("Read-only file system"), "{text}");
+                let (succeeded, text) = read_only(command).expect("it could be mounted");
+                assert!(
+                    !succeeded && text.contains("Read-only file system"),
+                    "{text}"
+                );
             }
             assert_eq!(files(t.directory()), before);
             assert_eq!(t.events("failed"), 1);
@@ -245,8 +248,11 @@ async fn write_ahead_log_without_shm() {
             let Some(program) = in_own_mounts(READ_ONLY, &program) else {
                 return;
             };
-            let (well, text) = run(program);
-            assert!(!well && text.contains("only with a -shm file"), "{text}");
+            let (succeeded, text) = run(program);
+            assert!(
+                !succeeded && text.contains("only with a -shm file"),
+                "{text}"
+            );
         }
         assert_eq!(t.events("failed"), 1);
     })
@@ -264,9 +270,9 @@ fn database_is_no_regular_file() {
     std::fs::create_dir(path.join("directory")).expect("a directory");
     for db in ["pipe", "socket", "directory", "/dev/zero"] {
         for command in ["once", "status", "check"] {
-            let (well, text) = run(through(&["timeout", "10"], &program(path, command, db)));
+            let (succeeded, text) = run(through(&["timeout", "10"], &program(path, command, db)));
             assert!(
-                !well && text.contains("is not a bigchat-sync database"),
+                !succeeded && text.contains("is not a bigchat-sync database"),
                 "{command} {db}: {text}"
             );
         }

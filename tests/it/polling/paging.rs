@@ -347,7 +347,7 @@ async fn body_cut_off_or_too_large() {
         ],
         async |(case, tamper, text)| {
             run_test(async |t| {
-                t.differs("pages are spoilt on their way");
+                t.differs("pages are damaged in transit");
                 t.tamper_pages(1, tamper).await;
                 t.bigchat.reports([message(42, 1, "one")]);
                 t.once().await;
@@ -621,7 +621,7 @@ async fn poll_without_end() {
         assert_eq!(
             t.bigchat.queries()[200],
             window(NOW - 5, NOW),
-            "where a whole budget brings nothing new, that is all"
+            "a whole budget without a new event completes the poll"
         );
     })
     .await;
