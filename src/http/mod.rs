@@ -236,7 +236,7 @@ impl Http {
         };
         let response = self.transport.send(request).await;
         let ended = Instant::now();
-        liveness::goes_on(ended);
+        liveness::record_progress(ended);
         let status = match &response {
             Ok(response) => Ok(response.status),
             Err(error) => Err(error.kind),
