@@ -26,10 +26,9 @@
 //!
 //! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
 //!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
-//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); delivery needs nothing else. A test
-//!   names the missing color in `console/page/console.css`. Neither the compiler nor a test names two more places:
-//!   `isMessage` in `console/page/parts.js`, and the [`simulator`], which shares no code with the daemon that it
-//!   checks: it lists the kinds in `simulator/event.rs`, and makes up events in `simulator/chance.rs`.
+//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); delivery needs nothing else. Tests
+//!   name what else is missing: its color in `console/page/console.css`, `isMessage` in `console/page/parts.js`, and its
+//!   line in `simulator/event.rs`, because the [`simulator`] shares no code with the daemon that it checks.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`.
 //! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a

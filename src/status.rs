@@ -162,7 +162,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
                 ),
             };
             problem(
-                format!("{api} asked to be left alone {limit}{before}{wait}"),
+                format!("{api} is rate-limited {limit}{before}{wait}"),
                 &format!("{remedy}; if this lasts, ask the operator of {api}"),
             );
         } else if status.is_down() {

@@ -274,11 +274,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     if let Some(limit) = status.long_limit() {
         let remedy =
             format!("wait; nothing is lost, and if this lasts, ask the operator of {what}");
-        return report.fail(
-            what,
-            format!("asked to be left alone {limit} ({last})"),
-            remedy,
-        );
+        return report.fail(what, format!("rate-limited {limit} ({last})"), remedy);
     }
     let Some(problem) = &status.problem else {
         let is = match state {

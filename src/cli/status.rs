@@ -57,7 +57,7 @@ fn text(status: &Status) -> String {
     for (name, status) in [("BigChat", &figures.bigchat), ("OurAPI", &figures.our_api)] {
         line(name, api(status, &ago));
         if let Some(limit) = status.rate_limit {
-            line("", format!("asked to be left alone {limit}"));
+            line("", format!("rate-limited {limit}"));
         }
     }
     let behind = figures.behind_s.map_or_else(String::new, |behind| {
@@ -122,7 +122,7 @@ fn text(status: &Status) -> String {
         line(
             "losses",
             format!(
-                "OurAPI lost data {} times, {} of them within the last hour",
+                "of data in OurAPI: {}, of them within the last hour: {}",
                 figures.losses, figures.recent_losses
             ),
         );

@@ -66,4 +66,15 @@ mod tests {
             assert!(css.contains(&rule), "console.css has no {rule}");
         }
     }
+
+    #[test]
+    fn scripts_know_which_kinds_are_messages() {
+        let messages = EventKind::ALL.into_iter().filter(|kind| kind.is_message());
+        let names: Vec<_> = messages.map(EventKind::name).collect();
+        let line = format!("isMessage = (name) => {names:?}.includes(name);");
+        assert!(
+            include_str!("page/parts.js").contains(&line),
+            "parts.js has no {line}"
+        );
+    }
 }

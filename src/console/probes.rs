@@ -26,7 +26,7 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events are delivered: no API is down or has asked to be left alone for more than a minute, and the journal
+/// Whether events are delivered: no API is down, or rate-limited for more than a minute, and the journal
 /// can be written. While deliveries are paused the daemon is ready, because an operator has paused them and the console
 /// must stay reachable.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
@@ -39,7 +39,7 @@ pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
             continue;
         }
         if let Some(limit) = status.long_limit() {
-            why += &format!("{api} asked to be left alone until {}\n", limit.until);
+            why += &format!("{api} is rate-limited until {}\n", limit.until);
             continue;
         }
         match status.state {

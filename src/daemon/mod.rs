@@ -54,18 +54,18 @@ pub enum DaemonError {
     #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
     /// The daemon was stopped while the disk refused events that BigChat had reported.
-    #[error(
-        "stopped while the database could not be written: {0} events that BigChat reported are lost"
-    )]
+    #[error("stopped while the database could not be written; reported events that are lost: {0}")]
     Unstored(usize),
     /// The database was deleted or replaced while the daemon ran. The events waiting in it are lost.
-    #[error("stopped after the database had been deleted or replaced: {0} events in it are lost")]
+    #[error(
+        "stopped after the database had been deleted or replaced; events in it that are lost: {0}"
+    )]
     Replaced(u64),
     /// `once` could not read BigChat up to now.
     #[error("BigChat was not read up to the present: {0}; the next run continues from there")]
     Unread(String),
     /// `once` left events undelivered.
-    #[error("{waiting} events are not delivered yet: {reason}; the next run continues with them")]
+    #[error("events not delivered yet: {waiting}; {reason}; the next run continues with them")]
     Undelivered { waiting: u64, reason: String },
 }
 

@@ -90,7 +90,7 @@ impl ApiStatus {
     pub fn reason(&self, api: Api) -> Option<String> {
         let limit = self.rate_limit;
         limit
-            .map(|limit| format!("{api} asked to be left alone {limit}"))
+            .map(|limit| format!("{api} is rate-limited {limit}"))
             .or_else(|| self.problem.clone())
     }
 
@@ -176,9 +176,7 @@ impl Health {
             limit.is_in_force(now) && limit.is_long() && limit.status.is_some()
         });
         if limit.is_long() && !is_logged {
-            tracing::warn!(
-                "{api} asked to be left alone {limit}; no request is sent to it until then"
-            );
+            tracing::warn!("{api} is rate-limited {limit}; no request is sent to it until then");
         }
         self.limit(limit);
         self.changed.notify_one();

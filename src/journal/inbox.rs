@@ -629,3 +629,28 @@ pub(super) fn ingest_dead_letter(
     while ingest(transaction, epoch, &event, count, now)? {}
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    /// `date` may lag, so a page served around the beginning of an epoch may belong to either.
+    #[test]
+    fn page_near_a_restart_is_uncertain() {
+        let memory = Connection::open_in_memory().expect("a database");
+        let mut store = Store::in_memory(memory, true).expect("a schema");
+        let at = |seconds: i64| Timestamp::from_unix(1_000 + seconds).expect("a time");
+        let mut epoch_at = |seconds| store.epoch_at(at(seconds)).expect("an epoch");
+        assert_eq!(epoch_at(0), (Epoch(1), true));
+        store
+            .start_epoch(Epoch(1), at(0), None)
+            .expect("a second epoch");
+        let mut epoch_at = |seconds| store.epoch_at(at(seconds)).expect("an epoch");
+        assert_eq!(epoch_at(-3), (Epoch(1), true));
+        assert_eq!(epoch_at(-2), (Epoch(2), false));
+        assert_eq!(epoch_at(0), (Epoch(2), false));
+        assert_eq!(epoch_at(1), (Epoch(2), true));
+    }
+}

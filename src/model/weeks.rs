@@ -43,9 +43,6 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// How long the daemon waits for a response.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
-/// The period in which each chat is verified.
-const VERIFY_EVERY: Duration = Duration::from_secs(30 * 60);
-
 /// The time limit for coming to rest after the last fault. It includes the verification pass in progress and a complete
 /// one.
 const REST: Duration = Duration::from_secs(3 * 86_400);
@@ -89,7 +86,7 @@ impl Week {
         }
         settings.poll_interval = self.poll_interval;
         settings.request_timeout = TIMEOUT;
-        settings.verify_every = VerifyEvery::Within(VERIFY_EVERY);
+        settings.verify_every = VerifyEvery::Within(self.length / 8);
         settings.retention = if self.short_retention {
             2 * DAY
         } else {

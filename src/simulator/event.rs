@@ -7,7 +7,7 @@ pub const T0: i64 = 1_795_384_800;
 
 /// The names of events. The second value is the field of `data` that has the text of a message; `None`: the event is no
 /// message.
-const KINDS: [(&str, Option<&str>); 4] = [
+pub const KINDS: [(&str, Option<&str>); 4] = [
     ("START", None),
     ("END", None),
     ("MESSAGE", Some("message")),

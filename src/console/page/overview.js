@@ -89,7 +89,7 @@ function api(name, what, state) {
     { "aria-labelledby": id, "data-state": state.state },
     el("header", null, el("h2", { id }, name), el("span.muted", null, what)),
     el("p.state", null, el("i.dot", { "aria-hidden": "true" }), el("b", null, word), state.since !== null && el("span.muted", null, " for ", since(state.since))),
-    limit && el("p.note", null, "asked to be left alone until ", at(limit.until), limit.status !== null && ` (${limit.status}, Retry-After)`),
+    limit && el("p.note", null, "rate-limited until ", at(limit.until), limit.status !== null && ` (${limit.status}, Retry-After)`),
     state.problem && el("p.note", null, state.problem),
     state.request
       ? el(

@@ -3,7 +3,7 @@
 import { el, icon } from "./dom.js";
 
 /** Whether events of this kind are stored as messages. */
-export const isMessage = (name) => name === "MESSAGE";
+export const isMessage = (name) => ["MESSAGE"].includes(name);
 
 /** The kind of an event. */
 export const kind = (name) => el(`span.kind.${name.toLowerCase()}`, null, name);

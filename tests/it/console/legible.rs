@@ -1,6 +1,6 @@
 //! The API's texts, reasons for chats without an agent, and retries that can succeed.
 
-use crate::harness::journal::{CONVERSATION, failed_message, spent};
+use crate::harness::journal::{CONVERSATION, dead_letter, failed_message, spent};
 use crate::harness::web::Console;
 use crate::harness::{run_test, side_by_side, until};
 use bigchat_sync::settings::Tokens;
@@ -32,6 +32,21 @@ async fn conversation(console: &Console<'_>, id: i64) -> Value {
     let itself = get(console, &path, &[]).await;
     assert_eq!(itself["conversation"], found);
     found
+}
+
+/// What cannot be parsed is shown as received, although its conversation is known.
+#[tokio::test]
+async fn unreadable_event_is_shown_as_received() {
+    run_test(async |t| {
+        let received = r#"{"conversation_id":42,"note":"?"}"#;
+        let event = dead_letter(1, 100, "UNREADABLE", received, "why", 0);
+        let console = Console::over(t, &format!("{CONVERSATION}{event}")).await;
+        let event = get(&console, "/api/failed/1", &[]).await;
+        assert_eq!(event["conversation"], 42);
+        assert_eq!(event["raw"], received);
+        console.daemon.stop().await;
+    })
+    .await;
 }
 
 /// A text is complete, whatever characters are in it.

@@ -51,8 +51,8 @@ fn time_out_if_late(t: &Bench, case: &str) {
     }
 }
 
-/// After a crash OurAPI is left alone for as long as a request may take.
-fn leave_alone_briefly(t: &Bench) {
+/// After a crash no request is sent to OurAPI for as long as one may take.
+fn shorten_request_timeout(t: &Bench) {
     t.set("--request-timeout", "4s");
 }
 
@@ -212,7 +212,7 @@ async fn retry_after_rejected_chat() {
 async fn crash_with_a_message_in_flight() {
     side_by_side([false, true], async |carried_out| {
         run_test(async |t| {
-            leave_alone_briefly(t);
+            shorten_request_timeout(t);
             let daemon = with_a_chat(t).await;
             let upset = if carried_out {
                 late().carried_out()
@@ -252,7 +252,7 @@ async fn crash_during_a_chat_change() {
             }
         };
         run_test(async |t| {
-            leave_alone_briefly(t);
+            shorten_request_timeout(t);
             t.our_api.upset(create, upset());
             let daemon = t.start();
             t.bigchat.reports([start(42, 0)]);

@@ -3,11 +3,12 @@
 use crate::harness::process::printed;
 use crate::harness::services::{NOW, line, time};
 use crate::harness::{run_test, side_by_side};
+use bigchat_sync::domain::event::EventKind;
 use bigchat_sync::simulator::compare::Rules;
-use bigchat_sync::simulator::event::{end, message, start, transfer};
+use bigchat_sync::simulator::event::{KINDS, end, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
 use bigchat_sync::simulator::id;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use serde_json::{Value, json};
 
@@ -36,6 +37,14 @@ fn sent(chat: &str, at: i64, text: &str) -> String {
 
 fn changed(chat: &str, change: Value) -> String {
     line(&format!("PATCH /chats/{chat}"), change)
+}
+
+/// The simulator has its own list, because it shares no code with the daemon that it checks.
+#[test]
+fn simulator_has_the_same_kinds() {
+    let kinds = EventKind::ALL.map(|kind| (kind.name(), kind.is_message()));
+    let simulated = KINDS.map(|(name, field)| (name, field.is_some()));
+    assert_eq!(BTreeSet::from(simulated), BTreeSet::from(kinds));
 }
 
 /// Each event requests what it needs, and costs one request once everything is known.

@@ -35,7 +35,7 @@ async fn timed_out_request_is_in_flight() {
     .await;
 }
 
-/// After a crash OurAPI is left alone for as long as a request may take.
+/// After a crash no request is sent to OurAPI for as long as one may take.
 #[tokio::test]
 async fn crash_with_an_overdue_request() {
     run_live_test(async |t| {

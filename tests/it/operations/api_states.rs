@@ -14,7 +14,7 @@ use bigchat_sync::simulator::fault::{Fault, status};
 
 use reqwest::StatusCode;
 
-fn left_alone() -> Fault {
+fn limited() -> Fault {
     status(429).header("retry-after", "3600")
 }
 
@@ -38,12 +38,12 @@ fn more_messages(t: &Test) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_limit_of_our_api() {
     run_live_test(async |t| {
-        t.differs("OurAPI asks to be left alone to the end");
+        t.differs("OurAPI limits the rate to the end");
         delivered(t).await.stop().await;
         let (daemon, url) = t.start_listening(Tokens::default());
-        t.our_api.outage(Some(left_alone()));
+        t.our_api.outage(Some(limited()));
         more_messages(t);
-        let begins = ["OurAPI asked to be left alone until "];
+        let begins = ["OurAPI is rate-limited until "];
         let shown = until_problems(t, &begins).await;
         let what = shown["problems"][0]["what"].as_str().expect("a text");
         assert!(what.contains("(429, Retry-After 3600 s"), "{what}");
@@ -53,17 +53,17 @@ async fn long_limit_of_our_api() {
         let text = text_of(t);
         let line = text.lines().find(|line| line.starts_with("  "));
         assert!(
-            line.is_some_and(|line| line.contains("asked to be left alone until ")),
+            line.is_some_and(|line| line.contains("rate-limited until ")),
             "{text}"
         );
         let (passed, report) = check(t).await;
         assert!(
-            !passed && report.contains("FAIL  OurAPI    asked to be left alone until "),
+            !passed && report.contains("FAIL  OurAPI    rate-limited until "),
             "{report}"
         );
         let (code, why) = readiness(&url).await;
         assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
-        assert!(why.starts_with("OurAPI asked to be left alone"), "{why}");
+        assert!(why.starts_with("OurAPI is rate-limited"), "{why}");
 
         // An event that waits for an hour needs no other remedy.
         t.execute("UPDATE conversations SET waiting_since = waiting_since - 300000");
@@ -72,7 +72,7 @@ async fn long_limit_of_our_api() {
         daemon.stop().await;
         let asked = t.our_api.total();
         let (passed, report) = check(t).await;
-        assert!(!passed && report.contains("is rate-limited"), "{report}");
+        assert!(!passed && report.contains("rate-limited"), "{report}");
         t.start();
         until_problems(t, &begins).await;
         assert_eq!(t.our_api.total(), asked, "nothing is sent to it meanwhile");
@@ -85,13 +85,13 @@ async fn long_limit_of_bigchat() {
     run_live_test(async |t| {
         delivered(t).await.stop().await;
         let (_, url) = t.start_listening(Tokens::default());
-        t.bigchat.outage(Some(left_alone()));
-        until_problems(t, &["BigChat asked to be left alone until "]).await;
+        t.bigchat.outage(Some(limited()));
+        until_problems(t, &["BigChat is rate-limited until "]).await;
         let (passed, report) = check(t).await;
         assert!(!passed, "{report}");
         let (code, why) = readiness(&url).await;
         assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
-        assert!(why.starts_with("BigChat asked to be left alone"), "{why}");
+        assert!(why.starts_with("BigChat is rate-limited"), "{why}");
     })
     .await;
 }
@@ -101,14 +101,14 @@ async fn long_limit_of_bigchat() {
 async fn limit_replaces_an_older_reason() {
     side_by_side([401, 503], async |before| {
         run_live_test(async |t| {
-            t.differs("OurAPI asks to be left alone to the end");
+            t.differs("OurAPI limits the rate to the end");
             delivered(t).await.stop().await;
             t.our_api.outage(Some(status(before)));
             more_messages(t);
             let daemon = Process::start(t);
             until_problems(t, &["OurAPI is down since "]).await;
-            t.our_api.outage(Some(left_alone()));
-            let shown = until_problems(t, &["OurAPI asked to be left alone until "]).await;
+            t.our_api.outage(Some(limited()));
+            let shown = until_problems(t, &["OurAPI is rate-limited until "]).await;
             let what = shown["problems"][0]["what"].as_str().expect("a text");
             assert!(what.contains(", and is down since "), "{what}");
             let problem = shown["our_api"]["problem"].as_str().expect("a text");
@@ -119,7 +119,7 @@ async fn limit_replaces_an_older_reason() {
                 assert!(!text.contains(&before.to_string()), "{text}");
             }
             daemon
-                .until_logged_times("OurAPI asked to be left alone until", 1)
+                .until_logged_times("OurAPI is rate-limited until", 1)
                 .await;
             assert!(daemon.stop().await.success());
             assert!(t.logged().contains(r#""our_api":"rate_limited""#));
@@ -211,7 +211,7 @@ async fn once_names_the_reason() {
         assert!(reason.iter().all(|part| line.contains(part)), "{line}");
         more_messages(t);
         let line = last_line("--our-api-url", &t.our_api.url()).await;
-        let begins = "bigchat-sync: 2 events are not delivered yet: OurAPI cannot be reached";
+        let begins = "bigchat-sync: events not delivered yet: 2; OurAPI cannot be reached";
         assert!(line.starts_with(begins), "{line}");
         assert!(reason.iter().all(|part| line.contains(part)), "{line}");
         t.once().await;

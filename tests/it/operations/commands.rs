@@ -473,7 +473,7 @@ async fn forget_names_one_epoch_and_asks() {
     for (arguments, expected) in [
         (
             &["forget", "42", "--yes"][..],
-            "epochs 1, 2; name one with --epoch",
+            "epochs 1, 2; choose one with --epoch",
         ),
         (&["forget", "42", "--epoch", "1"], "add --yes"),
         (

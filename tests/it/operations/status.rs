@@ -265,7 +265,7 @@ async fn exit_code_of_once() {
         t.bigchat.reports(events);
         let (code, text) = once().await;
         assert!(
-            code == Some(1) && text.contains("1 events are not delivered yet"),
+            code == Some(1) && text.contains("events not delivered yet: 1"),
             "{text}"
         );
         t.bigchat.down().await;

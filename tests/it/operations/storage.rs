@@ -204,10 +204,7 @@ async fn stop_while_disk_is_full() {
         let (daemon, _) = received_on_full_disk(t).await;
         assert_eq!(daemon.stop().await.code(), Some(1));
         let text = t.logged();
-        assert!(
-            text.contains("3 events that BigChat reported are lost"),
-            "{text}"
-        );
+        assert!(text.contains("reported events that are lost: 3"), "{text}");
     })
     .await;
 }
@@ -382,7 +379,7 @@ async fn database_deleted_while_running() {
             } else {
                 assert_eq!(daemon.stop().await.code(), Some(1));
                 let text = t.logged();
-                assert!(text.contains("1 events in it are lost"), "{text}");
+                assert!(text.contains("events in it that are lost: 1"), "{text}");
             }
             assert!(!t.db().exists(), "none is made in its place");
         })

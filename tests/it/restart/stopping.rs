@@ -58,7 +58,7 @@ async fn stop_while_database_is_locked() {
         let outcome = daemon.outcome().await;
         assert!(stopped.elapsed() < STOPS_WITHIN, "{:?}", stopped.elapsed());
         let error = outcome.expect_err("an event was received and could not be stored");
-        assert!(error.to_string().contains("1 events"), "{error}");
+        assert!(error.to_string().contains("lost: 1"), "{error}");
     })
     .await;
 }
