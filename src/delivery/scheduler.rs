@@ -203,8 +203,10 @@ impl Scheduler {
                 }
             }
         };
+        // Those whose time is over are removed by the next query, which may have to wait.
         let held = self.timed_out.values().map(|until| *until - Instant::now());
-        held.fold(rest, Duration::min)
+        held.filter(|left| !left.is_zero())
+            .fold(rest, Duration::min)
     }
 
     fn is_unoccupied(&self) -> bool {
