@@ -206,6 +206,42 @@ async fn loss_without_rebuild() {
     .await;
 }
 
+/// With `--rebuild report`, a loss is in the log once, and a complete chat is not.
+#[tokio::test]
+async fn losses_are_reported_without_rebuild() {
+    run_live_test(async |t| {
+        t.differs("what is lost is not rebuilt");
+        t.set("--rebuild", "report").set("--verify-every", "off");
+        let now = t.now();
+        for id in [10, 11] {
+            t.bigchat.open(id, now - 100, 1);
+        }
+        let events = vec![message(10, now - 5, "ten"), message(11, now - 5, "eleven")];
+        t.bigchat.reports(events);
+        let daemon = Process::start(t);
+        t.until_events("delivered", 2).await;
+        t.our_api.loses_message("10");
+        assert!(daemon.stop().await.success());
+        // After a crash, chats with waiting messages are read back.
+        t.execute("UPDATE control SET clean_end = 0");
+        t.bigchat.reports(vec![
+            message(10, now - 4, "ten again"),
+            message(11, now - 4, "eleven again"),
+        ]);
+        let daemon = Process::start(t);
+        t.until_events("delivered", 4).await;
+        assert!(daemon.stop().await.success());
+        let log = t.logged();
+        let lines = log.lines();
+        let reports: Vec<_> = lines
+            .filter(|line| line.contains("it is not restored, because of --rebuild"))
+            .collect();
+        assert_eq!(reports.len(), 1, "{log}");
+        assert!(reports[0].contains("1 message"), "{log}");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn html_is_no_success() {
     run_live_test(async |t| {

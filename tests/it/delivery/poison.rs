@@ -50,6 +50,31 @@ async fn change_fails_behind_older_message() {
     .await;
 }
 
+/// Changes are written together until that fails; then those before the failing one get through.
+#[tokio::test]
+async fn failing_transfer_delays_no_end_before_it() {
+    run_live_test(async |t| {
+        t.differs("OurAPI fails all changes of an agent");
+        t.set("--retry-max", "40ms");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.reports([message(10, now - 5, "hello")]);
+        let daemon = t.start();
+        t.until_events("delivered", 1).await;
+        t.our_api.upset("PATCH *agent_id*", crashed().always());
+        t.bigchat
+            .reports(vec![end(10, now - 4), transfer(10, now - 4, 7)]);
+        until("the chat is ended", async || {
+            t.our_api.data().chats[0].ended_at.is_some()
+        })
+        .await;
+        daemon.stop().await;
+        assert_eq!(t.events("delivered"), 2);
+        assert_eq!(t.events("waiting"), 1);
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn event_waiting_for_bigchat_backs_off() {
     run_live_test(async |t| {
