@@ -126,7 +126,7 @@ async function beat() {
     else if (error instanceof Denied) signIn();
     else if (error instanceof Refused) {
       found();
-      byId("live").dataset.state = "ill";
+      byId("live").dataset.state = "unhealthy";
       say("live", error.message);
     } else throw error;
   } finally {
@@ -167,9 +167,9 @@ function lost() {
 
 function header() {
   const live = byId("live");
-  const state = line.lost ? "lost" : status === null ? "loading" : status.healthy ? "well" : "ill";
+  const state = line.lost ? "lost" : status === null ? "loading" : status.healthy ? "healthy" : "unhealthy";
   live.dataset.state = state;
-  say("live", { lost: "Offline", loading: "Connecting", well: "All well", ill: "Needs attention" }[state]);
+  say("live", { lost: "Offline", loading: "Connecting", healthy: "Healthy", unhealthy: "Needs attention" }[state]);
   const badge = byId("failed-count");
   badge.hidden = !status?.failed;
   badge.textContent = status?.failed > 999 ? "999+" : String(status?.failed ?? "");

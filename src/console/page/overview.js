@@ -28,10 +28,10 @@ export const overview = {
 
 function verdict(status) {
   const { problems } = status;
-  const title = status.healthy ? "All is well" : problems.length > 1 ? `${problems.length} things need attention` : "One thing needs attention";
+  const title = status.healthy ? "Healthy" : problems.length > 1 ? `${problems.length} things need attention` : "One thing needs attention";
   return el(
     "section.verdict",
-    { "data-well": status.healthy ? "yes" : "no", "aria-labelledby": "title" },
+    { "data-healthy": status.healthy ? "yes" : "no", "aria-labelledby": "title" },
     el("h1", { id: "title", tabindex: -1 }, el("i.dot", { "aria-hidden": "true" }), title),
     el(
       "p.under",

@@ -597,4 +597,18 @@ mod tests {
             assert_eq!(Search::read(text, "a-"), wanted, "{text}");
         }
     }
+
+    #[test]
+    fn activity_covers_the_requested_minutes() {
+        let memory = Connection::open_in_memory().expect("a database");
+        let mut store = Store::in_memory(memory, true).expect("a schema");
+        for (minutes, step) in [(60, 1), (360, 5), (1440, 15), (10_080, 120)] {
+            let activity = store.activity(minutes, Millis(1_795_384_830_000));
+            let activity = activity.expect("an activity");
+            let covered = activity.to - activity.from + 1;
+            let minutes = i64::from(minutes);
+            assert_eq!((activity.step, activity.from % step), (step, 0));
+            assert!((minutes..minutes + step).contains(&covered), "{covered}");
+        }
+    }
 }

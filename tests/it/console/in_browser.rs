@@ -316,7 +316,7 @@ async fn theme_of_system_until_chosen() {
             browser.until(expected).await;
         }
         browser.reload().await;
-        browser.until_text(".verdict h1", "All is well").await;
+        browser.until_text(".verdict h1", "Healthy").await;
         browser.until(is_dark).await;
         browser.click("#theme", "").await;
         browser.until(is_light).await;

@@ -8,6 +8,8 @@ use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::{crashed, html, status};
 use std::time::Duration;
 
+use serde_json::json;
+
 #[tokio::test]
 async fn chat_lost_among_its_messages() {
     run_live_test(async |t| {
@@ -238,6 +240,32 @@ async fn losses_are_reported_without_rebuild() {
             .collect();
         assert_eq!(reports.len(), 1, "{log}");
         assert!(reports[0].contains("1 message"), "{log}");
+    })
+    .await;
+}
+
+/// What another client has changed is in the log once, however often the chat is read back.
+#[tokio::test]
+async fn drift_is_reported_once() {
+    run_live_test(async |t| {
+        t.differs("another client changes a chat");
+        t.set("--verify-every", "off");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        for n in 1..=3 {
+            t.bigchat
+                .reports([message(10, now - 5, &format!("message {n}"))]);
+            let daemon = Process::start(t);
+            t.until_events("delivered", n).await;
+            assert!(daemon.stop().await.success());
+            let log = t.logged();
+            let reported = log.matches("changed in OurAPI by another client").count();
+            assert_eq!(reported, usize::from(n > 1), "{log}");
+            let started = json!({"started_at": "2026-11-22T21:00:00Z"});
+            t.our_api.is_changed("10", &started).await;
+            // After a crash, a chat with waiting messages is read back.
+            t.execute("UPDATE control SET clean_end = 0");
+        }
     })
     .await;
 }
