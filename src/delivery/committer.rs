@@ -13,7 +13,10 @@ use crate::domain::time::Millis;
 use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 
 use super::Delivery;
-use super::scheduler::MAX_CLAIMED;
+
+/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
+/// no worker waits for a commit of 20 ms.
+pub(super) const MAX_CLAIMED: usize = 1024;
 
 /// After a commit, the committer pauses for this many times its duration, so that reports that arrive meanwhile share
 /// the next commit and the disk is free for other writers. No request is delayed, since enough conversations are

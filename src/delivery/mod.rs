@@ -83,7 +83,7 @@ impl Delivery {
     /// Delivers events, then records in the journal whether the end was clean: no request given up in flight, and all
     /// reports committed.
     pub async fn run(self, scope: Scope, until: Until) {
-        let (reports, reported) = mpsc::channel(scheduler::MAX_CLAIMED);
+        let (reports, reported) = mpsc::channel(committer::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
         let worker = Arc::new(Worker::new(&self));
         let committer = Committer::new(&self);

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::attempts::Writes;
-use super::committer::{Released, ToCommit};
+use super::committer::{MAX_CLAIMED, Released, ToCommit};
 use super::reconcile::{Reconciled, reconcile};
 use super::worker::Worker;
 use super::{Delivery, Scope, Until};
@@ -24,10 +24,6 @@ use crate::domain::time::Millis;
 use crate::http::Circuit;
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
-
-/// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
-/// no worker waits for a commit of 20 ms.
-pub(super) const MAX_CLAIMED: usize = 1024;
 
 /// How many conversations are loaded ahead of the workers.
 const AHEAD: usize = 256;

@@ -4,7 +4,6 @@ use std::fmt;
 use std::process::ExitCode;
 
 use super::chaos::Score;
-use super::tally::per_event;
 use crate::simulator::compare::{Report, count};
 
 /// Figures besides the comparison.
@@ -169,4 +168,12 @@ impl fmt::Display for DemoResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}\n\n{}", self.details(), self.summary())
     }
+}
+
+/// Requests per event, in brackets.
+fn per_event(requests: usize, events: usize) -> String {
+    if events == 0 {
+        return String::new();
+    }
+    format!(" ({:.2} per event)", requests as f64 / events as f64)
 }

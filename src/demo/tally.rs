@@ -277,14 +277,6 @@ impl Snapshot {
     }
 }
 
-/// Requests per event, in brackets.
-pub(super) fn per_event(requests: usize, events: usize) -> String {
-    if events == 0 {
-        return String::new();
-    }
-    format!(" ({:.2} per event)", requests as f64 / events as f64)
-}
-
 /// The fields of a chat that a request sets; `with` precedes the agent.
 fn changes(answered: &Answered, with: &str) -> String {
     let Answered { agent, body, .. } = answered;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Access, access, fstatvfs};
 use uuid::Uuid;
 
-use super::schema::OpenError;
+use super::error::OpenError;
 
 /// The longest path that SQLite can open, in bytes: its limit, less the longest suffix it appends.
 const LONGEST_PATH: usize = 504;

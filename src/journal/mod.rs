@@ -11,6 +11,7 @@ mod commit;
 mod console;
 mod dead_letters;
 mod directory;
+mod error;
 mod export;
 mod file;
 mod forget;
@@ -49,11 +50,11 @@ pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,
 };
 pub use directory::{KnownAdvisor, KnownAgent, Probe};
+pub use error::OpenError;
 pub use export::{Exported, Position};
 pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
-pub use schema::OpenError;
 pub use sessions::{Intervals, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::{Refusal, Storage};
@@ -79,7 +80,7 @@ pub enum JournalError {
 impl JournalError {
     /// Whether waiting may help: a full disk, or a database that another process has locked.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Sqlite(error) if schema::is_transient(error))
+        matches!(self, Self::Sqlite(error) if error::is_transient(error))
     }
 }
 
