@@ -19,8 +19,9 @@ pub(super) async fn watch(parts: &Parts) -> Infallible {
     loop {
         let paused = parts.our_api.paused();
         // Polling and delivery report a journal that cannot be read.
-        let version = parts.journal.with(|store| store.data_version()).await.ok();
-        if version.is_none() || seen != Some((version, paused)) {
+        if let Ok(version) = parts.journal.with(|store| store.data_version()).await
+            && seen != Some((version, paused))
+        {
             let applied = apply(parts).await;
             let paused = parts.our_api.paused();
             log(logged, paused);

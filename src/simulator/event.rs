@@ -14,20 +14,23 @@ pub const KINDS: [(&str, Option<&str>); 4] = [
     ("TRANSFER", None),
 ];
 
+/// The field of a kind's text; `None`: there is no such kind.
+fn text_field(name: &str) -> Option<Option<&'static str>> {
+    let kind = KINDS.iter().find(|(known, _)| *known == name);
+    kind.map(|(_, field)| *field)
+}
+
 pub(super) fn is_known(name: &str) -> bool {
-    KINDS.iter().any(|(known, _)| *known == name)
+    text_field(name).is_some()
 }
 
 pub(super) fn is_message(name: &str) -> bool {
-    KINDS
-        .iter()
-        .any(|(known, field)| *known == name && field.is_some())
+    text_field(name).flatten().is_some()
 }
 
 /// The text of a message, as reported; `None`: the event is no message, or has none.
 pub fn message_text<'a>(name: &str, data: &'a Value) -> Option<&'a str> {
-    let (_, field) = KINDS.iter().find(|(known, _)| *known == name)?;
-    data[(*field)?].as_str()
+    data[text_field(name)??].as_str()
 }
 
 /// An event at a time in Unix seconds.

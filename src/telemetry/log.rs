@@ -110,9 +110,10 @@ fn filter() -> Result<Option<EnvFilter>, String> {
 
 /// Starts the log at a level, which RUST_LOG can change.
 pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
-    let filter = filter();
-    let invalid = filter.as_ref().err().cloned();
-    let filter = filter.ok().flatten();
+    let (filter, invalid) = match filter() {
+        Ok(filter) => (filter, None),
+        Err(reason) => (None, Some(reason)),
+    };
     let filter = filter.unwrap_or_else(|| EnvFilter::new(level));
     // At levels debug and trace, all lines are written.
     let bounded = filter.max_level_hint() <= Some(LevelFilter::INFO);
