@@ -273,10 +273,9 @@ async fn same_signal_sent_twice() {
     ];
     side_by_side(cases, async |(signals, pause, code)| {
         run_live_test(async |t| {
+            t.bigchat.hold(true);
             t.set("--request-timeout", "60s");
             let daemon = Process::start(t);
-            t.until_polled().await;
-            t.bigchat.hold(true);
             until("a request", async || t.bigchat.open_requests() > 0).await;
             daemon.signal(signals[0]);
             daemon.until_logged("stopping").await;
