@@ -20,7 +20,7 @@ const INTERVALS: u32 = 3;
 /// Longest time without a completed poll of a running daemon.
 const NO_POLL: Duration = Duration::from_secs(30);
 
-/// Longest time behind BigChat's clock, in poll intervals; at least [`STALE`].
+/// Longest time behind BigChat's clock, in poll intervals; at least [`LATE`].
 const INTERVALS_BEHIND: u32 = 6;
 
 /// This many losses of OurAPI within an hour are not explained by a single restart or restore.
@@ -30,7 +30,7 @@ const LOSSES: u64 = 3;
 const SCARCE: u64 = 1 << 20;
 
 /// Longest time behind BigChat's clock, and of an event that waits.
-const STALE: Duration = Duration::from_secs(120);
+const LATE: Duration = Duration::from_secs(120);
 
 /// The state.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -197,11 +197,11 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
         );
     }
     let poll_interval = Duration::from_secs_f64(figures.poll_interval_s);
-    let stale = STALE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
+    let max_behind = LATE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
     let no_poll =
         match daemon_runs && !figures.bigchat.is_down() && figures.bigchat.long_limit().is_none() {
             true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
-            false => stale,
+            false => max_behind,
         };
     match figures.polled_at {
         None => problem(
@@ -215,7 +215,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
         Some(_)
             if figures
                 .behind_s
-                .is_some_and(|behind| seconds(behind) > stale) =>
+                .is_some_and(|behind| seconds(behind) > max_behind) =>
         {
             problem(
                 format!(
@@ -228,7 +228,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
         Some(at)
             if figures
                 .cursor_moved_at
-                .is_some_and(|moved| at.since(moved) > stale) =>
+                .is_some_and(|moved| at.since(moved) > max_behind) =>
         {
             let moved = figures.cursor_moved_at.unwrap_or_default();
             problem(
@@ -262,7 +262,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
         && figures.paused.is_none()
         // A long rate limit is the reason, and was reported above.
         && figures.our_api.long_limit().is_none()
-        && now.since(could_be_sent_since(oldest.since)) > STALE
+        && now.since(could_be_sent_since(oldest.since)) > LATE
     {
         let why = oldest
             .reason

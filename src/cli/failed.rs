@@ -219,14 +219,14 @@ fn others(left: &[i64], resolution: Resolution) -> String {
     let ids: Vec<String> = left.iter().map(ToString::to_string).collect();
     let ids = ids.join(", ");
     match (resolution, left.len()) {
-        (Resolution::Retry | Resolution::Discard, 1) => {
-            format!(
-                "{ids}: it is not a failed event, or it still cannot be parsed (then discard it)"
-            )
-        }
-        (Resolution::Retry | Resolution::Discard, _) => format!(
+        (Resolution::Retry, 1) => format!(
+            "{ids}: it is not a failed event, or it still cannot be parsed (then discard it)"
+        ),
+        (Resolution::Retry, _) => format!(
             "{ids}: they are not failed events, or they still cannot be parsed (then discard them)"
         ),
+        (Resolution::Discard, 1) => format!("{ids}: it is not a failed event"),
+        (Resolution::Discard, _) => format!("{ids}: they are not failed events"),
         (Resolution::Undo, 1) => {
             format!("{ids}: it is not a discarded event, or the retention has dropped it")
         }

@@ -16,7 +16,7 @@ use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
 use crate::settings::{LiveTokens, Settings, number};
-use crate::telemetry::pace::RateEstimate;
+use crate::telemetry::rate::RateEstimate;
 use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often the progress is read.
@@ -137,10 +137,17 @@ async fn work(
     settings: Settings,
     tokens: LiveTokens,
     stop: &CancellationToken,
-    only_look: bool,
+    verifications_only: bool,
 ) -> Result<(), DaemonError> {
     while !stop.is_cancelled() {
-        match daemon::verify(settings.clone(), tokens.clone(), stop.clone(), only_look).await {
+        match daemon::verify(
+            settings.clone(),
+            tokens.clone(),
+            stop.clone(),
+            verifications_only,
+        )
+        .await
+        {
             Err(DaemonError::Open(OpenError::InUse(_))) => {
                 tokio::select! {
                     () = stop.cancelled() => {}
@@ -162,11 +169,11 @@ async fn watch(
     stop: &CancellationToken,
 ) -> Result<VerificationProgress, VerifyError> {
     let bar = terminal
-        .picture()
+        .bars()
         .filter(|_| !json)
-        .map(|picture| picture.add(styled(BAR)));
+        .map(|bars| bars.add(styled(BAR)));
     let mut last_line = Instant::now();
-    let mut pace: Option<RateEstimate> = None;
+    let mut estimate: Option<RateEstimate> = None;
     let mut waited_for = None;
     loop {
         let (progress, waits_for) = journal
@@ -178,8 +185,8 @@ async fn watch(
         let left = progress.left + progress.waiting;
         let all = progress.chats() + progress.messages.max(progress.waiting);
         let (now, done) = (Instant::now(), all.saturating_sub(left));
-        let pace = pace.get_or_insert_with(|| RateEstimate::new(now, done));
-        let rate = pace.now(now, done, Some(left));
+        let estimate = estimate.get_or_insert_with(|| RateEstimate::new(now, done));
+        let rate = estimate.now(now, done, Some(left));
         if progress.is_done() || stop.is_cancelled() {
             if let Some(bar) = bar {
                 bar.finish_and_clear();

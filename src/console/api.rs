@@ -39,7 +39,7 @@ pub(super) enum ApiError {
     Read(#[from] ReadError),
     #[error("{0}")]
     ParseError(String),
-    #[error("{0} {1} does not exist; it may have been resolved, or dropped by the retention")]
+    #[error("there is no {0} {1}; the retention may have dropped it")]
     NotThere(&'static str, i64),
 }
 

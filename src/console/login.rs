@@ -446,8 +446,8 @@ mod tests {
     #[test]
     fn other_networks_share_a_count() {
         let (login, now) = (login(), Instant::now());
-        let everybody = (0..2_000_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, n, 0, 0, 0, 1]));
-        let refused = everybody
+        let addresses = (0..2_000_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, n, 0, 0, 0, 1]));
+        let refused = addresses
             .filter(|who| login.check(*who, b"wrong", now) != Err(Rejection::Unidentified))
             .count();
         assert_eq!(refused, 2_000 - MAX_NETWORKS - 10);

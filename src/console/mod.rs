@@ -335,21 +335,21 @@ mod tests {
             reader: OnceCell::new_with(Some(journal())),
             status: Mutex::default(),
         };
-        let (go_on, waits) = mpsc::channel::<()>();
+        let (release, waits) = mpsc::channel::<()>();
         let (done, read) = mpsc::channel();
         let slow = web.read(move |_| {
             waits.recv().ok();
             Ok(())
         });
-        let impatient = async {
+        let abandoned = async {
             let done = done.clone();
             let asked = web.read(move |_| Ok(done.send("an abandoned read").ok()));
             timeout(Duration::from_millis(1), asked)
                 .await
                 .expect_err("it has to wait");
-            drop(go_on);
+            drop(release);
         };
-        let (slow, ()) = tokio::join!(slow, impatient);
+        let (slow, ()) = tokio::join!(slow, abandoned);
         slow.expect("it is read");
         let last = web.read(move |_| Ok(done.send("the last one").ok())).await;
         last.expect("it is read");

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::parts::Parts;
 use crate::journal::{JournalError, Store};
-use crate::telemetry::pace::{Rate, RateEstimate, in_words};
+use crate::telemetry::rate::{Rate, RateEstimate, in_words};
 use crate::telemetry::terminal::{Terminal, styled};
 
 /// How often to check whether the daemon is far behind, and how far.
@@ -57,7 +57,7 @@ struct Course {
     began: Snapshot,
     /// The longest time that was left to read.
     to_read: Duration,
-    pace: RateEstimate,
+    rate: RateEstimate,
 }
 
 /// The figures to show.
@@ -76,7 +76,7 @@ impl Course {
         Self {
             began,
             to_read: began.unread,
-            pace: RateEstimate::new(began.at, began.settled),
+            rate: RateEstimate::new(began.at, began.settled),
         }
     }
 
@@ -95,7 +95,7 @@ impl Course {
             to_read: self.to_read,
             delivered: snapshot.settled - self.began.settled,
             left: left.unwrap_or(snapshot.waiting),
-            rate: self.pace.now(snapshot.at, snapshot.settled, left),
+            rate: self.rate.now(snapshot.at, snapshot.settled, left),
         }
     }
 }
@@ -147,8 +147,8 @@ async fn catch_up(parts: &Parts, terminal: Option<&Terminal>) -> Result<(), Jour
     let mut watch = Watch::new(parts).await?;
     let began = watch.counted;
     let mut course = Course::new(began);
-    let mut shown = match terminal.and_then(Terminal::picture) {
-        Some(picture) => Shown::Bars(Bars::new(picture)),
+    let mut shown = match terminal.and_then(Terminal::bars) {
+        Some(bars) => Shown::Bars(Bars::new(bars)),
         None => Shown::Lines(None, began.at),
     };
     loop {
@@ -209,8 +209,8 @@ impl Shown {
 struct Bars([ProgressBar; 3]);
 
 impl Bars {
-    fn new(picture: &MultiProgress) -> Self {
-        let add = |bar: ProgressBar| picture.add(bar);
+    fn new(bars: &MultiProgress) -> Self {
+        let add = |bar: ProgressBar| bars.add(bar);
         Self([
             // A ^C typed by the user pushes the bars up by one line, which stays on the screen. The first bar is empty,
             // so that this line is empty, too.

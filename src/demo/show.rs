@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar};
 
 use super::tally::{Line, Snapshot, Tally, headings};
-use crate::telemetry::pace::Rate;
+use crate::telemetry::rate::Rate;
 use crate::telemetry::terminal::{Terminal, styled};
 
 /// The time between two frames.
@@ -27,7 +27,7 @@ const LINES_PER_HEADING: u32 = 20;
 
 /// Bars on a terminal, or lines.
 pub(super) enum Show {
-    Picture(Picture),
+    Bars(Bars),
     Lines {
         terminal: Terminal,
         next: Duration,
@@ -38,8 +38,8 @@ pub(super) enum Show {
 impl Show {
     /// Starts to show what happens.
     pub(super) fn new(terminal: &Terminal, duration: Duration) -> Self {
-        match terminal.picture() {
-            Some(picture) => Self::Picture(Picture::new(picture, duration)),
+        match terminal.bars() {
+            Some(bars) => Self::Bars(Bars::new(bars, duration)),
             None => Self::Lines {
                 terminal: terminal.clone(),
                 next: LINE_EVERY,
@@ -50,8 +50,8 @@ impl Show {
 
     /// Adds a line.
     pub(super) fn push(&mut self, line: Line) {
-        if let Self::Picture(picture) = self {
-            picture.coming.push_back(line);
+        if let Self::Bars(bars) = self {
+            bars.coming.push_back(line);
         }
     }
 
@@ -63,7 +63,7 @@ impl Show {
         snapshot: &Snapshot,
     ) -> io::Result<()> {
         match self {
-            Self::Picture(picture) => picture.draw(elapsed, tally, snapshot),
+            Self::Bars(bars) => bars.draw(elapsed, tally, snapshot),
             Self::Lines {
                 terminal,
                 next,
@@ -94,7 +94,7 @@ impl Show {
     pub(super) async fn finishing(&mut self) -> io::Result<()> {
         const WAITING: &str = "delivering the last events";
         match self {
-            Self::Picture(picture) => picture.time.set_message(WAITING),
+            Self::Bars(bars) => bars.time.set_message(WAITING),
             Self::Lines { terminal, .. } => terminal.say(WAITING).await?,
         }
         Ok(())
@@ -102,7 +102,7 @@ impl Show {
 }
 
 /// A time bar, the figures, and the latest lines.
-pub(super) struct Picture {
+pub(super) struct Bars {
     all: Vec<ProgressBar>,
     duration: Duration,
     time: ProgressBar,
@@ -114,7 +114,7 @@ pub(super) struct Picture {
     shown: VecDeque<Line>,
 }
 
-impl Picture {
+impl Bars {
     fn new(bars: &MultiProgress, duration: Duration) -> Self {
         let mut all = Vec::new();
         let mut add = |template: &str| {
@@ -171,7 +171,7 @@ impl Picture {
     }
 }
 
-impl Drop for Picture {
+impl Drop for Bars {
     fn drop(&mut self) {
         self.all.iter().for_each(ProgressBar::finish_and_clear);
     }

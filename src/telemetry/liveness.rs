@@ -265,7 +265,7 @@ mod tests {
         .await;
         beats(&liveness.polling, "polling continues").await;
 
-        let (go_on, waits) = mpsc::channel::<()>();
+        let (release, waits) = mpsc::channel::<()>();
         let disk = parts.journal.with(move |_| {
             waits.recv().ok();
             Ok(())
@@ -280,7 +280,7 @@ mod tests {
             let later = Instant::now() + TIMEOUT * 2 + GRACE + Duration::from_secs(2);
             assert_eq!(liveness.stuck(Instant::now()), None, "not at once");
             assert_eq!(liveness.stuck(later), Some("polling is stuck"));
-            drop(go_on);
+            drop(release);
         };
         let (outcome, ()) = tokio::join!(disk, hangs);
         outcome.expect("it continues");

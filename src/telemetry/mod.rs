@@ -5,5 +5,5 @@ pub(crate) mod journal;
 pub mod liveness;
 pub mod log;
 mod output;
-pub mod pace;
+pub mod rate;
 pub mod terminal;

@@ -27,7 +27,7 @@ const USUAL_SIZE: (u16, u16) = (24, 80);
 /// Standard output and standard error.
 #[derive(Debug, Clone)]
 pub struct Terminal {
-    picture: Option<MultiProgress>,
+    bars: Option<MultiProgress>,
     output: Arc<Output>,
     /// Standard error is systemd's journal, which reads priorities.
     is_journal: bool,
@@ -42,7 +42,7 @@ impl Terminal {
     pub fn detect() -> io::Result<Self> {
         let output = Output::start(io::stdout(), io::stderr())?;
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let picture = (io::stdout().is_terminal() && !dumb).then(|| {
+        let bars = (io::stdout().is_terminal() && !dumb).then(|| {
             let terminal = Box::new(Frames {
                 output: Arc::clone(&output),
                 frame: Mutex::default(),
@@ -52,7 +52,7 @@ impl Terminal {
         });
         let is_journal = journal::is_standard_error();
         Ok(Self {
-            picture,
+            bars,
             output,
             is_journal,
         })
@@ -60,7 +60,7 @@ impl Terminal {
 
     /// Whether progress bars are shown. The demo then logs only errors, because the bars show the rest.
     pub fn is_interactive(&self) -> bool {
-        self.picture.is_some()
+        self.bars.is_some()
     }
 
     /// Standard error for a log of that format, which does not tear the bars.
@@ -72,7 +72,7 @@ impl Terminal {
     /// Writes a text to standard output, and waits until it is written.
     pub async fn say(&self, text: &str) -> io::Result<()> {
         let line = format!("{text}\n").into_bytes();
-        let written = self.above(|| self.output.answer(line));
+        let written = self.with_bars_suspended(|| self.output.answer(line));
         written.await.map_err(io::Error::other)?
     }
 
@@ -90,7 +90,7 @@ impl Terminal {
             }
             false => lines,
         };
-        self.above(|| self.output.lines(lines));
+        self.with_bars_suspended(|| self.output.lines(lines));
     }
 
     /// Waits until everything is written, for a limited time.
@@ -99,13 +99,13 @@ impl Terminal {
     }
 
     /// The progress bars, on a terminal.
-    pub fn picture(&self) -> Option<&MultiProgress> {
-        self.picture.as_ref()
+    pub fn bars(&self) -> Option<&MultiProgress> {
+        self.bars.as_ref()
     }
 
-    fn above<T>(&self, write: impl FnOnce() -> T) -> T {
-        match &self.picture {
-            Some(picture) => picture.suspend(write),
+    fn with_bars_suspended<T>(&self, write: impl FnOnce() -> T) -> T {
+        match &self.bars {
+            Some(bars) => bars.suspend(write),
             None => write(),
         }
     }

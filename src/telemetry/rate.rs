@@ -74,15 +74,15 @@ mod tests {
     fn rate_is_recent() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut pace = RateEstimate::new(start, 5);
+        let mut estimate = RateEstimate::new(start, 5);
         let shown = |rate: Rate| rate.to_string();
-        assert_eq!(shown(pace.now(start, 5, Some(10))), "0.0/s, - left");
-        assert_eq!(shown(pace.now(at(2), 45, Some(100))), "20/s, 5s left");
-        assert_eq!(shown(pace.now(at(4), 47, None)), "10/s, - left");
+        assert_eq!(shown(estimate.now(start, 5, Some(10))), "0.0/s, - left");
+        assert_eq!(shown(estimate.now(at(2), 45, Some(100))), "20/s, 5s left");
+        assert_eq!(shown(estimate.now(at(4), 47, None)), "10/s, - left");
         assert_eq!(
-            shown(pace.now(at(14), 52, Some(1000))),
+            shown(estimate.now(at(14), 52, Some(1000))),
             "0.5/s, 33m 20s left"
         );
-        assert_eq!(shown(pace.now(at(30), 52, Some(9))), "0.0/s, - left");
+        assert_eq!(shown(estimate.now(at(30), 52, Some(9))), "0.0/s, - left");
     }
 }
