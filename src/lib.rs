@@ -49,7 +49,8 @@
 //! - **attempt**: one try to deliver an event. A failed one counts towards `--max-attempts` only if a write of another
 //!   conversation has succeeded since the event's previous attempt.
 //! - **back-off**: the wait before the next attempt: exponential, with full jitter.
-//! - **circuit breaker**: per API; while it is open, one request at a time probes the API.
+//! - **circuit breaker**: per API; after repeated failures, it lets no request pass for some time, and then one at a
+//!   time, as a probe.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
 //! - **dead letter**: an event that cannot be delivered or parsed, until an operator resolves it; `failed` on the

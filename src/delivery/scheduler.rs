@@ -34,8 +34,8 @@ const BYTES_AHEAD: usize = 2 << 20;
 /// After this time, work loaded ahead is loaded again, because its conversation may have been forgotten.
 const LOADED_FOR: Duration = Duration::from_secs(5);
 
-/// How often the journal is queried for due conversations without a notification, since this machine's clock may be
-/// set.
+/// How often the journal is queried for due conversations even without a notification. A change of this machine's clock
+/// can make some due earlier than expected.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// After each verification in idle time, the next one waits for this many times its duration.
@@ -65,7 +65,7 @@ struct Idle {
     pass: Option<IdlePass>,
     /// The next verification does not begin before then.
     not_before: Instant,
-    /// The journal's latest response shows the pass in progress.
+    /// The pass is not over: when last asked, the journal had a chat to verify in idle time.
     is_open: bool,
     /// Cancelled when the verification in progress must give way to events.
     give_way: CancellationToken,
@@ -199,7 +199,7 @@ impl Scheduler {
                 }
             }
         };
-        // Those whose time is over are removed by the next query, which may have to wait.
+        // Times that have passed do not count. The next query removes them, but that may have to wait.
         let held = self.timed_out.values().map(|until| *until - Instant::now());
         held.filter(|left| !left.is_zero())
             .fold(rest, Duration::min)

@@ -27,7 +27,7 @@ pub(super) struct Worker {
     pub(super) metrics: Arc<Metrics>,
     /// Cancelled at shutdown: no further request is begun.
     pub(super) stopping: CancellationToken,
-    /// Chats whose messages cannot be read. They were verified by their fields.
+    /// Chats whose fields were read, but whose messages cannot be read.
     unreadable: Mutex<HashSet<ConversationId>>,
 }
 
@@ -54,7 +54,7 @@ impl Worker {
         }
     }
 
-    /// The chat's messages cannot be read, and it is verified by its fields.
+    /// Records that the chat's messages cannot be read. Its fields were read.
     pub(super) fn record_unreadable(&self, conversation: ConversationId) {
         self.unreadable().insert(conversation);
     }

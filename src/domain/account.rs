@@ -36,7 +36,7 @@ pub enum MessageState {
     DeadOutcomeUnknown,
     /// A discarded dead letter of unknown outcome. It accounts for a copy only if no other message needs that copy.
     DiscardedOutcomeUnknown,
-    /// It waits and was not sent, or it is a rejected dead letter.
+    /// It waits or is a dead letter, and no attempt can have delivered it.
     NotSent,
 }
 
@@ -48,9 +48,10 @@ pub struct Accounting {
     pub credits: HashMap<MessageKey, u32>,
 }
 
-/// Accounts once for each message in OurAPI: first for exact matches of delivered messages, then of those that may have
-/// been sent. OurAPI may have altered a message, so an unmatched one then accounts for a delivered message, or one of
-/// unknown outcome, of the same second. `recorded` is in order of arrival.
+/// Finds the message in OurAPI for which each message of the journal accounts, and none twice. Exact matches come
+/// first: those of delivered messages, then those of messages that may have been sent. OurAPI may have altered a
+/// message. So a recorded message without an exact match then accounts for any message of the same second that is left,
+/// if it was delivered, or if its outcome is unknown and it was not discarded. `recorded` is in order of arrival.
 pub fn account(
     existing: impl IntoIterator<Item = MessageKey>,
     recorded: &[Recorded],
@@ -245,9 +246,9 @@ mod tests {
             let result = account(existing.iter().map(|(second, text)| key_of(*second, *text)), &journal);
             let credits: u32 = result.credits.values().sum();
             let delivered = messages.iter().filter(|(.., state)| *state == MessageState::Delivered).count();
-            // A copy is a credit, or it accounts for a delivered message or a dead letter.
+            // A copy is a credit, or a delivered message or a dead letter accounts for it.
             prop_assert!(credits as usize + (delivered - result.missing.len()) <= count);
-            // No message is missing of which OurAPI has as many exact copies as were delivered.
+            // A message is missing only if OurAPI has fewer exact copies of it than were delivered.
             for message in journal.iter().filter(|message| result.missing.contains(&message.id)) {
                 let same = |key: &MessageKey| *key == message.key;
                 let copies = existing.iter().filter(|(second, text)| same(&key_of(*second, *text))).count();

@@ -32,7 +32,8 @@ pub enum Details {
     Gone,
 }
 
-/// The fold of a conversation's details and accepted events. The latest `event_at` counts, in any order of arrival.
+/// The fold of a conversation's details and accepted events. Of several ENDs or TRANSFERs, the one with the latest
+/// `event_at` counts, in any order of arrival; of several STARTs, the first received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Desired {
     /// From the START or the details; `None` if neither is known.
@@ -65,7 +66,7 @@ impl Desired {
 /// A conversation's chat in OurAPI, as last written or read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Set when it is chosen, never changed afterwards.
+    /// Set when it is chosen. Changed afterwards only if another conversation's chat turns out to have it.
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
@@ -116,7 +117,7 @@ impl Drift {
         self == Self::default()
     }
 
-    /// The fields of that list of names.
+    /// Reads the list of names that [`Display`](fmt::Display) writes.
     pub fn named(names: &str) -> Self {
         let has = |name| names.split(", ").any(|named| named == name);
         Self {
@@ -161,8 +162,8 @@ impl Observed {
         self.advisor = advisor;
     }
 
-    /// Adopts an existing chat with the conversation's external id. Its agent counts as the desired one, unless it has
-    /// none or a TRANSFER names one.
+    /// Adopts an existing chat with the conversation's external id. The chat's agent counts as the desired advisor's,
+    /// unless the chat has no agent, or a TRANSFER names the desired advisor.
     pub fn adopt(&mut self, external_id: String, chat: Uuid, found: &Fields, desired: &Desired) {
         let agent_counts = found.agent.is_some() && desired.transfer.is_none();
         *self = Self {
@@ -185,7 +186,7 @@ impl Observed {
         } else {
             drift.started_at = self.started_at != Some(found.started_at);
         }
-        // A missing end was lost, since nothing clears one.
+        // A missing end was lost, since nothing clears one. A later end is kept, since an end never moves back.
         if unknown.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
             self.ended_at = found.ended_at;
         } else {

@@ -381,7 +381,7 @@ impl Store {
 
     /// Ends the poll in progress. `cursor`: the time up to which BigChat was read, if the last page has not set it.
     /// `rescans_left`: see [`PollState`]. `read`: when the window was read to its end, and by how many seconds BigChat's
-    /// clock was ahead of this machine's; `None` if it was not.
+    /// clock was ahead of this machine's; `None` if the window was not read to its end.
     pub fn end_poll(
         &mut self,
         cursor: Option<Timestamp>,
@@ -413,7 +413,7 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes the stored pages. All their events are ingested.
+    /// Deletes the stored pages, after all their events were ingested.
     pub fn forget_pages(&mut self) -> Result<()> {
         self.connection.execute("DELETE FROM inbox", [])?;
         Ok(())
@@ -480,7 +480,7 @@ fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
     )
 }
 
-/// The conversation of an event. It is inserted if it is new. A START sets its start time.
+/// The conversation of an event. It is inserted if it is new. A START sets its start time, unless one is known.
 fn conversation(transaction: &Transaction<'_>, epoch: Epoch, event: &Event) -> Result<Known> {
     let started_at = (event.kind == EventKind::Start).then_some(event.at.unix());
     let known: Option<(Known, Option<i64>)> = transaction

@@ -40,10 +40,11 @@ const MAX_PAGES: usize = 200;
 /// Size budget of a poll in bytes, all of which are in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How many responses may set BigChat's clock before the first poll. Three suffice for two that agree if one is wrong.
+/// How many responses may be requested before a poll to learn BigChat's time. The first date is believed if this
+/// machine's clock or the next date agrees, so three suffice if the first is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// How often a window is read again without a new event before it counts as read.
+/// How many polls may find nothing new in a window that is read again from its beginning, before it counts as read.
 const MAX_RESCANS: u32 = 100;
 
 /// The length of the first window without `--since`.
@@ -80,7 +81,7 @@ pub struct Poller {
     started_at: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
-    /// In how many polls the same page after the first could not be fetched.
+    /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
     /// In how many polls the probe for a restart had no response.
     failed_probes: u32,
@@ -97,7 +98,7 @@ enum PollOutcome {
     UpToDate,
     /// The next poll follows at once.
     More,
-    /// The poll could not finish; the next one continues from its last page.
+    /// The poll could not finish. The next one continues from its last page, or reads the window again.
     Incomplete,
 }
 

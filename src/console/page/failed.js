@@ -231,7 +231,7 @@ export const actions = {
   async retry(button, page) {
     const { which, number } = meant(button.dataset);
     const done = await resolve("retry", which, page);
-    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${left(number - done)} not: already resolved, or still cannot be parsed.`);
+    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${count(number - done)} will not: already resolved, or still cannot be parsed.`);
     await afterResolution(page);
   },
   async discard(button, page) {
@@ -276,8 +276,6 @@ export const actions = {
     page.showAgain();
   },
 };
-
-const left = (n) => `${count(n)} ${n === 1 ? "is" : "are"}`;
 
 /** Repeats the request until all selected events are resolved: the daemon resolves a limited number at a time. */
 async function resolve(resolution, which, page) {

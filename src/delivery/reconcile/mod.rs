@@ -55,7 +55,7 @@ pub(super) struct Stopped {
     pub(super) error: AttemptError,
     /// The chat's messages could not be read.
     pub(super) reading_messages: bool,
-    /// The failed request was a change of the chat that no event requests; the event was not sent.
+    /// The failed request was a change of the chat that no waiting event requests. The event `at` was not sent.
     pub(super) changing_chat: bool,
 }
 
@@ -282,7 +282,7 @@ impl Reconciled {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
-                // A retried creation repeats the first intended fields, and more may be known by now.
+                // A retried creation repeats the first intended start, and an earlier event may have arrived since.
                 let changed = match self.conversation.observed.chat {
                     Some(chat) => self.patch(worker, chat, desired, fields).await?,
                     None => None,

@@ -17,9 +17,9 @@ use crate::our_api::{self, Message};
 pub(super) enum Needed {
     /// The chat may have messages that the journal does not know.
     Always,
-    /// If messages were delivered, which may be missing.
+    /// If the journal has any message of the chat, because a delivered one may be missing.
     IfAny,
-    /// If messages wait, which may have been delivered.
+    /// If a message waits, because it may have been delivered.
     IfWaiting,
 }
 
@@ -66,8 +66,8 @@ impl Reconciled {
     }
 
     /// The fields that may have been written although the journal does not record it. They are those that an event of
-    /// unknown outcome changes, or an event that a newer copy of the journal may have delivered. Because changes are
-    /// written together, one such event affects the fields of the others.
+    /// unknown outcome changes, or an event that a newer copy of the journal may have delivered. Waiting changes are
+    /// written together, so if one has an unknown outcome, the fields that the others change count, too.
     fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
@@ -103,8 +103,8 @@ impl Reconciled {
         }
     }
 
-    /// After a loss, the chat's agent may be gone. The agent is resolved again, and written if the result is another
-    /// agent. An agent that still exists stays, whichever client set it.
+    /// After a loss, the chat's agent may be gone. If it is, and the advisor is now resolved to another agent, that one
+    /// is written. An agent that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,

@@ -148,7 +148,8 @@ impl Reconciled {
             VerifyMode::Overwrite => {
                 *observed = before.clone();
                 let unknown = UnknownFields {
-                    // Details never override a TRANSFER, even one that only another copy of the journal knows.
+                    // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
+                    // only another copy of the journal knows.
                     agent: drift.agent
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
