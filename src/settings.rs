@@ -106,7 +106,8 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_MAX_ATTEMPTS", value_name = "N", allow_hyphen_values = true, default_value_t = 10, value_parser = at_least_one)]
     pub max_attempts: u32,
 
-    /// How long delivered events are stored. Waiting events and dead letters are never dropped.
+    /// How long delivered and discarded events are stored. Waiting events, and dead letters that are not discarded, are
+    /// never dropped.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_RETENTION", value_name = "TIME", allow_hyphen_values = true, default_value = "30d", value_parser = duration)]
     pub retention: Duration,
 

@@ -14,7 +14,7 @@ use crate::journal::Store;
 use crate::metrics::Counters;
 use crate::telemetry::log;
 
-/// Waiting and failed events are counted up to this limit, so that the count is quick.
+/// Failed events are counted up to this limit, so that the count is quick.
 const COUNTED: u32 = 100_000;
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -149,7 +149,7 @@ struct Queue {
     failed: u64,
 }
 
-/// Waiting and failed events, counted up to the limit; `None`: the journal does not answer.
+/// Waiting events, and failed events counted up to the limit; `None`: the journal does not answer.
 async fn queue(parts: &Parts) -> Option<Queue> {
     let count = |store: &mut Store| {
         Ok(Queue {
