@@ -159,26 +159,59 @@ impl Agents {
         name: &str,
         email: &str,
     ) -> Result<Agent, ApiError> {
-        let our_api = &self.our_api;
-        let listed = our_api.agents_by_email(email).await?;
+        let listed = self.our_api.agents_by_email(email).await?;
         if let Some(agent) = choose(alike(listed, email), advisor, name) {
             return Ok(agent);
         }
-        let error = match self.create(advisor, name, email).await {
-            Err(error) if error.kind == ErrorKind::Conflict => error,
-            outcome => return outcome,
+        let taken = match self.create(advisor, name, email).await? {
+            Creation::Created(agent) | Creation::Found(agent) => return Ok(agent),
+            Creation::Taken(taken) if !taken.by_namesake => taken,
+            Creation::Taken(_) => {
+                let full_name = format!("{name} ({email})");
+                match self.create(advisor, &full_name, email).await? {
+                    Creation::Created(agent) => {
+                        tracing::warn!(%advisor, "another agent has the same name; added the e-mail address to the new agent's name");
+                        return Ok(agent);
+                    }
+                    Creation::Found(agent) => return Ok(agent),
+                    Creation::Taken(taken) => taken,
+                }
+            }
         };
-        // The address was taken meanwhile, or another agent has the name, or OurAPI considers different texts equal.
+        match <[Agent; 1]>::try_from(taken.agents) {
+            Ok([agent]) => {
+                tracing::warn!(
+                    %advisor, agent = %agent.agent_id,
+                    "OurAPI has an agent with another spelling of the e-mail address; using that agent"
+                );
+                Ok(agent)
+            }
+            Err(_) => Err(taken.error.with_kind(ErrorKind::Ambiguous)),
+        }
+    }
+
+    /// Creates an agent. If OurAPI refuses, its lists tell why.
+    async fn create(
+        &self,
+        advisor: AdvisorId,
+        name: &str,
+        email: &str,
+    ) -> Result<Creation, ApiError> {
+        let our_api = &self.our_api;
+        let error = match our_api.create_agent(name, email).await {
+            Ok(agent) => {
+                tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
+                return Ok(Creation::Created(agent));
+            }
+            Err(error) if error.kind == ErrorKind::Conflict => error,
+            Err(error) => return Err(error),
+        };
+        // A request of ours that timed out earlier may have been carried out meanwhile.
         let listed = our_api.agents_by_email(email).await?;
         if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
-            return Ok(agent);
+            return Ok(Creation::Found(agent));
         }
         let namesakes = our_api.agents_by_name(name).await?;
-        let both = listed
-            .iter()
-            .filter(|agent| namesakes.contains(agent))
-            .cloned()
-            .collect::<Vec<_>>();
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
         if error.exchange.is_server_error() && !is_named && listed.is_empty() {
             // Nothing is taken, so the 500 was an outage.
@@ -187,38 +220,17 @@ impl Agents {
         }
         // If one agent has both the address and the name, or one agent alone has the address, it is the one to use, not
         // a namesake.
-        let error = if both.len() == 1 || !is_named && listed.len() == 1 {
-            error
-        } else {
-            let full_name = format!("{name} ({email})");
-            match self.create(advisor, &full_name, email).await {
-                Err(error) if error.kind == ErrorKind::Conflict => error,
-                outcome => {
-                    if outcome.is_ok() {
-                        tracing::warn!(%advisor, "another agent has the same name; added the e-mail address to the new agent's name");
-                    }
-                    return outcome;
-                }
-            }
-        };
-        // The address is taken.
-        let existing = if both.len() == 1 { both } else { listed };
-        match <[Agent; 1]>::try_from(existing) {
-            Ok([agent]) => {
-                tracing::warn!(
-                    %advisor, agent = %agent.agent_id,
-                    "OurAPI has an agent with another spelling of the e-mail address; using that agent"
-                );
-                Ok(agent)
-            }
-            Err(_) => Err(error.with_kind(ErrorKind::Ambiguous)),
-        }
-    }
-
-    async fn create(&self, advisor: AdvisorId, name: &str, email: &str) -> Result<Agent, ApiError> {
-        let agent = self.our_api.create_agent(name, email).await?;
-        tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
-        Ok(agent)
+        let both: Vec<Agent> = listed
+            .iter()
+            .filter(|agent| namesakes.contains(agent))
+            .cloned()
+            .collect();
+        let one_has_both = both.len() == 1;
+        Ok(Creation::Taken(Taken {
+            by_namesake: !one_has_both && (is_named || listed.len() != 1),
+            agents: if one_has_both { both } else { listed },
+            error,
+        }))
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything
@@ -314,6 +326,23 @@ impl Agents {
     fn verified(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {
         self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The outcome of a creation.
+enum Creation {
+    Created(Agent),
+    /// There was one already.
+    Found(Agent),
+    Taken(Taken),
+}
+
+/// Why OurAPI refuses an agent.
+struct Taken {
+    /// Whether another name may help.
+    by_namesake: bool,
+    /// The agents that have the address in another spelling.
+    agents: Vec<Agent>,
+    error: ApiError,
 }
 
 /// The agents with exactly this e-mail address, else those that differ only in case.

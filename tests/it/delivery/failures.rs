@@ -6,7 +6,7 @@ use crate::harness::{Bench, Daemon, Test, run_test, side_by_side, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
-use bigchat_sync::simulator::fault::{Fault, dropped, late, status};
+use bigchat_sync::simulator::fault::{Fault, dropped, late, paused, status};
 use std::time::{Duration, SystemTime};
 
 use bigchat_sync::cli::failed::FailedError;
@@ -459,6 +459,37 @@ async fn agent_creation_meets_each_failure() {
             .await;
         },
     )
+    .await;
+}
+
+/// A creation that timed out earlier is carried out while the lists are read after a later one failed.
+#[tokio::test]
+async fn agent_created_between_two_lists() {
+    run_test(async |t| {
+        t.our_api.upset("POST /agents", status(500));
+        t.our_api.upset("GET /agents?name", paused());
+        t.start();
+        t.bigchat.reports([start(42, 0)]);
+        until("the second list", async || t.our_api.pausing() == 1).await;
+        t.our_api.has_agent("a1", "Ann", "ann@x.test");
+        t.our_api.resume();
+        t.until_events("delivered", 1).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
+    })
+    .await;
+}
+
+/// A failed creation under the longer name is no proof that the address is taken.
+#[tokio::test]
+async fn namesake_and_a_failed_creation() {
+    run_test(async |t| {
+        t.our_api.has_agent("a1", "Ann", "another@x.test");
+        t.our_api.upset("POST /agents {*Ann (", status(500));
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        assert_eq!(t.our_api.faults_left(), 0);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a2"]);
+    })
     .await;
 }
 
