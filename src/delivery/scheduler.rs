@@ -396,10 +396,9 @@ impl Scheduler {
                     next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
                 let loaded_at = Instant::now();
                 for work in work {
-                    // A conversation that was released meanwhile may be returned twice.
-                    if self.claimed.insert(work.conversation.id) {
-                        self.ready.push_back((loaded_at, work));
-                    }
+                    let is_new = self.claimed.insert(work.conversation.id);
+                    debug_assert!(is_new, "claimed conversations are not loaded");
+                    self.ready.push_back((loaded_at, work));
                 }
             }
             Err(error) => {

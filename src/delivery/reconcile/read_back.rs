@@ -289,7 +289,9 @@ impl Reconciled {
         } else if !is_known {
             worker.agents.record_loss().await?;
         }
-        worker.metrics.chat_was_missing();
+        if rebuild {
+            worker.metrics.chat_was_missing();
+        }
         self.observation = Observation::Gone { rebuild };
         Ok(())
     }

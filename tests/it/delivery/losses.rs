@@ -46,7 +46,9 @@ async fn messages_lost_without_their_chat() {
         t.bigchat.reports([message(11, now - 4, "are you there?")]);
         let sent_again = "OurAPI has lost messages of a chat; they are sent again";
         until("all is sent", async || {
-            t.logged().contains(sent_again) && t.status().0["waiting"] == 0
+            t.our_api.message_count() == 4
+                && t.logged().contains(sent_again)
+                && t.status().0["waiting"] == 0
         })
         .await;
         assert!(daemon.stop().await.success());
