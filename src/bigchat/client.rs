@@ -13,6 +13,7 @@ use url::form_urlencoded;
 
 use super::clock::BigChatClock;
 use crate::domain::event::{EventKind, page_events};
+use crate::domain::ids::AdvisorId;
 use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::time::Timestamp;
 use crate::http::route::Route;
@@ -44,8 +45,8 @@ pub struct Page {
 pub struct Details {
     /// `None` if its START is not among the events.
     pub started_at: Option<Timestamp>,
-    /// Always the first advisor at BigChat, the current one at most vendors.
-    pub advisor: i64,
+    /// Always the first advisor at BigChat, the current one at most vendors; `None`: nobody has taken the conversation.
+    pub advisor: Option<AdvisorId>,
 }
 
 /// The response of `/advisors/{id}`.
@@ -99,7 +100,7 @@ impl BigChat {
             |response| {
                 let body = text(response)?;
                 let [events, advisor] = fields(body, ["events", "advisor_id"])?;
-                let Integer(advisor) = read("advisor_id", advisor)?;
+                let advisor: Option<Integer> = read("advisor_id", advisor)?;
                 let events = events.ok_or("unexpected JSON: missing field `events`")?;
                 let started_at = match Start::among(events).map_err(text_of)? {
                     Start::At(at) => Timestamp::from_unix(at),
@@ -108,7 +109,7 @@ impl BigChat {
                 };
                 Ok(Details {
                     started_at,
-                    advisor,
+                    advisor: advisor.map(|Integer(id)| AdvisorId(id)),
                 })
             },
         )

@@ -47,10 +47,10 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                 if conversation.desired.started_at.is_none()
                     && let Some(started_at) = details.started_at
                 {
-                    record(source, conversation, started_at, AdvisorId(details.advisor)).await?;
+                    record(source, conversation, started_at, details.advisor).await?;
                     conversation.desired.started_at = Some(started_at);
                 }
-                conversation.desired.first_advisor = Some(AdvisorId(details.advisor));
+                conversation.desired.first_advisor = details.advisor;
                 conversation.details = Details::Read;
             } else {
                 conversation.details = Details::Gone;
@@ -66,7 +66,7 @@ async fn record(
     source: &Source,
     conversation: &Conversation,
     started_at: Timestamp,
-    advisor: AdvisorId,
+    advisor: Option<AdvisorId>,
 ) -> Result<(), SourceError> {
     let (epoch, id) = (conversation.epoch, conversation.bigchat_id);
     let recorded = source

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
-use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, Probe, Store, StoredPage};
@@ -92,7 +92,7 @@ pub async fn begin(
     let (details, _) = details(source, 1).await;
     let first = details
         .ok()
-        .and_then(|details| Some((details.started_at?, AdvisorId(details.advisor))));
+        .and_then(|details| Some((details.started_at?, details.advisor)));
     let verified_until = source.epochs.verified_until();
     let began_at = match first {
         Some((first, _)) if first >= verified_until => first.min(started_at),
@@ -168,7 +168,7 @@ async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError>
         }) => {
             source
                 .journal
-                .with(move |store| store.record_details(epoch, 1, started_at, AdvisorId(advisor)))
+                .with(move |store| store.record_details(epoch, 1, started_at, advisor))
                 .await?;
             record_verified(source, requested_at);
         }

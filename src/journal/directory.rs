@@ -91,13 +91,13 @@ impl Store {
         Ok(started_at.flatten().map(Timestamp::clamped))
     }
 
-    /// Records when a conversation started, and its first advisor.
+    /// Records when a conversation started, and its first advisor, if it has one.
     pub fn record_details(
         &mut self,
         epoch: Epoch,
         bigchat_id: i64,
         started_at: Timestamp,
-        advisor: AdvisorId,
+        advisor: Option<AdvisorId>,
     ) -> Result<()> {
         record_details(&self.connection, epoch, bigchat_id, started_at, advisor)
     }
@@ -109,7 +109,7 @@ impl Store {
         &mut self,
         epoch: Epoch,
         began_at: Timestamp,
-        first: Option<(Timestamp, AdvisorId)>,
+        first: Option<(Timestamp, Option<AdvisorId>)>,
     ) -> Result<Option<Epoch>> {
         let transaction = self.begin()?;
         if current_epoch(&transaction)? != epoch {
@@ -259,7 +259,7 @@ fn record_details(
     epoch: Epoch,
     bigchat_id: i64,
     started_at: Timestamp,
-    advisor: AdvisorId,
+    advisor: Option<AdvisorId>,
 ) -> Result<()> {
     connection
         .prepare_cached(

@@ -199,7 +199,7 @@ impl Pair {
         };
         for id in 1..=CONVERSATIONS {
             store
-                .record_details(Epoch(1), id, Timestamp::clamped(START), AdvisorId(1))
+                .record_details(Epoch(1), id, Timestamp::clamped(START), Some(AdvisorId(1)))
                 .expect("a conversation");
             plain.conversation(id);
         }

@@ -4,7 +4,7 @@ use crate::harness::services::{time, unix};
 use crate::harness::{Bench, run_test, side_by_side, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::raw;
-use bigchat_sync::simulator::event::start;
+use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, status};
 use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
@@ -69,6 +69,26 @@ async fn agent_equal_to_our_api() {
             .await;
         },
     )
+    .await;
+}
+
+/// A conversation that no advisor has taken yet has a chat without an agent, and is a probe like any other.
+#[tokio::test]
+async fn conversation_without_an_advisor() {
+    run_test(async |t| {
+        for (id, at) in [(1, -3600), (42, 0)] {
+            let start = json!({"conversation_id": id, "event_name": "START", "event_at": unix(at), "data": null});
+            let details = json!({"events": [start], "conversation_id": id, "advisor_id": null});
+            let answer = status(200).body(details.to_string()).always();
+            t.bigchat.upset(&format!("GET /conversations/{id}"), answer);
+        }
+        t.start();
+        t.delivers([message(42, 3, "hello")]).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+        assert_eq!(t.our_api.messages(), ["hello"]);
+        t.delivers([transfer(42, 5, 8)]).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
+    })
     .await;
 }
 
