@@ -13,7 +13,7 @@
 //!   chat, which the journal remembers. If the observed chat may be wrong, the conversation is *stale*, and its chat is
 //!   read back first.
 //! - [`delivery`] hands out due conversations, sends the difference, and commits the conversation's *offset*. Every
-//!   event up to the offset has been delivered, unless there is a *dead letter* for it.
+//!   event up to the offset has been delivered, unless there is a *dead letter* for it, or it is to be sent again.
 //! - [`bigchat`] and [`our_api`] are the clients. [`http`] sends their requests, and tracks whether each API is up.
 //! - [`daemon`] builds, runs and stops all of these. [`console`] serves HTTP, [`cli`] has a file for each command,
 //!   [`metrics`] has the counters, and [`telemetry`] the log and the liveness checks.
@@ -59,12 +59,14 @@
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field that another client changed in OurAPI.
 //! - **epoch**: the time from one restart of BigChat to the next; ids are unique within it.
-//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated.
+//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated, except that
+//!   `forget` erases its data.
 //! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
-//! - **offset**: the last event of a conversation up to which every event is delivered or a dead letter.
+//! - **offset**: the last event of a conversation up to which every event is delivered, a dead letter, or to be sent
+//!   again (after a retry or a loss).
 //! - **outcome unknown**: of a request that may or may not have been carried out.
 //! - **overlap**: how far a window reaches back before the cursor, for late events.
 //! - **page**: one response of BigChat with events; stored before the next is requested.

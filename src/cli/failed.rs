@@ -37,7 +37,7 @@ pub enum Command {
     },
     /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-        /// Id of the event, from `failed list`.
+        /// Id of the event, from `failed list`; of a discarded one, from `resolutions`.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
@@ -62,7 +62,7 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Ids of the events, from `failed list`.
+    /// Ids of the events, from `failed list`; of discarded ones, from `resolutions`.
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
     /// All events whose reason contains this text.

@@ -218,8 +218,8 @@ impl Agents {
             let kind = ErrorKind::OutcomeUnknown { timed_out: false };
             return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
         }
-        // If one agent has both the address and the name, or one agent alone has the address, it is the one to use, not
-        // a namesake.
+        // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
+        // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.
         let both: Vec<Agent> = listed
             .iter()
             .filter(|agent| namesakes.contains(agent))
@@ -296,7 +296,7 @@ impl Agents {
     pub(super) async fn forget_if_lost(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
         let Some(email) = self.email_of(agent).await? else {
-            // Another conversation has reported the loss.
+            // Another conversation has reported the loss, or another client set an agent that the daemon does not know.
             self.forget();
             return Ok(true);
         };

@@ -31,7 +31,8 @@ pub(super) struct Reconciled {
     pub(super) conversation: Conversation,
     pub(super) events: Vec<Pending>,
     pub(super) claim: Claim,
-    /// The events delivered or permanently rejected. The others were not attempted.
+    /// The events delivered or permanently rejected. The others were not attempted, except in the request that failed
+    /// (see `stopped`).
     pub(super) done: Vec<(EventId, Result<Effect, AttemptError>)>,
     /// Set if the work ended early.
     pub(super) stopped: Option<Stopped>,
