@@ -48,8 +48,8 @@ pub struct Accounting {
     pub credits: HashMap<MessageKey, u32>,
 }
 
-/// Finds the message in OurAPI for which each message of the journal accounts, and none twice. Exact matches come
-/// first: those of delivered messages, then those of messages that may have been sent. OurAPI may have altered a
+/// Matches messages of the journal with the messages in OurAPI for which they account, each at most once. Exact matches
+/// come first: those of delivered messages, then those of messages that may have been sent. OurAPI may have altered a
 /// message. So a recorded message without an exact match then accounts for any message of the same second that is left,
 /// if it was delivered, or if its outcome is unknown and it was not discarded. `recorded` is in order of arrival.
 pub fn account(

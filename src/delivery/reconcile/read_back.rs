@@ -80,7 +80,7 @@ impl Reconciled {
         };
         let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
         if !is_any_unknown {
-            // It is unknown which fields were written.
+            // If the chat became stale, a write may have been carried out, and it is unknown which fields it changed.
             return match self.claim.became_stale {
                 true => UnknownFields::ALL,
                 false => UnknownFields::default(),
