@@ -1,4 +1,5 @@
-//! Retention: what is dropped, and when. Waiting events, open dead letters, conversations and advisors stay.
+//! Retention: what is dropped, and when. Conversations and advisors stay, and so do all events of a conversation that
+//! has a waiting event or an open dead letter.
 
 use std::time::Duration;
 
@@ -41,6 +42,16 @@ impl Store {
             cursor.minus(retention.max(overlap + MARGIN)).unix(),
         );
         let transaction = self.begin()?;
+        let discarded: Vec<Option<ConversationId>> = transaction
+            .prepare_cached(DROP_DISCARDED)?
+            .query_map(params![delivered_before, happened_before, at_most], |row| {
+                row.get(0)
+            })?
+            .collect::<rusqlite::Result<_>>()?;
+        let mut dropped = discarded.len();
+        for conversation in discarded.into_iter().flatten() {
+            leave_unverified(&transaction, conversation)?;
+        }
         let old: Vec<Old> = transaction
             .prepare_cached(OLD)?
             .query_map(params![delivered_before, happened_before, at_most], |row| {
@@ -52,7 +63,6 @@ impl Store {
                 })
             })?
             .collect::<rusqlite::Result<_>>()?;
-        let mut dropped = 0;
         for Old {
             id,
             conversation,
@@ -60,6 +70,9 @@ impl Store {
             through,
         } in old
         {
+            if dropped >= at_most as usize {
+                break;
+            }
             dropped += transaction.prepare_cached(DROP)?.execute(params![
                 conversation,
                 from,
@@ -74,19 +87,6 @@ impl Store {
                         SELECT 1 FROM events WHERE conversation = ?2 AND id BETWEEN ?3 AND ?4)",
                 )?
                 .execute(params![id, conversation, from, through])?;
-            if dropped >= at_most as usize {
-                break;
-            }
-        }
-        let discarded: Vec<Option<ConversationId>> = transaction
-            .prepare_cached(DROP_DISCARDED)?
-            .query_map(params![delivered_before, happened_before, at_most], |row| {
-                row.get(0)
-            })?
-            .collect::<rusqlite::Result<_>>()?;
-        dropped += discarded.len();
-        for conversation in discarded.into_iter().flatten() {
-            leave_unverified(&transaction, conversation)?;
         }
         transaction.commit()?;
         Ok(dropped)
@@ -104,19 +104,6 @@ fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Re
     Ok(())
 }
 
-/// An equal event waits or is an open dead letter. If this one were dropped and received again, it would be taken for
-/// that one.
-macro_rules! has_twin {
-    () => {
-        "EXISTS (
-            SELECT 1 FROM events t JOIN conversations c ON c.id = t.conversation
-            WHERE t.conversation = e.conversation AND t.fingerprint = e.fingerprint AND t.id <> e.id
-                AND (t.id > c.offset AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE event = t.id)
-                    OR EXISTS (SELECT 1 FROM dead_letters WHERE event = t.id AND discarded_at IS NULL)
-                    OR EXISTS (SELECT 1 FROM redeliveries WHERE event = t.id)))"
-    };
-}
-
 /// The event was delivered, and has no later delivery.
 macro_rules! is_droppable {
     ($happened_before:literal, $delivered_before:literal) => {
@@ -124,20 +111,23 @@ macro_rules! is_droppable {
             "e.event_at < ",
             $happened_before,
             " AND e.id <= (SELECT offset FROM conversations WHERE id = e.conversation)
-             AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE event = e.id)
-             AND NOT EXISTS (SELECT 1 FROM redeliveries WHERE event = e.id)
              AND NOT EXISTS (SELECT 1 FROM deliveries n WHERE n.conversation = e.conversation
                 AND n.through = e.id AND n.from_event = e.id AND n.delivered_at >= ",
             $delivered_before,
-            ") AND NOT ",
-            has_twin!()
+            ")"
         )
     };
 }
 
+/// Delivered events stay while another event of their conversation may still be sent: one that waits, or a dead letter,
+/// even a discarded one, which may be reopened. The others of its second are needed to find its message in OurAPI.
+/// And if an equal event were dropped and received again, it would be taken for the one that waits.
 const OLD: &str = concat!(
     "SELECT d.id, d.conversation, d.from_event, d.through FROM deliveries d
-     WHERE d.delivered_at < ?1 AND (NOT EXISTS (SELECT 1 FROM events e
+     WHERE d.delivered_at < ?1
+        AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = d.conversation AND waiting > 0)
+        AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE conversation = d.conversation)
+        AND (NOT EXISTS (SELECT 1 FROM events e
             WHERE e.conversation = d.conversation AND e.id BETWEEN d.from_event AND d.through)
         OR EXISTS (SELECT 1 FROM events e
             WHERE e.conversation = d.conversation AND e.id BETWEEN d.from_event AND d.through AND ",
@@ -150,13 +140,14 @@ const DROP: &str = concat!(
     is_droppable!("?4", "?5")
 );
 
-const DROP_DISCARDED: &str = concat!(
-    "DELETE FROM events WHERE id IN (
+/// The same for discarded events.
+const DROP_DISCARDED: &str = "DELETE FROM events WHERE id IN (
         SELECT d.event FROM dead_letters d JOIN events e ON e.id = d.event
-        WHERE d.discarded_at < ?1 AND e.event_at < ?2 AND NOT ",
-    has_twin!(),
-    " ORDER BY d.discarded_at LIMIT ?3) RETURNING conversation"
-);
+        WHERE d.discarded_at < ?1 AND e.event_at < ?2
+            AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = e.conversation AND waiting > 0)
+            AND NOT EXISTS (SELECT 1 FROM dead_letters o WHERE o.conversation = e.conversation
+                AND (o.discarded_at IS NULL OR o.discarded_at >= ?1))
+        ORDER BY d.discarded_at LIMIT ?3) RETURNING conversation";
 
 #[cfg(test)]
 mod tests {

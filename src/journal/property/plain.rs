@@ -636,16 +636,20 @@ impl Plain {
         let happened_before = cursor - seconds(retention).max(seconds(overlap) + MARGIN);
         let settled_before = self.now - seconds(retention) * 1000;
         let is_open = |event: &Event| matches!(event.state, State::Waiting | State::Failed);
-        let has_twin = |event: &Event| {
-            self.events.values().any(|twin| {
-                (twin.conversation, twin.what) == (event.conversation, event.what) && is_open(twin)
-            })
+        let is_discarded = |event: &Event| event.state == State::Discarded;
+        let any_other = |event: &Event, is: &dyn Fn(&Event) -> bool| {
+            let mut all = self.events.values();
+            all.any(|other| other.conversation == event.conversation && is(other))
         };
         let may = |event: &Event| {
-            !is_open(event)
-                && EVENTS[event.what].at < happened_before
+            let at = |event: &Event| EVENTS[event.what].at;
+            at(event) < happened_before
                 && event.settled_at < settled_before
-                && !has_twin(event)
+                && !any_other(event, &is_open)
+                && !any_other(event, &|other| is_discarded(other) && other.settled_at >= settled_before)
+                // A discarded event that stays may be reopened.
+                && (is_discarded(event)
+                    || !any_other(event, &|other| is_discarded(other) && at(other) >= happened_before))
         };
         let may_be: BTreeSet<i64> = self.ids(may).into_iter().collect();
         let must_be = may_be
