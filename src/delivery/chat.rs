@@ -63,9 +63,10 @@ pub(super) async fn fields(
     // is written anyway.
     let latest = desired.transfer.map(|transfer| transfer.event);
     let is_named = changes.iter().any(|event| Some(event.id) == latest);
+    let has_agent = observed.chat.is_some() || observed.agent.is_some();
     let agent = match desired.advisor() {
-        // The agent is known.
-        advisor if observed.agent.is_some() && observed.advisor == advisor && !is_named => {
+        // The chat has the advisor's agent, or what another client has made of it.
+        advisor @ Some(_) if has_agent && observed.advisor == advisor && !is_named => {
             observed.agent
         }
         Some(advisor) => worker.agents.resolve(conversation.epoch, advisor).await?,

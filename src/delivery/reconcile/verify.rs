@@ -7,7 +7,7 @@ use super::{Reconciled, Stopped};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account;
-use crate::domain::conversation::{Drift, UnknownFields};
+use crate::domain::conversation::{Drift, Observed, UnknownFields};
 use crate::domain::progress::{
     DifferingFields, Missing, Observation, VerificationResult, Verify, VerifyMode,
 };
@@ -35,8 +35,13 @@ impl Reconciled {
         }
         let recorded = self.recorded(worker).await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
-        let fields = self.verify_fields(worker, verify, &found).await;
-        let (drift, missing, fields) = fields.map_err(failed)?;
+        let before = self.conversation.observed.clone();
+        let fields = self.verify_fields(worker, verify, &found, &before).await;
+        let (drift, missing, fields) = fields.map_err(|error| {
+            // Nothing was found, so nothing may be written.
+            self.conversation.observed = before;
+            failed(error)
+        })?;
         let found_now = VerificationResult {
             is_unreadable: false,
             missing: Missing {
@@ -107,8 +112,8 @@ impl Reconciled {
         worker: &Worker,
         verify: Verify,
         found: &our_api::Chat,
+        before: &Observed,
     ) -> Result<(Drift, Missing, DifferingFields), AttemptError> {
-        let before = self.conversation.observed.clone();
         let mut drift = self.merge(worker, found, UnknownFields::default()).await?;
         let mut missing = Missing {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),

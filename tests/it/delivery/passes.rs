@@ -54,6 +54,8 @@ async fn another_client_changes(t: &Test, external_id: &str, change: &Value) {
     t.our_api.asked();
 }
 
+const NO_WRITES: [&String; 0] = [];
+
 fn writes(asked: &[String]) -> Vec<&String> {
     let is_write = |line: &&String| !line.starts_with("GET");
     asked.iter().filter(is_write).collect()
@@ -365,6 +367,67 @@ async fn unreadable_chat_in_a_pass() {
         t.start();
         until_verified(t).await;
         assert_eq!(t.value::<i64>("SELECT verified FROM verifications"), 3);
+    })
+    .await;
+}
+
+/// A pass that only reports changes nothing, even if one of its requests fails.
+#[tokio::test]
+async fn failed_pass_changes_nothing() {
+    side_by_side(
+        [
+            (
+                "report",
+                json!({"ended_at": null}),
+                "missing",
+                json!("ended_at"),
+            ),
+            (
+                "auto",
+                json!({"agent_id": null}),
+                "drift",
+                json!("agent_id"),
+            ),
+        ],
+        async |(rebuild, change, shown, field)| {
+            run_test(async |t| {
+                t.differs("another client changes a chat");
+                t.set("--rebuild", rebuild);
+                t.bigchat
+                    .reports([start(42, 0), message(42, 1, "hello"), end(42, 9)]);
+                t.once().await;
+                another_client_changes(t, "42", &change).await;
+                t.our_api.upset("GET /agents?email=", status(500));
+                pass_is_due(t);
+                let daemon = t.start();
+                until_verified(t).await;
+                daemon.stop().await;
+                assert_eq!(t.our_api.faults_left(), 0);
+                assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+                assert_eq!(t.status().0["differing"][0][shown], field);
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+/// A message says nothing about the agent: an agent that another client has removed stays removed.
+#[tokio::test]
+async fn removed_agent_stays_removed() {
+    run_test(async |t| {
+        t.differs("another client changes a chat");
+        t.bigchat.reports([start(42, 0), message(42, 1, "hello")]);
+        t.once().await;
+        another_client_changes(t, "42", &json!({"agent_id": null})).await;
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        assert_eq!(t.status().0["drifted"], json!(1));
+        t.bigchat.reports([message(42, 2, "are you there?")]);
+        t.until_events("delivered", 3).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
     })
     .await;
 }
