@@ -65,7 +65,7 @@ pub struct Signals {
     pub caught_up: CancellationToken,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
-    /// Raised with events of windows that began before the session.
+    /// Raised to the latest event of each window that began before the session.
     pub replay_until: ReplayUntil,
 }
 
@@ -220,16 +220,29 @@ impl Poller {
                     response,
                     "the poll failed; the next one continues from the same point"
                 );
+                self.retry_storage().await;
                 PollOutcome::Incomplete
             }
             Err(error @ PollError::Unanswered) => {
                 tracing::warn!("{error}");
+                self.retry_storage().await;
                 PollOutcome::Incomplete
             }
             Err(PollError::Journal(error)) => {
                 storage.polling_failed(&error);
                 PollOutcome::Incomplete
             }
+        }
+    }
+
+    /// Finds out whether the journal can be written again, after a poll that had nothing to write.
+    async fn retry_storage(&self) {
+        let storage = &self.signals.storage;
+        if storage.refuses_polling()
+            && self.unstored.is_none()
+            && self.journal.with(|store| store.try_write()).await.is_ok()
+        {
+            storage.polling_recovered();
         }
     }
 
@@ -250,7 +263,7 @@ impl Poller {
             .now()
             .unwrap_or_else(Timestamp::of_this_machine);
         self.started_at.get_or_insert(now);
-        // Stored pages may not be ingested yet, because the daemon was stopped or the journal refused. The earlier pages
+        // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The earlier pages
         // of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
         if pages.has_new() {

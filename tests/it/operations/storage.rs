@@ -8,7 +8,7 @@ use crate::harness::services::{ADD_MESSAGE, NOW};
 use crate::harness::web::{Console, succeeds};
 use crate::harness::{Bench, Test, run_live_test, run_test, side_by_side, until};
 use bigchat_sync::simulator::event::{message, start};
-use bigchat_sync::simulator::fault::{paused, slow};
+use bigchat_sync::simulator::fault::{paused, slow, status};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
@@ -582,6 +582,36 @@ async fn check_after_database_was_deleted() {
         std::fs::rename(&away, t.db()).expect("it is moved back");
         let text = printed(&finished(t.program("check")).await);
         assert!(text.contains("is running"), "{text}");
+    })
+    .await;
+}
+
+/// While BigChat is down, a database that can be written again is not reported as one that cannot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn database_is_writable_during_an_outage() {
+    run_live_test(async |t| {
+        let (_daemon, url) = t.start_listening(Tokens::default());
+        t.until_polled().await;
+        let client = reqwest::Client::builder().no_proxy().build();
+        let client = client.expect("a client");
+        let ready = async || {
+            let asked = client.get(format!("{url}/readyz")).send().await;
+            asked.expect("an answer").text().await.expect("a text")
+        };
+        let refused = "the journal cannot be written";
+        let lock = t.lock_database();
+        t.bigchat.open(10, t.now() - 100, 1);
+        t.bigchat.reports([message(10, t.now() - 1, "hello")]);
+        until("it is refused", async || ready().await.contains(refused)).await;
+        t.bigchat.outage(Some(status(503)));
+        drop(lock);
+        until("only BigChat is reported", async || {
+            let problems = ready().await;
+            problems.contains("BigChat is down") && !problems.contains(refused)
+        })
+        .await;
+        t.bigchat.outage(None);
+        t.until_events("delivered", 1).await;
     })
     .await;
 }

@@ -596,18 +596,21 @@ async fn date_cannot_be_read() {
     .await;
 }
 
+/// Pages with a message each, of which each leads to the next.
+fn reports_pages(t: &Test, pages: i64) {
+    let event = |n: i64| message(42, n, &format!("text {n}"));
+    for n in 1..pages {
+        t.bigchat
+            .reports(page([event(n)], format!("?page={}", n + 1)));
+    }
+    t.bigchat.reports(Page::from(vec![event(pages)]));
+}
+
 /// A poll without end pauses after its page budget, and the next poll continues from there.
 #[tokio::test]
 async fn poll_without_end() {
-    let next = |n: i64| format!("?page={n}");
-    let reports = |t: &Test, pages: i64, events: fn(i64) -> Vec<Value>| {
-        for n in 1..pages {
-            t.bigchat.reports(page(events(n), next(n + 1)));
-        }
-        t.bigchat.reports(Page::from(events(pages)));
-    };
     run_test(async |t| {
-        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports_pages(t, 203);
         t.once().await;
         assert_eq!(t.bigchat.queries().len(), 200);
         assert_eq!(t.our_api.messages().len(), 200);
@@ -615,7 +618,7 @@ async fn poll_without_end() {
         assert_eq!(t.bigchat.queries(), ["page=201", "page=202", "page=203"]);
         assert_eq!(t.our_api.messages().len(), 203);
 
-        reports(t, 203, |n| vec![message(42, n, &format!("text {n}"))]);
+        reports_pages(t, 203);
         t.once().await;
         t.once().await;
         assert_eq!(
@@ -623,6 +626,26 @@ async fn poll_without_end() {
             window(NOW - 5, NOW),
             "a whole budget without a new event completes the poll"
         );
+    })
+    .await;
+}
+
+/// A poll that is completed by its page budget shows that BigChat's clock advances.
+#[tokio::test]
+async fn full_budget_moves_the_cursor() {
+    run_test(async |t| {
+        reports_pages(t, 203);
+        t.once().await;
+        t.once().await;
+        let before = t.cursor();
+        t.execute("UPDATE poll_state SET cursor_moved_at = cursor_moved_at - 600000");
+        t.bigchat.clock(NOW + 60);
+        reports_pages(t, 203);
+        t.once().await;
+        assert!(t.cursor() > before, "the cursor moves");
+        let (shown, _) = t.status();
+        let problems = shown["problems"].to_string();
+        assert!(!problems.contains("has not advanced"), "{problems}");
     })
     .await;
 }
