@@ -1,7 +1,7 @@
 //! The journal alone, without a daemon: the time to store an event, and to claim it and commit its delivery.
 
 use std::collections::HashSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bigchat_sync::domain::progress::{
     Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
@@ -36,7 +36,9 @@ pub(crate) fn measure(scale: Scale) {
             bytes: usize::MAX,
             exclude: HashSet::new(),
             session: session.id,
-            clock_set_back: None,
+            clock_set_back: false,
+            request_timeout: Duration::ZERO,
+            max_wait: Duration::MAX,
         };
         let claimed = store.claim(&request, Millis::now()).expect("a claim");
         let reports: Vec<Report> = claimed.work.into_iter().map(done).collect();

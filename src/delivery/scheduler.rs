@@ -21,7 +21,7 @@ use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{IdlePass, Work};
 use crate::domain::time::Millis;
-use crate::http::Circuit;
+use crate::http::{Circuit, RETRY_AFTER_MAX};
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Storage};
 use crate::telemetry::liveness::Liveness;
 
@@ -230,14 +230,13 @@ impl Scheduler {
 
     fn circuit(&self, now: Millis) -> Circuit {
         let our_api = &self.worker.our_api;
+        // This also frees what requests that timed out still hold, such as the lock.
+        let free = our_api.free_permits(now);
         if our_api.paused().is_some() {
             let until = now.plus(CHECK_EVERY);
             return Circuit::Open { until };
         }
-        match (
-            our_api.http().rate_limited_until(now),
-            our_api.free_permits(now),
-        ) {
+        match (our_api.http().rate_limited_until(now), free) {
             (Some(until), _) | (None, Err(until)) => Circuit::Open { until },
             (None, Ok(_)) => our_api.http().circuit(now),
         }
@@ -263,7 +262,8 @@ impl Scheduler {
 
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
-            // The journal chooses the conversation to probe with.
+            // The journal chooses the conversation to probe with, so loaded work is given back. A single one while half-
+            // open is its choice.
             let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for (_, work) in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);
@@ -320,11 +320,9 @@ impl Scheduler {
         let mut exclude = self.claimed.clone();
         exclude.extend(self.timed_out.keys());
         let clock_set_back = now < self.last_check;
-        if clock_set_back {
-            tracing::warn!("this machine's clock was set back; waiting events are retried now");
-        }
         self.last_check = now;
         let is_idle_time = self.is_unoccupied() && instant >= self.idle_pass.not_before;
+        let settings = &self.worker.settings;
         let request = ClaimRequest {
             verifications_only: self.scope == Scope::Verifications,
             idle_pass: self.idle_pass.pass.filter(|_| is_idle_time),
@@ -333,7 +331,12 @@ impl Scheduler {
             bytes,
             exclude,
             session: self.worker.session.id,
-            clock_set_back: clock_set_back.then_some(self.worker.settings.request_timeout),
+            clock_set_back,
+            request_timeout: settings.request_timeout,
+            max_wait: settings
+                .retry_max
+                .max(RETRY_AFTER_MAX)
+                .saturating_add(settings.request_timeout),
         };
         let journal = Arc::clone(&self.worker.journal);
         self.fetch = Some(Box::pin(async move {

@@ -29,7 +29,7 @@ pub use self::exchange::{
 };
 pub use self::health::{ApiState, ApiStatus};
 use self::health::{Health, Latest};
-pub use self::rate_limit::RateLimit;
+pub use self::rate_limit::{RETRY_AFTER_MAX, RateLimit};
 use self::route::Route;
 pub use self::transport::{Network, NoResponse, Request, Response, Sending, Transport};
 pub(crate) use self::transport::{cause, client};

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::domain::time::{Millis, Timestamp};
 
 /// Maximum `Retry-After`: a mistyped one must not stop the daemon for days.
-pub(super) const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
 /// A longer limit is reported as a problem, because it delays events without any other visible cause.
 const LONG: Duration = Duration::from_secs(60);

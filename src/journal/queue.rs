@@ -44,9 +44,12 @@ pub struct ClaimRequest {
     /// Conversations that are claimed already.
     pub exclude: HashSet<ConversationId>,
     pub session: i64,
-    /// This machine's clock was set back. Everything is due now, except what may still be in flight, which is due after
-    /// this time.
-    pub clock_set_back: Option<Duration>,
+    /// This machine's clock was set back, so everything is due now. What may still be in flight is due after
+    /// `request_timeout`.
+    pub clock_set_back: bool,
+    pub request_timeout: Duration,
+    /// Nothing waits longer. If something is due later, this machine's clock was ahead when that was recorded.
+    pub max_wait: Duration,
 }
 
 /// The conversations due.
@@ -73,8 +76,9 @@ impl Store {
     /// since OurAPI last lost data; chats to be verified by hand; if there are none of these, the next chat of the pass
     /// in idle time.
     pub fn claim(&mut self, request: &ClaimRequest, now: Millis) -> Result<Claimed> {
-        if let Some(pause) = request.clock_set_back {
-            self.make_due(pause, now)?;
+        if request.clock_set_back || self.latest_due()? > Some(now.plus(request.max_wait)) {
+            tracing::warn!("this machine's clock was set back; waiting events are retried now");
+            self.make_due(request.request_timeout, now)?;
         }
         let transaction = self.connection.transaction()?;
         let (losses, verifications) = transaction
@@ -132,6 +136,14 @@ impl Store {
             )?;
         }
         Ok(claimed)
+    }
+
+    fn latest_due(&self) -> Result<Option<Millis>> {
+        let latest: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT max(due_at) FROM conversations WHERE due_at IS NOT NULL")?
+            .query_row([], |row| row.get(0))?;
+        Ok(latest.map(Millis))
     }
 
     /// Makes everything due now that would be due later. An event that may have been delivered is due after `pause`,

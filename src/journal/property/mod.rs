@@ -285,7 +285,7 @@ impl Pair {
                 self.plain.set_back(PAUSE);
                 let request = ClaimRequest {
                     verifications_only: true,
-                    clock_set_back: Some(Duration::from_millis(PAUSE.unsigned_abs())),
+                    clock_set_back: true,
                     ..self.request(0, false)
                 };
                 let claimed = self.store.claim(&request, self.now()).expect("a claim");
@@ -351,7 +351,9 @@ impl Pair {
             bytes: usize::MAX,
             exclude: exclude.collect(),
             session: self.session,
-            clock_set_back: None,
+            clock_set_back: false,
+            request_timeout: Duration::from_millis(PAUSE.unsigned_abs()),
+            max_wait: Duration::MAX,
         }
     }
 

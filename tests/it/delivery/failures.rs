@@ -970,6 +970,19 @@ async fn resolution_while_another_process_writes() {
     .await;
 }
 
+fn deliveries_were_two_hours_ago(t: &Test) {
+    t.execute("UPDATE deliveries SET delivered_at = delivered_at - 7200000");
+    t.bigchat.clock(3 * 3600);
+}
+
+/// Waits until the retention has dropped an event of another conversation.
+async fn until_others_are_dropped(t: &Test) {
+    until("an event of another conversation is dropped", async || {
+        t.count_events("data LIKE '%of another%'") == 0
+    })
+    .await;
+}
+
 /// A waiting message is not confused with an equal one that was delivered before and is old enough to be dropped.
 #[tokio::test]
 async fn twin_waits_beyond_the_retention() {
@@ -977,20 +990,117 @@ async fn twin_waits_beyond_the_retention() {
         t.set("--retention", "1s");
         let daemon = t.start();
         let events = message(42, 10, "ok");
-        t.delivers([start(42, 0), events.clone()]).await;
+        let other = message(43, 10, "of another");
+        t.delivers([start(42, 0), events.clone(), other]).await;
         let failing = status(500).always();
         t.our_api.upset("POST /chats/*/messages", failing);
         // The page has the message twice, so one of the two is new.
         t.bigchat.reports([events.clone(), events]);
         t.until_events("waiting", 1).await;
-        until("what is delivered and has no twin is dropped", async || {
-            t.events("delivered") == 1
-        })
-        .await;
+        until_others_are_dropped(t).await;
         t.our_api.calm();
         until("it is delivered", async || t.events("waiting") == 0).await;
         daemon.stop().await;
-        assert_eq!(t.our_api.messages(), ["ok", "ok"]);
+        assert_eq!(t.our_api.messages(), ["ok", "of another", "ok"]);
+    })
+    .await;
+}
+
+/// A delivered message does not stand for one of the same second that was not sent, even if the outage outlasts the
+/// retention.
+#[tokio::test]
+async fn unsent_message_beyond_the_retention() {
+    run_test(async |t| {
+        t.set("--retention", "1h");
+        t.start();
+        let other = message(43, 5, "of another");
+        t.delivers([start(42, 0), message(42, 5, "first"), other])
+            .await;
+        let second = "POST /chats/{id}/messages {*second";
+        t.our_api.upset(second, dropped());
+        t.bigchat.reports([message(42, 5, "second")]);
+        until("its outcome is unknown", async || t.unknown_outcomes() == 1).await;
+        t.our_api.outage(Some(status(503)));
+        deliveries_were_two_hours_ago(t);
+        until_others_are_dropped(t).await;
+        t.our_api.outage(None);
+        until("nothing waits", async || t.events("waiting") == 0).await;
+        assert_eq!(t.our_api.messages(), ["first", "of another", "second"]);
+    })
+    .await;
+}
+
+/// The same with a dead letter that is retried after the retention, also if it was discarded meanwhile.
+#[tokio::test]
+async fn dead_letter_beyond_the_retention() {
+    side_by_side([false, true], async |discarded| {
+        run_test(async |t| {
+            t.set("--max-attempts", "2").set("--retention", "1h");
+            let daemon = t.start();
+            let other = message(43, 5, "of another");
+            t.delivers([start(42, 0), message(42, 5, "first"), other])
+                .await;
+            let second = "POST /chats/{id}/messages {*second";
+            t.our_api.upset(second, dropped().always());
+            t.bigchat.reports([message(42, 5, "second")]);
+            let mut others = 6..;
+            until("it fails", async || {
+                let at = others.next().expect("a number");
+                t.bigchat.reports([message(43, at, "meanwhile")]);
+                t.bigchat.further_polls(1).await;
+                t.events("failed") == 1
+            })
+            .await;
+            daemon.stop().await;
+            t.our_api.calm();
+            if discarded {
+                let discard = t.failed_command(&["discard", "--all", "--yes"]);
+                discard.expect("it is discarded");
+            }
+            deliveries_were_two_hours_ago(t);
+            let daemon = t.start();
+            until_others_are_dropped(t).await;
+            if discarded {
+                let undo = t.failed_command(&["undo", "--all"]);
+                undo.expect("it is reopened");
+            }
+            let retry = t.failed_command(&["retry", "--all"]);
+            retry.expect("it is retried");
+            until("nothing waits", async || t.events("waiting") == 0).await;
+            daemon.stop().await;
+            let messages = t.our_api.messages();
+            assert!(messages.iter().any(|text| text == "second"), "{messages:?}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// An attempt failed while this machine's clock was ahead, and nothing else was checked until the clock was right again.
+#[tokio::test]
+async fn attempt_scheduled_by_a_wrong_clock() {
+    side_by_side([false, true], async |restarts| {
+        run_test(async |t| {
+            let daemon = with_a_chat(t).await;
+            t.our_api.upset(POST, status(503).always());
+            t.bigchat.reports([message(42, 5, "one")]);
+            until("it has failed", async || t.attempts() > 0).await;
+            t.our_api.outage(Some(status(503)));
+            until("it is down", async || t.is_up(Api::OurApi) == Some(false)).await;
+            if restarts {
+                daemon.stop().await;
+            }
+            t.execute(
+                "UPDATE conversations SET due_at = due_at + 3456000000 WHERE waiting > 0;
+                 UPDATE attempts SET next_at = next_at + 3456000000",
+            );
+            if restarts {
+                t.start();
+            }
+            t.our_api.calm();
+            t.until_events("delivered", 2).await;
+        })
+        .await;
     })
     .await;
 }

@@ -1,10 +1,11 @@
 //! `bigchat-sync pause` and `resume`: polling continues, and nothing is sent to OurAPI.
 
+use std::fs::File;
 use std::time::Duration;
 
 use bigchat_sync::settings::Tokens;
 use bigchat_sync::simulator::event::message;
-use bigchat_sync::simulator::fault::status;
+use bigchat_sync::simulator::fault::{paused, status};
 use reqwest::{Client, StatusCode};
 use serde_json::{Value, json};
 
@@ -241,6 +242,30 @@ async fn console_pauses_and_resumes() {
         assert!(metrics.contains("\nbigchat_sync_paused 0.0\n"), "{metrics}");
         assert!(t.status().0["paused"].is_null());
         daemon.stop().await;
+    })
+    .await;
+}
+
+/// A paused daemon does not keep the lock of a request that timed out.
+#[tokio::test]
+async fn paused_daemon_releases_the_lock() {
+    run_live_test(async |t| {
+        let path = t.directory().join("our-api.lock");
+        t.set("--our-api-lock", &path.display().to_string());
+        t.set("--request-timeout", "1s");
+        t.start();
+        t.bigchat.open(10, t.now() - 100, 1);
+        t.our_api.upset("POST /chats/{id}/messages", paused());
+        t.bigchat.reports([message(10, t.now() - 1, "hello")]);
+        until("OurAPI hangs", async || t.our_api.pausing() == 1).await;
+        pause(t, &[]);
+        until("the request has timed out", async || t.attempts() == 1).await;
+        t.our_api.resume();
+        let lock = File::open(&path).expect("the file");
+        until("the lock is free", async || lock.try_lock().is_ok()).await;
+        drop(lock);
+        resume(t);
+        t.until_events("delivered", 1).await;
     })
     .await;
 }
