@@ -214,7 +214,7 @@ impl Agents {
         let namesakes = our_api.agents_by_name(name).await?;
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
         if error.exchange.is_server_error() && !is_named && listed.is_empty() {
-            // Nothing is taken, so the 500 was an outage.
+            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
             let kind = ErrorKind::OutcomeUnknown { timed_out: false };
             return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
         }

@@ -146,12 +146,19 @@ impl DemoResult {
             lost,
         }) = self.figures.chaos
         {
-            let unstored = score.unstored.min(lost);
             lines.push(format!("{score}, {faults} faults injected"));
+            let why = if failed_polls.reported_again {
+                "BigChat restarted and lost its log before they were stored".to_owned()
+            } else {
+                let unstored = score.unstored.min(lost);
+                format!(
+                    "{} in responses that were lost or from a BigChat that restarted, {unstored} not stored yet when the daemon was killed",
+                    lost - unstored
+                )
+            };
             lines.push(format!(
-                "{} not recoverable, and not counted: {} in responses that were lost or from a BigChat that restarted, {unstored} not stored yet when the daemon was killed",
-                count(lost, "event"),
-                lost - unstored,
+                "{} not recoverable, and not counted: {why}",
+                count(lost, "event")
             ));
             lines.push(format!(
                 "{} with a start or an agent that BigChat no longer knew: a substitute is accepted",

@@ -444,6 +444,57 @@ mod tests {
     use super::*;
     use crate::domain::event::Payload;
 
+    #[test]
+    fn states_of_a_verified_chat() {
+        let unreadable = VerificationResult {
+            is_unreadable: true,
+            ..VerificationResult::default()
+        };
+        let missing = |missing| VerificationResult {
+            missing,
+            ..VerificationResult::default()
+        };
+        let nothing = Missing::default();
+        let drift = VerificationResult {
+            drift: Drift::named("agent_id"),
+            ..VerificationResult::default()
+        };
+        for (found, state) in [
+            (unreadable, "unreadable"),
+            (
+                missing(Missing {
+                    chat: true,
+                    ..nothing
+                }),
+                "missing",
+            ),
+            (
+                missing(Missing {
+                    agent: true,
+                    ..nothing
+                }),
+                "differs",
+            ),
+            (
+                missing(Missing {
+                    ended_at: true,
+                    ..nothing
+                }),
+                "differs",
+            ),
+            (drift, "differs"),
+            (
+                missing(Missing {
+                    messages: 1,
+                    ..nothing
+                }),
+                "same",
+            ),
+        ] {
+            assert_eq!(found.state(), state);
+        }
+    }
+
     fn pending(id: i64, redelivery: bool) -> Pending {
         Pending {
             id: EventId(id),

@@ -133,7 +133,7 @@ impl Reconciled {
 
     /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
     fn is_replayed(&self, worker: &Worker) -> bool {
-        // If the messages cannot be read, the chat's fields have been read nevertheless.
+        // A change needs only the chat's fields, which were read even if its messages cannot be.
         let is_replayed = |event: &Pending| {
             worker.may_be_delivered(event.id)
                 && (event.payload.kind().is_message()

@@ -65,9 +65,9 @@ impl Reconciled {
         self.account(worker, found.chat_id, needed).await
     }
 
-    /// The fields that may have been written although the journal does not record it. They are those that an event of
-    /// unknown outcome changes, or an event that a newer copy of the journal may have delivered. Waiting changes are
-    /// written together, so if one has an unknown outcome, the fields that the others change count, too.
+    /// The fields that may have been written although the journal does not record it. They are those changed by an
+    /// event whose outcome is unknown, or by an event that a newer copy of the journal may have delivered. Waiting
+    /// changes are written together, so if one has an unknown outcome, the fields that the others change count, too.
     fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
