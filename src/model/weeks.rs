@@ -309,6 +309,28 @@ impl Inner {
         )
     }
 
+    /// Why it is not at rest.
+    fn what_is_left(&mut self) -> String {
+        const LEFT: &str = "SELECT
+            (SELECT count(*) FROM inbox) || ' stored pages; due: '
+            || (SELECT json_group_array(json_object('conversation', id, 'due_at', due_at, 'waiting', waiting,
+                    'chat', chat_id, 'stale', stale_seq, 'fresh', fresh_seq, 'missing', missing, 'drift', drift,
+                    'verified_in', verified_in))
+                FROM (SELECT * FROM conversations WHERE due_at IS NOT NULL OR waiting > 0 LIMIT 5))
+            || '; attempts: '
+            || (SELECT json_group_array(json_object('event', event, 'conversation', conversation,
+                    'attempts', attempts, 'counted', counted, 'reason', reason))
+                FROM (SELECT * FROM attempts WHERE next_at IS NOT NULL LIMIT 5))
+            || '; verifications: '
+            || (SELECT json_group_array(json_object('id', id, 'requested_at', requested_at, 'ended_at', ended_at,
+                    'verified', verified)) FROM verifications)";
+        let left = self
+            .store
+            .connection()
+            .query_row(LEFT, [], |row| row.get(0));
+        left.expect("an answer")
+    }
+
     fn is_at_rest(&mut self) -> bool {
         const NOTHING_LEFT: &str =
             "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
@@ -402,7 +424,11 @@ impl Stage {
                 };
             }
             if began.elapsed() > REST {
-                return Err(format!("it does not come to rest\n{}", inner.report()));
+                return Err(format!(
+                    "it does not come to rest: {}\n{}",
+                    inner.what_is_left(),
+                    inner.report()
+                ));
             }
         }
     }
