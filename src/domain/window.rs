@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use crate::domain::time::Timestamp;
 
+const SECOND: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: Timestamp,
@@ -14,11 +16,13 @@ pub struct Window {
 }
 
 impl Window {
-    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It covers at most
-    /// `max` of new time. A cursor ahead of `now` counts as `now`.
+    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It is at most `max` long
+    /// but covers at least a second of new time. A cursor ahead of `now` counts as `now`.
     pub fn next(cursor: Timestamp, now: Timestamp, overlap: Duration, max: Duration) -> Self {
         let cursor = cursor.min(now);
-        let end = cursor.plus(max).min(now);
+        let end = cursor
+            .plus(max.saturating_sub(overlap).max(SECOND))
+            .min(now);
         Self {
             start: cursor.minus(overlap),
             end,
@@ -47,7 +51,8 @@ mod tests {
                 prop_assert!(window.start <= cursor.min(now), "no gap after the previous window");
                 prop_assert!(window.start <= window.end && window.end <= now, "never in BigChat's future");
                 prop_assert!(cursor.min(now).unix() - window.start.unix() <= overlap.as_secs().cast_signed());
-                prop_assert!(window.end.unix() - cursor.min(now).unix() <= max.as_secs().cast_signed());
+                let longest = max.max(overlap + SECOND);
+                prop_assert!(window.end.unix() - window.start.unix() <= longest.as_secs().cast_signed());
                 windows += 1;
                 cursor = window.end;
                 if !window.catching_up {

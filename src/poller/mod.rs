@@ -89,6 +89,8 @@ pub struct Poller {
     failed_page_probes: u32,
     /// For retention.
     clock: SteadyClock,
+    /// When the latest window was computed that was read to its end.
+    read_at: Option<Instant>,
     standstill: Standstill,
 }
 
@@ -134,6 +136,7 @@ impl Poller {
             failed_page_probes: 0,
             clock: SteadyClock::new(Millis::now(), Instant::now()),
             standstill: Standstill::default(),
+            read_at: None,
         }
     }
 
@@ -262,7 +265,10 @@ impl Poller {
             .clock()
             .now()
             .unwrap_or_else(Timestamp::of_this_machine);
-        self.started_at.get_or_insert(now);
+        // This machine's clock may be wrong. Until BigChat's time is known, every window begins before the session.
+        if self.source.clock().now().is_some() {
+            self.started_at.get_or_insert(now);
+        }
         // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The earlier pages
         // of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
@@ -272,6 +278,7 @@ impl Poller {
         if self.signals.stopping.is_cancelled() {
             return Ok(PollOutcome::Incomplete);
         }
+        let asked_at = Instant::now();
         let (window, next, rescans_left) = self.window(now).await?;
         let first = window_query(window.start, window.end);
         if next.as_ref().is_none_or(|next| *next == first) {
@@ -329,6 +336,9 @@ impl Poller {
                 store.poll_state()
             })
             .await?;
+        if outcome != PollOutcome::Incomplete {
+            self.read_at = Some(asked_at);
+        }
         if let (Some(cursor), true) = (source.cursor, outcome == PollOutcome::UpToDate) {
             self.standstill.observe(cursor, Instant::now());
         }
@@ -356,7 +366,12 @@ impl Poller {
     async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
         let settings = &self.settings;
         let source = self.journal.with(|store| store.poll_state()).await?;
-        if let Some(((start, end), Some(next))) = source.poll {
+        // Nothing was read of a window whose next page is its first one, and its length may be what BigChat rejects.
+        let is_begun = |(window, next): &((Timestamp, Timestamp), Option<String>)| {
+            next.as_ref()
+                .is_some_and(|next| *next != window_query(window.0, window.1))
+        };
+        if let Some(((start, end), Some(next))) = source.poll.clone().filter(is_begun) {
             let window = Window {
                 start,
                 end,
@@ -365,7 +380,7 @@ impl Poller {
             return Ok((window, Some(next), source.rescans_left));
         }
         let cursor = match source.cursor {
-            Some(cursor) => cursor,
+            Some(cursor) => self.not_after(cursor, now),
             // A window begins before the cursor, by the overlap.
             None => {
                 if let Some(since) = settings.since.filter(|since| *since > now) {
@@ -377,14 +392,25 @@ impl Poller {
                     .plus(settings.poll_overlap)
             }
         };
-        let cursor = cursor.min(now);
-        if source.cursor != Some(cursor) || source.poll.is_some() {
+        // A cursor ahead of the clock moves back once the window was read: before BigChat has answered, the clock may be this
+        // machine's, and wrong.
+        if source.cursor.is_none() || source.poll.is_some() {
+            let cursor = source.cursor.unwrap_or(cursor.min(now));
             self.journal
                 .with(move |store| store.set_cursor(cursor, Millis::now()))
                 .await?;
         }
         let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
         Ok((window, None, source.rescans_left))
+    }
+
+    /// The cursor, which must not be ahead of BigChat's clock. If it is, by more than a rounded second, that clock was set
+    /// back, and nothing was read of the time since the last window.
+    fn not_after(&self, cursor: Timestamp, now: Timestamp) -> Timestamp {
+        if cursor <= now.plus(Duration::from_secs(1)) {
+            return cursor.min(now);
+        }
+        now.minus(self.read_at.map_or(Duration::ZERO, |at| at.elapsed()))
     }
 
     /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal

@@ -1,6 +1,9 @@
 //! Fetching the pages of a window. Each page is stored before the next is requested.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
@@ -10,6 +13,8 @@ use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
+
+const SECOND: Duration = Duration::from_secs(1);
 
 /// How often a page after the first is requested in a row.
 const PAGE_ATTEMPTS: u32 = 3;
@@ -75,7 +80,7 @@ impl Poller {
             });
             let progress = match &next {
                 Some(next) => PollProgress::Next(next.clone()),
-                None => PollProgress::Complete(window.end.min(now)),
+                None => PollProgress::Complete(self.not_after(window.end, now)),
             };
             let page = NewPage {
                 query,
@@ -145,10 +150,18 @@ impl Poller {
         window: Window,
         error: ApiError,
     ) -> Result<FetchEnd, PollError> {
+        let began = Instant::now();
         let now = self.source.clock().now().unwrap_or(window.end);
         let mut answered = now.minus(self.settings.poll_overlap);
         let mut refused = window.start;
         if answered <= refused || !self.is_answered(pages, window, answered).await? {
+            return Err(error.into());
+        }
+        if self.is_answered_for(pages, window, refused, SECOND).await? {
+            tracing::error!(
+                from = %window.start, until = %window.end,
+                "BigChat rejects a window of this length, but not a shorter one; set a shorter --max-window"
+            );
             return Err(error.into());
         }
         while let Some(middle) = refused.middle(answered) {
@@ -165,7 +178,8 @@ impl Poller {
         if self.is_answered(pages, window, refused).await? {
             return Err(error.into());
         }
-        Ok(FetchEnd::TooOld(answered))
+        // The limit moves on with time, and the next window must not begin before it.
+        Ok(FetchEnd::TooOld(answered.plus(began.elapsed())))
     }
 
     /// Whether BigChat answers for a window from `start`. If so, its first page is ingested.
@@ -175,8 +189,20 @@ impl Poller {
         window: Window,
         start: Timestamp,
     ) -> Result<bool, PollError> {
+        let length = self.settings.max_window;
+        self.is_answered_for(pages, window, start, length).await
+    }
+
+    /// The same for a window of that length.
+    async fn is_answered_for(
+        &mut self,
+        pages: &mut Pages,
+        window: Window,
+        start: Timestamp,
+        length: Duration,
+    ) -> Result<bool, PollError> {
         let now = self.source.clock().now().unwrap_or(window.end);
-        let end = start.plus(self.settings.max_window).min(now).max(start);
+        let end = start.plus(length).min(now).max(start);
         let query = window_query(start, end);
         let requested_in = self.source.epochs.current(&self.journal).await?;
         let page = match self.request(&query, false).await {

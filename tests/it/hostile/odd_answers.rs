@@ -580,6 +580,25 @@ async fn rejection_that_is_no_gap() {
     .await;
 }
 
+/// A window that is rejected for its length is no gap, and a shorter `--max-window` is the remedy.
+#[tokio::test]
+async fn window_is_too_long() {
+    run_test(async |t| {
+        refusing(t, 400, &[]).await;
+        let longest = format!("GET /events?{}", window(-7200, -3600));
+        t.bigchat.upset(&longest, status(400).always());
+        t.once().await;
+        t.once().await;
+        assert_eq!(t.cursor(), Some(-7195));
+        assert_eq!(t.status().0["gaps"], json!([]));
+        t.set("--max-window", "30m");
+        t.once().await;
+        assert_eq!(t.cursor(), Some(NOW));
+        assert_eq!(t.our_api.sorted_messages(), ["one", "three", "two"]);
+    })
+    .await;
+}
+
 /// Events of the kinds in `--ignore-events` are dropped. Even the maximum number of pages of a poll, full of them, does
 /// not hide a later event.
 #[tokio::test]

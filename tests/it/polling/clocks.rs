@@ -2,9 +2,10 @@
 
 use crate::harness::services::{NOW, busy_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
+use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Clock, Options};
 use bigchat_sync::simulator::event::{end, message, start};
-use bigchat_sync::simulator::fault::status;
+use bigchat_sync::simulator::fault::{dropped, status};
 use std::time::Duration;
 
 fn log(ahead: i64) -> Options {
@@ -168,6 +169,47 @@ async fn details_from_after_a_restart() {
             );
         })
         .await;
+    })
+    .await;
+}
+
+/// Before BigChat has answered, this machine's clock does not move the cursor, because it may be wrong.
+#[tokio::test]
+async fn machine_clock_behind_and_no_answer() {
+    run_live_test(async |t| {
+        t.bigchat.clock_runs(500);
+        t.once().await;
+        let before = t.cursor();
+        t.bigchat.outage(Some(dropped()));
+        let daemon = t.start();
+        until("BigChat is down", async || {
+            t.is_up(Api::BigChat) == Some(false)
+        })
+        .await;
+        daemon.stop().await;
+        assert_eq!(t.cursor(), before);
+        t.bigchat.outage(None);
+    })
+    .await;
+}
+
+/// When BigChat's clock steps back, the time since the last poll is read, although the cursor was ahead of it.
+#[tokio::test]
+async fn time_before_a_step_back_is_read() {
+    run_live_test(async |t| {
+        t.set("--poll-interval", "3s").set("--poll-overlap", "1s");
+        t.bigchat.clock_runs(300);
+        t.start();
+        t.until_polled().await;
+        t.bigchat.clock_runs(0);
+        let stepped = t.now();
+        t.bigchat.further_polls(3).await;
+        let start = |window: &str| window.split('&').next().map(str::to_owned);
+        let queries = t.bigchat.queries();
+        let read = queries
+            .iter()
+            .any(|query| start(query) <= start(&window(stepped, 0)));
+        assert!(read, "{stepped}: {queries:?}");
     })
     .await;
 }

@@ -549,7 +549,7 @@ async fn backfill_in_windows() {
         daemon.stop().await;
         assert_eq!(
             t.bigchat.queries(),
-            [window(-7200, -3595), window(-3600, 5), window(0, NOW)]
+            [window(-7200, -3600), window(-3605, -5), window(-10, NOW)]
         );
     })
     .await;
