@@ -213,10 +213,19 @@ impl Agents {
         }
         let namesakes = our_api.agents_by_name(name).await?;
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
-        if error.exchange.is_server_error() && !is_named && listed.is_empty() {
-            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
-            let kind = ErrorKind::OutcomeUnknown { timed_out: false };
-            return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
+        if !is_named && listed.is_empty() {
+            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage. A 404
+            // comes from another service.
+            let kind = match &error.exchange {
+                exchange if exchange.is_server_error() => {
+                    Some(ErrorKind::OutcomeUnknown { timed_out: false })
+                }
+                exchange if exchange.is_not_found() => Some(ErrorKind::WrongService),
+                _ => None,
+            };
+            if let Some(kind) = kind {
+                return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
+            }
         }
         // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
         // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.

@@ -33,13 +33,14 @@ pub(super) async fn read_details(
 }
 
 /// The desired fields of the chat. `changes` are folded into `desired` already; `earliest` is the earliest time of all
-/// claimed events.
+/// claimed events; `agent_removed`: another client has changed the agent.
 pub(super) async fn fields(
     worker: &Worker,
     conversation: &Conversation,
     desired: &Desired,
     changes: &[Pending],
     earliest: Option<Timestamp>,
+    agent_removed: bool,
 ) -> Result<Fields, AttemptError> {
     let observed = &conversation.observed;
     let started_at = match (desired.started_at, observed.started_at) {
@@ -63,12 +64,10 @@ pub(super) async fn fields(
     // is written anyway.
     let latest = desired.transfer.map(|transfer| transfer.event);
     let is_named = changes.iter().any(|event| Some(event.id) == latest);
-    let has_agent = observed.chat.is_some() || observed.agent.is_some();
+    let is_settled = observed.agent.is_some() || observed.chat.is_some() && agent_removed;
     let agent = match desired.advisor() {
-        // The chat has the advisor's agent, or what another client has made of it.
-        advisor @ Some(_) if has_agent && observed.advisor == advisor && !is_named => {
-            observed.agent
-        }
+        // The chat has the advisor's agent, or another client has removed it.
+        advisor if is_settled && observed.advisor == advisor && !is_named => observed.agent,
         Some(advisor) => worker.agents.resolve(conversation.epoch, advisor).await?,
         None => observed.agent,
     };

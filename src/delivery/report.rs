@@ -47,7 +47,10 @@ impl Scheduler {
         let mut due = Due::IfWaiting;
         match stopped {
             None => {
-                self.failed_reads.remove(&conversation.id);
+                // A claim between two failed reads, with nothing to do, does not count as a read.
+                if observation != Observation::None || matches!(verified, Some((_, Some(_)))) {
+                    self.failed_reads.remove(&conversation.id);
+                }
             }
             Some(stopped) => {
                 if stopped.error.is_timeout() {
@@ -81,7 +84,9 @@ impl Scheduler {
                         }
                     },
                     (None, error) => {
-                        let (failed, next_at) = self.read_failed(&conversation, error, now);
+                        // The chat itself was just read, so OurAPI is up.
+                        let is_up = verified.is_some() && stopped.reading_messages;
+                        let (failed, next_at) = self.read_failed(&conversation, error, is_up, now);
                         due = Due::At(next_at);
                         let is_last = failed >= self.worker.settings.max_attempts;
                         match &mut verified {
@@ -258,10 +263,11 @@ impl Scheduler {
         &mut self,
         conversation: &Conversation,
         error: &AttemptError,
+        is_up: bool,
         now: Millis,
     ) -> (u32, Millis) {
         let failure = error.logged();
-        let is_failing = self.worker.our_api.http().is_failing();
+        let is_failing = !is_up && self.worker.our_api.http().is_failing();
         log_at!(
             !is_failing,
             conversation = conversation.bigchat_id,

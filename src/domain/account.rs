@@ -46,6 +46,9 @@ pub struct Accounting {
     pub missing: Vec<EventId>,
     /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
+    /// The messages of unknown outcome for which there is a credit. Until it is used, their outcome stays unknown:
+    /// another read must find the same, and OurAPI may have altered them.
+    pub credited: Vec<EventId>,
 }
 
 /// Matches messages of the journal with the messages in OurAPI for which they account, each at most once. Exact matches
@@ -78,7 +81,7 @@ pub fn account(
                 message.state,
                 MessageState::OutcomeUnknown | MessageState::MaybeSent
             ) {
-                credited.push(&message.key);
+                credited.push(message);
             }
         }
     }
@@ -91,16 +94,21 @@ pub fn account(
         let altered = may_be_altered && left.take_of_second(message.key.0);
         match message.state {
             MessageState::Delivered if !altered => missing.push(message.id),
-            MessageState::OutcomeUnknown if altered => credited.push(&message.key),
+            MessageState::OutcomeUnknown if altered => credited.push(message),
             _ => {}
         }
     }
     let mut credits = left.0;
-    for key in credited {
-        *credits.entry(key.clone()).or_default() += 1;
+    for message in &credited {
+        *credits.entry(message.key.clone()).or_default() += 1;
     }
     credits.retain(|_, count| *count > 0);
-    Accounting { missing, credits }
+    credited.retain(|message| message.state == MessageState::OutcomeUnknown);
+    Accounting {
+        missing,
+        credits,
+        credited: credited.iter().map(|message| message.id).collect(),
+    }
 }
 
 /// Messages in OurAPI that are not accounted for yet.

@@ -114,6 +114,10 @@ pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
 }
 
 impl Exchange {
+    pub fn is_not_found(&self) -> bool {
+        self.response.starts_with("404")
+    }
+
     pub fn is_server_error(&self) -> bool {
         self.response.starts_with('5')
     }

@@ -456,7 +456,11 @@ fn consume(
 
 /// The chat's messages were read. Those that are missing wait again.
 fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<()> {
-    let Accounting { missing, credits } = accounting;
+    let Accounting {
+        missing,
+        credits,
+        credited,
+    } = accounting;
     let id = report.conversation.id;
     transaction
         .prepare_cached("DELETE FROM credits WHERE conversation = ?1")?
@@ -468,15 +472,21 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
             )?
             .execute(params![id, sent_at.unix(), text, count, report.claim.last_event])?;
     }
-    // It is known now which waiting events OurAPI has. A retry of such an event meanwhile has made the chat stale
-    // again.
+    // It is known now which waiting events OurAPI has; those with a credit stay unknown until it is used. A retry of
+    // such an event meanwhile has made the chat stale again.
+    let credited: Vec<String> = credited.iter().map(|event| event.0.to_string()).collect();
     transaction
         .prepare_cached(
             "UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown
                 AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = attempts.event)
-                AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = ?1 AND stale_seq > ?2)",
+                AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = ?1 AND stale_seq > ?2)
+                AND event NOT IN (SELECT value FROM json_each(?3))",
         )?
-        .execute(params![id, report.claim.stale_seq])?;
+        .execute(params![
+            id,
+            report.claim.stale_seq,
+            format!("[{}]", credited.join(","))
+        ])?;
     let mut again = 0;
     for event in missing {
         again += transaction

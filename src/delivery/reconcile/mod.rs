@@ -233,7 +233,16 @@ impl Reconciled {
             handlers::fold(&mut desired, event);
         }
         let earliest = self.events.iter().map(|event| event.at).min();
-        let fields = chat::fields(worker, &self.conversation, &desired, changes, earliest).await?;
+        let agent_removed = self.drift.unwrap_or(self.claim.drift).agent;
+        let fields = chat::fields(
+            worker,
+            &self.conversation,
+            &desired,
+            changes,
+            earliest,
+            agent_removed,
+        )
+        .await?;
         let effect = match self.conversation.observed.chat {
             Some(chat) => self.patch(worker, chat, &desired, &fields).await?,
             None => self.create(worker, &desired, &fields).await?,

@@ -46,13 +46,14 @@ impl Reconciled {
                 .map_err(failed);
         };
         let unknown = self.unknown_fields(worker);
+        let before = self.conversation.observed.agent;
         let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
         // Drift that was already known has been reported.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
         }
         self.drift = Some(drift);
-        self.agent_may_be_gone(worker, found.agent_id)
+        self.agent_may_be_gone(worker, before, found.agent_id)
             .await
             .map_err(failed)?;
         let needed = if self.is_replayed(worker) {
@@ -108,8 +109,14 @@ impl Reconciled {
     async fn agent_may_be_gone(
         &mut self,
         worker: &Worker,
+        before: Option<Uuid>,
         named: Option<Uuid>,
     ) -> Result<(), AttemptError> {
+        if named.is_none() && self.claim.drift.agent {
+            // Another client has removed it.
+            return Ok(());
+        }
+        let agent = named.or(before);
         let Conversation {
             epoch,
             desired,
@@ -119,8 +126,8 @@ impl Reconciled {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && worker.agents.resolve(*epoch, advisor).await? != named
-            && !worker.agents.is_there(named).await?
+            && worker.agents.resolve(*epoch, advisor).await? != agent
+            && !worker.agents.is_there(agent).await?
         {
             observed.agent = named;
             observed.advisor = None;

@@ -6,7 +6,7 @@
 
 mod plain;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -663,10 +663,21 @@ impl Pair {
     /// The result of reading a conversation's chat.
     fn read(&mut self, id: i64, script: &Script) -> Observation {
         let messages = EVENTS.iter().filter_map(Reported::key);
-        let credits = messages.zip(script.credits);
+        let credits: HashMap<_, _> = messages
+            .zip(script.credits)
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        let missing = self.missing(id, script);
+        let unknown = self.plain.events.iter().filter(|(_, event)| {
+            let key = EVENTS[event.what].key();
+            (event.conversation, event.state) == (id, State::Waiting)
+                && event.attempts.outcome_unknown
+                && key.is_some_and(|key| credits.contains_key(&key))
+        });
         Observation::Read(Some(Accounting {
-            missing: self.missing(id, script),
-            credits: credits.filter(|(_, count)| *count > 0).collect(),
+            missing,
+            credited: unknown.map(|(event, _)| EventId(*event)).collect(),
+            credits,
         }))
     }
 

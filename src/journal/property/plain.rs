@@ -527,7 +527,11 @@ impl Plain {
         match observation {
             Observation::None | Observation::Created => false,
             Observation::Read(None) => true,
-            Observation::Read(Some(Accounting { missing, credits })) => {
+            Observation::Read(Some(Accounting {
+                missing,
+                credits,
+                credited,
+            })) => {
                 conversation.credits = credits
                     .iter()
                     .map(|(key, count)| {
@@ -537,10 +541,14 @@ impl Plain {
                     })
                     .collect();
                 let became_stale = claimed.became_stale;
-                self.each_of(id, |event| {
-                    event.attempts.outcome_unknown &=
-                        became_stale || matches!(event.state, State::Failed | State::Discarded);
-                });
+                let of_conversation = self.events.iter_mut();
+                for (event_id, event) in
+                    of_conversation.filter(|(_, event)| event.conversation == id)
+                {
+                    event.attempts.outcome_unknown &= became_stale
+                        || matches!(event.state, State::Failed | State::Discarded)
+                        || credited.iter().any(|credited| credited.0 == *event_id);
+                }
                 for event in missing {
                     // The event may have been dropped meanwhile.
                     if let Some(event) = self.events.get_mut(&event.0) {

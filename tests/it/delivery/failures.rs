@@ -7,6 +7,7 @@ use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, dropped, late, paused, status};
+use bigchat_sync::simulator::id;
 use std::time::{Duration, SystemTime};
 
 use bigchat_sync::cli::failed::FailedError;
@@ -475,6 +476,46 @@ async fn agent_created_between_two_lists() {
         t.our_api.resume();
         t.until_events("delivered", 1).await;
         assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"]);
+    })
+    .await;
+}
+
+/// A 404 is no conflict of agents: it comes from another service.
+#[tokio::test]
+async fn stray_404_creates_no_namesake() {
+    side_by_side([1, 2], async |times| {
+        run_test(async |t| {
+            t.our_api.upset("POST /agents", status(404).times(times));
+            t.start();
+            t.delivers([start(42, 0)]).await;
+            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{times}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A message that OurAPI has altered is not sent again, even if the chat is read twice before its credit is used.
+#[tokio::test]
+async fn altered_message_and_a_failed_change() {
+    run_test(async |t| {
+        let daemon = with_a_chat(t).await;
+        let altered = json!([{"message_id": id("m1"), "sent_at": time(5), "text": "**** it"}]);
+        let listed = status(200).body(altered.to_string()).always();
+        t.our_api.upset(READ, listed);
+        t.our_api.upset("PATCH", status(500).times(2));
+        t.our_api.upset(POST, dropped().carried_out());
+        t.our_api.upset("GET /chats?external_id=42", paused());
+        t.bigchat.reports([message(42, 5, "damn it")]);
+        until("the chat is read", async || t.our_api.pausing() == 1).await;
+        // It arrives before the credit is used, and is written first.
+        t.bigchat.reports([end(42, 9)]);
+        until("it waits", async || t.events("waiting") == 2).await;
+        t.our_api.resume();
+        t.until_events("delivered", 3).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.count("PATCH"), 3);
+        assert_eq!(t.our_api.messages(), ["damn it"]);
     })
     .await;
 }

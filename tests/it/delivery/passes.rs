@@ -6,6 +6,8 @@ use bigchat_sync::simulator::event::{end, message, start};
 use bigchat_sync::simulator::fault::{paused, status};
 use serde_json::{Value, json};
 
+use bigchat_sync::http::Api;
+
 use crate::harness::process::Process;
 use crate::harness::{Bench, Test, run_test, side_by_side, until};
 
@@ -367,6 +369,61 @@ async fn unreadable_chat_in_a_pass() {
         t.start();
         until_verified(t).await;
         assert_eq!(t.value::<i64>("SELECT verified FROM verifications"), 3);
+        assert_ne!(
+            t.is_up(Api::OurApi),
+            Some(false),
+            "only one list cannot be read"
+        );
+    })
+    .await;
+}
+
+/// The same while other chats get messages, so that the chat is claimed between two reads.
+#[tokio::test]
+async fn unreadable_chat_among_active_ones() {
+    run_test(async |t| {
+        t.set("--max-attempts", "3").set("--retry-initial", "100ms");
+        delivered(t, 10..12).await;
+        let chat = t.our_api.data().chats[0].chat_id;
+        let messages = format!("GET /chats/{chat}/messages");
+        t.our_api.upset(&messages, status(500).always());
+        pass_is_due(t);
+        t.start();
+        let mut at = 300..;
+        until("the pass has ended", async || {
+            let at = at.next().expect("a number");
+            t.bigchat.reports([message(11, at, "hello again")]);
+            t.bigchat.further_polls(1).await;
+            t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A loss elsewhere is no reason to set an agent again that another client has removed.
+#[tokio::test]
+async fn removed_agent_and_a_loss_elsewhere() {
+    run_test(async |t| {
+        t.differs("another client changes a chat");
+        t.bigchat.reports([start(42, 0), start(43, 1)]);
+        t.once().await;
+        another_client_changes(t, "42", &json!({"agent_id": null})).await;
+        t.our_api.loses_chat("43");
+        t.bigchat.reports([message(43, 2, "hello")]);
+        let daemon = t.start();
+        t.until_events("delivered", 3).await;
+        until("the other chat is read", async || {
+            t.value("SELECT NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL)")
+        })
+        .await;
+        daemon.stop().await;
+        assert_eq!(t.status().0["drifted"], json!(1));
+        assert!(
+            t.our_api.chats().contains(&"42 22:00:00 - -".to_owned()),
+            "{:?}",
+            t.our_api.chats()
+        );
     })
     .await;
 }
