@@ -153,6 +153,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn middle_lies_between() {
+        let middle = |from, to| Timestamp::clamped(from).middle(Timestamp::clamped(to));
+        assert_eq!(middle(10, 12), Some(Timestamp::clamped(11)));
+        assert_eq!(middle(10, 13), Some(Timestamp::clamped(11)));
+        for (from, to) in [(10, 10), (10, 11), (12, 10)] {
+            assert_eq!(middle(from, to), None, "{from} {to}");
+        }
+    }
+
+    #[test]
+    fn millis_are_shown_in_seconds() {
+        let shown = Millis(1_763_849_007_999).to_string();
+        assert_eq!(shown, "2025-11-22T22:03:27Z");
+    }
+
+    #[test]
     fn times_from_our_api_without_offset() {
         let expected = Timestamp::from_unix(1_763_849_007);
         assert_eq!(Timestamp::parse("2025-11-22T22:03:27"), expected);
