@@ -15,6 +15,9 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
+/// How many 404s in a row are believed if nothing is taken. One may come from another service at the same address.
+const NOT_FOUND_ATTEMPTS: u32 = 3;
+
 #[derive(Debug)]
 pub(super) struct Agents {
     source: Arc<Source>,
@@ -198,35 +201,35 @@ impl Agents {
         email: &str,
     ) -> Result<Creation, ApiError> {
         let our_api = &self.our_api;
-        let error = match our_api.create_agent(name, email).await {
-            Ok(agent) => {
-                tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
-                return Ok(Creation::Created(agent));
-            }
-            Err(error) if error.kind == ErrorKind::Conflict => error,
-            Err(error) => return Err(error),
-        };
-        // A request of ours that timed out earlier may have been carried out meanwhile.
-        let listed = our_api.agents_by_email(email).await?;
-        if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
-            return Ok(Creation::Found(agent));
-        }
-        let namesakes = our_api.agents_by_name(name).await?;
-        let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
-        if !is_named && listed.is_empty() {
-            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage. A 404
-            // comes from another service.
-            let kind = match &error.exchange {
-                exchange if exchange.is_server_error() => {
-                    Some(ErrorKind::OutcomeUnknown { timed_out: false })
+        let mut attempts = 0;
+        let (error, listed, namesakes, is_named) = loop {
+            let error = match our_api.create_agent(name, email).await {
+                Ok(agent) => {
+                    tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
+                    return Ok(Creation::Created(agent));
                 }
-                exchange if exchange.is_not_found() => Some(ErrorKind::WrongService),
-                _ => None,
+                Err(error) if error.kind == ErrorKind::Conflict => error,
+                Err(error) => return Err(error),
             };
-            if let Some(kind) = kind {
+            // A request of ours that timed out earlier may have been carried out meanwhile.
+            let listed = our_api.agents_by_email(email).await?;
+            if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
+                return Ok(Creation::Found(agent));
+            }
+            let namesakes = our_api.agents_by_name(name).await?;
+            let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
+            let is_taken = is_named || !listed.is_empty();
+            if error.exchange.is_server_error() && !is_taken {
+                // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
+                let kind = ErrorKind::OutcomeUnknown { timed_out: false };
                 return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
             }
-        }
+            attempts += 1;
+            let is_not_found = error.exchange.is_not_found();
+            if is_taken || !is_not_found || attempts == NOT_FOUND_ATTEMPTS {
+                break (error, listed, namesakes, is_named);
+            }
+        };
         // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
         // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.
         let both: Vec<Agent> = listed

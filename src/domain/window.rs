@@ -16,12 +16,12 @@ pub struct Window {
 }
 
 impl Window {
-    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It is at most `max` long
-    /// but covers at least a second of new time. A cursor ahead of `now` counts as `now`.
+    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It is at most `max` long,
+    /// unless the overlap takes more than half of that. A cursor ahead of `now` counts as `now`.
     pub fn next(cursor: Timestamp, now: Timestamp, overlap: Duration, max: Duration) -> Self {
         let cursor = cursor.min(now);
         let end = cursor
-            .plus(max.saturating_sub(overlap).max(SECOND))
+            .plus(max.saturating_sub(overlap).max(max / 2).max(SECOND))
             .min(now);
         Self {
             start: cursor.minus(overlap),
@@ -51,7 +51,7 @@ mod tests {
                 prop_assert!(window.start <= cursor.min(now), "no gap after the previous window");
                 prop_assert!(window.start <= window.end && window.end <= now, "never in BigChat's future");
                 prop_assert!(cursor.min(now).unix() - window.start.unix() <= overlap.as_secs().cast_signed());
-                let longest = max.max(overlap + SECOND);
+                let longest = max.max(overlap + (max / 2).max(SECOND));
                 prop_assert!(window.end.unix() - window.start.unix() <= longest.as_secs().cast_signed());
                 windows += 1;
                 cursor = window.end;
