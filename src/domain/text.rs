@@ -77,8 +77,15 @@ pub fn has_undecoded(text: &str) -> bool {
     let is_hex = |digits: Option<&str>| {
         digits.is_some_and(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
     };
+    // An escaped backslash may precede an `x`, too.
     text.match_indices("\\x")
-        .any(|(at, _)| is_hex(text.get(at + 2..at + 4)))
+        .any(|(at, _)| !ends_escaping(&text[..at]) && is_hex(text.get(at + 2..at + 4)))
+}
+
+/// Whether a text in JSON ends in a backslash that escapes what follows.
+fn ends_escaping(text: &str) -> bool {
+    let backslashes = text.len() - text.trim_end_matches('\\').len();
+    !backslashes.is_multiple_of(2)
 }
 
 fn declared(content_type: &str) -> Option<&'static Encoding> {
@@ -92,7 +99,12 @@ fn declared(content_type: &str) -> Option<&'static Encoding> {
 fn escaped(bytes: &[u8]) -> String {
     let parts = bytes.utf8_chunks().map(|chunk| {
         let invalid = chunk.invalid().iter().map(|byte| format!("\\x{byte:02X}"));
-        (chunk.valid(), invalid.collect::<String>())
+        let mut invalid: String = invalid.collect();
+        if ends_escaping(chunk.valid()) && !invalid.is_empty() {
+            // Otherwise the two backslashes would be one in JSON, and the rest would be text.
+            invalid.insert(0, '\\');
+        }
+        (chunk.valid(), invalid)
     });
     parts.fold(
         String::with_capacity(bytes.len()),
@@ -163,6 +175,11 @@ mod tests {
             r"\x82\xFF"
         );
         assert!(!has_undecoded(r"a \u00e4 \\ \xyz \x"));
+        assert!(!has_undecoded(r"D:\\xab\\y"), "an escaped backslash");
+        // The byte after a backslash must not become text.
+        let broken = escaped(b"\"a\\\xE4\"");
+        assert!(has_undecoded(&broken), "{broken}");
+        assert!(serde_json::from_str::<String>(&broken).is_err(), "{broken}");
     }
 
     #[test]
