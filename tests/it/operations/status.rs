@@ -94,6 +94,15 @@ async fn status_with_and_without_daemon() {
                 .as_i64()
                 .is_some_and(|behind| behind < 60)
         );
+        // Over four minutes, the rate is less.
+        t.execute("UPDATE activity SET minute = minute - 4");
+        let (status, _) = t.status();
+        for rate in ["received_per_minute", "delivered_per_minute"] {
+            assert!(
+                status[rate].as_f64().is_some_and(|rate| rate < 0.6),
+                "{status}"
+            );
+        }
 
         t.our_api.down().await;
         let now = t.now();
