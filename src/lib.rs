@@ -59,11 +59,13 @@
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field that another client changed in OurAPI.
 //! - **epoch**: the time from one restart of BigChat to the next; ids are unique within it.
-//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated, except that
-//!   `forget` erases its data.
+//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated, except that `forget` erases its
+//!   data.
 //! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.
+//! - **newer copy** of the journal: the database after a backup of it was made, if this one is that backup, restored;
+//!   the daemon may have delivered more with it.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
 //! - **offset**: the last event of a conversation up to which every event is delivered, a dead letter, or to be sent
 //!   again (after a retry or a loss).

@@ -15,7 +15,8 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// How many 404s in a row are believed if nothing is taken. One may come from another service at the same address.
+/// After how many 404s in a row a creation counts as refused although neither the name nor the address is taken. A single
+/// 404 may come from another service at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
 #[derive(Debug)]

@@ -230,7 +230,7 @@ impl Scheduler {
 
     fn circuit(&self, now: Millis) -> Circuit {
         let our_api = &self.worker.our_api;
-        // This also frees what requests that timed out still hold, such as the lock.
+        // This also releases the permits and the lock of timed-out requests that can no longer be carried out.
         let free = our_api.free_permits(now);
         if our_api.paused().is_some() {
             let until = now.plus(CHECK_EVERY);
@@ -262,8 +262,8 @@ impl Scheduler {
 
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
-            // The journal chooses the conversation to probe with, so loaded work is given back. A single one while half-
-            // open is its choice.
+            // The journal chooses the conversation to probe with, so loaded work is given back. If the circuit is half-open
+            // and only one conversation is loaded, the journal chose it for the probe, and it is kept.
             let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for (_, work) in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);

@@ -28,13 +28,14 @@ pub struct Recorded {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageState {
     Delivered,
-    /// It waits, and a newer copy of the journal may have sent it.
+    /// It waits. If this journal is a restored backup, the daemon may have sent it after the backup was made.
     MaybeSent,
     /// It waits, and the outcome of an attempt is unknown.
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
-    /// A discarded dead letter of unknown outcome. It accounts for a copy only if no other message needs that copy.
+    /// A discarded dead letter of unknown outcome. It accounts for a message in OurAPI only if no other message
+    /// of the journal does.
     DiscardedOutcomeUnknown,
     /// It waits or is a dead letter, and no attempt can have delivered it.
     NotSent,
@@ -46,8 +47,9 @@ pub struct Accounting {
     pub missing: Vec<EventId>,
     /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
-    /// The messages of unknown outcome for which there is a credit. Until it is used, their outcome stays unknown:
-    /// another read must find the same, and OurAPI may have altered them.
+    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used.
+    /// If the chat is read again before that, they must match again, and only a message of unknown outcome may match
+    /// one that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 

@@ -89,7 +89,7 @@ pub struct Poller {
     failed_page_probes: u32,
     /// For retention.
     clock: SteadyClock,
-    /// When the latest window was computed that was read to its end.
+    /// When the window was computed that was the latest to be read to its end.
     read_at: Option<Instant>,
     standstill: Standstill,
 }
@@ -265,7 +265,8 @@ impl Poller {
             .clock()
             .now()
             .unwrap_or_else(Timestamp::of_this_machine);
-        // This machine's clock may be wrong. Until BigChat's time is known, every window begins before the session.
+        // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
+        // session.
         if self.source.clock().now().is_some() {
             self.started_at.get_or_insert(now);
         }
