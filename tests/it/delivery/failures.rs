@@ -1059,9 +1059,11 @@ async fn unsent_message_beyond_the_retention() {
             .await;
         let second = "POST /chats/{id}/messages {*second";
         t.our_api.upset(second, dropped());
+        t.our_api.upset("GET /chats?external_id=42", paused());
         t.bigchat.reports([message(42, 5, "second")]);
-        until("its outcome is unknown", async || t.unknown_outcomes() == 1).await;
+        until("the chat is read", async || t.our_api.pausing() == 1).await;
         t.our_api.outage(Some(status(503)));
+        t.our_api.resume();
         deliveries_were_two_hours_ago(t);
         until_others_are_dropped(t).await;
         t.our_api.outage(None);
