@@ -203,7 +203,7 @@ impl Agents {
     ) -> Result<Creation, ApiError> {
         let our_api = &self.our_api;
         let mut attempts = 0;
-        let (error, listed, namesakes, is_named) = loop {
+        loop {
             let error = match our_api.create_agent(name, email).await {
                 Ok(agent) => {
                     tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
@@ -226,24 +226,24 @@ impl Agents {
                 return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
             }
             attempts += 1;
-            let is_not_found = error.exchange.is_not_found();
-            if is_taken || !is_not_found || attempts == NOT_FOUND_ATTEMPTS {
-                break (error, listed, namesakes, is_named);
+            if !is_taken && error.exchange.is_not_found() && attempts < NOT_FOUND_ATTEMPTS {
+                continue;
             }
-        };
-        // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
-        // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.
-        let both: Vec<Agent> = listed
-            .iter()
-            .filter(|agent| namesakes.contains(agent))
-            .cloned()
-            .collect();
-        let one_has_both = both.len() == 1;
-        Ok(Creation::Taken(Taken {
-            by_namesake: !one_has_both && (is_named || listed.len() != 1),
-            agents: if one_has_both { both } else { listed },
-            error,
-        }))
+            // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has
+            // the address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may
+            // help.
+            let both: Vec<Agent> = listed
+                .iter()
+                .filter(|agent| namesakes.contains(agent))
+                .cloned()
+                .collect();
+            let one_has_both = both.len() == 1;
+            return Ok(Creation::Taken(Taken {
+                by_namesake: !one_has_both && (is_named || listed.len() != 1),
+                agents: if one_has_both { both } else { listed },
+                error,
+            }));
+        }
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything

@@ -20,6 +20,14 @@ const DATE_LAG: Duration = Duration::from_secs(2);
 /// this many seconds is not a new gap.
 const GAP_MARGIN: i64 = 60;
 
+/// Moves the cursor to `:cursor`, if there is one, at `:now`.
+macro_rules! moves_cursor {
+    () => {
+        "cursor_moved_at = iif(:cursor <> coalesce(cursor, -1), :now, cursor_moved_at),
+         cursor = coalesce(:cursor, cursor)"
+    };
+}
+
 /// How many unparsable events of one page are stored. A page with more is considered hostile, and must not add millions
 /// of rows.
 const MAX_UNREADABLE: usize = 100_000;
@@ -250,9 +258,10 @@ impl Store {
             PollProgress::Complete(cursor) => (None, Some(cursor.unix())),
         };
         transaction.execute(
-            "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next,
-                cursor_moved_at = iif(:cursor <> coalesce(cursor, -1), :now, cursor_moved_at),
-                cursor = coalesce(:cursor, cursor)",
+            concat!(
+                "UPDATE poll_state SET window_start = :start, window_end = :end, next_query = :next, ",
+                moves_cursor!()
+            ),
             named_params! {
                 ":start": page.window.0.unix(), ":end": page.window.1.unix(), ":next": next, ":cursor": cursor,
                 ":now": Millis::now().0,
@@ -391,11 +400,12 @@ impl Store {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.execute(
-            "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL,
-                cursor_moved_at = iif(:cursor <> coalesce(cursor, -1), :now, cursor_moved_at),
-                cursor = coalesce(:cursor, cursor),
-                rescans_left = :rescans_left, polled_at = coalesce(:polled_at, polled_at),
-                clock_ahead = coalesce(:ahead, clock_ahead)",
+            concat!(
+                "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, ",
+                moves_cursor!(),
+                ", rescans_left = :rescans_left, polled_at = coalesce(:polled_at, polled_at),
+                clock_ahead = coalesce(:ahead, clock_ahead)"
+            ),
             named_params! {
                 ":cursor": cursor.map(Timestamp::unix), ":now": Millis::now().0, ":rescans_left": rescans_left,
                 ":polled_at": read.map(|(at, _)| at.0), ":ahead": read.map(|(_, ahead)| ahead),

@@ -17,7 +17,8 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use reqwest::{Method, StatusCode};
-use rusqlite::Connection;
+use rusqlite::types::FromSql;
+use rusqlite::{Connection, Params};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use url::{Position, Url};
@@ -310,11 +311,9 @@ impl Inner {
         )
     }
 
-    fn value(&mut self, query: &str, parameter: Option<i64>) -> i64 {
-        let value = self
-            .store
-            .connection()
-            .query_row(query, [parameter], |row| row.get(0));
+    fn value<T: FromSql>(&mut self, query: &str, parameters: impl Params) -> T {
+        let connection = self.store.connection();
+        let value = connection.query_row(query, parameters, |row| row.get(0));
         value.expect("an answer")
     }
 
@@ -333,11 +332,7 @@ impl Inner {
             || '; verifications: '
             || (SELECT json_group_array(json_object('id', id, 'requested_at', requested_at, 'ended_at', ended_at,
                     'verified', verified)) FROM verifications)";
-        let left = self
-            .store
-            .connection()
-            .query_row(LEFT, [], |row| row.get(0));
-        left.expect("an answer")
+        self.value(LEFT, [])
     }
 
     fn is_at_rest(&mut self) -> bool {
@@ -345,11 +340,7 @@ impl Inner {
             "SELECT NOT EXISTS (SELECT 1 FROM event_states WHERE state = 'waiting')
             AND NOT EXISTS (SELECT 1 FROM inbox)
             AND NOT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL OR waiting > 0)";
-        let nothing_left = self
-            .store
-            .connection()
-            .query_row(NOTHING_LEFT, [], |row| row.get(0));
-        nothing_left.expect("an answer")
+        self.value(NOTHING_LEFT, [])
     }
 }
 
@@ -412,10 +403,7 @@ impl Stage {
             inner.bigchat.set_quiet(true);
             let retried = inner.retry_failed();
             inner.record(format_args!("calm; {retried} dead letters are retried"));
-            inner.value(
-                "SELECT coalesce(max(id), 0) FROM verifications WHERE ?1 IS NULL",
-                None,
-            )
+            inner.value::<i64>("SELECT coalesce(max(id), 0) FROM verifications", [])
         };
         let began = Instant::now();
         loop {
@@ -424,7 +412,7 @@ impl Stage {
             // A pass may follow another at once, so the chats show which one verified them.
             let all_verified =
                 "SELECT NOT EXISTS (SELECT 1 FROM conversations WHERE verified_in <= ?1)";
-            if inner.is_at_rest() && inner.value(all_verified, Some(calm)) == 1 {
+            if inner.is_at_rest() && inner.value(all_verified, [calm]) {
                 let report = inner.report();
                 let failed = inner.store.count_failed().expect("a count");
                 return if !report.is_clean() {

@@ -260,16 +260,11 @@ impl Poller {
                 epoch::probe(&self.source).await?;
             }
         }
-        let now = self
-            .source
-            .clock()
-            .now()
-            .unwrap_or_else(Timestamp::of_this_machine);
+        let there = self.source.clock().now();
+        let now = there.unwrap_or_else(Timestamp::of_this_machine);
         // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
         // session.
-        if self.source.clock().now().is_some() {
-            self.started_at.get_or_insert(now);
-        }
+        self.started_at = self.started_at.or(there);
         // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The earlier pages
         // of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;

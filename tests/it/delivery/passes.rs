@@ -44,10 +44,12 @@ async fn is_restored(t: &Test) {
 
 /// Waits until that pass has ended.
 async fn until_verified(t: &Bench) {
-    until("the pass has ended", async || {
-        t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
-    })
-    .await;
+    until("the pass has ended", async || has_ended(t)).await;
+}
+
+/// Whether that pass has ended.
+fn has_ended(t: &Bench) -> bool {
+    t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
 }
 
 /// Another client changes a chat.
@@ -394,7 +396,7 @@ async fn unreadable_chat_among_active_ones() {
             let at = at.next().expect("a number");
             t.bigchat.reports([message(11, at, "hello again")]);
             t.bigchat.further_polls(1).await;
-            t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
+            has_ended(t)
         })
         .await;
     })
