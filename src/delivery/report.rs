@@ -6,8 +6,8 @@ use super::scheduler::{AtWork, Scheduler};
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
-    Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report, VerificationResult,
-    advance,
+    Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
+    VerificationResult, advance,
 };
 use crate::domain::time::Millis;
 use crate::journal::STORAGE_PAUSE;
@@ -71,7 +71,7 @@ impl Scheduler {
                         Outcome::DeadLetter { failure, .. } if stopped.reading_messages => {
                             self.worker.record_unreadable(conversation.id);
                             observation = Observation::Read(None);
-                            outcomes.extend(self.unreadable(&events, &failure));
+                            outcomes.extend(self.unreadable(&claim, &events, &failure));
                         }
                         mut outcome => {
                             if stopped.changing_chat {
@@ -144,12 +144,13 @@ impl Scheduler {
     /// of them become dead letters.
     fn unreadable(
         &self,
+        claim: &Claim,
         events: &[Pending],
         failure: &Failure,
     ) -> impl Iterator<Item = EventOutcome> {
         let unknown = events
             .iter()
-            .filter(|event| is_outcome_unknown(&self.worker, event));
+            .filter(|event| is_outcome_unknown(&self.worker, claim, event));
         unknown.map(|event| {
             let attempts = Attempts {
                 failed: event.attempts.failed.saturating_add(1),

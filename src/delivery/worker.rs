@@ -8,7 +8,9 @@ use tokio_util::sync::CancellationToken;
 use super::Delivery;
 use super::agents::Agents;
 use crate::bigchat::Source;
-use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::conversation::Pending;
+use crate::domain::ids::ConversationId;
+use crate::domain::progress::Claim;
 use crate::http::Apis;
 use crate::journal::{Journal, Session};
 use crate::metrics::Metrics;
@@ -69,8 +71,9 @@ impl Worker {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a newer copy of this database may already have delivered an event.
-    pub(super) fn may_be_delivered(&self, event: EventId) -> bool {
-        event <= self.session.replay_until.get()
+    /// Whether the chat may have a waiting event that has not failed: a newer copy of this database may have delivered
+    /// it, or it was delivered before OurAPI reported the chat lost, and the chat found since then was not read.
+    pub(super) fn may_be_delivered(&self, claim: &Claim, event: &Pending) -> bool {
+        event.id <= self.session.replay_until.get() || event.restored && !claim.is_read
     }
 }

@@ -509,6 +509,7 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,
+            read_in_session = 0,
             verified_losses = (SELECT losses FROM control), verified_in = NULL, drift = NULL, missing = NULL
          WHERE id = ?1",
         [id],

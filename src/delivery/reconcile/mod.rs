@@ -107,9 +107,9 @@ pub(super) async fn reconcile(
 }
 
 /// Whether a waiting message may have been delivered.
-pub(super) fn is_outcome_unknown(worker: &Worker, event: &Pending) -> bool {
+pub(super) fn is_outcome_unknown(worker: &Worker, claim: &Claim, event: &Pending) -> bool {
     event.payload.kind().is_message()
-        && (event.attempts.outcome_unknown || worker.may_be_delivered(event.id))
+        && (event.attempts.outcome_unknown || worker.may_be_delivered(claim, event))
 }
 
 impl Reconciled {
@@ -128,18 +128,18 @@ impl Reconciled {
     /// Whether the journal's record of the chat may be wrong.
     fn is_stale(&self, worker: &Worker) -> bool {
         self.conversation.observed.chat.is_some()
-            && (self.claim.became_stale || self.claim.is_lost || self.is_replayed(worker))
+            && (self.claim.became_stale || self.claim.is_lost || self.must_be_read(worker))
     }
 
-    /// Whether a newer copy of the journal may have delivered some of the events, and the chat was not read yet.
-    fn is_replayed(&self, worker: &Worker) -> bool {
+    /// Whether the chat may have some of the events, and was not read yet.
+    fn must_be_read(&self, worker: &Worker) -> bool {
         // A change needs only the chat's fields, which were read even if its messages cannot be.
-        let is_replayed = |event: &Pending| {
-            worker.may_be_delivered(event.id)
+        let must_be_read = |event: &Pending| {
+            worker.may_be_delivered(&self.claim, event)
                 && (event.payload.kind().is_message()
                     || !worker.is_unreadable(self.conversation.id))
         };
-        !self.claim.is_read && self.events.iter().any(is_replayed)
+        !self.claim.is_read && self.events.iter().any(must_be_read)
     }
 
     /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or

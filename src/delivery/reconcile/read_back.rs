@@ -56,7 +56,7 @@ impl Reconciled {
         self.agent_may_be_gone(worker, before, found.agent_id)
             .await
             .map_err(failed)?;
-        let needed = if self.is_replayed(worker) {
+        let needed = if self.must_be_read(worker) {
             Needed::Always
         } else if self.claim.is_lost && worker.settings.rebuild.restores() {
             Needed::IfAny
@@ -72,7 +72,7 @@ impl Reconciled {
     fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
-                || self.is_replayed(worker) && worker.may_be_delivered(event.id)
+                || self.must_be_read(worker) && worker.may_be_delivered(&self.claim, event)
         };
         let changes = || {
             self.events
@@ -272,7 +272,7 @@ impl Reconciled {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| is_outcome_unknown(worker, event));
+            .filter(|event| is_outcome_unknown(worker, &self.claim, event));
         messages.next().map(|event| event.id)
     }
 

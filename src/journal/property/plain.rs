@@ -559,6 +559,7 @@ impl Plain {
             }
             Observation::Gone { rebuild } => {
                 conversation.has_chat = false;
+                conversation.is_read = false;
                 conversation.verified_in = None;
                 conversation.had_turn &= !rebuild;
                 conversation.verified_losses = losses;

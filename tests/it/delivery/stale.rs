@@ -92,6 +92,46 @@ async fn unreadable_chat_was_not_lost() {
     .await;
 }
 
+/// The same if its messages can never be read: those delivered before become dead letters of unknown outcome.
+#[tokio::test]
+async fn chat_that_was_not_lost_stays_unread() {
+    run_live_test(async |t| {
+        t.fails(2);
+        t.set("--max-attempts", "2").set("--retry-max", "40ms");
+        let daemon = settled(t, t).await;
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 1);
+        t.bigchat
+            .reports(["one", "two"].map(|text| message(10, now - 1, text)));
+        t.until_events("delivered", 2).await;
+        t.our_api
+            .upset("POST /chats/{id}/messages", status(404));
+        t.our_api.upset("GET /chats", status(200).body("[]"));
+        let chat = t.our_api.data().chats[0].chat_id;
+        let messages = format!("GET /chats/{chat}/messages");
+        t.our_api.upset(&messages, status(500).always());
+        t.bigchat.reports([message(10, now, "three")]);
+        let mut others = 0;
+        until("the messages are given up", async || {
+            others += 1;
+            t.bigchat.reports([message(11, now, &format!("meanwhile {others}"))]);
+            t.bigchat.further_polls(1).await;
+            t.events("failed") == 2
+        })
+        .await;
+        t.until_events("waiting", 0).await;
+        assert_eq!(
+            t.value::<i64>(
+                "SELECT count(*) FROM dead_letters JOIN attempts USING (event) WHERE outcome_unknown"
+            ),
+            2
+        );
+        daemon.stop().await;
+    })
+    .await;
+}
+
 /// The agent of an adopted chat stays when other data are lost.
 #[tokio::test]
 async fn adopted_agent_survives_other_loss() {
