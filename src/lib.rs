@@ -64,8 +64,8 @@
 //! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.
-//! - **newer copy** of the journal: the database after a backup of it was made, if this one is that backup, restored;
-//!   the daemon may have delivered more with it.
+//! - **newer copy** of the journal: if this database is a restored backup, the original as it was used after the backup.
+//!   The daemon may have delivered more events with it.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
 //! - **offset**: the last event of a conversation up to which every event is delivered, a dead letter, or to be sent
 //!   again (after a retry or a loss).

@@ -62,7 +62,7 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Ids of the events, from `failed list`; of discarded ones, from `resolutions`.
+    /// Ids of the events: `failed list` has the open ones, `resolutions` the discarded ones (for `undo`).
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
     /// All events whose reason contains this text.

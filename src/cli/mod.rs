@@ -92,10 +92,10 @@ pub enum Command {
     ///
     /// The text is erased from the events, the failed events with their requests and responses, the stored pages and
     /// the files of the database. Kinds, times and fingerprints of the events remain, to recognize events that BigChat
-    /// reports again. The conversation is no longer sent, verified, restored, or exported with its text. An event that
-    /// arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat, backups of the
-    /// database, and logs that were written with --log-message-text. The command asks for confirmation, unless --yes is
-    /// given. It works while the daemon runs.
+    /// reports again. The conversation is no longer sent, verified or restored; `export` prints its delivered events without
+    /// text. An event that arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat,
+    /// backups of the database, and logs that were written with --log-message-text. The command asks for confirmation,
+    /// unless --yes is given. It works while the daemon runs.
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when; latest first.
     Resolutions(resolutions::Args),

@@ -11,7 +11,7 @@ use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
 
 /// Why a field may differ from the value that this database recorded.
-const CHANGED: &str = "changed by another client, or after this copy of the database was made";
+const CHANGED: &str = "changed by another client, or after the backup if this database was restored from one";
 
 /// The options.
 #[derive(Debug, Clone, clap::Args)]

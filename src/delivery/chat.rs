@@ -33,7 +33,7 @@ pub(super) async fn read_details(
 }
 
 /// The desired fields of the chat. `changes` are folded into `desired` already; `earliest` is the earliest time of all
-/// claimed events; `agent_removed`: another client has changed the agent.
+/// claimed events; `agent_removed`: another client has changed the agent, so a chat without one stays without.
 pub(super) async fn fields(
     worker: &Worker,
     conversation: &Conversation,
@@ -84,8 +84,8 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or adopts the existing one. If only events show when it started, the first
-/// intended start is used again: the chat may have been created with it already, and nothing else identifies it.
+/// Creates the chat with these fields, or adopts the existing one. If neither a START nor the details give its
+/// start, the first intended start is used again: the chat may have been created with it already, and nothing else identifies it.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,
@@ -200,8 +200,8 @@ fn with_start(worker: &Worker, conversation: &Conversation, started_at: Timestam
     format!("{}@{started_at}", plain(worker, conversation))
 }
 
-/// Stores the identity of a chat before it is created, if it could not be derived again. After a lost response, nothing
-/// else identifies the chat.
+/// Stores the identity of a chat before the chat is created. After a lost response, an identity that cannot be derived
+/// again is known from nowhere else.
 async fn record_intent(
     worker: &Worker,
     conversation: &mut Conversation,

@@ -91,7 +91,7 @@ pub(super) struct Scheduler {
     claimed: HashSet<ConversationId>,
     at_work: JoinSet<Reconciled>,
     tasks: HashMap<task::Id, AtWork>,
-    /// How many claimed conversations are set aside until the next start.
+    /// How many conversations stay claimed until the next start, because their reports cannot be committed.
     set_aside: usize,
     /// A write of the conversation timed out and may be carried out until this time.
     timed_out: HashMap<ConversationId, Instant>,

@@ -47,16 +47,16 @@ pub struct Accounting {
     pub missing: Vec<EventId>,
     /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
-    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used.
-    /// If the chat is read again before that, they must match again, and only a message of unknown outcome may match
-    /// one that OurAPI altered.
+    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used,
+    /// so that they match again if the chat is read before that: of the waiting messages, only those of unknown outcome
+    /// match one that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 
 /// Matches messages of the journal with the messages in OurAPI for which they account, each at most once. Exact matches
 /// come first: those of delivered messages, then those of messages that may have been sent. OurAPI may have altered a
-/// message. So a recorded message without an exact match then accounts for any message of the same second that is left,
-/// if it was delivered, or if its outcome is unknown and it was not discarded. `recorded` is in order of arrival.
+/// message. So each delivered message without an exact match then accounts for any remaining message of its second, and
+/// so does each message of unknown outcome that was not discarded. `recorded` is in order of arrival.
 pub fn account(
     existing: impl IntoIterator<Item = MessageKey>,
     recorded: &[Recorded],

@@ -83,8 +83,8 @@ impl Poller {
         Ok(by_time.await?.0)
     }
 
-    /// Checks once a poll whether BigChat has restarted: by a probe, else by a START that differs from that of the known
-    /// conversation. If BigChat does not answer, its pages wait, for a few polls.
+    /// Checks once a poll whether BigChat has restarted: by a probe, else by a START with another time than that of the
+    /// known conversation with the same id. If BigChat does not answer, its pages wait, for a few polls.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         let mut starts = Vec::new();
@@ -123,7 +123,7 @@ impl Poller {
         Ok(())
     }
 
-    /// Probes BigChat for a restart. Without one, pages requested in the current epoch also belong to it.
+    /// Probes BigChat for a restart. If it has not restarted, pages requested in the current epoch were also served in it.
     async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {

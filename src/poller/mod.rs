@@ -44,7 +44,8 @@ const MAX_BYTES: usize = 8 << 20;
 /// machine's clock or the next date agrees, so three suffice if the first is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 
-/// How many polls may find nothing new in a window that is read again from its beginning, before it counts as read.
+/// How many polls may use up their page budget in a window that is read again from its beginning. After that, the
+/// window counts as read at the first poll that finds nothing new.
 const MAX_RESCANS: u32 = 100;
 
 /// The length of the first window without `--since`.
@@ -65,7 +66,8 @@ pub struct Signals {
     pub caught_up: CancellationToken,
     /// Cancelled at shutdown: no further request is begun.
     pub stopping: CancellationToken,
-    /// Raised to the latest event of each window that began before the session.
+    /// Raised to the latest event of each window whose start is before the session, because a newer copy of the journal
+    /// may have delivered it.
     pub replay_until: ReplayUntil,
 }
 
@@ -89,7 +91,7 @@ pub struct Poller {
     failed_page_probes: u32,
     /// For retention.
     clock: SteadyClock,
-    /// When the window was computed that was the latest to be read to its end.
+    /// When the latest window that was read to its end was computed.
     read_at: Option<Instant>,
     standstill: Standstill,
 }
@@ -175,7 +177,7 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now, or a poll fails, and all received pages are stored. Returns whether BigChat
+    /// Polls until BigChat is read up to now or a poll fails. All received pages are stored at the end. Returns whether BigChat
     /// is read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut outcome = PollOutcome::More;
@@ -341,7 +343,7 @@ impl Poller {
         Ok(outcome)
     }
 
-    /// Moves the cursor to the oldest time for which BigChat still answers.
+    /// Moves the cursor, so that the next window starts at the oldest time for which BigChat still answers.
     async fn skip_gap(&self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
         let source = self.journal.with(|store| store.poll_state()).await?;
@@ -362,7 +364,8 @@ impl Poller {
     async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
         let settings = &self.settings;
         let source = self.journal.with(|store| store.poll_state()).await?;
-        // Nothing was read of a window whose next page is its first one, and its length may be what BigChat rejects.
+        // A window whose next page is its first one was not read at all. It is computed anew, because BigChat may have
+        // rejected its length.
         let is_begun = |(window, next): &((Timestamp, Timestamp), Option<String>)| {
             next.as_ref()
                 .is_some_and(|next| *next != window_query(window.0, window.1))
@@ -388,8 +391,8 @@ impl Poller {
                     .plus(settings.poll_overlap)
             }
         };
-        // A cursor ahead of the clock moves back once the window was read: before BigChat has answered, the clock may be this
-        // machine's, and wrong.
+        // A stored cursor ahead of `now` moves back only after the window was read. Until BigChat answers, `now` may be the
+        // time of this machine, which may be wrong.
         if source.cursor.is_none() || source.poll.is_some() {
             let cursor = source.cursor.unwrap_or(cursor.min(now));
             self.journal
@@ -400,8 +403,8 @@ impl Poller {
         Ok((window, None, source.rescans_left))
     }
 
-    /// The cursor, which must not be ahead of BigChat's clock. If it is, by more than a rounded second, that clock was set
-    /// back, and nothing was read of the time since the last window.
+    /// The cursor, but not ahead of BigChat's clock. That clock has a precision of one second. If the cursor is further
+    /// ahead, the clock was set back, and reading resumes where the last window ended by the new clock.
     fn not_after(&self, cursor: Timestamp, now: Timestamp) -> Timestamp {
         if cursor <= now.plus(Duration::from_secs(1)) {
             return cursor.min(now);

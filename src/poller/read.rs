@@ -100,8 +100,8 @@ impl Poller {
         })
     }
 
-    /// Requests a page. With `retry`, a transient failure is retried at once: this poll has just read the pages before it,
-    /// and by the next poll their events may have moved to other pages.
+    /// Requests a page. With `retry`, a transient failure is retried at once. This poll has just read the pages before this
+    /// one, and by the next poll BigChat may divide the events into pages differently.
     async fn request(&self, query: &str, retry: bool) -> Result<Page, ApiError> {
         let attempts = if retry { PAGE_ATTEMPTS } else { 1 };
         let bigchat = &self.source.client;
@@ -174,7 +174,7 @@ impl Poller {
                 refused = middle;
             }
         }
-        // A service that rejects only some requests has no limit.
+        // If BigChat now answers for a time that it refused before, it has no limit of age.
         if self.is_answered(pages, window, refused).await? {
             return Err(error.into());
         }

@@ -21,7 +21,7 @@ export const now = () => Date.now() + ahead;
 export const count = (n) => number.format(n);
 export const perMinute = (n) => rate.format(n);
 
-// The marks of an axis have three digits at most: none of them is rounded.
+// The marks of an axis have at most three significant digits, so that these formats round none of them.
 const mark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const largeMark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, notation: "compact" });
 

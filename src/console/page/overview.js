@@ -69,7 +69,7 @@ function pipe(status) {
         el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "none" : "needs action")),
       ),
       status.incomplete > 0 && el("p.note", null, `${some(status.incomplete, "chat")} lost in OurAPI, whole or in part, and not restored`),
-      status.drifted > 0 && el("p.note", null, `${some(status.drifted, "chat")} changed in OurAPI by another client, or after this copy of the database was made`),
+      status.drifted > 0 && el("p.note", null, `${some(status.drifted, "chat")} changed in OurAPI by another client, or after the backup if this database was restored from one`),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} to be verified or rebuilt`),
     ),
     link(cut(status.our_api) ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", cut(status.our_api)),

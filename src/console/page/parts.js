@@ -81,7 +81,7 @@ export function words(text) {
   return el("span.muted", { title: text === "" ? "no text" : "only white space" }, "(empty message)");
 }
 
-/** The two ways to resolve dead letters, the better one first and highlighted: a retry only where it can succeed. */
+/** The two ways to resolve dead letters, the better one first and highlighted: the retry, unless it cannot succeed. */
 export function resolutions(permanent, which, retry, discard) {
   const ways = [
     el(permanent ? "button.quiet" : "button", { type: "button", "data-do": "retry", ...which }, retry),

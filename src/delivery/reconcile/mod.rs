@@ -133,7 +133,7 @@ impl Reconciled {
 
     /// Whether the chat may have some of the events, and was not read yet.
     fn must_be_read(&self, worker: &Worker) -> bool {
-        // A change needs only the chat's fields, which were read even if its messages cannot be.
+        // If the messages cannot be read, the fields were, and a change needs only those.
         let must_be_read = |event: &Pending| {
             worker.may_be_delivered(&self.claim, event)
                 && (event.payload.kind().is_message()

@@ -170,7 +170,7 @@ impl Reconciled {
         if !drift.is_none() {
             tracing::warn!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
-                "a chat was changed in OurAPI by another client, or after this copy of the database was made; it stays as it is"
+                "a chat was changed in OurAPI by another client, or after the backup if this database was restored from one; it stays as it is"
             );
         }
     }
