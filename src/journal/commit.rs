@@ -72,6 +72,12 @@ fn commit(
     now: Millis,
 ) -> Result<()> {
     let id = report.conversation.id;
+    if report.observation == Observation::Created {
+        // Whatever was sent before went to a chat that no longer exists.
+        transaction
+            .prepare_cached("UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown")?
+            .execute([id])?;
+    }
     for outcome in &report.outcomes {
         commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
     }
@@ -505,7 +511,8 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
     Ok(())
 }
 
-/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones.
+/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones. Messages of
+/// unknown outcome stay unknown until then: if the loss is false, the chat is found again.
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,
@@ -515,10 +522,6 @@ fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Res
         [id],
     )?;
     transaction.execute("DELETE FROM credits WHERE conversation = ?1", [id])?;
-    transaction.execute(
-        "UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1",
-        [id],
-    )?;
     if rebuild {
         transaction.execute(
             "UPDATE conversations SET restored_through = max(restored_through, offset), offset = 0 WHERE id = ?1",

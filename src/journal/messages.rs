@@ -10,7 +10,8 @@ use crate::domain::time::Timestamp;
 
 impl Store {
     /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Waiting
-    /// messages up to `replay_until` may have been sent.
+    /// messages up to `replay_until` may have been sent. Those delivered before the chat was lost may be there, if the loss
+    /// is false.
     pub fn recorded_messages(
         &mut self,
         conversation: ConversationId,
@@ -19,6 +20,7 @@ impl Store {
         let mut statement = self.connection.prepare_cached(
             "SELECT e.id, e.kind, e.event_at, e.data, e.id > c.offset OR r.event IS NOT NULL, d.event IS NOT NULL,
                 d.discarded_at IS NOT NULL, coalesce(a.outcome_unknown, 0)
+                    OR d.event IS NULL AND e.id > c.offset AND e.id <= c.restored_through
              FROM events e JOIN conversations c ON c.id = e.conversation
              LEFT JOIN redeliveries r ON r.conversation = e.conversation AND r.event = e.id
              LEFT JOIN dead_letters d ON d.event = e.id LEFT JOIN attempts a ON a.event = e.id

@@ -423,6 +423,9 @@ impl Plain {
         let id = report.conversation.id.0;
         let now = self.now;
         let claimed = self.conversation(id).claimed.take().expect("a claim");
+        if report.observation == Observation::Created {
+            self.each_of(id, |event| event.attempts.outcome_unknown = false);
+        }
         let mut settled = BTreeSet::new();
         let mut sent = Vec::new();
         for outcome in &report.outcomes {
@@ -565,7 +568,6 @@ impl Plain {
                 conversation.verified_losses = losses;
                 conversation.credits.clear();
                 self.each_of(id, |event| {
-                    event.attempts.outcome_unknown = false;
                     if *rebuild {
                         event.rewound |= event.passed;
                         (event.passed, event.lost, event.latest) = (false, false, 0);
@@ -685,7 +687,9 @@ impl Plain {
                     State::Failed if unknown => MessageState::DeadOutcomeUnknown,
                     State::Discarded if unknown => MessageState::DiscardedOutcomeUnknown,
                     State::Failed | State::Discarded => MessageState::NotSent,
-                    State::Waiting if unknown => MessageState::OutcomeUnknown,
+                    State::Waiting if unknown || event.rewound && !event.passed => {
+                        MessageState::OutcomeUnknown
+                    }
                     State::Waiting if *id <= replay_until => MessageState::MaybeSent,
                     State::Waiting => MessageState::NotSent,
                 };
