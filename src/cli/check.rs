@@ -335,7 +335,6 @@ async fn ask(
             .as_ref()
             .is_some_and(|asked| asked.contains(url))
         {
-            http.hold_until(last.rate_limit.map(|limit| limit.until).unwrap_or_default());
             http.recall(&last);
         }
     }

@@ -373,13 +373,15 @@ pub(crate) async fn begin(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", version::text()
     );
-    if !session.after_clean_end {
+    let timed_out_until = if session.after_clean_end {
+        session.timed_out_until
+    } else {
         tracing::warn!(
             "the last session did not end cleanly; waiting events are verified before they are sent"
         );
-        // A request of the last session may still be in flight, and OurAPI may accept only one at a time.
-        our_api.hold_until(Millis::now().plus(settings.request_timeout));
-    }
+        // Any request of the last session may still be in flight.
+        Millis::now().plus(settings.request_timeout)
+    };
     let apis = Apis {
         bigchat: Arc::new(bigchat),
         our_api: Arc::new(our_api),
@@ -393,7 +395,7 @@ pub(crate) async fn begin(
         Lock::new(path, timeout, stopping)
     });
     let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
-    our_api.restore_timed_out(session.timed_out_until);
+    our_api.restore_timed_out(timed_out_until);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     let parts = Parts {

@@ -165,20 +165,16 @@ impl Health {
         self.breaker.circuit(now)
     }
 
-    pub(super) fn limit(&mut self, limit: RateLimit) {
-        self.rate_limit = Some(limit.later(self.rate_limit, Millis::now()));
-    }
-
     /// Records a rate limit that the API asked for, and logs it if it begins and is long.
     pub(super) fn limited(&mut self, limit: RateLimit, api: Api) {
         let now = Millis::now();
-        let is_logged = self.rate_limit.is_some_and(|limit| {
-            limit.is_in_force(now) && limit.is_long() && limit.status.is_some()
-        });
+        let is_logged = self
+            .rate_limit
+            .is_some_and(|limit| limit.is_in_force(now) && limit.is_long());
         if limit.is_long() && !is_logged {
             tracing::warn!("{api} is rate-limited {limit}; no request is sent to it until then");
         }
-        self.limit(limit);
+        self.rate_limit = Some(limit.later(self.rate_limit, now));
         self.changed.notify_one();
     }
 
@@ -269,7 +265,7 @@ impl Health {
             since,
             problem: self.problem.clone(),
             lasts: self.lasts,
-            rate_limit: self.rate_limit.filter(|limit| limit.status.is_some()),
+            rate_limit: self.rate_limit,
             asked_at: latest.map(|latest| Millis::now().minus(latest.at.elapsed())),
             request: latest.map(|latest| latest.target.name()),
             response: latest.map(|latest| match &latest.response {
@@ -345,7 +341,7 @@ mod tests {
         let limit = RateLimit {
             at: now,
             until: now.plus(Duration::from_secs(30)),
-            status: Some(429),
+            status: 429,
         };
         health.limited(limit, Api::BigChat);
         assert!(is_changed(&health).await);

@@ -131,16 +131,6 @@ impl Http {
         limit.is_in_force(now).then_some(limit.until)
     }
 
-    /// Sends no request before `until`.
-    pub fn hold_until(&self, until: Millis) {
-        let at = Millis::now();
-        self.health().limit(RateLimit {
-            at,
-            until,
-            status: None,
-        });
-    }
-
     /// The state of the circuit breaker, apart from the rate limit.
     pub fn circuit(&self, now: Millis) -> Circuit {
         self.health().circuit(now)

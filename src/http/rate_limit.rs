@@ -18,8 +18,8 @@ const LONG: Duration = Duration::from_secs(60);
 pub struct RateLimit {
     pub at: Millis,
     pub until: Millis,
-    /// The status of the response that asked for it; `None`: the daemon has set the limit itself.
-    pub status: Option<u16>,
+    /// The status of the response that asked for it.
+    pub status: u16,
 }
 
 impl RateLimit {
@@ -45,17 +45,18 @@ impl RateLimit {
 /// `until 2026-11-22T22:00:00Z (429, Retry-After 3600 s)`
 impl fmt::Display for RateLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "until {}", self.until)?;
-        if let Some(status) = self.status {
-            let wait = self.until.since(self.at);
-            let more = if wait < RETRY_AFTER_MAX {
-                ""
-            } else {
-                " or more"
-            };
-            write!(f, " ({status}, Retry-After {} s{more})", wait.as_secs())?;
-        }
-        Ok(())
+        let Self { at, until, status } = self;
+        let wait = until.since(*at);
+        let more = if wait < RETRY_AFTER_MAX {
+            ""
+        } else {
+            " or more"
+        };
+        write!(
+            f,
+            "until {until} ({status}, Retry-After {} s{more})",
+            wait.as_secs()
+        )
     }
 }
 
@@ -94,7 +95,7 @@ mod tests {
         let limit = |until| RateLimit {
             at: Millis(9_000_000),
             until: Millis(until),
-            status: Some(429),
+            status: 429,
         };
         let (short, long) = (limit(9_000_500), limit(10_000_000));
         assert!(long.is_in_force(Millis(9_000_000)));

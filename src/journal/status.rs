@@ -272,7 +272,7 @@ impl Store {
                     api.lasts,
                     api.rate_limit.map(|limit| limit.at.0),
                     api.rate_limit.map(|limit| limit.until.0),
-                    api.rate_limit.and_then(|limit| limit.status),
+                    api.rate_limit.map(|limit| limit.status),
                     asked_at.0,
                     api.request.as_deref().unwrap_or_default(),
                     api.response.as_deref().unwrap_or_default(),
@@ -324,7 +324,7 @@ fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
                 problem: row.get(2)?,
                 lasts: row.get(3)?,
                 rate_limit: match limit {
-                    (Some(at), Some(until), status) => Some(RateLimit { at, until, status }),
+                    (Some(at), Some(until), Some(status)) => Some(RateLimit { at, until, status }),
                     _ => None,
                 },
                 asked_at: millis(7)?,

@@ -117,3 +117,27 @@ async fn stop_with_an_overdue_request() {
     })
     .await;
 }
+
+/// A request in flight at a crash still counts as in flight if the next session stops at once.
+#[tokio::test]
+async fn crash_and_a_short_session() {
+    run_live_test(async |t| {
+        t.set("--request-timeout", "4s");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        let faults = &t.our_api;
+        faults.upset(ADD_MESSAGE, overdue(Duration::from_secs(3)));
+        t.bigchat.reports([message(10, now - 5, "hello")]);
+        let daemon = t.start();
+        until("it is in flight", async || faults.pausing() == 1).await;
+        daemon.crash(t).await;
+        t.once().await;
+        let daemon = t.start();
+        until("it is carried out", async || faults.pausing() == 0).await;
+        t.until_events("delivered", 1).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.message_count(), 1);
+        assert!(!t.our_api.has_stumbled(), "never two requests at once");
+    })
+    .await;
+}
