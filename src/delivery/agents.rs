@@ -15,9 +15,9 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// After how many 404s in a row a creation counts as refused although neither the name nor the address is taken. A single
-/// 404 may come from another service at the same address.
-const NOT_FOUND_ATTEMPTS: u32 = 3;
+/// After how many refusals of an address, each after the event's back-off, they are believed although OurAPI's lists show
+/// neither the address nor the name. A few may come from another service at the same URL.
+const UNEXPLAINED_REFUSALS: u32 = 3;
 
 #[derive(Debug)]
 pub(super) struct Agents {
@@ -32,6 +32,8 @@ pub(super) struct Agents {
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
     /// The agents queried by id since the last loss, and whether they exist.
     asked: Mutex<HashMap<Uuid, bool>>,
+    /// How many creations OurAPI has refused without a reason in its lists, by e-mail address.
+    refusals: Mutex<HashMap<String, u32>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
@@ -53,6 +55,7 @@ impl Agents {
             known: Mutex::default(),
             verified: Mutex::default(),
             asked: Mutex::default(),
+            refusals: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
             losses: AtomicI64::new(losses),
         }
@@ -125,9 +128,7 @@ impl Agents {
                         spelled = Some(agent.email);
                         KnownAgent::Agent(agent.agent_id)
                     }
-                    Err(error)
-                        if matches!(error.kind, ErrorKind::Rejected | ErrorKind::Ambiguous) =>
-                    {
+                    Err(error) if is_permanent(&error) => {
                         let Exchange {
                             request, response, ..
                         } = error.exchange.logged();
@@ -202,48 +203,53 @@ impl Agents {
         email: &str,
     ) -> Result<Creation, ApiError> {
         let our_api = &self.our_api;
-        let mut attempts = 0;
-        loop {
-            let error = match our_api.create_agent(name, email).await {
-                Ok(agent) => {
-                    tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
-                    return Ok(Creation::Created(agent));
-                }
-                Err(error) if error.kind == ErrorKind::Conflict => error,
-                Err(error) => return Err(error),
-            };
-            // A request of ours that timed out earlier may have been carried out meanwhile.
-            let listed = our_api.agents_by_email(email).await?;
-            if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
-                return Ok(Creation::Found(agent));
+        let error = match our_api.create_agent(name, email).await {
+            Ok(agent) => {
+                tracing::debug!(agent = %agent.agent_id, %advisor, "agent created");
+                return Ok(Creation::Created(agent));
             }
-            let namesakes = our_api.agents_by_name(name).await?;
-            let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
-            let is_taken = is_named || !listed.is_empty();
-            if error.exchange.is_server_error() && !is_taken {
-                // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
+            Err(error) if error.kind == ErrorKind::Conflict => error,
+            Err(error) => return Err(error),
+        };
+        // A request of ours that timed out earlier may have been carried out meanwhile.
+        let mut listed = our_api.agents_by_email(email).await?;
+        if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
+            return Ok(Creation::Found(agent));
+        }
+        // If OurAPI lists whatever contains the address, longer ones are other people's.
+        let address = email.to_lowercase();
+        listed.retain(|agent| !agent.email.to_lowercase().contains(&address));
+        let namesakes = our_api.agents_by_name(name).await?;
+        let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
+        if !is_named && listed.is_empty() {
+            // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
+            let is_outage = error.exchange.is_server_error();
+            if is_outage || self.refused_without_reason(email) < UNEXPLAINED_REFUSALS {
                 let kind = ErrorKind::OutcomeUnknown { timed_out: false };
                 return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
             }
-            attempts += 1;
-            if !is_taken && error.exchange.is_not_found() && attempts < NOT_FOUND_ATTEMPTS {
-                continue;
-            }
-            // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has
-            // the address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may
-            // help.
-            let both: Vec<Agent> = listed
-                .iter()
-                .filter(|agent| namesakes.contains(agent))
-                .cloned()
-                .collect();
-            let one_has_both = both.len() == 1;
-            return Ok(Creation::Taken(Taken {
-                by_namesake: !one_has_both && (is_named || listed.len() != 1),
-                agents: if one_has_both { both } else { listed },
-                error,
-            }));
         }
+        // If one agent alone has both the address and the name, it is the one to use. So is an agent that alone has the
+        // address, if no agent has the name. Otherwise the name may be taken by a namesake, and another name may help.
+        let both: Vec<Agent> = listed
+            .iter()
+            .filter(|agent| namesakes.contains(agent))
+            .cloned()
+            .collect();
+        let one_has_both = both.len() == 1;
+        Ok(Creation::Taken(Taken {
+            by_namesake: !one_has_both && (is_named || listed.len() != 1),
+            agents: if one_has_both { both } else { listed },
+            error,
+        }))
+    }
+
+    /// Counts a refusal, and returns how many there have been.
+    fn refused_without_reason(&self, email: &str) -> u32 {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = refusals.entry(email.to_owned()).or_default();
+        *count += 1;
+        *count
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything
@@ -356,6 +362,16 @@ struct Taken {
     /// The agents that have the address in another spelling.
     agents: Vec<Agent>,
     error: ApiError,
+}
+
+/// Whether OurAPI will never have the agent. The rejection of a read shows that OurAPI does not work, unless it is about the
+/// address itself.
+fn is_permanent(error: &ApiError) -> bool {
+    match error.kind {
+        ErrorKind::Ambiguous => true,
+        ErrorKind::Rejected => !error.exchange.is_read || error.exchange.is_unprocessable(),
+        _ => false,
+    }
 }
 
 /// The agents with exactly this e-mail address, else those that differ only in case.

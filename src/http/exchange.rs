@@ -122,6 +122,10 @@ impl Exchange {
         self.response.starts_with('5')
     }
 
+    pub fn is_unprocessable(&self) -> bool {
+        self.response.starts_with("422")
+    }
+
     /// `response`: the reason if there was none.
     pub(super) fn new(
         target: &Target,

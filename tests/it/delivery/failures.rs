@@ -428,6 +428,12 @@ async fn agent_creation_meets_each_failure() {
                 status(500).carried_out(),
                 vec![list, create, list],
             ),
+            (
+                "list: 409",
+                "GET /agents",
+                status(409).body("{}"),
+                vec![list, list, create],
+            ),
             ("429", create, status(429), vec![list, create, list, create]),
             (
                 "dropped",
@@ -483,14 +489,36 @@ async fn agent_created_between_two_lists() {
 /// A 404 is no conflict of agents: it comes from another service.
 #[tokio::test]
 async fn stray_404_creates_no_namesake() {
-    side_by_side([1, 2], async |times| {
-        run_test(async |t| {
-            t.our_api.upset("POST /agents", status(404).times(times));
-            t.start();
-            t.delivers([start(42, 0)]).await;
-            assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{times}");
-        })
-        .await;
+    side_by_side(
+        [(404, 1), (404, 2), (409, 1), (409, 2)],
+        async |(code, times)| {
+            run_test(async |t| {
+                t.our_api.upset("POST /agents", status(code).times(times));
+                t.start();
+                t.delivers([start(42, 0)]).await;
+                assert_eq!(t.our_api.chats(), ["42 22:00:00 - a1"], "{code} {times}");
+                assert_eq!(t.our_api.data().agents[0].name, "Ann", "{code} {times}");
+            })
+            .await;
+        },
+    )
+    .await;
+}
+
+/// A longer address that contains the one asked for is another agent's.
+#[tokio::test]
+async fn longer_address_and_a_failed_creation() {
+    run_test(async |t| {
+        t.our_api.has_agent("a9", "Bob", "joann@x.test");
+        let listed = json!([{"agent_id": id("a9"), "name": "Bob", "email": "joann@x.test"}]);
+        let contains = status(200).body(listed.to_string());
+        t.our_api
+            .upset("GET /agents?email=ann%40x.test", contains.times(2));
+        t.our_api.upset("POST /agents", status(500));
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        assert_eq!(t.our_api.faults_left(), 0);
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - a2"]);
     })
     .await;
 }
