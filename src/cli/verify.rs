@@ -66,7 +66,9 @@ pub enum VerifyError {
     #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
     /// The journal knows of no such chat.
-    #[error("conversation {0} has no chat: nothing was delivered for it yet, or it was forgotten")]
+    #[error(
+        "conversation {0} has no chat: nothing was delivered for it yet, OurAPI has lost it and it is being restored, or it was forgotten"
+    )]
     NoSuchChat(i64),
     /// Interrupted.
     #[error("{0}")]

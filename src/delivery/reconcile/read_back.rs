@@ -290,7 +290,7 @@ impl Reconciled {
         );
         let is_known = self.claim.is_lost && self.observation != Observation::Created
             || worker.agents.losses() > self.claim.losses;
-        if !rebuild {
+        if !rebuild || !worker.settings.rebuild.restores() {
             // The agents may be gone, too; a check costs one request each.
             worker.agents.forget();
         } else if !is_known {

@@ -114,7 +114,12 @@ impl Reconciled {
         found: &our_api::Chat,
         before: &Observed,
     ) -> Result<(Drift, Missing, DifferingFields), AttemptError> {
-        let mut drift = self.merge(worker, found, UnknownFields::default()).await?;
+        // If the chat is stale, a write of the daemon may have been carried out. It is no drift.
+        let unknown = match self.claim.became_stale {
+            true => UnknownFields::ALL,
+            false => UnknownFields::default(),
+        };
+        let mut drift = self.merge(worker, found, unknown).await?;
         let mut missing = Missing {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
             ..Missing::default()
@@ -155,7 +160,7 @@ impl Reconciled {
                 let unknown = UnknownFields {
                     // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
                     // only another copy of the journal knows.
-                    agent: drift.agent
+                    agent: (drift.agent || unknown.agent)
                         && (self.conversation.desired.transfer.is_some()
                             || found.agent_id.is_none()),
                     ..UnknownFields::ALL

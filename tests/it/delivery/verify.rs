@@ -4,7 +4,7 @@ use crate::harness::process::{Process, Signal, finished};
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, Test, run_live_test, side_by_side, until};
 use bigchat_sync::simulator::event::{end, message, transfer};
-use bigchat_sync::simulator::fault::{slow, status};
+use bigchat_sync::simulator::fault::{dropped, slow, status};
 use std::io::Read;
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -289,6 +289,57 @@ async fn interrupted_verification_in_json() {
             (&json!(false), &json!(3))
         );
         t.our_api.outage(None);
+    })
+    .await;
+}
+
+/// Repairing many lost chats counts as one loss, not as one for each group of chats, which would read all of them again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_of_many_lost_chats() {
+    run_live_test(async |t| {
+        t.set("--rebuild", "report");
+        let now = t.now();
+        let events = (10..610).map(|id| {
+            t.bigchat.open(id, now - 100, 1);
+            message(id, now - 5, "hello")
+        });
+        t.bigchat.reports(events.collect::<Vec<_>>());
+        t.once().await;
+        t.our_api.loses_everything();
+        let before = t.our_api.count("GET /chats?");
+        verify(t, &["--repair"]).await;
+        let reads = t.our_api.count("GET /chats?") - before;
+        assert!(reads < 3 * 600, "{reads} reads of 600 chats");
+        assert!(t.losses() <= 1, "{} losses", t.losses());
+    })
+    .await;
+}
+
+/// A change of unknown outcome that was carried out is the daemon's own, not another client's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn own_change_of_unknown_outcome() {
+    run_live_test(async |t| {
+        t.fails(1);
+        t.set("--max-attempts", "1").set("--retry-initial", "2s");
+        let now = t.now();
+        t.bigchat.open(10, now - 100, 1);
+        t.bigchat.open(11, now - 100, 1);
+        t.bigchat
+            .reports([10, 11].map(|id| message(id, now - 5, "hello")));
+        let daemon = t.start();
+        t.until_events("delivered", 2).await;
+        t.our_api.upset("PATCH", dropped().carried_out());
+        t.bigchat.reports([transfer(10, now - 4, 7)]);
+        t.our_api.upset("GET /chats?external_id=10", status(500));
+        until("the transfer has failed", async || t.attempts() == 1).await;
+        // Its next failure counts, because another conversation was delivered meanwhile.
+        t.bigchat.reports([message(11, now, "meanwhile")]);
+        t.until_events("failed", 1).await;
+        daemon.stop().await;
+        for arguments in [&[][..], &["--repair"]] {
+            let (output, clean) = verify(t, arguments).await;
+            assert!(clean, "{output}");
+        }
     })
     .await;
 }
