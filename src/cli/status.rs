@@ -11,7 +11,8 @@ use crate::status::{Problem, Status, duration, seconds};
 use crate::telemetry::terminal::{printable, shown};
 
 /// Why a field may differ from the value that this database recorded.
-const CHANGED: &str = "changed by another client, or after the backup if this database was restored from one";
+const CHANGED: &str =
+    "changed by another client, or after the backup if this database was restored from one";
 
 /// The options.
 #[derive(Debug, Clone, clap::Args)]

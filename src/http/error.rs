@@ -140,7 +140,7 @@ impl ErrorKind {
             (400, CreateChat | ChangeChat | AddMessage) if names_no_agent(body) => {
                 Self::NotFound(Resource::Agent)
             }
-            (504, _) => Self::OutcomeUnknown { timed_out: true },
+            (504 | 524, _) => Self::OutcomeUnknown { timed_out: true },
             (408 | 425, _) => Self::OutcomeUnknown { timed_out: false },
             (405, _) => Self::WrongService,
             (400..=499, _) if body.trim_ascii_start().starts_with(b"<") => Self::WrongService,

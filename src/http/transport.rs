@@ -96,6 +96,10 @@ impl NoResponse {
     }
 }
 
+/// A connection that breaks later than this after the request was broken by a load balancer that gave up waiting, and the
+/// API may still carry out the request, as after a time-out. One that breaks sooner was broken by the API.
+const PROMPT: Duration = Duration::from_secs(1);
+
 /// Maximum age of connections. The host name may resolve to another address by now, while the old one still answers.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
@@ -177,6 +181,7 @@ impl Network {
         let client = self.client(request.at);
         let is_read = request.method.is_safe();
         let body = request.body.take();
+        let sent_at = Instant::now();
         let mut response = match client.execute(encode(&request, body)?).await {
             // After a 500, both servers close the connection without notice, so that a pooled one breaks. A read can be
             // repeated; the outcome of a write is unknown.
@@ -187,7 +192,7 @@ impl Network {
             }
             response => response,
         }
-        .map_err(no_response)?;
+        .map_err(|error| no_response(error, sent_at.elapsed()))?;
         let status = response.status();
         // The date of a cached response is old by its `age`.
         let age = text(response.headers(), header::AGE).and_then(|age| age.trim().parse().ok());
@@ -213,7 +218,7 @@ impl Network {
                 RateLimit {
                     at,
                     until: at.plus(wait),
-                    status: Some(status.as_u16()),
+                    status: status.as_u16(),
                 }
             });
         let location = text(response.headers(), header::LOCATION)
@@ -295,13 +300,18 @@ fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-fn no_response(error: reqwest::Error) -> NoResponse {
+fn no_response(error: reqwest::Error, waited: Duration) -> NoResponse {
     if error.is_builder() {
         NoResponse::impossible(cause(error))
     } else if error.is_connect() {
         NoResponse::unreachable(cause(error))
     } else {
-        lost(error)
+        let timed_out = error.is_timeout() || waited > PROMPT;
+        let kind = ErrorKind::OutcomeUnknown { timed_out };
+        NoResponse {
+            kind,
+            ..lost(error)
+        }
     }
 }
 
@@ -439,6 +449,19 @@ mod tests {
             sent.as_ref().is_err_and(|error| error.kind.timed_out())
         };
         second_attempt_after(serve, timed_out).await;
+    }
+
+    /// A load balancer that gives up waiting closes the connection, while the API may still carry out the request.
+    #[tokio::test]
+    async fn late_close_counts_as_a_timeout() {
+        let serve: Serve = |_, _, stream| {
+            thread::sleep(PROMPT + Duration::from_millis(100));
+            stream.shutdown(std::net::Shutdown::Both).ok();
+        };
+        let server = Server::start(serve);
+        let network = Network::new(&server.url, Duration::from_secs(10)).expect("a client");
+        let sent = network.send(server.request()).await;
+        assert!(sent.is_err_and(|error| error.kind.timed_out()));
     }
 
     #[tokio::test]
