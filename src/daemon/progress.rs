@@ -130,8 +130,8 @@ impl View {
 pub(super) async fn show(parts: &Parts, terminal: Option<&Terminal>) -> Infallible {
     let mut checked = None;
     loop {
-        let counters = parts.metrics.counters();
-        let polled = (counters.polls.get(), counters.received.get());
+        let counts = parts.metrics.counts();
+        let polled = (counts.polls, counts.received);
         if checked.replace(polled) != Some(polled) {
             // Polling and delivery report a journal that refuses.
             if let Ok(true) = is_far_behind(parts).await {
@@ -280,8 +280,8 @@ impl<'a> Watch<'a> {
     }
 
     async fn snapshot(&mut self) -> Result<Snapshot, JournalError> {
-        let counters = self.parts.metrics.counters();
-        let (received, settled) = (counters.received.get(), counters.settled());
+        let counts = self.parts.metrics.counts();
+        let (received, settled) = (counts.received, counts.settled());
         let Snapshot {
             received: received_before,
             settled: settled_before,
@@ -308,11 +308,12 @@ impl<'a> Watch<'a> {
 async fn count(parts: &Parts) -> Result<Snapshot, JournalError> {
     let unread = unread(parts).await?;
     let waiting = parts.journal.with(|store| store.waiting()).await?;
+    let counts = parts.metrics.counts();
     Ok(Snapshot {
         at: Instant::now(),
         unread,
-        received: parts.metrics.counters().received.get(),
-        settled: parts.metrics.counters().settled(),
+        received: counts.received,
+        settled: counts.settled(),
         waiting,
     })
 }

@@ -4,7 +4,7 @@
 //! (waiting and failed events, the distance behind BigChat) is read from the journal on request, and not duplicated
 //! here. There is no global registry: each daemon has its own.
 
-mod counters;
+mod counts;
 
 use std::fmt::Write;
 use std::sync::atomic::AtomicU64;
@@ -19,7 +19,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use reqwest::StatusCode;
 
-pub use self::counters::Counters;
+pub use self::counts::Counts;
 use crate::domain::event::EventKind;
 use crate::domain::progress::Outcome;
 use crate::http::route::Route;
@@ -46,7 +46,6 @@ pub struct Metrics {
     unknown_outcomes: Counter,
     rebuilt: Family<RebuiltLabels, Counter>,
     panics: Counter,
-    counters: Counters,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -208,7 +207,6 @@ impl Default for Metrics {
             unknown_outcomes: Counter::default(),
             rebuilt: Family::default(),
             panics: Counter::default(),
-            counters: Counters::default(),
         };
         // All series begin at zero, so that a first failure is an increase.
         for poll in Poll::ALL {
@@ -288,8 +286,25 @@ impl Metrics {
     }
 
     /// The totals, without labels.
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    pub fn counts(&self) -> Counts {
+        let kinds = EventKind::ALL.map(EventKind::name);
+        let polls = |poll| self.poll(poll).get();
+        let received = |kind| self.received.get_or_create(&KindLabels { kind }).get();
+        let attempted = |outcome| -> u64 {
+            let labels = kinds.map(|kind| AttemptLabels { kind, outcome });
+            let counts = labels.map(|labels| self.attempts.get_or_create(&labels).get());
+            counts.iter().sum()
+        };
+        let [delivered, waiting, failed] = OUTCOMES;
+        let unreadable = received(UNREADABLE);
+        Counts {
+            polls: Poll::ALL.map(polls).iter().sum(),
+            polls_failed: polls(Poll::BigChatFailed) + polls(Poll::JournalFailed),
+            received: kinds.map(received).iter().sum::<u64>() + unreadable,
+            delivered: attempted(delivered),
+            attempts_failed: attempted(waiting),
+            failed: attempted(failed) + unreadable,
+        }
     }
 
     /// The counters of requests to an API.
@@ -303,10 +318,6 @@ impl Metrics {
     /// Counts a poll.
     pub fn polled(&self, poll: Poll) {
         self.poll(poll).inc();
-        self.counters.polls.add(1);
-        if matches!(poll, Poll::BigChatFailed | Poll::JournalFailed) {
-            self.counters.polls_failed.add(1);
-        }
     }
 
     fn poll(&self, poll: Poll) -> Counter {
@@ -324,22 +335,16 @@ impl Metrics {
         self.received
             .get_or_create(&KindLabels { kind })
             .inc_by(count.into());
-        self.counters.received.add(count);
-        if kind == UNREADABLE {
-            self.counters.failed.add(count);
-        }
     }
 
     /// Counts an attempt.
     pub fn attempted(&self, kind: EventKind, outcome: &Outcome) {
         let [delivered, waiting, failed] = OUTCOMES;
-        let counters = &self.counters;
-        let (outcome, counter) = match outcome {
-            Outcome::Delivered(_) => (delivered, &counters.delivered),
-            Outcome::Retry { .. } => (waiting, &counters.attempts_failed),
-            Outcome::DeadLetter { .. } => (failed, &counters.failed),
+        let outcome = match outcome {
+            Outcome::Delivered(_) => delivered,
+            Outcome::Retry { .. } => waiting,
+            Outcome::DeadLetter { .. } => failed,
         };
-        counter.add(1);
         let kind = kind.name();
         self.attempts
             .get_or_create(&AttemptLabels { kind, outcome })
@@ -471,6 +476,9 @@ fn classic(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::conversation::Attempts;
+    use crate::domain::progress::{Effect, Failure};
+    use crate::domain::time::Millis;
 
     /// A server that invents statuses adds no series.
     #[test]
@@ -486,6 +494,39 @@ mod tests {
             .lines()
             .filter(|line| line.starts_with("bigchat_sync_requests_total"));
         assert_eq!(series.count(), 22);
+    }
+
+    /// An event that cannot be parsed is received and failed at once.
+    #[test]
+    fn totals_are_sums_over_labels() {
+        let metrics = Metrics::default();
+        for poll in Poll::ALL {
+            metrics.polled(poll);
+        }
+        let (attempts, failure) = (Attempts::default(), Failure::default());
+        let waits = Outcome::Retry {
+            attempts,
+            next_at: Millis(0),
+            failure: failure.clone(),
+        };
+        let failed = Outcome::DeadLetter { attempts, failure };
+        for kind in EventKind::ALL {
+            metrics.received(kind.name(), 10);
+            metrics.attempted(kind, &Outcome::Delivered(Effect::Nothing));
+            metrics.attempted(kind, &failed);
+        }
+        metrics.attempted(EventKind::Message, &waits);
+        metrics.received(UNREADABLE, 3);
+        let kinds = EventKind::ALL.len() as u64;
+        let expected = Counts {
+            polls: 4,
+            polls_failed: 2,
+            received: 10 * kinds + 3,
+            delivered: kinds,
+            attempts_failed: 1,
+            failed: kinds + 3,
+        };
+        assert_eq!(metrics.counts(), expected);
     }
 
     #[test]
