@@ -15,7 +15,7 @@ use bigchat_sync::daemon::service;
 use bigchat_sync::daemon::{self, DaemonError, Observers};
 use bigchat_sync::demo::{self, DemoError};
 use bigchat_sync::our_api::lock_is_usable;
-use bigchat_sync::settings::{Listen, LiveTokens, Settings, Tokens};
+use bigchat_sync::settings::{Listen, Settings, Tokens};
 use bigchat_sync::telemetry::log::{self, LogFormat};
 use bigchat_sync::telemetry::terminal::{Terminal, shown, shown_in_full};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -141,7 +141,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
 fn deliver(
     settings: Settings,
     terminal: &Terminal,
-    job: impl AsyncFnOnce(Settings, LiveTokens, Observers, CancellationToken) -> Result<(), DaemonError>,
+    job: impl AsyncFnOnce(Settings, Tokens, Observers, CancellationToken) -> Result<(), DaemonError>,
 ) -> ExitCode {
     let observers = Observers::of_process(terminal.clone());
     work(
@@ -159,7 +159,7 @@ fn work<E>(
     settings: Settings,
     terminal: &Terminal,
     level: &str,
-    job: impl AsyncFnOnce(Settings, LiveTokens, CancellationToken) -> Result<ExitCode, E>,
+    job: impl AsyncFnOnce(Settings, Tokens, CancellationToken) -> Result<ExitCode, E>,
 ) -> ExitCode
 where
     E: std::error::Error + From<io::Error>,
@@ -183,7 +183,6 @@ where
             "all users of this machine have access to a token file; run `chmod 600` on it"
         );
     }
-    let tokens = LiveTokens::from(tokens);
     let stopping = CancellationToken::new();
     if let Err(error) = obey_signals(terminal, &stopping, &tokens, settings.listen) {
         return print_error(terminal, &error, 1);
@@ -199,7 +198,7 @@ where
 fn obey_signals(
     terminal: &Terminal,
     stopping: &CancellationToken,
-    tokens: &LiveTokens,
+    tokens: &Tokens,
     listen: Listen,
 ) -> io::Result<()> {
     let (stopped, deadline) = mpsc::sync_channel::<()>(1);
@@ -242,7 +241,7 @@ fn obey_signals(
 }
 
 /// Reads the token files again, and logs the result.
-fn read_again(tokens: &LiveTokens, listen: Listen) {
+fn read_again(tokens: &Tokens, listen: Listen) {
     let reloaded = tokens.reload(service::variable, listen);
     if reloaded.is_empty() {
         tracing::info!(

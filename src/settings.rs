@@ -242,35 +242,42 @@ impl Settings {
     }
 }
 
-/// The settings that are environment variables, but not flags.
-pub(crate) const TOKEN_VARIABLES: [&str; 10] = [
-    "BIGCHAT_SYNC_BIGCHAT_TOKEN",
-    "BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE",
-    "BIGCHAT_SYNC_OUR_API_TOKEN",
-    "BIGCHAT_SYNC_OUR_API_TOKEN_FILE",
-    "BIGCHAT_SYNC_CONSOLE_TOKEN",
-    "BIGCHAT_SYNC_CONSOLE_TOKEN_FILE",
-    "BIGCHAT_SYNC_CONSOLE_READ_TOKEN",
-    "BIGCHAT_SYNC_CONSOLE_READ_TOKEN_FILE",
-    "BIGCHAT_SYNC_HEARTBEAT_URL",
-    "BIGCHAT_SYNC_HEARTBEAT_URL_FILE",
-];
+/// The variables that give the tokens, each also with `_FILE`.
+pub(crate) const BIGCHAT_TOKEN: &str = "BIGCHAT_SYNC_BIGCHAT_TOKEN";
+pub(crate) const OUR_API_TOKEN: &str = "BIGCHAT_SYNC_OUR_API_TOKEN";
+const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
+const CONSOLE_READ_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_READ_TOKEN";
+const HEARTBEAT_URL: &str = "BIGCHAT_SYNC_HEARTBEAT_URL";
 
-/// The secrets that the environment sets: bearer tokens and the heartbeat URL.
+/// The settings that are environment variables, but not flags.
+pub(crate) fn token_variables() -> impl Iterator<Item = String> {
+    let names = [
+        BIGCHAT_TOKEN,
+        OUR_API_TOKEN,
+        CONSOLE_TOKEN,
+        CONSOLE_READ_TOKEN,
+        HEARTBEAT_URL,
+    ];
+    let with_file = |name: &str| [name.to_owned(), format!("{name}_FILE")];
+    names.into_iter().flat_map(with_file)
+}
+
+/// The secrets that the environment sets: bearer tokens and the heartbeat URL. Clones share them, and a reload replaces
+/// them everywhere.
 #[derive(Debug, Clone, Default)]
 pub struct Tokens {
     /// `BIGCHAT_SYNC_BIGCHAT_TOKEN`, or the content of the file `BIGCHAT_SYNC_BIGCHAT_TOKEN_FILE`.
-    pub bigchat: Option<SecretString>,
+    pub bigchat: Token,
     /// Likewise `BIGCHAT_SYNC_OUR_API_TOKEN`.
-    pub our_api: Option<SecretString>,
+    pub our_api: Token,
     /// Likewise `BIGCHAT_SYNC_CONSOLE_TOKEN`: clients of the console must send it.
-    pub console: Option<SecretString>,
+    pub console: Token,
     /// Likewise `BIGCHAT_SYNC_CONSOLE_READ_TOKEN`, for read-only access.
-    pub console_read: Option<SecretString>,
+    pub console_read: Token,
     /// Likewise `BIGCHAT_SYNC_HEARTBEAT_URL`. It is a secret, because it is all that is needed to report the daemon as
     /// healthy.
-    pub heartbeat_url: Option<SecretString>,
-    /// The token files that all users of this machine may read or write.
+    pub heartbeat_url: Token,
+    /// The token files that all users of this machine may read or write, as of the start.
     pub exposed_files: Vec<PathBuf>,
 }
 
@@ -326,13 +333,6 @@ pub enum TokenError {
     Open(SocketAddr),
 }
 
-/// The variables that give the tokens, each also with `_FILE`.
-const BIGCHAT_TOKEN: &str = "BIGCHAT_SYNC_BIGCHAT_TOKEN";
-const OUR_API_TOKEN: &str = "BIGCHAT_SYNC_OUR_API_TOKEN";
-const CONSOLE_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_TOKEN";
-const CONSOLE_READ_TOKEN: &str = "BIGCHAT_SYNC_CONSOLE_READ_TOKEN";
-const HEARTBEAT_URL: &str = "BIGCHAT_SYNC_HEARTBEAT_URL";
-
 /// The path of a token file for an error message. A relative one may be the token itself, set in the wrong variable.
 fn token_file(path: &Path) -> String {
     if path.is_absolute() {
@@ -348,18 +348,57 @@ impl Tokens {
         let mut exposed_files = Vec::new();
         let mut token = |name| read_token(name, &variable, &mut exposed_files);
         Ok(Self {
-            bigchat: token(BIGCHAT_TOKEN)?,
-            our_api: token(OUR_API_TOKEN)?,
-            console: token(CONSOLE_TOKEN)?,
-            console_read: token(CONSOLE_READ_TOKEN)?,
-            heartbeat_url: token(HEARTBEAT_URL)?,
+            bigchat: token(BIGCHAT_TOKEN)?.into(),
+            our_api: token(OUR_API_TOKEN)?.into(),
+            console: token(CONSOLE_TOKEN)?.into(),
+            console_read: token(CONSOLE_READ_TOKEN)?.into(),
+            heartbeat_url: token(HEARTBEAT_URL)?.into(),
             exposed_files,
         })
     }
 
     /// Whether the console may be served at that address.
     pub fn allow(&self, listen: Listen) -> Result<(), TokenError> {
-        allow(self.console.as_ref(), self.console_read.as_ref(), listen)
+        let (console, console_read) = (self.console.get(), self.console_read.get());
+        allow(console.as_ref(), console_read.as_ref(), listen)
+    }
+
+    /// Reads the tokens again. `variable` returns the value of an environment variable. If a token cannot be read, the
+    /// old one stays in use. Returns the variable of each new token, or why the old one stays.
+    pub fn reload(
+        &self,
+        variable: impl Fn(&str) -> Option<OsString>,
+        listen: Listen,
+    ) -> Vec<Result<&'static str, TokenError>> {
+        let reload = |name: &'static str, old: &Token| {
+            let new = read_token(name, &variable, &mut Vec::new())?;
+            match (new, old.get()) {
+                (None, None) => Ok(None),
+                (None, Some(_)) => Err(TokenError::Gone(name.into())),
+                (Some(new), _) if old.is(&new) => Ok(None),
+                (Some(new), _) => {
+                    match name {
+                        CONSOLE_TOKEN => {
+                            allow(Some(&new), self.console_read.get().as_ref(), listen)?;
+                        }
+                        CONSOLE_READ_TOKEN => {
+                            allow(self.console.get().as_ref(), Some(&new), listen)?;
+                        }
+                        _ => {}
+                    }
+                    old.set(new);
+                    Ok(Some(name))
+                }
+            }
+        };
+        let reloaded = [
+            reload(BIGCHAT_TOKEN, &self.bigchat),
+            reload(OUR_API_TOKEN, &self.our_api),
+            reload(CONSOLE_TOKEN, &self.console),
+            reload(CONSOLE_READ_TOKEN, &self.console_read),
+            reload(HEARTBEAT_URL, &self.heartbeat_url),
+        ];
+        reloaded.into_iter().filter_map(Result::transpose).collect()
     }
 }
 
@@ -450,73 +489,6 @@ impl Token {
 impl From<Option<SecretString>> for Token {
     fn from(token: Option<SecretString>) -> Self {
         Self(Arc::new(RwLock::new(token)))
-    }
-}
-
-/// The tokens in use. A reload replaces them everywhere. Clones share them.
-#[derive(Debug, Clone, Default)]
-pub struct LiveTokens {
-    /// BigChat's.
-    pub bigchat: Token,
-    /// OurAPI's.
-    pub our_api: Token,
-    /// The console's.
-    pub console: Token,
-    /// The console's read token.
-    pub console_read: Token,
-    /// The URL of heartbeats.
-    pub heartbeat_url: Token,
-}
-
-impl From<Tokens> for LiveTokens {
-    fn from(tokens: Tokens) -> Self {
-        Self {
-            bigchat: tokens.bigchat.into(),
-            our_api: tokens.our_api.into(),
-            console: tokens.console.into(),
-            console_read: tokens.console_read.into(),
-            heartbeat_url: tokens.heartbeat_url.into(),
-        }
-    }
-}
-
-impl LiveTokens {
-    /// Reads the tokens again. `variable` returns the value of an environment variable. If a token cannot be read, the
-    /// old one stays in use. Returns the variable of each new token, or why the old one stays.
-    pub fn reload(
-        &self,
-        variable: impl Fn(&str) -> Option<OsString>,
-        listen: Listen,
-    ) -> Vec<Result<&'static str, TokenError>> {
-        let reload = |name: &'static str, old: &Token| {
-            let new = read_token(name, &variable, &mut Vec::new())?;
-            match (new, old.get()) {
-                (None, None) => Ok(None),
-                (None, Some(_)) => Err(TokenError::Gone(name.into())),
-                (Some(new), _) if old.is(&new) => Ok(None),
-                (Some(new), _) => {
-                    match name {
-                        CONSOLE_TOKEN => {
-                            allow(Some(&new), self.console_read.get().as_ref(), listen)?;
-                        }
-                        CONSOLE_READ_TOKEN => {
-                            allow(self.console.get().as_ref(), Some(&new), listen)?;
-                        }
-                        _ => {}
-                    }
-                    old.set(new);
-                    Ok(Some(name))
-                }
-            }
-        };
-        let reloaded = [
-            reload(BIGCHAT_TOKEN, &self.bigchat),
-            reload(OUR_API_TOKEN, &self.our_api),
-            reload(CONSOLE_TOKEN, &self.console),
-            reload(CONSOLE_READ_TOKEN, &self.console_read),
-            reload(HEARTBEAT_URL, &self.heartbeat_url),
-        ];
-        reloaded.into_iter().filter_map(Result::transpose).collect()
     }
 }
 
@@ -697,11 +669,8 @@ mod tests {
             })
         };
         let tokens = set(&[("BIGCHAT_SYNC_OUR_API_TOKEN", " s3cret\n")]).expect("a token");
-        assert_eq!(
-            tokens.our_api.as_ref().map(ExposeSecret::expose_secret),
-            Some("s3cret")
-        );
-        assert!(tokens.bigchat.is_none());
+        assert!(tokens.our_api.is(&"s3cret".into()));
+        assert!(tokens.bigchat.get().is_none());
         assert!(!format!("{tokens:?}").contains("s3cret"));
         let both = set(&[
             ("BIGCHAT_SYNC_BIGCHAT_TOKEN", "a"),
@@ -729,7 +698,7 @@ mod tests {
                 (asked == format!("{name}_FILE")).then(|| file.clone().into_os_string())
             };
             std::fs::write(&file, good).expect("a file");
-            let tokens = LiveTokens::from(Tokens::read(variable).expect("a token"));
+            let tokens = Tokens::read(variable).expect("a token");
             let [used] = [&tokens.bigchat, &tokens.our_api, &tokens.console]
                 .into_iter()
                 .filter(|token| token.get().is_some())
@@ -803,7 +772,7 @@ mod tests {
     /// A token that is set only after the start is used from the next reload on.
     #[test]
     fn token_added_after_the_start() {
-        let tokens = LiveTokens::default();
+        let tokens = Tokens::default();
         let given = |name: &str| (name == CONSOLE_TOKEN).then(|| "0123456789abcdef".into());
         assert!(matches!(
             tokens.reload(given, Listen::Off)[..],

@@ -317,9 +317,9 @@ async fn ask(
         .and_then(|bigchat| Ok((bigchat, Network::new(&settings.our_api_url, timeout)?)));
     let (bigchat, our_api) = match networks {
         Ok((bigchat, our_api)) => {
-            let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat.into());
+            let (url, token) = (settings.bigchat_url.clone(), tokens.bigchat);
             let bigchat = Http::new(Api::BigChat, bigchat, url, token, settings.retry());
-            let (url, token) = (settings.our_api_url.clone(), tokens.our_api.into());
+            let (url, token) = (settings.our_api_url.clone(), tokens.our_api);
             let our_api = Http::new(Api::OurApi, our_api, url, token, settings.retry());
             (bigchat, our_api)
         }

@@ -26,7 +26,7 @@ use thiserror::Error;
 use self::manual::Chapter;
 use crate::demo;
 use crate::journal::{JournalError, OpenError};
-use crate::settings::{Settings, TOKEN_VARIABLES};
+use crate::settings::{Settings, token_variables};
 use crate::version;
 
 /// Keeps OurAPI's chats, agents and messages in sync with BigChat.
@@ -328,15 +328,15 @@ fn unknown_variables(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> Option<String> {
     let settings = Settings::augment_args(clap::Command::new("settings"));
-    let known: Vec<&str> = settings
+    let known: Vec<String> = settings
         .get_arguments()
-        .filter_map(|argument| argument.get_env()?.to_str())
-        .chain(TOKEN_VARIABLES)
+        .filter_map(|argument| Some(argument.get_env()?.to_str()?.to_owned()))
+        .chain(token_variables())
         .collect();
     let unknown = environment.into_iter().filter_map(|(name, value)| {
         let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
         let end = name.strip_prefix(PREFIX)?;
-        if known.contains(&&*name)
+        if known.iter().any(|known| *known == name)
             || end.starts_with("TEST_")
             || end.starts_with("BUILD_")
             || is_service_link(end, &value)
@@ -430,7 +430,7 @@ mod tests {
             ("CONSOLE_SERVICE_HOST", "10.0.0.1"),
         ];
         let known = settings
-            .chain(TOKEN_VARIABLES.map(OsString::from))
+            .chain(token_variables().map(OsString::from))
             .map(|name| (name, OsString::from("8268")))
             .chain(service.map(|(end, value)| (format!("{PREFIX}{end}").into(), value.into())))
             .chain([

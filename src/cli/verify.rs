@@ -15,7 +15,7 @@ use crate::domain::time::Millis;
 use crate::journal::{
     Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
-use crate::settings::{LiveTokens, Settings, number};
+use crate::settings::{Settings, Tokens, number};
 use crate::telemetry::rate::RateEstimate;
 use crate::telemetry::terminal::{Terminal, styled};
 
@@ -79,7 +79,7 @@ pub enum VerifyError {
 pub async fn run(
     args: Args,
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     terminal: Terminal,
     stopping: CancellationToken,
 ) -> Result<bool, VerifyError> {
@@ -137,7 +137,7 @@ pub async fn run(
 /// Takes the place of the daemon if none runs, or if the daemon stops meanwhile.
 async fn work(
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     stop: &CancellationToken,
     verifications_only: bool,
 ) -> Result<(), DaemonError> {

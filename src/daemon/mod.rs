@@ -29,7 +29,7 @@ use crate::journal::{Intervals, Journal, JournalError, OpenError, STORAGE_PAUSE,
 use crate::metrics::Metrics;
 use crate::our_api::{Lock, OurApi};
 use crate::poller::Poller;
-use crate::settings::{Listen, LiveTokens, Settings};
+use crate::settings::{Listen, Settings, Tokens};
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::terminal::{Terminal, shown};
 use crate::version;
@@ -84,7 +84,7 @@ impl DaemonError {
 /// their results within 1 s.
 pub async fn run(
     settings: Settings,
-    tokens: impl Into<LiveTokens>,
+    tokens: Tokens,
     observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
@@ -99,11 +99,10 @@ pub async fn run(
 pub async fn run_at(
     listener: Option<Listener>,
     settings: Settings,
-    tokens: impl Into<LiveTokens>,
+    tokens: Tokens,
     observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let tokens = tokens.into();
     let (token, read_token) = (tokens.console.clone(), tokens.console_read.clone());
     let heartbeat_url = tokens.heartbeat_url.clone();
     let starting = start_when_possible(settings, tokens, stopping);
@@ -214,11 +213,11 @@ pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
 /// Also if the poll or a delivery did not complete: cron sees only the exit code.
 pub async fn once(
     settings: Settings,
-    tokens: impl Into<LiveTokens>,
+    tokens: Tokens,
     observers: Observers,
     stopping: CancellationToken,
 ) -> Result<(), DaemonError> {
-    let parts = start(settings, tokens.into(), stopping).await?;
+    let parts = start(settings, tokens, stopping).await?;
     let work = async {
         let mut poller = parts.poller();
         let up_to_date = until_stopped(&parts, poller.catch_up()).await;
@@ -265,7 +264,7 @@ fn in_the_log() -> String {
 /// [`OpenError::InUse`] if a daemon runs, because the daemon does this itself.
 pub async fn verify(
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     stopping: CancellationToken,
     verifications_only: bool,
 ) -> Result<(), DaemonError> {
@@ -311,7 +310,7 @@ async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Op
 /// was stopped meanwhile.
 async fn start_when_possible(
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     stopping: CancellationToken,
 ) -> Result<Option<Parts>, DaemonError> {
     let mut refused = false;
@@ -333,7 +332,7 @@ async fn start_when_possible(
 
 async fn start(
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     stopping: CancellationToken,
 ) -> Result<Parts, DaemonError> {
     let db = settings.db();
@@ -349,7 +348,7 @@ async fn start(
 /// Begins a session with a journal and the transports of the two APIs.
 pub(crate) async fn begin(
     settings: Settings,
-    tokens: LiveTokens,
+    tokens: Tokens,
     journal: Journal,
     bigchat: impl Transport + 'static,
     our_api: impl Transport + 'static,

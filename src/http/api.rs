@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::settings::{BIGCHAT_TOKEN, OUR_API_TOKEN};
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Api {
     BigChat,
@@ -38,8 +40,8 @@ impl Api {
     /// The setting with the credentials.
     pub fn token_setting(self) -> &'static str {
         match self {
-            Self::BigChat => "BIGCHAT_SYNC_BIGCHAT_TOKEN",
-            Self::OurApi => "BIGCHAT_SYNC_OUR_API_TOKEN",
+            Self::BigChat => BIGCHAT_TOKEN,
+            Self::OurApi => OUR_API_TOKEN,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::daemon::{self, DaemonError};
 use crate::domain::time::Millis;
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Executor, Journal, Operation, Scope, Store};
-use crate::settings::{LiveTokens, Settings};
+use crate::settings::{Settings, Tokens};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
 
@@ -188,7 +188,7 @@ impl Stage {
             self.inner().stopping = stopping.clone();
             let parts = daemon::begin(
                 settings.clone(),
-                LiveTokens::default(),
+                Tokens::default(),
                 Journal::over(self.clone()),
                 BigChatWire(self.clone()),
                 OurApiWire(self.clone()),

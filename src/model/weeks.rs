@@ -30,7 +30,7 @@ use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Executor, Journal, Operation, Operator, Resolution, Selection, Store};
-use crate::settings::{LiveTokens, Settings, VerifyEvery};
+use crate::settings::{Settings, Tokens, VerifyEvery};
 use crate::simulator::bigchat::{BigChat, Clock, Log, Mode, Options};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::event::T0;
@@ -359,7 +359,7 @@ impl Stage {
             }
             let parts = daemon::begin(
                 settings.clone(),
-                LiveTokens::default(),
+                Tokens::default(),
                 Journal::over(self.clone()),
                 BigChatWire(self.clone()),
                 OurApiWire(self.clone()),

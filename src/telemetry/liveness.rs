@@ -151,7 +151,7 @@ mod tests {
     use crate::daemon::{self, Parts};
     use crate::http::Network;
     use crate::journal::{Journal, Store};
-    use crate::settings::LiveTokens;
+    use crate::settings::Tokens;
     use crate::simulator::bigchat::Options;
     use crate::simulator::fault::paused;
     use crate::simulator::{BigChat, OurApi, Simulator};
@@ -231,7 +231,7 @@ mod tests {
         let network = |url| Network::new(url, TIMEOUT).expect("a client");
         let bigchat = network(&settings.bigchat_url);
         let our_api = network(&settings.our_api_url);
-        let (tokens, stopping) = (LiveTokens::default(), stopping.clone());
+        let (tokens, stopping) = (Tokens::default(), stopping.clone());
         let parts = daemon::begin(settings, tokens, journal, bigchat, our_api, stopping).await;
         Arc::new(parts.expect("a session"))
     }

@@ -162,7 +162,7 @@ async fn metrics_need_the_token() {
 async fn read_token_changes_nothing() {
     run_live_test(async |t| {
         let tokens = Tokens {
-            console_read: Some(READ_TOKEN.into()),
+            console_read: Some(READ_TOKEN.into()).into(),
             ..console_token()
         };
         let (_, url) = t.start_listening(tokens);

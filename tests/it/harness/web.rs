@@ -11,7 +11,7 @@ pub(crate) const TOKEN: &str = "0123456789abcdef-console";
 
 pub(crate) fn console_token() -> Tokens {
     Tokens {
-        console: Some(TOKEN.into()),
+        console: Some(TOKEN.into()).into(),
         ..Tokens::default()
     }
 }

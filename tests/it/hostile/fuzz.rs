@@ -540,8 +540,8 @@ fn request(random: &mut StdRng, host: &str) -> (Vec<u8>, bool) {
 async fn fuzzed_requests_change_nothing() {
     run_test(async |t| {
         let tokens = Tokens {
-            console: Some(TOKEN.into()),
-            console_read: Some(READ_TOKEN.into()),
+            console: Some(TOKEN.into()).into(),
+            console_read: Some(READ_TOKEN.into()).into(),
             ..Tokens::default()
         };
         let (_daemon, url) = t.start_listening(tokens);
