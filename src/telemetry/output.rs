@@ -4,10 +4,10 @@
 //! only this thread. The queue is bounded: further log lines are dropped and counted, and the next line written reports
 //! the count.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -30,7 +30,8 @@ pub(crate) struct Output {
     queue: Mutex<Queue>,
     changed: Condvar,
     format: OnceLock<LogFormat>,
-    is_journal: AtomicBool,
+    /// Standard error is systemd's journal, which reads priorities.
+    is_journal: bool,
 }
 
 #[derive(Default)]
@@ -64,12 +65,13 @@ impl Output {
     pub(crate) fn start(
         out: impl Write + Send + 'static,
         err: impl Write + Send + 'static,
+        is_journal: bool,
     ) -> io::Result<Arc<Self>> {
         let output = Arc::new(Self {
             queue: Mutex::default(),
             changed: Condvar::new(),
             format: OnceLock::new(),
-            is_journal: AtomicBool::new(false),
+            is_journal,
         });
         let writing = Arc::clone(&output);
         thread::Builder::new()
@@ -79,26 +81,26 @@ impl Output {
     }
 
     /// Sets the format of the log. Only the first call has an effect.
-    pub(crate) fn set_format(&self, format: LogFormat, is_journal: bool) {
+    pub(crate) fn set_format(&self, format: LogFormat) {
         self.format.get_or_init(|| format);
-        self.is_journal.store(is_journal, Ordering::Relaxed);
     }
 
-    pub(crate) fn format(&self) -> LogFormat {
+    fn format(&self) -> LogFormat {
         self.format.get().copied().unwrap_or(LogFormat::Text)
     }
 
     /// Queues lines for standard error, unless the queue is full.
-    pub(crate) fn lines(&self, lines: &[u8]) {
+    pub(crate) fn lines(&self, lines: &[u8], level: Level) {
+        let lines = self.with_priority(lines, level);
         let mut queue = self.queue();
         if queue.bytes + lines.len() > MAX_QUEUED {
-            queue.lost += count(lines);
+            queue.lost += count(&lines);
             return;
         }
         queue.bytes += lines.len();
         match queue.pieces.back_mut() {
-            Some(Piece::Lines(before)) => before.extend_from_slice(lines),
-            _ => queue.pieces.push_back(Piece::Lines(lines.to_vec())),
+            Some(Piece::Lines(before)) => before.extend_from_slice(&lines),
+            _ => queue.pieces.push_back(Piece::Lines(lines.into_owned())),
         }
         self.changed.notify_all();
     }
@@ -188,15 +190,18 @@ impl Output {
             head.push(b'\n');
         }
         if lost > 0 {
-            let format = self.format();
-            let line = log::lost(format, lost).into_bytes();
-            let in_journal = self.is_journal.load(Ordering::Relaxed) && format == LogFormat::Text;
-            head.extend(match in_journal {
-                true => journal::prefixed(&line, Level::WARN),
-                false => line,
-            });
+            let line = log::lost(self.format(), lost);
+            head.extend_from_slice(&self.with_priority(line.as_bytes(), Level::WARN));
         }
         head
+    }
+
+    /// The lines as standard error expects them.
+    fn with_priority<'a>(&self, lines: &'a [u8], level: Level) -> Cow<'a, [u8]> {
+        match self.is_journal && self.format() == LogFormat::Text {
+            true => journal::prefixed(lines, level).into(),
+            false => lines.into(),
+        }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -268,13 +273,17 @@ mod tests {
                 next,
                 written: Arc::clone(&written),
             };
-            let output = Output::start(io::sink(), err).expect("a thread");
-            output.set_format(LogFormat::Json, false);
+            let output = Output::start(io::sink(), err, false).expect("a thread");
+            output.set_format(LogFormat::Json);
             Self {
                 output,
                 outcomes,
                 written,
             }
+        }
+
+        fn lines(&self, lines: &[u8]) {
+            self.output.lines(lines, Level::INFO);
         }
 
         fn unblock(&self, outcome: Result<usize, ErrorKind>) {
@@ -315,7 +324,7 @@ mod tests {
             let line = "x".repeat(size - 1) + "\n";
             let room = MAX_QUEUED / size;
             for _ in 0..room + more {
-                scene.output.lines(line.as_bytes());
+                scene.lines(line.as_bytes());
             }
             assert_eq!(
                 scene.output.queue().bytes,
@@ -327,7 +336,7 @@ mod tests {
             }
             let written = scene.written();
             assert_eq!(written.matches(&line).count(), room);
-            scene.output.lines(b"after\n");
+            scene.lines(b"after\n");
             let written = scene.written();
             let lost: u64 = reported(&written).iter().sum();
             assert_eq!(lost, more as u64);
@@ -347,16 +356,16 @@ mod tests {
             let scene = Scene::new();
             for _ in 0..3 {
                 scene.unblock(Err(kind));
-                scene.output.lines(b"lost\n");
+                scene.lines(b"lost\n");
                 assert_eq!(scene.written(), "", "and nothing is tried meanwhile");
             }
             scene.unblock(Ok(usize::MAX));
-            scene.output.lines(b"after\n");
+            scene.lines(b"after\n");
             let written = scene.written();
             assert_eq!(reported(&written), [3], "{written}");
             assert!(written.ends_with("after\n"));
             scene.unblock(Ok(usize::MAX));
-            scene.output.lines(b"and on\n");
+            scene.lines(b"and on\n");
             assert_eq!(reported(&scene.written()), [3], "once");
         }
     }
@@ -367,10 +376,10 @@ mod tests {
             let scene = Scene::new();
             scene.unblock(Ok(cut));
             scene.unblock(Err(ErrorKind::StorageFull));
-            scene.output.lines(b"one\ntwo\n");
+            scene.lines(b"one\ntwo\n");
             scene.written();
             scene.unblock(Ok(usize::MAX));
-            scene.output.lines(b"{\"after\":1}\n");
+            scene.lines(b"{\"after\":1}\n");
             let written = scene.written();
             assert!(written.ends_with("\n{\"after\":1}\n"), "{written}");
             assert!(!written.contains("\n\n"), "{written}");
@@ -390,7 +399,7 @@ mod tests {
             scene.unblock(Err(ErrorKind::Interrupted));
             scene.unblock(Ok(2));
             scene.unblock(Ok(usize::MAX));
-            scene.output.lines(b"late\n");
+            scene.lines(b"late\n");
             assert_eq!(scene.written(), "late\n");
         }
     }
@@ -401,7 +410,7 @@ mod tests {
         for lines in [1, 100, 100_000] {
             let scene = Scene::new();
             for _ in 0..lines {
-                scene.output.lines(b"a line that is never read\n");
+                scene.lines(b"a line that is never read\n");
             }
             // The test ends only if the call returns.
             scene.output.flush(Duration::from_millis(10));

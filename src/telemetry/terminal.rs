@@ -29,8 +29,6 @@ const USUAL_SIZE: (u16, u16) = (24, 80);
 pub struct Terminal {
     bars: Option<MultiProgress>,
     output: Arc<Output>,
-    /// Standard error is systemd's journal, which reads priorities.
-    is_journal: bool,
 }
 
 impl Terminal {
@@ -40,7 +38,7 @@ impl Terminal {
     ///
     /// If the operating system refuses a thread.
     pub fn detect() -> io::Result<Self> {
-        let output = Output::start(io::stdout(), io::stderr())?;
+        let output = Output::start(io::stdout(), io::stderr(), journal::is_standard_error())?;
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         let bars = (io::stdout().is_terminal() && !dumb).then(|| {
             let terminal = Box::new(Frames {
@@ -50,12 +48,7 @@ impl Terminal {
             let target = ProgressDrawTarget::term_like_with_hz(terminal, FRAMES_PER_SECOND);
             MultiProgress::with_draw_target(target)
         });
-        let is_journal = journal::is_standard_error();
-        Ok(Self {
-            bars,
-            output,
-            is_journal,
-        })
+        Ok(Self { bars, output })
     }
 
     /// Whether progress bars are shown. The demo then logs only errors, because the bars show the rest.
@@ -65,7 +58,7 @@ impl Terminal {
 
     /// Standard error for a log of that format, which does not tear the bars.
     pub fn log(&self, format: LogFormat) -> LogWriter {
-        self.output.set_format(format, self.is_journal);
+        self.output.set_format(format);
         LogWriter(self.clone())
     }
 
@@ -82,15 +75,7 @@ impl Terminal {
     }
 
     fn write_lines(&self, lines: &[u8], level: Level) {
-        let prefixed;
-        let lines = match self.is_journal && self.output.format() == LogFormat::Text {
-            true => {
-                prefixed = journal::prefixed(lines, level);
-                &prefixed
-            }
-            false => lines,
-        };
-        self.with_bars_suspended(|| self.output.lines(lines));
+        self.with_bars_suspended(|| self.output.lines(lines, level));
     }
 
     /// Waits until everything is written, for a limited time.
