@@ -204,7 +204,6 @@ fn verification(status: &Status) -> String {
 }
 
 /// In milliseconds, or in seconds if there are many.
-#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
 fn millis(ms: i64) -> String {
     match ms {
         10_000.. => format!("{:.1} s", ms as f64 / 1e3),
@@ -212,7 +211,6 @@ fn millis(ms: i64) -> String {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "shown with one decimal")]
 fn mega(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }

@@ -38,7 +38,7 @@ pub(super) enum ApiError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("{0}")]
-    ParseError(String),
+    BadRequest(String),
     #[error("there is no {0} {1}; the retention may have dropped it")]
     NotThere(&'static str, i64),
 }
@@ -47,7 +47,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         match self {
             Self::Read(error) => error.into_response(),
-            Self::ParseError(what) => error(StatusCode::BAD_REQUEST, &what),
+            Self::BadRequest(what) => error(StatusCode::BAD_REQUEST, &what),
             Self::NotThere(..) => error(StatusCode::NOT_FOUND, &self.to_string()),
         }
     }
@@ -55,19 +55,19 @@ impl IntoResponse for ApiError {
 
 impl From<QueryRejection> for ApiError {
     fn from(rejection: QueryRejection) -> Self {
-        Self::ParseError(rejection.body_text())
+        Self::BadRequest(rejection.body_text())
     }
 }
 
 impl From<PathRejection> for ApiError {
     fn from(rejection: PathRejection) -> Self {
-        Self::ParseError(rejection.body_text())
+        Self::BadRequest(rejection.body_text())
     }
 }
 
 impl From<JsonRejection> for ApiError {
     fn from(rejection: JsonRejection) -> Self {
-        Self::ParseError(rejection.body_text())
+        Self::BadRequest(rejection.body_text())
     }
 }
 
@@ -162,7 +162,7 @@ impl Which {
             }
             _ => {
                 let what = r#"exactly one of "ids", "reason" and "all": true is required"#;
-                return Err(ApiError::ParseError(what.to_owned()));
+                return Err(ApiError::BadRequest(what.to_owned()));
             }
         };
         Ok((selection, after))
@@ -244,7 +244,7 @@ pub(super) async fn pause(
     let length = length?.0.seconds.map(Duration::from_secs);
     if length.is_some_and(|length| length.is_zero() || length > LONGEST) {
         let what = "\"seconds\" must be at least 1 and at most 100 years";
-        return Err(ApiError::ParseError(what.to_owned()));
+        return Err(ApiError::BadRequest(what.to_owned()));
     }
     let pause = Pause::begin(length, Millis::now());
     let our_api = Arc::clone(&web.console.our_api);

@@ -41,7 +41,7 @@ struct Present {
 impl fmt::Debug for SystemdNotifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let watchdog = self.0.as_ref().map(|present| present.watchdog);
-        f.debug_tuple("Manager").field(&watchdog).finish()
+        f.debug_tuple("SystemdNotifier").field(&watchdog).finish()
     }
 }
 
@@ -125,13 +125,13 @@ impl SystemdNotifier {
                 sleep(interval / 2).await;
             }
         };
-        let log_at = async {
+        let reporting = async {
             loop {
                 self.notify(&[NotifyState::Status(&status().await)]);
                 sleep(STATUS_EVERY).await;
             }
         };
-        let both = async { tokio::join!(watching, log_at) };
+        let both = async { tokio::join!(watching, reporting) };
         tokio::select! {
             (never, ()) = both => match never {},
             () = stopping.cancelled() => {}
@@ -190,9 +190,9 @@ mod tests {
     /// A service manager, and the notifications sent to it.
     fn manager(watchdog: Option<Duration>) -> (SystemdNotifier, Arc<Mutex<Vec<String>>>) {
         let sent = Arc::<Mutex<Vec<String>>>::default();
-        let log_at = Arc::clone(&sent);
+        let received = Arc::clone(&sent);
         let manager = SystemdNotifier::new(watchdog, move |states| {
-            let mut sent = log_at.lock().expect("no panic");
+            let mut sent = received.lock().expect("no panic");
             sent.extend(states.iter().map(ToString::to_string));
             Ok(())
         });

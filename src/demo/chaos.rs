@@ -224,7 +224,7 @@ impl Chaos {
         self.score().up = false;
         match timeout(SOON / 10, self.stopping.cancelled()).await {
             Ok(()) if status.success() => Ok(()),
-            _ => Err(DemoError::FetchEnd(status)),
+            _ => Err(DemoError::DaemonEnded(status)),
         }
     }
 
@@ -417,7 +417,7 @@ impl Daemon {
         }
         match timeout(STOPPED_WITHIN, child.wait()).await {
             Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(status) => Err(DemoError::FetchEnd(status?)),
+            Ok(status) => Err(DemoError::DaemonEnded(status?)),
             Err(_) => Err(DemoError::Never("the daemon stops when it is asked to")),
         }
     }

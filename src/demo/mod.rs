@@ -70,10 +70,6 @@ const PORTS: [u16; 2] = [8267, 8266];
 /// Any free ports.
 const FREE_PORTS: [u16; 2] = [0, 0];
 
-/// Terminal codes for bold text on and off.
-const BOLD: &str = "\x1b[1m";
-const PLAIN: &str = "\x1b[0m";
-
 /// How long the demo takes.
 const DURATION: Duration = Duration::from_secs(30);
 
@@ -165,7 +161,7 @@ pub enum DemoError {
     Stopped,
     /// The daemon process ended unexpectedly, or with an error.
     #[error("the daemon ended with {0}")]
-    FetchEnd(ExitStatus),
+    DaemonEnded(ExitStatus),
     /// A condition was not met in time.
     #[error("timed out waiting until {0}")]
     Never(&'static str),
@@ -194,12 +190,9 @@ pub async fn run(
         return Ok(ExitCode::SUCCESS);
     }
     let result = perform(args, settings, terminal, stopping).await?;
-    let summary = match terminal.is_interactive() {
-        true => format!("{BOLD}{}{PLAIN}", result.summary()),
-        false => result.summary(),
-    };
-    let text = format!("{}\n\n{summary}", result.details());
-    terminal.say(&text).await?;
+    terminal
+        .say(&result.text(terminal.is_interactive()))
+        .await?;
     Ok(result.exit_code())
 }
 

@@ -6,6 +6,10 @@ use std::process::ExitCode;
 use super::chaos::Score;
 use crate::simulator::compare::{Report, count};
 
+/// Terminal codes for bold text on and off.
+const BOLD: &str = "\x1b[1m";
+const PLAIN: &str = "\x1b[0m";
+
 /// Figures besides the comparison.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
@@ -59,7 +63,7 @@ pub struct Struck {
     pub lost: usize,
 }
 
-/// The result of the demo. Its `Display` is the text to print: the details, and the [summary](Self::summary).
+/// The result of the demo.
 #[derive(Clone, Debug)]
 pub struct DemoResult {
     figures: Figures,
@@ -107,8 +111,17 @@ impl DemoResult {
         ExitCode::from(u8::from(!self.is_good()))
     }
 
+    /// The text to print: the details, and the summary, which is bold on a terminal.
+    pub fn text(&self, is_bold: bool) -> String {
+        let (details, summary) = (self.details(), self.summary());
+        match is_bold {
+            true => format!("{details}\n\n{BOLD}{summary}{PLAIN}"),
+            false => format!("{details}\n\n{summary}"),
+        }
+    }
+
     /// The result in one line.
-    pub fn summary(&self) -> String {
+    fn summary(&self) -> String {
         let Figures {
             events, requests, ..
         } = self.figures;
@@ -127,7 +140,7 @@ impl DemoResult {
     }
 
     /// What differs, and what is not counted as a difference.
-    pub fn details(&self) -> String {
+    fn details(&self) -> String {
         let mut lines = vec![self.report.to_string()];
         let Figures {
             failed,
@@ -168,12 +181,6 @@ impl DemoResult {
             lines.push(failed_polls.to_string());
         }
         lines.join("\n")
-    }
-}
-
-impl fmt::Display for DemoResult {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n\n{}", self.details(), self.summary())
     }
 }
 

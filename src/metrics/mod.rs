@@ -308,9 +308,9 @@ impl Metrics {
     }
 
     /// The counters of requests to an API.
-    pub fn requests_to(&self, service: Api) -> ApiRequests {
+    pub fn requests_to(&self, api: Api) -> ApiRequests {
         ApiRequests {
-            api: service.name(),
+            api: api.name(),
             requests: self.requests.clone(),
         }
     }

@@ -205,7 +205,7 @@ async fn any_difference_is_exit_code_1() {
             let rules = Rules::default();
             let report = compare(&expected(&t.bigchat.reported(), &rules), data, &rules);
             let result = DemoResult::new(report, *figures);
-            (result.exit_code(), result.to_string())
+            (result.exit_code(), result.text(false))
         };
     let held = t.our_api.data();
     let figures = Figures {
