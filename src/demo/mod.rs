@@ -322,7 +322,7 @@ type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 struct Stage {
     sim: Arc<Simulator>,
     journal: Arc<Journal>,
-    happenings: UnboundedReceiver<(Instant, Happening)>,
+    happenings: UnboundedReceiver<Happening>,
     tally: Tally,
     show: Show,
     daemon: Running,
@@ -425,8 +425,8 @@ impl Stage {
     }
 
     fn record_happenings(&mut self) {
-        while let Ok((at, happening)) = self.happenings.try_recv() {
-            if let Some(line) = self.tally.record(at, happening) {
+        while let Ok(happening) = self.happenings.try_recv() {
+            if let Some(line) = self.tally.record(happening) {
                 self.show.push(line);
             }
         }

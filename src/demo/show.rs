@@ -163,9 +163,8 @@ impl Bars {
         let now = self.coming.len().div_ceil(SPREAD);
         self.shown.extend(self.coming.drain(..now));
         self.shown.drain(..self.shown.len().saturating_sub(LINES));
-        for (bar, Line { took, who, what }) in self.lines.iter().zip(&self.shown) {
-            let took = took.map(|took| format!("{} ms", took.as_millis()));
-            bar.set_prefix(format!("{:>9}  {who:<17}", took.unwrap_or_default()));
+        for (bar, Line { who, what }) in self.lines.iter().zip(&self.shown) {
+            bar.set_prefix(format!("  {who:<17}"));
             bar.set_message(what.clone());
         }
     }

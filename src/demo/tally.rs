@@ -1,18 +1,14 @@
 //! Figures and messages about what has happened.
 //!
-//! It observes both ends only, what BigChat reported and what OurAPI answered, and pairs them to show how long each
-//! event took. Foreign text is shown without control characters.
+//! It observes both ends only, what BigChat reported and what OurAPI answered. Foreign text is shown without control
+//! characters.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::time::{Duration, Instant};
+use std::collections::HashSet;
 
-use chrono::DateTime;
 use serde_json::Value;
 
 use super::chaos::Score;
 use super::result::FailedPolls;
-use crate::simulator::bigchat::Reported;
-use crate::simulator::event::message_text;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
@@ -57,8 +53,6 @@ fn width(column: (&str, &str)) -> usize {
 /// A message about one thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
-    /// The time from BigChat's response to OurAPI's, if both are known.
-    pub(super) took: Option<Duration>,
     /// The service or the conversation.
     pub(super) who: String,
     /// What happened.
@@ -86,17 +80,13 @@ pub(super) struct Snapshot {
     pub(super) score: Option<Score>,
 }
 
-/// The counts, and the reported events without a response of OurAPI.
+/// The counts.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     events: usize,
     conversations: HashSet<i64>,
     failed_polls: FailedPolls,
     requests: usize,
-    /// When a message was reported, by conversation, time and text as OurAPI stores it.
-    messages: HashMap<(String, i64, String), VecDeque<Instant>>,
-    /// When an END or a TRANSFER of a conversation was last reported, and when its first event was.
-    changes: HashMap<(String, &'static str), Instant>,
 }
 
 impl Tally {
@@ -113,12 +103,11 @@ impl Tally {
     }
 
     /// Counts what happened. Returns a line about it, if it is of interest.
-    pub(super) fn record(&mut self, at: Instant, happening: Happening) -> Option<Line> {
+    pub(super) fn record(&mut self, happening: Happening) -> Option<Line> {
         match happening {
-            Happening::Reported(events) => {
-                for event in &events {
-                    self.reported(at, event);
-                }
+            Happening::Reported(conversations) => {
+                self.events += conversations.len();
+                self.conversations.extend(conversations);
                 None
             }
             Happening::Failed => {
@@ -128,19 +117,17 @@ impl Tally {
                     false => "poll failed; its events are not recoverable",
                 };
                 Some(Line {
-                    took: None,
                     who: "BigChat".to_owned(),
                     what: what.to_owned(),
                 })
             }
             Happening::Struck(what) => Some(Line {
-                took: None,
                 who: "chaos".to_owned(),
                 what,
             }),
             Happening::Answered(answered) => {
                 self.requests += 1;
-                self.answered(at, &answered)
+                line_about(&answered)
             }
         }
     }
@@ -158,92 +145,6 @@ impl Tally {
     /// How many requests OurAPI got.
     pub(super) fn requests(&self) -> usize {
         self.requests
-    }
-
-    fn reported(&mut self, at: Instant, event: &Reported) {
-        self.events += 1;
-        let chat = event.conversation_id.to_string();
-        if self.conversations.insert(event.conversation_id) {
-            self.changes.insert((chat.clone(), "START"), at);
-        }
-        if let Some(text) = message_text(&event.name, &event.data) {
-            let key = (chat, event.event_at, text.trim().to_owned());
-            self.messages.entry(key).or_default().push_back(at);
-        } else if let Some(change) = ["END", "TRANSFER"]
-            .into_iter()
-            .find(|kind| *kind == event.name)
-        {
-            self.changes.insert((chat, change), at);
-        }
-    }
-
-    fn answered(&mut self, at: Instant, answered: &Answered) -> Option<Line> {
-        let Answered {
-            route,
-            chat,
-            body,
-            status,
-            ..
-        } = answered;
-        let good = (200..300).contains(status);
-        let say = |reported: Option<Instant>, who, what| {
-            let took = reported.map(|reported| at.saturating_duration_since(reported));
-            Some(Line { took, who, what })
-        };
-        let conversation = |id: &str| format!("conversation {}", printable(id));
-        match (route.as_str(), chat) {
-            ("POST /agents", _) => {
-                let name = quoted(&body["name"]);
-                let what = match status {
-                    _ if good => format!("new agent {name}"),
-                    500 | 409 => format!("new agent {name}: {status}, the name may be taken"),
-                    _ => format!("new agent {name}: {status}"),
-                };
-                say(None, "OurAPI".to_owned(), what)
-            }
-            ("POST /chats", _) if good => {
-                let id = body["external_id"].as_str().unwrap_or_default().to_owned();
-                let what = format!("new chat, {}", changes(answered, "with"));
-                let who = conversation(&id);
-                say(self.changes.remove(&(id, "START")), who, what)
-            }
-            ("PATCH /chats/{id}", Some(chat)) if good => {
-                let reported = [("ended_at", "END"), ("agent_id", "TRANSFER")]
-                    .into_iter()
-                    .filter(|(field, _)| !body[*field].is_null())
-                    .find_map(|(_, kind)| self.changes.remove(&(chat.clone(), kind)));
-                say(reported, conversation(chat), changes(answered, "now with"))
-            }
-            ("POST /chats/{id}/messages", Some(chat)) => {
-                // A message that fails now may be stored later.
-                let reported = good.then(|| self.message_reported(chat, body)).flatten();
-                let text = quoted(&body["text"]);
-                let what = match status {
-                    _ if good => format!("message {text}"),
-                    422 => format!("message {text}: permanently rejected"),
-                    _ => format!("message {text}: {status}"),
-                };
-                say(reported, conversation(chat), what)
-            }
-            _ if good => None,
-            _ => {
-                let what = format!("{route}: {status}");
-                say(None, "OurAPI".to_owned(), what)
-            }
-        }
-    }
-
-    /// When a message that OurAPI received was reported.
-    fn message_reported(&mut self, chat: &str, body: &Value) -> Option<Instant> {
-        let sent_at = DateTime::parse_from_rfc3339(body["sent_at"].as_str()?).ok()?;
-        let text = body["text"].as_str()?.trim().to_owned();
-        let key = (chat.to_owned(), sent_at.timestamp(), text);
-        let reported = self.messages.get_mut(&key)?;
-        let first = reported.pop_front();
-        if reported.is_empty() {
-            self.messages.remove(&key);
-        }
-        first
     }
 
     /// The figures, under the [`headings`].
@@ -275,6 +176,50 @@ impl Snapshot {
             Some(score) => format!("daemon down; {score}"),
         }
     }
+}
+
+/// The line about a request that OurAPI answered.
+fn line_about(answered: &Answered) -> Option<Line> {
+    let Answered {
+        route,
+        chat,
+        body,
+        status,
+        ..
+    } = answered;
+    let good = (200..300).contains(status);
+    let conversation = |id: &str| format!("conversation {}", printable(id));
+    let (who, what) = match (route.as_str(), chat) {
+        ("POST /agents", _) => {
+            let name = quoted(&body["name"]);
+            let what = match status {
+                _ if good => format!("new agent {name}"),
+                500 | 409 => format!("new agent {name}: {status}, the name may be taken"),
+                _ => format!("new agent {name}: {status}"),
+            };
+            ("OurAPI".to_owned(), what)
+        }
+        ("POST /chats", _) if good => {
+            let id = body["external_id"].as_str().unwrap_or_default();
+            let what = format!("new chat, {}", changes(answered, "with"));
+            (conversation(id), what)
+        }
+        ("PATCH /chats/{id}", Some(chat)) if good => {
+            (conversation(chat), changes(answered, "now with"))
+        }
+        ("POST /chats/{id}/messages", Some(chat)) => {
+            let text = quoted(&body["text"]);
+            let what = match status {
+                _ if good => format!("message {text}"),
+                422 => format!("message {text}: permanently rejected"),
+                _ => format!("message {text}: {status}"),
+            };
+            (conversation(chat), what)
+        }
+        _ if good => return None,
+        _ => ("OurAPI".to_owned(), format!("{route}: {status}")),
+    };
+    Some(Line { who, what })
 }
 
 /// The fields of a chat that a request sets; `with` precedes the agent.
@@ -309,26 +254,6 @@ mod tests {
 
     use super::*;
 
-    fn reported(conversation_id: i64, name: &str, data: Value) -> Reported {
-        Reported {
-            epoch: 1,
-            forgotten: false,
-            poll: 1,
-            lost: false,
-            conversation_id,
-            name: name.to_owned(),
-            event_at: 1_763_849_007, // 2025-11-22T22:03:27Z
-            data,
-            started_at: Some(1_763_849_007),
-            first_advisor: None,
-            advisor: None,
-        }
-    }
-
-    fn message(text: &str) -> Reported {
-        reported(4, "MESSAGE", json!({ "message": text }))
-    }
-
     fn answered(method: &str, chat: Option<&str>, body: Value, status: u16) -> Happening {
         let route = match (method, chat) {
             ("POST", Some(_)) => "POST /chats/{id}/messages",
@@ -349,76 +274,41 @@ mod tests {
         answered("POST", Some("4"), body, status)
     }
 
-    fn line(took: Option<u64>, what: &str) -> Option<Line> {
-        Some(Line {
-            took: took.map(Duration::from_millis),
-            who: "conversation 4".to_owned(),
-            what: what.to_owned(),
-        })
+    /// The text about conversation 4.
+    fn what(happening: Happening) -> String {
+        let line = Tally::default().record(happening).expect("a line");
+        assert_eq!(line.who, "conversation 4");
+        line.what
     }
 
-    /// Each message is paired with its report.
     #[test]
-    fn messages_are_paired_with_reports() {
-        let (start, mut tally) = (Instant::now(), Tally::default());
-        let at = |millis| start + Duration::from_millis(millis);
-        let mut record = |millis, happening| tally.record(at(millis), happening);
-        assert_eq!(
-            record(0, Happening::Reported(vec![message("a"), message(" ok")])),
-            None
-        );
-        assert_eq!(record(10, Happening::Reported(vec![message(" ok")])), None);
-        assert_eq!(
-            record(12, posted(" ok", 503)),
-            line(None, "message “ ok”: 503")
-        );
-        assert_eq!(
-            record(15, posted(" ok", 200)),
-            line(Some(15), "message “ ok”")
-        );
-        assert_eq!(
-            record(16, posted(" ok", 200)),
-            line(Some(6), "message “ ok”")
-        );
-        assert_eq!(record(17, posted(" ok", 200)), line(None, "message “ ok”"));
-        assert_eq!(
-            record(18, posted("a", 422)),
-            line(None, "message “a”: permanently rejected")
-        );
-        assert_eq!((tally.events(), tally.requests()), (3, 5));
-    }
-
-    /// A line about a change of a chat has its delay.
-    #[test]
-    fn chat_changes_show_their_delay() {
-        let (start, mut tally) = (Instant::now(), Tally::default());
-        let at = |millis| start + Duration::from_millis(millis);
-        let mut record = |millis, happening| tally.record(at(millis), happening);
+    fn lines_about_answers() {
         let (time, agent) = ("2025-11-22T22:03:27Z", "its id");
-        record(
-            0,
-            Happening::Reported(vec![reported(4, "START", Value::Null)]),
-        );
         let chat = json!({ "external_id": "4", "started_at": time, "agent_id": agent });
-        assert_eq!(
-            record(9, answered("POST", None, chat, 201)),
-            line(Some(9), "new chat, started 22:03:27, with Zoë Ng")
-        );
-        let change = ["TRANSFER", "END"].map(|name| reported(4, name, Value::Null));
-        record(1000, Happening::Reported(change.into()));
         let change = json!({ "ended_at": time, "agent_id": agent });
-        assert_eq!(
-            record(1007, answered("PATCH", Some("4"), change, 204)),
-            line(Some(7), "ended 22:03:27, now with Zoë Ng")
-        );
+        for (happening, expected) in [
+            (posted("a", 201), "message “a”"),
+            (posted("a", 503), "message “a”: 503"),
+            (posted("a", 422), "message “a”: permanently rejected"),
+            (
+                answered("POST", None, chat, 201),
+                "new chat, started 22:03:27, with Zoë Ng",
+            ),
+            (
+                answered("PATCH", Some("4"), change, 204),
+                "ended 22:03:27, now with Zoë Ng",
+            ),
+        ] {
+            assert_eq!(what(happening), expected);
+        }
     }
 
     #[test]
     fn figures_align_with_headings() {
         let [owners, headings] = headings();
         let mut tally = Tally::new(false);
-        tally.record(Instant::now(), Happening::Reported(vec![message("a")]));
-        tally.record(Instant::now(), Happening::Failed);
+        tally.record(Happening::Reported(vec![4]));
+        tally.record(Happening::Failed);
         let snapshot = Snapshot {
             chats: 2,
             failed: 9,
@@ -445,9 +335,7 @@ mod tests {
     fn failed_poll_reports_losses() {
         for (reported_again, says) in [(true, "reported again"), (false, "not recoverable")] {
             let mut tally = Tally::new(reported_again);
-            let line = tally
-                .record(Instant::now(), Happening::Failed)
-                .expect("a line");
+            let line = tally.record(Happening::Failed).expect("a line");
             assert!(line.what.contains(says), "{line:?}");
             assert!(tally.failed_polls().to_string().contains(says));
         }
@@ -455,11 +343,7 @@ mod tests {
 
     #[test]
     fn foreign_text_is_safe_and_short() {
-        let mut tally = Tally::default();
-        let mut what = |text: &str| {
-            let line = tally.record(Instant::now(), posted(text, 200));
-            line.expect("a line").what
-        };
+        let what = |text: &str| what(posted(text, 200));
         assert_eq!(
             what("\u{1b}[2J\r\nhello"),
             "message “\u{fffd}[2J\u{fffd}\u{fffd}hello”"

@@ -786,7 +786,7 @@ impl Api for BigChat {
         let new = self
             .latest
             .iter()
-            .map(|index| self.reported[*index].clone());
+            .map(|index| self.reported[*index].conversation_id);
         (!self.latest.is_empty()).then(|| Happening::Reported(new.collect()))
     }
 }

@@ -1,17 +1,13 @@
 //! Events of the services for an optional observer.
 
-use std::time::Instant;
-
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
-
-use super::bigchat::Reported;
 
 /// What a service did.
 #[derive(Clone, Debug)]
 pub enum Happening {
-    /// BigChat reported these, each for the first time.
-    Reported(Vec<Reported>),
+    /// BigChat reported new events. The conversation of each.
+    Reported(Vec<i64>),
     /// BigChat answered a request for events with an error.
     Failed,
     /// OurAPI answered a request.
@@ -33,12 +29,12 @@ pub struct Answered {
     pub status: u16,
 }
 
-/// The receiver of what the services do, with the time.
+/// The receiver of what the services do.
 #[derive(Clone, Debug, Default)]
-pub struct Watch(Option<UnboundedSender<(Instant, Happening)>>);
+pub struct Watch(Option<UnboundedSender<Happening>>);
 
 impl Watch {
-    pub fn to(observer: UnboundedSender<(Instant, Happening)>) -> Self {
+    pub fn to(observer: UnboundedSender<Happening>) -> Self {
         Self(Some(observer))
     }
 
@@ -50,7 +46,7 @@ impl Watch {
     pub fn report(&self, happening: Option<Happening>) {
         if let (Some(observer), Some(happening)) = (&self.0, happening) {
             // An observer that has stopped is ignored.
-            observer.send((Instant::now(), happening)).ok();
+            observer.send(happening).ok();
         }
     }
 }
