@@ -9,6 +9,7 @@ use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, post};
 use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::json;
@@ -169,31 +170,15 @@ impl Which {
     }
 }
 
-/// `POST /api/failed/retry`: retries failed events.
-pub(super) async fn retry(
-    State(web): State<Arc<Web>>,
-    Extension(client): Extension<Client>,
-    which: Result<Json<Which>, JsonRejection>,
-) -> Answer {
-    resolve(&web, client, which?.0, Resolution::Retry).await
-}
-
-/// `POST /api/failed/discard`: discards failed events.
-pub(super) async fn discard(
-    State(web): State<Arc<Web>>,
-    Extension(client): Extension<Client>,
-    which: Result<Json<Which>, JsonRejection>,
-) -> Answer {
-    resolve(&web, client, which?.0, Resolution::Discard).await
-}
-
-/// `POST /api/failed/undo`: reopens discarded events.
-pub(super) async fn undo(
-    State(web): State<Arc<Web>>,
-    Extension(client): Extension<Client>,
-    which: Result<Json<Which>, JsonRejection>,
-) -> Answer {
-    resolve(&web, client, which?.0, Resolution::Undo).await
+/// `POST /api/failed/retry`, `/discard` and `/undo`: resolves failed events in that way.
+pub(super) fn resolving(resolution: Resolution) -> MethodRouter<Arc<Web>> {
+    post(
+        move |State(web): State<Arc<Web>>,
+              Extension(client): Extension<Client>,
+              which: Result<Json<Which>, JsonRejection>| async move {
+            resolve(&web, client, which?.0, resolution).await
+        },
+    )
 }
 
 /// Answers with the number of events resolved and, if more are left, the event after which to continue.

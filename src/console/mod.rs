@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::time::Millis;
 use crate::http::Apis;
-use crate::journal::{Journal, JournalError, OpenError, Storage, Store};
+use crate::journal::{Journal, JournalError, OpenError, Resolution, Storage, Store};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::{Settings, Token};
@@ -244,15 +244,19 @@ fn router(web: Arc<Web>) -> Router {
         .route("/api/status", get(api::status))
         .route("/api/activity", get(api::activity))
         .route("/api/failed", get(api::failed))
-        .route("/api/failed/retry", post(api::retry))
-        .route("/api/failed/discard", post(api::discard))
-        .route("/api/failed/undo", post(api::undo))
         .route("/api/failed/{id}", get(api::event))
         .route("/api/pause", post(api::pause))
         .route("/api/resume", post(api::resume))
         .route("/api/search", get(api::search))
         .route("/api/conversations/{key}", get(api::conversation))
-        .route("/api/resolutions", get(api::resolutions))
+        .route("/api/resolutions", get(api::resolutions));
+    let resolutions = [Resolution::Retry, Resolution::Discard, Resolution::Undo];
+    let for_known = resolutions
+        .into_iter()
+        .fold(for_known, |router, resolution| {
+            let path = format!("/api/failed/{}", resolution.name());
+            router.route(&path, api::resolving(resolution))
+        })
         .route_layer(middleware::from_fn_with_state(
             Arc::clone(&web),
             guard::authenticate,
