@@ -1,17 +1,15 @@
 //! `bigchat-sync failed`: dead letters, why they failed, and how the operator resolves them.
 
-use std::io::{self, IsTerminal};
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::json;
 
 use super::table::{Row, table};
-use super::{ask, json};
+use super::{CommandError, confirm, joined, json};
 use crate::domain::time::Millis;
 use crate::journal::{
-    FailedAttempt, FailedEvent, JournalError, OpenError, Operator, PastResolution, Reason,
-    Resolution, Selection, Store,
+    FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Selection, Store,
 };
 use crate::settings::{at_least_one, number};
 use crate::telemetry::terminal::printable;
@@ -94,7 +92,7 @@ impl From<Which> for Selection {
 /// # Errors
 ///
 /// If the database cannot be opened, read or written.
-pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
+pub fn run(db: &Path, command: Command) -> Result<String, CommandError> {
     let mut store = match command {
         Command::List { .. } | Command::Show { .. } => Store::open_reader(db)?,
         Command::Retry(_) | Command::Discard { .. } | Command::Undo(_) => Store::open_shared(db)?,
@@ -116,7 +114,7 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
         Command::Show { id, json } => {
             let event = store
                 .failed_event(id)?
-                .ok_or(FailedError::NoSuchEvent(id))?;
+                .ok_or(CommandError::NoSuchEvent(id))?;
             let shown = Shown {
                 event,
                 failures: store.failed_attempts(id)?,
@@ -139,7 +137,12 @@ pub fn run(db: &Path, command: Command) -> Result<String, FailedError> {
                     let (count, failed_by) =
                         store.failed_so_far(reason.as_ref(), Resolution::Discard)?;
                     if count > 0 {
-                        confirm(count)?;
+                        let what = events(count);
+                        confirm(
+                            &format!("Discard {what}?"),
+                            &format!("discard {what}"),
+                            "nothing was discarded",
+                        )?;
                     }
                     // An event that failed after the question is not included.
                     Selection::By { reason, failed_by }
@@ -167,57 +170,9 @@ struct Shown {
     resolutions: Vec<PastResolution>,
 }
 
-/// Why a command failed.
-#[derive(Debug, thiserror::Error)]
-pub enum FailedError {
-    /// The database cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The database cannot be read or written.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    #[error("the answer cannot be written as JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    /// There is no failed event with that id.
-    #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
-    NoSuchEvent(i64),
-    /// No event with the text in its reason can be resolved in this way.
-    #[error(
-        "nothing was resolved: no such event has this text in its reason, or the events that have it still cannot be parsed; see `bigchat-sync failed list` for the reasons"
-    )]
-    NoSuchReason,
-    /// There is no terminal.
-    #[error(
-        "this would discard {}, and there is no terminal for the confirmation; add --yes",
-        events(*.count)
-    )]
-    NoTerminal {
-        /// How many events would be discarded.
-        count: u64,
-    },
-    /// The operator did not agree.
-    #[error("nothing was discarded")]
-    NotConfirmed,
-    /// The operator cannot be asked.
-    #[error("cannot ask on the terminal: {0}")]
-    Terminal(#[from] io::Error),
-    /// Some of the named events cannot be resolved in this way.
-    #[error("{done} of {asked} resolved; not {}", others(.left, *.resolution))]
-    Partly {
-        /// How many were resolved.
-        done: usize,
-        /// How many were given.
-        asked: usize,
-        /// The others.
-        left: Vec<i64>,
-        resolution: Resolution,
-    },
-}
-
 /// The other named events, and why they could not be resolved.
-fn others(left: &[i64], resolution: Resolution) -> String {
-    let ids: Vec<String> = left.iter().map(ToString::to_string).collect();
-    let ids = ids.join(", ");
+pub(super) fn others(left: &[i64], resolution: Resolution) -> String {
+    let ids = joined(left);
     match (resolution, left.len()) {
         (Resolution::Retry, 1) => format!(
             "{ids}: it is not a failed event, or it still cannot be parsed (then discard it)"
@@ -236,22 +191,11 @@ fn others(left: &[i64], resolution: Resolution) -> String {
     }
 }
 
-/// Asks on the terminal for confirmation to discard this many events.
-fn confirm(count: u64) -> Result<(), FailedError> {
-    if !io::stdin().is_terminal() {
-        return Err(FailedError::NoTerminal { count });
-    }
-    match ask(&format!("Discard {}?", events(count)))? {
-        true => Ok(()),
-        false => Err(FailedError::NotConfirmed),
-    }
-}
-
 fn resolve(
     store: &mut Store,
     which: &Selection,
     resolution: Resolution,
-) -> Result<usize, FailedError> {
+) -> Result<usize, CommandError> {
     let who = Operator::Command(user::of_process());
     let (mut done, mut left, mut next) = (0, Vec::new(), Some(0));
     while let Some(after) = next {
@@ -261,7 +205,7 @@ fn resolve(
         next = resolved.next;
     }
     match which {
-        Selection::Ids(ids) if ids.len() != done => Err(FailedError::Partly {
+        Selection::Ids(ids) if ids.len() != done => Err(CommandError::Partly {
             done,
             asked: ids.len(),
             left,
@@ -269,7 +213,7 @@ fn resolve(
         }),
         Selection::By {
             reason: Some(_), ..
-        } if done == 0 => Err(FailedError::NoSuchReason),
+        } if done == 0 => Err(CommandError::NoSuchReason),
         _ => Ok(done),
     }
 }

@@ -14,7 +14,7 @@ mod table;
 pub mod verify;
 
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -25,7 +25,8 @@ use thiserror::Error;
 
 use self::manual::Chapter;
 use crate::demo;
-use crate::journal::{JournalError, OpenError};
+use crate::domain::ids::Epoch;
+use crate::journal::{JournalError, OpenError, Resolution};
 use crate::settings::{Settings, token_variables};
 use crate::version;
 
@@ -160,14 +161,79 @@ pub enum CommandError {
     /// The export cannot be written.
     #[error("standard output cannot be written: {0}")]
     Output(#[source] io::Error),
+    /// There is no failed event with that id.
+    #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
+    NoSuchEvent(i64),
+    /// No event with the text in its reason can be resolved in this way.
+    #[error(
+        "nothing was resolved: no such event has this text in its reason, or the events that have it still cannot be parsed; see `bigchat-sync failed list` for the reasons"
+    )]
+    NoSuchReason,
+    /// Some of the named events cannot be resolved in this way.
+    #[error("{done} of {asked} resolved; not {}", failed::others(.left, *.resolution))]
+    Partly {
+        /// How many were resolved.
+        done: usize,
+        /// How many were given.
+        asked: usize,
+        /// The others.
+        left: Vec<i64>,
+        resolution: Resolution,
+    },
+    /// There is nothing to erase.
+    #[error(
+        "no event of conversation {0} was ever received, or none in that epoch; nothing was erased"
+    )]
+    NothingToForget(i64),
+    /// Several conversations have the id.
+    #[error(
+        "several conversations have the id {id}, one in each of the epochs {}; choose one with --epoch (`bigchat-sync conversation {id}` shows them)",
+        joined(.epochs)
+    )]
+    Ambiguous { id: i64, epochs: Vec<Epoch> },
+    /// Erased, except on one page.
+    #[error(
+        "erased, except on a page of the poll in progress, which is dropped when that poll ends; run the command again then"
+    )]
+    OnNewPage,
+    /// Erased, except in the write-ahead log.
+    #[error(
+        "erased, but another process (a backup, for example) reads an old state of the database, so that the text may still be in the -wal file; run the command again when that process has ended"
+    )]
+    InLog,
+    /// There is no terminal to ask for confirmation.
+    #[error("this would {0}, and there is no terminal for the confirmation; add --yes")]
+    NoTerminal(String),
+    /// The operator did not agree.
+    #[error("{0}")]
+    NotConfirmed(&'static str),
+    /// The operator cannot be asked.
+    #[error("cannot ask on the terminal: {0}")]
+    Terminal(#[source] io::Error),
 }
 
-/// Asks on the terminal.
+/// Asks on the terminal for confirmation. `would`: what the command is about to do; `refused`: the result of a no.
+fn confirm(question: &str, would: &str, refused: &'static str) -> Result<(), CommandError> {
+    if !io::stdin().is_terminal() {
+        return Err(CommandError::NoTerminal(would.to_owned()));
+    }
+    match ask(question).map_err(CommandError::Terminal)? {
+        true => Ok(()),
+        false => Err(CommandError::NotConfirmed(refused)),
+    }
+}
+
 fn ask(question: &str) -> io::Result<bool> {
     write!(io::stderr(), "{question} [y/N] ")?;
     let mut answer = String::new();
     io::stdin().read_line(&mut answer)?;
     Ok(matches!(&*answer.trim().to_lowercase(), "y" | "yes"))
+}
+
+/// The ids in one line.
+fn joined(ids: &[impl ToString]) -> String {
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    ids.join(", ")
 }
 
 impl Cli {

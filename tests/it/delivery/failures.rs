@@ -10,7 +10,7 @@ use bigchat_sync::simulator::fault::{Fault, dropped, late, paused, status};
 use bigchat_sync::simulator::id;
 use std::time::{Duration, SystemTime};
 
-use bigchat_sync::cli::failed::FailedError;
+use bigchat_sync::cli::CommandError;
 use serde_json::json;
 use wiremock::MockServer;
 
@@ -967,7 +967,7 @@ async fn failed_events_resolved_beside_daemon() {
         assert!(shown.contains("REOPEN\u{fffd}"), "{shown}");
         assert!(matches!(
             command(&["show", "99"]),
-            Err(FailedError::NoSuchEvent(99))
+            Err(CommandError::NoSuchEvent(99))
         ));
 
         answer(&["retry", refused]);
@@ -994,7 +994,7 @@ async fn failed_events_resolved_beside_daemon() {
 
         assert!(matches!(
             command(&["retry", unreadable]),
-            Err(FailedError::Partly {
+            Err(CommandError::Partly {
                 done: 0,
                 asked: 1,
                 ..
@@ -1002,7 +1002,7 @@ async fn failed_events_resolved_beside_daemon() {
         ));
         assert!(matches!(
             command(&["discard", unreadable, unreadable, refused]),
-            Err(FailedError::Partly {
+            Err(CommandError::Partly {
                 done: 1,
                 asked: 2,
                 ..

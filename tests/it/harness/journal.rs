@@ -5,8 +5,7 @@
 
 use std::fmt::Display;
 
-use bigchat_sync::cli::failed::{self, FailedError};
-use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::cli::{Cli, Command, CommandError, failed};
 use bigchat_sync::domain::time::{Millis, Timestamp};
 use bigchat_sync::http::{Api, ApiState};
 use bigchat_sync::journal::{FailedAttempt, FailedEvent, Figures, PastResolution, Store};
@@ -173,7 +172,7 @@ impl Bench {
     }
 
     /// Runs `bigchat-sync failed` with these arguments, whether or not a daemon runs.
-    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, FailedError> {
+    pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, CommandError> {
         let line = ["bigchat-sync", "failed"].iter().chain(arguments);
         match Cli::try_parse_from(line).expect("a good command").command {
             Some(Command::Failed(command)) => failed::run(&self.db(), command),
