@@ -4,13 +4,12 @@ use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, Drift, Pending};
 use super::ids::{ConversationId, EventId};
 use crate::domain::event::EventKind;
-use crate::domain::time::{Millis, Timestamp};
+use crate::domain::time::Millis;
 
 /// A claimed conversation with the next of its waiting events. No other worker gets it before its report is committed.
 #[derive(Debug, Clone)]
@@ -87,24 +86,16 @@ pub struct IdlePass {
 }
 
 /// What a verification found of a chat.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VerificationResult {
     /// Reading the chat failed repeatedly while OurAPI was up.
     pub is_unreadable: bool,
     pub missing: Missing,
     pub drift: Drift,
-    pub fields: DifferingFields,
+    pub fields: Vec<FieldDifference>,
 }
 
-/// The fields of a chat that differ, each as recorded and as found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct DifferingFields {
-    pub started_at: Option<(Option<Timestamp>, Timestamp)>,
-    pub ended_at: Option<(Option<Timestamp>, Option<Timestamp>)>,
-    pub agent: Option<(Option<Uuid>, Option<Uuid>)>,
-}
-
-/// One of them, by OurAPI's name.
+/// A field of a chat that differs, by OurAPI's name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FieldDifference {
     pub field: String,
@@ -114,29 +105,14 @@ pub struct FieldDifference {
     pub found: Option<String>,
 }
 
-impl DifferingFields {
-    /// As a list.
-    pub fn list(&self) -> Vec<FieldDifference> {
-        let difference = |field: &str, recorded, found| FieldDifference {
+impl FieldDifference {
+    pub fn new<T: ToString>(field: &str, recorded: Option<T>, found: Option<T>) -> Self {
+        let text = |value: Option<T>| value.map(|value| value.to_string());
+        Self {
             field: field.to_owned(),
-            recorded,
-            found,
-        };
-        let time = |at: Option<Timestamp>| at.map(|at| at.to_string());
-        let id = |id: Option<Uuid>| id.map(|id| id.to_string());
-        let started_at = self.started_at.map(|(recorded, found)| {
-            difference("started_at", time(recorded), Some(found.to_string()))
-        });
-        let ended_at = self
-            .ended_at
-            .map(|(recorded, found)| difference("ended_at", time(recorded), time(found)));
-        let agent = self
-            .agent
-            .map(|(recorded, found)| difference("agent_id", id(recorded), id(found)));
-        [started_at, ended_at, agent]
-            .into_iter()
-            .flatten()
-            .collect()
+            recorded: text(recorded),
+            found: text(found),
+        }
     }
 }
 
@@ -443,6 +419,7 @@ mod tests {
 
     use super::*;
     use crate::domain::event::Payload;
+    use crate::domain::time::Timestamp;
 
     #[test]
     fn states_of_a_verified_chat() {

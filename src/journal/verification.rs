@@ -436,7 +436,7 @@ pub(super) fn record_finding(
         )?
         .execute(range)?;
     if *found != VerificationResult::default() {
-        let fields = serde_json::to_string(&found.fields.list())
+        let fields = serde_json::to_string(&found.fields)
             .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
         let range = params![
             claim.verified_in.unwrap_or_default(),

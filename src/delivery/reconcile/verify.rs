@@ -9,7 +9,7 @@ use crate::delivery::worker::Worker;
 use crate::domain::account;
 use crate::domain::conversation::{Drift, Observed, UnknownFields};
 use crate::domain::progress::{
-    DifferingFields, Missing, Observation, VerificationResult, Verify, VerifyMode,
+    FieldDifference, Missing, Observation, VerificationResult, Verify, VerifyMode,
 };
 use crate::our_api;
 
@@ -42,33 +42,35 @@ impl Reconciled {
             self.conversation.observed = before;
             failed(error)
         })?;
+        let missing = Missing {
+            messages: count(&accounting.missing),
+            ..missing
+        };
         let found_now = VerificationResult {
             is_unreadable: false,
-            missing: Missing {
-                messages: count(&accounting.missing),
-                ..missing
-            },
+            missing,
             drift,
             fields,
         };
+        let differs = found_now != VerificationResult::default();
         self.verified(verify, found_now);
         if verify.is_idle {
             self.report_drift(drift, &found);
         }
         let is_left = match verify.mode {
             VerifyMode::Report => true,
-            VerifyMode::Restore => found_now.missing.is_none(),
+            VerifyMode::Restore => missing.is_none(),
             VerifyMode::Overwrite => false,
         };
         if is_left {
             return Ok(());
         }
-        if found_now != VerificationResult::default() {
+        if differs {
             worker.metrics.chat_differed();
         }
         if verify.is_idle {
             tracing::error!(
-                conversation = self.conversation.bigchat_id, chat = %found.chat_id, missing = %found_now.missing,
+                conversation = self.conversation.bigchat_id, chat = %found.chat_id, %missing,
                 "OurAPI has lost a part of a chat; it is sent again"
             );
         }
@@ -113,7 +115,7 @@ impl Reconciled {
         verify: Verify,
         found: &our_api::Chat,
         before: &Observed,
-    ) -> Result<(Drift, Missing, DifferingFields), AttemptError> {
+    ) -> Result<(Drift, Missing, Vec<FieldDifference>), AttemptError> {
         // If the chat is stale, a write of the daemon may have been carried out. It is no drift.
         let unknown = match self.claim.became_stale {
             true => UnknownFields::ALL,
@@ -143,14 +145,19 @@ impl Reconciled {
             }
             _ => before.agent,
         };
-        let fields = DifferingFields {
-            started_at: drift
-                .started_at
-                .then_some((before.started_at, found.started_at)),
-            ended_at: (drift.ended_at || missing.ended_at)
-                .then_some((before.ended_at, found.ended_at)),
-            agent: (drift.agent || missing.agent).then_some((recorded_agent, found.agent_id)),
-        };
+        let mut fields = Vec::new();
+        if drift.started_at {
+            let (recorded, found) = (before.started_at, Some(found.started_at));
+            fields.push(FieldDifference::new("started_at", recorded, found));
+        }
+        if drift.ended_at || missing.ended_at {
+            let (recorded, found) = (before.ended_at, found.ended_at);
+            fields.push(FieldDifference::new("ended_at", recorded, found));
+        }
+        if drift.agent || missing.agent {
+            let (recorded, found) = (recorded_agent, found.agent_id);
+            fields.push(FieldDifference::new("agent_id", recorded, found));
+        }
         let observed = &mut self.conversation.observed;
         match verify.mode {
             VerifyMode::Report => *observed = before.clone(),
