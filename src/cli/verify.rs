@@ -5,10 +5,13 @@
 
 use std::time::Duration;
 
+use serde_json::json;
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use super::json;
+use super::table::{Row, table};
 use crate::daemon::{self, DaemonError};
 use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
@@ -59,6 +62,8 @@ pub enum VerifyError {
     /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error("the answer cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
     /// This process cannot take the place of the daemon.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -245,10 +250,11 @@ async fn report(
     differences: &[Difference],
 ) -> Result<(), VerifyError> {
     let text = match args.json {
-        true => as_json(progress, differences, args.repair),
+        true => as_json(progress, differences, args.repair)?,
         false => as_table(progress, differences, args.repair),
     };
-    Ok(terminal.say(&text).await?)
+    // The terminal ends the line itself.
+    Ok(terminal.say(text.trim_end()).await?)
 }
 
 /// A count with its noun.
@@ -256,11 +262,15 @@ fn count(count: u64, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
-fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
+fn as_json(
+    progress: &VerificationProgress,
+    differences: &[Difference],
+    repair: bool,
+) -> serde_json::Result<String> {
     let differences: Vec<_> = differences
         .iter()
         .map(|difference| {
-            serde_json::json!({
+            json!({
                 "external_id": difference.external_id,
                 "chat": difference.state,
                 "messages_missing": difference.messages,
@@ -268,7 +278,7 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
             })
         })
         .collect();
-    serde_json::json!({
+    json::text(&json!({
         "chats": progress.chats(),
         "chats_missing": progress.missing,
         "chats_differing": progress.differing,
@@ -276,8 +286,7 @@ fn as_json(progress: &VerificationProgress, differences: &[Difference], repair: 
         "repaired": repair && progress.is_done(),
         "complete": progress.is_done(),
         "differences": differences,
-    })
-    .to_string()
+    }))
 }
 
 fn as_table(progress: &VerificationProgress, differences: &[Difference], repair: bool) -> String {
@@ -294,17 +303,15 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
             count(chats, "chat")
         );
     }
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["chat", "state", "messages missing"]);
-    for difference in differences {
-        let row = [
-            &difference.external_id,
-            &difference.state,
-            &difference.messages.to_string(),
-        ];
-        table.add_row(row);
-    }
+    let rows = differences.iter().map(|difference| Row {
+        cells: [
+            difference.external_id.clone(),
+            difference.state.clone(),
+            difference.messages.to_string(),
+        ],
+        text: None,
+    });
+    let header = ["chat", "state", "messages missing"];
     let mut end = if repair {
         "everything was repaired".to_owned()
     } else {
@@ -329,8 +336,8 @@ fn as_table(progress: &VerificationProgress, differences: &[Difference], repair:
     });
     let fields: String = fields.collect();
     format!(
-        "{}\n\n{fields}{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
-        table.trim_fmt(),
+        "{}\n{fields}{} verified: {missing} missing, {differing} with differences, {} missing; {end}",
+        table(header, &rows.collect::<Vec<_>>()),
         count(chats, "chat"),
         count(*messages, "message")
     )
