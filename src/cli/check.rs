@@ -22,7 +22,7 @@ use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{self, Api, ApiError, ApiState, ApiStatus, ErrorKind, Http, Network, json};
 use crate::journal::{OpenError, Store};
-use crate::our_api::{Lock, OurApi, lock_is_usable};
+use crate::our_api::{OurApi, lock_is_usable};
 use crate::settings::{Listen, Settings, TokenError, Tokens};
 use crate::status::WRITABLE;
 use crate::telemetry::terminal::{printable, shown, shown_in_full};
@@ -356,12 +356,7 @@ async fn ask(
         let text = format!("is not asked: deliveries are {pause}");
         return report.pass(Api::OurApi.title(), text);
     }
-    let lock = settings.our_api_lock.clone().map(|path| {
-        let stopping = CancellationToken::new();
-        Lock::new(path, timeout, stopping)
-    });
-    let our_api = OurApi::new(Arc::new(our_api), settings.our_api_concurrency, timeout);
-    let our_api = our_api.locked(lock);
+    let our_api = OurApi::new(Arc::new(our_api), settings, CancellationToken::new());
     let description = our_api.description().await.ok();
     let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;

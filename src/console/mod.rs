@@ -321,7 +321,11 @@ mod tests {
             bigchat: http(Api::BigChat, &settings.bigchat_url),
             our_api: http(Api::OurApi, &settings.our_api_url),
         };
-        let our_api = OurApi::new(Arc::clone(&apis.our_api), 1, settings.request_timeout);
+        let our_api = OurApi::new(
+            Arc::clone(&apis.our_api),
+            &settings,
+            CancellationToken::new(),
+        );
         let console = Console {
             apis,
             our_api: Arc::new(our_api),

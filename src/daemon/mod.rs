@@ -27,7 +27,7 @@ use crate::domain::time::Millis;
 use crate::http::{Api, Apis, Http, Network, Transport};
 use crate::journal::{Intervals, Journal, JournalError, OpenError, STORAGE_PAUSE, Store};
 use crate::metrics::Metrics;
-use crate::our_api::{Lock, OurApi};
+use crate::our_api::OurApi;
 use crate::poller::Poller;
 use crate::settings::{Listen, Settings, Tokens};
 use crate::telemetry::liveness::Liveness;
@@ -388,12 +388,7 @@ pub(crate) async fn begin(
     let journal = Arc::new(journal);
     let bigchat = BigChat::new(Arc::clone(&apis.bigchat));
     let source = Source::new(bigchat, Arc::clone(&journal), stopping.clone());
-    let (max_in_flight, timeout) = (settings.our_api_concurrency, settings.request_timeout);
-    let lock = settings.our_api_lock.clone().map(|path| {
-        let stopping = stopping.clone();
-        Lock::new(path, timeout, stopping)
-    });
-    let our_api = OurApi::new(Arc::clone(&apis.our_api), max_in_flight, timeout).locked(lock);
+    let our_api = OurApi::new(Arc::clone(&apis.our_api), &settings, stopping.clone());
     our_api.restore_timed_out(timed_out_until);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());

@@ -24,7 +24,7 @@ use crate::telemetry::terminal::shown;
 const TICK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
-pub struct Lock {
+pub(super) struct Lock {
     path: PathBuf,
     request_timeout: Duration,
     /// Cancelled at shutdown: no further request is begun.
@@ -37,7 +37,11 @@ pub struct Lock {
 
 impl Lock {
     /// The lock of a file, which is created if it does not exist.
-    pub fn new(path: PathBuf, request_timeout: Duration, stopping: CancellationToken) -> Self {
+    pub(super) fn new(
+        path: PathBuf,
+        request_timeout: Duration,
+        stopping: CancellationToken,
+    ) -> Self {
         Self {
             path,
             request_timeout,

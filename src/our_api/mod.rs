@@ -12,10 +12,12 @@ use reqwest::StatusCode;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::gate::Gate;
-pub use self::lock::{Lock, LockError, usable as lock_is_usable};
+use self::lock::Lock;
+pub use self::lock::{LockError, usable as lock_is_usable};
 use self::permits::Permits;
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{ChatChange, Fields};
@@ -23,6 +25,7 @@ use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::route::Route;
 use crate::http::{self, Api, ApiError, ErrorKind, Http, Response, Target};
+use crate::settings::Settings;
 
 #[derive(Debug)]
 pub struct OurApi {
@@ -106,19 +109,16 @@ pub struct MessageTarget(Target);
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl OurApi {
-    /// `request_timeout`: the time-out of `http`.
-    pub fn new(http: Arc<Http>, max_in_flight: u16, request_timeout: Duration) -> Self {
+    /// `stopping`: cancelled at shutdown, so that no request waits for the lock.
+    pub fn new(http: Arc<Http>, settings: &Settings, stopping: CancellationToken) -> Self {
+        let timeout = settings.request_timeout;
+        let lock = settings.our_api_lock.clone();
         Self {
             http,
-            permits: Permits::new(max_in_flight, request_timeout),
-            lock: None,
+            permits: Permits::new(settings.our_api_concurrency, timeout),
+            lock: lock.map(|path| Lock::new(path, timeout, stopping)),
             gate: Gate::default(),
         }
-    }
-
-    /// The same, with each request under a lock.
-    pub fn locked(self, lock: Option<Lock>) -> Self {
-        Self { lock, ..self }
     }
 
     /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
