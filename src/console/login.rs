@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Json;
+use axum::extract::rejection::JsonRejection;
 use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -19,6 +20,7 @@ use serde::Deserialize;
 use serde_json::json;
 use subtle::{Choice, ConstantTimeEq};
 
+use super::api::ApiError;
 use super::guard::{KEY, Rejection};
 use super::{Web, error};
 use crate::settings::Token;
@@ -83,16 +85,18 @@ pub(super) async fn login(
     State(web): State<Arc<Web>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
-    Json(credentials): Json<Credentials>,
-) -> Response {
+    credentials: Result<Json<Credentials>, JsonRejection>,
+) -> Result<Response, ApiError> {
+    let Json(credentials) = credentials?;
     let login = &web.login;
     if !login.is_needed() {
-        return error(
+        return Ok(error(
             StatusCode::NOT_FOUND,
             "no token is set: there is no need to log in",
-        );
+        ));
     }
-    match login.begin(peer.ip(), &credentials.token, Instant::now()) {
+    let begun = login.begin(peer.ip(), &credentials.token, Instant::now());
+    Ok(match begun {
         Ok((cookie, key)) => {
             tracing::info!(%peer, "login to the console");
             let cookie = login.set_cookie(&cookie, SESSION, &headers);
@@ -102,7 +106,7 @@ pub(super) async fn login(
             tracing::warn!(%peer, "login to the console failed");
             refusal.into_response()
         }
-    }
+    })
 }
 
 /// Ends the client's session.
@@ -140,15 +144,12 @@ impl Login {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// The access of a request's client.
+    /// The access of a request's client, if a token is set.
     pub(super) fn authenticate(
         &self,
         peer: IpAddr,
         headers: &HeaderMap,
     ) -> Result<Access, Rejection> {
-        if !self.is_needed() {
-            return Ok(Access::All);
-        }
         let now = Instant::now();
         if let Some(token) = bearer(headers) {
             return self.check(peer, token, now);

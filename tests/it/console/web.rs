@@ -229,6 +229,27 @@ async fn log_in(url: &str, token: &str) -> Response {
     sent(login).await
 }
 
+/// A login without a token in its body is answered like any other bad request, and is no attempt.
+#[tokio::test]
+async fn login_with_malformed_body() {
+    run_live_test(async |t| {
+        let (_, url) = t.start_listening(console_token());
+        for body in ["", "{", "[]", "{}", r#"{"token": 7}"#] {
+            let post = client().post(format!("{url}/api/login")).body(body);
+            let json = post.header(CONTENT_TYPE, "application/json");
+            let answer = sent(json.header("x-bigchat-sync", "1")).await;
+            assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{body}");
+            let answer: Value = answer.json().await.expect("JSON");
+            assert!(answer["error"].is_string(), "{body}: {answer}");
+        }
+        let metrics = sent(client().get(format!("{url}/metrics")).bearer_auth(TOKEN)).await;
+        let text = metrics.text().await.expect("a text");
+        let none = "\nbigchat_sync_console_wrong_tokens_total 0\n";
+        assert!(text.contains(none), "{text}");
+    })
+    .await;
+}
+
 /// A session lasts until its logout, and needs both the cookie and the key.
 #[tokio::test]
 async fn session_needs_cookie_and_key() {
