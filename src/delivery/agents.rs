@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use reqwest::StatusCode;
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
@@ -223,7 +224,10 @@ impl Agents {
         let is_named = namesakes.iter().any(|agent| is_alike(&agent.name, name));
         if !is_named && listed.is_empty() {
             // OurAPI answers 500, too, if the name or the address is taken. Neither is, so this one was an outage.
-            let is_outage = error.exchange.is_server_error();
+            let is_outage = error
+                .exchange
+                .status
+                .is_some_and(|status| status.is_server_error());
             if is_outage || self.refused_without_reason(email) < UNEXPLAINED_REFUSALS {
                 let kind = ErrorKind::OutcomeUnknown { timed_out: false };
                 return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
@@ -369,7 +373,10 @@ struct Taken {
 fn is_permanent(error: &ApiError) -> bool {
     match error.kind {
         ErrorKind::Ambiguous => true,
-        ErrorKind::Rejected => !error.exchange.is_read || error.exchange.is_unprocessable(),
+        ErrorKind::Rejected => {
+            let status = error.exchange.status;
+            !error.exchange.is_read || status == Some(StatusCode::UNPROCESSABLE_ENTITY)
+        }
         _ => false,
     }
 }

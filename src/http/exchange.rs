@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use reqwest::StatusCode;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
@@ -21,6 +22,8 @@ const MAX_DETAIL: usize = 200;
 pub struct Exchange {
     /// Method, path, query and body.
     pub request: String,
+    /// `None`: there was no response.
+    pub status: Option<StatusCode>,
     /// Status and body, or why there was no response.
     pub response: String,
     /// The reason for a 4xx, from its body, on one line.
@@ -114,18 +117,6 @@ pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
 }
 
 impl Exchange {
-    pub fn is_not_found(&self) -> bool {
-        self.response.starts_with("404")
-    }
-
-    pub fn is_server_error(&self) -> bool {
-        self.response.starts_with('5')
-    }
-
-    pub fn is_unprocessable(&self) -> bool {
-        self.response.starts_with("422")
-    }
-
     /// `response`: the reason if there was none.
     pub(super) fn new(
         target: &Target,
@@ -140,6 +131,7 @@ impl Exchange {
             .ok()
             .filter(|response| response.status.is_client_error())
             .and_then(|response| detail(&response.body));
+        let status = response.ok().map(|response| response.status);
         let response = match response {
             Ok(response) => format!(
                 "{} {}",
@@ -152,6 +144,7 @@ impl Exchange {
             is_read: method.is_safe(),
             cause: None,
             request: shortened(&format!("{method} {path} {body}")),
+            status,
             response: shortened(&response),
             detail,
         }
@@ -214,6 +207,7 @@ impl Exchange {
     pub fn logged(&self) -> Self {
         Self {
             request: log::shown(&self.request, request_head).to_owned(),
+            status: self.status,
             response: log::shown(&self.response, response_head).to_owned(),
             detail: None,
             is_read: self.is_read,
