@@ -53,7 +53,6 @@ impl Parts {
     pub(super) fn delivery(&self) -> Delivery {
         Delivery {
             settings: self.settings.clone(),
-            apis: self.apis.clone(),
             source: Arc::clone(&self.source),
             our_api: Arc::clone(&self.our_api),
             journal: Arc::clone(&self.journal),

@@ -13,7 +13,7 @@ use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
+use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
 /// After how many refusals of an address, each after the event's back-off, they are believed although OurAPI's lists show
@@ -24,7 +24,6 @@ const UNEXPLAINED_REFUSALS: u32 = 3;
 pub(super) struct Agents {
     source: Arc<Source>,
     our_api: Arc<OurApi>,
-    journal: Arc<Journal>,
     /// Whether a lost agent is created again before an event needs it.
     rebuild: bool,
     /// A cache, cleared after a loss in OurAPI; `None`: the advisor has no agent.
@@ -44,14 +43,12 @@ impl Agents {
     pub(super) fn new(
         source: Arc<Source>,
         our_api: Arc<OurApi>,
-        journal: Arc<Journal>,
         rebuild: bool,
         losses: i64,
     ) -> Self {
         Self {
             source,
             our_api,
-            journal,
             rebuild,
             known: Mutex::default(),
             verified: Mutex::default(),
@@ -70,6 +67,7 @@ impl Agents {
     /// Records that OurAPI has lost data, so that everything else is verified before it is used.
     pub(super) async fn record_loss(&self) -> Result<(), JournalError> {
         let losses = self
+            .source
             .journal
             .with(|store| store.record_loss(Millis::now()))
             .await?;
@@ -117,6 +115,7 @@ impl Agents {
     ) -> Result<Option<Uuid>, AttemptError> {
         let address = email.to_owned();
         let known = match self
+            .source
             .journal
             .with(move |store| store.agent(&address))
             .await?
@@ -142,7 +141,8 @@ impl Agents {
                     Err(error) => return Err(error.into()),
                 };
                 let address = email.to_owned();
-                self.journal
+                self.source
+                    .journal
                     .with(move |store| {
                         store.record_agent(&address, spelled.as_deref(), found, losses)
                     })
@@ -306,7 +306,7 @@ impl Agents {
     }
 
     async fn email_of(&self, agent: Uuid) -> Result<Option<String>, AttemptError> {
-        let email = self.journal.with(move |store| store.email_of(agent));
+        let email = self.source.journal.with(move |store| store.email_of(agent));
         Ok(email.await?)
     }
 
@@ -330,7 +330,8 @@ impl Agents {
         if self.rebuild {
             self.record_loss().await?;
         } else {
-            self.journal
+            self.source
+                .journal
                 .with(move |store| store.forget_agent(agent))
                 .await?;
             self.forget();

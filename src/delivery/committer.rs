@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 use tokio::time::{Instant, sleep};
-use tokio_util::sync::CancellationToken;
 
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Lost, Report};
 use crate::domain::time::Millis;
-use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
+use crate::journal::{JournalError, STORAGE_PAUSE};
 
-use super::Delivery;
+use super::worker::Worker;
 
 /// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
 /// no worker waits for a commit of 20 ms.
@@ -51,25 +50,9 @@ impl ToCommit {
     }
 }
 
-#[derive(Debug)]
-pub(super) struct Committer {
-    journal: Arc<Journal>,
-    storage: Arc<Storage>,
-    /// The id of the daemon's session.
-    session: i64,
-    stopping: CancellationToken,
-}
+pub(super) struct Committer(pub(super) Arc<Worker>);
 
 impl Committer {
-    pub(super) fn new(delivery: &Delivery) -> Self {
-        Self {
-            journal: Arc::clone(&delivery.journal),
-            storage: Arc::clone(&delivery.storage),
-            session: delivery.session.id,
-            stopping: delivery.stopping.clone(),
-        }
-    }
-
     /// Commits until the channel of reports is closed. While the database cannot be written, the same batch
     /// is retried.
     pub(super) async fn run(
@@ -83,49 +66,46 @@ impl Committer {
             let reports = Arc::new(std::mem::take(&mut batch));
             // A scheduler that has ended needs no release.
             release.send(self.commit(reports).await).ok();
-            if !self.stopping.is_cancelled() {
+            if !self.0.stopping.is_cancelled() {
                 sleep((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
             }
         }
     }
 
+    /// Commits a batch, if possible in one transaction. If a row is at fault, halves find it, and the others are committed
+    /// without it.
     async fn commit(&self, batch: Arc<Vec<ToCommit>>) -> Released {
         let mut released = Released::default();
-        loop {
-            match self.try_commit(Arc::clone(&batch), 0..batch.len()).await {
+        let mut rows = 0..batch.len();
+        while !rows.is_empty() {
+            match self.try_commit(Arc::clone(&batch), rows.clone()).await {
                 Ok(()) => {
-                    released.committed = batch.iter().map(ToCommit::conversation).collect();
-                    return released;
+                    let committed = batch[rows.clone()].iter().map(ToCommit::conversation);
+                    released.committed.extend(committed);
                 }
-                Err(error) if error.is_transient() => self.refused(&error).await,
-                // A single row is at fault; the others are committed without it.
-                Err(_) => break,
-            }
-        }
-        let mut next = 0;
-        while next < batch.len() {
-            let conversation = batch[next].conversation();
-            match self.try_commit(Arc::clone(&batch), next..next + 1).await {
                 Err(error) if error.is_transient() => {
                     self.refused(&error).await;
+                    continue;
+                }
+                Err(_) if rows.len() > 1 => {
+                    rows.end = rows.start + rows.len() / 2;
                     continue;
                 }
                 Err(error) => {
                     released.set_aside += 1;
                     tracing::error!(
-                        row = conversation.0, reason = %error,
+                        row = batch[rows.start].conversation().0, reason = %error,
                         "a delivery could not be committed; the conversation is set aside until the next start"
                     );
                 }
-                Ok(()) => released.committed.push(conversation),
             }
-            next += 1;
+            rows = rows.end..batch.len();
         }
         released
     }
 
     async fn refused(&self, error: &JournalError) {
-        self.storage.delivery_failed(error);
+        self.0.storage.delivery_failed(error);
         sleep(STORAGE_PAUSE).await;
     }
 
@@ -134,8 +114,8 @@ impl Committer {
         batch: Arc<Vec<ToCommit>>,
         rows: std::ops::Range<usize>,
     ) -> Result<(), JournalError> {
-        let session = self.session;
-        let committed = self.journal.with(move |store| {
+        let session = self.0.session.id;
+        let committed = self.0.journal.with(move |store| {
             let reports = batch[rows].iter().map(|row| match row {
                 ToCommit::Report(report) => Ok(report.as_ref()),
                 ToCommit::Lost(lost) => Err(lost),
@@ -143,7 +123,7 @@ impl Committer {
             store.commit(reports, session, Millis::now())
         });
         committed.await?;
-        self.storage.delivery_recovered();
+        self.0.storage.delivery_recovered();
         Ok(())
     }
 }

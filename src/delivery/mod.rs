@@ -29,7 +29,6 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::bigchat::Source;
-use crate::http::Apis;
 use crate::journal::{Journal, STORAGE_PAUSE, Session, Storage};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
@@ -44,28 +43,22 @@ use self::worker::Worker;
 /// How long requests in flight may take at shutdown.
 pub const DRAIN: Duration = Duration::from_secs(8);
 
-/// When delivery ends.
+/// What is delivered and verified, and until when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Until {
-    /// At shutdown.
-    Stopped,
-    /// When no event is due, or none can be delivered now.
-    Done,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scope {
+pub enum Task {
+    /// Everything, with a pass in idle time, until shutdown.
     All,
-    /// Events, and requested verifications of chats; no pass in idle time.
+    /// Everything until nothing is due, or nothing can be delivered now.
+    Once,
+    /// Events and requested verifications, until shutdown.
     Requested,
-    /// Requested verifications of chats, and no events.
+    /// Requested verifications without events, until shutdown.
     Verifications,
 }
 
 #[derive(Debug)]
 pub struct Delivery {
     pub settings: Settings,
-    pub apis: Apis,
     pub source: Arc<Source>,
     pub our_api: Arc<OurApi>,
     pub journal: Arc<Journal>,
@@ -82,15 +75,15 @@ pub struct Delivery {
 impl Delivery {
     /// Delivers events, then records in the journal whether the end was clean: no request given up in flight, and all
     /// reports committed.
-    pub async fn run(self, scope: Scope, until: Until) {
+    pub async fn run(self, task: Task) {
         let (reports, reported) = mpsc::channel(committer::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
-        let worker = Arc::new(Worker::new(&self));
-        let committer = Committer::new(&self);
-        let mut scheduler = Scheduler::new(&self, Arc::clone(&worker), scope, reports, released);
+        let worker = Arc::new(Worker::new(self));
+        let committer = Committer(Arc::clone(&worker));
+        let mut scheduler = Scheduler::new(Arc::clone(&worker), task, reports, released);
         let drained = CancellationToken::new();
         let deliver = async {
-            scheduler.run(until).await;
+            scheduler.run().await;
             // Dropping the scheduler closes the channel of reports, which ends the committer.
             let nothing_given_up = scheduler.drain(Instant::now() + DRAIN).await;
             drained.cancel();
@@ -112,7 +105,7 @@ impl Delivery {
         let (nothing_given_up, committed) = tokio::join!(deliver, commit);
         let clean = nothing_given_up && committed;
         let timed_out_until = worker.our_api.timed_out_until();
-        let ended = self
+        let ended = worker
             .journal
             .with(move |store| store.end_session(timed_out_until, clean));
         if let Ok(Err(error)) = timeout(STORAGE_PAUSE, ended).await {

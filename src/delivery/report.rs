@@ -4,12 +4,13 @@ use super::attempts::{self, AttemptError, Circumstances};
 use super::reconcile::{Reconciled, is_outcome_unknown};
 use super::scheduler::{AtWork, Scheduler};
 use crate::domain::conversation::{Attempts, Conversation, Pending};
-use crate::domain::ids::EventId;
+use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
     Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
     VerificationResult, advance,
 };
 use crate::domain::time::Millis;
+use crate::http::Api;
 use crate::journal::STORAGE_PAUSE;
 use crate::telemetry::log::log_at;
 
@@ -171,16 +172,8 @@ impl Scheduler {
             due_at: now.plus(self.worker.settings.retry_initial),
         };
         if let Some(event) = at_work.first {
-            let circumstances = self.circumstances(now);
-            let policy = self.worker.settings.retry();
-            let outcome = attempts::outcome(
-                event.attempts,
-                &AttemptError::Panicked,
-                at_work.conversation,
-                &self.writes,
-                &policy,
-                &circumstances,
-            );
+            let error = AttemptError::Panicked;
+            let outcome = self.outcome(at_work.conversation, &event, &error, now);
             if let Outcome::Retry { next_at, .. } = &outcome {
                 lost.due_at = lost.due_at.max(*next_at);
             }
@@ -197,14 +190,7 @@ impl Scheduler {
         error: &AttemptError,
         now: Millis,
     ) -> Outcome {
-        let outcome = attempts::outcome(
-            event.attempts,
-            error,
-            conversation.id,
-            &self.writes,
-            &self.worker.settings.retry(),
-            &self.circumstances(now),
-        );
+        let outcome = self.outcome(conversation.id, event, error, now);
         let (Outcome::Retry { attempts, .. } | Outcome::DeadLetter { attempts, .. }) = &outcome
         else {
             return outcome;
@@ -248,14 +234,30 @@ impl Scheduler {
         outcome
     }
 
-    fn circumstances(&self, now: Millis) -> Circumstances {
-        Circumstances {
+    fn outcome(
+        &self,
+        conversation: ConversationId,
+        event: &Pending,
+        error: &AttemptError,
+        now: Millis,
+    ) -> Outcome {
+        let settings = &self.worker.settings;
+        let bigchat = self.worker.source.http();
+        let circumstances = Circumstances {
             now,
-            bigchat_is_failing: self.worker.source.http().is_failing(),
-            bigchat_retry_after: self.worker.source.http().rate_limited_until(now),
-            request_timeout: self.worker.settings.request_timeout,
+            bigchat_is_failing: bigchat.is_failing(),
+            bigchat_retry_after: bigchat.rate_limited_until(now),
+            request_timeout: settings.request_timeout,
             fraction: rand::random(),
-        }
+        };
+        attempts::outcome(
+            event.attempts,
+            error,
+            conversation,
+            &self.writes,
+            &settings.retry(),
+            &circumstances,
+        )
     }
 
     /// Handles a failed read of a chat without waiting events. Returns the number of failures while OurAPI was up, and
@@ -288,7 +290,11 @@ impl Scheduler {
     fn is_logged_otherwise(&self, error: &AttemptError) -> bool {
         match error {
             AttemptError::Read(error) | AttemptError::Write(error) => {
-                self.worker.apis.of(error.api).is_failing()
+                let worker = &self.worker;
+                match error.api {
+                    Api::BigChat => worker.source.http().is_failing(),
+                    Api::OurApi => worker.our_api.http().is_failing(),
+                }
             }
             AttemptError::DataLost(_) => true,
             AttemptError::Journal(_) | AttemptError::Panicked => false,

@@ -7,23 +7,22 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::{self, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::Task;
 use super::attempts::Writes;
 use super::committer::{MAX_CLAIMED, Released, ToCommit};
 use super::reconcile::{Reconciled, reconcile};
 use super::worker::Worker;
-use super::{Delivery, Scope, Until};
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{IdlePass, Work};
 use crate::domain::time::Millis;
 use crate::http::{Circuit, RETRY_AFTER_MAX};
-use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE, Storage};
-use crate::telemetry::liveness::Liveness;
+use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE};
 
 /// How many conversations are loaded ahead of the workers.
 const AHEAD: usize = 256;
@@ -81,10 +80,7 @@ impl Idle {
 /// See the [module](self).
 pub(super) struct Scheduler {
     pub(super) worker: Arc<Worker>,
-    storage: Arc<Storage>,
-    liveness: Arc<Liveness>,
-    work_available: Arc<Notify>,
-    scope: Scope,
+    task: Task,
     /// Claimed work that has not been started, each with the time of loading.
     ready: VecDeque<(Instant, Work)>,
     /// Claimed: ready, in progress, or reported and not committed yet.
@@ -111,19 +107,16 @@ pub(super) struct Scheduler {
 
 impl Scheduler {
     pub(super) fn new(
-        delivery: &Delivery,
         worker: Arc<Worker>,
-        scope: Scope,
+        task: Task,
         reports: mpsc::Sender<ToCommit>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
         let writes = Writes::since(worker.session.writes_succeeded);
+        let pass = worker.settings.idle_pass();
         Self {
             worker,
-            storage: Arc::clone(&delivery.storage),
-            liveness: Arc::clone(&delivery.liveness),
-            work_available: Arc::clone(&delivery.work_available),
-            scope,
+            task,
             ready: VecDeque::new(),
             claimed: HashSet::new(),
             at_work: JoinSet::new(),
@@ -138,7 +131,7 @@ impl Scheduler {
             writes,
             failed_reads: HashMap::new(),
             idle_pass: Idle {
-                pass: delivery.settings.idle_pass(),
+                pass: pass.filter(|_| task == Task::All),
                 not_before: Instant::now(),
                 is_open: false,
                 give_way: CancellationToken::new(),
@@ -147,28 +140,24 @@ impl Scheduler {
         }
     }
 
-    pub(super) async fn run(&mut self, until: Until) {
-        if until == Until::Done || self.scope != Scope::All {
-            self.idle_pass.pass = None;
-        }
+    pub(super) async fn run(&mut self) {
         while !self.worker.stopping.is_cancelled() {
             let now = Millis::now();
             let circuit = self.circuit(now);
             self.hand_out(circuit);
             self.fetch(circuit, now);
-            if until == Until::Done && self.is_idle(circuit) {
+            if self.task == Task::Once && self.is_idle(circuit) {
                 break;
             }
             let rest = self.rest(circuit, now);
             let worker = Arc::clone(&self.worker);
-            let work_available = Arc::clone(&self.work_available);
             tokio::select! {
                 // A fixed order makes a simulation reproducible.
                 biased;
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
                 fetched = fetched(&mut self.fetch) => self.fetched(fetched),
-                () = work_available.notified() => self.check = true,
+                () = worker.work_available.notified() => self.check = true,
                 () = sleep(rest) => {
                     self.check = true;
                     self.idle = CHECK_EVERY;
@@ -178,9 +167,9 @@ impl Scheduler {
             while let Some(done) = self.at_work.try_join_next_with_id() {
                 self.finished(done);
             }
-            self.liveness.delivering.beat(CHECK_EVERY);
+            self.worker.liveness.delivering.beat(CHECK_EVERY);
             if self.at_work.is_empty() {
-                self.liveness.handling.rest();
+                self.worker.liveness.handling.rest();
             }
         }
     }
@@ -245,7 +234,7 @@ impl Scheduler {
     /// How many conversations may be in progress.
     fn limit(&self, circuit: Circuit) -> usize {
         // While reports cannot be committed, no work is begun.
-        if self.uncommitted() > 0 && self.storage.refuses_delivery() {
+        if self.uncommitted() > 0 && self.worker.storage.refuses_delivery() {
             return 0;
         }
         match circuit {
@@ -282,7 +271,6 @@ impl Scheduler {
             && let Some((_, work)) = self.ready.pop_front()
         {
             let worker = Arc::clone(&self.worker);
-            let liveness = Arc::clone(&self.liveness);
             let is_idle = work.verify.is_some_and(|verify| verify.is_idle);
             let at_work = AtWork {
                 conversation: work.conversation.id,
@@ -294,7 +282,7 @@ impl Scheduler {
                 self.idle_pass.give_way = give_way.clone();
             }
             let task = self.at_work.spawn(async move {
-                let handling = &liveness.handling;
+                let handling = &worker.liveness.handling;
                 let work = reconcile(&worker, work, &give_way);
                 handling.supervise_one(work).await
             });
@@ -324,7 +312,7 @@ impl Scheduler {
         let is_idle_time = self.is_unoccupied() && instant >= self.idle_pass.not_before;
         let settings = &self.worker.settings;
         let request = ClaimRequest {
-            verifications_only: self.scope == Scope::Verifications,
+            verifications_only: self.task == Task::Verifications,
             idle_pass: self.idle_pass.pass.filter(|_| is_idle_time),
             probe: circuit == Circuit::HalfOpen,
             conversations,
@@ -363,7 +351,7 @@ impl Scheduler {
         let wanted = limit + ahead;
         let free = wanted
             .saturating_sub(self.ready.len() + self.at_work.len())
-            .min(MAX_CLAIMED - self.claimed.len());
+            .min(MAX_CLAIMED + self.set_aside - self.claimed.len());
         if free * 2 <= wanted {
             return None;
         }
@@ -386,7 +374,7 @@ impl Scheduler {
                 next_due,
             }) => {
                 if self.uncommitted() == 0 {
-                    self.storage.delivery_recovered();
+                    self.worker.storage.delivery_recovered();
                 }
                 self.check |= is_more;
                 let mut verifications = work.iter().filter_map(|work| work.verify);
@@ -405,7 +393,7 @@ impl Scheduler {
                 }
             }
             Err(error) => {
-                self.storage.delivery_failed(&error);
+                self.worker.storage.delivery_failed(&error);
                 self.check = false;
                 self.idle = STORAGE_PAUSE;
                 self.idle_pass.not_before = Instant::now() + STORAGE_PAUSE;

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::Delivery;
@@ -11,22 +12,24 @@ use crate::bigchat::Source;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Claim;
-use crate::http::Apis;
-use crate::journal::{Journal, Session};
+use crate::journal::{Journal, Session, Storage};
 use crate::metrics::Metrics;
 use crate::our_api::OurApi;
 use crate::settings::Settings;
+use crate::telemetry::liveness::Liveness;
 
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) settings: Settings,
-    pub(super) apis: Apis,
     pub(super) source: Arc<Source>,
     pub(super) our_api: Arc<OurApi>,
     pub(super) journal: Arc<Journal>,
     pub(super) session: Session,
+    pub(super) storage: Arc<Storage>,
     pub(super) agents: Agents,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) liveness: Arc<Liveness>,
+    pub(super) work_available: Arc<Notify>,
     /// Cancelled at shutdown: no further request is begun.
     pub(super) stopping: CancellationToken,
     /// Chats whose fields were read, but whose messages cannot be read.
@@ -34,24 +37,37 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(delivery: &Delivery) -> Self {
+    pub(super) fn new(delivery: Delivery) -> Self {
+        let Delivery {
+            settings,
+            source,
+            our_api,
+            journal,
+            session,
+            storage,
+            metrics,
+            liveness,
+            work_available,
+            stopping,
+        } = delivery;
         let agents = Agents::new(
-            Arc::clone(&delivery.source),
-            Arc::clone(&delivery.our_api),
-            Arc::clone(&delivery.journal),
-            delivery.settings.rebuild.restores(),
-            delivery.session.losses,
+            Arc::clone(&source),
+            Arc::clone(&our_api),
+            settings.rebuild.restores(),
+            session.losses,
         );
         Self {
-            settings: delivery.settings.clone(),
-            apis: delivery.apis.clone(),
-            source: Arc::clone(&delivery.source),
-            our_api: Arc::clone(&delivery.our_api),
-            journal: Arc::clone(&delivery.journal),
-            session: delivery.session.clone(),
+            settings,
+            source,
+            our_api,
+            journal,
+            session,
+            storage,
             agents,
-            metrics: Arc::clone(&delivery.metrics),
-            stopping: delivery.stopping.clone(),
+            metrics,
+            liveness,
+            work_available,
+            stopping,
             unreadable: Mutex::default(),
         }
     }

@@ -329,30 +329,25 @@ fn commit_outcome(
         redelivery,
         ..
     } = *outcome;
+    let record = |attempts, next_at, failure| {
+        record_attempt(
+            transaction,
+            conversation,
+            event,
+            attempts,
+            next_at,
+            failure,
+            now,
+        )
+    };
     match &outcome.outcome {
         Outcome::Retry {
             attempts,
             next_at,
             failure,
-        } => record_attempt(
-            transaction,
-            conversation,
-            event,
-            attempts,
-            Some(*next_at),
-            failure,
-            now,
-        )?,
+        } => record(attempts, Some(*next_at), failure)?,
         Outcome::DeadLetter { attempts, failure } => {
-            record_attempt(
-                transaction,
-                conversation,
-                event,
-                attempts,
-                None,
-                failure,
-                now,
-            )?;
+            record(attempts, None, failure)?;
             transaction
                 .prepare_cached(
                     "INSERT OR IGNORE INTO dead_letters (event, conversation, failed_at)

@@ -102,10 +102,6 @@ pub struct NewMessage<'a> {
     pub agent_id: Option<Uuid>,
 }
 
-/// The URL for new messages of a chat.
-#[derive(Debug, Clone)]
-pub struct MessageTarget(Target);
-
 type Result<T> = std::result::Result<T, ApiError>;
 
 impl OurApi {
@@ -240,16 +236,9 @@ impl OurApi {
         self.send(&chat, Some(change), acknowledged).await
     }
 
-    pub fn message_target(&self, chat: Uuid) -> MessageTarget {
-        MessageTarget(self.of_chat(Route::AddMessage, chat))
-    }
-
-    pub async fn add_message(
-        &self,
-        target: &MessageTarget,
-        message: &NewMessage<'_>,
-    ) -> Result<()> {
-        self.send(&target.0, Some(message), acknowledged).await
+    pub async fn add_message(&self, chat: Uuid, message: &NewMessage<'_>) -> Result<()> {
+        let chat = self.of_chat(Route::AddMessage, chat);
+        self.send(&chat, Some(message), acknowledged).await
     }
 
     pub async fn messages(&self, chat: Uuid) -> Result<Vec<Message>> {

@@ -4,12 +4,12 @@ use uuid::Uuid;
 
 use crate::domain::conversation::Pending;
 use crate::http::ApiError;
-use crate::our_api::{MessageTarget, NewMessage, OurApi};
+use crate::our_api::{NewMessage, OurApi};
 
 /// `author`: the agent credited with the message.
 pub(in crate::delivery) async fn send(
     our_api: &OurApi,
-    target: &MessageTarget,
+    chat: Uuid,
     event: &Pending,
     text: &str,
     author: Option<Uuid>,
@@ -19,5 +19,5 @@ pub(in crate::delivery) async fn send(
         text,
         agent_id: author,
     };
-    our_api.add_message(target, &message).await
+    our_api.add_message(chat, &message).await
 }

@@ -22,7 +22,6 @@ use crate::domain::progress::{
     Claim, Effect, Missing, Observation, VerificationResult, Verify, Work,
 };
 use crate::http::{ApiError, ErrorKind, Resource};
-use crate::our_api;
 use crate::settings::MessageAuthor;
 
 /// The result of a piece of work.
@@ -339,9 +338,8 @@ impl Reconciled {
         let Some(chat) = self.conversation.observed.chat else {
             return Ok(());
         };
-        let target = worker.our_api.message_target(chat);
         let events = std::mem::take(&mut self.events);
-        let sent = self.send_all(worker, &target, &events).await;
+        let sent = self.send_all(worker, chat, &events).await;
         self.events = events;
         sent
     }
@@ -349,7 +347,7 @@ impl Reconciled {
     async fn send_all(
         &mut self,
         worker: &Worker,
-        target: &our_api::MessageTarget,
+        chat: Uuid,
         events: &[Pending],
     ) -> Result<(), Stopped> {
         let author = match worker.settings.message_author {
@@ -372,7 +370,7 @@ impl Reconciled {
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }
-            let sent = message::send(&worker.our_api, target, event, text, author).await;
+            let sent = message::send(&worker.our_api, chat, event, text, author).await;
             let Err(error) = sent else {
                 self.writes += 1;
                 self.done.push((event.id, Ok(Effect::MessageAdded)));
