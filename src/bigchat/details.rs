@@ -22,7 +22,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
     }
     let id = conversation.bigchat_id;
     match request(source, || source.client.conversation(id)).await {
-        Err(error) if error.is_not_found() && source.epochs.reports_events() => {
+        Err(error) if error.is_not_found() && source.epochs.answers() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
                 "BigChat no longer knows the conversation"
@@ -97,9 +97,7 @@ pub async fn advisor(
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
-            Err(error) if error.is_not_found() && source.epochs.reports_events() => {
-                KnownAdvisor::Gone
-            }
+            Err(error) if error.is_not_found() && source.epochs.answers() => KnownAdvisor::Gone,
             Err(error) => return Err(error.into()),
         }
     };

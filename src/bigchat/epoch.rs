@@ -138,7 +138,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
         let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
         let reported = events.iter().find(is_start).map(|event| event.at);
         match details(source, id).await.0 {
-            Err(error) if error.is_not_found() && source.epochs.reports_events() => {
+            Err(error) if error.is_not_found() && source.epochs.answers() => {
                 return Ok(Some(Epoch(epoch.0 - 1)));
             }
             Err(error) if error.is_not_found() => {}
@@ -172,7 +172,7 @@ async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError>
                 .await?;
             record_verified(source, requested_at);
         }
-        Err(error) if error.is_not_found() && source.epochs.reports_events() => {
+        Err(error) if error.is_not_found() && source.epochs.answers() => {
             source.epochs.probed_without_first();
         }
         _ => {}
@@ -192,5 +192,8 @@ async fn details(source: &Source, id: i64) -> (Result<Details, ApiError>, Option
     let details = source
         .request(ATTEMPTS, || source.client.conversation(id))
         .await;
+    if details.is_ok() {
+        source.epochs.answered(true);
+    }
     (details, requested_at)
 }

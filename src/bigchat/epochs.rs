@@ -15,7 +15,7 @@ pub struct Epochs {
     /// 0: not read from the journal yet.
     current: Arc<AtomicI64>,
     verified_until: AtomicI64,
-    reports_events: AtomicBool,
+    answers: AtomicBool,
     probes_without_first: AtomicU32,
 }
 
@@ -53,13 +53,14 @@ impl Epochs {
         self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
-    /// Whether the latest request for events succeeded. Only then is a 404 on another route believed.
-    pub fn reports_events(&self) -> bool {
-        self.reports_events.load(Ordering::Relaxed)
+    /// Whether the latest request for events succeeded, or one for details since. Only then is a 404 for other details
+    /// believed.
+    pub fn answers(&self) -> bool {
+        self.answers.load(Ordering::Relaxed)
     }
 
-    pub fn polled(&self, succeeded: bool) {
-        self.reports_events.store(succeeded, Ordering::Relaxed);
+    pub fn answered(&self, succeeded: bool) {
+        self.answers.store(succeeded, Ordering::Relaxed);
     }
 
     /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none at

@@ -109,7 +109,7 @@ impl Poller {
             .source
             .request(attempts, || bigchat.events(query))
             .await;
-        self.source.epochs.polled(page.is_ok());
+        self.source.epochs.answered(page.is_ok());
         page
     }
 

@@ -3,7 +3,7 @@
 use crate::harness::process::Process;
 use crate::harness::services::{BigChat, seeded};
 use crate::harness::{Test, run_live_test, run_test, run_with, until};
-use bigchat_sync::simulator::bigchat::{NextPage, Options, Page};
+use bigchat_sync::simulator::bigchat::{NextPage, Options, Page, raw};
 use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
 use std::time::Duration;
@@ -84,6 +84,29 @@ async fn restart_between_two_pages() {
         let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
         t.bigchat.reports(of_after);
         faults.resume();
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 4);
+    })
+    .await;
+}
+
+/// A page that is refused after a restart does not mix up epochs.
+#[tokio::test]
+async fn restart_before_a_refused_page() {
+    run_live_test(async |t| {
+        t.start();
+        t.until_polled().await;
+        let faults = half_a_poll(t).await;
+        t.bigchat.restart();
+        for _ in 0..3 {
+            t.bigchat.reports(raw("no page"));
+        }
+        let now = t.now();
+        t.bigchat.open(2, now, 1);
+        let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+        t.bigchat.reports(of_after);
+        faults.resume();
+        t.until_events("delivered", 4).await;
         t.agrees().await;
         assert_eq!(t.our_api.chats().len(), 4);
     })
