@@ -38,6 +38,8 @@ pub struct Page {
     pub next: Option<String>,
     /// How many events the page has.
     pub events: usize,
+    /// The date of the response.
+    pub date: Option<Timestamp>,
 }
 
 /// The response of `/conversations/{id}`.
@@ -89,7 +91,12 @@ impl BigChat {
             let [next] = json::fields(body, ["nextPageUrl"]).map_err(text_of)?;
             let next = next.and_then(next_page);
             let body = String::from_utf8(std::mem::take(&mut response.body)).map_err(text_of)?;
-            Ok(Page { body, next, events })
+            Ok(Page {
+                body,
+                next,
+                events,
+                date: response.date,
+            })
         })
         .await
     }

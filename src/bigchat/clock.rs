@@ -43,6 +43,7 @@ pub struct BigChatClock {
 
 #[derive(Debug, Default)]
 struct Readings {
+    latest: Option<Reading>,
     believed: Option<Reading>,
     /// A date that has jumped, and the number of the poll that first saw it.
     doubted: Option<(Reading, u64)>,
@@ -92,6 +93,12 @@ impl BigChatClock {
         self.readings().now(Instant::now())
     }
 
+    /// The same by its latest date, even if that is not believed.
+    pub fn latest(&self) -> Option<Timestamp> {
+        let latest = self.readings().latest?;
+        Some(latest.now(Instant::now()))
+    }
+
     fn readings(&self) -> MutexGuard<'_, Readings> {
         self.readings.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,6 +112,7 @@ impl Readings {
 
     /// The first date is compared with this machine's clock. Either may be wrong; if they differ, the next date decides.
     fn observe(&mut self, reading: Reading, this_machine: Timestamp) {
+        self.latest = Some(reading);
         let here = Reading {
             date: this_machine,
             at: reading.at,

@@ -13,7 +13,7 @@ use crate::domain::event::{Event, EventKind};
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
 use crate::http::ApiError;
-use crate::journal::{JournalError, Probe, Store, StoredPage};
+use crate::journal::{JournalError, Probe, StoredPage};
 
 /// How many conversations a probe requests while BigChat no longer knows the earlier ones.
 const PROBE_CONVERSATIONS: u32 = 3;
@@ -93,13 +93,7 @@ pub async fn begin(
     let first = details
         .ok()
         .and_then(|details| Some((details.started_at?, details.advisor)));
-    let verified_until = source.epochs.verified_until();
-    let began_at = match first {
-        Some((first, _)) if first >= verified_until => first.min(started_at),
-        // BigChat's clock was set back at the restart, so the start seems to precede the old epoch's last check.
-        _ if started_at < verified_until => source.clock().now().unwrap_or(verified_until),
-        _ => started_at,
-    };
+    let began_at = first.map_or(started_at, |(first, _)| first.min(started_at));
     let mark = source.epochs.mark();
     let begun = source
         .journal
@@ -116,18 +110,18 @@ pub async fn begin(
 }
 
 /// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the current
-/// one. If the page was served at about the time of the restart, its time proves nothing: it belongs to the previous epoch
-/// if it reports a conversation that BigChat no longer knows, or that now has another start time.
+/// one. Otherwise the page belongs to an earlier one if it reports a conversation that BigChat no longer knows, or that now
+/// has another start time. If that shows nothing, its time determines the epoch.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
         return Ok(page.epoch);
     }
-    let served_at = page.served_at;
-    let by_time = move |store: &mut Store| store.epoch_at(served_at);
-    let (epoch, certain) = source.journal.with(by_time).await?;
-    if certain || epoch <= page.requested_in {
-        return Ok(Some(epoch.max(page.requested_in)));
+    let current = source.epochs.current(&source.journal).await?;
+    if current <= page.requested_in {
+        return Ok(Some(page.requested_in));
     }
+    let by_time = epoch_by_time(source, page).await?;
+    let earlier = by_time.min(Epoch(current.0 - 1));
     let events = page.events();
     // The highest first: so far, the new epoch has used only the lowest ids.
     let ids: BTreeSet<_> = events
@@ -139,20 +133,31 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
         let reported = events.iter().find(is_start).map(|event| event.at);
         match details(source, id).await.0 {
             Err(error) if error.is_not_found() && source.epochs.answers() => {
-                return Ok(Some(Epoch(epoch.0 - 1)));
+                return Ok(Some(earlier));
             }
             Err(error) if error.is_not_found() => {}
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match reported.zip(started_at) {
                 Some((reported, started_at)) if reported != started_at => {
-                    return Ok(Some(Epoch(epoch.0 - 1)));
+                    return Ok(Some(earlier));
                 }
-                Some(_) => break,
+                Some(_) => return Ok(Some(current)),
                 None => {}
             },
         }
     }
-    Ok(Some(epoch))
+    Ok(Some(by_time))
+}
+
+/// The epoch of a page by its time.
+pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, JournalError> {
+    let served_at = page.served_at;
+    let now = source.clock().latest().unwrap_or(served_at);
+    let by_time = source
+        .journal
+        .with(move |store| store.epoch_at(served_at, now))
+        .await?;
+    Ok(by_time.max(page.requested_in))
 }
 
 /// Records conversation 1 of an epoch as a probe.

@@ -1,7 +1,5 @@
 //! What the poller stores: the cursor, the pages of the poll in progress, and their events.
 
-use std::time::Duration;
-
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
 use super::activity::Counts;
@@ -12,9 +10,9 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
 
-/// BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have been served
+/// In seconds: BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have been served
 /// before the restart.
-const DATE_LAG: Duration = Duration::from_secs(2);
+const DATE_LAG: i64 = 2;
 
 /// The oldest time for which BigChat still answers may advance while the end of a gap is searched. An advance of up to
 /// this many seconds is not a new gap.
@@ -50,7 +48,7 @@ pub struct NewPage {
     pub query: String,
     /// The latest known epoch when the page was requested: the page belongs to that or a later one.
     pub requested_in: Epoch,
-    /// BigChat's clock when the page was served.
+    /// BigChat's clock when the page was served: the date of the response, even if that is not believed.
     pub served_at: Timestamp,
     /// The window of the poll.
     pub window: (Timestamp, Timestamp),
@@ -78,7 +76,7 @@ pub struct StoredPage {
     pub id: i64,
     /// The query of its request.
     pub query: String,
-    /// BigChat's clock when the page was served.
+    /// See [`NewPage::served_at`].
     pub served_at: Timestamp,
     /// When its window starts.
     pub window_start: Timestamp,
@@ -271,18 +269,17 @@ impl Store {
         Ok(id)
     }
 
-    /// The epoch of a page that was served at that time, and whether that is certain. If not, the page may belong to
-    /// the epoch before.
-    pub fn epoch_at(&mut self, served_at: Timestamp) -> Result<(Epoch, bool)> {
-        let (epoch, began_at): (Epoch, i64) = self
+    /// The epoch of a page by the time at which it was served, and by BigChat's time `now`. If the page seems to be served
+    /// later than now, the latest restart has set the clock back, and the page is from before it.
+    pub fn epoch_at(&mut self, served_at: Timestamp, now: Timestamp) -> Result<Epoch> {
+        Ok(self
             .connection
             .prepare_cached(
-                "SELECT id, began_at FROM epochs WHERE began_at <= ?1 OR id = 1 ORDER BY id DESC LIMIT 1",
+                "SELECT id FROM epochs WHERE id = 1
+                    OR began_at <= ?1 + ?3 AND (?1 <= ?2 + ?3 OR id < (SELECT max(id) FROM epochs))
+                 ORDER BY id DESC LIMIT 1",
             )?
-            .query_row([served_at.plus(DATE_LAG).unix()], |row| {
-                Ok((row.get(0)?, row.get(1)?))
-            })?;
-        Ok((epoch, epoch == Epoch(1) || began_at < served_at.unix()))
+            .query_row([served_at.unix(), now.unix(), DATE_LAG], |row| row.get(0))?)
     }
 
     /// Whether the journal has such an event, in any epoch, ingested or on a stored page.
@@ -654,21 +651,29 @@ mod tests {
 
     use super::*;
 
-    /// `date` may lag, so a page served around the beginning of an epoch may belong to either.
     #[test]
-    fn page_near_a_restart_is_uncertain() {
+    fn epoch_by_time() {
         let memory = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(memory, true).expect("a schema");
         let at = |seconds: i64| Timestamp::from_unix(1_000 + seconds).expect("a time");
-        let mut epoch_at = |seconds| store.epoch_at(at(seconds)).expect("an epoch");
-        assert_eq!(epoch_at(0), (Epoch(1), true));
+        let mut epoch_at = |served_at, now| store.epoch_at(at(served_at), at(now));
+        assert_eq!(epoch_at(0, 0).expect("an epoch"), Epoch(1));
+        assert_eq!(epoch_at(300, 0).expect("an epoch"), Epoch(1));
         store
             .start_epoch(Epoch(1), at(0), None)
             .expect("a second epoch");
-        let mut epoch_at = |seconds| store.epoch_at(at(seconds)).expect("an epoch");
-        assert_eq!(epoch_at(-3), (Epoch(1), true));
-        assert_eq!(epoch_at(-2), (Epoch(2), false));
-        assert_eq!(epoch_at(0), (Epoch(2), false));
-        assert_eq!(epoch_at(1), (Epoch(2), true));
+        for (served_at, now, epoch) in [
+            (-3, 9, 1),
+            // `date` may lag.
+            (-2, 9, 2),
+            (0, 9, 2),
+            (9, 9, 2),
+            (11, 9, 2),
+            // The restart has set the clock back.
+            (12, 9, 1),
+        ] {
+            let by_time = store.epoch_at(at(served_at), at(now)).expect("an epoch");
+            assert_eq!(by_time, Epoch(epoch), "{served_at} {now}");
+        }
     }
 }

@@ -78,9 +78,7 @@ impl Poller {
         if self.failed_page_probes < MAX_FAILED_PROBES {
             return Err(PollError::Unanswered);
         }
-        let served_at = page.served_at;
-        let by_time = self.journal.with(move |store| store.epoch_at(served_at));
-        Ok(by_time.await?.0)
+        Ok(epoch::epoch_by_time(&self.source, page).await?)
     }
 
     /// Checks once a poll whether BigChat has restarted: by a probe, else by a START with another time than that of the

@@ -85,7 +85,7 @@ impl Poller {
             let page = NewPage {
                 query,
                 requested_in,
-                served_at: now,
+                served_at: page.date.unwrap_or(now),
                 window: (window.start, window.end),
                 body: page.body,
                 events: page.events,
@@ -214,7 +214,7 @@ impl Poller {
         let page = NewPage {
             query,
             requested_in,
-            served_at: now,
+            served_at: page.date.unwrap_or(now),
             window: (window.start, window.end),
             body: page.body,
             events: page.events,

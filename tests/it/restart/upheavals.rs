@@ -2,7 +2,7 @@
 
 use crate::harness::process::Process;
 use crate::harness::services::{BigChat, seeded};
-use crate::harness::{Test, run_live_test, run_test, run_with, until};
+use crate::harness::{Test, run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{NextPage, Options, Page, raw};
 use bigchat_sync::simulator::event::{message, start, transfer};
 use bigchat_sync::simulator::fault::{crashed, cut_off, dropped, html, paused, slow, status};
@@ -475,19 +475,55 @@ async fn late_start_of_the_previous_epoch() {
 /// A restart that also sets BigChat's clock back does not mix up epochs.
 #[tokio::test]
 async fn clock_set_back_by_a_restart() {
+    let cases = [-3600, -300, -5].map(|offset| [(offset, false), (offset, true)]);
+    side_by_side(cases.concat(), async |(offset, new_process)| {
+        run_live_test(async |t| {
+            let daemon = t.start();
+            // The epoch has been verified.
+            t.bigchat.further_polls(3).await;
+            let faults = half_a_poll(t).await;
+            if new_process {
+                daemon.crash(t).await;
+            }
+            t.bigchat.clock_runs(offset);
+            t.bigchat.restart();
+            let now = t.now();
+            t.bigchat.open(1, now, 1);
+            t.bigchat.open(2, now, 1);
+            let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
+            t.bigchat.reports(of_after);
+            faults.resume();
+            if new_process {
+                t.start();
+            }
+            t.until_events("delivered", 4).await;
+            t.agrees().await;
+            assert_eq!(t.our_api.chats().len(), 4, "{offset} {new_process}");
+        })
+        .await;
+    })
+    .await;
+}
+
+/// A restart that also sets BigChat's clock far ahead does not mix up epochs.
+#[tokio::test]
+async fn clock_set_ahead_by_a_restart() {
     run_live_test(async |t| {
         t.start();
-        // The epoch has been verified.
         t.bigchat.further_polls(3).await;
-        let faults = half_a_poll(t).await;
-        t.bigchat.clock_runs(-3600);
+        let events = |text| [1, 2].map(|id| message(id, t.now(), text));
+        t.bigchat.open(2, t.now() - 100, 1);
+        t.bigchat.reports(events("of before"));
+        t.until_events("delivered", 2).await;
+        // BigChat restarts before it answers a poll.
+        t.bigchat.upset("GET /events", paused());
+        until("a poll", async || t.bigchat.pausing() == 1).await;
+        t.bigchat.clock_runs(3600);
         t.bigchat.restart();
-        let now = t.now();
-        t.bigchat.open(1, now, 1);
-        t.bigchat.open(2, now, 1);
-        let of_after = vec![message(1, now, "of after"), message(2, now, "of after")];
-        t.bigchat.reports(of_after);
-        faults.resume();
+        t.bigchat.open(2, t.now(), 1);
+        t.bigchat.reports(events("of after"));
+        t.bigchat.resume();
+        t.until_events("delivered", 4).await;
         t.agrees().await;
         assert_eq!(t.our_api.chats().len(), 4);
     })
