@@ -267,7 +267,7 @@ impl Poller {
 fn is_outage(error: &ApiError) -> bool {
     matches!(
         error.kind,
-        ErrorKind::RateLimited { .. } | ErrorKind::Unauthorized
+        ErrorKind::Unreachable | ErrorKind::RateLimited { .. } | ErrorKind::Unauthorized
     )
 }
 

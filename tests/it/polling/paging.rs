@@ -785,6 +785,24 @@ async fn bigchat_retry_after() {
     .await;
 }
 
+/// A rate limit in the middle of a window does not start it again.
+#[tokio::test]
+async fn rate_limit_between_pages() {
+    run_test(async |t| {
+        // Longer than three polls.
+        t.bigchat.upset("GET /events?page=2", status(429).times(12));
+        t.bigchat.reports(page(messages("aa"), "?page=2"));
+        t.bigchat.reports(messages("bb"));
+        let daemon = t.start();
+        t.until_events("delivered", 2).await;
+        daemon.stop().await;
+        let queries = t.bigchat.queries();
+        assert_eq!(queries[0], first_window());
+        assert_eq!(queries[1..14], ["page=2"; 13], "12 refusals");
+    })
+    .await;
+}
+
 /// A wrong date after a restart mixes no epochs.
 #[tokio::test]
 async fn wrong_date_after_a_restart() {
