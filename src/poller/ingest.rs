@@ -27,6 +27,7 @@ impl Poller {
                 .is_none_or(|started_at| page.window_start < started_at);
             new_pages.push((page.clone(), self.epoch_of(page).await?, before_start));
         }
+        self.failed_page_probes = 0;
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let ignore = self.settings.ignore_events.clone();
         // All in one operation: delivery must see the last page's changes of a chat together with the earlier ones.
@@ -71,7 +72,6 @@ impl Poller {
     /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
-            self.failed_page_probes = 0;
             return Ok(epoch);
         }
         self.failed_page_probes += 1;

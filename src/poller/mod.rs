@@ -51,6 +51,9 @@ const MAX_RESCANS: u32 = 100;
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
+/// The pause between polls that wait for a probe, without an interval between them.
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
+
 /// How many old events are dropped in one transaction, which other writers wait for.
 const PRUNE_BATCH: u32 = 500;
 
@@ -104,6 +107,8 @@ enum PollOutcome {
     More,
     /// The poll could not finish. The next one continues from its last page, or reads the window again.
     Incomplete,
+    /// Its pages are not ingested, since BigChat did not answer whether it has restarted. A few polls later, they are.
+    Unanswered,
 }
 
 #[derive(Debug, Error)]
@@ -186,6 +191,7 @@ impl Poller {
             match outcome {
                 PollOutcome::More => {}
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
+                PollOutcome::Unanswered => sleep(PROBE_PAUSE).await,
                 PollOutcome::UpToDate | PollOutcome::Incomplete => break,
             }
         }
@@ -203,7 +209,7 @@ impl Poller {
             metrics, storage, ..
         } = &self.signals;
         metrics.polled(match &result {
-            Ok(PollOutcome::Incomplete) => metrics::Poll::Incomplete,
+            Ok(PollOutcome::Incomplete | PollOutcome::Unanswered) => metrics::Poll::Incomplete,
             Ok(PollOutcome::UpToDate | PollOutcome::More) => metrics::Poll::Complete,
             Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
             Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
@@ -231,7 +237,7 @@ impl Poller {
             Err(error @ PollError::Unanswered) => {
                 tracing::warn!("{error}");
                 self.retry_storage().await;
-                PollOutcome::Incomplete
+                PollOutcome::Unanswered
             }
             Err(PollError::Journal(error)) => {
                 storage.polling_failed(&error);

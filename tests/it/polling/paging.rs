@@ -803,6 +803,21 @@ async fn rate_limit_between_pages() {
     .await;
 }
 
+/// `once` delivers although BigChat does not answer whether it has restarted.
+#[tokio::test]
+async fn once_without_details() {
+    run_test(async |t| {
+        t.bigchat.reports([start(42, 0), message(42, 1, "one")]);
+        t.once().await;
+        t.bigchat
+            .upset("GET /conversations/{id}", status(500).always());
+        t.bigchat.reports([message(42, 2, "two")]);
+        t.once().await;
+        assert_eq!(t.our_api.messages(), ["one", "two"]);
+    })
+    .await;
+}
+
 /// A wrong date after a restart mixes no epochs.
 #[tokio::test]
 async fn wrong_date_after_a_restart() {
