@@ -140,10 +140,10 @@ const DROP: &str = concat!(
     is_droppable!("?4", "?5")
 );
 
-/// The same for discarded events.
+/// The same for discarded events. One that could not be parsed may have happened when it was received.
 const DROP_DISCARDED: &str = "DELETE FROM events WHERE id IN (
         SELECT d.event FROM dead_letters d JOIN events e ON e.id = d.event
-        WHERE d.discarded_at < ?1 AND e.event_at < ?2
+        WHERE d.discarded_at < ?1 AND max(e.event_at, e.received_at / 1000) < ?2
             AND NOT EXISTS (SELECT 1 FROM conversations WHERE id = e.conversation AND waiting > 0)
             AND NOT EXISTS (SELECT 1 FROM dead_letters o WHERE o.conversation = e.conversation
                 AND (o.discarded_at IS NULL OR o.discarded_at >= ?1))
@@ -160,20 +160,17 @@ mod tests {
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);
 
-    /// A journal with one message that was delivered at `at`, when it happened. BigChat was read up to `cursor`.
-    fn journal(at: i64, cursor: i64) -> Store {
+    /// A journal with one event that was received at `at`. BigChat was read up to `cursor`.
+    fn received(event: &str, at: i64, cursor: i64) -> Store {
         let connection = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(connection, true).expect("a journal");
-        let body = format!(
-            r#"{{"events":[{{"conversation_id":1,"event_name":"MESSAGE","event_at":{at},"data":{{"message":"Hi"}}}}]}}"#
-        );
         let at = Timestamp::clamped(at);
         let page = NewPage {
             query: String::new(),
             requested_in: Epoch(1),
             served_at: at,
             window: (at, at),
-            body,
+            body: format!(r#"{{"events":[{event}]}}"#),
             events: 1,
             progress: PollProgress::Complete(Timestamp::clamped(cursor)),
         };
@@ -186,6 +183,15 @@ mod tests {
                 .expect("events");
         }
         store.end_poll(None, 0, None).expect("the end of a poll");
+        store
+    }
+
+    /// The same with a message that was delivered at `at`, when it happened.
+    fn journal(at: i64, cursor: i64) -> Store {
+        let message = format!(
+            r#"{{"conversation_id":1,"event_name":"MESSAGE","event_at":{at},"data":{{"message":"Hi"}}}}"#
+        );
+        let mut store = received(&message, at, cursor);
         let connection = store.connection();
         connection
             .execute(
@@ -196,7 +202,7 @@ mod tests {
         connection
             .execute(
                 "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect) VALUES (1, 1, 1, ?1, 'sent')",
-                [now.0],
+                [at * 1000],
             )
             .expect("a delivery");
         store
@@ -219,6 +225,23 @@ mod tests {
             let now = Millis(here * 1000);
             let pruned = store.prune(RETENTION, Duration::from_secs(5), now, 10);
             assert_eq!(pruned.expect("a number"), dropped, "{here} {cursor}");
+        }
+    }
+
+    /// A discarded event that cannot be parsed stays as long as the next window may report it again.
+    #[test]
+    fn discarded_unparsable_event_stays() {
+        for (read, dropped) in [(0, 0), (60, 0), (66, 1)] {
+            let at = 100 * DAY;
+            let mut store = received("{}", at, at + read);
+            let connection = store.connection();
+            let discarded =
+                connection.execute("UPDATE dead_letters SET discarded_at = ?1", [at * 1000]);
+            assert_eq!(discarded.expect("an update"), 1);
+            let now = Millis((at + DAY) * 1000);
+            let second = Duration::from_secs(1);
+            let pruned = store.prune(second, 5 * second, now, 10);
+            assert_eq!(pruned.expect("a number"), dropped, "{read}");
         }
     }
 }
