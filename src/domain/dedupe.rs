@@ -88,6 +88,11 @@ impl Counts {
     pub fn of(pages: &[Vec<Key>]) -> Self {
         let mut counts = HashMap::new();
         for (number, page) in pages.iter().enumerate() {
+            // The first page of a loop is recognized by the second.
+            let next = pages.get(number + 1);
+            if next.is_some_and(|next| is_loop(&pages[..=number], next)) {
+                continue;
+            }
             for key in &page[repeated(&pages[..number], page)..] {
                 let count: &mut u32 = counts.entry(*key).or_default();
                 *count = if key.is_counted() { *count + 1 } else { 1 };
@@ -109,14 +114,27 @@ fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
     last(before).map_or(0, |last| overlap(last, page))
 }
 
-/// Whether a page repeats an earlier one under another URL, so that the pagination loops. ENDs and TRANSFERs repeat
-/// anyway; a page with a single other event counts only if it repeats the page just before it.
+/// Whether a page repeats the previous one under another URL, or both repeat earlier ones, so that the pagination loops.
+/// ENDs and TRANSFERs repeat anyway.
 pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
-    match page.iter().filter(|key| !key.is_repeated()).count() {
-        0 => false,
-        1 => last(before).is_some_and(|last| last == page),
-        _ => before.iter().any(|earlier| earlier == page),
-    }
+    let repeats = last(before).is_some_and(|last| last == page) && counted(page) > 0;
+    repeats || is_loop(before, page)
+}
+
+/// Whether a page and the one before it repeat two earlier pages in succession. A single equal page may be another.
+fn is_loop(before: &[Vec<Key>], page: &[Key]) -> bool {
+    let Some((previous, earlier)) = before.split_last() else {
+        return false;
+    };
+    counted(previous) + counted(page) > 1
+        && earlier
+            .windows(2)
+            .any(|pair| pair[0] == *previous && pair[1] == page)
+}
+
+/// How many events of a page BigChat does not repeat anyway.
+fn counted(page: &[Key]) -> usize {
+    page.iter().filter(|key| !key.is_repeated()).count()
 }
 
 /// The last page that is not empty.
@@ -223,8 +241,10 @@ mod tests {
             (vec!["ab"], "ab"),
             (vec!["k"], "k"),
             (vec!["?"], "?"),
-            (vec!["ab", "cd"], "ab"),
             (vec!["ab", ""], "ab"),
+            (vec!["ab", "cd", "ab"], "cd"),
+            (vec!["k", "a", "k"], "a"),
+            (vec!["ab", "E", "ab"], "E"),
         ] {
             assert!(is(&before, page), "{before:?} {page}");
         }
@@ -235,10 +255,16 @@ mod tests {
             (vec!["E"], "E"),
             (vec![""], ""),
             (vec!["k", "a"], "k"),
+            (vec!["ab", "cd"], "ab"),
+            (vec!["ab", "cd", "ab"], "ef"),
+            (vec!["E", "F", "E"], "F"),
+            (vec!["k", "E", "k"], "E"),
         ] {
             assert!(!is(&before, page), "{before:?} {page}");
         }
-        assert_eq!(count(&["kab", "cd", "kab"], 'k'), 1);
+        assert_eq!(count(&["kab", "cd", "kab"], 'k'), 2, "it is another page");
+        assert_eq!(count(&["kab", "cd", "kab", "ce"], 'k'), 2);
+        assert_eq!(count(&["kab", "cd", "kab", "cd"], 'k'), 1, "a loop");
     }
 
     proptest! {

@@ -72,7 +72,7 @@ impl Pages {
     pub(super) fn end_of(&self, last: &[Key]) -> Option<&'static str> {
         let empty = self.keys.iter().rev().take_while(|keys| keys.is_empty());
         if is_repetition(&self.keys, last) {
-            Some("a page repeats an earlier one of the same poll")
+            Some("pages repeat earlier ones of the same poll")
         } else if last.is_empty() && empty.count() + 1 >= MAX_EMPTY_PAGES {
             Some("too many successive pages have no events")
         } else {

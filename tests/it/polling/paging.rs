@@ -428,7 +428,11 @@ async fn page_repeated_by_another_url() {
         [
             ("at once", vec!["aa bb", "aa bb", "aa bb"], 2),
             ("with one event", vec!["aa", "aa", "aa"], 2),
-            ("in turns", vec!["aa bb", "cc dd", "aa bb", "cc dd"], 3),
+            (
+                "in turns",
+                vec!["aa bb", "cc dd", "aa bb", "cc dd", "aa bb"],
+                4,
+            ),
             ("after an empty one", vec!["aa bb", "", "aa bb", ""], 3),
         ],
         async |(case, pages, asked)| {
@@ -453,6 +457,23 @@ async fn page_repeated_by_another_url() {
             .await;
         },
     )
+    .await;
+}
+
+/// A page that equals an earlier one than the previous does not complete the poll.
+#[tokio::test]
+async fn equal_pages_apart() {
+    run_test(async |t| {
+        for (n, texts) in ["ok ok", "aa bb", "ok ok"].iter().enumerate() {
+            let next = format!("?page={}", n + 2);
+            t.bigchat.reports(page(messages(texts), next));
+        }
+        t.bigchat.reports(messages("cc"));
+        t.once().await;
+        assert_eq!(t.bigchat.queries().len(), 4);
+        let texts = t.our_api.sorted_messages();
+        assert_eq!(texts, ["aa", "bb", "cc", "ok", "ok", "ok", "ok"]);
+    })
     .await;
 }
 
