@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
-use crate::domain::ids::Epoch;
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, Probe, StoredPage};
@@ -42,12 +42,20 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         .journal
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
+    let requested_at = source.clock().now();
+    // Before the others: if they are the same after that, conversation 1 is of the same epoch.
+    let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
+        true => None,
+        false => request_first(source).await,
+    };
     if probes.is_empty() {
         // The next probes compare with conversation 1 as it is now.
-        record_first(source, epoch).await?;
+        if let Some(first) = first {
+            record_first(source, epoch, first).await?;
+            record_verified(source, requested_at);
+        }
         return Ok(ProbeResult::Unknown);
     }
-    let first_known = probes.iter().any(|probe| probe.bigchat_id == 1);
     let mut result = ProbeResult::Unknown;
     for Probe {
         bigchat_id,
@@ -61,8 +69,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
                 ..
             }) if started_at == known => {
                 record_verified(source, requested_at);
-                if !first_known {
-                    record_first(source, epoch).await?;
+                if let Some(first) = first {
+                    record_first(source, epoch, first).await?;
                 }
                 return Ok(ProbeResult::Same);
             }
@@ -160,29 +168,34 @@ pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, 
     Ok(by_time.max(page.requested_in))
 }
 
-/// Records conversation 1 of an epoch as a probe.
-async fn record_first(source: &Source, epoch: Epoch) -> Result<(), JournalError> {
+/// The start of conversation 1, and its first advisor.
+type First = (Timestamp, Option<AdvisorId>);
+
+/// Requests conversation 1, if it is due, for the next probes.
+async fn request_first(source: &Source) -> Option<First> {
     if !source.epochs.requests_first_conversation() {
-        return Ok(());
+        return None;
     }
-    let (details, requested_at) = details(source, 1).await;
+    let (details, _) = details(source, 1).await;
     match details {
-        Ok(Details {
-            started_at: Some(started_at),
-            advisor,
-        }) => {
-            source
-                .journal
-                .with(move |store| store.record_details(epoch, 1, started_at, advisor))
-                .await?;
-            record_verified(source, requested_at);
-        }
+        Ok(details) => Some((details.started_at?, details.advisor)),
         Err(error) if error.is_not_found() && source.epochs.answers() => {
             source.epochs.probed_without_first();
+            None
         }
-        _ => {}
+        Err(_) => None,
     }
-    Ok(())
+}
+
+async fn record_first(
+    source: &Source,
+    epoch: Epoch,
+    (started_at, advisor): First,
+) -> Result<(), JournalError> {
+    source
+        .journal
+        .with(move |store| store.record_details(epoch, 1, started_at, advisor))
+        .await
 }
 
 fn record_verified(source: &Source, at: Option<Timestamp>) {

@@ -529,3 +529,27 @@ async fn clock_set_ahead_by_a_restart() {
     })
     .await;
 }
+
+/// A restart just before conversation 1 becomes known is noticed.
+#[tokio::test]
+async fn restart_before_conversation_1_is_known() {
+    run_test(async |t| {
+        t.bigchat.forgets_conversation(1);
+        let daemon = t.start();
+        t.delivers([start(42, 0), message(42, 2, "of before")])
+            .await;
+        t.bigchat.upset("GET /conversations/1", paused());
+        until("conversation 1 is requested", async || {
+            t.bigchat.pausing() == 1
+        })
+        .await;
+        t.bigchat.clock(700);
+        t.bigchat.restarts(42, 695);
+        t.bigchat.resume();
+        t.bigchat.further_polls(2).await;
+        t.delivers([message(42, 696, "of after")]).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.chats().len(), 2);
+    })
+    .await;
+}
