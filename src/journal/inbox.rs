@@ -39,6 +39,8 @@ pub struct PollState {
     pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
     /// How many more polls may find nothing new in a window that is read again from its beginning.
     pub rescans_left: u32,
+    /// When a window was last read to its end.
+    pub polled_at: Option<Millis>,
 }
 
 /// A page as received, to be stored before it is processed.
@@ -141,7 +143,7 @@ impl Store {
     /// How far BigChat was read, and the poll in progress.
     pub fn poll_state(&mut self) -> Result<PollState> {
         let row = self.connection.query_row(
-            "SELECT cursor, window_start, window_end, next_query, rescans_left FROM poll_state",
+            "SELECT cursor, window_start, window_end, next_query, rescans_left, polled_at FROM poll_state",
             [],
             |row| {
                 Ok((
@@ -150,10 +152,11 @@ impl Store {
                     row.get::<_, Option<i64>>(2)?,
                     row.get(3)?,
                     row.get(4)?,
+                    row.get::<_, Option<i64>>(5)?,
                 ))
             },
         )?;
-        let (cursor, start, end, next, rescans_left) = row;
+        let (cursor, start, end, next, rescans_left, polled_at) = row;
         let window = start
             .zip(end)
             .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
@@ -161,6 +164,7 @@ impl Store {
             cursor: cursor.map(Timestamp::clamped),
             poll: window.map(|window| (window, next)),
             rescans_left,
+            polled_at: polled_at.map(Millis),
         })
     }
 

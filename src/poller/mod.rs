@@ -94,7 +94,9 @@ pub struct Poller {
     failed_page_probes: u32,
     /// For retention.
     clock: SteadyClock,
-    /// When the latest window that was read to its end was computed.
+    /// When the window of the poll in progress was computed.
+    window_at: Option<Instant>,
+    /// The same for the latest window that was read to its end.
     read_at: Option<Instant>,
     standstill: Standstill,
 }
@@ -143,6 +145,7 @@ impl Poller {
             failed_page_probes: 0,
             clock: SteadyClock::new(Millis::now(), Instant::now()),
             standstill: Standstill::default(),
+            window_at: None,
             read_at: None,
         }
     }
@@ -268,7 +271,7 @@ impl Poller {
                 epoch::probe(&self.source).await?;
             }
         }
-        let there = self.source.clock().now();
+        let (there, asked_at) = (self.source.clock().now(), Instant::now());
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
         // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
         // session.
@@ -282,8 +285,10 @@ impl Poller {
         if self.signals.stopping.is_cancelled() {
             return Ok(PollOutcome::Incomplete);
         }
-        let asked_at = Instant::now();
         let (window, next, rescans_left) = self.window(now).await?;
+        if next.is_none() {
+            self.window_at = Some(asked_at);
+        }
         let first = window_query(window.start, window.end);
         if next.as_ref().is_none_or(|next| *next == first) {
             pages.clear(&self.journal).await?;
@@ -341,7 +346,7 @@ impl Poller {
             })
             .await?;
         if outcome != PollOutcome::Incomplete {
-            self.read_at = Some(asked_at);
+            self.read_at = self.window_at.or(Some(asked_at));
         }
         if let (Some(cursor), true) = (source.cursor, outcome == PollOutcome::UpToDate) {
             self.standstill.observe(cursor, Instant::now());
@@ -350,13 +355,14 @@ impl Poller {
     }
 
     /// Moves the cursor, so that the next window starts at the oldest time for which BigChat still answers.
-    async fn skip_gap(&self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
+    async fn skip_gap(&mut self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
         let source = self.journal.with(|store| store.poll_state()).await?;
         let is_new = self
             .journal
             .with(move |store| store.skip_gap(oldest, cursor, Millis::now()))
             .await?;
+        self.read_at = Some(Instant::now());
         if let (Some(from), true) = (source.cursor, is_new) {
             tracing::error!(
                 %from, until = %oldest,
@@ -385,7 +391,7 @@ impl Poller {
             return Ok((window, Some(next), source.rescans_left));
         }
         let cursor = match source.cursor {
-            Some(cursor) => self.not_after(cursor, now),
+            Some(cursor) => self.resumes_at(cursor, now, source.polled_at),
             // A window begins before the cursor, by the overlap.
             None => {
                 if let Some(since) = settings.since.filter(|since| *since > now) {
@@ -409,13 +415,26 @@ impl Poller {
         Ok((window, None, source.rescans_left))
     }
 
-    /// The cursor, but not ahead of BigChat's clock. That clock has a precision of one second. If the cursor is further
-    /// ahead, the clock was set back, and reading resumes where the last window ended by the new clock.
-    fn not_after(&self, cursor: Timestamp, now: Timestamp) -> Timestamp {
-        if cursor <= now.plus(Duration::from_secs(1)) {
-            return cursor.min(now);
-        }
-        now.minus(self.read_at.map_or(Duration::ZERO, |at| at.elapsed()))
+    /// The cursor, or the time of the last poll by BigChat's clock as it is now, if that is earlier: the clock was ahead
+    /// then, or a node whose clock was ahead answered. Goes back by the longest window at most.
+    fn resumes_at(
+        &self,
+        cursor: Timestamp,
+        now: Timestamp,
+        polled_at: Option<Millis>,
+    ) -> Timestamp {
+        let latest = cursor.min(now);
+        let earliest = latest.minus(self.settings.max_window);
+        let elapsed = match (self.read_at, polled_at) {
+            (Some(at), _) => at.elapsed(),
+            (None, Some(at)) if at <= Millis::now() => Millis::now().since(at),
+            // This machine's clock was set back.
+            (None, Some(_)) => return earliest,
+            (None, None) => Duration::ZERO,
+        };
+        // Both times have a precision of one second.
+        let polled_at = now.plus(Duration::from_secs(1)).minus(elapsed);
+        polled_at.clamp(earliest, latest)
     }
 
     /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal

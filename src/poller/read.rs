@@ -80,7 +80,7 @@ impl Poller {
             });
             let progress = match &next {
                 Some(next) => PollProgress::Next(next.clone()),
-                None => PollProgress::Complete(self.not_after(window.end, now)),
+                None => PollProgress::Complete(window.end.min(now)),
             };
             let page = NewPage {
                 query,

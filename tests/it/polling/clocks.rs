@@ -1,9 +1,9 @@
 //! Wrong or stepping clocks: nothing is lost, no window is in BigChat's future, and the poll interval stays the same.
 
-use crate::harness::services::{NOW, busy_log, tampering, unix, window, with_header};
+use crate::harness::services::{NOW, busy_log, quiet_log, tampering, unix, window, with_header};
 use crate::harness::{run_live_test, run_test, run_with, side_by_side, until};
 use bigchat_sync::http::Api;
-use bigchat_sync::simulator::bigchat::{Clock, Options};
+use bigchat_sync::simulator::bigchat::{Clock, Log, Options};
 use bigchat_sync::simulator::event::{end, message, start};
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::time::Duration;
@@ -189,6 +189,30 @@ async fn machine_clock_behind_and_no_answer() {
         daemon.stop().await;
         assert_eq!(t.cursor(), before);
         t.bigchat.outage(None);
+    })
+    .await;
+}
+
+/// A new process reads the time since the last poll, although BigChat's clock was ahead then.
+#[tokio::test]
+async fn clock_corrected_between_processes() {
+    // By how much the clock was ahead of the corrected one, how long ago that was, and when the event happened.
+    side_by_side([(300, 60, 30), (9, 20, 18)], async |(ahead, ago, age)| {
+        run_with(quiet_log(Log::default()), async |t| {
+            // The poll seems to have been earlier.
+            t.bigchat.clock_runs(ahead - ago);
+            t.once().await;
+            let millis = ago * 1000;
+            t.execute(&format!(
+                "UPDATE poll_state SET polled_at = polled_at - {millis}"
+            ));
+            t.bigchat.clock_runs(0);
+            t.bigchat
+                .reports_event(message(1, t.now() - age, "meanwhile"));
+            t.once().await;
+            assert_eq!(t.our_api.messages(), ["meanwhile"], "{ahead}");
+        })
+        .await;
     })
     .await;
 }
