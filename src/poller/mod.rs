@@ -86,6 +86,8 @@ pub struct Poller {
     started_at: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
+    /// The longest window: the setting, or less after a first page that BigChat did not answer.
+    max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
     /// In how many polls the probe for a restart had no response.
@@ -135,6 +137,7 @@ impl Poller {
         Self {
             source,
             journal,
+            max_window: settings.max_window,
             settings,
             signals,
             unstored: None,
@@ -411,7 +414,7 @@ impl Poller {
                 .with(move |store| store.set_cursor(cursor, Millis::now()))
                 .await?;
         }
-        let window = Window::next(cursor, now, settings.poll_overlap, settings.max_window);
+        let window = Window::next(cursor, now, settings.poll_overlap, self.max_window);
         Ok((window, None, source.rescans_left))
     }
 

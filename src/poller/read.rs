@@ -53,10 +53,13 @@ impl Poller {
             };
             // BigChat may restart before the page is stored.
             let requested_in = self.source.epochs.current(&self.journal).await?;
+            let is_first = query == window_query(window.start, window.end);
             let page = match self.request(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
-                    let is_first = query == window_query(window.start, window.end);
+                    if is_first && matches!(error.kind, ErrorKind::OutcomeUnknown { .. }) {
+                        self.shorten_windows(window);
+                    }
                     if is_first && error.kind == ErrorKind::Rejected {
                         return self.find_oldest(pages, window, error).await;
                     }
@@ -64,6 +67,9 @@ impl Poller {
                 }
             };
             self.page_failures = 0;
+            if is_first {
+                self.max_window = (self.max_window * 2).min(self.settings.max_window);
+            }
             bytes += page.body.len();
             let now = self.source.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
@@ -139,6 +145,21 @@ impl Poller {
             "the next page cannot be fetched; the window is read again from its beginning"
         );
         Ok(FetchEnd::Stuck)
+    }
+
+    /// Halves the longest window. The first page of a shorter one may take BigChat less time, and be smaller. Each one that
+    /// is read doubles it again.
+    fn shorten_windows(&mut self, window: Window) {
+        let longest = self.settings.max_window;
+        if window.catching_up && self.max_window == longest {
+            tracing::warn!(
+                from = %window.start, until = %window.end,
+                "BigChat did not answer for a window of this length; trying shorter ones; if this happens again, set a \
+                 shorter --max-window"
+            );
+        }
+        let shortest = self.settings.poll_overlap + SECOND;
+        self.max_window = (self.max_window / 2).max(shortest).min(longest);
     }
 
     /// Handles a window that BigChat rejects. If BigChat answers for a recent window, it has dropped events older than some

@@ -1,7 +1,8 @@
 //! Windows and pages, and responses that are neither.
 
-use crate::harness::services::{NOW, time, unix, window, with_body, with_header};
+use crate::harness::services::{NOW, tampering, time, unix, window, with_body, with_header};
 use crate::harness::{Test, run_test, side_by_side, until};
+use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::{Page, page, raw};
 use bigchat_sync::simulator::event::{end, message, start, transfer};
@@ -9,6 +10,7 @@ use bigchat_sync::simulator::fault::{dropped, status};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use url::form_urlencoded;
 use wiremock::MockServer;
 
 /// The query of the first window.
@@ -835,6 +837,32 @@ async fn once_without_details() {
         t.bigchat.reports([message(42, 2, "two")]);
         t.once().await;
         assert_eq!(t.our_api.messages(), ["one", "two"]);
+    })
+    .await;
+}
+
+/// A BigChat that answers only for windows of up to ten minutes is read up to now.
+#[tokio::test]
+async fn long_windows_are_not_answered() {
+    run_test(async |t| {
+        t.once().await;
+        let url = tampering(&t.bigchat.url(), |line, answer| {
+            let query = line.split(['?', ' ']).nth(2).unwrap_or_default();
+            let times: Vec<_> = form_urlencoded::parse(query.as_bytes())
+                .filter_map(|(_, value)| Timestamp::parse(&value))
+                .collect();
+            match times[..] {
+                [start, end] if end.unix() - start.unix() > 600 => Vec::new(),
+                _ => answer,
+            }
+        })
+        .await;
+        t.set("--bigchat-url", &url);
+        t.bigchat.clock(NOW + 7200);
+        t.start();
+        t.until_cursor(NOW + 7200).await;
+        t.bigchat.reports([message(42, NOW + 7199, "one")]);
+        t.until_events("delivered", 1).await;
     })
     .await;
 }
