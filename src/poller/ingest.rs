@@ -20,6 +20,11 @@ impl Poller {
         if !pages.has_new() {
             return Ok(false);
         }
+        // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
+        // session.
+        let now = self.source.clock().now();
+        let started_at = now.map(|now| now.minus(self.created_at.elapsed()));
+        self.started_at = self.started_at.max(started_at);
         let mut new_pages = Vec::new();
         for page in pages.stored.iter().filter(|page| !page.ingested) {
             let before_start = self

@@ -82,7 +82,9 @@ pub struct Poller {
     signals: Signals,
     /// A page that was received and is not stored yet.
     unstored: Option<Arc<NewPage>>,
-    /// When this daemon started, by BigChat's clock.
+    /// When this daemon started.
+    created_at: Instant,
+    /// The same by BigChat's clock, or later: its first dates may have been behind.
     started_at: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
@@ -141,6 +143,7 @@ impl Poller {
             settings,
             signals,
             unstored: None,
+            created_at: Instant::now(),
             started_at: None,
             clock_reported: false,
             page_failures: 0,
@@ -276,9 +279,6 @@ impl Poller {
         }
         let (there, asked_at) = (self.source.clock().now(), Instant::now());
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
-        // This machine's clock may be wrong. Until BigChat's time is known, every window counts as begun before the
-        // session.
-        self.started_at = self.started_at.or(there);
         // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The earlier pages
         // of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;

@@ -1,9 +1,10 @@
 //! The four handlers: the exact requests to BigChat and OurAPI for each event.
 
 use crate::harness::process::printed;
-use crate::harness::services::{NOW, line, time};
+use crate::harness::services::{NOW, line, time, unix};
 use crate::harness::{run_test, side_by_side};
 use bigchat_sync::domain::event::EventKind;
+use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::simulator::compare::Rules;
 use bigchat_sync::simulator::event::{KINDS, end, message, start, transfer};
 use bigchat_sync::simulator::fault::status;
@@ -552,6 +553,7 @@ async fn reads_after_a_restart() {
         let daemon = t.start();
         t.delivers([start(42, 0), start(43, 1)]).await;
         daemon.stop().await;
+        t.set("--poll-overlap", "1s");
         t.start();
         for (event, expected) in [
             (
@@ -572,8 +574,9 @@ async fn reads_after_a_restart() {
             assert_eq!(t.delivers([event.clone()]).await, expected, "{event}");
         }
         // The windows now begin after the daemon did.
-        t.bigchat.clock(NOW + 60);
-        t.bigchat.further_polls(3).await;
+        let here = Timestamp::of_this_machine().unix();
+        t.bigchat.clock_runs(unix(NOW) - here);
+        t.until_cursor_passes(NOW).await;
         assert_eq!(
             t.delivers([message(43, 12, "three")]).await,
             [sent("c2", 12, "three")]

@@ -1,13 +1,15 @@
 //! The daemon starts with an older database (a copy, a replica), or with none and `--since`, as on another machine. If
 //! BigChat stores its events, nothing is lost, and nothing that OurAPI has is sent again.
 
-use crate::harness::services::{ADD_MESSAGE, busy_log, quiet_log, time, unix};
+use crate::harness::services::{
+    ADD_MESSAGE, busy_log, quiet_log, tampering, time, unix, with_header,
+};
 use crate::harness::{Bench, Test, run_live_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::{Log, Options};
 use bigchat_sync::simulator::event::{end, message, transfer};
 use bigchat_sync::simulator::fault::slow;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A BigChat that stores its events, busy enough to have every kind of event within a few seconds. OurAPI
 /// rejects none of it: a rejected event would be sent again.
@@ -99,6 +101,40 @@ async fn older_copy_of_the_database() {
             t.bigchat.calms_down();
         })
         .await;
+    })
+    .await;
+}
+
+/// The same if BigChat's date is behind at first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn older_copy_and_a_date_behind() {
+    run_with(stores_its_events(21), async |t| {
+        let daemon = t.start();
+        t.bigchat.reports_more(120).await;
+        daemon.stop().await;
+        let copy = copy(t);
+        let daemon = t.start();
+        t.bigchat.reports_more(150).await;
+        t.bigchat.calms_down();
+        t.agrees().await;
+        daemon.stop().await;
+        let (before, sent) = (held(t), writes(t));
+        restore(t, &copy);
+        let mut polls = 0;
+        let url = tampering(&t.bigchat.url(), move |line, answer| {
+            polls += i32::from(line.starts_with("GET /events"));
+            if polls > 2 {
+                return answer;
+            }
+            let behind = SystemTime::now() - Duration::from_secs(300);
+            let header = format!("date: {}", httpdate::fmt_http_date(behind));
+            with_header(&answer, "date", &header)
+        })
+        .await;
+        t.set("--bigchat-url", &url).set("--max-window", "10s");
+        catch_up(t).await;
+        assert!(held(t) == before, "{}", t.compare());
+        assert_eq!(writes(t), sent);
     })
     .await;
 }
