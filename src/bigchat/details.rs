@@ -16,7 +16,7 @@ const NOT_FOUND_ATTEMPTS: u32 = 3;
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the conversation,
 /// only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
-    if !is_current(source, conversation.epoch).await? {
+    if !is_current(source, conversation.epoch) {
         conversation.details = Details::Gone;
         return Ok(());
     }
@@ -39,7 +39,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                 }
                 // A later epoch has no conversation that started while this one was still verified.
                 (None, Some(reported)) if reported < source.epochs.verified_until() => {
-                    is_current(source, conversation.epoch).await?
+                    is_current(source, conversation.epoch)
                 }
                 _ => is_same_epoch(source, conversation.epoch).await?,
             };
@@ -88,7 +88,7 @@ pub async fn advisor(
     {
         return Ok(known);
     }
-    let known = if !is_current(source, epoch).await? {
+    let known = if !is_current(source, epoch) {
         KnownAdvisor::Gone
     } else {
         match request(source, || source.client.advisor(id.0)).await {
@@ -115,15 +115,15 @@ pub async fn advisor(
     Ok(known)
 }
 
-async fn is_current(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
-    Ok(source.epochs.current(&source.journal).await? == epoch)
+fn is_current(source: &Source, epoch: Epoch) -> bool {
+    source.epochs.current() == epoch
 }
 
 /// Whether a response just received belongs to the epoch.
 async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
     match epoch::probe(source).await? {
         ProbeResult::Restarted => Ok(false),
-        ProbeResult::Same | ProbeResult::Unknown => is_current(source, epoch).await,
+        ProbeResult::Same | ProbeResult::Unknown => Ok(is_current(source, epoch)),
         ProbeResult::Unanswered => {
             Err(not_sent("BigChat did not answer whether it has restarted").into())
         }

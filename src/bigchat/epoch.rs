@@ -124,7 +124,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     if page.epoch.is_some() {
         return Ok(page.epoch);
     }
-    let current = source.epochs.current(&source.journal).await?;
+    let current = source.epochs.current();
     if current <= page.requested_in {
         return Ok(Some(page.requested_in));
     }

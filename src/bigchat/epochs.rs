@@ -5,14 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
 use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
-use crate::journal::{Journal, JournalError};
 
 /// After this many probes, a missing conversation 1 is requested again: with a probe every 10 s, about ten minutes.
 const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
 #[derive(Debug, Default)]
 pub struct Epochs {
-    /// 0: not read from the journal yet.
     current: Arc<AtomicI64>,
     verified_until: AtomicI64,
     answers: AtomicBool,
@@ -20,21 +18,17 @@ pub struct Epochs {
 }
 
 impl Epochs {
-    /// The current epoch. In memory, since delivery checks it for each use of details and must not wait for a commit.
-    pub async fn current(&self, journal: &Journal) -> Result<Epoch, JournalError> {
-        match self.current.load(Ordering::Acquire) {
-            0 => {
-                let mark = self.mark();
-                let read = journal.with(move |store| {
-                    let epoch = store.epoch()?;
-                    Ok(Epoch(
-                        mark.fetch_max(epoch.0, Ordering::AcqRel).max(epoch.0),
-                    ))
-                });
-                read.await
-            }
-            epoch => Ok(Epoch(epoch)),
+    /// `current`: the latest epoch in the journal.
+    pub fn new(current: Epoch) -> Self {
+        Self {
+            current: Arc::new(AtomicI64::new(current.0)),
+            ..Self::default()
         }
+    }
+
+    /// The current epoch. In memory, since delivery checks it for each use of details and must not wait for a commit.
+    pub fn current(&self) -> Epoch {
+        Epoch(self.current.load(Ordering::Acquire))
     }
 
     /// The current epoch, to be raised inside the journal operation that begins an epoch, so that every later operation

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::clock::BigChatClock;
 use super::{BigChat, Epochs};
+use crate::domain::ids::Epoch;
 use crate::domain::time::Millis;
 use crate::http::{ApiError, Circuit, Http};
 use crate::journal::{Journal, JournalError};
@@ -28,11 +29,16 @@ pub struct Source {
 }
 
 impl Source {
-    /// The journal stores the epochs. Once `stopping` is cancelled, no request is retried.
-    pub fn new(client: BigChat, journal: Arc<Journal>, stopping: CancellationToken) -> Self {
+    /// `epoch`: the latest one in the journal. Once `stopping` is cancelled, no request is retried.
+    pub fn new(
+        client: BigChat,
+        journal: Arc<Journal>,
+        epoch: Epoch,
+        stopping: CancellationToken,
+    ) -> Self {
         Self {
             client,
-            epochs: Epochs::default(),
+            epochs: Epochs::new(epoch),
             journal,
             stopping,
         }

@@ -387,7 +387,12 @@ pub(crate) async fn begin(
     };
     let journal = Arc::new(journal);
     let bigchat = BigChat::new(Arc::clone(&apis.bigchat));
-    let source = Source::new(bigchat, Arc::clone(&journal), stopping.clone());
+    let source = Source::new(
+        bigchat,
+        Arc::clone(&journal),
+        session.epoch,
+        stopping.clone(),
+    );
     let our_api = OurApi::new(Arc::clone(&apis.our_api), &settings, stopping.clone());
     our_api.restore_timed_out(timed_out_until);
     our_api.set_pause(session.pause);

@@ -179,33 +179,36 @@ impl Store {
     }
 
     /// Records that BigChat no longer reports events between the old cursor and `ends_at`, and sets the new `cursor`. The
-    /// next window starts at `ends_at`, which is `cursor` minus the overlap. Returns whether this is a new gap, and not the
-    /// rest of a known one.
-    pub fn skip_gap(&mut self, ends_at: Timestamp, cursor: Timestamp, now: Millis) -> Result<bool> {
+    /// next window starts at `ends_at`, which is `cursor` minus the overlap. Returns the start of the gap if it is new, and not
+    /// the rest of a known one.
+    pub fn skip_gap(
+        &mut self,
+        ends_at: Timestamp,
+        cursor: Timestamp,
+        now: Millis,
+    ) -> Result<Option<Timestamp>> {
         let transaction = self.begin()?;
         let starts_at: Option<i64> =
             transaction.query_row("SELECT cursor FROM poll_state", [], |row| row.get(0))?;
         let starts_at = starts_at.filter(|starts_at| *starts_at < ends_at.unix());
-        let is_new = match starts_at {
-            None => false,
-            Some(starts_at) => {
-                let extended = transaction.execute(
-                    "UPDATE gaps SET ends_at = ?2 WHERE ?1 - ends_at BETWEEN 0 AND ?3",
-                    params![
-                        starts_at,
-                        ends_at.unix(),
-                        cursor.unix() - ends_at.unix() + GAP_MARGIN
-                    ],
+        let mut new = None;
+        if let Some(starts_at) = starts_at {
+            let extended = transaction.execute(
+                "UPDATE gaps SET ends_at = ?2 WHERE ?1 - ends_at BETWEEN 0 AND ?3",
+                params![
+                    starts_at,
+                    ends_at.unix(),
+                    cursor.unix() - ends_at.unix() + GAP_MARGIN
+                ],
+            )?;
+            if extended == 0 {
+                transaction.execute(
+                    "INSERT INTO gaps (starts_at, ends_at, found_at) VALUES (?1, ?2, ?3)",
+                    params![starts_at, ends_at.unix(), now.0],
                 )?;
-                if extended == 0 {
-                    transaction.execute(
-                        "INSERT INTO gaps (starts_at, ends_at, found_at) VALUES (?1, ?2, ?3)",
-                        params![starts_at, ends_at.unix(), now.0],
-                    )?;
-                }
-                extended == 0
+                new = Some(Timestamp::clamped(starts_at));
             }
-        };
+        }
         transaction.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
                 window_start = NULL, window_end = NULL, next_query = NULL",
@@ -213,7 +216,7 @@ impl Store {
         )?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.commit()?;
-        Ok(is_new)
+        Ok(new)
     }
 
     /// The pages of the poll in progress, in order of arrival.
@@ -413,13 +416,6 @@ impl Store {
             },
         )?;
         transaction.commit()?;
-        Ok(())
-    }
-
-    /// Writes nothing new. Shows whether the journal can be written.
-    pub fn try_write(&mut self) -> Result<()> {
-        self.connection
-            .execute("UPDATE poll_state SET rescans_left = rescans_left", [])?;
         Ok(())
     }
 

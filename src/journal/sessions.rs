@@ -7,7 +7,7 @@ use std::time::Duration;
 use rusqlite::params;
 
 use super::{Result, Store, pause};
-use crate::domain::ids::EventId;
+use crate::domain::ids::{Epoch, EventId};
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
@@ -20,6 +20,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 pub struct Session {
     pub id: i64,
     pub replay_until: ReplayUntil,
+    /// The latest epoch.
+    pub epoch: Epoch,
     /// How many writes have succeeded so far.
     pub writes_succeeded: i64,
     /// How many losses of OurAPI there have been.
@@ -76,7 +78,7 @@ impl Store {
         let session = transaction.query_row(
             "UPDATE control SET session = session + 1, clean_end = 0, poll_interval = ?1, verify_every = ?2
              RETURNING session, writes_succeeded, losses, timed_out_until,
-                (SELECT coalesce(max(id), 0) FROM events)",
+                (SELECT coalesce(max(id), 0) FROM events), (SELECT max(id) FROM epochs)",
             params![
                 intervals.poll_interval.as_secs_f64(),
                 intervals.verify_every.map(|every| every.as_secs_f64())
@@ -88,6 +90,7 @@ impl Store {
                     losses: row.get(2)?,
                     timed_out_until: Millis(row.get(3)?),
                     replay_until: ReplayUntil::new(row.get(4)?),
+                    epoch: row.get(5)?,
                     after_clean_end,
                     pause,
                 })

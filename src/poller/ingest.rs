@@ -92,7 +92,7 @@ impl Poller {
         let probed = self.probe(pages).await?;
         let mut starts = Vec::new();
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
-            let current = self.source.epochs.current(&self.journal).await?;
+            let current = self.source.epochs.current();
             // A page requested in an earlier epoch may report a START of that epoch.
             let is_current = |page: &&StoredPage| !page.ingested && page.requested_in == current;
             for page in pages.stored.iter().filter(is_current) {
@@ -130,7 +130,7 @@ impl Poller {
     async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {
-            let current = self.source.epochs.current(&self.journal).await?;
+            let current = self.source.epochs.current();
             let stored = pages.stored.iter_mut();
             for page in stored.filter(|page| page.requested_in == current) {
                 page.epoch = Some(current);

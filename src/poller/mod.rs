@@ -260,7 +260,11 @@ impl Poller {
         let storage = &self.signals.storage;
         if storage.refuses_polling()
             && self.unstored.is_none()
-            && self.journal.with(|store| store.try_write()).await.is_ok()
+            && self
+                .journal
+                .with(|store| store.try_to_write())
+                .await
+                .is_ok()
         {
             storage.polling_recovered();
         }
@@ -291,14 +295,12 @@ impl Poller {
         let (window, next, rescans_left) = self.window(now).await?;
         if next.is_none() {
             self.window_at = Some(asked_at);
-        }
-        let first = window_query(window.start, window.end);
-        if next.as_ref().is_none_or(|next| *next == first) {
             pages.clear(&self.journal).await?;
         } else if pages.exceed_budget() {
             pages.retain_last(&self.journal).await?;
         }
-        let fetched = self.fetch(&mut pages, window, next.unwrap_or(first)).await;
+        let next = next.unwrap_or_else(|| window_query(window.start, window.end));
+        let fetched = self.fetch(&mut pages, window, next).await;
         if self.signals.stopping.is_cancelled() {
             // The stored pages are ingested at the next start.
             return Ok(PollOutcome::Incomplete);
@@ -360,13 +362,12 @@ impl Poller {
     /// Moves the cursor, so that the next window starts at the oldest time for which BigChat still answers.
     async fn skip_gap(&mut self, oldest: Timestamp) -> Result<PollOutcome, PollError> {
         let cursor = oldest.plus(self.settings.poll_overlap);
-        let source = self.journal.with(|store| store.poll_state()).await?;
-        let is_new = self
+        let new = self
             .journal
             .with(move |store| store.skip_gap(oldest, cursor, Millis::now()))
             .await?;
         self.read_at = Some(Instant::now());
-        if let (Some(from), true) = (source.cursor, is_new) {
+        if let Some(from) = new {
             tracing::error!(
                 %from, until = %oldest,
                 "BigChat no longer reports events of this period; those not read before are lost"

@@ -52,7 +52,7 @@ impl Poller {
                 return Ok(FetchEnd::Complete);
             };
             // BigChat may restart before the page is stored.
-            let requested_in = self.source.epochs.current(&self.journal).await?;
+            let requested_in = self.source.epochs.current();
             let is_first = query == window_query(window.start, window.end);
             let page = match self.request(&query, bytes > 0).await {
                 Ok(page) => page,
@@ -171,14 +171,14 @@ impl Poller {
         window: Window,
         error: ApiError,
     ) -> Result<FetchEnd, PollError> {
-        let began = Instant::now();
+        let (began, longest) = (Instant::now(), self.settings.max_window);
         let now = self.source.clock().now().unwrap_or(window.end);
         let mut answered = now.minus(self.settings.poll_overlap);
         let mut refused = window.start;
-        if answered <= refused || !self.is_answered(pages, window, answered).await? {
+        if answered <= refused || !self.is_answered(pages, window, answered, longest).await? {
             return Err(error.into());
         }
-        if self.is_answered_for(pages, window, refused, SECOND).await? {
+        if self.is_answered(pages, window, refused, SECOND).await? {
             tracing::error!(
                 from = %window.start, until = %window.end,
                 "BigChat rejects a window of this length, but not a shorter one; set a shorter --max-window"
@@ -189,33 +189,22 @@ impl Poller {
             if self.signals.stopping.is_cancelled() {
                 return Err(error.into());
             }
-            if self.is_answered(pages, window, middle).await? {
+            if self.is_answered(pages, window, middle, longest).await? {
                 answered = middle;
             } else {
                 refused = middle;
             }
         }
         // If BigChat now answers for a time that it refused before, it has no limit of age.
-        if self.is_answered(pages, window, refused).await? {
+        if self.is_answered(pages, window, refused, longest).await? {
             return Err(error.into());
         }
         // The limit moves on with time, and the next window must not begin before it.
         Ok(FetchEnd::TooOld(answered.plus(began.elapsed())))
     }
 
-    /// Whether BigChat answers for a window from `start`. If so, its first page is ingested.
+    /// Whether BigChat answers for a window of that length from `start`. If so, its first page is ingested.
     async fn is_answered(
-        &mut self,
-        pages: &mut Pages,
-        window: Window,
-        start: Timestamp,
-    ) -> Result<bool, PollError> {
-        let length = self.settings.max_window;
-        self.is_answered_for(pages, window, start, length).await
-    }
-
-    /// The same for a window of that length.
-    async fn is_answered_for(
         &mut self,
         pages: &mut Pages,
         window: Window,
@@ -225,7 +214,7 @@ impl Poller {
         let now = self.source.clock().now().unwrap_or(window.end);
         let end = start.plus(length).min(now).max(start);
         let query = window_query(start, end);
-        let requested_in = self.source.epochs.current(&self.journal).await?;
+        let requested_in = self.source.epochs.current();
         let page = match self.request(&query, false).await {
             Ok(page) => page,
             Err(error) if error.kind == ErrorKind::Rejected => return Ok(false),
