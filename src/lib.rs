@@ -52,6 +52,7 @@
 //! - **circuit breaker**: per API; after repeated failures, it lets no request pass for some time, and then one at a
 //!   time, as a probe.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
+//! - **credit**: a message in OurAPI for which no delivered event accounts. A waiting message that matches it is not sent.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
 //! - **dead letter**: an event that cannot be delivered or parsed, until an operator resolves it; `failed` on the
 //!   command line.

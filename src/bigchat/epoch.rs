@@ -15,7 +15,7 @@ use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, Probe, StoredPage};
 
-/// How many conversations a probe requests while BigChat no longer knows the earlier ones.
+/// How many conversations a probe requests at most. It ends with the first whose start BigChat reports.
 const PROBE_CONVERSATIONS: u32 = 3;
 
 /// Attempts in a row for a request that fails transiently. About one request in twenty to BigChat does.

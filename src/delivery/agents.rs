@@ -16,8 +16,8 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// After how many refusals of an address, each after the event's back-off, they are believed although OurAPI's lists show
-/// neither the address nor the name. A few may come from another service at the same URL.
+/// How many times OurAPI must refuse an agent, each after a back-off, before it is believed although its lists show neither
+/// the address nor the name. A few refusals may come from another service at the same URL.
 const UNEXPLAINED_REFUSALS: u32 = 3;
 
 #[derive(Debug)]
@@ -217,7 +217,7 @@ impl Agents {
         if let Some(agent) = choose(alike(listed.clone(), email), advisor, name) {
             return Ok(Creation::Found(agent));
         }
-        // If OurAPI lists whatever contains the address, longer ones are other people's.
+        // OurAPI may list every address that contains this one. A longer address is another person's.
         let address = email.to_lowercase();
         listed.retain(|agent| !agent.email.to_lowercase().contains(&address));
         let namesakes = our_api.agents_by_name(name).await?;

@@ -47,9 +47,9 @@ pub struct Accounting {
     pub missing: Vec<EventId>,
     /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
-    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used,
-    /// so that they match again if the chat is read before that: of the waiting messages, only those of unknown outcome
-    /// match one that OurAPI altered.
+    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used:
+    /// if the chat is read again before that, they must match again, and a waiting message matches one that OurAPI
+    /// altered only if its outcome is unknown.
     pub credited: Vec<EventId>,
 }
 

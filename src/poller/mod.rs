@@ -33,8 +33,8 @@ use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
-/// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the events of the pages so far are delivered
-/// before the next poll continues.
+/// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the pages so far are ingested before the next poll
+/// continues.
 const MAX_PAGES: usize = 200;
 
 /// Size budget of a poll in bytes, all of which are in memory.
@@ -51,7 +51,7 @@ const MAX_RESCANS: u32 = 100;
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
-/// The pause between polls that wait for a probe, without an interval between them.
+/// How long [`Poller::catch_up`] waits before it polls again because BigChat did not answer the probe.
 const PROBE_PAUSE: Duration = Duration::from_secs(1);
 
 /// How many old events are dropped in one transaction, which other writers wait for.
@@ -84,11 +84,11 @@ pub struct Poller {
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started.
     created_at: Instant,
-    /// The same by BigChat's clock, or later: its first dates may have been behind.
+    /// The same by BigChat's clock: the latest estimate, because the first dates may have been behind.
     started_at: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,
-    /// The longest window: the setting, or less after a first page that BigChat did not answer.
+    /// The longest window: the setting, or less after a first page for which BigChat gave no usable answer.
     max_window: Duration,
     /// In how many polls the same page could not be fetched. Only a page that is not the first of its window counts.
     page_failures: u32,
@@ -124,7 +124,7 @@ enum PollError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(
-        "BigChat did not answer whether it has restarted; stored pages will be ingested when it does"
+        "BigChat did not answer whether it has restarted; the stored pages will be ingested when it does, or a few polls later"
     )]
     Unanswered,
 }
@@ -191,7 +191,8 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now or a poll fails. All received pages are stored at the end. Returns whether BigChat
+    /// Polls until BigChat is read up to now or a poll fails. The poll is repeated if the disk refuses a page, so that no
+    /// received page is lost, and if BigChat does not answer the probe. Returns whether BigChat
     /// is read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut outcome = PollOutcome::More;
@@ -419,8 +420,9 @@ impl Poller {
         Ok((window, None, source.rescans_left))
     }
 
-    /// The cursor, or the time of the last poll by BigChat's clock as it is now, if that is earlier: the clock was ahead
-    /// then, or a node whose clock was ahead answered. Goes back by the longest window at most.
+    /// The cursor, or the time of the last poll if that is earlier: BigChat's present time minus the time elapsed since. It
+    /// is earlier if BigChat's clock was ahead then, or that of the node that answered. Goes back by the longest window at
+    /// most.
     fn resumes_at(
         &self,
         cursor: Timestamp,

@@ -16,10 +16,11 @@ use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How often a page after the first is requested in a row.
+/// How often a page is requested in a row, if it is not the first of its poll.
 const PAGE_ATTEMPTS: u32 = 3;
 
-/// In how many polls the same page after the first may fail before its window is read again from the beginning.
+/// In how many polls the same page may fail before its window is read again from the beginning. The first page of a window
+/// does not count.
 const MAX_PAGE_FAILURES: u32 = 3;
 
 /// How the fetch of a window ended.
@@ -106,8 +107,8 @@ impl Poller {
         })
     }
 
-    /// Requests a page. With `retry`, a transient failure is retried at once. This poll has just read the pages before this
-    /// one, and by the next poll BigChat may divide the events into pages differently.
+    /// Requests a page. `retry`: this poll has just read the page before it. A transient failure is retried at once then,
+    /// because by the next poll BigChat may divide the events into pages differently.
     async fn request(&self, query: &str, retry: bool) -> Result<Page, ApiError> {
         let attempts = if retry { PAGE_ATTEMPTS } else { 1 };
         let bigchat = &self.source.client;
@@ -119,8 +120,8 @@ impl Poller {
         page
     }
 
-    /// Handles a page that cannot be fetched. The next poll continues from it, or, after several failures of a page that is
-    /// not the first, from the beginning of the window.
+    /// Handles a page that cannot be fetched. The next poll continues from it. If a later page is gone, or has failed in
+    /// several polls without an outage, the window is read again from its beginning.
     fn page_failed(&mut self, error: ApiError, is_later: bool) -> Result<FetchEnd, PollError> {
         if !is_later && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
@@ -147,14 +148,14 @@ impl Poller {
         Ok(FetchEnd::Stuck)
     }
 
-    /// Halves the longest window. The first page of a shorter one may take BigChat less time, and be smaller. Each one that
-    /// is read doubles it again.
+    /// Halves the maximum length of a window. BigChat may answer faster for a shorter window, with a smaller first page. Each
+    /// first page that is received doubles the maximum again, up to the setting.
     fn shorten_windows(&mut self, window: Window) {
         let longest = self.settings.max_window;
         if window.catching_up && self.max_window == longest {
             tracing::warn!(
                 from = %window.start, until = %window.end,
-                "BigChat did not answer for a window of this length; trying shorter ones; if this happens again, set a \
+                "BigChat gave no usable answer for a window of this length; trying shorter ones; if this happens again, set a \
                  shorter --max-window"
             );
         }

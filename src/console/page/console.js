@@ -55,7 +55,7 @@ async function go() {
   const { view, params } = route();
   const same = now.view === view && now.params.id === params.id;
   Object.assign(now, { view, params, error: null, data: same ? now.data : null });
-  // The view still shows the previous request.
+  // As long as the data of the previous request are shown, `shown` stays that request.
   if (now.data === null) now.shown = params;
   for (const tab of document.querySelectorAll("[data-tab]")) {
     if (tab.dataset.tab === view.tab) tab.setAttribute("aria-current", "page");

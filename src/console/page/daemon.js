@@ -35,7 +35,7 @@ function exactly(name, value, context) {
 /** A time in the daemon's format. */
 export const instant = (ms) => new Date(Number(ms)).toISOString();
 
-/** An id, a number or a text, as an integer of the request. */
+/** An id (a number or a text) as an integer of the request. */
 export const integer = JSON.rawJSON ?? Number;
 
 async function ask(path, options, headers) {

@@ -131,7 +131,7 @@ const ADVICE = [
 
 const advice = ({ permanent, reason }) => (permanent ? PERMANENT : (ADVICE.find(([pattern]) => pattern.test(reason))?.[1] ?? "A retry is as safe as the first attempt."));
 
-const STATES = { waiting: "Waiting to be tried again", delivered: "Delivered", failed: "Failed", discarded: "Discarded", forgotten: "Forgotten: its text was erased" };
+const STATES = { waiting: "Waiting", delivered: "Delivered", failed: "Failed", discarded: "Discarded", forgotten: "Forgotten: its text was erased" };
 
 export const event = {
   tab: "failed",

@@ -57,7 +57,7 @@ function state(one) {
   if (one.failed.length > 0) return el("span.chip.bad", null, `${count(one.failed.length)} failed`);
   if (one.waiting > 0) return el("span.chip.wait", null, `${count(one.waiting)} waiting`);
   if (one.chat_id === null) return el("span.chip", null, "no chat yet");
-  return one.ended_at === null ? el("span.chip.fine", null, "in sync") : el("span.chip.fine", null, "in sync, ended");
+  return one.ended_at === null ? el("span.chip.fine", null, "all delivered") : el("span.chip.fine", null, "all delivered, ended");
 }
 
 export const talk = {

@@ -132,7 +132,7 @@ impl Reconciled {
 
     /// Whether the chat may have some of the events, and was not read yet.
     fn must_be_read(&self, worker: &Worker) -> bool {
-        // If the messages cannot be read, the fields were, and a change needs only those.
+        // If the messages of a chat cannot be read, its fields have been read, and a change needs only those.
         let must_be_read = |event: &Pending| {
             worker.may_be_delivered(&self.claim, event)
                 && (event.payload.kind().is_message()
