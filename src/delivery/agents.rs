@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use reqwest::StatusCode;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::attempts::AttemptError;
@@ -16,9 +18,12 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// How many times OurAPI must refuse an agent, each after a back-off, before it is believed although its lists show neither
-/// the address nor the name. A few refusals may come from another service at the same URL.
+/// How many times OurAPI must refuse an agent before it is believed without a reason, which is that its lists show the
+/// address or the name. A few refusals may come from another service at the same URL.
 const UNEXPLAINED_REFUSALS: u32 = 3;
+
+/// Refusals in shorter succession count once.
+const REFUSALS_APART: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 pub(super) struct Agents {
@@ -32,8 +37,8 @@ pub(super) struct Agents {
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
     /// The agents queried by id since the last loss, and whether they exist.
     asked: Mutex<HashMap<Uuid, bool>>,
-    /// How many creations OurAPI has refused without a reason in its lists, by e-mail address.
-    refusals: Mutex<HashMap<String, u32>>,
+    /// How many requests OurAPI has refused without a reason, and when it last did, by e-mail address.
+    refusals: Mutex<HashMap<String, (u32, Option<Instant>)>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
@@ -125,10 +130,11 @@ impl Agents {
                 let mut spelled = None;
                 let found = match self.find_or_create(advisor, name, email).await {
                     Ok(agent) => {
+                        self.refusals().remove(email);
                         spelled = Some(agent.email);
                         KnownAgent::Agent(agent.agent_id)
                     }
-                    Err(error) if is_permanent(&error) => {
+                    Err(error) if self.is_permanent(email, &error) => {
                         let Exchange {
                             request, response, ..
                         } = error.exchange.logged();
@@ -228,7 +234,7 @@ impl Agents {
                 .exchange
                 .status
                 .is_some_and(|status| status.is_server_error());
-            if is_outage || self.refused_without_reason(email) < UNEXPLAINED_REFUSALS {
+            if is_outage || !self.refuses_again(email) {
                 let kind = ErrorKind::OutcomeUnknown { timed_out: false };
                 return Err(our_api.http().reclassify(error, Route::CreateAgent, kind));
             }
@@ -248,12 +254,31 @@ impl Agents {
         }))
     }
 
-    /// Counts a refusal, and returns how many there have been.
-    fn refused_without_reason(&self, email: &str) -> u32 {
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = refusals.entry(email.to_owned()).or_default();
-        *count += 1;
-        *count
+    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless it is about the
+    /// address itself.
+    fn is_permanent(&self, email: &str, error: &ApiError) -> bool {
+        let Exchange {
+            is_read, status, ..
+        } = *error.exchange;
+        match error.kind {
+            ErrorKind::Ambiguous => true,
+            ErrorKind::Rejected if is_read && status != Some(StatusCode::UNPROCESSABLE_ENTITY) => {
+                status.is_none() || self.refuses_again(email)
+            }
+            ErrorKind::Rejected => true,
+            _ => false,
+        }
+    }
+
+    /// Counts a refusal without a reason, and returns whether it is to be believed.
+    fn refuses_again(&self, email: &str) -> bool {
+        let mut refusals = self.refusals();
+        let (count, last) = refusals.entry(email.to_owned()).or_default();
+        // Conversations of one advisor may ask one after the other.
+        if last.is_none_or(|last| last.elapsed() > REFUSALS_APART) {
+            (*count, *last) = (*count + 1, Some(Instant::now()));
+        }
+        *count >= UNEXPLAINED_REFUSALS
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything
@@ -339,6 +364,10 @@ impl Agents {
         Ok(true)
     }
 
+    fn refusals(&self) -> MutexGuard<'_, HashMap<String, (u32, Option<Instant>)>> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn known(&self) -> MutexGuard<'_, HashMap<(Epoch, AdvisorId), Option<Uuid>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -367,19 +396,6 @@ struct Taken {
     /// The agents that have the address in another spelling.
     agents: Vec<Agent>,
     error: ApiError,
-}
-
-/// Whether OurAPI will never have the agent. The rejection of a read shows that OurAPI does not work, unless it is about the
-/// address itself.
-fn is_permanent(error: &ApiError) -> bool {
-    match error.kind {
-        ErrorKind::Ambiguous => true,
-        ErrorKind::Rejected => {
-            let status = error.exchange.status;
-            !error.exchange.is_read || status == Some(StatusCode::UNPROCESSABLE_ENTITY)
-        }
-        _ => false,
-    }
 }
 
 /// The agents with exactly this e-mail address, else those that differ only in case.

@@ -1,8 +1,9 @@
 //! The consequences of each failure of either API, and the journal's record of it.
 
 use crate::harness::process::free_address;
-use crate::harness::services::{NOW, line, time};
+use crate::harness::services::{NOW, line, time, unix};
 use crate::harness::{Bench, Daemon, Test, run_test, side_by_side, until};
+use bigchat_sync::domain::time::Timestamp;
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::bigchat::raw;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
@@ -505,6 +506,22 @@ async fn stray_404_creates_no_namesake() {
     .await;
 }
 
+/// An address that OurAPI rejects again and again leaves its chats without an agent.
+#[tokio::test]
+async fn address_is_always_rejected() {
+    run_test(async |t| {
+        t.differs("OurAPI rejects the agent");
+        t.set("--retry-initial", "800ms")
+            .set("--retry-max", "800ms");
+        t.our_api
+            .upset("GET /agents", status(400).body("{}").always());
+        t.start();
+        t.delivers([start(42, 0)]).await;
+        assert_eq!(t.our_api.chats(), ["42 22:00:00 - -"]);
+    })
+    .await;
+}
+
 /// A longer address that contains the one asked for is another agent's.
 #[tokio::test]
 async fn longer_address_and_a_failed_creation() {
@@ -605,12 +622,14 @@ async fn no_connection_needs_no_read() {
         let daemon = with_a_chat(t).await;
         daemon.stop().await;
         let address = free_address();
-        t.set("--our-api-url", &format!("http://{address}"));
+        t.set("--our-api-url", &format!("http://{address}"))
+            .set("--poll-overlap", "1s");
         t.start();
         // Chats with events from before the start are read back in any case: let the windows begin after it.
         t.bigchat.further_polls(1).await;
-        t.bigchat.clock(NOW + 60);
-        t.bigchat.further_polls(3).await;
+        let here = Timestamp::of_this_machine().unix();
+        t.bigchat.clock_runs(unix(NOW) - here);
+        t.until_cursor_passes(NOW).await;
         t.our_api.asked();
         t.bigchat.reports([message(42, 5, "Hello")]);
         t.until_events("waiting", 1).await;
