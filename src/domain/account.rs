@@ -30,7 +30,7 @@ pub enum MessageState {
     Delivered,
     /// It waits. If this journal is a restored backup, the daemon may have sent it after the backup was made.
     MaybeSent,
-    /// It waits, and the outcome of an attempt is unknown.
+    /// It waits, and the outcome of an attempt is unknown, or it was delivered before OurAPI reported the chat lost.
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,

@@ -145,11 +145,16 @@ impl Reconciled {
         let Conversation {
             epoch, observed, ..
         } = &mut self.conversation;
-        let (epoch, advisor) = (*epoch, observed.advisor.filter(|_| !unknown.agent));
-        let mut drift = observed.merge(&found.fields(), unknown);
         // After the first reading, the observed agent is the one that another client set, so `merge` finds no
-        // difference.
-        drift.agent |= self.claim.drift.agent && !unknown.agent;
+        // difference. A write of unknown outcome would have made one.
+        let is_same = observed.chat.is_some() && observed.agent == found.agent_id;
+        let is_known = self.claim.drift.agent && (is_same || !unknown.agent);
+        let (epoch, advisor) = (
+            *epoch,
+            observed.advisor.filter(|_| is_known || !unknown.agent),
+        );
+        let mut drift = observed.merge(&found.fields(), unknown);
+        drift.agent |= is_known;
         if drift.agent {
             // It may have been changed back.
             drift.agent = match advisor {

@@ -264,6 +264,29 @@ async fn reported_drift_is_still_drift() {
     .await;
 }
 
+/// A verification of a stale chat keeps the drift that is known.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn known_drift_of_a_stale_chat() {
+    run_live_test(async |t| {
+        t.differs("another client removes an agent");
+        t.set("--retry-initial", "5s");
+        let daemon = two_chats(t).await;
+        let no_agent = json!({"agent_id": null});
+        t.our_api.is_changed("10", &no_agent).await;
+        loses(t, t, 11, "are you there?").await;
+        t.our_api.upset("POST /chats/{id}/messages", dropped());
+        t.bigchat.reports([message(10, t.now(), "hello again")]);
+        until("it has failed", async || t.attempts() == 1).await;
+        daemon.stop().await;
+        let (output, found_nothing) = verify(t, &[]).await;
+        assert!(!found_nothing, "{output}");
+        t.start();
+        t.until_events("delivered", 5).await;
+        assert_eq!(agent(t, "10"), None);
+    })
+    .await;
+}
+
 /// The agent of an adopted chat is no difference.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adopted_agent_is_no_drift() {
