@@ -21,7 +21,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    match request(source, || source.client.conversation(id)).await {
+    match request(source, 1, || source.client.conversation(id)).await {
         Err(error) if error.is_not_found() && source.epochs.answers() => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
@@ -91,7 +91,7 @@ pub async fn advisor(
     let known = if !is_current(source, epoch) {
         KnownAdvisor::Gone
     } else {
-        match request(source, || source.client.advisor(id.0)).await {
+        match request(source, 1, || source.client.advisor(id.0)).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
@@ -134,17 +134,22 @@ fn not_sent(reason: &str) -> ApiError {
     ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
 
-async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
+/// Requests details. A 404 is believed if it comes several times in a row. `attempts`: for transient failures.
+pub(super) async fn request<T, F>(
+    source: &Source,
+    attempts: u32,
+    send: impl Fn() -> F,
+) -> Result<T, ApiError>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
     if !source.accepts_requests() {
         return Err(not_sent("BigChat is down; the request waits"));
     }
-    let mut attempts = 1;
+    let mut requests = 1;
     loop {
-        match source.request(1, &send).await {
-            Err(error) if error.is_not_found() && attempts < NOT_FOUND_ATTEMPTS => attempts += 1,
+        match source.request(attempts, &send).await {
+            Err(error) if error.is_not_found() && requests < NOT_FOUND_ATTEMPTS => requests += 1,
             result => return result,
         }
     }

@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
+use super::details::request;
 use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
 use crate::domain::ids::{AdvisorId, Epoch};
@@ -91,7 +92,7 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
 
 /// Begins the epoch after `epoch` in the journal, unless it exists already. BigChat has restarted: it reports a
 /// conversation that started at `started_at` in the new epoch. The new epoch begins with the start of its conversation 1,
-/// if that is known; pages served before belong to the old one.
+/// if that is known.
 pub async fn begin(
     source: &Source,
     epoch: Epoch,
@@ -131,6 +132,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     let by_time = epoch_by_time(source, page).await?;
     let earlier = by_time.min(Epoch(current.0 - 1));
     let events = page.events();
+    let mut is_gone = false;
     // The highest first: so far, the new epoch has used only the lowest ids.
     let ids: BTreeSet<_> = events
         .iter()
@@ -139,11 +141,9 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     for Reverse(id) in ids.into_iter().take(PAGE_CONVERSATIONS) {
         let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
         let reported = events.iter().find(is_start).map(|event| event.at);
-        match details(source, id).await.0 {
-            Err(error) if error.is_not_found() && source.epochs.answers() => {
-                return Ok(Some(earlier));
-            }
-            Err(error) if error.is_not_found() => {}
+        let found = request(source, ATTEMPTS, || source.client.conversation(id));
+        match found.await {
+            Err(error) if error.is_not_found() => is_gone |= source.epochs.answers(),
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match reported.zip(started_at) {
                 Some((reported, started_at)) if reported != started_at => {
@@ -154,7 +154,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
             },
         }
     }
-    Ok(Some(by_time))
+    Ok(Some(if is_gone { earlier } else { by_time }))
 }
 
 /// The epoch of a page by its time.

@@ -46,6 +46,11 @@ impl Timestamp {
         Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
     }
 
+    /// The time since an earlier time; zero if that is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_secs(u64::try_from(self.0 - earlier.0).unwrap_or(0))
+    }
+
     /// The time halfway to `later`; `None` if no second is between them.
     pub fn middle(self, later: Self) -> Option<Self> {
         let middle = Self(self.0.midpoint(later.0));

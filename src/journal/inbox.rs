@@ -168,7 +168,7 @@ impl Store {
         })
     }
 
-    /// Corrects the cursor: before the first poll, or if it is ahead of BigChat's clock. A poll in progress is dropped.
+    /// Sets the cursor before the first poll, and drops a poll in progress.
     pub fn set_cursor(&mut self, cursor: Timestamp, now: Millis) -> Result<()> {
         self.connection.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,

@@ -25,11 +25,11 @@ struct Old {
 impl Store {
     /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
     /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
-    /// report again stay. Drops only some at a time, so that other operations do not wait. Returns how many.
+    /// report again stay: `reach` is how far before the cursor it may begin. Drops only some at a time, so that other operations do not wait. Returns how many.
     pub fn prune(
         &mut self,
         retention: Duration,
-        overlap: Duration,
+        reach: Duration,
         now: Millis,
         at_most: u32,
     ) -> Result<usize> {
@@ -39,7 +39,7 @@ impl Store {
         };
         let (delivered_before, happened_before) = (
             now.minus(retention).0,
-            cursor.minus(retention.max(overlap + MARGIN)).unix(),
+            cursor.minus(retention.max(reach + MARGIN)).unix(),
         );
         let transaction = self.begin()?;
         let discarded: Vec<Option<ConversationId>> = transaction

@@ -76,10 +76,12 @@ impl Poller {
 
     /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
-        if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
-            return Ok(epoch);
+        if self.failed_page_probes < MAX_FAILED_PROBES {
+            if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
+                return Ok(epoch);
+            }
+            self.failed_page_probes += 1;
         }
-        self.failed_page_probes += 1;
         if self.failed_page_probes < MAX_FAILED_PROBES {
             return Err(PollError::Unanswered);
         }
@@ -100,16 +102,17 @@ impl Poller {
                     .events()
                     .into_iter()
                     .filter(|event| event.kind == EventKind::Start);
-                starts.extend(events.map(|event| (event, page.served_at)));
+                starts.extend(events);
             }
         }
-        for (event, served_at) in starts {
+        for event in starts {
             let (epoch, known) = self
                 .journal
                 .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
                 .await?;
             if known.is_some_and(|known| known != event.at) {
-                epoch::begin(&self.source, epoch, event.at.min(served_at)).await?;
+                let now = self.source.clock().now().unwrap_or(event.at);
+                epoch::begin(&self.source, epoch, event.at.min(now)).await?;
                 self.failed_probes = 0;
                 return Ok(());
             }

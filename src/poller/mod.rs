@@ -51,9 +51,6 @@ const MAX_RESCANS: u32 = 100;
 /// The length of the first window without `--since`.
 const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
-/// How long [`Poller::catch_up`] waits before it polls again because BigChat did not answer the probe.
-const PROBE_PAUSE: Duration = Duration::from_secs(1);
-
 /// How many old events are dropped in one transaction, which other writers wait for.
 const PRUNE_BATCH: u32 = 500;
 
@@ -192,16 +189,21 @@ impl Poller {
     }
 
     /// Polls until BigChat is read up to now or a poll fails. The poll is repeated if the disk refuses a page, so that no
-    /// received page is lost, and if BigChat does not answer the probe. Returns whether BigChat
+    /// received page is lost, if BigChat does not answer the probe, and with a shorter window. Returns whether BigChat
     /// is read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut outcome = PollOutcome::More;
         while !self.signals.stopping.is_cancelled() {
+            let max_window = self.max_window;
             outcome = self.poll().await;
             match outcome {
                 PollOutcome::More => {}
+                PollOutcome::Incomplete if self.max_window < max_window => {}
                 _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
-                PollOutcome::Unanswered => sleep(PROBE_PAUSE).await,
+                PollOutcome::Unanswered => tokio::select! {
+                    () = sleep(self.settings.poll_interval) => {}
+                    () = self.signals.stopping.cancelled() => {}
+                },
                 PollOutcome::UpToDate | PollOutcome::Incomplete => break,
             }
         }
@@ -396,6 +398,8 @@ impl Poller {
             return Ok((window, Some(next), source.rescans_left));
         }
         let cursor = match source.cursor {
+            // The last page was stored, but the poll was not ended.
+            Some(cursor) if matches!(source.poll, Some((_, None))) => cursor.min(now),
             Some(cursor) => self.resumes_at(cursor, now, source.polled_at),
             // A window begins before the cursor, by the overlap.
             None => {
@@ -438,9 +442,21 @@ impl Poller {
             (None, Some(_)) => return earliest,
             (None, None) => Duration::ZERO,
         };
-        // Both times have a precision of one second.
-        let polled_at = now.plus(Duration::from_secs(1)).minus(elapsed);
-        polled_at.clamp(earliest, latest)
+        let polled_at = now.minus(elapsed);
+        if is_ahead(cursor, polled_at) {
+            polled_at.max(earliest)
+        } else {
+            latest
+        }
+    }
+
+    /// The cursor after a window: its end, unless BigChat's clock was set back since the window was computed.
+    async fn read_up_to(&self, end: Timestamp, now: Timestamp) -> Result<Timestamp, JournalError> {
+        if !is_ahead(end, now) {
+            return Ok(end.min(now));
+        }
+        let source = self.journal.with(|store| store.poll_state()).await?;
+        Ok(self.resumes_at(end, now, source.polled_at))
     }
 
     /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal
@@ -448,17 +464,19 @@ impl Poller {
     async fn prune(&mut self, next_poll: Instant) {
         let Settings {
             retention,
-            poll_overlap: overlap,
+            poll_overlap,
+            max_window,
             poll_interval,
             ..
         } = self.settings;
+        let reach = poll_overlap + max_window;
         let until = next_poll.max(Instant::now() + poll_interval / 10);
         loop {
             let bigchat = self.source.clock().now();
             let now = self.clock.read(Millis::now(), Instant::now(), bigchat);
             let pruned = self
                 .journal
-                .with(move |store| store.prune(retention, overlap, now, PRUNE_BATCH))
+                .with(move |store| store.prune(retention, reach, now, PRUNE_BATCH))
                 .await;
             match pruned {
                 Ok(pruned)
@@ -473,6 +491,11 @@ impl Poller {
             }
         }
     }
+}
+
+/// Whether a time is later than BigChat's, which has a precision of one second.
+fn is_ahead(time: Timestamp, now: Timestamp) -> bool {
+    time > now.plus(Duration::from_secs(1))
 }
 
 /// Logs how BigChat's clock differs from this machine's, once a session.

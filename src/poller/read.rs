@@ -87,7 +87,7 @@ impl Poller {
             });
             let progress = match &next {
                 Some(next) => PollProgress::Next(next.clone()),
-                None => PollProgress::Complete(window.end.min(now)),
+                None => PollProgress::Complete(self.read_up_to(window.end, now).await?),
             };
             let page = NewPage {
                 query,
@@ -148,19 +148,23 @@ impl Poller {
         Ok(FetchEnd::Stuck)
     }
 
-    /// Halves the maximum length of a window. BigChat may answer faster for a shorter window, with a smaller first page. Each
+    /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page. Each
     /// first page that is received doubles the maximum again, up to the setting.
     fn shorten_windows(&mut self, window: Window) {
-        let longest = self.settings.max_window;
-        if window.catching_up && self.max_window == longest {
+        let shortest = self.settings.poll_overlap + SECOND;
+        let length = window.end.since(window.start);
+        if length <= shortest {
+            return;
+        }
+        // A single failure need not be due to the length.
+        if self.max_window < self.settings.max_window {
             tracing::warn!(
                 from = %window.start, until = %window.end,
-                "BigChat gave no usable answer for a window of this length; trying shorter ones; if this happens again, set a \
-                 shorter --max-window"
+                "BigChat gave no usable answer for a window of this length; trying shorter ones; if this happens again, set \
+                 a shorter --max-window"
             );
         }
-        let shortest = self.settings.poll_overlap + SECOND;
-        self.max_window = (self.max_window / 2).max(shortest).min(longest);
+        self.max_window = (length / 2).max(shortest).min(self.max_window);
     }
 
     /// Handles a window that BigChat rejects. If BigChat answers for a recent window, it has dropped events older than some
@@ -172,7 +176,7 @@ impl Poller {
         window: Window,
         error: ApiError,
     ) -> Result<FetchEnd, PollError> {
-        let (began, longest) = (Instant::now(), self.settings.max_window);
+        let (began, longest) = (Instant::now(), self.max_window);
         let now = self.source.clock().now().unwrap_or(window.end);
         let mut answered = now.minus(self.settings.poll_overlap);
         let mut refused = window.start;

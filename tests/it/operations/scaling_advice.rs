@@ -37,8 +37,8 @@ fn documents_recommend_no_second_daemon() {
         .find(|part| part.starts_with("Size it"));
     let sizing = words(sizing.expect("a section on sizing"));
     for part in [
-        "do not let several daemons use it",
-        "`check`, `once` and `verify`",
+        "concurrent requests corrupt it within a minute",
+        "`check`, `once` or `verify`",
     ] {
         assert!(sizing.contains(part), "{part}");
     }

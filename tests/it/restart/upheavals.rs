@@ -113,6 +113,28 @@ async fn restart_before_a_refused_page() {
     .await;
 }
 
+/// One 404 for the details of a conversation does not put a page of the new epoch into the old one.
+#[tokio::test]
+async fn stray_404_after_a_restart() {
+    run_live_test(async |t| {
+        t.start();
+        let now = t.now();
+        t.bigchat.open(2, now - 100, 1);
+        t.bigchat.reports([message(2, now, "of before")]);
+        t.until_events("delivered", 1).await;
+        t.bigchat.hold(true);
+        t.bigchat.restart();
+        t.bigchat.open(2, now, 1);
+        t.bigchat.upset("GET /conversations/2", status(404));
+        t.bigchat.reports([message(2, now, "of after")]);
+        t.bigchat.hold(false);
+        t.until_events("delivered", 2).await;
+        t.agrees().await;
+        assert_eq!(t.our_api.chats().len(), 2);
+    })
+    .await;
+}
+
 /// Reports messages of a conversation on two pages. The second page begins with the last message of the first, as if
 /// the pages had shifted. BigChat restarts before the next poll.
 async fn restart_among_shifted_pages(t: &Test, conversation: i64) {
