@@ -17,7 +17,6 @@ use url::Url;
 
 use crate::bigchat::BigChat;
 use crate::console::guard;
-use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{self, Api, ApiError, ApiState, ApiStatus, ErrorKind, Http, Network, json};
@@ -164,7 +163,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
                 }
             }
         }
-        State::Free(mut kept_for_now) => {
+        State::Free(mut store) => {
             if let Listen::At(address) = settings.listen
                 && is_console(address, settings.request_timeout).await
             {
@@ -181,13 +180,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             }
             if has_tokens {
                 report.pass("daemon", "is not running; the APIs are checked now");
-                let pause = kept_for_now.as_mut().map(Store::pause);
-                let pause = pause.and_then(Result::ok).flatten();
-                let last = Api::ALL.map(|api| {
-                    let status = kept_for_now.as_mut().map(|store| store.api(api.name()));
-                    status.and_then(Result::ok).unwrap_or_default()
-                });
-                ask(&mut report, settings, tokens, pause, last).await;
+                ask(&mut report, settings, tokens, store.as_mut()).await;
             } else {
                 let text = "is not running; the APIs are not asked without their tokens";
                 report.pass("daemon", text);
@@ -304,13 +297,13 @@ fn base(settings: &Settings, api: Api) -> &Url {
     }
 }
 
-/// Sends requests to both APIs. A rate limit of the last session is obeyed.
+/// Sends requests to both APIs, as the next session of the daemon would: it obeys a rate limit, and waits for requests
+/// to OurAPI that may still be in flight.
 async fn ask(
     report: &mut Report,
     settings: &Settings,
     tokens: Tokens,
-    pause: Option<Pause>,
-    last: [ApiStatus; 2],
+    mut store: Option<&mut Store>,
 ) {
     let timeout = settings.request_timeout;
     let networks = Network::new(&settings.bigchat_url, timeout)
@@ -328,7 +321,9 @@ async fn ask(
             return report.fail("HTTP", format!("cannot create the client: {error}"), remedy);
         }
     };
-    for ((http, api), last) in [&bigchat, &our_api].into_iter().zip(Api::ALL).zip(last) {
+    for (http, api) in [&bigchat, &our_api].into_iter().zip(Api::ALL) {
+        let last = store.as_mut().map(|store| store.api(api.name()));
+        let last = last.and_then(Result::ok).unwrap_or_default();
         let url = base(settings, api).as_str();
         if last
             .request
@@ -352,16 +347,35 @@ async fn ask(
         Err(error) => Err(error),
     };
     describe(report, Api::BigChat, bigchat.http(), claim, answer);
+    let pause = store.as_mut().map(|store| store.pause());
+    let pause = pause.and_then(Result::ok).flatten();
     if let Some(pause) = pause.filter(|pause| pause.left(Millis::now()).is_some()) {
         let text = format!("is not asked: deliveries are {pause}");
         return report.pass(Api::OurApi.title(), text);
     }
     let our_api = OurApi::new(Arc::new(our_api), settings, CancellationToken::new());
+    let before = store.as_mut().map(|store| store.begin_requests());
+    let before = match before.transpose() {
+        Ok(before) => before,
+        Err(error) => {
+            let text = format!("is not asked: {error}");
+            return report.fail(Api::OurApi.title(), text, WRITABLE);
+        }
+    };
+    if let Some((timed_out_until, after_clean_end)) = before {
+        our_api.restore_timed_out(timed_out_until, after_clean_end);
+    }
     let description = our_api.description().await.ok();
     let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
     describe(report, Api::OurApi, our_api.http(), claim, answer);
+    if let (Some(store), Some((_, after_clean_end))) = (store, before)
+        && let Err(error) = store.end_session(our_api.timed_out_until(), after_clean_end)
+    {
+        // The next session waits for as long as a request may take.
+        report.fail("database", format!("cannot be written: {error}"), WRITABLE);
+    }
 }
 
 /// The API's description of itself.

@@ -72,7 +72,8 @@ pub enum Command {
     /// Test the settings, the database and both APIs; print a remedy for each failure. Exit code 1 if a test fails.
     ///
     /// If a daemon runs, the result of its last requests to the APIs is reported, because OurAPI may accept only one
-    /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events.
+    /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events. If the daemon
+    /// has crashed, its last request may still be in flight, and OurAPI receives none for one --request-timeout.
     Check(check::Args),
     /// Show the state of each event of a conversation, with times and reasons.
     ///

@@ -372,15 +372,11 @@ pub(crate) async fn begin(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", version::text()
     );
-    let timed_out_until = if session.after_clean_end {
-        session.timed_out_until
-    } else {
+    if !session.after_clean_end {
         tracing::warn!(
             "the last session did not end cleanly; waiting events are verified before they are sent"
         );
-        // Any request of the last session may still be in flight.
-        Millis::now().plus(settings.request_timeout)
-    };
+    }
     let apis = Apis {
         bigchat: Arc::new(bigchat),
         our_api: Arc::new(our_api),
@@ -394,7 +390,7 @@ pub(crate) async fn begin(
         stopping.clone(),
     );
     let our_api = OurApi::new(Arc::clone(&apis.our_api), &settings, stopping.clone());
-    our_api.restore_timed_out(timed_out_until);
+    our_api.restore_timed_out(session.timed_out_until, session.after_clean_end);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     let parts = Parts {

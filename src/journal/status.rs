@@ -293,6 +293,20 @@ impl Store {
         api(&self.connection, name)
     }
 
+    /// Until when requests that timed out may be carried out, and whether the last process ended cleanly. From now on this
+    /// one counts as ended uncleanly, until [`Self::end_session`].
+    pub fn begin_requests(&mut self) -> Result<(Millis, bool)> {
+        let transaction = self.begin()?;
+        let before = transaction.query_row(
+            "SELECT timed_out_until, clean_end FROM control",
+            [],
+            |row| Ok((Millis(row.get(0)?), row.get(1)?)),
+        )?;
+        transaction.execute("UPDATE control SET clean_end = 0", [])?;
+        transaction.commit()?;
+        Ok(before)
+    }
+
     /// Checks that the database can be written now. It commits, because an uncommitted row would not reach the disk.
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;

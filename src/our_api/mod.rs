@@ -134,9 +134,13 @@ impl OurApi {
             .record_timeout(u16::try_from(requests).unwrap_or(u16::MAX));
     }
 
-    /// Sends no request before those that an earlier session gave up can no longer be in flight.
-    pub fn restore_timed_out(&self, until: Millis) {
-        self.permits.restore(until);
+    /// Sends no request before those of earlier processes can no longer be in flight: those that timed out, until then,
+    /// and any request of a process that did not end cleanly.
+    pub fn restore_timed_out(&self, until: Millis, after_clean_end: bool) {
+        self.permits.restore(match after_clean_end {
+            true => until,
+            false => Millis::now().plus(self.permits.request_timeout()),
+        });
     }
 
     /// The total time that requests have waited for the lock; `None`: there is no lock.

@@ -91,6 +91,10 @@ impl Permits {
         self.hold_free(requests, self.request_timeout);
     }
 
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.request_timeout
+    }
+
     /// An earlier session gave up requests. Their number is unknown, so all permits are held.
     pub(super) fn restore(&self, until: Millis) {
         let left = until.since(Millis::now()).min(self.request_timeout);

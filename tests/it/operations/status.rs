@@ -1,10 +1,13 @@
 //! `bigchat-sync status`, `check` and `once`: each problem with its remedy, and no request beside a running daemon.
 
-use crate::harness::process::{finished, program};
-use crate::harness::{Bench, Daemon, Test, run_live_test, until};
+use crate::harness::process::{Process, Signal, finished, program};
+use crate::harness::services::ADD_MESSAGE;
+use crate::harness::{Bench, Daemon, Test, run_live_test, side_by_side, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::event::{end, message};
+use bigchat_sync::simulator::fault::overdue;
 use std::process::Output;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use wiremock::matchers::{method, path};
@@ -324,6 +327,74 @@ async fn check_without_token_file() {
         );
         assert!(report.contains("the APIs are not asked"), "{report}");
         assert_eq!((t.bigchat.total(), t.our_api.total()), (0, 0));
+    })
+    .await;
+}
+
+/// How many requests OurAPI receives until it has carried out the one in flight.
+async fn requests_meanwhile(t: &Test) -> u64 {
+    let (asked, mut meanwhile) = (t.our_api.total(), 0);
+    until("it is carried out", async || {
+        let total = t.our_api.total();
+        let is_in_flight = t.our_api.pausing() > 0;
+        if is_in_flight {
+            meanwhile = total - asked;
+        }
+        !is_in_flight
+    })
+    .await;
+    meanwhile
+}
+
+/// After a crash, the daemon's last request may still be in flight.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_after_crash_waits_for_request() {
+    run_live_test(async |t| {
+        t.set("--request-timeout", "4s");
+        t.bigchat.open(10, t.now() - 100, 1);
+        t.our_api
+            .upset(ADD_MESSAGE, overdue(Duration::from_secs(3)));
+        t.bigchat.reports([message(10, t.now() - 5, "hello")]);
+        let daemon = t.start();
+        until("it is in flight", async || t.our_api.pausing() == 1).await;
+        daemon.crash(t).await;
+        let ((passed, report), meanwhile) = tokio::join!(check(t), requests_meanwhile(t));
+        assert!(passed, "{report}");
+        assert_eq!(meanwhile, 0, "requests while one was in flight");
+        t.start();
+        t.until_events("delivered", 1).await;
+    })
+    .await;
+}
+
+/// A request of `check` may still be in flight when the daemon starts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn daemon_waits_for_request_of_check() {
+    side_by_side([true, false], async |is_killed| {
+        run_live_test(async |t| {
+            let daemon = delivered(t).await;
+            daemon.stop().await;
+            // The check gives up after 2 s, and OurAPI carries the request out later.
+            t.set("--request-timeout", if is_killed { "4s" } else { "2s" });
+            t.our_api
+                .upset("GET /chats", overdue(Duration::from_secs(3)));
+            let check = Process::start_as(t, t.program("check"));
+            until("it is in flight", async || t.our_api.pausing() == 1).await;
+            if is_killed {
+                check.signal(Signal::KILL);
+            }
+            check.ended().await;
+            assert_eq!(t.our_api.pausing(), 1, "still in flight");
+            t.bigchat.reports([message(10, t.now() - 1, "later")]);
+            t.start();
+            assert_eq!(
+                requests_meanwhile(t).await,
+                0,
+                "requests while one was in flight"
+            );
+            t.until_events("delivered", 3).await;
+        })
+        .await;
     })
     .await;
 }
