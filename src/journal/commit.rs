@@ -18,19 +18,21 @@ use crate::domain::time::{Millis, Timestamp};
 /// How many of its latest failures are stored for each event.
 const FAILURES_STORED: u32 = 10;
 
-/// When the oldest event that waits for its first delivery was received, as SQL, given the conversation's offset.
+/// Since when the oldest event waits for its first delivery, as SQL, given the conversation's offset: since it was
+/// received, or since its retry.
 macro_rules! waiting_since {
     ($offset:literal) => {
         concat!(
-            "SELECT min(received_at) FROM (
-                SELECT * FROM (SELECT e.received_at FROM redeliveries r JOIN events e ON e.id = r.event
-                    WHERE r.conversation = conversations.id AND NOT r.restored ORDER BY r.event LIMIT 1)
+            "SELECT min(since) FROM (
+                SELECT min(retried_at) AS since FROM attempts
+                    WHERE conversation = conversations.id AND retried_at IS NOT NULL
                 UNION ALL
                 SELECT * FROM (SELECT e.received_at FROM events e
                     WHERE e.conversation = conversations.id AND e.id > max(",
             $offset,
             ", conversations.restored_through)
                         AND NOT EXISTS (SELECT 1 FROM dead_letters d WHERE d.event = e.id)
+                        AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.event = e.id AND a.retried_at IS NOT NULL)
                     ORDER BY e.id LIMIT 1))"
         )
     };
@@ -78,17 +80,19 @@ fn commit(
             .prepare_cached("UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown")?
             .execute([id])?;
     }
-    for outcome in &report.outcomes {
-        commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
-    }
+    // Before the outcomes, which end the waiting of retried events.
     for run in &report.advance.delivered {
         let waited = (!run.restored).then(|| now.0.saturating_sub(run.received_at.0));
         transaction
             .prepare_cached(
                 "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect, waited)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                 VALUES (?1, ?2, ?3, ?4, ?5, iif(EXISTS (SELECT 1 FROM attempts
+                    WHERE conversation = ?1 AND event BETWEEN ?2 AND ?3 AND retried_at IS NOT NULL), NULL, ?6))",
             )?
             .execute(params![id, run.from, run.through, now.0, run.effect.name(), waited])?;
+    }
+    for outcome in &report.outcomes {
+        commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
     }
     for key in &report.consumed {
         consume(transaction, id, key)?;
@@ -360,9 +364,11 @@ fn commit_outcome(
             if outcome.had_failed {
                 transaction
                     .prepare_cached(
-                        "UPDATE attempts SET next_at = NULL, outcome_unknown = 0 WHERE event = ?1",
+                        // A change delivered above the offset still waits.
+                        "UPDATE attempts SET next_at = NULL, outcome_unknown = 0, retried_at = iif(?2, NULL, retried_at)
+                         WHERE event = ?1",
                     )?
-                    .execute([event])?;
+                    .execute(params![event, redelivery || event <= offset])?;
             }
             if outcome.counts(offset) {
                 counts.of(kind.name()).delivered += 1;
@@ -400,7 +406,7 @@ fn record_attempt(
              ON CONFLICT (event) DO UPDATE SET attempts = excluded.attempts, counted = excluded.counted,
                 next_at = excluded.next_at, writes_then = excluded.writes_then,
                 outcome_unknown = excluded.outcome_unknown, reason = excluded.reason, request = excluded.request,
-                response = excluded.response",
+                response = excluded.response, retried_at = iif(excluded.next_at IS NULL, NULL, retried_at)",
         )?
         .execute(params![
             event,

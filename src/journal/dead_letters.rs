@@ -513,8 +513,10 @@ fn retry(
         .prepare_cached("DELETE FROM dead_letters WHERE event = ?1")?
         .execute([event])?;
     transaction
-        .prepare_cached("UPDATE attempts SET counted = 0, next_at = NULL WHERE event = ?1")?
-        .execute([event])?;
+        .prepare_cached(
+            "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2 WHERE event = ?1",
+        )?
+        .execute(params![event, now.0])?;
     transaction
         .prepare_cached(
             "INSERT INTO redeliveries (conversation, event, restored)
@@ -526,7 +528,7 @@ fn retry(
             "UPDATE conversations SET waiting = waiting + 1,
                 -- A write that may still be in flight continues to wait.
                 due_at = iif(stale_seq > fresh_seq, coalesce(due_at, ?3), ?3),
-                waiting_since = coalesce(waiting_since, (SELECT received_at FROM events WHERE id = ?2)),
+                waiting_since = coalesce(waiting_since, ?3),
                 stale_seq = stale_seq
                     + EXISTS (SELECT 1 FROM attempts WHERE event = ?2 AND outcome_unknown)
              WHERE id = ?1",

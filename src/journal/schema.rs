@@ -18,7 +18,10 @@ const APPLICATION_ID: i32 = 0x4243_5332;
 const APPLICATION_ID_0_1: i32 = 0x4243_5359;
 
 /// Each entry migrates the schema from one version (`PRAGMA user_version`) to the next.
-const MIGRATIONS: &[&str] = &[include_str!("../../migrations/0001_journal.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("../../migrations/0001_journal.sql"),
+    include_str!("../../migrations/0002_retried_at.sql"),
+];
 
 /// How long a statement waits for another process (a command, a backup). It is short, because the daemon tries again
 /// anyway and must be able to stop.
@@ -288,22 +291,23 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
 
+/// Applies all migrations in one transaction, so that no other process sees a version in between.
 pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Result<()> {
-    for (index, migration) in MIGRATIONS.iter().enumerate().skip(from) {
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // A command beside the daemon may have migrated meanwhile.
-        if usize::try_from(version(&transaction)?).is_ok_and(|found| found > index) {
-            continue;
-        }
-        transaction.execute_batch(migration)?;
-        transaction.pragma_update(
-            None,
-            "user_version",
-            i64::try_from(index + 1).unwrap_or(i64::MAX),
-        )?;
-        transaction.commit()?;
+    if from == MIGRATIONS.len() {
+        return Ok(());
     }
-    Ok(())
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    // A command beside the daemon may have migrated meanwhile.
+    let found = usize::try_from(version(&transaction)?).unwrap_or(from);
+    let Some(migrations @ [_, ..]) = MIGRATIONS.get(found..) else {
+        return Ok(());
+    };
+    for migration in migrations {
+        transaction.execute_batch(migration)?;
+    }
+    let newest = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
+    transaction.pragma_update(None, "user_version", newest)?;
+    transaction.commit()
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! `bigchat-sync status`, `check` and `once`: each problem with its remedy, and no request beside a running daemon.
 
+use crate::harness::journal::failed_messages;
 use crate::harness::process::{Process, Signal, finished, program};
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, Daemon, Test, run_live_test, side_by_side, until};
+use bigchat_sync::domain::time::Millis;
 use bigchat_sync::http::Api;
+use bigchat_sync::journal::Store;
 use bigchat_sync::simulator::event::{end, message};
-use bigchat_sync::simulator::fault::overdue;
+use bigchat_sync::simulator::fault::{overdue, status};
 use std::process::Output;
 use std::time::Duration;
 
@@ -393,6 +396,43 @@ async fn daemon_waits_for_request_of_check() {
                 "requests while one was in flight"
             );
             t.until_events("delivered", 3).await;
+        })
+        .await;
+    })
+    .await;
+}
+
+/// The wait of a retried dead letter begins with the retry.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retried_event_waits_since_the_retry() {
+    // Above the offset and below.
+    side_by_side([0, 1], async |offset| {
+        run_live_test(async |t| {
+            t.bigchat.open(42, t.now() - 100, 1);
+            // It was received in 1970.
+            let failed = failed_messages(["the disk was full"]);
+            t.fill(&format!(
+                "{failed} UPDATE conversations SET offset = {offset};"
+            ))
+            .await;
+            let before = Millis::now();
+            t.failed_command(&["retry", "1"]).expect("it is retried");
+            let mut store = Store::open_reader(&t.db()).expect("a database");
+            let figures = store.figures(Millis::now()).expect("the figures");
+            let oldest = figures.oldest_waiting.expect("it waits");
+            assert!(oldest.since >= before, "{oldest:?}");
+            until_problems(t, &["no daemon is running"]).await;
+            // A failed attempt does not change that.
+            t.our_api.upset(ADD_MESSAGE, status(503));
+            t.once().await;
+            let figures = store.figures(Millis::now()).expect("the figures");
+            if let Some(oldest) = figures.oldest_waiting {
+                assert!(oldest.since >= before, "{oldest:?}");
+            }
+            t.start();
+            t.until_events("delivered", 1).await;
+            let figures = store.figures(Millis::now()).expect("the figures");
+            assert_eq!((figures.oldest_waiting, figures.delivery_ms), (None, None));
         })
         .await;
     })
