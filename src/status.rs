@@ -250,6 +250,16 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
             "if it was not restarted or restored, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
         );
     }
+    if figures.incomplete > 0 {
+        let lost = match figures.incomplete {
+            1 => "1 chat, whole or in part, and it is".to_owned(),
+            count => format!("{count} chats, whole or in part, and they are"),
+        };
+        problem(
+            format!("OurAPI has lost {lost} not restored"),
+            "restore with `bigchat-sync verify --repair` (with --rebuild auto, the next pass does it); if a chat was erased on purpose, erase it here too with `bigchat-sync forget`",
+        );
+    }
     if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
         problem(
             difference,

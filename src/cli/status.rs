@@ -156,8 +156,20 @@ fn text(status: &Status) -> String {
     lines.join("\n")
 }
 
-/// The progress of the verification of all chats in idle time, and what it found.
+/// The progress of the verification of all chats in idle time, and what it or `verify` found.
 fn verification(status: &Status) -> String {
+    let figures = &status.figures;
+    let found = [
+        (figures.incomplete, "not complete in OurAPI"),
+        (figures.drifted, CHANGED),
+    ];
+    let found = found.into_iter().filter(|(count, _)| *count > 0);
+    let found = found.map(|(count, what)| format!("; {count} {what}"));
+    idle_pass(status) + &found.collect::<String>()
+}
+
+/// The progress of the verification of all chats in idle time.
+fn idle_pass(status: &Status) -> String {
     let Status { figures, now, .. } = status;
     let Some(every) = figures.verify_every_s.map(Duration::from_secs_f64) else {
         return "off".into();
@@ -190,15 +202,6 @@ fn verification(status: &Status) -> String {
     };
     if took > every {
         text += &format!("; longer than --verify-every, {}", duration(every));
-    }
-    let found = [
-        (figures.incomplete, "not complete in OurAPI"),
-        (figures.drifted, CHANGED),
-    ];
-    for (count, what) in found {
-        if count > 0 {
-            text += &format!("; {count} {what}");
-        }
     }
     text
 }

@@ -1,7 +1,7 @@
 //! `bigchat-sync status`, `check` and `once`: each problem with its remedy, and no request beside a running daemon.
 
 use crate::harness::journal::failed_messages;
-use crate::harness::process::{Process, Signal, finished, program};
+use crate::harness::process::{Process, Signal, finished, printed, program};
 use crate::harness::services::ADD_MESSAGE;
 use crate::harness::{Bench, Daemon, Test, run_live_test, side_by_side, until};
 use bigchat_sync::domain::time::Millis;
@@ -435,6 +435,45 @@ async fn retried_event_waits_since_the_retry() {
             assert_eq!((figures.oldest_waiting, figures.delivery_ms), (None, None));
         })
         .await;
+    })
+    .await;
+}
+
+/// A loss that nobody restores is a problem, also if chats are not verified in idle time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unrestored_loss_is_a_problem() {
+    run_live_test(async |t| {
+        delivered(t).await.stop().await;
+        t.set("--rebuild", "report");
+        t.our_api.loses_message("10");
+        t.differs("the loss is only reported");
+        let text = |command| printed(&t.program(command).output().expect("a process"));
+        let verified = text("verify");
+        assert!(verified.contains("1 message missing"), "{verified}");
+        let status = until_problems(
+            t,
+            &[
+                "no daemon is running",
+                "OurAPI has lost 1 chat, whole or in part",
+            ],
+        )
+        .await;
+        let remedy = status["problems"][1]["remedy"].as_str().expect("a remedy");
+        assert!(remedy.contains("verify --repair"), "{remedy}");
+        for every in ["24h", "off"] {
+            t.set("--verify-every", every);
+            t.once().await;
+            let status = text("status");
+            assert!(
+                status.contains("; 1 not complete in OurAPI"),
+                "{every}: {status}"
+            );
+        }
+        t.program("verify")
+            .arg("--repair")
+            .output()
+            .expect("a process");
+        until_problems(t, &["no daemon is running"]).await;
     })
     .await;
 }
