@@ -17,7 +17,7 @@ use serde_json::json;
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
@@ -85,27 +85,34 @@ pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -
     }
 }
 
-/// The filter in `RUST_LOG`, if it is set; an error if it would hide every line of this program. A mistyped level
-/// would, because it is a valid filter that shows only a module of that name.
+/// The filter in `RUST_LOG`, if it is set; an error if it is not about this program. A mistyped level is not, because it
+/// is a valid filter that shows only a module of that name.
 fn filter() -> Result<Option<EnvFilter>, String> {
-    let Ok(set) = std::env::var(EnvFilter::DEFAULT_ENV) else {
-        return Ok(None);
+    let set = std::env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_default();
+    let Some(set) = set.to_str() else {
+        return Err("it is not UTF-8".to_owned());
     };
     if set.is_empty() {
         return Ok(None);
     }
-    let parsed = || EnvFilter::try_new(&set).map_err(|error| error.to_string());
-    let shows_errors =
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(parsed()?), || {
-            tracing::enabled!(Level::ERROR)
-        });
-    if shows_errors || set == "off" {
-        parsed().map(Some)
-    } else {
-        Err(format!(
-            "{set} is not a level, and hides all lines of this program"
-        ))
+    let filter = EnvFilter::try_new(set).map_err(|error| error.to_string())?;
+    match set.split(',').any(is_about_us) {
+        true => Ok(Some(filter)),
+        false => Err(format!(
+            "{set} is neither a level nor about a module of this program"
+        )),
     }
+}
+
+/// Whether a directive of a filter is about all modules, or about some of this program.
+fn is_about_us(directive: &str) -> bool {
+    const US: &str = env!("CARGO_CRATE_NAME");
+    let target = directive
+        .split(['=', '['])
+        .next()
+        .unwrap_or_default()
+        .trim();
+    target.parse::<LevelFilter>().is_ok() || target.starts_with(US) || US.starts_with(target)
 }
 
 /// Starts the log at a level, which RUST_LOG can change.

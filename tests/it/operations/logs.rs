@@ -7,6 +7,8 @@ use bigchat_sync::cli::manual::Chapter;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{crashed, dropped, html, status};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -338,4 +340,30 @@ async fn catching_up_logs_time_left() {
         assert!(daemon.stop().await.success());
     })
     .await;
+}
+
+/// A filter for one module of this program is obeyed, and one for other modules only is reported.
+#[test]
+fn rust_log_for_modules() {
+    for (filter, is_invalid) in [
+        (&b"bigchat_sync::daemon=info"[..], false),
+        (
+            b"bigchat_sync::poller=debug,bigchat_sync::daemon=info",
+            false,
+        ),
+        (b"hyper=debug,bigchat_sync=info", false),
+        (b"hyper=debug", true),
+        (b"info\xff", true),
+    ] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut once = unreachable(directory.path(), "once", "journal.db");
+        let once = once.env("RUST_LOG", OsStr::from_bytes(filter)).output();
+        let log = printed(&once.expect("a process"));
+        assert_eq!(
+            log.contains("RUST_LOG is ignored"),
+            is_invalid,
+            "{filter:?}: {log}"
+        );
+        assert!(log.contains("is running"), "{filter:?}: {log}");
+    }
 }
