@@ -13,8 +13,10 @@ pub mod status;
 mod table;
 pub mod verify;
 
+use std::any::TypeId;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -437,6 +439,9 @@ fn is_service_link(end: &str, value: &str) -> bool {
 
 /// The environment variable that set a bad value, if any.
 fn set_by_environment(error: &clap::Error) -> Option<String> {
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return Cli::command().get_arguments().find_map(not_utf8);
+    }
     let (Some(ContextValue::String(argument)), Some(ContextValue::String(value))) = (
         error.get(ContextKind::InvalidArg),
         error.get(ContextKind::InvalidValue),
@@ -449,12 +454,23 @@ fn set_by_environment(error: &clap::Error) -> Option<String> {
         .get_arguments()
         .find(|argument| argument.get_long() == Some(flag))?;
     let variable = argument.get_env()?.to_str()?;
+    // The value may be one of a list. The flag may be on the line, too, with another value.
+    let has_value = |set: &str| set == value || set.split(',').any(|item| item == value);
     let on_the_line = std::env::args_os().any(|given| {
         let given = given.to_string_lossy();
-        given.trim_start_matches("--").split('=').next() == Some(flag)
+        let of_flag = given.split_once('=').map(|(_, set)| set);
+        has_value(&given) || of_flag.is_some_and(has_value)
     });
-    (!on_the_line && std::env::var(variable).is_ok_and(|set| set == *value))
+    (!on_the_line && std::env::var(variable).is_ok_and(|set| has_value(&set)))
         .then(|| variable.to_owned())
+}
+
+/// The argument's variable, if its value is not UTF-8 but must be. A path need not be.
+fn not_utf8(argument: &clap::Arg) -> Option<String> {
+    let variable = argument.get_env()?;
+    let is_path = argument.get_value_parser().type_id() == TypeId::of::<PathBuf>();
+    let is_bad = std::env::var_os(variable)?.to_str().is_none();
+    (is_bad && !is_path).then(|| variable.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

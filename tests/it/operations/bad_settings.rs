@@ -1,5 +1,7 @@
 //! Bad settings: exit code 2, the error, the form expected, and no secret.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
 use crate::harness::process::{fed, printed, program};
@@ -178,4 +180,39 @@ fn program_without_a_command() {
     let text = printed(&fed(&mut script, "").expect("script, of Debian's bsdutils"));
     assert!(text.contains("no command given: running as "), "{text}");
     assert!(text.contains("/missing/a.db"), "{text}");
+}
+
+/// A bad value from the environment is reported with its variable, whatever the command line says.
+#[test]
+fn bad_variable_is_named() {
+    let export = ["export", "--since", "2026-11-22T22:00:00Z"];
+    for (arguments, name, value) in [
+        (
+            &["status"][..],
+            "BIGCHAT_SYNC_CONSOLE_HOST",
+            &b"a.example,b:80"[..],
+        ),
+        (&["status"], "BIGCHAT_SYNC_POLL_INTERVAL", b"\xff"),
+        (&["run"], "BIGCHAT_SYNC_SINCE", b"\xff"),
+        (&export, "BIGCHAT_SYNC_SINCE", b"bad"),
+    ] {
+        let output = program()
+            .args(arguments)
+            .env_clear()
+            // A path need not be UTF-8.
+            .env("BIGCHAT_SYNC_DB", OsStr::from_bytes(b"\xff.db"))
+            .env(name, OsStr::from_bytes(value))
+            .output()
+            .expect("a process");
+        let text = printed(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(
+            text.contains(&format!("environment variable {name}")),
+            "{text}"
+        );
+    }
+    // A value on the command line is not blamed on the environment.
+    let variable = [("BIGCHAT_SYNC_POLL_INTERVAL", "20s")];
+    let (text, _) = refused(&["run", "--poll-interval", "bad"], &variable);
+    assert!(!text.contains("environment variable"), "{text}");
 }
