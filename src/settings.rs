@@ -21,7 +21,7 @@ use url::Url;
 
 use crate::domain::backoff::Policy;
 use crate::domain::progress::{IdlePass, VerifyMode};
-use crate::domain::time::Timestamp;
+use crate::domain::time::{Millis, Timestamp};
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::terminal::shown;
 
@@ -606,10 +606,15 @@ pub(crate) fn at_least_a_second(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) fn timestamp(text: &str) -> Result<Timestamp, String> {
+    Ok(Timestamp::clamped(millis(text)?.0 / 1000))
+}
+
+/// A point in time to the millisecond.
+pub(crate) fn millis(text: &str) -> Result<Millis, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
         .map_err(|_| "expected a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
-    Timestamp::from_unix(time.timestamp())
-        .ok_or_else(|| "expected a time between 1970 and 9999".into())
+    Timestamp::from_unix(time.timestamp()).ok_or("expected a time between 1970 and 9999")?;
+    Ok(Millis(time.timestamp_millis()))
 }
 
 fn event_name(text: &str) -> Result<String, String> {

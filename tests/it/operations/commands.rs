@@ -668,3 +668,27 @@ async fn commands_name_what_they_refuse() {
         "{again}"
     );
 }
+
+/// A consumer continues an export at the time of the last event it has, without repeating earlier ones.
+#[tokio::test]
+async fn export_period_to_the_millisecond() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers([message(42, 5, "one")]).await;
+        t.delivers([message(42, 6, "two")]).await;
+        daemon.stop().await;
+        t.execute("DELETE FROM deliveries WHERE id < (SELECT max(id) FROM deliveries) - 1");
+        t.execute("UPDATE deliveries SET delivered_at = 1000 + 100 * (id = (SELECT max(id) FROM deliveries))");
+        let texts = |period: &[&str]| -> Vec<Value> {
+            let events = exported(t, period).into_iter();
+            events.map(|event| event["text"].clone()).collect()
+        };
+        let time = |millis: i64| format!("1970-01-01T00:00:01.{millis:03}Z");
+        assert_eq!(texts(&["--since", &time(0)]), ["one", "two"]);
+        assert_eq!(texts(&["--since", &time(1)]), ["two"]);
+        assert_eq!(texts(&["--since", &time(100)]), ["two"]);
+        assert_eq!(texts(&["--since", &time(101)]), [] as [Value; 0]);
+        assert_eq!(texts(&["--since", &time(0), "--until", &time(100)]), ["one"]);
+    })
+    .await;
+}
