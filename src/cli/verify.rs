@@ -3,6 +3,7 @@
 //! If a daemon runs, it does the work, because it bounds all requests to OurAPI. Otherwise this process takes its place
 //! until the work is done. The lock on the database determines which.
 
+use std::io;
 use std::time::Duration;
 
 use serde_json::json;
@@ -69,7 +70,7 @@ pub enum VerifyError {
     Daemon(#[from] DaemonError),
     /// An error of the operating system, or of the terminal.
     #[error("the operating system reports an error: {0}")]
-    System(#[from] std::io::Error),
+    System(#[from] io::Error),
     /// The journal knows of no such chat.
     #[error(
         "conversation {0} has no chat: nothing was delivered for it yet, OurAPI has lost it and it is being restored, or it was forgotten"
@@ -115,9 +116,8 @@ pub async fn run(
         watched
     };
     let (worked, watched) = tokio::join!(working, watching);
-    worked?;
-    let progress = watched?;
-    let is_done = progress.is_done();
+    let is_done = watched.as_ref().is_ok_and(VerificationProgress::is_done);
+    // Also after an error, else the daemon would continue.
     let differences = journal
         .with(move |store| {
             let differences = store.differences(verification, LISTED)?;
@@ -126,7 +126,9 @@ pub async fn run(
             }
             Ok(differences)
         })
-        .await?;
+        .await;
+    worked?;
+    let (progress, differences) = (watched?, differences?);
     if is_done || args.json {
         report(&args, &terminal, &progress, &differences).await?;
     }
@@ -220,9 +222,7 @@ async fn watch(
                 });
             }
             None if !json && last_line.elapsed() >= LINE_EVERY => {
-                terminal
-                    .say(&format!("{}, {rate}", sentence(&progress)))
-                    .await?;
+                say(terminal, &format!("{}, {rate}", sentence(&progress))).await?;
                 last_line = Instant::now();
             }
             None => {}
@@ -254,7 +254,15 @@ async fn report(
         false => as_table(progress, differences, args.repair),
     };
     // The terminal ends the line itself.
-    Ok(terminal.say(text.trim_end()).await?)
+    Ok(say(terminal, text.trim_end()).await?)
+}
+
+/// Writes a text to standard output. If the reader has closed the pipe, the exit code still has the result.
+async fn say(terminal: &Terminal, text: &str) -> io::Result<()> {
+    match terminal.say(text).await {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        said => said,
+    }
 }
 
 /// A count with its noun.

@@ -9,7 +9,7 @@ use bigchat_sync::simulator::fault::status;
 use serde_json::{Value, json};
 
 use crate::harness::journal::dead_letter;
-use crate::harness::process::printed;
+use crate::harness::process::{finished, printed};
 use crate::harness::{Bench, Test, run_test, until};
 
 /// Runs a command, whether or not a daemon runs.
@@ -689,6 +689,43 @@ async fn export_period_to_the_millisecond() {
         assert_eq!(texts(&["--since", &time(100)]), ["two"]);
         assert_eq!(texts(&["--since", &time(101)]), [] as [Value; 0]);
         assert_eq!(texts(&["--since", &time(0), "--until", &time(100)]), ["one"]);
+    })
+    .await;
+}
+
+/// The reader of the result has gone.
+#[tokio::test]
+async fn verify_into_a_closed_pipe() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers([message(42, 5, "Hello")]).await;
+        daemon.stop().await;
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = t.program("verify").stdout(writer).output();
+        let output = output.expect("a process");
+        assert_eq!(output.status.code(), Some(0), "{}", printed(&output));
+        assert_eq!(printed(&output), "");
+    })
+    .await;
+}
+
+/// A verification whose progress cannot be written is not left to the daemon.
+#[tokio::test]
+async fn verify_on_a_full_disk_is_withdrawn() {
+    run_test(async |t| {
+        let daemon = t.start();
+        t.delivers([message(42, 5, "Hello")]).await;
+        daemon.stop().await;
+        done(t, &["pause"]);
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let mut verify = t.program("verify");
+        verify.stdout(full.expect("a device"));
+        let output = finished(verify).await;
+        assert_eq!(output.status.code(), Some(1), "{}", printed(&output));
+        let left = "SELECT count(*) FROM verifications WHERE NOT idle";
+        assert_eq!(t.value::<i64>(left), 0, "{}", printed(&output));
+        done(t, &["resume"]);
     })
     .await;
 }
