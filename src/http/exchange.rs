@@ -37,7 +37,7 @@ pub struct Exchange {
 /// A fault of a response, without customers' text or credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// To this location, if there was one.
+    /// To this [`location`], if there was one.
     Redirect(Option<String>),
     /// A 403 with an HTML page, which no API sends.
     Firewall,
@@ -72,18 +72,17 @@ impl Cause {
     }
 }
 
-/// The location of a redirect, without user, password and query.
+/// Scheme and host of a redirect's location. The rest may contain secrets or a customer's data.
 pub(super) fn location(value: &str) -> String {
-    let end = value.find(['?', '#']).unwrap_or(value.len());
-    let value = &value[..end];
-    let (scheme, rest) = match value.split_once("//") {
-        Some((scheme, rest)) => (format!("{scheme}//"), rest),
-        None => (String::new(), value),
-    };
-    let host_end = rest.find('/').unwrap_or(rest.len());
-    let host = rest[..host_end].rsplit('@').next().unwrap_or_default();
-    let text = format!("{scheme}{host}{}", &rest[host_end..]);
-    text.chars().take(MAX_DETAIL).collect()
+    match value.split_once("//") {
+        Some((scheme, rest)) if !scheme.contains(['/', '?', '#']) => {
+            let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+            let host = rest[..end].rsplit('@').next().unwrap_or_default();
+            let text = format!("{scheme}//{host}");
+            text.chars().take(MAX_DETAIL).collect()
+        }
+        _ => "another path".to_owned(),
+    }
 }
 
 /// Parses a body as JSON.
@@ -252,6 +251,22 @@ mod tests {
         assert_eq!(of(&long).map(|text| text.chars().count()), Some(MAX_DETAIL));
         for nothing in ["", "{}", "<html>", r#"{"detail":""}"#, r#"{"detail":7}"#] {
             assert_eq!(of(nothing), None, "{nothing}");
+        }
+    }
+
+    /// A path may name a customer or contain a token.
+    #[test]
+    fn location_has_no_path() {
+        for (value, shown) in [
+            ("https://a:b@host:1/ann@x.test/t0ken?q#f", "https://host:1"),
+            ("http://host", "http://host"),
+            ("http://host?q=1", "http://host"),
+            ("//host/path", "//host"),
+            ("/login/t0ken", "another path"),
+            ("login?to=//host/x", "another path"),
+            ("", "another path"),
+        ] {
+            assert_eq!(location(value), shown, "{value}");
         }
     }
 

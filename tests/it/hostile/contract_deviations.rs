@@ -201,13 +201,13 @@ async fn outages_that_need_a_correction() {
             (
                 "a redirect",
                 elsewhere,
-                "redirects to https://new.example/v2/; check --",
+                "redirects to https://new.example; check --",
                 false,
             ),
             (
                 "a relative redirect",
                 moved("/login?next=secret"),
-                "redirects to /login; check --",
+                "redirects to another path; check --",
                 false,
             ),
             (
