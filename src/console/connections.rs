@@ -2,25 +2,27 @@
 //! costs a few kilobytes for a while.
 //!
 //! At the limit, the oldest connection without a complete request is closed, so that slow clients cannot starve active
-//! ones.
+//! ones, and each other one is closed after its response, so that active clients cannot starve new ones.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// The maximum number of connections: enough for a few browsers and a monitor.
@@ -32,6 +34,12 @@ const HEAD: Duration = Duration::from_secs(15);
 /// The maximum size of a request's head.
 const MAX_HEAD: usize = 16 << 10;
 
+/// A younger connection is not closed at the limit: its first request may be on the way.
+const YOUNG: Duration = Duration::from_secs(1);
+
+/// How often to check at the limit whether a connection can be closed.
+const CHECK_EVERY: Duration = Duration::from_millis(100);
+
 /// How long to wait when the operating system cannot accept another connection.
 const EXHAUSTED: Duration = Duration::from_secs(1);
 
@@ -39,6 +47,13 @@ const EXHAUSTED: Duration = Duration::from_secs(1);
 struct Connection {
     task: AbortHandle,
     place: Place,
+    since: Instant,
+}
+
+impl Connection {
+    fn may_give_way(&self) -> bool {
+        self.since.elapsed() >= YOUNG && self.place.is_idle()
+    }
 }
 
 /// A connection, as seen by its requests.
@@ -55,7 +70,7 @@ impl Place {
         HeldOpen(self.clone())
     }
 
-    fn may_give_way(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.answering.load(Ordering::Relaxed) == 0
     }
 }
@@ -81,21 +96,21 @@ pub(super) async fn accept(listener: TcpListener, router: Router, closing: Cance
 
 async fn accept_into(tasks: &mut JoinSet<()>, listener: TcpListener, router: Router) {
     let mut connections = VecDeque::new();
+    let at_limit = Arc::<AtomicBool>::default();
     loop {
         while tasks.try_join_next().is_some() {}
         connections.retain(|connection: &Connection| !connection.task.is_finished());
-        if connections.len() >= MAX_CONNECTIONS {
-            match connections
-                .iter()
-                .position(|connection| connection.place.may_give_way())
-            {
+        let is_full = connections.len() >= MAX_CONNECTIONS;
+        at_limit.store(is_full, Ordering::Relaxed);
+        if is_full {
+            match connections.iter().position(Connection::may_give_way) {
                 Some(idle) => {
                     if let Some(connection) = connections.remove(idle) {
                         connection.task.abort();
                     }
                 }
                 None => {
-                    tasks.join_next().await;
+                    timeout(CHECK_EVERY, tasks.join_next()).await.ok();
                     continue;
                 }
             }
@@ -103,8 +118,10 @@ async fn accept_into(tasks: &mut JoinSet<()>, listener: TcpListener, router: Rou
         match listener.accept().await {
             Ok((stream, peer)) => {
                 let place = Place::default();
-                let task = tasks.spawn(serve(stream, peer, router.clone(), place.clone()));
-                connections.push_back(Connection { task, place });
+                let (router, at_limit) = (router.clone(), Arc::clone(&at_limit));
+                let task = tasks.spawn(serve(stream, peer, router, place.clone(), at_limit));
+                let since = Instant::now();
+                connections.push_back(Connection { task, place, since });
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -133,7 +150,13 @@ pub(super) struct Ends {
     pub(super) local: Option<SocketAddr>,
 }
 
-async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place) {
+async fn serve(
+    stream: TcpStream,
+    peer: SocketAddr,
+    router: Router,
+    place: Place,
+    at_limit: Arc<AtomicBool>,
+) {
     // Without it, responses are only slower.
     stream.set_nodelay(true).ok();
     let local = stream.local_addr().ok();
@@ -142,7 +165,15 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, place: Place
         request.extensions_mut().insert(ConnectInfo(peer));
         request.extensions_mut().insert(Ends { peer, local });
         request.extensions_mut().insert(place.clone());
-        router.call(request)
+        let (answer, at_limit) = (router.call(request), Arc::clone(&at_limit));
+        async move {
+            let mut answer = answer.await?;
+            if at_limit.load(Ordering::Relaxed) {
+                let close = HeaderValue::from_static("close");
+                answer.headers_mut().insert(CONNECTION, close);
+            }
+            Ok::<_, Infallible>(answer)
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

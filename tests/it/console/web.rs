@@ -17,6 +17,7 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 const READ_TOKEN: &str = "0123456789abcdef-readers";
@@ -565,6 +566,38 @@ async fn outage_of_the_last_session() {
 
         let (_, url) = t.start_listening(Tokens::default());
         until("it is ready again", async || is_ready(&url).await).await;
+    })
+    .await;
+}
+
+/// Busy clients share the console with others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pipelining_clients_starve_no_client() {
+    run_live_test(async |t| {
+        let (_, url) = t.start_listening(Tokens::default());
+        let mut busy = JoinSet::new();
+        for _ in 0..64 {
+            let url = url.clone();
+            busy.spawn(async move {
+                let requests = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(20);
+                loop {
+                    let mut stream = connect(&url).await;
+                    let mut answers = vec![0; 64 << 10];
+                    while stream.write_all(requests.as_bytes()).await.is_ok()
+                        && stream.read(&mut answers).await.is_ok_and(|read| read > 0)
+                    {
+                    }
+                }
+            });
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for _ in 0..10 {
+            let probe = client().get(format!("{url}/healthz")).send();
+            let answer = timeout(Duration::from_secs(5), probe).await;
+            let answer = answer.expect("in time").expect("an answer");
+            assert_eq!(answer.status(), StatusCode::OK);
+        }
+        busy.shutdown().await;
     })
     .await;
 }
