@@ -297,6 +297,14 @@ impl Cli {
         cli.given = settings_of(&matches, |source| source != ValueSource::DefaultValue);
         // The setting is for other commands.
         cli.given.retain(|(flag, _)| flag != "db");
+        for (flag, value) in &mut cli.given {
+            // The service has another working directory.
+            if flag == "our-api-lock"
+                && let Ok(path) = std::path::absolute(&value)
+            {
+                *value = path.to_string_lossy().into_owned();
+            }
+        }
         Ok(cli)
     }
 }

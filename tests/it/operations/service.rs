@@ -170,6 +170,11 @@ fn unit_has_the_settings_given() {
             process::program().get_program().display()
         )
     );
+    // The service has another working directory.
+    let unit = printed(&["unit", "--our-api-lock", "our-api.lock"]);
+    let lock = std::path::absolute("our-api.lock").expect("a path");
+    let flag = format!("--our-api-lock={}\n", lock.display());
+    assert!(unit.contains(&flag), "{unit}");
     let refused = program(&["unit", "--db", "elsewhere.db"]);
     assert_eq!(refused.status.code(), Some(2));
     assert!(text(&refused.stderr).contains("--db would have no effect"));
