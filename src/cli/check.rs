@@ -4,6 +4,8 @@
 //! daemon's latest exchanges are reported. BigChat is never asked for events, because it reports each only once.
 
 use std::fmt::{self, Write};
+use std::fs::{self, File};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
@@ -200,8 +202,15 @@ enum State {
 }
 
 fn check_database(report: &mut Report, db: &Path) -> Option<State> {
-    let opened = match db.try_exists() {
-        Ok(false) => match Store::can_be_made(db) {
+    let is_missing = match fs::metadata(db) {
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+        // Nor is a schema written to an empty file.
+        Ok(file) => {
+            file.is_file() && file.len() == 0 && File::options().append(true).open(db).is_ok()
+        }
+    };
+    let opened = match is_missing {
+        true => match Store::can_be_made(db) {
             Ok(()) => {
                 let text = format!("{} will be created at the first start", shown(db));
                 report.pass("database", text);
@@ -209,7 +218,7 @@ fn check_database(report: &mut Report, db: &Path) -> Option<State> {
             }
             Err(error) => Err(error),
         },
-        _ => match Store::open(db) {
+        false => match Store::open(db) {
             Err(OpenError::InUse(_)) => Store::open_shared(db).map(State::DaemonRuns),
             opened => opened.map(|store| State::Free(Some(store))),
         },

@@ -729,3 +729,16 @@ async fn verify_on_a_full_disk_is_withdrawn() {
     })
     .await;
 }
+
+/// An empty file is like a missing one, as `check` creates nothing.
+#[test]
+fn check_changes_no_empty_file() {
+    let bench = Bench::unreachable();
+    std::fs::write(bench.db(), "").expect("a file");
+    let text = printed(&command(&bench, &["check"]));
+    assert!(
+        text.contains("will be created at the first start"),
+        "{text}"
+    );
+    assert_eq!(std::fs::read(bench.db()).expect("a file"), b"");
+}
