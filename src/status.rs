@@ -71,6 +71,19 @@ pub struct Problem {
     pub remedy: String,
 }
 
+impl From<&Refusal> for Problem {
+    fn from(refusal: &Refusal) -> Self {
+        let remedy = match refusal.is_replaced {
+            true => "put the file back with its -wal and -shm, or restart the daemon",
+            false => WRITABLE,
+        };
+        Self {
+            what: format!("the journal cannot be written: {}", refusal.reason),
+            remedy: remedy.to_owned(),
+        }
+    }
+}
+
 impl Status {
     /// Reads it from the journal in the file `path`.
     pub fn read(store: &mut Store, path: PathBuf, now: Millis) -> Result<Self, JournalError> {
@@ -97,15 +110,7 @@ impl Status {
 
     /// Adds that the daemon cannot write the journal, which only the daemon itself knows.
     pub(crate) fn journal_refuses(&mut self, refusal: &Refusal) {
-        let remedy = match refusal.is_replaced {
-            true => "put the file back with its -wal and -shm, or restart the daemon",
-            false => WRITABLE,
-        };
-        let problem = Problem {
-            what: format!("the journal cannot be written: {}", refusal.reason),
-            remedy: remedy.to_owned(),
-        };
-        self.problems.insert(0, problem);
+        self.problems.insert(0, refusal.into());
         self.healthy = false;
     }
 }

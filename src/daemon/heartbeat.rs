@@ -66,8 +66,12 @@ async fn problems(parts: &Parts) -> String {
         Ok(Err(error)) => return format!("the database cannot be read: {error}"),
         Err(_) => return "the database does not answer".to_owned(),
     };
-    let lines = problems
-        .into_iter()
+    // As on the console: only the daemon itself knows it.
+    let refusal = parts.storage.refusal();
+    let lines = refusal
+        .iter()
+        .map(Problem::from)
+        .chain(problems)
         .map(|Problem { what, remedy }| format!("{what}\n  → {remedy}"));
     lines.collect::<Vec<_>>().join("\n")
 }

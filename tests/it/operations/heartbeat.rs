@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use bigchat_sync::simulator::event::message;
+use bigchat_sync::simulator::fault::paused;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -210,6 +211,31 @@ async fn heartbeat_url_is_checked_at_start() {
         let text = crate::harness::process::printed(&refused);
         assert!(text.contains("BIGCHAT_SYNC_HEARTBEAT_URL"), "{text}");
         assert!(!text.contains("s3cret"), "{text}");
+    })
+    .await;
+}
+
+/// The database refuses writes: only the daemon itself knows that.
+#[tokio::test]
+async fn journal_that_refuses_is_reported() {
+    run_live_test(async |t| {
+        let switch = Switch::start(&[]).await;
+        t.bigchat.open(10, t.now() - 100, 1);
+        t.bigchat.reports([message(10, t.now() - 1, "waits")]);
+        t.bigchat.upset("GET /events", paused());
+        let daemon = start(t, &switch.url);
+        until("it polls", async || t.bigchat.pausing() == 1).await;
+        let lock = t.lock_database();
+        t.bigchat.resume();
+        let request = switch.first().await;
+        assert!(request.starts_with("POST /s3cret/fail "), "{request}");
+        assert!(
+            request.contains("the journal cannot be written"),
+            "{request}"
+        );
+        drop(lock);
+        t.until_events("delivered", 1).await;
+        assert!(daemon.stop().await.success());
     })
     .await;
 }
