@@ -158,7 +158,7 @@ impl Poller {
         self.unstored.as_ref().map_or(0, |page| page.events)
     }
 
-    /// Polls at every tick until shutdown.
+    /// Polls at every tick until shutdown. A page that is not stored yet gets a last attempt.
     pub async fn run(&mut self) {
         let interval = self.settings.poll_interval;
         let mut tick = Instant::now();
@@ -182,9 +182,13 @@ impl Poller {
             self.signals.liveness.polling.beat(wait);
             let stopping = self.signals.stopping.clone();
             tokio::select! {
-                () = stopping.cancelled() => return,
+                () = stopping.cancelled() => break,
                 () = sleep_until(tick) => {}
             }
+        }
+        if let Some(page) = self.unstored.clone() {
+            // A page that is refused stays unstored, which is reported.
+            self.store(page).await.ok();
         }
     }
 

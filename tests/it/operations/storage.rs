@@ -209,6 +209,20 @@ async fn stop_while_disk_is_full() {
     .await;
 }
 
+/// A page is stored at the stop if there is space again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stop_after_disk_was_full() {
+    run_live_test(async |t| {
+        t.set("--poll-interval", "1s");
+        let (daemon, _) = received_on_full_disk(t).await;
+        lift(&daemon);
+        assert!(daemon.stop().await.success(), "{}", t.logged());
+        t.start();
+        t.agrees().await;
+    })
+    .await;
+}
+
 /// The daemon waits for space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_full_at_the_start() {
