@@ -5,8 +5,8 @@ use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::{JournalError, Result, Store};
-use crate::domain::event::{EventKind, Payload};
+use super::{JournalError, Result, Store, payload};
+use crate::domain::event::EventKind;
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
 
@@ -112,7 +112,10 @@ fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
     let forgotten: bool = row.get(8)?;
     let is_message = EventKind::from_name(&kind).is_some_and(EventKind::is_message);
     let (text, data) = match (is_message, data) {
-        (true, data) if !forgotten => (Some(message(&kind, data.as_deref())?), None),
+        (true, data) if !forgotten => {
+            let payload = payload(&kind, data.as_deref())?;
+            (payload.text().map(str::to_owned), None)
+        }
         (_, None) | (true, _) => (None, None),
         (false, Some(data)) => {
             let invalid = |_| JournalError::InvalidRow(format!("the data of a {kind} are no JSON"));
@@ -133,14 +136,6 @@ fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
         effect: delivery.effect.clone(),
         forgotten,
     })
-}
-
-/// The text of a message, as it was sent.
-fn message(kind: &str, data: Option<&str>) -> Result<String> {
-    let text = EventKind::from_name(kind)
-        .and_then(|kind| Payload::from_data(kind, data).ok())
-        .and_then(|payload| payload.text().map(str::to_owned));
-    text.ok_or_else(|| JournalError::InvalidRow(format!("the data of a {kind} cannot be read")))
 }
 
 /// Excludes events that were forgotten before they were delivered.

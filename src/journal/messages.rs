@@ -2,9 +2,9 @@
 
 use rusqlite::params;
 
-use super::{JournalError, Result, Store, present};
+use super::{Result, Store, payload};
 use crate::domain::account::{self, MessageState, Recorded};
-use crate::domain::event::{EventKind, Payload};
+use crate::domain::event::EventKind;
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
 
@@ -30,14 +30,11 @@ impl Store {
         let mut messages = Vec::new();
         while let Some(row) = rows.next()? {
             let name = row.get_ref(1)?.as_str().unwrap_or_default();
-            let kind = present(EventKind::from_name(name), name)?;
-            if !kind.is_message() {
+            if !EventKind::from_name(name).is_some_and(EventKind::is_message) {
                 continue;
             }
             let data: Option<String> = row.get(3)?;
-            let payload = Payload::from_data(kind, data.as_deref()).map_err(|_| {
-                JournalError::InvalidRow(format!("the data of a {name} cannot be read"))
-            })?;
+            let payload = payload(name, data.as_deref())?;
             let id: EventId = row.get(0)?;
             let (waits, is_dead, is_discarded, outcome_unknown) =
                 (row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?);

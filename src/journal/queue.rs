@@ -10,12 +10,11 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use uuid::Uuid;
 
 use super::verification::claim_verifications;
-use super::{JournalError, Result, Store, count, limit, present};
+use super::{JournalError, Result, Store, count, limit, payload, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, Drift, Observed, Pending, Transfer,
 };
-use crate::domain::event::{EventKind, Payload};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::{Millis, Timestamp};
@@ -303,74 +302,72 @@ fn read_conversation(
     id: ConversationId,
     loading: Loading,
 ) -> Result<(Conversation, Claim, EventId)> {
-    connection
-        .prepare_cached(
-            "SELECT epoch, bigchat_id, details, started_at, first_advisor, ended_at, transfer_at, transfer_event,
-                transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_advisor,
-                stale_seq, fresh_seq, verified_losses, read_in_session, offset, restored_through,
-                (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1), verified_in, drift
-             FROM conversations WHERE id = ?1",
-        )?
-        .query_row([id], |row| {
-            let time = |index| row.get::<_, Option<i64>>(index).map(|time| time.map(Timestamp::clamped));
-            let id_at = |index| -> rusqlite::Result<Result<Option<Uuid>>> {
-                let text: Option<String> = row.get(index)?;
-                Ok(text.map(|text| uuid(&text)).transpose())
-            };
-            let (chat, agent) = match (id_at(10)?, id_at(13)?) {
-                (Ok(chat), Ok(agent)) => (chat, agent),
-                (Err(error), _) | (_, Err(error)) => return Ok(Err(error)),
-            };
-            let transfer = match (time(6)?, row.get(7)?, row.get(8)?) {
-                (Some(at), Some(event), Some(advisor)) => Some(Transfer { at, event, advisor }),
-                _ => None,
-            };
-            let conversation = Conversation {
-                id,
-                epoch: row.get(0)?,
-                bigchat_id: row.get(1)?,
-                details: match row.get_ref(2)?.as_str().unwrap_or_default() {
-                    "unread" => Details::Unread,
-                    "read" => Details::Read,
-                    _ => Details::Gone,
-                },
-                desired: Desired {
-                    started_at: time(3)?,
-                    first_advisor: row.get(4)?,
-                    ended_at: time(5)?,
-                    transfer,
-                },
-                observed: Observed {
-                    external_id: row.get(9)?,
-                    chat,
-                    started_at: time(11)?,
-                    ended_at: time(12)?,
-                    agent,
-                    advisor: row.get(14)?,
-                },
-            };
-            let (stale_seq, fresh_seq): (i64, i64) = (row.get(15)?, row.get(16)?);
-            let offset = row.get(19)?;
-            let claim = Claim {
-                offset,
-                through: offset,
-                skipped: Vec::new(),
-                last_event: row.get(21)?,
-                stale_seq,
-                became_stale: stale_seq > fresh_seq,
-                losses: loading.losses,
-                is_lost: row.get::<_, i64>(17)? < loading.losses,
-                is_read: row.get::<_, i64>(18)? == loading.session,
-                is_rewound: row.get::<_, EventId>(20)? > offset,
-                verified_in: row.get(22)?,
-                verifications: loading.verifications,
-                drift: match row.get_ref(23)?.as_str_or_null() {
-                    Ok(Some(names)) => Drift::named(names),
-                    _ => Drift::default(),
-                },
-            };
-            Ok(Ok((conversation, claim, row.get(20)?)))
-        })?
+    let mut statement = connection.prepare_cached(
+        "SELECT epoch, bigchat_id, details, started_at, first_advisor, ended_at, transfer_at, transfer_event,
+            transfer_advisor, external_id, chat_id, chat_started_at, chat_ended_at, chat_agent, chat_advisor,
+            stale_seq, fresh_seq, verified_losses, read_in_session, offset, restored_through,
+            (SELECT coalesce(max(id), 0) FROM events WHERE conversation = ?1), verified_in, drift
+         FROM conversations WHERE id = ?1",
+    )?;
+    let mut rows = statement.query([id])?;
+    let row = present(rows.next()?, &format!("no conversation {}", id.0))?;
+    let time = |index| {
+        row.get::<_, Option<i64>>(index)
+            .map(|time| time.map(Timestamp::clamped))
+    };
+    let id_at = |index| -> Result<Option<Uuid>> {
+        let text: Option<String> = row.get(index)?;
+        text.map(|text| uuid(&text)).transpose()
+    };
+    let transfer = match (time(6)?, row.get(7)?, row.get(8)?) {
+        (Some(at), Some(event), Some(advisor)) => Some(Transfer { at, event, advisor }),
+        _ => None,
+    };
+    let conversation = Conversation {
+        id,
+        epoch: row.get(0)?,
+        bigchat_id: row.get(1)?,
+        details: match row.get_ref(2)?.as_str().unwrap_or_default() {
+            "unread" => Details::Unread,
+            "read" => Details::Read,
+            _ => Details::Gone,
+        },
+        desired: Desired {
+            started_at: time(3)?,
+            first_advisor: row.get(4)?,
+            ended_at: time(5)?,
+            transfer,
+        },
+        observed: Observed {
+            external_id: row.get(9)?,
+            chat: id_at(10)?,
+            started_at: time(11)?,
+            ended_at: time(12)?,
+            agent: id_at(13)?,
+            advisor: row.get(14)?,
+        },
+    };
+    let (stale_seq, fresh_seq): (i64, i64) = (row.get(15)?, row.get(16)?);
+    let (offset, restored_through) = (row.get(19)?, row.get(20)?);
+    let claim = Claim {
+        offset,
+        through: offset,
+        skipped: Vec::new(),
+        last_event: row.get(21)?,
+        stale_seq,
+        became_stale: stale_seq > fresh_seq,
+        losses: loading.losses,
+        is_lost: row.get::<_, i64>(17)? < loading.losses,
+        is_read: row.get::<_, i64>(18)? == loading.session,
+        is_rewound: restored_through > offset,
+        verified_in: row.get(22)?,
+        verifications: loading.verifications,
+        drift: match row.get_ref(23)?.as_str_or_null() {
+            Ok(Some(names)) => Drift::named(names),
+            _ => Drift::default(),
+        },
+    };
+    Ok((conversation, claim, restored_through))
 }
 
 fn read_attempts(
@@ -414,10 +411,7 @@ fn read_pending(
         value.map_err(|error| JournalError::InvalidRow(error.to_string()))
     };
     let name = text(1)?.unwrap_or_default();
-    let kind = present(EventKind::from_name(name), name)?;
-    // The log shows the reason, so it must not quote the data.
-    let payload = Payload::from_data(kind, text(3)?)
-        .map_err(|_| JournalError::InvalidRow(format!("the data of a {name} cannot be read")))?;
+    let payload = payload(name, text(3)?)?;
     let id = row.get(0)?;
     Ok(Pending {
         id,
