@@ -23,6 +23,9 @@ const PAGE_ATTEMPTS: u32 = 3;
 /// does not count.
 const MAX_PAGE_FAILURES: u32 = 3;
 
+/// A window of this length or less is not the reason why BigChat gives no usable answer.
+const SHORT_WINDOW: Duration = Duration::from_secs(300);
+
 /// How the fetch of a window ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FetchEnd {
@@ -151,7 +154,7 @@ impl Poller {
     /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page. Each
     /// first page that is received doubles the maximum again, up to the setting.
     fn shorten_windows(&mut self, window: Window) {
-        let shortest = self.settings.poll_overlap + SECOND;
+        let shortest = SHORT_WINDOW.max(self.settings.poll_overlap + SECOND);
         let length = window.end.since(window.start);
         if length <= shortest {
             return;

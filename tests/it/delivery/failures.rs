@@ -1075,7 +1075,7 @@ async fn until_others_are_dropped(t: &Test) {
 #[tokio::test]
 async fn twin_waits_beyond_the_retention() {
     run_test(async |t| {
-        t.set("--retention", "1s");
+        t.set("--retention", "1s").set("--max-window", "10s");
         let daemon = t.start();
         let events = message(42, 10, "ok");
         let other = message(43, 10, "of another");
