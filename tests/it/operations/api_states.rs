@@ -116,7 +116,7 @@ async fn limit_replaces_an_older_reason() {
             let (_, report) = check(t).await;
             for text in [shown["problems"].to_string(), report] {
                 assert!(!text.contains("credentials"), "{text}");
-                assert!(!text.contains(&before.to_string()), "{text}");
+                assert!(!text.contains(&format!("→ {before}")), "{text}");
             }
             daemon
                 .until_logged_times("OurAPI is rate-limited until", 1)
