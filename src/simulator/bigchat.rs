@@ -508,6 +508,16 @@ impl BigChat {
         latest.len()
     }
 
+    /// Whether an event of a conversation with this time and data was reported.
+    pub(super) fn has_reported(&self, id: i64, at: i64, data: &Value) -> bool {
+        let conversation = self.conversations.get(&id);
+        let mut events = conversation.into_iter().flat_map(|known| &known.events);
+        events.any(|index| {
+            let reported = &self.reported[*index];
+            reported.event_at == at && reported.data == *data
+        })
+    }
+
     fn report(&mut self, conversation_id: i64, name: &str, event_at: i64, data: Value) -> usize {
         let index = self.reported.len();
         let conversation = self.conversations.get_mut(&conversation_id);

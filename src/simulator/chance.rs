@@ -160,6 +160,10 @@ impl BigChat {
             } else {
                 self.rng.random_range(start_at..=now)
             };
+            if is_message(name) && self.has_reported(id, at, &data) {
+                // A client cannot distinguish it from one that is reported again.
+                continue;
+            }
             let copies = self.copies(name, 0.03);
             events.extend(std::iter::repeat_n(event_at(id, name, at, data), copies));
         }
