@@ -18,8 +18,8 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// How many times OurAPI must refuse an agent before it is believed without a reason, which is that its lists show the
-/// address or the name. A few refusals may come from another service at the same URL.
+/// How many times OurAPI must refuse an agent before the refusal is believed although its lists do not explain it: they show
+/// neither the address nor the name. A few refusals may come from another service at the same URL.
 const UNEXPLAINED_REFUSALS: u32 = 3;
 
 /// Refusals in shorter succession count once.
@@ -254,8 +254,8 @@ impl Agents {
         }))
     }
 
-    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless it is about the
-    /// address itself.
+    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless the rejection is
+    /// about the address itself (422, or it cannot be sent), or is repeated.
     fn is_permanent(&self, email: &str, error: &ApiError) -> bool {
         let Exchange {
             is_read, status, ..
@@ -281,8 +281,8 @@ impl Agents {
         *count >= UNEXPLAINED_REFUSALS
     }
 
-    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, OurAPI has lost data: everything
-    /// else is verified before it is used, and the agent is created again.
+    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when it is
+    /// needed. With `--rebuild auto`, everything else is verified before it is used.
     pub(super) async fn missing(&self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         match self.forget_if_lost(agent).await {
             Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),

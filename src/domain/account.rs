@@ -48,8 +48,8 @@ pub struct Accounting {
     /// How many messages OurAPI has beyond the delivered ones. A waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
     /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used:
-    /// if the chat is read again before that, they must match again, and a waiting message matches one that OurAPI
-    /// altered only if its outcome is unknown.
+    /// if the chat is read again before that, they must match again, and of the waiting messages only those of unknown
+    /// outcome can match a message that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 

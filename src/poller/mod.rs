@@ -192,9 +192,9 @@ impl Poller {
         }
     }
 
-    /// Polls until BigChat is read up to now or a poll fails. The poll is repeated if the disk refuses a page, so that no
-    /// received page is lost, if BigChat does not answer the probe, and with a shorter window. Returns whether BigChat
-    /// is read up to now.
+    /// Polls until BigChat is read up to now or a poll fails. A poll is repeated in three cases: the disk refuses a page,
+    /// which would be lost; BigChat does not answer the probe; or the next window is shorter. Returns whether BigChat is
+    /// read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut outcome = PollOutcome::More;
         while !self.signals.stopping.is_cancelled() {
@@ -428,9 +428,9 @@ impl Poller {
         Ok((window, None, source.rescans_left))
     }
 
-    /// The cursor, or the time of the last poll if that is earlier: BigChat's present time minus the time elapsed since. It
-    /// is earlier if BigChat's clock was ahead then, or that of the node that answered. Goes back by the longest window at
-    /// most.
+    /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
+    /// minus the time elapsed since that poll. It is earlier than the cursor if BigChat's clock was ahead at that poll, or
+    /// the clock of the server that answered for BigChat. Goes back by the longest window at most.
     fn resumes_at(
         &self,
         cursor: Timestamp,
