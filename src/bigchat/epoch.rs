@@ -44,7 +44,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
     let requested_at = source.clock().now();
-    // Before the others: if they are the same after that, conversation 1 is of the same epoch.
+    // Requested before the known conversations: if one of them still has its known start then, BigChat had not restarted
+    // before, and conversation 1 is of this epoch, too.
     let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
         true => None,
         false => request_first(source).await,

@@ -71,7 +71,7 @@ pub struct Observed {
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
-    /// Set before the chat is created if its external id is.
+    /// Set together with the external id.
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,

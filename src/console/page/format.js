@@ -72,7 +72,7 @@ const zones = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" });
 /** The time zone of this browser at that time: "UTC", "BST", "GMT+1". */
 export const zone = (ms) => zones.formatToParts(ms).find((part) => part.type === "timeZoneName").value;
 
-/** In both zones, to the second. */
+/** In this browser's time zone and in UTC, to the second. */
 export const fullTime = (ms) => `${date.format(ms)} ${new Date(ms).getFullYear()}, ${clock.format(ms)} ${zone(ms)} (${utc(ms)})`;
 
 const utc = (ms) => {
