@@ -81,7 +81,7 @@ pub struct Poller {
     unstored: Option<Arc<NewPage>>,
     /// When this daemon started.
     created_at: Instant,
-    /// The same by BigChat's clock: the latest estimate, because the first dates may have been behind.
+    /// The same by BigChat's clock: the maximum of all estimates, because the first dates may have been behind.
     started_at: Option<Timestamp>,
     /// The difference between BigChat's clock and this machine's was logged, if there is one.
     clock_reported: bool,

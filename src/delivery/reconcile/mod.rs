@@ -202,7 +202,7 @@ impl Reconciled {
         tracing::warn!(
             conversation = self.conversation.bigchat_id, chat = self.logged_chat(),
             reason = %failure.reason, request = %failure.request, response = %failure.response,
-            "OurAPI rejects a change of a chat; it stays as it is"
+            "OurAPI rejects a change of a chat; nothing is changed until the conversation's next event"
         );
         Ok(())
     }
