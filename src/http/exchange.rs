@@ -37,7 +37,7 @@ pub struct Exchange {
 /// A fault of a response, without customers' text or credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// To this [`location`], if there was one.
+    /// To this scheme and host, if there was a location.
     Redirect(Option<String>),
     /// A 403 with an HTML page, which no API sends.
     Firewall,
