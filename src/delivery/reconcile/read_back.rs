@@ -81,11 +81,7 @@ impl Reconciled {
         };
         let is_any_unknown = self.events.iter().any(|event| is_unknown(&event));
         if !is_any_unknown {
-            // If the chat became stale, a write may have been carried out, and it is unknown which fields it changed.
-            return match self.claim.became_stale {
-                true => UnknownFields::ALL,
-                false => UnknownFields::default(),
-            };
+            return self.unknown_if_stale();
         }
         let changed = match changes().any(|event| event.attempts.outcome_unknown) {
             true => UnknownFields::changed_by(changes()),
@@ -101,6 +97,14 @@ impl Reconciled {
                 || desired.started_at != observed.started_at,
             ended_at: changed.ended_at || desired.ended_at > observed.ended_at,
             agent: changed.agent || desired.advisor() != observed.advisor,
+        }
+    }
+
+    /// If the chat became stale, a write may have been carried out, and it is unknown which fields it changed.
+    pub(super) fn unknown_if_stale(&self) -> UnknownFields {
+        match self.claim.became_stale {
+            true => UnknownFields::ALL,
+            false => UnknownFields::default(),
         }
     }
 

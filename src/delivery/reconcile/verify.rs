@@ -116,11 +116,8 @@ impl Reconciled {
         found: &our_api::Chat,
         before: &Observed,
     ) -> Result<(Drift, Missing, Vec<FieldDifference>), AttemptError> {
-        // If the chat is stale, a write of the daemon may have been carried out. It is no drift.
-        let unknown = match self.claim.became_stale {
-            true => UnknownFields::ALL,
-            false => UnknownFields::default(),
-        };
+        // A write of the daemon that was carried out is no drift.
+        let unknown = self.unknown_if_stale();
         let mut drift = self.merge(worker, found, unknown).await?;
         let mut missing = Missing {
             ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
