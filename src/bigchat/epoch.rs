@@ -64,8 +64,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         started_at: known,
     } in probes
     {
-        let (details, requested_at) = details(source, bigchat_id).await;
-        match details {
+        let requested_at = source.clock().now();
+        match details(source, bigchat_id).await {
             Ok(Details {
                 started_at: Some(started_at),
                 ..
@@ -99,10 +99,7 @@ pub async fn begin(
     epoch: Epoch,
     started_at: Timestamp,
 ) -> Result<(), JournalError> {
-    let (details, _) = details(source, 1).await;
-    let first = details
-        .ok()
-        .and_then(|details| Some((details.started_at?, details.advisor)));
+    let first = details(source, 1).await.ok().and_then(first_of);
     let began_at = first.map_or(started_at, |(first, _)| first.min(started_at));
     let mark = source.epochs.mark();
     let begun = source
@@ -172,14 +169,17 @@ pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, 
 /// The start of conversation 1, and its first advisor.
 type First = (Timestamp, Option<AdvisorId>);
 
+fn first_of(details: Details) -> Option<First> {
+    Some((details.started_at?, details.advisor))
+}
+
 /// Requests conversation 1, if it is due, for the next probes.
 async fn request_first(source: &Source) -> Option<First> {
     if !source.epochs.requests_first_conversation() {
         return None;
     }
-    let (details, _) = details(source, 1).await;
-    match details {
-        Ok(details) => Some((details.started_at?, details.advisor)),
+    match details(source, 1).await {
+        Ok(details) => first_of(details),
         Err(error) if error.is_not_found() && source.epochs.answers() => {
             source.epochs.probed_without_first();
             None
@@ -205,14 +205,12 @@ fn record_verified(source: &Source, at: Option<Timestamp>) {
     }
 }
 
-/// The details of a conversation, and BigChat's time before the request.
-async fn details(source: &Source, id: i64) -> (Result<Details, ApiError>, Option<Timestamp>) {
-    let requested_at = source.client.clock().now();
+async fn details(source: &Source, id: i64) -> Result<Details, ApiError> {
     let details = source
         .request(ATTEMPTS, || source.client.conversation(id))
         .await;
     if details.is_ok() {
         source.epochs.answered(true);
     }
-    (details, requested_at)
+    details
 }
