@@ -1,73 +1,42 @@
 //! The state that all workers share.
 
 use std::collections::HashSet;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use super::Delivery;
 use super::agents::Agents;
-use crate::bigchat::Source;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Claim;
-use crate::journal::{Journal, Session, Storage};
-use crate::metrics::Metrics;
-use crate::our_api::OurApi;
-use crate::settings::Settings;
-use crate::telemetry::liveness::Liveness;
 
 #[derive(Debug)]
 pub(super) struct Worker {
-    pub(super) settings: Settings,
-    pub(super) source: Arc<Source>,
-    pub(super) our_api: Arc<OurApi>,
-    pub(super) journal: Arc<Journal>,
-    pub(super) session: Session,
-    pub(super) storage: Arc<Storage>,
+    delivery: Delivery,
     pub(super) agents: Agents,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) liveness: Arc<Liveness>,
-    pub(super) work_available: Arc<Notify>,
-    /// Cancelled at shutdown: no further request is begun.
-    pub(super) stopping: CancellationToken,
     /// Chats whose fields were read, but whose messages cannot be read.
     unreadable: Mutex<HashSet<ConversationId>>,
 }
 
+impl Deref for Worker {
+    type Target = Delivery;
+
+    fn deref(&self) -> &Delivery {
+        &self.delivery
+    }
+}
+
 impl Worker {
     pub(super) fn new(delivery: Delivery) -> Self {
-        let Delivery {
-            settings,
-            source,
-            our_api,
-            journal,
-            session,
-            storage,
-            metrics,
-            liveness,
-            work_available,
-            stopping,
-        } = delivery;
         let agents = Agents::new(
-            Arc::clone(&source),
-            Arc::clone(&our_api),
-            settings.rebuild.restores(),
-            session.losses,
+            Arc::clone(&delivery.source),
+            Arc::clone(&delivery.our_api),
+            delivery.settings.rebuild.restores(),
+            delivery.session.losses,
         );
         Self {
-            settings,
-            source,
-            our_api,
-            journal,
-            session,
-            storage,
+            delivery,
             agents,
-            metrics,
-            liveness,
-            work_available,
-            stopping,
             unreadable: Mutex::default(),
         }
     }
