@@ -61,8 +61,8 @@ pub struct Settings {
 
     /// Time from which the first poll reads, RFC 3339 such as 2026-11-22T22:00:00Z; used at the first start only
     /// [default: 10 s ago].
-    #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = timestamp)]
-    pub since: Option<Timestamp>,
+    #[arg(long, global = true, env = "BIGCHAT_SYNC_SINCE", value_name = "TIME", allow_hyphen_values = true, value_parser = point_in_time)]
+    pub since: Option<Millis>,
 
     /// Kinds of events to count and drop, separated by commas.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_IGNORE_EVENTS", value_name = "NAME", value_delimiter = ',', value_parser = event_name)]
@@ -605,12 +605,7 @@ pub(crate) fn at_least_a_second(text: &str) -> Result<Duration, String> {
     }
 }
 
-pub(crate) fn timestamp(text: &str) -> Result<Timestamp, String> {
-    Ok(Timestamp::clamped(millis(text)?.0 / 1000))
-}
-
-/// A point in time to the millisecond.
-pub(crate) fn millis(text: &str) -> Result<Millis, String> {
+pub(crate) fn point_in_time(text: &str) -> Result<Millis, String> {
     let time = chrono::DateTime::parse_from_rfc3339(text)
         .map_err(|_| "expected a point in time with its zone, such as 2026-11-22T22:00:00Z")?;
     Timestamp::from_unix(time.timestamp()).ok_or("expected a time between 1970 and 9999")?;

@@ -156,7 +156,7 @@ impl SteadyClock {
     /// The time after a further `reading` of this machine's clock, given BigChat's time.
     pub fn read(&mut self, reading: Millis, at: Instant, bigchat: Option<Timestamp>) -> Millis {
         let agrees = |there: Timestamp| {
-            let here = Timestamp::clamped(reading.0 / 1000);
+            let here = reading.second();
             there.unix().abs_diff(here.unix()) <= JUMP.as_secs()
         };
         let expected = self.now.plus(at.saturating_duration_since(self.at));

@@ -3,59 +3,21 @@
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use clap::{Arg, ArgMatches, FromArgMatches};
-
 use super::CommandError;
 use crate::domain::time::Millis;
 use crate::journal::{Position, Store};
-use crate::settings::{millis, timestamp};
-
-const SINCE: &str = "since";
-const UNTIL: &str = "until";
+use crate::settings::point_in_time;
 
 /// Which deliveries.
-#[derive(Debug)]
+#[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Delivered at this time or later, RFC 3339 such as 2026-11-22T22:00:00Z.
+    #[arg(long, required = true, value_name = "TIME", allow_hyphen_values = true, value_parser = point_in_time)]
     since: Millis,
+
+    /// Delivered before this time [default: now].
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = point_in_time)]
     until: Option<Millis>,
-}
-
-/// Not derived, because `since` replaces the daemon's setting and must have its type, which has whole seconds. The
-/// milliseconds are read from the text.
-impl clap::Args for Args {
-    fn augment_args(command: clap::Command) -> clap::Command {
-        let time = |name| {
-            let time = Arg::new(name).long(name).value_name("TIME");
-            time.allow_hyphen_values(true).value_parser(timestamp)
-        };
-        command
-            .arg(
-                time(SINCE)
-                    .required(true)
-                    .help("Delivered at this time or later, RFC 3339 such as 2026-11-22T22:00:00Z"),
-            )
-            .arg(time(UNTIL).help("Delivered before this time [default: now]"))
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_args(command)
-    }
-}
-
-impl FromArgMatches for Args {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let time = |name| millis(matches.get_raw(name)?.next()?.to_str()?).ok();
-        Ok(Self {
-            // It is required, and was parsed.
-            since: time(SINCE).unwrap_or_default(),
-            until: time(UNTIL),
-        })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
 }
 
 /// Writes one JSON object a line.

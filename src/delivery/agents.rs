@@ -37,11 +37,18 @@ pub(super) struct Agents {
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
     /// The agents queried by id since the last loss, and whether they exist.
     asked: Mutex<HashMap<Uuid, bool>>,
-    /// How many requests OurAPI has refused without a reason, and when it last did, by e-mail address.
-    refusals: Mutex<HashMap<String, (u32, Option<Instant>)>>,
+    /// By e-mail address.
+    refusals: Mutex<HashMap<String, Refusals>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
     losses: AtomicI64,
+}
+
+/// The times that OurAPI has refused an agent without a reason.
+#[derive(Debug, Default)]
+struct Refusals {
+    count: u32,
+    last: Option<Instant>,
 }
 
 impl Agents {
@@ -273,12 +280,16 @@ impl Agents {
     /// Counts a refusal without a reason, and returns whether it is to be believed.
     fn refuses_again(&self, email: &str) -> bool {
         let mut refusals = self.refusals();
-        let (count, last) = refusals.entry(email.to_owned()).or_default();
+        let refusals = refusals.entry(email.to_owned()).or_default();
         // Conversations of one advisor may ask one after the other.
-        if last.is_none_or(|last| last.elapsed() > REFUSALS_APART) {
-            (*count, *last) = (*count + 1, Some(Instant::now()));
+        if refusals
+            .last
+            .is_none_or(|last| last.elapsed() > REFUSALS_APART)
+        {
+            refusals.count += 1;
+            refusals.last = Some(Instant::now());
         }
-        *count >= UNEXPLAINED_REFUSALS
+        refusals.count >= UNEXPLAINED_REFUSALS
     }
 
     /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when it is
@@ -364,7 +375,7 @@ impl Agents {
         Ok(true)
     }
 
-    fn refusals(&self) -> MutexGuard<'_, HashMap<String, (u32, Option<Instant>)>> {
+    fn refusals(&self) -> MutexGuard<'_, HashMap<String, Refusals>> {
         self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

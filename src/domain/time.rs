@@ -33,7 +33,7 @@ impl Timestamp {
 
     /// Now, by this machine's clock, where BigChat's is unknown.
     pub fn of_this_machine() -> Self {
-        Self::clamped(Millis::now().0 / 1000)
+        Millis::now().second()
     }
 
     /// `duration` counts in whole seconds.
@@ -110,6 +110,11 @@ impl Millis {
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
+    /// The second that it is in.
+    pub fn second(self) -> Timestamp {
+        Timestamp::clamped(self.0 / 1000)
+    }
+
     pub fn minus(self, duration: Duration) -> Self {
         Self(
             self.0
@@ -149,7 +154,7 @@ impl<'de> serde::Deserialize<'de> for Millis {
 
 impl fmt::Display for Millis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Timestamp::clamped(self.0 / 1000).fmt(f)
+        self.second().fmt(f)
     }
 }
 

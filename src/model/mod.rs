@@ -123,7 +123,7 @@ impl Case {
         settings.request_timeout = life::TIMEOUT;
         settings.verify_every = VerifyEvery::Off;
         if script.log.is_some() {
-            settings.since = crate::domain::time::Timestamp::from_unix(T0);
+            settings.since = Some(Millis(T0 * 1000));
         }
         Self {
             script: Arc::new(script),

@@ -94,7 +94,7 @@ impl Week {
             90 * DAY
         };
         if self.log {
-            settings.since = Timestamp::from_unix(T0);
+            settings.since = Some(Millis(T0 * 1000));
         }
         settings
     }

@@ -110,8 +110,6 @@ enum PollOutcome {
     More,
     /// The poll could not finish. The next one continues from its last page, or reads the window again.
     Incomplete,
-    /// Its pages are not ingested, since BigChat did not answer whether it has restarted. A few polls later, they are.
-    Unanswered,
 }
 
 #[derive(Debug, Error)]
@@ -120,6 +118,7 @@ enum PollError {
     BigChat(#[from] ApiError),
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The pages are not ingested.
     #[error(
         "BigChat did not answer whether it has restarted; the stored pages will be ingested when it does, or a few polls later"
     )]
@@ -163,13 +162,13 @@ impl Poller {
         let interval = self.settings.poll_interval;
         let mut tick = Instant::now();
         loop {
-            let outcome = self.poll().await;
-            if outcome != PollOutcome::More {
+            let result = self.poll().await;
+            if !matches!(result, Ok(PollOutcome::More)) {
                 self.signals.caught_up.cancel();
             }
-            let wait = match (outcome, self.unstored.is_some()) {
-                (_, true) => STORAGE_PAUSE.min(interval),
-                (PollOutcome::More, _) => Duration::ZERO,
+            let wait = match result {
+                _ if self.unstored.is_some() => STORAGE_PAUSE.min(interval),
+                Ok(PollOutcome::More) => Duration::ZERO,
                 _ => {
                     if !self.signals.storage.refuses_polling() {
                         self.prune(tick + interval).await;
@@ -196,44 +195,41 @@ impl Poller {
     /// which would be lost; BigChat does not answer the probe; or the next window is shorter. Returns whether BigChat is
     /// read up to now.
     pub async fn catch_up(&mut self) -> bool {
-        let mut outcome = PollOutcome::More;
+        let mut up_to_date = false;
         while !self.signals.stopping.is_cancelled() {
             let max_window = self.max_window;
-            outcome = self.poll().await;
-            match outcome {
-                PollOutcome::More => {}
-                PollOutcome::Incomplete if self.max_window < max_window => {}
-                _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
-                PollOutcome::Unanswered => tokio::select! {
+            let result = self.poll().await;
+            up_to_date = matches!(result, Ok(PollOutcome::UpToDate));
+            match result {
+                _ if self.unstored.is_some() => sleep(STORAGE_PAUSE).await,
+                Ok(PollOutcome::More) => {}
+                Err(PollError::Unanswered) => tokio::select! {
                     () = sleep(self.settings.poll_interval) => {}
                     () = self.signals.stopping.cancelled() => {}
                 },
-                PollOutcome::UpToDate | PollOutcome::Incomplete => break,
+                _ if self.max_window < max_window => {}
+                _ => break,
             }
         }
         self.prune(Instant::now()).await;
-        outcome == PollOutcome::UpToDate
+        up_to_date
     }
 
     /// One poll. Errors are logged here, and the next poll continues from the last stored page.
-    async fn poll(&mut self) -> PollOutcome {
+    async fn poll(&mut self) -> Result<PollOutcome, PollError> {
         let result = self.try_poll().await;
         if !matches!(result, Ok(PollOutcome::More)) {
             self.source.clock().count_poll();
         }
-        let Signals {
-            metrics, storage, ..
-        } = &self.signals;
-        metrics.polled(match &result {
-            Ok(PollOutcome::Incomplete | PollOutcome::Unanswered) => metrics::Poll::Incomplete,
-            Ok(PollOutcome::UpToDate | PollOutcome::More) => metrics::Poll::Complete,
-            Err(PollError::BigChat(_) | PollError::Unanswered) => metrics::Poll::BigChatFailed,
-            Err(PollError::Journal(_)) => metrics::Poll::JournalFailed,
-        });
-        match result {
-            Ok(outcome) => {
+        let storage = &self.signals.storage;
+        let counted_as = match &result {
+            Ok(PollOutcome::UpToDate | PollOutcome::More) => {
                 storage.polling_recovered();
-                outcome
+                metrics::Poll::Complete
+            }
+            Ok(PollOutcome::Incomplete) => {
+                storage.polling_recovered();
+                metrics::Poll::Incomplete
             }
             Err(PollError::BigChat(error)) => {
                 // An outage is logged once, when it begins.
@@ -248,18 +244,20 @@ impl Poller {
                     "the poll failed; the next one continues from the same point"
                 );
                 self.retry_storage().await;
-                PollOutcome::Incomplete
+                metrics::Poll::BigChatFailed
             }
             Err(error @ PollError::Unanswered) => {
                 tracing::warn!("{error}");
                 self.retry_storage().await;
-                PollOutcome::Unanswered
+                metrics::Poll::BigChatFailed
             }
             Err(PollError::Journal(error)) => {
-                storage.polling_failed(&error);
-                PollOutcome::Incomplete
+                storage.polling_failed(error);
+                metrics::Poll::JournalFailed
             }
-        }
+        };
+        self.signals.metrics.polled(counted_as);
+        result
     }
 
     /// Finds out whether the journal can be written again, after a poll that had nothing to write.
@@ -407,11 +405,11 @@ impl Poller {
             Some(cursor) => self.resumes_at(cursor, now, source.polled_at),
             // A window begins before the cursor, by the overlap.
             None => {
-                if let Some(since) = settings.since.filter(|since| *since > now) {
+                let since = settings.since.map(Millis::second);
+                if let Some(since) = since.filter(|since| *since > now) {
                     tracing::warn!(%since, date = %now, "--since is in the future; BigChat is read from now on");
                 }
-                settings
-                    .since
+                since
                     .unwrap_or(now.minus(FIRST_WINDOW))
                     .plus(settings.poll_overlap)
             }
