@@ -306,7 +306,7 @@ mod tests {
     impl Store {
         /// A database in memory, opened like a daemon's. A new one only gets the schema.
         pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
-            connection.set_prepared_statement_cache_capacity(64);
+            schema::prepare(&connection)?;
             connection.pragma_update(None, "foreign_keys", true)?;
             if new {
                 schema::upgrade(&mut connection, 0)?;
