@@ -18,11 +18,13 @@ use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{self, debug_fn};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
-use crate::telemetry::terminal::Terminal;
+use crate::telemetry::terminal::{Terminal, printable};
 
 /// How many lines of a kind are written in full between two summaries.
 pub const BURST: u32 = 10;
@@ -127,6 +129,7 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     let lines = tracing_subscriber::fmt::layer().with_writer(terminal.log(format));
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match format {
         LogFormat::Text => lines
+            .fmt_fields(debug_fn(write_field).delimited(" "))
             .with_target(false)
             .with_ansi(io::stderr().is_terminal())
             .boxed(),
@@ -151,6 +154,24 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
             reason,
             "RUST_LOG is ignored; set it to error, warn, info, debug or trace"
         );
+    }
+}
+
+/// Writes a field of a line of text. A value is in quotation marks if one could not see where it ends.
+fn write_field(
+    writer: &mut format::Writer<'_>,
+    field: &Field,
+    value: &dyn fmt::Debug,
+) -> fmt::Result {
+    let text = format!("{value:?}");
+    if field.name() == "message" {
+        return writer.write_str(&printable(&text));
+    }
+    let is_plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '"';
+    if text.starts_with('"') || text.chars().all(is_plain) {
+        write!(writer, "{field}={text}")
+    } else {
+        write!(writer, "{field}={text:?}")
     }
 }
 
