@@ -242,7 +242,10 @@ async fn perform(
     let console = console(args.chaos)?;
     let listen = console.local_addr()?;
     terminal
-        .say(&format!("Console  http://{listen}/\n"))
+        .say(&format!(
+            "Console  http://{listen}/\nCommands in another terminal need --db {}\n",
+            mishaps::shell_word(&db.to_string_lossy())
+        ))
         .await?;
     let (enough, stop) = (CancellationToken::new(), CancellationToken::new());
     let score = args.chaos.then(Arc::<Mutex<Score>>::default);
