@@ -22,23 +22,28 @@
 //!
 //! # Where to start
 //!
-//! Begin at these places; the compiler and the tests name most of the rest.
+//! Begin at these places; the compiler names most of the rest.
 //!
 //! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
 //!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
-//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text); delivery needs nothing else. Tests
-//!   name what else is missing: its color in `console/page/console.css`, `isMessage` in `console/page/parts.js`, and its
-//!   line in `simulator/event.rs`, because the [`simulator`] shares no code with the daemon that it checks.
+//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests name its color in
+//!   `console/page/console.css`, `isMessage` in `console/page/parts.js`, and its line in `simulator/event.rs`, because
+//!   the [`simulator`] shares no code with the daemon that it checks. Nothing names `simulator/chance.rs`, without
+//!   which no demo has the kind, and the lists of kinds in `cli/manual/json.md` and `cli/manual/log.md`.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
-//!   `cli/manual/settings.md`.
-//! - **A command:** a file in [`cli`], like `cli/pause.rs`: its arguments and a function that returns what to print; a
-//!   variant of [`cli::Command`]; its line in `main.rs`; its section in `cli/manual/commands.md`.
-//! - **A metric:** a counter of the process goes into [`metrics`]. A gauge goes into `console/probes.rs`; if its value
-//!   comes from the journal, `journal/status.rs` reads it. Each has a row in `cli/manual/monitoring.md`.
+//!   `cli/manual/settings.md`. The poller, the delivery and the console have the settings. If `check` or `verify` uses
+//!   it, `settings_for` in `cli/mod.rs` shows it in their help.
+//! - **A command:** a file in [`cli`], like `cli/resolutions.rs`, which reads the journal, or `cli/pause.rs`, which
+//!   writes it; a variant of [`cli::Command`]; its line in `main.rs`; its SQL in [`journal`]; its section in the
+//!   manual, usually in `cli/manual/commands.md`, and with `--json` its name in `cli/manual/json.md`.
+//! - **A metric:** a counter of the process goes into `metrics/mod.rs`. A gauge, and a counter that the journal keeps,
+//!   go into `console/probes.rs`; `journal/status.rs` reads the journal for them. A metric that is always present has a
+//!   row in `cli/manual/monitoring.md`; another is described in the chapter of what it measures.
 //! - **Another target:** this replaces OurAPI; a second target beside it is not supported. The requests are in
-//!   [`our_api`] and `http/route.rs`, and [`ErrorKind::of`](http::ErrorKind) gives the meaning of each status. The
-//!   fields of a chat that change are in [`domain::conversation`]. [`delivery`] creates, changes and lists chats,
-//!   agents and messages.
+//!   [`our_api`] and `http/route.rs`, and [`ErrorKind`](http::ErrorKind) gives the meaning of each status. The fields
+//!   of a chat that change are in [`domain::conversation`], and what OurAPI does to a text is in [`domain::account`].
+//!   [`delivery`] creates, changes and lists chats, agents and messages, and `cli/check.rs` asks whether OurAPI works.
+//!   Ids are UUIDs throughout. `simulator/our_api.rs` and `simulator/compare.rs` are what the tests compare with.
 //!
 //! # Glossary
 //!
@@ -52,7 +57,8 @@
 //! - **circuit breaker**: per API; after repeated failures, it lets no request pass for some time, and then one at a
 //!   time, as a probe.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
-//! - **credit**: a message in OurAPI for which no delivered event accounts. A waiting message that matches it is not sent.
+//! - **credit**: a message in OurAPI for which neither a delivered event nor a dead letter accounts. A waiting message
+//!   that matches it is not sent.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
 //! - **dead letter**: an event that cannot be delivered or parsed, until an operator resolves it; `failed` on the
 //!   command line.
@@ -65,8 +71,8 @@
 //! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.
-//! - **newer copy** of the journal: if this database is a restored backup, the original as it was used after the backup.
-//!   The daemon may have delivered more events with it.
+//! - **newer copy** of the journal: if this database is a restored backup, the original as it was used after the
+//!   backup. The daemon may have delivered more events with it.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
 //! - **offset**: the last event of a conversation up to which every event is delivered, a dead letter, or to be sent
 //!   again (after a retry or a loss).
@@ -78,11 +84,11 @@
 //! - **rate limit**: a time before which an API asked not to be called.
 //! - **rebuild**: to send again what OurAPI has lost.
 //! - **reconcile**: to compare desired with observed, and send the difference.
-//! - **retention**: how long delivered events are stored.
+//! - **retention**: how long delivered and discarded events are stored.
 //! - **retry**: the resolution that delivers a dead letter again.
 //! - **session**: the time from one start of the daemon to its end.
 //! - **stale**: of a conversation whose observed chat may be wrong; it is read back first.
-//! - **verify**: to compare a chat with OurAPI although no event needs it.
+//! - **verify**: to compare a chat in OurAPI with the journal although no event needs it.
 //! - **window**: the range of BigChat's time that one poll reads.
 
 pub mod bigchat;

@@ -16,7 +16,8 @@ use crate::domain::time::Timestamp;
 use crate::http::ApiError;
 use crate::journal::{JournalError, Probe, StoredPage};
 
-/// How many conversations a probe requests at most. It ends with the first whose start BigChat reports.
+/// How many known conversations a probe requests at most, until BigChat reports the start of one. Conversation 1 may be
+/// requested in addition.
 const PROBE_CONVERSATIONS: u32 = 3;
 
 /// Attempts in a row for a request that fails transiently. About one request in twenty to BigChat does.
@@ -31,7 +32,7 @@ pub enum ProbeResult {
     Same,
     /// BigChat has restarted; the journal has a new epoch.
     Restarted,
-    /// BigChat knows no conversation to compare.
+    /// There is no conversation to compare: the journal knows none, or BigChat reports no start of those.
     Unknown,
     /// BigChat did not answer.
     Unanswered,
@@ -44,8 +45,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
     let requested_at = source.clock().now();
-    // Requested before the known conversations: if one of them still has its known start then, BigChat had not restarted
-    // before, and conversation 1 is of this epoch, too.
+    // Conversation 1 is requested first. If a known conversation, requested after it, still has its known start, BigChat
+    // has not restarted in between, so conversation 1 is of this epoch, too.
     let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
         true => None,
         false => request_first(source).await,
@@ -116,9 +117,11 @@ pub async fn begin(
     Ok(())
 }
 
-/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the current
-/// one. Otherwise the page belongs to an earlier one if it reports a conversation that BigChat no longer knows, or that now
-/// has another start time. If that shows nothing, its time determines the epoch.
+/// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the
+/// current one. Otherwise the first START whose conversation BigChat still knows determines it: with the same start
+/// time, the page is of the current epoch, else of an earlier one. Without such a START, a conversation that BigChat no
+/// longer knows shows that the page is of an earlier epoch. Without that, too, the time at which the page was served
+/// determines the epoch.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
         return Ok(page.epoch);

@@ -89,17 +89,17 @@ pub enum Command {
     /// command works while the daemon runs, and does not delay it. Events that the retention has dropped (--retention)
     /// are not included.
     Export(export::Args),
-    /// List, show, retry, discard or reopen dead letters (failed events); works while the daemon runs.
+    /// List, show, retry or discard dead letters (failed events), or undo a discard; works while the daemon runs.
     #[command(subcommand)]
     Failed(failed::Command),
     /// Erase the text of a conversation from the database, for a person's right to erasure.
     ///
     /// The text is erased from the events, the failed events with their requests and responses, the stored pages and
     /// the files of the database. Kinds, times and fingerprints of the events remain, to recognize events that BigChat
-    /// reports again. The conversation is no longer sent, verified or restored; `export` prints its delivered events without
-    /// text. An event that arrives later is counted, and its text is not stored. The operator must erase OurAPI's chat,
-    /// backups of the database, and logs that were written with --log-message-text. The command asks for confirmation,
-    /// unless --yes is given. It works while the daemon runs.
+    /// reports again. The conversation is no longer sent, verified or restored; `export` prints its delivered events
+    /// without text. An event that arrives later is counted, and its text is not stored. The operator must erase
+    /// OurAPI's chat, backups of the database, and logs that were written with --log-message-text. The command asks for
+    /// confirmation, unless --yes is given. It works while the daemon runs.
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when; latest first.
     Resolutions(resolutions::Args),
@@ -123,6 +123,8 @@ pub enum Command {
     /// ignored, and flags that set them are refused.
     Demo(demo::Args),
     /// Print a systemd unit with the given settings, for /etc/systemd/system.
+    ///
+    /// The database of the service is /var/lib/bigchat-sync/bigchat-sync.db.
     ///
     /// For example: `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
     Unit,
@@ -316,8 +318,14 @@ const BASIC: [&str; 3] = ["bigchat_url", "our_api_url", "db"];
 fn settings_for(command: &str) -> Option<&'static [&'static str]> {
     Some(match command {
         "run" | "once" | "unit" => return None,
-        "check" => &["bigchat_url", "our_api_url", "db", "listen"],
-        "verify" => &["bigchat_url", "our_api_url", "db", "our_api_concurrency"],
+        "check" => &["bigchat_url", "our_api_url", "db", "our_api_lock", "listen"],
+        "verify" => &[
+            "bigchat_url",
+            "our_api_url",
+            "db",
+            "our_api_lock",
+            "our_api_concurrency",
+        ],
         "demo" | "completions" | "man" => &[],
         // The others only work on the journal.
         _ => &["db"],
@@ -330,6 +338,13 @@ fn with_own_help(mut command: clap::Command) -> clap::Command {
     command.build();
     with_more_settings(command).mut_subcommands(|command| match settings_for(command.get_name()) {
         Some(settings) => with_settings(command, settings),
+        None if command.get_name() == "unit" => with_more_settings(command).mut_args(|argument| {
+            if argument.get_id() == "db" {
+                argument.hide(true)
+            } else {
+                argument
+            }
+        }),
         None => with_more_settings(command),
     })
 }

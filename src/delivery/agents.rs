@@ -18,8 +18,8 @@ use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
 use crate::our_api::{Agent, OurApi, is_alike};
 
-/// How many times OurAPI must refuse an agent before the refusal is believed although its lists do not explain it: they show
-/// neither the address nor the name. A few refusals may come from another service at the same URL.
+/// How many unexplained refusals of an agent it takes until they are believed. A refusal is unexplained if OurAPI lists
+/// neither the address nor the name. A few may come from another service at the same URL.
 const UNEXPLAINED_REFUSALS: u32 = 3;
 
 /// Refusals in shorter succession count once.
@@ -209,7 +209,7 @@ impl Agents {
         }
     }
 
-    /// Creates an agent. If OurAPI refuses, its lists tell why.
+    /// Creates an agent. If OurAPI refuses, its lists are read to find out why.
     async fn create(
         &self,
         advisor: AdvisorId,

@@ -84,8 +84,9 @@ pub(super) enum Created {
     Adopted(Uuid),
 }
 
-/// Creates the chat with these fields, or adopts the existing one. If neither a START nor the details give its
-/// start, the first intended start is used again: the chat may have been created with it already, and nothing else identifies it.
+/// Creates the chat with these fields, or adopts the existing one. If neither a START nor the details give its start,
+/// the first intended start is used again: the chat may have been created with it already, and nothing else identifies
+/// it.
 pub(super) async fn create(
     worker: &Worker,
     conversation: &mut Conversation,

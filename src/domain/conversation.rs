@@ -32,8 +32,9 @@ pub enum Details {
     Gone,
 }
 
-/// The fold of a conversation's details and accepted events. Of several ENDs or TRANSFERs, the one with the latest
-/// `event_at` counts, in any order of arrival; of several STARTs, the first received.
+/// The fold of a conversation's details and of the events whose change OurAPI has not rejected. Of several ENDs or
+/// TRANSFERs, the one with the latest `event_at` counts, in any order of arrival; of several STARTs, the first
+/// received.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Desired {
     /// From the START or the details; `None` if neither is known.
@@ -246,7 +247,7 @@ pub struct Pending {
     pub redelivery: bool,
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
-    /// OurAPI had an equal message that no delivered event accounts for. The value is the conversation's latest event
+    /// There was a credit for it in OurAPI. The value is the conversation's latest event
     /// when the chat was read.
     pub credit: Option<EventId>,
 }

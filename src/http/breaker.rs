@@ -39,8 +39,8 @@ pub(super) struct Breaker {
 }
 
 impl Breaker {
-    /// Records a success and returns whether the circuit is closed. After a failure of another route, a read proves nothing,
-    /// except of events: a chat that is read back during an outage of writes must not end that outage.
+    /// Records a success and returns whether the circuit is closed. After a failure of another route, a read proves
+    /// nothing, except of events: a chat that is read back during an outage of writes must not end that outage.
     pub(super) fn succeeded(&mut self, route: Route) -> bool {
         let proves_all = !route.is_read() || route == Route::Events;
         if !proves_all && self.failed.is_some_and(|failed| failed != route) {

@@ -271,8 +271,8 @@ fn update(
     present(is_forgotten, &format!("no conversation {}", id.0))
 }
 
-/// Writes how far the chat is verified, and the differences that are not repaired. Most commits change none of it, and then no index
-/// is updated.
+/// Writes how far the chat is verified, and the differences that are not repaired. Most commits change none of it, and
+/// then no index is updated.
 fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
     let Report {
         conversation,

@@ -10,8 +10,8 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::shortened;
 
-/// In seconds: BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have been served
-/// before the restart.
+/// In seconds: BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have
+/// been served before the restart.
 const DATE_LAG: i64 = 2;
 
 /// The oldest time for which BigChat still answers may advance while the end of a gap is searched. An advance of up to
@@ -178,9 +178,9 @@ impl Store {
         Ok(())
     }
 
-    /// Records that BigChat no longer reports events between the old cursor and `ends_at`, and sets the new `cursor`. The
-    /// next window starts at `ends_at`, which is `cursor` minus the overlap. Returns the start of the gap if it is new, and not
-    /// the rest of a known one.
+    /// Records that BigChat no longer reports events between the old cursor and `ends_at`, and sets the new `cursor`.
+    /// The next window starts at `ends_at`, which is `cursor` minus the overlap. Returns the start of the gap if it is
+    /// new, and not the rest of a known one.
     pub fn skip_gap(
         &mut self,
         ends_at: Timestamp,

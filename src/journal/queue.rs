@@ -33,8 +33,8 @@ pub struct ClaimRequest {
     pub verifications_only: bool,
     /// The pass in idle time, which continues if nothing else is due.
     pub idle_pass: Option<IdlePass>,
-    /// The claim serves to probe OurAPI. Conversations without a failed waiting event come first, so that an event that always
-    /// fails does not prevent attempts of others.
+    /// The claim serves to probe OurAPI. Conversations without a failed waiting event come first, so that an event that
+    /// always fails does not prevent attempts of others.
     pub probe: bool,
     /// The maximum number of conversations.
     pub conversations: usize,

@@ -25,7 +25,8 @@ struct Old {
 impl Store {
     /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
     /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
-    /// report again stay: `reach` is how far before the cursor it may begin. Drops only some at a time, so that other operations do not wait. Returns how many.
+    /// report again stay: `reach` is how far before the cursor it may begin. Drops only some at a time, so that other
+    /// operations do not wait. Returns how many.
     pub fn prune(
         &mut self,
         retention: Duration,

@@ -74,7 +74,8 @@ impl Poller {
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 
-    /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines the epoch.
+    /// The epoch of a page. If BigChat does not answer, the page waits for a few polls; after that, its time determines
+    /// the epoch.
     async fn epoch_of(&mut self, page: &StoredPage) -> Result<Epoch, PollError> {
         if self.failed_page_probes < MAX_FAILED_PROBES {
             if let Some(epoch) = epoch::epoch_of(&self.source, page).await? {
@@ -88,8 +89,8 @@ impl Poller {
         Ok(epoch::epoch_by_time(&self.source, page).await?)
     }
 
-    /// Checks once a poll whether BigChat has restarted: by a probe, else by a START with another time than that of the
-    /// known conversation with the same id. If BigChat does not answer, its pages wait, for a few polls.
+    /// Checks before an ingestion whether BigChat has restarted: by a probe, else by a START with another time than
+    /// that of the known conversation with the same id. If BigChat does not answer, its pages wait, for a few polls.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         let mut starts = Vec::new();

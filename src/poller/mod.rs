@@ -120,7 +120,7 @@ enum PollError {
     Journal(#[from] JournalError),
     /// The pages are not ingested.
     #[error(
-        "BigChat did not answer whether it has restarted; the stored pages will be ingested when it does, or a few polls later"
+        "BigChat did not answer whether it has restarted; the stored pages will be ingested when it does, or after a few polls without an answer"
     )]
     Unanswered,
 }
@@ -288,8 +288,8 @@ impl Poller {
         }
         let (there, asked_at) = (self.source.clock().now(), Instant::now());
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
-        // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The earlier pages
-        // of an unfinished poll also show which messages on later pages are repeats.
+        // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The
+        // earlier pages of an unfinished poll also show which messages on later pages are repeats.
         let mut pages = Pages::load(&self.journal).await?;
         if pages.has_new() {
             self.ingest(&mut pages).await?;
@@ -427,8 +427,8 @@ impl Poller {
     }
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
-    /// minus the time elapsed since that poll. It is earlier than the cursor if BigChat's clock was ahead at that poll, or
-    /// the clock of the server that answered for BigChat. Goes back by the longest window at most.
+    /// minus the time elapsed since that poll. It is earlier than the cursor if, at that poll,
+    /// the clock of BigChat, or of a server that answered for it, was ahead. Goes back by the longest window at most.
     fn resumes_at(
         &self,
         cursor: Timestamp,

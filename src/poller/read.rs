@@ -151,8 +151,8 @@ impl Poller {
         Ok(FetchEnd::Stuck)
     }
 
-    /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page. Each
-    /// first page that is received doubles the maximum again, up to the setting.
+    /// The next windows are half as long, since BigChat may answer faster for a shorter one, with a smaller first page.
+    /// Each first page that is received doubles the maximum again, up to the setting.
     fn shorten_windows(&mut self, window: Window) {
         let shortest = SHORT_WINDOW.max(self.settings.poll_overlap + SECOND);
         let length = window.end.since(window.start);
@@ -170,8 +170,9 @@ impl Poller {
         self.max_window = (length / 2).max(shortest).min(self.max_window);
     }
 
-    /// Handles a window that BigChat rejects. If BigChat answers for a recent window, it has dropped events older than some
-    /// limit, which a binary search finds. Each response is ingested as a separate poll, since BigChat may report its events
+    /// Handles a window that BigChat rejects. If BigChat answers for a recent window, this one is too long or too old. If
+    /// BigChat rejects even one second from its start, it is too old, and a binary search finds the oldest time for which
+    /// BigChat answers. Each response is ingested as a separate poll, since BigChat may report its events
     /// only once.
     async fn find_oldest(
         &mut self,

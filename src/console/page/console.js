@@ -95,7 +95,7 @@ function showAgain() {
   const focused = main.contains(document.activeElement) && document.activeElement !== main;
   const title = visibleText(now.view.title(now.data, now.shown));
   document.title = `${status?.failed ? `(${count(status.failed)}) ` : ""}${title} · bigchat-sync`;
-  if (now.error) show(main, head(now.error.status === 404 ? "Not found" : "The request failed"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: delivered events are stored only for the retention period." : "The request is retried automatically."));
+  if (now.error) show(main, head(now.error.status === 404 ? "Not found" : "The request failed"), nothing("failed", now.error.message, now.error.status === 404 ? "It may have been dropped: delivered and discarded events are stored only for the retention period." : "The request is retried automatically."));
   else if (!now.data && line.lost) show(main, head(title), nothing("clock", "Waiting for bigchat-sync", "This page loads as soon as it responds."));
   else show(main, now.view.show(now.data, { status, params: now.shown }));
   main.toggleAttribute("data-busy", !now.data && !now.error);

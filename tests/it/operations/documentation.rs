@@ -134,11 +134,11 @@ fn demo_forms() -> Vec<Script> {
     let readme = readme();
     let rows = readme
         .lines()
-        .skip_while(|line| !line.starts_with("| `bigchat-sync demo"));
+        .skip_while(|line| !line.starts_with("| `cargo run --release -- demo"));
     let rows = rows.skip(2).take_while(|line| line.starts_with('|'));
     let forms = rows.map(|row| {
-        let flags = row.split('|').nth(1).unwrap_or_default().trim();
-        let text = format!("bigchat-sync demo {}\n", flags.trim_matches('`'));
+        let flags = row.split('`').nth(1).unwrap_or_default();
+        let text = format!("bigchat-sync demo {flags}\n");
         Script {
             place: format!("README.md: {row}"),
             text,
