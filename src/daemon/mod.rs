@@ -124,7 +124,8 @@ pub async fn run_at(
     let work = alongside(heartbeat::run(&parts, heartbeat_url), work);
     let served = health::record(&parts, work).await;
     closing.cancel();
-    web.join_all().await;
+    // A panic of the console is in the log, and is no failure of the daemon.
+    while web.join_next().await.is_some() {}
     served
 }
 
@@ -169,7 +170,7 @@ impl Observers {
         let done = alongside(watching, work).await;
         summary.log(parts).await;
         if done.is_ok() {
-            tracing::info!("stopped; everything is committed");
+            tracing::info!("stopped");
         }
         done
     }

@@ -108,8 +108,14 @@ impl Delivery {
         let ended = worker
             .journal
             .with(move |store| store.end_session(timed_out_until, clean));
-        if let Ok(Err(error)) = timeout(STORAGE_PAUSE, ended).await {
-            tracing::error!(reason = %error, "the end of the session could not be recorded");
-        }
+        let failed = match timeout(STORAGE_PAUSE, ended).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the disk did not answer in time".to_owned(),
+        };
+        tracing::error!(
+            reason = failed,
+            "the end of the session could not be recorded; the last deliveries will be verified at the next start"
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! Accounting: matching a chat's messages with those of the journal. OurAPI has no idempotency key, so time and text
 //! identify a message, and equal ones are counted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::ids::EventId;
 use crate::domain::time::Timestamp;
@@ -64,7 +64,7 @@ pub fn account(
 ) -> Accounting {
     let mut left = Left::default();
     for key in existing {
-        *left.0.entry(key).or_default() += 1;
+        left.add(key);
     }
     let mut unmatched = Vec::new();
     let mut credited = Vec::new();
@@ -101,47 +101,54 @@ pub fn account(
             _ => {}
         }
     }
-    let mut credits = left.0;
     for message in &credited {
-        *credits.entry(message.key.clone()).or_default() += 1;
+        left.add(message.key.clone());
     }
-    credits.retain(|_, count| *count > 0);
     credited.retain(|message| message.state == MessageState::OutcomeUnknown);
     Accounting {
         missing,
-        credits,
+        credits: left.into_credits(),
         credited: credited.iter().map(|message| message.id).collect(),
     }
 }
 
-/// Messages in OurAPI that are not accounted for yet.
+/// How many messages in OurAPI are not accounted for yet, by second and text. No number is zero.
 #[derive(Default)]
-struct Left(HashMap<MessageKey, u32>);
+struct Left(HashMap<Timestamp, BTreeMap<String, u32>>);
 
 impl Left {
-    fn take(&mut self, key: &MessageKey) -> bool {
-        match self.0.get_mut(key) {
-            Some(count) if *count > 0 => {
-                *count -= 1;
-                true
+    fn add(&mut self, (second, text): MessageKey) {
+        let texts = self.0.entry(second).or_default();
+        *texts.entry(text).or_default() += 1;
+    }
+
+    fn take(&mut self, (second, text): &MessageKey) -> bool {
+        let Some(texts) = self.0.get_mut(second) else {
+            return false;
+        };
+        match texts.get_mut(text) {
+            None => return false,
+            Some(1) => {
+                texts.remove(text);
             }
-            _ => false,
+            Some(count) => *count -= 1,
         }
+        true
     }
 
     fn take_of_second(&mut self, second: Timestamp) -> bool {
-        let of_second = self
-            .0
-            .iter_mut()
-            .filter(|((at, _), count)| *at == second && **count > 0)
-            .min_by(|(one, _), (other, _)| one.cmp(other));
-        match of_second {
-            Some((_, count)) => {
-                *count -= 1;
-                true
-            }
-            None => false,
-        }
+        let texts = self.0.get(&second);
+        let first = texts.and_then(|texts| texts.keys().next().cloned());
+        first.is_some_and(|text| self.take(&(second, text)))
+    }
+
+    fn into_credits(self) -> HashMap<MessageKey, u32> {
+        let by_second = self.0.into_iter();
+        let credits = by_second.flat_map(|(second, texts)| {
+            let counts = texts.into_iter();
+            counts.map(move |(text, count)| ((second, text), count))
+        });
+        credits.collect()
     }
 }
 
