@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bigchat_sync::cli::{Cli, Command};
+use bigchat_sync::cli::{Cli, Command, CommandError};
 use bigchat_sync::cli::{
     check, conversation, export, failed, forget, manual, pause, resolutions, status, verify,
 };
@@ -120,7 +120,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
             "warn",
             async |settings, tokens, stopping| {
                 let same = verify::run(args, settings, tokens, terminal.clone(), stopping).await?;
-                Ok::<_, verify::VerifyError>(ExitCode::from(u8::from(!same)))
+                Ok::<_, CommandError>(ExitCode::from(u8::from(!same)))
             },
         ),
         Some(Command::Unit) => match std::env::current_exe() {
@@ -155,15 +155,12 @@ fn deliver(
     )
 }
 
-fn work<E>(
+fn work<E: std::error::Error>(
     settings: Settings,
     terminal: &Terminal,
     level: &str,
     job: impl AsyncFnOnce(Settings, Tokens, CancellationToken) -> Result<ExitCode, E>,
-) -> ExitCode
-where
-    E: std::error::Error + From<io::Error>,
-{
+) -> ExitCode {
     let tokens = match Tokens::read(service::variable) {
         Ok(tokens) => tokens,
         Err(error) => return print_error(terminal, &error, BAD_SETTING),

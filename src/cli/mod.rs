@@ -26,6 +26,7 @@ use clap_complete::Shell;
 use thiserror::Error;
 
 use self::manual::Chapter;
+use crate::daemon::DaemonError;
 use crate::demo;
 use crate::domain::ids::Epoch;
 use crate::journal::{JournalError, OpenError, Resolution};
@@ -146,7 +147,7 @@ pub enum Command {
     },
 }
 
-/// Why a command on the journal failed.
+/// Why a command failed.
 #[derive(Debug, Error)]
 pub enum CommandError {
     /// The database cannot be opened.
@@ -163,9 +164,21 @@ pub enum CommandError {
     /// The export would be empty.
     #[error("the period is empty: --until (now, if it is not given) must be after --since")]
     EmptyPeriod,
-    /// The export cannot be written.
+    /// This process cannot take the place of the daemon.
+    #[error(transparent)]
+    Daemon(#[from] DaemonError),
+    /// An error of the operating system.
+    #[error("the operating system reports an error: {0}")]
+    System(#[from] io::Error),
     #[error("standard output cannot be written: {0}")]
     Output(#[source] io::Error),
+    /// The conversation has no chat that could be verified.
+    #[error(
+        "conversation {0} has no chat: nothing was delivered for it yet, OurAPI has lost it and it is being restored, or it was forgotten"
+    )]
+    NoSuchChat(i64),
+    #[error("{0}")]
+    Interrupted(&'static str),
     /// There is no failed event with that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),

@@ -7,17 +7,16 @@ use std::io;
 use std::time::Duration;
 
 use serde_json::json;
-use thiserror::Error;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::json;
 use super::table::{Row, table};
+use super::{CommandError, json};
 use crate::daemon::{self, DaemonError};
 use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
 use crate::journal::{
-    Difference, Journal, JournalError, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
+    Difference, Journal, OpenError, STORAGE_PAUSE, Scope, Store, VerificationProgress,
 };
 use crate::settings::{Settings, Tokens, number};
 use crate::telemetry::rate::RateEstimate;
@@ -54,33 +53,6 @@ pub struct Args {
     json: bool,
 }
 
-/// Why chats could not be verified.
-#[derive(Debug, Error)]
-pub enum VerifyError {
-    /// The database cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The database cannot be read or written.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    #[error("the answer cannot be written as JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    /// This process cannot take the place of the daemon.
-    #[error(transparent)]
-    Daemon(#[from] DaemonError),
-    /// An error of the operating system, or of the terminal.
-    #[error("the operating system reports an error: {0}")]
-    System(#[from] io::Error),
-    /// The journal knows of no such chat.
-    #[error(
-        "conversation {0} has no chat: nothing was delivered for it yet, OurAPI has lost it and it is being restored, or it was forgotten"
-    )]
-    NoSuchChat(i64),
-    /// Interrupted.
-    #[error("{0}")]
-    Interrupted(&'static str),
-}
-
 /// Verifies chats, and repairs them if asked for. Returns whether none differed.
 pub async fn run(
     args: Args,
@@ -88,7 +60,7 @@ pub async fn run(
     tokens: Tokens,
     terminal: Terminal,
     stopping: CancellationToken,
-) -> Result<bool, VerifyError> {
+) -> Result<bool, CommandError> {
     let journal = Journal::start(Store::open_shared(&settings.db())?)?;
     let repair = args.repair;
     let scope = args.conversation.map_or(Scope::All, Scope::Conversation);
@@ -97,7 +69,7 @@ pub async fn run(
         .await?;
     let verification = match (requested, scope) {
         (Some(verification), _) => verification,
-        (None, Scope::Conversation(id)) => return Err(VerifyError::NoSuchChat(id)),
+        (None, Scope::Conversation(id)) => return Err(CommandError::NoSuchChat(id)),
         (None, Scope::All) => {
             report(&args, &terminal, &VerificationProgress::default(), &[]).await?;
             return Ok(true);
@@ -134,10 +106,12 @@ pub async fn run(
     }
     match (is_done, repair) {
         (true, _) => Ok(differences.is_empty()),
-        (false, true) => Err(VerifyError::Interrupted(
+        (false, true) => Err(CommandError::Interrupted(
             "interrupted; the daemon finishes the repair, now or when it next runs",
         )),
-        (false, false) => Err(VerifyError::Interrupted("interrupted; nothing was changed")),
+        (false, false) => Err(CommandError::Interrupted(
+            "interrupted; nothing was changed",
+        )),
     }
 }
 
@@ -176,7 +150,7 @@ async fn watch(
     terminal: &Terminal,
     json: bool,
     stop: &CancellationToken,
-) -> Result<VerificationProgress, VerifyError> {
+) -> Result<VerificationProgress, CommandError> {
     let bar = terminal
         .bars()
         .filter(|_| !json)
@@ -248,20 +222,20 @@ async fn report(
     terminal: &Terminal,
     progress: &VerificationProgress,
     differences: &[Difference],
-) -> Result<(), VerifyError> {
+) -> Result<(), CommandError> {
     let text = match args.json {
         true => as_json(progress, differences, args.repair)?,
         false => as_table(progress, differences, args.repair),
     };
     // The terminal ends the line itself.
-    Ok(say(terminal, text.trim_end()).await?)
+    say(terminal, text.trim_end()).await
 }
 
 /// Writes a text to standard output. If the reader has closed the pipe, the exit code still has the result.
-async fn say(terminal: &Terminal, text: &str) -> io::Result<()> {
+async fn say(terminal: &Terminal, text: &str) -> Result<(), CommandError> {
     match terminal.say(text).await {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        said => said,
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CommandError::Output(error)),
+        _ => Ok(()),
     }
 }
 

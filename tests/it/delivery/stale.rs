@@ -42,6 +42,20 @@ async fn two_chats(t: &Test) -> Daemon {
     daemon
 }
 
+/// Waits until so many events are dead letters. Attempts count only while another conversation, 11, is delivered.
+async fn give_up(t: &Test, dead_letters: i64) {
+    let now = t.now();
+    let mut others = 0;
+    until("the messages are given up", async || {
+        others += 1;
+        let meanwhile = format!("meanwhile {others}");
+        t.bigchat.reports([message(11, now, &meanwhile)]);
+        t.bigchat.further_polls(1).await;
+        t.events("failed") == dead_letters
+    })
+    .await;
+}
+
 /// The agent of a chat, by e-mail address.
 fn agent(t: &Test, external_id: &str) -> Option<String> {
     let data = t.our_api.data();
@@ -112,14 +126,7 @@ async fn chat_that_was_not_lost_stays_unread() {
         let messages = format!("GET /chats/{chat}/messages");
         t.our_api.upset(&messages, status(500).always());
         t.bigchat.reports([message(10, now, "three")]);
-        let mut others = 0;
-        until("the messages are given up", async || {
-            others += 1;
-            t.bigchat.reports([message(11, now, &format!("meanwhile {others}"))]);
-            t.bigchat.further_polls(1).await;
-            t.events("failed") == 2
-        })
-        .await;
+        give_up(t, 2).await;
         t.until_events("waiting", 0).await;
         assert_eq!(
             t.value::<i64>(
@@ -151,15 +158,7 @@ async fn unknown_outcome_survives_a_false_loss() {
         t.our_api.upset(add, dropped().carried_out());
         t.our_api.upset("GET /chats", status(200).body("[]"));
         t.bigchat.reports([message(10, now, "three")]);
-        let mut others = 0;
-        until("the messages are given up", async || {
-            others += 1;
-            t.bigchat
-                .reports([message(11, now, &format!("meanwhile {others}"))]);
-            t.bigchat.further_polls(1).await;
-            t.events("failed") == 3
-        })
-        .await;
+        give_up(t, 3).await;
         t.until_events("waiting", 0).await;
     })
     .await;
