@@ -182,7 +182,7 @@ impl Network {
         let is_read = request.method.is_safe();
         let body = request.body.take();
         let sent_at = Instant::now();
-        let mut response = match client.execute(encode(&request, body)?).await {
+        let response = match client.execute(encode(&request, body)?).await {
             // After a 500, both servers close the connection without notice, so that a pooled one breaks. A read can be
             // repeated; the outcome of a write is unknown.
             Err(error) if is_read && !error.is_timeout() && !error.is_connect() => {
@@ -193,59 +193,23 @@ impl Network {
             response => response,
         }
         .map_err(|error| no_response(error, sent_at.elapsed()))?;
-        let status = response.status();
-        // The date of a cached response is old by its `age`.
-        let age = text(response.headers(), header::AGE).and_then(|age| age.trim().parse().ok());
-        let age = Duration::from_secs(age.unwrap_or(0).min(MAX_AGE));
-        let date = text(response.headers(), header::DATE)
-            .and_then(Timestamp::parse_http_date)
-            .map(|date| date.plus(age));
-        let [content_type, content_encoding] = [header::CONTENT_TYPE, header::CONTENT_ENCODING]
-            .map(|name| {
-                text(response.headers(), name)
-                    .unwrap_or_default()
-                    .to_owned()
-            });
-        let is_rate_limited = matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
-        );
-        let rate_limit = text(response.headers(), header::RETRY_AFTER)
-            .filter(|_| is_rate_limited)
-            .and_then(|value| retry_after(value, date))
-            .map(|wait| {
-                let at = Millis::now();
-                RateLimit {
-                    at,
-                    until: at.plus(wait),
-                    status: status.as_u16(),
-                }
-            });
-        let location = text(response.headers(), header::LOCATION)
+        let (status, headers) = (response.status(), response.headers());
+        let date = date(headers);
+        let rate_limit = rate_limit(status, headers, date);
+        let location = text(headers, header::LOCATION)
             .filter(|_| status.is_redirection())
             .map(location);
-        let mut body = Vec::new();
-        loop {
-            let chunk = match response.chunk().await {
-                Ok(Some(chunk)) => chunk,
-                Ok(None) => break,
-                // The body is not needed.
-                Err(_) if rate_limit.is_some() => break,
-                Err(error) => return Err(lost(error)),
-            };
-            if body.len() + chunk.len() > MAX_BODY {
-                let limit = MAX_BODY >> 20;
-                return Err(NoResponse::lost(format_args!("larger than {limit} MiB")));
-            }
-            body.extend_from_slice(&chunk);
-        }
-        let body = inflated(body, &content_encoding, MAX_BODY).map_err(NoResponse::lost)?;
+        let body = match read(response).await {
+            // It is not needed.
+            Err(_) if rate_limit.is_some() => Vec::new(),
+            body => body?,
+        };
         Ok(Response {
             status,
             date,
             rate_limit,
             location,
-            body: decoded(body, &content_type).into_bytes(),
+            body,
         })
     }
 }
@@ -294,6 +258,54 @@ fn encode(request: &Request<'_>, body: Option<Vec<u8>>) -> Result<reqwest::Reque
         encoded.headers_mut().insert(header::AUTHORIZATION, bearer);
     }
     Ok(encoded)
+}
+
+/// When the response was generated. The date of a cached response is old by its `age`.
+fn date(headers: &HeaderMap) -> Option<Timestamp> {
+    let age = text(headers, header::AGE).and_then(|age| age.trim().parse().ok());
+    let age = Duration::from_secs(age.unwrap_or(0).min(MAX_AGE));
+    let date = text(headers, header::DATE).and_then(Timestamp::parse_http_date)?;
+    Some(date.plus(age))
+}
+
+fn rate_limit(
+    status: StatusCode,
+    headers: &HeaderMap,
+    date: Option<Timestamp>,
+) -> Option<RateLimit> {
+    if !matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    ) {
+        return None;
+    }
+    let wait = retry_after(text(headers, header::RETRY_AFTER)?, date)?;
+    let at = Millis::now();
+    Some(RateLimit {
+        at,
+        until: at.plus(wait),
+        status: status.as_u16(),
+    })
+}
+
+/// The body, inflated and as UTF-8.
+async fn read(mut response: reqwest::Response) -> Result<Vec<u8>, NoResponse> {
+    let [content_type, content_encoding] =
+        [header::CONTENT_TYPE, header::CONTENT_ENCODING].map(|name| {
+            text(response.headers(), name)
+                .unwrap_or_default()
+                .to_owned()
+        });
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(lost)? {
+        if body.len() + chunk.len() > MAX_BODY {
+            let limit = MAX_BODY >> 20;
+            return Err(NoResponse::lost(format_args!("larger than {limit} MiB")));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    let body = inflated(body, &content_encoding, MAX_BODY).map_err(NoResponse::lost)?;
+    Ok(decoded(body, &content_type).into_bytes())
 }
 
 fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
