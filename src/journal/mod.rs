@@ -56,6 +56,7 @@ pub use export::{Exported, Position};
 pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
+pub use retention::Pruned;
 pub use sessions::{Intervals, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::{Refusal, Storage};

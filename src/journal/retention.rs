@@ -14,6 +14,15 @@ use crate::domain::time::Millis;
 /// dated before its START.
 const MARGIN: Duration = Duration::from_secs(60);
 
+/// The result of [`Store::prune`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pruned {
+    /// How many events were dropped.
+    pub dropped: usize,
+    /// There may be more to drop. Each call drops something then, so a loop ends.
+    pub is_more: bool,
+}
+
 /// A row of `deliveries` that is old enough to be dropped with its events.
 struct Old {
     id: i64,
@@ -25,18 +34,21 @@ struct Old {
 impl Store {
     /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
     /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
-    /// report again stay: `reach` is how far before the cursor it may begin. Drops only some at a time, so that other
-    /// operations do not wait. Returns how many.
+    /// report again stay: `reach` is how far before the cursor it may begin. Drops about `at_most` at a time, so that
+    /// other operations do not wait.
     pub fn prune(
         &mut self,
         retention: Duration,
         reach: Duration,
         now: Millis,
         at_most: u32,
-    ) -> Result<usize> {
+    ) -> Result<Pruned> {
         activity::forget(&self.connection, now)?;
         let Some(cursor) = self.poll_state()?.cursor else {
-            return Ok(0);
+            return Ok(Pruned {
+                dropped: 0,
+                is_more: false,
+            });
         };
         let (delivered_before, happened_before) = (
             now.minus(retention).0,
@@ -64,6 +76,8 @@ impl Store {
                 })
             })?
             .collect::<rusqlite::Result<_>>()?;
+        let at_most = at_most as usize;
+        let is_limited = old.len() == at_most;
         for Old {
             id,
             conversation,
@@ -71,7 +85,7 @@ impl Store {
             through,
         } in old
         {
-            if dropped >= at_most as usize {
+            if dropped >= at_most {
                 break;
             }
             dropped += transaction.prepare_cached(DROP)?.execute(params![
@@ -90,7 +104,10 @@ impl Store {
                 .execute(params![id, conversation, from, through])?;
         }
         transaction.commit()?;
-        Ok(dropped)
+        Ok(Pruned {
+            dropped,
+            is_more: dropped >= at_most || is_limited,
+        })
     }
 }
 
@@ -161,8 +178,8 @@ mod tests {
     const DAY: i64 = 86_400;
     const RETENTION: Duration = Duration::from_secs(30 * 86_400);
 
-    /// A journal with one event that was received at `at`. BigChat was read up to `cursor`.
-    fn received(event: &str, at: i64, cursor: i64) -> Store {
+    /// A journal with events that were received at `at`. BigChat was read up to `cursor`.
+    fn received(events: &[String], at: i64, cursor: i64) -> Store {
         let connection = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(connection, true).expect("a journal");
         let at = Timestamp::clamped(at);
@@ -171,8 +188,8 @@ mod tests {
             requested_in: Epoch(1),
             served_at: at,
             window: (at, at),
-            body: format!(r#"{{"events":[{event}]}}"#),
-            events: 1,
+            body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
+            events: events.len(),
             progress: PollProgress::Complete(Timestamp::clamped(cursor)),
         };
         store.store_page(&page).expect("a stored page");
@@ -187,25 +204,33 @@ mod tests {
         store
     }
 
-    /// The same with a message that was delivered at `at`, when it happened.
-    fn journal(at: i64, cursor: i64) -> Store {
-        let message = format!(
-            r#"{{"conversation_id":1,"event_name":"MESSAGE","event_at":{at},"data":{{"message":"Hi"}}}}"#
-        );
-        let mut store = received(&message, at, cursor);
+    /// The same with messages of conversations 1 to `conversations`, `each` of them in one delivery at `at`, when they
+    /// happened.
+    fn journal(conversations: usize, each: usize, at: i64, cursor: i64) -> Store {
+        let messages: Vec<String> = (0..conversations * each)
+            .map(|n| {
+                let conversation = n / each + 1;
+                format!(
+                    r#"{{"conversation_id":{conversation},"event_name":"MESSAGE","event_at":{at},"data":{{"message":"{n}"}}}}"#
+                )
+            })
+            .collect();
+        let mut store = received(&messages, at, cursor);
         let connection = store.connection();
         connection
             .execute(
-                "UPDATE conversations SET offset = 1, waiting = 0, waiting_since = NULL, due_at = NULL",
+                "UPDATE conversations SET waiting = 0, waiting_since = NULL, due_at = NULL,
+                    offset = (SELECT max(id) FROM events WHERE conversation = conversations.id)",
                 [],
             )
             .expect("an update");
         connection
             .execute(
-                "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect) VALUES (1, 1, 1, ?1, 'sent')",
+                "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect)
+                 SELECT conversation, min(id), max(id), ?1, 'sent' FROM events GROUP BY conversation",
                 [at * 1000],
             )
-            .expect("a delivery");
+            .expect("deliveries");
         store
     }
 
@@ -222,10 +247,44 @@ mod tests {
             (days(31), days(31), 1),
             (days(40), days(31), 1),
         ] {
-            let mut store = journal(at, cursor);
+            let mut store = journal(1, 1, at, cursor);
             let now = Millis(here * 1000);
             let pruned = store.prune(RETENTION, Duration::from_secs(5), now, 10);
-            assert_eq!(pruned.expect("a number"), dropped, "{here} {cursor}");
+            assert_eq!(
+                pruned.expect("a result").dropped,
+                dropped,
+                "{here} {cursor}"
+            );
+        }
+    }
+
+    /// Deliveries are dropped whole, so that a batch may drop more than its limit. A delivery whose events are gone
+    /// adds nothing to the number. Neither ends the loop early.
+    #[test]
+    fn batches_continue_to_the_end() {
+        let at = 100 * DAY;
+        for (each, are_gone) in [(3, false), (3, true), (1, false)] {
+            let mut store = journal(10, each, at, at + 31 * DAY);
+            if are_gone {
+                let gone = store.connection().execute("DELETE FROM events", []);
+                assert_eq!(gone.expect("a deletion"), 10 * each);
+            }
+            let now = Millis((at + 31 * DAY) * 1000);
+            let mut batches = 1;
+            while store
+                .prune(RETENTION, Duration::from_secs(5), now, 2)
+                .expect("a result")
+                .is_more
+            {
+                batches += 1;
+                assert!(batches < 100, "each batch drops something");
+            }
+            let left = "SELECT (SELECT count(*) FROM events) + (SELECT count(*) FROM deliveries)";
+            let left: i64 = store
+                .connection()
+                .query_row(left, [], |row| row.get(0))
+                .expect("a count");
+            assert_eq!(left, 0, "deliveries of {each} events, gone: {are_gone}");
         }
     }
 
@@ -234,7 +293,7 @@ mod tests {
     fn discarded_unparsable_event_stays() {
         for (read, dropped) in [(0, 0), (60, 0), (66, 1)] {
             let at = 100 * DAY;
-            let mut store = received("{}", at, at + read);
+            let mut store = received(&["{}".to_owned()], at, at + read);
             let connection = store.connection();
             let discarded =
                 connection.execute("UPDATE dead_letters SET discarded_at = ?1", [at * 1000]);
@@ -242,7 +301,7 @@ mod tests {
             let now = Millis((at + DAY) * 1000);
             let second = Duration::from_secs(1);
             let pruned = store.prune(second, 5 * second, now, 10);
-            assert_eq!(pruned.expect("a number"), dropped, "{read}");
+            assert_eq!(pruned.expect("a result").dropped, dropped, "{read}");
         }
     }
 }

@@ -482,7 +482,7 @@ impl Poller {
                 .await;
             match pruned {
                 Ok(pruned)
-                    if pruned == PRUNE_BATCH as usize
+                    if pruned.is_more
                         && Instant::now() < until
                         && !self.signals.stopping.is_cancelled() => {}
                 Ok(_) => return,
