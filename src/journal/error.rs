@@ -143,9 +143,57 @@ impl OpenError {
 
 /// Whether SQLite may accept later what it refuses now.
 pub(super) fn is_transient(error: &rusqlite::Error) -> bool {
-    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
+    use rusqlite::ErrorCode::{
+        DatabaseBusy, DatabaseLocked, DiskFull, FileLockingProtocolFailed, OutOfMemory,
+        SystemIoFailure,
+    };
     matches!(
         error.sqlite_error_code(),
-        Some(DatabaseBusy | DatabaseLocked | DiskFull | SystemIoFailure)
+        Some(
+            DatabaseBusy
+                | DatabaseLocked
+                | DiskFull
+                | FileLockingProtocolFailed
+                | OutOfMemory
+                | SystemIoFailure
+        )
     )
+}
+
+/// The same of a database that is open. What SQLite then cannot open is a file of its own, because no descriptor is
+/// left.
+pub(super) fn is_transient_when_open(error: &rusqlite::Error) -> bool {
+    is_transient(error) || error.sqlite_error_code() == Some(rusqlite::ErrorCode::CannotOpen)
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::{Error, ffi};
+
+    use super::*;
+    use crate::journal::JournalError;
+
+    /// If an error that passes counted as permanent, the committer would set conversations aside.
+    #[test]
+    fn passing_errors_are_transient() {
+        let error = |code| Error::SqliteFailure(ffi::Error::new(code), None);
+        for (code, opening, open) in [
+            (ffi::SQLITE_BUSY_SNAPSHOT, true, true),
+            (ffi::SQLITE_FULL, true, true),
+            (ffi::SQLITE_NOMEM, true, true),
+            (ffi::SQLITE_PROTOCOL, true, true),
+            (ffi::SQLITE_CANTOPEN, false, true),
+            (ffi::SQLITE_CONSTRAINT, false, false),
+            (ffi::SQLITE_CORRUPT, false, false),
+        ] {
+            let path = PathBuf::new();
+            let refused = OpenError::Sqlite {
+                path,
+                source: error(code),
+            };
+            assert_eq!(refused.is_transient(), opening, "{code}");
+            let failed = JournalError::from(error(code));
+            assert_eq!(failed.is_transient(), open, "{code}");
+        }
+    }
 }

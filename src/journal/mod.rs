@@ -82,7 +82,7 @@ pub enum JournalError {
 impl JournalError {
     /// Whether waiting may help: a full disk, or a database that another process has locked.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Sqlite(error) if error::is_transient(error))
+        matches!(self, Self::Sqlite(error) if error::is_transient_when_open(error))
     }
 }
 
