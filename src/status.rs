@@ -201,7 +201,7 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
             WRITABLE,
         );
     }
-    let poll_interval = Duration::from_secs_f64(figures.poll_interval_s);
+    let poll_interval = stored_seconds(figures.poll_interval_s);
     let max_behind = LATE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
     let no_poll =
         match daemon_runs && !figures.bigchat.is_down() && figures.bigchat.long_limit().is_none() {
@@ -303,6 +303,11 @@ pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec
         );
     }
     problems
+}
+
+/// Zero for a number that was edited and is no duration.
+pub(crate) fn stored_seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
 pub(crate) fn seconds(count: i64) -> Duration {

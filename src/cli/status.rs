@@ -1,13 +1,11 @@
 //! `bigchat-sync status`: prints the [`Status`].
 
-use std::time::Duration;
-
 use super::{CommandError, json};
 use crate::domain::time::Millis;
 use crate::http::{ApiState, ApiStatus};
 use crate::journal::{DifferingChat, Gap, Store, Verification};
 use crate::settings::Settings;
-use crate::status::{Problem, Status, duration, seconds};
+use crate::status::{Problem, Status, duration, seconds, stored_seconds};
 use crate::telemetry::terminal::{printable, shown};
 
 /// Why a field may differ from the value that this database recorded.
@@ -171,7 +169,7 @@ fn verification(status: &Status) -> String {
 /// The progress of the verification of all chats in idle time.
 fn idle_pass(status: &Status) -> String {
     let Status { figures, now, .. } = status;
-    let Some(every) = figures.verify_every_s.map(Duration::from_secs_f64) else {
+    let Some(every) = figures.verify_every_s.map(stored_seconds) else {
         return "off".into();
     };
     let Some(Verification {
