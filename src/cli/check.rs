@@ -268,7 +268,7 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
         return report.pass(what, "has not been asked yet");
     };
     let last = format!("at {asked_at}, {request} → {response}");
-    if !request.contains(url.as_str()) {
+    if !status.is_of(url) {
         let text = format!("the daemon uses another URL for it: {last}");
         let remedy = format!("give this command the settings of the daemon; {flag} is {url} here");
         return report.fail(what, text, remedy);
@@ -333,12 +333,7 @@ async fn ask(
     for (http, api) in [&bigchat, &our_api].into_iter().zip(Api::ALL) {
         let last = store.as_mut().map(|store| store.api(api.name()));
         let last = last.and_then(Result::ok).unwrap_or_default();
-        let url = base(settings, api).as_str();
-        if last
-            .request
-            .as_ref()
-            .is_some_and(|asked| asked.contains(url))
-        {
+        if last.is_of(base(settings, api)) {
             http.recall(&last);
         }
     }

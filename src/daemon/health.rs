@@ -25,14 +25,11 @@ const STORE_EVERY: Duration = Duration::from_secs(10);
 /// its state is not known. A rate limit in force remains.
 pub(super) async fn recall(parts: &Parts) {
     for api in Api::ALL {
-        let here = parts.apis.of(api).base().to_string();
+        let here = parts.apis.of(api).base().clone();
         let recalled = parts.journal.with(move |store| {
             let now = Millis::now();
             let status = store.api(api.name())?.without_passed_limit(now);
-            let is_this = status
-                .request
-                .as_ref()
-                .is_some_and(|asked| asked.contains(&here));
+            let is_this = status.is_of(&here);
             let is_asked = api == Api::BigChat || store.is_any_waiting()?;
             let is_known = match status.state {
                 ApiState::Unknown | ApiState::Failing => false,

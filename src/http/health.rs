@@ -111,6 +111,17 @@ impl ApiStatus {
         }
     }
 
+    /// Whether the latest request was sent to the API at this base URL.
+    pub fn is_of(&self, base: &Url) -> bool {
+        let base = base.as_str();
+        let path = self.request.as_deref().and_then(|request| {
+            let (_, url) = request.split_once(' ')?;
+            url.strip_prefix(base.strip_suffix('/').unwrap_or(base))?
+                .strip_prefix('/')
+        });
+        path.is_some_and(Route::is_path)
+    }
+
     pub fn without_passed_limit(self, now: Millis) -> Self {
         let rate_limit = self.rate_limit.filter(|limit| limit.is_in_force(now));
         Self { rate_limit, ..self }
@@ -323,6 +334,32 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+
+    /// The base URL of another API may begin with that of this one.
+    #[test]
+    fn status_belongs_to_one_base_url() {
+        let status = |request: &str| ApiStatus {
+            request: Some(request.to_owned()),
+            ..ApiStatus::default()
+        };
+        for (request, base, is_of) in [
+            ("GET http://h:1/chats", "http://h:1", true),
+            ("GET http://h:1/events", "http://h:1", true),
+            ("PATCH https://h/api/chats/7", "https://h/api", true),
+            ("PATCH https://h/api/chats/7", "https://h/api/", true),
+            ("POST https://h/api/agents", "https://h/ap", false),
+            ("POST https://h/api2/agents", "https://h/api", false),
+            ("POST https://h/api/v2/agents", "https://h/api", false),
+            ("POST https://h/api/agents", "https://h", false),
+            ("POST https://h/api/agents", "https://h/api/v2", false),
+            ("POST https://proxy/https://h/chats", "https://h", false),
+        ] {
+            let base = Url::parse(base).expect("a URL");
+            assert_eq!(status(request).is_of(&base), is_of, "{request} {base}");
+        }
+        let base = Url::parse("https://h").expect("a URL");
+        assert!(!ApiStatus::default().is_of(&base));
+    }
 
     /// What the daemon stores at once: a crash must not hide a rate limit.
     #[tokio::test]

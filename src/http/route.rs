@@ -22,6 +22,21 @@ pub enum Route {
 }
 
 impl Route {
+    const ALL: [Self; 12] = [
+        Self::Events,
+        Self::Conversation,
+        Self::Advisor,
+        Self::Chats,
+        Self::CreateChat,
+        Self::ChangeChat,
+        Self::Messages,
+        Self::AddMessage,
+        Self::Agents,
+        Self::Agent,
+        Self::CreateAgent,
+        Self::Description,
+    ];
+
     /// Method and path template.
     pub fn name(self) -> &'static str {
         match self {
@@ -57,6 +72,12 @@ impl Route {
         let segments = self.name().split('/').skip(1);
         segments.map(move |segment| if segment == "{id}" { id } else { segment })
     }
+
+    /// Whether a path relative to a base URL is that of a route, going by its first segment.
+    pub fn is_path(path: &str) -> bool {
+        let first = path.split('/').next();
+        Self::ALL.iter().any(|route| route.path("").next() == first)
+    }
 }
 
 #[cfg(test)]
@@ -65,21 +86,7 @@ mod tests {
 
     #[test]
     fn method_and_path_match_the_name() {
-        use Route::*;
-        for route in [
-            Events,
-            Conversation,
-            Advisor,
-            Chats,
-            CreateChat,
-            ChangeChat,
-            Messages,
-            AddMessage,
-            Agents,
-            Agent,
-            CreateAgent,
-            Description,
-        ] {
+        for route in Route::ALL {
             let path: Vec<&str> = route.path("7").collect();
             let written = format!("{} /{}", route.method(), path.join("/"));
             assert_eq!(written, route.name().replace("{id}", "7"));
