@@ -8,6 +8,7 @@ use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chrono::{DateTime, NaiveDateTime, SecondsFormat, Utc};
+use rusqlite::types::{FromSql, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 
 /// A point in time in whole Unix seconds, in the years 1970 to 9999: RFC 3339 can represent no later ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,6 +95,19 @@ impl serde::Serialize for Timestamp {
     }
 }
 
+impl ToSql for Timestamp {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        self.0.to_sql()
+    }
+}
+
+/// An edited row may have a time that cannot be represented.
+impl FromSql for Timestamp {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        i64::column_result(value).map(Self::clamped)
+    }
+}
+
 /// A reading of this machine's clock, in Unix milliseconds. The clock may be wrong and may step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Millis(pub i64);
@@ -149,6 +163,18 @@ impl<'de> serde::Deserialize<'de> for Millis {
         let text = <String as serde::Deserialize>::deserialize(deserializer)?;
         let time = DateTime::parse_from_rfc3339(&text).map_err(serde::de::Error::custom)?;
         Ok(Self(time.timestamp_millis()))
+    }
+}
+
+impl ToSql for Millis {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        self.0.to_sql()
+    }
+}
+
+impl FromSql for Millis {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        i64::column_result(value).map(Self)
     }
 }
 

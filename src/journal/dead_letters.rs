@@ -249,7 +249,7 @@ impl Store {
         let attempts = statement.query_map([event], |row| {
             Ok(FailedAttempt {
                 attempt: row.get(0)?,
-                failed_at: Millis(row.get(1)?),
+                failed_at: row.get(1)?,
                 reason: row.get(2)?,
                 request: row.get(3)?,
                 response: row.get(4)?,
@@ -282,7 +282,7 @@ impl Store {
         let resolutions = statement.query_map(params![event, before, at_most], |row| {
             Ok(PastResolution {
                 id: row.get(0)?,
-                at: Millis(row.get(1)?),
+                at: row.get(1)?,
                 by: by(row.get(2)?, row.get(9)?),
                 resolution: row.get(3)?,
                 event: row.get(4)?,
@@ -312,7 +312,7 @@ impl Store {
             let (kind, data): (String, Option<String>) = (row.get(3)?, row.get(5)?);
             let known = PartialEvent {
                 conversation: row.get(1)?,
-                at: Some(Timestamp::clamped(row.get(4)?)),
+                at: Some(row.get(4)?),
             };
             let partial = partial_event(&kind, data.as_deref(), known);
             Ok(FailedEvent {
@@ -323,8 +323,8 @@ impl Store {
                 text: says::event(&kind, data.clone()),
                 kind,
                 data,
-                failed_at: Millis(row.get(6)?),
-                discarded_at: row.get::<_, Option<i64>>(11)?.map(Millis),
+                failed_at: row.get(6)?,
+                discarded_at: row.get(11)?,
                 attempts: row.get(7)?,
                 reason: row.get(8)?,
                 request: row.get(9)?,
@@ -341,7 +341,7 @@ impl Store {
         resolution: Resolution,
     ) -> Result<(u64, Millis)> {
         let (is, contains) = Reason::parts(reason);
-        let (count, last): (u64, Option<i64>) = self
+        let (count, last): (u64, Option<Millis>) = self
             .connection
             .prepare_cached(&format!(
                 "SELECT count(*), max(d.failed_at) {DEAD_LETTERS} WHERE {} AND {HAS_REASON}",
@@ -350,7 +350,7 @@ impl Store {
             .query_row(params![0, is, contains], |row| {
                 Ok((count(row)?, row.get(1)?))
             })?;
-        Ok((count, Millis(last.unwrap_or_default())))
+        Ok((count, last.unwrap_or_default()))
     }
 
     /// Resolves some of the selected dead letters: those after `after` (0 at first), in order of their ids. Records
@@ -423,7 +423,7 @@ fn selected(
         resolution.applies_to()
     ))?;
     let ids = statement.query_map(
-        params![after, is, contains, failed_by.0, limit(RESOLVED_AT_ONCE)],
+        params![after, is, contains, failed_by, limit(RESOLVED_AT_ONCE)],
         |row| row.get(0),
     )?;
     Ok(ids.collect::<rusqlite::Result<_>>()?)
@@ -468,7 +468,7 @@ fn resolve(
         (Resolution::Discard, _) => {
             transaction
                 .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?
-                .execute(params![id, now.0])?;
+                .execute(params![id, now])?;
         }
         (Resolution::Undo, _) => {
             transaction
@@ -486,7 +486,7 @@ fn resolve(
         )?
         .execute(params![
             id,
-            now.0,
+            now,
             way,
             user,
             resolution.name(),
@@ -516,7 +516,7 @@ fn retry(
         .prepare_cached(
             "UPDATE attempts SET counted = 0, next_at = NULL, retried_at = ?2 WHERE event = ?1",
         )?
-        .execute(params![event, now.0])?;
+        .execute(params![event, now])?;
     transaction
         .prepare_cached(
             "INSERT INTO redeliveries (conversation, event, restored)
@@ -533,6 +533,6 @@ fn retry(
                     + EXISTS (SELECT 1 FROM attempts WHERE event = ?2 AND outcome_unknown)
              WHERE id = ?1",
         )?
-        .execute(params![conversation, event, now.0])?;
+        .execute(params![conversation, event, now])?;
     Ok(())
 }

@@ -72,7 +72,7 @@ impl Store {
         let probes = statement.query_map(params![epoch, at_most], |row| {
             Ok(Probe {
                 bigchat_id: row.get(0)?,
-                started_at: Timestamp::clamped(row.get(1)?),
+                started_at: row.get(1)?,
             })
         })?;
         Ok((epoch, probes.collect::<rusqlite::Result<_>>()?))
@@ -81,14 +81,14 @@ impl Store {
     /// When a conversation of the current epoch started, if known.
     pub fn start_of(&mut self, bigchat_id: i64) -> Result<Option<Timestamp>> {
         let epoch = self.epoch()?;
-        let started_at: Option<Option<i64>> = self
+        let started_at = self
             .connection
             .prepare_cached(
                 "SELECT started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
             )?
             .query_row(params![epoch, bigchat_id], |row| row.get(0))
             .optional()?;
-        Ok(started_at.flatten().map(Timestamp::clamped))
+        Ok(started_at.flatten())
     }
 
     /// Records when a conversation started, and its first advisor, if it has one.
@@ -118,7 +118,7 @@ impl Store {
         let epoch = Epoch(epoch.0 + 1);
         transaction.execute(
             "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
-            params![epoch, began_at.unix()],
+            params![epoch, began_at],
         )?;
         if let Some((started_at, advisor)) = first {
             record_details(&transaction, epoch, 1, started_at, advisor)?;
@@ -269,6 +269,6 @@ fn record_details(
                 first_advisor = iif(details = 'unread', excluded.first_advisor, first_advisor),
                 details = 'read'",
         )?
-        .execute(params![epoch, bigchat_id, started_at.unix(), advisor])?;
+        .execute(params![epoch, bigchat_id, started_at, advisor])?;
     Ok(())
 }

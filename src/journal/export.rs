@@ -62,19 +62,16 @@ impl Store {
         let transaction = self.connection.transaction()?;
         let delivery = transaction
             .prepare_cached(NEXT)?
-            .query_row(
-                params![after.delivered_at.0, after.delivery, until.0],
-                |row| {
-                    Ok(Delivery {
-                        id: row.get(0)?,
-                        conversation: row.get(1)?,
-                        from: row.get(2)?,
-                        through: row.get(3)?,
-                        at: Millis(row.get(4)?),
-                        effect: row.get(5)?,
-                    })
-                },
-            )
+            .query_row(params![after.delivered_at, after.delivery, until], |row| {
+                Ok(Delivery {
+                    id: row.get(0)?,
+                    conversation: row.get(1)?,
+                    from: row.get(2)?,
+                    through: row.get(3)?,
+                    at: row.get(4)?,
+                    effect: row.get(5)?,
+                })
+            })
             .optional()?;
         let Some(delivery) = delivery else {
             return Ok(None);
@@ -127,7 +124,7 @@ fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
         conversation: row.get(4)?,
         epoch: row.get(5)?,
         kind,
-        event_at: Timestamp::clamped(row.get(2)?),
+        event_at: row.get(2)?,
         text,
         data,
         external_id: row.get(6)?,

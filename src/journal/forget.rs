@@ -72,7 +72,7 @@ impl Store {
         now: Millis,
     ) -> Result<Forgotten> {
         let transaction = self.begin()?;
-        let before: Option<Option<i64>> = transaction
+        let before: Option<Option<Millis>> = transaction
             .query_row(
                 "SELECT forgotten_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
                 params![epoch, bigchat_id],
@@ -85,7 +85,7 @@ impl Store {
                 forgotten_at = coalesce(forgotten_at, excluded.forgotten_at),
                 forgotten_by = coalesce(forgotten_by, excluded.forgotten_by)
              RETURNING id",
-            params![epoch, bigchat_id, now.0, who],
+            params![epoch, bigchat_id, now, who],
             |row| row.get(0),
         )?;
         erase(&transaction, conversation, now)?;
@@ -97,7 +97,7 @@ impl Store {
             erase_unparsed(&transaction, *event, now)?;
         }
         let forgotten = Forgotten {
-            before: before.flatten().map(Millis),
+            before: before.flatten(),
             events: transaction.query_row(
                 "SELECT count(*) FROM events WHERE conversation = ?1",
                 [conversation],
@@ -194,7 +194,7 @@ pub(super) fn settle(
             "INSERT INTO deliveries (conversation, from_event, through, delivered_at, effect)
              VALUES (?1, ?2, ?3, ?4, 'forgotten')",
         )?
-        .execute(params![conversation, from, through, now.0])?;
+        .execute(params![conversation, from, through, now])?;
     transaction
         .prepare_cached("UPDATE conversations SET offset = ?2 WHERE id = ?1")?
         .execute(params![conversation, through])?;
@@ -220,7 +220,7 @@ pub(super) fn erase_unparsed(
 ) -> Result<()> {
     transaction.execute(
         "UPDATE dead_letters SET discarded_at = coalesce(discarded_at, ?2) WHERE event = ?1",
-        params![event, now.0],
+        params![event, now],
     )?;
     for sql in [
         "UPDATE events SET data = NULL WHERE id = ?1",

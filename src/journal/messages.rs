@@ -49,10 +49,7 @@ impl Store {
             };
             messages.push(Recorded {
                 id,
-                key: account::key(
-                    Timestamp::clamped(row.get(2)?),
-                    payload.text().unwrap_or_default(),
-                ),
+                key: account::key(row.get(2)?, payload.text().unwrap_or_default()),
                 state,
             });
         }
@@ -61,11 +58,10 @@ impl Store {
 
     /// The earliest time named by an event of a conversation.
     pub fn earliest_event(&mut self, conversation: ConversationId) -> Result<Option<Timestamp>> {
-        let earliest: Option<i64> = self
+        Ok(self
             .connection
             .prepare_cached("SELECT min(event_at) FROM events WHERE conversation = ?1")?
-            .query_row([conversation], |row| row.get(0))?;
-        Ok(earliest.map(Timestamp::clamped))
+            .query_row([conversation], |row| row.get(0))?)
     }
 
     /// Whether BigChat gave the id to another conversation in an earlier epoch.
@@ -88,7 +84,7 @@ impl Store {
     ) -> Result<()> {
         self.connection.execute(
             "UPDATE conversations SET external_id = ?2, chat_started_at = ?3 WHERE id = ?1",
-            params![conversation, external_id, started_at.unix()],
+            params![conversation, external_id, started_at],
         )?;
         Ok(())
     }

@@ -16,7 +16,7 @@ impl Store {
     pub fn set_pause(&mut self, pause: Pause) -> Result<()> {
         self.connection.execute(
             "UPDATE control SET paused_at = ?1, paused_until = ?2, resumed_at = NULL",
-            params![pause.since.0, pause.until.map(|until| until.0)],
+            params![pause.since, pause.until],
         )?;
         Ok(())
     }
@@ -25,7 +25,7 @@ impl Store {
     pub fn end_pause(&mut self, pause: Pause, now: Millis) -> Result<()> {
         self.connection.execute(
             "UPDATE control SET resumed_at = ?1 WHERE paused_at = ?2 AND paused_until IS ?3",
-            params![now.0, pause.since.0, pause.until.map(|until| until.0)],
+            params![now, pause.since, pause.until],
         )?;
         Ok(())
     }
@@ -36,11 +36,10 @@ pub(super) fn latest(connection: &Connection) -> Result<(Option<Pause>, Option<M
     let mut statement =
         connection.prepare_cached("SELECT paused_at, paused_until, resumed_at FROM control")?;
     Ok(statement.query_row([], |row| {
-        let [since, until, resumed_at] = [0, 1, 2].map(|column| row.get::<_, Option<i64>>(column));
-        let (since, until) = (since?.map(Millis), until?.map(Millis));
-        let resumed_at = resumed_at?.map(Millis);
-        let pause = since.filter(|_| resumed_at.is_none());
-        Ok((pause.map(|since| Pause { since, until }), resumed_at))
+        let (since, until): (Option<Millis>, _) = (row.get(0)?, row.get(1)?);
+        let resumed_at: Option<Millis> = row.get(2)?;
+        let pause = since.map(|since| Pause { since, until });
+        Ok((pause.filter(|_| resumed_at.is_none()), resumed_at))
     })?)
 }
 

@@ -51,8 +51,8 @@ impl Store {
             });
         };
         let (delivered_before, happened_before) = (
-            now.minus(retention).0,
-            cursor.minus(retention.max(reach + MARGIN)).unix(),
+            now.minus(retention),
+            cursor.minus(retention.max(reach + MARGIN)),
         );
         let transaction = self.begin()?;
         let discarded: Vec<Option<ConversationId>> = transaction

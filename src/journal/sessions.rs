@@ -88,7 +88,7 @@ impl Store {
                     id: row.get(0)?,
                     writes_succeeded: row.get(1)?,
                     losses: row.get(2)?,
-                    timed_out_until: Millis(row.get(3)?),
+                    timed_out_until: row.get(3)?,
                     replay_until: ReplayUntil::new(row.get(4)?),
                     epoch: row.get(5)?,
                     after_clean_end,
@@ -99,11 +99,11 @@ impl Store {
         let latest = now.plus(LONGEST_WAIT);
         transaction.execute(
             "UPDATE conversations SET due_at = ?2 WHERE due_at > ?1",
-            [latest.0, now.0],
+            [latest, now],
         )?;
         transaction.execute(
             "UPDATE attempts SET next_at = ?2 WHERE next_at > ?1",
-            [latest.0, now.0],
+            [latest, now],
         )?;
         transaction.commit()?;
         Ok(session)
@@ -113,7 +113,7 @@ impl Store {
     pub fn end_session(&mut self, timed_out_until: Millis, clean: bool) -> Result<()> {
         self.connection.execute(
             "UPDATE control SET timed_out_until = ?1, clean_end = ?2",
-            params![timed_out_until.0, clean],
+            params![timed_out_until, clean],
         )?;
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! What `bigchat-sync status`, the console and the metrics show of the journal. Its cost does not grow with the number
 //! of events, except for the counts of waiting and failed ones, which scan an index.
 
+use std::time::Duration;
+
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 
@@ -17,8 +19,8 @@ use crate::http::{ApiState, ApiStatus, RateLimit};
 /// Over how many of the latest deliveries the delivery times are measured.
 const DELIVERIES: u32 = 1_000;
 
-/// The maximum age of these deliveries, in ms.
-const DELIVERIES_WITHIN: i64 = 3_600_000;
+/// The maximum age of these deliveries.
+const DELIVERIES_WITHIN: Duration = Duration::from_secs(3600);
 
 /// The maximum number of failed events that are grouped by reason.
 const GROUPED: u32 = 10_000;
@@ -220,12 +222,12 @@ impl Store {
             poll_interval_s,
             verify_every_s,
             polled_at: source.polled_at,
-            cursor_at: source.cursor.map(Timestamp::clamped),
+            cursor_at: source.cursor,
             behind_s: source.behind,
             clock_ahead_s: source.clock_ahead,
             cursor_moved_at: source.cursor_moved_at,
             gaps: gaps(&transaction)?,
-            newest_event_at: source.newest_event.map(Timestamp::clamped),
+            newest_event_at: source.newest_event,
             paused,
             // Without a daemon the end of a pause is not recorded.
             resumed_at: match paused {
@@ -267,13 +269,13 @@ impl Store {
                 .execute(params![
                     name,
                     api.state.name(),
-                    api.since.map(|since| since.0),
+                    api.since,
                     api.problem,
                     api.lasts,
-                    api.rate_limit.map(|limit| limit.at.0),
-                    api.rate_limit.map(|limit| limit.until.0),
+                    api.rate_limit.map(|limit| limit.at),
+                    api.rate_limit.map(|limit| limit.until),
                     api.rate_limit.map(|limit| limit.status),
-                    asked_at.0,
+                    asked_at,
                     api.request.as_deref().unwrap_or_default(),
                     api.response.as_deref().unwrap_or_default(),
                 ])?;
@@ -300,7 +302,7 @@ impl Store {
         let before = transaction.query_row(
             "SELECT timed_out_until, clean_end FROM control",
             [],
-            |row| Ok((Millis(row.get(0)?), row.get(1)?)),
+            |row| Ok((row.get(0)?, row.get(1)?)),
         )?;
         transaction.execute("UPDATE control SET clean_end = 0", [])?;
         transaction.commit()?;
@@ -328,20 +330,17 @@ fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
         )?
         .query_row([name], |row| {
             let state: String = row.get(0)?;
-            let millis = |column: usize| -> rusqlite::Result<Option<Millis>> {
-                Ok(row.get::<_, Option<i64>>(column)?.map(Millis))
-            };
-            let limit = (millis(4)?, millis(5)?, row.get(6)?);
+            let limit = (row.get(4)?, row.get(5)?, row.get(6)?);
             Ok(ApiStatus {
                 state: ApiState::from_name(&state).unwrap_or_default(),
-                since: millis(1)?,
+                since: row.get(1)?,
                 problem: row.get(2)?,
                 lasts: row.get(3)?,
                 rate_limit: match limit {
                     (Some(at), Some(until), Some(status)) => Some(RateLimit { at, until, status }),
                     _ => None,
                 },
-                asked_at: millis(7)?,
+                asked_at: row.get(7)?,
                 request: row.get(8)?,
                 response: row.get(9)?,
             })
@@ -352,11 +351,11 @@ fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
 
 struct Read {
     polled_at: Option<Millis>,
-    cursor: Option<i64>,
+    cursor: Option<Timestamp>,
     behind: Option<i64>,
     clock_ahead: Option<i64>,
     cursor_moved_at: Option<Millis>,
-    newest_event: Option<i64>,
+    newest_event: Option<Timestamp>,
 }
 
 fn source(connection: &Connection, now: Millis) -> Result<Read> {
@@ -365,18 +364,18 @@ fn source(connection: &Connection, now: Millis) -> Result<Read> {
             "SELECT polled_at, cursor, clock_ahead, newest_event, cursor_moved_at FROM poll_state",
         )?
         .query_row([], |row| {
-            let cursor: Option<i64> = row.get(1)?;
+            let cursor: Option<Timestamp> = row.get(1)?;
             let ahead: Option<i64> = row.get(2)?;
             let there = ahead.map(|ahead| now.0.div_euclid(1000).saturating_add(ahead));
             Ok(Read {
-                polled_at: row.get::<_, Option<i64>>(0)?.map(Millis),
+                polled_at: row.get(0)?,
                 cursor,
                 behind: there
                     .zip(cursor)
-                    .map(|(there, cursor)| there.saturating_sub(cursor).max(0)),
+                    .map(|(there, cursor)| there.saturating_sub(cursor.unix()).max(0)),
                 clock_ahead: ahead,
                 newest_event: row.get(3)?,
-                cursor_moved_at: row.get::<_, Option<i64>>(4)?.map(Millis),
+                cursor_moved_at: row.get(4)?,
             })
         })?)
 }
@@ -387,9 +386,9 @@ fn gaps(connection: &Connection) -> Result<Vec<Gap>> {
     )?;
     let gaps = statement.query_map([GAPS], |row| {
         Ok(Gap {
-            from: Timestamp::clamped(row.get(0)?),
-            until: Timestamp::clamped(row.get(1)?),
-            found_at: Millis(row.get(2)?),
+            from: row.get(0)?,
+            until: row.get(1)?,
+            found_at: row.get(2)?,
         })
     })?;
     Ok(gaps.collect::<rusqlite::Result<_>>()?)
@@ -422,7 +421,7 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
                 event: row.get(0)?,
                 conversation: row.get(1)?,
                 kind: row.get(2)?,
-                since: Millis(row.get(3)?),
+                since: row.get(3)?,
                 attempts: row.get(4)?,
                 reason: row.get(5)?,
             })
@@ -438,8 +437,8 @@ fn verification(connection: &Connection) -> Result<Option<Verification>> {
         )?
         .query_row([], |row| {
             let pass = Verification {
-                began_at: Millis(row.get(1)?),
-                ended_at: row.get::<_, Option<i64>>(2)?.map(Millis),
+                began_at: row.get(1)?,
+                ended_at: row.get(2)?,
                 verified: unsigned(row, 3)?,
                 left: 0,
             };
@@ -489,7 +488,7 @@ fn groups(connection: &Connection) -> Result<Vec<Group>> {
             permanent: is_permanent(&name, &reason),
             reason,
             count: unsigned(row, 1)?,
-            latest_at: Millis(row.get::<_, Option<i64>>(2)?.unwrap_or_default()),
+            latest_at: row.get(2)?,
         })
     })?;
     Ok(groups.collect::<rusqlite::Result<_>>()?)
@@ -511,10 +510,9 @@ fn delivery_times(connection: &Connection, now: Millis) -> Result<Option<Deliver
     let mut statement = connection.prepare_cached(
         "SELECT waited FROM deliveries WHERE delivered_at > ?1 AND waited IS NOT NULL ORDER BY delivered_at DESC LIMIT ?2",
     )?;
-    let times = statement.query_map(
-        params![now.0.saturating_sub(DELIVERIES_WITHIN), DELIVERIES],
-        |row| row.get::<_, i64>(0),
-    )?;
+    let times = statement.query_map(params![now.minus(DELIVERIES_WITHIN), DELIVERIES], |row| {
+        row.get::<_, i64>(0)
+    })?;
     let mut times: Vec<i64> = times.collect::<rusqlite::Result<_>>()?;
     times.sort_unstable();
     let at = |percent: usize| times[(times.len() - 1) * percent / 100].max(0);

@@ -241,16 +241,16 @@ impl Store {
             Ok(EventRow {
                 id: row.get("id")?,
                 kind: row.get("kind")?,
-                event_at: Timestamp::clamped(row.get("event_at")?),
+                event_at: row.get("event_at")?,
                 text,
                 text_truncated,
                 state: row.get("state")?,
-                received_at: Millis(row.get("received_at")?),
-                state_since: row.get::<_, Option<i64>>("state_since")?.map(Millis),
+                received_at: row.get("received_at")?,
+                state_since: row.get("state_since")?,
                 effect: row.get("effect")?,
                 attempts: row.get("attempts")?,
                 reason: row.get("reason")?,
-                next_at: row.get::<_, Option<i64>>("next_at")?.map(Millis),
+                next_at: row.get("next_at")?,
             })
         })?;
         Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| row.id))
@@ -428,30 +428,26 @@ fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
         _ => None,
     };
     let (agent_name, agent_email) = agent.unzip();
-    let time = |name| {
-        let time: Option<i64> = row.get(name)?;
-        Ok::<_, rusqlite::Error>(time.map(Timestamp::clamped))
-    };
     Ok(ConversationRow {
         key: row.get("id")?,
         conversation: row.get("bigchat_id")?,
         epoch: row.get("epoch")?,
         current_epoch: row.get("current_epoch")?,
-        started_at: time("started_at")?,
-        ended_at: time("ended_at")?,
+        started_at: row.get("started_at")?,
+        ended_at: row.get("ended_at")?,
         first_advisor,
         transfer_advisor,
-        transfer_at: time("transfer_at")?,
+        transfer_at: row.get("transfer_at")?,
         details,
         external_id: row.get("external_id")?,
         chat_id: row.get("chat_id")?,
-        chat_started_at: time("chat_started_at")?,
-        chat_ended_at: time("chat_ended_at")?,
+        chat_started_at: row.get("chat_started_at")?,
+        chat_ended_at: row.get("chat_ended_at")?,
         chat_agent,
         agent_name,
         agent_email,
         no_agent,
-        forgotten_at: row.get::<_, Option<i64>>("forgotten_at")?.map(Millis),
+        forgotten_at: row.get("forgotten_at")?,
         forgotten_by: row.get("forgotten_by")?,
         stale: row.get("stale")?,
         waiting: 0,
@@ -472,21 +468,22 @@ fn read_failed(row: &Row<'_>) -> rusqlite::Result<FailedRow> {
         kind,
         text: says(row, IN_A_LIST)?.0,
         attempts: row.get("attempts")?,
-        failed_at: Millis(row.get("failed_at")?),
+        failed_at: row.get("failed_at")?,
     })
 }
 
 fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
-    let (kind, event_at_s): (String, i64) = (row.get("kind")?, row.get("event_at")?);
+    let (kind, event_at): (String, Timestamp) = (row.get("kind")?, row.get("event_at")?);
     let data: Option<String> = row.get("data")?;
     let known = PartialEvent {
         conversation: row.get("bigchat_id")?,
-        at: Some(Timestamp::clamped(event_at_s)),
+        at: Some(event_at),
     };
     let PartialEvent { conversation, at } = partial_event(&kind, data.as_deref(), known);
     let raw = match conversation {
         Some(id) if kind != UNREADABLE => format!(
-            r#"{{"conversation_id":{id},"event_name":"{kind}","event_at":{event_at_s},"data":{}}}"#,
+            r#"{{"conversation_id":{id},"event_name":"{kind}","event_at":{},"data":{}}}"#,
+            event_at.unix(),
             data.as_deref().unwrap_or("null")
         ),
         _ => data.unwrap_or_default(),
@@ -503,8 +500,8 @@ fn read_whole(row: &Row<'_>) -> rusqlite::Result<WholeEvent> {
         raw,
         raw_truncated: row.get::<_, Option<bool>>("data_cut")?.unwrap_or_default(),
         state: row.get("state")?,
-        received_at: Millis(row.get("received_at")?),
-        state_since: row.get::<_, Option<i64>>("state_since")?.map(Millis),
+        received_at: row.get("received_at")?,
+        state_since: row.get("state_since")?,
         attempts: row.get("attempts")?,
         outcome_unknown: row.get("outcome_unknown")?,
         reason,
