@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 
 use crate::bigchat::clock;
 use crate::domain::time::Millis;
-use crate::http::Api;
+use crate::http::{Api, ApiStatus, RateLimit};
 use crate::journal::{Figures, JournalError, Refusal, Store};
 use crate::version;
 
@@ -125,184 +125,227 @@ fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
 
 /// The problems, the worst first.
 pub(crate) fn problems(figures: &Figures, daemon_runs: bool, now: Millis) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let mut problem = |what: String, remedy: &str| {
-        problems.push(Problem {
-            what,
-            remedy: remedy.to_owned(),
-        });
+    let mut all = Problems {
+        figures,
+        daemon_runs,
+        now,
+        found: Vec::new(),
     };
-    if !daemon_runs {
-        problem(
-            "no daemon is running on this database".into(),
-            "start it with `systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db",
-        );
+    all.daemon();
+    all.api(Api::BigChat, &figures.bigchat);
+    // A pause is for the time in which OurAPI is down.
+    if figures.paused.is_none() {
+        all.api(Api::OurApi, &figures.our_api);
     }
-    for (api, status) in [
-        (Api::BigChat, &figures.bigchat),
-        (Api::OurApi, &figures.our_api),
-    ] {
-        // A pause is for the time in which OurAPI is down.
-        let is_expected = api == Api::OurApi && figures.paused.is_some();
-        if is_expected {
-            continue;
-        }
-        if let Some(limit) = status.long_limit() {
-            let before = match status.since.filter(|_| status.is_down()) {
-                Some(since) => format!(", and is down since {since}"),
-                None => String::new(),
-            };
-            let (wait, remedy) = match (api, figures.waiting) {
-                (Api::BigChat, _) => (
-                    String::new(),
-                    "it is asked again then, and the events of that time are read afterwards",
-                ),
-                (Api::OurApi, waiting) => (
-                    match waiting {
-                        0 => String::new(),
-                        1 => "; 1 event waits".to_owned(),
-                        _ => format!("; {waiting} events wait"),
-                    },
-                    "deliveries continue then, and nothing is lost",
-                ),
-            };
-            problem(
-                format!("{api} is rate-limited {limit}{before}{wait}"),
-                &format!("{remedy}; if this lasts, ask the operator of {api}"),
+    all.disk();
+    all.polling();
+    all.losses();
+    all.clock();
+    all.waiting();
+    all.failed();
+    all.found
+}
+
+struct Problems<'a> {
+    figures: &'a Figures,
+    daemon_runs: bool,
+    now: Millis,
+    found: Vec<Problem>,
+}
+
+impl Problems<'_> {
+    fn add(&mut self, what: impl Into<String>, remedy: impl Into<String>) {
+        self.found.push(Problem {
+            what: what.into(),
+            remedy: remedy.into(),
+        });
+    }
+
+    fn daemon(&mut self) {
+        if !self.daemon_runs {
+            self.add(
+                "no daemon is running on this database",
+                "start it with `systemctl start bigchat-sync`, or `bigchat-sync run` with the same --db",
             );
-        } else if status.is_down() {
-            let since = status.since.unwrap_or_default();
-            let why = status.problem.as_deref().unwrap_or("it does not answer");
-            let remedy = match (status.lasts, api) {
-                (true, _) => {
-                    "correct what the reason names; until then requests wait, and nothing is lost"
-                        .to_owned()
-                }
-                (false, Api::BigChat) => format!(
-                    "an outage needs no action, and the events of that time are read afterwards; if {api} is up, check {}",
-                    api.url_setting()
-                ),
-                (false, Api::OurApi) => format!(
-                    "an outage needs no action, and all events wait; if {api} is up, check {}",
-                    api.url_setting()
-                ),
-            };
-            problem(format!("{api} is down since {since}: {why}"), &remedy);
         }
     }
-    if let Some(free) = figures.disk_free_bytes
-        && free < SCARCE
-    {
-        problem(
-            format!(
-                "the disk of the database is full: {} KiB are left",
-                free / 1024
+
+    fn api(&mut self, api: Api, status: &ApiStatus) {
+        if let Some(limit) = status.long_limit() {
+            self.rate_limit(api, status, limit);
+        } else if status.is_down() {
+            self.outage(api, status);
+        }
+    }
+
+    fn rate_limit(&mut self, api: Api, status: &ApiStatus, limit: RateLimit) {
+        let before = match status.since.filter(|_| status.is_down()) {
+            Some(since) => format!(", and is down since {since}"),
+            None => String::new(),
+        };
+        let (wait, remedy) = match (api, self.figures.waiting) {
+            (Api::BigChat, _) => (
+                String::new(),
+                "it is asked again then, and the events of that time are read afterwards",
             ),
-            WRITABLE,
+            (Api::OurApi, waiting) => (
+                match waiting {
+                    0 => String::new(),
+                    1 => "; 1 event waits".to_owned(),
+                    _ => format!("; {waiting} events wait"),
+                },
+                "deliveries continue then, and nothing is lost",
+            ),
+        };
+        self.add(
+            format!("{api} is rate-limited {limit}{before}{wait}"),
+            format!("{remedy}; if this lasts, ask the operator of {api}"),
         );
     }
-    let poll_interval = stored_seconds(figures.poll_interval_s);
-    let max_behind = LATE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
-    let no_poll =
-        match daemon_runs && !figures.bigchat.is_down() && figures.bigchat.long_limit().is_none() {
+
+    fn outage(&mut self, api: Api, status: &ApiStatus) {
+        let since = status.since.unwrap_or_default();
+        let why = status.problem.as_deref().unwrap_or("it does not answer");
+        let meanwhile = match api {
+            Api::BigChat => "the events of that time are read afterwards",
+            Api::OurApi => "all events wait",
+        };
+        let remedy = match status.lasts {
+            true => "correct what the reason names; until then requests wait, and nothing is lost"
+                .to_owned(),
+            false => format!(
+                "an outage needs no action, and {meanwhile}; if {api} is up, check {}",
+                api.url_setting()
+            ),
+        };
+        self.add(format!("{api} is down since {since}: {why}"), remedy);
+    }
+
+    fn disk(&mut self) {
+        if let Some(free) = self.figures.disk_free_bytes
+            && free < SCARCE
+        {
+            let left = free / 1024;
+            self.add(
+                format!("the disk of the database is full: {left} KiB are left"),
+                WRITABLE,
+            );
+        }
+    }
+
+    fn polling(&mut self) {
+        let Figures {
+            bigchat,
+            polled_at,
+            behind_s,
+            cursor_moved_at,
+            ..
+        } = self.figures;
+        let Some(polled_at) = *polled_at else {
+            return self.add(
+                "no poll of BigChat was completed yet",
+                "wait for the first poll; if this persists, see the log",
+            );
+        };
+        let poll_interval = stored_seconds(self.figures.poll_interval_s);
+        let max_behind = LATE.max(poll_interval.saturating_mul(INTERVALS_BEHIND));
+        let can_poll = self.daemon_runs && !bigchat.is_down() && bigchat.long_limit().is_none();
+        let no_poll = match can_poll {
             true => NO_POLL.max(poll_interval.saturating_mul(INTERVALS)),
             false => max_behind,
         };
-    match figures.polled_at {
-        None => problem(
-            "no poll of BigChat was completed yet".into(),
-            "wait for the first poll; if this persists, see the log",
-        ),
-        Some(at) if now.since(at) > no_poll => problem(
-            format!("no poll was completed for {}", duration(now.since(at))),
-            "no new events arrive; start the daemon if it is not running, otherwise see the other problems, `bigchat-sync check` and the log",
-        ),
-        Some(_)
-            if figures
-                .behind_s
-                .is_some_and(|behind| seconds(behind) > max_behind) =>
-        {
-            problem(
-                format!(
-                    "the poller is {} behind BigChat",
-                    duration(seconds(figures.behind_s.unwrap_or_default()))
-                ),
+        let unpolled = self.now.since(polled_at);
+        let behind = behind_s.map(seconds).unwrap_or_default();
+        let unmoved = cursor_moved_at.map_or(Duration::ZERO, |moved| polled_at.since(moved));
+        if unpolled > no_poll {
+            self.add(
+                format!("no poll was completed for {}", duration(unpolled)),
+                "no new events arrive; start the daemon if it is not running, otherwise see the other problems, `bigchat-sync check` and the log",
+            );
+        } else if behind > max_behind {
+            self.add(
+                format!("the poller is {} behind BigChat", duration(behind)),
                 "it catches up automatically; if this does not shrink, see the state of BigChat above",
-            )
-        }
-        Some(at)
-            if figures
-                .cursor_moved_at
-                .is_some_and(|moved| at.since(moved) > max_behind) =>
-        {
-            let moved = figures.cursor_moved_at.unwrap_or_default();
-            problem(
-                format!(
-                    "BigChat's clock has not advanced for {}, although polls are completed",
-                    duration(at.since(moved))
-                ),
+            );
+        } else if unmoved > max_behind {
+            let unmoved = duration(unmoved);
+            self.add(
+                format!("BigChat's clock has not advanced for {unmoved}, although polls are completed"),
                 "a cache may answer instead of BigChat; let it forward requests with `cache-control: no-cache`",
-            )
+            );
         }
-        Some(_) => {}
     }
-    if figures.recent_losses >= LOSSES {
-        problem(
-            format!(
-                "OurAPI lost data {} times within the last hour",
-                figures.recent_losses
-            ),
-            "if it was not restarted or restored, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
-        );
+
+    fn losses(&mut self) {
+        let Figures {
+            recent_losses,
+            incomplete,
+            ..
+        } = *self.figures;
+        if recent_losses >= LOSSES {
+            self.add(
+                format!("OurAPI lost data {recent_losses} times within the last hour"),
+                "if it was not restarted or restored, more than one request at a time reaches it, which corrupts it: stop the other daemon or client, or let all daemons share --our-api-lock (`bigchat-sync man deployment`)",
+            );
+        }
+        if incomplete > 0 {
+            let lost = match incomplete {
+                1 => "1 chat, whole or in part, and it is".to_owned(),
+                count => format!("{count} chats, whole or in part, and they are"),
+            };
+            self.add(
+                format!("OurAPI has lost {lost} not restored"),
+                "restore with `bigchat-sync verify --repair` (with --rebuild auto, the next pass does it); if a chat was erased on purpose, erase it here too with `bigchat-sync forget`",
+            );
+        }
     }
-    if figures.incomplete > 0 {
-        let lost = match figures.incomplete {
-            1 => "1 chat, whole or in part, and it is".to_owned(),
-            count => format!("{count} chats, whole or in part, and they are"),
+
+    fn clock(&mut self) {
+        if let Some(difference) = self.figures.clock_ahead_s.and_then(clock::difference) {
+            self.add(
+                difference,
+                "correct the wrong clock; polling uses BigChat's clock, and only the ages and rates shown are wrong",
+            );
+        }
+    }
+
+    fn waiting(&mut self) {
+        let figures = self.figures;
+        // An event that waited through a pause is late only if it is not delivered soon after.
+        let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
+        if let Some(oldest) = &figures.oldest_waiting
+            && figures.paused.is_none()
+            // A long rate limit is the reason, and was reported above.
+            && figures.our_api.long_limit().is_none()
+            && self.now.since(could_be_sent_since(oldest.since)) > LATE
+        {
+            let why = oldest
+                .reason
+                .as_deref()
+                .unwrap_or("it has not been tried yet");
+            self.add(
+                format!(
+                    "a {} of conversation {} has waited for {}: {why}",
+                    oldest.kind,
+                    oldest.conversation,
+                    duration(self.now.since(oldest.since))
+                ),
+                "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
+            );
+        }
+    }
+
+    fn failed(&mut self) {
+        let what = match self.figures.failed {
+            0 => return,
+            1 => "1 failed event needs action".to_owned(),
+            count => format!("{count} failed events need action"),
         };
-        problem(
-            format!("OurAPI has lost {lost} not restored"),
-            "restore with `bigchat-sync verify --repair` (with --rebuild auto, the next pass does it); if a chat was erased on purpose, erase it here too with `bigchat-sync forget`",
-        );
-    }
-    if let Some(difference) = figures.clock_ahead_s.and_then(clock::difference) {
-        problem(
-            difference,
-            "correct the wrong clock; polling uses BigChat's clock, and only the ages and rates shown are wrong",
-        );
-    }
-    // An event that waited through a pause is late only if it is not delivered soon after.
-    let could_be_sent_since = |at: Millis| at.max(figures.resumed_at.unwrap_or_default());
-    if let Some(oldest) = &figures.oldest_waiting
-        && figures.paused.is_none()
-        // A long rate limit is the reason, and was reported above.
-        && figures.our_api.long_limit().is_none()
-        && now.since(could_be_sent_since(oldest.since)) > LATE
-    {
-        let why = oldest
-            .reason
-            .as_deref()
-            .unwrap_or("it has not been tried yet");
-        problem(
-            format!(
-                "a {} of conversation {} has waited for {}: {why}",
-                oldest.kind,
-                oldest.conversation,
-                duration(now.since(oldest.since))
-            ),
-            "it is retried automatically; if OurAPI is up and it fails again and again, it becomes a failed event",
-        );
-    }
-    if figures.failed > 0 {
-        problem(
-            match figures.failed {
-                1 => "1 failed event needs action".into(),
-                count => format!("{count} failed events need action"),
-            },
+        self.add(
+            what,
             "see the reasons with `bigchat-sync failed list` or in the console; then retry or discard",
         );
     }
-    problems
 }
 
 /// Zero for a number that was edited and is no duration.

@@ -34,124 +34,168 @@ pub fn run(args: &Args, settings: &Settings) -> Result<(String, bool), CommandEr
 }
 
 fn text(status: &Status) -> String {
-    let Status { figures, now, .. } = status;
-    let ago = |at: Millis| format!("{} ago", duration(now.since(at)));
-    let mut lines = vec![
-        format!(
-            "bigchat-sync {} on {} ({:.1} MB)",
-            status.version,
-            shown(&status.database.path),
-            mega(status.database.size_bytes)
-        ),
-        String::new(),
-    ];
-    let mut line =
-        |name: &str, value: String| lines.push(format!("{name:<14}{}", printable(&value)));
-    let daemon = if status.daemon_runs {
-        "running"
-    } else {
-        "not running"
+    let mut text = Text {
+        status,
+        lines: Vec::new(),
     };
-    line("daemon", daemon.into());
-    for (name, status) in [("BigChat", &figures.bigchat), ("OurAPI", &figures.our_api)] {
-        line(name, api(status, &ago));
-        if let Some(limit) = status.rate_limit {
-            line("", format!("rate-limited {limit}"));
+    text.database();
+    text.apis();
+    text.polling();
+    text.queue();
+    text.verification();
+    text.verdict();
+    text.lines.join("\n")
+}
+
+/// The text, a section at a time.
+struct Text<'a> {
+    status: &'a Status,
+    lines: Vec<String>,
+}
+
+impl Text<'_> {
+    fn line(&mut self, name: &str, value: impl AsRef<str>) {
+        let value = printable(value.as_ref());
+        self.lines.push(format!("{name:<14}{value}"));
+    }
+
+    fn database(&mut self) {
+        let Status {
+            version,
+            database,
+            daemon_runs,
+            ..
+        } = self.status;
+        let (path, size) = (shown(&database.path), mega(database.size_bytes));
+        self.lines
+            .push(format!("bigchat-sync {version} on {path} ({size:.1} MB)"));
+        self.lines.push(String::new());
+        let daemon = match daemon_runs {
+            true => "running",
+            false => "not running",
+        };
+        self.line("daemon", daemon);
+    }
+
+    fn apis(&mut self) {
+        let Status { figures, now, .. } = self.status;
+        for (name, status) in [("BigChat", &figures.bigchat), ("OurAPI", &figures.our_api)] {
+            self.line(name, api(status, *now));
+            if let Some(limit) = status.rate_limit {
+                self.line("", format!("rate-limited {limit}"));
+            }
         }
     }
-    let behind = figures.behind_s.map_or_else(String::new, |behind| {
-        format!(", {} behind BigChat", duration(seconds(behind)))
-    });
-    let polled = figures.polled_at.map_or_else(|| "never".into(), ago);
-    line("last poll", format!("{polled}{behind}"));
-    let newest = figures.newest_event_at;
-    line(
-        "newest event",
-        newest.map_or_else(|| "none yet".into(), |at| at.to_string()),
-    );
-    for Gap { from, until, .. } in &figures.gaps {
-        line(
-            "lost",
-            format!("events from {from} to {until}; BigChat no longer reports them"),
-        );
-    }
-    if let Some(pause) = figures.paused {
-        line(
-            "deliveries",
-            format!("{pause}; `bigchat-sync resume` ends the pause"),
-        );
-    }
-    let oldest = figures.oldest_waiting.as_ref();
-    let since = oldest.map_or_else(String::new, |oldest| {
-        format!(", the oldest for {}", duration(now.since(oldest.since)))
-    });
-    line("waiting", format!("{}{since}", figures.waiting));
-    line("failed", figures.failed.to_string());
-    for group in &figures.failed_by_reason {
-        line("", format!("{} × {}", group.count, group.reason));
-    }
-    line(
-        "per minute",
-        format!(
-            "{:.1} received, {:.1} delivered, over the last 5 minutes",
-            figures.received_per_minute, figures.delivered_per_minute
-        ),
-    );
-    if let Some(times) = figures.delivery_ms {
-        line(
-            "delivery",
-            format!(
-                "median {}, p95 {}, max {}",
-                millis(times.median),
-                millis(times.p95),
-                millis(times.max)
-            ),
-        );
-    }
-    if figures.rebuilding > 0 {
-        line(
-            "rebuilding",
-            match figures.rebuilding {
-                1 => "1 chat to be verified".to_owned(),
-                count => format!("{count} chats to be verified"),
-            },
-        );
-    }
-    if figures.losses > 0 {
-        line(
-            "losses",
-            format!(
-                "of data in OurAPI: {}, of them within the last hour: {}",
-                figures.losses, figures.recent_losses
-            ),
-        );
-    }
-    line("verification", verification(status));
-    for chat in &figures.differing {
-        let DifferingChat {
-            external_id,
-            drift,
-            missing,
-        } = chat;
-        let lost = missing
-            .as_ref()
-            .map(|missing| format!("OurAPI has lost {missing}; not restored"));
-        let drift = drift.as_ref().map(|drift| format!("{drift} was {CHANGED}"));
-        let what: Vec<String> = lost.into_iter().chain(drift).collect();
-        line("", format!("chat {external_id}: {}", what.join("; ")));
-    }
-    lines.push(String::new());
-    if status.healthy {
-        lines.push(match figures.paused {
-            Some(_) => "no problems; deliveries are paused".into(),
-            None => "no problems".into(),
+
+    fn polling(&mut self) {
+        let Status { figures, now, .. } = self.status;
+        let behind = figures.behind_s.map_or_else(String::new, |behind| {
+            format!(", {} behind BigChat", duration(seconds(behind)))
         });
+        let polled = figures
+            .polled_at
+            .map_or_else(|| "never".into(), |at| ago(at, *now));
+        self.line("last poll", polled + &behind);
+        let newest = figures.newest_event_at;
+        let newest = newest.map_or_else(|| "none yet".into(), |at| at.to_string());
+        self.line("newest event", newest);
+        for Gap { from, until, .. } in &figures.gaps {
+            self.line(
+                "lost",
+                format!("events from {from} to {until}; BigChat no longer reports them"),
+            );
+        }
     }
-    for Problem { what, remedy } in &status.problems {
-        lines.push(format!("! {}\n  → {remedy}", printable(what)));
+
+    fn queue(&mut self) {
+        let Status { figures, now, .. } = self.status;
+        if let Some(pause) = figures.paused {
+            self.line(
+                "deliveries",
+                format!("{pause}; `bigchat-sync resume` ends the pause"),
+            );
+        }
+        let oldest = figures.oldest_waiting.as_ref();
+        let since = oldest.map_or_else(String::new, |oldest| {
+            format!(", the oldest for {}", duration(now.since(oldest.since)))
+        });
+        self.line("waiting", format!("{}{since}", figures.waiting));
+        self.line("failed", figures.failed.to_string());
+        for group in &figures.failed_by_reason {
+            self.line("", format!("{} × {}", group.count, group.reason));
+        }
+        self.line(
+            "per minute",
+            format!(
+                "{:.1} received, {:.1} delivered, over the last 5 minutes",
+                figures.received_per_minute, figures.delivered_per_minute
+            ),
+        );
+        if let Some(times) = figures.delivery_ms {
+            self.line(
+                "delivery",
+                format!(
+                    "median {}, p95 {}, max {}",
+                    millis(times.median),
+                    millis(times.p95),
+                    millis(times.max)
+                ),
+            );
+        }
     }
-    lines.push(String::new());
-    lines.join("\n")
+
+    fn verification(&mut self) {
+        let figures = &self.status.figures;
+        match figures.rebuilding {
+            0 => {}
+            1 => self.line("rebuilding", "1 chat to be verified"),
+            count => self.line("rebuilding", format!("{count} chats to be verified")),
+        }
+        if figures.losses > 0 {
+            self.line(
+                "losses",
+                format!(
+                    "of data in OurAPI: {}, of them within the last hour: {}",
+                    figures.losses, figures.recent_losses
+                ),
+            );
+        }
+        self.line("verification", verification(self.status));
+        for chat in &figures.differing {
+            let DifferingChat {
+                external_id,
+                drift,
+                missing,
+            } = chat;
+            let lost = missing
+                .as_ref()
+                .map(|missing| format!("OurAPI has lost {missing}; not restored"));
+            let drift = drift.as_ref().map(|drift| format!("{drift} was {CHANGED}"));
+            let what: Vec<String> = lost.into_iter().chain(drift).collect();
+            self.line("", format!("chat {external_id}: {}", what.join("; ")));
+        }
+    }
+
+    fn verdict(&mut self) {
+        let Status {
+            healthy,
+            problems,
+            figures,
+            ..
+        } = self.status;
+        self.lines.push(String::new());
+        if *healthy {
+            self.lines.push(match figures.paused {
+                Some(_) => "no problems; deliveries are paused".into(),
+                None => "no problems".into(),
+            });
+        }
+        for Problem { what, remedy } in problems {
+            self.lines
+                .push(format!("! {}\n  → {remedy}", printable(what)));
+        }
+        self.lines.push(String::new());
+    }
 }
 
 /// The progress of the verification of all chats in idle time, and what it or `verify` found.
@@ -188,9 +232,9 @@ fn idle_pass(status: &Status) -> String {
     }
     let mut text = match ended_at {
         Some(ended_at) => format!(
-            "{verified} chats in {}, {} ago",
+            "{verified} chats in {}, {}",
             duration(took),
-            duration(now.since(ended_at))
+            ago(ended_at, *now)
         ),
         None => format!(
             "{verified} of {} chats, running for {}",
@@ -216,7 +260,11 @@ fn mega(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
+fn ago(at: Millis, now: Millis) -> String {
+    format!("{} ago", duration(now.since(at)))
+}
+
+fn api(api: &ApiStatus, now: Millis) -> String {
     let ApiStatus {
         state,
         since,
@@ -236,6 +284,6 @@ fn api(api: &ApiStatus, ago: &impl Fn(Millis) -> String) -> String {
     format!(
         "{}{since}{note}; {}: {request} → {response}",
         api.state_in_words(),
-        ago(*asked_at)
+        ago(*asked_at, now)
     )
 }
