@@ -154,7 +154,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
                 "is running; the results for the APIs are from its latest requests",
             );
             for api in Api::ALL {
-                match store.api(api.name()) {
+                match store.api(api) {
                     Ok(status) => {
                         let status = status.without_passed_limit(Millis::now());
                         last_exchange(&mut report, settings, api, &status);
@@ -331,7 +331,7 @@ async fn ask(
         }
     };
     for (http, api) in [&bigchat, &our_api].into_iter().zip(Api::ALL) {
-        let last = store.as_mut().map(|store| store.api(api.name()));
+        let last = store.as_mut().map(|store| store.api(api));
         let last = last.and_then(Result::ok).unwrap_or_default();
         if last.is_of(base(settings, api)) {
             http.recall(&last);

@@ -28,7 +28,7 @@ pub(super) async fn recall(parts: &Parts) {
         let here = parts.apis.of(api).base().clone();
         let recalled = parts.journal.with(move |store| {
             let now = Millis::now();
-            let status = store.api(api.name())?.without_passed_limit(now);
+            let status = store.api(api)?.without_passed_limit(now);
             let is_this = status.is_of(&here);
             let is_asked = api == Api::BigChat || store.is_any_waiting()?;
             let is_known = match status.state {
@@ -39,7 +39,7 @@ pub(super) async fn recall(parts: &Parts) {
             if is_this && is_known {
                 return Ok(status);
             }
-            store.forget_api(api.name())?;
+            store.forget_api(api)?;
             let unknown = ApiStatus {
                 rate_limit: status.rate_limit.filter(|_| is_this),
                 asked_at: status.asked_at,
@@ -48,7 +48,7 @@ pub(super) async fn recall(parts: &Parts) {
                 ..ApiStatus::default()
             };
             if unknown.rate_limit.is_some() {
-                store.record_api_status(&[(api.name(), unknown.clone())])?;
+                store.record_api_status(&[(api, unknown.clone())])?;
             }
             Ok(unknown)
         });
@@ -83,8 +83,7 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
             .any(|(now, stored)| !is_stored(now, stored));
         if news || last {
             // Both in one operation, so that a journal that refuses is waited for only once.
-            let names = Api::ALL.map(Api::name);
-            let found: Vec<_> = names.into_iter().zip(now.clone()).collect();
+            let found: Vec<_> = Api::ALL.into_iter().zip(now.clone()).collect();
             let recorded = parts
                 .journal
                 .with(move |store| store.record_api_status(&found));

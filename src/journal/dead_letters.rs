@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::Bound;
 
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
 use super::console::says;
 use super::inbox::ingest_dead_letter;
@@ -220,12 +220,7 @@ impl Store {
 
     /// The same, counted up to a limit, so that the count is quick.
     pub fn failed_at_most(&mut self, at_most: u32) -> Result<u64> {
-        Ok(self
-            .connection
-            .prepare_cached(
-                "SELECT count(*) FROM (SELECT 1 FROM dead_letters WHERE discarded_at IS NULL LIMIT ?1)",
-            )?
-            .query_row([at_most], count)?)
+        count_open(&self.connection, at_most)
     }
 
     /// How many events were ever resolved this way.
@@ -382,6 +377,14 @@ impl Store {
         transaction.commit()?;
         Ok(resolved)
     }
+}
+
+pub(super) fn count_open(connection: &Connection, at_most: u32) -> Result<u64> {
+    Ok(connection
+        .prepare_cached(
+            "SELECT count(*) FROM (SELECT 1 FROM dead_letters WHERE discarded_at IS NULL LIMIT ?1)",
+        )?
+        .query_row([at_most], count)?)
 }
 
 /// Conversation and time of an event. If the event could not be parsed, they are read from its JSON as far as possible.

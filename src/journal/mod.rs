@@ -7,6 +7,7 @@
 //! decisions.
 
 mod activity;
+mod api_status;
 mod commit;
 mod console;
 mod dead_letters;
@@ -95,6 +96,10 @@ pub const UNREADABLE: &str = "UNREADABLE";
 /// How long to wait after the database has refused an operation.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
+/// The size of a trial write in bytes. A failed write of the daemon leaves space in the write-ahead log, which can be
+/// overwritten even on a full disk. The trial write is usually larger.
+const PROBE: i64 = 64 << 10;
+
 /// An operation on the database, including the return of its result.
 pub(crate) type Operation = Box<dyn FnOnce(&mut Store) + Send>;
 
@@ -182,6 +187,18 @@ impl Store {
         } else {
             Err(JournalError::Replaced(file.named().to_owned()))
         }
+    }
+
+    /// Checks that the database can be written now. It commits, because an uncommitted row would not reach the disk.
+    pub fn try_to_write(&mut self) -> Result<()> {
+        self.in_place()?;
+        let transaction = self.begin()?;
+        transaction.execute("INSERT INTO scratch (zeros) VALUES (zeroblob(?1))", [PROBE])?;
+        let id = transaction.last_insert_rowid();
+        transaction.commit()?;
+        self.connection
+            .execute("DELETE FROM scratch WHERE id = ?1", [id])?;
+        Ok(())
     }
 
     /// A number that changes whenever another process has written to the database.

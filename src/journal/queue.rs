@@ -162,12 +162,7 @@ impl Store {
 
     /// How many events wait.
     pub fn waiting(&mut self) -> Result<u64> {
-        Ok(self
-            .connection
-            .prepare_cached(
-                "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
-            )?
-            .query_row([], count)?)
+        count_waiting(&self.connection)
     }
 
     /// Whether any event waits.
@@ -177,6 +172,14 @@ impl Store {
             .prepare_cached("SELECT EXISTS (SELECT 1 FROM conversations WHERE due_at IS NOT NULL AND waiting > 0)")?
             .query_row([], |row| row.get(0))?)
     }
+}
+
+pub(super) fn count_waiting(connection: &Connection) -> Result<u64> {
+    Ok(connection
+        .prepare_cached(
+            "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
+        )?
+        .query_row([], count)?)
 }
 
 fn due(

@@ -109,6 +109,20 @@ impl Store {
         Ok(session)
     }
 
+    /// Until when requests that timed out may be carried out, and whether the last process ended cleanly. From now on
+    /// this one counts as ended uncleanly, until [`Self::end_session`].
+    pub fn begin_requests(&mut self) -> Result<(Millis, bool)> {
+        let transaction = self.begin()?;
+        let before = transaction.query_row(
+            "SELECT timed_out_until, clean_end FROM control",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )?;
+        transaction.execute("UPDATE control SET clean_end = 0", [])?;
+        transaction.commit()?;
+        Ok(before)
+    }
+
     /// Ends the session.
     pub fn end_session(&mut self, timed_out_until: Millis, clean: bool) -> Result<()> {
         self.connection.execute(

@@ -7,14 +7,15 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::Serialize;
 
 use super::activity::minute;
-use super::dead_letters::is_permanent;
+use super::dead_letters::{count_open, is_permanent};
 use super::directory::LOSS_MINUTES;
 use super::file::DatabaseFile;
+use super::queue::count_waiting;
 use super::verification::left;
-use super::{Result, Store, count, pause, unsigned};
+use super::{Result, Store, api_status, count, pause, unsigned};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
-use crate::http::{ApiState, ApiStatus, RateLimit};
+use crate::http::{Api, ApiStatus};
 
 /// Over how many of the latest deliveries the delivery times are measured.
 const DELIVERIES: u32 = 1_000;
@@ -33,10 +34,6 @@ const DIFFERING: u32 = 10;
 
 /// The maximum number of gaps shown.
 const GAPS: u32 = 10;
-
-/// The size of a trial write in bytes. A failed write of the daemon leaves space in the write-ahead log, which can be
-/// overwritten even on a full disk. The trial write is usually larger.
-const PROBE: i64 = 64 << 10;
 
 /// The rates are averages over this many minutes and the current one, or fewer if the first event is more recent.
 const RATE_MINUTES: i64 = 5;
@@ -186,13 +183,9 @@ impl Store {
         // One transaction, so that all figures are of the same moment.
         let transaction = self.connection.transaction()?;
         let source = source(&transaction, now)?;
-        let (waiting, oldest_waiting) = waiting(&transaction)?;
         let (pause, resumed_at) = pause::latest(&transaction)?;
         let paused = pause.filter(|pause| pause.left(now).is_some());
         let (received, delivered) = rates(&transaction, now)?;
-        let failed = transaction
-            .prepare_cached("SELECT count(*) FROM dead_letters WHERE discarded_at IS NULL")?
-            .query_row([], count)?;
         let (losses, restarts, rebuilding, poll_interval_s, verify_every_s) = transaction
             .prepare_cached(
                 "SELECT losses, (SELECT count(*) - 1 FROM epochs),
@@ -217,8 +210,8 @@ impl Store {
             )?
             .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))?;
         Ok(Figures {
-            bigchat: api(&transaction, "bigchat")?.without_passed_limit(now),
-            our_api: api(&transaction, "our_api")?.without_passed_limit(now),
+            bigchat: api_status::of(&transaction, Api::BigChat)?.without_passed_limit(now),
+            our_api: api_status::of(&transaction, Api::OurApi)?.without_passed_limit(now),
             poll_interval_s,
             verify_every_s,
             polled_at: source.polled_at,
@@ -234,9 +227,9 @@ impl Store {
                 Some(_) => None,
                 None => resumed_at.or(pause.and_then(|pause| pause.until)),
             },
-            waiting,
-            oldest_waiting,
-            failed,
+            waiting: count_waiting(&transaction)?,
+            oldest_waiting: oldest_waiting(&transaction)?,
+            failed: count_open(&transaction, u32::MAX)?,
             failed_by_reason: groups(&transaction)?,
             received_per_minute: received,
             delivered_per_minute: delivered,
@@ -252,101 +245,6 @@ impl Store {
             disk_free_bytes,
         })
     }
-
-    /// Stores the state of the APIs, each by its name, as far as requests were made to them.
-    pub fn record_api_status(&mut self, apis: &[(&'static str, ApiStatus)]) -> Result<()> {
-        let transaction = self.begin()?;
-        for (name, api) in apis {
-            let Some(asked_at) = api.asked_at else {
-                continue;
-            };
-            transaction
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO api_status (name, state, since, problem, lasts,
-                        limited_at, limited_until, limited_by, asked_at, request, response)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
-                )?
-                .execute(params![
-                    name,
-                    api.state.name(),
-                    api.since,
-                    api.problem,
-                    api.lasts,
-                    api.rate_limit.map(|limit| limit.at),
-                    api.rate_limit.map(|limit| limit.until),
-                    api.rate_limit.map(|limit| limit.status),
-                    asked_at,
-                    api.request.as_deref().unwrap_or_default(),
-                    api.response.as_deref().unwrap_or_default(),
-                ])?;
-        }
-        Ok(transaction.commit()?)
-    }
-
-    /// Deletes the state of an API.
-    pub fn forget_api(&mut self, name: &str) -> Result<()> {
-        self.connection
-            .execute("DELETE FROM api_status WHERE name = ?1", [name])?;
-        Ok(())
-    }
-
-    /// The stored state of an API.
-    pub fn api(&mut self, name: &str) -> Result<ApiStatus> {
-        api(&self.connection, name)
-    }
-
-    /// Until when requests that timed out may be carried out, and whether the last process ended cleanly. From now on this
-    /// one counts as ended uncleanly, until [`Self::end_session`].
-    pub fn begin_requests(&mut self) -> Result<(Millis, bool)> {
-        let transaction = self.begin()?;
-        let before = transaction.query_row(
-            "SELECT timed_out_until, clean_end FROM control",
-            [],
-            |row| Ok((row.get(0)?, row.get(1)?)),
-        )?;
-        transaction.execute("UPDATE control SET clean_end = 0", [])?;
-        transaction.commit()?;
-        Ok(before)
-    }
-
-    /// Checks that the database can be written now. It commits, because an uncommitted row would not reach the disk.
-    pub fn try_to_write(&mut self) -> Result<()> {
-        self.in_place()?;
-        let transaction = self.begin()?;
-        transaction.execute("INSERT INTO scratch (zeros) VALUES (zeroblob(?1))", [PROBE])?;
-        let id = transaction.last_insert_rowid();
-        transaction.commit()?;
-        self.connection
-            .execute("DELETE FROM scratch WHERE id = ?1", [id])?;
-        Ok(())
-    }
-}
-
-fn api(connection: &Connection, name: &str) -> Result<ApiStatus> {
-    let api = connection
-        .prepare_cached(
-            "SELECT state, since, problem, lasts, limited_at, limited_until, limited_by, asked_at, request, response
-             FROM api_status WHERE name = ?1",
-        )?
-        .query_row([name], |row| {
-            let state: String = row.get(0)?;
-            let limit = (row.get(4)?, row.get(5)?, row.get(6)?);
-            Ok(ApiStatus {
-                state: ApiState::from_name(&state).unwrap_or_default(),
-                since: row.get(1)?,
-                problem: row.get(2)?,
-                lasts: row.get(3)?,
-                rate_limit: match limit {
-                    (Some(at), Some(until), Some(status)) => Some(RateLimit { at, until, status }),
-                    _ => None,
-                },
-                asked_at: row.get(7)?,
-                request: row.get(8)?,
-                response: row.get(9)?,
-            })
-        })
-        .optional()?;
-    Ok(api.unwrap_or_default())
 }
 
 struct Read {
@@ -394,19 +292,14 @@ fn gaps(connection: &Connection) -> Result<Vec<Gap>> {
     Ok(gaps.collect::<rusqlite::Result<_>>()?)
 }
 
-fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
-    let waiting = connection
-        .prepare_cached(
-            "SELECT coalesce(sum(waiting), 0) FROM conversations WHERE due_at IS NOT NULL",
-        )?
-        .query_row([], count)?;
+fn oldest_waiting(connection: &Connection) -> Result<Option<Oldest>> {
     let oldest: Option<i64> = connection
         .prepare_cached(
             "SELECT id FROM conversations WHERE waiting_since IS NOT NULL ORDER BY waiting_since LIMIT 1",
         )?
         .query_row([], |row| row.get(0))
         .optional()?;
-    let oldest = connection
+    Ok(connection
         .prepare_cached(
             "SELECT e.id, c.bigchat_id, e.kind, c.waiting_since, coalesce(a.attempts, 0), a.reason
              FROM conversations c JOIN events e ON e.id = coalesce(
@@ -426,8 +319,7 @@ fn waiting(connection: &Connection) -> Result<(u64, Option<Oldest>)> {
                 reason: row.get(5)?,
             })
         })
-        .optional()?;
-    Ok((waiting, oldest))
+        .optional()?)
 }
 
 fn verification(connection: &Connection) -> Result<Option<Verification>> {

@@ -101,7 +101,7 @@ impl Store {
                 "deliveries are {pause}; `bigchat-sync resume` ends the pause"
             )));
         }
-        let status = self.api(Api::OurApi.name())?.without_passed_limit(now);
+        let status = self.api(Api::OurApi)?.without_passed_limit(now);
         let reason = status.reason(Api::OurApi);
         Ok(match (status.rate_limit, status.state, status.since) {
             (None, ApiState::Down, Some(since)) => {
