@@ -4,7 +4,7 @@ use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Access, access, fstatvfs};
@@ -43,17 +43,37 @@ impl From<&Metadata> for Inode {
 /// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the
 /// process has on it, including SQLite's. Another process that closes the database would then delete the
 /// write-ahead log that this process uses. So descriptors are reused, and closed only when this process has no
-/// connection left.
+/// connection left, while no other thread opens the file.
 static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
 
+#[derive(Debug)]
 struct Open {
     inode: Inode,
-    users: usize,
-    idle: Vec<File>,
+    descriptor: Arc<File>,
+}
+
+impl Open {
+    /// Whether a [`DatabaseFile`] has the descriptor.
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.descriptor) > 1
+    }
 }
 
 fn open_files() -> MutexGuard<'static, Vec<Open>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Closes the files that this process no longer uses.
+#[derive(Debug)]
+struct Closing;
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let mut open = open_files();
+        let used = open.iter().filter(|open| open.is_used());
+        let used: Vec<Inode> = used.map(|open| open.inode).collect();
+        open.retain(|open| used.contains(&open.inode));
+    }
 }
 
 /// Who locks an opened database.
@@ -74,23 +94,15 @@ pub(super) struct DatabaseFile {
     named: PathBuf,
     path: PathBuf,
     inode: Inode,
-    /// `None` only in [`Drop`].
-    descriptor: Option<File>,
+    descriptor: Arc<File>,
     lock: Option<Lock>,
+    /// Declared after the descriptor, so that it is dropped when that is no longer used.
+    _closing: Closing,
 }
 
 impl Drop for DatabaseFile {
     fn drop(&mut self) {
         self.unlock();
-        let mut open = open_files();
-        let Some(at) = open.iter().position(|open| open.inode == self.inode) else {
-            return;
-        };
-        open[at].users -= 1;
-        open[at].idle.extend(self.descriptor.take());
-        if open[at].users == 0 {
-            open.swap_remove(at);
-        }
     }
 }
 
@@ -129,26 +141,26 @@ impl DatabaseFile {
             return Err(OpenError::Foreign(named.to_owned()));
         }
         let there = there.as_ref().map(Inode::from);
-        let known = open.iter_mut().find(|open| Some(open.inode) == there);
-        let descriptor = match known.and_then(|open| open.idle.pop()) {
-            Some(descriptor) => descriptor,
-            None => options.open(&path).map_err(io)?,
+        let mut known = open.iter().filter(|open| Some(open.inode) == there);
+        let (inode, descriptor) = match known.find(|open| !open.is_used()) {
+            Some(idle) => (idle.inode, Arc::clone(&idle.descriptor)),
+            None => {
+                let descriptor = Arc::new(options.open(&path).map_err(io)?);
+                let inode = Inode::from(&descriptor.metadata().map_err(io)?);
+                open.push(Open {
+                    inode,
+                    descriptor: Arc::clone(&descriptor),
+                });
+                (inode, descriptor)
+            }
         };
-        let inode = Inode::from(&descriptor.metadata().map_err(io)?);
-        match open.iter_mut().find(|open| open.inode == inode) {
-            Some(open) => open.users += 1,
-            None => open.push(Open {
-                inode,
-                users: 1,
-                idle: Vec::new(),
-            }),
-        }
         Ok(Self {
             named: named.to_owned(),
             path,
             inode,
-            descriptor: Some(descriptor),
+            descriptor,
             lock: None,
+            _closing: Closing,
         })
     }
 
@@ -173,7 +185,7 @@ impl DatabaseFile {
         let mut length = 0;
         while length < bytes {
             match self
-                .descriptor()?
+                .descriptor
                 .read_at(&mut head[length..], length as u64)?
             {
                 0 => break,
@@ -186,7 +198,7 @@ impl DatabaseFile {
 
     /// Its size without the write-ahead log, in bytes.
     pub(super) fn bytes(&self) -> u64 {
-        let metadata = self.descriptor().and_then(File::metadata);
+        let metadata = self.descriptor.metadata();
         metadata.map_or(0, |metadata| metadata.len())
     }
 
@@ -197,7 +209,7 @@ impl DatabaseFile {
 
     /// The free space on its disk for users other than root, in bytes.
     pub(super) fn disk_free_bytes(&self) -> Option<u64> {
-        let disk = fstatvfs(self.descriptor().ok()?).ok()?;
+        let disk = fstatvfs(&*self.descriptor).ok()?;
         Some(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 
@@ -215,13 +227,10 @@ impl DatabaseFile {
     pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
         let deadline = Instant::now() + PROBED_WITHIN;
         loop {
-            let locked =
-                self.descriptor()
-                    .map_err(TryLockError::Error)
-                    .and_then(|file| match lock {
-                        Lock::Daemon => file.try_lock(),
-                        Lock::Reader => file.try_lock_shared(),
-                    });
+            let locked = match lock {
+                Lock::Daemon => self.descriptor.try_lock(),
+                Lock::Reader => self.descriptor.try_lock_shared(),
+            };
             match locked {
                 Ok(()) => {
                     self.lock = Some(lock);
@@ -247,25 +256,22 @@ impl DatabaseFile {
     /// Undoes [`Self::lock`]. Closing the file is not enough: a process that was just forked may have a copy of the
     /// descriptor.
     pub(super) fn unlock(&mut self) {
-        if self.lock.take().is_some()
-            && let Some(file) = &self.descriptor
-        {
-            file.unlock().ok();
+        if self.lock.take().is_some() {
+            self.descriptor.unlock().ok();
         }
     }
 
     /// Whether a daemon, or a command in its place, holds the lock. The check takes the lock for a moment.
     pub(super) fn is_in_use(&self) -> bool {
-        match (self.lock, self.descriptor()) {
-            (Some(lock), _) => lock == Lock::Daemon,
-            (None, Err(_)) => false,
-            (None, Ok(file)) => match file.try_lock_shared() {
-                Ok(()) => {
-                    file.unlock().ok();
-                    false
-                }
-                Err(error) => matches!(error, TryLockError::WouldBlock),
-            },
+        if let Some(lock) = self.lock {
+            return lock == Lock::Daemon;
+        }
+        match self.descriptor.try_lock_shared() {
+            Ok(()) => {
+                self.descriptor.unlock().ok();
+                false
+            }
+            Err(error) => matches!(error, TryLockError::WouldBlock),
         }
     }
 
@@ -299,9 +305,8 @@ impl DatabaseFile {
     /// Makes the file and those beside it private to their owner. Files that SQLite creates later inherit the mode.
     pub(super) fn make_private(&self) -> io::Result<()> {
         let private = || Permissions::from_mode(PRIVATE);
-        let file = self.descriptor()?;
-        if mode(&file.metadata()?) != PRIVATE {
-            file.set_permissions(private())?;
+        if mode(&self.descriptor.metadata()?) != PRIVATE {
+            self.descriptor.set_permissions(private())?;
         }
         for path in self.exposed() {
             fs::set_permissions(path, private())?;
@@ -327,12 +332,6 @@ impl DatabaseFile {
         let mut name = self.path.as_os_str().to_owned();
         name.push(end);
         PathBuf::from(name)
-    }
-
-    fn descriptor(&self) -> io::Result<&File> {
-        self.descriptor
-            .as_ref()
-            .ok_or(io::ErrorKind::NotFound.into())
     }
 }
 
