@@ -7,6 +7,7 @@ use bigchat_sync::domain::dedupe::Counts;
 use bigchat_sync::domain::event::page_events;
 use bigchat_sync::domain::ids::Epoch;
 use bigchat_sync::domain::time::{Millis, Timestamp};
+use bigchat_sync::domain::window::Window;
 use bigchat_sync::journal::{NewPage, PollProgress, Store};
 use tempfile::TempDir;
 
@@ -82,7 +83,10 @@ fn ingest(store: &mut Store, events: &[String]) {
         query: "page=1".to_owned(),
         requested_in: Epoch(1),
         served_at: at,
-        window: (Timestamp::clamped(START), at),
+        window: Window {
+            start: Timestamp::clamped(START),
+            end: at,
+        },
         events: events.len(),
         progress: PollProgress::Complete(at),
         body: format!(r#"{{"events":[{}],"nextPageUrl":null}}"#, events.join(",")),

@@ -16,6 +16,7 @@ use crate::domain::event::{EventKind, page_events};
 use crate::domain::ids::AdvisorId;
 use crate::domain::json::{self, Integer, Malformed};
 use crate::domain::time::Timestamp;
+use crate::domain::window::Window;
 use crate::http::route::Route;
 use crate::http::{ApiError, Http, Response, Target, shortened, unreadable};
 
@@ -150,10 +151,10 @@ impl BigChat {
 }
 
 /// The query of the first page of a window.
-pub fn window_query(start: Timestamp, end: Timestamp) -> String {
+pub fn window_query(window: Window) -> String {
     form_urlencoded::Serializer::new(String::new())
-        .append_pair("start_at", &start.to_string())
-        .append_pair("end_at", &end.to_string())
+        .append_pair("start_at", &window.start.to_string())
+        .append_pair("end_at", &window.end.to_string())
         .finish()
 }
 
@@ -365,7 +366,10 @@ mod tests {
 
     #[test]
     fn windows_are_requested_in_utc() {
-        let query = window_query(Timestamp::clamped(0), Timestamp::clamped(60));
+        let query = window_query(Window {
+            start: Timestamp::clamped(0),
+            end: Timestamp::clamped(60),
+        });
         assert_eq!(
             query,
             "start_at=1970-01-01T00%3A00%3A00Z&end_at=1970-01-01T00%3A01%3A00Z"

@@ -8,6 +8,7 @@ use crate::domain::dedupe::{Counts as Received, Key};
 use crate::domain::event::{Event, EventKind, PartialEvent, fingerprint, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::{Millis, Timestamp};
+use crate::domain::window::Window;
 use crate::http::shortened;
 
 /// In seconds: BigChat's `date` header lags behind its clock by up to 1.5 s. A page of a new epoch may seem to have
@@ -35,12 +36,18 @@ const MAX_UNREADABLE: usize = 100_000;
 pub struct PollState {
     /// The time up to which BigChat was read, by its clock; `None` before the first poll.
     pub cursor: Option<Timestamp>,
-    /// The window of the poll in progress, and the query of its next page; no query: its last page is stored.
-    pub poll: Option<((Timestamp, Timestamp), Option<String>)>,
+    pub poll: Option<PollInProgress>,
     /// How many more polls may find nothing new in a window that is read again from its beginning.
     pub rescans_left: u32,
     /// When a window was last read to its end.
     pub polled_at: Option<Millis>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PollInProgress {
+    pub window: Window,
+    /// The query of the next page; `None`: the last page is stored.
+    pub next: Option<String>,
 }
 
 /// A page as received, to be stored before it is processed.
@@ -53,7 +60,7 @@ pub struct NewPage {
     /// BigChat's clock when the page was served: the date of the response, even if that is not believed.
     pub served_at: Timestamp,
     /// The window of the poll.
-    pub window: (Timestamp, Timestamp),
+    pub window: Window,
     /// The body.
     pub body: String,
     /// The number of events on it.
@@ -157,12 +164,16 @@ impl Store {
             },
         )?;
         let (cursor, start, end, next, rescans_left, polled_at) = row;
-        let window = start
-            .zip(end)
-            .map(|(start, end)| (Timestamp::clamped(start), Timestamp::clamped(end)));
+        let poll = start.zip(end).map(|(start, end)| PollInProgress {
+            window: Window {
+                start: Timestamp::clamped(start),
+                end: Timestamp::clamped(end),
+            },
+            next,
+        });
         Ok(PollState {
             cursor: cursor.map(Timestamp::clamped),
-            poll: window.map(|window| (window, next)),
+            poll,
             rescans_left,
             polled_at: polled_at.map(Millis),
         })
@@ -252,7 +263,7 @@ impl Store {
                 params![
                     page.query,
                     page.served_at.unix(),
-                    page.window.0.unix(),
+                    page.window.start.unix(),
                     page.body,
                     page.requested_in
                 ],
@@ -268,7 +279,7 @@ impl Store {
                 moves_cursor!()
             ),
             named_params! {
-                ":start": page.window.0.unix(), ":end": page.window.1.unix(), ":next": next, ":cursor": cursor,
+                ":start": page.window.start.unix(), ":end": page.window.end.unix(), ":next": next, ":cursor": cursor,
                 ":now": Millis::now().0,
             },
         )?;

@@ -55,7 +55,7 @@ pub use directory::{KnownAdvisor, KnownAgent, Probe};
 pub use error::OpenError;
 pub use export::{Exported, Position};
 pub use forget::Forgotten;
-pub use inbox::{Ingested, NewPage, PollProgress, PollState, StoredPage, keys};
+pub use inbox::{Ingested, NewPage, PollInProgress, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use retention::Pruned;
 pub use sessions::{Intervals, ReplayUntil, Session};

@@ -173,6 +173,7 @@ mod tests {
     use crate::domain::dedupe::Counts;
     use crate::domain::ids::Epoch;
     use crate::domain::time::Timestamp;
+    use crate::domain::window::Window;
     use crate::journal::{NewPage, PollProgress};
 
     const DAY: i64 = 86_400;
@@ -187,7 +188,7 @@ mod tests {
             query: String::new(),
             requested_in: Epoch(1),
             served_at: at,
-            window: (at, at),
+            window: Window { start: at, end: at },
             body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
             events: events.len(),
             progress: PollProgress::Complete(Timestamp::clamped(cursor)),

@@ -27,7 +27,9 @@ use crate::bigchat::window_query;
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
 use crate::http::{ApiError, Exchange};
-use crate::journal::{Journal, JournalError, NewPage, ReplayUntil, STORAGE_PAUSE, Storage};
+use crate::journal::{
+    Journal, JournalError, NewPage, PollInProgress, ReplayUntil, STORAGE_PAUSE, Storage,
+};
 use crate::metrics::{self, Metrics};
 use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
@@ -53,6 +55,16 @@ const FIRST_WINDOW: Duration = Duration::from_secs(10);
 
 /// How many old events are dropped in one transaction, which other writers wait for.
 const PRUNE_BATCH: u32 = 500;
+
+/// What the next poll reads.
+#[derive(Debug)]
+struct NextPoll {
+    window: Window,
+    /// The query of the page from which a poll in progress continues; `None`: the window is a new one.
+    next_page: Option<String>,
+    /// As in the journal's [`PollState`](crate::journal::PollState).
+    rescans_left: u32,
+}
 
 /// The handles that the poller shares with the rest of the daemon.
 #[derive(Debug, Clone)]
@@ -297,15 +309,19 @@ impl Poller {
         if self.signals.stopping.is_cancelled() {
             return Ok(PollOutcome::Incomplete);
         }
-        let (window, next, rescans_left) = self.window(now).await?;
-        if next.is_none() {
+        let NextPoll {
+            window,
+            next_page,
+            rescans_left,
+        } = self.next_poll(now).await?;
+        if next_page.is_none() {
             self.window_at = Some(asked_at);
             pages.clear(&self.journal).await?;
         } else if pages.exceed_budget() {
             pages.retain_last(&self.journal).await?;
         }
-        let next = next.unwrap_or_else(|| window_query(window.start, window.end));
-        let fetched = self.fetch(&mut pages, window, next).await;
+        let first = next_page.unwrap_or_else(|| window_query(window));
+        let fetched = self.fetch(&mut pages, window, first).await;
         if self.signals.stopping.is_cancelled() {
             // The stored pages are ingested at the next start.
             return Ok(PollOutcome::Incomplete);
@@ -317,7 +333,7 @@ impl Poller {
             self.ingest(&mut pages).await?
         };
         let (outcome, cursor) = match fetched? {
-            FetchEnd::Complete if window.catching_up => (PollOutcome::More, None),
+            FetchEnd::Complete if window.end < now => (PollOutcome::More, None),
             FetchEnd::Complete => (PollOutcome::UpToDate, None),
             FetchEnd::Stuck => (PollOutcome::Incomplete, None),
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
@@ -381,28 +397,29 @@ impl Poller {
         Ok(PollOutcome::More)
     }
 
-    /// The window and the next page of the poll in progress, else the next window, with the rescans left.
-    async fn window(&mut self, now: Timestamp) -> Result<(Window, Option<String>, u32), PollError> {
+    /// The rest of the poll in progress, else the next window.
+    async fn next_poll(&mut self, now: Timestamp) -> Result<NextPoll, PollError> {
         let settings = &self.settings;
-        let source = self.journal.with(|store| store.poll_state()).await?;
+        let state = self.journal.with(|store| store.poll_state()).await?;
+        let in_progress = state.poll.as_ref();
         // A window whose next page is its first one was not read at all. It is computed anew, because BigChat may have
         // rejected its length.
-        let is_begun = |(window, next): &((Timestamp, Timestamp), Option<String>)| {
-            next.as_ref()
-                .is_some_and(|next| *next != window_query(window.0, window.1))
-        };
-        if let Some(((start, end), Some(next))) = source.poll.clone().filter(is_begun) {
-            let window = Window {
-                start,
-                end,
-                catching_up: end < now,
-            };
-            return Ok((window, Some(next), source.rescans_left));
+        if let Some(PollInProgress {
+            window,
+            next: Some(next),
+        }) = in_progress
+            && *next != window_query(*window)
+        {
+            return Ok(NextPoll {
+                window: *window,
+                next_page: Some(next.clone()),
+                rescans_left: state.rescans_left,
+            });
         }
-        let cursor = match source.cursor {
+        let cursor = match state.cursor {
             // The last page was stored, but the poll was not ended.
-            Some(cursor) if matches!(source.poll, Some((_, None))) => cursor.min(now),
-            Some(cursor) => self.resumes_at(cursor, now, source.polled_at),
+            Some(cursor) if in_progress.is_some_and(|poll| poll.next.is_none()) => cursor.min(now),
+            Some(cursor) => self.resumes_at(cursor, now, state.polled_at),
             // A window begins before the cursor, by the overlap.
             None => {
                 let since = settings.since.map(Millis::second);
@@ -416,14 +433,17 @@ impl Poller {
         };
         // A stored cursor ahead of `now` moves back only after the window was read. Until BigChat answers, `now` may be the
         // time of this machine, which may be wrong.
-        if source.cursor.is_none() || source.poll.is_some() {
-            let cursor = source.cursor.unwrap_or(cursor.min(now));
+        if state.cursor.is_none() || in_progress.is_some() {
+            let cursor = state.cursor.unwrap_or(cursor.min(now));
             self.journal
                 .with(move |store| store.set_cursor(cursor, Millis::now()))
                 .await?;
         }
-        let window = Window::next(cursor, now, settings.poll_overlap, self.max_window);
-        Ok((window, None, source.rescans_left))
+        Ok(NextPoll {
+            window: Window::next(cursor, now, settings.poll_overlap, self.max_window),
+            next_page: None,
+            rescans_left: state.rescans_left,
+        })
     }
 
     /// The cursor, or the time of the last poll if that is earlier. The time of the last poll is BigChat's present time
@@ -457,8 +477,8 @@ impl Poller {
         if !is_ahead(end, now) {
             return Ok(end.min(now));
         }
-        let source = self.journal.with(|store| store.poll_state()).await?;
-        Ok(self.resumes_at(end, now, source.polled_at))
+        let state = self.journal.with(|store| store.poll_state()).await?;
+        Ok(self.resumes_at(end, now, state.polled_at))
     }
 
     /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal

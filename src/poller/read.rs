@@ -57,7 +57,7 @@ impl Poller {
             };
             // BigChat may restart before the page is stored.
             let requested_in = self.source.epochs.current();
-            let is_first = query == window_query(window.start, window.end);
+            let is_first = query == window_query(window);
             let page = match self.request(&query, bytes > 0).await {
                 Ok(page) => page,
                 Err(error) => {
@@ -96,7 +96,7 @@ impl Poller {
                 query,
                 requested_in,
                 served_at: page.date.unwrap_or(now),
-                window: (window.start, window.end),
+                window,
                 body: page.body,
                 events: page.events,
                 progress,
@@ -222,7 +222,7 @@ impl Poller {
     ) -> Result<bool, PollError> {
         let now = self.source.clock().now().unwrap_or(window.end);
         let end = start.plus(length).min(now).max(start);
-        let query = window_query(start, end);
+        let query = window_query(Window { start, end });
         let requested_in = self.source.epochs.current();
         let page = match self.request(&query, false).await {
             Ok(page) => page,
@@ -234,11 +234,11 @@ impl Poller {
             query,
             requested_in,
             served_at: page.date.unwrap_or(now),
-            window: (window.start, window.end),
+            window,
             body: page.body,
             events: page.events,
             // After an interruption, the search begins anew.
-            progress: PollProgress::Next(window_query(window.start, window.end)),
+            progress: PollProgress::Next(window_query(window)),
         };
         pages.add(self.store_new(page).await?, keys);
         self.ingest(pages).await?;
@@ -262,7 +262,7 @@ impl Poller {
             id,
             query,
             served_at,
-            window_start: window.0,
+            window_start: window.start,
             body,
             ingested: false,
             requested_in,

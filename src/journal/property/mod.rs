@@ -26,6 +26,7 @@ use crate::domain::progress::{
     VerificationResult, VerifyMode, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
+use crate::domain::window::Window;
 use plain::{Plain, State};
 
 /// How long a conversation waits after a write of unknown outcome, in milliseconds.
@@ -317,7 +318,7 @@ impl Pair {
             query: "page".into(),
             requested_in: Epoch(1),
             served_at: at,
-            window: (at, at),
+            window: Window { start: at, end: at },
             body: serde_json::json!({ "nextPageUrl": null, "events": events }).to_string(),
             events: events.len(),
             progress: PollProgress::Complete(at),
