@@ -99,7 +99,7 @@ fn ingest(store: &mut Store, events: &[String]) {
     store
         .ingest(&page, Epoch(1), &Counts::default(), &[], Millis::now())
         .expect("it is ingested");
-    store.end_poll(None, 0, None).expect("it ends");
+    store.end_poll(at, Millis::now(), 0).expect("it ends");
 }
 
 /// How a backlog was delivered.

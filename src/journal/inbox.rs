@@ -403,28 +403,33 @@ impl Store {
         Ok(ingested)
     }
 
-    /// Ends the poll in progress. `cursor`: the time up to which BigChat was read, if the last page has not set it.
-    /// `rescans_left`: see [`PollState`]. `read`: when the window was read to its end, and by how many seconds BigChat's
-    /// clock was ahead of this machine's; `None` if the window was not read to its end.
-    pub fn end_poll(
-        &mut self,
-        cursor: Option<Timestamp>,
-        rescans_left: u32,
-        read: Option<(Millis, i64)>,
-    ) -> Result<()> {
+    /// Ends the poll in progress, whose window was read. `cursor`: the time up to which BigChat was read.
+    /// `clock_ahead`: by how many seconds BigChat's clock was ahead of this machine's.
+    pub fn end_poll(&mut self, cursor: Timestamp, now: Millis, clock_ahead: i64) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.execute(
             concat!(
-                "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, ",
-                moves_cursor!(),
-                ", rescans_left = :rescans_left, polled_at = coalesce(:polled_at, polled_at),
-                clock_ahead = coalesce(:ahead, clock_ahead)"
+                "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, rescans_left = 0,
+                    polled_at = :now, clock_ahead = :ahead, ",
+                moves_cursor!()
             ),
             named_params! {
-                ":cursor": cursor.map(Timestamp::unix), ":now": Millis::now().0, ":rescans_left": rescans_left,
-                ":polled_at": read.map(|(at, _)| at.0), ":ahead": read.map(|(_, ahead)| ahead),
+                ":cursor": cursor.unix(), ":now": now.0, ":ahead": clock_ahead
             },
+        )?;
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// Drops the poll in progress, so that its window is read again from its beginning. `rescans_left`: see
+    /// [`PollState`].
+    pub fn read_again(&mut self, rescans_left: u32) -> Result<()> {
+        let transaction = self.begin()?;
+        transaction.execute("DELETE FROM inbox", [])?;
+        transaction.execute(
+            "UPDATE poll_state SET window_start = NULL, window_end = NULL, next_query = NULL, rescans_left = ?1",
+            [rescans_left],
         )?;
         transaction.commit()?;
         Ok(())

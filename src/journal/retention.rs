@@ -183,7 +183,7 @@ mod tests {
     fn received(events: &[String], at: i64, cursor: i64) -> Store {
         let connection = Connection::open_in_memory().expect("a database");
         let mut store = Store::in_memory(connection, true).expect("a journal");
-        let at = Timestamp::clamped(at);
+        let (at, cursor) = (Timestamp::clamped(at), Timestamp::clamped(cursor));
         let page = NewPage {
             query: String::new(),
             requested_in: Epoch(1),
@@ -191,7 +191,7 @@ mod tests {
             window: Window { start: at, end: at },
             body: format!(r#"{{"events":[{}]}}"#, events.join(",")),
             events: events.len(),
-            progress: PollProgress::Complete(Timestamp::clamped(cursor)),
+            progress: PollProgress::Complete(cursor),
         };
         store.store_page(&page).expect("a stored page");
         let now = Millis(at.unix() * 1000);
@@ -201,7 +201,7 @@ mod tests {
                 .ingest(&page, Epoch(1), &received, &[], now)
                 .expect("events");
         }
-        store.end_poll(None, 0, None).expect("the end of a poll");
+        store.end_poll(cursor, now, 0).expect("the end of a poll");
         store
     }
 

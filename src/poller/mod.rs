@@ -197,10 +197,8 @@ impl Poller {
                 () = sleep_until(tick) => {}
             }
         }
-        if let Some(page) = self.unstored.clone() {
-            // A page that is refused stays unstored, which is reported.
-            self.store(page).await.ok();
-        }
+        // A page that is refused stays unstored, which is reported.
+        self.store_unstored().await.ok();
     }
 
     /// Polls until BigChat is read up to now or a poll fails. A poll is repeated in three cases: the disk refuses a page,
@@ -288,16 +286,9 @@ impl Poller {
     }
 
     async fn try_poll(&mut self) -> Result<PollOutcome, PollError> {
-        if let Some(page) = self.unstored.clone() {
-            self.store(page).await?;
-        }
+        self.store_unstored().await?;
         self.journal.with(|store| store.in_place()).await?;
-        for _ in 0..CLOCK_ATTEMPTS {
-            if !self.source.clock().is_sure() {
-                // The first window needs BigChat's time, which the probe's response contains.
-                epoch::probe(&self.source).await?;
-            }
-        }
+        self.learn_time().await?;
         let (there, asked_at) = (self.source.clock().now(), Instant::now());
         let now = there.unwrap_or_else(Timestamp::of_this_machine);
         // Stored pages may still have to be ingested, because the daemon was stopped or the journal refused. The
@@ -309,75 +300,90 @@ impl Poller {
         if self.signals.stopping.is_cancelled() {
             return Ok(PollOutcome::Incomplete);
         }
-        let NextPoll {
-            window,
-            next_page,
-            rescans_left,
-        } = self.next_poll(now).await?;
-        if next_page.is_none() {
+        let poll = self.next_poll(now).await?;
+        if poll.next_page.is_none() {
             self.window_at = Some(asked_at);
             pages.clear(&self.journal).await?;
         } else if pages.exceed_budget() {
             pages.retain_last(&self.journal).await?;
         }
-        let first = next_page.unwrap_or_else(|| window_query(window));
-        let fetched = self.fetch(&mut pages, window, first).await;
+        let first = poll.next_page.unwrap_or_else(|| window_query(poll.window));
+        let fetched = self.fetch(&mut pages, poll.window, first).await;
         if self.signals.stopping.is_cancelled() {
             // The stored pages are ingested at the next start.
             return Ok(PollOutcome::Incomplete);
         }
         // If BigChat failed, a probe for a restart would fail, too.
-        let progress = if !pages.has_new() && fetched.is_err() {
-            false
-        } else {
-            self.ingest(&mut pages).await?
-        };
-        let (outcome, cursor) = match fetched? {
-            FetchEnd::Complete if window.end < now => (PollOutcome::More, None),
-            FetchEnd::Complete => (PollOutcome::UpToDate, None),
-            FetchEnd::Stuck => (PollOutcome::Incomplete, None),
+        let progress = (pages.has_new() || fetched.is_ok()) && self.ingest(&mut pages).await?;
+        let (cursor, outcome) = match fetched? {
+            FetchEnd::Complete(cursor) if poll.window.end < now => (cursor, PollOutcome::More),
+            FetchEnd::Complete(cursor) => (cursor, PollOutcome::UpToDate),
+            FetchEnd::Stuck => return self.read_again().await,
             FetchEnd::TooOld(oldest) => return self.skip_gap(oldest).await,
-            FetchEnd::Budget if progress || rescans_left > 0 => {
-                self.journal.with(|store| store.rescan()).await?;
-                tracing::warn!(
-                    "a poll has used up its page budget; the next one continues from the page reached"
-                );
-                return Ok(PollOutcome::Incomplete);
+            FetchEnd::Budget if progress || poll.rescans_left > 0 => {
+                return self.continue_later().await;
             }
             FetchEnd::Budget => {
                 tracing::warn!(
                     "a poll has used up its page budget without a new event; treating it as complete"
                 );
-                (PollOutcome::UpToDate, Some(window.end))
+                (poll.window.end, PollOutcome::UpToDate)
             }
         };
-        let rescans_left = if outcome == PollOutcome::Incomplete {
-            MAX_RESCANS
-        } else {
-            0
-        };
-        let read = (outcome != PollOutcome::Incomplete).then(|| {
-            let here = Timestamp::of_this_machine();
-            let there = self.source.clock().now();
-            if !std::mem::replace(&mut self.clock_reported, true) {
-                report_clock(here, there);
-            }
-            (Millis::now(), there.unwrap_or(here).unix() - here.unix())
-        });
-        let source = self
-            .journal
-            .with(move |store| {
-                store.end_poll(cursor, rescans_left, read)?;
-                store.poll_state()
-            })
-            .await?;
-        if outcome != PollOutcome::Incomplete {
-            self.read_at = self.window_at.or(Some(asked_at));
-        }
-        if let (Some(cursor), true) = (source.cursor, outcome == PollOutcome::UpToDate) {
+        self.end_poll(cursor).await?;
+        self.read_at = self.window_at.or(Some(asked_at));
+        if outcome == PollOutcome::UpToDate {
             self.standstill.observe(cursor, Instant::now());
         }
         Ok(outcome)
+    }
+
+    /// Stores the page that was received and is not stored yet, if there is one.
+    async fn store_unstored(&mut self) -> Result<(), JournalError> {
+        match self.unstored.clone() {
+            Some(page) => self.store(page).await.map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Requests BigChat's time, which the first window needs, unless it is known. The probe's response contains it.
+    async fn learn_time(&self) -> Result<(), JournalError> {
+        for _ in 0..CLOCK_ATTEMPTS {
+            if !self.source.clock().is_sure() {
+                epoch::probe(&self.source).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a poll that has read its window. `cursor`: the time up to which BigChat was read.
+    async fn end_poll(&mut self, cursor: Timestamp) -> Result<(), JournalError> {
+        let now = Millis::now();
+        let (here, there) = (now.second(), self.source.clock().now());
+        if !std::mem::replace(&mut self.clock_reported, true) {
+            report_clock(here, there);
+        }
+        let clock_ahead = there.unwrap_or(here).unix() - here.unix();
+        self.journal
+            .with(move |store| store.end_poll(cursor, now, clock_ahead))
+            .await
+    }
+
+    /// The next poll continues from the page reached.
+    async fn continue_later(&self) -> Result<PollOutcome, PollError> {
+        self.journal.with(|store| store.rescan()).await?;
+        tracing::warn!(
+            "a poll has used up its page budget; the next one continues from the page reached"
+        );
+        Ok(PollOutcome::Incomplete)
+    }
+
+    /// The next poll reads the window again from its beginning.
+    async fn read_again(&self) -> Result<PollOutcome, PollError> {
+        self.journal
+            .with(|store| store.read_again(MAX_RESCANS))
+            .await?;
+        Ok(PollOutcome::Incomplete)
     }
 
     /// Moves the cursor, so that the next window starts at the oldest time for which BigChat still answers.

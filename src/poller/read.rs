@@ -29,8 +29,8 @@ const SHORT_WINDOW: Duration = Duration::from_secs(300);
 /// How the fetch of a window ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FetchEnd {
-    /// With the last page.
-    Complete,
+    /// With the last page: BigChat was read up to this time.
+    Complete(Timestamp),
     /// With the last page in the budget of a poll.
     Budget,
     /// With a page that cannot be fetched.
@@ -46,15 +46,12 @@ impl Poller {
         window: Window,
         first: String,
     ) -> Result<FetchEnd, PollError> {
-        let mut next = Some(first);
+        let mut query = first;
         let mut bytes = 0;
         for _ in 0..MAX_PAGES {
             if bytes > MAX_BYTES || self.signals.stopping.is_cancelled() {
                 break;
             }
-            let Some(query) = next else {
-                return Ok(FetchEnd::Complete);
-            };
             // BigChat may restart before the page is stored.
             let requested_in = self.source.epochs.current();
             let is_first = query == window_query(window);
@@ -77,7 +74,7 @@ impl Poller {
             bytes += page.body.len();
             let now = self.source.clock().now().unwrap_or(window.end);
             let keys = keys(&page.body);
-            next = page.next.filter(|next| {
+            let next = page.next.filter(|next| {
                 let end = if canonical_query(next) == canonical_query(&query) || pages.has(next) {
                     Some("BigChat's pagination loops")
                 } else {
@@ -88,8 +85,8 @@ impl Poller {
                 }
                 end.is_none()
             });
-            let progress = match &next {
-                Some(next) => PollProgress::Next(next.clone()),
+            let progress = match next {
+                Some(next) => PollProgress::Next(next),
                 None => PollProgress::Complete(self.read_up_to(window.end, now).await?),
             };
             let page = NewPage {
@@ -99,15 +96,15 @@ impl Poller {
                 window,
                 body: page.body,
                 events: page.events,
-                progress,
+                progress: progress.clone(),
             };
             pages.add(self.store_new(page).await?, keys);
+            match progress {
+                PollProgress::Next(next) => query = next,
+                PollProgress::Complete(cursor) => return Ok(FetchEnd::Complete(cursor)),
+            }
         }
-        Ok(if next.is_none() {
-            FetchEnd::Complete
-        } else {
-            FetchEnd::Budget
-        })
+        Ok(FetchEnd::Budget)
     }
 
     /// Requests a page. `retry`: this poll has just read the page before it. A transient failure is retried at once then,

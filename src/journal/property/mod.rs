@@ -335,7 +335,9 @@ impl Pair {
                 self.now(),
             )
             .expect("its events are ingested");
-        self.store.end_poll(None, 0, None).expect("the poll ends");
+        self.store
+            .end_poll(at, self.now(), 0)
+            .expect("the poll ends");
         self.plain.ingest(page);
     }
 
