@@ -35,24 +35,35 @@ impl Poller {
         self.failed_page_probes = 0;
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
         let ignore = self.settings.ignore_events.clone();
-        // All in one operation: delivery must see the last page's changes of a chat together with the earlier ones.
-        let all = self
+        // All in one operation, so that delivery merges the changes of a chat across pages. If the journal refuses a page,
+        // the ones before it are ingested nevertheless.
+        let (all, result) = self
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
                 for (page, epoch, before_start) in new_pages {
-                    let ingested = store.ingest(&page, epoch, &counts, &ignore, Millis::now())?;
+                    let now = Millis::now();
+                    let ingested = match store.ingest(&page, epoch, &counts, &ignore, now) {
+                        Ok(ingested) => ingested,
+                        Err(error) => return Ok((all, Err(error))),
+                    };
                     if before_start {
                         // Before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }
                     all.push((ingested, page.query));
                 }
-                Ok(all)
+                Ok((all, Ok(())))
             })
             .await?;
-        let stored = pages.stored.iter_mut();
-        stored.for_each(|page| page.ingested = true);
+        for page in pages
+            .stored
+            .iter_mut()
+            .filter(|page| !page.ingested)
+            .take(all.len())
+        {
+            page.ingested = true;
+        }
         for (ingested, query) in &all {
             for (kind, count) in &ingested.received {
                 self.signals.metrics.received(kind, *count);
@@ -71,6 +82,7 @@ impl Poller {
                 yield_now().await;
             }
         }
+        result?;
         Ok(all.iter().any(|(ingested, _)| ingested.progress))
     }
 

@@ -3,7 +3,8 @@
 use crate::harness::process::{fed, printed};
 use crate::harness::services::{ADD_MESSAGE, seeded};
 use crate::harness::web::{client, sent};
-use crate::harness::{Bench, Daemon, run_live_test, run_with, until};
+use crate::harness::{Bench, Daemon, run_live_test, run_test, run_with, until};
+use bigchat_sync::simulator::bigchat::page;
 use bigchat_sync::simulator::event::message;
 use bigchat_sync::simulator::fault::{dropped, status};
 use std::process::Command;
@@ -226,6 +227,35 @@ async fn rare_incidents_are_counted() {
         .await;
         let rebuilt = "bigchat_sync_chats_rebuilt_total{chat=\"missing\"}";
         assert_eq!(measured.value(rebuilt).await, 1.0);
+        measured.daemon.stop().await;
+    })
+    .await;
+}
+
+/// If the journal refuses a page, the events of the pages before it are counted and delivered.
+#[tokio::test]
+async fn page_that_cannot_be_ingested() {
+    run_test(async |t| {
+        t.once().await;
+        t.execute(
+            "CREATE TRIGGER refuses BEFORE INSERT ON events WHEN NEW.data LIKE '%two%'
+             BEGIN SELECT RAISE(ABORT, 'refused'); END",
+        );
+        t.bigchat.reports(page([message(42, 1, "one")], "?page=2"));
+        t.bigchat.reports([message(42, 2, "two")]);
+        let measured = Measured::start(t);
+        let received = async |count| {
+            until("received events", async || {
+                let series = "bigchat_sync_events_received_total{kind=\"MESSAGE\"}";
+                measured.value(series).await == count
+            })
+            .await;
+        };
+        t.until_events("delivered", 1).await;
+        received(1.0).await;
+        t.execute("DROP TRIGGER refuses");
+        t.until_events("delivered", 2).await;
+        received(2.0).await;
         measured.daemon.stop().await;
     })
     .await;
