@@ -6,6 +6,7 @@ use uuid::Uuid;
 use super::activity::minute;
 use super::queue::uuid;
 use super::{Result, Store};
+use crate::domain::event::Event;
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::{Millis, Timestamp};
 
@@ -78,17 +79,19 @@ impl Store {
         Ok((epoch, probes.collect::<rusqlite::Result<_>>()?))
     }
 
-    /// When a conversation of the current epoch started, if known.
-    pub fn start_of(&mut self, bigchat_id: i64) -> Result<Option<Timestamp>> {
+    /// The first of these STARTs for whose conversation the current epoch has another start time: that epoch, and the
+    /// time of the START.
+    pub fn first_other_start(&mut self, starts: &[Event]) -> Result<Option<(Epoch, Timestamp)>> {
         let epoch = self.epoch()?;
-        let started_at = self
-            .connection
-            .prepare_cached(
-                "SELECT started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
-            )?
-            .query_row(params![epoch, bigchat_id], |row| row.get(0))
-            .optional()?;
-        Ok(started_at.flatten())
+        let mut has_other = self.connection.prepare_cached(
+            "SELECT 1 FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2 AND started_at <> ?3",
+        )?;
+        for start in starts {
+            if has_other.exists(params![epoch, start.conversation, start.at])? {
+                return Ok(Some((epoch, start.at)));
+            }
+        }
+        Ok(None)
     }
 
     /// Records when a conversation started, and its first advisor, if it has one.

@@ -105,27 +105,25 @@ impl Poller {
     /// that of the known conversation with the same id. If BigChat does not answer, its pages wait, for a few polls.
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
-        let mut starts = Vec::new();
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
             let current = self.source.epochs.current();
             // A page requested in an earlier epoch may report a START of that epoch.
             let is_current = |page: &&StoredPage| !page.ingested && page.requested_in == current;
-            for page in pages.stored.iter().filter(is_current) {
-                let events = page
-                    .events()
-                    .into_iter()
-                    .filter(|event| event.kind == EventKind::Start);
-                starts.extend(events);
-            }
-        }
-        for event in starts {
-            let (epoch, known) = self
+            let events = pages
+                .stored
+                .iter()
+                .filter(is_current)
+                .flat_map(StoredPage::events);
+            let starts: Vec<_> = events
+                .filter(|event| event.kind == EventKind::Start)
+                .collect();
+            let other = self
                 .journal
-                .with(move |store| Ok((store.epoch()?, store.start_of(event.conversation)?)))
+                .with(move |store| store.first_other_start(&starts))
                 .await?;
-            if known.is_some_and(|known| known != event.at) {
-                let now = self.source.clock().now().unwrap_or(event.at);
-                epoch::begin(&self.source, epoch, event.at.min(now)).await?;
+            if let Some((epoch, started_at)) = other {
+                let now = self.source.clock().now().unwrap_or(started_at);
+                epoch::begin(&self.source, epoch, started_at.min(now)).await?;
                 self.failed_probes = 0;
                 return Ok(());
             }
