@@ -25,29 +25,27 @@ impl Poller {
         let now = self.source.clock().now();
         let started_at = now.map(|now| now.minus(self.created_at.elapsed()));
         self.started_at = self.started_at.max(started_at);
-        let mut new_pages = Vec::new();
-        for page in pages.stored.iter().filter(|page| !page.ingested) {
-            let before_start = self
-                .started_at
-                .is_none_or(|started_at| page.window_start < started_at);
-            new_pages.push((page.clone(), self.epoch_of(page).await?, before_start));
+        let mut epochs = Vec::new();
+        for page in &pages.new {
+            epochs.push(self.epoch_of(page).await?);
         }
         self.failed_page_probes = 0;
+        let new = std::mem::take(&mut pages.new).into_iter().zip(epochs);
         let (counts, mark) = (pages.counts(), self.signals.replay_until.clone());
-        let ignore = self.settings.ignore_events.clone();
-        // All in one operation, so that delivery merges the changes of a chat across pages. If the journal refuses a page,
-        // the ones before it are ingested nevertheless.
+        let (ignore, started_at) = (self.settings.ignore_events.clone(), self.started_at);
+        // All in one operation, so that delivery merges the changes of a chat across pages. If the journal refuses a
+        // page, the ones before it are ingested nevertheless, and the next poll loads the rest.
         let (all, result) = self
             .journal
             .with(move |store| {
                 let mut all = Vec::new();
-                for (page, epoch, before_start) in new_pages {
+                for (page, epoch) in new {
                     let now = Millis::now();
                     let ingested = match store.ingest(&page, epoch, &counts, &ignore, now) {
                         Ok(ingested) => ingested,
                         Err(error) => return Ok((all, Err(error))),
                     };
-                    if before_start {
+                    if started_at.is_none_or(|started_at| page.window_start < started_at) {
                         // Before delivery can claim these events.
                         mark.raise(ingested.last_event);
                     }
@@ -56,14 +54,6 @@ impl Poller {
                 Ok((all, Ok(())))
             })
             .await?;
-        for page in pages
-            .stored
-            .iter_mut()
-            .filter(|page| !page.ingested)
-            .take(all.len())
-        {
-            page.ingested = true;
-        }
         for (ingested, query) in &all {
             for (kind, count) in &ingested.received {
                 self.signals.metrics.received(kind, *count);
@@ -108,9 +98,9 @@ impl Poller {
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
             let current = self.source.epochs.current();
             // A page requested in an earlier epoch may report a START of that epoch.
-            let is_current = |page: &&StoredPage| !page.ingested && page.requested_in == current;
+            let is_current = |page: &&StoredPage| page.requested_in == current;
             let events = pages
-                .stored
+                .new
                 .iter()
                 .filter(is_current)
                 .flat_map(StoredPage::events);
@@ -145,8 +135,8 @@ impl Poller {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {
             let current = self.source.epochs.current();
-            let stored = pages.stored.iter_mut();
-            for page in stored.filter(|page| page.requested_in == current) {
+            let new = pages.new.iter_mut();
+            for page in new.filter(|page| page.requested_in == current) {
                 page.epoch = Some(current);
             }
         }

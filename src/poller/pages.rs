@@ -13,11 +13,14 @@ const MAX_EMPTY_PAGES: usize = 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Pages {
-    pub(super) stored: Vec<StoredPage>,
+    /// The pages that are not ingested yet.
+    pub(super) new: Vec<StoredPage>,
     /// The keys of the events of each page.
     keys: Vec<Vec<Key>>,
     /// The queries of the pages, [canonical](canonical_query).
     queries: HashSet<String>,
+    /// The size of all pages.
+    bytes: usize,
 }
 
 impl Pages {
@@ -32,7 +35,7 @@ impl Pages {
 
     /// Drops the pages, so that counting starts anew.
     pub(super) async fn clear(&mut self, journal: &Journal) -> Result<(), JournalError> {
-        if !self.stored.is_empty() {
+        if !self.keys.is_empty() {
             journal.with(|store| store.forget_pages()).await?;
             *self = Self::default();
         }
@@ -49,13 +52,12 @@ impl Pages {
 
     /// Whether a page is not ingested yet.
     pub(super) fn has_new(&self) -> bool {
-        self.stored.iter().any(|page| !page.ingested)
+        !self.new.is_empty()
     }
 
     /// Whether the pages have reached the budget of one poll, so that memory stays bounded.
     pub(super) fn exceed_budget(&self) -> bool {
-        let bytes: usize = self.stored.iter().map(|page| page.body.len()).sum();
-        self.stored.len() >= MAX_PAGES || bytes > MAX_BYTES
+        self.keys.len() >= MAX_PAGES || self.bytes > MAX_BYTES
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -65,7 +67,10 @@ impl Pages {
     pub(super) fn add(&mut self, page: StoredPage, keys: Vec<Key>) {
         self.keys.push(keys);
         self.queries.insert(canonical_query(&page.query));
-        self.stored.push(page);
+        self.bytes += page.body.len();
+        if !page.ingested {
+            self.new.push(page);
+        }
     }
 
     /// Why a page with these keys is the last one, even if it names a next page.
