@@ -16,13 +16,13 @@ const NOT_FOUND_ATTEMPTS: u32 = 3;
 /// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the conversation,
 /// only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
-    if !is_current(source, conversation.epoch) {
+    if source.epoch() != conversation.epoch {
         conversation.details = Details::Gone;
         return Ok(());
     }
     let id = conversation.bigchat_id;
-    match request(source, 1, || source.client.conversation(id)).await {
-        Err(error) if error.is_not_found() && source.epochs.answers() => {
+    match request(source, || source.conversation(id, 1)).await {
+        Err(error) if source.is_gone(&error) => {
             tracing::warn!(
                 conversation = conversation.bigchat_id,
                 "BigChat no longer knows the conversation"
@@ -39,7 +39,7 @@ pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<()
                 }
                 // A later epoch has no conversation that started while this one was still verified.
                 (None, Some(reported)) if reported < source.epochs.verified_until() => {
-                    is_current(source, conversation.epoch)
+                    source.epoch() == conversation.epoch
                 }
                 _ => is_same_epoch(source, conversation.epoch).await?,
             };
@@ -88,16 +88,16 @@ pub async fn advisor(
     {
         return Ok(known);
     }
-    let known = if !is_current(source, epoch) {
+    let known = if source.epoch() != epoch {
         KnownAdvisor::Gone
     } else {
-        match request(source, 1, || source.client.advisor(id.0)).await {
+        match request(source, || source.advisor(id)).await {
             Ok(advisor) if is_same_epoch(source, epoch).await? => KnownAdvisor::Person {
                 name: advisor.name.trim().to_owned(),
                 email: advisor.email_address.trim().to_owned(),
             },
             Ok(_) => KnownAdvisor::Gone,
-            Err(error) if error.is_not_found() && source.epochs.answers() => KnownAdvisor::Gone,
+            Err(error) if source.is_gone(&error) => KnownAdvisor::Gone,
             Err(error) => return Err(error.into()),
         }
     };
@@ -115,15 +115,11 @@ pub async fn advisor(
     Ok(known)
 }
 
-fn is_current(source: &Source, epoch: Epoch) -> bool {
-    source.epochs.current() == epoch
-}
-
 /// Whether a response just received belongs to the epoch.
 async fn is_same_epoch(source: &Source, epoch: Epoch) -> Result<bool, SourceError> {
     match epoch::probe(source).await? {
         ProbeResult::Restarted => Ok(false),
-        ProbeResult::Same | ProbeResult::Unknown => Ok(is_current(source, epoch)),
+        ProbeResult::Same | ProbeResult::Unknown => Ok(source.epoch() == epoch),
         ProbeResult::Unanswered => {
             Err(not_sent("BigChat did not answer whether it has restarted").into())
         }
@@ -134,12 +130,8 @@ fn not_sent(reason: &str) -> ApiError {
     ApiError::not_sent(Api::BigChat, ErrorKind::Unreachable, reason)
 }
 
-/// Requests details. A 404 is believed if it comes several times in a row. `attempts`: for transient failures.
-pub(super) async fn request<T, F>(
-    source: &Source,
-    attempts: u32,
-    send: impl Fn() -> F,
-) -> Result<T, ApiError>
+/// Requests details. A 404 is believed if it comes several times in a row.
+pub(super) async fn request<T, F>(source: &Source, send: impl Fn() -> F) -> Result<T, ApiError>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
@@ -148,7 +140,7 @@ where
     }
     let mut requests = 1;
     loop {
-        match source.request(attempts, &send).await {
+        match send().await {
             Err(error) if error.is_not_found() && requests < NOT_FOUND_ATTEMPTS => requests += 1,
             result => return result,
         }

@@ -11,10 +11,9 @@ use std::sync::atomic::Ordering;
 use super::details::request;
 use super::{Details, Source};
 use crate::domain::event::{Event, EventKind};
-use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::ids::Epoch;
 use crate::domain::time::Timestamp;
-use crate::http::ApiError;
-use crate::journal::{JournalError, Probe, StoredPage};
+use crate::journal::{FirstConversation, JournalError, Probe, StoredPage};
 
 /// How many known conversations a probe requests at most, until BigChat reports the start of one. Conversation 1 may be
 /// requested in addition.
@@ -66,7 +65,7 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
     } in probes
     {
         let requested_at = source.clock().now();
-        match details(source, bigchat_id).await {
+        match source.conversation(bigchat_id, ATTEMPTS).await {
             Ok(Details {
                 started_at: Some(started_at),
                 ..
@@ -100,8 +99,12 @@ pub async fn begin(
     epoch: Epoch,
     started_at: Timestamp,
 ) -> Result<(), JournalError> {
-    let first = details(source, 1).await.ok().and_then(first_of);
-    let began_at = first.map_or(started_at, |(first, _)| first.min(started_at));
+    let first = source
+        .conversation(1, ATTEMPTS)
+        .await
+        .ok()
+        .and_then(first_of);
+    let began_at = first.map_or(started_at, |first| first.started_at.min(started_at));
     let mark = source.epochs.mark();
     let begun = source
         .journal
@@ -126,7 +129,7 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     if page.epoch.is_some() {
         return Ok(page.epoch);
     }
-    let current = source.epochs.current();
+    let current = source.epoch();
     if current <= page.requested_in {
         return Ok(Some(page.requested_in));
     }
@@ -142,9 +145,9 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     for Reverse(id) in ids.into_iter().take(PAGE_CONVERSATIONS) {
         let is_start = |event: &&Event| event.kind == EventKind::Start && event.conversation == id;
         let reported = events.iter().find(is_start).map(|event| event.at);
-        let found = request(source, ATTEMPTS, || source.client.conversation(id));
+        let found = request(source, || source.conversation(id, ATTEMPTS));
         match found.await {
-            Err(error) if error.is_not_found() => is_gone |= source.epochs.answers(),
+            Err(error) if error.is_not_found() => is_gone |= source.is_gone(&error),
             Err(_) => return Ok(None),
             Ok(Details { started_at, .. }) => match reported.zip(started_at) {
                 Some((reported, started_at)) if reported != started_at => {
@@ -169,21 +172,21 @@ pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, 
     Ok(by_time.max(page.requested_in))
 }
 
-/// The start of conversation 1, and its first advisor.
-type First = (Timestamp, Option<AdvisorId>);
-
-fn first_of(details: Details) -> Option<First> {
-    Some((details.started_at?, details.advisor))
+fn first_of(details: Details) -> Option<FirstConversation> {
+    Some(FirstConversation {
+        started_at: details.started_at?,
+        advisor: details.advisor,
+    })
 }
 
 /// Requests conversation 1, if it is due, for the next probes.
-async fn request_first(source: &Source) -> Option<First> {
+async fn request_first(source: &Source) -> Option<FirstConversation> {
     if !source.epochs.requests_first_conversation() {
         return None;
     }
-    match details(source, 1).await {
+    match source.conversation(1, ATTEMPTS).await {
         Ok(details) => first_of(details),
-        Err(error) if error.is_not_found() && source.epochs.answers() => {
+        Err(error) if source.is_gone(&error) => {
             source.epochs.probed_without_first();
             None
         }
@@ -194,11 +197,11 @@ async fn request_first(source: &Source) -> Option<First> {
 async fn record_first(
     source: &Source,
     epoch: Epoch,
-    (started_at, advisor): First,
+    first: FirstConversation,
 ) -> Result<(), JournalError> {
     source
         .journal
-        .with(move |store| store.record_details(epoch, 1, started_at, advisor))
+        .with(move |store| store.record_details(epoch, 1, first.started_at, first.advisor))
         .await
 }
 
@@ -206,14 +209,4 @@ fn record_verified(source: &Source, at: Option<Timestamp>) {
     if let Some(at) = at {
         source.epochs.verified(at);
     }
-}
-
-async fn details(source: &Source, id: i64) -> Result<Details, ApiError> {
-    let details = source
-        .request(ATTEMPTS, || source.client.conversation(id))
-        .await;
-    if details.is_ok() {
-        source.epochs.answered(true);
-    }
-    details
 }

@@ -10,7 +10,7 @@ use crate::domain::time::Timestamp;
 const FIRST_CONVERSATION_AGAIN: u32 = 64;
 
 #[derive(Debug, Default)]
-pub struct Epochs {
+pub(super) struct Epochs {
     current: Arc<AtomicI64>,
     verified_until: AtomicI64,
     answers: AtomicBool,
@@ -19,7 +19,7 @@ pub struct Epochs {
 
 impl Epochs {
     /// `current`: the latest epoch in the journal.
-    pub fn new(current: Epoch) -> Self {
+    pub(super) fn new(current: Epoch) -> Self {
         Self {
             current: Arc::new(AtomicI64::new(current.0)),
             ..Self::default()
@@ -27,39 +27,39 @@ impl Epochs {
     }
 
     /// The current epoch. In memory, since delivery checks it for each use of details and must not wait for a commit.
-    pub fn current(&self) -> Epoch {
+    pub(super) fn current(&self) -> Epoch {
         Epoch(self.current.load(Ordering::Acquire))
     }
 
     /// The current epoch, to be raised inside the journal operation that begins an epoch, so that every later operation
     /// sees it.
-    pub fn mark(&self) -> Arc<AtomicI64> {
+    pub(super) fn mark(&self) -> Arc<AtomicI64> {
         Arc::clone(&self.current)
     }
 
     /// Latest BigChat time at which the current epoch was verified.
-    pub fn verified_until(&self) -> Timestamp {
+    pub(super) fn verified_until(&self) -> Timestamp {
         Timestamp::clamped(self.verified_until.load(Ordering::Relaxed))
     }
 
     /// BigChat had not restarted by `at`. May move back, since BigChat's clock may have been ahead for a while.
-    pub fn verified(&self, at: Timestamp) {
+    pub(super) fn verified(&self, at: Timestamp) {
         self.verified_until.store(at.unix(), Ordering::Relaxed);
     }
 
     /// Whether the latest request for events succeeded, or one for details since. Only then is a 404 for other details
     /// believed.
-    pub fn answers(&self) -> bool {
+    pub(super) fn answers(&self) -> bool {
         self.answers.load(Ordering::Relaxed)
     }
 
-    pub fn answered(&self, succeeded: bool) {
+    pub(super) fn answered(&self, succeeded: bool) {
         self.answers.store(succeeded, Ordering::Relaxed);
     }
 
     /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none at
     /// all, so it is requested less and less often.
-    pub fn requests_first_conversation(&self) -> bool {
+    pub(super) fn requests_first_conversation(&self) -> bool {
         let probes = self.probes_without_first.load(Ordering::Relaxed);
         let requests = probes.is_power_of_two() || probes.is_multiple_of(FIRST_CONVERSATION_AGAIN);
         if !requests {
@@ -69,7 +69,7 @@ impl Epochs {
     }
 
     /// Counts a probe without conversation 1.
-    pub fn probed_without_first(&self) {
+    pub(super) fn probed_without_first(&self) {
         self.probes_without_first.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -9,5 +9,5 @@ mod epochs;
 mod source;
 
 pub use client::{Advisor, BigChat, Details, Page, canonical_query, window_query};
-pub use epochs::Epochs;
+use epochs::Epochs;
 pub use source::{Source, SourceError};

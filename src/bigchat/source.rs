@@ -6,8 +6,8 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use super::clock::BigChatClock;
-use super::{BigChat, Epochs};
-use crate::domain::ids::Epoch;
+use super::{Advisor, BigChat, Details, Epochs, Page};
+use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Millis;
 use crate::http::{ApiError, Circuit, Http};
 use crate::journal::{Journal, JournalError};
@@ -22,8 +22,8 @@ pub enum SourceError {
 
 #[derive(Debug)]
 pub struct Source {
-    pub client: BigChat,
-    pub epochs: Epochs,
+    client: BigChat,
+    pub(super) epochs: Epochs,
     pub journal: Arc<Journal>,
     stopping: CancellationToken,
 }
@@ -52,8 +52,38 @@ impl Source {
         self.client.clock()
     }
 
+    /// The current epoch.
+    pub fn epoch(&self) -> Epoch {
+        self.epochs.current()
+    }
+
+    /// Requests a page of events, at most `attempts` times in a row while that fails transiently.
+    pub async fn events(&self, query: &str, attempts: u32) -> Result<Page, ApiError> {
+        let page = self.request(attempts, || self.client.events(query)).await;
+        self.epochs.answered(page.is_ok());
+        page
+    }
+
+    /// The same for the details of a conversation. They are of BigChat's present epoch, which the caller has to check.
+    pub(super) async fn conversation(&self, id: i64, attempts: u32) -> Result<Details, ApiError> {
+        self.request(attempts, || self.client.conversation(id))
+            .await
+            .inspect(|_| self.epochs.answered(true))
+    }
+
+    /// The same for an advisor, once.
+    pub(super) async fn advisor(&self, id: AdvisorId) -> Result<Advisor, ApiError> {
+        let advisor = self.client.advisor(id.0).await;
+        advisor.inspect(|_| self.epochs.answered(true))
+    }
+
+    /// Whether BigChat no longer knows a conversation or an advisor. A 404 is believed only while BigChat answers.
+    pub(super) fn is_gone(&self, error: &ApiError) -> bool {
+        error.is_not_found() && self.epochs.answers()
+    }
+
     /// Makes a request, at most `attempts` times in a row while it fails transiently.
-    pub async fn request<T, F>(&self, attempts: u32, send: impl Fn() -> F) -> Result<T, ApiError>
+    async fn request<T, F>(&self, attempts: u32, send: impl Fn() -> F) -> Result<T, ApiError>
     where
         F: Future<Output = Result<T, ApiError>>,
     {
@@ -69,7 +99,7 @@ impl Source {
     }
 
     /// Whether the circuit breaker lets requests for details pass.
-    pub fn accepts_requests(&self) -> bool {
+    pub(super) fn accepts_requests(&self) -> bool {
         let circuit = self.http().circuit(Millis::now());
         !matches!(circuit, Circuit::Open { .. })
     }

@@ -22,6 +22,14 @@ pub struct Probe {
     pub started_at: Timestamp,
 }
 
+/// The first conversation of an epoch, whose id is 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FirstConversation {
+    pub started_at: Timestamp,
+    /// Its first advisor.
+    pub advisor: Option<AdvisorId>,
+}
+
 /// What the journal knows about an advisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KnownAdvisor {
@@ -106,13 +114,12 @@ impl Store {
     }
 
     /// BigChat has restarted since `epoch`, at `began_at` or before. From then on ids mean new conversations and
-    /// advisors. `first`: the start and the advisor of its first conversation. Returns the new epoch; `None` if another
-    /// caller has begun one already.
+    /// advisors. Returns the new epoch; `None` if another caller has begun one already.
     pub fn start_epoch(
         &mut self,
         epoch: Epoch,
         began_at: Timestamp,
-        first: Option<(Timestamp, Option<AdvisorId>)>,
+        first: Option<FirstConversation>,
     ) -> Result<Option<Epoch>> {
         let transaction = self.begin()?;
         if current_epoch(&transaction)? != epoch {
@@ -123,7 +130,11 @@ impl Store {
             "INSERT INTO epochs (id, began_at) VALUES (?1, ?2)",
             params![epoch, began_at],
         )?;
-        if let Some((started_at, advisor)) = first {
+        if let Some(FirstConversation {
+            started_at,
+            advisor,
+        }) = first
+        {
             record_details(&transaction, epoch, 1, started_at, advisor)?;
         }
         transaction.commit()?;

@@ -79,7 +79,7 @@ pub enum PollProgress {
 }
 
 /// A stored page.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct StoredPage {
     /// Its id, in order of arrival.
     pub id: i64,

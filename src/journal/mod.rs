@@ -51,7 +51,7 @@ pub use console::{
 pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,
 };
-pub use directory::{KnownAdvisor, KnownAgent, Probe};
+pub use directory::{FirstConversation, KnownAdvisor, KnownAgent, Probe};
 pub use error::OpenError;
 pub use export::{Exported, Position};
 pub use forget::Forgotten;

@@ -96,7 +96,7 @@ impl Poller {
     async fn detect_restart(&mut self, pages: &mut Pages) -> Result<(), PollError> {
         let probed = self.probe(pages).await?;
         if matches!(probed, ProbeResult::Unknown | ProbeResult::Unanswered) {
-            let current = self.source.epochs.current();
+            let current = self.source.epoch();
             // A page requested in an earlier epoch may report a START of that epoch.
             let is_current = |page: &&StoredPage| page.requested_in == current;
             let events = pages
@@ -134,7 +134,7 @@ impl Poller {
     async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {
-            let current = self.source.epochs.current();
+            let current = self.source.epoch();
             let new = pages.new.iter_mut();
             for page in new.filter(|page| page.requested_in == current) {
                 page.epoch = Some(current);

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::pages::Pages;
 use super::{MAX_BYTES, MAX_PAGES, PollError, Poller};
-use crate::bigchat::{Page, canonical_query, window_query};
+use crate::bigchat::{canonical_query, window_query};
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
@@ -16,7 +16,7 @@ use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How often a page is requested in a row, if it is not the first of its poll.
+/// How often in a row a page is requested while that fails transiently, if it is not the first of its poll.
 const PAGE_ATTEMPTS: u32 = 3;
 
 /// In how many polls the same page may fail before its window is read again from the beginning. The first page of a window
@@ -53,9 +53,12 @@ impl Poller {
                 break;
             }
             // BigChat may restart before the page is stored.
-            let requested_in = self.source.epochs.current();
+            let requested_in = self.source.epoch();
             let is_first = query == window_query(window);
-            let page = match self.request(&query, bytes > 0).await {
+            // A page after one that was just read is retried at once, because by the next poll BigChat may divide the
+            // events into pages differently.
+            let attempts = if bytes > 0 { PAGE_ATTEMPTS } else { 1 };
+            let page = match self.source.events(&query, attempts).await {
                 Ok(page) => page,
                 Err(error) => {
                     if is_first && matches!(error.kind, ErrorKind::OutcomeUnknown { .. }) {
@@ -105,19 +108,6 @@ impl Poller {
             }
         }
         Ok(FetchEnd::Budget)
-    }
-
-    /// Requests a page. `retry`: this poll has just read the page before it. A transient failure is retried at once then,
-    /// because by the next poll BigChat may divide the events into pages differently.
-    async fn request(&self, query: &str, retry: bool) -> Result<Page, ApiError> {
-        let attempts = if retry { PAGE_ATTEMPTS } else { 1 };
-        let bigchat = &self.source.client;
-        let page = self
-            .source
-            .request(attempts, || bigchat.events(query))
-            .await;
-        self.source.epochs.answered(page.is_ok());
-        page
     }
 
     /// Handles a page that cannot be fetched. The next poll continues from it. If a later page is gone, or has failed in
@@ -220,8 +210,8 @@ impl Poller {
         let now = self.source.clock().now().unwrap_or(window.end);
         let end = start.plus(length).min(now).max(start);
         let query = window_query(Window { start, end });
-        let requested_in = self.source.epochs.current();
-        let page = match self.request(&query, false).await {
+        let requested_in = self.source.epoch();
+        let page = match self.source.events(&query, 1).await {
             Ok(page) => page,
             Err(error) if error.kind == ErrorKind::Rejected => return Ok(false),
             Err(error) => return Err(error.into()),
