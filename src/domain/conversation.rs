@@ -178,30 +178,37 @@ impl Observed {
         };
     }
 
-    /// Merges the fields read from OurAPI. A field in `unknown` takes the value read, so that it is written if another
-    /// value is desired. Any other field that differs was changed by another client: it stays in OurAPI and is returned
-    /// as drift.
-    pub fn merge(&mut self, found: &Fields, unknown: UnknownFields) -> Drift {
+    /// The chat after the fields were read from OurAPI. A field in `unknown` takes the value read, so that it is written
+    /// if another value is desired. Any other field that differs was changed by another client: it stays in OurAPI and
+    /// is returned as drift.
+    pub fn merged(&self, found: &Fields, unknown: UnknownFields) -> (Self, Drift) {
+        let mut merged = self.clone();
         let mut drift = Drift::default();
         if unknown.started_at {
-            self.started_at = Some(found.started_at);
+            merged.started_at = Some(found.started_at);
         } else {
             drift.started_at = self.started_at != Some(found.started_at);
         }
         // A missing end was lost, since nothing clears one. A later end is kept, since an end never moves back.
         if unknown.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
-            self.ended_at = found.ended_at;
+            merged.ended_at = found.ended_at;
         } else {
             drift.ended_at = self.ended_at != found.ended_at;
         }
         if unknown.agent {
             // The advisor of the recorded agent is known as long as the agent is the same.
-            self.advisor = self.advisor.filter(|_| self.agent == found.agent);
+            merged.advisor = self.advisor.filter(|_| self.agent == found.agent);
         } else {
             drift.agent = self.agent != found.agent;
         }
-        self.agent = found.agent;
-        drift
+        merged.agent = found.agent;
+        (merged, drift)
+    }
+
+    /// The chat's agent is gone, so that the desired one is written.
+    pub fn forget_agent(&mut self) {
+        self.agent = None;
+        self.advisor = None;
     }
 }
 
@@ -324,8 +331,7 @@ mod tests {
 
     #[test]
     fn only_certain_fields_drift() {
-        let mut merged = observed();
-        let drift = merged.merge(&found(), UnknownFields::default());
+        let (merged, drift) = observed().merged(&found(), UnknownFields::default());
         assert!(drift.started_at && drift.ended_at && drift.agent);
         assert_eq!(
             (merged.started_at, merged.ended_at),
@@ -333,8 +339,8 @@ mod tests {
         );
         assert_eq!(merged.advisor, Some(AdvisorId(1)), "not written again");
 
-        let mut merged = observed();
-        assert!(merged.merge(&found(), UnknownFields::ALL).is_none());
+        let (merged, drift) = observed().merged(&found(), UnknownFields::ALL);
+        assert!(drift.is_none());
         assert_eq!(
             (merged.started_at, merged.ended_at),
             (Some(at(2)), Some(at(8)))
@@ -344,13 +350,13 @@ mod tests {
 
     #[test]
     fn later_end_is_no_drift() {
-        let mut merged = observed();
         let later = Fields {
             ended_at: Some(at(20)),
             started_at: at(1),
-            agent: merged.agent,
+            agent: observed().agent,
         };
-        assert!(merged.merge(&later, UnknownFields::default()).is_none());
+        let (merged, drift) = observed().merged(&later, UnknownFields::default());
+        assert!(drift.is_none());
         assert_eq!(merged.ended_at, Some(at(20)));
     }
 

@@ -328,8 +328,7 @@ impl Reconciled {
     ) -> AttemptError {
         let error = worker.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
-            self.conversation.observed.agent = None;
-            self.conversation.observed.advisor = None;
+            self.conversation.observed.forget_agent();
         }
         error
     }

@@ -7,8 +7,8 @@ use super::{Reconciled, Stopped, is_outcome_unknown};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
-use crate::domain::conversation::{Conversation, Drift, Pending, UnknownFields};
-use crate::domain::ids::EventId;
+use crate::domain::conversation::{Conversation, Drift, Observed, Pending, UnknownFields};
+use crate::domain::ids::{AdvisorId, EventId};
 use crate::domain::progress::{Missing, Observation};
 use crate::our_api::{self, Message};
 
@@ -47,7 +47,9 @@ impl Reconciled {
         };
         let unknown = self.unknown_fields(worker);
         let before = self.conversation.observed.agent;
-        let drift = self.merge(worker, &found, unknown).await.map_err(failed)?;
+        let merged = self.merged(worker, &found, unknown).await;
+        let (observed, drift) = merged.map_err(failed)?;
+        self.conversation.observed = observed;
         // Drift that was already known has been reported.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
@@ -139,40 +141,43 @@ impl Reconciled {
         Ok(())
     }
 
-    /// Merges what was read, and returns the fields that another client has changed.
-    pub(super) async fn merge(
-        &mut self,
+    /// The observed chat after the fields were read, and the fields that another client has changed.
+    pub(super) async fn merged(
+        &self,
         worker: &Worker,
         found: &our_api::Chat,
         unknown: UnknownFields,
-    ) -> Result<Drift, AttemptError> {
-        let Conversation {
-            epoch, observed, ..
-        } = &mut self.conversation;
-        // After the first reading, the observed agent is the one that another client set, so `merge` finds no
+    ) -> Result<(Observed, Drift), AttemptError> {
+        let observed = &self.conversation.observed;
+        let (merged, mut drift) = observed.merged(&found.fields(), unknown);
+        // After the first reading, the observed agent is the one that another client set, so the merge finds no
         // difference. A write of unknown outcome would have made one.
         let is_same = observed.chat.is_some() && observed.agent == found.agent_id;
         let is_known = self.claim.drift.agent && (is_same || !unknown.agent);
-        let (epoch, advisor) = (
-            *epoch,
-            observed.advisor.filter(|_| is_known || !unknown.agent),
-        );
-        let mut drift = observed.merge(&found.fields(), unknown);
-        drift.agent |= is_known;
-        if drift.agent {
+        if drift.agent || is_known {
             // It may have been changed back.
-            drift.agent = match advisor {
+            drift.agent = match observed.advisor {
                 None => found.agent_id.is_some(),
                 Some(advisor) => {
-                    let agent = worker
-                        .journal
-                        .with(move |store| store.agent_of(epoch, advisor));
-                    let agent = agent.await?;
+                    let agent = self.agent_of(worker, advisor).await?;
                     agent.is_none_or(|agent| found.agent_id != Some(agent))
                 }
             };
         }
-        Ok(drift)
+        Ok((merged, drift))
+    }
+
+    /// The advisor's agent, as far as it is known.
+    pub(super) async fn agent_of(
+        &self,
+        worker: &Worker,
+        advisor: AdvisorId,
+    ) -> Result<Option<Uuid>, AttemptError> {
+        let epoch = self.conversation.epoch;
+        let agent = worker
+            .journal
+            .with(move |store| store.agent_of(epoch, advisor));
+        Ok(agent.await?)
     }
 
     pub(super) fn report_drift(&self, drift: Drift, found: &our_api::Chat) {

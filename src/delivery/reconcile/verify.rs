@@ -1,17 +1,27 @@
 //! Verification: a chat of a conversation without work is compared with the journal.
 
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::read_back::{Refreshed, count, held};
 use super::{Reconciled, Stopped};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account;
-use crate::domain::conversation::{Drift, Observed, UnknownFields};
+use crate::domain::conversation::{Conversation, Drift, Fields, Observed, UnknownFields};
 use crate::domain::progress::{
     FieldDifference, Missing, Observation, VerificationResult, Verify, VerifyMode,
 };
 use crate::our_api;
+
+/// The fields of a chat, compared with what was written.
+struct Compared {
+    /// The observed chat with the fields found, so that the next write restores what is missing.
+    merged: Observed,
+    drift: Drift,
+    missing: Missing,
+    differences: Vec<FieldDifference>,
+}
 
 impl Reconciled {
     /// Compares the chat with the journal, and restores or overwrites as the mode allows.
@@ -35,22 +45,20 @@ impl Reconciled {
         }
         let recorded = self.recorded(worker).await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
-        let before = self.conversation.observed.clone();
-        let fields = self.verify_fields(worker, verify, &found, &before).await;
-        let (drift, missing, fields) = fields.map_err(|error| {
-            // Nothing was found, so nothing may be written.
-            self.conversation.observed = before;
-            failed(error)
-        })?;
+        let compared = self.compare_fields(worker, &found).await;
+        let compared = compared.map_err(failed)?;
+        let observed = self.observed_after(worker, verify.mode, &found, &compared);
+        self.conversation.observed = observed.await.map_err(failed)?;
+        let drift = compared.drift;
         let missing = Missing {
             messages: count(&accounting.missing),
-            ..missing
+            ..compared.missing
         };
         let found_now = VerificationResult {
             is_unreadable: false,
             missing,
             drift,
-            fields,
+            fields: compared.differences,
         };
         let differs = found_now != VerificationResult::default();
         self.verified(verify, found_now);
@@ -107,80 +115,124 @@ impl Reconciled {
         self.verified = Some((verify, Some(found)));
     }
 
-    /// Compares the fields of a chat with what was written, and merges them unless the mode only reports. The next
-    /// write then restores what is missing, and overwrites what another client has changed if the mode says so.
-    async fn verify_fields(
-        &mut self,
+    /// Compares the fields of a chat with what was written.
+    async fn compare_fields(
+        &self,
         worker: &Worker,
-        verify: Verify,
         found: &our_api::Chat,
-        before: &Observed,
-    ) -> Result<(Drift, Missing, Vec<FieldDifference>), AttemptError> {
+    ) -> Result<Compared, AttemptError> {
+        let observed = &self.conversation.observed;
         // A write of the daemon that was carried out is no drift.
         let unknown = self.unknown_if_stale();
-        let mut drift = self.merge(worker, found, unknown).await?;
-        let mut missing = Missing {
-            ended_at: before.ended_at.is_some() && found.ended_at.is_none(),
+        let (merged, mut drift) = self.merged(worker, found, unknown).await?;
+        let missing = Missing {
+            ended_at: observed.ended_at.is_some() && found.ended_at.is_none(),
+            agent: self.agent_is_gone(worker, drift, found.agent_id).await?,
             ..Missing::default()
         };
-        // An agent set by another client is not verified.
-        if self.conversation.desired.advisor() == before.advisor
-            && (!drift.agent || found.agent_id.is_none())
-        {
-            let verification = self.claim.verifications;
-            missing.agent = worker.agents.is_gone(verification, before.agent).await?;
-        }
         drift.agent &= !missing.agent;
-        let advisor = before.advisor.or(self.conversation.desired.advisor());
-        let recorded_agent = match (self.conversation.epoch, advisor) {
-            // After the first reading, the observed agent is the one that another client set.
-            (epoch, Some(advisor)) if drift.agent => {
-                let agent = worker
-                    .journal
-                    .with(move |store| store.agent_of(epoch, advisor));
-                agent.await?
-            }
-            _ => before.agent,
+        let recorded = Observed {
+            agent: self.recorded_agent(worker, drift).await?,
+            ..observed.clone()
         };
-        let mut fields = Vec::new();
-        if drift.started_at {
-            let (recorded, found) = (before.started_at, Some(found.started_at));
-            fields.push(FieldDifference::new("started_at", recorded, found));
+        Ok(Compared {
+            merged,
+            drift,
+            missing,
+            differences: differences(&recorded, &found.fields(), drift, missing),
+        })
+    }
+
+    /// Whether OurAPI no longer has the agent that the daemon wrote. An agent set by another client is not verified.
+    async fn agent_is_gone(
+        &self,
+        worker: &Worker,
+        drift: Drift,
+        found: Option<Uuid>,
+    ) -> Result<bool, AttemptError> {
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        if desired.advisor() != observed.advisor || drift.agent && found.is_some() {
+            return Ok(false);
         }
-        if drift.ended_at || missing.ended_at {
-            let (recorded, found) = (before.ended_at, found.ended_at);
-            fields.push(FieldDifference::new("ended_at", recorded, found));
+        let verification = self.claim.verifications;
+        worker.agents.is_gone(verification, observed.agent).await
+    }
+
+    /// The agent that the daemon wrote.
+    async fn recorded_agent(
+        &self,
+        worker: &Worker,
+        drift: Drift,
+    ) -> Result<Option<Uuid>, AttemptError> {
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        match observed.advisor.or(desired.advisor()) {
+            // After the first reading, the observed agent is the one that another client set.
+            Some(advisor) if drift.agent => self.agent_of(worker, advisor).await,
+            _ => Ok(observed.agent),
         }
-        if drift.agent || missing.agent {
-            let (recorded, found) = (recorded_agent, found.agent_id);
-            fields.push(FieldDifference::new("agent_id", recorded, found));
-        }
-        let observed = &mut self.conversation.observed;
-        match verify.mode {
-            VerifyMode::Report => *observed = before.clone(),
-            VerifyMode::Restore => {}
+    }
+
+    /// The observed chat after the verification. The next write then restores what is missing, and overwrites what
+    /// another client has changed if the mode says so.
+    async fn observed_after(
+        &self,
+        worker: &Worker,
+        mode: VerifyMode,
+        found: &our_api::Chat,
+        compared: &Compared,
+    ) -> Result<Observed, AttemptError> {
+        let Conversation {
+            desired, observed, ..
+        } = &self.conversation;
+        let mut after = match mode {
+            VerifyMode::Report => return Ok(observed.clone()),
+            VerifyMode::Restore => compared.merged.clone(),
             VerifyMode::Overwrite => {
-                *observed = before.clone();
                 let unknown = UnknownFields {
                     // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
                     // only another copy of the journal knows.
-                    agent: (drift.agent || unknown.agent)
-                        && (self.conversation.desired.transfer.is_some()
-                            || found.agent_id.is_none()),
+                    agent: (compared.drift.agent || self.unknown_if_stale().agent)
+                        && (desired.transfer.is_some() || found.agent_id.is_none()),
                     ..UnknownFields::ALL
                 };
-                self.conversation.observed.merge(&found.fields(), unknown);
+                let (mut after, _) = observed.merged(&found.fields(), unknown);
                 if unknown.agent {
                     // The agent is written again, whichever client set it.
-                    self.conversation.observed.advisor = None;
+                    after.advisor = None;
                 }
+                after
             }
+        };
+        if compared.missing.agent {
+            worker.agents.forget_if_lost(observed.agent).await?;
+            after.forget_agent();
         }
-        if missing.agent && verify.mode != VerifyMode::Report {
-            worker.agents.forget_if_lost(before.agent).await?;
-            self.conversation.observed.advisor = None;
-            self.conversation.observed.agent = None;
-        }
-        Ok((drift, missing, fields))
+        Ok(after)
     }
+}
+
+fn differences(
+    recorded: &Observed,
+    found: &Fields,
+    drift: Drift,
+    missing: Missing,
+) -> Vec<FieldDifference> {
+    let mut differences = Vec::new();
+    if drift.started_at {
+        let (recorded, found) = (recorded.started_at, Some(found.started_at));
+        differences.push(FieldDifference::new("started_at", recorded, found));
+    }
+    if drift.ended_at || missing.ended_at {
+        let (recorded, found) = (recorded.ended_at, found.ended_at);
+        differences.push(FieldDifference::new("ended_at", recorded, found));
+    }
+    if drift.agent || missing.agent {
+        let (recorded, found) = (recorded.agent, found.agent);
+        differences.push(FieldDifference::new("agent_id", recorded, found));
+    }
+    differences
 }
