@@ -106,41 +106,60 @@ impl ChatChange {
     }
 }
 
-/// The fields of a chat that another client changed.
+/// Some of the fields of a chat that events determine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Drift {
+pub struct FieldSet {
     pub started_at: bool,
     pub ended_at: bool,
     pub agent: bool,
 }
 
-impl Drift {
-    pub fn is_none(self) -> bool {
+impl FieldSet {
+    pub const ALL: Self = Self {
+        started_at: true,
+        ended_at: true,
+        agent: true,
+    };
+
+    /// OurAPI's names of the fields.
+    pub const NAMES: [&str; 3] = ["started_at", "ended_at", "agent_id"];
+
+    pub fn is_empty(self) -> bool {
         self == Self::default()
+    }
+
+    /// The fields that these events change.
+    pub fn changed_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
+        let mut changed = Self::default();
+        for event in events {
+            match event.payload.kind() {
+                EventKind::Start => changed.started_at = true,
+                EventKind::End => changed.ended_at = true,
+                EventKind::Transfer => changed.agent = true,
+                EventKind::Message => {}
+            }
+        }
+        changed
     }
 
     /// Reads the list of names that [`Display`](fmt::Display) writes.
     pub fn named(names: &str) -> Self {
-        let has = |name| names.split(", ").any(|named| named == name);
+        let [started_at, ended_at, agent] =
+            Self::NAMES.map(|name| names.split(", ").any(|named| named == name));
         Self {
-            started_at: has("started_at"),
-            ended_at: has("ended_at"),
-            agent: has("agent_id"),
+            started_at,
+            ended_at,
+            agent,
         }
     }
 }
 
-/// OurAPI's names of the fields.
-impl fmt::Display for Drift {
+impl fmt::Display for FieldSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let fields = [
-            (self.started_at, "started_at"),
-            (self.ended_at, "ended_at"),
-            (self.agent, "agent_id"),
-        ];
-        let names: Vec<&str> = fields
-            .into_iter()
-            .filter_map(|(differs, name)| differs.then_some(name))
+        let has = [self.started_at, self.ended_at, self.agent];
+        let names = Self::NAMES.into_iter().zip(has);
+        let names: Vec<&str> = names
+            .filter_map(|(name, has)| has.then_some(name))
             .collect();
         f.write_str(&names.join(", "))
     }
@@ -178,12 +197,12 @@ impl Observed {
         };
     }
 
-    /// The chat after the fields were read from OurAPI. A field in `unknown` takes the value read, so that it is written
-    /// if another value is desired. Any other field that differs was changed by another client: it stays in OurAPI and
-    /// is returned as drift.
-    pub fn merged(&self, found: &Fields, unknown: UnknownFields) -> (Self, Drift) {
+    /// The chat after the fields were read from OurAPI. A field in `unknown` may have been written although the journal
+    /// does not record it: it takes the value read, so that it is written if another value is desired. Any other field
+    /// that differs was changed by another client: it stays in OurAPI and is returned as drift.
+    pub fn merged(&self, found: &Fields, unknown: FieldSet) -> (Self, FieldSet) {
         let mut merged = self.clone();
-        let mut drift = Drift::default();
+        let mut drift = FieldSet::default();
         if unknown.started_at {
             merged.started_at = Some(found.started_at);
         } else {
@@ -209,36 +228,6 @@ impl Observed {
     pub fn forget_agent(&mut self) {
         self.agent = None;
         self.advisor = None;
-    }
-}
-
-/// Fields of a chat that may have been written although the journal does not record it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct UnknownFields {
-    pub started_at: bool,
-    pub ended_at: bool,
-    pub agent: bool,
-}
-
-impl UnknownFields {
-    pub const ALL: Self = Self {
-        started_at: true,
-        ended_at: true,
-        agent: true,
-    };
-
-    /// The fields that these events change.
-    pub fn changed_by<'a>(events: impl IntoIterator<Item = &'a Pending>) -> Self {
-        let mut unknown = Self::default();
-        for event in events {
-            match event.payload.kind() {
-                EventKind::Start => unknown.started_at = true,
-                EventKind::End => unknown.ended_at = true,
-                EventKind::Transfer => unknown.agent = true,
-                EventKind::Message => {}
-            }
-        }
-        unknown
     }
 }
 
@@ -331,7 +320,7 @@ mod tests {
 
     #[test]
     fn only_certain_fields_drift() {
-        let (merged, drift) = observed().merged(&found(), UnknownFields::default());
+        let (merged, drift) = observed().merged(&found(), FieldSet::default());
         assert!(drift.started_at && drift.ended_at && drift.agent);
         assert_eq!(
             (merged.started_at, merged.ended_at),
@@ -339,8 +328,8 @@ mod tests {
         );
         assert_eq!(merged.advisor, Some(AdvisorId(1)), "not written again");
 
-        let (merged, drift) = observed().merged(&found(), UnknownFields::ALL);
-        assert!(drift.is_none());
+        let (merged, drift) = observed().merged(&found(), FieldSet::ALL);
+        assert!(drift.is_empty());
         assert_eq!(
             (merged.started_at, merged.ended_at),
             (Some(at(2)), Some(at(8)))
@@ -355,8 +344,8 @@ mod tests {
             started_at: at(1),
             agent: observed().agent,
         };
-        let (merged, drift) = observed().merged(&later, UnknownFields::default());
-        assert!(drift.is_none());
+        let (merged, drift) = observed().merged(&later, FieldSet::default());
+        assert!(drift.is_empty());
         assert_eq!(merged.ended_at, Some(at(20)));
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::account::{Accounting, MessageKey};
-use super::conversation::{Attempts, Conversation, Drift, Pending};
+use super::conversation::{Attempts, Conversation, FieldSet, Pending};
 use super::ids::{ConversationId, EventId};
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
@@ -55,7 +55,7 @@ pub struct Claim {
     /// The latest verification.
     pub verifications: i64,
     /// The fields that another client had changed when the chat was last read.
-    pub drift: Drift,
+    pub drift: FieldSet,
 }
 
 /// A verification of a chat.
@@ -91,7 +91,7 @@ pub struct VerificationResult {
     /// Reading the chat failed repeatedly while OurAPI was up.
     pub is_unreadable: bool,
     pub missing: Missing,
-    pub drift: Drift,
+    pub drift: FieldSet,
     pub fields: Vec<FieldDifference>,
 }
 
@@ -125,13 +125,13 @@ impl VerificationResult {
                 ..
             } => "unreadable",
             _ if self.missing.chat => "missing",
-            _ if !self.drift.is_none() || self.missing.ended_at || self.missing.agent => "differs",
+            _ if !self.drift.is_empty() || self.missing.ended_at || self.missing.agent => "differs",
             _ => "same",
         }
     }
 
     /// The remaining difference after a verification in that mode.
-    pub fn left(&self, mode: VerifyMode) -> (Missing, Drift) {
+    pub fn left(&self, mode: VerifyMode) -> (Missing, FieldSet) {
         match mode {
             VerifyMode::Report => (self.missing, self.drift),
             VerifyMode::Restore => (Missing::default(), self.drift),
@@ -303,7 +303,7 @@ pub struct Report {
     /// The inner `None`: the verification failed, or gave way.
     pub verified: Option<(Verify, Option<VerificationResult>)>,
     /// What differs and stays, as far as the chat was read; `None`: it is as before.
-    pub drift: Option<Drift>,
+    pub drift: Option<FieldSet>,
     pub missing: Option<Missing>,
 }
 
@@ -433,7 +433,7 @@ mod tests {
         };
         let nothing = Missing::default();
         let drift = VerificationResult {
-            drift: Drift::named("agent_id"),
+            drift: FieldSet::named("agent_id"),
             ..VerificationResult::default()
         };
         for (found, state) in [

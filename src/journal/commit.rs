@@ -285,7 +285,7 @@ fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result
     let observed = &conversation.observed;
     let is_verified = matches!(verified, Some((_, Some(_))));
     let is_new = observed.chat.is_some() && claim.verified_in.is_none();
-    if !is_verified && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_none() {
+    if !is_verified && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_empty() {
         return Ok(());
     }
     transaction

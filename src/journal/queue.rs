@@ -13,7 +13,7 @@ use super::verification::claim_verifications;
 use super::{JournalError, Result, Store, count, limit, payload, present};
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{
-    Attempts, Conversation, Desired, Details, Drift, Observed, Pending, Transfer,
+    Attempts, Conversation, Desired, Details, FieldSet, Observed, Pending, Transfer,
 };
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
@@ -366,8 +366,8 @@ fn read_conversation(
         verified_in: row.get(22)?,
         verifications: loading.verifications,
         drift: match row.get_ref(23)?.as_str_or_null() {
-            Ok(Some(names)) => Drift::named(names),
-            _ => Drift::default(),
+            Ok(Some(names)) => FieldSet::named(names),
+            _ => FieldSet::default(),
         },
     };
     Ok((conversation, claim, restored_through))

@@ -16,7 +16,7 @@ use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
 use crate::domain::account::{self, MessageKey};
-use crate::domain::conversation::{Conversation, Desired, Drift, Fields, Pending};
+use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{
     Claim, Effect, Missing, Observation, VerificationResult, Verify, Work,
@@ -43,7 +43,7 @@ pub(super) struct Reconciled {
     pub(super) writes: u32,
     pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
     /// Differences that are not repaired; `None`: the chat was not read.
-    pub(super) drift: Option<Drift>,
+    pub(super) drift: Option<FieldSet>,
     pub(super) missing: Option<Missing>,
 }
 

@@ -7,7 +7,7 @@ use super::{Reconciled, Stopped, is_outcome_unknown};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
-use crate::domain::conversation::{Conversation, Drift, Observed, Pending, UnknownFields};
+use crate::domain::conversation::{Conversation, FieldSet, Observed, Pending};
 use crate::domain::ids::{AdvisorId, EventId};
 use crate::domain::progress::{Missing, Observation};
 use crate::our_api::{self, Message};
@@ -71,7 +71,7 @@ impl Reconciled {
     /// The fields that may have been written although the journal does not record it. They are those changed by an
     /// event whose outcome is unknown, or by an event that a newer copy of the journal may have delivered. Waiting
     /// changes are written together, so if one has an unknown outcome, the fields that the others change count, too.
-    fn unknown_fields(&self, worker: &Worker) -> UnknownFields {
+    fn unknown_fields(&self, worker: &Worker) -> FieldSet {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
                 || self.must_be_read(worker) && worker.may_be_delivered(&self.claim, event)
@@ -86,14 +86,14 @@ impl Reconciled {
             return self.unknown_if_stale();
         }
         let changed = match changes().any(|event| event.attempts.outcome_unknown) {
-            true => UnknownFields::changed_by(changes()),
-            false => UnknownFields::changed_by(changes().filter(is_unknown)),
+            true => FieldSet::changed_by(changes()),
+            false => FieldSet::changed_by(changes().filter(is_unknown)),
         };
         // A field whose desired value differs from the observed one may have been written together with these.
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
-        UnknownFields {
+        FieldSet {
             started_at: changed.started_at
                 || desired.started_at.is_none()
                 || desired.started_at != observed.started_at,
@@ -103,10 +103,10 @@ impl Reconciled {
     }
 
     /// If the chat became stale, a write may have been carried out, and it is unknown which fields it changed.
-    pub(super) fn unknown_if_stale(&self) -> UnknownFields {
+    pub(super) fn unknown_if_stale(&self) -> FieldSet {
         match self.claim.became_stale {
-            true => UnknownFields::ALL,
-            false => UnknownFields::default(),
+            true => FieldSet::ALL,
+            false => FieldSet::default(),
         }
     }
 
@@ -146,8 +146,8 @@ impl Reconciled {
         &self,
         worker: &Worker,
         found: &our_api::Chat,
-        unknown: UnknownFields,
-    ) -> Result<(Observed, Drift), AttemptError> {
+        unknown: FieldSet,
+    ) -> Result<(Observed, FieldSet), AttemptError> {
         let observed = &self.conversation.observed;
         let (merged, mut drift) = observed.merged(&found.fields(), unknown);
         // After the first reading, the observed agent is the one that another client set, so the merge finds no
@@ -180,8 +180,8 @@ impl Reconciled {
         Ok(agent.await?)
     }
 
-    pub(super) fn report_drift(&self, drift: Drift, found: &our_api::Chat) {
-        if !drift.is_none() {
+    pub(super) fn report_drift(&self, drift: FieldSet, found: &our_api::Chat) {
+        if !drift.is_empty() {
             tracing::warn!(
                 conversation = self.conversation.bigchat_id, chat = %found.chat_id, %drift,
                 "a chat was changed in OurAPI by another client, or after the backup if this database was restored from one; it stays as it is"

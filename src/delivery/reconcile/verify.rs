@@ -8,7 +8,7 @@ use super::{Reconciled, Stopped};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account;
-use crate::domain::conversation::{Conversation, Drift, Fields, Observed, UnknownFields};
+use crate::domain::conversation::{Conversation, FieldSet, Fields, Observed};
 use crate::domain::progress::{
     FieldDifference, Missing, Observation, VerificationResult, Verify, VerifyMode,
 };
@@ -18,7 +18,7 @@ use crate::our_api;
 struct Compared {
     /// The observed chat with the fields found, so that the next write restores what is missing.
     merged: Observed,
-    drift: Drift,
+    drift: FieldSet,
     missing: Missing,
     differences: Vec<FieldDifference>,
 }
@@ -147,7 +147,7 @@ impl Reconciled {
     async fn agent_is_gone(
         &self,
         worker: &Worker,
-        drift: Drift,
+        drift: FieldSet,
         found: Option<Uuid>,
     ) -> Result<bool, AttemptError> {
         let Conversation {
@@ -164,7 +164,7 @@ impl Reconciled {
     async fn recorded_agent(
         &self,
         worker: &Worker,
-        drift: Drift,
+        drift: FieldSet,
     ) -> Result<Option<Uuid>, AttemptError> {
         let Conversation {
             desired, observed, ..
@@ -192,12 +192,12 @@ impl Reconciled {
             VerifyMode::Report => return Ok(observed.clone()),
             VerifyMode::Restore => compared.merged.clone(),
             VerifyMode::Overwrite => {
-                let unknown = UnknownFields {
+                let unknown = FieldSet {
                     // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
                     // only another copy of the journal knows.
                     agent: (compared.drift.agent || self.unknown_if_stale().agent)
                         && (desired.transfer.is_some() || found.agent_id.is_none()),
-                    ..UnknownFields::ALL
+                    ..FieldSet::ALL
                 };
                 let (mut after, _) = observed.merged(&found.fields(), unknown);
                 if unknown.agent {
@@ -218,21 +218,22 @@ impl Reconciled {
 fn differences(
     recorded: &Observed,
     found: &Fields,
-    drift: Drift,
+    drift: FieldSet,
     missing: Missing,
 ) -> Vec<FieldDifference> {
+    let [started_at, ended_at, agent] = FieldSet::NAMES;
     let mut differences = Vec::new();
     if drift.started_at {
         let (recorded, found) = (recorded.started_at, Some(found.started_at));
-        differences.push(FieldDifference::new("started_at", recorded, found));
+        differences.push(FieldDifference::new(started_at, recorded, found));
     }
     if drift.ended_at || missing.ended_at {
         let (recorded, found) = (recorded.ended_at, found.ended_at);
-        differences.push(FieldDifference::new("ended_at", recorded, found));
+        differences.push(FieldDifference::new(ended_at, recorded, found));
     }
     if drift.agent || missing.agent {
         let (recorded, found) = (recorded.agent, found.agent);
-        differences.push(FieldDifference::new("agent_id", recorded, found));
+        differences.push(FieldDifference::new(agent, recorded, found));
     }
     differences
 }
