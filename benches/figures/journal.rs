@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bigchat_sync::domain::progress::{
-    Due, Effect, EventOutcome, Observation, Outcome, Report, Work, advance,
+    Due, Effect, Ended, EventOutcome, Observation, Outcome, Report, Verified, Work, advance,
 };
 use bigchat_sync::domain::time::Millis;
 use bigchat_sync::journal::{ClaimRequest, Intervals, Store};
@@ -41,13 +41,13 @@ pub(crate) fn measure(scale: Scale) {
             max_wait: Duration::MAX,
         };
         let claimed = store.claim(&request, Millis::now()).expect("a claim");
-        let reports: Vec<Report> = claimed.work.into_iter().map(done).collect();
-        if reports.is_empty() {
+        let ended: Vec<Ended> = claimed.work.into_iter().map(done).collect();
+        if ended.is_empty() {
             break;
         }
-        delivered += i64::try_from(reports.len()).expect("few");
+        delivered += i64::try_from(ended.len()).expect("few");
         store
-            .commit(reports.iter().map(Ok), session.id, Millis::now())
+            .commit(&ended, session.id, Millis::now())
             .expect("it is committed");
     }
     let committed = began.elapsed();
@@ -63,13 +63,13 @@ pub(crate) fn measure(scale: Scale) {
     );
 }
 
-fn done(work: Work) -> Report {
+fn done(work: Work) -> Ended {
     let outcomes: Vec<EventOutcome> = work
         .events
         .iter()
         .map(|event| EventOutcome::of(event, Outcome::Delivered(Effect::MessageAdded)))
         .collect();
-    Report {
+    Ended::Report(Box::new(Report {
         advance: advance(&work.claim, &work.events, &outcomes),
         conversation: work.conversation,
         claim: work.claim,
@@ -79,8 +79,8 @@ fn done(work: Work) -> Report {
         becomes_stale: false,
         due: Due::IfWaiting,
         writes_succeeded: 0,
-        verified: None,
+        verified: Verified::NotAsked,
         drift: None,
         missing: None,
-    }
+    }))
 }

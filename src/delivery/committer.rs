@@ -7,7 +7,7 @@ use tokio::sync::mpsc::{Receiver, UnboundedSender};
 use tokio::time::{Instant, sleep};
 
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{Lost, Report};
+use crate::domain::progress::Ended;
 use crate::domain::time::Millis;
 use crate::journal::{JournalError, STORAGE_PAUSE};
 
@@ -25,29 +25,12 @@ const PAUSE_FACTOR: u32 = 20;
 /// Maximum pause, so that a crash leaves few chats to read back.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// The result of a claim.
-#[derive(Debug)]
-pub(super) enum ToCommit {
-    Report(Box<Report>),
-    /// The worker panicked.
-    Lost(Lost),
-}
-
 /// The result of a batch.
 #[derive(Debug, Default)]
 pub(super) struct Released {
     pub(super) committed: Vec<ConversationId>,
     /// How many conversations are set aside until the next start, since their reports cannot be committed.
     pub(super) set_aside: usize,
-}
-
-impl ToCommit {
-    fn conversation(&self) -> ConversationId {
-        match self {
-            Self::Report(report) => report.conversation.id,
-            Self::Lost(lost) => lost.conversation,
-        }
-    }
 }
 
 pub(super) struct Committer(pub(super) Arc<Worker>);
@@ -57,7 +40,7 @@ impl Committer {
     /// is retried.
     pub(super) async fn run(
         &self,
-        mut reported: Receiver<ToCommit>,
+        mut reported: Receiver<Ended>,
         release: UnboundedSender<Released>,
     ) {
         let mut batch = Vec::new();
@@ -74,13 +57,13 @@ impl Committer {
 
     /// Commits a batch, if possible in one transaction. If a row is at fault, halves find it, and the others are committed
     /// without it.
-    async fn commit(&self, batch: Arc<Vec<ToCommit>>) -> Released {
+    async fn commit(&self, batch: Arc<Vec<Ended>>) -> Released {
         let mut released = Released::default();
         let mut rows = 0..batch.len();
         while !rows.is_empty() {
             match self.try_commit(Arc::clone(&batch), rows.clone()).await {
                 Ok(()) => {
-                    let committed = batch[rows.clone()].iter().map(ToCommit::conversation);
+                    let committed = batch[rows.clone()].iter().map(Ended::conversation);
                     released.committed.extend(committed);
                 }
                 Err(error) if error.is_transient() => {
@@ -111,17 +94,14 @@ impl Committer {
 
     async fn try_commit(
         &self,
-        batch: Arc<Vec<ToCommit>>,
+        batch: Arc<Vec<Ended>>,
         rows: std::ops::Range<usize>,
     ) -> Result<(), JournalError> {
         let session = self.0.session.id;
-        let committed = self.0.journal.with(move |store| {
-            let reports = batch[rows].iter().map(|row| match row {
-                ToCommit::Report(report) => Ok(report.as_ref()),
-                ToCommit::Lost(lost) => Err(lost),
-            });
-            store.commit(reports, session, Millis::now())
-        });
+        let committed = self
+            .0
+            .journal
+            .with(move |store| store.commit(&batch[rows], session, Millis::now()));
         committed.await?;
         self.0.storage.delivery_recovered();
         Ok(())

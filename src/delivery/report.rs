@@ -7,7 +7,7 @@ use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
     Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
-    VerificationResult, advance,
+    VerificationResult, Verified, advance,
 };
 use crate::domain::time::Millis;
 use crate::http::Api;
@@ -49,7 +49,7 @@ impl Scheduler {
         match stopped {
             None => {
                 // A claim between two failed reads, with nothing to do, does not count as a read.
-                if observation != Observation::None || matches!(verified, Some((_, Some(_)))) {
+                if observation != Observation::None || matches!(verified, Verified::Found(_)) {
                     self.failed_reads.remove(&conversation.id);
                 }
             }
@@ -86,20 +86,20 @@ impl Scheduler {
                     },
                     (None, error) => {
                         // The chat itself was just read, so OurAPI is up.
-                        let is_up = verified.is_some() && stopped.reading_messages;
+                        let is_up = verified != Verified::NotAsked && stopped.reading_messages;
                         let (failed, next_at) = self.read_failed(&conversation, error, is_up, now);
                         due = Due::At(next_at);
                         let is_last = failed >= self.worker.settings.max_attempts;
-                        match &mut verified {
-                            Some((_, found)) if is_last && error.is_of_api() => {
-                                *found = Some(VerificationResult {
+                        match verified {
+                            Verified::NotDone if is_last && error.is_of_api() => {
+                                verified = Verified::Found(VerificationResult {
                                     is_unreadable: true,
                                     ..VerificationResult::default()
                                 });
                                 due = Due::IfWaiting;
                                 self.failed_reads.remove(&conversation.id);
                             }
-                            None if is_last && stopped.reading_messages => {
+                            Verified::NotAsked if is_last && stopped.reading_messages => {
                                 // No message has an unknown outcome: the chat is verified by its fields.
                                 self.worker.record_unreadable(conversation.id);
                                 observation = Observation::Read(None);

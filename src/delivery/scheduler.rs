@@ -14,12 +14,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::Task;
 use super::attempts::Writes;
-use super::committer::{MAX_CLAIMED, Released, ToCommit};
+use super::committer::{MAX_CLAIMED, Released};
 use super::reconcile::{Reconciled, reconcile};
 use super::worker::Worker;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
-use crate::domain::progress::{IdlePass, Work};
+use crate::domain::progress::{Ended, IdlePass, Work};
 use crate::domain::time::Millis;
 use crate::http::{Circuit, RETRY_AFTER_MAX};
 use crate::journal::{ClaimRequest, Claimed, JournalError, STORAGE_PAUSE};
@@ -91,7 +91,7 @@ pub(super) struct Scheduler {
     set_aside: usize,
     /// A write of the conversation timed out and may be carried out until this time.
     timed_out: HashMap<ConversationId, Instant>,
-    reports: mpsc::Sender<ToCommit>,
+    reports: mpsc::Sender<Ended>,
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
     /// There may be a due conversation that is not claimed.
@@ -109,7 +109,7 @@ impl Scheduler {
     pub(super) fn new(
         worker: Arc<Worker>,
         task: Task,
-        reports: mpsc::Sender<ToCommit>,
+        reports: mpsc::Sender<Ended>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
         let writes = Writes::since(worker.session.writes_succeeded);
@@ -418,19 +418,19 @@ impl Scheduler {
         if let Some(began) = at_work.as_ref().and_then(|at_work| at_work.idle_since) {
             self.idle_pass.ended(began);
         }
-        let to_commit = match done {
-            Ok((_, reconciled)) => ToCommit::Report(Box::new(self.report(reconciled))),
+        let ended = match done {
+            Ok((_, reconciled)) => Ended::Report(Box::new(self.report(reconciled))),
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
                 self.worker.metrics.panicked();
                 let Some(at_work) = at_work else {
                     return;
                 };
-                ToCommit::Lost(self.panicked(at_work))
+                Ended::Lost(self.panicked(at_work))
             }
         };
         // The channel has room for the reports of all claimed conversations.
-        if self.reports.try_send(to_commit).is_err() {
+        if self.reports.try_send(ended).is_err() {
             tracing::error!(
                 "a report could not be committed; its conversation is read back at the next start"
             );

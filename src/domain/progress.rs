@@ -140,6 +140,16 @@ impl VerificationResult {
     }
 }
 
+/// Whether a claim verified the chat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verified {
+    /// The claim delivered events.
+    NotAsked,
+    /// The verification failed, or gave way to events.
+    NotDone,
+    Found(VerificationResult),
+}
+
 /// What OurAPI has lost of a chat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Missing {
@@ -284,7 +294,35 @@ pub enum Observation {
     },
 }
 
-/// The result of a claim, to be committed.
+impl Observation {
+    /// Whether the journal's record of the chat is right again.
+    pub fn is_fresh(&self) -> bool {
+        matches!(self, Self::Created | Self::Read(_))
+    }
+
+    /// Whether the journal knows which messages the chat has.
+    pub fn is_read(&self) -> bool {
+        matches!(self, Self::Created | Self::Read(Some(_)))
+    }
+}
+
+/// How a claim ended, to be committed.
+#[derive(Debug, Clone)]
+pub enum Ended {
+    Report(Box<Report>),
+    Lost(Lost),
+}
+
+impl Ended {
+    pub fn conversation(&self) -> ConversationId {
+        match self {
+            Self::Report(report) => report.conversation.id,
+            Self::Lost(lost) => lost.conversation,
+        }
+    }
+}
+
+/// The result of a claim.
 #[derive(Debug, Clone)]
 pub struct Report {
     pub conversation: Conversation,
@@ -300,11 +338,26 @@ pub struct Report {
     pub due: Due,
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
-    /// The inner `None`: the verification failed, or gave way.
-    pub verified: Option<(Verify, Option<VerificationResult>)>,
+    pub verified: Verified,
     /// What differs and stays, as far as the chat was read; `None`: it is as before.
     pub drift: Option<FieldSet>,
     pub missing: Option<Missing>,
+}
+
+impl Report {
+    /// When the conversation is due, apart from the events that wait.
+    pub fn due_at(&self, now: Millis) -> Option<Millis> {
+        let is_due_again = match self.observation {
+            // Without a chat there is nothing left to write, so the conversation is not due again at once.
+            Observation::Read(None) => self.conversation.observed.chat.is_some(),
+            Observation::Read(Some(_)) | Observation::Gone { .. } => true,
+            Observation::None | Observation::Created => false,
+        };
+        match self.due {
+            Due::At(at) => Some(at),
+            Due::IfWaiting => is_due_again.then_some(now),
+        }
+    }
 }
 
 /// When a conversation is due after a report.

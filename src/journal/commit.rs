@@ -12,7 +12,9 @@ use super::{Result, Store, limit, present};
 use crate::domain::account::{Accounting, MessageKey};
 use crate::domain::conversation::{Attempts, Conversation, Details};
 use crate::domain::ids::{ConversationId, EventId};
-use crate::domain::progress::{Due, EventOutcome, Failure, Lost, Observation, Outcome, Report};
+use crate::domain::progress::{
+    Due, Ended, EventOutcome, Failure, Lost, Observation, Outcome, Report, Verified,
+};
 use crate::domain::time::{Millis, Timestamp};
 
 /// How many of its latest failures are stored for each event.
@@ -39,23 +41,18 @@ macro_rules! waiting_since {
 }
 
 impl Store {
-    /// Commits reports, and records the claims that will have no report.
-    pub fn commit<'a>(
-        &mut self,
-        reports: impl Iterator<Item = std::result::Result<&'a Report, &'a Lost>>,
-        session: i64,
-        now: Millis,
-    ) -> Result<()> {
+    /// Commits the results of claims.
+    pub fn commit(&mut self, ended: &[Ended], session: i64, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
         let mut counts = Counts::default();
         let mut writes_succeeded = 0;
-        for report in reports {
-            match report {
-                Ok(report) => {
+        for ended in ended {
+            match ended {
+                Ended::Report(report) => {
                     commit(&transaction, report, session, &mut counts, now)?;
                     writes_succeeded = report.writes_succeeded.max(writes_succeeded);
                 }
-                Err(lost) => commit_lost(&transaction, lost, &mut counts, now)?,
+                Ended::Lost(lost) => commit_lost(&transaction, lost, &mut counts, now)?,
             }
         }
         counts.store(&transaction, now)?;
@@ -120,7 +117,7 @@ fn commit(
         // None of the claimed events exists: they were deleted by hand.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
             recount(transaction, id)?;
-            if report.verified.is_none() {
+            if report.verified == Verified::NotAsked {
                 transaction.execute(
                     "UPDATE conversations SET due_at = NULL WHERE id = ?1 AND waiting = 0",
                     [id],
@@ -134,7 +131,7 @@ fn commit(
             recount(transaction, id)?;
         }
     }
-    if let Some((_, Some(found))) = &report.verified {
+    if let Verified::Found(found) = &report.verified {
         record_finding(transaction, id, &report.claim, found)?;
     }
     Ok(())
@@ -193,24 +190,6 @@ fn update(
         observed,
         ..
     } = &report.conversation;
-    let is_fresh = matches!(
-        report.observation,
-        Observation::Read(_) | Observation::Created
-    );
-    let is_read = matches!(
-        report.observation,
-        Observation::Read(Some(_)) | Observation::Created
-    );
-    let ends_claim = match report.observation {
-        // Without a chat there is nothing left to write, so the conversation is not due again at once.
-        Observation::Read(None) => observed.chat.is_some(),
-        Observation::Read(Some(_)) | Observation::Gone { .. } => true,
-        Observation::None | Observation::Created => false,
-    };
-    let due_at = match report.due {
-        Due::At(at) => Some(at.0),
-        Due::IfWaiting => ends_claim.then_some(now.0),
-    };
     let is_forgotten = transaction
         .prepare_cached(concat!(
             // Its START may have arrived meanwhile, or its details may have been read.
@@ -256,16 +235,16 @@ fn update(
                 ":chat_agent": observed.agent.map(|id| id.to_string()),
                 ":chat_advisor": observed.advisor,
                 ":becomes_stale": report.becomes_stale,
-                ":is_fresh": is_fresh,
-                ":is_read": is_read,
+                ":is_fresh": report.observation.is_fresh(),
+                ":is_read": report.observation.is_read(),
                 ":stale_seq": report.claim.stale_seq,
                 ":losses": report.claim.losses,
                 ":session": session,
                 ":offset": report.advance.offset,
                 ":settled": report.advance.settled,
-                ":due_at": due_at,
+                ":due_at": report.due_at(now).map(|at| at.0),
                 ":now": now.0,
-                ":is_verification": report.verified.is_some(),
+                ":is_verification": report.verified != Verified::NotAsked,
             }, |row| row.get(0))
         .optional()?;
     present(is_forgotten, &format!("no conversation {}", id.0))
@@ -283,7 +262,7 @@ fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result
         ..
     } = report;
     let observed = &conversation.observed;
-    let is_verified = matches!(verified, Some((_, Some(_))));
+    let is_verified = matches!(verified, Verified::Found(_));
     let is_new = observed.chat.is_some() && claim.verified_in.is_none();
     if !is_verified && !is_new && drift.is_none() && missing.is_none() && claim.drift.is_empty() {
         return Ok(());

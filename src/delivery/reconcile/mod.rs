@@ -18,9 +18,7 @@ use super::worker::Worker;
 use crate::domain::account::{self, MessageKey};
 use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
-use crate::domain::progress::{
-    Claim, Effect, Missing, Observation, VerificationResult, Verify, Work,
-};
+use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Work};
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::settings::MessageAuthor;
 
@@ -41,7 +39,7 @@ pub(super) struct Reconciled {
     pub(super) consumed: Vec<MessageKey>,
     /// How many writes OurAPI carried out.
     pub(super) writes: u32,
-    pub(super) verified: Option<(Verify, Option<VerificationResult>)>,
+    pub(super) verified: Verified,
     /// Differences that are not repaired; `None`: the chat was not read.
     pub(super) drift: Option<FieldSet>,
     pub(super) missing: Option<Missing>,
@@ -93,7 +91,7 @@ pub(super) async fn reconcile(
         is_unread: false,
         consumed: Vec::new(),
         writes: 0,
-        verified: verify.map(|verify| (verify, None)),
+        verified: verify.map_or(Verified::NotAsked, |_| Verified::NotDone),
         drift: None,
         missing: None,
     };

@@ -10,7 +10,7 @@ use crate::delivery::worker::Worker;
 use crate::domain::account;
 use crate::domain::conversation::{Conversation, FieldSet, Fields, Observed};
 use crate::domain::progress::{
-    FieldDifference, Missing, Observation, VerificationResult, Verify, VerifyMode,
+    FieldDifference, Missing, Observation, VerificationResult, Verified, Verify, VerifyMode,
 };
 use crate::our_api;
 
@@ -112,7 +112,7 @@ impl Reconciled {
             self.report_missing(missing);
         }
         (self.missing, self.drift) = (Some(missing), Some(drift));
-        self.verified = Some((verify, Some(found)));
+        self.verified = Verified::Found(found);
     }
 
     /// Compares the fields of a chat with what was written.

@@ -22,8 +22,8 @@ use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
 use crate::domain::progress::{
-    Due, Effect, EventOutcome, Failure, IdlePass, Lost, Missing, Observation, Outcome, Report,
-    VerificationResult, VerifyMode, Work, advance,
+    Due, Effect, Ended, EventOutcome, Failure, IdlePass, Lost, Missing, Observation, Outcome,
+    Report, VerificationResult, Verified, VerifyMode, Work, advance,
 };
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
@@ -184,7 +184,7 @@ struct Pair {
     store: Store,
     plain: Plain,
     work: Vec<Work>,
-    reports: Vec<std::result::Result<Report, Lost>>,
+    ended: Vec<Ended>,
     session: i64,
     replay_until: i64,
     writes: i64,
@@ -208,7 +208,7 @@ impl Pair {
             store,
             plain,
             work: Vec::new(),
-            reports: Vec::new(),
+            ended: Vec::new(),
             session: 0,
             replay_until: 0,
             writes: 0,
@@ -229,7 +229,7 @@ impl Pair {
             Step::Report(which, script) => {
                 if let Some(work) = self.take_work(which) {
                     let report = self.report(work, &script);
-                    self.reports.push(Ok(report));
+                    self.ended.push(Ended::Report(Box::new(report)));
                 }
             }
             Step::Lose(which, fate) => {
@@ -237,7 +237,7 @@ impl Pair {
                     let first = work.events.first();
                     let outcome =
                         first.map(|event| EventOutcome::of(event, self.outcome(event, fate)));
-                    self.reports.push(Err(Lost {
+                    self.ended.push(Ended::Lost(Lost {
                         conversation: work.conversation.id,
                         outcome,
                         due_at: Millis(self.plain.now + PAUSE),
@@ -255,7 +255,7 @@ impl Pair {
                 self.claim(&self.request(3, false));
                 for work in std::mem::take(&mut self.work) {
                     let report = self.report(work, &script);
-                    self.reports.push(Ok(report));
+                    self.ended.push(Ended::Report(Box::new(report)));
                 }
                 meanwhile.into_iter().for_each(|step| self.step(step));
                 self.commit(usize::MAX);
@@ -488,7 +488,7 @@ impl Pair {
         let mut consumed = Vec::new();
         let mut observation = Observation::None;
         let (mut becomes_stale, mut due) = (false, Due::IfWaiting);
-        let mut verified = None;
+        let mut verified = Verified::NotAsked;
         let has_chat = conversation.observed.chat.is_some();
         let found = match script.found {
             Found::ReadWithoutMessages | Found::UnreadableMessages | Found::Gone { .. }
@@ -521,7 +521,7 @@ impl Pair {
                 },
                 ..VerificationResult::default()
             });
-            verified = Some((verify, found));
+            verified = found.map_or(Verified::NotDone, Verified::Found);
         } else {
             match found {
                 Found::AsRemembered | Found::Gone { .. } => {
@@ -708,36 +708,34 @@ impl Pair {
 
     fn commit(&mut self, at_most: usize) {
         let now = self.now();
-        let batch: Vec<_> = self
-            .reports
-            .drain(..at_most.min(self.reports.len()))
-            .collect();
-        let reports = batch.iter().map(std::result::Result::as_ref);
+        let batch: Vec<_> = self.ended.drain(..at_most.min(self.ended.len())).collect();
         self.store
-            .commit(reports, self.session, now)
+            .commit(&batch, self.session, now)
             .expect("a commit");
-        for report in batch {
-            match report {
-                Ok(report) => self.plain.commit(&report),
-                Err(lost) => self.plain.commit_lost(&lost),
+        for ended in batch {
+            match ended {
+                Ended::Report(report) => self.plain.commit(&report),
+                Ended::Lost(lost) => self.plain.commit_lost(&lost),
             }
         }
     }
 
     /// The last report of a batch cannot be committed, so that none is.
     fn refuse(&mut self) {
-        let Some(Ok(first)) = self.reports.iter().find(|report| report.is_ok()) else {
+        let mut reports = self.ended.iter().filter_map(|ended| match ended {
+            Ended::Report(report) => Some(report),
+            Ended::Lost(_) => None,
+        });
+        let Some(mut impossible) = reports.next().cloned() else {
             return;
         };
-        let mut impossible = first.clone();
         impossible.conversation.id = ConversationId(99);
         impossible.outcomes.clear();
         impossible.advance.delivered.clear();
         let now = self.now();
-        let reports = self.reports.iter().map(std::result::Result::as_ref);
-        let refused = self
-            .store
-            .commit(reports.chain([Ok(&impossible)]), self.session, now);
+        let mut ended = self.ended.clone();
+        ended.push(Ended::Report(impossible));
+        let refused = self.store.commit(&ended, self.session, now);
         assert!(refused.is_err(), "there is no such conversation");
     }
 
@@ -787,7 +785,7 @@ impl Pair {
 
     fn restart(&mut self) {
         self.work.clear();
-        self.reports.clear();
+        self.ended.clear();
         let session = self
             .store
             .start_session(Intervals::default(), self.now())
@@ -846,9 +844,9 @@ impl Pair {
         });
         assert_eq!(counted, [self.plain.counted], "what was counted");
 
-        let reported = self.reports.iter().flat_map(|report| match report {
-            Ok(report) => report.outcomes.iter(),
-            Err(lost) => lost.outcome.as_slice().iter(),
+        let reported = self.ended.iter().flat_map(|ended| match ended {
+            Ended::Report(report) => report.outcomes.iter(),
+            Ended::Lost(lost) => lost.outcome.as_slice().iter(),
         });
         let reported = reported.map(|outcome| outcome.event);
         let in_memory = self.work.iter().flat_map(|work| &work.events);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::EVENTS;
 use crate::domain::account::{Accounting, MessageState};
 use crate::domain::conversation::Attempts;
-use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report};
+use crate::domain::progress::{Due, EventOutcome, Lost, Observation, Outcome, Report, Verified};
 
 /// The limits of a claim; see `queue`.
 const BYTES_PER_CLAIM: usize = 256 << 10;
@@ -476,7 +476,7 @@ impl Plain {
         let conversation = self.conversation(id);
         conversation.verified_in = match conversation.verified_in {
             _ if !conversation.has_chat => None,
-            Some(_) if matches!(report.verified, Some((_, Some(_)))) => Some(claimed.verifications),
+            Some(_) if matches!(report.verified, Verified::Found(_)) => Some(claimed.verifications),
             // A new chat, or one that has events again.
             None if has_events && claimed.verified_in.is_none() && claimed.is_first => {
                 Some(claimed.verifications)
@@ -493,14 +493,15 @@ impl Plain {
             Due::At(at) => (Some(at.0), true),
             Due::IfWaiting => ((waits || ends_claim).then_some(now), ends_claim),
         };
+        let is_verification = report.verified != Verified::NotAsked;
         let conversation = self.conversation(id);
         conversation.due = match conversation.due {
             // A verification comes at any time, and makes nothing due earlier.
-            Some(before) if report.verified.is_some() => Some(due.unwrap_or(before).max(before)),
-            None if report.verified.is_some() => due.filter(|_| is_certain),
+            Some(before) if is_verification => Some(due.unwrap_or(before).max(before)),
+            None if is_verification => due.filter(|_| is_certain),
             _ => due,
         };
-        if let Some((_, Some(_))) = &report.verified {
+        if matches!(report.verified, Verified::Found(_)) {
             for request in &mut self.requests {
                 let had_been = claimed.verified_in.unwrap_or_default() + 1..=claimed.verifications;
                 if had_been.contains(&request.id)
