@@ -1,12 +1,15 @@
 //! The report on a piece of work: the outcome of each event, and the log lines and metrics that follow from it.
 
-use super::attempts::{self, AttemptError, Circumstances};
-use super::reconcile::{Reconciled, is_outcome_unknown};
-use super::scheduler::{AtWork, Scheduler};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::attempts::{self, AttemptError, Circumstances, Writes};
+use super::reconcile::{Reconciled, Step, Stopped, is_outcome_unknown};
+use super::worker::Worker;
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
-    Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
+    Advance, Claim, Due, Effect, EventOutcome, Failure, Lost, Observation, Outcome, Report,
     VerificationResult, Verified, advance,
 };
 use crate::domain::time::Millis;
@@ -14,7 +17,24 @@ use crate::http::Api;
 use crate::journal::STORAGE_PAUSE;
 use crate::telemetry::log::log_at;
 
-impl Scheduler {
+/// Reports on pieces of work.
+pub(super) struct Reporter {
+    worker: Arc<Worker>,
+    writes: Writes,
+    /// Failed reads of chats without waiting events.
+    failed_reads: HashMap<ConversationId, u32>,
+}
+
+impl Reporter {
+    pub(super) fn new(worker: Arc<Worker>) -> Self {
+        let writes = Writes::since(worker.session.writes_succeeded);
+        Self {
+            worker,
+            writes,
+            failed_reads: HashMap::new(),
+        }
+    }
+
     pub(super) fn report(&mut self, reconciled: Reconciled) -> Report {
         let now = Millis::now();
         let Reconciled {
@@ -23,11 +43,11 @@ impl Scheduler {
             claim,
             done,
             stopped,
-            mut observation,
+            observation,
             is_unread,
             consumed,
             writes,
-            mut verified,
+            verified,
             drift,
             missing,
         } = reconciled;
@@ -45,100 +65,122 @@ impl Scheduler {
                 outcomes.push(EventOutcome::of(event, outcome));
             }
         }
-        let mut due = Due::IfWaiting;
-        match stopped {
-            None => {
-                // A claim between two failed reads, with nothing to do, does not count as a read.
-                if observation != Observation::None || matches!(verified, Verified::Found(_)) {
-                    self.failed_reads.remove(&conversation.id);
-                }
-            }
-            Some(stopped) => {
-                if stopped.error.is_timeout() {
-                    self.hold_until(conversation.id);
-                }
-                let event = stopped.at.and_then(|at| find(&events, at));
-                match (event, &stopped.error) {
-                    (_, error) if error.is_withheld() => due = Due::At(now),
-                    (Some(event), AttemptError::Journal(error)) => {
-                        // This does not count as an attempt of the event.
-                        tracing::error!(
-                            conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
-                            reason = %error, "the database interrupted a delivery"
-                        );
-                        due = Due::At(now.plus(STORAGE_PAUSE));
-                    }
-                    (Some(event), error) => match self.failed(&conversation, event, error, now) {
-                        Outcome::DeadLetter { failure, .. } if stopped.reading_messages => {
-                            self.worker.record_unreadable(conversation.id);
-                            observation = Observation::Read(None);
-                            outcomes.extend(self.unreadable(&claim, &events, &failure));
-                        }
-                        mut outcome => {
-                            if stopped.changing_chat {
-                                outcome.was_not_sent(event);
-                            }
-                            if let Outcome::Retry { next_at, .. } = &outcome {
-                                due = Due::At(*next_at);
-                            }
-                            outcomes.push(EventOutcome::of(event, outcome));
-                        }
-                    },
-                    (None, error) => {
-                        // The chat itself was just read, so OurAPI is up.
-                        let is_up = verified != Verified::NotAsked && stopped.reading_messages;
-                        let (failed, next_at) = self.read_failed(&conversation, error, is_up, now);
-                        due = Due::At(next_at);
-                        let is_last = failed >= self.worker.settings.max_attempts;
-                        match verified {
-                            Verified::NotDone if is_last && error.is_of_api() => {
-                                verified = Verified::Found(VerificationResult {
-                                    is_unreadable: true,
-                                    ..VerificationResult::default()
-                                });
-                                due = Due::IfWaiting;
-                                self.failed_reads.remove(&conversation.id);
-                            }
-                            Verified::NotAsked if is_last && stopped.reading_messages => {
-                                // No message has an unknown outcome: the chat is verified by its fields.
-                                self.worker.record_unreadable(conversation.id);
-                                observation = Observation::Read(None);
-                                due = Due::IfWaiting;
-                            }
-                            _ => {}
-                        }
-                    }
-                }
-            }
-        }
-        // Events sent to a lost chat are lost with it.
-        if observation == (Observation::Gone { rebuild: true }) {
-            outcomes.retain(|outcome| !matches!(outcome.outcome, Outcome::Delivered(_)));
-        }
-        let advance = advance(&claim, &events, &outcomes);
-        let counted = outcomes.iter();
-        for outcome in counted.filter(|outcome| outcome.counts(advance.offset)) {
-            self.worker
-                .metrics
-                .attempted(outcome.kind, &outcome.outcome);
-        }
-        if outcome_unknown {
-            self.worker.metrics.unknown_outcome();
-        }
-        Report {
+        let mut report = Report {
             conversation,
             claim,
             outcomes,
-            advance,
+            advance: Advance::default(),
             consumed,
             observation,
             becomes_stale: outcome_unknown || is_unread,
-            due,
+            due: Due::IfWaiting,
             writes_succeeded: self.writes.count,
             verified,
             drift,
             missing,
+        };
+        match stopped {
+            None => self.nothing_failed(&report),
+            Some(stopped) if stopped.error.is_withheld() => report.due = Due::At(now),
+            Some(stopped) => match stopped.at.and_then(|at| find(&events, at)) {
+                Some(event) => self.event_failed(&mut report, &events, event, &stopped, now),
+                None => self.chat_failed(&mut report, &stopped, now),
+            },
         }
+        // Events sent to a lost chat are lost with it.
+        if report.observation == (Observation::Gone { rebuild: true }) {
+            let is_lost = |outcome: &Outcome| matches!(outcome, Outcome::Delivered(_));
+            report.outcomes.retain(|event| !is_lost(&event.outcome));
+        }
+        report.advance = advance(&report.claim, &events, &report.outcomes);
+        let offset = report.advance.offset;
+        for outcome in report.outcomes.iter().filter(|of| of.counts(offset)) {
+            let metrics = &self.worker.metrics;
+            metrics.attempted(outcome.kind, &outcome.outcome);
+        }
+        if outcome_unknown {
+            self.worker.metrics.unknown_outcome();
+        }
+        report
+    }
+
+    /// A claim between two failed reads, with nothing to do, does not count as a read.
+    fn nothing_failed(&mut self, report: &Report) {
+        if report.observation != Observation::None || matches!(report.verified, Verified::Found(_))
+        {
+            self.failed_reads.remove(&report.conversation.id);
+        }
+    }
+
+    /// The work ended at an event.
+    fn event_failed(
+        &self,
+        report: &mut Report,
+        events: &[Pending],
+        event: &Pending,
+        stopped: &Stopped,
+        now: Millis,
+    ) {
+        let conversation = &report.conversation;
+        if let AttemptError::Journal(error) = &stopped.error {
+            // This does not count as an attempt of the event.
+            tracing::error!(
+                conversation = conversation.bigchat_id, event = event.id.0, kind = %event.payload.kind(),
+                reason = %error, "the database interrupted a delivery"
+            );
+            report.due = Due::At(now.plus(STORAGE_PAUSE));
+            return;
+        }
+        let mut outcome = self.failed(conversation, event, &stopped.error, now);
+        match &outcome {
+            Outcome::DeadLetter { failure, .. } if stopped.step == Step::ReadingMessages => {
+                let unreadable = self.unreadable(&report.claim, events, failure);
+                report.outcomes.extend(unreadable);
+                self.verified_by_fields(report);
+                return;
+            }
+            Outcome::Retry { next_at, .. } => report.due = Due::At(*next_at),
+            Outcome::DeadLetter { .. } | Outcome::Delivered(_) => {}
+        }
+        if stopped.step == Step::ChangingChat {
+            outcome.was_not_sent(event);
+        }
+        report.outcomes.push(EventOutcome::of(event, outcome));
+    }
+
+    /// The work ended at the chat itself, which no waiting event needed.
+    fn chat_failed(&mut self, report: &mut Report, stopped: &Stopped, now: Millis) {
+        let error = &stopped.error;
+        let is_reading_messages = stopped.step == Step::ReadingMessages;
+        // The chat itself was just read, so OurAPI is up.
+        let is_up = report.verified != Verified::NotAsked && is_reading_messages;
+        let (failed, next_at) = self.read_failed(&report.conversation, error, is_up, now);
+        report.due = Due::At(next_at);
+        if failed < self.worker.settings.max_attempts {
+            return;
+        }
+        match report.verified {
+            Verified::NotDone if error.is_of_api() => {
+                report.verified = Verified::Found(VerificationResult {
+                    is_unreadable: true,
+                    ..VerificationResult::default()
+                });
+                report.due = Due::IfWaiting;
+                self.failed_reads.remove(&report.conversation.id);
+            }
+            Verified::NotAsked if is_reading_messages => {
+                // No message has an unknown outcome.
+                report.due = Due::IfWaiting;
+                self.verified_by_fields(report);
+            }
+            _ => {}
+        }
+    }
+
+    /// The chat's messages cannot be read, so it is verified by its fields.
+    fn verified_by_fields(&self, report: &mut Report) {
+        self.worker.record_unreadable(report.conversation.id);
+        report.observation = Observation::Read(None);
     }
 
     /// The chat's messages cannot be read, so it stays unknown which of the messages of unknown outcome OurAPI has. All
@@ -164,16 +206,16 @@ impl Scheduler {
     }
 
     /// A panic of the worker counts as an attempt of its first event.
-    pub(super) fn panicked(&self, at_work: AtWork) -> Lost {
+    pub(super) fn panicked(&self, conversation: ConversationId, first: Option<Pending>) -> Lost {
         let now = Millis::now();
         let mut lost = Lost {
-            conversation: at_work.conversation,
+            conversation,
             outcome: None,
             due_at: now.plus(self.worker.settings.retry_initial),
         };
-        if let Some(event) = at_work.first {
+        if let Some(event) = first {
             let error = AttemptError::Panicked;
-            let outcome = self.outcome(at_work.conversation, &event, &error, now);
+            let outcome = self.outcome(conversation, &event, &error, now);
             if let Outcome::Retry { next_at, .. } = &outcome {
                 lost.due_at = lost.due_at.max(*next_at);
             }

@@ -13,9 +13,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::Task;
-use super::attempts::Writes;
 use super::committer::{MAX_CLAIMED, Released};
 use super::reconcile::{Reconciled, reconcile};
+use super::report::Reporter;
 use super::worker::Worker;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
@@ -51,10 +51,10 @@ struct Fetched {
 }
 
 /// The work of a task.
-pub(super) struct AtWork {
-    pub(super) conversation: ConversationId,
+struct AtWork {
+    conversation: ConversationId,
     /// The first of the claimed events.
-    pub(super) first: Option<Pending>,
+    first: Option<Pending>,
     /// When a verification in idle time began.
     idle_since: Option<Instant>,
 }
@@ -79,7 +79,7 @@ impl Idle {
 
 /// See the [module](self).
 pub(super) struct Scheduler {
-    pub(super) worker: Arc<Worker>,
+    worker: Arc<Worker>,
     task: Task,
     /// Claimed work that has not been started, each with the time of loading.
     ready: VecDeque<(Instant, Work)>,
@@ -98,9 +98,7 @@ pub(super) struct Scheduler {
     check: bool,
     /// The time until the next query without a notification.
     idle: Duration,
-    pub(super) writes: Writes,
-    /// Failed reads of chats without waiting events.
-    pub(super) failed_reads: HashMap<ConversationId, u32>,
+    reporter: Reporter,
     idle_pass: Idle,
     last_check: Millis,
 }
@@ -112,9 +110,9 @@ impl Scheduler {
         reports: mpsc::Sender<Ended>,
         released: mpsc::UnboundedReceiver<Released>,
     ) -> Self {
-        let writes = Writes::since(worker.session.writes_succeeded);
         let pass = worker.settings.idle_pass();
         Self {
+            reporter: Reporter::new(Arc::clone(&worker)),
             worker,
             task,
             ready: VecDeque::new(),
@@ -128,8 +126,6 @@ impl Scheduler {
             fetch: None,
             check: true,
             idle: CHECK_EVERY,
-            writes,
-            failed_reads: HashMap::new(),
             idle_pass: Idle {
                 pass: pass.filter(|_| task == Task::All),
                 not_before: Instant::now(),
@@ -212,7 +208,7 @@ impl Scheduler {
     }
 
     /// Holds back a conversation as long as a write that timed out may still be carried out.
-    pub(super) fn hold_until(&mut self, conversation: ConversationId) {
+    fn hold(&mut self, conversation: ConversationId) {
         let until = Instant::now() + self.worker.settings.request_timeout;
         self.timed_out.insert(conversation, until);
     }
@@ -419,14 +415,20 @@ impl Scheduler {
             self.idle_pass.ended(began);
         }
         let ended = match done {
-            Ok((_, reconciled)) => Ended::Report(Box::new(self.report(reconciled))),
+            Ok((_, reconciled)) => {
+                if reconciled.is_timeout() {
+                    self.hold(reconciled.conversation.id);
+                }
+                Ended::Report(Box::new(self.reporter.report(reconciled)))
+            }
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");
                 self.worker.metrics.panicked();
                 let Some(at_work) = at_work else {
                     return;
                 };
-                Ended::Lost(self.panicked(at_work))
+                let lost = self.reporter.panicked(at_work.conversation, at_work.first);
+                Ended::Lost(lost)
             }
         };
         // The channel has room for the reports of all claimed conversations.

@@ -45,16 +45,31 @@ pub(super) struct Reconciled {
     pub(super) missing: Option<Missing>,
 }
 
+impl Reconciled {
+    /// The failed request may still be carried out.
+    pub(super) fn is_timeout(&self) -> bool {
+        let stopped = self.stopped.as_ref();
+        stopped.is_some_and(|stopped| stopped.error.is_timeout())
+    }
+}
+
 /// Why the work ended early.
 #[derive(Debug)]
 pub(super) struct Stopped {
     /// The event that failed; `None`: the chat itself.
     pub(super) at: Option<EventId>,
     pub(super) error: AttemptError,
-    /// The chat's messages could not be read.
-    pub(super) reading_messages: bool,
-    /// The failed request was a change of the chat that no waiting event requests. The event `at` was not sent.
-    pub(super) changing_chat: bool,
+    pub(super) step: Step,
+}
+
+/// The step that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Reading the chat's messages.
+    ReadingMessages,
+    /// A change of the chat that no waiting event requests. The event `at` was not sent.
+    ChangingChat,
+    Other,
 }
 
 impl Stopped {
@@ -62,8 +77,7 @@ impl Stopped {
         Self {
             at: event,
             error,
-            reading_messages: false,
-            changing_chat: false,
+            step: Step::Other,
         }
     }
 }
@@ -159,10 +173,11 @@ impl Reconciled {
                 }
                 Err(error) if !error.is_rejection() => {
                     let first = changes.first().or(self.events.first());
-                    return Err(Stopped {
-                        changing_chat: changes.is_empty(),
-                        ..Stopped::at(first.map(|event| event.id), error)
-                    });
+                    let mut stopped = Stopped::at(first.map(|event| event.id), error);
+                    if changes.is_empty() {
+                        stopped.step = Step::ChangingChat;
+                    }
+                    return Err(stopped);
                 }
                 Err(error) if changes.is_empty() => return self.unchangeable(error),
                 Err(error) if changes.len() == 1 => {

@@ -3,7 +3,7 @@
 use tracing::field::{DisplayValue, display};
 use uuid::Uuid;
 
-use super::{Reconciled, Stopped, is_outcome_unknown};
+use super::{Reconciled, Step, Stopped, is_outcome_unknown};
 use crate::delivery::attempts::AttemptError;
 use crate::delivery::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
@@ -327,7 +327,7 @@ pub(super) async fn held(
     match worker.our_api.messages(chat).await {
         Ok(held) => Ok(held.iter().map(Message::key).collect()),
         Err(error) => Err(Stopped {
-            reading_messages: true,
+            step: Step::ReadingMessages,
             ..Stopped::at(at, error.into())
         }),
     }
