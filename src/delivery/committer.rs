@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
+use super::Delivery;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Ended;
 use crate::domain::time::Millis;
-use crate::journal::{JournalError, STORAGE_PAUSE};
-
-use super::worker::Worker;
+use crate::journal::{Journal, JournalError, STORAGE_PAUSE, Storage};
 
 /// Maximum of claimed conversations: in progress, loaded ahead, or waiting for the commit of their reports. Enough that
 /// no worker waits for a commit of 20 ms.
@@ -33,9 +33,23 @@ pub(super) struct Released {
     pub(super) set_aside: usize,
 }
 
-pub(super) struct Committer(pub(super) Arc<Worker>);
+pub(super) struct Committer {
+    journal: Arc<Journal>,
+    storage: Arc<Storage>,
+    session: i64,
+    stopping: CancellationToken,
+}
 
 impl Committer {
+    pub(super) fn new(delivery: &Delivery) -> Self {
+        Self {
+            journal: Arc::clone(&delivery.journal),
+            storage: Arc::clone(&delivery.storage),
+            session: delivery.session.id,
+            stopping: delivery.stopping.clone(),
+        }
+    }
+
     /// Commits until the channel of reports is closed. While the database cannot be written, the same batch
     /// is retried.
     pub(super) async fn run(
@@ -49,7 +63,7 @@ impl Committer {
             let reports = Arc::new(std::mem::take(&mut batch));
             // A scheduler that has ended needs no release.
             release.send(self.commit(reports).await).ok();
-            if !self.0.stopping.is_cancelled() {
+            if !self.stopping.is_cancelled() {
                 sleep((began.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
             }
         }
@@ -88,7 +102,7 @@ impl Committer {
     }
 
     async fn refused(&self, error: &JournalError) {
-        self.0.storage.delivery_failed(error);
+        self.storage.delivery_failed(error);
         sleep(STORAGE_PAUSE).await;
     }
 
@@ -97,13 +111,12 @@ impl Committer {
         batch: Arc<Vec<Ended>>,
         rows: std::ops::Range<usize>,
     ) -> Result<(), JournalError> {
-        let session = self.0.session.id;
+        let session = self.session;
         let committed = self
-            .0
             .journal
             .with(move |store| store.commit(&batch[rows], session, Millis::now()));
         committed.await?;
-        self.0.storage.delivery_recovered();
+        self.storage.delivery_recovered();
         Ok(())
     }
 }

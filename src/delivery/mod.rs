@@ -78,8 +78,8 @@ impl Delivery {
     pub async fn run(self, task: Task) {
         let (reports, reported) = mpsc::channel(committer::MAX_CLAIMED);
         let (release, released) = mpsc::unbounded_channel();
+        let committer = Committer::new(&self);
         let worker = Arc::new(Worker::new(self));
-        let committer = Committer(Arc::clone(&worker));
         let mut scheduler = Scheduler::new(Arc::clone(&worker), task, reports, released);
         let drained = CancellationToken::new();
         let deliver = async {
