@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::attempts::{self, AttemptError, Circumstances, Writes};
-use super::reconcile::{Reconciled, Step, Stopped, is_outcome_unknown};
+use super::reconcile::{Reconciliation, Step, Stopped};
 use super::worker::Worker;
 use crate::domain::conversation::{Attempts, Conversation, Pending};
 use crate::domain::ids::{ConversationId, EventId};
@@ -35,9 +35,9 @@ impl Reporter {
         }
     }
 
-    pub(super) fn report(&mut self, reconciled: Reconciled) -> Report {
+    pub(super) fn report(&mut self, reconciliation: Reconciliation) -> Report {
         let now = Millis::now();
-        let Reconciled {
+        let Reconciliation {
             conversation,
             events,
             claim,
@@ -50,7 +50,8 @@ impl Reporter {
             verified,
             drift,
             missing,
-        } = reconciled;
+            ..
+        } = reconciliation;
         self.writes.record(conversation.id, writes);
         let outcome_unknown = stopped
             .as_ref()
@@ -193,7 +194,7 @@ impl Reporter {
     ) -> impl Iterator<Item = EventOutcome> {
         let unknown = events
             .iter()
-            .filter(|event| is_outcome_unknown(&self.worker, claim, event));
+            .filter(|event| self.worker.is_outcome_unknown(claim, event));
         unknown.map(|event| {
             let attempts = Attempts {
                 failed: event.attempts.failed.saturating_add(1),

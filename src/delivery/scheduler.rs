@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Task;
 use super::committer::{MAX_CLAIMED, Released};
-use super::reconcile::{Reconciled, reconcile};
+use super::reconcile::{Reconciliation, reconcile};
 use super::report::Reporter;
 use super::worker::Worker;
 use crate::domain::conversation::Pending;
@@ -85,7 +85,7 @@ pub(super) struct Scheduler {
     ready: VecDeque<(Instant, Work)>,
     /// Claimed: ready, in progress, or reported and not committed yet.
     claimed: HashSet<ConversationId>,
-    at_work: JoinSet<Reconciled>,
+    at_work: JoinSet<Reconciliation>,
     tasks: HashMap<task::Id, AtWork>,
     /// How many conversations stay claimed until the next start, because their reports cannot be committed.
     set_aside: usize,
@@ -278,9 +278,9 @@ impl Scheduler {
                 self.idle_pass.give_way = give_way.clone();
             }
             let task = self.at_work.spawn(async move {
-                let handling = &worker.liveness.handling;
-                let work = reconcile(&worker, work, &give_way);
-                handling.supervise_one(work).await
+                let liveness = Arc::clone(&worker.liveness);
+                let work = reconcile(worker, work, &give_way);
+                liveness.handling.supervise_one(work).await
             });
             self.tasks.insert(task.id(), at_work);
         }
@@ -405,7 +405,7 @@ impl Scheduler {
         self.check = true;
     }
 
-    fn finished(&mut self, done: Result<(task::Id, Reconciled), JoinError>) {
+    fn finished(&mut self, done: Result<(task::Id, Reconciliation), JoinError>) {
         let task = match &done {
             Ok((task, _)) => *task,
             Err(error) => error.id(),
@@ -415,11 +415,11 @@ impl Scheduler {
             self.idle_pass.ended(began);
         }
         let ended = match done {
-            Ok((_, reconciled)) => {
-                if reconciled.is_timeout() {
-                    self.hold(reconciled.conversation.id);
+            Ok((_, reconciliation)) => {
+                if reconciliation.is_timeout() {
+                    self.hold(reconciliation.conversation.id);
                 }
-                Ended::Report(Box::new(self.reporter.report(reconciled)))
+                Ended::Report(Box::new(self.reporter.report(reconciliation)))
             }
             Err(error) => {
                 tracing::error!(reason = %error, "handler panicked; its last request will be verified before a retry");

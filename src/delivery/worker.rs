@@ -61,4 +61,10 @@ impl Worker {
     pub(super) fn may_be_delivered(&self, claim: &Claim, event: &Pending) -> bool {
         event.id <= self.session.replay_until.get() || event.restored && !claim.is_read
     }
+
+    /// Whether a waiting message may have been delivered.
+    pub(super) fn is_outcome_unknown(&self, claim: &Claim, event: &Pending) -> bool {
+        event.payload.kind().is_message()
+            && (event.attempts.outcome_unknown || self.may_be_delivered(claim, event))
+    }
 }

@@ -7,6 +7,8 @@
 mod read_back;
 mod verify;
 
+use std::sync::Arc;
+
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -22,9 +24,10 @@ use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Wor
 use crate::http::{ApiError, ErrorKind, Resource};
 use crate::settings::MessageAuthor;
 
-/// The result of a piece of work.
+/// A piece of work: in progress, then its result.
 #[derive(Debug)]
-pub(super) struct Reconciled {
+pub(super) struct Reconciliation {
+    worker: Arc<Worker>,
     pub(super) conversation: Conversation,
     pub(super) events: Vec<Pending>,
     pub(super) claim: Claim,
@@ -45,7 +48,7 @@ pub(super) struct Reconciled {
     pub(super) missing: Option<Missing>,
 }
 
-impl Reconciled {
+impl Reconciliation {
     /// The failed request may still be carried out.
     pub(super) fn is_timeout(&self) -> bool {
         let stopped = self.stopped.as_ref();
@@ -85,17 +88,18 @@ impl Stopped {
 /// Delivers the events of a conversation until they are done, one fails, or the daemon is to stop. A verification ends
 /// before its next request once `give_way` is cancelled.
 pub(super) async fn reconcile(
-    worker: &Worker,
+    worker: Arc<Worker>,
     work: Work,
     give_way: &CancellationToken,
-) -> Reconciled {
+) -> Reconciliation {
     let Work {
         conversation,
         events,
         claim,
         verify,
     } = work;
-    let mut run = Reconciled {
+    let mut reconciliation = Reconciliation {
+        worker,
         conversation,
         events,
         claim,
@@ -110,52 +114,51 @@ pub(super) async fn reconcile(
         missing: None,
     };
     let ended = match verify {
-        Some(verify) => Box::pin(run.verify(worker, verify, give_way)).await,
-        None => run.deliver(worker).await,
+        Some(verify) => Box::pin(reconciliation.verify(verify, give_way)).await,
+        None => reconciliation.deliver().await,
     };
-    run.stopped = ended.err();
-    run
+    reconciliation.stopped = ended.err();
+    reconciliation
 }
 
-/// Whether a waiting message may have been delivered.
-pub(super) fn is_outcome_unknown(worker: &Worker, claim: &Claim, event: &Pending) -> bool {
-    event.payload.kind().is_message()
-        && (event.attempts.outcome_unknown || worker.may_be_delivered(claim, event))
-}
-
-impl Reconciled {
-    async fn deliver(&mut self, worker: &Worker) -> Result<(), Stopped> {
-        if self.is_stale(worker) {
-            return Box::pin(self.read_back(worker)).await;
+impl Reconciliation {
+    async fn deliver(&mut self) -> Result<(), Stopped> {
+        if self.is_stale() {
+            return Box::pin(self.read_back()).await;
         }
         // Rare futures are boxed, so that the one polled for each message stays small.
-        Box::pin(self.change_chat(worker)).await?;
+        Box::pin(self.change_chat()).await?;
         if self.observation != Observation::None && self.observation != Observation::Created {
             return Ok(());
         }
-        self.send_messages(worker).await
+        self.send_messages().await
+    }
+
+    /// Whether what OurAPI has lost is sent again.
+    fn rebuilds(&self) -> bool {
+        self.worker.settings.rebuild.restores()
     }
 
     /// Whether the journal's record of the chat may be wrong.
-    fn is_stale(&self, worker: &Worker) -> bool {
+    fn is_stale(&self) -> bool {
         self.conversation.observed.chat.is_some()
-            && (self.claim.became_stale || self.claim.is_lost || self.must_be_read(worker))
+            && (self.claim.became_stale || self.claim.is_lost || self.must_be_read())
     }
 
     /// Whether the chat may have some of the events, and was not read yet.
-    fn must_be_read(&self, worker: &Worker) -> bool {
+    fn must_be_read(&self) -> bool {
         // If the messages of a chat cannot be read, its fields have been read, and a change needs only those.
         let must_be_read = |event: &Pending| {
-            worker.may_be_delivered(&self.claim, event)
+            self.worker.may_be_delivered(&self.claim, event)
                 && (event.payload.kind().is_message()
-                    || !worker.is_unreadable(self.conversation.id))
+                    || !self.worker.is_unreadable(self.conversation.id))
         };
         !self.claim.is_read && self.events.iter().any(must_be_read)
     }
 
     /// Writes the desired fields of the chat: all changes at once, or one by one if one of them has failed before or
     /// OurAPI rejects them together.
-    async fn change_chat(&mut self, worker: &Worker) -> Result<(), Stopped> {
+    async fn change_chat(&mut self) -> Result<(), Stopped> {
         let changes: Vec<Pending> = self
             .events
             .iter()
@@ -164,7 +167,7 @@ impl Reconciled {
             .collect();
         let has_failed = changes.iter().any(|event| event.attempts.failed > 0);
         if changes.len() < 2 || !has_failed {
-            match self.write_chat(worker, &changes).await {
+            match self.write_chat(&changes).await {
                 Ok(None) => return Ok(()),
                 Ok(Some(effect)) => {
                     self.done
@@ -188,10 +191,10 @@ impl Reconciled {
             }
         }
         for event in changes {
-            if worker.stopping.is_cancelled() {
+            if self.worker.stopping.is_cancelled() {
                 return Ok(());
             }
-            match self.write_chat(worker, std::slice::from_ref(&event)).await {
+            match self.write_chat(std::slice::from_ref(&event)).await {
                 Ok(None) => return Ok(()),
                 Ok(Some(effect)) => self.done.push((event.id, Ok(effect))),
                 Err(error) if error.is_rejection() => self.done.push((event.id, Err(error))),
@@ -222,16 +225,11 @@ impl Reconciled {
 
     /// Folds `changes` and writes the difference. `None`: an existing chat was adopted, or the chat is lost; nothing
     /// was written.
-    async fn write_chat(
-        &mut self,
-        worker: &Worker,
-        changes: &[Pending],
-    ) -> Result<Option<Effect>, AttemptError> {
+    async fn write_chat(&mut self, changes: &[Pending]) -> Result<Option<Effect>, AttemptError> {
         let observed = &self.conversation.observed;
         let is_needed = !self.events.is_empty()
             || observed.chat.is_some()
-            || observed.external_id.is_some()
-                && (worker.settings.rebuild.restores() || self.claim.is_rewound);
+            || observed.external_id.is_some() && (self.rebuilds() || self.claim.is_rewound);
         if !is_needed {
             if self.claim.is_lost {
                 // No part of the chat exists, and none is desired.
@@ -239,7 +237,7 @@ impl Reconciled {
             }
             return Ok(Some(Effect::Nothing));
         }
-        chat::read_details(worker, &mut self.conversation, changes).await?;
+        chat::read_details(&self.worker, &mut self.conversation, changes).await?;
         let mut desired = self.conversation.desired;
         for event in changes {
             handlers::fold(&mut desired, event);
@@ -247,7 +245,7 @@ impl Reconciled {
         let earliest = self.events.iter().map(|event| event.at).min();
         let agent_removed = self.drift.unwrap_or(self.claim.drift).agent;
         let fields = chat::fields(
-            worker,
+            &self.worker,
             &self.conversation,
             &desired,
             changes,
@@ -256,8 +254,8 @@ impl Reconciled {
         )
         .await?;
         let effect = match self.conversation.observed.chat {
-            Some(chat) => self.patch(worker, chat, &desired, &fields).await?,
-            None => self.create(worker, &desired, &fields).await?,
+            Some(chat) => self.patch(chat, &desired, &fields).await?,
+            None => self.create(&desired, &fields).await?,
         };
         if effect.is_some() {
             self.conversation.desired = desired;
@@ -267,7 +265,6 @@ impl Reconciled {
 
     async fn patch(
         &mut self,
-        worker: &Worker,
         chat: Uuid,
         desired: &Desired,
         fields: &Fields,
@@ -278,17 +275,15 @@ impl Reconciled {
             observed.apply(fields, desired.advisor());
             return Ok(Some(Effect::Nothing));
         }
-        let Err(error) = worker.our_api.change_chat(chat, &change).await else {
+        let Err(error) = self.worker.our_api.change_chat(chat, &change).await else {
             observed.apply(fields, desired.advisor());
             self.writes += 1;
             return Ok(Some(Effect::ChatChanged));
         };
         match error.kind {
-            ErrorKind::NotFound(Resource::Chat) => {
-                self.chat_missing(worker, error).await.map(|()| None)
-            }
+            ErrorKind::NotFound(Resource::Chat) => self.chat_missing(error).await.map(|()| None),
             ErrorKind::NotFound(Resource::Agent) => {
-                Err(self.agent_missing(worker, fields.agent, error).await)
+                Err(self.agent_missing(fields.agent, error).await)
             }
             _ => Err(AttemptError::Write(error)),
         }
@@ -296,23 +291,22 @@ impl Reconciled {
 
     async fn create(
         &mut self,
-        worker: &Worker,
         desired: &Desired,
         fields: &Fields,
     ) -> Result<Option<Effect>, AttemptError> {
-        match chat::create(worker, &mut self.conversation, desired, fields).await? {
+        match chat::create(&self.worker, &mut self.conversation, desired, fields).await? {
             chat::Created::New => {
                 self.writes += 1;
                 self.observation = Observation::Created;
                 // A retried creation repeats the first intended start, and an earlier event may have arrived since.
                 let changed = match self.conversation.observed.chat {
-                    Some(chat) => self.patch(worker, chat, desired, fields).await?,
+                    Some(chat) => self.patch(chat, desired, fields).await?,
                     None => None,
                 };
                 Ok(changed.map(|_| Effect::ChatCreated))
             }
             chat::Created::Adopted(chat) => {
-                let accounted = self.account(worker, chat, Needed::Always).await;
+                let accounted = self.account(chat, Needed::Always).await;
                 self.is_unread = accounted.is_err();
                 accounted.map_err(|stopped| stopped.error)?;
                 Ok(None)
@@ -321,9 +315,9 @@ impl Reconciled {
     }
 
     /// Handles a response that the chat does not exist. It is believed only if OurAPI's list confirms it.
-    async fn chat_missing(&mut self, worker: &Worker, error: ApiError) -> Result<(), AttemptError> {
-        match self.refresh(worker).await? {
-            Refreshed::Gone => self.gone(worker, worker.settings.rebuild.restores()).await,
+    async fn chat_missing(&mut self, error: ApiError) -> Result<(), AttemptError> {
+        match self.refresh().await? {
+            Refreshed::Gone => self.gone(self.rebuilds()).await,
             // The list has the chat.
             Refreshed::Ours(_) => Err(AttemptError::Write(
                 error.with_kind(ErrorKind::OutcomeUnknown { timed_out: false }),
@@ -333,36 +327,26 @@ impl Reconciled {
 
     /// Handles a response that an agent does not exist. If confirmed, the chat has none until the agent is created
     /// again.
-    async fn agent_missing(
-        &mut self,
-        worker: &Worker,
-        agent: Option<Uuid>,
-        error: ApiError,
-    ) -> AttemptError {
-        let error = worker.agents.missing(agent, error).await;
+    async fn agent_missing(&mut self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
+        let error = self.worker.agents.missing(agent, error).await;
         if matches!(error, AttemptError::DataLost(_)) {
             self.conversation.observed.forget_agent();
         }
         error
     }
 
-    async fn send_messages(&mut self, worker: &Worker) -> Result<(), Stopped> {
+    async fn send_messages(&mut self) -> Result<(), Stopped> {
         let Some(chat) = self.conversation.observed.chat else {
             return Ok(());
         };
         let events = std::mem::take(&mut self.events);
-        let sent = self.send_all(worker, chat, &events).await;
+        let sent = self.send_all(chat, &events).await;
         self.events = events;
         sent
     }
 
-    async fn send_all(
-        &mut self,
-        worker: &Worker,
-        chat: Uuid,
-        events: &[Pending],
-    ) -> Result<(), Stopped> {
-        let author = match worker.settings.message_author {
+    async fn send_all(&mut self, chat: Uuid, events: &[Pending]) -> Result<(), Stopped> {
+        let author = match self.worker.settings.message_author {
             MessageAuthor::None => None,
             MessageAuthor::Agent => self.conversation.observed.agent,
         };
@@ -370,19 +354,19 @@ impl Reconciled {
             let Some(text) = event.payload.text() else {
                 continue;
             };
-            if worker.stopping.is_cancelled() {
+            if self.worker.stopping.is_cancelled() {
                 return Ok(());
             }
             // A credit counts only for a message that may have been sent before.
             if event
                 .credit
-                .is_some_and(|as_of| event.id <= as_of.max(worker.session.replay_until.get()))
+                .is_some_and(|as_of| event.id <= as_of.max(self.worker.session.replay_until.get()))
             {
                 self.consumed.push(account::key(event.at, text));
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }
-            let sent = message::send(&worker.our_api, chat, event, text, author).await;
+            let sent = message::send(&self.worker.our_api, chat, event, text, author).await;
             let Err(error) = sent else {
                 self.writes += 1;
                 self.done.push((event.id, Ok(Effect::MessageAdded)));
@@ -390,13 +374,13 @@ impl Reconciled {
             };
             let error = match error.kind {
                 ErrorKind::NotFound(Resource::Chat) => {
-                    match Box::pin(self.chat_missing(worker, error)).await {
+                    match Box::pin(self.chat_missing(error)).await {
                         Ok(()) => return Ok(()),
                         Err(error) => error,
                     }
                 }
                 ErrorKind::NotFound(Resource::Agent) => {
-                    Box::pin(self.agent_missing(worker, author, error)).await
+                    Box::pin(self.agent_missing(author, error)).await
                 }
                 _ => AttemptError::Write(error),
             };

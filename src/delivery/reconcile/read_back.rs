@@ -3,9 +3,8 @@
 use tracing::field::{DisplayValue, display};
 use uuid::Uuid;
 
-use super::{Reconciled, Step, Stopped, is_outcome_unknown};
+use super::{Reconciliation, Step, Stopped};
 use crate::delivery::attempts::AttemptError;
-use crate::delivery::worker::Worker;
 use crate::domain::account::{self, MessageKey, MessageState, Recorded};
 use crate::domain::conversation::{Conversation, FieldSet, Observed, Pending};
 use crate::domain::ids::{AdvisorId, EventId};
@@ -31,50 +30,46 @@ pub(super) enum Refreshed {
     Gone,
 }
 
-impl Reconciled {
-    pub(super) async fn read_back(&mut self, worker: &Worker) -> Result<(), Stopped> {
+impl Reconciliation {
+    pub(super) async fn read_back(&mut self) -> Result<(), Stopped> {
         let first = self.events.first().map(|event| event.id);
         let failed = |error| Stopped::at(first, error);
-        let Refreshed::Ours(found) = self.refresh(worker).await.map_err(failed)? else {
-            if self.events.is_empty() && !worker.settings.rebuild.restores() {
+        let Refreshed::Ours(found) = self.refresh().await.map_err(failed)? else {
+            if self.events.is_empty() && !self.rebuilds() {
                 // No event needs the chat. The chat is recorded as gone once an event does.
                 return self.stays_lost();
             }
-            return self
-                .gone(worker, worker.settings.rebuild.restores())
-                .await
-                .map_err(failed);
+            return self.gone(self.rebuilds()).await.map_err(failed);
         };
-        let unknown = self.unknown_fields(worker);
+        let unknown = self.unknown_fields();
         let before = self.conversation.observed.agent;
-        let merged = self.merged(worker, &found, unknown).await;
-        let (observed, drift) = merged.map_err(failed)?;
+        let (observed, drift) = self.merged(&found, unknown).await.map_err(failed)?;
         self.conversation.observed = observed;
         // Drift that was already known has been reported.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
         }
         self.drift = Some(drift);
-        self.agent_may_be_gone(worker, before, found.agent_id)
+        self.agent_may_be_gone(before, found.agent_id)
             .await
             .map_err(failed)?;
-        let needed = if self.must_be_read(worker) {
+        let needed = if self.must_be_read() {
             Needed::Always
-        } else if self.claim.is_lost && worker.settings.rebuild.restores() {
+        } else if self.claim.is_lost && self.rebuilds() {
             Needed::IfAny
         } else {
             Needed::IfWaiting
         };
-        self.account(worker, found.chat_id, needed).await
+        self.account(found.chat_id, needed).await
     }
 
     /// The fields that may have been written although the journal does not record it. They are those changed by an
     /// event whose outcome is unknown, or by an event that a newer copy of the journal may have delivered. Waiting
     /// changes are written together, so if one has an unknown outcome, the fields that the others change count, too.
-    fn unknown_fields(&self, worker: &Worker) -> FieldSet {
+    fn unknown_fields(&self) -> FieldSet {
         let is_unknown = |event: &&Pending| {
             event.attempts.outcome_unknown
-                || self.must_be_read(worker) && worker.may_be_delivered(&self.claim, event)
+                || self.must_be_read() && self.worker.may_be_delivered(&self.claim, event)
         };
         let changes = || {
             self.events
@@ -114,7 +109,6 @@ impl Reconciled {
     /// is written. An agent that still exists stays, whichever client set it.
     async fn agent_may_be_gone(
         &mut self,
-        worker: &Worker,
         before: Option<Uuid>,
         named: Option<Uuid>,
     ) -> Result<(), AttemptError> {
@@ -132,8 +126,8 @@ impl Reconciled {
         if let Some(advisor) = desired.advisor()
             && self.claim.is_lost
             && observed.advisor == Some(advisor)
-            && worker.agents.resolve(*epoch, advisor).await? != agent
-            && !worker.agents.is_there(agent).await?
+            && self.worker.agents.resolve(*epoch, advisor).await? != agent
+            && !self.worker.agents.is_there(agent).await?
         {
             observed.agent = named;
             observed.advisor = None;
@@ -144,7 +138,6 @@ impl Reconciled {
     /// The observed chat after the fields were read, and the fields that another client has changed.
     pub(super) async fn merged(
         &self,
-        worker: &Worker,
         found: &our_api::Chat,
         unknown: FieldSet,
     ) -> Result<(Observed, FieldSet), AttemptError> {
@@ -159,7 +152,7 @@ impl Reconciled {
             drift.agent = match observed.advisor {
                 None => found.agent_id.is_some(),
                 Some(advisor) => {
-                    let agent = self.agent_of(worker, advisor).await?;
+                    let agent = self.agent_of(advisor).await?;
                     agent.is_none_or(|agent| found.agent_id != Some(agent))
                 }
             };
@@ -168,13 +161,10 @@ impl Reconciled {
     }
 
     /// The advisor's agent, as far as it is known.
-    pub(super) async fn agent_of(
-        &self,
-        worker: &Worker,
-        advisor: AdvisorId,
-    ) -> Result<Option<Uuid>, AttemptError> {
+    pub(super) async fn agent_of(&self, advisor: AdvisorId) -> Result<Option<Uuid>, AttemptError> {
         let epoch = self.conversation.epoch;
-        let agent = worker
+        let agent = self
+            .worker
             .journal
             .with(move |store| store.agent_of(epoch, advisor));
         Ok(agent.await?)
@@ -216,36 +206,32 @@ impl Reconciled {
     }
 
     /// Reads the chat by its external id.
-    pub(super) async fn refresh(&self, worker: &Worker) -> Result<Refreshed, AttemptError> {
+    pub(super) async fn refresh(&self) -> Result<Refreshed, AttemptError> {
         let observed = &self.conversation.observed;
         let external_id = observed.external_id.as_deref().unwrap_or_default();
-        Ok(match worker.our_api.chat(external_id).await? {
+        Ok(match self.worker.our_api.chat(external_id).await? {
             Some(found) if Some(found.chat_id) == observed.chat => Refreshed::Ours(found),
             _ => Refreshed::Gone,
         })
     }
 
     /// The conversation's messages in the journal.
-    pub(super) async fn recorded(&self, worker: &Worker) -> Result<Vec<Recorded>, AttemptError> {
+    pub(super) async fn recorded(&self) -> Result<Vec<Recorded>, AttemptError> {
         let id = self.conversation.id;
-        let replay_until = worker.session.replay_until.get();
-        let recorded = worker
+        let replay_until = self.worker.session.replay_until.get();
+        let recorded = self
+            .worker
             .journal
             .with(move |store| store.recorded_messages(id, replay_until));
         Ok(recorded.await?)
     }
 
     /// Reads the chat's messages, if needed, and accounts for them.
-    pub(super) async fn account(
-        &mut self,
-        worker: &Worker,
-        chat: Uuid,
-        needed: Needed,
-    ) -> Result<(), Stopped> {
+    pub(super) async fn account(&mut self, chat: Uuid, needed: Needed) -> Result<(), Stopped> {
         let recorded = self
-            .recorded(worker)
+            .recorded()
             .await
-            .map_err(|error| Stopped::at(self.first_outcome_unknown(worker), error))?;
+            .map_err(|error| Stopped::at(self.first_outcome_unknown(), error))?;
         let is_message = |event: &Pending| event.payload.kind().is_message();
         let is_unknown = |message: &Recorded| message.state == MessageState::OutcomeUnknown;
         let is_needed = match needed {
@@ -260,9 +246,9 @@ impl Reconciled {
             self.observation = Observation::Read(None);
             return Ok(());
         }
-        let held = held(worker, chat, self.first_outcome_unknown(worker)).await?;
+        let held = self.held(chat, self.first_outcome_unknown()).await?;
         let mut accounting = account::account(held, &recorded);
-        if !worker.settings.rebuild.restores() {
+        if !self.rebuilds() {
             let missing = Missing {
                 messages: count(&accounting.missing),
                 ..Missing::default()
@@ -282,20 +268,16 @@ impl Reconciled {
     }
 
     /// The first waiting message that may have been delivered. It is the reason to read the chat.
-    fn first_outcome_unknown(&self, worker: &Worker) -> Option<EventId> {
+    fn first_outcome_unknown(&self) -> Option<EventId> {
         let mut messages = self
             .events
             .iter()
-            .filter(|event| is_outcome_unknown(worker, &self.claim, event));
+            .filter(|event| self.worker.is_outcome_unknown(&self.claim, event));
         messages.next().map(|event| event.id)
     }
 
     /// Handles a lost chat. OurAPI has probably lost other data, too.
-    pub(super) async fn gone(
-        &mut self,
-        worker: &Worker,
-        rebuild: bool,
-    ) -> Result<(), AttemptError> {
+    pub(super) async fn gone(&mut self, rebuild: bool) -> Result<(), AttemptError> {
         tracing::error!(
             conversation = self.conversation.bigchat_id,
             chat = self.logged_chat(),
@@ -303,33 +285,33 @@ impl Reconciled {
             "OurAPI has lost a chat"
         );
         let is_known = self.claim.is_lost && self.observation != Observation::Created
-            || worker.agents.losses() > self.claim.losses;
-        if !rebuild || !worker.settings.rebuild.restores() {
+            || self.worker.agents.losses() > self.claim.losses;
+        if !rebuild || !self.rebuilds() {
             // The agents may be gone, too; a check costs one request each.
-            worker.agents.forget();
+            self.worker.agents.forget();
         } else if !is_known {
-            worker.agents.record_loss().await?;
+            self.worker.agents.record_loss().await?;
         }
         if rebuild {
-            worker.metrics.chat_was_missing();
+            self.worker.metrics.chat_was_missing();
         }
         self.observation = Observation::Gone { rebuild };
         Ok(())
     }
-}
 
-/// The messages that OurAPI has of a chat. A failure is attributed to the event `at`.
-pub(super) async fn held(
-    worker: &Worker,
-    chat: Uuid,
-    at: Option<EventId>,
-) -> Result<Vec<MessageKey>, Stopped> {
-    match worker.our_api.messages(chat).await {
-        Ok(held) => Ok(held.iter().map(Message::key).collect()),
-        Err(error) => Err(Stopped {
-            step: Step::ReadingMessages,
-            ..Stopped::at(at, error.into())
-        }),
+    /// The messages that OurAPI has of a chat. A failure is attributed to the event `at`.
+    pub(super) async fn held(
+        &self,
+        chat: Uuid,
+        at: Option<EventId>,
+    ) -> Result<Vec<MessageKey>, Stopped> {
+        match self.worker.our_api.messages(chat).await {
+            Ok(held) => Ok(held.iter().map(Message::key).collect()),
+            Err(error) => Err(Stopped {
+                step: Step::ReadingMessages,
+                ..Stopped::at(at, error.into())
+            }),
+        }
     }
 }
 

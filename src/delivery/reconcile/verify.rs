@@ -3,10 +3,9 @@
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::read_back::{Refreshed, count, held};
-use super::{Reconciled, Stopped};
+use super::read_back::{Refreshed, count};
+use super::{Reconciliation, Stopped};
 use crate::delivery::attempts::AttemptError;
-use crate::delivery::worker::Worker;
 use crate::domain::account;
 use crate::domain::conversation::{Conversation, FieldSet, Fields, Observed};
 use crate::domain::progress::{
@@ -23,31 +22,29 @@ struct Compared {
     differences: Vec<FieldDifference>,
 }
 
-impl Reconciled {
+impl Reconciliation {
     /// Compares the chat with the journal, and restores or overwrites as the mode allows.
     pub(super) async fn verify(
         &mut self,
-        worker: &Worker,
         verify: Verify,
         give_way: &CancellationToken,
     ) -> Result<(), Stopped> {
         let failed = |error| Stopped::at(None, error);
-        let refreshed = self.refresh(worker).await.map_err(failed)?;
-        if give_way.is_cancelled() || worker.stopping.is_cancelled() {
+        let refreshed = self.refresh().await.map_err(failed)?;
+        if give_way.is_cancelled() || self.worker.stopping.is_cancelled() {
             return Ok(());
         }
         let Refreshed::Ours(found) = refreshed else {
-            return self.verify_gone(worker, verify).await.map_err(failed);
+            return self.verify_gone(verify).await.map_err(failed);
         };
-        let held = held(worker, found.chat_id, None).await?;
-        if give_way.is_cancelled() || worker.stopping.is_cancelled() {
+        let held = self.held(found.chat_id, None).await?;
+        if give_way.is_cancelled() || self.worker.stopping.is_cancelled() {
             return Ok(());
         }
-        let recorded = self.recorded(worker).await.map_err(failed)?;
+        let recorded = self.recorded().await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
-        let compared = self.compare_fields(worker, &found).await;
-        let compared = compared.map_err(failed)?;
-        let observed = self.observed_after(worker, verify.mode, &found, &compared);
+        let compared = self.compare_fields(&found).await.map_err(failed)?;
+        let observed = self.observed_after(verify.mode, &found, &compared);
         self.conversation.observed = observed.await.map_err(failed)?;
         let drift = compared.drift;
         let missing = Missing {
@@ -74,7 +71,7 @@ impl Reconciled {
             return Ok(());
         }
         if differs {
-            worker.metrics.chat_differed();
+            self.worker.metrics.chat_differed();
         }
         if verify.is_idle {
             tracing::error!(
@@ -86,8 +83,8 @@ impl Reconciled {
         Ok(())
     }
 
-    async fn verify_gone(&mut self, worker: &Worker, verify: Verify) -> Result<(), AttemptError> {
-        let recorded = self.recorded(worker).await?;
+    async fn verify_gone(&mut self, verify: Verify) -> Result<(), AttemptError> {
+        let recorded = self.recorded().await?;
         let accounting = account::account(Vec::new(), &recorded);
         self.verified(
             verify,
@@ -102,7 +99,7 @@ impl Reconciled {
         );
         match verify.mode {
             VerifyMode::Report => Ok(()),
-            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(worker, true).await,
+            VerifyMode::Restore | VerifyMode::Overwrite => self.gone(true).await,
         }
     }
 
@@ -116,23 +113,19 @@ impl Reconciled {
     }
 
     /// Compares the fields of a chat with what was written.
-    async fn compare_fields(
-        &self,
-        worker: &Worker,
-        found: &our_api::Chat,
-    ) -> Result<Compared, AttemptError> {
+    async fn compare_fields(&self, found: &our_api::Chat) -> Result<Compared, AttemptError> {
         let observed = &self.conversation.observed;
         // A write of the daemon that was carried out is no drift.
         let unknown = self.unknown_if_stale();
-        let (merged, mut drift) = self.merged(worker, found, unknown).await?;
+        let (merged, mut drift) = self.merged(found, unknown).await?;
         let missing = Missing {
             ended_at: observed.ended_at.is_some() && found.ended_at.is_none(),
-            agent: self.agent_is_gone(worker, drift, found.agent_id).await?,
+            agent: self.agent_is_gone(drift, found.agent_id).await?,
             ..Missing::default()
         };
         drift.agent &= !missing.agent;
         let recorded = Observed {
-            agent: self.recorded_agent(worker, drift).await?,
+            agent: self.recorded_agent(drift).await?,
             ..observed.clone()
         };
         Ok(Compared {
@@ -146,7 +139,6 @@ impl Reconciled {
     /// Whether OurAPI no longer has the agent that the daemon wrote. An agent set by another client is not verified.
     async fn agent_is_gone(
         &self,
-        worker: &Worker,
         drift: FieldSet,
         found: Option<Uuid>,
     ) -> Result<bool, AttemptError> {
@@ -157,21 +149,20 @@ impl Reconciled {
             return Ok(false);
         }
         let verification = self.claim.verifications;
-        worker.agents.is_gone(verification, observed.agent).await
+        self.worker
+            .agents
+            .is_gone(verification, observed.agent)
+            .await
     }
 
     /// The agent that the daemon wrote.
-    async fn recorded_agent(
-        &self,
-        worker: &Worker,
-        drift: FieldSet,
-    ) -> Result<Option<Uuid>, AttemptError> {
+    async fn recorded_agent(&self, drift: FieldSet) -> Result<Option<Uuid>, AttemptError> {
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
         match observed.advisor.or(desired.advisor()) {
             // After the first reading, the observed agent is the one that another client set.
-            Some(advisor) if drift.agent => self.agent_of(worker, advisor).await,
+            Some(advisor) if drift.agent => self.agent_of(advisor).await,
             _ => Ok(observed.agent),
         }
     }
@@ -180,7 +171,6 @@ impl Reconciled {
     /// another client has changed if the mode says so.
     async fn observed_after(
         &self,
-        worker: &Worker,
         mode: VerifyMode,
         found: &our_api::Chat,
         compared: &Compared,
@@ -208,7 +198,7 @@ impl Reconciled {
             }
         };
         if compared.missing.agent {
-            worker.agents.forget_if_lost(observed.agent).await?;
+            self.worker.agents.forget_if_lost(observed.agent).await?;
             after.forget_agent();
         }
         Ok(after)
