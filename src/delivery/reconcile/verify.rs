@@ -13,15 +13,6 @@ use crate::domain::progress::{
 };
 use crate::our_api;
 
-/// The fields of a chat, compared with what was written.
-struct Compared {
-    /// The observed chat with the fields found, so that the next write restores what is missing.
-    merged: Observed,
-    drift: FieldSet,
-    missing: Missing,
-    differences: Vec<FieldDifference>,
-}
-
 impl Reconciliation {
     /// Compares the chat with the journal, and restores or overwrites as the mode allows.
     pub(super) async fn verify(
@@ -43,22 +34,14 @@ impl Reconciliation {
         }
         let recorded = self.recorded().await.map_err(failed)?;
         let accounting = account::account(held, &recorded);
-        let compared = self.compare_fields(&found).await.map_err(failed)?;
-        let observed = self.observed_after(verify.mode, &found, &compared);
+        let compared = self.compare_fields(&found).await;
+        let (merged, mut result) = compared.map_err(failed)?;
+        let observed = self.observed_after(verify.mode, &found, merged, &result);
         self.conversation.observed = observed.await.map_err(failed)?;
-        let drift = compared.drift;
-        let missing = Missing {
-            messages: count(&accounting.missing),
-            ..compared.missing
-        };
-        let found_now = VerificationResult {
-            is_unreadable: false,
-            missing,
-            drift,
-            fields: compared.differences,
-        };
-        let differs = found_now != VerificationResult::default();
-        self.verified(verify, found_now);
+        result.missing.messages = count(&accounting.missing);
+        let (missing, drift) = (result.missing, result.drift);
+        let differs = result != VerificationResult::default();
+        self.verified(verify, result);
         if verify.is_idle {
             self.report_drift(drift, &found);
         }
@@ -112,8 +95,11 @@ impl Reconciliation {
         self.verified = Verified::Found(found);
     }
 
-    /// Compares the fields of a chat with what was written.
-    async fn compare_fields(&self, found: &our_api::Chat) -> Result<Compared, AttemptError> {
+    /// Compares the fields of a chat with what was written. Returns the merged chat, too.
+    async fn compare_fields(
+        &self,
+        found: &our_api::Chat,
+    ) -> Result<(Observed, VerificationResult), AttemptError> {
         let observed = &self.conversation.observed;
         // A write of the daemon that was carried out is no drift.
         let unknown = self.unknown_if_stale();
@@ -128,12 +114,13 @@ impl Reconciliation {
             agent: self.recorded_agent(drift).await?,
             ..observed.clone()
         };
-        Ok(Compared {
-            merged,
-            drift,
+        let result = VerificationResult {
+            is_unreadable: false,
             missing,
-            differences: differences(&recorded, &found.fields(), drift, missing),
-        })
+            drift,
+            fields: differences(&recorded, &found.fields(), drift, missing),
+        };
+        Ok((merged, result))
     }
 
     /// Whether OurAPI no longer has the agent that the daemon wrote. An agent set by another client is not verified.
@@ -173,19 +160,20 @@ impl Reconciliation {
         &self,
         mode: VerifyMode,
         found: &our_api::Chat,
-        compared: &Compared,
+        merged: Observed,
+        result: &VerificationResult,
     ) -> Result<Observed, AttemptError> {
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
         let mut after = match mode {
             VerifyMode::Report => return Ok(observed.clone()),
-            VerifyMode::Restore => compared.merged.clone(),
+            VerifyMode::Restore => merged,
             VerifyMode::Overwrite => {
                 let unknown = FieldSet {
                     // Details never override a TRANSFER. If this journal has none, the agent found may be from one that
                     // only another copy of the journal knows.
-                    agent: (compared.drift.agent || self.unknown_if_stale().agent)
+                    agent: (result.drift.agent || self.unknown_if_stale().agent)
                         && (desired.transfer.is_some() || found.agent_id.is_none()),
                     ..FieldSet::ALL
                 };
@@ -197,7 +185,7 @@ impl Reconciliation {
                 after
             }
         };
-        if compared.missing.agent {
+        if result.missing.agent {
             self.worker.agents.forget_if_lost(observed.agent).await?;
             after.forget_agent();
         }
