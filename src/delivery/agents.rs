@@ -303,23 +303,21 @@ impl Agents {
         }
     }
 
-    /// Whether OurAPI no longer has the agent of an advisor. A verification checks each agent once.
+    /// Whether OurAPI no longer has an agent. A verification checks each agent once.
     pub(super) async fn is_gone(
         &self,
         verification: i64,
-        agent: Option<Uuid>,
+        agent: Uuid,
     ) -> Result<bool, AttemptError> {
-        let Some(agent) = agent else { return Ok(false) };
         if let Some(gone) = self.verified().get(&(verification, agent)) {
             return Ok(*gone);
         }
-        let gone = match self.email_of(agent).await? {
-            Some(email) => {
-                !self.exists(agent, &email).await? && !self.our_api.has_agent(agent).await?
-            }
-            // The chat was adopted, and the daemon does not know its agent.
+        let is_listed = match self.email_of(agent).await? {
+            Some(email) => self.exists(agent, &email).await?,
+            // Another client has set it, or it was written before OurAPI lost data.
             None => false,
         };
+        let gone = !is_listed && !self.our_api.has_agent(agent).await?;
         let mut verified = self.verified();
         verified.retain(|(of, _), _| *of == verification);
         verified.insert((verification, agent), gone);

@@ -165,6 +165,12 @@ impl OurApi {
         self.databases[0].data.agents.clear();
     }
 
+    /// Loses the agent with this e-mail address; the chats still name it.
+    pub fn lose_agent(&mut self, email: &str) {
+        let agents = &mut self.databases[0].data.agents;
+        agents.retain(|agent| agent.email != email);
+    }
+
     /// Loses a chat and its messages.
     pub fn lose_chat(&mut self, external_id: &str) {
         let database = &mut self.databases[0];

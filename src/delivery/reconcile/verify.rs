@@ -106,7 +106,7 @@ impl Reconciliation {
         let (merged, mut drift) = self.merged(found, unknown).await?;
         let missing = Missing {
             ended_at: observed.ended_at.is_some() && found.ended_at.is_none(),
-            agent: self.agent_is_gone(drift, found.agent_id).await?,
+            agent: self.agent_is_gone(found.agent_id).await?,
             ..Missing::default()
         };
         drift.agent &= !missing.agent;
@@ -123,23 +123,22 @@ impl Reconciliation {
         Ok((merged, result))
     }
 
-    /// Whether OurAPI no longer has the agent that the daemon wrote. An agent set by another client is not verified.
-    async fn agent_is_gone(
-        &self,
-        drift: FieldSet,
-        found: Option<Uuid>,
-    ) -> Result<bool, AttemptError> {
+    /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has none, that may be because
+    /// the agent that the daemon wrote is gone.
+    async fn agent_is_gone(&self, found: Option<Uuid>) -> Result<bool, AttemptError> {
         let Conversation {
             desired, observed, ..
         } = &self.conversation;
-        if desired.advisor() != observed.advisor || drift.agent && found.is_some() {
-            return Ok(false);
+        let written = observed
+            .agent
+            .filter(|_| desired.advisor() == observed.advisor);
+        match found.or(written) {
+            Some(agent) if desired.advisor().is_some() => {
+                let verification = self.claim.verifications;
+                self.worker.agents.is_gone(verification, agent).await
+            }
+            _ => Ok(false),
         }
-        let verification = self.claim.verifications;
-        self.worker
-            .agents
-            .is_gone(verification, observed.agent)
-            .await
     }
 
     /// The agent that the daemon wrote.
@@ -186,7 +185,8 @@ impl Reconciliation {
             }
         };
         if result.missing.agent {
-            self.worker.agents.forget_if_lost(observed.agent).await?;
+            let gone = found.agent_id.or(observed.agent);
+            self.worker.agents.forget_if_lost(gone).await?;
             after.forget_agent();
         }
         Ok(after)

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bigchat_sync::simulator::event::{end, message, start};
 use bigchat_sync::simulator::fault::{paused, status};
+use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
 use bigchat_sync::http::Api;
@@ -426,6 +427,40 @@ async fn removed_agent_and_a_loss_elsewhere() {
             "{:?}",
             t.our_api.chats()
         );
+    })
+    .await;
+}
+
+/// An agent that OurAPI no longer has is nobody's choice, also if another client had set it.
+#[tokio::test]
+async fn gone_agent_of_another_client() {
+    run_test(async |t| {
+        t.our_api.has_agent("b9", "Bob", "bob@x.test");
+        t.bigchat.reports([start(42, 0)]);
+        t.once().await;
+        let delivered = t.our_api.chats();
+        another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        daemon.stop().await;
+        assert_eq!(t.status().0["drifted"], json!(1));
+        t.our_api.loses_agent("bob@x.test");
+        pass_is_due(t);
+        t.start();
+        until("the agent is set", async || t.our_api.chats() == delivered).await;
+    })
+    .await;
+}
+
+/// After a loss, the journal does not know the agents that no event has needed since.
+#[tokio::test]
+async fn gone_agent_that_the_journal_forgot() {
+    run_test(async |t| {
+        delivered(t, 42..44).await;
+        t.execute("DELETE FROM agents");
+        t.our_api.loses_agents();
+        is_restored(t).await;
     })
     .await;
 }

@@ -340,6 +340,11 @@ impl OurApi {
         self.state().lose_agents();
     }
 
+    /// Loses the agent with this e-mail address, which its chats still name.
+    pub(crate) fn loses_agent(&self, email: &str) {
+        self.state().lose_agent(email);
+    }
+
     /// All its data.
     pub(crate) fn data(&self) -> Data {
         self.state().data().clone()
