@@ -103,6 +103,7 @@ pub mod journal;
 pub mod metrics;
 #[cfg(test)]
 mod model;
+mod mutex;
 pub mod our_api;
 pub mod poller;
 pub mod settings;

@@ -3,12 +3,13 @@
 //! Windows and the cursor use BigChat's clock: for a window in its future, BigChat reports events that have not happened.
 //! This machine's clock, which may be an hour off, replaces it only as long as BigChat's time is unknown.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::domain::time::{Millis, Timestamp};
+use crate::mutex::lock;
 
 /// A date that differs from the expected one by more than this has jumped. A single wrong header must neither move the
 /// cursor past unread events, nor back by years.
@@ -74,33 +75,29 @@ impl BigChatClock {
         if let Some(date) = date {
             let at = Instant::now();
             let this_machine = Timestamp::of_this_machine();
-            self.readings().observe(Reading { date, at }, this_machine);
+            lock(&self.readings).observe(Reading { date, at }, this_machine);
         }
     }
 
     /// Counts a poll. Polls back to back count once.
     pub fn count_poll(&self) {
-        self.readings().polls += 1;
+        lock(&self.readings).polls += 1;
     }
 
     /// Whether a date is believed. If not, a further response is needed.
     pub fn is_sure(&self) -> bool {
-        self.readings().believed.is_some()
+        lock(&self.readings).believed.is_some()
     }
 
     /// BigChat's time: its last date plus the monotonic time since; `None` if there was no date yet.
     pub fn now(&self) -> Option<Timestamp> {
-        self.readings().now(Instant::now())
+        lock(&self.readings).now(Instant::now())
     }
 
     /// The same by its latest date, even if that is not believed.
     pub fn latest(&self) -> Option<Timestamp> {
-        let latest = self.readings().latest?;
+        let latest = lock(&self.readings).latest?;
         Some(latest.now(Instant::now()))
-    }
-
-    fn readings(&self) -> MutexGuard<'_, Readings> {
-        self.readings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -23,6 +23,7 @@ use subtle::{Choice, ConstantTimeEq};
 use super::api::ApiError;
 use super::guard::{KEY, Rejection};
 use super::{Web, error};
+use crate::mutex::lock;
 use crate::settings::Token;
 
 /// The maximum number of sessions. Beyond it, the oldest session ends.
@@ -196,7 +197,7 @@ impl Login {
 
     /// The access that a token gives. After too many wrong tokens, requests from that network are refused unchecked.
     fn check(&self, peer: IpAddr, token: &[u8], now: Instant) -> Result<Access, Rejection> {
-        let mut tries = self.tries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tries = lock(&self.tries);
         tries.may_try(peer, now)?;
         let is = |right: &Token| {
             let right = right.get();
@@ -215,7 +216,7 @@ impl Login {
 
     /// The sessions that have not ended.
     fn sessions(&self, now: Instant) -> MutexGuard<'_, Vec<Session>> {
-        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sessions = lock(&self.sessions);
         let (token, read_token) = (self.token.get(), self.read_token.get());
         sessions.retain(|session| {
             let token = match session.access {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -16,6 +16,7 @@ use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
 use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
+use crate::mutex::lock;
 use crate::our_api::{Agent, OurApi, is_alike};
 
 /// How many unexplained refusals of an agent it takes until they are believed. A refusal is unexplained if OurAPI lists
@@ -90,8 +91,8 @@ impl Agents {
 
     /// Clears the cache.
     pub(super) fn forget(&self) {
-        self.known().clear();
-        self.asked().clear();
+        lock(&self.known).clear();
+        lock(&self.asked).clear();
     }
 
     /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -100,7 +101,7 @@ impl Agents {
         epoch: Epoch,
         advisor: AdvisorId,
     ) -> Result<Option<Uuid>, AttemptError> {
-        if let Some(known) = self.known().get(&(epoch, advisor)) {
+        if let Some(known) = lock(&self.known).get(&(epoch, advisor)) {
             return Ok(*known);
         }
         let _one_at_a_time = self.creating.lock().await;
@@ -111,7 +112,7 @@ impl Agents {
                 self.of_person(advisor, &name, &email, losses).await?
             }
         };
-        let mut known = self.known();
+        let mut known = lock(&self.known);
         if losses == self.losses() {
             known.insert((epoch, advisor), agent);
         }
@@ -137,7 +138,7 @@ impl Agents {
                 let mut spelled = None;
                 let found = match self.find_or_create(advisor, name, email).await {
                     Ok(agent) => {
-                        self.refusals().remove(email);
+                        lock(&self.refusals).remove(email);
                         spelled = Some(agent.email);
                         KnownAgent::Agent(agent.agent_id)
                     }
@@ -279,7 +280,7 @@ impl Agents {
 
     /// Counts a refusal without a reason, and returns whether it is to be believed.
     fn refuses_again(&self, email: &str) -> bool {
-        let mut refusals = self.refusals();
+        let mut refusals = lock(&self.refusals);
         let refusals = refusals.entry(email.to_owned()).or_default();
         // Conversations of one advisor may ask one after the other.
         if refusals
@@ -309,7 +310,7 @@ impl Agents {
         verification: i64,
         agent: Uuid,
     ) -> Result<bool, AttemptError> {
-        if let Some(gone) = self.verified().get(&(verification, agent)) {
+        if let Some(gone) = lock(&self.verified).get(&(verification, agent)) {
             return Ok(*gone);
         }
         let is_listed = match self.email_of(agent).await? {
@@ -318,7 +319,7 @@ impl Agents {
             None => false,
         };
         let gone = !is_listed && !self.our_api.has_agent(agent).await?;
-        let mut verified = self.verified();
+        let mut verified = lock(&self.verified);
         verified.retain(|(of, _), _| *of == verification);
         verified.insert((verification, agent), gone);
         Ok(gone)
@@ -327,12 +328,12 @@ impl Agents {
     /// Whether OurAPI has an agent, created by any client. OurAPI is queried once per agent after each loss.
     pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
-        if let Some(is_there) = self.asked().get(&agent) {
+        if let Some(is_there) = lock(&self.asked).get(&agent) {
             return Ok(*is_there);
         }
         let losses = self.losses();
         let is_there = self.our_api.has_agent(agent).await?;
-        let mut asked = self.asked();
+        let mut asked = lock(&self.asked);
         if losses == self.losses() {
             asked.insert(agent, is_there);
         }
@@ -371,22 +372,6 @@ impl Agents {
             self.forget();
         }
         Ok(true)
-    }
-
-    fn refusals(&self) -> MutexGuard<'_, HashMap<String, Refusals>> {
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn known(&self) -> MutexGuard<'_, HashMap<(Epoch, AdvisorId), Option<Uuid>>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn asked(&self) -> MutexGuard<'_, HashMap<Uuid, bool>> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn verified(&self) -> MutexGuard<'_, HashMap<(i64, Uuid), bool>> {
-        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

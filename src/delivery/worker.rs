@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::Delivery;
 use super::agents::Agents;
 use crate::domain::conversation::Pending;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::Claim;
+use crate::mutex::lock;
 
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -43,17 +44,11 @@ impl Worker {
 
     /// Records that the chat's messages cannot be read. Its fields were read.
     pub(super) fn record_unreadable(&self, conversation: ConversationId) {
-        self.unreadable().insert(conversation);
+        lock(&self.unreadable).insert(conversation);
     }
 
     pub(super) fn is_unreadable(&self, conversation: ConversationId) -> bool {
-        self.unreadable().contains(&conversation)
-    }
-
-    fn unreadable(&self) -> MutexGuard<'_, HashSet<ConversationId>> {
-        self.unreadable
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.unreadable).contains(&conversation)
     }
 
     /// Whether the chat may have a waiting event that has not failed: a newer copy of this database may have delivered

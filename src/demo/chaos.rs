@@ -12,7 +12,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::DemoError;
 use crate::domain::event::Event;
 use crate::journal::{Journal, Result, Store};
+use crate::mutex::lock;
 use crate::simulator::chaos::{self, Plan, Strike};
 use crate::simulator::compare::count;
 use crate::simulator::event::message;
@@ -162,7 +163,7 @@ impl Chaos {
                         Instant::now() + strike.0
                     }
                 };
-            } else if self.score().up {
+            } else if lock(&self.score).up {
                 if end.kill {
                     self.kill().await?;
                 } else {
@@ -182,21 +183,17 @@ impl Chaos {
         }
         chaos::calm(&self.sim).await?;
         self.report("all is calm again".to_owned());
-        if !self.score().up {
+        if !lock(&self.score).up {
             self.start()?;
         }
         self.touch().await?;
-        self.score().calm = true;
+        lock(&self.score).calm = true;
         let stop = self.stop.clone();
         tokio::select! {
             () = stop.cancelled() => {}
             ended = self.daemon.ended() => self.ended_unexpectedly(ended?).await?,
         }
         self.stop_daemon().await
-    }
-
-    fn score(&self) -> MutexGuard<'_, Score> {
-        self.score.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn report(&self, what: String) {
@@ -221,7 +218,7 @@ impl Chaos {
         &mut self,
         status: ExitStatus,
     ) -> std::result::Result<(), DemoError> {
-        self.score().up = false;
+        lock(&self.score).up = false;
         match timeout(SOON / 10, self.stopping.cancelled()).await {
             Ok(()) if status.success() => Ok(()),
             _ => Err(DemoError::DaemonEnded(status)),
@@ -231,7 +228,7 @@ impl Chaos {
     async fn begin(&self, strike: &Strike) {
         strike.begin(&self.sim).await;
         self.report(strike.to_string());
-        let mut score = self.score();
+        let mut score = lock(&self.score);
         match strike {
             Strike::Outage(..) | Strike::Refuses(_) => score.outages += 1,
             Strike::BigChatRestarts => {}
@@ -242,7 +239,7 @@ impl Chaos {
     async fn end(&self, strike: &Strike) -> io::Result<()> {
         strike.end(&self.sim).await?;
         if *strike == Strike::BigChatRestarts {
-            self.score().restarts += 1;
+            lock(&self.score).restarts += 1;
         }
         Ok(())
     }
@@ -250,14 +247,14 @@ impl Chaos {
     fn start(&mut self) -> io::Result<()> {
         self.daemon.start()?;
         self.report("the daemon is started".to_owned());
-        self.score().up = true;
+        lock(&self.score).up = true;
         Ok(())
     }
 
     async fn kill(&mut self) -> std::result::Result<(), DemoError> {
         self.daemon.kill().await?;
-        self.score().up = false;
-        self.score().kills += 1;
+        lock(&self.score).up = false;
+        lock(&self.score).kills += 1;
         // Requests in flight at the kill are answered or given up after this.
         until("BigChat has no open requests", async || {
             self.sim.bigchat.connected() == 0
@@ -268,15 +265,15 @@ impl Chaos {
             .journal
             .with(move |store| count_apart(&mut sim.bigchat.state(), store))
             .await?;
-        self.score().unstored += unstored;
+        lock(&self.score).unstored += unstored;
         self.report("the daemon is killed".to_owned());
         Ok(())
     }
 
     async fn stop_daemon(&mut self) -> std::result::Result<(), DemoError> {
-        if self.score().up {
+        if lock(&self.score).up {
             self.daemon.stop().await?;
-            let mut score = self.score();
+            let mut score = lock(&self.score);
             score.up = false;
             score.stops += 1;
         }

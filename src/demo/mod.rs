@@ -17,7 +17,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::{ExitCode, ExitStatus};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -31,6 +31,7 @@ use uuid::Uuid;
 use crate::console::Listener;
 use crate::daemon::{self, DaemonError, Observers};
 use crate::journal::{Journal, JournalError, OpenError, Resolution, Store};
+use crate::mutex::lock;
 use crate::settings::{DEFAULT_LISTEN, Settings, Tokens, at_least_a_second, number};
 use crate::simulator::bigchat::{self, Log, Mode};
 use crate::simulator::{BigChat, Happening, OurApi, Simulator, Starting, Watch};
@@ -458,10 +459,7 @@ impl Stage {
             waiting,
             failed,
             discarded,
-            score: self
-                .score
-                .as_ref()
-                .map(|score| *score.lock().unwrap_or_else(PoisonError::into_inner)),
+            score: self.score.as_ref().map(|score| *lock(score)),
         })
     }
 }

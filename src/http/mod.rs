@@ -14,7 +14,7 @@ mod rate_limit;
 pub mod route;
 mod transport;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
@@ -35,6 +35,7 @@ pub use self::transport::{Network, NoResponse, Request, Response, Sending, Trans
 pub(crate) use self::transport::{cause, client};
 use crate::domain::backoff::Policy;
 use crate::domain::time::Millis;
+use crate::mutex::lock;
 use crate::settings::Token;
 use crate::telemetry::liveness;
 
@@ -127,38 +128,38 @@ impl Http {
 
     /// The end of the rate limit, if it is in force.
     pub fn rate_limited_until(&self, now: Millis) -> Option<Millis> {
-        let limit = self.health().rate_limit?;
+        let limit = lock(&self.health).rate_limit?;
         limit.is_in_force(now).then_some(limit.until)
     }
 
     /// The state of the circuit breaker, apart from the rate limit.
     pub fn circuit(&self, now: Millis) -> Circuit {
-        self.health().circuit(now)
+        lock(&self.health).circuit(now)
     }
 
     /// Whether several requests in a row have failed.
     pub fn is_failing(&self) -> bool {
-        self.health().breaker.is_failing()
+        lock(&self.health).breaker.is_failing()
     }
 
     /// Whether there is an outage. One from the last session counts until a request succeeds.
     pub fn is_down(&self) -> bool {
-        self.health().is_down()
+        lock(&self.health).is_down()
     }
 
     pub fn status(&self) -> ApiStatus {
-        self.health().status()
+        lock(&self.health).status()
     }
 
     /// Waits until a rate limit begins, a request fails, or a failure ends.
     pub async fn changed(&self) {
-        let changed = Arc::clone(&self.health().changed);
+        let changed = Arc::clone(&lock(&self.health).changed);
         changed.notified().await;
     }
 
     /// Restores the status at the end of the last session.
     pub fn recall(&self, status: &ApiStatus) {
-        self.health().recall(self.api, status);
+        lock(&self.health).recall(self.api, status);
     }
 
     /// The target of a route, with `id` and `query` (already encoded) if the route has them.
@@ -192,7 +193,7 @@ impl Http {
         target: &Target,
         body: Option<&impl Serialize>,
     ) -> Result<Response, NoResponse> {
-        let limit = self.health().rate_limit;
+        let limit = lock(&self.health).rate_limit;
         if let Some(RateLimit { until, .. }) =
             limit.filter(|limit| limit.is_in_force(Millis::now()))
         {
@@ -234,7 +235,7 @@ impl Http {
         if let Some(observer) = &self.observer {
             observer.request_made(target.route, status, ended - sent);
         }
-        let mut health = self.health();
+        let mut health = lock(&self.health);
         if let Ok(Response {
             rate_limit: Some(limit),
             ..
@@ -282,7 +283,7 @@ impl Http {
                     (Some(kind), None) => kind,
                     (None, None) => match read(&mut response) {
                         Ok(value) => {
-                            self.health().succeeded(self.api, route);
+                            lock(&self.health).succeeded(self.api, route);
                             return Ok(value);
                         }
                         Err(reason) => {
@@ -315,11 +316,7 @@ impl Http {
     }
 
     fn failed(&self, error: &ApiError, route: Route) {
-        self.health().failed(error, route, &self.base, &self.policy);
-    }
-
-    fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.health).failed(error, route, &self.base, &self.policy);
     }
 }
 

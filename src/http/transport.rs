@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use reqwest::header::{self, HeaderMap, HeaderValue};
@@ -15,6 +15,7 @@ use super::exchange::location;
 use super::rate_limit::{RateLimit, retry_after};
 use crate::domain::text::{decoded, inflated};
 use crate::domain::time::{Millis, Timestamp};
+use crate::mutex::lock;
 
 /// Maximum size of a response in bytes. A page of 100,000 events is smaller.
 const MAX_BODY: usize = 32 << 20;
@@ -142,7 +143,7 @@ impl Network {
     }
 
     fn client(&self, now: Instant) -> Client {
-        let mut pool = self.pool();
+        let mut pool = lock(&self.pool);
         let is_old = now.saturating_duration_since(pool.opened) >= RENEW_EVERY;
         // If the certificates cannot be read, the old client stays in use.
         if (pool.is_suspect || is_old)
@@ -158,11 +159,7 @@ impl Network {
     }
 
     fn suspect(&self) {
-        self.pool().is_suspect = true;
-    }
-
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pool).is_suspect = true;
     }
 
     async fn send_once(&self, request: Request<'_>) -> Result<Response, NoResponse> {

@@ -4,13 +4,14 @@ use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Access, access, fstatvfs};
 use uuid::Uuid;
 
 use super::error::OpenError;
+use crate::mutex::lock;
 
 /// The longest path that SQLite can open, in bytes: its limit, less the longest suffix it appends.
 const LONGEST_PATH: usize = 504;
@@ -59,17 +60,13 @@ impl Open {
     }
 }
 
-fn open_files() -> MutexGuard<'static, Vec<Open>> {
-    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Closes the files that this process no longer uses.
 #[derive(Debug)]
 struct Closing;
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        let mut open = open_files();
+        let mut open = lock(&OPEN);
         let used = open.iter().filter(|open| open.is_used());
         let used: Vec<Inode> = used.map(|open| open.inode).collect();
         open.retain(|open| used.contains(&open.inode));
@@ -135,7 +132,7 @@ impl DatabaseFile {
             path: named.to_owned(),
             source,
         };
-        let mut open = open_files();
+        let mut open = lock(&OPEN);
         let there = fs::metadata(&path).ok();
         if there.as_ref().is_some_and(|there| !there.is_file()) {
             return Err(OpenError::Foreign(named.to_owned()));

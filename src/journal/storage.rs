@@ -1,8 +1,9 @@
 //! Whether the journal can be written, as polling and delivery find it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use super::JournalError;
+use crate::mutex::lock;
 
 /// Whether the poller and delivery can currently write to the journal.
 #[derive(Debug, Default)]
@@ -24,22 +25,18 @@ pub struct Refusal {
 struct Writer(Mutex<Option<Refusal>>);
 
 impl Writer {
-    fn lock(&self) -> MutexGuard<'_, Option<Refusal>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Records a failed write. Returns whether the previous one had succeeded.
     fn failed(&self, error: &JournalError) -> bool {
         let refusal = Refusal {
             reason: error.to_string(),
             is_replaced: matches!(error, JournalError::Replaced(_)),
         };
-        self.lock().replace(refusal).is_none()
+        lock(&self.0).replace(refusal).is_none()
     }
 
     /// Records a successful write. Returns whether the previous one had failed.
     fn succeeded(&self) -> bool {
-        self.lock().take().is_some()
+        lock(&self.0).take().is_some()
     }
 }
 
@@ -74,17 +71,17 @@ impl Storage {
 
     /// Whether the journal refuses the poller.
     pub fn refuses_polling(&self) -> bool {
-        self.poller.lock().is_some()
+        lock(&self.poller.0).is_some()
     }
 
     /// Whether the journal refuses delivery.
     pub fn refuses_delivery(&self) -> bool {
-        self.delivery.lock().is_some()
+        lock(&self.delivery.0).is_some()
     }
 
     /// Why the journal refuses either of them; `None`: it does not.
     pub fn refusal(&self) -> Option<Refusal> {
-        let refusal = self.poller.lock().clone();
-        refusal.or_else(|| self.delivery.lock().clone())
+        let refusal = lock(&self.poller.0).clone();
+        refusal.or_else(|| lock(&self.delivery.0).clone())
     }
 }

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::future::pending;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
@@ -21,6 +21,7 @@ use crate::daemon::{self, DaemonError};
 use crate::domain::time::Millis;
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Executor, Journal, Operation, Scope, Store};
+use crate::mutex::lock;
 use crate::settings::{Settings, Tokens};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
@@ -137,7 +138,7 @@ pub(super) fn live(
     });
     drop(runtime);
     super::set_clock(None);
-    let mut inner = stage.inner();
+    let mut inner = lock(&stage.0);
     Life {
         steps: std::mem::take(&mut inner.life.steps),
         deaths: std::mem::take(&mut inner.life.deaths),
@@ -177,15 +178,11 @@ impl fmt::Debug for Stage {
 }
 
 impl Stage {
-    fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Runs the daemon, and starts it again whenever it was stopped.
     async fn run(&self, settings: &Settings) {
         loop {
             let stopping = CancellationToken::new();
-            self.inner().stopping = stopping.clone();
+            lock(&self.0).stopping = stopping.clone();
             let parts = daemon::begin(
                 settings.clone(),
                 Tokens::default(),
@@ -198,7 +195,7 @@ impl Stage {
             .expect("the daemon starts");
             match daemon::poll_and_deliver(&parts).await {
                 // A page was still waiting for the disk when the daemon had to end.
-                Ok(()) | Err(DaemonError::Unstored(_)) => self.inner().bigchat.client_died(),
+                Ok(()) | Err(DaemonError::Unstored(_)) => lock(&self.0).bigchat.client_died(),
                 Err(error) => panic!("the daemon ends with an error: {error}"),
             }
             assert!(stopping.is_cancelled(), "it ends only when it is asked to");
@@ -210,7 +207,7 @@ impl Stage {
         let start = Instant::now();
         loop {
             sleep(Duration::from_millis(500)).await;
-            let mut inner = self.inner();
+            let mut inner = lock(&self.0);
             if inner.is_at_rest() {
                 if let Some(lost_until) = inner.lost_until {
                     if !super::is_verified(&mut inner.store, lost_until) {
@@ -236,7 +233,7 @@ impl Stage {
 
     /// Carries out a request to OurAPI.
     fn carry_out(&self, number: usize, method: &Method, url: &Url, body: &[u8]) -> Reply {
-        let mut inner = self.inner();
+        let mut inner = lock(&self.0);
         let target = &url[url::Position::BeforePath..];
         let request = simulator::Request::new(method.as_str(), target, body);
         let reply = inner.our_api.answer(&request, 0);
@@ -259,7 +256,7 @@ impl Stage {
 
     /// Takes the next step: its number, and its fault.
     fn step(&self, step: Step, what: String) -> (usize, Option<Strike>) {
-        let mut inner = self.inner();
+        let mut inner = lock(&self.0);
         let number = inner.life.steps.len();
         inner.life.steps.push((step, what));
         let strike = inner
@@ -436,7 +433,7 @@ impl Transport for BigChatWire {
         let stage = self.0.clone();
         let (number, strike) =
             stage.step(Step::BigChat, url[url::Position::BeforePath..].to_owned());
-        stage.inner().bigchat.on_request(&url);
+        lock(&stage.0).bigchat.on_request(&url);
         Box::pin(async move {
             match strike {
                 Some(Strike::Failed) => {
@@ -445,7 +442,7 @@ impl Transport for BigChatWire {
                 _ => Stage::wait(number, strike).await,
             }
             let answer = {
-                let mut inner = stage.inner();
+                let mut inner = lock(&stage.0);
                 let answer = inner.bigchat.answer(&url);
                 if url.path() == "/events" {
                     inner.record_death(number);
@@ -465,7 +462,7 @@ impl Executor for Stage {
         let (number, strike) = self.step(Step::ReadJournal, String::new());
         Box::pin(async move {
             Self::wait(number, strike).await;
-            let mut inner = self.inner();
+            let mut inner = lock(&self.0);
             let before = inner.store.connection().total_changes();
             operation(&mut inner.store);
             if inner.store.connection().total_changes() != before {

@@ -15,7 +15,7 @@ mod world;
 
 use std::cell::Cell;
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -25,6 +25,7 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 use crate::cli::Cli;
 use crate::domain::time::Millis;
 use crate::journal::Store;
+use crate::mutex::lock;
 use crate::settings::{Settings, VerifyEvery};
 use crate::simulator::event::{T0, end, message, start, transfer};
 use life::{Life, Step, Strike, Wrong};
@@ -137,7 +138,7 @@ impl Case {
     }
 
     fn life(&self, state: &State) -> Arc<Life> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.last);
         if let Some((of, life)) = &*last
             && of == state
         {
@@ -176,18 +177,17 @@ impl Case {
         }
     }
 
-    fn wrong(&self) -> MutexGuard<'_, Option<State>> {
-        self.wrong.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn holds(&self, state: &State, what: Wrong) -> bool {
-        if self.wrong().as_ref().is_some_and(|wrong| wrong != state) {
+        if lock(&self.wrong)
+            .as_ref()
+            .is_some_and(|wrong| wrong != state)
+        {
             return true;
         }
         let life = self.life(state);
         let holds = life.wrong.iter().all(|(wrong, _)| *wrong != what);
         if !holds {
-            *self.wrong() = Some(state.clone());
+            *lock(&self.wrong) = Some(state.clone());
         }
         holds
     }
@@ -207,7 +207,7 @@ impl Case {
             start.elapsed()
         );
         // Without this, the path to the violation could not be reconstructed.
-        *checker.model().wrong() = None;
+        *lock(&checker.model().wrong) = None;
         if let Some((property, path)) = checker.discoveries().into_iter().next() {
             let (state, actions) = (path.last_state().clone(), path.into_actions());
             let life = checker.model().life(&state);
@@ -239,7 +239,7 @@ impl Model for Case {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        if state.left == 0 || self.wrong().is_some() {
+        if state.left == 0 || lock(&self.wrong).is_some() {
             return;
         }
         let life = self.life(state);

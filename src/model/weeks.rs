@@ -10,7 +10,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rand::rngs::Xoshiro256PlusPlus;
@@ -30,6 +30,7 @@ use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
 use crate::journal::{Executor, Journal, Operation, Operator, Resolution, Selection, Store};
+use crate::mutex::lock;
 use crate::settings::{Settings, Tokens, VerifyEvery};
 use crate::simulator::bigchat::{BigChat, Clock, Log, Mode, Options};
 use crate::simulator::compare::{Report, Rules, compare, expected};
@@ -151,7 +152,7 @@ impl Week {
             .expect("a runtime");
         let settings = self.settings();
         let outcome = runtime.block_on(async {
-            stage.inner().begun = Some(Instant::now());
+            lock(&stage.0).begun = Some(Instant::now());
             super::set_clock(Some((start, Instant::now())));
             tokio::select! {
                 biased;
@@ -161,7 +162,7 @@ impl Week {
         });
         drop(runtime);
         super::set_clock(None);
-        (std::mem::take(&mut stage.inner().story), outcome)
+        (std::mem::take(&mut lock(&stage.0).story), outcome)
     }
 }
 
@@ -345,16 +346,12 @@ impl Inner {
 }
 
 impl Stage {
-    fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Runs the daemon, and starts it again whenever it was stopped or has crashed.
     async fn run(&self, settings: &Settings) {
         loop {
             let (stopping, crash) = (CancellationToken::new(), CancellationToken::new());
             {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 (inner.stopping, inner.crash) = (stopping.clone(), crash.clone());
             }
             let parts = daemon::begin(
@@ -367,7 +364,7 @@ impl Stage {
             )
             .await
             .expect("the daemon starts");
-            self.inner().console = Some(parts.console());
+            lock(&self.0).console = Some(parts.console());
             tokio::select! {
                 biased;
                 () = crash.cancelled() => {}
@@ -377,18 +374,18 @@ impl Stage {
                     Err(error) => panic!("the daemon ends with an error: {error}"),
                 },
             }
-            self.inner().console = None;
+            lock(&self.0).console = None;
             drop(parts);
-            let down_for = std::mem::take(&mut self.inner().down_for);
+            let down_for = std::mem::take(&mut lock(&self.0).down_for);
             sleep(down_for).await;
         }
     }
 
     /// Runs the faults of the week, waits until everything is at rest, and returns the result.
     async fn upheavals(&self) -> Result<Report, String> {
-        let end = Instant::now() + self.inner().week.length;
+        let end = Instant::now() + lock(&self.0).week.length;
         loop {
-            let next = self.inner().between(MINUTE, 90 * MINUTE);
+            let next = lock(&self.0).between(MINUTE, 90 * MINUTE);
             if Instant::now() + next > end {
                 break;
             }
@@ -396,7 +393,7 @@ impl Stage {
             self.upheaval().await;
         }
         let calm = {
-            let mut inner = self.inner();
+            let mut inner = lock(&self.0);
             inner.step_clock(0);
             (inner.faults, inner.bigchat_down, inner.our_api_down) = (0.0, false, false);
             inner.set_clocks();
@@ -408,7 +405,7 @@ impl Stage {
         let began = Instant::now();
         loop {
             sleep(10 * MINUTE).await;
-            let mut inner = self.inner();
+            let mut inner = lock(&self.0);
             // A pass may follow another at once, so the chats show which one verified them.
             let all_verified =
                 "SELECT NOT EXISTS (SELECT 1 FROM conversations WHERE verified_in <= ?1)";
@@ -437,10 +434,10 @@ impl Stage {
     }
 
     async fn upheaval(&self) {
-        let number = self.inner().rng.random_range(0..14);
+        let number = lock(&self.0).rng.random_range(0..14);
         match number {
             0 | 1 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 inner.down_for = if number == 0 {
                     Duration::ZERO
                 } else {
@@ -453,7 +450,7 @@ impl Stage {
                 inner.crash.cancel();
             }
             2 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 inner.down_for = inner.between(Duration::ZERO, 2 * HOUR);
                 let down_for = inner.down_for;
                 inner.record(format_args!(
@@ -462,13 +459,13 @@ impl Stage {
                 inner.stopping.cancel();
             }
             3 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 inner.set_clocks();
                 inner.bigchat.restart();
                 inner.record("BigChat restarts");
             }
             4 | 5 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 let Some(chat) = inner.some_chat() else {
                     return;
                 };
@@ -481,7 +478,7 @@ impl Stage {
                 }
             }
             6 | 7 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 if inner.week.short_retention {
                     return;
                 }
@@ -494,38 +491,36 @@ impl Stage {
                 }
             }
             8 => {
-                let duration = self.inner().between(MINUTE, 3 * HOUR);
-                self.inner()
-                    .record(format_args!("OurAPI is down for {duration:?}"));
-                self.inner().our_api_down = true;
+                let duration = lock(&self.0).between(MINUTE, 3 * HOUR);
+                lock(&self.0).record(format_args!("OurAPI is down for {duration:?}"));
+                lock(&self.0).our_api_down = true;
                 sleep(duration).await;
-                self.inner().our_api_down = false;
+                lock(&self.0).our_api_down = false;
             }
             9 => {
-                let duration = self.inner().between(MINUTE, 3 * HOUR);
-                self.inner()
-                    .record(format_args!("BigChat is down for {duration:?}"));
-                self.inner().bigchat_down = true;
+                let duration = lock(&self.0).between(MINUTE, 3 * HOUR);
+                lock(&self.0).record(format_args!("BigChat is down for {duration:?}"));
+                lock(&self.0).bigchat_down = true;
                 sleep(duration).await;
-                self.inner().bigchat_down = false;
+                lock(&self.0).bigchat_down = false;
             }
             10 => {
                 let (ahead, duration) = {
-                    let mut inner = self.inner();
+                    let mut inner = lock(&self.0);
                     let steps = [-HOUR_MS, HOUR_MS, -30_000, 30_000, 40 * 24 * HOUR_MS];
                     let ahead = *steps.choose(&mut inner.rng).expect("some");
                     (ahead, inner.between(Duration::ZERO, HOUR))
                 };
-                self.inner().record(format_args!(
+                lock(&self.0).record(format_args!(
                     "this machine's clock is {} s ahead, for {duration:?}",
                     ahead / 1000
                 ));
-                self.inner().step_clock(ahead);
+                lock(&self.0).step_clock(ahead);
                 sleep(duration).await;
-                self.inner().step_clock(0);
+                lock(&self.0).step_clock(0);
             }
             11 => {
-                let mut inner = self.inner();
+                let mut inner = lock(&self.0);
                 let duration = inner.between(MINUTE, 5 * HOUR);
                 let now = Millis::now();
                 let pause = Pause {
@@ -540,25 +535,25 @@ impl Stage {
             }
             _ => {
                 let (share, duration) = {
-                    let mut inner = self.inner();
+                    let mut inner = lock(&self.0);
                     (
                         inner.rng.random_range(0.05..0.6),
                         inner.between(MINUTE, 2 * HOUR),
                     )
                 };
-                self.inner().record(format_args!(
+                lock(&self.0).record(format_args!(
                     "{share:.2} of the requests fail, for {duration:?}"
                 ));
-                self.inner().faults = share;
+                lock(&self.0).faults = share;
                 sleep(duration).await;
-                self.inner().faults = 0.0;
+                lock(&self.0).faults = 0.0;
             }
         }
     }
 
     /// OurAPI carries out a request, even if the daemon has ended meanwhile.
     fn carry_out(&self, method: &Method, url: &Url, body: &[u8]) -> Reply {
-        let mut inner = self.inner();
+        let mut inner = lock(&self.0);
         inner.in_flight -= 1;
         let others = inner.in_flight;
         let request = simulator::Request::new(method.as_str(), &url[Position::BeforePath..], body);
@@ -575,7 +570,7 @@ impl Transport for OurApiWire {
         let stage = self.0.clone();
         Box::pin(async move {
             let (fate, latency) = {
-                let mut inner = stage.inner();
+                let mut inner = lock(&stage.0);
                 (
                     inner.fate(),
                     Duration::from_millis(inner.rng.random_range(5..200)),
@@ -596,7 +591,7 @@ impl Transport for OurApiWire {
                 }
                 Fate::Answered | Fate::Lost | Fate::Overdue => {}
             }
-            stage.inner().in_flight += 1;
+            lock(&stage.0).in_flight += 1;
             let takes = if fate == Fate::Overdue {
                 TIMEOUT + latency * 15
             } else {
@@ -629,9 +624,9 @@ impl Transport for BigChatWire {
         let url = request.url.clone();
         let stage = self.0.clone();
         Box::pin(async move {
-            let latency = Duration::from_millis(stage.inner().rng.random_range(5..200));
+            let latency = Duration::from_millis(lock(&stage.0).rng.random_range(5..200));
             sleep(latency).await;
-            let mut inner = stage.inner();
+            let mut inner = lock(&stage.0);
             let share = inner.faults;
             if inner.bigchat_down || share > 0.0 && inner.rng.random_bool(share) {
                 return Err(NoResponse::unreachable("refused"));
@@ -651,7 +646,7 @@ impl Transport for BigChatWire {
 
 impl Executor for Stage {
     fn execute(&self, operation: Operation) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        operation(&mut self.inner().store);
+        operation(&mut lock(&self.0).store);
         Box::pin(std::future::ready(()))
     }
 }

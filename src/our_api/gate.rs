@@ -1,11 +1,12 @@
 //! The gate in front of OurAPI: while deliveries are paused, no caller sends anything.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use tokio::time::Instant;
 
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
+use crate::mutex::lock;
 
 #[derive(Debug, Default)]
 pub(super) struct Gate(Mutex<Option<Closed>>);
@@ -20,7 +21,7 @@ struct Closed {
 impl Gate {
     /// Closes the gate for a pause, or opens it. A pause set again keeps its end.
     pub(super) fn set(&self, pause: Option<Pause>) {
-        let mut closed = self.closed();
+        let mut closed = lock(&self.0);
         if closed.map(|closed| closed.pause) == pause {
             return;
         }
@@ -33,14 +34,10 @@ impl Gate {
 
     /// The pause, if it is not over. A clock that was set ahead ends it, as expected of a pause until a given time.
     pub(super) fn paused(&self) -> Option<Pause> {
-        let Closed { pause, until } = (*self.closed())?;
+        let Closed { pause, until } = (*lock(&self.0))?;
         let is_over = until.is_some_and(|until| until <= Instant::now())
             || pause.left(Millis::now()).is_none();
         (!is_over).then_some(pause)
-    }
-
-    fn closed(&self) -> MutexGuard<'_, Option<Closed>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,7 +4,7 @@
 //! OurAPI that hangs for a while would receive a second request meanwhile, which may corrupt its data if it allows only
 //! one.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::lock::Turn;
 use crate::domain::time::Millis;
+use crate::mutex::lock;
 
 #[derive(Debug)]
 pub(super) struct Permits {
@@ -73,7 +74,7 @@ impl Permits {
     /// See [`OurApi::free_permits`](super::OurApi::free_permits).
     pub(super) fn free_permits(&self, now: Millis) -> Result<u16, Millis> {
         let first = self.first_to_end();
-        let held: u16 = self.held().iter().map(|held| held.permits).sum();
+        let held: u16 = lock(&self.held).iter().map(|held| held.permits).sum();
         match (self.max_in_flight.saturating_sub(held), first) {
             (0, Some(first)) => Err(now.plus(first.saturating_duration_since(Instant::now()))),
             (free, _) => Ok(free),
@@ -82,7 +83,7 @@ impl Permits {
 
     /// See [`OurApi::timed_out_until`](super::OurApi::timed_out_until).
     pub(super) fn timed_out_until(&self) -> Millis {
-        let held = self.held();
+        let held = lock(&self.held);
         let by_clock = held.iter().map(|held| held.by_clock);
         by_clock.max().unwrap_or_default()
     }
@@ -112,7 +113,7 @@ impl Permits {
     }
 
     fn hold(&self, permits: u16, time: Duration, turn: Option<Turn>) {
-        self.held().push(Held {
+        lock(&self.held).push(Held {
             permits,
             until: Instant::now() + time,
             by_clock: Millis::now().plus(time),
@@ -122,7 +123,7 @@ impl Permits {
 
     /// Frees the permits whose time has passed. Returns the next time to do so.
     fn first_to_end(&self) -> Option<Instant> {
-        let mut held = self.held();
+        let mut held = lock(&self.held);
         if held.is_empty() {
             return None;
         }
@@ -138,10 +139,6 @@ impl Permits {
             holds
         });
         held.iter().map(|held| held.until).min()
-    }
-
-    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex};
 
 use chrono::{SecondsFormat, Utc};
 use clap::ValueEnum;
@@ -24,6 +24,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry};
 
+use crate::mutex::lock;
 use crate::telemetry::terminal::{Terminal, printable};
 
 /// How many lines of a kind are written in full between two summaries.
@@ -192,7 +193,7 @@ pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
 
 /// Reports the lines left out since the previous call, and resets the counts. Returns whether there were any.
 pub fn report_left_out() -> bool {
-    let mut left_out: Vec<Lines> = std::mem::take(&mut *lines()).into_values().collect();
+    let mut left_out: Vec<Lines> = std::mem::take(&mut *lock(&LINES)).into_values().collect();
     left_out.retain(|lines| lines.count > BURST);
     for Lines { count, message } in &left_out {
         tracing::warn!(lines = count - BURST, like = %message, "left out of the log");
@@ -209,7 +210,7 @@ impl<S: Subscriber> Layer<S> for Bound {
         if NEVER_LEFT_OUT.contains(&metadata.target()) {
             return true;
         }
-        let mut lines = lines();
+        let mut lines = lock(&LINES);
         let lines = lines.entry(metadata.callsite()).or_default();
         lines.count = lines.count.saturating_add(1);
         if lines.count == BURST + 1 {
@@ -229,8 +230,4 @@ impl Visit for Message<'_> {
             write!(self.0, "{value:?}").ok();
         }
     }
-}
-
-fn lines() -> MutexGuard<'static, HashMap<Identifier, Lines>> {
-    LINES.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,13 +8,14 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tracing::Level;
 
+use crate::mutex::lock;
 use crate::telemetry::journal;
 use crate::telemetry::log::{self, LogFormat};
 
@@ -92,7 +93,7 @@ impl Output {
     /// Queues lines for standard error, unless the queue is full.
     pub(crate) fn lines(&self, lines: &[u8], level: Level) {
         let lines = self.with_priority(lines, level);
-        let mut queue = self.queue();
+        let mut queue = lock(&self.queue);
         if queue.bytes + lines.len() > MAX_QUEUED {
             queue.lost += count(&lines);
             return;
@@ -107,7 +108,7 @@ impl Output {
 
     /// Queues a frame for standard output, unless the queue is full.
     pub(crate) fn frame(&self, frame: Vec<u8>) {
-        let mut queue = self.queue();
+        let mut queue = lock(&self.queue);
         if queue.bytes + frame.len() <= MAX_QUEUED {
             queue.bytes += frame.len();
             queue.pieces.push_back(Piece::Frame(frame));
@@ -118,7 +119,7 @@ impl Output {
     /// Queues output for standard output. It is never dropped: the caller waits until it is written.
     pub(crate) fn answer(&self, answer: Vec<u8>) -> oneshot::Receiver<io::Result<()>> {
         let (done, written) = oneshot::channel();
-        let mut queue = self.queue();
+        let mut queue = lock(&self.queue);
         queue.bytes += answer.len();
         queue.pieces.push_back(Piece::Answer(answer, done));
         self.changed.notify_all();
@@ -130,13 +131,13 @@ impl Output {
         let unwritten = |queue: &mut Queue| queue.writing || !queue.pieces.is_empty();
         drop(
             self.changed
-                .wait_timeout_while(self.queue(), within, unwritten),
+                .wait_timeout_while(lock(&self.queue), within, unwritten),
         );
     }
 
     fn write(&self, mut out: impl Write, mut err: impl Write) {
         let mut torn = false;
-        let mut queue = self.queue();
+        let mut queue = lock(&self.queue);
         loop {
             let Some(piece) = queue.pieces.pop_front() else {
                 queue.writing = false;
@@ -159,7 +160,7 @@ impl Output {
                     if let Some(last) = text[..written].last() {
                         torn = *last != b'\n';
                     }
-                    let mut queue = self.queue();
+                    let mut queue = lock(&self.queue);
                     if written >= head {
                         queue.lost -= lost;
                     }
@@ -178,7 +179,7 @@ impl Output {
                     answer.len()
                 }
             };
-            queue = self.queue();
+            queue = lock(&self.queue);
             queue.bytes -= size;
         }
     }
@@ -202,10 +203,6 @@ impl Output {
             true => journal::prefixed(lines, level).into(),
             false => lines.into(),
         }
-    }
-
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -295,7 +292,9 @@ mod tests {
             let (queue, waited) = self
                 .output
                 .changed
-                .wait_timeout_while(self.output.queue(), TIME_LIMIT, |queue| !condition(queue))
+                .wait_timeout_while(lock(&self.output.queue), TIME_LIMIT, |queue| {
+                    !condition(queue)
+                })
                 .expect("no panic");
             drop(queue);
             assert!(!waited.timed_out());
@@ -327,7 +326,7 @@ mod tests {
                 scene.lines(line.as_bytes());
             }
             assert_eq!(
-                scene.output.queue().bytes,
+                lock(&scene.output.queue).bytes,
                 room * size,
                 "what is being written counts"
             );
@@ -341,7 +340,7 @@ mod tests {
             let lost: u64 = reported(&written).iter().sum();
             assert_eq!(lost, more as u64);
             assert!(written.ends_with("after\n"), "with the next line");
-            assert_eq!(scene.output.queue().bytes, 0);
+            assert_eq!(lock(&scene.output.queue).bytes, 0);
         }
     }
 
@@ -414,7 +413,7 @@ mod tests {
             }
             // The test ends only if the call returns.
             scene.output.flush(Duration::from_millis(10));
-            assert!(scene.output.queue().bytes > 0);
+            assert!(lock(&scene.output.queue).bytes > 0);
             assert!(scene.written.lock().expect("no panic").is_empty());
         }
     }

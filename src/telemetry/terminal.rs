@@ -5,7 +5,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
@@ -14,6 +14,7 @@ use rustix::termios::tcgetwinsize;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::mutex::lock;
 use crate::telemetry::journal;
 use crate::telemetry::log::LogFormat;
 use crate::telemetry::output::Output;
@@ -143,7 +144,7 @@ impl Frames {
     }
 
     fn draw(&self, text: &str) -> io::Result<()> {
-        let mut frame = self.frame.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frame = lock(&self.frame);
         frame.push_str(text);
         Ok(())
     }
@@ -196,7 +197,7 @@ impl TermLike for Frames {
     }
 
     fn flush(&self) -> io::Result<()> {
-        let mut frame = self.frame.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frame = lock(&self.frame);
         if !frame.is_empty() {
             self.output.frame(std::mem::take(&mut *frame).into_bytes());
         }
