@@ -1,7 +1,6 @@
 //! The agent of an advisor: found by e-mail address, created if there is none.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,17 +31,31 @@ pub(super) struct Agents {
     our_api: Arc<OurApi>,
     /// Whether a lost agent is created again before an event needs it.
     rebuild: bool,
-    /// A cache, cleared after a loss in OurAPI; `None`: the advisor has no agent.
-    known: Mutex<HashMap<(Epoch, AdvisorId), Option<Uuid>>>,
+    cache: Mutex<Cache>,
     /// Whether an agent is gone, by the id of a verification and the agent.
     verified: Mutex<HashMap<(i64, Uuid), bool>>,
-    /// The agents queried by id since the last loss, and whether they exist.
-    asked: Mutex<HashMap<Uuid, bool>>,
     /// By e-mail address.
     refusals: Mutex<HashMap<String, Refusals>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
     creating: tokio::sync::Mutex<()>,
-    losses: AtomicI64,
+}
+
+/// What is known of OurAPI's agents since its last loss. A response requested before a loss is not cached after it.
+#[derive(Debug, Default)]
+struct Cache {
+    /// The loss counter of OurAPI.
+    losses: i64,
+    /// `None`: the advisor has no agent.
+    by_advisor: HashMap<(Epoch, AdvisorId), Option<Uuid>>,
+    /// The agents queried by id, and whether they exist.
+    exists: HashMap<Uuid, bool>,
+}
+
+impl Cache {
+    fn clear(&mut self) {
+        self.by_advisor.clear();
+        self.exists.clear();
+    }
 }
 
 /// The times that OurAPI has refused an agent without a reason.
@@ -63,18 +76,19 @@ impl Agents {
             source,
             our_api,
             rebuild,
-            known: Mutex::default(),
+            cache: Mutex::new(Cache {
+                losses,
+                ..Cache::default()
+            }),
             verified: Mutex::default(),
-            asked: Mutex::default(),
             refusals: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
-            losses: AtomicI64::new(losses),
         }
     }
 
     /// The loss counter of OurAPI.
     pub(super) fn losses(&self) -> i64 {
-        self.losses.load(Ordering::Relaxed)
+        lock(&self.cache).losses
     }
 
     /// Records that OurAPI has lost data, so that everything else is verified before it is used.
@@ -84,15 +98,15 @@ impl Agents {
             .journal
             .with(|store| store.record_loss(Millis::now()))
             .await?;
-        self.losses.fetch_max(losses, Ordering::Relaxed);
-        self.forget();
+        let mut cache = lock(&self.cache);
+        cache.losses = cache.losses.max(losses);
+        cache.clear();
         Ok(())
     }
 
     /// Clears the cache.
     pub(super) fn forget(&self) {
-        lock(&self.known).clear();
-        lock(&self.asked).clear();
+        lock(&self.cache).clear();
     }
 
     /// The agent of an advisor; `None` if BigChat no longer knows the advisor or OurAPI permanently rejects the agent.
@@ -101,7 +115,7 @@ impl Agents {
         epoch: Epoch,
         advisor: AdvisorId,
     ) -> Result<Option<Uuid>, AttemptError> {
-        if let Some(known) = lock(&self.known).get(&(epoch, advisor)) {
+        if let Some(known) = lock(&self.cache).by_advisor.get(&(epoch, advisor)) {
             return Ok(*known);
         }
         let _one_at_a_time = self.creating.lock().await;
@@ -112,9 +126,9 @@ impl Agents {
                 self.of_person(advisor, &name, &email, losses).await?
             }
         };
-        let mut known = lock(&self.known);
-        if losses == self.losses() {
-            known.insert((epoch, advisor), agent);
+        let mut cache = lock(&self.cache);
+        if losses == cache.losses {
+            cache.by_advisor.insert((epoch, advisor), agent);
         }
         Ok(agent)
     }
@@ -328,14 +342,14 @@ impl Agents {
     /// Whether OurAPI has an agent, created by any client. OurAPI is queried once per agent after each loss.
     pub(super) async fn is_there(&self, agent: Option<Uuid>) -> Result<bool, AttemptError> {
         let Some(agent) = agent else { return Ok(false) };
-        if let Some(is_there) = lock(&self.asked).get(&agent) {
+        if let Some(is_there) = lock(&self.cache).exists.get(&agent) {
             return Ok(*is_there);
         }
         let losses = self.losses();
         let is_there = self.our_api.has_agent(agent).await?;
-        let mut asked = lock(&self.asked);
-        if losses == self.losses() {
-            asked.insert(agent, is_there);
+        let mut cache = lock(&self.cache);
+        if losses == cache.losses {
+            cache.exists.insert(agent, is_there);
         }
         Ok(is_there)
     }
