@@ -8,13 +8,14 @@ use reqwest::StatusCode;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::Delivery;
 use super::attempts::AttemptError;
 use crate::bigchat::{Source, details};
 use crate::domain::ids::{AdvisorId, Epoch};
 use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
-use crate::journal::{JournalError, KnownAdvisor, KnownAgent};
+use crate::journal::{Journal, JournalError, KnownAdvisor, KnownAgent};
 use crate::mutex::lock;
 use crate::our_api::{Agent, OurApi, is_alike};
 
@@ -29,6 +30,7 @@ const REFUSALS_APART: Duration = Duration::from_millis(500);
 pub(super) struct Agents {
     source: Arc<Source>,
     our_api: Arc<OurApi>,
+    journal: Arc<Journal>,
     /// Whether a lost agent is created again before an event needs it.
     rebuild: bool,
     cache: Mutex<Cache>,
@@ -66,18 +68,14 @@ struct Refusals {
 }
 
 impl Agents {
-    pub(super) fn new(
-        source: Arc<Source>,
-        our_api: Arc<OurApi>,
-        rebuild: bool,
-        losses: i64,
-    ) -> Self {
+    pub(super) fn new(delivery: &Delivery) -> Self {
         Self {
-            source,
-            our_api,
-            rebuild,
+            source: Arc::clone(&delivery.source),
+            our_api: Arc::clone(&delivery.our_api),
+            journal: Arc::clone(&delivery.journal),
+            rebuild: delivery.settings.rebuild.restores(),
             cache: Mutex::new(Cache {
-                losses,
+                losses: delivery.session.losses,
                 ..Cache::default()
             }),
             verified: Mutex::default(),
@@ -94,7 +92,6 @@ impl Agents {
     /// Records that OurAPI has lost data, so that everything else is verified before it is used.
     pub(super) async fn record_loss(&self) -> Result<(), JournalError> {
         let losses = self
-            .source
             .journal
             .with(|store| store.record_loss(Millis::now()))
             .await?;
@@ -142,7 +139,6 @@ impl Agents {
     ) -> Result<Option<Uuid>, AttemptError> {
         let address = email.to_owned();
         let known = match self
-            .source
             .journal
             .with(move |store| store.agent(&address))
             .await?
@@ -169,8 +165,7 @@ impl Agents {
                     Err(error) => return Err(error.into()),
                 };
                 let address = email.to_owned();
-                self.source
-                    .journal
+                self.journal
                     .with(move |store| {
                         store.record_agent(&address, spelled.as_deref(), found, losses)
                     })
@@ -355,7 +350,7 @@ impl Agents {
     }
 
     async fn email_of(&self, agent: Uuid) -> Result<Option<String>, AttemptError> {
-        let email = self.source.journal.with(move |store| store.email_of(agent));
+        let email = self.journal.with(move |store| store.email_of(agent));
         Ok(email.await?)
     }
 
@@ -379,8 +374,7 @@ impl Agents {
         if self.rebuild {
             self.record_loss().await?;
         } else {
-            self.source
-                .journal
+            self.journal
                 .with(move |store| store.forget_agent(agent))
                 .await?;
             self.forget();

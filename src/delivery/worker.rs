@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use super::Delivery;
 use super::agents::Agents;
@@ -29,15 +29,9 @@ impl Deref for Worker {
 
 impl Worker {
     pub(super) fn new(delivery: Delivery) -> Self {
-        let agents = Agents::new(
-            Arc::clone(&delivery.source),
-            Arc::clone(&delivery.our_api),
-            delivery.settings.rebuild.restores(),
-            delivery.session.losses,
-        );
         Self {
+            agents: Agents::new(&delivery),
             delivery,
-            agents,
             unreadable: Mutex::default(),
         }
     }
