@@ -153,11 +153,9 @@ impl Agents {
                         KnownAgent::Agent(agent.agent_id)
                     }
                     Err(error) if self.is_permanent(email, &error) => {
-                        let Exchange {
-                            request, response, ..
-                        } = error.exchange.logged();
+                        let failure = error.logged();
                         tracing::warn!(
-                            %advisor, reason = error.summary(), request, response,
+                            %advisor, reason = failure.reason, request = failure.request, response = failure.response,
                             "OurAPI permanently rejects an agent; its chats stay without one"
                         );
                         KnownAgent::Refused

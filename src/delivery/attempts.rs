@@ -11,9 +11,8 @@ use crate::domain::conversation::Attempts;
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{Failure, Outcome};
 use crate::domain::time::Millis;
-use crate::http::{Api, ApiError, ErrorKind, request_head, response_head};
+use crate::http::{Api, ApiError, ErrorKind};
 use crate::journal::JournalError;
-use crate::telemetry::log;
 
 #[derive(Debug)]
 pub enum AttemptError {
@@ -87,34 +86,16 @@ impl AttemptError {
 
     /// As logged: without bodies, unless message text may be logged.
     pub fn logged(&self) -> Failure {
-        let failure = self.failure();
-        let reason = match self {
-            Self::Write(error) | Self::Read(error) => error.summary(),
-            _ => failure.reason.clone(),
-        };
-        Failure {
-            reason: log::shown(&failure.reason, |_| &reason).to_owned(),
-            request: log::shown(&failure.request, request_head).to_owned(),
-            response: log::shown(&failure.response, response_head).to_owned(),
+        match self {
+            Self::Write(error) | Self::Read(error) => error.logged(),
+            _ => self.failure(),
         }
     }
 
     /// As stored with the event.
     pub fn failure(&self) -> Failure {
         let reason = match self {
-            Self::Write(error) | Self::Read(error) => {
-                let exchange = &error.exchange;
-                return Failure {
-                    reason: match &exchange.detail {
-                        Some(detail) if error.kind == ErrorKind::Rejected => {
-                            format!("{}: {detail}", error.summary())
-                        }
-                        _ => error.summary(),
-                    },
-                    request: exchange.request.clone(),
-                    response: exchange.response.clone(),
-                };
-            }
+            Self::Write(error) | Self::Read(error) => return error.failure(),
             Self::Journal(error) => error.to_string(),
             Self::DataLost(reason) => (*reason).to_owned(),
             Self::Panicked => "the handler panicked; please report this with the log".to_owned(),

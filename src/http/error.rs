@@ -2,16 +2,15 @@
 
 use std::fmt;
 
-use thiserror::Error;
-
 use super::api::Api;
-use super::exchange::{Cause, Exchange};
+use super::exchange::{Cause, Exchange, request_head, response_head};
 use super::route::Route;
 use super::transport::Response;
+use crate::domain::progress::Failure;
 use crate::domain::time::Millis;
+use crate::telemetry::log;
 
-#[derive(Debug, Clone, Error)]
-#[error("{}: {exchange}", self.summary())]
+#[derive(Debug, Clone)]
 pub struct ApiError {
     pub api: Api,
     pub kind: ErrorKind,
@@ -157,6 +156,19 @@ fn names_no_agent(body: &[u8]) -> bool {
         .any(|part| part == NO_SUCH_AGENT)
 }
 
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Failure {
+            reason,
+            request,
+            response,
+        } = self.logged();
+        write!(f, "{reason}: {request} -> {response}")
+    }
+}
+
+impl std::error::Error for ApiError {}
+
 impl ApiError {
     pub fn not_sent(api: Api, kind: ErrorKind, reason: impl Into<String>) -> Self {
         let exchange = Exchange {
@@ -204,6 +216,33 @@ impl ApiError {
 
     pub fn with_kind(self, kind: ErrorKind) -> Self {
         Self { kind, ..self }
+    }
+
+    /// As stored with an event.
+    pub fn failure(&self) -> Failure {
+        let exchange = &self.exchange;
+        Failure {
+            reason: match &exchange.detail {
+                Some(detail) if self.kind == ErrorKind::Rejected => {
+                    format!("{}: {detail}", self.summary())
+                }
+                _ => self.summary(),
+            },
+            request: exchange.request.clone(),
+            response: exchange.response.clone(),
+        }
+    }
+
+    /// As logged: without bodies and queries, unless message text may be logged.
+    pub fn logged(&self) -> Failure {
+        if log::shows_message_text() {
+            return self.failure();
+        }
+        Failure {
+            reason: self.summary(),
+            request: request_head(&self.exchange.request).to_owned(),
+            response: response_head(&self.exchange.response).to_owned(),
+        }
     }
 
     /// The error in one line, without text of the request or the response.

@@ -1,7 +1,5 @@
 //! A request and its response, as logged and stored with an event: bounded, and without credentials.
 
-use std::fmt;
-
 use reqwest::StatusCode;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -10,7 +8,6 @@ use serde_json::error::Category;
 use super::Target;
 use super::api::Api;
 use super::transport::Response;
-use crate::telemetry::log;
 
 /// Maximum length of a request or a response in characters.
 const MAX_RECORD: usize = 2_000;
@@ -151,14 +148,14 @@ impl Exchange {
 }
 
 /// The request of an [`Exchange`] without query and body, which contain messages, names and addresses.
-pub fn request_head(request: &str) -> &str {
+pub(super) fn request_head(request: &str) -> &str {
     let path = request.find(' ').map_or(0, |space| space + 1);
     let end = request[path..].find([' ', '?']);
     end.map_or(request, |end| &request[..path + end])
 }
 
 /// The response of an [`Exchange`] without its body, which may repeat the request: the status, or why there was none.
-pub fn response_head(response: &str) -> &str {
+pub(super) fn response_head(response: &str) -> &str {
     if response.starts_with(|c: char| c.is_ascii_digit()) {
         response.split(' ').next().unwrap_or_default()
     } else {
@@ -199,29 +196,6 @@ fn detail(body: &[u8]) -> Option<String> {
     };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     (!line.is_empty()).then(|| line.chars().take(MAX_DETAIL).collect())
-}
-
-impl Exchange {
-    /// The exchange as logged: reduced to heads, unless message text may be logged.
-    pub fn logged(&self) -> Self {
-        Self {
-            request: log::shown(&self.request, request_head).to_owned(),
-            status: self.status,
-            response: log::shown(&self.response, response_head).to_owned(),
-            detail: None,
-            is_read: self.is_read,
-            cause: self.cause.clone(),
-        }
-    }
-}
-
-impl fmt::Display for Exchange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            request, response, ..
-        } = self.logged();
-        write!(f, "{request} -> {response}")
-    }
 }
 
 fn head(bytes: &[u8]) -> &[u8] {

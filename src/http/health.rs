@@ -20,6 +20,7 @@ use super::rate_limit::RateLimit;
 use super::route::Route;
 use super::{Api, Target};
 use crate::domain::backoff::Policy;
+use crate::domain::progress::Failure;
 use crate::domain::time::Millis;
 
 /// Maximum length in characters of the response that is stored with a problem.
@@ -237,7 +238,7 @@ impl Health {
         self.changed.notify_one();
         let request = request_head(&error.exchange.request);
         let (method, path) = request.split_once(' ').unwrap_or((request, ""));
-        let response = error.exchange.logged().response;
+        let response = error.logged().response;
         let response: String = response.chars().take(MAX_RESPONSE).collect();
         self.problem = Some(format!(
             "{}: {method} {}{path} → {response}",
@@ -306,8 +307,12 @@ impl Health {
 
 /// Logs an outage: its beginning, or another reason for it.
 fn log_outage(error: &ApiError, base: &Url, begins: bool) {
-    let (api, reason, exchange) = (error.api, error.summary(), error.exchange.logged());
-    let (request, response) = (exchange.request, exchange.response);
+    let api = error.api;
+    let Failure {
+        reason,
+        request,
+        response,
+    } = error.logged();
     let text = match (begins, error.lasts()) {
         (true, true) => format!(
             "{api} is down until its settings are corrected; pausing requests to it and probing with one at a time"

@@ -24,9 +24,7 @@ use url::Url;
 pub use self::api::Api;
 pub use self::breaker::Circuit;
 pub use self::error::{ApiError, ErrorKind, REJECTED_WRITE, Resource};
-pub use self::exchange::{
-    Cause, Exchange, json, request_head, response_head, shortened, unreadable,
-};
+pub use self::exchange::{Cause, Exchange, json, shortened, unreadable};
 pub use self::health::{ApiState, ApiStatus};
 use self::health::{Health, Latest};
 pub use self::rate_limit::{RETRY_AFTER_MAX, RateLimit};

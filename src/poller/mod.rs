@@ -26,7 +26,7 @@ use crate::bigchat::epoch;
 use crate::bigchat::window_query;
 use crate::domain::time::{Millis, Timestamp};
 use crate::domain::window::Window;
-use crate::http::{ApiError, Exchange};
+use crate::http::ApiError;
 use crate::journal::{
     Journal, JournalError, NewPage, PollInProgress, ReplayUntil, STORAGE_PAUSE, Storage,
 };
@@ -243,14 +243,12 @@ impl Poller {
             }
             Err(PollError::BigChat(error)) => {
                 // An outage is logged once, when it begins.
-                let Exchange {
-                    request, response, ..
-                } = error.exchange.logged();
+                let failure = error.logged();
                 log_at!(
                     !self.source.http().is_failing(),
-                    reason = error.summary(),
-                    request,
-                    response,
+                    reason = failure.reason,
+                    request = failure.request,
+                    response = failure.response,
                     "the poll failed; the next one continues from the same point"
                 );
                 self.retry_storage().await;

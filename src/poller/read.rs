@@ -11,7 +11,7 @@ use crate::bigchat::{canonical_query, window_query};
 use crate::domain::time::Timestamp;
 use crate::domain::window::Window;
 use crate::http::route::Route;
-use crate::http::{ApiError, ErrorKind, Exchange};
+use crate::http::{ApiError, ErrorKind};
 use crate::journal::{JournalError, NewPage, PollProgress, StoredPage, keys};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -126,13 +126,11 @@ impl Poller {
             return Err(error.into());
         }
         self.page_failures = 0;
-        let Exchange {
-            request, response, ..
-        } = error.exchange.logged();
+        let failure = error.logged();
         tracing::warn!(
-            reason = error.summary(),
-            request,
-            response,
+            reason = failure.reason,
+            request = failure.request,
+            response = failure.response,
             "the next page cannot be fetched; the window is read again from its beginning"
         );
         Ok(FetchEnd::Stuck)

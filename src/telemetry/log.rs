@@ -78,14 +78,9 @@ pub fn show_message_text(enabled: bool) {
     MESSAGE_TEXT.store(enabled, Ordering::Relaxed);
 }
 
-/// What the log shows of a request, a response or a reason: all of it, if that is allowed, else only its `head`, which
-/// can contain neither customers' text nor advisors' names.
-pub(crate) fn shown<'a>(whole: &'a str, head: impl FnOnce(&'a str) -> &'a str) -> &'a str {
-    if MESSAGE_TEXT.load(Ordering::Relaxed) {
-        whole
-    } else {
-        head(whole)
-    }
+/// Whether the log may contain customers' text and advisors' names.
+pub(crate) fn shows_message_text() -> bool {
+    MESSAGE_TEXT.load(Ordering::Relaxed)
 }
 
 /// The filter in `RUST_LOG`, if it is set; an error if it is not about this program. A mistyped level is not, because it
