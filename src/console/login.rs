@@ -59,6 +59,12 @@ pub(super) enum Access {
     Read,
 }
 
+/// What a client needs for the requests of its session.
+struct Secrets {
+    cookie: String,
+    key: String,
+}
+
 /// `Debug` must not show a secret.
 struct Session {
     access: Access,
@@ -98,7 +104,7 @@ pub(super) async fn login(
     }
     let begun = login.begin(peer.ip(), &credentials.token, Instant::now());
     Ok(match begun {
-        Ok((cookie, key)) => {
+        Ok(Secrets { cookie, key }) => {
             tracing::info!(%peer, "login to the console");
             let cookie = login.set_cookie(&cookie, SESSION, &headers);
             ([(header::SET_COOKIE, cookie)], Json(json!({ "key": key }))).into_response()
@@ -165,12 +171,7 @@ impl Login {
             .ok_or(Rejection::Unidentified)
     }
 
-    fn begin(
-        &self,
-        peer: IpAddr,
-        token: &str,
-        now: Instant,
-    ) -> Result<(String, String), Rejection> {
+    fn begin(&self, peer: IpAddr, token: &str, now: Instant) -> Result<Secrets, Rejection> {
         let access = self.check(peer, token.as_bytes(), now)?;
         let session = Session {
             access,
@@ -179,13 +180,16 @@ impl Login {
             key: secret(),
             until: now + SESSION,
         };
-        let login = (session.cookie.clone(), session.key.clone());
+        let secrets = Secrets {
+            cookie: session.cookie.clone(),
+            key: session.key.clone(),
+        };
         let mut sessions = self.sessions(now);
         if sessions.len() >= MAX_SESSIONS {
             sessions.remove(0);
         }
         sessions.push(session);
-        Ok(login)
+        Ok(secrets)
     }
 
     fn end(&self, headers: &HeaderMap) {
@@ -366,7 +370,7 @@ mod tests {
     #[test]
     fn session_needs_cookie_and_key() {
         let (login, now) = (login(), Instant::now());
-        let (cookie, key) = login.begin(peer(1), TOKEN, now).expect("a session");
+        let Secrets { cookie, key } = login.begin(peer(1), TOKEN, now).expect("a session");
         let ask = |cookie: &str, key: &str| {
             let cookies = format!("a=b; bigchat_sync_8268=tossed; bigchat_sync_8268={cookie}");
             let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key.to_owned())]);
@@ -377,8 +381,12 @@ mod tests {
         assert_eq!(ask(&cookie, ""), Err(Rejection::Unidentified));
         assert_eq!(ask("", &key), Err(Rejection::Unidentified));
         assert_eq!(ask(&key, &cookie), Err(Rejection::Unidentified));
-        let (other, _) = login.begin(peer(1), TOKEN, now).expect("a session");
-        assert_eq!(ask(&other, &key), Err(Rejection::Unidentified), "another's");
+        let other = login.begin(peer(1), TOKEN, now).expect("a session");
+        assert_eq!(
+            ask(&other.cookie, &key),
+            Err(Rejection::Unidentified),
+            "another's"
+        );
         assert!(login.sessions(now + SESSION).is_empty());
         assert_eq!(
             ask(&cookie, &key),
@@ -395,7 +403,7 @@ mod tests {
             login.check(peer(1), READ_TOKEN.as_bytes(), now),
             Ok(Access::Read)
         );
-        let (cookie, key) = login.begin(peer(1), READ_TOKEN, now).expect("a session");
+        let Secrets { cookie, key } = login.begin(peer(1), READ_TOKEN, now).expect("a session");
         let cookies = format!("bigchat_sync_8268={cookie}");
         let headers = headers(&[("cookie", cookies), ("x-bigchat-sync", key)]);
         assert_eq!(login.authenticate(peer(1), &headers), Ok(Access::Read));
@@ -472,7 +480,7 @@ mod tests {
     #[test]
     fn debug_prints_no_secret() {
         let login = login();
-        let (cookie, key) = login
+        let Secrets { cookie, key } = login
             .begin(peer(1), TOKEN, Instant::now())
             .expect("a session");
         let printed = format!("{login:?}");
