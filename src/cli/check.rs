@@ -358,24 +358,24 @@ async fn ask(
         return report.pass(Api::OurApi.title(), text);
     }
     let our_api = OurApi::new(Arc::new(our_api), settings, CancellationToken::new());
-    let before = store.as_mut().map(|store| store.begin_requests());
-    let before = match before.transpose() {
-        Ok(before) => before,
+    let last_end = store.as_mut().map(|store| store.begin_requests());
+    let last_end = match last_end.transpose() {
+        Ok(last_end) => last_end,
         Err(error) => {
             let text = format!("is not asked: {error}");
             return report.fail(Api::OurApi.title(), text, WRITABLE);
         }
     };
-    if let Some((timed_out_until, after_clean_end)) = before {
-        our_api.restore_timed_out(timed_out_until, after_clean_end);
+    if let Some(last_end) = last_end {
+        our_api.restore_timed_out(last_end.timed_out_until, last_end.clean);
     }
     let description = our_api.description().await.ok();
     let claim = description.and_then(|description| self::claim(&description, "/chats"));
     let answer = our_api.chat(NO_CHAT).await;
     let answer = answer.map(|_| "answers as expected");
     describe(report, Api::OurApi, our_api.http(), claim, answer);
-    if let (Some(store), Some((_, after_clean_end))) = (store, before)
-        && let Err(error) = store.end_session(our_api.timed_out_until(), after_clean_end)
+    if let (Some(store), Some(last_end)) = (store, last_end)
+        && let Err(error) = store.end_session(our_api.timed_out_until(), last_end.clean)
     {
         // The next session waits for as long as a request may take.
         report.fail("database", format!("cannot be written: {error}"), WRITABLE);

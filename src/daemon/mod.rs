@@ -373,7 +373,7 @@ pub(crate) async fn begin(
         db = shown(&settings.db()), bigchat_url = %settings.bigchat_url, our_api_url = %settings.our_api_url,
         session = session.id, "bigchat-sync {} is running", version::text()
     );
-    if !session.after_clean_end {
+    if !session.last_end.clean {
         tracing::warn!(
             "the last session did not end cleanly; waiting events are verified before they are sent"
         );
@@ -391,7 +391,8 @@ pub(crate) async fn begin(
         stopping.clone(),
     );
     let our_api = OurApi::new(Arc::clone(&apis.our_api), &settings, stopping.clone());
-    our_api.restore_timed_out(session.timed_out_until, session.after_clean_end);
+    let last_end = session.last_end;
+    our_api.restore_timed_out(last_end.timed_out_until, last_end.clean);
     our_api.set_pause(session.pause);
     let liveness = Liveness::new(settings.request_timeout, Instant::now());
     let parts = Parts {

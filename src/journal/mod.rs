@@ -58,7 +58,7 @@ pub use forget::Forgotten;
 pub use inbox::{Ingested, NewPage, PollInProgress, PollProgress, PollState, StoredPage, keys};
 pub use queue::{ClaimRequest, Claimed};
 pub use retention::Pruned;
-pub use sessions::{Intervals, ReplayUntil, Session};
+pub use sessions::{Intervals, LastEnd, ReplayUntil, Session};
 pub use status::{DeliveryTimes, DifferingChat, Figures, Gap, Group, Oldest, Verification};
 pub use storage::{Refusal, Storage};
 pub use verification::{Difference, Scope, VerificationProgress};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use rusqlite::params;
+use rusqlite::{Connection, params};
 
 use super::{Result, Store, pause};
 use crate::domain::ids::{Epoch, EventId};
@@ -26,12 +26,18 @@ pub struct Session {
     pub writes_succeeded: i64,
     /// How many losses of OurAPI there have been.
     pub losses: i64,
-    /// The previous session gave up no request in flight and committed everything.
-    pub after_clean_end: bool,
-    /// OurAPI may carry out requests that timed out until then, by this machine's clock.
-    pub timed_out_until: Millis,
+    pub last_end: LastEnd,
     /// The latest pause, unless it was ended.
     pub pause: Option<Pause>,
+}
+
+/// How the last process that sent requests to OurAPI ended.
+#[derive(Debug, Clone, Copy)]
+pub struct LastEnd {
+    /// It gave up no request in flight, and committed everything.
+    pub clean: bool,
+    /// OurAPI may carry out requests that timed out until then, by this machine's clock.
+    pub timed_out_until: Millis,
 }
 
 /// The latest event that another copy of the database may have delivered: it waited when the session started, or its
@@ -67,8 +73,7 @@ impl Store {
     /// Starts a session. It counts as ended uncleanly until it ends cleanly.
     pub fn start_session(&mut self, intervals: Intervals, now: Millis) -> Result<Session> {
         let transaction = self.begin()?;
-        let after_clean_end =
-            transaction.query_row("SELECT clean_end FROM control", [], |row| row.get(0))?;
+        let last_end = last_end(&transaction)?;
         let (pause, _) = pause::latest(&transaction)?;
         // OurAPI or BigChat may have been repaired since.
         transaction.execute("DELETE FROM agents WHERE agent_id IS NULL", [])?;
@@ -77,7 +82,7 @@ impl Store {
         transaction.execute("DELETE FROM credits", [])?;
         let session = transaction.query_row(
             "UPDATE control SET session = session + 1, clean_end = 0, poll_interval = ?1, verify_every = ?2
-             RETURNING session, writes_succeeded, losses, timed_out_until,
+             RETURNING session, writes_succeeded, losses,
                 (SELECT coalesce(max(id), 0) FROM events), (SELECT max(id) FROM epochs)",
             params![
                 intervals.poll_interval.as_secs_f64(),
@@ -88,10 +93,9 @@ impl Store {
                     id: row.get(0)?,
                     writes_succeeded: row.get(1)?,
                     losses: row.get(2)?,
-                    timed_out_until: row.get(3)?,
-                    replay_until: ReplayUntil::new(row.get(4)?),
-                    epoch: row.get(5)?,
-                    after_clean_end,
+                    replay_until: ReplayUntil::new(row.get(3)?),
+                    epoch: row.get(4)?,
+                    last_end,
                     pause,
                 })
             },
@@ -109,18 +113,13 @@ impl Store {
         Ok(session)
     }
 
-    /// Until when requests that timed out may be carried out, and whether the last process ended cleanly. From now on
-    /// this one counts as ended uncleanly, until [`Self::end_session`].
-    pub fn begin_requests(&mut self) -> Result<(Millis, bool)> {
+    /// From now on this process counts as ended uncleanly, until [`Self::end_session`].
+    pub fn begin_requests(&mut self) -> Result<LastEnd> {
         let transaction = self.begin()?;
-        let before = transaction.query_row(
-            "SELECT timed_out_until, clean_end FROM control",
-            [],
-            |row| Ok((row.get(0)?, row.get(1)?)),
-        )?;
+        let last_end = last_end(&transaction)?;
         transaction.execute("UPDATE control SET clean_end = 0", [])?;
         transaction.commit()?;
-        Ok(before)
+        Ok(last_end)
     }
 
     /// Ends the session.
@@ -131,4 +130,14 @@ impl Store {
         )?;
         Ok(())
     }
+}
+
+fn last_end(connection: &Connection) -> Result<LastEnd> {
+    let sql = "SELECT clean_end, timed_out_until FROM control";
+    Ok(connection.query_row(sql, [], |row| {
+        Ok(LastEnd {
+            clean: row.get(0)?,
+            timed_out_until: row.get(1)?,
+        })
+    })?)
 }
