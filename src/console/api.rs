@@ -31,11 +31,11 @@ const MAX_QUERY: usize = 200;
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// The response, or an error.
-type Answer = Result<Response, ApiError>;
+type Answer = Result<Response, RequestError>;
 
 /// Why a request of the console fails.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApiError {
+pub(super) enum RequestError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("{0}")]
@@ -44,7 +44,7 @@ pub(super) enum ApiError {
     NotThere(&'static str, i64),
 }
 
-impl IntoResponse for ApiError {
+impl IntoResponse for RequestError {
     fn into_response(self) -> Response {
         match self {
             Self::Read(error) => error.into_response(),
@@ -54,19 +54,19 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<QueryRejection> for ApiError {
+impl From<QueryRejection> for RequestError {
     fn from(rejection: QueryRejection) -> Self {
         Self::BadRequest(rejection.body_text())
     }
 }
 
-impl From<PathRejection> for ApiError {
+impl From<PathRejection> for RequestError {
     fn from(rejection: PathRejection) -> Self {
         Self::BadRequest(rejection.body_text())
     }
 }
 
-impl From<JsonRejection> for ApiError {
+impl From<JsonRejection> for RequestError {
     fn from(rejection: JsonRejection) -> Self {
         Self::BadRequest(rejection.body_text())
     }
@@ -133,7 +133,7 @@ pub(super) async fn event(
 ) -> Answer {
     let Path(id) = id?;
     let event = web.read(move |store| store.whole_event(id)).await?;
-    let event = event.ok_or(ApiError::NotThere("event", id))?;
+    let event = event.ok_or(RequestError::NotThere("event", id))?;
     Ok(Json(event).into_response())
 }
 
@@ -152,7 +152,7 @@ pub(super) struct Which {
 }
 
 impl Which {
-    fn selection(self) -> Result<(Selection, i64), ApiError> {
+    fn selection(self) -> Result<(Selection, i64), RequestError> {
         let after = self.after;
         let failed_by = self.failed_by.unwrap_or(Millis(i64::MAX));
         let selection = match (self.ids, self.reason, self.all) {
@@ -163,7 +163,7 @@ impl Which {
             }
             _ => {
                 let what = r#"exactly one of "ids", "reason" and "all": true is required"#;
-                return Err(ApiError::BadRequest(what.to_owned()));
+                return Err(RequestError::BadRequest(what.to_owned()));
             }
         };
         Ok((selection, after))
@@ -229,7 +229,7 @@ pub(super) async fn pause(
     let length = length?.0.seconds.map(Duration::from_secs);
     if length.is_some_and(|length| length.is_zero() || length > LONGEST) {
         let what = "\"seconds\" must be at least 1 and at most 100 years";
-        return Err(ApiError::BadRequest(what.to_owned()));
+        return Err(RequestError::BadRequest(what.to_owned()));
     }
     let pause = Pause::begin(length, Millis::now());
     let our_api = Arc::clone(&web.console.our_api);
@@ -300,7 +300,9 @@ pub(super) async fn conversation(
         };
         Ok(Some((conversation, store.events_of(key, after)?)))
     });
-    let (conversation, events) = read.await?.ok_or(ApiError::NotThere("conversation", key))?;
+    let (conversation, events) = read
+        .await?
+        .ok_or(RequestError::NotThere("conversation", key))?;
     Ok(
         Json(json!({ "conversation": conversation, "events": events.rows, "next": events.next }))
             .into_response(),

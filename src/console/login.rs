@@ -20,7 +20,7 @@ use serde::Deserialize;
 use serde_json::json;
 use subtle::{Choice, ConstantTimeEq};
 
-use super::api::ApiError;
+use super::api::RequestError;
 use super::guard::{KEY, Rejection};
 use super::{Web, error};
 use crate::mutex::lock;
@@ -93,7 +93,7 @@ pub(super) async fn login(
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
     credentials: Result<Json<Credentials>, JsonRejection>,
-) -> Result<Response, ApiError> {
+) -> Result<Response, RequestError> {
     let Json(credentials) = credentials?;
     let login = &web.login;
     if !login.is_needed() {

@@ -35,7 +35,7 @@ const LOADED_FOR: Duration = Duration::from_secs(5);
 
 /// How often the journal is queried for due conversations even without a notification. A change of this machine's clock
 /// can make some due earlier than expected.
-const CHECK_EVERY: Duration = Duration::from_secs(10);
+const QUERY_EVERY: Duration = Duration::from_secs(10);
 
 /// After each verification in idle time, the next one waits for this many times its duration.
 const IDLE_FACTOR: u32 = 9;
@@ -56,21 +56,22 @@ struct AtWork {
     /// The first of the claimed events.
     first: Option<Pending>,
     /// When a verification in idle time began.
-    idle_since: Option<Instant>,
+    pass_since: Option<Instant>,
 }
 
 /// The pass that verifies all chats in idle time, one at a time.
-struct Idle {
-    pass: Option<IdlePass>,
+struct Pass {
+    /// `None`: no chat is verified in idle time.
+    settings: Option<IdlePass>,
     /// The next verification does not begin before then.
     not_before: Instant,
-    /// The pass is not over: when last asked, the journal had a chat to verify in idle time.
-    is_open: bool,
+    /// When last asked, the journal had a chat to verify in idle time.
+    is_unfinished: bool,
     /// Cancelled when the verification in progress must give way to events.
     give_way: CancellationToken,
 }
 
-impl Idle {
+impl Pass {
     /// Sets the pause after a verification that began at this time and has just ended.
     fn ended(&mut self, began: Instant) {
         self.not_before = Instant::now() + began.elapsed() * IDLE_FACTOR;
@@ -95,12 +96,12 @@ pub(super) struct Scheduler {
     released: mpsc::UnboundedReceiver<Released>,
     fetch: Option<Fetch>,
     /// There may be a due conversation that is not claimed.
-    check: bool,
+    may_be_due: bool,
     /// The time until the next query without a notification.
-    idle: Duration,
+    query_in: Duration,
     reporter: Reporter,
-    idle_pass: Idle,
-    last_check: Millis,
+    pass: Pass,
+    last_query: Millis,
 }
 
 impl Scheduler {
@@ -124,15 +125,15 @@ impl Scheduler {
             reports,
             released,
             fetch: None,
-            check: true,
-            idle: CHECK_EVERY,
-            idle_pass: Idle {
-                pass: pass.filter(|_| task == Task::All),
+            may_be_due: true,
+            query_in: QUERY_EVERY,
+            pass: Pass {
+                settings: pass.filter(|_| task == Task::All),
                 not_before: Instant::now(),
-                is_open: false,
+                is_unfinished: false,
                 give_way: CancellationToken::new(),
             },
-            last_check: Millis::now(),
+            last_query: Millis::now(),
         }
     }
 
@@ -142,7 +143,7 @@ impl Scheduler {
             let circuit = self.circuit(now);
             self.hand_out(circuit);
             self.fetch(circuit, now);
-            if self.task == Task::Once && self.is_idle(circuit) {
+            if self.task == Task::Once && self.is_done(circuit) {
                 break;
             }
             let rest = self.rest(circuit, now);
@@ -153,17 +154,17 @@ impl Scheduler {
                 Some(done) = self.at_work.join_next_with_id() => self.finished(done),
                 Some(released) = self.released.recv() => self.release(released),
                 fetched = fetched(&mut self.fetch) => self.fetched(fetched),
-                () = worker.work_available.notified() => self.check = true,
+                () = worker.work_available.notified() => self.may_be_due = true,
                 () = sleep(rest) => {
-                    self.check = true;
-                    self.idle = CHECK_EVERY;
+                    self.may_be_due = true;
+                    self.query_in = QUERY_EVERY;
                 }
                 () = worker.stopping.cancelled() => {}
             }
             while let Some(done) = self.at_work.try_join_next_with_id() {
                 self.finished(done);
             }
-            self.worker.liveness.delivering.beat(CHECK_EVERY);
+            self.worker.liveness.delivering.beat(QUERY_EVERY);
             if self.at_work.is_empty() {
                 self.worker.liveness.handling.rest();
             }
@@ -173,14 +174,14 @@ impl Scheduler {
     /// How long to wait if no notification arrives.
     fn rest(&self, circuit: Circuit, now: Millis) -> Duration {
         let rest = match circuit {
-            Circuit::Open { until } => self.idle.min(until.since(now)),
+            Circuit::Open { until } => self.query_in.min(until.since(now)),
             Circuit::Closed | Circuit::HalfOpen => {
-                let pause = self.idle_pass.not_before - Instant::now();
-                let waits = self.idle_pass.is_open && self.is_unoccupied() && self.fetch.is_none();
+                let pause = self.pass.not_before - Instant::now();
+                let waits = self.pass.is_unfinished && self.is_unoccupied() && self.fetch.is_none();
                 if waits {
-                    self.idle.min(pause)
+                    self.query_in.min(pause)
                 } else {
-                    self.idle
+                    self.query_in
                 }
             }
         };
@@ -195,9 +196,11 @@ impl Scheduler {
     }
 
     /// Whether nothing is due, or nothing can be delivered now.
-    fn is_idle(&self, circuit: Circuit) -> bool {
-        let is_done = !self.check && self.is_unoccupied();
-        self.at_work.is_empty() && self.fetch.is_none() && (is_done || self.limit(circuit) == 0)
+    fn is_done(&self, circuit: Circuit) -> bool {
+        let nothing_is_due = !self.may_be_due && self.is_unoccupied();
+        self.at_work.is_empty()
+            && self.fetch.is_none()
+            && (nothing_is_due || self.limit(circuit) == 0)
     }
 
     /// How many reports are not committed yet.
@@ -218,7 +221,7 @@ impl Scheduler {
         // This also releases the permits and the lock of timed-out requests that can no longer be carried out.
         let free = our_api.free_permits(now);
         if our_api.paused().is_some() {
-            let until = now.plus(CHECK_EVERY);
+            let until = now.plus(QUERY_EVERY);
             return Circuit::Open { until };
         }
         match (our_api.http().rate_limited_until(now), free) {
@@ -260,7 +263,7 @@ impl Scheduler {
             .pop_front_if(|(loaded_at, _)| now - *loaded_at > LOADED_FOR)
         {
             self.claimed.remove(&old.conversation.id);
-            self.check = true;
+            self.may_be_due = true;
         }
         let limit = self.limit(circuit);
         while self.at_work.len() < limit
@@ -271,11 +274,11 @@ impl Scheduler {
             let at_work = AtWork {
                 conversation: work.conversation.id,
                 first: work.events.first().cloned(),
-                idle_since: is_idle.then(Instant::now),
+                pass_since: is_idle.then(Instant::now),
             };
             let give_way = CancellationToken::new();
             if is_idle {
-                self.idle_pass.give_way = give_way.clone();
+                self.pass.give_way = give_way.clone();
             }
             let task = self.at_work.spawn(async move {
                 let liveness = Arc::clone(&worker.liveness);
@@ -285,7 +288,7 @@ impl Scheduler {
             self.tasks.insert(task.id(), at_work);
         }
         if !self.ready.is_empty() {
-            self.idle_pass.give_way.cancel();
+            self.pass.give_way.cancel();
         }
     }
 
@@ -297,19 +300,19 @@ impl Scheduler {
         let Some((conversations, bytes)) = self.claim_size(circuit) else {
             return;
         };
-        self.check = false;
-        self.idle = CHECK_EVERY;
+        self.may_be_due = false;
+        self.query_in = QUERY_EVERY;
         let instant = Instant::now();
         self.timed_out.retain(|_, until| instant < *until);
         let mut exclude = self.claimed.clone();
         exclude.extend(self.timed_out.keys());
-        let clock_set_back = now < self.last_check;
-        self.last_check = now;
-        let is_idle_time = self.is_unoccupied() && instant >= self.idle_pass.not_before;
+        let clock_set_back = now < self.last_query;
+        self.last_query = now;
+        let is_idle_time = self.is_unoccupied() && instant >= self.pass.not_before;
         let settings = &self.worker.settings;
         let request = ClaimRequest {
             verifications_only: self.task == Task::Verifications,
-            idle_pass: self.idle_pass.pass.filter(|_| is_idle_time),
+            idle_pass: self.pass.settings.filter(|_| is_idle_time),
             probe: circuit == Circuit::HalfOpen,
             conversations,
             bytes,
@@ -337,7 +340,7 @@ impl Scheduler {
     /// after each piece of work.
     fn claim_size(&self, circuit: Circuit) -> Option<(usize, usize)> {
         let limit = self.limit(circuit);
-        if !self.check || limit == 0 {
+        if !self.may_be_due || limit == 0 {
             return None;
         }
         let ahead = match circuit {
@@ -372,15 +375,15 @@ impl Scheduler {
                 if self.uncommitted() == 0 {
                     self.worker.storage.delivery_recovered();
                 }
-                self.check |= is_more;
+                self.may_be_due |= is_more;
                 let mut verifications = work.iter().filter_map(|work| work.verify);
                 if verifications.any(|verify| verify.is_idle) {
-                    self.idle_pass.is_open = true;
+                    self.pass.is_unfinished = true;
                 } else if was_idle_time && work.is_empty() {
-                    self.idle_pass.is_open = false;
+                    self.pass.is_unfinished = false;
                 }
-                self.idle =
-                    next_due.map_or(CHECK_EVERY, |due| due.since(asked_at).min(CHECK_EVERY));
+                self.query_in =
+                    next_due.map_or(QUERY_EVERY, |due| due.since(asked_at).min(QUERY_EVERY));
                 let loaded_at = Instant::now();
                 for work in work {
                     let is_new = self.claimed.insert(work.conversation.id);
@@ -390,9 +393,9 @@ impl Scheduler {
             }
             Err(error) => {
                 self.worker.storage.delivery_failed(&error);
-                self.check = false;
-                self.idle = STORAGE_PAUSE;
-                self.idle_pass.not_before = Instant::now() + STORAGE_PAUSE;
+                self.may_be_due = false;
+                self.query_in = STORAGE_PAUSE;
+                self.pass.not_before = Instant::now() + STORAGE_PAUSE;
             }
         }
     }
@@ -402,7 +405,7 @@ impl Scheduler {
             self.claimed.remove(conversation);
         }
         self.set_aside += released.set_aside;
-        self.check = true;
+        self.may_be_due = true;
     }
 
     fn finished(&mut self, done: Result<(task::Id, Reconciliation), JoinError>) {
@@ -411,8 +414,8 @@ impl Scheduler {
             Err(error) => error.id(),
         };
         let at_work = self.tasks.remove(&task);
-        if let Some(began) = at_work.as_ref().and_then(|at_work| at_work.idle_since) {
-            self.idle_pass.ended(began);
+        if let Some(began) = at_work.as_ref().and_then(|at_work| at_work.pass_since) {
+            self.pass.ended(began);
         }
         let ended = match done {
             Ok((_, reconciliation)) => {

@@ -19,24 +19,24 @@ const GRACE: Duration = Duration::from_secs(30);
 const AT_REST: u64 = u64::MAX;
 
 task_local! {
-    /// The heartbeat of the task that runs here.
-    static HERE: Heartbeat;
+    /// The pulse of the task that runs here.
+    static HERE: Pulse;
 }
 
-/// The heartbeats of the daemon.
+/// The pulses of the daemon.
 #[derive(Debug)]
 pub struct Liveness {
     /// The poller's, including its requests.
-    pub polling: Heartbeat,
+    pub polling: Pulse,
     /// Delivery's, for claims and commits.
-    pub delivering: Heartbeat,
+    pub delivering: Pulse,
     /// The shared one of all handlers. At rest while none works.
-    pub handling: Heartbeat,
+    pub handling: Pulse,
 }
 
-/// The heartbeat of a part of the daemon.
+/// The pulse of a part of the daemon.
 #[derive(Debug, Clone)]
-pub struct Heartbeat(Arc<Beats>);
+pub struct Pulse(Arc<Beats>);
 
 #[derive(Debug)]
 struct Beats {
@@ -53,9 +53,9 @@ impl Liveness {
         // A GET whose connection broke is sent a second time.
         let max_duration = request_timeout.saturating_mul(2);
         Self {
-            polling: Heartbeat::new(max_duration, now),
-            delivering: Heartbeat::new(max_duration, now),
-            handling: Heartbeat::new(max_duration, now),
+            polling: Pulse::new(max_duration, now),
+            delivering: Pulse::new(max_duration, now),
+            handling: Pulse::new(max_duration, now),
         }
     }
 
@@ -71,12 +71,12 @@ impl Liveness {
         ];
         parts
             .into_iter()
-            .find(|(heart, _)| heart.is_stuck(now))
+            .find(|(pulse, _)| pulse.is_stuck(now))
             .map(|(_, what)| what)
     }
 }
 
-impl Heartbeat {
+impl Pulse {
     fn new(max_duration: Duration, began: Instant) -> Self {
         Self(Arc::new(Beats {
             began,
@@ -127,8 +127,8 @@ impl Heartbeat {
 /// Called when a request or an operation on the journal has ended, successfully or not: the task that waits for it
 /// makes progress.
 pub(crate) fn record_progress(now: Instant) {
-    // Commands have no heartbeat.
-    HERE.try_with(|heart| heart.beat_at(now, Duration::ZERO))
+    // Commands have no pulse.
+    HERE.try_with(|pulse| pulse.beat_at(now, Duration::ZERO))
         .ok();
 }
 
@@ -207,14 +207,14 @@ mod tests {
         }
     }
 
-    fn due(heart: &Heartbeat) -> u64 {
-        heart.0.due.load(Ordering::Relaxed)
+    fn due(pulse: &Pulse) -> u64 {
+        pulse.0.due.load(Ordering::Relaxed)
     }
 
     /// Waits until the next beat.
-    async fn beats(heart: &Heartbeat, what: &str) {
-        let before = due(heart);
-        until(what, || due(heart) != before && due(heart) != AT_REST).await;
+    async fn beats(pulse: &Pulse, what: &str) {
+        let before = due(pulse);
+        until(what, || due(pulse) != before && due(pulse) != AT_REST).await;
     }
 
     async fn begin(simulator: &Simulator, stopping: &CancellationToken) -> Arc<Parts> {
@@ -291,8 +291,8 @@ mod tests {
             .await
             .expect("no panic")
             .expect("a stop without an error");
-        for heart in [&liveness.polling, &liveness.delivering] {
-            assert_eq!(due(heart), AT_REST);
+        for pulse in [&liveness.polling, &liveness.delivering] {
+            assert_eq!(due(pulse), AT_REST);
         }
     }
 }
