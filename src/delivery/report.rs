@@ -207,7 +207,7 @@ impl Reporter {
     }
 
     /// A panic of the worker counts as an attempt of its first event.
-    pub(super) fn panicked(&self, conversation: ConversationId, first: Option<Pending>) -> Lost {
+    pub(super) fn panicked(&self, conversation: ConversationId, first: Option<&Pending>) -> Lost {
         let now = Millis::now();
         let mut lost = Lost {
             conversation,
@@ -216,11 +216,11 @@ impl Reporter {
         };
         if let Some(event) = first {
             let error = AttemptError::Panicked;
-            let outcome = self.outcome(conversation, &event, &error, now);
+            let outcome = self.outcome(conversation, event, &error, now);
             if let Outcome::Retry { next_at, .. } = &outcome {
                 lost.due_at = lost.due_at.max(*next_at);
             }
-            lost.outcome = Some(EventOutcome::of(&event, outcome));
+            lost.outcome = Some(EventOutcome::of(event, outcome));
         }
         lost
     }

@@ -53,8 +53,7 @@ struct Fetched {
 /// The work of a task.
 struct AtWork {
     conversation: ConversationId,
-    /// The first of the claimed events.
-    first: Option<Pending>,
+    events: Arc<[Pending]>,
     /// When a verification in idle time began.
     pass_since: Option<Instant>,
 }
@@ -273,7 +272,7 @@ impl Scheduler {
             let is_idle = work.verify.is_some_and(|verify| verify.is_idle);
             let at_work = AtWork {
                 conversation: work.conversation.id,
-                first: work.events.first().cloned(),
+                events: Arc::clone(&work.events),
                 pass_since: is_idle.then(Instant::now),
             };
             let give_way = CancellationToken::new();
@@ -430,7 +429,8 @@ impl Scheduler {
                 let Some(at_work) = at_work else {
                     return;
                 };
-                let lost = self.reporter.panicked(at_work.conversation, at_work.first);
+                let first = at_work.events.first();
+                let lost = self.reporter.panicked(at_work.conversation, first);
                 Ended::Lost(lost)
             }
         };

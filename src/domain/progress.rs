@@ -1,6 +1,7 @@
 //! Progress: the outcomes of a claim's events, and how far they move the conversation's offset.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -15,8 +16,8 @@ use crate::domain::time::Millis;
 #[derive(Debug, Clone)]
 pub struct Work {
     pub conversation: Conversation,
-    /// In order of arrival, redeliveries first.
-    pub events: Vec<Pending>,
+    /// In order of arrival, redeliveries first. Shared with the scheduler, which needs them if the worker panics.
+    pub events: Arc<[Pending]>,
     pub claim: Claim,
     /// Only verify the chat.
     pub verify: Option<Verify>,

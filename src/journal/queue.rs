@@ -285,7 +285,7 @@ pub(super) fn load(
     credit(connection, id, &mut events)?;
     Ok(Work {
         conversation,
-        events,
+        events: events.into(),
         claim,
         verify: None,
     })

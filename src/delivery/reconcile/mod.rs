@@ -29,7 +29,7 @@ use crate::settings::MessageAuthor;
 pub(super) struct Reconciliation {
     worker: Arc<Worker>,
     pub(super) conversation: Conversation,
-    pub(super) events: Vec<Pending>,
+    pub(super) events: Arc<[Pending]>,
     pub(super) claim: Claim,
     /// The events delivered or permanently rejected. The others were not attempted, except in the request that failed
     /// (see `stopped`).
@@ -339,18 +339,12 @@ impl Reconciliation {
         let Some(chat) = self.conversation.observed.chat else {
             return Ok(());
         };
-        let events = std::mem::take(&mut self.events);
-        let sent = self.send_all(chat, &events).await;
-        self.events = events;
-        sent
-    }
-
-    async fn send_all(&mut self, chat: Uuid, events: &[Pending]) -> Result<(), Stopped> {
         let author = match self.worker.settings.message_author {
             MessageAuthor::None => None,
             MessageAuthor::Agent => self.conversation.observed.agent,
         };
-        for event in events {
+        let events = Arc::clone(&self.events);
+        for event in events.iter() {
             let Some(text) = event.payload.text() else {
                 continue;
             };

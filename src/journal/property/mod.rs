@@ -462,7 +462,7 @@ impl Pair {
         let order: Vec<i64> = work.events.iter().map(|event| event.id.0).collect();
         assert_eq!(order, claimed.events, "what is sent, in order");
         assert!(
-            work.events == expected,
+            work.events[..] == expected,
             "{:?}\nis claimed instead of {expected:?}",
             work.events
         );
@@ -849,7 +849,7 @@ impl Pair {
             Ended::Lost(lost) => lost.outcome.as_slice().iter(),
         });
         let reported = reported.map(|outcome| outcome.event);
-        let in_memory = self.work.iter().flat_map(|work| &work.events);
+        let in_memory = self.work.iter().flat_map(|work| work.events.iter());
         let mut handed_out = HashSet::new();
         for event in in_memory.map(|event| event.id).chain(reported) {
             assert!(handed_out.insert(event), "event {event} is claimed twice");
