@@ -62,7 +62,6 @@ fn main() -> ExitCode {
     code
 }
 
-/// Runs the command line.
 fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     let Cli {
         command,

@@ -32,10 +32,8 @@ const SCARCE: u64 = 1 << 20;
 /// Longest time behind BigChat's clock, and of an event that waits.
 const LATE: Duration = Duration::from_secs(120);
 
-/// The state.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Status {
-    /// Version of this program.
     pub version: &'static str,
     /// This machine's clock.
     pub now: Millis,
@@ -45,29 +43,22 @@ pub struct Status {
     pub healthy: bool,
     /// The problems, the worst first.
     pub problems: Vec<Problem>,
-    /// The database.
     pub database: Database,
-    /// The figures of the journal.
     #[serde(flatten)]
     pub figures: Figures,
 }
 
-/// The database.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Database {
-    /// Its path.
     #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// Its size with the write-ahead log.
     pub size_bytes: u64,
 }
 
-/// A problem.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// What it is.
     pub what: String,
-    /// What to do about it.
     pub remedy: String,
 }
 

@@ -5,7 +5,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rustix::process::{geteuid, getuid};
 
-/// The id of the superuser.
 const ROOT: u32 = 0;
 
 /// The kernel's id for every user without an id in this user namespace (`/proc/sys/kernel/overflowuid`).

@@ -37,9 +37,7 @@ pub struct Page {
     /// The query of `nextPageUrl`. Its scheme, host and path are not used: a proxy may have changed them, or they name
     /// another host.
     pub next: Option<String>,
-    /// How many events the page has.
     pub events: usize,
-    /// The date of the response.
     pub date: Option<Timestamp>,
 }
 

@@ -27,13 +27,11 @@ const PAGE_CONVERSATIONS: usize = 5;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeResult {
-    /// The same epoch.
     Same,
     /// BigChat has restarted; the journal has a new epoch.
     Restarted,
     /// There is no conversation to compare: the journal knows none, or BigChat reports no start of those.
     Unknown,
-    /// BigChat did not answer.
     Unanswered,
 }
 
@@ -161,7 +159,6 @@ pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch
     Ok(Some(if is_gone { earlier } else { by_time }))
 }
 
-/// The epoch of a page by its time.
 pub async fn epoch_by_time(source: &Source, page: &StoredPage) -> Result<Epoch, JournalError> {
     let served_at = page.served_at;
     let now = source.clock().latest().unwrap_or(served_at);

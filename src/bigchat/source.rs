@@ -52,7 +52,6 @@ impl Source {
         self.client.clock()
     }
 
-    /// The current epoch.
     pub fn epoch(&self) -> Epoch {
         self.epochs.current()
     }

@@ -51,7 +51,6 @@ struct CheckItem {
     remedy: Option<String>,
 }
 
-/// All results.
 #[derive(Debug, Default)]
 pub struct Report(Vec<CheckItem>);
 
@@ -66,7 +65,6 @@ impl Report {
 }
 
 impl Report {
-    /// Whether no test failed.
     pub fn all_passed(&self) -> bool {
         self.0.iter().all(|finding| finding.remedy.is_none())
     }
@@ -110,7 +108,6 @@ impl fmt::Display for Report {
     }
 }
 
-/// Runs all checks.
 pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Report {
     let mut report = Report::default();
     let tokens = tokens.and_then(|tokens| tokens.allow(settings.listen).map(|()| tokens));

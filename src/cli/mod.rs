@@ -147,27 +147,21 @@ pub enum Command {
     },
 }
 
-/// Why a command failed.
 #[derive(Debug, Error)]
 pub enum CommandError {
-    /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
-    /// The journal has no such conversation.
     #[error("no event of conversation {0} was ever received")]
     NoSuchConversation(i64),
-    /// The export would be empty.
     #[error("the period is empty: --until (now, if it is not given) must be after --since")]
     EmptyPeriod,
     /// This process cannot take the place of the daemon.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
-    /// An error of the operating system.
     #[error("the operating system reports an error: {0}")]
     System(#[from] io::Error),
     #[error("standard output cannot be written: {0}")]
@@ -179,7 +173,6 @@ pub enum CommandError {
     NoSuchChat(i64),
     #[error("{0}")]
     Interrupted(&'static str),
-    /// There is no failed event with that id.
     #[error("there is no failed event {0}; see `bigchat-sync failed list`")]
     NoSuchEvent(i64),
     /// No event with the text in its reason can be resolved in this way.
@@ -222,7 +215,6 @@ pub enum CommandError {
     /// There is no terminal to ask for confirmation.
     #[error("this would {0}, and there is no terminal for the confirmation; add --yes")]
     NoTerminal(String),
-    /// The operator did not agree.
     #[error("{0}")]
     NotConfirmed(&'static str),
     /// The operator cannot be asked.

@@ -30,10 +30,8 @@ const MAX_QUERY: usize = 200;
 /// How long a request resolves events before it reports progress.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
-/// The response, or an error.
 type Answer = Result<Response, RequestError>;
 
-/// Why a request of the console fails.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RequestError {
     #[error(transparent)]

@@ -72,7 +72,6 @@ const HEADERS: [(HeaderName, &str); 9] = [
     ),
 ];
 
-/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub(crate) enum Rejection {
     #[error("a request must have one Host header, and a target that begins with a slash")]

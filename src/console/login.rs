@@ -116,7 +116,6 @@ pub(super) async fn login(
     })
 }
 
-/// Ends the client's session.
 pub(super) async fn logout(State(web): State<Arc<Web>>, headers: HeaderMap) -> Response {
     let login = &web.login;
     if !login.is_needed() {
@@ -270,7 +269,6 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then_some(token)
 }
 
-/// A random secret.
 fn secret() -> String {
     format!("{:032x}", rand::random::<u128>())
 }

@@ -71,7 +71,6 @@ pub(crate) struct Web {
     status: Mutex<Option<(Instant, Arc<Status>)>>,
 }
 
-/// Why a read failed.
 #[derive(Debug, Error)]
 pub(crate) enum ReadError {
     #[error(transparent)]

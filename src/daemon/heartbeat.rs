@@ -27,7 +27,6 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// A heartbeat that keeps failing is logged once an hour.
 const LOGGED_EVERY: u32 = 60;
 
-/// Sends heartbeats.
 pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
     // Before the first poll the journal has only the state of the last session.
     tokio::select! {

@@ -41,13 +41,10 @@ const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
 /// Why the daemon did not start, or why it stopped with an error.
 #[derive(Debug, Error)]
 pub enum DaemonError {
-    /// The database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database refuses an operation.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The HTTP client cannot be made.
     #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
     Client(#[from] reqwest::Error),
     /// The operating system refuses a thread or a signal handler.

@@ -47,7 +47,6 @@ struct Snapshot {
     received: u64,
     /// Events delivered or failed since the daemon started.
     settled: u64,
-    /// Waiting events.
     waiting: u64,
 }
 

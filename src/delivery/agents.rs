@@ -101,7 +101,6 @@ impl Agents {
         Ok(())
     }
 
-    /// Clears the cache.
     pub(super) fn forget(&self) {
         lock(&self.cache).clear();
     }
@@ -381,7 +380,6 @@ impl Agents {
     }
 }
 
-/// The outcome of a creation.
 enum Creation {
     Created(Agent),
     /// There was one already.

@@ -16,7 +16,6 @@ use crate::journal::JournalError;
 
 #[derive(Debug)]
 pub enum AttemptError {
-    /// A write failed.
     Write(ApiError),
     /// A read before the write failed; the write was not attempted.
     Read(ApiError),

@@ -17,7 +17,6 @@ use crate::http::Api;
 use crate::journal::STORAGE_PAUSE;
 use crate::telemetry::log::log_at;
 
-/// Reports on pieces of work.
 pub(super) struct Reporter {
     worker: Arc<Worker>,
     writes: Writes,

@@ -77,7 +77,6 @@ impl Pass {
     }
 }
 
-/// See the [module](self).
 pub(super) struct Scheduler {
     worker: Arc<Worker>,
     task: Task,

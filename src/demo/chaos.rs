@@ -57,7 +57,6 @@ const SETTINGS: [&str; 9] = [
 pub struct Score {
     /// Whether the daemon runs.
     pub up: bool,
-    /// How often the daemon was killed.
     pub kills: usize,
     /// How often the daemon was stopped cleanly.
     pub stops: usize,

@@ -107,7 +107,6 @@ impl Mishaps {
         Ok(Some(news))
     }
 
-    /// Ends all mishaps.
     pub(super) async fn end(self) -> io::Result<()> {
         if self.stage == Stage::Down {
             self.sim.our_api.up().await?;

@@ -133,21 +133,13 @@ pub enum DemoError {
     /// A port is in use or not permitted.
     #[error("the simulated {service} cannot listen on {address}: {source}")]
     Listen {
-        /// Which service.
         service: &'static str,
-        /// Where it was to listen.
         address: SocketAddr,
-        /// Why it cannot.
         source: io::Error,
     },
     /// No temporary directory can be made.
     #[error("cannot create {}: {source}", shown(.path))]
-    Scratch {
-        /// The directory.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    Scratch { path: PathBuf, source: io::Error },
     /// The temporary database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -166,7 +158,6 @@ pub enum DemoError {
     /// A condition was not met in time.
     #[error("timed out waiting until {0}")]
     Never(&'static str),
-    /// The daemon panicked.
     #[error("the daemon panicked: {0}")]
     Panicked(#[from] JoinError),
     /// Nothing can be shown, or a service cannot be stopped.

@@ -32,7 +32,6 @@ pub struct Figures {
 /// Polls that BigChat answered with an error. If it stores its events, it reports them again.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FailedPolls {
-    /// How many.
     pub count: usize,
     /// Whether BigChat stores its events.
     pub reported_again: bool,
@@ -63,7 +62,6 @@ pub struct Struck {
     pub lost: usize,
 }
 
-/// The result of the demo.
 #[derive(Clone, Debug)]
 pub struct DemoResult {
     figures: Figures,

@@ -48,7 +48,6 @@ impl Show {
         }
     }
 
-    /// Adds a line.
     pub(super) fn push(&mut self, line: Line) {
         if let Self::Bars(bars) = self {
             bars.coming.push_back(line);

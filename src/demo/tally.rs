@@ -55,7 +55,6 @@ fn width(column: (&str, &str)) -> usize {
 pub(super) struct Line {
     /// The service or the conversation.
     pub(super) who: String,
-    /// What happened.
     pub(super) what: String,
 }
 
@@ -64,9 +63,7 @@ pub(super) struct Line {
 pub(super) struct Snapshot {
     /// The chats that OurAPI has.
     pub(super) chats: usize,
-    /// Its agents.
     pub(super) agents: usize,
-    /// Its messages.
     pub(super) messages: usize,
     /// The most requests that it ever carried out at once.
     pub(super) at_once: usize,
@@ -80,7 +77,6 @@ pub(super) struct Snapshot {
     pub(super) score: Option<Score>,
 }
 
-/// The counts.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     events: usize,

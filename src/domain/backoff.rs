@@ -5,9 +5,7 @@ use std::time::Duration;
 /// `--retry-initial`, `--retry-max` and `--max-attempts`.
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
-    /// First back-off.
     pub initial: Duration,
-    /// Maximum back-off.
     pub max: Duration,
     /// Counted attempts before an event becomes a dead letter.
     pub max_attempts: u32,

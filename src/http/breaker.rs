@@ -96,7 +96,6 @@ impl Breaker {
         self.failures >= OPEN_AFTER
     }
 
-    /// Whether there is an outage.
     pub(super) fn is_down(&self) -> bool {
         self.failures >= DOWN_AFTER
     }

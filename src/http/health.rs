@@ -140,7 +140,6 @@ impl fmt::Display for ApiStatus {
     }
 }
 
-/// The latest exchange.
 #[derive(Debug, Clone)]
 pub(super) struct Latest {
     pub(super) at: Instant,

@@ -9,7 +9,6 @@ pub struct Counts {
     pub polls_failed: u64,
     /// New events received.
     pub received: u64,
-    /// Events delivered.
     pub delivered: u64,
     /// Failed attempts that will be repeated.
     pub attempts_failed: u64,

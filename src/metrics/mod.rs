@@ -91,7 +91,6 @@ pub enum Poll {
     Incomplete,
     /// BigChat sent no usable response.
     BigChatFailed,
-    /// The journal refused.
     JournalFailed,
 }
 
@@ -315,7 +314,6 @@ impl Metrics {
         }
     }
 
-    /// Counts a poll.
     pub fn polled(&self, poll: Poll) {
         self.poll(poll).inc();
     }
@@ -337,7 +335,6 @@ impl Metrics {
             .inc_by(count.into());
     }
 
-    /// Counts an attempt.
     pub fn attempted(&self, kind: EventKind, outcome: &Outcome) {
         let [delivered, waiting, failed] = OUTCOMES;
         let outcome = match outcome {
@@ -368,7 +365,6 @@ impl Metrics {
         self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
     }
 
-    /// Counts a panic of a handler.
     pub fn panicked(&self) {
         self.panics.inc();
     }

@@ -35,7 +35,6 @@ pub struct OurApi {
     gate: Gate,
 }
 
-/// A chat in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Chat {
     pub chat_id: Uuid,
@@ -57,7 +56,6 @@ impl Chat {
     }
 }
 
-/// An agent in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Agent {
     pub agent_id: Uuid,
@@ -67,7 +65,6 @@ pub struct Agent {
     pub email: String,
 }
 
-/// A message in OurAPI.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Message {
     /// Stripped of white space at both ends.
@@ -153,7 +150,6 @@ impl OurApi {
         self.gate.set(pause);
     }
 
-    /// The current pause.
     pub fn paused(&self) -> Option<Pause> {
         self.gate.paused()
     }
@@ -162,13 +158,11 @@ impl OurApi {
         &self.http
     }
 
-    /// OurAPI's description of itself.
     pub async fn description(&self) -> Result<Value> {
         let description = self.http.target(Route::Description, "", None);
         self.send(&description, None::<&()>, json).await
     }
 
-    /// The chat with this external id.
     pub async fn chat(&self, external_id: &str) -> Result<Option<Chat>> {
         let chats: Vec<Chat> = self.list(Route::Chats, "external_id", external_id).await?;
         // Another OurAPI may match substrings, ignore the filter, or compare case-insensitively.
@@ -193,7 +187,6 @@ impl OurApi {
         self.list(Route::Agents, "name", name).await
     }
 
-    /// Whether there is an agent of that id.
     pub async fn has_agent(&self, id: Uuid) -> Result<bool> {
         let agent = self.http.target(Route::Agent, &id.to_string(), None);
         match self.send(&agent, None::<&()>, json::<Agent>).await {

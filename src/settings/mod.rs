@@ -195,7 +195,6 @@ impl fmt::Display for Listen {
 }
 
 impl Settings {
-    /// The path of the database.
     pub fn db(&self) -> PathBuf {
         const NAME: &str = "bigchat-sync.db";
         match (&self.db, std::env::var_os("STATE_DIRECTORY")) {
@@ -205,7 +204,6 @@ impl Settings {
         }
     }
 
-    /// The format of the log.
     pub fn log_format(&self) -> LogFormat {
         match self.log_format {
             Some(format) => format,

@@ -72,9 +72,7 @@ pub enum TokenError {
     File {
         /// The variable without `_FILE`.
         variable: String,
-        /// The path that it names.
         path: PathBuf,
-        /// Why it cannot be read.
         source: std::io::Error,
     },
     /// The token is empty, or has characters that a header cannot carry.
@@ -246,7 +244,6 @@ fn allow(
 pub struct Token(Arc<RwLock<Option<SecretString>>>);
 
 impl Token {
-    /// The current token.
     pub fn get(&self) -> Option<SecretString> {
         let token = self.0.read().unwrap_or_else(PoisonError::into_inner);
         token.clone()

@@ -71,7 +71,6 @@ impl Clock {
     }
 }
 
-/// The settings of a BigChat.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The same seed makes the same choices.
@@ -350,7 +349,6 @@ impl BigChat {
         self.conversations.insert(id, conversation);
     }
 
-    /// Forgets a conversation.
     pub fn forget_conversation(&mut self, id: i64) {
         self.conversations.remove(&id);
     }
@@ -370,7 +368,6 @@ impl BigChat {
         self.advisors.insert(advisor_id, Arc::new(advisor));
     }
 
-    /// Forgets an advisor.
     pub fn forget_advisor(&mut self, id: i64) {
         self.advisors.remove(&id);
     }
@@ -716,7 +713,6 @@ impl BigChat {
         })
     }
 
-    /// A conversation's details.
     fn details(&mut self, id: i64) -> Option<Value> {
         self.grow();
         let conversation = self.conversations.get(&id)?;

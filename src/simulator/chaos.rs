@@ -36,12 +36,9 @@ const RESTARTING: Range<u64> = 3_000..5_000;
 const ALIVE: [Range<u64>; 2] = [20..500, 500..4_000];
 const DEAD: Range<u64> = 50..1_500;
 
-/// Either service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// BigChat.
     BigChat,
-    /// OurAPI.
     OurApi,
 }
 
@@ -58,7 +55,6 @@ pub enum Strike {
     OurApiRestarts,
     /// OurAPI loses everything while it works.
     OurApiLosesAll,
-    /// OurAPI loses its agents.
     OurApiLosesAgents,
     /// OurAPI loses the chats at these positions of the list, as fractions.
     OurApiLosesChats(Vec<f64>),
@@ -83,7 +79,6 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a seed.
     pub fn new(seed: u64) -> Self {
         Self {
             services: StdRng::seed_from_u64(seed),
@@ -228,7 +223,6 @@ impl Service {
 }
 
 impl Strike {
-    /// Begins the fault.
     pub async fn begin(&self, simulator: &Simulator) {
         let our_api = || simulator.our_api.state();
         match self {

@@ -49,7 +49,6 @@ pub struct ExpectedChat {
     pub started_at: Vec<NaiveDateTime>,
     /// The accepted agents, by e-mail address.
     pub agents: Vec<Option<String>>,
-    /// The end time.
     pub ended_at: Option<NaiveDateTime>,
     /// The messages, with the number of copies of each.
     pub messages: BTreeMap<(NaiveDateTime, String), usize>,

@@ -95,7 +95,6 @@ pub fn shortened(text: &str) -> String {
     parts.fold(first, |text, part| text + part.trim_start_matches('0'))
 }
 
-/// A response.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reply {
     pub status: u16,

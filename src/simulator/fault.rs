@@ -116,12 +116,10 @@ pub fn paused() -> Fault {
 }
 
 impl Fault {
-    /// With that body.
     pub fn body(self, body: impl AsRef<[u8]>) -> Self {
         self.change(|reply| reply.body = body.as_ref().to_vec())
     }
 
-    /// With that header.
     pub fn header(self, name: &str, value: &str) -> Self {
         self.change(|reply| reply.headers.push((name.to_owned(), value.to_owned())))
     }

@@ -41,10 +41,8 @@ impl RateEstimate {
     }
 }
 
-/// The current rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rate {
-    /// How much is done per second.
     pub per_second: f64,
     /// The remaining time at that rate; `None`: unknown.
     pub time_left: Option<Duration>,

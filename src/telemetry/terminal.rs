@@ -97,7 +97,6 @@ impl Terminal {
     }
 }
 
-/// Writes the log.
 #[derive(Debug)]
 pub struct LogWriter(Terminal);
 

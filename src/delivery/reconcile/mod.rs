@@ -68,7 +68,6 @@ pub(super) struct Stopped {
 /// The step that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Reading the chat's messages.
     ReadingMessages,
     /// A change of the chat that no waiting event requests. The event `at` was not sent.
     ChangingChat,
