@@ -1,7 +1,7 @@
 //! BigChat's clock, from its `date` headers, and this machine's clock without its steps.
 //!
-//! Windows and the cursor use BigChat's clock: for a window in its future, BigChat reports events that have not happened.
-//! This machine's clock, which may be an hour off, replaces it only as long as BigChat's time is unknown.
+//! Windows and the cursor use BigChat's clock: for a window in its future, BigChat reports events that have not
+//! happened. This machine's clock, which may be an hour off, replaces it only as long as BigChat's time is unknown.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use crate::mutex::lock;
 /// cursor past unread events, nor back by years.
 const JUMP: Duration = Duration::from_secs(600);
 
-/// How many polls a jump must last before it is believed. Until then the old time continues, so that no events are skipped
-/// while BigChat's date is wrong for some minutes.
+/// How many polls a jump must last before it is believed. Until then the old time continues, so that no events are
+/// skipped while BigChat's date is wrong for some minutes.
 const POLLS: u64 = 10;
 
 /// Differences from this machine's clock of up to this many seconds are ignored. Dates are whole seconds, and requests
@@ -107,7 +107,8 @@ impl Readings {
         Some(self.believed.or(doubted)?.now(now))
     }
 
-    /// The first date is compared with this machine's clock. Either may be wrong; if they differ, the next date decides.
+    /// The first date is compared with this machine's clock. Either may be wrong; if they differ, the next date
+    /// decides.
     fn observe(&mut self, reading: Reading, this_machine: Timestamp) {
         self.latest = Some(reading);
         let here = Reading {

@@ -1,5 +1,5 @@
-//! Details of conversations and advisors. The epoch is checked before they are used, since after a restart of BigChat an
-//! id means another conversation or advisor.
+//! Details of conversations and advisors. The epoch is checked before they are used, since after a restart of BigChat
+//! an id means another conversation or advisor.
 
 use super::epoch::{self, ProbeResult};
 use super::{Source, SourceError};
@@ -13,8 +13,8 @@ use crate::journal::KnownAdvisor;
 /// behind the others at the same address.
 const NOT_FOUND_ATTEMPTS: u32 = 3;
 
-/// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the conversation,
-/// only its events count.
+/// Reads a conversation's details into it: its start time and first advisor. If BigChat no longer knows the
+/// conversation, only its events count.
 pub async fn read(source: &Source, conversation: &mut Conversation) -> Result<(), SourceError> {
     if source.epoch() != conversation.epoch {
         conversation.details = Details::Gone;

@@ -1,8 +1,8 @@
 //! Detecting a restart of BigChat.
 //!
-//! A restarted BigChat has lost its data and reuses its ids, so only id and start time together identify a conversation. A
-//! known conversation with another start time proves a restart; a 404 or an error proves nothing. Conversation 1 exists
-//! from BigChat's start on, which makes it the best probe, whether the journal knows it or not.
+//! A restarted BigChat has lost its data and reuses its ids, so only id and start time together identify a
+//! conversation. A known conversation with another start time proves a restart; a 404 or an error proves nothing.
+//! Conversation 1 exists from BigChat's start on, which makes it the best probe, whether the journal knows it or not.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -42,8 +42,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
         .with(|store| store.probes(PROBE_CONVERSATIONS))
         .await?;
     let requested_at = source.clock().now();
-    // Conversation 1 is requested first. If a known conversation, requested after it, still has its known start, BigChat
-    // has not restarted in between, so conversation 1 is of this epoch, too.
+    // Conversation 1 is requested first. If a known conversation, requested after it, still has its known start,
+    // BigChat has not restarted in between, so conversation 1 is of this epoch, too.
     let first = match probes.iter().any(|probe| probe.bigchat_id == 1) {
         true => None,
         false => request_first(source).await,
@@ -90,8 +90,8 @@ pub async fn probe(source: &Source) -> Result<ProbeResult, JournalError> {
 }
 
 /// Begins the epoch after `epoch` in the journal, unless it exists already. BigChat has restarted: it reports a
-/// conversation that started at `started_at` in the new epoch. The new epoch begins with the start of its conversation 1,
-/// if that is known.
+/// conversation that started at `started_at` in the new epoch. The new epoch begins with the start of its conversation
+/// 1, if that is known.
 pub async fn begin(
     source: &Source,
     epoch: Epoch,

@@ -57,8 +57,8 @@ impl Epochs {
         self.answers.store(succeeded, Ordering::Relaxed);
     }
 
-    /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none at
-    /// all, so it is requested less and less often.
+    /// Whether to request BigChat's conversation 1. A BigChat that does not know it may still be starting, or have none
+    /// at all, so it is requested less and less often.
     pub(super) fn requests_first_conversation(&self) -> bool {
         let probes = self.probes_without_first.load(Ordering::Relaxed);
         let requests = probes.is_power_of_two() || probes.is_multiple_of(FIRST_CONVERSATION_AGAIN);

@@ -1,6 +1,6 @@
 //! The heartbeat for a dead man's switch, by the protocol of healthchecks.io: a GET once a minute while the daemon is
-//! healthy, else a POST to `/fail` with the problems. If neither arrives, the daemon, its machine or its network is dead,
-//! which nothing on this machine could report.
+//! healthy, else a POST to `/fail` with the problems. If neither arrives, the daemon, its machine or its network is
+//! dead, which nothing on this machine could report.
 //!
 //! Besides the two APIs this is the only host that is ever contacted. Redirects are not followed.
 

@@ -268,8 +268,8 @@ impl Agents {
         }))
     }
 
-    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless the rejection is
-    /// about the address itself (422, or it cannot be sent), or is repeated.
+    /// Whether OurAPI will never have the agent. A rejected read shows that OurAPI does not work, unless the rejection
+    /// is about the address itself (422, or it cannot be sent), or is repeated.
     fn is_permanent(&self, email: &str, error: &ApiError) -> bool {
         let Exchange {
             is_read, status, ..
@@ -299,8 +299,8 @@ impl Agents {
         refusals.count >= UNEXPLAINED_REFUSALS
     }
 
-    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when it is
-    /// needed. With `--rebuild auto`, everything else is verified before it is used.
+    /// Handles a response that an agent does not exist. If OurAPI's list confirms it, the agent is created again when
+    /// it is needed. With `--rebuild auto`, everything else is verified before it is used.
     pub(super) async fn missing(&self, agent: Option<Uuid>, error: ApiError) -> AttemptError {
         match self.forget_if_lost(agent).await {
             Ok(true) => AttemptError::DataLost("OurAPI has lost an agent"),

@@ -69,8 +69,8 @@ impl Committer {
         }
     }
 
-    /// Commits a batch, if possible in one transaction. If a row is at fault, halves find it, and the others are committed
-    /// without it.
+    /// Commits a batch, if possible in one transaction. If a row is at fault, halves find it, and the others are
+    /// committed without it.
     async fn commit(&self, batch: Arc<Vec<Ended>>) -> Released {
         let mut released = Released::default();
         let mut rows = 0..batch.len();

@@ -248,8 +248,8 @@ impl Scheduler {
 
     fn hand_out(&mut self, circuit: Circuit) {
         if circuit != Circuit::Closed && self.at_work.is_empty() {
-            // The journal chooses the conversation to probe with, so loaded work is given back. If the circuit is half-open
-            // and only one conversation is loaded, the journal chose it for the probe, and it is kept.
+            // The journal chooses the conversation to probe with, so loaded work is given back. If the circuit is
+            // half-open and only one conversation is loaded, the journal chose it for the probe, and it is kept.
             let from = usize::from(circuit == Circuit::HalfOpen && self.ready.len() == 1);
             for (_, work) in self.ready.drain(from..) {
                 self.claimed.remove(&work.conversation.id);

@@ -1,8 +1,8 @@
 //! HTTP for the two APIs: one request, one response, bounded in time and size, without hidden retries or redirects. The
 //! daemon's guarantees rest on knowing of each request whether it was sent.
 //!
-//! Each API has a client, [`Http`], with its circuit breaker, rate limit and health. No request and no credentials go to
-//! any host but the configured one. [`crate::bigchat`] and [`crate::our_api`] build the requests and interpret the
+//! Each API has a client, [`Http`], with its circuit breaker, rate limit and health. No request and no credentials go
+//! to any host but the configured one. [`crate::bigchat`] and [`crate::our_api`] build the requests and interpret the
 //! responses.
 
 mod api;
@@ -173,8 +173,8 @@ impl Http {
         }
     }
 
-    /// Sends a request with `body` as JSON, and parses a successful response with `read`, which returns the reason if it is
-    /// unusable.
+    /// Sends a request with `body` as JSON, and parses a successful response with `read`, which returns the reason if
+    /// it is unusable.
     pub async fn call<T>(
         &self,
         target: &Target,

@@ -97,8 +97,8 @@ impl NoResponse {
     }
 }
 
-/// A connection that breaks later than this after the request was broken by a load balancer that gave up waiting, and the
-/// API may still carry out the request, as after a time-out. One that breaks sooner was broken by the API.
+/// A connection that breaks later than this after the request was broken by a load balancer that gave up waiting, and
+/// the API may still carry out the request, as after a time-out. One that breaks sooner was broken by the API.
 const PROMPT: Duration = Duration::from_secs(1);
 
 /// Maximum age of connections. The host name may resolve to another address by now, while the old one still answers.
@@ -107,8 +107,8 @@ const RENEW_EVERY: Duration = Duration::from_secs(60);
 /// HTTP over the network: no redirects, no proxies, no cached responses, and no retry except of a GET whose connection
 /// broke. Compressed responses are decompressed, although compression is never requested; text is decoded as declared.
 ///
-/// After a lost response or a server error, open connections are not used again: they lead to the same server, which may
-/// have closed them, too.
+/// After a lost response or a server error, open connections are not used again: they lead to the same server, which
+/// may have closed them, too.
 #[derive(Debug)]
 pub struct Network {
     timeout: Duration,

@@ -114,8 +114,8 @@ impl OurApi {
         }
     }
 
-    /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error with
-    /// the time when the first permit is free again.
+    /// How many requests may be in flight besides those that timed out and may still be carried out. Zero is an error
+    /// with the time when the first permit is free again.
     pub fn free_permits(&self, now: Millis) -> std::result::Result<u16, Millis> {
         self.permits.free_permits(now)
     }

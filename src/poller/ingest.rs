@@ -130,7 +130,8 @@ impl Poller {
         Ok(())
     }
 
-    /// Probes BigChat for a restart. If it has not restarted, pages requested in the current epoch were also served in it.
+    /// Probes BigChat for a restart. If it has not restarted, pages requested in the current epoch were also served in
+    /// it.
     async fn probe(&self, pages: &mut Pages) -> Result<ProbeResult, JournalError> {
         let probed = epoch::probe(&self.source).await?;
         if probed == ProbeResult::Same {

@@ -1,8 +1,8 @@
 //! The poller: fetches new events from BigChat and stores each page before anything else happens to it.
 //!
-//! BigChat reports each event once, so a page is stored durably before the next is requested. A page that the disk refuses
-//! stays in memory until it can be stored. After the last page, the poller checks whether BigChat has restarted, then
-//! ingests the events into the journal. The poller does not use OurAPI.
+//! BigChat reports each event once, so a page is stored durably before the next is requested. A page that the disk
+//! refuses stays in memory until it can be stored. After the last page, the poller checks whether BigChat has
+//! restarted, then ingests the events into the journal. The poller does not use OurAPI.
 
 mod ingest;
 mod pages;
@@ -35,8 +35,8 @@ use crate::settings::Settings;
 use crate::telemetry::liveness::Liveness;
 use crate::telemetry::log::log_at;
 
-/// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the pages so far are ingested before the next poll
-/// continues.
+/// Page budget of a poll. A chain of `nextPageUrl`s may never end, so the pages so far are ingested before the next
+/// poll continues.
 const MAX_PAGES: usize = 200;
 
 /// Size budget of a poll in bytes, all of which are in memory.
@@ -201,9 +201,9 @@ impl Poller {
         self.store_unstored().await.ok();
     }
 
-    /// Polls until BigChat is read up to now or a poll fails. A poll is repeated in three cases: the disk refuses a page,
-    /// which would be lost; BigChat does not answer the probe; or the next window is shorter. Returns whether BigChat is
-    /// read up to now.
+    /// Polls until BigChat is read up to now or a poll fails. A poll is repeated in three cases: the disk refuses a
+    /// page, which would be lost; BigChat does not answer the probe; or the next window is shorter. Returns whether
+    /// BigChat is read up to now.
     pub async fn catch_up(&mut self) -> bool {
         let mut up_to_date = false;
         while !self.signals.stopping.is_cancelled() {
@@ -435,8 +435,8 @@ impl Poller {
                     .plus(settings.poll_overlap)
             }
         };
-        // A stored cursor ahead of `now` moves back only after the window was read. Until BigChat answers, `now` may be the
-        // time of this machine, which may be wrong.
+        // A stored cursor ahead of `now` moves back only after the window was read. Until BigChat answers, `now` may be
+        // the time of this machine, which may be wrong.
         if state.cursor.is_none() || in_progress.is_some() {
             let cursor = state.cursor.unwrap_or(cursor.min(now));
             self.journal
@@ -485,8 +485,8 @@ impl Poller {
         Ok(self.resumes_at(end, now, state.polled_at))
     }
 
-    /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the journal
-    /// must not grow without bound.
+    /// Drops old events until the next poll is due, but for at least a tenth of the interval: with slow polls, the
+    /// journal must not grow without bound.
     async fn prune(&mut self, next_poll: Instant) {
         let Settings {
             retention,

@@ -19,8 +19,8 @@ const SECOND: Duration = Duration::from_secs(1);
 /// How often in a row a page is requested while that fails transiently, if it is not the first of its poll.
 const PAGE_ATTEMPTS: u32 = 3;
 
-/// In how many polls the same page may fail before its window is read again from the beginning. The first page of a window
-/// does not count.
+/// In how many polls the same page may fail before its window is read again from the beginning. The first page of a
+/// window does not count.
 const MAX_PAGE_FAILURES: u32 = 3;
 
 /// A window of this length or less is not the reason why BigChat gives no usable answer.
@@ -110,8 +110,8 @@ impl Poller {
         Ok(FetchEnd::Budget)
     }
 
-    /// Handles a page that cannot be fetched. The next poll continues from it. If a later page is gone, or has failed in
-    /// several polls without an outage, the window is read again from its beginning.
+    /// Handles a page that cannot be fetched. The next poll continues from it. If a later page is gone, or has failed
+    /// in several polls without an outage, the window is read again from its beginning.
     fn page_failed(&mut self, error: ApiError, is_later: bool) -> Result<FetchEnd, PollError> {
         if !is_later && matches!(error.kind, ErrorKind::NotFound(_)) {
             let http = self.source.http();
@@ -155,10 +155,10 @@ impl Poller {
         self.max_window = (length / 2).max(shortest).min(self.max_window);
     }
 
-    /// Handles a window that BigChat rejects. If BigChat answers for a recent window, this one is too long or too old. If
-    /// BigChat rejects even one second from its start, it is too old, and a binary search finds the oldest time for which
-    /// BigChat answers. Each response is ingested as a separate poll, since BigChat may report its events
-    /// only once.
+    /// Handles a window that BigChat rejects. If BigChat answers for a recent window, this one is too long or too old.
+    /// If BigChat rejects even one second from its start, it is too old, and a binary search finds the oldest time for
+    /// which BigChat answers. Each response is ingested as a separate poll, since BigChat may report its events only
+    /// once.
     async fn find_oldest(
         &mut self,
         pages: &mut Pages,

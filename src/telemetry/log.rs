@@ -83,8 +83,8 @@ pub(crate) fn shows_message_text() -> bool {
     MESSAGE_TEXT.load(Ordering::Relaxed)
 }
 
-/// The filter in `RUST_LOG`, if it is set; an error if it is not about this program. A mistyped level is not, because it
-/// is a valid filter that shows only a module of that name.
+/// The filter in `RUST_LOG`, if it is set; an error if it is not about this program. A mistyped level is not, because
+/// it is a valid filter that shows only a module of that name.
 fn filter() -> Result<Option<EnvFilter>, String> {
     let set = std::env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_default();
     let Some(set) = set.to_str() else {

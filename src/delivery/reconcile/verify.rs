@@ -123,8 +123,8 @@ impl Reconciliation {
         Ok((merged, result))
     }
 
-    /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has none, that may be because
-    /// the agent that the daemon wrote is gone.
+    /// Whether OurAPI no longer has the chat's agent, whichever client set it. If the chat has none, that may be
+    /// because the agent that the daemon wrote is gone.
     async fn agent_is_gone(&self, found: Option<Uuid>) -> Result<bool, AttemptError> {
         let Conversation {
             desired, observed, ..
