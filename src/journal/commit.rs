@@ -15,7 +15,7 @@ use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
     Due, Ended, EventOutcome, Failure, Lost, Observation, Outcome, Report, Verified,
 };
-use crate::domain::time::{Millis, Timestamp};
+use crate::domain::time::Millis;
 
 /// How many of its latest failures are stored for each event.
 const FAILURES_STORED: u32 = 10;
@@ -86,7 +86,7 @@ fn commit(
                  VALUES (?1, ?2, ?3, ?4, ?5, iif(EXISTS (SELECT 1 FROM attempts
                     WHERE conversation = ?1 AND event BETWEEN ?2 AND ?3 AND retried_at IS NOT NULL), NULL, ?6))",
             )?
-            .execute(params![id, run.from, run.through, now.0, run.effect.name(), waited])?;
+            .execute(params![id, run.from, run.through, now, run.effect.name(), waited])?;
     }
     for outcome in &report.outcomes {
         commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
@@ -165,7 +165,7 @@ fn commit_lost(
              WHERE id = ?1 RETURNING forgotten_at IS NOT NULL"
         ))?
         .query_row(
-            params![lost.conversation, lost.due_at.0, settled],
+            params![lost.conversation, lost.due_at, settled],
             |row| row.get(0),
         )
         .optional()?;
@@ -217,21 +217,21 @@ fn update(
         ))?
         .query_row(named_params! {
                 ":id": id,
-                ":started_at": desired.started_at.map(Timestamp::unix),
+                ":started_at": desired.started_at,
                 ":first_advisor": desired.first_advisor,
                 ":details": match details {
                     Details::Unread => "unread",
                     Details::Read => "read",
                     Details::Gone => "gone",
                 },
-                ":ended_at": desired.ended_at.map(Timestamp::unix),
-                ":transfer_at": desired.transfer.map(|transfer| transfer.at.unix()),
+                ":ended_at": desired.ended_at,
+                ":transfer_at": desired.transfer.map(|transfer| transfer.at),
                 ":transfer_event": desired.transfer.map(|transfer| transfer.event),
                 ":transfer_advisor": desired.transfer.map(|transfer| transfer.advisor),
                 ":external_id": observed.external_id,
                 ":chat_id": observed.chat.map(|id| id.to_string()),
-                ":chat_started_at": observed.started_at.map(Timestamp::unix),
-                ":chat_ended_at": observed.ended_at.map(Timestamp::unix),
+                ":chat_started_at": observed.started_at,
+                ":chat_ended_at": observed.ended_at,
                 ":chat_agent": observed.agent.map(|id| id.to_string()),
                 ":chat_advisor": observed.advisor,
                 ":becomes_stale": report.becomes_stale,
@@ -242,8 +242,8 @@ fn update(
                 ":session": session,
                 ":offset": report.advance.offset,
                 ":settled": report.advance.settled,
-                ":due_at": report.due_at(now).map(|at| at.0),
-                ":now": now.0,
+                ":due_at": report.due_at(now),
+                ":now": now,
                 ":is_verification": report.verified != Verified::NotAsked,
             }, |row| row.get(0))
         .optional()?;
@@ -336,7 +336,7 @@ fn commit_outcome(
                     "INSERT OR IGNORE INTO dead_letters (event, conversation, failed_at)
                      SELECT id, conversation, ?2 FROM events WHERE id = ?1",
                 )?
-                .execute(params![event, now.0])?;
+                .execute(params![event, now])?;
             counts.of(kind.name()).failed += 1;
         }
         Outcome::Delivered(_) => {
@@ -392,7 +392,7 @@ fn record_attempt(
             conversation,
             attempts.failed,
             attempts.counted,
-            next_at.map(|next| next.0),
+            next_at,
             attempts.writes_then,
             attempts.outcome_unknown,
             reason,
@@ -410,7 +410,7 @@ fn record_attempt(
         .execute(params![
             event,
             attempts.failed,
-            now.0,
+            now,
             reason,
             request,
             response
@@ -426,7 +426,7 @@ fn consume(
     conversation: ConversationId,
     key: &MessageKey,
 ) -> Result<()> {
-    let key = params![conversation, key.0.unix(), key.1];
+    let key = params![conversation, key.0, key.1];
     transaction
         .prepare_cached(
             "UPDATE credits SET count = count - 1 WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
@@ -456,7 +456,7 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
             .prepare_cached(
                 "INSERT INTO credits (conversation, sent_at, text, count, as_of) VALUES (?1, ?2, ?3, ?4, ?5)",
             )?
-            .execute(params![id, sent_at.unix(), text, count, report.claim.last_event])?;
+            .execute(params![id, sent_at, text, count, report.claim.last_event])?;
     }
     // It is known now which waiting events OurAPI has; those with a credit stay unknown until it is used. A retry of
     // such an event meanwhile has made the chat stale again.

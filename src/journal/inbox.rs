@@ -149,34 +149,23 @@ pub struct Ingested {
 impl Store {
     /// How far BigChat was read, and the poll in progress.
     pub fn poll_state(&mut self) -> Result<PollState> {
-        let row = self.connection.query_row(
+        Ok(self.connection.query_row(
             "SELECT cursor, window_start, window_end, next_query, rescans_left, polled_at FROM poll_state",
             [],
             |row| {
-                Ok((
-                    row.get::<_, Option<i64>>(0)?,
-                    row.get::<_, Option<i64>>(1)?,
-                    row.get::<_, Option<i64>>(2)?,
-                    row.get(3)?,
-                    row.get(4)?,
-                    row.get::<_, Option<i64>>(5)?,
-                ))
+                let window = Option::zip(row.get(1)?, row.get(2)?);
+                let next = row.get(3)?;
+                Ok(PollState {
+                    cursor: row.get(0)?,
+                    poll: window.map(|(start, end)| PollInProgress {
+                        window: Window { start, end },
+                        next,
+                    }),
+                    rescans_left: row.get(4)?,
+                    polled_at: row.get(5)?,
+                })
             },
-        )?;
-        let (cursor, start, end, next, rescans_left, polled_at) = row;
-        let poll = start.zip(end).map(|(start, end)| PollInProgress {
-            window: Window {
-                start: Timestamp::clamped(start),
-                end: Timestamp::clamped(end),
-            },
-            next,
-        });
-        Ok(PollState {
-            cursor: cursor.map(Timestamp::clamped),
-            poll,
-            rescans_left,
-            polled_at: polled_at.map(Millis),
-        })
+        )?)
     }
 
     /// Sets the cursor before the first poll, and drops a poll in progress.
@@ -184,7 +173,7 @@ impl Store {
         self.connection.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
                 window_start = NULL, window_end = NULL, next_query = NULL",
-            [cursor.unix(), now.0],
+            params![cursor, now],
         )?;
         Ok(())
     }
@@ -199,31 +188,31 @@ impl Store {
         now: Millis,
     ) -> Result<Option<Timestamp>> {
         let transaction = self.begin()?;
-        let starts_at: Option<i64> =
+        let starts_at: Option<Timestamp> =
             transaction.query_row("SELECT cursor FROM poll_state", [], |row| row.get(0))?;
-        let starts_at = starts_at.filter(|starts_at| *starts_at < ends_at.unix());
+        let starts_at = starts_at.filter(|starts_at| *starts_at < ends_at);
         let mut new = None;
         if let Some(starts_at) = starts_at {
             let extended = transaction.execute(
                 "UPDATE gaps SET ends_at = ?2 WHERE ?1 - ends_at BETWEEN 0 AND ?3",
                 params![
                     starts_at,
-                    ends_at.unix(),
+                    ends_at,
                     cursor.unix() - ends_at.unix() + GAP_MARGIN
                 ],
             )?;
             if extended == 0 {
                 transaction.execute(
                     "INSERT INTO gaps (starts_at, ends_at, found_at) VALUES (?1, ?2, ?3)",
-                    params![starts_at, ends_at.unix(), now.0],
+                    params![starts_at, ends_at, now],
                 )?;
-                new = Some(Timestamp::clamped(starts_at));
+                new = Some(starts_at);
             }
         }
         transaction.execute(
             "UPDATE poll_state SET cursor = ?1, cursor_moved_at = ?2,
                 window_start = NULL, window_end = NULL, next_query = NULL",
-            [cursor.unix(), now.0],
+            params![cursor, now],
         )?;
         transaction.execute("DELETE FROM inbox", [])?;
         transaction.commit()?;
@@ -239,8 +228,8 @@ impl Store {
             Ok(StoredPage {
                 id: row.get(0)?,
                 query: row.get(1)?,
-                served_at: Timestamp::clamped(row.get(2)?),
-                window_start: Timestamp::clamped(row.get(3)?),
+                served_at: row.get(2)?,
+                window_start: row.get(3)?,
                 body: row.get(4)?,
                 ingested: row.get(5)?,
                 requested_in: row.get(6)?,
@@ -262,8 +251,8 @@ impl Store {
             .query_row(
                 params![
                     page.query,
-                    page.served_at.unix(),
-                    page.window.start.unix(),
+                    page.served_at,
+                    page.window.start,
                     page.body,
                     page.requested_in
                 ],
@@ -271,7 +260,7 @@ impl Store {
             )?;
         let (next, cursor) = match &page.progress {
             PollProgress::Next(query) => (Some(query), None),
-            PollProgress::Complete(cursor) => (None, Some(cursor.unix())),
+            PollProgress::Complete(cursor) => (None, Some(cursor)),
         };
         transaction.execute(
             concat!(
@@ -279,8 +268,8 @@ impl Store {
                 moves_cursor!()
             ),
             named_params! {
-                ":start": page.window.start.unix(), ":end": page.window.end.unix(), ":next": next, ":cursor": cursor,
-                ":now": Millis::now().0,
+                ":start": page.window.start, ":end": page.window.end, ":next": next, ":cursor": cursor,
+                ":now": Millis::now(),
             },
         )?;
         transaction.commit()?;
@@ -297,7 +286,7 @@ impl Store {
                     OR began_at <= ?1 + ?3 AND (?1 <= ?2 + ?3 OR id < (SELECT max(id) FROM epochs))
                  ORDER BY id DESC LIMIT 1",
             )?
-            .query_row([served_at.unix(), now.unix(), DATE_LAG], |row| row.get(0))?)
+            .query_row(params![served_at, now, DATE_LAG], |row| row.get(0))?)
     }
 
     /// Whether the journal has such an event, in any epoch, ingested or on a stored page.
@@ -394,7 +383,7 @@ impl Store {
                 .prepare_cached(
                     "UPDATE poll_state SET newest_event = max(coalesce(newest_event, ?1), ?1)",
                 )?
-                .execute([newest.unix()])?;
+                .execute([newest])?;
         }
         ingested.progress = ingested.new + ingested.ignored + unreadable > 0;
         ingested.last_event = last_event(&transaction)?;
@@ -415,7 +404,7 @@ impl Store {
                 moves_cursor!()
             ),
             named_params! {
-                ":cursor": cursor.unix(), ":now": now.0, ":ahead": clock_ahead
+                ":cursor": cursor, ":now": now, ":ahead": clock_ahead
             },
         )?;
         transaction.commit()?;
@@ -484,7 +473,7 @@ fn ingest(
                 due_at = coalesce(due_at, ?2)
              WHERE id = ?1",
         )?
-        .execute(params![known.id, now.0])?;
+        .execute(params![known.id, now])?;
     Ok(true)
 }
 
@@ -513,8 +502,8 @@ fn last_event(connection: &rusqlite::Connection) -> Result<EventId> {
 
 /// The conversation of an event. It is inserted if it is new. A START sets its start time, unless one is known.
 fn conversation(transaction: &Transaction<'_>, epoch: Epoch, event: &Event) -> Result<Known> {
-    let started_at = (event.kind == EventKind::Start).then_some(event.at.unix());
-    let known: Option<(Known, Option<i64>)> = transaction
+    let started_at = (event.kind == EventKind::Start).then_some(event.at);
+    let known: Option<(Known, Option<Timestamp>)> = transaction
         .prepare_cached(
             "SELECT id, forgotten_at IS NOT NULL, started_at FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2",
         )?
@@ -559,7 +548,7 @@ fn count_equal(connection: &rusqlite::Connection, known: Known, event: &Event) -
                 known.id,
                 event.fingerprint(),
                 event.kind.name(),
-                event.at.unix(),
+                event.at,
                 known.stored_data(event)
             ],
             |row| row.get(0),
@@ -575,10 +564,10 @@ fn insert(transaction: &Transaction<'_>, known: Known, event: &Event, now: Milli
         .execute(params![
             known.id,
             event.kind.name(),
-            event.at.unix(),
+            event.at,
             known.stored_data(event),
             event.fingerprint(),
-            now.0
+            now
         ])?;
     Ok(())
 }
@@ -614,12 +603,12 @@ fn insert_unreadable(
         .prepare_cached(
             "INSERT INTO events (kind, event_at, data, fingerprint, received_at) VALUES (?1, 0, ?2, ?3, ?4) RETURNING id",
         )?
-        .query_row(params![UNREADABLE, raw, fingerprint, now.0], |row| row.get(0))?;
+        .query_row(params![UNREADABLE, raw, fingerprint, now], |row| row.get(0))?;
     transaction
         .prepare_cached(
             "INSERT INTO dead_letters (event, failed_at, epoch, received) VALUES (?1, ?2, ?3, ?4)",
         )?
-        .execute(params![event, now.0, epoch, received.max(1)])?;
+        .execute(params![event, now, epoch, received.max(1)])?;
     transaction
         .prepare_cached(
             "INSERT INTO attempts (event, attempts, counted, reason, request, response) VALUES (?1, 0, 0, ?2, '', '')",

@@ -17,7 +17,7 @@ use crate::domain::conversation::{
 };
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
-use crate::domain::time::{Millis, Timestamp};
+use crate::domain::time::Millis;
 
 /// How many events of one conversation are claimed at once. A long conversation then neither fills the memory nor
 /// delays others.
@@ -138,11 +138,10 @@ impl Store {
     }
 
     fn latest_due(&self) -> Result<Option<Millis>> {
-        let latest: Option<i64> = self
+        Ok(self
             .connection
             .prepare_cached("SELECT max(due_at) FROM conversations WHERE due_at IS NOT NULL")?
-            .query_row([], |row| row.get(0))?;
-        Ok(latest.map(Millis))
+            .query_row([], |row| row.get(0))?)
     }
 
     /// Makes everything due now that would be due later. An event that may have been delivered is due after `pause`,
@@ -151,11 +150,11 @@ impl Store {
         let transaction = self.begin()?;
         transaction.execute(
             "UPDATE conversations SET due_at = iif(stale_seq > fresh_seq, ?2, ?1) WHERE due_at > ?1",
-            [now.0, now.plus(pause).0],
+            [now, now.plus(pause)],
         )?;
         transaction.execute(
             "UPDATE attempts SET next_at = iif(outcome_unknown, ?2, ?1) WHERE next_at > ?1",
-            [now.0, now.plus(pause).0],
+            [now, now.plus(pause)],
         )?;
         Ok(transaction.commit()?)
     }
@@ -200,7 +199,7 @@ fn due(
         "SELECT id FROM conversations WHERE due_at <= ?1 ORDER BY due_at, id LIMIT ?2",
     )?;
     let mut ids: Vec<ConversationId> = statement
-        .query_map(params![now.0, limit(enough)], |row| row.get(0))?
+        .query_map(params![now, limit(enough)], |row| row.get(0))?
         .collect::<rusqlite::Result<_>>()?;
     ids.retain(is_free);
     if ids.len() < request.conversations {
@@ -228,7 +227,7 @@ fn never_failed(
             SELECT 1 FROM attempts a WHERE a.conversation = c.id AND a.next_at IS NOT NULL AND a.attempts > 0)
          ORDER BY due_at, id LIMIT ?2",
     )?;
-    let mut ids = statement.query_map(params![now.0, limit(request.exclude.len() + 1)], |row| {
+    let mut ids = statement.query_map(params![now, limit(request.exclude.len() + 1)], |row| {
         row.get(0)
     })?;
     let free = ids.find(|id| id.as_ref().map_or(true, |id| !request.exclude.contains(id)));
@@ -236,10 +235,9 @@ fn never_failed(
 }
 
 fn next_due(connection: &Connection, now: Millis) -> Result<Option<Millis>> {
-    let due: Option<i64> = connection
+    Ok(connection
         .prepare_cached("SELECT min(due_at) FROM conversations WHERE due_at > ?1")?
-        .query_row([now.0], |row| row.get(0))?;
-    Ok(due.map(Millis))
+        .query_row([now], |row| row.get(0))?)
 }
 
 /// Loads a conversation with up to this many of its waiting events.
@@ -314,15 +312,11 @@ fn read_conversation(
     )?;
     let mut rows = statement.query([id])?;
     let row = present(rows.next()?, &format!("no conversation {}", id.0))?;
-    let time = |index| {
-        row.get::<_, Option<i64>>(index)
-            .map(|time| time.map(Timestamp::clamped))
-    };
     let id_at = |index| -> Result<Option<Uuid>> {
         let text: Option<String> = row.get(index)?;
         text.map(|text| uuid(&text)).transpose()
     };
-    let transfer = match (time(6)?, row.get(7)?, row.get(8)?) {
+    let transfer = match (row.get(6)?, row.get(7)?, row.get(8)?) {
         (Some(at), Some(event), Some(advisor)) => Some(Transfer { at, event, advisor }),
         _ => None,
     };
@@ -336,16 +330,16 @@ fn read_conversation(
             _ => Details::Gone,
         },
         desired: Desired {
-            started_at: time(3)?,
+            started_at: row.get(3)?,
             first_advisor: row.get(4)?,
-            ended_at: time(5)?,
+            ended_at: row.get(5)?,
             transfer,
         },
         observed: Observed {
             external_id: row.get(9)?,
             chat: id_at(10)?,
-            started_at: time(11)?,
-            ended_at: time(12)?,
+            started_at: row.get(11)?,
+            ended_at: row.get(12)?,
             agent: id_at(13)?,
             advisor: row.get(14)?,
         },
@@ -418,8 +412,8 @@ fn read_pending(
     let id = row.get(0)?;
     Ok(Pending {
         id,
-        at: Timestamp::clamped(row.get(2)?),
-        received_at: Millis(row.get(4)?),
+        at: row.get(2)?,
+        received_at: row.get(4)?,
         payload,
         attempts: attempts.get(&id).copied().unwrap_or_default(),
         redelivery,
@@ -451,7 +445,7 @@ fn credit(
                 .prepare_cached(
                     "SELECT count, as_of FROM credits WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
                 )?
-                .query_row(params![conversation, key.0.unix(), key.1], |row| {
+                .query_row(params![conversation, key.0, key.1], |row| {
                     Ok((row.get(0)?, row.get(1)?))
                 })
                 .optional()?;

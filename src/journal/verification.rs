@@ -126,7 +126,7 @@ impl Store {
         transaction.execute(
             "DELETE FROM verifications WHERE NOT idle AND requested_at < ?1 AND NOT EXISTS (
                 SELECT 1 FROM conversations WHERE verified_in < verifications.id)",
-            [now.minus(DROPPED_AFTER).0],
+            [now.minus(DROPPED_AFTER)],
         )?;
         let conversation = match scope {
             Scope::All => None,
@@ -241,7 +241,7 @@ impl Store {
         let ended_at = is_first.then_some(now);
         transaction.execute(
             "UPDATE verifications SET ended_at = ?2 WHERE id = ?1",
-            params![id, ended_at.map(|at| at.0)],
+            params![id, ended_at],
         )?;
         transaction.commit()?;
         Ok(Pass {
@@ -254,7 +254,7 @@ impl Store {
     fn end_pass(&mut self, pass: &Pass, now: Millis) -> Result<()> {
         let found: (i64, i64, i64, i64) = self.connection.query_row(
             "UPDATE verifications SET ended_at = ?2 WHERE id = ?1 RETURNING verified, missing, differing, messages",
-            params![pass.id, now.0],
+            params![pass.id, now],
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
         )?;
         let (chats, missing, differing, messages) = found;
@@ -282,7 +282,7 @@ fn insert(
     Ok(connection.query_row(
         "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
          VALUES (?1, ?2, ?3, ?4, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
-        params![idle, now.0, conversation, repair],
+        params![idle, now, conversation, repair],
         |row| row.get(0),
     )?)
 }
@@ -293,8 +293,8 @@ fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
         .query_row([], |row| {
             Ok(Pass {
                 id: row.get(0)?,
-                began_at: Millis(row.get(1)?),
-                ended_at: row.get::<_, Option<i64>>(2)?.map(Millis),
+                began_at: row.get(1)?,
+                ended_at: row.get(2)?,
             })
         })
         .optional()?)
@@ -341,7 +341,7 @@ fn pending(
     let enough = limit(at_most.saturating_add(exclude.len()));
     let mut pending: Vec<ConversationId> = connection
         .prepare_cached(sql)?
-        .query_map(params![verification, now.0, conversation, enough], |row| {
+        .query_map(params![verification, now, conversation, enough], |row| {
             row.get(0)
         })?
         .collect::<rusqlite::Result<_>>()?;
