@@ -8,12 +8,22 @@ use crate::domain::time::Timestamp;
 
 /// Equal for equal messages of a chat: the time of sending, and the text without the white space that OurAPI strips
 /// from both ends.
-pub type MessageKey = (Timestamp, String);
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MessageKey {
+    pub sent_at: Timestamp,
+    pub text: String,
+}
 
-pub fn key(sent_at: Timestamp, text: &str) -> MessageKey {
-    // Python strips the separators 0x1c to 0x1f, too.
-    let stripped = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
-    (sent_at, stripped.to_owned())
+impl MessageKey {
+    pub fn new(sent_at: Timestamp, text: &str) -> Self {
+        // Python strips the separators 0x1c to 0x1f, too.
+        let stripped =
+            text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
+        Self {
+            sent_at,
+            text: stripped.to_owned(),
+        }
+    }
 }
 
 /// A message of the journal.
@@ -94,7 +104,7 @@ pub fn account(
             message.state,
             MessageState::MaybeSent | MessageState::DiscardedOutcomeUnknown
         );
-        let altered = may_be_altered && left.take_of_second(message.key.0);
+        let altered = may_be_altered && left.take_of_second(message.key.sent_at);
         match message.state {
             MessageState::Delivered if !altered => missing.push(message.id),
             MessageState::OutcomeUnknown if altered => credited.push(message),
@@ -117,13 +127,13 @@ pub fn account(
 struct Left(HashMap<Timestamp, BTreeMap<String, u32>>);
 
 impl Left {
-    fn add(&mut self, (second, text): MessageKey) {
-        let texts = self.0.entry(second).or_default();
-        *texts.entry(text).or_default() += 1;
+    fn add(&mut self, key: MessageKey) {
+        let texts = self.0.entry(key.sent_at).or_default();
+        *texts.entry(key.text).or_default() += 1;
     }
 
-    fn take(&mut self, (second, text): &MessageKey) -> bool {
-        let Some(texts) = self.0.get_mut(second) else {
+    fn take(&mut self, MessageKey { sent_at, text }: &MessageKey) -> bool {
+        let Some(texts) = self.0.get_mut(sent_at) else {
             return false;
         };
         match texts.get_mut(text) {
@@ -136,17 +146,17 @@ impl Left {
         true
     }
 
-    fn take_of_second(&mut self, second: Timestamp) -> bool {
-        let texts = self.0.get(&second);
+    fn take_of_second(&mut self, sent_at: Timestamp) -> bool {
+        let texts = self.0.get(&sent_at);
         let first = texts.and_then(|texts| texts.keys().next().cloned());
-        first.is_some_and(|text| self.take(&(second, text)))
+        first.is_some_and(|text| self.take(&MessageKey { sent_at, text }))
     }
 
     fn into_credits(self) -> HashMap<MessageKey, u32> {
         let by_second = self.0.into_iter();
-        let credits = by_second.flat_map(|(second, texts)| {
+        let credits = by_second.flat_map(|(sent_at, texts)| {
             let counts = texts.into_iter();
-            counts.map(move |(text, count)| ((second, text), count))
+            counts.map(move |(text, count)| (MessageKey { sent_at, text }, count))
         });
         credits.collect()
     }
@@ -159,7 +169,7 @@ mod tests {
     use super::*;
 
     fn of(second: i64, text: &str) -> MessageKey {
-        key(Timestamp::clamped(second), text)
+        MessageKey::new(Timestamp::clamped(second), text)
     }
 
     fn recorded(id: i64, key: MessageKey, state: MessageState) -> Recorded {

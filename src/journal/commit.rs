@@ -426,7 +426,7 @@ fn consume(
     conversation: ConversationId,
     key: &MessageKey,
 ) -> Result<()> {
-    let key = params![conversation, key.0, key.1];
+    let key = params![conversation, key.sent_at, key.text];
     transaction
         .prepare_cached(
             "UPDATE credits SET count = count - 1 WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
@@ -451,7 +451,7 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
     transaction
         .prepare_cached("DELETE FROM credits WHERE conversation = ?1")?
         .execute([id])?;
-    for ((sent_at, text), count) in credits {
+    for (MessageKey { sent_at, text }, count) in credits {
         transaction
             .prepare_cached(
                 "INSERT INTO credits (conversation, sent_at, text, count, as_of) VALUES (?1, ?2, ?3, ?4, ?5)",

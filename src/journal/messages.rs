@@ -3,7 +3,7 @@
 use rusqlite::params;
 
 use super::{Result, Store, payload};
-use crate::domain::account::{self, MessageState, Recorded};
+use crate::domain::account::{MessageKey, MessageState, Recorded};
 use crate::domain::event::EventKind;
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
@@ -49,7 +49,7 @@ impl Store {
             };
             messages.push(Recorded {
                 id,
-                key: account::key(row.get(2)?, payload.text().unwrap_or_default()),
+                key: MessageKey::new(row.get(2)?, payload.text().unwrap_or_default()),
                 state,
             });
         }

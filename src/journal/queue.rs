@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::verification::claim_verifications;
 use super::{JournalError, Result, Store, count, limit, payload, present};
-use crate::domain::account::{self, MessageKey};
+use crate::domain::account::MessageKey;
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, Details, FieldSet, Observed, Pending, Transfer,
 };
@@ -439,13 +439,13 @@ fn credit(
         let Some(text) = event.payload.text() else {
             continue;
         };
-        let key = account::key(event.at, text);
+        let key = MessageKey::new(event.at, text);
         if !left.contains_key(&key) {
             let credit = connection
                 .prepare_cached(
                     "SELECT count, as_of FROM credits WHERE conversation = ?1 AND sent_at = ?2 AND text = ?3",
                 )?
-                .query_row(params![conversation, key.0, key.1], |row| {
+                .query_row(params![conversation, key.sent_at, key.text], |row| {
                     Ok((row.get(0)?, row.get(1)?))
                 })
                 .optional()?;

@@ -19,7 +19,7 @@ use self::gate::Gate;
 use self::lock::Lock;
 pub use self::lock::{LockError, usable as lock_is_usable};
 use self::permits::Permits;
-use crate::domain::account::{self, MessageKey};
+use crate::domain::account::MessageKey;
 use crate::domain::conversation::{ChatChange, Fields};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
@@ -75,7 +75,7 @@ pub struct Message {
 
 impl Message {
     pub fn key(&self) -> MessageKey {
-        account::key(self.sent_at, &self.text)
+        MessageKey::new(self.sent_at, &self.text)
     }
 }
 

@@ -17,7 +17,7 @@ use super::attempts::AttemptError;
 use super::chat;
 use super::handlers::{self, message};
 use super::worker::Worker;
-use crate::domain::account::{self, MessageKey};
+use crate::domain::account::MessageKey;
 use crate::domain::conversation::{Conversation, Desired, FieldSet, Fields, Pending};
 use crate::domain::ids::EventId;
 use crate::domain::progress::{Claim, Effect, Missing, Observation, Verified, Work};
@@ -355,7 +355,7 @@ impl Reconciliation {
                 .credit
                 .is_some_and(|as_of| event.id <= as_of.max(self.worker.session.replay_until.get()))
             {
-                self.consumed.push(account::key(event.at, text));
+                self.consumed.push(MessageKey::new(event.at, text));
                 self.done.push((event.id, Ok(Effect::Nothing)));
                 continue;
             }

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     ClaimRequest, Intervals, NewPage, Operator, PollProgress, Resolution, Scope, Selection, Store,
 };
-use crate::domain::account::{self, Accounting, MessageKey};
+use crate::domain::account::{Accounting, MessageKey, MessageState};
 use crate::domain::conversation::{Attempts, Pending};
 use crate::domain::dedupe::Counts;
 use crate::domain::ids::{AdvisorId, ConversationId, Epoch, EventId};
@@ -62,7 +62,7 @@ impl Reported {
 
     fn key(&self) -> Option<MessageKey> {
         let text = self.text()?;
-        Some(account::key(Timestamp::clamped(self.at), text))
+        Some(MessageKey::new(Timestamp::clamped(self.at), text))
     }
 }
 
@@ -547,7 +547,7 @@ impl Pair {
                         if let (Outcome::Delivered(_), Some(_), Some(text)) =
                             (&outcome, event.credit, text)
                         {
-                            consumed.push(account::key(event.at, text));
+                            consumed.push(MessageKey::new(event.at, text));
                         }
                         if let Outcome::Retry { next_at, .. } = &outcome {
                             due = Due::At(*next_at);
@@ -698,7 +698,7 @@ impl Pair {
         let is_missing = script.missing.iter().cycle();
         let delivered = recorded
             .iter()
-            .filter(|message| message.state == account::MessageState::Delivered);
+            .filter(|message| message.state == MessageState::Delivered);
         delivered
             .zip(is_missing)
             .filter(|(_, is_missing)| **is_missing)
@@ -988,8 +988,8 @@ impl Pair {
             .iter()
             .flat_map(|(id, conversation)| {
                 conversation.credits.iter().map(|(what, (count, as_of))| {
-                    let (at, text) = EVENTS[*what].key().expect("a message");
-                    (*id, at.unix(), text, *count, *as_of)
+                    let MessageKey { sent_at, text } = EVENTS[*what].key().expect("a message");
+                    (*id, sent_at.unix(), text, *count, *as_of)
                 })
             })
             .collect();

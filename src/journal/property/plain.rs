@@ -456,10 +456,8 @@ impl Plain {
                 event.passed = true;
             }
         }
-        for (sent_at, text) in &report.consumed {
-            let is_it = |what: &usize| {
-                EVENTS[*what].at == sent_at.unix() && EVENTS[*what].text() == Some(text)
-            };
+        for key in &report.consumed {
+            let is_it = |what: &usize| EVENTS[*what].key().as_ref() == Some(key);
             let credits = &mut self.conversation(id).credits;
             let what = credits.keys().copied().find(is_it).expect("a credit");
             let credit = credits.get_mut(&what).expect("a credit");
