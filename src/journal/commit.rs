@@ -247,7 +247,7 @@ fn update(
                 ":is_verification": report.verified != Verified::NotAsked,
             }, |row| row.get(0))
         .optional()?;
-    present(is_forgotten, &format!("no conversation {}", id.0))
+    present(is_forgotten, || format!("no conversation {}", id.0))
 }
 
 /// Writes how far the chat is verified, and the differences that are not repaired. Most commits change none of it, and

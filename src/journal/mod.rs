@@ -306,15 +306,15 @@ fn limit(count: usize) -> i64 {
 }
 
 /// A value in a column that this program always sets.
-fn present<T>(value: Option<T>, what: &str) -> Result<T> {
-    value.ok_or_else(|| JournalError::InvalidRow(what.to_owned()))
+fn present<T>(value: Option<T>, what: impl FnOnce() -> String) -> Result<T> {
+    value.ok_or_else(|| JournalError::InvalidRow(what()))
 }
 
 /// The payload of a stored event. The log shows the error, so it does not quote the data.
 fn payload(name: &str, data: Option<&str>) -> Result<Payload> {
     let kind = EventKind::from_name(name);
     let payload = kind.and_then(|kind| Payload::from_data(kind, data).ok());
-    present(payload, &format!("the data of a {name} cannot be read"))
+    present(payload, || format!("the data of a {name} cannot be read"))
 }
 
 #[cfg(test)]

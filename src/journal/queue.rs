@@ -111,13 +111,7 @@ impl Store {
                 }
             }
         }
-        let free = request.conversations.saturating_sub(claimed.work.len());
-        if free > 0 {
-            let mut exclude = request.exclude.clone();
-            exclude.extend(claimed.work.iter().map(|work| work.conversation.id));
-            let work = claim_verifications(&transaction, free, &exclude, loading, now)?;
-            claimed.work.extend(work);
-        }
+        claim_verifications(&transaction, request, loading, now, &mut claimed.work)?;
         claimed.next_due = next_due(&transaction, now)?;
         drop(transaction);
         if let Some(idle_pass) = request.idle_pass
@@ -311,7 +305,7 @@ fn read_conversation(
          FROM conversations WHERE id = ?1",
     )?;
     let mut rows = statement.query([id])?;
-    let row = present(rows.next()?, &format!("no conversation {}", id.0))?;
+    let row = present(rows.next()?, || format!("no conversation {}", id.0))?;
     let id_at = |index| -> Result<Option<Uuid>> {
         let text: Option<String> = row.get(index)?;
         text.map(|text| uuid(&text)).transpose()
@@ -462,5 +456,5 @@ fn credit(
 }
 
 pub(super) fn uuid(text: &str) -> Result<Uuid> {
-    present(Uuid::parse_str(text).ok(), text)
+    present(Uuid::parse_str(text).ok(), || text.to_owned())
 }

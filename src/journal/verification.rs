@@ -11,7 +11,7 @@ use std::time::Duration;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::queue::{Loading, load_chat};
+use super::queue::{ClaimRequest, Loading, load_chat};
 use super::{JournalError, Result, Store, count, limit, unsigned};
 use crate::domain::ids::ConversationId;
 use crate::domain::progress::{
@@ -350,22 +350,26 @@ fn pending(
     Ok(pending)
 }
 
-/// Claims chats that the `verify` command has requested. Waiting events of their conversations continue to wait.
+/// Adds chats that the `verify` command has requested to the claimed work. Waiting events of their conversations
+/// continue to wait.
 pub(super) fn claim_verifications(
     connection: &Connection,
-    at_most: usize,
-    exclude: &HashSet<ConversationId>,
+    request: &ClaimRequest,
     loading: Loading,
     now: Millis,
-) -> Result<Vec<Work>> {
+    claimed: &mut Vec<Work>,
+) -> Result<()> {
     let requests: Vec<(i64, Option<i64>)> = connection
         .prepare_cached("SELECT id, conversation FROM verifications WHERE NOT idle ORDER BY id")?
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
-    let mut exclude = exclude.clone();
-    let mut work = Vec::new();
+    if requests.is_empty() {
+        return Ok(());
+    }
+    let mut exclude = request.exclude.clone();
+    exclude.extend(claimed.iter().map(|work| work.conversation.id));
     for (verification, conversation) in requests {
-        let free = at_most - work.len();
+        let free = request.conversations.saturating_sub(claimed.len());
         if free == 0 {
             break;
         }
@@ -386,10 +390,10 @@ pub(super) fn claim_verifications(
                 },
                 is_idle: false,
             };
-            work.extend(to_verify(connection, id, verify, loading)?);
+            claimed.extend(to_verify(connection, id, verify, loading)?);
         }
     }
-    Ok(work)
+    Ok(())
 }
 
 fn to_verify(
