@@ -11,7 +11,7 @@ use super::dead_letters::{count_open, is_permanent};
 use super::directory::LOSS_MINUTES;
 use super::file::DatabaseFile;
 use super::queue::count_waiting;
-use super::verification::left;
+use super::verification::{latest_pass, left};
 use super::{Result, Store, api_status, count, pause, unsigned};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
@@ -323,27 +323,18 @@ fn oldest_waiting(connection: &Connection) -> Result<Option<Oldest>> {
 }
 
 fn verification(connection: &Connection) -> Result<Option<Verification>> {
-    let pass = connection
-        .prepare_cached(
-            "SELECT id, requested_at, ended_at, verified FROM verifications WHERE idle",
-        )?
-        .query_row([], |row| {
-            let pass = Verification {
-                began_at: row.get(1)?,
-                ended_at: row.get(2)?,
-                verified: unsigned(row, 3)?,
-                left: 0,
-            };
-            Ok((row.get(0)?, pass))
-        })
-        .optional()?;
-    Ok(match pass {
-        Some((id, pass)) if pass.ended_at.is_none() => Some(Verification {
-            left: left(connection, id, None)?,
-            ..pass
-        }),
-        pass => pass.map(|(_, pass)| pass),
-    })
+    let Some(pass) = latest_pass(connection)? else {
+        return Ok(None);
+    };
+    Ok(Some(Verification {
+        began_at: pass.began_at,
+        ended_at: pass.ended_at,
+        verified: pass.verified,
+        left: match pass.ended_at {
+            None => left(connection, pass.id, None)?,
+            Some(_) => 0,
+        },
+    }))
 }
 
 /// Chats with losses come first.

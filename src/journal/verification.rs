@@ -73,10 +73,12 @@ impl VerificationProgress {
 
 /// A pass in idle time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Pass {
-    id: i64,
-    began_at: Millis,
-    ended_at: Option<Millis>,
+pub(super) struct Pass {
+    pub(super) id: i64,
+    pub(super) began_at: Millis,
+    pub(super) ended_at: Option<Millis>,
+    /// How many chats were verified so far.
+    pub(super) verified: u64,
 }
 
 impl Pass {
@@ -132,7 +134,12 @@ impl Store {
             Scope::All => None,
             Scope::Conversation(id) => Some(id),
         };
-        let verification = insert(&transaction, false, conversation, repair, now)?;
+        let verification = transaction.query_row(
+            "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
+             VALUES (0, ?1, ?2, ?3, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
+            params![now, conversation, repair],
+            |row| row.get(0),
+        )?;
         if left(&transaction, verification, conversation)? == 0 {
             return Ok(None);
         }
@@ -237,17 +244,19 @@ impl Store {
     fn begin_pass(&mut self, is_first: bool, now: Millis) -> Result<Pass> {
         let transaction = self.begin()?;
         transaction.execute("DELETE FROM verifications WHERE idle", [])?;
-        let id = insert(&transaction, true, None, false, now)?;
         let ended_at = is_first.then_some(now);
-        transaction.execute(
-            "UPDATE verifications SET ended_at = ?2 WHERE id = ?1",
-            params![id, ended_at],
+        let id = transaction.query_row(
+            "INSERT INTO verifications (idle, requested_at, ended_at, repair, last_event)
+             VALUES (1, ?1, ?2, 0, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
+            params![now, ended_at],
+            |row| row.get(0),
         )?;
         transaction.commit()?;
         Ok(Pass {
             id,
             began_at: now,
             ended_at,
+            verified: 0,
         })
     }
 
@@ -272,29 +281,17 @@ impl Store {
     }
 }
 
-fn insert(
-    connection: &Connection,
-    idle: bool,
-    conversation: Option<i64>,
-    repair: bool,
-    now: Millis,
-) -> Result<i64> {
-    Ok(connection.query_row(
-        "INSERT INTO verifications (idle, requested_at, conversation, repair, last_event)
-         VALUES (?1, ?2, ?3, ?4, (SELECT coalesce(max(id), 0) FROM events)) RETURNING id",
-        params![idle, now, conversation, repair],
-        |row| row.get(0),
-    )?)
-}
-
-fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
+pub(super) fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
     Ok(connection
-        .prepare_cached("SELECT id, requested_at, ended_at FROM verifications WHERE idle")?
+        .prepare_cached(
+            "SELECT id, requested_at, ended_at, verified FROM verifications WHERE idle",
+        )?
         .query_row([], |row| {
             Ok(Pass {
                 id: row.get(0)?,
                 began_at: row.get(1)?,
                 ended_at: row.get(2)?,
+                verified: unsigned(row, 3)?,
             })
         })
         .optional()?)
@@ -306,16 +303,17 @@ pub(super) fn left(
     verification: i64,
     conversation: Option<i64>,
 ) -> Result<u64> {
-    Ok(match conversation {
-        None => connection
-            .prepare_cached("SELECT count(*) FROM conversations WHERE verified_in < ?1")?
-            .query_row([verification], count)?,
-        Some(conversation) => connection
-            .prepare_cached(
-                "SELECT count(*) FROM conversations WHERE bigchat_id = ?2 AND +verified_in < ?1",
-            )?
-            .query_row([verification, conversation], count)?,
-    })
+    Ok(connection
+        .prepare_cached(&format!("SELECT count(*) {}", unverified(conversation)))?
+        .query_row(params![verification, conversation], count)?)
+}
+
+/// The chats that wait for verification `?1`, all or those of conversation `?2`, as SQL that uses the index of either.
+fn unverified(conversation: Option<i64>) -> &'static str {
+    match conversation {
+        None => "FROM conversations WHERE verified_in < ?1 AND ?2 IS NULL",
+        Some(_) => "FROM conversations WHERE +verified_in < ?1 AND bigchat_id = ?2",
+    }
 }
 
 /// The next chats that wait for a verification.
@@ -328,20 +326,14 @@ fn pending(
     now: Millis,
 ) -> Result<Vec<ConversationId>> {
     // A chat that could not be read is due later, and others go first.
-    let sql = match conversation {
-        None => {
-            "SELECT id FROM conversations WHERE verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2) AND ?3 IS NULL
-             ORDER BY verified_in, id LIMIT ?4"
-        }
-        Some(_) => {
-            "SELECT id FROM conversations WHERE bigchat_id = ?3 AND +verified_in < ?1 AND (due_at IS NULL OR due_at <= ?2)
-             ORDER BY verified_in, id LIMIT ?4"
-        }
-    };
+    let sql = format!(
+        "SELECT id {} AND (due_at IS NULL OR due_at <= ?3) ORDER BY verified_in, id LIMIT ?4",
+        unverified(conversation)
+    );
     let enough = limit(at_most.saturating_add(exclude.len()));
     let mut pending: Vec<ConversationId> = connection
-        .prepare_cached(sql)?
-        .query_map(params![verification, now, conversation, enough], |row| {
+        .prepare_cached(&sql)?
+        .query_map(params![verification, conversation, now, enough], |row| {
             row.get(0)
         })?
         .collect::<rusqlite::Result<_>>()?;
@@ -422,13 +414,15 @@ pub(super) fn record_finding(
     claim: &Claim,
     found: &VerificationResult,
 ) -> Result<()> {
-    let state = found.state();
-    let range = params![
+    let fields = serde_json::to_string(&found.fields)
+        .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
+    let values = params![
         claim.verified_in.unwrap_or_default(),
         claim.verifications,
         conversation,
-        state,
-        found.missing.messages
+        found.state(),
+        found.missing.messages,
+        fields
     ];
     // A request that no longer exists was withdrawn.
     connection
@@ -438,18 +432,8 @@ pub(super) fn record_finding(
              WHERE id > ?1 AND id <= ?2 AND ended_at IS NULL
                 AND (conversation IS NULL OR conversation = (SELECT bigchat_id FROM conversations WHERE id = ?3))",
         )?
-        .execute(range)?;
+        .execute(&values[..5])?;
     if *found != VerificationResult::default() {
-        let fields = serde_json::to_string(&found.fields)
-            .map_err(|error| JournalError::InvalidRow(error.to_string()))?;
-        let range = params![
-            claim.verified_in.unwrap_or_default(),
-            claim.verifications,
-            conversation,
-            state,
-            found.missing.messages,
-            fields
-        ];
         connection
             .prepare_cached(
                 "INSERT INTO findings (verification, conversation, state, messages, fields)
@@ -459,7 +443,7 @@ pub(super) fn record_finding(
                  -- A chat that was created again meanwhile is verified again.
                  ON CONFLICT DO UPDATE SET state = excluded.state, messages = excluded.messages, fields = excluded.fields",
             )?
-            .execute(range)?;
+            .execute(values)?;
     }
     Ok(())
 }
@@ -475,6 +459,7 @@ mod tests {
             id: 1,
             began_at: Millis(began * 1000),
             ended_at: ended.map(|at| Millis(at * 1000)),
+            verified: 0,
         };
         for (began, ended, next) in [
             (1000, 1000, 1100),
