@@ -6,8 +6,9 @@ use serde::Serialize;
 
 use super::table::{Row, table};
 use super::{CommandError, json};
+use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
-use crate::journal::{ConversationRow, EventRow, Search, Store};
+use crate::journal::{ConversationRow, EventRow, EventState, Search, Store};
 use crate::settings::number;
 use crate::telemetry::terminal::printable;
 
@@ -171,7 +172,7 @@ fn row(event: &EventRow) -> Row<6> {
             event.kind.clone(),
             event.event_at.to_string(),
             event.received_at.to_string(),
-            event.state.clone(),
+            event.state.to_string(),
             fate(event),
         ],
         text: event.text.clone(),
@@ -182,25 +183,24 @@ fn row(event: &EventRow) -> Row<6> {
 fn fate(event: &EventRow) -> String {
     let at = event.state_since.unwrap_or_default();
     let reason = event.reason.as_deref().unwrap_or_default();
-    match (&*event.state, &event.effect, event.attempts) {
-        ("delivered", effect, _) => {
-            let effect = effect.as_deref().unwrap_or("delivered");
-            let effect = if effect == "nothing" {
-                "nothing to change"
-            } else {
-                effect
+    match (event.state, event.attempts) {
+        (EventState::Delivered, _) => {
+            let effect = match event.effect {
+                Some(Effect::Nothing) => "nothing to change",
+                Some(effect) => effect.name(),
+                None => "delivered",
             };
             format!("{effect} at {at}")
         }
-        ("waiting", _, 0) => "not tried yet".to_owned(),
-        ("waiting", _, attempts) => {
+        (EventState::Waiting, 0) => "not tried yet".to_owned(),
+        (EventState::Waiting, attempts) => {
             let next = event
                 .next_at
                 .map_or_else(String::new, |at| format!("; next at {at}"));
             format!("{attempts} failed attempts, the last one: {reason}{next}")
         }
-        ("failed", ..) => format!("at {at}: {reason}"),
-        ("forgotten", ..) => "its text was erased".to_owned(),
-        _ => format!("at {at}"),
+        (EventState::Failed, _) => format!("at {at}: {reason}"),
+        (EventState::Discarded, _) => format!("at {at}"),
+        (EventState::Forgotten, _) => "its text was erased".to_owned(),
     }
 }

@@ -34,7 +34,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
     let rows = resolutions.into_iter().map(|resolution| Row {
         cells: [
             resolution.at.to_string(),
-            resolution.resolution,
+            resolution.resolution.to_string(),
             resolution.event.to_string(),
             resolution.kind,
             resolution

@@ -7,6 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::ids::{AdvisorId, ConversationId, Epoch, EventId};
+use super::named::named;
 use crate::domain::event::{EventKind, Payload};
 use crate::domain::time::{Millis, Timestamp};
 
@@ -22,14 +23,15 @@ pub struct Conversation {
     pub observed: Observed,
 }
 
-/// Whether a conversation's details were read from BigChat.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Details {
-    Unread,
-    /// Never read again, since later details may name a later advisor.
-    Read,
-    /// BigChat no longer knows the conversation.
-    Gone,
+named! {
+    /// Whether a conversation's details were read from BigChat.
+    Details {
+        Unread = "unread",
+        /// Never read again, since later details may name a later advisor.
+        Read = "read",
+        /// BigChat no longer knows the conversation.
+        Gone = "gone",
+    }
 }
 
 /// The fold of a conversation's details and of the events whose change OurAPI has not rejected. Of several ENDs or

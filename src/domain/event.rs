@@ -1,6 +1,5 @@
 //! BigChat's events. Each is parsed separately, so that a malformed one does not cost the rest of its page.
 
-use std::fmt;
 use std::hash::Hasher;
 
 use serde::Deserialize;
@@ -9,40 +8,22 @@ use siphasher::sip::SipHasher13;
 use thiserror::Error;
 
 use crate::domain::json::{self, Integer, Malformed};
+use crate::domain::named::named;
 use crate::domain::text::has_undecoded;
 use crate::domain::time::Timestamp;
 
-/// Defines the kinds of events, so that the list of them cannot lack one.
-macro_rules! kinds {
-    ($($(#[$doc:meta])* $kind:ident = $name:literal,)*) => {
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum EventKind {
-            $($(#[$doc])* $kind,)*
-        }
-
-        impl EventKind {
-            /// In the order in which charts stack them.
-            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$kind),*];
-
-            /// BigChat's name of the kind.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $(Self::$kind => $name,)*
-                }
-            }
-        }
-    };
-}
-
-kinds! {
-    /// A message was written. BigChat does not report the author.
-    Message = "MESSAGE",
-    /// The conversation began.
-    Start = "START",
-    /// Another advisor took over, or the same one again.
-    Transfer = "TRANSFER",
-    /// The conversation ended. BigChat reports it repeatedly; the latest counts.
-    End = "END",
+named! {
+    /// The kinds of events, with BigChat's names, in the order in which charts stack them.
+    EventKind {
+        /// A message was written. BigChat does not report the author.
+        Message = "MESSAGE",
+        /// The conversation began.
+        Start = "START",
+        /// Another advisor took over, or the same one again.
+        Transfer = "TRANSFER",
+        /// The conversation ended. BigChat reports it repeatedly; the latest counts.
+        End = "END",
+    }
 }
 
 impl EventKind {
@@ -61,16 +42,6 @@ impl EventKind {
             Self::Transfer => Some("new_advisor_id"),
             Self::Start | Self::End => None,
         }
-    }
-
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.name() == name)
-    }
-}
-
-impl fmt::Display for EventKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 

@@ -10,6 +10,7 @@ pub mod dedupe;
 pub mod event;
 pub mod ids;
 pub mod json;
+pub(crate) mod named;
 pub mod pause;
 pub mod progress;
 pub mod text;

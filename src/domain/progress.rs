@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, FieldSet, Pending};
 use super::ids::{ConversationId, EventId};
+use super::named::named;
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
@@ -187,25 +188,14 @@ impl fmt::Display for Missing {
     }
 }
 
-/// The change of OurAPI by a delivery. Several events may share one change of their chat.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effect {
-    ChatCreated,
-    ChatChanged,
-    MessageAdded,
-    /// OurAPI had the event already, or a later event overrides it.
-    Nothing,
-}
-
-impl Effect {
-    /// As stored in the journal.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::ChatCreated => "chat created",
-            Self::ChatChanged => "chat changed",
-            Self::MessageAdded => "message added",
-            Self::Nothing => "nothing",
-        }
+named! {
+    /// The change of OurAPI by a delivery. Several events may share one change of their chat.
+    Effect {
+        ChatCreated = "chat created",
+        ChatChanged = "chat changed",
+        MessageAdded = "message added",
+        /// OurAPI had the event already, or a later event overrides it.
+        Nothing = "nothing",
     }
 }
 

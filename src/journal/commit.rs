@@ -10,7 +10,7 @@ use super::forget::erase;
 use super::verification::record_finding;
 use super::{Result, Store, limit, present};
 use crate::domain::account::{Accounting, MessageKey};
-use crate::domain::conversation::{Attempts, Conversation, Details};
+use crate::domain::conversation::{Attempts, Conversation};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{
     Due, Ended, EventOutcome, Failure, Lost, Observation, Outcome, Report, Verified,
@@ -86,7 +86,7 @@ fn commit(
                  VALUES (?1, ?2, ?3, ?4, ?5, iif(EXISTS (SELECT 1 FROM attempts
                     WHERE conversation = ?1 AND event BETWEEN ?2 AND ?3 AND retried_at IS NOT NULL), NULL, ?6))",
             )?
-            .execute(params![id, run.from, run.through, now, run.effect.name(), waited])?;
+            .execute(params![id, run.from, run.through, now, run.effect, waited])?;
     }
     for outcome in &report.outcomes {
         commit_outcome(transaction, id, report.advance.offset, outcome, counts, now)?;
@@ -219,11 +219,7 @@ fn update(
                 ":id": id,
                 ":started_at": desired.started_at,
                 ":first_advisor": desired.first_advisor,
-                ":details": match details {
-                    Details::Unread => "unread",
-                    Details::Read => "read",
-                    Details::Gone => "gone",
-                },
+                ":details": details,
                 ":ended_at": desired.ended_at,
                 ":transfer_at": desired.transfer.map(|transfer| transfer.at),
                 ":transfer_event": desired.transfer.map(|transfer| transfer.event),

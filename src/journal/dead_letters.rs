@@ -10,6 +10,7 @@ use super::inbox::ingest_dead_letter;
 use super::{Result, Store, UNREADABLE, count, limit};
 use crate::domain::event::PartialEvent;
 use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::named::named;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::REJECTED_WRITE;
 
@@ -66,8 +67,7 @@ pub struct PastResolution {
     pub at: Millis,
     /// The user and the interface, such as `ann, command line`; if the user is not known, `command` or `console`.
     pub by: String,
-    /// `retry`, `discard` or `undo`.
-    pub resolution: String,
+    pub resolution: Resolution,
     /// The event's id.
     pub event: i64,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
@@ -115,28 +115,20 @@ impl Reason {
     }
 }
 
-/// How an operator resolves dead letters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Resolution {
-    /// Try them again, with all attempts available. The journal still knows which may have been carried out, so that
-    /// their chats are read first. Events that could not be parsed are parsed again, as after an upgrade.
-    Retry,
-    /// Give them up: they are never tried again.
-    Discard,
-    /// Take the discard back: they are open again.
-    Undo,
+named! {
+    /// How an operator resolves dead letters.
+    Resolution {
+        /// Try them again, with all attempts available. The journal still knows which may have been carried out, so
+        /// that their chats are read first. Events that could not be parsed are parsed again, as after an upgrade.
+        Retry = "retry",
+        /// Give them up: they are never tried again.
+        Discard = "discard",
+        /// Take the discard back: they are open again.
+        Undo = "undo",
+    }
 }
 
 impl Resolution {
-    /// Its name in the journal.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Retry => "retry",
-            Self::Discard => "discard",
-            Self::Undo => "undo",
-        }
-    }
-
     /// The dead letters to which the resolution applies, as SQL.
     fn applies_to(self) -> &'static str {
         match self {
@@ -228,7 +220,7 @@ impl Store {
         Ok(self
             .connection
             .prepare_cached("SELECT count(*) FROM resolutions WHERE resolution = ?1")?
-            .query_row([resolution.name()], count)?)
+            .query_row([resolution], count)?)
     }
 
     /// A dead letter, open or discarded, if there is one of that id.
@@ -492,7 +484,7 @@ fn resolve(
             now,
             way,
             user,
-            resolution.name(),
+            resolution,
             partial.conversation
         ])?;
     if (resolution, conversation) == (Resolution::Retry, None) {

@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 use super::{JournalError, Result, Store, payload};
 use crate::domain::event::EventKind;
 use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
 
 /// A delivered event.
@@ -29,7 +30,7 @@ pub struct Exported {
     /// By this machine's clock.
     pub delivered_at: Millis,
     /// What the delivery changed in OurAPI.
-    pub effect: String,
+    pub effect: Effect,
     /// Text and data were erased.
     pub forgotten: bool,
 }
@@ -101,7 +102,7 @@ struct Delivery {
     from: EventId,
     through: EventId,
     at: Millis,
-    effect: String,
+    effect: Effect,
 }
 
 fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
@@ -130,7 +131,7 @@ fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
         external_id: row.get(6)?,
         chat_id: row.get(7)?,
         delivered_at: delivery.at,
-        effect: delivery.effect.clone(),
+        effect: delivery.effect,
         forgotten,
     })
 }

@@ -547,7 +547,7 @@ fn count_equal(connection: &rusqlite::Connection, known: Known, event: &Event) -
             params![
                 known.id,
                 event.fingerprint(),
-                event.kind.name(),
+                event.kind,
                 event.at,
                 known.stored_data(event)
             ],
@@ -563,7 +563,7 @@ fn insert(transaction: &Transaction<'_>, known: Known, event: &Event, now: Milli
         )?
         .execute(params![
             known.id,
-            event.kind.name(),
+            event.kind,
             event.at,
             known.stored_data(event),
             event.fingerprint(),

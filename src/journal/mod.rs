@@ -46,7 +46,8 @@ use crate::telemetry::terminal::shown;
 use file::DatabaseFile;
 
 pub use console::{
-    Activity, ConversationRow, EventRow, FailedRow, FoundEvent, Minutes, Page, Search, WholeEvent,
+    Activity, ConversationRow, EventRow, EventState, FailedRow, FoundEvent, Minutes, Page, Search,
+    WholeEvent,
 };
 pub use dead_letters::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Resolved, Selection,

@@ -13,7 +13,7 @@ use super::verification::claim_verifications;
 use super::{JournalError, Result, Store, count, limit, payload, present};
 use crate::domain::account::MessageKey;
 use crate::domain::conversation::{
-    Attempts, Conversation, Desired, Details, FieldSet, Observed, Pending, Transfer,
+    Attempts, Conversation, Desired, FieldSet, Observed, Pending, Transfer,
 };
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::progress::{Claim, IdlePass, Work};
@@ -318,11 +318,7 @@ fn read_conversation(
         id,
         epoch: row.get(0)?,
         bigchat_id: row.get(1)?,
-        details: match row.get_ref(2)?.as_str().unwrap_or_default() {
-            "unread" => Details::Unread,
-            "read" => Details::Read,
-            _ => Details::Gone,
-        },
+        details: row.get(2)?,
         desired: Desired {
             started_at: row.get(3)?,
             first_advisor: row.get(4)?,

@@ -12,11 +12,13 @@ use uuid::Uuid;
 use super::activity::{minute, names};
 use super::dead_letters::{PastResolution, is_permanent, partial_event};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit, unsigned};
+use crate::domain::conversation::Details;
 use crate::domain::event::PartialEvent;
 use crate::domain::time::{Millis, Timestamp};
 
 pub use rows::{
-    Activity, ConversationRow, EventRow, FailedRow, FoundEvent, Minutes, Page, WholeEvent,
+    Activity, ConversationRow, EventRow, EventState, FailedRow, FoundEvent, Minutes, Page,
+    WholeEvent,
 };
 
 /// How many rows a page has.
@@ -415,13 +417,13 @@ fn known_advisor(row: &Row<'_>) -> rusqlite::Result<Option<KnownAdvisor>> {
 fn read_conversation(row: &Row<'_>) -> rusqlite::Result<ConversationRow> {
     let (first_advisor, transfer_advisor): (Option<i64>, Option<i64>) =
         (row.get("first_advisor")?, row.get("transfer_advisor")?);
-    let (details, chat_agent): (String, Option<String>) =
+    let (details, chat_agent): (Details, Option<String>) =
         (row.get("details")?, row.get("chat_agent")?);
     let advisor = known_advisor(row)?;
     let accepted: Option<bool> = row.get("accepted")?;
     let no_agent = chat_agent.is_none().then(|| {
         let id = transfer_advisor.or(first_advisor);
-        says::no_agent(&details, id, advisor.as_ref(), accepted)
+        says::no_agent(details, id, advisor.as_ref(), accepted)
     });
     let agent = match advisor {
         Some(KnownAdvisor::Person { name, email }) if chat_agent.is_some() => Some((name, email)),

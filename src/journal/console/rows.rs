@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+use crate::domain::conversation::Details;
+use crate::domain::named::named;
+use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
 use crate::journal::{FailedAttempt, PastResolution};
 
@@ -74,6 +77,19 @@ pub struct FoundEvent {
     pub conversation_key: Option<i64>,
 }
 
+named! {
+    /// What became of an event, as the view `event_states` has it.
+    EventState {
+        Waiting = "waiting",
+        Delivered = "delivered",
+        /// It is a dead letter that needs action.
+        Failed = "failed",
+        Discarded = "discarded",
+        /// Its text was erased.
+        Forgotten = "forgotten",
+    }
+}
+
 /// An event with all its details.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WholeEvent {
@@ -93,8 +109,7 @@ pub struct WholeEvent {
     pub raw: String,
     /// Whether `raw` is truncated.
     pub raw_truncated: bool,
-    /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
-    pub state: String,
+    pub state: EventState,
     /// When it was received.
     pub received_at: Millis,
     /// When it was delivered, failed or discarded.
@@ -138,8 +153,8 @@ pub struct ConversationRow {
     pub transfer_advisor: Option<i64>,
     /// The time of that TRANSFER.
     pub transfer_at: Option<Timestamp>,
-    /// The state of BigChat's details of it: `unread`, `read` or `gone`.
-    pub details: String,
+    /// The state of BigChat's details of it.
+    pub details: Details,
     /// OurAPI's external id of the chat.
     pub external_id: Option<String>,
     /// OurAPI's id of the chat.
@@ -183,14 +198,13 @@ pub struct EventRow {
     pub text: Option<String>,
     /// Whether the text is truncated.
     pub text_truncated: bool,
-    /// `waiting`, `delivered`, `failed`, `discarded` or `forgotten`.
-    pub state: String,
+    pub state: EventState,
     /// When it was received.
     pub received_at: Millis,
     /// When it was delivered, failed or discarded.
     pub state_since: Option<Millis>,
     /// What its delivery changed in OurAPI.
-    pub effect: Option<String>,
+    pub effect: Option<Effect>,
     /// How many attempts failed.
     pub attempts: u32,
     /// Why the last attempt failed.

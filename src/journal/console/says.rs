@@ -1,5 +1,6 @@
 //! The texts that the console and the commands show for an event and for a chat without an agent. Pure.
 
+use crate::domain::conversation::Details;
 use crate::domain::event::{EventKind, Payload};
 use crate::journal::KnownAdvisor;
 
@@ -21,13 +22,13 @@ pub(in crate::journal) fn event(name: &str, data: Option<String>) -> Option<Stri
 /// conversation's details, which name the first advisor, were read. `known`: what BigChat answered about the advisor.
 /// `accepted`: whether OurAPI has the agent or permanently rejected it.
 pub(super) fn no_agent(
-    details: &str,
+    details: Details,
     advisor: Option<i64>,
     known: Option<&KnownAdvisor>,
     accepted: Option<bool>,
 ) -> String {
     match (advisor, known, accepted) {
-        (None, ..) if details == "gone" => {
+        (None, ..) if details == Details::Gone => {
             "no advisor is known, and BigChat no longer knows the conversation".to_owned()
         }
         (None, ..) => {
@@ -96,30 +97,31 @@ mod tests {
 
     #[test]
     fn chat_without_agent_has_reason() {
+        use Details::{Gone, Read, Unread};
         let ann = KnownAdvisor::Person {
             name: "Ann".into(),
             email: "ann@x.test".into(),
         };
         for (details, advisor, known, accepted, expected) in [
-            ("unread", None, None, None, "details have not been read"),
-            ("gone", None, None, None, "no longer knows the conversation"),
-            ("read", Some(7), None, None, "advisor 7 has not been read"),
+            (Unread, None, None, None, "details have not been read"),
+            (Gone, None, None, None, "no longer knows the conversation"),
+            (Read, Some(7), None, None, "advisor 7 has not been read"),
             (
-                "gone",
+                Gone,
                 Some(i64::MAX),
                 Some(&KnownAdvisor::Gone),
                 None,
                 "no longer knows advisor 9223372036854775807",
             ),
-            ("read", Some(7), Some(&ann), None, "not been asked for Ann"),
+            (Read, Some(7), Some(&ann), None, "not been asked for Ann"),
             (
-                "read",
+                Read,
                 Some(7),
                 Some(&ann),
                 Some(false),
                 "rejected the agent Ann (ann@x.test)",
             ),
-            ("read", Some(7), Some(&ann), Some(true), "OurAPI has Ann"),
+            (Read, Some(7), Some(&ann), Some(true), "OurAPI has Ann"),
         ] {
             let why = no_agent(details, advisor, known, accepted);
             assert!(why.contains(expected), "{why}");

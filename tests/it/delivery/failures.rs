@@ -1002,7 +1002,7 @@ async fn failed_events_resolved_beside_daemon() {
         let resolutions = t.resolutions();
         assert_eq!(resolutions.len(), 2);
         for past in resolutions {
-            assert_eq!(past.resolution, "retry");
+            assert_eq!(past.resolution.name(), "retry");
             assert!(past.by.ends_with(", command line"), "{}", past.by);
             assert_eq!(
                 (past.event, &past.reason),
