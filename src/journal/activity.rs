@@ -34,10 +34,9 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 }
 
 impl Counts {
-    /// The count of a kind, by its name.
-    pub(super) fn of(&mut self, name: &str) -> &mut Count {
-        let index = names().position(|kind| kind == name);
-        &mut self.0[index.unwrap_or(KINDS - 1)]
+    /// The count of a kind; `None`: of events that could not be parsed.
+    pub(super) fn of(&mut self, kind: Option<EventKind>) -> &mut Count {
+        &mut self.0[kind.map_or(KINDS - 1, |kind| kind as usize)]
     }
 
     /// How many of each kind were received.

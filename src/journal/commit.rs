@@ -333,7 +333,7 @@ fn commit_outcome(
                      SELECT id, conversation, ?2 FROM events WHERE id = ?1",
                 )?
                 .execute(params![event, now])?;
-            counts.of(kind.name()).failed += 1;
+            counts.of(Some(kind)).failed += 1;
         }
         Outcome::Delivered(_) => {
             if outcome.had_failed {
@@ -346,7 +346,7 @@ fn commit_outcome(
                     .execute(params![event, redelivery || event <= offset])?;
             }
             if outcome.counts(offset) {
-                counts.of(kind.name()).delivered += 1;
+                counts.of(Some(kind)).delivered += 1;
             }
         }
     }

@@ -347,7 +347,7 @@ impl Store {
                 )
                 .map(|new| {
                     ingested.new += usize::from(new);
-                    counts.of(event.kind.name()).received += u32::from(new);
+                    counts.of(Some(event.kind)).received += u32::from(new);
                     // A time in the future says nothing about the age of the events.
                     newest = newest.max(Some(event.at.min(page.served_at)));
                 }),
@@ -361,7 +361,7 @@ impl Store {
                         .map(|new| {
                             ingested.new += usize::from(new);
                             ingested.unreadable += usize::from(new);
-                            let count = counts.of(UNREADABLE);
+                            let count = counts.of(None);
                             count.received += u32::from(new);
                             count.failed += u32::from(new);
                         })
