@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::table::{Row, table};
 use super::{CommandError, json};
+use crate::domain::ids::EventId;
 use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
 use crate::journal::{ConversationRow, EventRow, EventState, Search, Store};
@@ -33,7 +34,7 @@ struct Answer {
     /// The latest epoch first.
     conversations: Vec<WithEvents>,
     /// Events that could not be parsed but name the id.
-    unparsed_events: Vec<i64>,
+    unparsed_events: Vec<EventId>,
 }
 
 #[derive(Debug, Serialize)]
@@ -57,7 +58,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
     for conversation in found {
         let (mut events, mut next) = (Vec::new(), Some(0));
         while let Some(after) = next {
-            let page = store.events_of(conversation.key, after)?;
+            let page = store.events_of(conversation.key, EventId(after))?;
             events.extend(page.rows);
             next = page.next;
         }

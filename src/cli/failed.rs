@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::table::{Row, table};
 use super::{CommandError, confirm, joined, json};
+use crate::domain::ids::EventId;
 use crate::domain::time::Millis;
 use crate::journal::{
     FailedAttempt, FailedEvent, Operator, PastResolution, Reason, Resolution, Selection, Store,
@@ -78,7 +79,7 @@ impl From<Which> for Selection {
                 all: false,
                 reason: None,
                 ids,
-            } => Self::Ids(ids.into_iter().collect()),
+            } => Self::Ids(ids.into_iter().map(EventId).collect()),
             Which { reason, .. } => Self::By {
                 reason: reason.map(Reason::Contains),
                 failed_by: Millis(i64::MAX),
@@ -113,12 +114,12 @@ pub fn run(db: &Path, command: Command) -> Result<String, CommandError> {
         }
         Command::Show { id, json } => {
             let event = store
-                .failed_event(id)?
+                .failed_event(EventId(id))?
                 .ok_or(CommandError::NoSuchEvent(id))?;
             let shown = Shown {
                 event,
-                failures: store.failed_attempts(id)?,
-                resolutions: store.resolutions(Some(id), None, SHOWN)?,
+                failures: store.failed_attempts(EventId(id))?,
+                resolutions: store.resolutions(Some(EventId(id)), None, SHOWN)?,
             };
             match json {
                 true => json::text(&shown)?,
@@ -171,7 +172,7 @@ struct Shown {
 }
 
 /// The other named events, and why they could not be resolved.
-pub(super) fn others(left: &[i64], resolution: Resolution) -> String {
+pub(super) fn others(left: &[EventId], resolution: Resolution) -> String {
     let ids = joined(left);
     match (resolution, left.len()) {
         (Resolution::Retry, 1) => format!(
@@ -197,7 +198,7 @@ fn resolve(
     resolution: Resolution,
 ) -> Result<usize, CommandError> {
     let who = Operator::Command(user::of_process());
-    let (mut done, mut left, mut next) = (0, Vec::new(), Some(0));
+    let (mut done, mut left, mut next) = (0, Vec::new(), Some(EventId(0)));
     while let Some(after) = next {
         let resolved = store.resolve_failed(which, resolution, &who, after, Millis::now())?;
         done += resolved.done;

@@ -53,7 +53,7 @@ pub fn run(db: &Path, args: &Args) -> Result<String, CommandError> {
         return Err(CommandError::InLog);
     }
     let (rows, _) = store.find_conversations(&Search::Conversation(id))?;
-    let row = rows.iter().find(|row| row.epoch == epoch.0);
+    let row = rows.iter().find(|row| row.epoch == epoch);
     Ok(text(id, epoch, forgotten, row))
 }
 

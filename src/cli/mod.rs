@@ -28,7 +28,7 @@ use thiserror::Error;
 use self::manual::Chapter;
 use crate::daemon::DaemonError;
 use crate::demo;
-use crate::domain::ids::Epoch;
+use crate::domain::ids::{Epoch, EventId};
 use crate::journal::{JournalError, OpenError, Resolution};
 use crate::settings::{Settings, token_variables};
 use crate::version;
@@ -188,7 +188,7 @@ pub enum CommandError {
         /// How many were given.
         asked: usize,
         /// The others.
-        left: Vec<i64>,
+        left: Vec<EventId>,
         resolution: Resolution,
     },
     /// There is nothing to erase.

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::table::{Row, table};
 use super::{CommandError, json};
 use crate::daemon::{self, DaemonError};
+use crate::domain::ids::VerificationId;
 use crate::domain::progress::FieldDifference;
 use crate::domain::time::Millis;
 use crate::journal::{
@@ -146,7 +147,7 @@ async fn work(
 /// Shows the progress until everything is done, or the work has ended.
 async fn watch(
     journal: &Journal,
-    verification: i64,
+    verification: VerificationId,
     terminal: &Terminal,
     json: bool,
     stop: &CancellationToken,

@@ -16,6 +16,7 @@ use serde_json::json;
 
 use super::guard::Client;
 use super::{ReadError, Web, error};
+use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 use crate::journal::{Operator, Reason, Resolution, Search, Selection};
@@ -96,7 +97,7 @@ pub(super) async fn activity(
 #[derive(Deserialize)]
 pub(super) struct OfReason {
     reason: Option<String>,
-    after: Option<i64>,
+    after: Option<EventId>,
 }
 
 /// `GET /api/failed`: how many events have failed, by reason. With `?reason=…&after=ID`: the failed events of that
@@ -127,11 +128,11 @@ pub(super) async fn failed(
 /// `GET /api/failed/{id}`: an event with all its details, whether or not it has failed.
 pub(super) async fn event(
     State(web): State<Arc<Web>>,
-    id: Result<Path<i64>, PathRejection>,
+    id: Result<Path<EventId>, PathRejection>,
 ) -> Answer {
     let Path(id) = id?;
     let event = web.read(move |store| store.whole_event(id)).await?;
-    let event = event.ok_or(RequestError::NotThere("event", id))?;
+    let event = event.ok_or(RequestError::NotThere("event", id.0))?;
     Ok(Json(event).into_response())
 }
 
@@ -139,18 +140,18 @@ pub(super) async fn event(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Which {
-    ids: Option<BTreeSet<i64>>,
+    ids: Option<BTreeSet<EventId>>,
     reason: Option<String>,
     all: Option<bool>,
     /// With a reason or `all`: only events that had failed by then, not those that fail meanwhile.
     failed_by: Option<Millis>,
     /// Only events after this one.
     #[serde(default)]
-    after: i64,
+    after: EventId,
 }
 
 impl Which {
-    fn selection(self) -> Result<(Selection, i64), RequestError> {
+    fn selection(self) -> Result<(Selection, EventId), RequestError> {
         let after = self.after;
         let failed_by = self.failed_by.unwrap_or(Millis(i64::MAX));
         let selection = match (self.ids, self.reason, self.all) {
@@ -281,14 +282,14 @@ pub(super) async fn search(
 
 #[derive(Deserialize)]
 pub(super) struct After {
-    after: Option<i64>,
+    after: Option<EventId>,
 }
 
 /// `GET /api/conversations/{key}?after=ID`: a conversation by its key in the journal, and its events, one page at a
 /// time.
 pub(super) async fn conversation(
     State(web): State<Arc<Web>>,
-    key: Result<Path<i64>, PathRejection>,
+    key: Result<Path<ConversationId>, PathRejection>,
     after: Result<Query<After>, QueryRejection>,
 ) -> Answer {
     let (Path(key), after) = (key?, after?.after.unwrap_or_default());
@@ -300,7 +301,7 @@ pub(super) async fn conversation(
     });
     let (conversation, events) = read
         .await?
-        .ok_or(RequestError::NotThere("conversation", key))?;
+        .ok_or(RequestError::NotThere("conversation", key.0))?;
     Ok(
         Json(json!({ "conversation": conversation, "events": events.rows, "next": events.next }))
             .into_response(),

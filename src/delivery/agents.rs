@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::Delivery;
 use super::attempts::AttemptError;
 use crate::bigchat::{Source, details};
-use crate::domain::ids::{AdvisorId, Epoch};
+use crate::domain::ids::{AdvisorId, Epoch, VerificationId};
 use crate::domain::time::Millis;
 use crate::http::route::Route;
 use crate::http::{ApiError, ErrorKind, Exchange};
@@ -35,7 +35,7 @@ pub(super) struct Agents {
     rebuild: bool,
     cache: Mutex<Cache>,
     /// Whether an agent is gone, by the id of a verification and the agent.
-    verified: Mutex<HashMap<(i64, Uuid), bool>>,
+    verified: Mutex<HashMap<(VerificationId, Uuid), bool>>,
     /// By e-mail address.
     refusals: Mutex<HashMap<String, Refusals>>,
     /// Held during a search and creation, so that two conversations do not create the same agent.
@@ -313,7 +313,7 @@ impl Agents {
     /// Whether OurAPI no longer has an agent. A verification checks each agent once.
     pub(super) async fn is_gone(
         &self,
-        verification: i64,
+        verification: VerificationId,
         agent: Uuid,
     ) -> Result<bool, AttemptError> {
         if let Some(gone) = lock(&self.verified).get(&(verification, agent)) {

@@ -7,7 +7,9 @@ use rusqlite::types::{FromSql, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+        #[derive(
+            Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+        )]
         #[serde(transparent)]
         pub struct $name(pub i64);
 
@@ -42,6 +44,10 @@ id! {
 id! {
     /// An advisor, by BigChat's id, which may mean another advisor in another epoch.
     AdvisorId
+}
+id! {
+    /// A request to verify chats, or a pass in idle time. Ids grow and are never reused.
+    VerificationId
 }
 id! {
     /// The period from one restart of BigChat to the next.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::account::{Accounting, MessageKey};
 use super::conversation::{Attempts, Conversation, FieldSet, Pending};
-use super::ids::{ConversationId, EventId};
+use super::ids::{ConversationId, EventId, VerificationId};
 use super::named::named;
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
@@ -53,9 +53,9 @@ pub struct Claim {
     /// The chat was lost and is not rebuilt yet.
     pub is_rewound: bool,
     /// The latest verification when the chat was last verified; `None`: there was nothing to verify.
-    pub verified_in: Option<i64>,
+    pub verified_in: Option<VerificationId>,
     /// The latest verification.
-    pub verifications: i64,
+    pub verifications: VerificationId,
     /// The fields that another client had changed when the chat was last read.
     pub drift: FieldSet,
 }

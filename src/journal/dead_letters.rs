@@ -18,7 +18,7 @@ use crate::http::REJECTED_WRITE;
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct FailedEvent {
     /// The id by which it is resolved.
-    pub id: i64,
+    pub id: EventId,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
@@ -68,12 +68,11 @@ pub struct PastResolution {
     /// The user and the interface, such as `ann, command line`; if the user is not known, `command` or `console`.
     pub by: String,
     pub resolution: Resolution,
-    /// The event's id.
-    pub event: i64,
+    pub event: EventId,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
     /// The conversation's key in the journal, as long as the event is stored.
-    pub conversation_key: Option<i64>,
+    pub conversation_key: Option<ConversationId>,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// Why it had failed.
@@ -86,7 +85,7 @@ pub struct PastResolution {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selection {
     /// Those with these ids.
-    Ids(BTreeSet<i64>),
+    Ids(BTreeSet<EventId>),
     /// All that had failed by a time, by this machine's clock. The operator has not seen later ones.
     By {
         reason: Option<Reason>,
@@ -176,9 +175,9 @@ pub struct Resolved {
     /// How many events were resolved.
     pub done: usize,
     /// The selected events to which the resolution does not apply.
-    pub left: Vec<i64>,
+    pub left: Vec<EventId>,
     /// The event after which to continue; `None`: the resolution is complete.
-    pub next: Option<i64>,
+    pub next: Option<EventId>,
 }
 
 /// How many events are resolved in one transaction, so that other users of the database do not wait long.
@@ -224,12 +223,12 @@ impl Store {
     }
 
     /// A dead letter, open or discarded, if there is one of that id.
-    pub fn failed_event(&mut self, id: i64) -> Result<Option<FailedEvent>> {
+    pub fn failed_event(&mut self, id: EventId) -> Result<Option<FailedEvent>> {
         Ok(self.failed_where("d.event = ?1", [id])?.pop())
     }
 
     /// The latest failed attempts at an event, the last one first.
-    pub fn failed_attempts(&mut self, event: i64) -> Result<Vec<FailedAttempt>> {
+    pub fn failed_attempts(&mut self, event: EventId) -> Result<Vec<FailedAttempt>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT attempt, failed_at, reason, request, response FROM failures WHERE event = ?1 ORDER BY attempt DESC",
         )?;
@@ -249,7 +248,7 @@ impl Store {
     /// them.
     pub fn resolutions(
         &mut self,
-        event: Option<i64>,
+        event: Option<EventId>,
         before: Option<i64>,
         at_most: i64,
     ) -> Result<Vec<PastResolution>> {
@@ -347,7 +346,7 @@ impl Store {
         which: &Selection,
         resolution: Resolution,
         who: &Operator,
-        after: i64,
+        after: EventId,
         now: Millis,
     ) -> Result<Resolved> {
         let transaction = self.begin()?;
@@ -403,8 +402,8 @@ fn selected(
     transaction: &Transaction<'_>,
     which: &Selection,
     resolution: Resolution,
-    after: i64,
-) -> Result<Vec<i64>> {
+    after: EventId,
+) -> Result<Vec<EventId>> {
     let (reason, failed_by) = match which {
         Selection::Ids(ids) => {
             let next = ids.range((Bound::Excluded(after), Bound::Unbounded));
@@ -427,7 +426,7 @@ fn selected(
 /// Resolves one dead letter, if it exists and the resolution applies to it.
 fn resolve(
     transaction: &Transaction<'_>,
-    id: i64,
+    id: EventId,
     resolution: Resolution,
     who: &Operator,
     now: Millis,
@@ -453,13 +452,11 @@ fn resolve(
     };
     match (resolution, conversation) {
         (Resolution::Retry, None) => {
-            if !ingest_dead_letter(transaction, EventId(id), now)? {
+            if !ingest_dead_letter(transaction, id, now)? {
                 return Ok(false);
             }
         }
-        (Resolution::Retry, Some(conversation)) => {
-            retry(transaction, EventId(id), conversation, now)?
-        }
+        (Resolution::Retry, Some(conversation)) => retry(transaction, id, conversation, now)?,
         (Resolution::Discard, _) => {
             transaction
                 .prepare_cached("UPDATE dead_letters SET discarded_at = ?2 WHERE event = ?1")?

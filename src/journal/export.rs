@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::{JournalError, Result, Store, payload};
 use crate::domain::event::EventKind;
-use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
 
@@ -17,7 +17,7 @@ pub struct Exported {
     pub event: EventId,
     /// BigChat's id of the conversation, in that epoch.
     pub conversation: i64,
-    pub epoch: i64,
+    pub epoch: Epoch,
     pub kind: String,
     /// By BigChat's clock.
     pub event_at: Timestamp,

@@ -15,7 +15,7 @@ use crate::domain::account::MessageKey;
 use crate::domain::conversation::{
     Attempts, Conversation, Desired, FieldSet, Observed, Pending, Transfer,
 };
-use crate::domain::ids::{ConversationId, EventId};
+use crate::domain::ids::{ConversationId, EventId, VerificationId};
 use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::Millis;
 
@@ -67,7 +67,7 @@ pub(super) struct Loading {
     pub(super) session: i64,
     pub(super) losses: i64,
     /// The latest verification.
-    pub(super) verifications: i64,
+    pub(super) verifications: VerificationId,
 }
 
 impl Store {

@@ -13,6 +13,7 @@ use super::file::DatabaseFile;
 use super::queue::count_waiting;
 use super::verification::{latest_pass, left};
 use super::{Result, Store, api_status, count, pause, unsigned};
+use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{Api, ApiStatus};
@@ -55,7 +56,7 @@ pub struct Group {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Oldest {
     /// Its id.
-    pub event: i64,
+    pub event: EventId,
     /// BigChat's id of its conversation.
     pub conversation: i64,
     /// START, END, MESSAGE or TRANSFER.
@@ -293,7 +294,7 @@ fn gaps(connection: &Connection) -> Result<Vec<Gap>> {
 }
 
 fn oldest_waiting(connection: &Connection) -> Result<Option<Oldest>> {
-    let oldest: Option<i64> = connection
+    let oldest: Option<ConversationId> = connection
         .prepare_cached(
             "SELECT id FROM conversations WHERE waiting_since IS NOT NULL ORDER BY waiting_since LIMIT 1",
         )?

@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::queue::{ClaimRequest, Loading, load_chat};
 use super::{JournalError, Result, Store, count, limit, unsigned};
-use crate::domain::ids::ConversationId;
+use crate::domain::ids::{ConversationId, VerificationId};
 use crate::domain::progress::{
     Claim, FieldDifference, IdlePass, VerificationResult, Verify, VerifyMode, Work,
 };
@@ -74,7 +74,7 @@ impl VerificationProgress {
 /// A pass in idle time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Pass {
-    pub(super) id: i64,
+    pub(super) id: VerificationId,
     pub(super) began_at: Millis,
     pub(super) ended_at: Option<Millis>,
     /// How many chats were verified so far.
@@ -122,7 +122,7 @@ impl Store {
         scope: Scope,
         repair: bool,
         now: Millis,
-    ) -> Result<Option<i64>> {
+    ) -> Result<Option<VerificationId>> {
         let transaction = self.begin()?;
         // The command withdraws its request at the end, unless it is interrupted.
         transaction.execute(
@@ -148,14 +148,17 @@ impl Store {
     }
 
     /// Withdraws a request that is done or whose command has ended.
-    pub fn withdraw_verification(&mut self, verification: i64) -> Result<()> {
+    pub fn withdraw_verification(&mut self, verification: VerificationId) -> Result<()> {
         self.connection
             .execute("DELETE FROM verifications WHERE id = ?1", [verification])?;
         Ok(())
     }
 
     /// The progress of a verification.
-    pub fn verification_progress(&mut self, verification: i64) -> Result<VerificationProgress> {
+    pub fn verification_progress(
+        &mut self,
+        verification: VerificationId,
+    ) -> Result<VerificationProgress> {
         let transaction = self.connection.transaction()?;
         let (conversation, progress) = transaction
             .prepare_cached(
@@ -184,7 +187,11 @@ impl Store {
     }
 
     /// The chats that differ from their events, in order of arrival.
-    pub fn differences(&mut self, verification: i64, at_most: u32) -> Result<Vec<Difference>> {
+    pub fn differences(
+        &mut self,
+        verification: VerificationId,
+        at_most: u32,
+    ) -> Result<Vec<Difference>> {
         let mut statement = self.connection.prepare_cached(
             "SELECT c.external_id, f.state, f.messages, f.fields FROM findings f JOIN conversations c ON c.id = f.conversation
              WHERE f.verification = ?1 ORDER BY c.id LIMIT ?2",
@@ -300,7 +307,7 @@ pub(super) fn latest_pass(connection: &Connection) -> Result<Option<Pass>> {
 /// How many chats are still to be verified.
 pub(super) fn left(
     connection: &Connection,
-    verification: i64,
+    verification: VerificationId,
     conversation: Option<i64>,
 ) -> Result<u64> {
     Ok(connection
@@ -319,7 +326,7 @@ fn unverified(conversation: Option<i64>) -> &'static str {
 /// The next chats that wait for a verification.
 fn pending(
     connection: &Connection,
-    verification: i64,
+    verification: VerificationId,
     conversation: Option<i64>,
     exclude: &HashSet<ConversationId>,
     at_most: usize,
@@ -351,7 +358,7 @@ pub(super) fn claim_verifications(
     now: Millis,
     claimed: &mut Vec<Work>,
 ) -> Result<()> {
-    let requests: Vec<(i64, Option<i64>)> = connection
+    let requests: Vec<(VerificationId, Option<i64>)> = connection
         .prepare_cached("SELECT id, conversation FROM verifications WHERE NOT idle ORDER BY id")?
         .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;
@@ -456,7 +463,7 @@ mod tests {
     fn next_pass_ends_in_time() {
         let every = Duration::from_secs(100);
         let pass = |began: i64, ended: Option<i64>| Pass {
-            id: 1,
+            id: VerificationId(1),
             began_at: Millis(began * 1000),
             ended_at: ended.map(|at| Millis(at * 1000)),
             verified: 0,

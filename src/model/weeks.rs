@@ -26,6 +26,7 @@ use url::{Position, Url};
 use crate::cli::Cli;
 use crate::console::Console;
 use crate::daemon::{self, DaemonError};
+use crate::domain::ids::EventId;
 use crate::domain::pause::Pause;
 use crate::domain::time::{Millis, Timestamp};
 use crate::http::{NoResponse, Request, Response, Sending, Transport};
@@ -286,7 +287,7 @@ impl Inner {
             reason: None,
             failed_by: Millis(i64::MAX),
         };
-        let (mut count, mut after) = (0, Some(0));
+        let (mut count, mut after) = (0, Some(EventId(0)));
         while let Some(from) = after {
             let resolved = self.store.resolve_failed(
                 &all,

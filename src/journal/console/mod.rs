@@ -14,6 +14,7 @@ use super::dead_letters::{PastResolution, is_permanent, partial_event};
 use super::{KnownAdvisor, Result, Store, UNREADABLE, limit, unsigned};
 use crate::domain::conversation::Details;
 use crate::domain::event::PartialEvent;
+use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::{Millis, Timestamp};
 
 pub use rows::{
@@ -111,14 +112,14 @@ impl Store {
     }
 
     /// The failed events of one reason after `after`, the oldest first.
-    pub fn failed_for(&mut self, reason: &str, after: i64) -> Result<Page<FailedRow>> {
+    pub fn failed_for(&mut self, reason: &str, after: EventId) -> Result<Page<FailedRow>> {
         let transaction = self.connection.transaction()?;
         let mut statement = transaction.prepare_cached(FAILED)?;
         let mut found = statement.query(params![after, limit(SEARCHED)])?;
         let (mut ids, mut looked_at, mut last) = (Vec::new(), 0, after);
         let mut more = false;
         while let Some(row) = found.next()? {
-            let (id, of): (i64, String) = (row.get(0)?, row.get(1)?);
+            let (id, of): (EventId, String) = (row.get(0)?, row.get(1)?);
             if of == reason {
                 more = ids.len() == PAGE;
                 if more {
@@ -130,7 +131,7 @@ impl Store {
         }
         let mut page = Page {
             rows: Vec::with_capacity(ids.len()),
-            next: (more || looked_at == SEARCHED).then_some(last),
+            next: (more || looked_at == SEARCHED).then_some(last.0),
         };
         for id in ids {
             let mut statement = transaction.prepare_cached(&failed_row())?;
@@ -140,7 +141,7 @@ impl Store {
     }
 
     /// An event, if it exists.
-    pub fn whole_event(&mut self, id: i64) -> Result<Option<WholeEvent>> {
+    pub fn whole_event(&mut self, id: EventId) -> Result<Option<WholeEvent>> {
         let event = self
             .connection
             .prepare_cached(WHOLE)?
@@ -195,7 +196,7 @@ impl Store {
     }
 
     /// Events that could not be parsed but name this conversation, as far as they are searched.
-    pub fn unparsed_of(&mut self, conversation: i64) -> Result<Vec<i64>> {
+    pub fn unparsed_of(&mut self, conversation: i64) -> Result<Vec<EventId>> {
         let mut statement = self.connection.prepare_cached(UNPARSED)?;
         let mut events = statement.query([limit(SEARCHED)])?;
         let mut ids = Vec::new();
@@ -230,13 +231,13 @@ impl Store {
     }
 
     /// A conversation by its key in the journal.
-    pub fn conversation_row(&mut self, key: i64) -> Result<Option<ConversationRow>> {
+    pub fn conversation_row(&mut self, key: ConversationId) -> Result<Option<ConversationRow>> {
         let transaction = self.connection.transaction()?;
         conversation(&transaction, key)
     }
 
     /// The events of a conversation after `after`, in the order in which they were received.
-    pub fn events_of(&mut self, key: i64, after: i64) -> Result<Page<EventRow>> {
+    pub fn events_of(&mut self, key: ConversationId, after: EventId) -> Result<Page<EventRow>> {
         let mut statement = self.connection.prepare_cached(&events_of())?;
         let rows = statement.query_map(params![key, after, limit(PAGE + 1)], |row| {
             let (text, text_truncated) = says(row, IN_ITS_CONVERSATION)?;
@@ -255,7 +256,9 @@ impl Store {
                 next_at: row.get("next_at")?,
             })
         })?;
-        Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| row.id))
+        Ok(paged(rows.collect::<rusqlite::Result<_>>()?, |row| {
+            row.id.0
+        }))
     }
 
     /// The resolutions before `before`, the latest first.
@@ -358,7 +361,11 @@ fn says(row: &Row<'_>, at_most: usize) -> rusqlite::Result<(Option<String>, bool
     })
 }
 
-fn keys(connection: &Connection, sql: &str, params: impl rusqlite::Params) -> Result<Vec<i64>> {
+fn keys(
+    connection: &Connection,
+    sql: &str,
+    params: impl rusqlite::Params,
+) -> Result<Vec<ConversationId>> {
     let mut statement = connection.prepare_cached(sql)?;
     let keys = statement.query_map(params, |row| row.get(0))?;
     Ok(keys.collect::<rusqlite::Result<_>>()?)
@@ -383,7 +390,7 @@ fn agents(connection: &Connection, beginning: &str) -> Result<Vec<String>> {
     Ok(agents.collect::<rusqlite::Result<_>>()?)
 }
 
-fn conversation(connection: &Connection, key: i64) -> Result<Option<ConversationRow>> {
+fn conversation(connection: &Connection, key: ConversationId) -> Result<Option<ConversationRow>> {
     let row = connection
         .prepare_cached(CONVERSATION)?
         .query_row([key], read_conversation)
@@ -396,7 +403,7 @@ fn conversation(connection: &Connection, key: i64) -> Result<Option<Conversation
     let mut statement = connection.prepare_cached(FAILED_OF)?;
     let mut failed = statement.query(params![key, limit(COUNTED)])?;
     while let Some(event) = failed.next()? {
-        let (id, name, reason): (i64, String, String) =
+        let (id, name, reason): (EventId, String, String) =
             (event.get(0)?, event.get(1)?, event.get(2)?);
         row.failed.push(id);
         row.permanent &= is_permanent(&name, &reason);

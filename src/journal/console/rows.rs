@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::domain::conversation::Details;
+use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::named::named;
 use crate::domain::progress::Effect;
 use crate::domain::time::{Millis, Timestamp};
@@ -51,7 +52,7 @@ pub struct Page<T> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FailedRow {
     /// Its id.
-    pub id: i64,
+    pub id: EventId,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
@@ -68,13 +69,13 @@ pub struct FailedRow {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FoundEvent {
     /// Its id.
-    pub id: i64,
+    pub id: EventId,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub name: String,
     /// BigChat's id of its conversation; `None`: the event could not be parsed.
     pub conversation: Option<i64>,
     /// The conversation's key in the journal.
-    pub conversation_key: Option<i64>,
+    pub conversation_key: Option<ConversationId>,
 }
 
 named! {
@@ -94,13 +95,13 @@ named! {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct WholeEvent {
     /// Its id.
-    pub id: i64,
+    pub id: EventId,
     /// START, END, MESSAGE, TRANSFER or UNREADABLE.
     pub kind: String,
     /// BigChat's id of its conversation; `None`: it could not be parsed.
     pub conversation: Option<i64>,
     /// The conversation's key in the journal.
-    pub conversation_key: Option<i64>,
+    pub conversation_key: Option<ConversationId>,
     /// OurAPI's id of the chat, if there is one.
     pub chat_id: Option<String>,
     /// When it happened, by BigChat's clock; `None`: it could not be parsed.
@@ -136,13 +137,13 @@ pub struct WholeEvent {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ConversationRow {
     /// The key in the journal, which is never reused.
-    pub key: i64,
+    pub key: ConversationId,
     /// BigChat's id of it.
     pub conversation: i64,
     /// The epoch in which it has that id.
-    pub epoch: i64,
+    pub epoch: Epoch,
     /// The current epoch.
-    pub current_epoch: i64,
+    pub current_epoch: Epoch,
     /// When it started, by BigChat's clock as all of these.
     pub started_at: Option<Timestamp>,
     /// When it ended, by the latest END that was delivered.
@@ -180,7 +181,7 @@ pub struct ConversationRow {
     /// How many of its events wait, counted up to a limit.
     pub waiting: u64,
     /// Its failed events, up to a limit.
-    pub failed: Vec<i64>,
+    pub failed: Vec<EventId>,
     /// Whether a retry can never succeed for any of these.
     pub permanent: bool,
 }
@@ -189,7 +190,7 @@ pub struct ConversationRow {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct EventRow {
     /// Its id.
-    pub id: i64,
+    pub id: EventId,
     /// START, END, MESSAGE or TRANSFER.
     pub kind: String,
     /// When it happened, by BigChat's clock.

@@ -747,12 +747,12 @@ impl Pair {
         {
             ids = vec![*which.get(&ids)];
         }
-        let which = Selection::Ids(ids.iter().copied().collect());
+        let which = Selection::Ids(ids.iter().copied().map(EventId).collect());
         let resolved = self.store.resolve_failed(
             &which,
             resolution,
             &Operator::Command("ann".into()),
-            0,
+            EventId(0),
             self.now(),
         );
         assert_eq!(resolved.expect("a resolution").done, ids.len(), "resolved");

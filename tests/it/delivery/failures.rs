@@ -991,7 +991,7 @@ async fn failed_events_resolved_beside_daemon() {
 
         answer(&["retry", refused]);
         until("it is refused again", async || {
-            t.failed_attempts(events[0].id).len() == 2 && t.events("failed") == 2
+            t.failed_attempts(events[0].id.0).len() == 2 && t.events("failed") == 2
         })
         .await;
         t.our_api.upset(POST, status(200).body("{}"));
@@ -1009,7 +1009,7 @@ async fn failed_events_resolved_beside_daemon() {
                 (events[0].id, &events[0].reason)
             );
         }
-        assert_eq!(t.failed_attempts(events[0].id).len(), 2);
+        assert_eq!(t.failed_attempts(events[0].id.0).len(), 2);
 
         assert!(matches!(
             command(&["retry", unreadable]),

@@ -6,6 +6,7 @@
 use std::fmt::Display;
 
 use bigchat_sync::cli::{Cli, Command, CommandError, failed};
+use bigchat_sync::domain::ids::EventId;
 use bigchat_sync::domain::time::{Millis, Timestamp};
 use bigchat_sync::http::{Api, ApiState};
 use bigchat_sync::journal::{FailedAttempt, FailedEvent, Figures, PastResolution, Store};
@@ -159,7 +160,7 @@ impl Bench {
 
     /// The failed attempts at an event, the last one first.
     pub(crate) fn failed_attempts(&self, event: i64) -> Vec<FailedAttempt> {
-        let attempts = self.store().failed_attempts(event);
+        let attempts = self.store().failed_attempts(EventId(event));
         attempts.expect("the failed attempts")
     }
 
