@@ -319,12 +319,19 @@ impl Agents {
         if let Some(gone) = lock(&self.verified).get(&(verification, agent)) {
             return Ok(*gone);
         }
-        let is_listed = match self.email_of(agent).await? {
-            Some(email) => self.exists(agent, &email).await?,
-            // Another client has set it, or it was written before OurAPI lost data.
-            None => false,
+        let is_there = match self.email_of(agent).await? {
+            Some(email) => {
+                self.exists(agent, &email).await? || self.our_api.has_agent(agent).await?
+            }
+            // Another client has set it, or it was written before OurAPI lost data. A single 404 is not believed.
+            None => {
+                self.our_api.has_agent(agent).await? || {
+                    let agents = self.our_api.agents().await?;
+                    agents.iter().any(|listed| listed.agent_id == agent)
+                }
+            }
         };
-        let gone = !is_listed && !self.our_api.has_agent(agent).await?;
+        let gone = !is_there;
         let mut verified = lock(&self.verified);
         verified.retain(|(of, _), _| *of == verification);
         verified.insert((verification, agent), gone);

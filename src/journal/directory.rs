@@ -87,16 +87,18 @@ impl Store {
         Ok((epoch, probes.collect::<rusqlite::Result<_>>()?))
     }
 
-    /// The first of these STARTs for whose conversation the current epoch has another start time: that epoch, and the
-    /// time of the START.
-    pub fn first_other_start(&mut self, starts: &[Event]) -> Result<Option<(Epoch, Timestamp)>> {
-        let epoch = self.epoch()?;
+    /// The time of the first of these STARTs for whose conversation the epoch has another start time.
+    pub fn first_other_start(
+        &mut self,
+        epoch: Epoch,
+        starts: &[Event],
+    ) -> Result<Option<Timestamp>> {
         let mut has_other = self.connection.prepare_cached(
             "SELECT 1 FROM conversations WHERE epoch = ?1 AND bigchat_id = ?2 AND started_at <> ?3",
         )?;
         for start in starts {
             if has_other.exists(params![epoch, start.conversation, start.at])? {
-                return Ok(Some((epoch, start.at)));
+                return Ok(Some(start.at));
             }
         }
         Ok(None)

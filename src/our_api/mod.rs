@@ -187,6 +187,11 @@ impl OurApi {
         self.list(Route::Agents, "name", name).await
     }
 
+    pub async fn agents(&self) -> Result<Vec<Agent>> {
+        let agents = self.http.target(Route::Agents, "", None);
+        self.send(&agents, None::<&()>, json).await
+    }
+
     pub async fn has_agent(&self, id: Uuid) -> Result<bool> {
         let agent = self.http.target(Route::Agent, &id.to_string(), None);
         match self.send(&agent, None::<&()>, json::<Agent>).await {

@@ -109,11 +109,11 @@ impl Poller {
                 .collect();
             let other = self
                 .journal
-                .with(move |store| store.first_other_start(&starts))
+                .with(move |store| store.first_other_start(current, &starts))
                 .await?;
-            if let Some((epoch, started_at)) = other {
+            if let Some(started_at) = other {
                 let now = self.source.clock().now().unwrap_or(started_at);
-                epoch::begin(&self.source, epoch, started_at.min(now)).await?;
+                epoch::begin(&self.source, current, started_at.min(now)).await?;
                 self.failed_probes = 0;
                 return Ok(());
             }

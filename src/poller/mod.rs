@@ -211,7 +211,7 @@ impl Poller {
             let result = self.poll().await;
             up_to_date = matches!(result, Ok(PollOutcome::UpToDate));
             match result {
-                _ if self.unstored.is_some() => sleep(STORAGE_PAUSE).await,
+                _ if self.unstored() > 0 => sleep(STORAGE_PAUSE).await,
                 Ok(PollOutcome::More) => {}
                 Err(PollError::Unanswered) => tokio::select! {
                     () = sleep(self.settings.poll_interval) => {}

@@ -159,13 +159,17 @@ fn write_field(
     field: &Field,
     value: &dyn fmt::Debug,
 ) -> fmt::Result {
+    if field.name().starts_with("log.") {
+        // Where a library wrote the line.
+        return Ok(());
+    }
     let text = format!("{value:?}");
     if field.name() == "message" {
         return writer.write_str(&printable(&text));
     }
     let is_plain = |c: char| !c.is_whitespace() && !c.is_control() && c != '"';
     if text.starts_with('"') || text.chars().all(is_plain) {
-        write!(writer, "{field}={text}")
+        write!(writer, "{field}={}", printable(&text))
     } else {
         write!(writer, "{field}={text:?}")
     }

@@ -109,11 +109,11 @@ impl Reconciliation {
             agent: self.agent_is_gone(found.agent_id).await?,
             ..Missing::default()
         };
-        drift.agent &= !missing.agent;
         let recorded = Observed {
             agent: self.recorded_agent(drift).await?,
             ..observed.clone()
         };
+        drift.agent &= !missing.agent;
         let result = VerificationResult {
             is_unreadable: false,
             missing,
@@ -187,7 +187,7 @@ impl Reconciliation {
         if result.missing.agent {
             let gone = found.agent_id.or(observed.agent);
             self.worker.agents.forget_if_lost(gone).await?;
-            after.forget_agent();
+            (after.agent, after.advisor) = (found.agent_id, None);
         }
         Ok(after)
     }

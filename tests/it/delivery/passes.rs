@@ -453,6 +453,55 @@ async fn gone_agent_of_another_client() {
     .await;
 }
 
+/// If BigChat no longer knows the advisor, the chat has no agent then.
+#[tokio::test]
+async fn gone_agent_in_place_of_a_gone_advisor() {
+    run_test(async |t| {
+        t.our_api.has_agent("b9", "Bob", "bob@x.test");
+        t.bigchat.forgets_advisor(7);
+        t.bigchat.open(42, 0, 7);
+        t.bigchat.reports([start(42, 0)]);
+        t.once().await;
+        another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
+        t.our_api.loses_agent("bob@x.test");
+        pass_is_due(t);
+        let daemon = t.start();
+        until("the chat has no agent", async || {
+            t.our_api.chats() == ["42 22:00:00 - -"]
+        })
+        .await;
+        until_verified(t).await;
+        daemon.stop().await;
+        t.our_api.asked();
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        daemon.stop().await;
+        assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+    })
+    .await;
+}
+
+/// Another service that answers 404 is no proof that an agent is gone.
+#[tokio::test]
+async fn agent_of_another_client_and_a_404() {
+    run_test(async |t| {
+        t.differs("another client changes a chat");
+        t.our_api.has_agent("b9", "Bob", "bob@x.test");
+        t.bigchat.reports([start(42, 0)]);
+        t.once().await;
+        another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
+        t.our_api.upset("GET /agents/{id}", status(404));
+        pass_is_due(t);
+        let daemon = t.start();
+        until_verified(t).await;
+        daemon.stop().await;
+        assert_eq!(t.our_api.faults_left(), 0);
+        assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
+    })
+    .await;
+}
+
 /// After a loss, the journal does not know the agents that no event has needed since.
 #[tokio::test]
 async fn gone_agent_that_the_journal_forgot() {
