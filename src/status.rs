@@ -1,5 +1,5 @@
-//! The state of the journal, its problems and their remedies: for `bigchat-sync status`, the console, the metrics and the
-//! heartbeat.
+//! The state of the journal, its problems and their remedies: for `bigchat-sync status`, the console, the metrics and
+//! the heartbeat.
 //!
 //! It reads only the database, whether or not the daemon runs. `problems` decides what is a problem.
 

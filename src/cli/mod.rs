@@ -127,7 +127,8 @@ pub enum Command {
     ///
     /// The database of the service is /var/lib/bigchat-sync/bigchat-sync.db.
     ///
-    /// For example: `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
+    /// For example:
+    /// `bigchat-sync unit --our-api-url https://our-api.example > /etc/systemd/system/bigchat-sync.service`
     Unit,
     /// Print the completions for a shell.
     ///

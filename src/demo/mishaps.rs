@@ -1,7 +1,7 @@
 //! What fails in `demo --faults`: temporary failures, and one that needs the operator.
 //!
-//! OurAPI permanently rejects messages that its spam filter dislikes, until the filter is fixed: then a retry is enough.
-//! Meanwhile both services fail sometimes, and OurAPI is down for a while, which needs no operator.
+//! OurAPI permanently rejects messages that its spam filter dislikes, until the filter is fixed: then a retry is
+//! enough. Meanwhile both services fail sometimes, and OurAPI is down for a while, which needs no operator.
 
 use std::io;
 use std::path::Path;

@@ -1,8 +1,9 @@
-//! The demo: the real daemon, over HTTP, between both services simulated in this process; and at the end the proof, by a
-//! comparison that shares no code with the daemon.
+//! The demo: the real daemon, over HTTP, between both services simulated in this process; and at the end the proof, by
+//! a comparison that shares no code with the daemon.
 //!
-//! It needs nothing and leaves nothing behind: the services listen on free ports, the database is temporary, and settings
-//! and tokens in the environment are ignored. It can also only serve the services, for a daemon in another terminal.
+//! It needs nothing and leaves nothing behind: the services listen on free ports, the database is temporary, and
+//! settings and tokens in the environment are ignored. It can also only serve the services, for a daemon in another
+//! terminal.
 
 mod chaos;
 mod mishaps;
@@ -92,8 +93,8 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Reporting::Once)]
     pub bigchat: Reporting,
 
-    /// Let everything fail: both services in every way they can, while the daemon, as a process of its own, is killed and
-    /// started again. The comparison at the end is the same.
+    /// Let everything fail: both services in every way they can, while the daemon, as a process of its own, is killed
+    /// and started again. The comparison at the end is the same.
     #[arg(long)]
     pub chaos: bool,
 

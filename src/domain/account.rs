@@ -58,9 +58,9 @@ pub struct Accounting {
     /// How many messages OurAPI has for which neither a delivered message nor a dead letter accounts. A waiting message
     /// that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
-    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is used:
-    /// if the chat is read again before that, they must match again, and of the waiting messages only those of unknown
-    /// outcome can match a message that OurAPI altered.
+    /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is
+    /// used: if the chat is read again before that, they must match again, and of the waiting messages only those of
+    /// unknown outcome can match a message that OurAPI altered.
     pub credited: Vec<EventId>,
 }
 

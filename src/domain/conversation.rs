@@ -69,8 +69,8 @@ impl Desired {
 /// A conversation's chat in OurAPI, as last written or read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Set when the chat is created or adopted, or before that if it could not be derived again. Changed afterwards only
-    /// if another conversation's chat turns out to have it.
+    /// Set when the chat is created or adopted, or before that if it could not be derived again. Changed afterwards
+    /// only if another conversation's chat turns out to have it.
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,

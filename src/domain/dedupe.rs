@@ -114,8 +114,8 @@ fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
     last(before).map_or(0, |last| overlap(last, page))
 }
 
-/// Whether a page repeats the previous one under another URL, or both repeat earlier ones, so that the pagination loops.
-/// ENDs and TRANSFERs repeat anyway.
+/// Whether a page repeats the previous one under another URL, or both repeat earlier ones, so that the pagination
+/// loops. ENDs and TRANSFERs repeat anyway.
 pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
     let repeats = last(before).is_some_and(|last| last == page) && counted(page) > 0;
     repeats || is_loop(before, page)

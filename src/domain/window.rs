@@ -14,8 +14,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It is at most `max` long,
-    /// unless the overlap takes more than half of that. A cursor ahead of `now` counts as `now`.
+    /// The window from `overlap` before `cursor`, for late events, to `now`, by BigChat's clock. It is at most `max`
+    /// long, unless the overlap takes more than half of that. A cursor ahead of `now` counts as `now`.
     pub fn next(cursor: Timestamp, now: Timestamp, overlap: Duration, max: Duration) -> Self {
         let cursor = cursor.min(now);
         let length = max.saturating_sub(overlap).max(max / 2).max(SECOND);

@@ -1,7 +1,7 @@
 //! Commits the reports of claims, each commit in one transaction.
 //!
-//! A commit writes differences, because other operations change the same rows after the claim: ingest, `failed retry`, a
-//! loss, a verification.
+//! A commit writes differences, because other operations change the same rows after the claim: ingest, `failed retry`,
+//! a loss, a verification.
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
@@ -487,8 +487,8 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
     Ok(())
 }
 
-/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones. Messages of
-/// unknown outcome stay unknown until then: if the loss is false, the chat is found again.
+/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones. Messages
+/// of unknown outcome stay unknown until then: if the loss is false, the chat is found again.
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,

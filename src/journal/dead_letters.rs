@@ -244,8 +244,8 @@ impl Store {
         Ok(attempts.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// The resolutions of an event, or of any, before the resolution `before`, the latest one first: at most `at_most` of
-    /// them.
+    /// The resolutions of an event, or of any, before the resolution `before`, the latest one first: at most `at_most`
+    /// of them.
     pub fn resolutions(
         &mut self,
         event: Option<EventId>,

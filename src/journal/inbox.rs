@@ -276,8 +276,8 @@ impl Store {
         Ok(id)
     }
 
-    /// The epoch of a page by the time at which it was served, and by BigChat's time `now`. If the page seems to be served
-    /// later than now, the latest restart has set the clock back, and the page is from before it.
+    /// The epoch of a page by the time at which it was served, and by BigChat's time `now`. If the page seems to be
+    /// served later than now, the latest restart has set the clock back, and the page is from before it.
     pub fn epoch_at(&mut self, served_at: Timestamp, now: Timestamp) -> Result<Epoch> {
         Ok(self
             .connection

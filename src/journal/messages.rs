@@ -10,8 +10,8 @@ use crate::domain::time::Timestamp;
 
 impl Store {
     /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Waiting
-    /// messages up to `replay_until` may have been sent. Those delivered before the chat was lost may be there, if the loss
-    /// is false.
+    /// messages up to `replay_until` may have been sent. Those delivered before the chat was lost may be there, if the
+    /// loss is false.
     pub fn recorded_messages(
         &mut self,
         conversation: ConversationId,

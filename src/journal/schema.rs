@@ -31,8 +31,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// an old state of the database, and would then keep that size forever.
 const WAL_SIZE: i64 = 8 << 20;
 
-/// With these flags, SQLite opens a read-only file for reading only. `SQLITE_OPEN_CREATE` is left out, because all users
-/// could read a file that SQLite creates.
+/// With these flags, SQLite opens a read-only file for reading only. `SQLITE_OPEN_CREATE` is left out, because all
+/// users could read a file that SQLite creates.
 const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
 /// A database and its file, which must stay open for longer.
@@ -369,8 +369,8 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
     }
 
-    /// The size of a new database has reached the disk, its first page has not, and the rollback journal says how to undo
-    /// both.
+    /// The size of a new database has reached the disk, its first page has not, and the rollback journal says how to
+    /// undo both.
     #[test]
     fn power_cut_during_the_first_write() {
         let directory = tempfile::tempdir().expect("a directory");

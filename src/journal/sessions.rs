@@ -11,8 +11,8 @@ use crate::domain::ids::{Epoch, EventId};
 use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
-/// At the start of the daemon, everything that would be due later than this is due at once, because a clock that was wrong
-/// must not delay it forever.
+/// At the start of the daemon, everything that would be due later than this is due at once, because a clock that was
+/// wrong must not delay it forever.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// The state with which delivery starts.
