@@ -26,10 +26,11 @@
 //!
 //! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
 //!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
-//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests name its color in
-//!   `console/page/console.css`, `isMessage` in `console/page/parts.js`, and its line in `simulator/event.rs`, because
-//!   the [`simulator`] shares no code with the daemon that it checks. Nothing names `simulator/chance.rs`, without
-//!   which no demo has the kind, and the lists of kinds in `cli/manual/json.md` and `cli/manual/log.md`.
+//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests fail until you
+//!   add its color to `console/page/console.css`, update `isMessage` in `console/page/parts.js`, and add its line to
+//!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test reminds you of two
+//!   more places: `simulator/chance.rs`, without which no demo has the kind, and the lists of kinds in
+//!   `cli/manual/json.md` and `cli/manual/log.md`.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
 //!   `cli/manual/settings.md`. The poller, the delivery and the console have the settings. If `check` or `verify` uses
 //!   it, `settings_for` in `cli/mod.rs` shows it in their help.
@@ -38,7 +39,7 @@
 //!   manual, usually in `cli/manual/commands.md`, and with `--json` its name in `cli/manual/json.md`.
 //! - **A metric:** a counter of the process goes into `metrics/mod.rs`. A gauge, and a counter that the journal keeps,
 //!   go into `console/probes.rs`; `journal/status.rs` reads the journal for them. A metric that is always present has a
-//!   row in `cli/manual/monitoring.md`; another is described in the chapter of what it measures.
+//!   row in `cli/manual/monitoring.md`; any other is described in the chapter on what it measures.
 //! - **Another target:** this replaces OurAPI; a second target beside it is not supported. The requests are in
 //!   [`our_api`] and `http/route.rs`, and [`ErrorKind`](http::ErrorKind) gives the meaning of each status. The fields
 //!   of a chat that change are in [`domain::conversation`], and what OurAPI does to a text is in [`domain::account`].
@@ -60,14 +61,14 @@
 //! - **credit**: a message in OurAPI for which neither a delivered event nor a dead letter accounts. A waiting message
 //!   that matches it is not sent.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
-//! - **dead letter**: an event that cannot be delivered or parsed, until an operator resolves it; `failed` on the
-//!   command line.
+//! - **dead letter**: an event that cannot be delivered or parsed. It is open until an operator retries or discards it; a
+//!   discarded one stays until the retention drops it. `failed` on the command line.
 //! - **desired**: the chat that the events define.
 //! - **discard**: the resolution that gives a dead letter up.
 //! - **drift**: a field that another client changed in OurAPI.
 //! - **epoch**: the time from one restart of BigChat to the next; ids are unique within it.
-//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER; never updated, except that `forget` erases its
-//!   data.
+//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER, or UNREADABLE if it could not be parsed; never
+//!   updated, except that `forget` erases its data.
 //! - **fingerprint**: hash by which equal events are recognized, because events have no id.
 //! - **inbox**: the stored pages of the poll in progress.
 //! - **ingest**: to append the new events of a stored page to the log.

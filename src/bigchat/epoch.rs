@@ -119,10 +119,10 @@ pub async fn begin(
 }
 
 /// The epoch of a page; `None` if BigChat does not answer. Without a restart since the page was requested, it is the
-/// current one. Otherwise the first START whose conversation BigChat still knows determines it: with the same start
-/// time, the page is of the current epoch, else of an earlier one. Without such a START, a conversation that BigChat no
-/// longer knows shows that the page is of an earlier epoch. Without that, too, the time at which the page was served
-/// determines the epoch.
+/// current one. Otherwise a few conversations of the page are requested, the highest id first. The first that BigChat
+/// still knows and whose START is on the page determines it: with the same start time, the page is of the current
+/// epoch, else of an earlier one. Without such a START, a conversation that BigChat no longer knows shows that the page
+/// is of an earlier epoch. Without that, too, the time at which the page was served determines the epoch.
 pub async fn epoch_of(source: &Source, page: &StoredPage) -> Result<Option<Epoch>, JournalError> {
     if page.epoch.is_some() {
         return Ok(page.epoch);

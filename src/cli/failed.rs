@@ -45,7 +45,7 @@ pub enum Command {
     },
     /// Deliver dead letters again; a retry is as safe as the first attempt.
     Retry(Which),
-    /// Discard dead letters: they are never delivered. Asks for confirmation with --reason or --all.
+    /// Discard dead letters: they are not sent any more. Asks for confirmation with --reason or --all.
     Discard {
         #[command(flatten)]
         which: Which,

@@ -76,7 +76,8 @@ pub enum Command {
     ///
     /// If a daemon runs, the result of its last requests to the APIs is reported, because OurAPI may accept only one
     /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events. If the daemon
-    /// has crashed, its last request may still be in flight, and OurAPI receives none for one --request-timeout.
+    /// has crashed, its last request may still be in flight, so the command waits for one --request-timeout before it
+    /// sends a request to OurAPI.
     Check(check::Args),
     /// Show the state of each event of a conversation, with times and reasons.
     ///

@@ -33,7 +33,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
 
 /// What to know before a repair of fields.
-const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event once: the copy does not know the latest TRANSFERs and ENDs";
+const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event once: the copy does not know the latest TRANSFERs, and the repair would undo them";
 
 /// Maximum number of listed differences.
 const LISTED: u32 = 100;

@@ -42,7 +42,7 @@ const MAX_PAGES: usize = 200;
 /// Size budget of a poll in bytes, all of which are in memory.
 const MAX_BYTES: usize = 8 << 20;
 
-/// How many responses may be requested before a poll to learn BigChat's time. The first date is believed if this
+/// How many probes may be made before a poll to learn BigChat's time. The first date is believed if this
 /// machine's clock or the next date agrees, so three suffice if the first is wrong.
 const CLOCK_ATTEMPTS: u32 = 3;
 

@@ -151,7 +151,7 @@ function widest(host, labels) {
   return Math.max(...widths);
 }
 
-/** The labels of the time axis: at round hours of this time zone, as many as fit. */
+/** The labels of the time axis: at round times of day in this time zone, as many as fit. */
 function hours(all, step, width) {
   const room = Math.max(2, Math.floor(width / 84));
   const minutes = all.length * step;

@@ -34,7 +34,7 @@ export const failed = {
         el("button.quiet", { type: "button", "data-do": "retry", "data-all": data.total, "data-by": data.now }, "Retry all"),
         el("button.quiet.danger", { type: "button", "data-do": "discard", "data-all": data.total, "data-by": data.now }, "Discard all…"),
       ),
-      el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? nothing("check", "None of these are left", "They were resolved meanwhile.") : null),
+      el("div.split", { "data-named": data.named ? "yes" : null }, groups(data), data.chosen ? group(data) : data.missing ? (data.more ? nothing("failed", "This reason is not listed", "Only the most frequent reasons are shown.") : nothing("check", "None of these are left", "They were resolved or erased meanwhile.")) : null),
     ];
   },
 };
@@ -238,7 +238,7 @@ export const actions = {
     const { which, number } = meant(button.dataset);
     const sure = await page.ask(
       `Discard ${some(number, "event")}?`,
-      `OurAPI will never get ${number === 1 ? "it" : "them"}. You can undo this in the list of resolutions until the retention drops ${number === 1 ? "the event" : "the events"}.`,
+      `${number === 1 ? "It is" : "They are"} not sent to OurAPI any more. You can undo this in the list of resolutions until the retention drops ${number === 1 ? "the event" : "the events"}.`,
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;

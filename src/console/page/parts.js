@@ -100,14 +100,14 @@ export const undo = ({ can_undo, event }) => can_undo && el("button.quiet", { ty
 
 /** A request: its line, and its body below. */
 export function request(text) {
-  if (!text) return el("p.muted", null, "No request was sent to an API.");
+  if (!text) return el("p.muted", null, "No request is recorded.");
   const [, method, path, body] = /^([A-Z]+) (\S+)\s*([^]*)$/.exec(text) ?? [null, "", "", text];
   return el("div.wire", null, method && el("p", null, el("b", null, method), " ", el("code", null, path)), body && el("pre", { tabindex: 0 }, pretty(body)));
 }
 
 /** A response. */
 export function response(text) {
-  if (!text) return el("p.muted", null, "There was no response.");
+  if (!text) return el("p.muted", null, "No response is recorded.");
   const [, status, body] = /^(\d{3})\b\s*([^]*)$/.exec(text) ?? [null, null, text];
   return el("div.wire", null, status && el("p", null, el("b", { class: status < "400" ? "fine" : "bad" }, status), el("span.muted", null, STATUS[status] ? ` ${STATUS[status]}` : "")), body && el("pre", { tabindex: 0 }, pretty(body)));
 }
