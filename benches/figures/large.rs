@@ -37,10 +37,11 @@ pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
             number(n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM number WHERE n < {EVENTS} - 1)",
         first + conversations - 1
     );
-    let delivered_at = match before {
-        Before::Waiting => "NULL",
-        Before::Delivered => "unixepoch() * 1000",
-        Before::Old => "unixepoch('now', '-1 year') * 1000",
+    // The retention drops what happened and was delivered long ago.
+    let (event_at, delivered_at) = match before {
+        Before::Waiting => (START, "NULL"),
+        Before::Delivered => (START, "unixepoch() * 1000"),
+        Before::Old => (START - 365 * 86_400, "unixepoch('now', '-1 year') * 1000"),
     };
     let is_delivered = before != Before::Waiting;
     // The id before the first event of a conversation.
@@ -58,7 +59,7 @@ pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
              FROM conversation, base;
              {each} INSERT INTO events (id, conversation, kind, event_at, data, fingerprint, received_at)
              SELECT {before_first} + n + 1, id,
-                CASE n WHEN 0 THEN 'START' WHEN {EVENTS} - 1 THEN 'END' ELSE 'MESSAGE' END, {START} + n * 10,
+                CASE n WHEN 0 THEN 'START' WHEN {EVENTS} - 1 THEN 'END' ELSE 'MESSAGE' END, {event_at} + n * 10,
                 iif(n IN (0, {EVENTS} - 1), NULL,
                     printf('{{\"message\":\"Message %d of conversation %d, of a usual length for a chat.\"}}', n, id)),
                 random(), unixepoch() * 1000
