@@ -38,7 +38,7 @@ fn documents_recommend_no_second_daemon() {
     let sizing = words(sizing.expect("a section on sizing"));
     for part in [
         "concurrent requests corrupt it within a minute",
-        "`check`, `once` or `verify`",
+        "A `once` or `verify` with another `--db`",
     ] {
         assert!(sizing.contains(part), "{part}");
     }
