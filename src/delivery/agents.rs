@@ -311,7 +311,7 @@ impl Agents {
     }
 
     /// Whether OurAPI no longer has an agent. A verification checks each agent once.
-    pub(super) async fn is_gone(
+    pub(super) async fn is_gone_in(
         &self,
         verification: VerificationId,
         agent: Uuid,
@@ -319,11 +319,20 @@ impl Agents {
         if let Some(gone) = lock(&self.verified).get(&(verification, agent)) {
             return Ok(*gone);
         }
+        let gone = self.is_gone(agent).await?;
+        let mut verified = lock(&self.verified);
+        verified.retain(|(of, _), _| *of == verification);
+        verified.insert((verification, agent), gone);
+        Ok(gone)
+    }
+
+    /// Whether OurAPI no longer has an agent: a single 404 is not believed.
+    pub(super) async fn is_gone(&self, agent: Uuid) -> Result<bool, AttemptError> {
         let is_there = match self.email_of(agent).await? {
             Some(email) => {
                 self.exists(agent, &email).await? || self.our_api.has_agent(agent).await?
             }
-            // Another client has set it, or it was written before OurAPI lost data. A single 404 is not believed.
+            // Another client has set it, or it was written before OurAPI lost data.
             None => {
                 self.our_api.has_agent(agent).await? || {
                     let agents = self.our_api.agents().await?;
@@ -331,11 +340,7 @@ impl Agents {
                 }
             }
         };
-        let gone = !is_there;
-        let mut verified = lock(&self.verified);
-        verified.retain(|(of, _), _| *of == verification);
-        verified.insert((verification, agent), gone);
-        Ok(gone)
+        Ok(!is_there)
     }
 
     /// Whether OurAPI has an agent, created by any client. OurAPI is queried once per agent after each loss.

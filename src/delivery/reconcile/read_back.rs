@@ -43,8 +43,11 @@ impl Reconciliation {
         };
         let unknown = self.unknown_fields();
         let before = self.conversation.observed.agent;
-        let (observed, drift) = self.merged(&found, unknown).await.map_err(failed)?;
+        let (observed, mut drift) = self.merged(&found, unknown).await.map_err(failed)?;
         self.conversation.observed = observed;
+        if drift.agent && found.agent_id.is_none() && !self.claim.drift.agent {
+            drift.agent = !self.is_agent_lost(before).await.map_err(failed)?;
+        }
         // Drift that was already known has been reported.
         if drift != self.claim.drift {
             self.report_drift(drift, &found);
@@ -103,6 +106,21 @@ impl Reconciliation {
             true => FieldSet::ALL,
             false => FieldSet::default(),
         }
+    }
+
+    /// Whether the chat has no agent because OurAPI has lost it: an agent that another client has removed from the chat
+    /// still exists. If so, the advisor's agent is written again.
+    async fn is_agent_lost(&mut self, before: Option<Uuid>) -> Result<bool, AttemptError> {
+        let agents = &self.worker.agents;
+        let is_lost = match before {
+            Some(agent) if self.rebuilds() => agents.is_gone(agent).await?,
+            _ => false,
+        };
+        if is_lost {
+            agents.forget_if_lost(before).await?;
+            self.conversation.observed.advisor = None;
+        }
+        Ok(is_lost)
     }
 
     /// After a loss, the chat's agent may be gone. If it is, and the advisor is now resolved to another agent, that one

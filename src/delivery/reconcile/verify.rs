@@ -135,7 +135,7 @@ impl Reconciliation {
         match found.or(written) {
             Some(agent) if desired.advisor().is_some() => {
                 let verification = self.claim.verifications;
-                self.worker.agents.is_gone(verification, agent).await
+                self.worker.agents.is_gone_in(verification, agent).await
             }
             _ => Ok(false),
         }

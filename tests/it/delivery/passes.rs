@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bigchat_sync::simulator::event::{end, message, start};
-use bigchat_sync::simulator::fault::{paused, status};
+use bigchat_sync::simulator::fault::{dropped, paused, status};
 use bigchat_sync::simulator::id;
 use serde_json::{Value, json};
 
@@ -449,6 +449,35 @@ async fn gone_agent_of_another_client() {
         pass_is_due(t);
         t.start();
         until("the agent is set", async || t.our_api.chats() == delivered).await;
+    })
+    .await;
+}
+
+/// OurAPI may remove a lost agent from its chats. That is no choice of another client either, also if the chat is read
+/// for another reason before the loss is noticed.
+#[tokio::test]
+async fn agent_lost_with_its_place_in_the_chat() {
+    run_test(async |t| {
+        t.set("--verify-every", "off");
+        t.bigchat.reports([start(42, 0)]);
+        t.once().await;
+        let agent = t.our_api.data().agents.remove(0);
+        another_client_changes(t, "42", &json!({"agent_id": null})).await;
+        t.our_api.loses_agent(&agent.email);
+        let add = "POST /chats/{id}/messages";
+        t.our_api.upset(add, dropped().carried_out());
+        t.bigchat.reports([message(42, 5, "hello")]);
+        t.start();
+        t.until_events("delivered", 2).await;
+        until("the chat has its agent", async || {
+            let data = t.our_api.data();
+            let mut agents = data.agents.iter();
+            agents.any(|found| {
+                found.email == agent.email && data.chats[0].agent_id == Some(found.agent_id)
+            })
+        })
+        .await;
+        assert_eq!(t.our_api.messages(), ["hello"]);
     })
     .await;
 }
