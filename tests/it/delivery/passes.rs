@@ -48,6 +48,14 @@ async fn until_verified(t: &Bench) {
     until("the pass has ended", async || has_ended(t)).await;
 }
 
+/// A daemon makes that pass, and stops.
+async fn make_a_pass(t: &Test) {
+    pass_is_due(t);
+    let daemon = t.start();
+    until_verified(t).await;
+    daemon.stop().await;
+}
+
 /// Whether that pass has ended.
 fn has_ended(t: &Bench) -> bool {
     t.value("SELECT EXISTS (SELECT 1 FROM verifications WHERE requested_at > 0 AND ended_at IS NOT NULL)")
@@ -151,10 +159,7 @@ async fn drift_reported_once_a_pass() {
         // It is changed back.
         another_client_changes(t, "10", &json!({"started_at": "2026-11-22T22:00:10Z"})).await;
         another_client_changes(t, "11", &json!({"agent_id": agent})).await;
-        pass_is_due(t);
-        let daemon = t.start();
-        until_verified(t).await;
-        daemon.stop().await;
+        make_a_pass(t).await;
         assert_eq!(t.status().0["differing"], json!([]));
         assert_eq!(writes(&t.our_api.asked()), Vec::<&String>::new());
     })
@@ -191,10 +196,7 @@ async fn erased_chat_with_rebuild_report() {
             t.our_api.data().messages.values().flatten().count(),
             1 + 1 + 2
         );
-        pass_is_due(t);
-        let daemon = t.start();
-        until_verified(t).await;
-        daemon.stop().await;
+        make_a_pass(t).await;
         let shown = t.status().0;
         let expected = json!([missing("10", "2 messages"), missing("11", "1 message")]);
         assert_eq!(shown["differing"], expected, "{shown:#}");
@@ -440,10 +442,7 @@ async fn gone_agent_of_another_client() {
         t.once().await;
         let delivered = t.our_api.chats();
         another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
-        pass_is_due(t);
-        let daemon = t.start();
-        until_verified(t).await;
-        daemon.stop().await;
+        make_a_pass(t).await;
         assert_eq!(t.status().0["drifted"], json!(1));
         t.our_api.loses_agent("bob@x.test");
         pass_is_due(t);
@@ -502,10 +501,7 @@ async fn gone_agent_in_place_of_a_gone_advisor() {
         until_verified(t).await;
         daemon.stop().await;
         t.our_api.asked();
-        pass_is_due(t);
-        let daemon = t.start();
-        until_verified(t).await;
-        daemon.stop().await;
+        make_a_pass(t).await;
         assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
     })
     .await;
@@ -521,10 +517,7 @@ async fn agent_of_another_client_and_a_404() {
         t.once().await;
         another_client_changes(t, "42", &json!({"agent_id": id("b9")})).await;
         t.our_api.upset("GET /agents/{id}", status(404));
-        pass_is_due(t);
-        let daemon = t.start();
-        until_verified(t).await;
-        daemon.stop().await;
+        make_a_pass(t).await;
         assert_eq!(t.our_api.faults_left(), 0);
         assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
     })
@@ -570,10 +563,7 @@ async fn failed_pass_changes_nothing() {
                 t.once().await;
                 another_client_changes(t, "42", &change).await;
                 t.our_api.upset("GET /agents?email=", status(500));
-                pass_is_due(t);
-                let daemon = t.start();
-                until_verified(t).await;
-                daemon.stop().await;
+                make_a_pass(t).await;
                 assert_eq!(t.our_api.faults_left(), 0);
                 assert_eq!(writes(&t.our_api.asked()), NO_WRITES);
                 assert_eq!(t.status().0["differing"][0][shown], field);
