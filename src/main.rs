@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use bigchat_sync::our_api::lock_is_usable;
 use bigchat_sync::settings::{Listen, Settings, Tokens};
 use bigchat_sync::telemetry::log::{self, LogFormat};
 use bigchat_sync::telemetry::terminal::{Terminal, shown, shown_in_full};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +44,9 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // With a handler, a write beyond a limit on the size of files (`ulimit -f`) fails as on a full disk, instead of
+    // ending the process.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).ok();
     let code = match Cli::read() {
         Ok(cli) => run(cli, &terminal),
         Err(error) if error.use_stderr() => {
