@@ -2,8 +2,10 @@
 //! console, and the database file.
 //!
 //! Generators know the format that they corrupt, so that most cases pass the first check. `PROPTEST_CASES` (256 by
-//! default) sets the number of cases. A failed case prints itself or its seed.
+//! default) sets the number of cases, `BIGCHAT_SYNC_TEST_SEED` the first seed of those that have one. A failed case prints
+//! itself or its seed.
 
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -38,9 +40,12 @@ const READ_TOKEN: &str = "0123456789abcdef-readers";
 /// The time limit for a single case.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
 
-/// The number of cases for a test in which each takes as long as `weight` ordinary ones.
-fn cases(weight: u32) -> u32 {
-    (ProptestConfig::default().cases / weight).max(1)
+/// The seeds of a test in which each case takes as long as `weight` ordinary ones. `BIGCHAT_SYNC_TEST_SEED` is the
+/// first.
+fn seeds(weight: u32) -> Range<u64> {
+    let first = std::env::var("BIGCHAT_SYNC_TEST_SEED").ok();
+    let first = first.map_or(0, |seed| seed.parse().expect("a number"));
+    first..first + u64::from((ProptestConfig::default().cases / weight).max(1))
 }
 
 /// An event as BigChat may report it, in any spelling of its JSON.
@@ -403,11 +408,9 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fuzzed_answers_lose_no_message() {
-    let first = std::env::var("BIGCHAT_SYNC_TEST_SEED").ok();
-    let first = first.map_or(0, |seed| seed.parse().expect("a number"));
-    for seed in first..first + cases(32) {
+    for seed in seeds(32) {
         run_test(async |t| {
-            let run = AssertUnwindSafe(with_spoiled_answers(t, u64::from(seed)));
+            let run = AssertUnwindSafe(with_spoiled_answers(t, seed));
             if let Err(panic) = run.catch_unwind().await {
                 println!("seed {seed}");
                 std::panic::resume_unwind(panic);
@@ -550,8 +553,8 @@ async fn fuzzed_requests_change_nothing() {
         t.until_events("failed", 1).await;
         t.fails(1);
         let address = url.trim_start_matches("http://");
-        for seed in 0..cases(1) * 4 {
-            let mut random = StdRng::seed_from_u64(u64::from(seed));
+        for seed in seeds(1) {
+            let mut random = StdRng::seed_from_u64(seed);
             let (bytes, is_known) = request(&mut random, address);
             let mut stream = TcpStream::connect(address).await.expect("a connection");
             // The request may be rejected before it is sent completely.
@@ -615,8 +618,8 @@ async fn fuzzed_database_never_panics() {
         daemon.stop().await;
         let whole = std::fs::read(t.db()).expect("a database");
         let damaged = t.directory().join("damaged.db");
-        for seed in 0..cases(2) {
-            let mut random = StdRng::seed_from_u64(u64::from(seed));
+        for seed in seeds(2) {
+            let mut random = StdRng::seed_from_u64(seed);
             let mut bytes = whole.clone();
             for _ in 0..random.random_range(1..6) {
                 let at = random.random_range(0..bytes.len());
