@@ -26,14 +26,14 @@
 //!
 //! - **A kind of event:** add it to [`EventKind`](domain::event::EventKind) and [`Payload`](domain::event::Payload). If
 //!   it changes the chat, add a file with its fold to `delivery/handlers/`. If it is stored as a message, extend
-//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests fail until you
-//!   add its color to `console/page/console.css`, update `isMessage` in `console/page/parts.js`, and add its line to
-//!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test reminds you of two
-//!   more places: `simulator/chance.rs`, without which no demo has the kind, and the lists of kinds in
-//!   `cli/manual/json.md` and `cli/manual/log.md`.
+//!   `EventKind::is_message` and [`Payload::text`](domain::event::Payload::text). Tests fail until you add its color to
+//!   `console/page/console.css`, update `isMessage` in `console/page/parts.js`, and add its line to
+//!   `simulator/event.rs` (the [`simulator`] shares no code with the daemon that it checks). No test covers the rest:
+//!   add the kind to `simulator/chance.rs`, or no demo reports it, and to the lists of kinds in `cli/manual/json.md`
+//!   and `cli/manual/log.md`.
 //! - **A setting:** a field of [`Settings`](settings::Settings) with the attributes of its neighbours, and its row in
-//!   `cli/manual/settings.md`. The poller, the delivery and the console have the settings. If `check` or `verify` uses
-//!   it, `settings_for` in `cli/mod.rs` shows it in their help.
+//!   `cli/manual/settings.md`. The poller, delivery and the console hold a `Settings` already. If `check` or
+//!   `verify` uses the field, `settings_for` in `cli/mod.rs` shows it in their help.
 //! - **A command:** a file in [`cli`], like `cli/resolutions.rs`, which reads the journal, or `cli/pause.rs`, which
 //!   writes it; a variant of [`cli::Command`]; its line in `main.rs`; its SQL in [`journal`]; its section in the
 //!   manual, usually in `cli/manual/commands.md`, and with `--json` its name in `cli/manual/json.md`.
@@ -58,20 +58,21 @@
 //! - **circuit breaker**: per API; after repeated failures, it lets no request pass for some time, and then one at a
 //!   time, as a probe.
 //! - **conversation**: in BigChat, identified by epoch and id; in OurAPI a *chat*.
-//! - **credit**: a message in OurAPI for which neither a delivered event nor a dead letter accounts. A waiting message
-//!   that matches it is not sent.
+//! - **credit**: a message in OurAPI that no delivered event and no dead letter accounts for. A waiting message that
+//!   matches it is not sent.
 //! - **cursor**: the time up to which BigChat was read, by BigChat's clock.
-//! - **dead letter**: an event that cannot be delivered or parsed. It is open until an operator retries or discards it; a
-//!   discarded one stays until the retention drops it. `failed` on the command line.
+//! - **dead letter**: an event that cannot be delivered or parsed. It is open until an operator retries or discards it;
+//!   a discarded one stays for the retention period. `failed` on the command line.
 //! - **desired**: the chat that the events define.
 //! - **discard**: the resolution that gives a dead letter up.
-//! - **drift**: a field that another client changed in OurAPI.
+//! - **drift**: a field of a chat in OurAPI that another client, or a daemon with a newer copy of the journal, has
+//!   changed.
 //! - **epoch**: the time from one restart of BigChat to the next; ids are unique within it.
-//! - **event**: one row of the log: START, END, MESSAGE or TRANSFER, or UNREADABLE if it could not be parsed; never
-//!   updated, except that `forget` erases its data.
-//! - **fingerprint**: hash by which equal events are recognized, because events have no id.
-//! - **inbox**: the stored pages of the poll in progress.
-//! - **ingest**: to append the new events of a stored page to the log.
+//! - **event**: one row of the append-only log: START, END, MESSAGE or TRANSFER, or UNREADABLE if it could not be
+//!   parsed; never updated, except that `forget` erases its data.
+//! - **fingerprint**: hash by which equal events are recognized, because BigChat gives events no id.
+//! - **inbox**: the stored pages of the window that is being read.
+//! - **ingest**: to append the new events of a stored page to the append-only log.
 //! - **newer copy** of the journal: if this database is a restored backup, the original as it was used after the
 //!   backup. The daemon may have delivered more events with it.
 //! - **observed**: the chat as OurAPI has it, as far as the journal remembers.
@@ -80,7 +81,7 @@
 //! - **outcome unknown**: of a request that may or may not have been carried out.
 //! - **overlap**: how far a window reaches back before the cursor, for late events.
 //! - **page**: one response of BigChat with events; stored before the next is requested.
-//! - **poll**: one pass over a window, page by page.
+//! - **poll**: one attempt to read a window, page by page; the next one continues a window that is not read to its end.
 //! - **probe**: a request that finds out whether an API is back, or whether BigChat restarted.
 //! - **rate limit**: a time before which an API asked not to be called.
 //! - **rebuild**: to send again what OurAPI has lost.
@@ -90,7 +91,7 @@
 //! - **session**: the time from one start of the daemon to its end.
 //! - **stale**: of a conversation whose observed chat may be wrong; it is read back first.
 //! - **verify**: to compare a chat in OurAPI with the journal although no event needs it.
-//! - **window**: the range of BigChat's time that one poll reads.
+//! - **window**: a range of BigChat's time, of which BigChat is asked for the events.
 
 pub mod bigchat;
 pub mod cli;
