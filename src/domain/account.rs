@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use super::ids::EventId;
 use crate::domain::time::Timestamp;
 
-/// Equal for equal messages of a chat: the time of sending, and the text without the white space that OurAPI strips
-/// from both ends.
+/// The key that equal messages of a chat share: the time of sending, and the text without the white space that OurAPI
+/// strips from both ends.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MessageKey {
     pub sent_at: Timestamp,
@@ -40,7 +40,8 @@ pub enum MessageState {
     Delivered,
     /// It waits. If this journal is a restored backup, the daemon may have sent it after the backup was made.
     MaybeSent,
-    /// It waits, and the outcome of an attempt is unknown, or it was delivered before OurAPI reported the chat lost.
+    /// It waits, and either the outcome of an attempt is unknown, or it was delivered before OurAPI reported the chat
+    /// as gone.
     OutcomeUnknown,
     /// A dead letter of unknown outcome, which is not sent again.
     DeadOutcomeUnknown,
@@ -55,19 +56,19 @@ pub enum MessageState {
 pub struct Accounting {
     /// Delivered messages that OurAPI does not have.
     pub missing: Vec<EventId>,
-    /// How many messages OurAPI has for which neither a delivered message nor a dead letter accounts. A waiting message
-    /// that matches one need not be sent.
+    /// The messages in OurAPI that are not accounted for by a delivered message or a dead letter, with their number. A
+    /// waiting message that matches one need not be sent.
     pub credits: HashMap<MessageKey, u32>,
     /// The messages of unknown outcome for which there is a credit. Their outcome stays unknown until the credit is
-    /// used: if the chat is read again before that, they must match again, and of the waiting messages only those of
-    /// unknown outcome can match a message that OurAPI altered.
+    /// used. If the chat is read again before that, they must match again, and a waiting message can match one that
+    /// OurAPI altered only while its outcome is unknown.
     pub credited: Vec<EventId>,
 }
 
-/// Matches messages of the journal with the messages in OurAPI for which they account, each at most once. Exact matches
-/// come first: those of delivered messages, then those of messages that may have been sent. OurAPI may have altered a
-/// message. So each delivered message without an exact match then accounts for any remaining message of its second, and
-/// so does each message of unknown outcome that was not discarded. `recorded` is in order of arrival.
+/// Matches the journal's messages with those in OurAPI, each at most once. Exact matches come first: those of delivered
+/// messages, then those of messages that may have been sent. OurAPI may have altered a message. So each delivered
+/// message without an exact match then accounts for one remaining message of the same second, whichever it is, and so
+/// does each message of unknown outcome that was not discarded. `recorded` is in order of arrival.
 pub fn account(
     existing: impl IntoIterator<Item = MessageKey>,
     recorded: &[Recorded],
@@ -122,7 +123,7 @@ pub fn account(
     }
 }
 
-/// How many messages in OurAPI are not accounted for yet, by second and text. No number is zero.
+/// How many messages in OurAPI are not yet accounted for, by second and text. No number is zero.
 #[derive(Default)]
 struct Left(HashMap<Timestamp, BTreeMap<String, u32>>);
 

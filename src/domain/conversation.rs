@@ -45,7 +45,7 @@ pub struct Desired {
     pub first_advisor: Option<AdvisorId>,
     /// From the latest END.
     pub ended_at: Option<Timestamp>,
-    /// The latest.
+    /// The latest TRANSFER.
     pub transfer: Option<Transfer>,
 }
 
@@ -69,8 +69,8 @@ impl Desired {
 /// A conversation's chat in OurAPI, as last written or read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Set when the chat is created or adopted, or before that if it could not be derived again. Changed afterwards
-    /// only if another conversation's chat turns out to have it.
+    /// Set when the chat is created or adopted, or earlier if deriving it again later might give another id. Changed
+    /// afterwards only if another conversation's chat turns out to have it.
     pub external_id: Option<String>,
     /// `None`: there is no chat yet.
     pub chat: Option<Uuid>,
@@ -78,7 +78,7 @@ pub struct Observed {
     pub started_at: Option<Timestamp>,
     pub ended_at: Option<Timestamp>,
     pub agent: Option<Uuid>,
-    /// The advisor whose agent that is; `None`: unknown, so that the desired agent is written.
+    /// The advisor whose agent it is; `None`: unknown, so the desired agent is written.
     pub advisor: Option<AdvisorId>,
 }
 
@@ -201,7 +201,8 @@ impl Observed {
 
     /// The chat after the fields were read from OurAPI. A field in `unknown` may have been written although the journal
     /// does not record it: it takes the value read, so that it is written if another value is desired. Any other field
-    /// that differs was changed by another client: it stays in OurAPI and is returned as drift.
+    /// that differs, except an end that is missing or later (see below), was changed by another client; it stays in
+    /// OurAPI and is returned as drift.
     pub fn merged(&self, found: &Fields, unknown: FieldSet) -> (Self, FieldSet) {
         let mut merged = self.clone();
         let mut drift = FieldSet::default();
@@ -210,7 +211,7 @@ impl Observed {
         } else {
             drift.started_at = self.started_at != Some(found.started_at);
         }
-        // A missing end was lost, since nothing clears one. A later end is kept, since an end never moves back.
+        // A missing end was lost, since nothing clears one. A later end is taken over, since an end never moves back.
         if unknown.ended_at || found.ended_at.is_none() || found.ended_at > self.ended_at {
             merged.ended_at = found.ended_at;
         } else {
@@ -226,7 +227,7 @@ impl Observed {
         (merged, drift)
     }
 
-    /// The chat's agent is gone, so that the desired one is written.
+    /// Records that the chat's agent is gone, so that the desired one is written.
     pub fn forget_agent(&mut self) {
         self.agent = None;
         self.advisor = None;
@@ -245,8 +246,7 @@ pub struct Pending {
     pub redelivery: bool,
     /// It was delivered before, to a chat that has lost it.
     pub restored: bool,
-    /// There was a credit for it in OurAPI. The value is the conversation's latest event
-    /// when the chat was read.
+    /// There is a credit for it. The value is the conversation's latest event when the chat was read.
     pub credit: Option<EventId>,
 }
 

@@ -1,17 +1,18 @@
 //! Counting events that carry no id.
 //!
-//! Conversation, name, time and data identify an event ([`Key`]), together with how many equal ones a poll reports.
-//! Each equal MESSAGE counts, on one page or on several, with one exception. A late event that is inserted before a
-//! page shifts the following pages, so that the next page begins with the end of this one. Events in that overlap count
-//! once. Equal events of all other kinds count once, since BigChat repeats ENDs and TRANSFERs on several pages.
+//! An event is identified by its conversation, kind, time and data ([`Key`]), and by how many equal ones a poll
+//! reports. Equal MESSAGEs all count, whether on one page or on several, with one exception. A late event that is
+//! inserted into a part already read shifts the following pages, so that the next page begins with the end of the
+//! previous one. The repeated events count once. Equal events of all other kinds count once, since BigChat repeats ENDs
+//! and TRANSFERs on several pages.
 //!
-//! Pure. The journal then stores only those that earlier polls have not reported.
+//! Pure. The journal then stores only the events that earlier polls have not reported.
 
 use std::collections::HashMap;
 
 use crate::domain::event::{Event, EventKind};
 
-/// Equal for equal events of a poll.
+/// The key that equal events of a poll share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// BigChat's id of the conversation; 0 if the event could not be parsed.
@@ -88,7 +89,7 @@ impl Counts {
     pub fn of(pages: &[Vec<Key>]) -> Self {
         let mut counts = HashMap::new();
         for (number, page) in pages.iter().enumerate() {
-            // The first page of a loop is recognized by the second.
+            // The first page of a loop is recognized only together with the second.
             let next = pages.get(number + 1);
             if next.is_some_and(|next| is_loop(&pages[..=number], next)) {
                 continue;
@@ -115,13 +116,14 @@ fn repeated(before: &[Vec<Key>], page: &[Key]) -> usize {
 }
 
 /// Whether a page repeats the previous one under another URL, or both repeat earlier ones, so that the pagination
-/// loops. ENDs and TRANSFERs repeat anyway.
+/// loops. ENDs and TRANSFERs prove nothing, since BigChat repeats them anyway.
 pub fn is_repetition(before: &[Vec<Key>], page: &[Key]) -> bool {
     let repeats = last(before).is_some_and(|last| last == page) && counted(page) > 0;
     repeats || is_loop(before, page)
 }
 
-/// Whether a page and the one before it repeat two earlier pages in succession. A single equal page may be another.
+/// Whether a page and the one before it repeat two earlier pages in succession. A single equal page may be a different
+/// one.
 fn is_loop(before: &[Vec<Key>], page: &[Key]) -> bool {
     let Some((previous, earlier)) = before.split_last() else {
         return false;
@@ -132,7 +134,7 @@ fn is_loop(before: &[Vec<Key>], page: &[Key]) -> bool {
             .any(|pair| pair[0] == *previous && pair[1] == page)
 }
 
-/// How many events of a page BigChat does not repeat anyway.
+/// How many events of a page are of a kind that BigChat does not repeat.
 fn counted(page: &[Key]) -> usize {
     page.iter().filter(|key| !key.is_repeated()).count()
 }
@@ -176,7 +178,7 @@ mod tests {
 
     use super::*;
 
-    /// Capitals are ENDs, digits STARTs, `?` cannot be parsed, all else are MESSAGEs.
+    /// Capitals are ENDs, digits are STARTs, `?` is an event that could not be parsed, and all others are MESSAGEs.
     fn keys(page: &str) -> Vec<Key> {
         page.chars()
             .map(|c| {

@@ -18,7 +18,7 @@ pub enum Malformed {
     At(usize),
     #[error("truncated")]
     Truncated,
-    /// Only of a needed field.
+    /// Reported only for a requested field.
     #[error("duplicate field `{0}`")]
     Duplicate(&'static str),
 }
@@ -69,7 +69,7 @@ pub struct Integer(pub i64);
 
 impl<'de> Deserialize<'de> for Integer {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        /// From here on, floats skip integers.
+        /// From here on, floats cannot represent every integer.
         const EXACT: f64 = (1_u64 << 53) as f64;
         let number = serde_json::Number::deserialize(deserializer)?;
         let whole = |float: &f64| float.fract() == 0.0 && float.abs() < EXACT;

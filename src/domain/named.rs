@@ -1,6 +1,6 @@
-//! Enums whose variants have names, which the journal, JSON and people see.
+//! Enums whose variants have names in the journal, in JSON and for people.
 
-/// Defines such an enum, so that neither the list of its variants nor a conversion can lack one.
+/// Defines an enum with named variants, so that neither the list of variants nor a conversion can omit one.
 macro_rules! named {
     ($(#[$doc:meta])* $enum:ident { $($(#[$variant_doc:meta])* $variant:ident = $name:literal,)* }) => {
         $(#[$doc])*
@@ -10,7 +10,7 @@ macro_rules! named {
         }
 
         impl $enum {
-            /// In the order of their definition.
+            /// All variants, in the order of their definition.
             pub const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
 
             pub fn name(self) -> &'static str {

@@ -1,4 +1,4 @@
-//! A pause of deliveries, and when it is over.
+//! A pause of deliveries, and when it ends.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::time::Millis;
 
-/// Deliveries are held back, and polling continues.
+/// A period in which nothing is delivered, while polling continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Pause {
     pub since: Millis,
@@ -16,7 +16,7 @@ pub struct Pause {
 }
 
 impl Pause {
-    /// A pause from `now` on, for this long or until an operator resumes.
+    /// A pause that begins at `now` and lasts for `length`, or until an operator resumes.
     pub fn begin(length: Option<Duration>, now: Millis) -> Self {
         Self {
             since: now,
@@ -25,7 +25,7 @@ impl Pause {
     }
 
     /// The remaining time, [`Duration::MAX`] if it lasts until an operator resumes; `None`: the pause is over. A clock
-    /// that was set back does not make it longer than intended.
+    /// that was set back does not make the pause longer than intended.
     pub fn left(self, now: Millis) -> Option<Duration> {
         let Some(until) = self.until else {
             return Some(Duration::MAX);

@@ -20,7 +20,7 @@ pub struct Work {
     /// In order of arrival, redeliveries first. Shared with the scheduler, which needs them if the worker panics.
     pub events: Arc<[Pending]>,
     pub claim: Claim,
-    /// Only verify the chat.
+    /// `Some`: the chat is only to be verified.
     pub verify: Option<Verify>,
 }
 
@@ -50,7 +50,7 @@ pub struct Claim {
     pub is_lost: bool,
     /// In this session, the chat's messages were read or the chat was created.
     pub is_read: bool,
-    /// The chat was lost and is not rebuilt yet.
+    /// The chat was lost and has not been rebuilt yet.
     pub is_rewound: bool,
     /// The latest verification when the chat was last verified; `None`: there was nothing to verify.
     pub verified_in: Option<VerificationId>,
@@ -87,7 +87,7 @@ pub struct IdlePass {
     pub mode: VerifyMode,
 }
 
-/// What a verification found of a chat.
+/// What a verification found out about a chat.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VerificationResult {
     /// Reading the chat failed repeatedly while OurAPI was up.
@@ -97,13 +97,13 @@ pub struct VerificationResult {
     pub fields: Vec<FieldDifference>,
 }
 
-/// A field of a chat that differs, by OurAPI's name.
+/// A differing field of a chat, with OurAPI's name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FieldDifference {
     pub field: String,
-    /// As this database has it.
+    /// The value in this database.
     pub recorded: Option<String>,
-    /// As OurAPI has it.
+    /// The value in OurAPI.
     pub found: Option<String>,
 }
 
@@ -152,11 +152,11 @@ pub enum Verified {
     Found(VerificationResult),
 }
 
-/// What OurAPI has lost of a chat.
+/// The parts of a chat that OurAPI has lost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Missing {
     pub chat: bool,
-    /// How many delivered messages.
+    /// The number of delivered messages.
     pub messages: u32,
     pub ended_at: bool,
     /// The agent of the chat.
@@ -189,7 +189,7 @@ impl fmt::Display for Missing {
 }
 
 named! {
-    /// The change of OurAPI by a delivery. Several events may share one change of their chat.
+    /// What a delivery changed in OurAPI. Several events may share one change of their chat.
     Effect {
         ChatCreated = "chat created",
         ChatChanged = "chat changed",
@@ -222,7 +222,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The failed request did not send the event, so the failure does not make the event's outcome unknown.
+    /// Records that the failed request did not send the event, so that the failure does not make the event's outcome
+    /// unknown.
     pub fn was_not_sent(&mut self, event: &Pending) {
         if let Self::Retry { attempts, .. } | Self::DeadLetter { attempts, .. } = self {
             attempts.outcome_unknown = event.attempts.outcome_unknown;
@@ -256,8 +257,8 @@ impl EventOutcome {
         }
     }
 
-    /// Whether the metrics count it. An event delivered above the offset is delivered again with the next claim, and a
-    /// restored one was counted before.
+    /// Whether metrics and activity count it. An event delivered above the offset is delivered again with the next
+    /// claim, and a restored one was counted before.
     pub fn counts(&self, offset: EventId) -> bool {
         match self.outcome {
             Outcome::Delivered(_) => !self.restored && (self.redelivery || self.event <= offset),
@@ -271,7 +272,7 @@ impl EventOutcome {
     }
 }
 
-/// What a claim observed of the chat, apart from its own writes.
+/// What a claim observed about the chat, apart from its own writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Observation {
     None,
@@ -286,7 +287,7 @@ pub enum Observation {
 }
 
 impl Observation {
-    /// Whether the journal's record of the chat is right again.
+    /// Whether the journal's record of the chat is correct again.
     pub fn is_fresh(&self) -> bool {
         matches!(self, Self::Created | Self::Read(_))
     }
@@ -318,7 +319,7 @@ impl Ended {
 pub struct Report {
     pub conversation: Conversation,
     pub claim: Claim,
-    /// Of the attempted events; the others still wait.
+    /// The outcomes of the attempted events. All other events still wait.
     pub outcomes: Vec<EventOutcome>,
     pub advance: Advance,
     /// The credits consumed.
@@ -330,13 +331,13 @@ pub struct Report {
     /// How many writes have succeeded since the journal was created.
     pub writes_succeeded: i64,
     pub verified: Verified,
-    /// What differs and stays, as far as the chat was read; `None`: it is as before.
+    /// The drift that remains after the chat was read; `None`: as before.
     pub drift: Option<FieldSet>,
     pub missing: Option<Missing>,
 }
 
 impl Report {
-    /// When the conversation is due, apart from the events that wait.
+    /// When the conversation is due for reasons other than waiting events.
     pub fn due_at(&self, now: Millis) -> Option<Millis> {
         let is_due_again = match self.observation {
             // Without a chat there is nothing left to write, so the conversation is not due again at once.
@@ -375,7 +376,7 @@ pub struct Delivered {
     pub from: EventId,
     pub through: EventId,
     pub effect: Effect,
-    /// Of the first of them.
+    /// When the first of them was received.
     pub received_at: Millis,
     /// They were delivered before, to a chat that has lost them.
     pub restored: bool,
@@ -385,7 +386,7 @@ pub struct Delivered {
 #[derive(Debug, Clone)]
 pub struct Lost {
     pub conversation: ConversationId,
-    /// Of the first event of the claim.
+    /// The outcome of the claim's first event.
     pub outcome: Option<EventOutcome>,
     pub due_at: Millis,
 }

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use encoding_rs::{Encoding, UTF_8};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 
-/// The magic number.
+/// The magic number of gzip.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// Inflates a body that a server or a proxy compressed although the request did not accept that. A body that is not
@@ -16,7 +16,7 @@ const GZIP: [u8; 2] = [0x1f, 0x8b];
 ///
 /// # Errors
 ///
-/// If the compression is unknown, the body is corrupt, or it is larger than `limit` bytes.
+/// If the compression is unknown, gzip data is corrupt, or the result is larger than `limit` bytes.
 pub fn inflated(bytes: Vec<u8>, content_encoding: &str, limit: usize) -> io::Result<Vec<u8>> {
     let encoding = content_encoding.trim().to_ascii_lowercase();
     if bytes.starts_with(&GZIP) {

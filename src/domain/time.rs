@@ -1,8 +1,8 @@
 //! Points in time.
 //!
 //! BigChat reports whole Unix seconds ([`Timestamp`]). OurAPI takes RFC 3339 and ignores the offset, so times are sent
-//! in UTC with `Z`. This machine's clock ([`Millis`]) serves for the journal's own times: retries, retention, status.
-//! It replaces BigChat's clock only as long as that is unknown.
+//! in UTC with `Z`. This machine's clock ([`Millis`]) is used for the journal's own times: retries, retention, status.
+//! It stands in for BigChat's clock only while that is unknown.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,22 +32,22 @@ impl Timestamp {
         self.0
     }
 
-    /// Now, by this machine's clock, where BigChat's is unknown.
+    /// The current time by this machine's clock, for use while BigChat's is unknown.
     pub fn of_this_machine() -> Self {
         Millis::now().second()
     }
 
-    /// `duration` counts in whole seconds.
+    /// Adds `duration`, truncated to whole seconds.
     pub fn plus(self, duration: Duration) -> Self {
         Self::clamped(self.0.saturating_add(whole_seconds(duration)))
     }
 
-    /// `duration` counts in whole seconds.
+    /// Subtracts `duration`, truncated to whole seconds.
     pub fn minus(self, duration: Duration) -> Self {
         Self::clamped(self.0.saturating_sub(whole_seconds(duration)))
     }
 
-    /// The time since an earlier time; zero if that is later.
+    /// The time from `earlier` to `self`; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_secs(u64::try_from(self.0 - earlier.0).unwrap_or(0))
     }
@@ -124,7 +124,7 @@ impl Millis {
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
-    /// The second that it is in.
+    /// The second that contains this time.
     pub fn second(self) -> Timestamp {
         Timestamp::clamped(self.0 / 1000)
     }

@@ -9,7 +9,7 @@ const SECOND: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub start: Timestamp,
-    /// The cursor, once the window was read.
+    /// The cursor once the window has been read.
     pub end: Timestamp,
 }
 
