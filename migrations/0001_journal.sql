@@ -122,7 +122,7 @@ CREATE INDEX conversations_with_missing ON conversations (missing) WHERE missing
 CREATE INDEX conversations_by_chat ON conversations (chat_id) WHERE chat_id IS NOT NULL;
 CREATE INDEX conversations_by_agent ON conversations (chat_agent) WHERE chat_agent IS NOT NULL;
 
--- The log. A row is appended, never updated unless it is erased, and dropped by the retention.
+-- The log. A row is appended, never updated unless it is erased, and dropped after the retention period.
 CREATE TABLE events (
     id           INTEGER PRIMARY KEY AUTOINCREMENT, -- in order of arrival, never reused
     conversation INTEGER REFERENCES conversations (id), -- NULL: the event could not be parsed
@@ -144,7 +144,7 @@ CREATE TABLE redeliveries (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX redeliveries_by_event ON redeliveries (event);
 
--- Messages that OurAPI has and that no delivered event accounts for, as of the last read of the chat.
+-- Messages in OurAPI that are not accounted for by a delivered event or a dead letter, as of the last read of the chat.
 CREATE TABLE credits (
     conversation INTEGER NOT NULL REFERENCES conversations (id),
     sent_at      INTEGER NOT NULL,
@@ -214,7 +214,7 @@ CREATE TABLE resolutions (
     resolved_by  TEXT NOT NULL,                  -- 'command' or 'console'
     user         TEXT,                           -- NULL: unknown
     resolution   TEXT NOT NULL CHECK (resolution IN ('retry', 'discard', 'undo')),
-    event        INTEGER NOT NULL,               -- which the retention may have dropped since
+    event        INTEGER NOT NULL,               -- which may have been dropped since, after the retention period
     conversation INTEGER,                        -- BigChat's id; NULL: not even that could be parsed
     kind         TEXT NOT NULL,
     reason       TEXT NOT NULL                   -- why it had failed

@@ -1,4 +1,4 @@
--- A retried event waits since the retry, not since it was received.
+-- The waiting time of a retried event begins with the retry, not with its receipt.
 
 ALTER TABLE attempts ADD COLUMN retried_at INTEGER; -- when the waiting event was last retried; NULL: it was not
 CREATE INDEX attempts_retried ON attempts (conversation, retried_at) WHERE retried_at IS NOT NULL;

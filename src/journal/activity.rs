@@ -1,5 +1,5 @@
-//! How many events were received, delivered and dead-lettered in each minute. They are counted in the transactions that
-//! change them, so that a chart of hours does not scan millions of events.
+//! How many events were received, delivered and dead-lettered in each minute. The counts are updated in the same
+//! transactions as the events, so that a chart of several hours does not scan millions of events.
 
 use rusqlite::{Connection, Transaction, params};
 
@@ -7,7 +7,7 @@ use super::{Result, UNREADABLE};
 use crate::domain::event::EventKind;
 use crate::domain::time::Millis;
 
-/// For how many minutes the counts are stored: a week.
+/// How long the counts are stored, in minutes: a week.
 const MINUTES_STORED: i64 = 7 * 24 * 60;
 
 /// The counts of one kind of event.
@@ -34,7 +34,7 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 }
 
 impl Counts {
-    /// The count of a kind; `None`: of events that could not be parsed.
+    /// The count of a kind; `None`: events that could not be parsed.
     pub(super) fn of(&mut self, kind: Option<EventKind>) -> &mut Count {
         &mut self.0[kind.map_or(KINDS - 1, |kind| kind as usize)]
     }

@@ -6,7 +6,7 @@ use super::{Result, Store};
 use crate::http::{Api, ApiState, ApiStatus, RateLimit};
 
 impl Store {
-    /// Stores the state of the APIs, as far as requests were made to them.
+    /// Stores the state of each API to which a request was made.
     pub fn record_api_status(&mut self, apis: &[(Api, ApiStatus)]) -> Result<()> {
         let transaction = self.begin()?;
         for (api, status) in apis {

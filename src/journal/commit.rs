@@ -1,7 +1,7 @@
-//! Commits the reports of claims, each commit in one transaction.
+//! Commits the reports of claims, with one transaction per commit.
 //!
-//! A commit writes differences, because other operations change the same rows after the claim: ingest, `failed retry`,
-//! a loss, a verification.
+//! Other operations (ingest, `failed retry`, a loss, a verification) may change the same rows after the claim. Columns
+//! that they change are therefore updated relative to their current values.
 
 use rusqlite::{OptionalExtension, Transaction, named_params, params};
 
@@ -17,11 +17,11 @@ use crate::domain::progress::{
 };
 use crate::domain::time::Millis;
 
-/// How many of its latest failures are stored for each event.
+/// How many of the latest failures are stored for each event.
 const FAILURES_STORED: u32 = 10;
 
-/// Since when the oldest event waits for its first delivery, as SQL, given the conversation's offset: since it was
-/// received, or since its retry.
+/// SQL for the time since which the oldest event has been waiting for its first delivery: since it was received, or
+/// since its retry. Takes the conversation's offset.
 macro_rules! waiting_since {
     ($offset:literal) => {
         concat!(
@@ -77,7 +77,7 @@ fn commit(
             .prepare_cached("UPDATE attempts SET outcome_unknown = 0 WHERE conversation = ?1 AND outcome_unknown")?
             .execute([id])?;
     }
-    // Before the outcomes, which end the waiting of retried events.
+    // This must precede the outcomes, which clear `retried_at`.
     for run in &report.advance.delivered {
         let waited = (!run.restored).then(|| now.0.saturating_sub(run.received_at.0));
         transaction
@@ -94,7 +94,7 @@ fn commit(
     for key in &report.consumed {
         consume(transaction, id, key)?;
     }
-    // A dead letter may have been retried meanwhile. If the offset passes it, it is sent again.
+    // A dead letter may have been retried meanwhile. If the offset passes it, it becomes a redelivery.
     for skipped in report
         .claim
         .skipped
@@ -114,7 +114,7 @@ fn commit(
         return erase(transaction, id, now);
     }
     match &report.observation {
-        // None of the claimed events exists: they were deleted by hand.
+        // No event was attempted. Some may have been deleted by hand, so the waiting ones are counted again.
         Observation::None if report.outcomes.is_empty() && report.due == Due::IfWaiting => {
             recount(transaction, id)?;
             if report.verified == Verified::NotAsked {
@@ -137,7 +137,8 @@ fn commit(
     Ok(())
 }
 
-/// A worker has ended without a report. The chat is read back before anything is sent again.
+/// Commits the loss of a claim whose worker ended without a report. The chat is read back before anything is sent
+/// again.
 fn commit_lost(
     transaction: &Transaction<'_>,
     lost: &Lost,
@@ -208,7 +209,7 @@ fn update(
                 offset = :offset,
                 waiting = max(waiting - :settled, 0),
                 waiting_since = iif(waiting > :settled, (", waiting_since!(":offset"), "), NULL),
-                -- A verification may come at any time. An event that waits for its next attempt continues to wait.
+                -- A verification may end at any time. It must not bring forward the next attempt of an event.
                 due_at = CASE
                     WHEN NOT :is_verification THEN coalesce(:due_at, iif(waiting > :settled, :now, NULL))
                     ELSE coalesce(max(coalesce(:due_at, iif(waiting > :settled, :now, due_at)), due_at), :due_at)
@@ -246,8 +247,8 @@ fn update(
     present(is_forgotten, || format!("no conversation {}", id.0))
 }
 
-/// Writes how far the chat is verified, and the differences that are not repaired. Most commits change none of it, and
-/// then no index is updated.
+/// Records in which verification the chat was last verified, and the differences that were not repaired. Most commits
+/// change none of this, and then no index is updated.
 fn update_verification(transaction: &Transaction<'_>, report: &Report) -> Result<()> {
     let Report {
         conversation,
@@ -339,7 +340,7 @@ fn commit_outcome(
             if outcome.had_failed {
                 transaction
                     .prepare_cached(
-                        // A change delivered above the offset still waits.
+                        // A change delivered ahead of the offset counts as waiting until the offset passes it.
                         "UPDATE attempts SET next_at = NULL, outcome_unknown = 0, retried_at = iif(?2, NULL, retried_at)
                          WHERE event = ?1",
                     )?
@@ -436,7 +437,7 @@ fn consume(
     Ok(())
 }
 
-/// The chat's messages were read. Those that are missing wait again.
+/// Records that the chat's messages were read. Missing ones wait again.
 fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting) -> Result<()> {
     let Accounting {
         missing,
@@ -454,8 +455,8 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
             )?
             .execute(params![id, sent_at, text, count, report.claim.last_event])?;
     }
-    // It is known now which waiting events OurAPI has; those with a credit stay unknown until it is used. A retry of
-    // such an event meanwhile has made the chat stale again.
+    // The outcome of the waiting events is known now. Only those with a credit remain recorded as unknown until the
+    // credit is used. If the chat has become stale again meanwhile, for example by a retry, nothing is changed.
     let credited: Vec<String> = credited.iter().map(|event| event.0.to_string()).collect();
     transaction
         .prepare_cached(
@@ -487,8 +488,9 @@ fn read(transaction: &Transaction<'_>, report: &Report, accounting: &Accounting)
     Ok(())
 }
 
-/// The chat is gone. Its external id and start time are remembered, so that it is created with the same ones. Messages
-/// of unknown outcome stay unknown until then: if the loss is false, the chat is found again.
+/// Records that the chat is gone. Its external id and start time stay recorded, so that it is created again with the
+/// same ones. Unknown outcomes of messages stay unknown until then, because the chat is found again if the loss was
+/// false.
 fn gone(transaction: &Transaction<'_>, id: ConversationId, rebuild: bool) -> Result<()> {
     transaction.execute(
         "UPDATE conversations SET chat_id = NULL, chat_ended_at = NULL, chat_agent = NULL, chat_advisor = NULL,

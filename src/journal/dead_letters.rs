@@ -61,7 +61,7 @@ pub struct FailedAttempt {
 /// How a dead letter was resolved.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct PastResolution {
-    /// The id, in order of time.
+    /// The id. Later resolutions have greater ids.
     pub id: i64,
     /// When it was resolved.
     pub at: Millis,
@@ -86,15 +86,15 @@ pub struct PastResolution {
 pub enum Selection {
     /// Those with these ids.
     Ids(BTreeSet<EventId>),
-    /// All that had failed by a time, by this machine's clock. The operator has not seen later ones.
+    /// All that had failed by a certain time. The operator has not seen later ones.
     By {
         reason: Option<Reason>,
-        /// The time.
+        /// The time, by this machine's clock.
         failed_by: Millis,
     },
 }
 
-/// A filter by the reason of failure.
+/// A filter by the reason for the failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
     /// Exactly this one.
@@ -117,8 +117,9 @@ impl Reason {
 named! {
     /// How an operator resolves dead letters.
     Resolution {
-        /// Try them again, with all attempts available. The journal still knows which may have been carried out, so
-        /// that their chats are read first. Events that could not be parsed are parsed again, as after an upgrade.
+        /// Try them again, with all attempts available. The journal still records which ones may have been carried out,
+        /// so their chats are read first. Events that could not be parsed are parsed again, which helps after an
+        /// upgrade.
         Retry = "retry",
         /// Give them up: they are never tried again.
         Discard = "discard",
@@ -141,10 +142,10 @@ impl Resolution {
     }
 }
 
-/// The user who resolves failed events, and how.
+/// The user who resolves dead letters, and the interface used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operator {
-    /// By `bigchat-sync failed`.
+    /// With `bigchat-sync failed`.
     Command(String),
     /// In the console.
     Console(String),
@@ -184,7 +185,7 @@ pub struct Resolved {
 const RESOLVED_AT_ONCE: usize = 500;
 
 impl Store {
-    /// The open dead letters, the oldest first: at most `at_most` of them.
+    /// The open dead letters, oldest first, at most `at_most` of them.
     pub fn failed(&mut self, at_most: u32, reason: Option<&Reason>) -> Result<Vec<FailedEvent>> {
         let (is, contains) = Reason::parts(reason);
         self.failed_where(
@@ -204,7 +205,7 @@ impl Store {
             .query_row([UNREADABLE], count)?)
     }
 
-    /// How many events have failed.
+    /// How many dead letters are open.
     pub fn count_failed(&mut self) -> Result<u64> {
         self.failed_at_most(u32::MAX)
     }
@@ -222,7 +223,7 @@ impl Store {
             .query_row([resolution], count)?)
     }
 
-    /// A dead letter, open or discarded, if there is one of that id.
+    /// A dead letter, open or discarded, if there is one with that id.
     pub fn failed_event(&mut self, id: EventId) -> Result<Option<FailedEvent>> {
         Ok(self.failed_where("d.event = ?1", [id])?.pop())
     }
@@ -244,8 +245,8 @@ impl Store {
         Ok(attempts.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// The resolutions of an event, or of any, before the resolution `before`, the latest one first: at most `at_most`
-    /// of them.
+    /// The resolutions of an event, or of all events, that precede resolution `before`: latest first, at most
+    /// `at_most`.
     pub fn resolutions(
         &mut self,
         event: Option<EventId>,
@@ -320,7 +321,8 @@ impl Store {
         Ok(events.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// How many dead letters of that reason, or of any, the resolution applies to, and when the last one failed.
+    /// The number of dead letters with that reason, or with any, to which the resolution applies, and when the last of
+    /// them failed.
     pub fn failed_so_far(
         &mut self,
         reason: Option<&Reason>,
@@ -386,7 +388,8 @@ pub(super) fn partial_event(name: &str, raw: Option<&str>, known: PartialEvent) 
     }
 }
 
-/// Whether a retry can never succeed: the event could not be parsed, or OurAPI permanently rejected it.
+/// Whether a retry is pointless unless this program or OurAPI changes: the event could not be parsed, or OurAPI
+/// permanently rejected it.
 pub(super) fn is_permanent(name: &str, reason: &str) -> bool {
     name == UNREADABLE || reason.starts_with(REJECTED_WRITE)
 }
@@ -493,8 +496,9 @@ fn resolve(
     Ok(true)
 }
 
-/// Retries a dead letter, with all attempts available. Above the offset it waits again once it is no longer a dead
-/// letter. If the outcome of an attempt is unknown, the chat is read back first.
+/// Retries a dead letter, with all attempts available. Above the offset, an event waits again as soon as it is no
+/// longer a dead letter; up to the offset, it becomes a redelivery. If the outcome of an attempt is unknown, the chat
+/// is read back first.
 fn retry(
     transaction: &Transaction<'_>,
     event: EventId,
@@ -518,7 +522,7 @@ fn retry(
     transaction
         .prepare_cached(
             "UPDATE conversations SET waiting = waiting + 1,
-                -- A write that may still be in flight continues to wait.
+                -- If a write may still be in flight, the conversation must not become due earlier.
                 due_at = iif(stale_seq > fresh_seq, coalesce(due_at, ?3), ?3),
                 waiting_since = coalesce(waiting_since, ?3),
                 stale_seq = stale_seq

@@ -9,10 +9,10 @@ use crate::telemetry::terminal::{shown, shown_in_full};
 /// Why a database was not opened. Unless the disk fails, nothing in it was changed.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// Another daemon uses it.
+    /// Another daemon is using it.
     #[error("another bigchat-sync uses {}; stop it first, or set another database with --db", shown(.0))]
     InUse(PathBuf),
-    /// A daemon uses it by another hard link or mount, where its write-ahead log is.
+    /// A daemon is using it through another hard link or mount, where its write-ahead log is.
     #[error(
         "the daemon that uses {} has it open by another name, with its -wal and -shm beside that name; set --db as the daemon does",
         shown(.0)
@@ -48,7 +48,7 @@ pub enum OpenError {
     Version01(PathBuf),
     /// It does not exist, and the command does not create one.
     #[error(
-        "there is no database {}; start the daemon first, or name its database with --db (of a service: /var/lib/bigchat-sync/bigchat-sync.db)",
+        "there is no database {}; start the daemon first, or name its database with --db (for a service: /var/lib/bigchat-sync/bigchat-sync.db)",
         shown_in_full(.0)
     )]
     Missing(PathBuf),
@@ -100,7 +100,7 @@ pub enum OpenError {
     /// The path is too long for SQLite.
     #[error("{} cannot be opened: SQLite accepts paths of up to 504 bytes; set a shorter one with --db", shown(.0))]
     TooLong(PathBuf),
-    /// The file system refuses.
+    /// The file system refused access.
     #[error("{} cannot be opened: {source}{}", shown(.path), remedy(.source))]
     Io {
         /// The file in question.
@@ -108,7 +108,7 @@ pub enum OpenError {
         /// Why.
         source: std::io::Error,
     },
-    /// SQLite refuses.
+    /// SQLite refused to open it.
     #[error("{} cannot be opened: {source}", shown(.path))]
     Sqlite {
         /// The database.
@@ -160,7 +160,7 @@ pub(super) fn is_transient(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// The same of a database that is open. What SQLite then cannot open is a file of its own, because no descriptor is
+/// The same for an open database. If SQLite then cannot open a file, it is one of SQLite's own, and no descriptor is
 /// left.
 pub(super) fn is_transient_when_open(error: &rusqlite::Error) -> bool {
     is_transient(error) || error.sqlite_error_code() == Some(rusqlite::ErrorCode::CannotOpen)
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
     use crate::journal::JournalError;
 
-    /// If an error that passes counted as permanent, the committer would set conversations aside.
+    /// If a temporary error counted as permanent, the committer would set conversations aside.
     #[test]
     fn passing_errors_are_transient() {
         let error = |code| Error::SqliteFailure(ffi::Error::new(code), None);

@@ -1,5 +1,5 @@
 //! What was delivered in a period, one delivery at a time. No transaction is open between two of them, so that an
-//! export of any length, read at any pace, neither fills the memory nor holds back the write-ahead log.
+//! export of any length, read at any pace, neither fills memory nor prevents the write-ahead log from being reset.
 
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::domain::time::{Millis, Timestamp};
 #[derive(Debug, Serialize)]
 pub struct Exported {
     pub event: EventId,
-    /// BigChat's id of the conversation, in that epoch.
+    /// BigChat's id of the conversation, within `epoch`.
     pub conversation: i64,
     pub epoch: Epoch,
     pub kind: String,
@@ -116,7 +116,7 @@ fn exported(row: &Row<'_>, delivery: &Delivery) -> Result<Exported> {
         }
         (_, None) | (true, _) => (None, None),
         (false, Some(data)) => {
-            let invalid = |_| JournalError::InvalidRow(format!("the data of a {kind} are no JSON"));
+            let invalid = |_| JournalError::InvalidRow(format!("the data of a {kind} is not JSON"));
             (None, Some(RawValue::from_string(data).map_err(invalid)?))
         }
     };

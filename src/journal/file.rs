@@ -16,7 +16,7 @@ use crate::mutex::lock;
 /// The longest path that SQLite can open, in bytes: its limit, less the longest suffix it appends.
 const LONGEST_PATH: usize = 504;
 
-/// How many symbolic links are followed: as many as Linux does.
+/// How many symbolic links are followed, the same number as in Linux.
 const MOST_LINKS: usize = 40;
 
 /// How long a command may hold the lock to find out whether a daemon holds it.
@@ -42,9 +42,9 @@ impl From<&Metadata> for Inode {
 }
 
 /// The database files that this process has open. Closing any descriptor of a file drops all POSIX locks that the
-/// process has on it, including SQLite's. Another process that closes the database would then delete the
-/// write-ahead log that this process uses. So descriptors are reused, and closed only when this process has no
-/// connection left, while no other thread opens the file.
+/// process has on it, including SQLite's. Another process that closes the database would then delete the write-ahead
+/// log that this process uses. So descriptors are reused, and closed only when this process has no connection left and
+/// no other thread is opening the file.
 static OPEN: Mutex<Vec<Open>> = Mutex::new(Vec::new());
 
 #[derive(Debug)]
@@ -73,16 +73,16 @@ impl Drop for Closing {
     }
 }
 
-/// Who locks an opened database.
+/// Who locks an open database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lock {
     /// A daemon, or a command in its place: one at a time.
     Daemon,
-    /// Commands that can read it only as long as no daemon starts.
+    /// Commands that can read the file only while it does not change, so that no daemon may start.
     Reader,
 }
 
-/// A database's file. It stays open for longer than SQLite's connection.
+/// The file of a database. It stays open longer than SQLite's connection.
 ///
 /// The lock is `flock`'s, which SQLite does not use. It belongs to the file, not to its name, and ends with the
 /// process.
@@ -93,7 +93,7 @@ pub(super) struct DatabaseFile {
     inode: Inode,
     descriptor: Arc<File>,
     lock: Option<Lock>,
-    /// Declared after the descriptor, so that it is dropped when that is no longer used.
+    /// Declared after the descriptor, so that it is dropped once the descriptor is released.
     _closing: Closing,
 }
 
@@ -161,7 +161,7 @@ impl DatabaseFile {
         })
     }
 
-    /// The name it was opened by, for error messages.
+    /// The name by which it was opened, for error messages.
     pub(super) fn named(&self) -> &Path {
         &self.named
     }
@@ -176,7 +176,7 @@ impl DatabaseFile {
         fs::metadata(&self.named).is_ok_and(|there| Inode::from(&there) == self.inode)
     }
 
-    /// Its first bytes, at most this many.
+    /// Its first `bytes` bytes, or fewer if it is shorter.
     pub(super) fn head(&self, bytes: usize) -> io::Result<Vec<u8>> {
         let mut head = vec![0; bytes];
         let mut length = 0;
@@ -215,12 +215,12 @@ impl DatabaseFile {
         self.log_bytes().is_some_and(|bytes| bytes > 0)
     }
 
-    /// Whether a transaction was interrupted before the write-ahead log was there.
+    /// Whether a transaction was interrupted before the write-ahead log existed.
     pub(super) fn has_rollback_journal(&self) -> bool {
         fs::metadata(self.beside("-journal")).is_ok_and(|journal| journal.len() > 0)
     }
 
-    /// Locks the file, unless a daemon holds the lock.
+    /// Locks the file. Fails if a conflicting lock is held.
     pub(super) fn lock(&mut self, lock: Lock) -> Result<(), OpenError> {
         let deadline = Instant::now() + PROBED_WITHIN;
         loop {
@@ -273,20 +273,20 @@ impl DatabaseFile {
     }
 
     /// Whether a daemon has the file open by another name. Its write-ahead log is then beside that name, and a second
-    /// one, made here, would destroy the database.
+    /// log, created here, would destroy the database.
     pub(super) fn is_in_use_by_another_name(&self) -> bool {
         let deadline = Instant::now() + PROBED_WITHIN;
         while self.is_in_use() && self.log_bytes().is_none() {
             if Instant::now() > deadline {
                 return true;
             }
-            // The daemon may be just starting.
+            // The daemon may just be starting.
             std::thread::sleep(PROBED_WITHIN / 20);
         }
         false
     }
 
-    /// Why SQLite may not write the file, or create files beside it.
+    /// Why SQLite is not allowed to write the file, or to create files beside it.
     pub(super) fn why_refused(&self) -> Option<OpenError> {
         for path in ["", "-wal", "-shm"].map(|end| self.beside(end)) {
             match access(&path, Access::WRITE_OK).map_err(io::Error::from) {

@@ -1,8 +1,9 @@
 //! Erasure: the text of a conversation is removed from the journal and its files for good, and later text is not
 //! stored.
 //!
-//! The conversation's row stays, marked. The identity of its events stays (kind, time, fingerprint), so that
-//! polling does not ingest them again. All of them count as settled: none waits, is sent, verified or restored.
+//! The conversation's row stays and is marked as forgotten. The identity of its events stays (kind, time, fingerprint),
+//! so that polling does not ingest them again. All of them count as settled: none waits, and none is sent, verified or
+//! restored.
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
@@ -12,10 +13,12 @@ use crate::domain::event::{Event, PartialEvent, fingerprint, page_events};
 use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Millis;
 
-/// How many free pages of the file are overwritten at once. A daemon that wants to write waits no longer than that.
+/// How many free pages of the file are overwritten at once. A daemon that wants to write waits no longer than one such
+/// batch takes.
 const PAGES_AT_ONCE: i64 = 512;
 
-/// How many attempts to empty the log while another process reads it. Each waits as long as a statement does.
+/// How often emptying the log is attempted while another process is reading it. Each attempt waits as long as a
+/// statement does.
 const CHECKPOINTS: u32 = 5;
 
 /// The result of an erasure.
@@ -27,8 +30,8 @@ pub struct Forgotten {
     pub events: i64,
     /// Events that could not be parsed and name the conversation.
     pub unparsed: i64,
-    /// A page of the poll in progress names the conversation and is not ingested yet. It is erased there once the poll
-    /// ends.
+    /// A page of the poll in progress names the conversation and is not ingested yet. Its text there is erased once the
+    /// poll ends.
     pub is_on_new_page: bool,
 }
 
@@ -48,7 +51,7 @@ impl Store {
     }
 
     /// Erases the text of a conversation: in its events, its dead letters with their requests and responses, and the
-    /// pages it is on. A request in flight to OurAPI is not cancelled.
+    /// stored pages. A request in flight to OurAPI is not cancelled.
     pub fn forget(
         &mut self,
         epoch: Epoch,
@@ -147,7 +150,7 @@ impl Store {
     }
 }
 
-/// Erases the stored text of a forgotten conversation, and settles its events. Can be repeated.
+/// Erases the stored text of a forgotten conversation, and settles its events. It can be repeated.
 pub(super) fn erase(
     transaction: &Transaction<'_>,
     conversation: ConversationId,
@@ -172,7 +175,8 @@ pub(super) fn erase(
     Ok(())
 }
 
-/// Moves the offset of a forgotten conversation past all its events. The retention treats them as delivered now.
+/// Moves the offset of a forgotten conversation past all its events. For the retention period, they count as delivered
+/// now.
 pub(super) fn settle(
     transaction: &Transaction<'_>,
     conversation: ConversationId,
@@ -211,8 +215,8 @@ pub(super) fn is_forgotten(connection: &Connection, epoch: Epoch, bigchat_id: i6
         .query_row(params![epoch, bigchat_id], |row| row.get(0))?)
 }
 
-/// An event that could not be parsed stays as a discarded dead letter, so that it is recognized if it is received
-/// again.
+/// Erases an event that could not be parsed. It stays as a discarded dead letter, so that it is recognized if it is
+/// received again.
 pub(super) fn erase_unparsed(
     transaction: &Transaction<'_>,
     event: EventId,
@@ -249,8 +253,8 @@ fn unparsed(connection: &Connection, bigchat_id: i64) -> Result<Vec<(EventId, Ep
     Ok(events)
 }
 
-/// Erases a conversation from the ingested pages of the poll in progress. From then on these pages serve only for
-/// counting. Returns whether it is on a page that is not ingested yet.
+/// Erases a conversation from the ingested pages of the poll in progress. From then on, these pages serve only for
+/// counting. Returns whether the conversation is on a page that is not ingested yet.
 fn erase_pages(transaction: &Transaction<'_>, bigchat_id: i64) -> Result<bool> {
     let pages: Vec<(i64, bool)> = transaction
         .prepare("SELECT id, ingested FROM inbox ORDER BY id")?
@@ -277,7 +281,7 @@ fn erase_pages(transaction: &Transaction<'_>, bigchat_id: i64) -> Result<bool> {
     Ok(is_on_new_page)
 }
 
-/// The page with only the keys of the conversation's events. `None`: it has none.
+/// The page, with the conversation's events replaced by their keys. `None`: it has none of them.
 fn without_text(body: &str, bigchat_id: i64) -> Option<String> {
     let (mut events, mut is_changed) = (Vec::new(), false);
     page_events(body, |raw| {

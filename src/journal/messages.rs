@@ -9,8 +9,8 @@ use crate::domain::ids::{ConversationId, Epoch, EventId};
 use crate::domain::time::Timestamp;
 
 impl Store {
-    /// The messages of a conversation in order of arrival, each with whether OurAPI has it, as far as known. Waiting
-    /// messages up to `replay_until` may have been sent. Those delivered before the chat was lost may be there, if the
+    /// The messages of a conversation in order of arrival, each with its [`MessageState`]. Waiting messages up to
+    /// `replay_until` may have been sent. Messages delivered before the chat was lost may still be in OurAPI if the
     /// loss is false.
     pub fn recorded_messages(
         &mut self,
@@ -56,7 +56,7 @@ impl Store {
         Ok(messages)
     }
 
-    /// The earliest time named by an event of a conversation.
+    /// The earliest event time of a conversation.
     pub fn earliest_event(&mut self, conversation: ConversationId) -> Result<Option<Timestamp>> {
         Ok(self
             .connection

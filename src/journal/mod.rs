@@ -1,10 +1,10 @@
-//! The journal stores every event in SQLite before it is processed, then its outcome. It also stores what is known
+//! The journal stores every event in SQLite before it is processed, and then its outcome. It also stores what is known
 //! about both APIs.
 //!
 //! All SQL is here, as named operations of [`Store`]. One thread works on the database, so that no async thread waits
 //! for a disk. [`Journal::with`] passes it one operation at a time. An operation that writes is one transaction, and no
-//! transaction is open across a request. The journal does not decide about delivery or polling; it stores their
-//! decisions.
+//! transaction is open across a request. The journal selects due conversations. All other decisions about delivery and
+//! polling are made by their modules and only stored here.
 
 mod activity;
 mod api_status;
@@ -67,7 +67,7 @@ pub use verification::{Difference, Scope, VerificationProgress};
 /// Why an operation failed.
 #[derive(Debug, Error)]
 pub enum JournalError {
-    /// SQLite or the disk refuses. Nothing was changed; it may succeed later.
+    /// SQLite or the disk refused the operation. Nothing was changed; the operation may succeed later.
     #[error("cannot use the database: {0}")]
     Sqlite(#[from] rusqlite::Error),
     /// A row that this program never writes. The database was edited.
@@ -97,9 +97,9 @@ pub const UNREADABLE: &str = "UNREADABLE";
 /// How long to wait after the database has refused an operation.
 pub const STORAGE_PAUSE: Duration = Duration::from_secs(1);
 
-/// The size of a trial write in bytes. A failed write of the daemon leaves space in the write-ahead log, which can be
-/// overwritten even on a full disk. The trial write is usually larger.
-const PROBE: i64 = 64 << 10;
+/// The size of a trial write in bytes. Space that a failed write left in the write-ahead log can be reused even on a
+/// full disk. The trial write is usually larger than that space, so that it fails if the disk is full.
+const TRIAL_WRITE: i64 = 64 << 10;
 
 /// An operation on the database, including the return of its result.
 pub(crate) type Operation = Box<dyn FnOnce(&mut Store) + Send>;
@@ -137,8 +137,8 @@ impl Store {
         schema::open_for_daemon(path).map(Self::over)
     }
 
-    /// Opens the database for reading, also while a daemon works on it. An older version is upgraded first, unless a
-    /// daemon works on it.
+    /// Opens the database for reading, even while a daemon is using it. An older version is upgraded first; that fails
+    /// while an older daemon is using it.
     pub fn open_reader(path: &Path) -> std::result::Result<Self, OpenError> {
         schema::open_reader(path).map(Self::over)
     }
@@ -194,7 +194,10 @@ impl Store {
     pub fn try_to_write(&mut self) -> Result<()> {
         self.in_place()?;
         let transaction = self.begin()?;
-        transaction.execute("INSERT INTO scratch (zeros) VALUES (zeroblob(?1))", [PROBE])?;
+        transaction.execute(
+            "INSERT INTO scratch (zeros) VALUES (zeroblob(?1))",
+            [TRIAL_WRITE],
+        )?;
         let id = transaction.last_insert_rowid();
         transaction.commit()?;
         self.connection
@@ -221,7 +224,7 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// If the operating system refuses a thread.
+    /// If the operating system refuses to create a thread.
     pub fn start(store: Store) -> std::io::Result<Self> {
         Ok(Self::over(Thread::start(store)?))
     }
@@ -257,7 +260,7 @@ impl Thread {
             for operation in queue {
                 // The transaction is rolled back and the caller receives an error. Other operations continue.
                 if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
-                    tracing::error!("an operation of the journal panicked; this is a bug");
+                    tracing::error!("a journal operation panicked, which is a bug");
                 }
             }
         })?;
@@ -284,14 +287,12 @@ impl Drop for Thread {
         if let Some(handle) = self.handle.take()
             && handle.join().is_err()
         {
-            tracing::error!(
-                "the thread of the journal panicked; this is a bug, restart the daemon"
-            );
+            tracing::error!("the journal thread panicked, which is a bug; restart the daemon");
         }
     }
 }
 
-/// A count, for which SQL has no unsigned type.
+/// Reads a count. SQL has no unsigned type.
 fn unsigned(row: &Row<'_>, index: usize) -> rusqlite::Result<u64> {
     Ok(u64::try_from(row.get::<_, i64>(index)?).unwrap_or_default())
 }
@@ -301,7 +302,7 @@ fn count(row: &Row<'_>) -> rusqlite::Result<u64> {
     unsigned(row, 0)
 }
 
-/// A limit of rows, as SQL takes it.
+/// A limit on rows, as SQL takes it.
 fn limit(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
@@ -311,7 +312,7 @@ fn present<T>(value: Option<T>, what: impl FnOnce() -> String) -> Result<T> {
     value.ok_or_else(|| JournalError::InvalidRow(what()))
 }
 
-/// The payload of a stored event. The log shows the error, so it does not quote the data.
+/// The payload of a stored event. The error does not quote the data, because errors are logged.
 fn payload(name: &str, data: Option<&str>) -> Result<Payload> {
     let kind = EventKind::from_name(name);
     let payload = kind.and_then(|kind| Payload::from_data(kind, data).ok());
@@ -323,7 +324,7 @@ mod tests {
     use super::*;
 
     impl Store {
-        /// A database in memory, opened like a daemon's. A new one only gets the schema.
+        /// A database in memory, opened like a daemon's. Only a new one gets the schema.
         pub(crate) fn in_memory(mut connection: Connection, new: bool) -> rusqlite::Result<Self> {
             schema::prepare(&connection)?;
             connection.pragma_update(None, "foreign_keys", true)?;

@@ -7,7 +7,7 @@ use crate::domain::pause::Pause;
 use crate::domain::time::Millis;
 
 impl Store {
-    /// The latest pause, unless it was ended. Its time may be over.
+    /// The latest pause, unless it was ended. It may have expired.
     pub fn pause(&mut self) -> Result<Option<Pause>> {
         Ok(latest(&self.connection)?.0)
     }
@@ -31,7 +31,7 @@ impl Store {
     }
 }
 
-/// The latest pause, unless it was ended, and when the previous one ended, if it was ended.
+/// The latest pause, unless it was ended, and when it was ended, if it was.
 pub(super) fn latest(connection: &Connection) -> Result<(Option<Pause>, Option<Millis>)> {
     let mut statement =
         connection.prepare_cached("SELECT paused_at, paused_until, resumed_at FROM control")?;

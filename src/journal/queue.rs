@@ -1,7 +1,7 @@
 //! The queue: which conversations are due, and which of their events wait.
 //!
-//! The waiting events of a conversation follow from its offset: those above it that are no dead letters, and its
-//! redeliveries. A claim writes nothing.
+//! The waiting events of a conversation follow from its offset: those above it that are not dead letters, and its
+//! redeliveries. A claim is recorded only in memory.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -19,8 +19,8 @@ use crate::domain::ids::{ConversationId, EventId, VerificationId};
 use crate::domain::progress::{Claim, IdlePass, Work};
 use crate::domain::time::Millis;
 
-/// How many events of one conversation are claimed at once. A long conversation then neither fills the memory nor
-/// delays others.
+/// How many events of one conversation are claimed at once. A long conversation then neither fills memory nor delays
+/// others.
 const EVENTS_PER_CLAIM: usize = 200;
 
 /// How many bytes of messages are claimed at once. The message that exceeds the limit is included.
@@ -33,21 +33,21 @@ pub struct ClaimRequest {
     pub verifications_only: bool,
     /// The pass in idle time, which continues if nothing else is due.
     pub idle_pass: Option<IdlePass>,
-    /// The claim serves to probe OurAPI. Conversations without a failed waiting event come first, so that an event that
-    /// always fails does not prevent attempts of others.
+    /// The claim is for a probe of OurAPI. Conversations without a failed waiting event come first, so that an event
+    /// that always fails does not block all others.
     pub probe: bool,
     /// The maximum number of conversations.
     pub conversations: usize,
     /// The maximum bytes of messages. The conversation that exceeds it is included.
     pub bytes: usize,
-    /// Conversations that are claimed already.
+    /// Conversations that are already claimed.
     pub exclude: HashSet<ConversationId>,
     pub session: i64,
-    /// This machine's clock was set back, so everything is due now. What may still be in flight is due after
-    /// `request_timeout`.
+    /// This machine's clock was set back, so everything is due now. If a request may still be in flight, its
+    /// conversation is due after `request_timeout`.
     pub clock_set_back: bool,
     pub request_timeout: Duration,
-    /// Nothing waits longer. If something is due later, this machine's clock was ahead when that was recorded.
+    /// The longest possible wait. If something is due later, this machine's clock was ahead when the time was recorded.
     pub max_wait: Duration,
 }
 
@@ -55,7 +55,7 @@ pub struct ClaimRequest {
 #[derive(Debug, Default)]
 pub struct Claimed {
     pub work: Vec<Work>,
-    /// More is due than was requested.
+    /// More conversations may be due than were requested.
     pub is_more: bool,
     /// When the next other conversation is due.
     pub next_due: Option<Millis>,
@@ -139,7 +139,7 @@ impl Store {
     }
 
     /// Makes everything due now that would be due later. An event that may have been delivered is due after `pause`,
-    /// because it is not known how long it has waited.
+    /// because it is not known how long it has been waiting.
     fn make_due(&mut self, pause: Duration, now: Millis) -> Result<()> {
         let transaction = self.begin()?;
         transaction.execute(
@@ -153,12 +153,12 @@ impl Store {
         Ok(transaction.commit()?)
     }
 
-    /// How many events wait.
+    /// How many events are waiting.
     pub fn waiting(&mut self) -> Result<u64> {
         count_waiting(&self.connection)
     }
 
-    /// Whether any event waits.
+    /// Whether any event is waiting.
     pub fn is_any_waiting(&mut self) -> Result<bool> {
         Ok(self
             .connection
@@ -234,7 +234,7 @@ fn next_due(connection: &Connection, now: Millis) -> Result<Option<Millis>> {
         .query_row([now], |row| row.get(0))?)
 }
 
-/// Loads a conversation with up to this many of its waiting events.
+/// Loads a conversation with up to `at_most` of its waiting events.
 pub(super) fn load(
     connection: &Connection,
     id: ConversationId,
@@ -412,7 +412,7 @@ fn read_pending(
     })
 }
 
-/// Marks the messages that OurAPI was found to have, each copy once.
+/// Marks the messages for which there is a credit, using each credit once.
 fn credit(
     connection: &Connection,
     conversation: ConversationId,

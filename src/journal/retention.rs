@@ -10,8 +10,8 @@ use super::{Result, Store};
 use crate::domain::ids::{ConversationId, EventId};
 use crate::domain::time::Millis;
 
-/// The next window may report events slightly older than its start again: it has whole seconds, and a MESSAGE can be
-/// dated before its START.
+/// The next window may report events again that are slightly older than its start: times are in whole seconds, and a
+/// MESSAGE can be dated before its START.
 const MARGIN: Duration = Duration::from_secs(60);
 
 /// The result of [`Store::prune`].
@@ -19,7 +19,7 @@ const MARGIN: Duration = Duration::from_secs(60);
 pub struct Pruned {
     /// How many events were dropped.
     pub dropped: usize,
-    /// There may be more to drop. Each call drops something then, so a loop ends.
+    /// There may be more to drop. In that case, the call dropped something, so a loop ends.
     pub is_more: bool,
 }
 
@@ -34,8 +34,8 @@ struct Old {
 impl Store {
     /// Drops events that were delivered or discarded at least `retention` ago by this machine's clock and happened as
     /// long ago by BigChat's. Both clocks must agree, because either may be wrong. Events that the next window could
-    /// report again stay: `reach` is how far before the cursor it may begin. Drops about `at_most` at a time, so that
-    /// other operations do not wait.
+    /// report again stay: `reach` is how far before the cursor that window may begin. Drops about `at_most` at a time,
+    /// so that other operations do not wait.
     pub fn prune(
         &mut self,
         retention: Duration,
@@ -111,7 +111,7 @@ impl Store {
     }
 }
 
-/// A chat without stored events cannot be verified.
+/// Excludes a chat from verification if none of its events is stored any longer.
 fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Result<()> {
     connection
         .prepare_cached(
@@ -122,7 +122,7 @@ fn leave_unverified(connection: &Connection, conversation: ConversationId) -> Re
     Ok(())
 }
 
-/// The event was delivered, and has no later delivery.
+/// SQL condition: the event is old enough, was delivered, and was not delivered again recently.
 macro_rules! is_droppable {
     ($happened_before:literal, $delivered_before:literal) => {
         concat!(
@@ -138,8 +138,8 @@ macro_rules! is_droppable {
 }
 
 /// Delivered events stay while another event of their conversation may still be sent: one that waits, or a dead letter,
-/// even a discarded one, which may be reopened. The others of its second are needed to find its message in OurAPI.
-/// And if an equal event were dropped and received again, it would be taken for the one that waits.
+/// even a discarded one, which may be reopened. The other events of the same second are needed to find its message in
+/// OurAPI. And if an equal event were dropped and received again, it would be taken for the waiting one.
 const OLD: &str = concat!(
     "SELECT d.id, d.conversation, d.from_event, d.through FROM deliveries d
      WHERE d.delivered_at < ?1
@@ -158,7 +158,7 @@ const DROP: &str = concat!(
     is_droppable!("?4", "?5")
 );
 
-/// The same for discarded events. One that could not be parsed may have happened when it was received.
+/// The same for discarded events. An event that could not be parsed may have happened as late as it was received.
 const DROP_DISCARDED: &str = "DELETE FROM events WHERE id IN (
         SELECT d.event FROM dead_letters d JOIN events e ON e.id = d.event
         WHERE d.discarded_at < ?1 AND max(e.event_at, e.received_at / 1000) < ?2
@@ -205,8 +205,8 @@ mod tests {
         store
     }
 
-    /// The same with messages of conversations 1 to `conversations`, `each` of them in one delivery at `at`, when they
-    /// happened.
+    /// The same with `each` messages of every conversation from 1 to `conversations`. Each conversation has one
+    /// delivery, at `at`, when its messages happened.
     fn journal(conversations: usize, each: usize, at: i64, cursor: i64) -> Store {
         let messages: Vec<String> = (0..conversations * each)
             .map(|n| {
@@ -259,8 +259,8 @@ mod tests {
         }
     }
 
-    /// Deliveries are dropped whole, so that a batch may drop more than its limit. A delivery whose events are gone
-    /// adds nothing to the number. Neither ends the loop early.
+    /// Deliveries are dropped as a whole, so that a batch may drop more than its limit. A delivery whose events are
+    /// gone adds nothing to the count. Neither ends the loop early.
     #[test]
     fn batches_continue_to_the_end() {
         let at = 100 * DAY;

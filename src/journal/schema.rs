@@ -35,7 +35,7 @@ const WAL_SIZE: i64 = 8 << 20;
 /// users could read a file that SQLite creates.
 const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
 
-/// A database and its file, which must stay open for longer.
+/// A connection to a database, and the database's file, which must stay open longer.
 pub(super) type Opened = (Connection, DatabaseFile);
 
 /// Opens the database for a daemon. Locks it, creates it if it does not exist, makes it private, and upgrades it.
@@ -56,7 +56,8 @@ pub(super) fn open_for_daemon(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the database for a command beside the daemon. Upgrades it, unless an older daemon uses it.
+/// Opens the database for a command beside the daemon. Upgrades it first if needed; that fails while an older daemon is
+/// using it.
 pub(super) fn open_shared(path: &Path) -> Result<Opened, OpenError> {
     let mut file = open_existing(path)?;
     let mut connection = connect(&file)?;
@@ -82,7 +83,7 @@ pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
         Err(error) if is_refused(&error) && file.has_log() => {
             return Err(OpenError::LogUnreadable(path.to_owned()));
         }
-        // SQLite cannot create a file beside it. It needs none unless a daemon runs.
+        // SQLite cannot create a file beside the database. It needs none unless a daemon is running.
         Err(error) if is_refused(&error) => {
             file.lock(Lock::Reader)?;
             connect_to_unchanging(file.path())
@@ -97,7 +98,7 @@ pub(super) fn open_reader(path: &Path) -> Result<Opened, OpenError> {
     Ok((connection, file))
 }
 
-/// Opens the file of one of our databases, and creates and changes nothing.
+/// Opens the file of one of our databases, without creating or changing anything.
 fn open_existing(path: &Path) -> Result<DatabaseFile, OpenError> {
     let file = DatabaseFile::open(path)?;
     if !inspect(&file)? {
@@ -141,14 +142,14 @@ pub(super) fn sqlite(path: &Path, source: rusqlite::Error) -> OpenError {
     }
 }
 
-/// Whether SQLite may not write, or may not create the files it needs.
+/// Whether SQLite was not allowed to write, or to create the files it needs.
 fn is_refused(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{CannotOpen, ReadOnly};
     matches!(error.sqlite_error_code(), Some(CannotOpen | ReadOnly))
 }
 
-/// Reads the heads of all tables, without creating or changing a file, because a damaged database must stay as it is. A
-/// full check would take time in proportion to the size.
+/// Reads the first row of each table, without creating or changing a file, because a damaged database must stay as it
+/// is. A full check would take time in proportion to the size.
 fn check_tables(file: &DatabaseFile) -> Result<(), OpenError> {
     // With a log, reading would need the `-shm` file.
     if file.has_log() {
@@ -181,12 +182,13 @@ fn inspect(file: &DatabaseFile) -> Result<bool, OpenError> {
         path: path.to_owned(),
         source,
     })?;
-    // The power failed while SQLite wrote the first page of a new one: it undoes that with its rollback journal.
+    // The power failed while SQLite was writing the first page of a new database. SQLite undoes that with its rollback
+    // journal.
     let is_unwritten = header.iter().all(|byte| *byte == 0) && file.has_rollback_journal();
     if header.is_empty() || is_unwritten {
         return Ok(false);
     }
-    // Offsets by SQLite's file format: user version at 60, application id at 68, both big-endian.
+    // Offsets in SQLite's file format: user version at 60, application id at 68, both big-endian.
     let field = |offset: usize| {
         header
             .get(offset..offset + 4)
@@ -256,8 +258,8 @@ fn connect_to(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Opens the database for reading, with write access if possible: the last process to close a database cleans up its
-/// files.
+/// Opens the database for reading, with write access if possible, because the last process to close a database cleans
+/// up its files.
 fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, WRITING)?;
     prepare(&connection)?;
@@ -281,7 +283,7 @@ fn connect_to_unchanging(path: &Path) -> rusqlite::Result<Connection> {
 
 pub(super) fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    // Query plans must not depend on the values, else SQLite plans statements again for each new value.
+    // Query plans must not depend on the values, or SQLite would plan statements again for each new value.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(())
@@ -297,7 +299,7 @@ pub(super) fn upgrade(connection: &mut Connection, from: usize) -> rusqlite::Res
         return Ok(());
     }
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    // A command beside the daemon may have migrated meanwhile.
+    // Another process may have upgraded it meanwhile.
     let found = usize::try_from(version(&transaction)?).unwrap_or(from);
     let Some(migrations @ [_, ..]) = MIGRATIONS.get(found..) else {
         return Ok(());
@@ -369,7 +371,7 @@ mod tests {
         refused_untouched(|error| matches!(error, OpenError::Newer { found: 99, .. }));
     }
 
-    /// The size of a new database has reached the disk, its first page has not, and the rollback journal says how to
+    /// The size of a new database has reached the disk, but its first page has not. The rollback journal says how to
     /// undo both.
     #[test]
     fn power_cut_during_the_first_write() {
@@ -391,7 +393,7 @@ mod tests {
         );
     }
 
-    /// A database that an older daemon uses is not upgraded.
+    /// A database that an older daemon is using is not upgraded.
     #[test]
     fn database_of_older_daemon_stays_unchanged() {
         let directory = tempfile::tempdir().expect("a directory");

@@ -1,4 +1,4 @@
-//! Whether the journal can be written, as polling and delivery find it.
+//! Whether the journal can be written, as seen by polling and delivery.
 
 use std::sync::Mutex;
 

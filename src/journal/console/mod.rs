@@ -25,10 +25,10 @@ pub use rows::{
 /// How many rows a page has.
 const PAGE: usize = 50;
 
-/// How many failed events are searched for a page of those with one reason.
+/// How many failed events are searched for one page of those with a given reason.
 const SEARCHED: usize = 10_000;
 
-/// How many agents the beginning of an address may match.
+/// How many agents a search may match.
 const AGENTS: usize = 20;
 
 /// How many waiting or failed events of a conversation are counted.
@@ -50,7 +50,7 @@ pub enum Search {
     Latest,
     /// BigChat's id of a conversation.
     Conversation(i64),
-    /// OurAPI's external id of a chat, and BigChat's id in it.
+    /// OurAPI's external id of a chat, and the BigChat id that it contains.
     ExternalId(String, i64),
     /// OurAPI's id of a chat or an agent.
     Id(Uuid),
@@ -111,7 +111,7 @@ impl Store {
         })
     }
 
-    /// The failed events of one reason after `after`, the oldest first.
+    /// The failed events with that reason after event `after`, oldest first.
     pub fn failed_for(&mut self, reason: &str, after: EventId) -> Result<Page<FailedRow>> {
         let transaction = self.connection.transaction()?;
         let mut statement = transaction.prepare_cached(FAILED)?;
@@ -195,7 +195,7 @@ impl Store {
         Ok((rows.collect::<Result<_>>()?, more))
     }
 
-    /// Events that could not be parsed but name this conversation, as far as they are searched.
+    /// Events that could not be parsed but name this conversation, among the latest ones.
     pub fn unparsed_of(&mut self, conversation: i64) -> Result<Vec<EventId>> {
         let mut statement = self.connection.prepare_cached(UNPARSED)?;
         let mut events = statement.query([limit(SEARCHED)])?;
@@ -285,7 +285,7 @@ const WHOLE: &str = "SELECT e.id, e.kind, c.bigchat_id, e.conversation, c.chat_i
     FROM event_states e LEFT JOIN attempts a ON a.event = e.id LEFT JOIN conversations c ON c.id = e.conversation
     WHERE e.id = ?2";
 
-/// Conversations with at least one event. Conversation 1 may be known only as a probe.
+/// Conversations with a chat or an event. Others may be known only as probe conversations.
 const LATEST: &str = "SELECT id FROM conversations c
     WHERE external_id IS NOT NULL OR EXISTS (SELECT 1 FROM events e WHERE e.conversation = c.id)
     ORDER BY id DESC LIMIT ?1";

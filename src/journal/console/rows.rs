@@ -14,11 +14,11 @@ use crate::journal::{FailedAttempt, PastResolution};
 pub struct Activity {
     /// The first minute, in Unix seconds / 60.
     pub from: i64,
-    /// The last minute, which is not over.
+    /// The last minute, which is not over yet.
     pub to: i64,
     /// The length of an interval, in minutes.
     pub step: i64,
-    /// The names of all kinds of events; last, the one of events that could not be parsed.
+    /// The names of all kinds of events. The last is that of events that could not be parsed.
     pub kinds: Vec<&'static str>,
     /// The intervals with activity.
     pub minutes: Vec<Minutes>,
@@ -79,7 +79,7 @@ pub struct FoundEvent {
 }
 
 named! {
-    /// What became of an event, as the view `event_states` has it.
+    /// The state of an event, as in the view `event_states`.
     EventState {
         Waiting = "waiting",
         Delivered = "delivered",
@@ -121,7 +121,7 @@ pub struct WholeEvent {
     pub outcome_unknown: bool,
     /// Why the last attempt failed.
     pub reason: Option<String>,
-    /// Whether a retry can never succeed.
+    /// Whether a retry is pointless unless this program or OurAPI changes.
     pub permanent: bool,
     /// The last request.
     pub request: Option<String>,
@@ -138,13 +138,13 @@ pub struct WholeEvent {
 pub struct ConversationRow {
     /// The key in the journal, which is never reused.
     pub key: ConversationId,
-    /// BigChat's id of it.
+    /// BigChat's id of the conversation.
     pub conversation: i64,
     /// The epoch in which it has that id.
     pub epoch: Epoch,
     /// The current epoch.
     pub current_epoch: Epoch,
-    /// When it started, by BigChat's clock as all of these.
+    /// When it started, by BigChat's clock, like all times of conversation and chat.
     pub started_at: Option<Timestamp>,
     /// When it ended, by the latest END that was delivered.
     pub ended_at: Option<Timestamp>,
@@ -154,7 +154,7 @@ pub struct ConversationRow {
     pub transfer_advisor: Option<i64>,
     /// The time of that TRANSFER.
     pub transfer_at: Option<Timestamp>,
-    /// The state of BigChat's details of it.
+    /// Whether its details were read from BigChat.
     pub details: Details,
     /// OurAPI's external id of the chat.
     pub external_id: Option<String>,
@@ -168,7 +168,7 @@ pub struct ConversationRow {
     pub chat_agent: Option<String>,
     /// The agent's name.
     pub agent_name: Option<String>,
-    /// The agent's address.
+    /// The agent's e-mail address.
     pub agent_email: Option<String>,
     /// Why the chat has no agent; `None`: it has one.
     pub no_agent: Option<String>,
@@ -178,11 +178,11 @@ pub struct ConversationRow {
     pub forgotten_by: Option<String>,
     /// Whether the chat is read back before anything is sent, for example because the outcome of a change is unknown.
     pub stale: bool,
-    /// How many of its events wait, counted up to a limit.
+    /// How many of its events are waiting, counted up to a limit.
     pub waiting: u64,
     /// Its failed events, up to a limit.
     pub failed: Vec<EventId>,
-    /// Whether a retry can never succeed for any of these.
+    /// Whether retrying is pointless for all of these unless this program or OurAPI changes.
     pub permanent: bool,
 }
 

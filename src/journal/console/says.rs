@@ -87,7 +87,7 @@ mod tests {
                 Some(r#"{"message":"a\u0000b"}"#),
                 Some(r#"{"message":"a\u0000b"}"#),
             ),
-            // No version of this program stores that.
+            // No version of this program stores such data.
             ("MESSAGE", Some("[]"), Some("[]")),
         ] {
             let says = event(name, data.map(str::to_owned));

@@ -66,7 +66,7 @@ impl Reported {
     }
 }
 
-/// All events that BigChat may report of a conversation. The last message fills a claim alone.
+/// All events that BigChat may report of a conversation. The last message is large enough to fill a claim.
 static EVENTS: LazyLock<Vec<Reported>> = LazyLock::new(|| {
     let message = |text: &str| serde_json::json!({ "message": text });
     [
@@ -136,7 +136,7 @@ struct Script {
     found: Found,
     /// Which delivered messages are missing.
     missing: Vec<bool>,
-    /// How many unaccounted copies OurAPI has of each message.
+    /// How many copies of each message in OurAPI are not accounted for.
     credits: [u32; 2],
 }
 
@@ -424,7 +424,7 @@ impl Pair {
         in_memory.count() - request.exclude.len()
     }
 
-    /// Compares what was claimed of a conversation.
+    /// Compares a claimed conversation with the model.
     fn claimed(&mut self, work: Work) {
         let id = work.conversation.id.0;
         let before = &self.plain.conversations[&id];
@@ -720,7 +720,7 @@ impl Pair {
         }
     }
 
-    /// The last report of a batch cannot be committed, so that none is.
+    /// The last report of a batch cannot be committed, so none of them is.
     fn refuse(&mut self) {
         let mut reports = self.ended.iter().filter_map(|ended| match ended {
             Ended::Report(report) => Some(report),
@@ -823,7 +823,7 @@ impl Pair {
         self.plain.dropped(&of_gone);
     }
 
-    /// Checks that both agree, and the invariants of either.
+    /// Checks that both agree, and the invariants of each.
     fn compare(&mut self) {
         self.compare_events();
         self.compare_conversations();
@@ -1077,7 +1077,7 @@ fn script() -> impl Strategy<Value = Script> {
         pause,
         outcome_unknown,
     });
-    // A change of the chat is done first, and a message before it waits.
+    // A change of the chat is delivered first, while a message that precedes it still waits.
     let change = prop_oneof![Just(Fate::Delivered), Just(Fate::Rejected)];
     let fates = prop_oneof![
         3 => proptest::collection::vec(fate(), 1..5),
@@ -1154,7 +1154,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Few enough for seconds, unless `PROPTEST_CASES` sets another number.
+/// Few enough cases to run in seconds, unless `PROPTEST_CASES` sets another number.
 fn config() -> ProptestConfig {
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => ProptestConfig::default(),
@@ -1173,7 +1173,8 @@ proptest! {
     }
 }
 
-/// A chat that a verification has found to differ, and that is lost and created again, is verified again by it.
+/// A chat that differs in a verification, and is then lost and created again, is verified again by the same
+/// verification.
 #[test]
 fn chat_differs_twice_in_a_verification() {
     let script = |found, missing| Script {

@@ -44,7 +44,7 @@ pub(super) struct Event {
     pub(super) state: State,
     pub(super) attempts: Attempts,
     pub(super) next_at: Option<i64>,
-    /// It was processed, in order of arrival. If it waits, it is to be sent again, alone.
+    /// It was processed, in order of arrival. If it waits, it is a redelivery.
     pub(super) passed: bool,
     /// It waits because OurAPI has lost it.
     pub(super) lost: bool,
@@ -85,7 +85,7 @@ pub(super) struct Claimed {
     /// The latest verification of all chats, and of this one.
     pub(super) verifications: i64,
     pub(super) verified_in: Option<i64>,
-    /// No event was processed in a chat yet.
+    /// No event has been processed in a chat yet.
     pub(super) is_first: bool,
 }
 
@@ -95,7 +95,7 @@ pub(super) struct Conversation {
     pub(super) claimed: Option<Claimed>,
     pub(super) stale: bool,
     pub(super) has_chat: bool,
-    /// When it was created.
+    /// An external id was chosen for its chat.
     pub(super) is_known: bool,
     pub(super) verified_losses: i64,
     pub(super) is_read: bool,
@@ -113,7 +113,7 @@ pub(super) struct Request {
     pub(super) id: i64,
     pub(super) idle: bool,
     pub(super) repair: bool,
-    /// All chats, or this one.
+    /// `None`: all chats.
     pub(super) conversation: Option<i64>,
     pub(super) began_at: i64,
     pub(super) ended_at: Option<i64>,
@@ -141,7 +141,7 @@ pub(super) struct Plain {
     pub(super) losses: i64,
     pub(super) events: BTreeMap<i64, Event>,
     pub(super) conversations: BTreeMap<i64, Conversation>,
-    /// In order. Of the passes only the latest.
+    /// In order. Only the latest pass in idle time is included.
     pub(super) requests: Vec<Request>,
     pub(super) last_request: i64,
     pub(super) counted: Counted,
@@ -202,7 +202,7 @@ impl Plain {
         self.cursor = Some(self.now / 1000);
     }
 
-    /// The due conversations, the longest due first. A probe prefers those that have never failed.
+    /// The due conversations, the longest due first. A probe prefers one without a failed waiting event.
     pub(super) fn due(&self, at_most: usize, probe: bool) -> Vec<i64> {
         let mut due: Vec<(i64, i64)> = self
             .conversations
@@ -328,7 +328,7 @@ impl Plain {
         self.events.values().any(|event| event.conversation == id)
     }
 
-    /// Events were dropped.
+    /// Records that events of these conversations were dropped.
     pub(super) fn dropped(&mut self, conversations: &BTreeSet<i64>) {
         for id in conversations {
             if !self.has_events(*id) {
@@ -494,7 +494,7 @@ impl Plain {
         let is_verification = report.verified != Verified::NotAsked;
         let conversation = self.conversation(id);
         conversation.due = match conversation.due {
-            // A verification comes at any time, and makes nothing due earlier.
+            // A verification may end at any time, and makes nothing due earlier.
             Some(before) if is_verification => Some(due.unwrap_or(before).max(before)),
             None if is_verification => due.filter(|_| is_certain),
             _ => due,
@@ -512,7 +512,7 @@ impl Plain {
         }
     }
 
-    /// Returns whether new events must be checked again.
+    /// Returns whether the conversation is due again at once.
     fn observe(&mut self, id: i64, claimed: &Claimed, observation: &Observation) -> bool {
         let losses = self.losses;
         let conversation = self.conversation(id);
@@ -590,7 +590,7 @@ impl Plain {
             self.mark_stale(conversation);
         }
         let due = &mut self.conversation(conversation).due;
-        // A write that may still be in flight continues to wait.
+        // If a write may still be in flight, the conversation must not become due earlier.
         *due = due.filter(|_| was_stale).or(Some(now));
     }
 
@@ -669,7 +669,7 @@ impl Plain {
         (may_be, must_be)
     }
 
-    /// Whether OurAPI has each message of a conversation, as far as known.
+    /// Whether OurAPI has each message of a conversation, as far as the journal knows.
     pub(super) fn message_states(
         &self,
         conversation: i64,
