@@ -1,4 +1,4 @@
-//! Locking a mutex, in one place because of what to do after a panic.
+//! Locks mutexes, in one place so that a panic is handled in the same way everywhere.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,4 +1,4 @@
-//! Users of this machine: the user who runs a command, and the user whose process has the other end of a connection.
+//! Users of this machine: the user who runs a command, and the user whose process is at the other end of a connection.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -40,7 +40,7 @@ fn name_in(passwd: &str, uid: u32) -> Option<&str> {
     })
 }
 
-/// Whether this user may do whatever the daemon may: the daemon's own, or root.
+/// Whether this user may do everything that the daemon may: it is the daemon's own user, or root.
 pub fn is_trusted(uid: u32) -> bool {
     trusts(geteuid().as_raw(), uid)
 }
@@ -49,7 +49,7 @@ fn trusts(own: u32, uid: u32) -> bool {
     uid == ROOT || uid == own && uid != OVERFLOW
 }
 
-/// The user whose process has the other end of a connection within this machine, according to Linux; `None`: unknown.
+/// The user whose process is at the other end of a connection within this machine, according to Linux; `None`: unknown.
 pub fn of_peer(peer: SocketAddr, local: SocketAddr) -> Option<u32> {
     let read = || {
         // /proc/net is hidden by systemd's ProcSubset=pid.

@@ -1,4 +1,4 @@
-//! The version. A build receives its commit by two variables of the environment:
+//! The version. A build receives its commit in two environment variables:
 //!
 //! ```sh
 //! BIGCHAT_SYNC_BUILD_COMMIT=$(git rev-parse --short=12 HEAD) BIGCHAT_SYNC_BUILD_DATE=$(git log -1 --format=%cs) cargo build --release

@@ -10,7 +10,8 @@ use crate::domain::time::Millis;
 /// Maximum wait between two probes. With `--retry-max` alone, the end of a long outage could go unnoticed for minutes.
 const PROBE_MAX: Duration = Duration::from_secs(30);
 
-/// How many failures in a row open the circuit. The first may be specific to its request, so another is sent at once.
+/// How many failures in a row open the circuit. The first may be specific to its request, so another request is sent at
+/// once.
 const OPEN_AFTER: u32 = 2;
 
 /// How many failures in a row are an outage. Two may be a single dropped connection; two further failed probes take at
@@ -30,7 +31,7 @@ pub enum Circuit {
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Breaker {
-    /// In a row.
+    /// How many in a row.
     failures: u32,
     /// The route of the latest failure.
     failed: Option<Route>,
@@ -40,7 +41,8 @@ pub(super) struct Breaker {
 
 impl Breaker {
     /// Records a success and returns whether the circuit is closed. After a failure of another route, a read proves
-    /// nothing, except of events: a chat that is read back during an outage of writes must not end that outage.
+    /// nothing, unless it is one of events: a chat that is read back during an outage of writes must not end that
+    /// outage.
     pub(super) fn succeeded(&mut self, route: Route) -> bool {
         let proves_all = !route.is_read() || route == Route::Events;
         if !proves_all && self.failed.is_some_and(|failed| failed != route) {

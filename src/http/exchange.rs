@@ -34,7 +34,7 @@ pub struct Exchange {
 /// A fault of a response, without customers' text or credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// To this scheme and host, if there was a location.
+    /// A redirect to this scheme and host; `None`: there was no location.
     Redirect(Option<String>),
     /// A 403 with an HTML page, which no API sends.
     Firewall,
@@ -113,7 +113,7 @@ pub fn unreadable(body: &[u8], error: &serde_json::Error) -> String {
 }
 
 impl Exchange {
-    /// `response`: the reason if there was none.
+    /// Records a request and its response, or the reason why there was none.
     pub(super) fn new(
         target: &Target,
         body: Option<&impl serde::Serialize>,

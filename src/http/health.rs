@@ -1,7 +1,7 @@
-//! The state of an API, by the results of ordinary requests, and its rate limit. Changes are logged.
+//! The state of an API, as shown by the results of ordinary requests, and its rate limit. Changes are logged.
 //!
-//! An outage that may end without action of the operator is a warning, as is its end. One that lasts until the operator
-//! acts is an error.
+//! An outage that may end without action by the operator is logged as a warning. One that lasts until the operator acts
+//! is logged as an error. The end of either is a warning.
 
 use std::fmt;
 use std::mem::{Discriminant, discriminant};
@@ -29,11 +29,11 @@ const MAX_RESPONSE: usize = 200;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ApiState {
-    /// Neither a success nor an outage was seen yet.
+    /// Neither a success nor an outage has been seen yet.
     #[default]
     Unknown,
     Up,
-    /// It was up, and its latest requests fail, too few of them for an outage.
+    /// It was up, and its latest requests failed, but too few for an outage.
     Failing,
     /// An outage. One from the last session counts until a request succeeds.
     Down,
@@ -42,7 +42,7 @@ pub enum ApiState {
 impl ApiState {
     const ALL: [Self; 4] = [Self::Unknown, Self::Up, Self::Failing, Self::Down];
 
-    /// In the journal, the log and JSON.
+    /// The name in the journal, the log and JSON.
     pub fn name(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
@@ -57,21 +57,21 @@ impl ApiState {
     }
 }
 
-/// What is known of an API: all that commands, probes, console and log report of it.
+/// What is known about an API: all that commands, probes, console and log report about it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ApiStatus {
     pub state: ApiState,
     /// When the state began; `None` while it is unknown.
     pub since: Option<Millis>,
-    /// Why the latest requests fail, and the latest of them; `None` while it is up.
+    /// Why the latest requests failed, with the latest of them; `None` while the API is up.
     pub problem: Option<String>,
     /// The problem lasts until the operator acts.
     pub lasts: bool,
     /// The rate limit in force.
     pub rate_limit: Option<RateLimit>,
-    /// The end of the latest exchange.
+    /// When the latest exchange ended.
     pub asked_at: Option<Millis>,
-    /// Method and URL of it, without the query, which may contain an e-mail address.
+    /// Its method and URL, without the query, which may contain an e-mail address.
     pub request: Option<String>,
     /// Its status, or why there was no response.
     pub response: Option<String>,
@@ -147,18 +147,18 @@ pub(super) struct Latest {
     pub(super) response: Result<StatusCode, String>,
 }
 
-/// The kind of a problem. A new one in the same outage is logged again.
+/// The kind of a problem. A problem of another kind in the same outage is logged again.
 type ProblemKind = (Discriminant<ErrorKind>, Option<Discriminant<Cause>>);
 
 #[derive(Debug, Default)]
 pub(super) struct Health {
     pub(super) breaker: Breaker,
-    /// `None`: unknown. Failures that are no outage yet are in the breaker only.
+    /// `None`: unknown. Failures that are not yet an outage are recorded only in the breaker.
     up: Option<bool>,
     since: Option<Millis>,
     problem: Option<String>,
     lasts: bool,
-    /// What was logged last of the outage in this session.
+    /// The kind of problem that was last logged for the outage, in this session.
     logged: Option<ProblemKind>,
     pub(super) latest: Option<Latest>,
     /// The latest rate limit, even if it has passed.
@@ -176,7 +176,7 @@ impl Health {
         self.breaker.circuit(now)
     }
 
-    /// Records a rate limit that the API asked for, and logs it if it begins and is long.
+    /// Records a rate limit that the API asked for. Logs the beginning of a long one.
     pub(super) fn limited(&mut self, limit: RateLimit, api: Api) {
         let now = Millis::now();
         let is_logged = self
@@ -212,7 +212,7 @@ impl Health {
         match error.kind.sign(route.is_read()) {
             Sign::Up => return self.succeeded(error.api, route),
             Sign::Neither => {
-                // An older problem may have ended behind the rate limit.
+                // The rate limit may hide that an older problem has ended.
                 if matches!(error.kind, ErrorKind::RateLimited { .. }) && self.problem.is_some() {
                     self.set_problem(error, base);
                 }
@@ -287,7 +287,7 @@ impl Health {
         status.without_passed_limit(Millis::now())
     }
 
-    /// Restores the status at the end of the last session. Failures too few for an outage are not restored.
+    /// Restores the status as of the end of the last session. Failures too few for an outage are not restored.
     pub(super) fn recall(&mut self, api: Api, status: &ApiStatus) {
         if let Some(limit) = status.rate_limit {
             self.limited(limit, api);
@@ -365,7 +365,7 @@ mod tests {
         assert!(!ApiStatus::default().is_of(&base));
     }
 
-    /// What the daemon stores at once: a crash must not hide a rate limit.
+    /// The daemon stores changes at once, because a crash must not hide a rate limit.
     #[tokio::test]
     async fn changes_are_announced() {
         let mut health = Health::default();

@@ -1,5 +1,5 @@
 //! HTTP for the two APIs: one request, one response, bounded in time and size, without hidden retries or redirects. The
-//! daemon's guarantees rest on knowing of each request whether it was sent.
+//! daemon's guarantees rest on knowing whether each request was sent.
 //!
 //! Each API has a client, [`Http`], with its circuit breaker, rate limit and health. No request and no credentials go
 //! to any host but the configured one. [`crate::bigchat`] and [`crate::our_api`] build the requests and interpret the
@@ -155,7 +155,7 @@ impl Http {
         changed.notified().await;
     }
 
-    /// Restores the status at the end of the last session.
+    /// Restores the status as of the end of the last session.
     pub fn recall(&self, status: &ApiStatus) {
         lock(&self.health).recall(self.api, status);
     }
@@ -174,7 +174,7 @@ impl Http {
     }
 
     /// Sends a request with `body` as JSON, and parses a successful response with `read`, which returns the reason if
-    /// it is unusable.
+    /// the response is unusable.
     pub async fn call<T>(
         &self,
         target: &Target,

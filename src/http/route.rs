@@ -73,7 +73,7 @@ impl Route {
         segments.map(move |segment| if segment == "{id}" { id } else { segment })
     }
 
-    /// Whether a path relative to a base URL is that of a route, going by its first segment.
+    /// Whether a path relative to a base URL is that of a route, judging by its first segment.
     pub fn is_path(path: &str) -> bool {
         let first = path.split('/').next();
         Self::ALL.iter().any(|route| route.path("").next() == first)

@@ -1,4 +1,4 @@
-//! The settings: each a flag and an environment variable named after it, checked at start.
+//! The settings, checked at start. Each is a flag and an environment variable named after the flag.
 
 mod parse;
 mod tokens;
@@ -225,7 +225,7 @@ impl Settings {
         Some(IdlePass { every, mode })
     }
 
-    /// The back-off of events.
+    /// The retry policy of events.
     pub fn retry(&self) -> Policy {
         Policy {
             initial: self.retry_initial,

@@ -9,7 +9,7 @@ use super::{Listen, VerifyEvery};
 use crate::domain::time::{Millis, Timestamp};
 
 pub(super) fn base_url(text: &str) -> Result<Url, String> {
-    // An `@` is refused anywhere, because a slash in a password makes the parser take the user for the host and the
+    // An `@` is refused anywhere, because with a slash in the password, the parser takes the user for the host and the
     // password for a path.
     if text.contains('@') {
         return Err("a URL must not contain credentials; see --help on tokens".into());
@@ -32,7 +32,7 @@ pub(super) fn base_url(text: &str) -> Result<Url, String> {
         };
     }
     if url.query().is_some() || url.fragment().is_some() {
-        return Err("expected a host or a path at the end, without ? or #".into());
+        return Err("expected a URL that ends with a host or a path, without ? or #".into());
     }
     Ok(url)
 }
@@ -150,7 +150,7 @@ mod tests {
         assert!(base_url("https://host/api/v1/").is_ok());
     }
 
-    /// Durations beyond any calculation are refused.
+    /// Durations that are too short, too long or invalid are refused.
     #[test]
     fn unusable_durations_are_refused() {
         assert_eq!(positive("1ms"), Ok(Duration::from_millis(1)));

@@ -58,7 +58,7 @@ pub struct Tokens {
     pub exposed_files: Vec<PathBuf>,
 }
 
-/// A token that cannot be read or sent.
+/// Why a token cannot be used.
 #[derive(Debug, Error)]
 pub enum TokenError {
     /// Both variables are set.
@@ -87,7 +87,7 @@ pub enum TokenError {
     Short(&'static str),
     /// Only the read token is set, so no client could change anything.
     #[error(
-        "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}; set both, because no client could change anything"
+        "{CONSOLE_READ_TOKEN} is set without {CONSOLE_TOKEN}; set both, because otherwise no client could change anything"
     )]
     ReadOnly,
     /// The read token could change everything.
@@ -210,7 +210,7 @@ fn read_token(
     Ok(Some(token))
 }
 
-/// The URL of heartbeats, if the value is one.
+/// The heartbeat URL, if the value is a URL.
 pub(crate) fn heartbeat_url(text: &SecretString) -> Option<Url> {
     let url = Url::parse(text.expose_secret()).ok()?;
     (matches!(url.scheme(), "http" | "https") && url.has_host()).then_some(url)
