@@ -260,7 +260,7 @@ impl Thread {
             for operation in queue {
                 // The transaction is rolled back and the caller receives an error. Other operations continue.
                 if panic::catch_unwind(AssertUnwindSafe(|| operation(&mut store))).is_err() {
-                    tracing::error!("a journal operation panicked, which is a bug");
+                    tracing::error!("a journal operation panicked; this is a bug");
                 }
             }
         })?;
