@@ -16,19 +16,26 @@ const GZIP: [u8; 2] = [0x1f, 0x8b];
 ///
 /// # Errors
 ///
-/// If the compression is unknown, gzip data is corrupt, or the result is larger than `limit` bytes.
+/// If the compression is unknown, the data is corrupt, or the result is larger than `limit` bytes.
 pub fn inflated(bytes: Vec<u8>, content_encoding: &str, limit: usize) -> io::Result<Vec<u8>> {
     let encoding = content_encoding.trim().to_ascii_lowercase();
     if bytes.starts_with(&GZIP) {
         return read(MultiGzDecoder::new(&*bytes), limit);
     }
     match &*encoding {
-        "deflate" => match read(ZlibDecoder::new(&*bytes), limit) {
-            Err(error) if error.kind() != io::ErrorKind::FileTooLarge => {
-                Ok(read(DeflateDecoder::new(&*bytes), limit).unwrap_or(bytes))
+        "deflate" => {
+            let inflated = match read(ZlibDecoder::new(&*bytes), limit) {
+                // Some servers leave out the header.
+                Err(error) if error.kind() != io::ErrorKind::FileTooLarge => {
+                    read(DeflateDecoder::new(&*bytes), limit)
+                }
+                inflated => inflated,
+            };
+            match inflated {
+                Err(_) if looks_like_json(&bytes) => Ok(bytes),
+                inflated => inflated,
             }
-            inflated => inflated,
-        },
+        }
         "" | "identity" | "gzip" | "x-gzip" => Ok(bytes),
         _ if looks_like_json(&bytes) => Ok(bytes),
         _ => Err(io::Error::other(format!(
@@ -209,11 +216,14 @@ mod tests {
             assert_eq!(inflated.expect("bytes"), json, "{encoding}");
         }
         assert!(inflated(b"\x0b\x06\x80".to_vec(), "br", 1000).is_err());
-        assert!(inflated(gzip[..gzip.len() - 3].to_vec(), "gzip", 1000).is_err());
-        let inflated = inflated(gzip, "gzip", 10);
-        assert_eq!(
-            inflated.map_err(|error| error.kind()),
-            Err(io::ErrorKind::FileTooLarge)
-        );
+        for (bytes, encoding) in [(gzip, "gzip"), (zlib, "deflate"), (raw, "deflate")] {
+            let truncated = bytes[..bytes.len() - 3].to_vec();
+            assert!(inflated(truncated, encoding, 1000).is_err(), "{encoding}");
+            let inflated = inflated(bytes, encoding, 10);
+            assert_eq!(
+                inflated.map_err(|error| error.kind()),
+                Err(io::ErrorKind::FileTooLarge)
+            );
+        }
     }
 }
