@@ -22,11 +22,11 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use tokio_util::sync::CancellationToken;
 
-/// The process ends within 10 s of the signal, whatever hangs.
+/// The time from the signal to a forced exit. The process ends within 10 s, whatever hangs.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_500);
 
-/// How long the process waits at its end for the log to be written. It is short enough for a clean stop to end within
-/// [`STOPPED_WITHIN`].
+/// How long the process waits for the log to be written before it exits. With this wait, a clean stop still takes less
+/// than 10 s.
 const FLUSHED_WITHIN: Duration = Duration::from_millis(400);
 
 /// The same for an immediate exit.
@@ -139,7 +139,7 @@ fn run(cli: Cli, terminal: &Terminal) -> ExitCode {
     }
 }
 
-/// Runs `job`, with polling and delivery.
+/// Runs `job`, which polls and delivers.
 fn deliver(
     settings: Settings,
     terminal: &Terminal,
@@ -192,8 +192,8 @@ fn work<E: std::error::Error>(
 }
 
 /// The first SIGTERM or SIGINT stops the process cleanly, within [`STOPPED_WITHIN`]. A second one stops it at once, as
-/// a crash would. SIGHUP reads the token files again. Separate threads do this and wait for nothing else: neither for
-/// the runtime nor for a disk, the log or a terminal.
+/// a crash would. SIGHUP reads the token files again. Separate threads do this, and never wait for the runtime, a disk,
+/// the log or a terminal.
 fn obey_signals(
     terminal: &Terminal,
     stopping: &CancellationToken,
@@ -299,8 +299,8 @@ fn block_on<E: std::error::Error>(
     terminal: &Terminal,
     work: impl Future<Output = Result<ExitCode, E>>,
 ) -> ExitCode {
-    // One thread serves all tasks. Long operations wait, or have a separate thread (the journal). More threads would
-    // spend their time waking each other.
+    // One thread serves all tasks. Long operations are asynchronous, or have a separate thread (the journal). More
+    // threads would spend their time waking each other.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -314,8 +314,8 @@ fn block_on<E: std::error::Error>(
     outcome.unwrap_or_else(|error| print_error(terminal, &error, 1))
 }
 
-/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed; `second` at the next one; and
-/// `hangup` at each SIGHUP before the first.
+/// Calls `first` at the first SIGTERM or SIGINT, or when the terminal is closed, and `second` at the next SIGTERM or
+/// SIGINT. Calls `hangup` at each SIGHUP before `first`.
 fn on_signals(
     hangup: impl Fn() + Send + 'static,
     first: impl FnOnce() + Send + 'static,

@@ -1,7 +1,8 @@
 //! `bigchat-sync check`: tests the settings, the database and both APIs, and prints a remedy for each failure.
 //!
-//! Requests are sent to the APIs only if no daemon runs, because OurAPI may accept one request at a time. Otherwise the
-//! daemon's latest exchanges are reported. BigChat is never asked for events, because it reports each only once.
+//! Requests are sent to the APIs only if no daemon is running, because OurAPI may accept only one request at a time.
+//! Otherwise the daemon's latest exchanges are reported. BigChat is never asked for events, because it reports each
+//! only once.
 
 use std::fmt::{self, Write};
 use std::fs::{self, File};
@@ -166,9 +167,9 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
             if let Listen::At(address) = settings.listen
                 && is_console(address, settings.request_timeout).await
             {
-                // That daemon may have a request in flight to OurAPI, which may accept one request at a time.
+                // That daemon may have a request in flight to OurAPI, which may accept only one at a time.
                 let text = format!(
-                    "a bigchat-sync already serves the console at http://{address}/, with another database or with one that was deleted or replaced; the APIs are not asked"
+                    "a bigchat-sync already serves the console at http://{address}/, with another database or one that was deleted or replaced; the APIs are not asked"
                 );
                 let remedy = format!(
                     "if its database was {}, put the file back (with its -wal and -shm), or restart that daemon; otherwise set --db as that daemon does, or another --listen",
@@ -178,7 +179,7 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
                 return report;
             }
             if has_tokens {
-                report.pass("daemon", "is not running; the APIs are checked now");
+                report.pass("daemon", "is not running; the APIs are checked directly");
                 ask(&mut report, settings, tokens, store.as_mut()).await;
             } else {
                 let text = "is not running; the APIs are not asked without their tokens";
@@ -190,18 +191,18 @@ pub async fn run(settings: &Settings, tokens: Result<Tokens, TokenError>) -> Rep
     report
 }
 
-/// The process that works on the database.
+/// Whether a daemon is using the database.
 enum State {
-    /// A daemon does. The database can be read.
+    /// A daemon is using it.
     DaemonRuns(Store),
-    /// No daemon does, and none can start while this lock is held.
+    /// No daemon is using it, and none can start while this store is open. `None`: the database does not exist yet.
     Free(Option<Store>),
 }
 
 fn check_database(report: &mut Report, db: &Path) -> Option<State> {
     let is_missing = match fs::metadata(db) {
         Err(error) => error.kind() == io::ErrorKind::NotFound,
-        // Nor is a schema written to an empty file.
+        // An empty file counts as missing, because opening it would write the schema.
         Ok(file) => {
             file.is_file() && file.len() == 0 && File::options().append(true).open(db).is_ok()
         }
@@ -266,13 +267,12 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     };
     let last = format!("at {asked_at}, {request} → {response}");
     if !status.is_of(url) {
-        let text = format!("the daemon uses another URL for it: {last}");
+        let text = format!("the daemon uses another URL for this API: {last}");
         let remedy = format!("give this command the settings of the daemon; {flag} is {url} here");
         return report.fail(what, text, remedy);
     }
     if let Some(limit) = status.long_limit() {
-        let remedy =
-            format!("wait; nothing is lost, and if this lasts, ask the operator of {what}");
+        let remedy = format!("wait; nothing is lost; if this lasts, ask the operator of {what}");
         return report.fail(what, format!("rate-limited {limit} ({last})"), remedy);
     }
     let Some(problem) = &status.problem else {
@@ -284,13 +284,13 @@ fn last_exchange(report: &mut Report, settings: &Settings, api: Api, status: &Ap
     };
     let is = match state {
         ApiState::Down => "is down",
-        ApiState::Unknown => "is not reached yet",
+        ApiState::Unknown => "has not been reached yet",
         ApiState::Up | ApiState::Failing => "is failing, not yet counted as down",
     };
     let remedy = match status.lasts {
         true => format!("correct what the reason names; {flag} is {url} here"),
         false => {
-            format!("wait, if it is an outage; otherwise correct {flag}, which is {url} here")
+            format!("if it is an outage, wait; otherwise correct {flag}, which is {url} here")
         }
     };
     report.fail(what, format!("{is}: {problem} (at {asked_at})"), remedy);
@@ -303,8 +303,8 @@ fn base(settings: &Settings, api: Api) -> &Url {
     }
 }
 
-/// Sends requests to both APIs, as the next session of the daemon would: it obeys a rate limit, and waits for requests
-/// to OurAPI that may still be in flight.
+/// Sends requests to both APIs as the next session of the daemon would: it obeys a rate limit, and waits while earlier
+/// requests to OurAPI may still be in flight.
 async fn ask(
     report: &mut Report,
     settings: &Settings,
@@ -374,7 +374,7 @@ async fn ask(
     if let (Some(store), Some(last_end)) = (store, last_end)
         && let Err(error) = store.end_session(our_api.timed_out_until(), last_end.clean)
     {
-        // The next session waits for as long as a request may take.
+        // The next session will wait for as long as a request may take.
         report.fail("database", format!("cannot be written: {error}"), WRITABLE);
     }
 }
@@ -418,7 +418,7 @@ fn describe(
     }
 }
 
-/// Whether a bigchat-sync answers there.
+/// Whether a bigchat-sync answers at this address.
 async fn is_console(mut address: SocketAddr, timeout: Duration) -> bool {
     if address.ip().is_unspecified() {
         address.set_ip(match address {

@@ -29,7 +29,7 @@ pub struct Args {
 #[derive(Debug, Serialize)]
 struct Answer {
     now: Millis,
-    /// Why nothing is sent to OurAPI now.
+    /// Why nothing can be sent to OurAPI now; `None`: events can be sent.
     our_api_waits_for: Option<String>,
     /// The latest epoch first.
     conversations: Vec<WithEvents>,
@@ -160,7 +160,7 @@ fn about(conversation: &ConversationRow) -> Vec<(&'static str, String)> {
         about.push(("forgotten", format!("at {at} by {by}; its text was erased")));
     }
     if conversation.stale {
-        let stale = "the chat in OurAPI may differ from the record; it is read back before anything is sent";
+        let stale = "the chat in OurAPI may differ from the journal; it is read back before anything is sent";
         about.push(("stale", stale.to_owned()));
     }
     about

@@ -1,4 +1,4 @@
-//! `bigchat-sync export`: what was delivered in a period, for other programs.
+//! `bigchat-sync export`: the events delivered in a period, for other programs.
 
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -20,7 +20,7 @@ pub struct Args {
     until: Option<Millis>,
 }
 
-/// Writes one JSON object a line.
+/// Writes one JSON object per line.
 pub fn run(db: &Path, args: &Args, out: &mut impl Write) -> Result<(), CommandError> {
     let mut store = Store::open_reader(db)?;
     let until = args.until.unwrap_or_else(Millis::now);

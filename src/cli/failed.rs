@@ -16,7 +16,7 @@ use crate::settings::{at_least_one, number};
 use crate::telemetry::terminal::printable;
 use crate::user;
 
-/// How many resolutions of an event are shown, the latest ones.
+/// How many of an event's latest resolutions are shown.
 const SHOWN: i64 = 10;
 
 /// The commands for dead letters.
@@ -36,7 +36,7 @@ pub enum Command {
     },
     /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-        /// Id of the event, from `failed list`; of a discarded one, from `resolutions`.
+        /// Id of the event: `failed list` has the open ones, `resolutions` the discarded ones.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
@@ -45,7 +45,7 @@ pub enum Command {
     },
     /// Deliver dead letters again; a retry is as safe as the first attempt.
     Retry(Which),
-    /// Discard dead letters: they are not sent any more. Asks for confirmation with --reason or --all.
+    /// Discard dead letters, so that they are never sent. Asks for confirmation with --reason or --all.
     Discard {
         #[command(flatten)]
         which: Which,
@@ -53,7 +53,7 @@ pub enum Command {
         #[arg(long)]
         yes: bool,
     },
-    /// Reopen discarded events that the retention has not dropped yet. They then need action again.
+    /// Reopen discarded events that have not been dropped yet (see --retention). They then need action again.
     Undo(Which),
 }
 
@@ -61,7 +61,7 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Ids of the events: `failed list` has the open ones, `resolutions` the discarded ones (for `undo`).
+    /// Ids of the events: `failed list` has the open ones, `resolutions` the discarded ones for `undo`.
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
     /// All events whose reason contains this text.
@@ -184,10 +184,14 @@ pub(super) fn others(left: &[EventId], resolution: Resolution) -> String {
         (Resolution::Discard, 1) => format!("{ids}: it is not a failed event"),
         (Resolution::Discard, _) => format!("{ids}: they are not failed events"),
         (Resolution::Undo, 1) => {
-            format!("{ids}: it is not a discarded event, or the retention has dropped it")
+            format!(
+                "{ids}: it is not a discarded event, or it has already been dropped (--retention)"
+            )
         }
         (Resolution::Undo, _) => {
-            format!("{ids}: they are not discarded events, or the retention has dropped them")
+            format!(
+                "{ids}: they are not discarded events, or they have already been dropped (--retention)"
+            )
         }
     }
 }
@@ -225,7 +229,7 @@ fn retried(count: usize, left: u64, unreadable: u64) -> String {
         (0, 0) => "no event has failed".to_owned(),
         (0, _) => "no event can be retried".to_owned(),
         _ => format!(
-            "{} will be retried, by the daemon within a second or when it next runs",
+            "{} will be retried: within a second, or when the daemon next runs",
             events(count as u64)
         ),
     };
@@ -250,7 +254,7 @@ fn list(failed: &[FailedEvent], total: u64, is_filtered: bool) -> String {
     match (failed.is_empty(), is_filtered) {
         (false, _) => {}
         (true, false) => return "no event has failed\n".to_owned(),
-        (true, true) => return "no event has failed for a reason with this text\n".to_owned(),
+        (true, true) => return "no failed event has a reason with this text\n".to_owned(),
     }
     let unknown = || "-".to_owned();
     let rows = failed.iter().map(|event| Row {

@@ -32,9 +32,9 @@ pub enum Chapter {
     Commands,
     /// The style of the output of `--json`.
     Json,
-    /// Probes, alerts, metrics.
+    /// Health endpoints, alerts, metrics.
     Monitoring,
-    /// Losses in OurAPI: how they are found and restored.
+    /// Losses in OurAPI: how they are found and repaired.
     Verify,
     /// Levels and fields of the log.
     Log,
@@ -139,7 +139,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 5] = [
             ),
             (
                 "/etc/credstore/bigchat-sync.our-api-token",
-                "The bearer token of OurAPI, for the service; likewise bigchat-token and console-token.",
+                "The bearer token of OurAPI, for the service; likewise bigchat-token, console-token, console-read-token and heartbeat-url.",
             ),
             (
                 "/etc/default/bigchat-sync",
@@ -237,8 +237,8 @@ pub fn completions(shell: Shell) -> Vec<u8> {
     if shell != Shell::Bash {
         return script;
     }
-    // clap_complete 4.6 names the cases for a program with a hyphen differently from where it reads them, so that
-    // nothing is completed after a command (clap's issue 6421).
+    // If the program's name has a hyphen, clap_complete 4.6 generates cases whose names it never looks up, so nothing
+    // is completed after a command (clap's issue 6421).
     let script = String::from_utf8_lossy(&script);
     script
         .replace("bigchat__subcmd__sync", "bigchat__sync")
@@ -249,7 +249,7 @@ pub fn completions(shell: Shell) -> Vec<u8> {
 ///
 /// # Errors
 ///
-/// Never, since it is written to memory.
+/// Never, because the page is written to memory.
 pub fn man() -> io::Result<Vec<u8>> {
     let command = Cli::command();
     let man = Man::new(command.clone());
@@ -367,7 +367,7 @@ fn usage(argument: &Arg) -> String {
     }
 }
 
-/// Text of one or more paragraphs, separated by that macro.
+/// Adds the text of one or more paragraphs, separated by the macro `next`.
 fn paragraphs(roff: &mut Roff, next: &str, text: Option<&clap::builder::StyledStr>) {
     let text = text.map(ToString::to_string).unwrap_or_default();
     for line in text.lines() {

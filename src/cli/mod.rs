@@ -54,7 +54,7 @@ pub struct Cli {
     #[command(flatten)]
     pub settings: Settings,
 
-    /// The settings that were given, as flags or by the environment: each flag and its value. For the unit.
+    /// The settings that were given as flags or in the environment, for the unit: each flag and its value.
     #[arg(skip)]
     pub given: Vec<(String, String)>,
 }
@@ -68,16 +68,16 @@ pub enum Command {
     ///
     /// While deliveries are paused, the command only polls, reports the pause, and exits with code 0.
     Once,
-    /// Report problems and their remedies; exit code 1 if there is a problem. Works whether or not the daemon runs.
+    /// Report problems and their remedies; exit code 1 if there is a problem. Works whether or not a daemon is running.
     ///
     /// The command reads only the database, and sends no request to either API.
     Status(status::Args),
     /// Test the settings, the database and both APIs; print a remedy for each failure. Exit code 1 if a test fails.
     ///
-    /// If a daemon runs, the result of its last requests to the APIs is reported, because OurAPI may accept only one
-    /// request at a time. Otherwise both APIs receive requests that change nothing and consume no events. If the daemon
-    /// has crashed, its last request may still be in flight, so the command waits for one --request-timeout before it
-    /// sends a request to OurAPI.
+    /// If a daemon is running, the results of its latest requests to the APIs are reported, because OurAPI may accept
+    /// only one request at a time. Otherwise both APIs receive requests that change nothing and consume no events. If
+    /// the daemon has crashed, its last request may still be in flight, so the command waits for one --request-timeout
+    /// before it sends a request to OurAPI.
     Check(check::Args),
     /// Show the state of each event of a conversation, with times and reasons.
     ///
@@ -88,10 +88,10 @@ pub enum Command {
     /// Print the events delivered in a period, one JSON object per line.
     ///
     /// Events are selected by their time of delivery, by this machine's clock, and printed in order of delivery. The
-    /// command works while the daemon runs, and does not delay it. Events that the retention has dropped (--retention)
-    /// are not included.
+    /// command works while the daemon is running, and does not delay it. Events already dropped (see --retention) are
+    /// not included.
     Export(export::Args),
-    /// List, show, retry or discard dead letters (failed events), or undo a discard; works while the daemon runs.
+    /// List, show, retry or discard dead letters (failed events), or undo a discard; works while the daemon is running.
     #[command(subcommand)]
     Failed(failed::Command),
     /// Erase the text of a conversation from the database, for a person's right to erasure.
@@ -101,22 +101,22 @@ pub enum Command {
     /// reports again. The conversation is no longer sent, verified or restored; `export` prints its delivered events
     /// without text. An event that arrives later is counted, and its text is not stored. The operator must erase
     /// OurAPI's chat, backups of the database, and logs that were written with --log-message-text. The command asks for
-    /// confirmation, unless --yes is given. It works while the daemon runs.
+    /// confirmation, unless --yes is given. It works while the daemon is running.
     Forget(forget::Args),
     /// List who retried, discarded or reopened which failed event, and when; latest first.
     Resolutions(resolutions::Args),
     /// Pause deliveries during maintenance of OurAPI; polling continues, because BigChat reports an event only once.
     ///
     /// Within a second, the daemon stops sending requests to OurAPI, including probes and verifications. The command
-    /// works whether or not a daemon runs, and the pause survives a restart of the daemon.
+    /// works whether or not a daemon is running, and the pause survives a restart of the daemon.
     Pause(pause::Args),
     /// Resume deliveries after `pause`.
     Resume,
     /// Compare OurAPI with the journal (the database), chat by chat; exit code 1 if something is missing or differs.
     ///
-    /// With --repair, missing chats, agents and messages are sent again, as far as the retention reaches, and fields
-    /// that differ are overwritten with the values from the events. If a daemon runs, it does the work; otherwise the
-    /// command does it, and does not poll.
+    /// With --repair, missing chats, agents and messages are sent again, as far as their events are still stored, and
+    /// fields that differ are overwritten with the values from the events. If a daemon is running, it does the work;
+    /// otherwise the command does it, and does not poll.
     Verify(verify::Args),
     /// Watch the daemon work between a simulated BigChat and a simulated OurAPI; needs no setup.
     ///
@@ -157,7 +157,7 @@ pub enum CommandError {
     Journal(#[from] JournalError),
     #[error("the answer cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
-    #[error("no event of conversation {0} was ever received")]
+    #[error("no event of conversation {0} has ever been received")]
     NoSuchConversation(i64),
     #[error("the period is empty: --until (now, if it is not given) must be after --since")]
     EmptyPeriod,
@@ -170,7 +170,7 @@ pub enum CommandError {
     Output(#[source] io::Error),
     /// The conversation has no chat that could be verified.
     #[error(
-        "conversation {0} has no chat: nothing was delivered for it yet, OurAPI has lost it and it is being restored, or it was forgotten"
+        "conversation {0} has no chat: nothing has been delivered for the conversation yet, OurAPI has lost the chat and it is being restored, or the conversation was forgotten"
     )]
     NoSuchChat(i64),
     #[error("{0}")]
@@ -179,7 +179,7 @@ pub enum CommandError {
     NoSuchEvent(i64),
     /// No event with the text in its reason can be resolved in this way.
     #[error(
-        "nothing was resolved: no such event has this text in its reason, or the events that have it still cannot be parsed; see `bigchat-sync failed list` for the reasons"
+        "nothing was resolved: no such event has a reason with this text, or those that do still cannot be parsed; see `bigchat-sync failed list` for the reasons"
     )]
     NoSuchReason,
     /// Some of the named events cannot be resolved in this way.
@@ -195,7 +195,7 @@ pub enum CommandError {
     },
     /// There is nothing to erase.
     #[error(
-        "no event of conversation {0} was ever received, or none in that epoch; nothing was erased"
+        "no event of conversation {0} has ever been received, or none in that epoch; nothing was erased"
     )]
     NothingToForget(i64),
     /// Several conversations have the id.
@@ -211,7 +211,7 @@ pub enum CommandError {
     OnNewPage,
     /// Erased, except in the write-ahead log.
     #[error(
-        "erased, but another process (a backup, for example) reads an old state of the database, so that the text may still be in the -wal file; run the command again when that process has ended"
+        "erased, but another process (a backup, for example) is reading an old state of the database, so the text may still be in the -wal file; run the command again when that process has ended"
     )]
     InLog,
     /// There is no terminal to ask for confirmation.
@@ -224,7 +224,8 @@ pub enum CommandError {
     Terminal(#[source] io::Error),
 }
 
-/// Asks on the terminal for confirmation. `would`: what the command is about to do; `refused`: the result of a no.
+/// Asks on the terminal for confirmation. `would`: what the command is about to do. `refused`: the result if the
+/// operator declines.
 fn confirm(question: &str, would: &str, refused: &'static str) -> Result<(), CommandError> {
     if !io::stdin().is_terminal() {
         return Err(CommandError::NoTerminal(would.to_owned()));
@@ -253,7 +254,8 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// What is wrong and where it was set; or the help or the version, if requested.
+    /// If the command line or a variable is wrong: what is wrong, and where it was set. Also the help or the version,
+    /// if requested.
     pub fn read() -> Result<Self, clap::Error> {
         Self::try_read(std::env::args_os().collect()).map_err(|mut error| {
             let variable = set_by_environment(&error);
@@ -418,7 +420,7 @@ fn hide_secrets(error: &mut clap::Error) {
     }
 }
 
-/// The prefix of our environment variables.
+/// The prefix of the program's environment variables.
 const PREFIX: &str = "BIGCHAT_SYNC_";
 
 /// Names the variables that look like settings but are not, each with the nearest setting. Values are not repeated,
@@ -484,7 +486,7 @@ fn set_by_environment(error: &clap::Error) -> Option<String> {
         .get_arguments()
         .find(|argument| argument.get_long() == Some(flag))?;
     let variable = argument.get_env()?.to_str()?;
-    // The value may be one of a list. The flag may be on the line, too, with another value.
+    // The value may be one of a list. The flag may also be on the command line, with another value.
     let has_value = |set: &str| set == value || set.split(',').any(|item| item == value);
     let on_the_line = std::env::args_os().any(|given| {
         let given = given.to_string_lossy();

@@ -1,4 +1,4 @@
-//! `bigchat-sync pause` and `resume`: work through the database, whether or not a daemon runs.
+//! `bigchat-sync pause` and `resume` work through the database, whether or not a daemon is running.
 
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub fn pause(args: &Args, db: &Path) -> Result<String, CommandError> {
     store.set_pause(pause)?;
     let daemon = match store.is_in_use() {
         true => "polling continues",
-        false => "no daemon runs; the pause applies when one starts",
+        false => "no daemon is running; the pause applies when one starts",
     };
     Ok(format!("deliveries are {pause}; {daemon}\n"))
 }
@@ -37,7 +37,7 @@ pub fn resume(db: &Path) -> Result<String, CommandError> {
         Some(pause) if pause.left(now).is_some() => {
             store.end_pause(pause, now)?;
             format!(
-                "deliveries resume; they were paused since {}\n",
+                "deliveries resume; they had been paused since {}\n",
                 pause.since
             )
         }

@@ -13,7 +13,7 @@ const COLUMNS: usize = 80;
 /// The indentation of a text below its row.
 const INDENT: &str = "    ";
 
-/// A row, and the text below it, which is cut to one line.
+/// A row and the text below it. The text is cut to one line.
 pub(super) struct Row<const N: usize> {
     pub(super) cells: [String; N],
     pub(super) text: Option<String>,

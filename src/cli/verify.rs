@@ -1,7 +1,7 @@
 //! `bigchat-sync verify`: requests a verification through the database, and shows its progress and result.
 //!
-//! If a daemon runs, it does the work, because it bounds all requests to OurAPI. Otherwise this process takes its place
-//! until the work is done. The lock on the database determines which.
+//! If a daemon is running, it does the work, because it limits the requests to OurAPI. Otherwise this process takes its
+//! place until the work is done. The lock on the database determines which.
 
 use std::io;
 use std::time::Duration;
@@ -32,8 +32,8 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// What the bar shows.
 const BAR: &str = "  {wide_bar:.cyan/dim}  {prefix}\n  {msg}";
 
-/// What to know before a repair of fields.
-const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event once: the copy does not know the latest TRANSFERs, and the repair would undo them";
+/// What to know before fields are repaired.
+const WARNING: &str = "\ndo not repair if this database is an older copy and BigChat reports each event only once: the copy lacks the latest TRANSFERs, and the repair would undo them";
 
 /// Maximum number of listed differences.
 const LISTED: u32 = 100;
@@ -54,7 +54,7 @@ pub struct Args {
     json: bool,
 }
 
-/// Verifies chats, and repairs them if asked for. Returns whether none differed.
+/// Verifies chats, and repairs them if requested. Returns whether there was no difference.
 pub async fn run(
     args: Args,
     settings: Settings,
@@ -90,7 +90,7 @@ pub async fn run(
     };
     let (worked, watched) = tokio::join!(working, watching);
     let is_done = watched.as_ref().is_ok_and(VerificationProgress::is_done);
-    // Also after an error, else the daemon would continue.
+    // This is needed after an error, too, or the daemon would continue.
     let differences = journal
         .with(move |store| {
             let differences = store.differences(verification, LISTED)?;
@@ -116,7 +116,7 @@ pub async fn run(
     }
 }
 
-/// Takes the place of the daemon if none runs, or if the daemon stops meanwhile.
+/// Takes the place of the daemon if none is running, or when the running one stops.
 async fn work(
     settings: Settings,
     tokens: Tokens,
@@ -144,7 +144,7 @@ async fn work(
     Ok(())
 }
 
-/// Shows the progress until everything is done, or the work has ended.
+/// Shows the progress until everything is done or the work ends.
 async fn watch(
     journal: &Journal,
     verification: VerificationId,
@@ -232,7 +232,7 @@ async fn report(
     say(terminal, text.trim_end()).await
 }
 
-/// Writes a text to standard output. If the reader has closed the pipe, the exit code still has the result.
+/// Writes a text to standard output. If the reader has closed the pipe, the exit code still shows the result.
 async fn say(terminal: &Terminal, text: &str) -> Result<(), CommandError> {
     match terminal.say(text).await {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CommandError::Output(error)),

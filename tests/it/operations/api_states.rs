@@ -180,7 +180,7 @@ async fn bigchat_was_never_reached() {
     assert!(!text.contains("1970"), "{text}");
     let (passed, report) = check(&t).await;
     assert!(
-        !passed && report.contains("FAIL  BigChat   is not reached yet: "),
+        !passed && report.contains("FAIL  BigChat   has not been reached yet: "),
         "{report}"
     );
     assert!(daemon.stop().await.success());

@@ -186,7 +186,7 @@ async fn failed_list_and_reason_filter() {
     assert_eq!(texts, ["S3cretOne", "S3cretTwo"]);
     assert!(is_time(&list["events"][0]["failed_at"]), "{list}");
     let none = done(&bench, &["failed", "list", "--reason", "xyz"]);
-    assert!(none.contains("no event has failed for a reason with this text"));
+    assert!(none.contains("no failed event has a reason with this text"));
     let show = json_of(&bench, &["failed", "show", "1"]);
     for (name, value) in [
         ("kind", json!("MESSAGE")),

@@ -102,7 +102,7 @@ async fn pause_ends_automatically() {
         t.once().await;
         t.bigchat.open(10, t.now() - 100, 1);
         let text = pause(t, &["--for", "2s"]);
-        assert!(text.contains("no daemon runs"), "{text}");
+        assert!(text.contains("no daemon is running"), "{text}");
         let daemon = t.start();
         t.bigchat.reports([message(10, t.now() - 1, "held back")]);
         t.until_events("delivered", 1).await;

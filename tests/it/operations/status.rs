@@ -177,7 +177,8 @@ async fn check_beside_a_daemon() {
             .expect("a process");
         let report = String::from_utf8_lossy(&elsewhere.stdout);
         assert!(
-            !elsewhere.status.success() && report.contains("the daemon uses another URL for it"),
+            !elsewhere.status.success()
+                && report.contains("the daemon uses another URL for this API"),
             "{report}"
         );
         daemon.stop().await;
