@@ -120,7 +120,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "BIGCHAT_SYNC_VERIFY_EVERY", value_name = "TIME", allow_hyphen_values = true, default_value = "24h", value_parser = verify_every)]
     pub verify_every: VerifyEvery,
 
-    /// Address of the console, the probes and the metrics, or `off`. An address other than loopback requires
+    /// Address of the console, the health endpoints and the metrics, or `off`. An address other than loopback requires
     /// BIGCHAT_SYNC_CONSOLE_TOKEN or BIGCHAT_SYNC_CONSOLE_TOKEN_FILE.
     #[arg(long, global = true, env = "BIGCHAT_SYNC_LISTEN", value_name = "ADDRESS", default_value_t = Listen::At(DEFAULT_LISTEN), value_parser = listen)]
     pub listen: Listen,
