@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 /// The time from the signal to a forced exit. The process ends within 10 s, whatever hangs.
 const STOPPED_WITHIN: Duration = Duration::from_millis(9_500);
 
-/// How long the process waits for the log to be written before it exits. With this wait, a clean stop still takes less
-/// than 10 s.
+/// How long the process waits for the log to be written before it exits. A clean stop still ends within
+/// [`STOPPED_WITHIN`].
 const FLUSHED_WITHIN: Duration = Duration::from_millis(400);
 
 /// The same for an immediate exit.

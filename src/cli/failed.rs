@@ -36,7 +36,7 @@ pub enum Command {
     },
     /// Show a dead letter, open or discarded, with its data, requests and responses.
     Show {
-        /// Id of the event: `failed list` has the open ones, `resolutions` the discarded ones.
+        /// Id of the event: `failed list` has those of open events, `resolutions` those of discarded ones.
         #[arg(value_name = "ID", value_parser = number::<i64>)]
         id: i64,
         /// Print one JSON object.
@@ -61,7 +61,7 @@ pub enum Command {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub struct Which {
-    /// Ids of the events: `failed list` has the open ones, `resolutions` the discarded ones for `undo`.
+    /// Ids of the events: `failed list` has those of open events, `resolutions` those of discarded ones (for `undo`).
     #[arg(value_name = "ID", value_parser = number::<i64>)]
     ids: Vec<i64>,
     /// All events whose reason contains this text.

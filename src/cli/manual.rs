@@ -237,8 +237,8 @@ pub fn completions(shell: Shell) -> Vec<u8> {
     if shell != Shell::Bash {
         return script;
     }
-    // If the program's name has a hyphen, clap_complete 4.6 generates cases whose names it never looks up, so nothing
-    // is completed after a command (clap's issue 6421).
+    // If the program's name has a hyphen, clap_complete 4.6 spells the names of the cases in two ways, so nothing is
+    // completed after a command (clap's issue 6421).
     let script = String::from_utf8_lossy(&script);
     script
         .replace("bigchat__subcmd__sync", "bigchat__sync")
