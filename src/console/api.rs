@@ -39,7 +39,7 @@ pub(super) enum RequestError {
     Read(#[from] ReadError),
     #[error("{0}")]
     BadRequest(String),
-    #[error("there is no {0} {1}; the retention may have dropped it")]
+    #[error("there is no {0} {1}; it may have been dropped after the retention period")]
     NotThere(&'static str, i64),
 }
 
@@ -143,7 +143,7 @@ pub(super) struct Which {
     ids: Option<BTreeSet<EventId>>,
     reason: Option<String>,
     all: Option<bool>,
-    /// With a reason or `all`: only events that had failed by then, not those that fail meanwhile.
+    /// With a reason or `all`: only events that had failed by then, not those that have failed since.
     failed_by: Option<Millis>,
     /// Only events after this one.
     #[serde(default)]
@@ -169,7 +169,7 @@ impl Which {
     }
 }
 
-/// `POST /api/failed/retry`, `/discard` and `/undo`: resolves failed events in that way.
+/// `POST /api/failed/retry`, `/discard` and `/undo`: resolves failed events.
 pub(super) fn resolving(resolution: Resolution) -> MethodRouter<Arc<Web>> {
     post(
         move |State(web): State<Arc<Web>>,
@@ -263,8 +263,8 @@ pub(super) struct Text {
     q: Option<String>,
 }
 
-/// `GET /api/search?q=…`: conversations by id, chat, external id, or agent's name or address; without a text, the
-/// latest. A number may also be the id of an event.
+/// `GET /api/search?q=…`: conversations by id, chat, external id, or an agent's name or e-mail address; without a text,
+/// the latest ones. A number may also be the id of an event.
 pub(super) async fn search(
     State(web): State<Arc<Web>>,
     text: Result<Query<Text>, QueryRejection>,

@@ -2,7 +2,7 @@
 //! costs a few kilobytes for a while.
 //!
 //! At the limit, the oldest connection without a complete request is closed, so that slow clients cannot starve active
-//! ones, and each other one is closed after its response, so that active clients cannot starve new ones.
+//! ones. Every other connection is closed after its response, so that active clients cannot starve new ones.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -157,7 +157,7 @@ async fn serve(
     place: Place,
     at_limit: Arc<AtomicBool>,
 ) {
-    // Without it, responses are only slower.
+    // If this fails, responses are only slower.
     stream.set_nodelay(true).ok();
     let local = stream.local_addr().ok();
     let router = TowerToHyperService::new(router);

@@ -33,7 +33,7 @@ use crate::user;
 /// The header that only the console's requests have: `1`, or the key returned by a login.
 pub(crate) const KEY: HeaderName = HeaderName::from_static("x-bigchat-sync");
 
-/// The path that ends a session.
+/// The path that ends a login session.
 pub(super) const LOGOUT: &str = "/api/logout";
 
 /// The time limit for a request's body, and then for its response.
@@ -93,7 +93,7 @@ pub(crate) enum Rejection {
     #[error("a token is needed; log in, or send it as `Authorization: Bearer …`")]
     Unidentified,
     #[error(
-        "without a token, only root and the user of the daemon may change anything, and not {}; set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE, restart the daemon, and log in with the token",
+        "without a token, only root and the user of the daemon may change anything, not {}; set BIGCHAT_SYNC_CONSOLE_TOKEN_FILE, restart the daemon, and log in with the token",
         .0.map_or_else(|| "an unknown user".to_owned(), user::name)
     )]
     ReadOnly(Option<u32>),
@@ -204,7 +204,7 @@ pub(super) async fn authenticate(
 ) -> Response {
     let known = if web.login.is_needed() {
         let peer = ends.peer.ip();
-        // A logout changes only the client's own session.
+        // A logout changes only the client's own login session.
         let changes = !reads(request.method()) && request.uri().path() != LOGOUT;
         match web.login.authenticate(peer, request.headers()) {
             Ok(Access::Read) if changes => Err(Rejection::ReadToken),
@@ -431,7 +431,7 @@ mod tests {
         }
     }
 
-    /// Other sites may link to the console, and nothing else.
+    /// Other sites may link to the console, but nothing more.
     #[test]
     fn other_sites_may_only_link() {
         let host = ("host", "localhost:8268");

@@ -1,4 +1,6 @@
-//! Probes and metrics, for machines. The probes need no token, and reveal no more than a service manager needs.
+//! Health endpoints and metrics, for machines.
+//!
+//! The health endpoints need no token, and reveal no more than a service manager needs.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +20,7 @@ use crate::version;
 /// The format of [`metrics`].
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Whether the process makes progress. While it does, a restart would not help, whatever is down.
+/// Whether the process is making progress. While it is, a restart would not help, whatever is down.
 pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     match web.console.liveness.stuck(Instant::now()) {
         None => "ok\n".into_response(),
@@ -26,9 +28,11 @@ pub(super) async fn healthz(State(web): State<Arc<Web>>) -> Response {
     }
 }
 
-/// Whether events are delivered: no API is down, or rate-limited for more than a minute, and the journal
-/// can be written. While deliveries are paused the daemon is ready, because an operator has paused them and the console
-/// must stay reachable.
+/// Whether events can be delivered: BigChat has answered, no API is down or rate-limited for more than a minute, and
+/// the journal can be written.
+///
+/// While deliveries are paused, the state of OurAPI does not count: an operator has paused them, and the console must
+/// stay reachable.
 pub(super) async fn readyz(State(web): State<Arc<Web>>) -> Response {
     let console = &web.console;
     let paused = console.our_api.paused();
@@ -95,7 +99,7 @@ fn of_daemon(now: &mut Now, console: &Console) {
     let apis = Api::ALL.map(|api| (api.name(), console.apis.status(api)));
     now.gauges(
         "api_up",
-        "Whether the API answers, according to the daemon's own requests; missing while that is not known",
+        "Whether the API answers, according to the daemon's own requests; missing while this is not known",
         "api",
         apis.iter()
             .filter(|(_, api)| api.state != ApiState::Unknown)
@@ -201,7 +205,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     }
     now.gauge(
         "waiting_events",
-        "Events that wait to be delivered",
+        "Events waiting to be delivered",
         figures.waiting as f64,
     );
     let oldest = figures.oldest_waiting.as_ref();
@@ -227,7 +231,7 @@ fn of_journal(now: &mut Now, status: &Status) {
     );
     now.gauge(
         "incomplete_chats",
-        "Chats that OurAPI has lost completely or in part, and that were not restored",
+        "Chats that OurAPI has lost, in whole or in part, and that have not been restored",
         figures.incomplete as f64,
     );
     if let Some(pass) = &figures.verification {

@@ -1,8 +1,9 @@
-//! Authentication: by the token itself, or by a session that a login with the token has begun.
+//! Authentication: by the token itself, or by a login session that was begun with the token.
 //!
-//! A session is a cookie that scripts cannot read, together with a key that only the console's own pages have. Both are
-//! required, because browsers send a host's cookies to all its ports, and so to other programs that listen there.
-//! Sessions end with the daemon, and when the token is replaced.
+//! In this module, a session is a login session. It consists of a cookie that scripts cannot read, and a key that only
+//! the console's own pages have. Both are required, because browsers send a host's cookies to all its ports, and so to
+//! other programs that listen there. A session ends when the user signs out, after 12 hours, when the token is
+//! replaced, and with the daemon.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -26,7 +27,7 @@ use super::{Web, error};
 use crate::mutex::lock;
 use crate::settings::Token;
 
-/// The maximum number of sessions. Beyond it, the oldest session ends.
+/// The maximum number of sessions. A further login ends the oldest session.
 const MAX_SESSIONS: usize = 32;
 
 /// How long a session lasts: a working day.
@@ -68,7 +69,7 @@ struct Secrets {
 /// `Debug` must not show a secret.
 struct Session {
     access: Access,
-    /// The token of its login. The session ends with it.
+    /// The token of its login. The session ends when this token is replaced.
     token: SecretString,
     cookie: String,
     key: String,
@@ -232,7 +233,7 @@ impl Login {
         sessions
     }
 
-    /// The cookies with our name. Another port of the host may have set some, too.
+    /// The cookies with our name. Programs on other ports of the host may have set some of them.
     fn cookies<'a>(&'a self, headers: &'a HeaderMap) -> impl Iterator<Item = &'a [u8]> {
         headers
             .get_all(header::COOKIE)
@@ -416,7 +417,7 @@ mod tests {
         assert_eq!(login.sessions(now).len(), MAX_SESSIONS);
     }
 
-    /// Guessing is slowed down, and locks out no other network.
+    /// Guessing is slowed down, and does not lock out other networks.
     #[test]
     fn guessing_slows_only_its_network() {
         let (login, now) = (login(), Instant::now());
@@ -450,7 +451,7 @@ mod tests {
         assert_eq!(refused, 10, "addresses of one network share a count");
     }
 
-    /// Attempts from everywhere share the count of the other networks.
+    /// Beyond the maximum number of networks, all others share one count.
     #[test]
     fn other_networks_share_a_count() {
         let (login, now) = (login(), Instant::now());

@@ -1,15 +1,16 @@
-//! HTTP: probes and metrics for machines, and a console for people.
+//! HTTP: health endpoints and metrics for machines, and a console for people.
 //!
-//! The console shows state and passes on resolutions. The daemon works whether or not it can listen. Reads use their
-//! own connection to the database, not the journal's thread, which the daemon needs. `guard` refuses other machines,
-//! other users without the token, and web pages of other sites.
+//! The console shows state and passes on resolutions and pauses. The daemon works whether or not it can listen. Reads
+//! use their own connection to the database, not the journal's thread, which the daemon needs. `guard` refuses requests
+//! without the token if one is set, changes by other users of this machine if none is set, and web pages of other
+//! sites.
 
 mod api;
 mod connections;
 pub(crate) mod guard;
+mod health;
 mod login;
 mod page;
-mod probes;
 
 use std::io;
 use std::net::SocketAddr;
@@ -43,7 +44,7 @@ const TAKEN: Duration = Duration::from_secs(30);
 /// How long a status may be reused.
 const FRESH: Duration = Duration::from_millis(500);
 
-/// What the console shows of the daemon, and what it notifies.
+/// The parts of the daemon that the console shows or notifies.
 #[derive(Debug)]
 pub struct Console {
     pub settings: Settings,
@@ -79,7 +80,7 @@ pub(crate) enum ReadError {
     Journal(#[from] JournalError),
     #[error("the operating system reports an error: {0}")]
     System(#[from] io::Error),
-    /// The daemon itself cannot use its database, which it has reported.
+    /// The daemon itself cannot write to its database, and has reported that.
     #[error("the journal cannot be written: {0}")]
     Refused(String),
 }
@@ -150,7 +151,7 @@ impl Web {
 /// The listener, or where to open it.
 #[derive(Debug)]
 pub enum Listener {
-    /// Open it there as soon as the port is free.
+    /// It is to be opened at this address, as soon as that is possible.
     At(SocketAddr),
     /// It is open already.
     Open(std::net::TcpListener),
@@ -219,7 +220,7 @@ async fn bind(address: SocketAddr) -> TcpListener {
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "another program listens there, perhaps another bigchat-sync; stop it, or set another address with --listen"
+            "another program is listening there, perhaps another bigchat-sync; stop it, or set another address with --listen"
         }
         io::ErrorKind::AddrNotAvailable => {
             "this machine has no such address; set another one with --listen"
@@ -233,12 +234,12 @@ fn remedy(error: &io::Error) -> &'static str {
 
 fn router(web: Arc<Web>) -> Router {
     let for_all = Router::new()
-        .route("/healthz", get(probes::healthz))
-        .route("/readyz", get(probes::readyz))
+        .route("/healthz", get(health::healthz))
+        .route("/readyz", get(health::readyz))
         .route("/api/login", post(login::login))
         .merge(page::router());
     let for_known = Router::new()
-        .route("/metrics", get(probes::metrics))
+        .route("/metrics", get(health::metrics))
         .route(guard::LOGOUT, post(login::logout))
         .route("/api/status", get(api::status))
         .route("/api/activity", get(api::activity))

@@ -5,7 +5,7 @@ import { axisText, clockText, count, now, perMinute, some, timeText, zone } from
 
 const HEIGHT = 232;
 const EDGE = { top: 10, right: 4, bottom: 38 };
-/** Between the labels of the axis and the bars. */
+/** The gap between the labels of the axis and the bars. */
 const AXIS_GAP = 8;
 const LANE = 6;
 const TICKS = [1, 2, 5, 10, 15, 30, 60, 120, 180, 240, 360, 720, 1440];
@@ -48,7 +48,7 @@ let place = null;
 /** The selected bucket, counted from the latest. */
 let pointed = null;
 
-/** Draws `activity` into the page's chart, at its present width. */
+/** Draws `activity` into the page's chart, at its current width. */
 export function draw(activity) {
   const host = byId("chart");
   if (!host) return;
@@ -96,14 +96,14 @@ export function draw(activity) {
     picture.append(svg("line.mark", { x1: middle, x2: middle, y1: base + 14, y2: base + 18 }), svg("text.axis", { x: middle, y: base + 31, "text-anchor": anchor }, label));
   }
 
-  // The last kind is of events that could not be parsed. Usually there are none.
+  // The last kind is UNREADABLE, for events that could not be parsed. Usually there are none.
   const kinds = activity.kinds.filter((kind, index, { length }) => index < length - 1 || all.some((bucket) => bucket.received[kind]));
   const receivedOf = (kind) => all.reduce((sum, bucket) => sum + (bucket.received[kind] ?? 0), 0);
   const sum = (what) => all.reduce((sum, bucket) => sum + bucket[what], 0);
   show(
     byId("legend"),
     kinds.map((kind) => el("li", { title: `${count(receivedOf(kind))} received` }, el(`i.swatch.${kind.toLowerCase()}`), kind, el("b", null, count(receivedOf(kind))))),
-    el("li", { title: "what OurAPI got" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
+    el("li", { title: "delivered to OurAPI" }, el("i.swatch.line"), "delivered", el("b", null, count(sum("delivered")))),
     sum("failed") > 0 && el("li", null, el("i.swatch.fell"), "failed", el("b", null, count(sum("failed")))),
   );
   show(byId("chart-none"), sum("sum") + sum("delivered") + sum("failed") === 0 && el("p", null, "Nothing was received in this period."));

@@ -1,7 +1,7 @@
 // The console: chooses the view, keeps it up to date, and handles keys and buttons.
 //
-// While the page is visible, it polls the daemon. Without a response, the last state stays on the screen, marked as old,
-// and nothing can be resolved.
+// While the page is visible, it regularly requests the daemon's status. Without a response, the last state stays on the
+// screen, marked as old, and nothing can be resolved.
 
 import { Denied, get, KEY, Lost, post, Refused } from "./daemon.js";
 import { listen } from "./chart.js";
@@ -14,7 +14,7 @@ import { head, loading, nothing } from "./parts.js";
 import { banner, pauseActions } from "./pause.js";
 import { search, talk } from "./talk.js";
 
-/** How often the daemon is polled. */
+/** How often the status is requested. */
 const BEAT = 2000;
 /** The longest wait between attempts while there is no response. */
 const LONGEST = 15_000;
@@ -55,7 +55,7 @@ async function go() {
   const { view, params } = route();
   const same = now.view === view && now.params.id === params.id;
   Object.assign(now, { view, params, error: null, data: same ? now.data : null });
-  // As long as the data of the previous request are shown, `shown` stays that request.
+  // While the data of the previous request is shown, `shown` remains that request.
   if (now.data === null) now.shown = params;
   for (const tab of document.querySelectorAll("[data-tab]")) {
     if (tab.dataset.tab === view.tab) tab.setAttribute("aria-current", "page");
@@ -182,7 +182,7 @@ function say(id, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Announces new and solved problems to screen readers. */
+/** Announces changes of the APIs' states, and newly failed events, to screen readers. */
 function announceChange(before, next) {
   if (before === null) return;
   const news = [];

@@ -14,15 +14,15 @@ export class Refused extends Error {
 
 const TIMEOUT = 10_000;
 
-/** The name under which the browser stores the session's key. A login returns the key, which is useless without the
- * login's cookie. */
+/** The name under which the browser stores the login's key. The response to a login contains the key, which is useless
+ * without the login's cookie. */
 export const KEY = "key";
 
 export const get = (path) => ask(path, { method: "GET" });
 
 export const post = (path, body) => ask(path, { method: "POST", body: JSON.stringify(body ?? {}) }, { "Content-Type": "application/json" });
 
-/** The daemon's names of times. */
+/** The names of fields that contain times. */
 const TIME = /^(at|now|since|from|until)$|_(at|since)$/;
 
 /** A number represents only 53 bits of an id's 64, so a larger integer stays text. Times become Unix ms. */
@@ -35,7 +35,7 @@ function exactly(name, value, context) {
 /** A time in the daemon's format. */
 export const instant = (ms) => new Date(Number(ms)).toISOString();
 
-/** An id (a number or a text) as an integer of the request. */
+/** An id (a number or a text) as an integer for a request. */
 export const integer = JSON.rawJSON ?? Number;
 
 async function ask(path, options, headers) {

@@ -1,8 +1,8 @@
 // Elements, and updating the page.
 //
-// All content is made here from elements and text nodes, so that foreign text stays text. A view makes its complete content
-// each time, and `show` changes only what differs. So focus, scroll position, open details and a screen reader's position
-// stay as they are.
+// All content is made here from elements and text nodes, so that foreign text stays text. A view makes its complete
+// content each time, and `show` changes only what differs. So focus, scroll position, open details and a screen
+// reader's position stay as they are.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -37,8 +37,8 @@ function append(element, children) {
   }
 }
 
-// Control characters, bidirectional overrides and others without a glyph: they would be invisible, or change how the text
-// around them is shown. Line breaks, joiners and variation selectors are ordinary text.
+// Control characters, bidirectional overrides and other characters without a glyph. They would be invisible, or change
+// how the text around them is shown. Line breaks, joiners and variation selectors are ordinary text.
 const SPECIAL = /\r(?!\n)|[[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]--[\n\r\t\u200c\u200d\p{Variation_Selector}]]/gv;
 
 /** A text in pieces, with a mark in place of each special character. */
@@ -70,7 +70,7 @@ export function show(parent, ...children) {
   patchChildren(parent, next);
 }
 
-// Children are matched by `data-key`, the others by position.
+// Children with a `data-key` are matched by it, the others by position.
 function patchChildren(parent, next) {
   const keyed = new Map();
   for (const child of parent.children) {
@@ -120,5 +120,5 @@ function isTheReaders(element, attribute) {
   return (attribute === "open" && element.nodeName === "DETAILS") || (attribute === "tabindex" && element.dataset.step !== undefined);
 }
 
-/** The element of that id in the page. */
+/** The element with this id in the page. */
 export const byId = (id) => document.getElementById(id);

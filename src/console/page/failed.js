@@ -5,7 +5,7 @@ import { byId, el } from "./dom.js";
 import { ago, at, count, sentence, some } from "./format.js";
 import { back, conversation, copyable, facts, head, isMessage, kind, loading, nothing, pretty, request, resolutions, resolved, response, undo, words } from "./parts.js";
 
-/** The events that are selected, and the reason they have in common. */
+/** The selected events, and their common reason. */
 const selection = { reason: null, ids: new Set(), last: null };
 
 const link = (reason, after) => `#/failed?reason=${encodeURIComponent(reason)}${after ? `&after=${after}` : ""}`;
@@ -120,7 +120,7 @@ function group({ chosen, page, after, now }) {
 
 const all = (n) => (n === 1 ? "it" : n === 2 ? "both" : `all ${count(n)}`);
 
-const PERMANENT = "A retry fails again unless OurAPI, or this program, has changed since. Check the event and the response, then discard.";
+const PERMANENT = "A retry will fail again unless OurAPI or this program has changed. Check the event and the response, then discard.";
 
 // What the operator should do first, by reason, if a retry can succeed.
 const ADVICE = [
@@ -190,13 +190,13 @@ export const event = {
 
 const BY = { console: "the console", command: "the command line" };
 
-/** The user who resolved it. */
+/** Who resolved it: a named user, the console or the command line. */
 export const by = (resolution) => BY[resolution.by] ?? resolution.by;
 
 const block = (title, ...content) => el("section.card", { "data-key": title }, el("header", null, el("h2", null, title)), content);
 
 function attempts(event) {
-  if (event.failures.length === 0) return el("p.quietly", null, event.kind === "UNREADABLE" ? "None: the event could not be parsed." : "None is on record.");
+  if (event.failures.length === 0) return el("p.quietly", null, event.kind === "UNREADABLE" ? "None: the event could not be parsed." : "None is recorded.");
   return el(
     "ol.attempts",
     null,
@@ -231,14 +231,14 @@ export const actions = {
   async retry(button, page) {
     const { which, number } = meant(button.dataset);
     const done = await resolve("retry", which, page);
-    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${count(number - done)} will not: already resolved, or still cannot be parsed.`);
+    page.announce(done >= number ? `${some(done, "event")} will be tried again.` : `${some(done, "event")} will be tried again; ${count(number - done)} will not (already resolved, or still unparsable).`);
     await afterResolution(page);
   },
   async discard(button, page) {
     const { which, number } = meant(button.dataset);
     const sure = await page.ask(
       `Discard ${some(number, "event")}?`,
-      `${number === 1 ? "It is" : "They are"} not sent to OurAPI any more. You can undo this in the list of resolutions until the retention drops ${number === 1 ? "the event" : "the events"}.`,
+      `${number === 1 ? "It" : "They"} will not be sent to OurAPI. You can undo this in the list of resolutions until the retention period ends.`,
       number === 1 ? "Discard" : `Discard ${count(number)}`,
     );
     if (!sure) return;
@@ -249,7 +249,7 @@ export const actions = {
   async undo(button, page) {
     const { which } = meant(button.dataset);
     const done = await resolve("undo", which, page);
-    page.announce(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: the event was resolved in another way, or dropped by the retention.");
+    page.announce(done > 0 ? `${some(done, "event")} reopened.` : "Nothing to undo: the event was resolved in another way, or dropped after the retention period.");
     await afterResolution(page);
   },
   select(box, page, event) {

@@ -25,13 +25,13 @@ export const perMinute = (n) => rate.format(n);
 const mark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const largeMark = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, notation: "compact" });
 
-/** A mark of an axis; from a million on as "1.2M". */
+/** A mark of an axis; from a million on, in the form "1.2M". */
 export const axisText = (n) => (n < 1_000_000 ? mark : largeMark).format(n);
 
 /** "1 event", "3 events". */
 export const some = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
-/** Begins with a capital. */
+/** The text with a capital letter at the beginning. */
 export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 /** A duration in ms. */

@@ -68,11 +68,11 @@ function pipe(status) {
         figure(count(status.waiting), "waiting", status.oldest_waiting === null ? "nothing to do" : ["the oldest for ", since(status.oldest_waiting.since)]),
         el("a.figure", { href: "#/failed", "data-bad": status.failed > 0 ? "yes" : null }, el("b", null, count(status.failed)), el("span", null, "failed"), el("small", null, status.failed === 0 ? "none" : "needs action")),
       ),
-      status.incomplete > 0 && el("p.note", null, `${some(status.incomplete, "chat")} lost in OurAPI, whole or in part, and not restored`),
-      status.drifted > 0 && el("p.note", null, `${some(status.drifted, "chat")} changed in OurAPI by another client, or after the backup if this database was restored from one`),
+      status.incomplete > 0 && el("p.note", null, `${some(status.incomplete, "chat")} lost in OurAPI, in whole or in part, and not restored`),
+      status.drifted > 0 && el("p.note", null, `${some(status.drifted, "chat")} ${status.drifted === 1 ? "differs" : "differ"} in OurAPI: changed by another client or, if this database is a restored backup, after the backup was made`),
       status.rebuilding > 0 && el("p.note", null, `${some(status.rebuilding, "chat")} to be verified or rebuilt`),
     ),
-    link(cut(status.our_api) ? "waits" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", cut(status.our_api)),
+    link(cut(status.our_api) ? "on hold" : status.delivery_ms ? `in ${lasting(status.delivery_ms.median)}` : "nothing yet", cut(status.our_api)),
     api("OurAPI", "destination", status.our_api),
   );
 }

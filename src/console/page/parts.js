@@ -8,7 +8,7 @@ export const isMessage = (name) => ["MESSAGE"].includes(name);
 /** The kind of an event. */
 export const kind = (name) => el(`span.kind.${name.toLowerCase()}`, null, name);
 
-/** A conversation, by BigChat's id of it. */
+/** A conversation, shown by its BigChat id. */
 export function conversation(key, id) {
   if (id === null) return el("span.muted", null, "none");
   return key === null ? String(id) : el("a", { href: `#/conversations/${key}` }, String(id));
@@ -19,7 +19,7 @@ export function nothing(symbol, title, ...more) {
   return el("div.nothing", null, icon(symbol), el("h2", null, title), more.map((text) => el("p", null, text)));
 }
 
-/** A placeholder while loading; appears only if that takes long. */
+/** A placeholder while loading; it appears only if loading takes long. */
 export function loading(rows = 5) {
   return el(
     "div.loading",

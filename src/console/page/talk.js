@@ -73,7 +73,7 @@ export const talk = {
       back("#/search", "Conversations"),
       head(
         `Conversation ${one.conversation}`,
-        [state(one), " ", one.forgotten_at !== null && ["Its text was erased ", at(one.forgotten_at), ` by ${one.forgotten_by}. `], one.epoch < one.current_epoch && "From an earlier epoch: since BigChat restarted, this id means another conversation."],
+        [state(one), " ", one.forgotten_at !== null && [`Its text was erased by ${one.forgotten_by}: `, at(one.forgotten_at), ". "], one.epoch < one.current_epoch && "From an earlier epoch: since BigChat restarted, this id means another conversation."],
         one.failed.length > 0 && resolutions(one.permanent, { "data-ids": one.failed.join(" ") }, `Retry ${failedOf(one)}`, `Discard ${failedOf(one)}…`),
       ),
       el(

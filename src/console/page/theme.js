@@ -28,5 +28,5 @@ function applyTheme() {
 }
 
 applyTheme();
-// Another tab may have changed it.
+// Another tab may have changed the theme.
 addEventListener("storage", applyTheme);
