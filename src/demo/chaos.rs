@@ -1,9 +1,9 @@
 //! `--chaos`: the daemon as a separate process, which is killed, stopped and started again while both services fail in
 //! every way of the plan ([`simulator::chaos`](crate::simulator::chaos)).
 //!
-//! In the end all faults stop and the daemon runs. Only one difference is excused: events that BigChat reports only
-//! once, and that it had sent to a daemon that was killed before it stored them. The journal is read at each
-//! kill to find them ([`count_apart`]).
+//! In the end all faults stop and the daemon runs. Only one kind of difference is excused: events that BigChat reports
+//! only once, and sent to a daemon that was killed before it stored them. The journal is read at each kill to find them
+//! ([`count_apart`]).
 
 use std::ffi::OsString;
 use std::fmt;
@@ -55,7 +55,7 @@ const SETTINGS: [&str; 9] = [
 /// The faults so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Score {
-    /// Whether the daemon runs.
+    /// Whether the daemon is running.
     pub up: bool,
     pub kills: usize,
     /// How often the daemon was stopped cleanly.
@@ -66,9 +66,9 @@ pub struct Score {
     pub losses: usize,
     /// How often a service was down for a while.
     pub outages: usize,
-    /// Events reported that never reached the journal, because the daemon was killed before it stored them.
+    /// Reported events that never reached the journal, because the daemon was killed before it stored them.
     pub unstored: usize,
-    /// All faults have ended, and every loss was noticed.
+    /// Whether all faults have ended, and BigChat has the event whose delivery reveals the latest loss.
     pub calm: bool,
 }
 
@@ -129,7 +129,7 @@ pub(super) struct Chaos {
     pub(super) seed: u64,
     pub(super) watch: Watch,
     pub(super) score: Arc<Mutex<Score>>,
-    /// Cancelled when the demo was asked to stop. The daemon may have received the same signal.
+    /// Cancelled when the demo is asked to stop. The daemon may receive the same signal.
     pub(super) stopping: CancellationToken,
     /// Cancelled when the faults are to end.
     pub(super) enough: CancellationToken,
@@ -176,7 +176,7 @@ impl Chaos {
             }
         }
         if struck.is_some() {
-            // A fault lasts no shorter than planned.
+            // A fault lasts at least as long as planned.
             sleep(services_next.saturating_duration_since(Instant::now())).await;
             self.end(&strike.1).await?;
         }
@@ -212,7 +212,8 @@ impl Chaos {
         }
     }
 
-    /// The daemon ends only if it received a signal meant for the whole process group, such as Ctrl-C.
+    /// Handles an end of the daemon that was not planned. Only a signal to the whole process group, such as Ctrl-C, may
+    /// cause one.
     async fn ended_unexpectedly(
         &mut self,
         status: ExitStatus,
@@ -254,7 +255,7 @@ impl Chaos {
         self.daemon.kill().await?;
         lock(&self.score).up = false;
         lock(&self.score).kills += 1;
-        // Requests in flight at the kill are answered or given up after this.
+        // After this, the requests that were in flight at the kill have been answered or given up.
         until("BigChat has no open requests", async || {
             self.sim.bigchat.connected() == 0
         })
@@ -339,7 +340,7 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
-    /// This program as a daemon between these services, over a database. It logs to a file beside it.
+    /// This program as a daemon between these services, with the database `db`. It logs to the file `log`.
     pub(super) fn new(
         sim: &Simulator,
         db: &Path,
@@ -390,7 +391,7 @@ impl Daemon {
         }
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     async fn kill(&mut self) -> io::Result<()> {
         match self.child.take() {
             Some(mut child) => child.kill().await,
@@ -398,10 +399,10 @@ impl Daemon {
         }
     }
 
-    /// SIGTERM. Any result but exit code 0 in time is an error.
+    /// Sends SIGTERM. Any result except exit code 0 in time is an error.
     async fn stop(&mut self) -> std::result::Result<(), DemoError> {
-        // Before its log says that it runs, the daemon does not handle signals.
-        until("the daemon's log says that it runs", async || {
+        // The daemon does not handle signals until its log says that it is running.
+        until("the daemon's log says that it is running", async || {
             self.has_started().unwrap_or(false)
         })
         .await?;

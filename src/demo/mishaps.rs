@@ -1,6 +1,6 @@
 //! What fails in `demo --faults`: temporary failures, and one that needs the operator.
 //!
-//! OurAPI permanently rejects messages that its spam filter dislikes, until the filter is fixed: then a retry is
+//! OurAPI permanently rejects messages that its spam filter dislikes, until the filter is fixed. After that, a retry is
 //! enough. Meanwhile both services fail sometimes, and OurAPI is down for a while, which needs no operator.
 
 use std::io;
@@ -39,15 +39,15 @@ pub(super) struct Mishaps {
 /// What the operator can try.
 pub(super) fn what_to_do(program: &Path, db: &Path) -> String {
     format!(
-        "Requests fail now, and one of the failures needs action. The console shows what failed, why, and what to do.
-So does another terminal, while the daemon runs:
+        "Requests are failing now, and some of the failures need action. The console shows what failed, why, and what to do.
+So do these commands in another terminal, while the daemon is running:
 
     alias bigchat-sync={}; export BIGCHAT_SYNC_DB={}
     bigchat-sync status
     bigchat-sync failed list
     bigchat-sync failed show ID
 
-Ctrl-C ends the demo, and compares.
+Ctrl-C ends the demo and starts the comparison.
 ",
         // The shell reads an alias again when it is used.
         shell_word(&shell_word(&program.to_string_lossy())),
@@ -65,7 +65,7 @@ pub(super) fn shell_word(text: &str) -> String {
 }
 
 impl Mishaps {
-    /// Starts the faults that last. `duration`: of the demo.
+    /// Starts the lasting faults. `duration` is that of the demo.
     pub(super) fn new(sim: Arc<Simulator>, duration: Duration) -> Self {
         sim.our_api.state().set_spam(Some(SPAM));
         sim.bigchat.upset_at_random(NOW_AND_THEN, crashed());
@@ -95,7 +95,7 @@ impl Mishaps {
             }
             Stage::Up if elapsed > self.fixed_at => {
                 self.sim.our_api.state().set_spam(None);
-                // Once fixed, nothing new has to be resolved.
+                // Once the filter is fixed, no further failure needs action.
                 self.sim.bigchat.state().set_awkward(false);
                 self.calm();
                 let news = "OurAPI is fixed: retry the failed events (`bigchat-sync failed retry --all`); discard what still fails";

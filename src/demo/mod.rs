@@ -1,5 +1,5 @@
-//! The demo: the real daemon, over HTTP, between both services simulated in this process; and at the end the proof, by
-//! a comparison that shares no code with the daemon.
+//! The demo: the real daemon works over HTTP, between two services that this process simulates. At the end, a
+//! comparison that shares no code with the daemon proves the result.
 //!
 //! It needs nothing and leaves nothing behind: the services listen on free ports, the database is temporary, and
 //! settings and tokens in the environment are ignored. It can also only serve the services, for a daemon in another
@@ -45,7 +45,7 @@ pub use result::{DemoResult, FailedPolls, Figures, Struck};
 use show::{FRAME, Show};
 use tally::{Snapshot, Tally};
 
-/// Time between polls: short, because a user watches.
+/// Time between polls: short, because a user is watching.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The time limit for the last events, once BigChat reports nothing new.
@@ -81,7 +81,7 @@ const FAULTS_DURATION: Duration = Duration::from_secs(600);
 /// The options of the demo.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// How long BigChat reports events; the last ones are then waited for [default: 30s].
+    /// How long BigChat reports events; the demo then waits until the last ones are delivered [default: 30s].
     #[arg(long, value_name = "TIME", value_parser = at_least_a_second, allow_hyphen_values = true)]
     pub duration: Option<Duration>,
 
@@ -93,13 +93,13 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Reporting::Once)]
     pub bigchat: Reporting,
 
-    /// Let everything fail: both services in every way they can, while the daemon, as a process of its own, is killed
-    /// and started again. The comparison at the end is the same.
+    /// Make everything fail: both services fail in every way they can, while the daemon, as a separate process, is
+    /// killed and started again. The comparison at the end is the same.
     #[arg(long)]
     pub chaos: bool,
 
-    /// Let requests fail, some of them permanently: find out why in the console, or with `bigchat-sync status` and
-    /// `failed`, and resolve it. Takes 10 minutes, or --duration, or until Ctrl-C.
+    /// Make requests fail, some of them permanently. Find the reasons in the console, or with `bigchat-sync status` and
+    /// `failed`, and retry or discard the events. Runs for 10 minutes, for --duration, or until Ctrl-C.
     #[arg(long, conflicts_with_all = ["chaos", "serve"])]
     pub faults: bool,
 
@@ -144,7 +144,7 @@ pub enum DemoError {
     /// The temporary database cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The temporary database refuses.
+    /// The temporary database cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The daemon did not start, or stopped with an error.
@@ -198,7 +198,7 @@ async fn serve(
     let seed = seed(args);
     let sim = start(args, seed, PORTS, Watch::default()).await?;
     terminal.say(&format!(
-        "{}\n\nTry in another terminal:\n\n    {} run\n\nWhile no daemon runs (two requests at once corrupt this OurAPI, like the real one):\n\n    curl {}/chats\n\nCtrl-C stops it.",
+        "{}\n\nTry in another terminal:\n\n    {} run\n\nWhile no daemon is running (two requests at once corrupt this OurAPI, like the real one):\n\n    curl {}/chats\n\nCtrl-C stops it.",
         services(&sim, args.bigchat, seed),
         mishaps::shell_word(&std::env::current_exe()?.to_string_lossy()),
         sim.our_api.url()
@@ -221,7 +221,7 @@ async fn perform(
     let sim = Arc::new(start(args, seed, FREE_PORTS, watch.clone()).await?);
     let scratch = Scratch::new()?;
     let db = scratch.0.join("journal.db");
-    // Commands beside the daemon may open it before the daemon does.
+    // Commands may open the database before the daemon does.
     drop(Store::open(&db)?);
     let journal = Arc::new(Journal::start(Store::open_shared(&db)?)?);
     let duration = args.duration();
@@ -314,7 +314,7 @@ async fn perform(
 /// The running daemon, until it has stopped.
 type Running = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
 
-/// Everything while the demo runs.
+/// The state of a running demo.
 struct Stage {
     sim: Arc<Simulator>,
     journal: Arc<Journal>,
@@ -368,7 +368,7 @@ impl Stage {
                 still_since = quiet_since;
                 continue;
             }
-            // After one more poll, the pages of the poll in progress are stored.
+            // After one more poll, the pages of the poll that was in progress have been stored.
             if self.sim.bigchat.state().polls() > polls && snapshot.waiting == 0 {
                 let report = self.sim.compare();
                 if report.is_clean() && snapshot.failed + snapshot.discarded == report.refused {
@@ -468,7 +468,7 @@ impl Scratch {
         }
     }
 
-    /// Does not remove the directory. Returns its path.
+    /// Leaves the directory in place, and returns its path.
     fn keep(mut self) -> PathBuf {
         std::mem::take(&mut self.0)
     }

@@ -23,13 +23,13 @@ pub struct Figures {
     pub at_once: usize,
     /// Failed events in the daemon's journal, including discarded ones.
     pub failed: usize,
-    /// Events that still wait in the journal.
+    /// Events that are still waiting in the journal.
     pub waiting: usize,
     /// The faults, with `--chaos`.
     pub chaos: Option<Struck>,
 }
 
-/// Polls that BigChat answered with an error. If it stores its events, it reports them again.
+/// Polls that BigChat answered with an error. If BigChat stores its events, it reports them again.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FailedPolls {
     pub count: usize,
@@ -51,7 +51,7 @@ impl fmt::Display for FailedPolls {
     }
 }
 
-/// The faults, and the events lost by them.
+/// The faults, and the events lost because of them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Struck {
     /// The faults of the services and the daemon.
@@ -147,7 +147,7 @@ impl DemoResult {
         } = self.figures;
         if failed > 0 && failed == self.report.refused {
             lines.push(format!(
-                "{} failed, as expected: OurAPI does not store messages under 2 characters",
+                "{} failed, as expected: OurAPI does not store messages shorter than 2 characters",
                 count(failed, "message")
             ));
         }
@@ -182,7 +182,7 @@ impl DemoResult {
     }
 }
 
-/// Requests per event, in brackets.
+/// Requests per event, in parentheses.
 fn per_event(requests: usize, events: usize) -> String {
     if events == 0 {
         return String::new();

@@ -1,4 +1,4 @@
-//! The display of the demo: bars on a terminal, else a line a second. [`tally`](super::tally) decides what is shown.
+//! The display of the demo: bars on a terminal, else a line per second. [`tally`](super::tally) decides what is shown.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,7 +13,7 @@ use crate::telemetry::terminal::{Terminal, styled};
 /// The time between two frames.
 pub(super) const FRAME: Duration = Duration::from_millis(100);
 
-/// How many of the latest lines are shown.
+/// How many lines are shown: the latest ones.
 const LINES: usize = 8;
 
 /// Over how many frames the lines of a poll are spread. Its events arrive together, too fast to be read.
@@ -22,7 +22,7 @@ const SPREAD: usize = 8;
 /// Time between two lines without a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(1);
 
-/// How many lines there are under one pair of headings: about a screen.
+/// How many lines are printed under one pair of headings: about a screen.
 const LINES_PER_HEADING: u32 = 20;
 
 /// Bars on a terminal, or lines.
@@ -36,7 +36,7 @@ pub(super) enum Show {
 }
 
 impl Show {
-    /// Starts to show what happens.
+    /// Starts the display.
     pub(super) fn new(terminal: &Terminal, duration: Duration) -> Self {
         match terminal.bars() {
             Some(bars) => Self::Bars(Bars::new(bars, duration)),
@@ -54,7 +54,7 @@ impl Show {
         }
     }
 
-    /// Shows the figures of this moment.
+    /// Shows the current figures.
     pub(super) async fn frame(
         &mut self,
         elapsed: Duration,

@@ -1,7 +1,7 @@
 //! Figures and messages about what has happened.
 //!
-//! It observes both ends only, what BigChat reported and what OurAPI answered. Foreign text is shown without control
-//! characters.
+//! They are based only on what BigChat reported, what OurAPI answered, and counts of the journal. Foreign text is shown
+//! without control characters.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use super::result::FailedPolls;
 use crate::simulator::{Answered, Happening};
 use crate::telemetry::terminal::printable;
 
-/// More of a message is not needed to recognize it, and a line should fit 80 columns.
+/// How many characters of a text are shown: enough to recognize it in a line of 80 columns.
 const SHOWN: usize = 38;
 
 /// The columns of the figures: the owner, if it changes, and the heading.
@@ -65,13 +65,13 @@ pub(super) struct Snapshot {
     pub(super) chats: usize,
     pub(super) agents: usize,
     pub(super) messages: usize,
-    /// The most requests that it ever carried out at once.
+    /// The most requests that OurAPI ever carried out at once.
     pub(super) at_once: usize,
-    /// The events that wait in the daemon's journal.
+    /// The events that are waiting in the daemon's journal.
     pub(super) waiting: usize,
-    /// The failed events there.
+    /// The failed events in the journal.
     pub(super) failed: usize,
-    /// The discarded events there.
+    /// The discarded events in the journal.
     pub(super) discarded: usize,
     /// The faults so far, with `--chaos`.
     pub(super) score: Option<Score>,
@@ -98,7 +98,7 @@ impl Tally {
         }
     }
 
-    /// Counts what happened. Returns a line about it, if it is of interest.
+    /// Counts what happened. Returns a line to show, if there is one.
     pub(super) fn record(&mut self, happening: Happening) -> Option<Line> {
         match happening {
             Happening::Reported(conversations) => {
@@ -138,7 +138,7 @@ impl Tally {
         self.failed_polls
     }
 
-    /// How many requests OurAPI got.
+    /// How many requests OurAPI answered.
     pub(super) fn requests(&self) -> usize {
         self.requests
     }
@@ -164,7 +164,7 @@ impl Tally {
 }
 
 impl Snapshot {
-    /// The faults so far, and whether the daemon runs; empty without chaos.
+    /// The faults so far, and whether the daemon is running; empty without chaos.
     pub(super) fn chaos(&self) -> String {
         match self.score {
             None => String::new(),
