@@ -13,7 +13,7 @@ use crate::domain::time::Millis;
 /// How often to check. A command takes effect within a second.
 const CHECK_EVERY: Duration = Duration::from_millis(500);
 
-/// Applies pauses and their ends, and wakes delivery, since there may be work.
+/// Applies pauses and their ends, and wakes delivery, because there may be work.
 pub(super) async fn watch(parts: &Parts) -> Infallible {
     let (mut seen, mut logged) = (None, None);
     loop {
@@ -32,7 +32,7 @@ pub(super) async fn watch(parts: &Parts) -> Infallible {
     }
 }
 
-/// Applies the pause in the journal, and ends it there if its time is over. Returns whether the journal allowed that.
+/// Applies the pause in the journal, and ends it there if its time is over. Returns whether this succeeded.
 async fn apply(parts: &Parts) -> bool {
     let our_api = Arc::clone(&parts.our_api);
     let applied = parts.journal.with(move |store| {

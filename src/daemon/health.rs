@@ -1,7 +1,7 @@
 //! Whether the two APIs are up, according to the daemon's own exchanges with them.
 //!
-//! The daemon records it here, and [`record`] stores it in the journal, where commands and the console can read it even
-//! while no daemon runs.
+//! [`record`] stores this in the journal. The console reads it there, and so do commands, even while no daemon is
+//! running.
 
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ const STORE_EVERY: Duration = Duration::from_secs(10);
 
 /// Restores the state of both APIs from the end of the last session.
 ///
-/// An API that was down then counts as down only if the base URL is the same and a request will be made soon; else
-/// its state is not known. A rate limit in force remains.
+/// If the base URL is the same, "up" and a rate limit in force are restored, and "down" if a request will be sent soon.
+/// Otherwise the state is unknown.
 pub(super) async fn recall(parts: &Parts) {
     for api in Api::ALL {
         let here = parts.apis.of(api).base().clone();
@@ -52,7 +52,7 @@ pub(super) async fn recall(parts: &Parts) {
             }
             Ok(unknown)
         });
-        // Polling and delivery report a disk that refuses.
+        // Polling and delivery report a journal that cannot be used.
         if let Ok(status) = recalled.await {
             parts.apis.of(api).recall(&status);
         }
@@ -82,7 +82,7 @@ async fn record_until(parts: &Parts, done: &CancellationToken) {
             .zip(&stored)
             .any(|(now, stored)| !is_stored(now, stored));
         if news || last {
-            // Both in one operation, so that a journal that refuses is waited for only once.
+            // Both are stored in one operation, so that a journal that cannot be written causes only one wait.
             let found: Vec<_> = Api::ALL.into_iter().zip(now.clone()).collect();
             let recorded = parts
                 .journal

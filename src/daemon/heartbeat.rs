@@ -2,7 +2,7 @@
 //! healthy, else a POST to `/fail` with the problems. If neither arrives, the daemon, its machine or its network is
 //! dead, which nothing on this machine could report.
 //!
-//! Besides the two APIs this is the only host that is ever contacted. Redirects are not followed.
+//! Besides the two APIs, this is the only host that the daemon contacts. Redirects are not followed.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -24,11 +24,11 @@ const EVERY: Duration = Duration::from_secs(60);
 /// The time limit for a request. A journal that does not answer within it counts as a problem.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A heartbeat that keeps failing is logged once an hour.
+/// While heartbeats keep failing, one failure in this many is logged: about one an hour.
 const LOGGED_EVERY: u32 = 60;
 
 pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
-    // Before the first poll the journal has only the state of the last session.
+    // Before the first poll, the journal has only the state of the last session.
     tokio::select! {
         () = parts.caught_up.cancelled() => {}
         () = sleep(EVERY) => {}
@@ -43,7 +43,7 @@ pub(super) async fn run(parts: &Parts, url: Token) -> Infallible {
     }
 }
 
-/// The first is due at once, then one a minute, however long each takes.
+/// The schedule of heartbeats: the first one is due at once, then one a minute, however long each takes.
 fn beats() -> Interval {
     let mut beats = interval(EVERY);
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -65,7 +65,7 @@ async fn problems(parts: &Parts) -> String {
         Ok(Err(error)) => return format!("the database cannot be read: {error}"),
         Err(_) => return "the database does not answer".to_owned(),
     };
-    // As on the console: only the daemon itself knows it.
+    // As on the console. Only the daemon itself knows whether it can write to the journal.
     let refusal = parts.storage.refusal();
     let lines = refusal
         .iter()
@@ -75,7 +75,7 @@ async fn problems(parts: &Parts) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Removes what the APIs answered: it may quote a customer, and a heartbeat leaves the machine.
+/// Removes the responses of the APIs. They may quote a customer, and a heartbeat leaves the machine.
 fn without_responses(mut figures: Figures) -> Figures {
     let head = |reason: &mut Option<String>| {
         if let Some(reason) = reason

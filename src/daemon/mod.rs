@@ -1,4 +1,4 @@
-//! The life of the daemon: open the journal, poll and deliver side by side, and stop within a bound.
+//! The life of the daemon: it opens the journal, polls and delivers side by side, and stops within a time limit.
 
 mod changes;
 mod health;
@@ -34,8 +34,8 @@ use crate::telemetry::liveness::Liveness;
 use crate::telemetry::terminal::{Terminal, shown};
 use crate::version;
 
-/// How long delivery waits for the first poll. BigChat usually answers within milliseconds; a slow response may never
-/// come.
+/// How long delivery waits for the first poll. BigChat usually answers within milliseconds. A response that takes
+/// longer may never come.
 const FIRST_POLL_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why the daemon did not start, or why it stopped with an error.
@@ -47,13 +47,13 @@ pub enum DaemonError {
     Journal(#[from] JournalError),
     #[error("the HTTP client cannot be made (are there CA certificates on this machine?): {0}")]
     Client(#[from] reqwest::Error),
-    /// The operating system refuses a thread or a signal handler.
+    /// The operating system refused a thread or a signal handler.
     #[error("the operating system reports an error: {0}")]
     System(#[from] std::io::Error),
     /// The daemon was stopped while the disk refused events that BigChat had reported.
     #[error("stopped while the database could not be written; reported events that are lost: {0}")]
     Unstored(usize),
-    /// The database was deleted or replaced while the daemon ran. The events waiting in it are lost.
+    /// The database was deleted or replaced while the daemon was running. The events waiting in it are lost.
     #[error(
         "stopped after the database had been deleted or replaced; events in it that are lost: {0}"
     )]
@@ -121,13 +121,13 @@ pub async fn run_at(
     let work = alongside(heartbeat::run(&parts, heartbeat_url), work);
     let served = health::record(&parts, work).await;
     closing.cancel();
-    // A panic of the console is in the log, and is no failure of the daemon.
+    // A panic of the console is logged, and is not a failure of the daemon.
     while web.join_next().await.is_some() {}
     served
 }
 
-/// The observers of the daemon besides readers of its log. There are none if the process runs more than the daemon, as
-/// the demo does.
+/// The observers of the daemon besides the readers of its log. There are none if the process runs more than the daemon,
+/// as the demo does.
 #[derive(Debug, Clone, Default)]
 pub struct Observers {
     /// The terminal, if it is interactive.
@@ -187,7 +187,7 @@ pub(crate) async fn serve(parts: &Parts) -> Result<(), DaemonError> {
     alongside(changes::watch(parts), poll_and_deliver(parts)).await
 }
 
-/// The same without checking for pauses.
+/// The same, without checking for changes made by other processes.
 pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     let mut poller = parts.poller();
     let polling = until_stopped(parts, poller.run());
@@ -203,12 +203,12 @@ pub(crate) async fn poll_and_deliver(parts: &Parts) -> Result<(), DaemonError> {
     stopped(parts, &poller).await
 }
 
-/// Polls once, up to the present, and delivers what is due. While deliveries are paused it delivers nothing, which is
-/// no error.
+/// Polls once, up to the present, and delivers what is due. While deliveries are paused, it delivers nothing, which is
+/// not an error.
 ///
 /// # Errors
 ///
-/// Also if the poll or a delivery did not complete: cron sees only the exit code.
+/// Also if the poll or a delivery did not complete, because cron sees only the exit code.
 pub async fn once(
     settings: Settings,
     tokens: Tokens,
@@ -254,12 +254,12 @@ fn in_the_log() -> String {
     "the log has the reason".to_owned()
 }
 
-/// Does not poll. Verifies the chats for which that is requested and, unless `verifications_only`, delivers what is
-/// due, until `stopping` is cancelled.
+/// Verifies the chats for which this is requested and, unless `verifications_only`, delivers what is due, until
+/// `stopping` is cancelled. Does not poll.
 ///
 /// # Errors
 ///
-/// [`OpenError::InUse`] if a daemon runs, because the daemon does this itself.
+/// [`OpenError::InUse`] if a daemon is running, because the daemon does this itself.
 pub async fn verify(
     settings: Settings,
     tokens: Tokens,
@@ -279,8 +279,8 @@ pub async fn verify(
     Ok(())
 }
 
-/// Waits until BigChat was read up to the present, within a bound. The database may be an older copy. Its waiting
-/// changes of a chat are then merged with later ones, so that none sets the chat back.
+/// Waits until BigChat has been read up to the present, for a limited time. If the database is an older copy, its
+/// waiting changes of a chat are then merged with later ones, so that none sets the chat back.
 async fn caught_up(parts: &Parts) {
     tokio::select! {
         () = parts.caught_up.cancelled() => {}
@@ -289,7 +289,7 @@ async fn caught_up(parts: &Parts) {
     }
 }
 
-/// Waits for the end of polling; once the daemon is to stop, for a limited time only. `None`: polling did not end.
+/// Waits for the end of polling, but only for a limited time once the daemon is to stop. `None`: polling did not end.
 async fn until_stopped<T>(parts: &Parts, polling: impl Future<Output = T>) -> Option<T> {
     let last_poll = async {
         parts.stopping.cancelled().await;
@@ -316,7 +316,7 @@ async fn start_when_possible(
         match start(settings.clone(), tokens.clone(), stopping.clone()).await {
             Err(error) if error.is_transient() => {
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::error!(reason = %error, "the database cannot be used yet; the daemon starts when it can");
+                    tracing::error!(reason = %error, "the database cannot be used yet; the daemon starts when it can be used");
                 }
             }
             started => return started.map(Some),

@@ -31,7 +31,7 @@ pub(crate) struct Parts {
     pub(super) work_available: Arc<Notify>,
     /// Cancelled when the first poll up to the present has ended, successfully or not.
     pub(super) caught_up: CancellationToken,
-    /// Cancelled when the daemon is to stop. From then on no request is begun.
+    /// Cancelled when the daemon is to stop. From then on, no request is begun.
     pub(super) stopping: CancellationToken,
 }
 

@@ -1,6 +1,6 @@
 //! Progress of catching up after downtime or an outage: bars on a terminal, else a line in the log from time to time.
 //!
-//! The estimate assumes that BigChat has as many events an hour for the unread time as for the time already read.
+//! The estimate assumes that BigChat has as many events per hour for the unread time as for the time already read.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -22,13 +22,13 @@ const FRAME: Duration = Duration::from_millis(200);
 /// How often a line is logged if there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// A larger distance means downtime. (Twice the poll interval, if that is longer.)
+/// The distance behind BigChat from which progress is shown, unless twice the poll interval is longer.
 const BEHIND: Duration = Duration::from_secs(60);
 
-/// Delivering this many waiting events takes several seconds, so they are worth a display.
+/// The number of waiting events from which progress is shown. Delivering them takes several seconds.
 const MANY: u32 = 1000;
 
-/// The display ends when no more than this many events wait.
+/// The display ends when fewer than this many events are waiting.
 const FEW: u64 = 100;
 
 /// How often all waiting events are counted.
@@ -100,7 +100,7 @@ impl Course {
 }
 
 impl View {
-    /// Whether less is left than before. That is not so in an outage, nor while events are received faster than
+    /// Whether less is left than before. This is false in an outage, and while events are received faster than
     /// delivered.
     fn is_further_than(&self, before: &Self) -> bool {
         self.left < before.left || self.unread() < before.unread()
@@ -132,7 +132,7 @@ pub(super) async fn show(parts: &Parts, terminal: Option<&Terminal>) -> Infallib
         let counts = parts.metrics.counts();
         let polled = (counts.polls, counts.received);
         if checked.replace(polled) != Some(polled) {
-            // Polling and delivery report a journal that refuses.
+            // Polling and delivery report a journal that cannot be read.
             if let Ok(true) = is_far_behind(parts).await {
                 catch_up(parts, terminal).await.ok();
             }
@@ -168,7 +168,7 @@ async fn catch_up(parts: &Parts, terminal: Option<&Terminal>) -> Result<(), Jour
     }
 }
 
-/// The display: bars, or the last line logged and when it was due.
+/// The display: bars, or the last line logged and the time at which a line was last due.
 enum Shown {
     Bars(Bars),
     Lines(Option<View>, Instant),
@@ -204,7 +204,7 @@ impl Shown {
     }
 }
 
-/// Two bars, shown as long as each has something to show.
+/// Two bars, each shown as long as it has something to show, below an empty one.
 struct Bars([ProgressBar; 3]);
 
 impl Bars {
@@ -265,7 +265,7 @@ async fn unread(parts: &Parts) -> Result<Duration, JournalError> {
     })
 }
 
-/// Takes snapshots without having the journal count all waiting events each time.
+/// Takes snapshots without making the journal count all waiting events each time.
 struct Watch<'a> {
     parts: &'a Parts,
     /// The snapshot of the latest full count.

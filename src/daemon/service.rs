@@ -1,8 +1,8 @@
-//! The service manager: systemd, which is notified when the daemon is ready, how it is doing, and that it is not stuck.
+//! The service manager: systemd is notified of the daemon's start, status and stop, and that it is not stuck.
 //!
 //! Nothing is sent if no service manager started the process (no `NOTIFY_SOCKET`). The watchdog is notified only while
-//! nothing is stuck. Without notifications systemd kills the process and starts another, which continues from the
-//! journal.
+//! nothing is stuck. Without these notifications, systemd kills the process and starts another, which continues from
+//! the journal.
 
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
@@ -90,8 +90,8 @@ impl SystemdNotifier {
         Ok(started)
     }
 
-    /// Sends the status and the watchdog's notification as long as nothing is `stuck`, and notifies once when the
-    /// daemon is to stop.
+    /// Sends the status, and the watchdog's notification while nothing is `stuck`. Notifies once when the daemon is to
+    /// stop.
     pub async fn run_watchdog<F>(
         &self,
         stuck: impl Fn() -> Option<&'static str>,
@@ -116,7 +116,7 @@ impl SystemdNotifier {
                     Some(what) if !was_stuck => {
                         tracing::error!(
                             reason = what,
-                            "the daemon is stuck; unless it recovers, the service manager restarts it"
+                            "the daemon is stuck; unless it recovers, the service manager will restart it"
                         );
                     }
                     Some(_) => {}
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(sent[sent.len() - 2..], ["STOPPING=1", "STATUS=stopping"]);
     }
 
-    /// A long start is extended again and again.
+    /// The time limit of a long start is extended again and again.
     #[tokio::test(start_paused = true)]
     async fn long_start_is_extended() {
         let (manager, sent) = manager(None);

@@ -1,6 +1,6 @@
 //! The summary of what the daemon has done, which is logged from time to time.
 //!
-//! It replaces a line for each poll and each event. While the daemon is healthy and idle, none is logged.
+//! It replaces a line for each poll and each event. While the daemon is healthy and idle, no summary is logged.
 
 use std::convert::Infallible;
 use std::time::Duration;
