@@ -18,8 +18,8 @@ pub(crate) fn is_standard_error() -> bool {
     )
 }
 
-/// Whether `JOURNAL_STREAM` names this file, by its device and inode. A child may have inherited the variable and have
-/// another standard error.
+/// Whether `JOURNAL_STREAM` names this file, by its device and inode. A process may have inherited the variable but
+/// have another standard error.
 fn names(variable: Option<&OsStr>, device: u64, number: u64) -> bool {
     let named = variable
         .and_then(OsStr::to_str)

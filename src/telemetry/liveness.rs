@@ -1,10 +1,10 @@
-//! Whether polling and delivery still make progress, as opposed to waiting for an API that is down.
+//! Whether polling and delivery are making progress, or hang.
 //!
-//! Each supervised part beats: it announces that it will beat again within a time, and each request and each operation
-//! on the journal that ends is a beat of the part that waits for it. If a beat is late by more than a grace period,
-//! something hangs that nothing in this process will end, such as a disk that does not respond or a lock that is never
-//! released. A failure is not such a case, because it ends. `/healthz` then fails, and the service manager's watchdog
-//! is not notified.
+//! Each supervised part has a pulse. A beat announces that the next one will follow within a certain time. Whenever a
+//! request or an operation on the journal ends, the part that waits for it beats. If a beat is late by more than a
+//! grace period, something hangs that nothing in this process will end, such as a disk that does not respond or a lock
+//! that is never released. `/healthz` then fails, and the service manager's watchdog is not notified. An API that is
+//! down is not such a case, because its requests end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +30,7 @@ pub struct Liveness {
     pub polling: Pulse,
     /// Delivery's, for claims and commits.
     pub delivering: Pulse,
-    /// The shared one of all handlers. At rest while none works.
+    /// The shared pulse of all handlers, at rest while none is at work.
     pub handling: Pulse,
 }
 
@@ -48,7 +48,7 @@ struct Beats {
 }
 
 impl Liveness {
-    /// All at rest. A request ends within `request_timeout`.
+    /// Creates the pulses, all at rest. A request ends within `request_timeout`.
     pub fn new(request_timeout: Duration, now: Instant) -> Self {
         // A GET whose connection broke is sent a second time.
         let max_duration = request_timeout.saturating_mul(2);
@@ -59,7 +59,7 @@ impl Liveness {
         }
     }
 
-    /// The part that makes no progress, if there is one.
+    /// The part that is making no progress, if there is one.
     pub fn stuck(&self, now: Instant) -> Option<&'static str> {
         let parts = [
             (&self.polling, "polling is stuck"),
@@ -109,7 +109,7 @@ impl Pulse {
         self.0.due.store(due, Ordering::Relaxed);
     }
 
-    /// There is no work.
+    /// Records that there is no work, so that no beat is due.
     pub fn rest(&self) {
         self.0.due.store(AT_REST, Ordering::Relaxed);
     }
@@ -124,8 +124,8 @@ impl Pulse {
     }
 }
 
-/// Called when a request or an operation on the journal has ended, successfully or not: the task that waits for it
-/// makes progress.
+/// Records that a request or an operation on the journal has ended, successfully or not, so that the task that waits
+/// for it makes progress.
 pub(crate) fn record_progress(now: Instant) {
     // Commands have no pulse.
     HERE.try_with(|pulse| pulse.beat_at(now, Duration::ZERO))
@@ -133,7 +133,7 @@ pub(crate) fn record_progress(now: Instant) {
 }
 
 fn ms(duration: Duration) -> u64 {
-    // Below the value that means at rest.
+    // The result stays below the value that means "at rest".
     u64::try_from(duration.as_millis()).map_or(AT_REST - 1, |ms| ms.min(AT_REST - 1))
 }
 

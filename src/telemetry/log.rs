@@ -1,8 +1,8 @@
 //! The log: standard error, as lines for people or as JSON, rate-limited.
 //!
-//! Of each kind of line (each place in the code that logs) a limited number is written in full. Further ones are
-//! counted until the next summary, which reports the count. So an operator sees each kind of problem, even if a
-//! thousand conversations have one of them.
+//! A limited number of lines of each kind (each place in the code that logs) is written. Further ones are counted until
+//! the next summary, which reports the count. So an operator sees each kind of problem, even if a thousand
+//! conversations have one of them.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
@@ -27,10 +27,10 @@ use tracing_subscriber::{EnvFilter, Registry};
 use crate::mutex::lock;
 use crate::telemetry::terminal::{Terminal, printable};
 
-/// How many lines of a kind are written in full between two summaries.
+/// How many lines of a kind are written between two summaries.
 pub const BURST: u32 = 10;
 
-/// The modules whose lines summarise others, and are never left out.
+/// The modules whose lines summarize others and are never left out.
 const NEVER_LEFT_OUT: [&str; 3] = [
     module_path!(),
     "bigchat_sync::daemon::progress",
@@ -83,8 +83,8 @@ pub(crate) fn shows_message_text() -> bool {
     MESSAGE_TEXT.load(Ordering::Relaxed)
 }
 
-/// The filter in `RUST_LOG`, if it is set; an error if it is not about this program. A mistyped level is not, because
-/// it is a valid filter that shows only a module of that name.
+/// The filter in `RUST_LOG`, if it is set. A filter that is not about this program is an error, and so is a mistyped
+/// level, which is otherwise a valid filter for a module of that name.
 fn filter() -> Result<Option<EnvFilter>, String> {
     let set = std::env::var_os(EnvFilter::DEFAULT_ENV).unwrap_or_default();
     let Some(set) = set.to_str() else {
@@ -153,14 +153,14 @@ pub fn start(format: LogFormat, level: &str, terminal: &Terminal) {
     }
 }
 
-/// Writes a field of a line of text. A value is in quotation marks if one could not see where it ends.
+/// Writes a field of a line of text. A value is quoted if its end would not be clear otherwise.
 fn write_field(
     writer: &mut format::Writer<'_>,
     field: &Field,
     value: &dyn fmt::Debug,
 ) -> fmt::Result {
     if field.name().starts_with("log.") {
-        // Where a library wrote the line.
+        // These fields name the place in a library's code that wrote the line.
         return Ok(());
     }
     let text = format!("{value:?}");
@@ -175,9 +175,10 @@ fn write_field(
     }
 }
 
-/// The line that reports lost lines. It is made without the log, which may be what lost them.
+/// The line that reports lost lines. It bypasses the log, which lost them.
 pub(crate) fn lost(format: LogFormat, lines: u64) -> String {
-    const MESSAGE: &str = "log lines were lost, because nothing read standard error";
+    const MESSAGE: &str =
+        "log lines were lost, because standard error was not read or could not be written";
     let now = Utc::now().to_rfc3339_opts(SecondsFormat::Micros, true);
     match format {
         LogFormat::Text => format!("{now} ERROR {MESSAGE} lines={lines}\n"),

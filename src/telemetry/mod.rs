@@ -1,5 +1,6 @@
-//! What the program shows while it works: the log, liveness, and terminal output. The meaning is left to
-//! [`daemon`](crate::daemon), [`console`](crate::console) and [`cli`](crate::cli).
+//! What the program shows while it works: the log, liveness, and terminal output.
+//!
+//! The content comes from the other modules, such as [`daemon`](crate::daemon) and [`cli`](crate::cli).
 
 pub(crate) mod journal;
 pub mod liveness;

@@ -19,11 +19,11 @@ use crate::mutex::lock;
 use crate::telemetry::journal;
 use crate::telemetry::log::{self, LogFormat};
 
-/// How many bytes may be queued: some thousand lines.
+/// How many bytes may be queued: several thousand lines.
 const MAX_QUEUED: usize = 1 << 20;
 
-/// How long to wait before a write that would block is tried again. That happens if another process that shares the
-/// descriptor has made it non-blocking.
+/// How long to wait before a write that would block is tried again. Such a write occurs if another process that shares
+/// the descriptor has made it non-blocking.
 const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// The queue of the writing thread.
@@ -42,7 +42,7 @@ struct Queue {
     bytes: usize,
     /// Whether a piece is being written.
     writing: bool,
-    /// Lines of the log that were dropped or could not be written, and were not reported yet.
+    /// Lines of the log that were dropped or could not be written, and have not been reported yet.
     lost: u64,
 }
 
@@ -116,7 +116,7 @@ impl Output {
         }
     }
 
-    /// Queues output for standard output. It is never dropped: the caller waits until it is written.
+    /// Queues a command's output for standard output. It is never dropped: the caller waits until it is written.
     pub(crate) fn answer(&self, answer: Vec<u8>) -> oneshot::Receiver<io::Result<()>> {
         let (done, written) = oneshot::channel();
         let mut queue = lock(&self.queue);
@@ -206,7 +206,7 @@ impl Output {
     }
 }
 
-/// The number of lines. The last one may be truncated at its beginning.
+/// The number of lines, including one whose beginning is missing.
 fn count(lines: &[u8]) -> u64 {
     lines.iter().filter(|byte| **byte == b'\n').count() as u64
 }
@@ -235,7 +235,7 @@ mod tests {
     /// Long, because the machine may be busy.
     const TIME_LIMIT: Duration = Duration::from_secs(30);
 
-    /// A writer under the test's control: takes this many bytes, or fails.
+    /// A writer under the test's control. Each write takes as many bytes as the test allows, or fails.
     struct Scripted {
         next: mpsc::Receiver<Result<usize, ErrorKind>>,
         written: Arc<Mutex<Vec<u8>>>,

@@ -18,7 +18,7 @@ impl RateEstimate {
         Self(VecDeque::from([(at, done)]))
     }
 
-    /// Records how much is done and how much is left; `None`: unknown.
+    /// Records how much is done, and returns the rate. `left`: how much is left; `None`: unknown.
     pub fn now(&mut self, at: Instant, done: u64, left: Option<u64>) -> Rate {
         self.0.push_back((at, done));
         while self.0.len() > 2 && at - self.0[1].0 >= WINDOW {

@@ -1,7 +1,7 @@
-//! Standard output, where long commands are watched: progress bars on a terminal, plain lines anywhere else.
+//! Output of long commands: progress bars on a terminal, plain lines anywhere else.
 //!
 //! On a terminal, other output, such as the log, appears above the bars and does not tear them. Elsewhere there are no
-//! escape codes. Nothing here blocks, whatever reads the output: `output` writes it.
+//! escape codes. Nothing here blocks, even if nothing reads the output, because a separate thread writes it (`output`).
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -33,7 +33,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Detects a terminal, and starts to write.
+    /// Detects a terminal, and starts the writing thread.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl Terminal {
         self.bars.is_some()
     }
 
-    /// Standard error for a log of that format, which does not tear the bars.
+    /// Standard error for a log in this format. The log does not tear the bars.
     pub fn log(&self, format: LogFormat) -> LogWriter {
         self.output.set_format(format);
         LogWriter(self.clone())
