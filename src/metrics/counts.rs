@@ -29,7 +29,7 @@ impl Counts {
         }
     }
 
-    /// A poll without new events does not count.
+    /// Whether anything happened. A poll without new events does not count.
     pub fn something_happened(&self) -> bool {
         let Self {
             polls: _,
@@ -42,7 +42,7 @@ impl Counts {
         polls_failed + received + delivered + attempts_failed + failed > 0
     }
 
-    /// Events that no longer wait.
+    /// Events that are no longer waiting.
     pub fn settled(&self) -> u64 {
         self.delivered + self.failed
     }

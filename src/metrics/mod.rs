@@ -241,7 +241,7 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register(
             "requests",
-            "Requests, by API, route and status, which is also not_sent, lost (no complete response) or timed_out",
+            "Requests, by API, route and status; without a status: not_sent, lost (no complete response) or timed_out",
             self.requests.total.clone(),
         );
         registry.register_with_unit(
@@ -263,7 +263,7 @@ impl Metrics {
         );
         registry.register(
             "event_attempts",
-            "Attempts to deliver an event, by kind and outcome; waiting: it will be retried",
+            "Attempts to deliver an event, by kind and outcome; waiting: the event will be retried",
             self.attempts.clone(),
         );
         registry.register(
@@ -273,7 +273,7 @@ impl Metrics {
         );
         registry.register(
             "chats_rebuilt",
-            "Chats repaired that were missing in OurAPI, or differed",
+            "Repaired chats that were missing in OurAPI or differed",
             self.rebuilt.clone(),
         );
         registry.register(
@@ -353,13 +353,13 @@ impl Metrics {
         self.unknown_outcomes.inc();
     }
 
-    /// Counts a chat that OurAPI had lost and that is rebuilt.
+    /// Counts a chat that OurAPI had lost and that is being rebuilt.
     pub fn chat_was_missing(&self) {
         let chat = MISSING;
         self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
     }
 
-    /// Counts a chat that differed from the journal and is repaired.
+    /// Counts a chat that differed from the journal and is being repaired.
     pub fn chat_differed(&self) {
         let chat = DIFFERS;
         self.rebuilt.get_or_create(&RebuiltLabels { chat }).inc();
@@ -427,7 +427,7 @@ impl Now {
         self.0.register(name, help, gauges);
     }
 
-    /// Adds a growing sum of time that is counted elsewhere.
+    /// Adds a growing sum of time that is measured elsewhere.
     pub fn seconds(&mut self, name: &str, help: &str, value: Duration) {
         let counter = Counter::<f64, AtomicU64>::default();
         counter.inc_by(value.as_secs_f64());
