@@ -1,9 +1,9 @@
 //! BigChat: conversations, advisors and events, scripted or random.
 //!
-//! [`Mode::Once`] behaves as the real BigChat, which makes events up at each poll and reports each once. [`Mode::Log`]
-//! behaves like the APIs of most vendors: a log gives the same events for the same window. In both modes, BigChat
-//! records what it reported and whether the response was sent; the comparison uses that record. Random behavior is in
-//! `chance`.
+//! [`Mode::Once`] behaves like the real BigChat, which makes up events at each poll and reports each once.
+//! [`Mode::Log`] behaves like the APIs of most vendors: a log gives the same events for the same window. In both modes,
+//! BigChat records what it reported and whether the response was sent; the comparison uses that record. Random behavior
+//! is in `chance`.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::watch::Happening;
 /// How events arise and are reported.
 #[derive(Clone, Debug)]
 pub enum Mode {
-    /// As the real BigChat: events are made up on request, reported once, and forgotten.
+    /// Like the real BigChat: events are made up on request, reported once, and forgotten.
     Once,
     /// Like most vendors: a log that grows with the clock. A window includes its start and excludes its end. Pages are
     /// parts of the window's current events, ordered by `event_at` and then by arrival, so that late events shift the
@@ -82,7 +82,7 @@ pub struct Options {
     pub awkward: bool,
     /// Advisors' e-mail addresses are made from their own names. The real BigChat makes them from other names.
     pub own_addresses: bool,
-    /// Only this many of the latest conversations get events. In the real BigChat all do.
+    /// Only this many of the latest conversations get events. In the real BigChat, all do.
     pub active: usize,
     pub clock: Clock,
 }
@@ -117,11 +117,11 @@ pub struct Advisor {
 pub struct Reported {
     /// BigChat's epoch, from 1.
     pub epoch: u32,
-    /// BigChat no longer knows its conversation, or never did.
+    /// Whether BigChat no longer knows its conversation, or never did.
     pub forgotten: bool,
     /// Which poll reported it; 0 in a log, which reports everything in every poll.
     pub poll: u64,
-    /// The response was not sent, and never will be.
+    /// Whether the response was not sent and never will be.
     pub lost: bool,
     pub conversation_id: i64,
     pub name: String,
@@ -185,7 +185,7 @@ pub fn raw(body: &str) -> Page {
     Page::Raw(body.to_owned())
 }
 
-/// Events of a larger body are not recorded.
+/// The maximum size of a raw body whose events are recorded.
 const MAX_PARSED: usize = 1 << 20;
 
 #[derive(Clone, Debug)]
@@ -228,7 +228,7 @@ pub struct BigChat {
     /// When the log grows next.
     pub(super) next_arrival: f64,
     restart_at_poll: bool,
-    /// It is down: nothing happens.
+    /// Whether BigChat is down, so that nothing happens.
     pub(super) down: bool,
     circles: f64,
     /// Events of the latest response that were never reported before.
@@ -281,7 +281,7 @@ impl BigChat {
         self.options.clock.now().timestamp()
     }
 
-    /// Its time, in seconds after [`T0`].
+    /// BigChat's time, in seconds after [`T0`].
     pub fn now(&self) -> i64 {
         self.unix_now() - T0
     }
@@ -310,7 +310,7 @@ impl BigChat {
         self.options.awkward = awkward;
     }
 
-    /// Takes it down or up. While it is down, nothing happens.
+    /// Takes BigChat down, or brings it up again. While it is down, nothing happens.
     pub fn set_down(&mut self, down: bool) {
         self.grow();
         self.down = down;
@@ -326,8 +326,8 @@ impl BigChat {
         self.epoch
     }
 
-    /// The number of the latest poll, as in [`Reported::poll`], also in a log. A poll is a request for a first page,
-    /// with the requests for later pages up to the next first one.
+    /// How many polls there were, in either mode. A poll is a request for a first page, with the requests for later
+    /// pages up to the next first one.
     pub fn polls(&self) -> u64 {
         self.poll
     }
@@ -451,7 +451,7 @@ impl BigChat {
         }
     }
 
-    /// Everything reported so far, in order; of a log, all its events.
+    /// All events reported so far, in order. With a log, all its events.
     pub fn reported(&mut self) -> Vec<Reported> {
         self.grow();
         let in_log = self.in_log();
@@ -492,8 +492,8 @@ impl BigChat {
         new.map(|index| self.reported[*index].clone()).collect()
     }
 
-    /// The client was killed before it stored the latest response. A log that still exists will report the events
-    /// again; otherwise they are lost. Returns how many events the response had.
+    /// Records that the client was killed before it stored the latest response. A log that still exists will report its
+    /// events again; otherwise they are lost. Returns how many new events the response had.
     pub fn lose_latest(&mut self) -> usize {
         let latest = std::mem::take(&mut self.latest);
         for index in &latest {
@@ -540,7 +540,7 @@ impl BigChat {
         index
     }
 
-    /// Records a scripted event as reported. Anything that is not an event is only served.
+    /// Records a scripted event as reported. Anything that is not an event is served but not recorded.
     fn item(&mut self, raw: Value) -> Item {
         let id = raw["conversation_id"].as_i64();
         match (id, raw["event_name"].as_str(), raw["event_at"].as_i64()) {
@@ -728,7 +728,7 @@ impl BigChat {
             let transfers = all.filter_map(|reported| {
                 Some((reported.event_at, reported.data["new_advisor_id"].as_i64()?))
             });
-            // Of equal times, the last to arrive.
+            // Of several at the same time, the last to arrive counts.
             let last = transfers.max_by_key(|(at, _)| *at);
             advisor = last.map_or(advisor, |(_, advisor)| advisor);
         }

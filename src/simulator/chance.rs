@@ -77,7 +77,7 @@ impl BigChat {
                 name.clone_from(&person);
             }
             let address = person.replace(' ', "_").to_lowercase();
-            // Over several epochs the names are used up.
+            // Over several epochs, the names are used up.
             let number = match self.addresses.len() {
                 count @ 100.. => format!("{count}."),
                 _ => String::new(),
@@ -89,7 +89,7 @@ impl BigChat {
         }
     }
 
-    /// Opens the next conversation, with the current time.
+    /// Opens the next conversation, which starts now.
     fn open_next(&mut self, now: i64) -> (i64, i64) {
         let last = self.conversations.last_key_value();
         let id = last.map_or(1, |(id, _)| id + 1);

@@ -31,8 +31,8 @@ const LASTING: Range<u64> = 200..4_000;
 /// served within 2 s before a new epoch is uncertain.
 const RESTARTING: Range<u64> = 3_000..5_000;
 
-/// How long the daemon runs, in milliseconds, half of the time hardly long enough for a poll. `DEAD` is how long it is
-/// then down.
+/// How long the daemon runs, in milliseconds. Half of the runs are hardly long enough for a poll. `DEAD` is how long
+/// the daemon is then down.
 const ALIVE: [Range<u64>; 2] = [20..500, 500..4_000];
 const DEAD: Range<u64> = 50..1_500;
 
@@ -49,11 +49,11 @@ pub enum Strike {
     Outage(Service, Fault),
     /// No connection is accepted.
     Refuses(Service),
-    /// The same. Afterwards BigChat has restarted, and reuses its ids.
+    /// BigChat accepts no connection. Afterwards it has restarted, and reuses its ids.
     BigChatRestarts,
-    /// The same. Afterwards OurAPI is empty.
+    /// OurAPI accepts no connection. Afterwards it is empty.
     OurApiRestarts,
-    /// OurAPI loses everything while it works.
+    /// OurAPI loses everything while it is running.
     OurApiLosesAll,
     OurApiLosesAgents,
     /// OurAPI loses the chats at these positions of the list, as fractions.
@@ -63,7 +63,7 @@ pub enum Strike {
 /// How and when the daemon ends next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
-    /// How long it runs before.
+    /// How long it runs before it ends.
     pub after: Duration,
     /// Whether it is killed; else it is stopped by SIGTERM.
     pub kill: bool,

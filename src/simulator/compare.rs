@@ -25,7 +25,7 @@ use super::{
 pub struct Rules {
     /// The prefix of each `external_id`.
     pub prefix: String,
-    /// Messages may name an agent.
+    /// Whether messages may name an agent.
     pub credited: bool,
     /// What OurAPI had before the daemon wrote to it.
     pub before: Data,
@@ -71,7 +71,7 @@ pub struct Line {
     pub extra: Vec<(NaiveDateTime, String)>,
     /// Other differences, in words.
     pub differences: Vec<String>,
-    /// A value other than the usual one was accepted.
+    /// Whether a value other than the usual one was accepted.
     pub fallback: bool,
 }
 
@@ -224,7 +224,7 @@ fn expected_chat(
     events: &[&Reported],
     used: &HashMap<String, Option<NaiveDateTime>>,
 ) -> ExpectedChat {
-    // The last to arrive of those with the latest time. A repeated report does not count as an arrival.
+    // Of the events with the latest time, the last to arrive. A repeated report does not count as an arrival.
     let last_at = |name: &str| {
         let of_kind = || events.iter().filter(|reported| reported.name == name);
         let latest = of_kind().map(|reported| reported.event_at).max()?;
@@ -455,7 +455,8 @@ fn line(
     {
         line.held += 1;
         if agent_id.is_some() && !rules.credited {
-            line.differences.push(format!("message credited: {text:?}"));
+            line.differences
+                .push(format!("message names an agent: {text:?}"));
         }
         let message = (*sent_at, text.clone());
         match left.get_mut(&message) {
@@ -510,9 +511,9 @@ fn doubtful_agents(expected: &Expected, held: &Data, rules: &Rules) -> Vec<Strin
     doubtful
 }
 
-/// More rows do not fit on a screen.
+/// The maximum number of rows: about a screen.
 const ROWS: usize = 40;
-/// The differences of one chat usually have one cause.
+/// How many differences of one chat are shown. They usually have one cause.
 const SHOWN: usize = 3;
 
 impl fmt::Display for Report {

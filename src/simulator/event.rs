@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 /// 2026-11-22T22:00:00Z, in Unix seconds.
 pub const T0: i64 = 1_795_384_800;
 
-/// The names of events. The second value is the field of `data` that has the text of a message; `None`: the event is no
-/// message.
+/// The names of events. The second value is the field of `data` that has the text of a message; `None`: the event is
+/// not a message.
 pub const KINDS: [(&str, Option<&str>); 4] = [
     ("START", None),
     ("END", None),
@@ -28,7 +28,7 @@ pub(super) fn is_message(name: &str) -> bool {
     text_field(name).flatten().is_some()
 }
 
-/// The text of a message, as reported; `None`: the event is no message, or has none.
+/// The text of a message, as reported; `None`: the event is not a message, or has no text.
 pub fn message_text<'a>(name: &str, data: &'a Value) -> Option<&'a str> {
     data[text_field(name)??].as_str()
 }
@@ -54,7 +54,7 @@ pub fn message(conversation: i64, at: i64, text: &str) -> Value {
     event(conversation, "MESSAGE", at, json!({ "message": text }))
 }
 
-/// An advisor takes over.
+/// A TRANSFER to another advisor.
 pub fn transfer(conversation: i64, at: i64, advisor: i64) -> Value {
     let data = json!({"old_advisor_id": 1, "new_advisor_id": advisor});
     event(conversation, "TRANSFER", at, data)

@@ -1,4 +1,4 @@
-//! Requests and replies, as both services read and write them. No I/O.
+//! Requests and replies, as both services read and write them. Nothing here does I/O.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde::Serialize;
@@ -15,15 +15,15 @@ pub trait Api: Clone + Send + 'static {
     /// Answers a request that arrives while this many others are being carried out.
     fn answer(&mut self, request: &Request, others: usize) -> Reply;
 
-    /// The clock of its `date` headers.
+    /// The time in its `date` headers.
     fn date(&self) -> DateTime<Utc>;
 
-    /// Called when a request was carried out. Returns what an observer receives.
+    /// Called when a request has been carried out. Returns what an observer receives.
     fn carried_out(&mut self, _: &Request, _: &Reply) -> Option<Happening> {
         None
     }
 
-    /// Called when a reply is sent to a client that still waits. Returns what an observer receives.
+    /// Called when a reply is sent to a client that is still waiting. Returns what an observer receives.
     fn sent(&mut self, _: &Request, _: &Reply) -> Option<Happening> {
         None
     }
@@ -100,12 +100,12 @@ pub struct Reply {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// The connection is closed after this reply without a `connection: close` header, as both services do after an
-    /// unhandled error.
+    /// Whether the connection is closed after this reply without a `connection: close` header, as both services do
+    /// after an unhandled error.
     pub closes: bool,
     /// How many of the bytes announced by `content-length` are not sent.
     pub missing: usize,
-    /// The events in it, as indexes into BigChat's list of reported events.
+    /// The events in this reply, as indexes into BigChat's list of reported events.
     pub(super) events: Vec<usize>,
 }
 

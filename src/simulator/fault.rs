@@ -33,9 +33,9 @@ pub(super) enum Answer {
 pub struct Fault {
     pub(super) answer: Answer,
     pub(super) delay: Delay,
-    /// The request is carried out before the delay and the response.
+    /// Whether the request is carried out before the delay and the response.
     pub(super) carried_out: bool,
-    /// The request is carried out even if the client has gone by then.
+    /// Whether the request is carried out even if the client has gone by then.
     pub(super) detached: bool,
     /// A `retry-after` with the date this many seconds from now, by the service's clock.
     pub(super) retry_date: Option<i64>,
@@ -124,19 +124,19 @@ impl Fault {
         self.change(|reply| reply.headers.push((name.to_owned(), value.to_owned())))
     }
 
-    /// With a `retry-after` of the date this many seconds from now, by the service's clock.
+    /// Adds a `retry-after` with the date this many seconds from now, by the service's clock.
     pub fn retry_date(mut self, seconds: i64) -> Self {
         self.retry_date = Some(seconds);
         self
     }
 
-    /// After this delay.
+    /// Delays the response.
     pub fn after(mut self, delay: Duration) -> Self {
         self.delay = Delay::For(delay);
         self
     }
 
-    /// The request is carried out anyway.
+    /// Carries out the request anyway.
     pub fn carried_out(mut self) -> Self {
         self.carried_out = true;
         self

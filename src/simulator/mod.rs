@@ -1,11 +1,12 @@
 //! Simulates both services, with their quirks and faults, and compares what BigChat reported with what OurAPI has in
-//! the end. Used by the demo, the tests, the exhaustive check and the benchmarks.
+//! the end.
+//!
+//! The demo, the tests, the exhaustive check and the benchmarks use this module, and run the daemon themselves.
 //!
 //! [`BigChat`] and [`OurApi`] are plain values that answer a request without waiting ([`Api`]). A copy gives the same
 //! answers. [`Service`] adds [faults](fault) and records requests; [`Server`] listens on the network. They behave as
-//! the real services were observed to; options make them better or worse. The comparison ([`compare`]) derives the
-//! expected state on its own. Nothing here uses the daemon's code, so that a mistake is not made twice. The users of
-//! this module run the daemon themselves.
+//! the real services were observed to behave; options make them better or worse. The comparison ([`compare`]) derives
+//! the expected state independently. Nothing here uses the daemon's code, so that a mistake is not made twice.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -63,7 +63,7 @@ pub struct Data {
 #[derive(Clone, Debug)]
 enum Ids {
     Random,
-    /// How many agents, chats and messages have one.
+    /// How many agents, chats and messages have an id.
     InOrder([u32; 3]),
 }
 
@@ -78,12 +78,12 @@ struct Database {
 #[derive(Clone, Debug)]
 pub struct OurApi {
     rng: Xoshiro256PlusPlus,
-    /// One, until the first concurrent requests.
+    /// There is one until the first concurrent requests.
     databases: Vec<Database>,
     ids: Ids,
     /// Whether concurrent requests reach separate databases.
     fragile: bool,
-    /// The status for creating an object that exists already, instead of 404 (chats) and 500 (agents).
+    /// The answer to an attempt to create an object that already exists, instead of 404 (chats) and 500 (agents).
     conflict: Option<u16>,
     spam: Option<String>,
 }
@@ -91,7 +91,7 @@ pub struct OurApi {
 type Answer = Result<Reply, Reply>;
 
 impl OurApi {
-    /// An empty one, as fragile as the real one. `seed`: for the choice of a database.
+    /// An empty OurAPI, as fragile as the real one. `seed` determines which database a request reaches.
     pub fn new(seed: u64) -> Self {
         Self {
             rng: Xoshiro256PlusPlus::seed_from_u64(seed),
@@ -103,30 +103,31 @@ impl OurApi {
         }
     }
 
-    /// With ids assigned in order, so that runs are repeatable: agents get `…a1`, `…a2`, chats `…c1`, messages `…d1`.
-    /// See [`id`].
+    /// Assigns ids in order, so that runs are repeatable: agents get `…a1`, `…a2`, chats `…c1`, messages `…d1`. See
+    /// [`id`].
     pub fn in_order(mut self) -> Self {
         self.ids = Ids::InOrder([0; 3]);
         self
     }
 
-    /// Behaves from now on as OurAPI may in production: it accepts concurrent requests, and answers 409 if an object
-    /// exists already.
+    /// From now on, behaves as OurAPI may in production: it accepts concurrent requests, and answers 409 if an object
+    /// already exists.
     pub fn be_good(&mut self) {
         (self.fragile, self.conflict) = (false, Some(409));
     }
 
-    /// Whether two concurrent requests reach two databases.
+    /// Sets whether two concurrent requests reach two databases.
     pub fn set_fragile(&mut self, fragile: bool) {
         self.fragile = fragile;
     }
 
-    /// Sets the status for creating an object that exists already, instead of 404 (chats) and 500 (agents).
+    /// Sets the answer to an attempt to create an object that already exists, instead of 404 (chats) and 500 (agents).
     pub fn set_conflict(&mut self, status: u16) {
         self.conflict = Some(status);
     }
 
-    /// Rejects messages with these words from now on, or none: a spam filter that an operator has to fix.
+    /// From now on, rejects messages with these words, like a spam filter that an operator has to fix. `None`: rejects
+    /// none.
     pub fn set_spam(&mut self, words: Option<&str>) {
         self.spam = words.map(str::to_owned);
     }
@@ -155,7 +156,7 @@ impl OurApi {
         self.databases[0].insert(item);
     }
 
-    /// Loses everything, as by a restart.
+    /// Loses everything, as in a restart.
     pub fn lose_everything(&mut self) {
         self.databases = vec![Database::default()];
     }

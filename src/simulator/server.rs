@@ -1,6 +1,7 @@
 //! A service on the network: only as much of HTTP/1.1 as the clients here use, so that serving costs little.
 //!
-//! It closes a connection that was idle for the keep-alive time, and one with an unhandled error right after the reply.
+//! It closes a connection that has been idle for the keep-alive time. After an unhandled error, it closes the
+//! connection right after the reply.
 
 use std::fmt::Write;
 use std::future::poll_fn;
@@ -22,7 +23,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::exchange::{Api, Reply, Request};
 use super::service::{Service, lock};
 
-/// The real services close connections that were idle for this time.
+/// The real services close connections that have been idle for this time.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// How many bytes are read at a time.
@@ -76,7 +77,7 @@ impl<A> Drop for Server<A> {
 }
 
 impl<A: Api> Server<A> {
-    /// Port 0 takes a free port.
+    /// Starts a service. Port 0 takes a free port.
     pub(super) async fn start(
         thread: &std::sync::Arc<Thread>,
         address: SocketAddr,
@@ -99,7 +100,7 @@ impl<A: Api> Server<A> {
         format!("http://{}", lock(&self.address))
     }
 
-    /// Cuts all connections and refuses new ones, until it is up again.
+    /// Cuts all connections, and refuses new ones until [`up`](Self::up) is called.
     pub async fn down(&self) {
         let running = lock(&self.running).take();
         if let Some((stop, listening)) = running {
@@ -161,7 +162,7 @@ async fn accept<A: Api>(
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => drop(connections.spawn(serve(stream, service.clone(), keep_alive))),
-                // For example out of file descriptors, which passes when a connection ends.
+                // For example, there is no file descriptor left until a connection ends.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             },
             Some(_) = connections.join_next() => {}
@@ -169,7 +170,7 @@ async fn accept<A: Api>(
     }
 }
 
-/// Answers one request after the other, until either side closes.
+/// Answers one request after the other, until either side closes the connection.
 async fn serve<A: Api>(
     mut stream: TcpStream,
     service: Service<A>,

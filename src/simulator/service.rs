@@ -92,7 +92,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<A: Api> Service<A> {
-    /// `seed`: for random faults.
+    /// Creates a service without faults. `seed` determines the random ones.
     pub fn new(api: A, seed: u64) -> Self {
         Self(Arc::new(Shared {
             api: Mutex::new(api),
@@ -283,7 +283,7 @@ impl<A: Api> Service<A> {
         match fault.delay {
             Delay::No => {}
             Delay::For(delay) => tokio::time::sleep(delay).await,
-            // As above.
+            // This cannot fail, because `self` has a sender.
             Delay::Paused => drop(self.0.resumed.subscribe().changed().await),
         }
         let retry = fault.retry_date.map(|seconds| {
@@ -305,7 +305,7 @@ impl<A: Api> Service<A> {
             Answer::CutOff => {
                 let whole =
                     reply.map_or_else(|| br#"{"detail": "cut"}"#.to_vec(), |reply| reply.body);
-                // A body that can be cut, even if the true one was empty.
+                // This body can be cut, even if the usual one is empty.
                 let part = if whole.len() < 2 {
                     b"{"
                 } else {

@@ -387,7 +387,7 @@ fn our_api_equals_the_real_one() {
     assert_eq!(*our.data(), Data::default());
 }
 
-/// Concurrent requests split OurAPI's data, unless it is a good one.
+/// Concurrent requests split OurAPI's data, unless it behaves as in production.
 #[tokio::test]
 async fn concurrent_requests_split_our_api() {
     let agent = |n: usize| {
@@ -563,7 +563,7 @@ async fn server_closes_idle_and_broken_connections() {
     assert!(unannounced, "{answer}");
 }
 
-/// A service that goes down closes its connections, and comes back on its address.
+/// A service that goes down closes its connections, and comes back at the same address.
 #[tokio::test]
 async fn service_returns_on_its_address() {
     let our = serve(OurApi::new(1), Duration::from_secs(5)).await;
@@ -738,7 +738,7 @@ fn rules_of_expected_state() {
     assert_eq!(
         chats[0].agents,
         [Some(third.email_address.clone()), None],
-        "of two at the same time, the last to arrive for the first time; or none, because BigChat has restarted"
+        "of two at the same time, the one that arrived last, without repetitions; or none, because BigChat has restarted"
     );
     assert_eq!(chats[0].ended_at, Some(time(9)));
     assert_eq!(
@@ -765,7 +765,7 @@ fn advisor_from_log_details_is_accepted() {
         big.push(start(42, 3595));
         get(&mut big, &since(3590));
         big.push(transfer(42, 3595, 7));
-        // The answer never goes out.
+        // The response is never sent.
         big.answer(&Request::new("GET", &since(3590), ""), 0);
         let seventh = Some(big.advisor(7).unwrap().email_address.clone());
         big.restart();

@@ -6,13 +6,13 @@ use tokio::sync::mpsc::UnboundedSender;
 /// What a service did.
 #[derive(Clone, Debug)]
 pub enum Happening {
-    /// BigChat reported new events. The conversation of each.
+    /// BigChat reported new events. The value has the conversation of each.
     Reported(Vec<i64>),
     /// BigChat answered a request for events with an error.
     Failed,
     /// OurAPI answered a request.
     Answered(Answered),
-    /// A fault begins in a service or in the daemon, in words.
+    /// A fault began in a service or in the daemon. The value describes it.
     Struck(String),
 }
 
