@@ -135,7 +135,7 @@ pub(super) fn prefix(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    /// URLs that cannot work are refused.
+    /// URLs that cannot work are refused with the reason.
     #[test]
     fn unusable_urls_are_refused() {
         for bad in [

@@ -75,7 +75,7 @@ pub enum TokenError {
         path: PathBuf,
         source: std::io::Error,
     },
-    /// The token is empty, or has characters that a header cannot contain.
+    /// The token is empty, or has characters that a header cannot carry.
     #[error(
         "the token from {0} or {0}_FILE is empty, or has white space or other characters that a header cannot contain"
     )]
@@ -91,14 +91,14 @@ pub enum TokenError {
     )]
     ReadOnly,
     /// The read token could change everything.
-    #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; set two different ones")]
+    #[error("{CONSOLE_READ_TOKEN} and {CONSOLE_TOKEN} give the same token; make another one")]
     SameToken,
     /// The heartbeat URL is not an HTTP URL.
     #[error(
         "{HEARTBEAT_URL} or {HEARTBEAT_URL}_FILE does not give a URL that begins with https:// or http://"
     )]
     HeartbeatUrl,
-    /// A token that was set before is no longer set.
+    /// A token was set before, and no longer is.
     #[error("{0} and {0}_FILE no longer give a token")]
     Gone(String),
     /// The console would be open to other machines without a token.
@@ -393,7 +393,7 @@ mod tests {
         console_tokens(&[(HEARTBEAT_URL, "https://hc.example/uuid")]).expect("a URL");
     }
 
-    /// A token that is first set after the start is used from the next reload on.
+    /// A token that is set only after the start is used from the next reload on.
     #[test]
     fn token_added_after_the_start() {
         let tokens = Tokens::default();
