@@ -437,7 +437,7 @@ async fn forgotten_text_leaves_all_files() {
         .await;
         assert_eq!(t.our_api.chats().len(), 1);
         let verified = command(t, &["verify", "--conversation", "42"]);
-        assert!(printed(&verified).contains("or it was forgotten"), "{}", printed(&verified));
+        assert!(printed(&verified).contains("or the conversation was forgotten"), "{}", printed(&verified));
         let export = done(t, &["export", "--since", "2020-01-01T00:00:00Z"]);
         assert!(!export.contains("S3cret"), "{export}");
         let answer = json_of(t, &["conversation", "42"]);
