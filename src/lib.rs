@@ -38,7 +38,7 @@
 //!   writes it; a variant of [`cli::Command`]; its line in `main.rs`; its SQL in [`journal`]; its section in the
 //!   manual, usually in `cli/manual/commands.md`, and with `--json` its name in `cli/manual/json.md`.
 //! - **A metric:** a counter of the process goes into `metrics/mod.rs`. A gauge, and a counter that the journal keeps,
-//!   go into `console/probes.rs`; `journal/status.rs` reads the journal for them. A metric that is always present has a
+//!   go into `console/health.rs`; `journal/status.rs` reads the journal for them. A metric that is always present has a
 //!   row in `cli/manual/monitoring.md`; any other is described in the chapter on what it measures.
 //! - **Another target:** this replaces OurAPI; a second target beside it is not supported. The requests are in
 //!   [`our_api`] and `http/route.rs`, and [`ErrorKind`](http::ErrorKind) gives the meaning of each status. The fields
