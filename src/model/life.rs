@@ -1,8 +1,8 @@
-//! One life of the daemon, from its start until it is at rest, with the faults that strike it.
+//! One life of the daemon, from its start until it is at rest, with the faults that strike during it.
 //!
-//! The daemon itself runs, with poller, delivery and handlers, over a journal in memory and two services in this
-//! process. It runs on one thread and by a clock that jumps to whatever is due next, so that the same faults at the
-//! same steps always give the same life. A step is one request or one operation of the journal.
+//! The real daemon runs, with poller, delivery and handlers, on a journal in memory and two services in this process.
+//! It runs on one thread, and its clock jumps to the next event that is due, so that the same faults at the same steps
+//! always give the same life. A step is one request or one operation of the journal.
 
 use std::fmt;
 use std::future::pending;
@@ -26,8 +26,8 @@ use crate::settings::{Settings, Tokens};
 use crate::simulator::compare::{Report, Rules, compare, expected};
 use crate::simulator::{self, Api, OurApi, Reply};
 
-/// Longer than any step without a fault: everything else comes to rest, or one more poll completes, before this wait is
-/// over.
+/// The wait of a delayed step. It is longer than any step without a fault: before it ends, everything else comes to
+/// rest, or one more poll completes.
 const WAIT: Duration = Duration::from_millis(2500);
 
 /// How long the daemon waits for a response, and how long it assumes after a time-out that the request may still be
@@ -58,17 +58,17 @@ pub(super) enum Step {
 /// A fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Strike {
-    /// The request is not carried out: it never left.
+    /// The request is never sent, so it is not carried out.
     Refused,
-    /// The request is not carried out, and answered by 500.
+    /// The request is not carried out, and is answered with 500.
     Failed,
     /// The request is carried out, and the response is lost.
     Lost,
-    /// The request is carried out, and the response comes when everything else is at rest.
+    /// The request is carried out, and the response arrives when everything else is at rest.
     LateResponse,
     /// The request is carried out when everything else is at rest.
     Wait,
-    /// The request is carried out after the daemon gave it up, at the last moment that the daemon allows for.
+    /// The request is carried out after the daemon has given it up, at the last moment that the daemon allows for.
     Overdue,
     /// OurAPI loses everything before the step.
     Wipe,
@@ -85,9 +85,9 @@ pub(super) enum Strike {
 pub(super) enum Wrong {
     /// OurAPI has a message that BigChat never reported, or too many copies, or in another conversation's chat.
     Extra,
-    /// A message is delivered according to the journal, but OurAPI does not have it.
+    /// A message is delivered according to the journal, but is not in OurAPI.
     Unfounded,
-    /// The daemon does not come to rest, or OurAPI then differs from what is expected.
+    /// The daemon does not come to rest, or it does and OurAPI then differs from what is expected.
     Different,
 }
 
@@ -99,8 +99,8 @@ pub(super) struct Life {
     pub(super) wrong: Vec<(Wrong, String)>,
 }
 
-/// Runs the daemon over a world. `from`: the first step after which the daemon's death is recorded; `None`: it never
-/// is.
+/// Runs the daemon in a world. `from` is the first step after which the daemon's death is recorded; with `None`, no
+/// death is recorded.
 pub(super) fn live(
     world: &World,
     settings: &Settings,
@@ -155,7 +155,7 @@ struct Inner {
     our_api: OurApi,
     bigchat: Scripted,
     wipes: usize,
-    /// A verification pass in idle time that begins after this time finds all losses; `None`: there are no such passes.
+    /// A verification pass in idle time that begins after this time finds all losses. `None`: there are no such passes.
     lost_until: Option<Millis>,
     fate: Vec<(usize, Strike)>,
     from: Option<usize>,
@@ -178,7 +178,7 @@ impl fmt::Debug for Stage {
 }
 
 impl Stage {
-    /// Runs the daemon, and starts it again whenever it was stopped.
+    /// Runs the daemon, and starts it again whenever it has stopped.
     async fn run(&self, settings: &Settings) {
         loop {
             let stopping = CancellationToken::new();
@@ -194,11 +194,14 @@ impl Stage {
             .await
             .expect("the daemon starts");
             match daemon::poll_and_deliver(&parts).await {
-                // A page was still waiting for the disk when the daemon had to end.
+                // A page was not stored yet when the daemon had to end.
                 Ok(()) | Err(DaemonError::Unstored(_)) => lock(&self.0).bigchat.client_died(),
                 Err(error) => panic!("the daemon ends with an error: {error}"),
             }
-            assert!(stopping.is_cancelled(), "it ends only when it is asked to");
+            assert!(
+                stopping.is_cancelled(),
+                "the daemon ends only when it is asked to"
+            );
         }
     }
 
@@ -225,7 +228,10 @@ impl Stage {
                 return;
             }
             if start.elapsed() > REST_WITHIN {
-                inner.wrong(Wrong::Different, "it does not come to rest".to_owned());
+                inner.wrong(
+                    Wrong::Different,
+                    "the daemon does not come to rest".to_owned(),
+                );
                 return;
             }
         }
@@ -254,7 +260,7 @@ impl Stage {
         }
     }
 
-    /// Takes the next step: its number, and its fault.
+    /// Records the next step, and applies its fault if that strikes before the step. Returns the number and the fault.
     fn step(&self, step: Step, what: String) -> (usize, Option<Strike>) {
         let mut inner = lock(&self.0);
         let number = inner.life.steps.len();
@@ -353,7 +359,7 @@ impl Inner {
         if self.wipes > 0 {
             return;
         }
-        // The conversation does not matter here: [`Wrong::Extra`] covers messages in another one's chat.
+        // The conversation does not matter here: `Wrong::Extra` covers messages in the wrong chat.
         const DELIVERED: &str = "SELECT event_at, data ->> 'message', count(*) FROM event_states
              WHERE kind = 'MESSAGE' AND state = 'delivered' GROUP BY event_at, data";
         let mut statement = connection.prepare_cached(DELIVERED).expect("a statement");

@@ -1,12 +1,12 @@
-//! Exhaustive check of the delivery protocol for small cases: store, claim, send, commit, with every possible fault at
+//! Exhaustive check of the delivery protocol (store, claim, send, commit) for small cases, with every possible fault at
 //! every step.
 //!
-//! A state is a [`World`], which outlasts the daemon, and the faults of the daemon's next life (`fate`). For each
-//! state, the real daemon runs through that life until it is at rest (see [`life`]). The properties must be true at
-//! every step and at the end, so every reachable state leads to the expected result if no further fault occurs. The
-//! successors of a state are the same life with one more fault at a later step, and the life that begins after the
-//! daemon dies at a step that changed something. The expected result comes from [`compare`](crate::simulator::compare),
-//! which shares no code with the daemon.
+//! A state consists of a [`World`], which outlasts the daemon, and the faults of the daemon's next life (`fate`). For
+//! each state, the real daemon runs through that life until it is at rest (see [`life`]). The properties must be true
+//! at every step and at the end, so every reachable state leads to the expected result if no further fault occurs. The
+//! successors of a state are the same life with one more fault at a later step, and the life after the daemon dies at a
+//! step that changed something. The expected result comes from [`compare`](crate::simulator::compare), which shares no
+//! code with the daemon.
 
 mod life;
 mod script;
@@ -56,7 +56,7 @@ fn is_verified(store: &mut Store, since: Millis) -> bool {
     is_verified.expect("an answer")
 }
 
-/// As often as delivery checks the journal anyway, so that little happens in between.
+/// The same as the interval at which delivery checks the journal anyway, so that little happens in between.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A script, and the faults that may strike.
@@ -68,7 +68,7 @@ struct Case {
     strikes: &'static [Strike],
     /// Whether an older copy of the database may be restored after a death.
     copies: bool,
-    /// The latest life: its properties are checked, and then its successors.
+    /// The latest life. Its properties are checked first, and then its successors are derived.
     last: Mutex<Option<(State, Arc<Life>)>>,
     /// The first state with a violated property. No further state is checked.
     wrong: Mutex<Option<State>>,
@@ -78,7 +78,7 @@ struct Case {
 struct State {
     world: Arc<World>,
     fate: Vec<(usize, Strike)>,
-    /// How many more faults and deaths are allowed. States differ only in their faults and worlds, not in this number.
+    /// How many more faults and deaths are allowed. This number does not distinguish states.
     left: usize,
 }
 
@@ -118,7 +118,7 @@ impl Case {
         let mut settings = Cli::try_parse_from(["bigchat-sync"])
             .expect("defaults")
             .settings;
-        // A failed event is due again at once, so that random jitter makes no difference.
+        // A failed event is due again immediately, so that random jitter makes no difference.
         (settings.retry_initial, settings.retry_max) = (Duration::ZERO, Duration::ZERO);
         settings.poll_interval = POLL_INTERVAL;
         settings.request_timeout = life::TIMEOUT;
@@ -307,7 +307,7 @@ impl Model for Case {
     }
 }
 
-/// The depth, unless `BIGCHAT_SYNC_TEST_DEPTH` sets another.
+/// The depth that `BIGCHAT_SYNC_TEST_DEPTH` sets, or else `usual`.
 fn depth(usual: usize) -> usize {
     let depth = std::env::var("BIGCHAT_SYNC_TEST_DEPTH");
     depth.map_or(usual, |depth| depth.parse().expect("a number"))
@@ -316,7 +316,7 @@ fn depth(usual: usize) -> usize {
 /// Single requests fail.
 const FAULTS: &[Strike] = &[Strike::Refused, Strike::Failed, Strike::Lost];
 
-/// The same, and faults that change the order, and stops of the daemon.
+/// The same, with faults that change the order, and with stops of the daemon.
 const ORDERS: &[Strike] = &[
     Strike::Refused,
     Strike::Failed,
@@ -334,7 +334,7 @@ fn page(events: impl IntoIterator<Item = Value>) -> Page {
     }
 }
 
-/// The start and first advisor of each conversation, and the reported pages.
+/// An epoch: the start and the first advisor of each conversation, and the reported pages.
 fn epoch<const N: usize>(conversations: &[(i64, i64)], pages: [Page; N]) -> Epoch {
     Epoch {
         conversations: conversations.to_vec(),
@@ -518,7 +518,7 @@ fn losses_that_no_event_touches() {
 }
 
 /// A log in which one of three equal messages arrives out of order. The pages are so long that no page edge separates
-/// two equal messages; one poll would take them for one.
+/// two equal messages, which one poll would count as one.
 fn log() -> Script {
     let first = [
         start(2, 3),

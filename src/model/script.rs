@@ -13,11 +13,11 @@ use crate::simulator::bigchat::{Clock, Log, Mode, NextPage, Options, Page as Sho
 use crate::simulator::event::{T0, message};
 use crate::simulator::{Api, BigChat, Reply, Request};
 
-/// By how many seconds BigChat's clock advances with each page or, in a log, with each poll, as long as there is more
+/// The seconds by which BigChat's clock advances with each page or, in a log, with each poll, as long as there is more
 /// to report.
 const TICK: i64 = 10;
 
-/// A script. All times are in seconds after the epoch began; the first epoch begins at [`T0`].
+/// A script. All times are in seconds since the epoch began. The first epoch begins at [`T0`].
 #[derive(Debug)]
 pub(super) struct Script {
     /// For a log, the number of events per page. Each poll finds one more page of the script in the log.
@@ -27,7 +27,7 @@ pub(super) struct Script {
     pub(super) epochs: Vec<Epoch>,
 }
 
-/// The part of a script from one restart to the next.
+/// The part of a script between two restarts.
 #[derive(Debug)]
 pub(super) struct Epoch {
     /// By id from 1: the start and the first advisor of each conversation.
@@ -49,15 +49,15 @@ pub(super) struct Scripted {
     script: Arc<Script>,
     bigchat: BigChat,
     epoch: usize,
-    /// When this epoch began, in seconds after [`T0`].
+    /// The beginning of this epoch, in seconds after [`T0`].
     began_at: i64,
-    /// How many pages of this epoch were reported; for a log, how many are in it.
+    /// How many pages of this epoch have been reported or, for a log, are in it.
     pages: usize,
     /// How many more messages are to be reported beyond the script.
     pub(super) nudges: usize,
     /// A page that the daemon has not stored.
     in_flight: Option<(Request, Reply)>,
-    /// How many polls have begun since the log was complete.
+    /// How many polls have begun since the log became complete.
     asked: usize,
 }
 
@@ -97,7 +97,7 @@ impl Scripted {
         }
     }
 
-    /// A text that is different for states that behave differently.
+    /// A text that differs between states that behave differently.
     pub(super) fn canonical(&mut self) -> String {
         let mut reported = self.reported();
         reported.retain(|reported| !reported.lost);
@@ -109,7 +109,7 @@ impl Scripted {
                 format!("{}: {} {poll}", reported.epoch, reported.json())
             })
             .collect();
-        // Whether the next page belongs to the poll of the last one.
+        // The next page may belong to the same poll as the last one.
         let continues = self.pages > 0 && self.page(self.pages - 1).more;
         let continues = continues && polls.last() == Some(&self.bigchat.polls());
         let Self {
@@ -125,18 +125,18 @@ impl Scripted {
         )
     }
 
-    /// Whether everything was reported.
+    /// Whether everything has been reported.
     pub(super) fn has_reported_all(&self) -> bool {
         let asked = self.script.log.is_none() || self.asked >= 2;
         self.pages == self.all_pages() && self.in_flight.is_none() && asked
     }
 
-    /// Whether it can begin another epoch.
+    /// Whether the script has another epoch.
     pub(super) fn can_restart(&self) -> bool {
         self.epoch + 1 < self.script.epochs.len()
     }
 
-    /// Forgets everything, and reuses its ids.
+    /// Restarts BigChat, which forgets everything and reuses its ids.
     pub(super) fn restart(&mut self) {
         self.began_at = self.now() + self.script.gap;
         self.epoch += 1;
@@ -146,13 +146,13 @@ impl Scripted {
         self.open_conversations();
     }
 
-    /// The client has died: the response in flight is lost.
+    /// Called when the daemon has died, so that the response in flight is lost.
     pub(super) fn client_died(&mut self) {
         self.in_flight = None;
         self.asked = 0;
     }
 
-    /// The response in flight has arrived, if `stored` is true of its body.
+    /// Called when the journal has changed. The response in flight has arrived if `stored` is true for its body.
     pub(super) fn arrived(&mut self, stored: impl FnOnce(&str) -> bool) {
         let is_stored =
             |(_, reply): &mut (Request, Reply)| std::str::from_utf8(&reply.body).is_ok_and(stored);
@@ -166,7 +166,8 @@ impl Scripted {
         self.bigchat.reported()
     }
 
-    /// Called when a request arrives. In a log, each poll adds the next page of events, even if the request then fails.
+    /// Called when a request arrives. Each poll of a log adds the next page of events to it, even if the request then
+    /// fails.
     pub(super) fn on_request(&mut self, url: &Url) {
         let is_first =
             url.path() == "/events" && !url.query_pairs().any(|(name, _)| name == "page");

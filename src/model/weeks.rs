@@ -1,12 +1,12 @@
-//! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with faults
-//! drawn from a seed. At the end of each week OurAPI must have exactly what BigChat reported.
+//! Simulated weeks: the daemon, this machine's clock and both services in one process and in virtual time, with random
+//! faults from a seed. At the end of each week, OurAPI must have exactly what BigChat reported.
 //!
-//! A week is complete: each poll, each check for work and each request happens, but no real time passes between them.
-//! `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks, `BIGCHAT_SYNC_TEST_SEED` the first seed, and
-//! `BIGCHAT_SYNC_TEST_HOURS` the length of each.
+//! Every poll, check for work and request of a week happens, but no real time passes between them.
+//! `BIGCHAT_SYNC_TEST_WEEKS` sets the number of weeks (default: 1), `BIGCHAT_SYNC_TEST_SEED` the first seed (1), and
+//! `BIGCHAT_SYNC_TEST_HOURS` the length of each in hours (3; a full week has 168).
 //!
-//! Losses that the daemon cannot recover from do not occur: lost responses of BigChat, which reports events only once,
-//! and losses in OurAPI of data older than the retention.
+//! Losses from which the daemon cannot recover do not occur. BigChat's responses are not lost, because it may report
+//! events only once. OurAPI does not lose data older than the retention period.
 
 use std::fmt;
 use std::pin::Pin;
@@ -46,8 +46,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// How long the daemon waits for a response.
 const TIMEOUT: Duration = Duration::from_secs(4);
 
-/// The time limit for coming to rest after the last fault. It includes the verification pass in progress and a complete
-/// one.
+/// The time limit for coming to rest after the last fault. It allows for the verification pass in progress and a
+/// complete one.
 const REST: Duration = Duration::from_secs(3 * 86_400);
 
 /// The parameters of a week.
@@ -56,11 +56,11 @@ struct Week {
     seed: u64,
     length: Duration,
     poll_interval: Duration,
-    /// Whether BigChat has a log; else it reports each event once.
+    /// Whether BigChat has a log. If not, it reports each event once.
     log: bool,
     /// Delivered events are deleted within the week. OurAPI may then lose only recent data.
     short_retention: bool,
-    /// A failed request is repeated at once, so that the random jitter of the back-off makes no difference.
+    /// A failed request is repeated immediately, so that the random jitter of the back-off makes no difference.
     without_jitter: bool,
 }
 
@@ -121,7 +121,7 @@ impl Week {
         })
     }
 
-    /// Runs the week. Returns what happened, line by line, and the result.
+    /// Runs the week. Returns a line for each upheaval and one for the calm after them, and the result.
     fn live(self) -> (Vec<String>, Result<Report, String>) {
         let start = Millis(T0 * 1000);
         let stage = Stage(Arc::new(Mutex::new(Inner {
@@ -178,9 +178,9 @@ struct Inner {
     our_api: OurApi,
     bigchat: BigChat,
     begun: Option<Instant>,
-    /// By how much this machine's clock is ahead, in milliseconds.
+    /// How far this machine's clock is ahead, in milliseconds.
     clock_ahead: i64,
-    /// The share of requests that meet a fault.
+    /// The fraction of requests with a fault.
     faults: f64,
     bigchat_down: bool,
     our_api_down: bool,
@@ -199,13 +199,13 @@ struct Inner {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Answered,
-    /// It never left.
+    /// It is never sent.
     Refused,
-    /// It is answered by 500, and not carried out.
+    /// It is answered with 500, and not carried out.
     Failed,
     /// It is carried out, and the response is lost.
     Lost,
-    /// It is carried out after the daemon gave it up.
+    /// It is carried out after the daemon has given it up.
     Overdue,
 }
 
@@ -241,11 +241,11 @@ impl Inner {
 
     fn between(&mut self, least: Duration, most: Duration) -> Duration {
         let seconds = self.rng.random_range(least.as_secs()..=most.as_secs());
-        // Faults come between two steps of the daemon, and within them.
+        // The milliseconds let faults strike at any moment, not only between two steps of the daemon.
         Duration::from_secs(seconds) + Duration::from_millis(self.rng.random_range(0..1000))
     }
 
-    /// This machine's clock steps.
+    /// Steps this machine's clock.
     fn step_clock(&mut self, ahead: i64) {
         self.clock_ahead = ahead;
         let begun = self.begun.expect("it has begun");
@@ -319,7 +319,7 @@ impl Inner {
         value.expect("an answer")
     }
 
-    /// Why it is not at rest.
+    /// The pages, conversations, attempts and verifications that are left.
     fn what_is_left(&mut self) -> String {
         const LEFT: &str = "SELECT
             (SELECT count(*) FROM inbox) || ' stored pages; due: '
@@ -347,7 +347,7 @@ impl Inner {
 }
 
 impl Stage {
-    /// Runs the daemon, and starts it again whenever it was stopped or has crashed.
+    /// Runs the daemon, and starts it again whenever it has stopped or crashed.
     async fn run(&self, settings: &Settings) {
         loop {
             let (stopping, crash) = (CancellationToken::new(), CancellationToken::new());
@@ -407,7 +407,7 @@ impl Stage {
         loop {
             sleep(10 * MINUTE).await;
             let mut inner = lock(&self.0);
-            // A pass may follow another at once, so the chats show which one verified them.
+            // One pass may follow another immediately, so the chats show which pass verified them.
             let all_verified =
                 "SELECT NOT EXISTS (SELECT 1 FROM conversations WHERE verified_in <= ?1)";
             if inner.is_at_rest() && inner.value(all_verified, [calm]) {
@@ -426,7 +426,7 @@ impl Stage {
             }
             if began.elapsed() > REST {
                 return Err(format!(
-                    "it does not come to rest: {}\n{}",
+                    "the daemon does not come to rest: {}\n{}",
                     inner.what_is_left(),
                     inner.report()
                 ));
@@ -552,7 +552,7 @@ impl Stage {
         }
     }
 
-    /// OurAPI carries out a request, even if the daemon has ended meanwhile.
+    /// Makes OurAPI carry out a request, even if the daemon has ended meanwhile.
     fn carry_out(&self, method: &Method, url: &Url, body: &[u8]) -> Reply {
         let mut inner = lock(&self.0);
         inner.in_flight -= 1;
@@ -690,7 +690,7 @@ fn simulated_weeks_end_without_difference() {
     }
 }
 
-/// The same seed gives the same events.
+/// The same seed gives the same week.
 #[test]
 fn simulated_week_can_be_repeated() {
     let week = Week {

@@ -1,5 +1,5 @@
-//! The state that outlasts the daemon: the journal, OurAPI and BigChat. Two worlds are equal if the daemon behaves the
-//! same from there on.
+//! The state that outlasts the daemon: the journal, OurAPI and BigChat. In equal worlds, the daemon behaves the same
+//! from there on.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
@@ -18,11 +18,11 @@ use crate::simulator::OurApi;
 /// All that outlasts the daemon.
 #[derive(Clone)]
 pub(super) struct World {
-    /// The journal, in SQLite's serialised form.
+    /// The journal, serialized by SQLite.
     pub(super) journal: Arc<[u8]>,
     pub(super) our_api: OurApi,
     pub(super) bigchat: Scripted,
-    /// How often OurAPI has lost everything.
+    /// How many times OurAPI has lost everything.
     pub(super) wipes: usize,
     /// This machine's clock.
     pub(super) now: Millis,
@@ -53,7 +53,7 @@ impl World {
     /// The initial world.
     pub(super) fn new(script: Arc<Script>) -> Self {
         let connection = Connection::open_in_memory().expect("a database in memory");
-        // Small pages, because each state has a database.
+        // The pages are small, because each state has its own database.
         connection
             .pragma_update(None, "page_size", 512)
             .expect("a page size");
@@ -67,7 +67,7 @@ impl World {
         )
     }
 
-    /// The current world, as a daemon that starts now would find it.
+    /// The current world, as a daemon that starts now finds it.
     pub(super) fn of(
         store: &mut Store,
         our_api: OurApi,
@@ -93,7 +93,7 @@ impl World {
         }
     }
 
-    /// The same, with another world's journal.
+    /// The same world, with another one's journal.
     pub(super) fn with_journal_of(&self, other: &Self) -> Self {
         let mut store = other.store();
         Self::of(
@@ -115,11 +115,11 @@ impl World {
     }
 }
 
-/// Rows as text, without differences that do not matter to a daemon that starts.
+/// Rows as text, without differences that do not matter to a starting daemon.
 ///
-/// Only the order matters of times by this machine's clock, which are all in the past when the daemon starts, and of
-/// OurAPI's ids. Data that was read in earlier sessions counts as old. Of two counters, it only matters whether one is
-/// behind the other.
+/// For OurAPI's ids, and for times by this machine's clock, only the order matters: all these times are in the past
+/// when the daemon starts. Data that was read in earlier sessions counts as old. For two counters, it only matters
+/// whether one is behind the other.
 #[derive(Default)]
 struct Canonical {
     cells: Vec<Cell>,
@@ -127,7 +127,7 @@ struct Canonical {
     ids: BTreeSet<Uuid>,
 }
 
-/// The counters that others are compared with.
+/// The counters with which others are compared.
 struct Numbers {
     losses: i64,
     verifications: Vec<i64>,
@@ -139,7 +139,7 @@ enum Cell {
     Id(Uuid),
 }
 
-/// Larger numbers are times by this machine's clock, in milliseconds.
+/// Numbers above this one are times by this machine's clock, in milliseconds.
 const MILLISECONDS: i64 = 1_000_000_000_000;
 
 impl Canonical {
