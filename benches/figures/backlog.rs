@@ -15,7 +15,8 @@ use crate::process::{Process, daemon, until};
 use crate::server::Server;
 use crate::{Scale, bare, row};
 
-/// The number of rounds. In each, the daemon and the bare client run one after the other. The median round is printed.
+/// The number of measured rounds. In each, the daemon and the bare client run one after the other. The median round is
+/// printed.
 const ROUNDS: usize = 3;
 
 /// When the conversations begin, by BigChat's clock.
@@ -39,7 +40,7 @@ pub(crate) fn usual(conversation: i64, number: i64) -> Option<(&'static str, Str
     })
 }
 
-/// The same with an END and a TRANSFER after every other message.
+/// The same, but an END and a TRANSFER replace every other pair of events.
 fn restless(conversation: i64, number: i64) -> Option<(&'static str, String)> {
     Some(match number % 4 {
         2 => ("END", "null".to_owned()),
@@ -52,7 +53,7 @@ fn restless(conversation: i64, number: i64) -> Option<(&'static str, String)> {
     })
 }
 
-/// A journal in which these conversations wait.
+/// A journal with this many waiting conversations.
 pub(crate) fn waiting(conversations: i64, story: Story) -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().expect("a directory");
     let db = directory.path().join("journal.db");
@@ -102,7 +103,7 @@ fn ingest(store: &mut Store, events: &[String]) {
     store.end_poll(at, Millis::now(), 0).expect("it ends");
 }
 
-/// How a backlog was delivered.
+/// The cost of delivering a backlog.
 pub(crate) struct Delivered {
     pub(crate) requests: u64,
     pub(crate) took: Duration,
@@ -116,14 +117,14 @@ impl Delivered {
     }
 }
 
-/// Lets a daemon deliver all waiting events.
+/// Delivers all waiting events with a new daemon.
 pub(crate) fn deliver(server: &Server, db: &Path, flags: &[&str]) -> Delivered {
     until_delivered(server, db, daemon(server, db, flags))
 }
 
 /// The same with a daemon that is already running.
 pub(crate) fn until_delivered(server: &Server, db: &Path, daemon: Process) -> Delivered {
-    // Queries of the journal meanwhile would slow down the daemon.
+    // Querying the journal meanwhile would slow down the daemon.
     let mut before = u64::MAX;
     until("no more requests", Duration::from_secs(900), || {
         std::thread::sleep(Duration::from_millis(1500));
@@ -157,7 +158,7 @@ fn measure(scale: Scale, in_flight: u16) {
     let server = Server::start(Duration::ZERO);
     let flags = ["--our-api-concurrency", &in_flight.to_string()];
     let mut rounds = Vec::new();
-    // The first round is not measured. It records the requests for the bare client, which takes time.
+    // The first round is not measured, because it records the requests for the bare client, which takes time.
     let mut made = Vec::new();
     for round in 0..=ROUNDS {
         let directory = tempfile::tempdir().expect("a directory");
@@ -243,7 +244,7 @@ pub(crate) fn measure_steady(scale: Scale) {
         let before = server.polls();
         server.report(&events.join(","));
         until("all events are delivered", Duration::from_secs(60), || {
-            // After the poll that follows the one with the events, all of them are ingested.
+            // All events are ingested once the poll after the one that reported them has begun.
             server.polls() > before + 2 && store.waiting().expect("a number") == 0
         });
         events.len() as i64

@@ -1,5 +1,5 @@
-//! The bare client: the same requests with the same client settings, and nothing else. It runs as a process of its own, as the
-//! daemon does.
+//! The bare client: the same requests with the same client settings, and nothing else. Like the daemon, it runs as a
+//! separate process.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub(crate) fn replay(server: &Server, made: &[Request], in_flight: u16) -> (Dura
             .arg(in_flight.to_string())
             .arg(&list),
     );
-    // The client exits when its list is deleted, after its CPU time was read.
+    // The client exits when its list is deleted, so its CPU time can be read before that.
     process::until("all requests", Duration::from_secs(600), || {
         server.count() == made.len() as u64
     });

@@ -25,7 +25,7 @@ pub(crate) enum Before {
     Waiting,
     /// Delivered.
     Delivered,
-    /// Delivered so long ago that the retention drops them.
+    /// Delivered so long ago that they are dropped.
     Old,
 }
 
@@ -37,7 +37,7 @@ pub(crate) fn add(db: &Path, first: i64, conversations: i64, before: Before) {
             number(n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM number WHERE n < {EVENTS} - 1)",
         first + conversations - 1
     );
-    // The retention drops what happened and was delivered long ago.
+    // Only events that both happened and were delivered long ago are dropped.
     let (event_at, delivered_at) = match before {
         Before::Waiting => (START, "NULL"),
         Before::Delivered => (START, "unixepoch() * 1000"),

@@ -1,8 +1,9 @@
-//! The costs of the daemon itself, without the two APIs: `cargo bench`, or `cargo bench -- [--quick] [NAME…]` for a part.
+//! The costs of the daemon itself, without the two APIs.
 //!
-//! Rates are relative to a bare client in the same run, which sends the same requests to the same server with the same
-//! client settings and without a journal. Each figure is printed beside its target. On a busy machine the ratios mean
-//! little; the CPU times in parentheses are more reliable.
+//! `cargo bench` measures all of them, and `cargo bench -- [--quick] [NAME…]` some. Rates are relative to a bare client
+//! in the same run, which sends the same requests to the same server with the same client settings and without a
+//! journal. Each figure is printed beside its target. On a busy machine the ratios mean little; the CPU times in
+//! parentheses are more reliable.
 
 mod backlog;
 mod bare;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 pub(crate) enum Scale {
     /// The full size, for published figures.
     Full,
-    /// A tenth of it or less, to see whether a change is an improvement.
+    /// A tenth of it, to see whether a change is an improvement.
     Quick,
 }
 

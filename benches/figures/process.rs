@@ -1,4 +1,4 @@
-//! Processes, with their memory and CPU time.
+//! Processes, and their memory and CPU time.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

@@ -15,7 +15,7 @@ use crate::{Scale, row};
 /// The first reported conversation. Conversations that the journal already has have smaller ids.
 const FIRST: i64 = 1_000_000_000;
 
-/// How many conversations there are. The first event of each needs a request to BigChat, and is not measured.
+/// How many conversations have events. The first event of each needs a request to BigChat, and is not measured.
 const CONVERSATIONS: i64 = 100;
 
 pub(crate) fn measure(scale: Scale) {
@@ -38,7 +38,10 @@ pub(crate) fn measure_pruning(scale: Scale) {
             connection.query_row("SELECT count(*) FROM events", [], |row| row.get(0))
         })
         .expect("a number");
-    assert!(left > events / 10, "it was pruned before the end: {left}");
+    assert!(
+        left > events / 10,
+        "all was pruned before the end: {left} events are left"
+    );
     assert!(left < events, "nothing was pruned");
     row(
         &format!("the same while {events} old events are pruned"),

@@ -1,5 +1,6 @@
-//! Both simulated services on one port, with the counts and times of their requests. BigChat reports the events that it is
-//! given, and has every conversation that a journal may ask for. OurAPI accepts any number of requests at once.
+//! Both simulated services on one port, with the counts and times of their requests. BigChat reports the events that it
+//! is given, and knows every conversation that the daemon may ask for. OurAPI accepts any number of concurrent
+//! requests.
 
 use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
@@ -16,22 +17,24 @@ use crate::large::EVENTS;
 struct Both {
     bigchat: BigChat,
     our_api: OurApi,
-    /// The requests; `None` while they are not recorded.
+    /// The requests; `None` if they are not recorded.
     made: Option<Vec<Request>>,
     /// The number of requests, except those to `/events`.
     count: u64,
     first: Option<Instant>,
-    /// The last request to OurAPI. Requests to BigChat do not count, because each poll sends some even if nothing waits.
+    /// The last request to OurAPI. Requests to BigChat do not count, because each poll sends some even if nothing is
+    /// waiting.
     last: Option<Instant>,
     /// The first request to OurAPI.
     sent: Option<Instant>,
     /// The first request to OurAPI that changes something.
     written: Option<Instant>,
-    /// The start of all chats that the journal was created with; `None`: OurAPI has only the chats that it was sent.
+    /// The start of all chats with which the journal was created; `None`: OurAPI has only the chats that were sent to
+    /// it.
     chats_of: Option<i64>,
-    /// How often the messages of one of these chats were read.
+    /// How many times the messages of one of these chats were read.
     verified: u64,
-    /// The last poll that returned new events; before any, the first poll.
+    /// The last poll that returned new events, or else the first poll.
     polled: Option<Instant>,
     polls: u64,
     has_news: bool,
@@ -144,7 +147,7 @@ impl Api for Both {
 pub(crate) struct Server(simulator::Server<Both>);
 
 impl Server {
-    /// Starts it; each request takes at least `latency`.
+    /// Starts the server. Each request takes at least `latency`.
     pub(crate) fn start(latency: Duration) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let server = runtime.expect("a runtime").block_on(async {
@@ -215,12 +218,12 @@ impl Server {
         self.both().verified
     }
 
-    /// When BigChat last returned new events; before any, the first poll.
+    /// The time of the last poll that returned new events, or else of the first poll.
     pub(crate) fn polled(&self) -> Option<Instant> {
         self.both().polled
     }
 
-    /// How often BigChat was polled.
+    /// How many times BigChat was polled.
     pub(crate) fn polls(&self) -> u64 {
         self.both().polls
     }
@@ -233,13 +236,13 @@ impl Server {
         both.has_news = true;
     }
 
-    /// How many of the recorded requests went to OurAPI.
+    /// Takes the recorded requests, and returns how many of them went to OurAPI.
     pub(crate) fn made_to_our_api(&self) -> usize {
         let made = self.made();
         made.iter().filter(|made| is_to_our_api(made)).count()
     }
 
-    /// The recorded requests, in order.
+    /// Takes the recorded requests, in order.
     pub(crate) fn made(&self) -> Vec<Request> {
         self.both().made.take().unwrap_or_default()
     }

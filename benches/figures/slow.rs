@@ -1,4 +1,4 @@
-//! A slow OurAPI and a slow disk. The rate should be the one that they allow.
+//! Delivery with a slow OurAPI and a slow disk. The rate should be as high as they allow.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::{Scale, row};
 
 const LATENCY: Duration = Duration::from_millis(50);
 
-/// The additional time of each fdatasync and fsync.
+/// The delay added to each fdatasync and fsync.
 const DELAY: Duration = Duration::from_millis(10);
 
 pub(crate) fn measure_api(scale: Scale) {
@@ -37,7 +37,7 @@ pub(crate) fn measure_disk(scale: Scale) {
         let rate = on_disk(DELAY, LATENCY, conversations, in_flight);
         print_rate("OurAPI takes 50 ms, fsync 10 ms", in_flight, rate);
     }
-    // Tracing costs time, which matters if OurAPI is fast. Therefore the baseline is a traced daemon, too.
+    // Tracing costs time, which matters if OurAPI is fast. The baseline is therefore a traced daemon, too.
     for in_flight in [1, 8] {
         let rate = |delay| on_disk(delay, Duration::ZERO, scale.of(2_000), in_flight);
         let (slow, usual) = (rate(DELAY), rate(Duration::ZERO));
@@ -51,7 +51,7 @@ pub(crate) fn measure_disk(scale: Scale) {
     }
 }
 
-/// The requests per second of a daemon whose every fsync takes `delay` longer, with an OurAPI of this latency.
+/// The requests per second of a daemon with `delay` added to each fsync, and with an OurAPI of this latency.
 fn on_disk(delay: Duration, latency: Duration, conversations: i64, in_flight: u16) -> f64 {
     let (_directory, db) = waiting(conversations, usual);
     let server = Server::start(latency);

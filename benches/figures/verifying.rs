@@ -12,10 +12,10 @@ use crate::process::{daemon, until};
 use crate::server::Server;
 use crate::{Scale, row};
 
-/// How long OurAPI takes for a request.
+/// The time that OurAPI takes for a request.
 const LATENCY: Duration = Duration::from_millis(5);
 
-/// How often an event arrives.
+/// The interval between two events.
 const EVERY: Duration = Duration::from_millis(100);
 
 /// The first conversation with new events. Conversations that the journal already has have smaller ids.
@@ -38,7 +38,7 @@ pub(crate) fn measure(scale: Scale) {
     std::fs::copy(&db, &copy).expect("a copy");
     let (without, none) = times(&copy, events, "off");
     let (with, verified) = times(&db, events, "1ms");
-    assert_eq!(none, 0, "nothing is verified when it is off");
+    assert_eq!(none, 0, "nothing is verified if passes are off");
     assert!(verified > 0, "the pass makes progress");
     let at = |times: &[Duration], share: usize| ms(times[(times.len() - 1) * share / 100]);
     row(
@@ -57,7 +57,7 @@ pub(crate) fn measure(scale: Scale) {
     );
 }
 
-/// The sorted delays of this many pages with one message each, and how many chats were verified meanwhile.
+/// The sorted delays of this many pages with one message each, and the number of chats verified meanwhile.
 fn times(db: &Path, events: i64, verify_every: &str) -> (Vec<Duration>, u64) {
     let server = Server::start(LATENCY);
     server.has_chats_of(START);
