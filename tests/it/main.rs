@@ -1,6 +1,6 @@
 //! Tests of the daemon from outside, between both simulated services.
 //!
-//! Each folder is one topic. `harness` is shared by all tests.
+//! Each folder covers one topic; all tests share `harness`.
 
 mod console;
 mod delivery;

@@ -1,7 +1,8 @@
-//! The daemon over HTTP: its access control, its probes, and limits that keep clients from starving each other.
+//! The daemon over HTTP: its access control, its health endpoints, and limits that keep clients from starving each
+//! other.
 
 use crate::harness::process::Process;
-use crate::harness::web::{TOKEN, client, console_token, sent, succeeds};
+use crate::harness::web::{READ_TOKEN, TOKEN, client, console_token, sent, succeeds};
 use crate::harness::{run_live_test, until};
 use bigchat_sync::http::Api;
 use bigchat_sync::simulator::event::message;
@@ -19,8 +20,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-
-const READ_TOKEN: &str = "0123456789abcdef-readers";
 
 /// The time limit for a response that needs no work.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
@@ -42,9 +41,9 @@ async fn connect(url: &str) -> TcpStream {
     TcpStream::connect(address).await.expect("a connection")
 }
 
-/// `/healthz` is about the daemon alone; `/readyz` names the API or the journal that keeps events from being delivered.
+/// `/healthz` covers only the daemon. `/readyz` names the API or the journal that keeps events from being delivered.
 #[tokio::test]
-async fn probes_during_outages() {
+async fn health_endpoints_during_outages() {
     run_live_test(async |t| {
         let (_, url) = t.start_listening(Tokens::default());
         let client = client();
@@ -124,7 +123,7 @@ async fn security_headers_on_every_response() {
     .await;
 }
 
-/// Without the token only the probes are answered.
+/// Without the token, only the health endpoints are answered.
 #[tokio::test]
 async fn metrics_need_the_token() {
     run_live_test(async |t| {
@@ -193,7 +192,7 @@ async fn read_token_changes_nothing() {
         }
         assert_eq!(post("/api/resume", TOKEN).await.status(), StatusCode::OK);
 
-        // The same for a session that has begun with it.
+        // The same applies to a session that began with the read token.
         let answer = log_in(&url, READ_TOKEN).await;
         let set = answer.headers()[SET_COOKIE].to_str().expect("a cookie");
         let cookie = set.split(';').next().expect("its value").to_owned();
@@ -230,7 +229,7 @@ async fn log_in(url: &str, token: &str) -> Response {
     sent(login).await
 }
 
-/// A login without a token in its body is answered like any other bad request, and is no attempt.
+/// A login without a token in its body is answered like any other bad request, and does not count as an attempt.
 #[tokio::test]
 async fn login_with_malformed_body() {
     run_live_test(async |t| {
@@ -321,7 +320,7 @@ async fn guessing_tokens_is_slowed() {
     .await;
 }
 
-/// A page of another site can change nothing and read nothing.
+/// A page of another site cannot change or read anything.
 #[tokio::test]
 async fn requests_from_another_site() {
     run_live_test(async |t| {
@@ -437,7 +436,7 @@ async fn idle_connections_starve_no_client() {
             let begun = match kind % 3 {
                 0 => "",
                 1 => "GET /healthz HTTP/1.1\r\nHost: loc",
-                // Answered long ago, and still open.
+                // The request was answered long ago, and the connection is still open.
                 _ => "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
             };
             stream.write_all(begun.as_bytes()).await.expect("written");
@@ -463,7 +462,7 @@ async fn unfinished_requests_starve_no_client() {
             let mut stream = connect(&url).await;
             stream.write_all(head.as_bytes()).await.expect("written");
             let mut interim = [0; 12];
-            // From then on the server waits for the body.
+            // From then on, the server waits for the body.
             stream.read_exact(&mut interim).await.expect("an answer");
             assert_eq!(&interim, b"HTTP/1.1 100");
             stream.write_all(b"{").await.expect("written");
@@ -476,7 +475,7 @@ async fn unfinished_requests_starve_no_client() {
     .await;
 }
 
-/// A daemon stops at once and closes the database, although clients are connected.
+/// A daemon stops and closes the database even if clients are connected.
 #[tokio::test]
 async fn stop_with_clients_connected() {
     run_live_test(async |t| {

@@ -1,5 +1,5 @@
-//! A browser for tests of the console: headless Chromium, driven over WebDriver by clicks and keys. A test fails if the
-//! browser blocks a script or a script fails.
+//! A browser for tests of the console: headless Chromium, driven over WebDriver with clicks and keys. A test fails if
+//! the browser blocks a script or a script fails.
 
 use std::io::{BufRead, BufReader, Lines};
 use std::process::{ChildStdout, Command, Stdio};
@@ -24,15 +24,15 @@ pub(crate) const RIGHT: &str = "\u{e014}";
 pub(crate) const DOWN: &str = "\u{e015}";
 pub(crate) const SPACE: &str = " ";
 
-/// The time limit for a change of the page. It is shorter than that of [`until`], so that a failed test can print the
-/// page.
+/// The time limit for a change of the page. It is shorter than the limit of [`until`], so that a failed test can print
+/// the page.
 const TIME_LIMIT: Duration = Duration::from_secs(25);
 
 /// Page sizes in pixels: a desktop's and a phone's.
 pub(crate) const DESK: (u32, u32) = (1280, 900);
 pub(crate) const PHONE: (u32, u32) = (360, 740);
 
-/// A chromium with one page in it.
+/// Chromium with one page.
 pub(crate) struct Browser {
     client: Client,
     session: String,
@@ -46,9 +46,9 @@ impl Browser {
     ///
     /// # Panics
     ///
-    /// If `chromedriver` or chromium is missing: `apt-get install chromium chromium-driver`.
+    /// Panics if `chromedriver` or Chromium is missing. Install them with `apt-get install chromium chromium-driver`.
     pub(crate) async fn open(url: &str, size: (u32, u32)) -> Self {
-        // Another process may take the port before chromedriver listens; then chromedriver ends.
+        // If another process takes the port before chromedriver listens on it, chromedriver exits.
         let (driver, says, port) = (0..5).find_map(|_| start_driver()).expect("a chromedriver");
         let client = Client::builder()
             .no_proxy()
@@ -70,7 +70,7 @@ impl Browser {
         browser
     }
 
-    /// Closes the browser, and fails if it has logged an error other than a response of the console.
+    /// Closes the browser, and fails if it has logged an error other than a failed request.
     pub(crate) async fn close(self) {
         let log = self
             .ask(Method::POST, "/se/log", json!({"type": "browser"}))
@@ -124,7 +124,7 @@ impl Browser {
         self.devtools("Emulation.setEmulatedMedia", features).await;
     }
 
-    /// Goes to a page, or another view of the same one.
+    /// Goes to a page, or to another view of the same page.
     pub(crate) async fn go(&self, url: &str) {
         self.ask(Method::POST, "/url", json!({"url": url})).await;
     }
@@ -151,7 +151,7 @@ impl Browser {
         .await;
     }
 
-    /// Waits until a condition is true; if it never is, fails with the text of the page.
+    /// Waits until a condition is true. If it never is, fails with the text of the page.
     async fn patiently(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
         let waited = tokio::time::timeout(TIME_LIMIT, until(what, condition)).await;
         if waited.is_err() {
@@ -238,7 +238,7 @@ fn start_driver() -> Option<(Process, Lines<BufReader<ChildStdout>>, u16)> {
 }
 
 fn capabilities() -> Value {
-    // A sandbox needs rights that a container's root does not have, and the only page opened is our own.
+    // A sandbox needs rights that root does not have in a container, and the browser only opens the console.
     let arguments = [
         "--headless=new",
         "--no-sandbox",

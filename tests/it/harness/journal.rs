@@ -1,7 +1,7 @@
-//! Access to the journal for tests, by the program's own operations where they exist, and by SQL otherwise.
+//! Access to the journal for tests, by the program's own operations if they exist, and otherwise by SQL.
 //!
-//! SQL is used to read the view `event_states`, to make a change that would otherwise take too long (an hour's wait, a
-//! thousand failed events), and to read what no command shows. A comment at each use gives the reason.
+//! SQL is used to read the view `event_states` and data that no command shows, and to make changes that would otherwise
+//! take too long, such as an hour's wait or a thousand failed events.
 
 use std::fmt::Display;
 
@@ -30,7 +30,7 @@ impl Bench {
         self.count_events(&format!("state = '{state}'"))
     }
 
-    /// The number of events in the view `event_states` for which a condition is true.
+    /// The number of events in the view `event_states` that match a condition.
     pub(crate) fn count_events(&self, condition: &str) -> i64 {
         self.value(&format!(
             "SELECT count(*) FROM event_states WHERE {condition}"
@@ -88,7 +88,8 @@ impl Bench {
         until("a later window", async || self.cursor() > Some(now + 1)).await;
     }
 
-    /// Whether an API was up at the latest request; `None`: no request was sent to it yet.
+    /// Whether an API counts as up. A failing one does, until it is down. `None`: neither a success nor an outage has
+    /// been recorded yet.
     pub(crate) fn is_up(&self, api: Api) -> Option<bool> {
         let figures = self.figures()?;
         let state = match api {
@@ -130,7 +131,7 @@ impl Bench {
         self.value("SELECT count(*) FROM attempts WHERE outcome_unknown = 1")
     }
 
-    /// Until when an API is rate limited, in Unix ms; 0: it never was. No command shows that.
+    /// The end of an API's rate limit, in Unix ms; 0: it never had one. No command shows that.
     pub(crate) fn limited_until(&self, api: Api) -> i64 {
         let name = api.name();
         self.value(&format!(
@@ -138,7 +139,7 @@ impl Bench {
         ))
     }
 
-    /// Moves the end of a rate limit: an hour is too long to wait for.
+    /// Moves the end of a rate limit, because a test cannot wait for an hour.
     pub(crate) fn set_limited_until(&self, api: Api, at: i64) {
         let name = api.name();
         self.execute(&format!(
@@ -158,13 +159,13 @@ impl Bench {
         self.store().failed(1000, None).expect("the failed events")
     }
 
-    /// The failed attempts at an event, the last one first.
+    /// The failed attempts at an event, latest first.
     pub(crate) fn failed_attempts(&self, event: i64) -> Vec<FailedAttempt> {
         let attempts = self.store().failed_attempts(EventId(event));
         attempts.expect("the failed attempts")
     }
 
-    /// The resolutions of failed events, the first one first.
+    /// The resolutions of failed events, earliest first.
     pub(crate) fn resolutions(&self) -> Vec<PastResolution> {
         let resolutions = self.store().resolutions(None, None, 1000);
         let mut resolutions = resolutions.expect("the resolutions");
@@ -172,12 +173,12 @@ impl Bench {
         resolutions
     }
 
-    /// Runs `bigchat-sync failed` with these arguments, whether or not a daemon runs.
+    /// Runs `bigchat-sync failed` with these arguments, whether or not a daemon is running.
     pub(crate) fn failed_command(&self, arguments: &[&str]) -> Result<String, CommandError> {
         let line = ["bigchat-sync", "failed"].iter().chain(arguments);
         match Cli::try_parse_from(line).expect("a good command").command {
             Some(Command::Failed(command)) => failed::run(&self.db(), command),
-            other => panic!("not about failed events: {other:?}"),
+            other => panic!("not a `failed` command: {other:?}"),
         }
     }
 
@@ -224,12 +225,12 @@ impl Test {
     }
 }
 
-/// SQL that inserts conversation 42 with key 100 in the journal.
+/// SQL that inserts conversation 42 with key 100 into the journal.
 pub(crate) const CONVERSATION: &str =
     "INSERT INTO conversations (id, epoch, bigchat_id) VALUES (100, 1, 42);";
 
-/// SQL that inserts a dead letter with this many failed attempts. `conversation` is the key of the conversation, or an
-/// SQL expression for it.
+/// SQL that inserts a dead letter with this many failed attempts. `conversation` is the key of the conversation or an
+/// SQL expression for the key.
 pub(crate) fn dead_letter(
     id: impl Display,
     conversation: impl Display,
@@ -265,7 +266,7 @@ pub(crate) fn failed_messages<'a>(reasons: impl IntoIterator<Item = &'a str>) ->
         .collect()
 }
 
-/// SQL that inserts a message that failed after its last attempt. Its conversation must be known.
+/// SQL that inserts a message whose last attempt has failed. The journal must have its conversation.
 pub(crate) fn spent(id: i64, conversation: i64) -> String {
     let conversation = format!("(SELECT id FROM conversations WHERE bigchat_id = {conversation})");
     let data = r#"{"message":"x"}"#;

@@ -2,9 +2,9 @@
 //! final state.
 //!
 //! A test scripts BigChat's events and the faults, and checks what OurAPI has. Afterwards, the harness stops the
-//! daemons that still run, as a signal would. Unless the test allows otherwise, OurAPI must then have exactly what
-//! BigChat reported, no event may be waiting, and only events that OurAPI cannot store may have failed. A failed test
-//! prints the expected and the actual state, and the daemon's log.
+//! daemons that are still running, as a signal would. Unless the test allows something else, OurAPI must then have
+//! exactly what BigChat reported, no event may be waiting, and only events that OurAPI cannot store may have failed. A
+//! failed test prints the expected and the actual state, and the daemon's log.
 
 pub(crate) mod browser;
 pub(crate) mod journal;
@@ -17,6 +17,7 @@ use std::io::Write;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ use tracing::subscriber::DefaultGuard;
 
 use self::services::{BigChat, NOW, OurApi, Tampered, tampering};
 
-/// How long anything may take before the test fails. Long, since the machine may be busy.
+/// The time limit for every wait. It is long because the machine may be busy.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` is true.
@@ -60,8 +61,8 @@ pub(crate) async fn side_by_side<C>(cases: impl IntoIterator<Item = C>, test: im
     join_all(cases.into_iter().map(|case| test(case))).await;
 }
 
-/// Runs a test in which only scripted events happen, BigChat's clock is stopped at [`NOW`], and BigChat knows its
-/// first conversation, 42 and 43 with advisor 7 (Ann), and advisor 8 (Bob).
+/// Runs a test in which only scripted events happen, and BigChat's clock is stopped at [`NOW`]. BigChat knows
+/// conversations 1 (its first), 42 and 43, all with advisor 7 (Ann), and also advisor 8 (Bob).
 pub(crate) async fn run_test(test: impl AsyncFnOnce(&Test)) {
     let options = Options {
         quiet: true,
@@ -90,7 +91,7 @@ pub(crate) async fn run_live_test(test: impl AsyncFnOnce(&Test)) {
     run_with(options, test).await;
 }
 
-/// Runs a test with these options of BigChat, and an OurAPI as fragile as the real one.
+/// Runs a test with these options for BigChat, and an OurAPI that is as fragile as the real one.
 pub(crate) async fn run_with(bigchat: Options, test: impl AsyncFnOnce(&Test)) {
     let bigchat = simulator::BigChat::new(bigchat);
     let t = Test::new(bigchat, simulator::OurApi::new(1)).await;
@@ -103,7 +104,7 @@ pub(crate) struct Test {
     pub(crate) our_api: OurApi,
     bench: Bench,
     rules: RefCell<Rules>,
-    /// Why OurAPI may differ from the expected state in the end; `None`: it must not differ.
+    /// Why OurAPI may differ from the expected state in the end. `None`: it must not differ.
     differs: RefCell<Option<&'static str>>,
     /// How many events have failed in the end although OurAPI could have stored them.
     failed: RefCell<usize>,
@@ -165,7 +166,7 @@ impl Test {
         self.rules.replace(rules);
     }
 
-    /// Injects this fault into requests that match the pattern, to either service.
+    /// Injects this fault into requests to either service that match the pattern.
     pub(crate) fn upset(&self, pattern: &str, fault: Fault) {
         let of_bigchat = ["GET /events", "GET /conversations", "GET /advisors"];
         match of_bigchat.iter().any(|route| pattern.starts_with(route)) {
@@ -198,7 +199,7 @@ impl Test {
         self.our_api.calm();
     }
 
-    /// How many requests are paused, or overdue and not carried out yet.
+    /// The number of requests that are paused, or overdue and not yet carried out.
     pub(crate) fn pausing(&self) -> usize {
         self.bigchat.pausing() + self.our_api.pausing()
     }
@@ -238,7 +239,7 @@ impl Test {
         let discarded = usize::try_from(self.events("discarded")).unwrap_or_default();
         let right = report.refused + *self.failed.borrow();
         if waiting > 0 {
-            Some(format!("{waiting} events still wait"))
+            Some(format!("{waiting} events are still waiting"))
         } else if !(failed..=failed + discarded).contains(&right) {
             Some(format!(
                 "{failed} events failed instead of {right}: {:#?}",
@@ -249,8 +250,8 @@ impl Test {
         }
     }
 
-    /// Waits until OurAPI has exactly what BigChat reported and no event waits. The comparison alone is not enough,
-    /// because the last events may not change OurAPI.
+    /// Waits until OurAPI has exactly what BigChat reported and no event is waiting. The comparison alone is not
+    /// enough, because the last events may not change OurAPI.
     pub(crate) async fn agrees(&self) {
         until("no difference", async || {
             let report = self.compare();
@@ -328,7 +329,7 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// A fresh database, quick polls and retries.
+    /// A new database, with frequent polls and fast retries.
     pub(crate) fn new(bigchat_url: &str, our_api_url: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let bench = Self {
@@ -442,14 +443,14 @@ impl Bench {
         daemon
     }
 
-    /// Whether a daemon that was started here still runs.
+    /// Whether a daemon that was started here is still running.
     fn is_running(&self) -> bool {
         lock(&self.daemons)
             .iter()
             .any(|daemon| lock(&daemon.task).is_some())
     }
 
-    /// Stops the daemons that still run.
+    /// Stops the daemons that are still running.
     async fn stop_daemons(&self) {
         let daemons = std::mem::take(&mut *lock(&self.daemons));
         for daemon in daemons {
@@ -471,7 +472,7 @@ impl Bench {
         (stopping, tokio::spawn(once))
     }
 
-    /// Runs such a daemon to its end. Unread or undelivered events are not an error.
+    /// Runs such a daemon until it ends. Unread or undelivered events are not an error.
     pub(crate) async fn once(&self) {
         let (_stopping, once) = self.start_once();
         let ended = timeout(TIME_LIMIT, once).await.expect("it ends");
@@ -483,6 +484,14 @@ impl Bench {
 }
 
 type Task = JoinHandle<Result<(), DaemonError>>;
+
+/// A number from an environment variable, or else `default`.
+pub(crate) fn number<T: FromStr>(variable: &str, default: T) -> T {
+    let number = std::env::var(variable).ok();
+    number.map_or(default, |number| {
+        number.parse().ok().expect("a number in the environment")
+    })
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

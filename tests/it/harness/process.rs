@@ -1,4 +1,4 @@
-//! The program as a separate process, for tests of its memory, of limits of the operating system, and of exit codes.
+//! The program as a separate process, for tests of its memory, its exit codes and the limits of the operating system.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -39,7 +39,7 @@ pub(crate) fn unreachable(directory: &Path, command: &str, db: impl AsRef<OsStr>
     program
 }
 
-/// A command that runs another one, which it receives as its arguments.
+/// A command run by a wrapper, which receives it as arguments.
 pub(crate) fn through(wrapper: &[&str], command: &Command) -> Command {
     let mut wrapped = Command::new(wrapper[0]);
     wrapped
@@ -65,7 +65,7 @@ pub(crate) fn in_shell(prepare: &str, command: &Command) -> Command {
     through(&["sh", "-c", &script], command)
 }
 
-/// A command in a new mount namespace, after a shell command. `None`: this user may not create one.
+/// A command that runs in a new mount namespace, after `prepare`. `None`: this user may not create a namespace.
 pub(crate) fn in_own_mounts(prepare: &str, command: &Command) -> Option<Command> {
     let allowed = Command::new("unshare")
         .args(["-m", "mount", "--bind", "/tmp", "/tmp"])
@@ -77,7 +77,7 @@ pub(crate) fn in_own_mounts(prepare: &str, command: &Command) -> Option<Command>
     Some(through(&["unshare", "-m"], &in_shell(prepare, command)))
 }
 
-/// A program's output.
+/// A program's standard output, followed by its standard error.
 pub(crate) fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
@@ -98,7 +98,7 @@ pub(crate) fn fed(command: &mut Command, input: &str) -> Option<Output> {
     let mut child = child.ok()?;
     let mut stdin = child.stdin.take().expect("a pipe");
     let input = input.to_owned();
-    // A command that needs no input may end before it has read all of it.
+    // A command that needs no input may end before all of it is written.
     let writing = std::thread::spawn(move || stdin.write_all(input.as_bytes()).ok());
     let output = child.wait_with_output().expect("it ends");
     writing.join().expect("no panic");
@@ -117,7 +117,7 @@ pub(crate) fn terminal() -> (File, File) {
     let master = master.expect("a terminal");
     unlockpt(&master).expect("a terminal");
     let name = ptsname(&master, Vec::new()).expect("a name");
-    // It must not become the controlling terminal of the test.
+    // The terminal must not become the controlling terminal of the test.
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let slave = open(name, flags, Mode::empty()).expect("a terminal");
     (File::from(master), File::from(slave))
@@ -183,7 +183,7 @@ impl Process {
         self.child.stdout.take().expect("a pipe")
     }
 
-    /// Its log so far, with those of earlier processes on the same bench.
+    /// Its log so far, including the logs of earlier processes on the same bench.
     pub(crate) fn log(&self) -> String {
         let log = self.log.as_ref().expect("a process with a log");
         let bytes = std::fs::read(log).expect("a log");
@@ -217,7 +217,7 @@ impl Process {
         self.child.id().to_string()
     }
 
-    /// A field of `/proc/…/status` in MiB: `VmHWM` is the most memory it ever had, `VmRSS` what it has now.
+    /// A field of `/proc/…/status` in MiB: `VmHWM` is its peak memory, and `VmRSS` its current memory.
     pub(crate) fn mebibytes(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("it runs");
@@ -263,7 +263,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended already. Either outcome is fine.
+        // An error means that it has already ended.
         self.child.kill().ok();
         self.child.wait().ok();
     }

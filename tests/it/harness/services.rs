@@ -1,8 +1,8 @@
 //! Both simulated services for tests, and a proxy for responses that no service would send.
 //!
-//! BigChat's clock is stopped at [`NOW`] unless a test moves it. Requests are shown line by line
-//! (`POST /agents {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shortened to their
-//! last characters: `a1` is the first agent, `c1` the first chat.
+//! BigChat's clock is stopped at [`NOW`] unless a test moves it. Each request is shown as one line (`POST /agents
+//! {"email":…}`), so that a test can state exactly what it expects. OurAPI's ids are shortened to their last
+//! characters: `a1` is the first agent, `c1` the first chat.
 
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -38,7 +38,7 @@ pub(crate) const ROUTES: [&str; 10] = [
 /// The request that adds a message to a chat.
 pub(crate) const ADD_MESSAGE: &str = "POST /chats/{id}/messages";
 
-/// BigChat's clock, in seconds after 22:00:00.
+/// The time at which BigChat's clock is stopped, in seconds after 22:00:00.
 pub(crate) const NOW: i64 = 600;
 
 /// The time this many seconds after 22:00:00, in Unix seconds.
@@ -75,7 +75,7 @@ pub(crate) fn seeded(seed: u64) -> Options {
     }
 }
 
-/// A BigChat that stores its events, and has this many random ones a second.
+/// A BigChat that stores its events, and produces this many random ones per second.
 pub(crate) fn busy_log(seed: u64, events_per_second: f64, page_size: usize) -> Options {
     let log = Log {
         events_per_second,
@@ -97,7 +97,7 @@ pub(crate) fn quiet_log(log: Log) -> Options {
     }
 }
 
-/// The full id with this end.
+/// The full id that ends with these characters.
 fn uuid(end: &str) -> Uuid {
     Uuid::try_parse(&simulator::id(end)).expect("an id")
 }
@@ -114,7 +114,7 @@ impl Deref for BigChat {
 }
 
 impl BigChat {
-    /// Responds to the next request for events with this page; the following ones get the following pages.
+    /// Responds to the next request for events with this page. Further calls add pages for further requests.
     pub(crate) fn reports(&self, page: impl Into<Page>) {
         // The iterator may lock this service, too.
         let page = page.into();
@@ -131,13 +131,13 @@ impl BigChat {
         self.state().now()
     }
 
-    /// Sets its clock, which is stopped.
+    /// Stops its clock at this time.
     pub(crate) fn clock(&self, at: i64) {
         self.state().set_date(None);
         self.state().set_clock(Clock::Still(at));
     }
 
-    /// Makes its clock run, this many seconds ahead of this machine's.
+    /// Makes its clock run this many seconds ahead of this machine's.
     pub(crate) fn clock_runs(&self, ahead: i64) {
         self.state().set_clock(Clock::Ahead(ahead));
     }
@@ -152,7 +152,7 @@ impl BigChat {
         self.state().set_quiet(true);
     }
 
-    /// Adds an advisor.
+    /// Adds or replaces an advisor.
     pub(crate) fn advisor(&self, id: i64, name: &str, email: &str) {
         self.state().set_advisor(id, name, email);
     }
@@ -172,13 +172,13 @@ impl BigChat {
         bigchat.set_advisor(8, "Bob", "bob@x.test");
     }
 
-    /// Restarts at once, and reuses its ids.
+    /// Restarts immediately, and reuses its ids.
     pub(crate) fn restart(&self) {
         self.state().restart();
     }
 
     /// Restarts before the next poll, and waits for that poll. The first conversation of the new epoch starts later
-    /// than any before, so the clock must have passed the latest start.
+    /// than any earlier one, so the clock must have passed the latest start.
     pub(crate) async fn restarts_between_polls(&self) {
         until("a later second", async || {
             let state = self.state();
@@ -214,12 +214,12 @@ impl BigChat {
         .await;
     }
 
-    /// How often it was polled.
+    /// How many times it was polled.
     pub(crate) fn polls(&self) -> u64 {
         self.state().polls()
     }
 
-    /// Waits for this many further polls, so that the consequences of earlier ones are complete.
+    /// Waits for this many further requests for events, so that the consequences of earlier polls are complete.
     pub(crate) async fn further_polls(&self, polls: usize) {
         let before = self.count("GET /events");
         until("further polls", async || {
@@ -247,7 +247,7 @@ impl BigChat {
 /// OurAPI.
 pub(crate) struct OurApi {
     server: Server<simulator::OurApi>,
-    /// Data of other clients.
+    /// All data at the time when another client last added to it.
     pub(crate) before: Mutex<Data>,
 }
 
@@ -265,12 +265,12 @@ impl OurApi {
         Self { server, before }
     }
 
-    /// Sets the status for creating a chat or an agent that exists already.
+    /// Sets the status of the response to the creation of a chat or an agent that already exists.
     pub(crate) fn conflict_is(&self, status: u16) {
         self.state().set_conflict(status);
     }
 
-    /// Another client changes a chat.
+    /// Changes a chat, as another client would.
     pub(crate) async fn is_changed(&self, external_id: &str, change: &Value) {
         let chats = self.data().chats;
         let chat = chats.iter().find(|chat| chat.external_id == external_id);
@@ -314,7 +314,7 @@ impl OurApi {
             agent_id: None,
             sent_at: naive(at),
             text: text.to_owned(),
-            // After the existing ones.
+            // This id is after the existing ones.
             message_id: Uuid::from_u128(u128::MAX),
         });
     }
@@ -391,7 +391,7 @@ impl OurApi {
         self.state().has_stumbled()
     }
 
-    /// Continues on another address, with its data.
+    /// Moves to another address, with its data.
     pub(crate) async fn move_to(&self, address: SocketAddr) {
         self.server
             .move_to(address)
@@ -448,7 +448,7 @@ pub(crate) async fn tampering<T: Into<Tampered>>(
                     let mut tamper = tamper.lock().unwrap_or_else(PoisonError::into_inner);
                     tamper(line, answer).into()
                 };
-                // It is no error if the client does not read the whole response.
+                // A client that does not read the whole response is no error.
                 drop(relay(stream, &backend, tamper).await);
             });
         }
@@ -508,7 +508,7 @@ pub(crate) fn with_body(answer: &[u8], headers: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// The response with this header replaced.
+/// The response with this header replaced or added.
 pub(crate) fn with_header(answer: &[u8], name: &str, header: &str) -> Vec<u8> {
     let split = answer
         .windows(4)

@@ -6,8 +6,11 @@ use serde_json::Value;
 
 use crate::harness::{Daemon, Test};
 
-/// The token of a console that requires one.
+/// The console's token for full access.
 pub(crate) const TOKEN: &str = "0123456789abcdef-console";
+
+/// The console's token for read-only access.
+pub(crate) const READ_TOKEN: &str = "0123456789abcdef-readers";
 
 pub(crate) fn console_token() -> Tokens {
     Tokens {
@@ -16,7 +19,7 @@ pub(crate) fn console_token() -> Tokens {
     }
 }
 
-/// A client that has opened no connection yet.
+/// A new client, without open connections.
 pub(crate) fn client() -> Client {
     Client::builder().no_proxy().build().expect("a client")
 }

@@ -1,12 +1,12 @@
-//! Everything fails at once. `demo --chaos`, with several seeds, kills and restarts the real daemon between services
-//! that fail in every way. Its comparison may exclude only events that cannot be recovered.
+//! Everything fails at the same time. `demo --chaos`, with several seeds, kills and restarts the real daemon between
+//! services that fail in every way. Its comparison may exclude only events that cannot be recovered.
 //!
 //! Short by default. `BIGCHAT_SYNC_TEST_SEEDS` and `BIGCHAT_SYNC_TEST_SECONDS` set the number of seeds and the
 //! duration.
 
 use crate::harness::process::{Process, files, finished, printed, program};
 use crate::harness::services::ADD_MESSAGE;
-use crate::harness::{Test, run_live_test, until};
+use crate::harness::{Test, number, run_live_test, until};
 use bigchat_sync::simulator::event::{end, message};
 use bigchat_sync::simulator::fault::{paused, status};
 use std::path::Path;
@@ -32,9 +32,6 @@ fn chaos(temporary: &Path, seed: u64, seconds: u64, bigchat: &str) -> Command {
 
 /// Runs one seed after the other. Each run must end without a difference and leave no files behind.
 async fn survives(bigchat: &str) {
-    let number = |name: &str, default| {
-        std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
-    };
     let seconds = number("BIGCHAT_SYNC_TEST_SECONDS", SECONDS);
     for seed in 1..=number("BIGCHAT_SYNC_TEST_SEEDS", SEEDS) {
         let temporary = tempfile::tempdir().expect("a directory");
@@ -90,7 +87,7 @@ async fn success_without_its_body() {
     .await;
 }
 
-/// Kills a daemon that has, or has not, stored a page, while OurAPI is down. Returns how many events the demo excludes
+/// Kills a daemon while OurAPI is down, before or after it has stored a page. Returns how many events the demo excludes
 /// from the comparison, and whether OurAPI has all others.
 async fn after_a_kill(t: &Test, stored: bool) -> (usize, bool) {
     t.our_api.down().await;

@@ -2,8 +2,8 @@
 //! console, and the database file.
 //!
 //! Generators know the format that they corrupt, so that most cases pass the first check. `PROPTEST_CASES` (256 by
-//! default) sets the number of cases, `BIGCHAT_SYNC_TEST_SEED` the first seed of those that have one. A failed case prints
-//! itself or its seed.
+//! default) sets the number of cases, and `BIGCHAT_SYNC_TEST_SEED` the first seed of the tests that have one. A failed
+//! case prints itself or its seed.
 
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
@@ -32,10 +32,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::harness::services::{Tampered, tampering};
-use crate::harness::web::TOKEN;
-use crate::harness::{Test, run_test, until};
-
-const READ_TOKEN: &str = "0123456789abcdef-readers";
+use crate::harness::web::{READ_TOKEN, TOKEN};
+use crate::harness::{Test, number, run_test, until};
 
 /// The time limit for a single case.
 const TIME_LIMIT: Duration = Duration::from_secs(20);
@@ -43,8 +41,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(20);
 /// The seeds of a test in which each case takes as long as `weight` ordinary ones. `BIGCHAT_SYNC_TEST_SEED` is the
 /// first.
 fn seeds(weight: u32) -> Range<u64> {
-    let first = std::env::var("BIGCHAT_SYNC_TEST_SEED").ok();
-    let first = first.map_or(0, |seed| seed.parse().expect("a number"));
+    let first = number("BIGCHAT_SYNC_TEST_SEED", 0);
     first..first + u64::from((ProptestConfig::default().cases / weight).max(1))
 }
 
@@ -74,8 +71,8 @@ fn spelled(text: &str, escaped: &[bool]) -> String {
     format!("\"{}\"", characters.collect::<String>())
 }
 
-/// An odd value, which may be text that no parser accepts. In an unneeded field it does no harm; in place of an event
-/// it costs that event.
+/// An odd value, which may be text that no parser accepts. It does no harm in an unneeded field, and costs only the
+/// event that it replaces.
 fn odd_value() -> impl Strategy<Value = String> {
     prop_oneof![
         select(vec![
@@ -354,8 +351,8 @@ fn spoil(random: &mut impl Rng, mut answer: Vec<u8>) -> Vec<u8> {
     answer
 }
 
-/// Corrupts responses in transit, except pages of events, because they would then contain different events. In the end
-/// OurAPI has each message, and no event waits.
+/// Corrupts responses in transit, and checks that OurAPI has each message in the end and no event is waiting. Pages of
+/// events are not corrupted, because they would then contain different events.
 async fn with_spoiled_answers(t: &Test, seed: u64) {
     let spoiling = |seed: u64, share: f64, left: u32| {
         let (mut random, mut left) = (StdRng::seed_from_u64(seed), left);
@@ -386,8 +383,8 @@ async fn with_spoiled_answers(t: &Test, seed: u64) {
         texts.push(text);
         t.bigchat.further_polls(2).await;
     }
-    // There may be more if an altered response looks like a restart of BigChat, because a START may then begin another
-    // chat.
+    // There may be more events if an altered response looks like a restart of BigChat, because a START may then begin
+    // another chat.
     let count = 2 + 4 + 4;
     let nothing_is = async |states: &str| {
         until(states, async || {

@@ -3,7 +3,7 @@
 
 use crate::harness::process::Process;
 use crate::harness::services::{ADD_MESSAGE, ROUTES, busy_log, quiet_log, time};
-use crate::harness::{Test, run_live_test, run_with, side_by_side, until};
+use crate::harness::{Test, number, run_live_test, run_with, side_by_side, until};
 use bigchat_sync::simulator::bigchat::Log;
 use bigchat_sync::simulator::event::{end, message, start, transfer};
 use bigchat_sync::simulator::fault::{Fault, crashed, paused};
@@ -12,16 +12,14 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// How many kills, if the environment does not say otherwise.
+/// The default number of kills.
 const KILLS: u32 = 15;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_at_random_moments() {
-    let variable = |name: &str| std::env::var(name).ok();
-    let kills =
-        variable("BIGCHAT_SYNC_TEST_KILLS").map_or(KILLS, |kills| kills.parse().expect("a number"));
-    let seed = variable("BIGCHAT_SYNC_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
-    // With a stable log nothing may be lost, not even a response that was not stored.
+    let kills = number("BIGCHAT_SYNC_TEST_KILLS", KILLS);
+    let seed = number("BIGCHAT_SYNC_TEST_SEED", 1);
+    // With a stable log, nothing may be lost, not even a response that was not stored.
     run_with(busy_log(seed, 40.0, 20), async |t| {
         // After each kill, nothing is sent to OurAPI for this long.
         t.set("--request-timeout", "300ms");
@@ -41,7 +39,7 @@ async fn killed_at_random_moments() {
     .await;
 }
 
-/// Killed while many conversations wait, and are committed together.
+/// The daemon is killed while many conversations are waiting and are committed together.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_during_a_backlog() {
     run_live_test(async |t| {
@@ -109,11 +107,11 @@ async fn killed_before_bigchat_restarts() {
 /// The progress of a request when the daemon is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Moment {
-    /// It has arrived and is not carried out.
+    /// It has arrived, but has not been carried out.
     Sent,
-    /// It is carried out and not answered.
+    /// It has been carried out, but not answered.
     CarriedOut,
-    /// It is answered, and the response cannot be stored: another process locks the database.
+    /// It has been answered, but the response cannot be stored, because another process locks the database.
     Answered,
 }
 
@@ -144,7 +142,7 @@ async fn killed_at_every_request() {
     .await;
 }
 
-/// Kills the daemon twice at a request of that route.
+/// Kills the daemon twice at a request to that route.
 async fn killed_at(route: &str, moment: Moment) {
     run_with(quiet_log(Log::default()), async |t| {
         let now = t.now();

@@ -44,7 +44,7 @@ use self::disk::{Change, Disk, Files, Survival};
 use self::trace::{Step, is_complete, steps, traced};
 use crate::harness::process::{Process, Signal};
 use crate::harness::services::seeded;
-use crate::harness::{Test, until};
+use crate::harness::{Test, number, until};
 
 /// The default number of power cuts in addition to those at the sync points.
 const CUTS: usize = 300;
@@ -59,10 +59,10 @@ const ARRIVED: Duration = Duration::from_secs(5);
 /// The request timeout of the daemon.
 const TIMEOUT: &str = "250ms";
 
-/// How long a recovery may take. Long, since the machine may be busy.
+/// The time limit for a recovery. It is long because the machine may be busy.
 const CATCHES_UP_WITHIN: Duration = Duration::from_secs(60);
 
-/// How many earlier power cuts each one is compared with, so that the same result is not tried repeatedly.
+/// The number of earlier power cuts with which each one is compared, so that the same result is not tried repeatedly.
 const REMEMBERED: usize = 8;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -128,11 +128,6 @@ async fn log_is_reused(t: &Test) {
     t.bigchat.reports_more(20).await;
 }
 
-fn number(variable: &str, default: usize) -> usize {
-    let number = std::env::var(variable).ok();
-    number.map_or(default, |number| number.parse().expect("a number"))
-}
-
 /// What a daemon did, and what both services answered.
 struct Recording {
     steps: Vec<Step>,
@@ -149,7 +144,7 @@ impl Recording {
     /// Records a daemon that starts, works until `works` returns, delivers everything, stops, starts again, continues
     /// and is killed.
     async fn of_a_daemon(works: impl AsyncFnOnce(&Test)) -> Self {
-        let seed = number("BIGCHAT_SYNC_TEST_SEED", 1) as u64;
+        let seed = number("BIGCHAT_SYNC_TEST_SEED", 1);
         let options = Options {
             active: 5,
             ..seeded(seed)
@@ -207,7 +202,7 @@ impl Recording {
         }
     }
 
-    /// Whether the recovery from any of the power cuts has such a problem.
+    /// Whether the recovery from any power cut has such a problem.
     async fn finds(&self, prepare: impl Fn(&Test) + Copy, is_such: fn(&Problem) -> bool) -> bool {
         let recoveries = self.recoveries(CUTS, prepare);
         let found = recoveries.any(async |problem| problem.as_ref().is_some_and(is_such));
@@ -273,7 +268,7 @@ impl Recording {
         let caught_up = timeout(CATCHES_UP_WITHIN, async {
             loop {
                 match t.start_once().1.await.expect("no panic") {
-                    // It has not read or delivered everything yet.
+                    // The daemon has not read or delivered everything yet.
                     Err(DaemonError::Unread(_) | DaemonError::Undelivered { .. }) => {}
                     ended => return ended,
                 }
@@ -289,7 +284,7 @@ impl Recording {
         }
     }
 
-    /// What is wrong in the end.
+    /// The problem in the end, if there is one.
     fn problem(&self, t: &Test, cut: &Cut) -> Option<Problem> {
         let (data, rules) = (t.our_api.data(), Rules::default());
         let report = |events| compare(&expected(&self.reported[..events], &rules), &data, &rules);
